@@ -1,0 +1,183 @@
+"""Do the graphs compute what NeMo computes? Measured on real speech before a bundle is allowed to exist.
+
+The oracle is NeMo's *offline* forward of the whole clip with the chunk size's attention mask, whose numbers a correct
+stream must reproduce frame by frame, first and last chunk included. The front end is compared with NeMo's own run in
+fp64, because NeMo's fp32 FFT is itself off by up to 2e-4 in quiet bins; NeMo's encoder gets those features.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from nemostream.errors import CheckpointError, ParityError
+from nemostream.spec import Bundle, Chunk, Manifest
+
+TOLERANCE = 1e-4  # fp32, largest absolute difference
+LEAST_STEPS = 12
+
+Floats = NDArray[np.float32]
+
+
+def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], None]) -> Manifest:
+    """The bundle's manifest with the figures filled in. Raises `ParityError` naming the graph that is off, and where."""
+    import torch
+    from nemo.collections.asr.models import ASRModel
+
+    progress("loading NeMo to compare with")
+    try:
+        with torch.inference_mode():
+            model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval().float()
+    except Exception as error:  # whatever NeMo says about a file it cannot restore
+        raise CheckpointError(f"NeMo itself cannot restore {checkpoint}: {error}") from error
+    manifest = bundle.manifest
+    audio = _speech(manifest)
+    figures: dict[str, Any] = {"audio_seconds": round(len(audio) / manifest.features.sample_rate, 2)}
+    with torch.inference_mode():
+        mel = _nemo_features(model, audio)
+        for chunk in manifest.chunks:
+            progress(f"comparing {chunk.ms} ms with NeMo")
+            model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
+            encoded, _ = model.encoder(
+                audio_signal=torch.from_numpy(mel.T[None].copy()), length=torch.tensor([len(mel)])
+            )
+            wanted = encoded[0].T.numpy()
+            got_mel, got, steps = stream_encoder(bundle, chunk, audio)
+            figures[f"{chunk.ms}ms"] = {
+                "steps": steps,
+                "features": _compare(f"features-{chunk.ms}ms", got_mel, mel, chunk.frames * manifest.encoder.subsampling),
+                "encoder": _compare(f"encoder-{chunk.ms}ms", got, wanted, chunk.frames),
+            }
+        progress("comparing prediction net and joint with NeMo")
+        figures |= _compare_decoder(bundle, model, wanted)
+    return dataclasses.replace(manifest, parity=figures)
+
+
+def stream_encoder(bundle: Bundle, chunk: Chunk, audio: Floats) -> tuple[Floats, Floats, int]:
+    """Run one stream through the graphs as plainly as possible: all its mel frames, encoder frames, and the steps.
+
+    This is the contract of the step graphs in executable form; the runtime does the same for many streams at once.
+    """
+    manifest, spec = bundle.manifest, bundle.manifest.encoder
+    features = _session(bundle, f"features-{chunk.ms}ms")
+    encoder = _session(bundle, f"encoder-{chunk.ms}ms")
+    state = {
+        t.name: np.zeros([1 if axis == "B" else int(axis) for axis in t.shape], np.float32)
+        for t in bundle.manifest.graphs[f"encoder-{chunk.ms}ms"].inputs
+        if "cache" in t.name
+    }
+    tail = np.zeros((1, manifest.features.tail), np.float32)
+    total = manifest.encoder_frames(len(audio))
+    steps = -(-total // chunk.frames)
+    padded = np.zeros(steps * chunk.samples, np.float32)
+    padded[manifest.lead :][: len(audio)] = audio[: len(padded) - manifest.lead]
+    mels, frames = [], []
+    for step in range(steps):
+        position, start = step * chunk.frames, step * chunk.samples
+        length = min(chunk.samples, manifest.lead + len(audio) - start)
+        valid = manifest.mel_frames(start - manifest.lead + length) - spec.subsampling * (position - 2)
+        valid = min(valid, spec.mel_cache + spec.subsampling * chunk.frames)
+        mel, tail = features.run(
+            ["mel", "audio_tail_next"],
+            {"audio": padded[None, start:][:, : chunk.samples], "audio_tail": tail, "lengths": np.array([length])},
+        )
+        inputs = {"mel": mel, "position": np.array([position]), "valid": np.array([valid]), **state}
+        encoded, state["mel_cache"], k_new, v_new, conv = encoder.run(
+            ["encoded", "mel_cache_next", "k_new", "v_new", "conv_next"], inputs
+        )
+        ring = (position + np.arange(chunk.frames)) % spec.cache
+        for layer in range(spec.layers):
+            state[f"k_cache.{layer}"][:, :, ring] = k_new[layer]
+            state[f"v_cache.{layer}"][:, :, ring] = v_new[layer]
+            state[f"conv_cache.{layer}"] = conv[layer]
+        mels.append(mel[0])
+        frames.append(encoded[0])
+    # The first step's window begins 7 frames (of 8) before the stream.
+    mel = np.concatenate(mels)[spec.subsampling - 1 :][: manifest.mel_frames(len(audio))]
+    return mel, np.concatenate(frames)[:total], steps
+
+
+def _speech(manifest: Manifest) -> Floats:
+    with resources.as_file(resources.files("nemostream.export") / "parity.flac") as path:
+        audio, rate = soundfile.read(path, dtype="float32")
+    audio = soxr.resample(audio, rate, manifest.features.sample_rate) if rate != manifest.features.sample_rate else audio
+    needed = LEAST_STEPS * max(chunk.samples for chunk in manifest.chunks)
+    return np.tile(audio, -(-needed // len(audio)))
+
+
+def _nemo_features(model: Any, audio: Floats) -> Floats:
+    """NeMo's log-mel [F, M] of the clip, computed in fp64."""
+    import torch
+
+    featurizer = copy.deepcopy(model.preprocessor.featurizer).double()
+    window = featurizer.window.double()
+    featurizer.stft = lambda x: torch.stft(
+        x,
+        n_fft=featurizer.n_fft,
+        hop_length=featurizer.hop_length,
+        win_length=featurizer.win_length,
+        window=window,
+        center=True,
+        return_complex=True,
+        pad_mode="constant",
+    )
+    mel, length = featurizer(torch.from_numpy(audio).double()[None], torch.tensor([len(audio)]))
+    return mel[0, :, : int(length[0])].T.float().numpy()
+
+
+def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, float]:
+    """Follow 12 tokens through the prediction net, and join each prediction with an encoder frame."""
+    import torch
+
+    spec = bundle.manifest.decoder
+    decoder, joint = _session(bundle, "decoder"), _session(bundle, "joint")
+    tokens = [spec.blank, *np.random.default_rng(0).integers(0, spec.vocabulary, LEAST_STEPS)]
+    h = c = np.zeros((1, spec.layers, spec.hidden), np.float32)
+    state, predictions, logits = None, [], []
+    projected = model.joint.project_encoder(torch.from_numpy(encoded[None])).numpy()[0]
+    for step, token in enumerate(tokens):
+        predicted, h, c = decoder.run(["predicted", "h_next", "c_next"], {"token": np.array([token]), "h": h, "c": c})
+        output, state = model.decoder.predict(torch.tensor([[int(token)]]), state, add_sos=False)
+        wanted = model.joint.project_prednet(output)
+        predictions.append((predicted[0], wanted[0, 0].numpy()))
+        frame = projected[step % len(projected)][None]
+        (got,) = joint.run(["logits"], {"encoded_joint": frame, "predicted": predicted})
+        with_nemo = model.joint.joint_after_projection(torch.from_numpy(frame[None]), wanted)
+        logits.append((_log_softmax(got[0]), _log_softmax(with_nemo.reshape(-1).numpy())))
+    return {
+        "decoder": _compare("decoder", *(np.stack(side) for side in zip(*predictions, strict=True)), 1),
+        "joint": _compare("joint", *(np.stack(side) for side in zip(*logits, strict=True)), 1),
+    }
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max()  # NeMo's joint normalises on a CPU and does not on a GPU; compare what both mean
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _compare(graph: str, got: Floats, wanted: Floats, per_step: int) -> float:
+    if got.shape != wanted.shape:
+        raise ParityError(f"{graph} gives {got.shape} numbers where NeMo gives {wanted.shape}.")
+    difference = np.abs(got - wanted)
+    worst = float(difference.max(initial=0.0))
+    if not worst <= TOLERANCE:
+        frame = int(np.unravel_index(np.nanargmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)[0])
+        raise ParityError(
+            f"{graph} is {worst:.2g} away from NeMo (allowed: {TOLERANCE}), worst at frame {frame}, step "
+            f"{frame // per_step}; the bundle was not written."
+        )
+    return worst
+
+
+def _session(bundle: Bundle, graph: str) -> ort.InferenceSession:
+    return ort.InferenceSession(bundle.file(graph), providers=["CPUExecutionProvider"])
