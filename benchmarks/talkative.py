@@ -1,0 +1,144 @@
+"""Making a transducer of random weights say about as much as a speaker does, and in the same rhythm.
+
+Decoding costs a joint per verdict and an LSTM step per label, so a benchmark needs labels at a lifelike rate. Random
+weights with a calibrated blank do not give them: they fall into bursts of the ten labels that one frame may have and
+then into silence, because frame and prediction hardly interact. So two of the joint's units are made a Schmitt trigger:
+
+* Labels are of two classes, even and odd ids, told apart by a vector added to their embeddings, and so by the
+  prediction of a forgetful LSTM: c = +1 or -1 for the class of the last label, by ridge regression on its outputs.
+* The frame gives z, the fastest-changing direction among its 16 principal components on a clip of speech, which
+  crosses zero a few times a second however loud the speaker is.
+* Unit 0 fires when c = +1 and z > 0 and favours odd labels; unit 1 fires when c = -1 and z < 0 and favours even ones.
+  So a label is said whenever z has crossed over, seldom two at one frame, and what was said decides what comes next.
+
+All other units stay random, standardised on the clip, and choose *which* label. Blank's bias is how far z must cross: it
+is found by trying, so that greedy decoding of the clip gives `TOKENS_PER_SECOND`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENS_PER_SECOND = 3.5  # English speech in word pieces
+MAX_SYMBOLS = 10
+_COMPONENTS = 16
+_VETO = 3.0  # how much a unit is held down by the wrong class, in deviations of z
+_FRAME_SHARE = 0.1  # deviation of the frame's random part beside the prediction's, which is 1
+_GAIN = 4.0  # logits per deviation of z beyond the trigger's threshold
+_SPREAD = 0.3  # deviation of the random logits that choose the label: too little to beat blank without the trigger
+
+
+def make_talkative(model: Any, clips: list[Tensor], seconds: float) -> None:
+    """Change the model's embedding, LSTM and joint in place.
+
+    `clips` are its encoder's outputs [T, D] on speech of so many `seconds` together. Several levels of loudness make
+    the trigger indifferent to it.
+    """
+    import torch
+
+    joint, blank, frames = model.joint, model.joint.num_classes_with_blank - 1, torch.cat(clips)
+    parity = 1.0 - 2.0 * (torch.arange(blank) % 2)  # even +1, odd -1
+    embedding = model.decoder.prediction["embed"].weight
+    embedding[:blank] += 3 * parity[:, None] * torch.randn(embedding.shape[1])
+
+    for name, parameter in model.decoder.prediction["dec_rnn"].named_parameters():
+        if "weight" in name:
+            parameter *= 2
+        elif "bias_ih" in name:  # input, forget, cell and output gate: let the last label prevail
+            parameter += torch.tensor([1.0, -3.0, 0.0, 1.0]).repeat_interleave(len(parameter) // 4)
+
+    # Sequences whose classes alternate, as the trigger makes them. Each begins with the state before any label.
+    labels = torch.randint(0, blank // 2, (128, 16)) * 2 + torch.arange(1, 17) % 2
+    predictions, _ = model.decoder.predict(labels, None, add_sos=True)
+    targets = torch.cat([torch.ones(128, 1), parity[labels]], dim=1).flatten()
+    predictions = predictions.flatten(0, 1)
+    _standardise(joint.enc, frames, _FRAME_SHARE)
+    _standardise(joint.pred, predictions, 1.0)
+
+    z, z_offset = _fastest_direction(clips)
+    c, c_offset = _ridge(predictions, targets)
+    for unit, sign in ((0, 1.0), (1, -1.0)):
+        joint.enc.weight[unit], joint.enc.bias[unit] = sign * z, sign * z_offset
+        joint.pred.weight[unit], joint.pred.bias[unit] = sign * _VETO * c, sign * _VETO * c_offset - _VETO
+
+    clips = [joint.project_encoder(clip) for clip in clips]
+    frames, predictions = torch.cat(clips), joint.project_prednet(predictions)
+    pairs = (frames[torch.randint(len(frames), (4096,))] + predictions[torch.randint(len(predictions), (4096,))]).relu()
+    out = joint.joint_net[-1]
+    out.weight.normal_()
+    out.weight[:, :2] = 0
+    out.weight[blank] = 0
+    out.weight[:blank] /= (pairs @ out.weight[:blank].T).std(dim=0)[:, None] / _SPREAD
+    out.bias.copy_(-out.weight @ pairs.mean(dim=0))
+    out.weight[1:blank:2, 0] = out.weight[0:blank:2, 1] = _GAIN
+    _calibrate_blank(model, clips, seconds)
+
+
+def count_labels(model: Any, frames: Tensor) -> int:
+    """Labels that plain greedy decoding makes of the projected frames [T, J]."""
+    import torch
+
+    joint, blank, count = model.joint, model.joint.num_classes_with_blank - 1, 0
+    output, state = model.decoder.predict(None, None, add_sos=False)
+    predicted = joint.project_prednet(output)[0, 0]
+    for frame in frames:
+        for _ in range(MAX_SYMBOLS):
+            label = int(joint.joint_net(frame + predicted).argmax())
+            if label == blank:
+                break
+            count += 1
+            output, state = model.decoder.predict(torch.tensor([[label]]), state, add_sos=False)
+            predicted = joint.project_prednet(output)[0, 0]
+    return count
+
+
+def _calibrate_blank(model: Any, clips: list[Tensor], seconds: float) -> None:
+    bias = model.joint.joint_net[-1].bias
+    tried = []
+    for low, high in ((0.5, 8.0), (-0.25, 0.25)):  # all that make sense, then around the best: rates are not monotonic
+        centre = min(tried)[1] if tried else 0.0
+        for step in range(16):
+            bias[-1] = centre + low + (high - low) * step / 15
+            rate = sum(count_labels(model, clip) for clip in clips) / seconds
+            tried.append((abs(rate - TOKENS_PER_SECOND), float(bias[-1])))
+    bias[-1] = min(tried)[1]
+
+
+def _standardise(linear: Any, inputs: Tensor, scale: float) -> None:
+    """Give each output of `linear` mean 0 and deviation `scale` over `inputs` [N, in]."""
+    outputs = linear(inputs)
+    deviation = outputs.std(dim=0) / scale
+    linear.weight /= deviation[:, None]
+    linear.bias -= outputs.mean(dim=0)
+    linear.bias /= deviation
+
+
+def _fastest_direction(clips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight [D] and offset of the unit-variance direction that changes most from frame to frame of a settled stream."""
+    import torch
+
+    frames = torch.cat(clips)
+    centre = frames.mean(dim=0)
+    scores, deviations, components = torch.linalg.svd(frames - centre, full_matrices=False)
+    scores, whitening = scores[:, :_COMPONENTS], components[:_COMPONENTS] / deviations[:_COMPONENTS, None]
+    # The first seconds of a stream swing widely, its caches being empty: they count as spread, not as speed.
+    settled = [part[len(part) // 4 :] for part in scores.split([len(clip) for clip in clips])]
+    steps = torch.cat([part.diff(dim=0) for part in settled])
+    direction = torch.linalg.eigh(steps.T @ steps).eigenvectors[:, -1]
+    weight = direction @ whitening * len(frames) ** 0.5
+    return weight, -weight @ centre
+
+
+def _ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and offset of the linear function of `inputs` [N, in] nearest to `targets` [N]."""
+    import torch
+
+    centre = inputs.mean(dim=0)
+    centred = inputs - centre
+    covariance = centred.T @ centred
+    covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance))
+    weight = torch.linalg.solve(covariance, centred.T @ (targets - targets.mean()))
+    return weight, targets.mean() - weight @ centre

@@ -1,0 +1,65 @@
+"""The live stream for asyncio. The only file that imports it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+
+from nemostream.runtime.recognizer import Pcm, Recognition
+from nemostream.runtime.stream import Result
+
+
+class AsyncLiveStream:
+    """`LiveStream` with `push` and `finish` awaited; the scheduler wakes the event loop, no thread waits.
+
+    For one event loop, and one task at a time. A task cancelled in `push` or `finish` loses no audio: what it pushed
+    is decoded, and the next call's results tell it. An asynchronous context manager.
+    """
+
+    def __init__(self, open_: Callable[[Callable[[], None]], Recognition]) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._progress = asyncio.Event()
+        self._recognition = open_(self._wake)
+
+    @property
+    def result(self) -> Result:
+        """The current result; after `finish` the final one."""
+        return self._recognition.result
+
+    async def push(self, pcm: Pcm) -> list[Result]:
+        """As `LiveStream.push`."""
+        self._recognition.feed(pcm)
+        await self._settle()
+        return self._recognition.collect()
+
+    async def finish(self) -> Result:
+        """As `LiveStream.finish`."""
+        self._recognition.end()
+        await self._settle()
+        return self._recognition.final()
+
+    def close(self) -> None:
+        """As `LiveStream.close`; never blocks."""
+        self._recognition.close()
+
+    async def __aenter__(self) -> AsyncLiveStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _settle(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        while True:
+            self._progress.clear()  # before looking: what happens after the look sets it again
+            if self._recognition.settled():
+                return
+            await self._progress.wait()
+
+    def _wake(self) -> None:
+        """On the scheduler's thread. Raises if the loop was closed: then the scheduler drops the stream."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._progress.set)

@@ -1,0 +1,296 @@
+"""Who runs when: one thread owns the backend and runs the streams of all others in batches.
+
+Each turn takes the stream that has been ready longest and every other ready one of its chunk size, oldest first: no
+chunk size can starve another. A stream with more audio waiting queues again behind all that are ready by then.
+
+With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
+device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Without
+overlap (the plain twin, and better where `submit` itself does the work) each step's results are handled at once.
+
+What the module does not know: which backend, text, sample rates, asyncio.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
+from nemostream.runtime.backend import Backend, Batch, Emissions, Pending
+from nemostream.runtime.stream import Floats, Stream
+from nemostream.spec import Chunk, Manifest
+
+
+@dataclass(eq=False)
+class Seat:
+    """A stream and its place at the backend. Everything here is guarded by the scheduler's lock."""
+
+    stream: Stream
+    slot: int | None  # None once given back
+    progress: threading.Condition  # notified whenever `settled` may have changed
+    listener: Callable[[], None] | None  # called at the same moments, for those who cannot wait on a condition
+    in_flight: int = 0  # steps submitted whose results are not in; the slot is not given back before it is 0
+    steps: deque[int] = field(default_factory=deque)  # tokens in the hypothesis after each step not yet collected
+    error: NemostreamError | None = None  # why the stream cannot go on
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or (self.stream.ended and not self.stream.queued)
+
+
+@dataclass(frozen=True)
+class _Step:
+    seats: list[Seat]
+    pending: Pending
+
+
+class Scheduler:
+    """Serves streams from any thread. `close` it; it closes the backend, on the thread that used it."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, overlap: bool = True) -> None:
+        self._manifest, self._backend, self._overlap = manifest, backend, overlap
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
+        self._free = list(range(backend.capacity))  # a heap: the lowest first, so that slots in use are neighbours
+        self._seats: dict[int, Seat] = {}  # by slot
+        self._ready: dict[Seat, None] = {}  # in the order they became ready
+        self._resets: set[int] = set()  # slots of new streams
+        self._closed: NemostreamError | None = None  # why no stream can be opened any more
+        self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
+        self._thread.start()
+
+    # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
+
+    def open(self, chunk: Chunk, listener: Callable[[], None] | None = None) -> Seat:
+        """A new stream. `listener` is called after every change, on whichever thread made it; it must not block.
+
+        Raises `CapacityError` if every slot is taken and `StreamError` after `close`.
+        """
+        with self._lock:
+            if self._closed:
+                raise _again(self._closed)
+            if not self._free:
+                raise CapacityError(
+                    f"all {self._backend.capacity} slots are taken; finish or close a stream, or load the model with "
+                    "more of them: nemostream.load(capacity=...)."
+                )
+            slot = heapq.heappop(self._free)
+            seat = Seat(Stream(self._manifest, chunk), slot, threading.Condition(self._lock), listener)
+            self._seats[slot] = seat
+            self._resets.add(slot)
+            self._work.notify()
+            return seat
+
+    def accept(self, seat: Seat, samples_N: Floats) -> None:
+        """Append audio to a stream (mono, at the model's rate). Raises what the stream died of."""
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.accept(samples_N)
+            self._queue(seat)
+
+    def end(self, seat: Seat) -> None:
+        """No more audio comes. The slot is given back by itself when the last frame is out."""
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.end()
+            self._queue(seat)
+            self._give_back(seat)
+
+    def settled(self, seat: Seat, backlog: int = 0) -> bool:
+        """Whether all but `backlog` chunks of a stream are decoded. Raises what the stream died of."""
+        with self._lock:
+            return self._settled(seat, backlog)
+
+    def wait(self, seat: Seat, backlog: int = 0) -> None:
+        """Block until `settled`."""
+        with self._lock:
+            while not self._settled(seat, backlog):
+                seat.progress.wait()
+
+    def collect(self, seat: Seat) -> list[int]:
+        """Length of the hypothesis after each step since the last call."""
+        with self._lock:
+            steps = list(seat.steps)
+            seat.steps.clear()
+            return steps
+
+    def leave(self, seat: Seat) -> None:
+        """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
+        with self._lock:
+            if seat.slot is None or seat.error:
+                return
+            self._kill(seat, StreamError("the stream was closed; open a new one for more audio."))
+        self._tell([seat])
+
+    def close(self) -> None:
+        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done."""
+        self._shut(StreamError("the model was closed; load it again."))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- under the lock ------------------------------------------------------------------------------------------------
+
+    def _settled(self, seat: Seat, backlog: int) -> bool:
+        if seat.error:
+            raise _again(seat.error)
+        return seat.stream.queued + seat.in_flight <= backlog
+
+    def _queue(self, seat: Seat) -> None:
+        if seat.stream.queued and seat not in self._ready:
+            self._ready[seat] = None
+            self._work.notify()
+
+    def _give_back(self, seat: Seat) -> None:
+        if seat.over and not seat.in_flight and seat.slot is not None:
+            del self._seats[seat.slot]
+            heapq.heappush(self._free, seat.slot)
+            seat.slot = None
+
+    def _kill(self, seat: Seat, error: NemostreamError) -> None:
+        if seat.error is None:
+            seat.error = error
+        self._ready.pop(seat, None)
+        self._give_back(seat)
+        seat.progress.notify_all()
+
+    def _pick(self) -> tuple[list[Seat], list[tuple[Floats, int]]]:
+        """The seats of the next step, by slot, and the chunk of each."""
+        chunk = next(iter(self._ready)).stream.chunk
+        alike = (seat for seat in self._ready if seat.stream.chunk == chunk)
+        # By slot, because a backend can use neighbouring slots where they lie.
+        seats = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda seat: seat.slot or 0)
+        rows = [seat.stream.take() for seat in seats]
+        for seat in seats:
+            seat.in_flight += 1
+            del self._ready[seat]
+            self._queue(seat)
+        return seats, rows
+
+    # -- the scheduler's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a fault of ours: whoever waits must hear of it
+            self._shut(_failure(error, "the scheduler failed"))
+            raise
+        finally:
+            self._backend.close()
+
+    def _loop(self) -> None:
+        running: _Step | None = None
+        while True:
+            with self._lock:
+                while not (self._ready or self._resets or running or self._closed):
+                    self._work.wait()
+                if self._closed:
+                    break
+                resets, self._resets = sorted(self._resets), set()
+                picked = self._pick() if self._ready else None
+            if resets:
+                self._reset(resets)
+            step = self._submit(*picked) if picked else None
+            if running:
+                self._land(running)
+            running = step
+            if running and not self._overlap:
+                self._land(running)
+                running = None
+        if running:
+            self._land(running)
+
+    def _reset(self, slots: list[int]) -> None:
+        try:
+            self._backend.reset(np.array(slots, np.int64))
+        except Exception as error:
+            with self._lock:
+                seats = [self._seats[slot] for slot in slots if slot in self._seats]
+            self._fail(seats, error, steps=0)
+
+    def _submit(self, seats: list[Seat], rows: list[tuple[Floats, int]]) -> _Step | None:
+        try:
+            batch = Batch(
+                seats[0].stream.chunk,
+                np.array([seat.slot for seat in seats], np.int64),
+                np.stack([audio for audio, _ in rows]),
+                np.array([length for _, length in rows], np.int64),
+            )
+            return _Step(seats, self._backend.submit(batch))
+        except Exception as error:
+            self._fail(seats, error, steps=1)
+            return None
+
+    def _land(self, step: _Step) -> None:
+        try:
+            emissions = step.pending.result()
+            _check(emissions, len(step.seats))
+        except Exception as error:
+            self._fail(step.seats, error, steps=1)
+            return
+        rows = zip(step.seats, emissions.tokens, emissions.frames, emissions.failed, strict=True)
+        with self._lock:
+            for seat, tokens, frames, failed in rows:
+                seat.in_flight -= 1
+                if failed:
+                    self._kill(seat, StreamError("the model's numbers for this stream are not finite; open a new one."))
+                elif not seat.error:
+                    seat.stream.hypothesis.extend(tokens, frames)
+                    seat.steps.append(len(seat.stream.hypothesis.tokens))
+                self._give_back(seat)
+                seat.progress.notify_all()
+        self._tell(step.seats)
+
+    def _fail(self, seats: list[Seat], error: Exception, steps: int) -> None:
+        """End the streams of a call that raised; `steps` is how many steps of each it was."""
+        with self._lock:
+            for seat in seats:
+                seat.in_flight -= steps
+                self._kill(seat, _failure(error, "the model failed"))
+        self._tell(seats)
+
+    def _shut(self, error: NemostreamError) -> None:
+        with self._lock:
+            self._closed = self._closed or error
+            seats = list(self._seats.values())  # a stream that is done has no seat any more
+            for seat in seats:
+                self._kill(seat, error)
+            self._work.notify()
+        self._tell(seats)
+
+    def _tell(self, seats: Iterable[Seat]) -> None:
+        for seat in seats:
+            try:
+                if seat.listener:
+                    seat.listener()
+            except Exception:  # its owner is gone (an event loop that was closed): nobody will ever collect
+                seat.listener = None
+                self.leave(seat)
+
+
+def _check(emissions: Emissions, rows: int) -> None:
+    found = (len(emissions.tokens), len(emissions.frames), len(emissions.failed))
+    if found != (rows, rows, rows):
+        raise BackendError(f"the backend answered {found} rows of tokens, frames, failed to a batch of {rows}.")
+
+
+def _failure(error: BaseException, what: str) -> NemostreamError:
+    if isinstance(error, NemostreamError):
+        return error
+    failure = BackendError(f"{what}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _again(error: NemostreamError) -> NemostreamError:
+    """A fresh copy: an exception raised twice, or by two threads, would mix their tracebacks."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy

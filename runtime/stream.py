@@ -1,0 +1,103 @@
+"""A stream: audio on its way to the model, cut into the model's chunks, and what the model said of it so far.
+
+A plain state machine without threads, locks or a model; the scheduler owns it once it runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.errors import StreamError
+from nemostream.spec import Chunk, Manifest
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Token:
+    id: int
+    text: str  # its leading space included
+    time: float  # seconds from the stream's start
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stream said up to some moment."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    duration: float  # seconds of audio received by then; of a final one: of the whole recording
+    chunk_ms: int
+    final: bool
+
+
+@dataclass
+class Hypothesis:
+    """What the model said. Only ever grows, so a prefix read by another thread stays true."""
+
+    tokens: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)  # encoder frame each was emitted at
+
+    def extend(self, tokens: NDArray[np.int32], frames: NDArray[np.int64]) -> None:
+        self.tokens += tokens.tolist()
+        self.frames += frames.tolist()
+
+
+class Stream:
+    """Samples in, chunks out.
+
+    Each sample is copied once, into the chunk it will be run in: pushes of any size cost what their samples cost, and
+    the caller's array is free again. Chunks cover the encoder frames of NeMo's offline forward, all and none more.
+    """
+
+    def __init__(self, manifest: Manifest, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.hypothesis = Hypothesis()
+        self.samples = 0  # accepted, the lead silence not counted
+        self.ended = False
+        self._manifest = manifest
+        self._ready: deque[tuple[Floats, int]] = deque()  # (chunk, how many of its samples are the stream's)
+        self._cut = 0  # chunks cut so far, taken or not
+        # The chunk being filled. The lead silence is part of the first; it is shorter than any chunk.
+        self._next = np.zeros(chunk.samples, np.float32)
+        self._filled = manifest.lead
+
+    @property
+    def queued(self) -> int:
+        """Chunks that can be run now."""
+        return len(self._ready)
+
+    def accept(self, samples_N: Floats) -> None:
+        """Append audio: mono, at the model's rate."""
+        if self.ended:
+            raise StreamError("the stream was finished; open a new one for more audio.")
+        self.samples += len(samples_N)
+        while len(samples_N):
+            part = samples_N[: self.chunk.samples - self._filled]
+            self._next[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            samples_N = samples_N[len(part) :]
+            if self._filled == self.chunk.samples:
+                self._close_chunk()
+
+    def end(self) -> None:
+        """No more audio: the rest becomes zero-padded chunks, as many as there are encoder frames still to come."""
+        if self.ended:
+            return
+        self.ended = True
+        frames = self._manifest.encoder_frames(self.samples)
+        while self._cut * self.chunk.frames < frames:
+            self._close_chunk()
+
+    def take(self) -> tuple[Floats, int]:
+        """The next chunk [chunk.samples] and how many of its leading samples belong to the stream."""
+        return self._ready.popleft()
+
+    def _close_chunk(self) -> None:
+        self._ready.append((self._next, self._filled))
+        self._cut += 1
+        self._next, self._filled = np.zeros(self.chunk.samples, np.float32), 0

@@ -1,0 +1,111 @@
+"""nemostream: NVIDIA's streaming FastConformer-RNNT recogniser without NeMo and PyTorch.
+
+    import nemostream
+
+    model = nemostream.load()
+    print(model.transcribe("voice.flac").text)
+
+    with model.stream(sample_rate=48000) as stream:
+        for pcm in microphone:
+            for partial in stream.push(pcm):
+                print(partial.text)
+        print(stream.finish().text)
+
+Importing it is cheap: everything but the errors and the manifest is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemostream.errors import (
+    AudioError,
+    BackendError,
+    BundleError,
+    CapacityError,
+    CheckpointError,
+    NemostreamError,
+    OptionError,
+    ParityError,
+    StreamError,
+)
+
+if TYPE_CHECKING:
+    from nemostream.runtime.recognizer import Model
+    from nemostream.runtime.stream import Result, Token
+    from nemostream.spec import Bundle, Manifest
+
+_LAZY = {
+    "Bundle": "nemostream.spec",
+    "Manifest": "nemostream.spec",
+    "Model": "nemostream.runtime.recognizer",
+    "Result": "nemostream.runtime.stream",
+    "Token": "nemostream.runtime.stream",
+}
+
+__all__ = [
+    "AudioError",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "CapacityError",
+    "CheckpointError",
+    "Manifest",
+    "Model",
+    "NemostreamError",
+    "OptionError",
+    "ParityError",
+    "Result",
+    "StreamError",
+    "Token",
+    "__version__",
+    "demo_bundle",
+    "demo_clip",
+    "load",
+]
+
+
+def load(
+    bundle: str | Path | None = None, chunk_ms: int = 560, *, capacity: int = 64, threads: int | None = None
+) -> Model:
+    """Load a bundle and make its engine ready.
+
+    `bundle` is a folder that `nemostream export` wrote; without one, the small model that comes with the package (it
+    knows spoken digits). `chunk_ms` is what streams use unless they ask otherwise; `capacity` is how many streams can
+    be open at once, each with its state reserved; `threads` is what ONNX Runtime may use (default: every core).
+
+    Raises `BundleError` for a folder that is no bundle, or a damaged one, and `OptionError` for a chunk size that the
+    model does not have.
+    """
+    from nemostream.runtime.ort import OrtBackend
+    from nemostream.runtime.recognizer import Model
+    from nemostream.spec import Bundle
+
+    opened = Bundle.open(demo_bundle() if bundle is None else bundle)
+    opened.manifest.chunk(chunk_ms)
+    return Model(opened, OrtBackend(opened, capacity=capacity, threads=threads), chunk_ms)
+
+
+def demo_bundle() -> Path:
+    """The bundle inside the package."""
+    folder = Path(str(resources.files("nemostream") / "demo"))
+    if not (folder / "manifest.json").is_file():
+        raise BundleError(f"this nemostream was built without its demo bundle ({folder}); give a bundle of your own.")
+    return folder
+
+
+def demo_clip() -> Path:
+    """A recording of a human voice that the demo bundle understands."""
+    return demo_bundle() / "clip.flac"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("nemostream")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'nemostream' has no attribute '{name}'")

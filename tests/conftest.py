@@ -1,0 +1,140 @@
+"""What tests share: a tiny checkpoint of random weights, the bundle made of it, real speech, and NeMo as the oracle."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+import nemostream
+from nemostream.spec import Bundle, Chunk, Manifest
+
+SPEECH = Path(__file__).parent / "speech"
+ROOT = Path(__file__).parents[1]
+
+Floats = NDArray[np.float32]
+
+
+def tiny_sizes(**changes: Any) -> dict[str, Any]:
+    """Two small layers: every mechanism, little arithmetic."""
+    sizes = {
+        "n_layers": 2,
+        "d_model": 64,
+        "n_heads": 4,
+        "conv_channels": 32,
+        "pred_hidden": 48,
+        "joint_hidden": 48,
+        "vocab": 128,
+    }
+    return sizes | changes
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from nemostream.benchmarks.synthetic import synthetic_model
+
+    return synthetic_model(tmp_path_factory.mktemp("checkpoint") / "tiny.nemo", **tiny_sizes())
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    from nemostream.export import export_checkpoint
+
+    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def demo_bundle() -> Bundle:
+    return Bundle.open(nemostream.demo_bundle())
+
+
+@pytest.fixture(scope="session")
+def clips() -> dict[str, Floats]:
+    """Every human clip, 16 kHz mono float32, by name."""
+    rows = [json.loads(line) for line in (SPEECH / "human.jsonl").read_text().splitlines()]
+    found = {}
+    for row in rows:
+        audio, rate = soundfile.read(SPEECH / row["audio_filepath"], dtype="float32")
+        assert rate == 16000
+        found[Path(row["audio_filepath"]).stem] = audio
+    return found
+
+
+class NemoOracle:
+    """NeMo itself: the offline forward with a chunk size's mask, and NeMo's greedy decoding of it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        from nemo.collections.asr.models import ASRModel
+
+        self.model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval()
+
+    def features(self, audio: Floats, exact: bool = False) -> Floats:
+        """Log-mel [F, M] as NeMo computes it; `exact`, with its own code in fp64."""
+        import torch
+
+        featurizer = self.model.preprocessor.featurizer
+        samples = torch.from_numpy(audio)[None]
+        if exact:
+            featurizer, samples = copy.deepcopy(featurizer).double(), samples.double()
+            window = featurizer.window.double()
+            featurizer.stft = lambda x: torch.stft(
+                x, featurizer.n_fft, featurizer.hop_length, featurizer.win_length, window, return_complex=True,
+                center=True, pad_mode="constant",
+            )  # fmt: skip
+        with torch.inference_mode():
+            mel, length = featurizer(samples, torch.tensor([len(audio)]))
+        return mel[0, :, : int(length[0])].T.float().numpy()
+
+    def encode(self, mel: Floats, chunk: Chunk) -> Floats:
+        """[T, D] encoder frames."""
+        import torch
+
+        self.model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
+        with torch.inference_mode():
+            encoded, length = self.model.encoder(
+                audio_signal=torch.from_numpy(mel.T[None].copy()), length=torch.tensor([len(mel)])
+            )
+        return encoded[0, :, : int(length[0])].T.numpy()
+
+    def tokens(self, audio: Floats, chunk: Chunk) -> list[int]:
+        """NeMo from end to end: its own fp32 features, encoder and batched greedy decoding."""
+        import torch
+
+        encoded = torch.from_numpy(self.encode(self.features(audio), chunk).T[None].copy())
+        with torch.inference_mode():
+            hypotheses = self.model.decoding.rnnt_decoder_predictions_tensor(
+                encoded, torch.tensor([encoded.shape[2]]), return_hypotheses=True
+            )
+        return [int(token) for token in hypotheses[0].y_sequence]
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny_checkpoint: Path) -> NemoOracle:
+    return NemoOracle(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def demo_oracle() -> NemoOracle:
+    return NemoOracle(ROOT / "examples" / "demo_model" / "demo.nemo")
+
+
+def cut(manifest: Manifest, chunk: Chunk, audio: Floats) -> list[tuple[Floats, int]]:
+    """The chunks of a whole recording, worked out from the contract alone: (samples, how many are the stream's)."""
+    frames = manifest.encoder_frames(len(audio))
+    padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
+    chunks = []
+    for start in range(0, -(-frames // chunk.frames) * chunk.samples, chunk.samples):
+        part = padded[start : start + chunk.samples]
+        chunks.append((np.pad(part, (0, chunk.samples - len(part))), len(part)))
+    return chunks
+
+
+@pytest.fixture(scope="session")
+def cut_chunks() -> Any:
+    return cut

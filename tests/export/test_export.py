@@ -1,0 +1,223 @@
+"""What the exporter takes, what it refuses, and what it writes. Exporting compares with NeMo or fails (`parity`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+
+from nemostream.benchmarks.synthetic import synthetic_model
+from nemostream.errors import CheckpointError, OptionError, ParityError
+from nemostream.export import export_checkpoint
+from nemostream.export.checkpoint import check_config, open_checkpoint, read_config
+from nemostream.export.parity import LEAST_STEPS, TOLERANCE, measure_parity
+from nemostream.spec import Bundle, Manifest, sha256
+
+pytestmark = pytest.mark.nemo
+
+SMALL = {
+    "n_layers": 1, "d_model": 32, "n_heads": 2, "conv_channels": 16, "pred_hidden": 24, "joint_hidden": 24, "vocab": 96,
+    "contexts": ((70, 6), (70, 0)),
+}  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "batch norm": {"conv_norm_type": "batch_norm"},
+    "biases": {"use_bias": True},
+    "batch norm, biases and xscaling": {"conv_norm_type": "batch_norm", "use_bias": True, "xscaling": True},
+    "80 mel bins": {"mels": 80},
+    "one LSTM layer": {"pred_layers": 1},
+    "three LSTM layers": {"pred_layers": 3},
+    "other contexts, of different lengths": {"contexts": ((56, 3), (28, 1), (40, 4))},
+    "wider kernel, more layers and heads": {"conv_kernel": 31, "n_layers": 3, "n_heads": 4},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_supported_variant_equals_nemo(changes: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = synthetic_model(tmp_path / "variant.nemo", **(SMALL | changes))
+    bundle = export_checkpoint(checkpoint, tmp_path / "bundle")
+    for chunk in bundle.manifest.chunks:
+        figures = bundle.manifest.parity[f"{chunk.ms}ms"]
+        assert figures["steps"] >= LEAST_STEPS
+        assert 0 < figures["encoder"] <= TOLERANCE
+        assert figures["features"] <= 1e-5
+
+
+def test_subsampling_by_four_and_tied_biases(tmp_path: Path) -> None:
+    from nemo.collections.asr.models import ASRModel, EncDecRNNTBPEModel
+    from omegaconf import open_dict
+
+    model = ASRModel.restore_from(str(synthetic_model(tmp_path / "a.nemo", **SMALL)), map_location="cpu")
+    config = model.cfg
+    with open_dict(config):
+        config.encoder.subsampling_factor = 4
+        config.encoder.untie_biases = False
+    other = EncDecRNNTBPEModel(cfg=config)
+    for layer in other.encoder.layers:
+        layer.self_attn.pos_bias_u.data.normal_(0, 0.3)
+    other.save_to(str(tmp_path / "b.nemo"))
+    bundle = export_checkpoint(tmp_path / "b.nemo", tmp_path / "bundle")
+    assert [chunk.ms for chunk in bundle.manifest.chunks] == [40, 280]
+    assert bundle.manifest.encoder.subsampling == 4
+    assert all(bundle.manifest.parity[f"{ms}ms"]["encoder"] <= TOLERANCE for ms in (40, 280))
+
+
+REFUSALS = [
+    ("target", "nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModelBPE"),
+    ("target", "nemo.collections.asr.models.rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt"),
+    ("loss.loss_name", "tdt"),
+    ("model_defaults.tdt_durations", [0, 1, 2, 3, 4]),
+    ("decoding.durations", [0, 1, 2]),
+    ("joint.num_extra_outputs", 5),
+    ("encoder._target_", "nemo.collections.asr.modules.SqueezeformerEncoder"),
+    ("encoder.att_context_style", "regular"),
+    ("encoder.att_context_size", [[-1, -1]]),
+    ("encoder.att_context_size", [[70, 13], [70, 12]]),
+    ("encoder.conv_context_size", None),
+    ("encoder.causal_downsampling", False),
+    ("encoder.subsampling", "striding"),
+    ("encoder.subsampling_factor", 16),
+    ("encoder.self_attention_model", "abs_pos"),
+    ("encoder.conv_norm_type", "instance_norm"),
+    ("encoder.reduction", "pooling"),
+    ("preprocessor.normalize", "per_feature"),
+    ("preprocessor.window", "hamming"),
+    ("preprocessor.frame_splicing", 2),
+    ("decoder._target_", "nemo.collections.asr.modules.StatelessTransducerDecoder"),
+    ("decoder.normalization_mode", "layer"),
+    ("joint.jointnet.activation", "gelu"),
+    ("tokenizer.type", "wpe"),
+    ("adapters", {"speaker": {"enabled": True}}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSALS, ids=[f"{f}={v}"[:60] for f, v in REFUSALS])
+def test_unsupported_is_refused_by_name(field: str, value: Any, tiny_checkpoint: Path) -> None:
+    config = read_config(tiny_checkpoint)
+    check_config(config)
+    place = config
+    *path, last = field.split(".")
+    for key in path:
+        place = place.setdefault(key, {})
+    place[last] = value
+    with pytest.raises(CheckpointError) as refusal:
+        check_config(config)
+    assert field in str(refusal.value)
+    assert repr(value[0] if field == "encoder.att_context_size" and len(value) == 1 else value)[1:8] in str(refusal.value)
+    assert "supports" in str(refusal.value)
+
+
+def test_hybrid_with_rnnt_is_taken(tiny_checkpoint: Path) -> None:
+    config = read_config(tiny_checkpoint)
+    config["target"] = "nemo.collections.asr.models.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
+    *_, chunks, _ = check_config(config)
+    assert [chunk.ms for chunk in chunks] == [80, 160, 560, 1120]
+
+
+def test_refusal_comes_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A refused checkpoint needs no weights at all: the archive here has none."""
+    config = read_config(tiny_checkpoint)
+    config["encoder"]["att_context_style"] = "regular"
+    document = yaml.safe_dump(config).encode()
+    with tarfile.open(tmp_path / "regular.nemo", "w") as archive:
+        member = tarfile.TarInfo("./model_config.yaml")
+        member.size = len(document)
+        archive.addfile(member, io.BytesIO(document))
+    with pytest.raises(CheckpointError, match="att_context_style is 'regular'"):
+        export_checkpoint(tmp_path / "regular.nemo", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "noise.nemo").write_bytes(b"not a tar" * 100)
+    with pytest.raises(CheckpointError, match=r"noise\.nemo cannot be read as a \.nemo checkpoint"):
+        export_checkpoint(tmp_path / "noise.nemo", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"missing\.nemo is not a file"):
+        export_checkpoint(tmp_path / "missing.nemo", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("do not delete")
+    with pytest.raises(OptionError, match="exists and is not a bundle"):
+        export_checkpoint(tmp_path / "noise.nemo", tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.tex").exists()
+
+
+def test_a_wrong_graph_is_not_written(tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Change one number of one weight: parity must fail and say where."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.path, copy)
+    model = onnx.load(copy / "encoder-560ms.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == "encoder.layers.1.feed_forward1.linear1.weight")
+    offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+    with (copy / "weights.bin").open("r+b") as weights:
+        weights.seek(offset)
+        weights.write(np.float32(3.0).tobytes())
+    with pytest.raises(ParityError, match=r"encoder-80ms is .* away from NeMo .* worst at frame \d+, step \d+"):
+        measure_parity(Bundle(copy, tiny_bundle.manifest), tiny_checkpoint, lambda message: None)
+
+
+def test_the_bundle(tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = tiny_bundle.manifest
+    assert Bundle.open(tiny_bundle.path).manifest == Manifest.from_json(manifest.to_json())
+    assert manifest.checkpoint["sha256"] == sha256(tiny_checkpoint)
+    assert [chunk.ms for chunk in manifest.chunks] == [80, 160, 560, 1120]
+    names = {f"{kind}-{chunk.ms}ms" for chunk in manifest.chunks for kind in ("features", "encoder")}
+    assert set(manifest.graphs) == names | {"decoder", "joint"}
+    for graph in manifest.graphs.values():
+        model = onnx.load(tiny_bundle.path / graph.file, load_external_data=False)
+        for side, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
+            assert [tensor.name for tensor in side] == [value.name for value in values]
+            for tensor in side:
+                assert [axis for axis in tensor.shape if isinstance(axis, str)] == ["B"], tensor
+        for tensor in model.graph.initializer:
+            if np.prod(tensor.dims) > 1024:
+                places = {entry.key: entry.value for entry in tensor.external_data}
+                assert places["location"] == manifest.weights.file, tensor.name
+    # Nothing but a change of the checkpoint changes the bundle.
+    again = export_checkpoint(tiny_checkpoint, tmp_path / "again").manifest
+    assert again.weights == manifest.weights
+    assert again.graphs == manifest.graphs
+
+
+def test_an_older_bundle_is_replaced(tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.path, copy)
+    document = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(document | {"version": 0}))
+    export_checkpoint(tiny_checkpoint, copy)
+    assert Bundle.open(copy).manifest.weights == tiny_bundle.manifest.weights
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"], "no temporary folder is left"
+
+
+@pytest.mark.slow
+def test_full_size_within_16_gb(tmp_path: Path) -> None:
+    """The 0.6B shape: at most 16 GB of memory, at most 1.15 times its fp32 weights on disk, parity at all chunk sizes."""
+    import resource
+    import subprocess
+
+    synthetic = [sys.executable, "-m", "nemostream.benchmarks.synthetic", str(tmp_path / "full.nemo")]
+    subprocess.run(synthetic, check=True, capture_output=True, text=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    made = subprocess.run(
+        [sys.executable, "-m", "nemostream", "export", str(tmp_path / "full.nemo"), str(tmp_path / "bundle")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB, of the largest child
+    assert peak < 16e9 / 1024, f"peak {peak / 1e6:.1f} GB (making the checkpoint: {before / 1e6:.1f} GB)"
+    assert "comparing 1120 ms with NeMo" in made.stderr
+    bundle = Bundle.open(tmp_path / "bundle")
+    source = open_checkpoint(tmp_path / "full.nemo", tmp_path / "unpacked")
+    weights = sum(tensor.numel() * 4 for tensor in source.state.values())
+    on_disk = sum(file.stat().st_size for file in bundle.path.iterdir())
+    assert 2.3e9 < weights < 2.6e9
+    assert on_disk <= 1.15 * weights
+    for ms in (80, 160, 560, 1120):
+        assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= LEAST_STEPS

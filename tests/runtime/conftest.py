@@ -1,0 +1,63 @@
+"""Shared by the runtime's tests: a manifest with the real model's numbers, a tokenizer made here, the fake backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from nemostream.spec import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest
+
+
+@pytest.fixture(scope="session")
+def fake():
+    """The module `fake_backend.py`, which importlib mode keeps off `sys.path`."""
+    name = "nemostream_tests_fake_backend"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fake_backend.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model() -> bytes:
+    """A SentencePiece model with byte fallback: the hardest case for text that comes bit by bit."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog again and again"] * 20),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory, tokenizer_model) -> Bundle:
+    path = tmp_path_factory.mktemp("bundle")
+    (path / "tokenizer.model").write_bytes(tokenizer_model)
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
+    manifest = Manifest(
+        name="fake",
+        features=Features(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
+        encoder=Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
+        decoder=Decoder(layers=2, hidden=640, joint=640, vocabulary=vocabulary, max_symbols=10),
+        chunks=tuple(Chunk(ms=80 * t, frames=t, left=70, samples=1280 * t) for t in (1, 2, 7, 14)),
+        graphs={},
+        weights=File("weights.bin", "", 0),
+        tokenizer=File("tokenizer.model", "", 0),
+    )
+    return Bundle(path, manifest)
+
+
+@pytest.fixture(scope="session")
+def manifest(bundle) -> Manifest:
+    return bundle.manifest

@@ -1,0 +1,126 @@
+"""A backend whose tokens prove what it heard.
+
+The tokens of frame i spell a checksum of every sample its slot got up to and including that frame: one sample lost,
+doubled, moved, in another slot, or a slot not reset, and all later tokens differ. It says nothing of recognition.
+It also checks what the seam promises a backend, and fails the batch if a promise is broken.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemostream.runtime.backend import Batch, Emissions
+from nemostream.spec import Manifest
+
+DIGITS = 3
+
+
+def spell(checksum: int, vocabulary: int) -> list[int]:
+    return [checksum // vocabulary**k % vocabulary for k in range(DIGITS)]
+
+
+def encoder_frames(samples: int) -> int:
+    """By counting the windows of three convolutions (kernel 3, stride 2, two zeros before, one after)."""
+    frames = samples // 160
+    for _ in range(3 if frames else 0):
+        frames = sum(1 for start in range(0, 2 + frames + 1, 2) if start + 3 <= 2 + frames + 1)
+    return frames
+
+
+def expected(audio_N: np.ndarray, vocabulary: int) -> tuple[list[int], list[int]]:
+    """Tokens and frames of a whole recording at 16 kHz, straight from the definition."""
+    frames = encoder_frames(len(audio_N))
+    heard = np.zeros(frames * 1280, np.float32)
+    part = audio_N[: max(frames * 1280 - 1081, 0)]
+    heard[1081 : 1081 + len(part)] = part
+    checksum, tokens = 0, []
+    for row in heard.reshape(-1, 1280):
+        checksum = zlib.crc32(row.tobytes(), checksum)
+        tokens += spell(checksum, vocabulary)
+    return tokens, [i for i in range(frames) for _ in range(DIGITS)]
+
+
+@dataclass
+class Step:
+    backend: FakeBackend
+    batch: Batch
+    emissions: Emissions
+
+    def result(self) -> Emissions:
+        try:
+            self.backend.on_result(self.batch)
+        finally:
+            for slot in self.batch.slots.tolist():
+                self.backend.in_flight[slot] -= 1
+        return self.emissions
+
+
+def nothing(batch: Batch) -> None: ...
+
+
+class FakeBackend:
+    def __init__(self, manifest: Manifest, capacity: int = 4, max_batch: int = 4) -> None:
+        self.manifest, self.capacity, self.max_batch = manifest, capacity, max_batch
+        self.position: dict[int, int] = {}
+        self.checksum: dict[int, int] = {}
+        self.in_flight = dict.fromkeys(range(capacity), 0)
+        self.batches: list[tuple[int, list[int]]] = []  # chunk, slots
+        self.most_in_flight = 0
+        self.closed = False
+        self.on_reset: Callable[[list[int]], None] = lambda slots: None
+        self.on_submit: Callable[[Batch], None] = nothing
+        self.on_result: Callable[[Batch], None] = nothing
+        self.fails: Callable[[int, int], bool] = lambda slot, position: False
+        self.thread: int | None = None
+
+    def reset(self, slots: np.ndarray) -> None:
+        self._on_one_thread()
+        self.on_reset(slots.tolist())
+        for slot in slots.tolist():
+            assert self.in_flight[slot] == 0, f"slot {slot} was reset while a step used it"
+            self.position[slot] = self.checksum[slot] = 0
+
+    def submit(self, batch: Batch) -> Step:
+        self._on_one_thread()
+        slots = batch.slots.tolist()
+        self.batches.append((batch.chunk.ms, slots))
+        self._check(batch)
+        self.on_submit(batch)
+        vocabulary = self.manifest.decoder.vocabulary
+        tokens, frames, failed = [], [], []
+        for slot, audio, length in zip(slots, batch.audio, batch.lengths.tolist(), strict=True):
+            self.in_flight[slot] += 1
+            start = self.position[slot]
+            total = encoder_frames(start * 1280 - 1081 + length)
+            row: list[int] = []
+            for segment in audio.reshape(-1, 1280)[: total - start]:
+                self.checksum[slot] = zlib.crc32(segment.tobytes(), self.checksum[slot])
+                row += spell(self.checksum[slot], vocabulary)
+            tokens.append(np.array(row, np.int32))
+            frames.append(start + np.arange(len(row), dtype=np.int64) // DIGITS)
+            failed.append(self.fails(slot, start))
+            self.position[slot] = start + batch.chunk.frames
+        self.most_in_flight = max(self.most_in_flight, sum(self.in_flight.values()))
+        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), np.array(failed, bool)))
+
+    def close(self) -> None:
+        self._on_one_thread()
+        self.closed = True
+
+    def _on_one_thread(self) -> None:
+        self.thread = self.thread or threading.get_ident()
+        assert self.thread == threading.get_ident(), "the backend was called by two threads"
+        assert not self.closed, "the backend was called after close"
+
+    def _check(self, batch: Batch) -> None:
+        slots, rows = batch.slots.tolist(), len(batch.slots)
+        assert slots == sorted(set(slots)) and 0 < rows <= self.max_batch
+        assert (batch.slots.dtype, batch.lengths.dtype, batch.audio.dtype) == (np.int64, np.int64, np.float32)
+        assert batch.audio.shape == (rows, batch.chunk.samples) and batch.lengths.shape == (rows,)
+        for audio, length in zip(batch.audio, batch.lengths.tolist(), strict=True):
+            assert 0 <= length <= batch.chunk.samples and not audio[length:].any()
