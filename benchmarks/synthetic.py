@@ -33,11 +33,13 @@ class Sizes:
     n_layers: int = 24
     d_model: int = 1024
     n_heads: int = 8
+    subsampling: int = 8
     conv_channels: int = 256
     conv_kernel: int = 9
     conv_norm_type: str = "layer_norm"
     use_bias: bool = False
     xscaling: bool = False
+    untie_biases: bool = True
     contexts: Sequence[Sequence[int]] = ((70, 13), (70, 6), (70, 1), (70, 0))
     mels: int = 128
     pred_hidden: int = 640
@@ -123,7 +125,7 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
                 "d_model": sizes.d_model,
                 "use_bias": sizes.use_bias,
                 "subsampling": "dw_striding",
-                "subsampling_factor": 8,
+                "subsampling_factor": sizes.subsampling,
                 "subsampling_conv_channels": sizes.conv_channels,
                 "causal_downsampling": True,
                 "ff_expansion_factor": 4,
@@ -132,7 +134,7 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
                 "att_context_size": [list(context) for context in sizes.contexts],
                 "att_context_style": "chunked_limited",
                 "xscaling": sizes.xscaling,
-                "untie_biases": True,
+                "untie_biases": sizes.untie_biases,
                 "pos_emb_max_len": 5000,
                 "conv_kernel_size": sizes.conv_kernel,
                 "conv_norm_type": sizes.conv_norm_type,
@@ -215,7 +217,9 @@ def _scatter(model: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nemostream.benchmarks.synthetic", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m nemostream.benchmarks.synthetic", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("out", type=Path, metavar="OUT.nemo")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(Sizes):

@@ -109,9 +109,7 @@ def _write_graphs(source: Checkpoint, folder: Path, say: Callable[[str], None]) 
 def _save(model: onnx.ModelProto, path: Path) -> Graph:
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path, full_check=True)
-    inputs, outputs = (
-        tuple(_tensor(value) for value in values) for values in (model.graph.input, model.graph.output)
-    )
+    inputs, outputs = (tuple(_tensor(value) for value in values) for values in (model.graph.input, model.graph.output))
     return Graph(path.name, sha256(path), inputs, outputs)
 
 

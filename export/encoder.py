@@ -72,7 +72,10 @@ class _EncoderWriter:
         g.scope("subsampling")
         window = g.concat(mel_cache, mel, axis=1)
         g.output(
-            "mel_cache_next", g.slice(window, new_mels, new_mels + spec.mel_cache, 1), FLOAT, ["B", spec.mel_cache, mels]
+            "mel_cache_next",
+            g.slice(window, new_mels, new_mels + spec.mel_cache, 1),
+            FLOAT,
+            ["B", spec.mel_cache, mels],
         )
         x, new_valid = self._subsample(window, position, valid)
         g.scope("masks")
@@ -204,9 +207,7 @@ class _EncoderWriter:
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_feed_forward{which}")
         return self._linear(self.g.silu(self._linear(x, f"{name}.linear1")), f"{name}.linear2", scale=0.5)
 
-    def _attention(
-        self, x: str, layer: int, k_cache: str, v_cache: str, bias: str, index: str
-    ) -> tuple[str, str, str]:
+    def _attention(self, x: str, layer: int, k_cache: str, v_cache: str, bias: str, index: str) -> tuple[str, str, str]:
         g, ckpt, heads, d_k = self.g, self.ckpt, self.spec.heads, self.d_k
         name, width, scale = f"encoder.layers.{layer}.self_attn", self.spec.d_model, self.d_k**-0.5
 

@@ -4,9 +4,9 @@ Source: NeMo `collections/asr/parts/preprocessing/features.py`, `FilterbankFeatu
 in the FFT frame, power spectrum, mel filters, log(x + guard).
 
 Two liberties, both exact. A power spectrum does not see a shift in time, so the transform is taken about the middle of
-the window, where cosines are even and sines odd: samples are folded into sums and differences, half the multiplications. And
-the arithmetic is 64 bit: NeMo's own fp32 FFT is off by up to 2e-4 in quiet bins against its fp64 self, so agreeing with
-what NeMo *means* to 1e-5 takes more than fp32. It costs about 20 MFLOP per second of audio.
+the window, where cosines are even and sines odd: samples are folded into sums and differences, which halves the
+multiplications. And the arithmetic is 64 bit: NeMo's own fp32 FFT is off by up to 2e-4 in quiet bins against its fp64
+self, so agreeing with what NeMo *means* to 1e-5 takes more than fp32. It costs about 20 MFLOP per second of audio.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def write_features(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> 
     lengths = g.input("lengths", TensorProto.INT64, ["B"])
 
     samples = g.concat(old, audio, axis=1)
-    g.output("audio_tail_next", g.slice(samples, chunk.samples, chunk.samples + tail, 1), TensorProto.FLOAT, ["B", tail])
+    g.output(
+        "audio_tail_next", g.slice(samples, chunk.samples, chunk.samples + tail, 1), TensorProto.FLOAT, ["B", tail]
+    )
 
     x = g.op("Cast", samples, to=TensorProto.DOUBLE)
     if spec.preemphasis:
@@ -44,9 +46,11 @@ def write_features(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> 
         x = g.op("Sub", g.slice(x, 1, tail + chunk.samples, 1), before)
     else:
         x = g.slice(x, 1, tail + chunk.samples, 1)
-    # Position m holds the new sample m - (tail - 1). Tables are stored once, for the longest chunk; others use its start.
+    # Position m holds the new sample m - (tail - 1). Tables are stored once, for the longest chunk; others use a part.
     longest = max(c.samples for c in checkpoint.chunks)
-    time = g.weight("features.time", lambda: np.arange(longest + tail - 1) - (tail - 1), slice(0, chunk.samples + tail - 1))
+    time = g.weight(
+        "features.time", lambda: np.arange(longest + tail - 1) - (tail - 1), slice(0, chunk.samples + tail - 1)
+    )
     x = g.op("Where", g.op("Less", time, g.unsqueeze(lengths, 1)), x, g.const(0, np.float64))
 
     # Frame j covers positions [hop j, hop j + 2 half); its k-th pair is (k, 2 half - 1 - k).

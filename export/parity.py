@@ -30,7 +30,7 @@ Floats = NDArray[np.float32]
 
 
 def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], None]) -> Manifest:
-    """The bundle's manifest with the figures filled in. Raises `ParityError` naming the graph that is off, and where."""
+    """The manifest with the figures filled in. Raises `ParityError` naming the graph that is off, and where."""
     import torch
     from nemo.collections.asr.models import ASRModel
 
@@ -55,7 +55,9 @@ def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], N
             got_mel, got, steps = stream_encoder(bundle, chunk, audio)
             figures[f"{chunk.ms}ms"] = {
                 "steps": steps,
-                "features": _compare(f"features-{chunk.ms}ms", got_mel, mel, chunk.frames * manifest.encoder.subsampling),
+                "features": _compare(
+                    f"features-{chunk.ms}ms", got_mel, mel, chunk.frames * manifest.encoder.subsampling
+                ),
                 "encoder": _compare(f"encoder-{chunk.ms}ms", got, wanted, chunk.frames),
             }
         progress("comparing prediction net and joint with NeMo")
@@ -110,7 +112,9 @@ def stream_encoder(bundle: Bundle, chunk: Chunk, audio: Floats) -> tuple[Floats,
 def _speech(manifest: Manifest) -> Floats:
     with resources.as_file(resources.files("nemostream.export") / "parity.flac") as path:
         audio, rate = soundfile.read(path, dtype="float32")
-    audio = soxr.resample(audio, rate, manifest.features.sample_rate) if rate != manifest.features.sample_rate else audio
+    audio = (
+        soxr.resample(audio, rate, manifest.features.sample_rate) if rate != manifest.features.sample_rate else audio
+    )
     needed = LEAST_STEPS * max(chunk.samples for chunk in manifest.chunks)
     return np.tile(audio, -(-needed // len(audio)))
 

@@ -48,8 +48,11 @@ class Pending(Protocol):
 
 
 class Backend(Protocol):
+    """Up to two steps may be under way at once, with the same slot in both: the second reads what the first left."""
+
     capacity: int  # slots
     max_batch: int  # most rows in one batch
+    asynchronous: bool  # whether `submit` returns before the step is over; if not, overlapping steps would only delay
 
     def reset(self, slots: NDArray[np.int64]) -> None:
         """Make the slots' state that of a stream that has heard nothing."""

@@ -31,6 +31,8 @@ class OrtBackend:
     `BackendError` if the bundle's graphs cannot be loaded.
     """
 
+    asynchronous = False
+
     def __init__(
         self, bundle: Bundle, capacity: int = 64, max_batch: int | None = None, threads: int | None = None
     ) -> None:
@@ -155,7 +157,9 @@ class _Step:
         }
         self._max_batch, self._layers = max_batch, spec.layers
         # Staging rows for batches of slots that are not neighbours. Untouched pages of zeros cost no memory.
-        self._staged = [np.zeros((spec.layers, max_batch, *a.shape[2:]), np.float32) for a in (state.k, state.v, state.conv)]
+        self._staged = [
+            np.zeros((spec.layers, max_batch, *rings.shape[2:]), np.float32) for rings in (state.k, state.v, state.conv)
+        ]
         self._bound: dict[int, _Bound] = {}
 
     def run(self, batch: Batch, position: Ints, valid: Ints) -> Floats:

@@ -45,7 +45,7 @@ class Model:
         self.chunk_ms = self.manifest.chunk(chunk_ms).ms
         self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
         # Where `submit` is the step itself, overlap would hold each result back by a whole step and hide nothing.
-        self._scheduler = Scheduler(self.manifest, backend, overlap=getattr(backend, "asynchronous", False))
+        self._scheduler = Scheduler(self.manifest, backend, overlap=backend.asynchronous)
 
     def stream(self, *, sample_rate: int = 16000, channels: int = 1, chunk_ms: int | None = None) -> LiveStream:
         """A live stream of audio pushed at `sample_rate`.

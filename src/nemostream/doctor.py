@@ -29,12 +29,14 @@ def describe(bundle: Bundle) -> None:
         f"{encoder.cache} frames of context, x{encoder.subsampling} subsampling",
         "decoder": f"{decoder.layers} LSTM layer(s) of {decoder.hidden}, joint {decoder.joint}, "
         f"{decoder.vocabulary} tokens, at most {decoder.max_symbols} per frame",
-        "checkpoint": f"{manifest.checkpoint.get('source', '?')}  sha256 {manifest.checkpoint.get('sha256', '?')[:16]}…",
+        "checkpoint": f"{manifest.checkpoint.get('source')}  sha256 {manifest.checkpoint.get('sha256', '?')[:16]}…",
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
     for name, text in rows.items():
         console.print(f"  [dim]{name:10}[/dim] {text}")
-    table = Table("chunk", "frames", "context", "steps compared", "features", "encoder", title="chunk sizes, and parity")
+    table = Table(
+        "chunk", "frames", "context", "steps compared", "features", "encoder", title="chunk sizes, and parity"
+    )
     for chunk in manifest.chunks:
         figures = manifest.parity.get(f"{chunk.ms}ms", {})
         compared = (f"{figures[key]:.1e}" if key in figures else "–" for key in ("features", "encoder"))

@@ -220,7 +220,8 @@ class Manifest:
 
 def _graph(document: Mapping[str, Any]) -> Graph:
     inputs, outputs = (
-        tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in document[side]) for side in ("inputs", "outputs")
+        tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in document[side])
+        for side in ("inputs", "outputs")
     )
     return Graph(document["file"], document["sha256"], inputs, outputs)
 

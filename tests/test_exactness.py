@@ -1,0 +1,263 @@
+"""The tests that decide: streamed equals NeMo offline, whatever the pushes, neighbours and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import nemostream
+from nemostream.errors import StreamError
+from nemostream.export.parity import stream_encoder
+from nemostream.runtime.backend import Batch
+from nemostream.runtime.ort import OrtBackend
+from nemostream.runtime.recognizer import Model
+from nemostream.spec import Bundle
+
+pytestmark = pytest.mark.nemo
+
+CHUNKS = (80, 160, 560, 1120)
+Floats = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def demo_model(demo_bundle: Bundle) -> Iterator[Model]:
+    with nemostream.load(demo_bundle.path, capacity=8) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_bundle: Bundle) -> Iterator[Model]:
+    with nemostream.load(tiny_bundle.path, capacity=8) as model:
+        yield model
+
+
+def ids(result: nemostream.Result) -> list[int]:
+    return [token.id for token in result.tokens]
+
+
+# -- against NeMo ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ms", CHUNKS)
+@pytest.mark.parametrize("which", ["demo", "tiny"])
+def test_tokens_equal_nemos_for_every_human_clip(
+    which: str, ms: int, clips: dict[str, Floats], request: pytest.FixtureRequest
+) -> None:
+    model, oracle = request.getfixturevalue(f"{which}_model"), request.getfixturevalue(f"{which}_oracle")
+    chunk, spoken = model.manifest.chunk(ms), 0
+    for name, audio in clips.items():
+        wanted = oracle.tokens(audio, chunk)
+        assert ids(model.transcribe(audio, chunk_ms=ms)) == wanted, name
+        spoken += len(wanted)
+    assert spoken > 20, "an oracle that says nothing proves nothing"
+
+
+@pytest.mark.parametrize("ms", CHUNKS)
+@pytest.mark.parametrize("which", ["demo", "tiny"])
+def test_encoder_and_features_equal_nemos(
+    which: str, ms: int, clips: dict[str, Floats], request: pytest.FixtureRequest
+) -> None:
+    bundle, oracle = request.getfixturevalue(f"{which}_bundle"), request.getfixturevalue(f"{which}_oracle")
+    chunk = bundle.manifest.chunk(ms)
+    for name, audio in clips.items():
+        mel, encoded, _ = stream_encoder(bundle, chunk, audio)
+        exact = oracle.features(audio, exact=True)
+        np.testing.assert_allclose(mel, exact, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(encoded, oracle.encode(exact, chunk), rtol=0, atol=1e-4, err_msg=name)
+        # NeMo's own fp32 transform strays from what it means by its rounding, and we from it by no more than that.
+        rounded = oracle.features(audio)
+        assert np.abs(mel - rounded).max() <= np.abs(exact - rounded).max() + 1e-5
+
+
+LENGTHS = [160, 161, 319, 320, 1279, 1280, 1281, 2560, 1478, 1480, 7879, 16838, 16839, 16840, 33000]
+
+
+@pytest.mark.parametrize("ms", CHUNKS)
+def test_every_frame_of_the_offline_forward_comes_out(
+    ms: int, tiny_bundle: Bundle, tiny_oracle: Any, clips: Any
+) -> None:
+    """Lengths at and around every edge: the last words of a short clip must not be lost, nor frames made up."""
+    audio = clips["librivox-sense-0880"][4000:]
+    for length in LENGTHS:
+        mel, encoded, _ = stream_encoder(tiny_bundle, tiny_bundle.manifest.chunk(ms), audio[:length])
+        wanted = tiny_oracle.encode(tiny_oracle.features(audio[:length], exact=True), tiny_bundle.manifest.chunk(ms))
+        assert encoded.shape == wanted.shape, length
+        np.testing.assert_allclose(encoded, wanted, rtol=0, atol=1e-4, err_msg=str(length))
+
+
+# -- against itself ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_different_age_share_a_batch(tiny_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """Streams that begin at different steps, in scattered slots that earlier streams dirtied, batched all together."""
+    manifest, names = tiny_bundle.manifest, list(clips)[:5]
+    for ms in CHUNKS:
+        chunk = manifest.chunk(ms)
+        backend = OrtBackend(tiny_bundle, capacity=9)
+        noise = np.random.default_rng(0).standard_normal((9, chunk.samples)).astype(np.float32)
+        backend.submit(Batch(chunk, np.arange(9), noise, np.full(9, chunk.samples))).result()
+        slots = dict(zip(names, (7, 0, 3, 4, 8), strict=True))
+        backend.reset(np.array(sorted(slots.values())))
+        waiting = {name: cut_chunks(manifest, chunk, clips[name]) for name in names}
+        tokens: dict[str, list[int]] = {name: [] for name in names}
+        turn = 0
+        while any(waiting.values()):
+            live = [n for i, n in enumerate(names) if waiting[n] and turn >= 2 * i]
+            live.sort(key=slots.__getitem__)
+            parts = [waiting[name].pop(0) for name in live]
+            turn += 1
+            if not live:
+                continue
+            batch = Batch(
+                chunk,
+                np.array([slots[name] for name in live]),
+                np.stack([audio for audio, _ in parts]),
+                np.array([length for _, length in parts]),
+            )
+            emissions = backend.submit(batch).result()
+            assert not emissions.failed.any()
+            for name, said in zip(live, emissions.tokens, strict=True):
+                tokens[name] += said.tolist()
+        with nemostream.load(tiny_bundle.path, capacity=1) as alone:
+            assert tokens == {name: ids(alone.transcribe(clips[name], chunk_ms=ms)) for name in names}
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_pushes_neighbours_and_slots_change_nothing(data: st.DataObject, tiny_model: Model, clips: Any) -> None:
+    """Streams of several chunk sizes start and end at random, pushed in pieces of any size, beside each other."""
+    jobs = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(sorted(clips)), st.sampled_from(CHUNKS), st.integers(0, 2**32 - 1)),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    live: list[tuple[Any, Floats, list[int], tuple[str, int]]] = []
+    for name, ms, seed in jobs:
+        rng = np.random.default_rng(seed)
+        audio = clips[name][: 16000 * 4]
+        pieces = np.diff(np.concatenate([[0], np.sort(rng.integers(0, len(audio), 8)), [len(audio)]])).tolist()
+        live.append((tiny_model.stream(chunk_ms=ms), audio, pieces, (name, ms)))
+    order = data.draw(st.permutations([i for i, job in enumerate(live) for _ in range(len(job[2]) + 1)]))
+    at, got = [0] * len(live), {}
+    for i in order:
+        stream, audio, pieces, _ = live[i]
+        if pieces:
+            size = pieces.pop(0)
+            stream.push(audio[at[i] : at[i] + size])
+            at[i] += size
+        else:
+            got[i] = ids(stream.finish())
+    for i, (_, audio, _, (name, ms)) in enumerate(live):
+        assert got[i] == ids(tiny_model.transcribe(audio, chunk_ms=ms)), (name, ms)
+
+
+def test_single_samples(tiny_model: Model, clips: Any) -> None:
+    audio = clips["cards-001"][:6000]
+    with tiny_model.stream(chunk_ms=80) as stream:
+        partials = [partial for sample in audio for partial in stream.push(sample[None])]
+        final = stream.finish()
+    assert ids(final) == ids(tiny_model.transcribe(audio, chunk_ms=80))
+    assert len(partials) == (6000 + tiny_model.manifest.lead) // 1280
+    assert all(final.tokens[: len(partial.tokens)] == partial.tokens for partial in partials), "a partial was revised"
+
+
+def test_int16_is_the_same_audio(tiny_model: Model, clips: Any) -> None:
+    audio = clips["cards-002"]
+    whole = np.round(audio * 32768).astype(np.int16)
+    assert ids(tiny_model.transcribe(whole)) == ids(tiny_model.transcribe(whole.astype(np.float32) / 32768))
+
+
+def test_a_poisoned_stream_fails_alone(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
+    """NaN inside the state of one slot: its stream gets an error, its neighbours their words, the slot a clean start."""
+    audio, backend = clips["cards-003"], tiny_model._scheduler._backend
+    assert isinstance(backend, OrtBackend)
+    wanted = ids(tiny_model.transcribe(audio))
+    with tiny_model.stream() as sick, tiny_model.stream() as well:
+        half = len(audio) // 2
+        sick.push(audio[:half])
+        well.push(audio[:half])
+        backend._state.v[:, sick._recognition._seat.slot] = np.nan
+        with pytest.raises(StreamError, match="not finite"):
+            sick.push(audio[half:])
+            sick.finish()
+        well.push(audio[half:])
+        assert ids(well.finish()) == wanted
+    for _ in range(backend.capacity):
+        assert ids(tiny_model.transcribe(audio)) == wanted, "a poisoned slot was handed on"
+
+
+def test_position_far_into_a_stream(tiny_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """A stream of a month goes on as one of a minute: only `position` differs, by whole turns of the ring."""
+    chunk, spec = tiny_bundle.manifest.chunk(560), tiny_bundle.manifest.encoder
+    audio = np.tile(clips["librivox-sense-0870"], 2)
+    tokens = []
+    for turns in (0, 460_000):  # 70 frames each: a month of audio
+        backend, said = OrtBackend(tiny_bundle, capacity=1), []
+        backend.reset(np.array([0]))
+        for step, (samples, length) in enumerate(cut_chunks(tiny_bundle.manifest, chunk, audio)):
+            if step == 12:  # the ring is full; from here on the position may be any congruent one
+                backend._state.position[0] += turns * spec.cache
+            row = Batch(chunk, np.array([0]), samples[None], np.array([length]))
+            emissions = backend.submit(row).result()
+            offset = turns * spec.cache if step >= 12 else 0
+            said += list(zip(emissions.tokens[0].tolist(), (emissions.frames[0] - offset).tolist(), strict=True))
+        tokens.append(said)
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) > 10
+
+
+def test_state_and_buffers_do_not_grow(tiny_bundle: Bundle, clips: Any) -> None:
+    """Ten minutes through one slot: the arena is the one allocated at the start, and every array keeps its size."""
+    backend, chunk = OrtBackend(tiny_bundle, capacity=2), tiny_bundle.manifest.chunk(1120)
+    backend.reset(np.array([0, 1]))
+
+    def sizes() -> dict[str, tuple[int, int]]:
+        return {name: (array.ctypes.data, array.nbytes) for name, array in vars(backend._state).items()}
+
+    before = sizes()
+    rng = np.random.default_rng(0)
+    for _ in range(540):
+        audio = rng.standard_normal((2, chunk.samples)).astype(np.float32) * 0.01
+        backend.submit(Batch(chunk, np.array([0, 1]), audio, np.full(2, chunk.samples))).result()
+    assert sizes() == before
+    assert backend._state.position.tolist() == [540 * chunk.frames] * 2
+    assert len(backend._steps[1120]._bound) == 1
+
+
+# -- hearing -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_model_hears_digits(demo_model: Model) -> None:
+    """WER over the packaged held-out strings; the whole set's figures are in the model card."""
+    import json
+
+    import soundfile
+
+    folder = Path(__file__).parents[1] / "examples" / "demo_model" / "heldout"
+    rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    wrong = words = 0
+    for row in rows:
+        audio, rate = soundfile.read(folder / row["audio_filepath"], dtype="int16")
+        got, wanted = demo_model.transcribe(audio, sample_rate=rate).text.split(), row["text"].split()
+        wrong, words = wrong + edits(wanted, got), words + len(wanted)
+    assert len(rows) >= 24
+    assert wrong / words <= 0.15, f"{wrong} of {words} words"
+
+
+def edits(wanted: list[str], got: list[str]) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(got) + 1))
+    for i, word in enumerate(wanted, 1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(got, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
+    return row[-1]
