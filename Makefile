@@ -1,60 +1,83 @@
 # make demo   an environment, the package, and a packaged human voice turned into text
-# make test   an environment with NeMo to compare with, linters, type checker, every test
+# make test   an environment with NeMo to compare with; linters, type checker, every test
 # make quick  the tests that take seconds
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 DEMO := .venv-demo
-CODE := src export engine runtime benchmarks tests examples
-SOURCES := $(shell find src export engine runtime benchmarks -type f -not -name '*.pyc' 2>/dev/null)
+ROOMS := src export engine runtime benchmarks
+CODE := $(ROOMS) tests examples
+# Folders too: theirs is the time that changes when a file goes.
+SOURCES := $(shell find $(ROOMS) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
+PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
+BUNDLE := src/nemostream/demo
 
 .PHONY: demo test quick lint format bundle clean
+.NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
-demo: $(DEMO)/.installed
-	@$(DEMO)/bin/nemostream transcribe $$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')
+demo: $(DEMO)/.package
+	@$(DEMO)/bin/nemostream transcribe "$$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')"
 
 test: lint
 	$(VENV)/bin/python -m pytest
 
-quick: $(VENV)/.installed
+quick: $(VENV)/.package
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.package
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy -p nemostream
 
-format: $(VENV)/.installed
+format: $(VENV)/.tools
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(CODE)
 
-bundle: $(VENV)/.installed
-	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo src/nemostream/demo
+# Beside the bundle lies the clip, which exporting straight into the folder would wipe out.
+bundle: $(VENV)/.package
+	rm -rf build
+	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo build/demo
+	mkdir -p $(BUNDLE)
+	find $(BUNDLE) -type f -not -name 'clip.*' -delete
+	cp build/demo/* $(BUNDLE)/
+	rm -rf build
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info src/*.egg-info
 
-# A plain install, as a user's: no NeMo, no PyTorch.
-$(DEMO)/.installed: pyproject.toml $(SOURCES)
-	@test -n "$(PYTHON)" || { echo "nemostream needs Python 3.11 or newer; install one or set PYTHON=."; exit 1; }
+# Nothing is installed editable: what is linted, typed, tested and shown is what a user gets, and a module that was
+# forgotten in pyproject.toml is missed at once. `build/` goes before and after, or modules deleted long ago are shipped.
+
+# A user's environment: no NeMo, no PyTorch. (pip leaves a package of the same version alone, so the old one goes first.)
+$(DEMO)/.package: pyproject.toml Makefile $(SOURCES)
+	$(call have_python)
 	rm -rf build
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary --force-reinstall --no-deps .
-	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary .
+	@$(DEMO)/bin/python -m pip uninstall -qq --yes nemostream
+	$(DEMO)/bin/python $(PIP) .
+	@rm -rf build
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.tools $(SOURCES)
+	rm -rf build
+	$(VENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
 	@rm -rf build
 	@touch $@
 
 # PyTorch first and exactly: left to the resolver, NeMo's requirement brings the newest build with gigabytes of CUDA.
-$(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "nemostream needs Python 3.11 or newer; install one or set PYTHON=."; exit 1; }
+# (pip 25.1 is the first that reads dependency groups.)
+$(VENV)/.tools: pyproject.toml Makefile
+	$(call have_python)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
-		torch==2.13.0 'nemo_toolkit[asr]==3.0.0' onnx onnxscript
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
-		'pytest>=8' 'hypothesis>=6.100' 'ruff>=0.9' 'mypy>=1.13' 'build>=1.2' types-PyYAML
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
-		--config-settings editable_mode=strict -e .
+	$(VENV)/bin/python $(PIP) --upgrade 'pip>=25.1' 'setuptools>=77'
+	$(VENV)/bin/python $(PIP) torch==2.13.0
+	rm -rf build
+	$(VENV)/bin/python $(PIP) torch==2.13.0 'nemo_toolkit[asr]==3.0.0' --group dev '.[export,bench]'
+	@rm -rf build
 	@touch $@
+
+define have_python
+@test -n "$(PYTHON)" || { echo "nemostream needs Python 3.11 or newer: install one, or say make PYTHON=/path/to/it"; exit 1; }
+endef

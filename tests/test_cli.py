@@ -1,4 +1,4 @@
-"""The command line as people meet it: results on standard output, one sentence per failure, exit codes that mean something."""
+"""The command line as people meet it: results on standard output, one sentence per failure, telling exit codes."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_every_frame_of_the_offline_forward_comes_out(
     """Lengths at and around every edge: the last words of a short clip must not be lost, nor frames made up."""
     audio = clips["librivox-sense-0880"][4000:]
     for length in LENGTHS:
-        mel, encoded, _ = stream_encoder(tiny_bundle, tiny_bundle.manifest.chunk(ms), audio[:length])
+        _, encoded, _ = stream_encoder(tiny_bundle, tiny_bundle.manifest.chunk(ms), audio[:length])
         wanted = tiny_oracle.encode(tiny_oracle.features(audio[:length], exact=True), tiny_bundle.manifest.chunk(ms))
         assert encoded.shape == wanted.shape, length
         np.testing.assert_allclose(encoded, wanted, rtol=0, atol=1e-4, err_msg=str(length))
@@ -177,7 +177,7 @@ def test_int16_is_the_same_audio(tiny_model: Model, clips: Any) -> None:
 
 
 def test_a_poisoned_stream_fails_alone(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
-    """NaN inside the state of one slot: its stream gets an error, its neighbours their words, the slot a clean start."""
+    """NaN inside the state of one slot: its stream gets an error, its neighbour its words, the slot a clean start."""
     audio, backend = clips["cards-003"], tiny_model._scheduler._backend
     assert isinstance(backend, OrtBackend)
     wanted = ids(tiny_model.transcribe(audio))

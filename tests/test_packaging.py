@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     for room, folder in ROOMS.items():
         expected |= {f"nemostream/{room}/{p.relative_to(ROOT / folder)}" for p in files(ROOT / folder)}
     assert names == expected
-    assert {"nemostream/py.typed", "nemostream/demo/weights.bin", "nemostream/demo/clip.flac"} <= names
+    assert {"nemostream/py.typed", "nemostream/demo/weights.bin", "nemostream/clip.flac"} <= names
 
 
 def files(folder: Path) -> list[Path]:

@@ -98,7 +98,7 @@ def demo_bundle() -> Path:
 
 def demo_clip() -> Path:
     """A recording of a human voice that the demo bundle understands."""
-    return demo_bundle() / "clip.flac"
+    return Path(str(resources.files("nemostream") / "clip.flac"))
 
 
 def __getattr__(name: str) -> Any:
