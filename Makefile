@@ -11,7 +11,6 @@ CODE := $(ROOMS) tests examples
 # Folders too: theirs is the time that changes when a file goes.
 SOURCES := $(shell find $(ROOMS) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
 PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
-BUNDLE := src/nemostream/demo
 
 .PHONY: demo test quick lint format bundle clean
 .NOTPARALLEL:
@@ -35,14 +34,8 @@ format: $(VENV)/.tools
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(CODE)
 
-# Beside the bundle lies the clip, which exporting straight into the folder would wipe out.
 bundle: $(VENV)/.package
-	rm -rf build
-	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo build/demo
-	mkdir -p $(BUNDLE)
-	find $(BUNDLE) -type f -not -name 'clip.*' -delete
-	cp build/demo/* $(BUNDLE)/
-	rm -rf build
+	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo src/nemostream/demo
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info src/*.egg-info

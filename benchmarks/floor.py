@@ -55,7 +55,7 @@ class Work:
 
 
 def measure_machine(array_bytes: int = _GIGABYTE, repeats: int = 5, size: int = 2048) -> Machine:
-    """Read and multiply with PyTorch's current number of threads. The best of `repeats` counts: a floor is optimistic."""
+    """Read and multiply with PyTorch's current number of threads. The best of `repeats` counts, as for any floor."""
     import torch
 
     with torch.inference_mode():
@@ -63,12 +63,12 @@ def measure_machine(array_bytes: int = _GIGABYTE, repeats: int = 5, size: int = 
         array = torch.ones(max(array_bytes // 4 // columns, 1), columns)
         vector, other = torch.ones(columns), torch.empty_like(array)
         bytes_ = 4 * array.numel()
-        rates = {
-            "sum": bytes_ / _best(lambda: array.sum(), repeats),
-            "matrix-vector": bytes_ / _best(lambda: torch.mv(array, vector), repeats),
-            "copy": 2 * bytes_ / _best(lambda: other.copy_(array), repeats),  # one read and one write
+        tried: dict[str, tuple[int, Callable[[], Any]]] = {  # bytes moved, how
+            "sum": (bytes_, array.sum),
+            "matrix-vector": (bytes_, lambda: torch.mv(array, vector)),
+            "copy": (2 * bytes_, lambda: other.copy_(array)),  # one read and one write
         }
-        del array, other
+        rates = {name: moved / _best(work, repeats) for name, (moved, work) in tried.items()}
         left, right = torch.ones(size, size), torch.ones(size, size)
         flops = 2 * size**3 / _best(lambda: torch.mm(left, right), repeats)
     shown = {name: rate / 1e9 for name, rate in rates.items()} | {"sgemm": flops / 1e9}
@@ -106,6 +106,22 @@ def hardware() -> dict[str, Any]:
 def available_memory() -> int:
     """Bytes that can be had without swapping; 0 if the system does not say."""
     return _meminfo("MemAvailable")
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that somebody keeps busy while we sleep; 0 if the system does not say."""
+    before = _cpu_ticks()
+    time.sleep(seconds)
+    return (_cpu_ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+def _cpu_ticks() -> int:
+    """All work of all cores since start, stolen time included (user, nice, system, irq, softirq, steal)."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return 0
+    return sum(int(field) for index, field in enumerate(fields) if index not in (3, 4))  # idle and waiting for a disk
 
 
 def _best(work: Callable[[], Any], repeats: int) -> float:

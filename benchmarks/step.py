@@ -10,8 +10,10 @@ exported first. Method, for each batch size and chunk size:
 * Before anything is timed, warm-up steps must agree: encoder outputs, as the joint projects them, to 1e-4. So must
   every timed step, and in the end all tokens. Otherwise the run ends with an error: the figures would mean nothing.
 * One pair after another, in turns ours first and NeMo first, a pause before each so that no thread pool still spins.
-  Sides share the number of threads. Encoder alone first, then whole steps. Shown are median and, in brackets, the least
-  and the most of all samples; the ratio is taken pair by pair.
+  Both have the same number of threads. Encoder alone first, then whole steps. Shown are median and, in brackets, the
+  least and the most of all samples; the ratio is taken pair by pair.
+* Cores busy with other work are counted before and after, and reported. With any, the figures are worthless: the
+  threads of one step wait for the slowest of them, NeMo's more often than ours.
 * What is not equal is to our cost: our step begins with PCM and makes the mel features, and our encoder includes the
   joint's projection; NeMo's begins with mel frames computed before.
 * The floor of an encoder step is the one of `floor`, measured just before; "x floor" is our median over it.
@@ -23,7 +25,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.benchmarks.floor import Machine, available_memory, encoder_work, hardware, measure_machine
+from nemostream.benchmarks.floor import Machine, available_memory, busy_cores, encoder_work, hardware, measure_machine
 from nemostream.benchmarks.sides import Feed, Floats, Nemo, Ours, load_nemo
 from nemostream.benchmarks.synthetic import speech, synthetic_model
 from nemostream.errors import NemostreamError, OptionError, ParityError
@@ -74,12 +75,14 @@ def compare_steps(
     torch.set_num_threads(threads)
     try:
         say("measuring memory bandwidth and matrix products")
-        load, machine, rows = os.getloadavg(), measure_machine(), []
+        others = [busy_cores()]
+        machine, rows = measure_machine(), []
         for chunk in chunks:
             for batch in batches:
                 say(f"{chunk.ms} ms, batch {batch}")
                 rows += _compare(bundle, model, chunk, batch, repeats, threads, machine)
                 gc.collect()
+        others.append(busy_cores())
     finally:
         torch.set_num_threads(before)
     return {
@@ -88,7 +91,7 @@ def compare_steps(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),
         "hardware": hardware() | {"threads": threads},
-        "load_average": {"before": load, "after": os.getloadavg()},  # the benchmark itself adds `threads` to the second
+        "cores_busy_with_other_work": others,  # before and after; more than a tenth of one spoils the figures
         "machine": {"bandwidth_gb_s": machine.bandwidth / 1e9, "gflop_s": machine.flops / 1e9, "rates": machine.rates},
         "versions": {name: _version(name) for name in _LIBRARIES},
         "model": {"name": manifest.name, "precision": "fp32", "layers": manifest.encoder.layers}
@@ -148,15 +151,18 @@ def _filler(manifest: Manifest, chunk: Chunk) -> Chunk:
     return max((other for other in manifest.chunks if other.left == chunk.left), key=lambda other: other.frames)
 
 
-def _pair(repeat: int, position: int, ours: Callable[[int], Any], nemo: Callable[[int], Any]) -> tuple[Any, Any, Any]:
+def _pair(
+    repeat: int, position: int, ours: Callable[[int], Any], nemo: Callable[[int], Any]
+) -> tuple[Any, Any, list[float]]:
     """One step of each side: both results, and both times in seconds, ours first."""
-    results, seconds = [None, None], [0.0, 0.0]
+    results: list[Any] = [None, None]
+    seconds = [0.0, 0.0]
     for side in (0, 1) if repeat % 2 else (1, 0):
         time.sleep(_PAUSE)
         start = time.perf_counter()
         results[side] = (ours, nemo)[side](position)
         seconds[side] = time.perf_counter() - start
-    return *results, seconds
+    return results[0], results[1], seconds
 
 
 def _agree(ours: Floats, nemo: Floats, position: int) -> float:
@@ -196,11 +202,11 @@ def show(report: dict[str, Any]) -> None:
         median, least, most = (f"{figure[name]:.{digits}f}" for name in ("median", "min", "max"))
         return f"{median} \\[{least}–{most}]"
 
-    machine, hard = report["machine"], report["hardware"]
+    machine, hard, busy = report["machine"], report["hardware"], max(report["cores_busy_with_other_work"])
     table = Table(
         title=f"One streaming step of {report['model']['name']}, fp32, {hard['threads']} threads, ms",
-        caption=f"{hard['cpu']}, {hard['cores']} cores, {hard['memory_gib']} GiB; {machine['bandwidth_gb_s']:.1f} GB/s, "
-        f"{machine['gflop_s']:.0f} GFLOP/s; load {report['load_average']['before'][0]:.1f} before; "
+        caption=f"{hard['cpu']}, {hard['cores']} cores, {hard['memory_gib']} GiB, {busy:.1f} cores busy otherwise; "
+        f"{machine['bandwidth_gb_s']:.1f} GB/s, {machine['gflop_s']:.0f} GFLOP/s; "
         f"{report['method']['repeats']} pairs, median [least–most]",
     )
     for name in ("chunk", "batch", "what", "ours", "NeMo", "NeMo ÷ ours", "floor: memory", "compute", "x floor"):

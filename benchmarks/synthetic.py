@@ -51,7 +51,7 @@ class Sizes:
 def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a checkpoint of random weights to `out`; `overrides` are fields of `Sizes`. Returns the path written.
 
-    Needs NeMo, and memory for the model twice while saving.
+    Needs NeMo, and twice the model's size in memory and again in the temporary folder while saving.
     """
     import torch
     from nemo.collections.asr.models import EncDecRNNTBPEModel
@@ -68,7 +68,7 @@ def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
             loud, lengths = torch.stack([gain * audio for gain in (0.3, 1.0, 2.0)]), torch.full((3,), len(audio))
             mel, lengths = model.preprocessor(input_signal=loud, length=lengths)
             encoded, _ = model.encoder(audio_signal=mel, length=lengths)
-            make_talkative(model, list(encoded.transpose(1, 2)), 3 * len(audio) / _SAMPLE_RATE)
+            make_talkative(model, encoded.transpose(1, 2), 3 * len(audio) / _SAMPLE_RATE)
         out.parent.mkdir(parents=True, exist_ok=True)
         model.save_to(str(out))
     return out
@@ -86,7 +86,7 @@ def speech() -> np.ndarray:
 
 
 def model_config(sizes: Sizes, tokenizer: Path) -> Any:
-    """The configuration, as NeMo's `fastconformer_transducer_bpe_streaming.yaml` nests it and the 0.6B model sets it."""
+    """The configuration, nested like NeMo's `fastconformer_transducer_bpe_streaming.yaml`, set like the 0.6B model."""
     from omegaconf import OmegaConf
 
     asr = "nemo.collections.asr.modules"
@@ -201,7 +201,7 @@ def train_tokenizer(folder: Path, vocab: int, seed: int) -> None:
 
 
 def _scatter(model: Any) -> None:
-    """Move everything that NeMo initialises to a constant away from it, and the rest stays at NeMo's own random start."""
+    """Move whatever NeMo initialises to a constant away from it; the rest stays at NeMo's own random start."""
     import torch
 
     for module in model.encoder.modules():
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT.nemo")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(Sizes):
-        name, default = "--" + field.name.replace("_", "-").replace("n-", "", 1), field.default
+        name, default = "--" + field.name.removeprefix("n_").replace("_", "-"), field.default
         if isinstance(default, bool):
             parser.add_argument(name, dest=field.name, action=argparse.BooleanOptionalAction, default=default)
         elif isinstance(default, int | str):

@@ -11,8 +11,8 @@ then into silence, because frame and prediction hardly interact. So two of the j
 * Unit 0 fires when c = +1 and z > 0 and favours odd labels; unit 1 fires when c = -1 and z < 0 and favours even ones.
   So a label is said whenever z has crossed over, seldom two at one frame, and what was said decides what comes next.
 
-All other units stay random, standardised on the clip, and choose *which* label. Blank's bias is how far z must cross: it
-is found by trying, so that greedy decoding of the clip gives `TOKENS_PER_SECOND`.
+All other units stay random, standardised on the clip, and choose *which* label. Blank's bias is how far z must cross:
+it is found by trying, so that greedy decoding of the clip gives `TOKENS_PER_SECOND`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _GAIN = 4.0  # logits per deviation of z beyond the trigger's threshold
 _SPREAD = 0.3  # deviation of the random logits that choose the label: too little to beat blank without the trigger
 
 
-def make_talkative(model: Any, clips: list[Tensor], seconds: float) -> None:
+def make_talkative(model: Any, clips: Tensor, seconds: float) -> None:
     """Change the model's embedding, LSTM and joint in place.
 
-    `clips` are its encoder's outputs [T, D] on speech of so many `seconds` together. Several levels of loudness make
+    `clips` [N, T, D] are its encoder's outputs on speech of so many `seconds` together. Several levels of loudness make
     the trigger indifferent to it.
     """
     import torch
 
-    joint, blank, frames = model.joint, model.joint.num_classes_with_blank - 1, torch.cat(clips)
+    joint, blank, frames = model.joint, model.joint.num_classes_with_blank - 1, clips.flatten(0, 1)
     parity = 1.0 - 2.0 * (torch.arange(blank) % 2)  # even +1, odd -1
     embedding = model.decoder.prediction["embed"].weight
     embedding[:blank] += 3 * parity[:, None] * torch.randn(embedding.shape[1])
@@ -64,47 +64,55 @@ def make_talkative(model: Any, clips: list[Tensor], seconds: float) -> None:
         joint.enc.weight[unit], joint.enc.bias[unit] = sign * z, sign * z_offset
         joint.pred.weight[unit], joint.pred.bias[unit] = sign * _VETO * c, sign * _VETO * c_offset - _VETO
 
-    clips = [joint.project_encoder(clip) for clip in clips]
-    frames, predictions = torch.cat(clips), joint.project_prednet(predictions)
+    clips = joint.project_encoder(clips)
+    frames, predictions = clips.flatten(0, 1), joint.project_prednet(predictions)
     pairs = (frames[torch.randint(len(frames), (4096,))] + predictions[torch.randint(len(predictions), (4096,))]).relu()
     out = joint.joint_net[-1]
     out.weight.normal_()
     out.weight[:, :2] = 0
-    out.weight[blank] = 0
-    out.weight[:blank] /= (pairs @ out.weight[:blank].T).std(dim=0)[:, None] / _SPREAD
+    out.weight /= (pairs @ out.weight.T).std(dim=0)[:, None] / _SPREAD
     out.bias.copy_(-out.weight @ pairs.mean(dim=0))
     out.weight[1:blank:2, 0] = out.weight[0:blank:2, 1] = _GAIN
     _calibrate_blank(model, clips, seconds)
 
 
-def count_labels(model: Any, frames: Tensor) -> int:
-    """Labels that plain greedy decoding makes of the projected frames [T, J]."""
+def _calibrate_blank(model: Any, clips: Tensor, seconds: float) -> None:
+    """Try 16 biases at once: all that make sense, then around the best, for rates are not quite monotonic."""
     import torch
 
-    joint, blank, count = model.joint, model.joint.num_classes_with_blank - 1, 0
-    output, state = model.decoder.predict(None, None, add_sos=False)
-    predicted = joint.project_prednet(output)[0, 0]
-    for frame in frames:
-        for _ in range(MAX_SYMBOLS):
-            label = int(joint.joint_net(frame + predicted).argmax())
-            if label == blank:
-                break
-            count += 1
-            output, state = model.decoder.predict(torch.tensor([[label]]), state, add_sos=False)
-            predicted = joint.project_prednet(output)[0, 0]
-    return count
-
-
-def _calibrate_blank(model: Any, clips: list[Tensor], seconds: float) -> None:
     bias = model.joint.joint_net[-1].bias
-    tried = []
-    for low, high in ((0.5, 8.0), (-0.25, 0.25)):  # all that make sense, then around the best: rates are not monotonic
-        centre = min(tried)[1] if tried else 0.0
-        for step in range(16):
-            bias[-1] = centre + low + (high - low) * step / 15
-            rate = sum(count_labels(model, clip) for clip in clips) / seconds
-            tried.append((abs(rate - TOKENS_PER_SECOND), float(bias[-1])))
-    bias[-1] = min(tried)[1]
+    centre, best = float(bias[-1]), (float("inf"), 0.0)
+    for low, high in ((0.5, 8.0), (-0.25, 0.25)):
+        tried = centre + torch.linspace(low, high, 16)
+        bias[-1] = 0
+        counts = _count_labels(model, clips.repeat(len(tried), 1, 1), tried.repeat_interleave(len(clips)))
+        rates = counts.view(len(tried), len(clips)).sum(dim=1) / seconds
+        best = min(best, *zip((rates - TOKENS_PER_SECOND).abs().tolist(), tried.tolist(), strict=True))
+        centre = best[1]
+    bias[-1] = centre
+
+
+def _count_labels(model: Any, frames: Tensor, blank_bias: Tensor) -> Tensor:
+    """Labels that plain greedy decoding makes of each row of projected frames [N, T, J], `blank_bias` [N] added."""
+    import torch
+
+    joint, blank = model.joint, model.joint.num_classes_with_blank - 1
+    output, state = model.decoder.predict(torch.full((len(frames), 1), blank), None, add_sos=False)
+    predicted, counts = joint.project_prednet(output)[:, 0], torch.zeros(len(frames))
+    for t in range(frames.shape[1]):
+        active = torch.ones(len(frames), dtype=torch.bool)
+        for _ in range(MAX_SYMBOLS):
+            logits = joint.joint_net(frames[:, t] + predicted)
+            logits[:, blank] += blank_bias
+            labels = logits.argmax(dim=1)
+            active &= labels != blank
+            if not active.any():
+                break
+            counts += active
+            output, after = model.decoder.predict(torch.where(active, labels, blank)[:, None], state, add_sos=False)
+            predicted = torch.where(active[:, None], joint.project_prednet(output)[:, 0], predicted)
+            state = [torch.where(active[:, None], new, old) for new, old in zip(after, state, strict=True)]
+    return counts
 
 
 def _standardise(linear: Any, inputs: Tensor, scale: float) -> None:
@@ -116,17 +124,17 @@ def _standardise(linear: Any, inputs: Tensor, scale: float) -> None:
     linear.bias /= deviation
 
 
-def _fastest_direction(clips: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight [D] and offset of the unit-variance direction that changes most from frame to frame of a settled stream."""
+def _fastest_direction(clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [D] and offset of the unit-variance direction that changes most between frames of a settled stream."""
     import torch
 
-    frames = torch.cat(clips)
+    frames = clips.flatten(0, 1)
     centre = frames.mean(dim=0)
     scores, deviations, components = torch.linalg.svd(frames - centre, full_matrices=False)
     scores, whitening = scores[:, :_COMPONENTS], components[:_COMPONENTS] / deviations[:_COMPONENTS, None]
     # The first seconds of a stream swing widely, its caches being empty: they count as spread, not as speed.
-    settled = [part[len(part) // 4 :] for part in scores.split([len(clip) for clip in clips])]
-    steps = torch.cat([part.diff(dim=0) for part in settled])
+    settled = scores.unflatten(0, clips.shape[:2])[:, clips.shape[1] // 4 :]
+    steps = settled.diff(dim=1).flatten(0, 1)
     direction = torch.linalg.eigh(steps.T @ steps).eigenvectors[:, -1]
     weight = direction @ whitening * len(frames) ** 0.5
     return weight, -weight @ centre

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +20,52 @@ import pytest
 import soundfile
 
 import nemostream
-from nemostream.spec import Bundle
+from nemostream.cli import main
+from nemostream.spec import Bundle, sha256
 
 CLIPS = Path(__file__).parent / "speech" / "human"
+CARDS = [str(CLIPS / f"cards-00{i}.flac") for i in (1, 2, 3)]
+COMMAND = [sys.executable, "-m", "nemostream"]
 
 
-def run(*arguments: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[str]:
-    ran = subprocess.run([sys.executable, "-m", "nemostream", *arguments], input=stdin, capture_output=True)
-    return subprocess.CompletedProcess(ran.args, ran.returncode, ran.stdout.decode(), ran.stderr.decode())
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict[str, object]]:
+        assert self.code == 0, self.err
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    def fails(self, code: int, *parts: str) -> None:
+        """Nothing but one sentence on standard error that has all of `parts`."""
+        assert (self.code, self.out) == (code, ""), self.err
+        self.complains(*parts)
+
+    def complains(self, *parts: str) -> None:
+        assert self.err.startswith("nemostream: ") and self.err.count("\n") == 1, self.err
+        assert [part for part in parts if part not in self.err] == [], self.err
 
 
-def assert_one_sentence(ran: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
-    assert ran.returncode == code, ran.stderr
-    lines = ran.stderr.strip().splitlines()
-    assert len(lines) == 1, ran.stderr
-    assert lines[0].startswith("nemostream: ")
-    assert all(part in lines[0] for part in parts), lines[0]
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """The command in this process; what it lets escape fails the test, as a traceback would a person's patience."""
+
+    def call(*arguments: object) -> Ran:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        code = leaving.value.code
+        assert isinstance(code, int)
+        return Ran(code, *capfd.readouterr())
+
+    return call
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 @pytest.fixture(scope="module")
@@ -37,101 +74,360 @@ def expected() -> dict[str, nemostream.Result]:
         return {path.name: model.transcribe(path) for path in CLIPS.glob("*.flac")}
 
 
-def test_json_of_several_files_in_order(expected: dict[str, nemostream.Result]) -> None:
-    names = [str(CLIPS / name) for name in sorted(expected, reverse=True)]
-    ran = run("transcribe", *names, "--format", "json")
-    assert ran.returncode == 0, ran.stderr
-    rows = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [row["file"] for row in rows] == names
-    for row in rows:
-        wanted = expected[Path(row["file"]).name]
-        assert row.keys() == {"file", "duration", "text", "tokens", "chunk_ms"}
-        assert row["text"] == wanted.text
-        assert row["chunk_ms"] == 560
-        assert row["duration"] == pytest.approx(soundfile.info(row["file"]).duration, abs=1e-3)
-        assert [(t["id"], t["text"]) for t in row["tokens"]] == [(t.id, t.text) for t in wanted.tokens]
-        assert all(0 <= t["time"] <= row["duration"] + 0.08 for t in row["tokens"])
-    assert sum(len(row["tokens"]) for row in rows) > 5
+@pytest.fixture
+def broken_bundle(demo_bundle: Bundle, tmp_path: Path) -> Callable[[str, bytes | None], Path]:
+    """A copy of the demo bundle with one file replaced, or one of its bits turned over."""
 
-
-def test_text(expected: dict[str, nemostream.Result]) -> None:
-    one, other = str(CLIPS / "cards-001.flac"), str(CLIPS / "cards-002.flac")
-    assert run("transcribe", one).stdout == expected["cards-001.flac"].text + "\n"
-    lines = run("transcribe", one, other).stdout.splitlines()
-    assert lines == [f"{p}: {expected[Path(p).name].text}" for p in (one, other)]
-
-
-def test_raw_pcm_on_standard_input(expected: dict[str, nemostream.Result]) -> None:
-    pcm, _ = soundfile.read(CLIPS / "cards-002.flac", dtype="int16")
-    ran = run("transcribe", "-", "--format", "json", stdin=pcm.tobytes())
-    row = json.loads(ran.stdout)
-    assert (row["file"], row["text"]) == ("-", expected["cards-002.flac"].text)
-    assert_one_sentence(run("transcribe", "-", stdin=b""), 3, "empty")
-    assert_one_sentence(run("transcribe", "-", stdin=b"\0" * 3201), 3, "middle of a sample")
-
-
-def test_realtime_says_the_same(expected: dict[str, nemostream.Result]) -> None:
-    ran = run("transcribe", str(CLIPS / "cards-001.flac"), "--realtime")
-    assert ran.stdout == expected["cards-001.flac"].text + "\n"
-
-
-def test_every_kind_of_bad_file_is_one_sentence(tmp_path: Path) -> None:
-    good = (CLIPS / "jfk-1961-inaugural.flac").read_bytes()
-    (tmp_path / "cut.flac").write_bytes(good[: len(good) // 2])
-    (tmp_path / "notes.txt").write_text("this is not audio " * 100)
-    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    broken = np.zeros(16000, np.float32)
-    broken[8000] = np.nan
-    soundfile.write(tmp_path / "nan.wav", broken, 16000, subtype="FLOAT")
-    cases = {"missing.wav": "does not exist", "cut.flac": "cut.flac", "notes.txt": "not audio", "empty.wav": "no audio"}
-    for name, part in (cases | {"nan.wav": "NaN"}).items():
-        assert_one_sentence(run("transcribe", str(tmp_path / name)), 3, name, part)
-
-
-def test_one_bad_file_fails_alone(tmp_path: Path, expected: dict[str, nemostream.Result]) -> None:
-    bad = str(tmp_path / "missing.wav")
-    ran = run("transcribe", str(CLIPS / "cards-001.flac"), bad, str(CLIPS / "cards-003.flac"), "--format", "json")
-    assert [Path(json.loads(line)["file"]).name for line in ran.stdout.splitlines()] == [
-        "cards-001.flac",
-        "cards-003.flac",
-    ]
-    assert_one_sentence(ran, 3, "missing.wav does not exist")
-
-
-def test_bad_bundles_and_options(tmp_path: Path, demo_bundle: Bundle) -> None:
-    clip = str(CLIPS / "cards-001.flac")
-    assert_one_sentence(run("transcribe", clip, "--chunk-ms", "500"), 2, "500 ms", "80, 160, 560, 1120")
-    assert_one_sentence(run("transcribe", clip, "--bundle", str(tmp_path / "none")), 4, "is not a folder")
-    for name in ("weights.bin", "encoder-560ms.onnx"):
-        copy = tmp_path / name
+    def make(name: str, content: bytes | None = None) -> Path:
+        copy = tmp_path / "bundle"
         shutil.copytree(demo_bundle.path, copy)
         data = bytearray((copy / name).read_bytes())
-        data[len(data) // 3] ^= 255
-        (copy / name).write_bytes(data)
-        assert_one_sentence(run("transcribe", clip, "--bundle", str(copy)), 4, f"{name} is damaged")
-    old = tmp_path / "old"
-    shutil.copytree(demo_bundle.path, old)
-    document = json.loads((old / "manifest.json").read_text())
-    (old / "manifest.json").write_text(json.dumps(document | {"version": 7}))
-    assert_one_sentence(run("transcribe", clip, "--bundle", str(old)), 4, "version 7", "reads version 1")
-    assert_one_sentence(run("info", str(tmp_path)), 4, "not a bundle")
-    assert_one_sentence(run("transcribe"), 2, "FILE")
-    assert_one_sentence(run("transcribe", clip, "--format", "xml"), 2, "xml")
+        data[len(data) // 3] ^= 1
+        (copy / name).write_bytes(data if content is None else content)
+        return copy
+
+    return make
 
 
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_of_several_files_in_order(run: Callable[..., Ran], expected: dict[str, nemostream.Result]) -> None:
+    names = [str(CLIPS / name) for name in sorted(expected, reverse=True)]
+    rows = run("transcribe", *names, "--format", "json").rows
+    assert [row["file"] for row in rows] == names
+    for row in rows:
+        wanted = expected[Path(str(row["file"])).name]
+        assert row == {
+            "file": row["file"],
+            "duration": pytest.approx(soundfile.info(row["file"]).duration, abs=1e-3),
+            "text": wanted.text,
+            "tokens": [{"id": t.id, "text": t.text, "time": pytest.approx(t.time, abs=1e-3)} for t in wanted.tokens],
+            "chunk_ms": 560,
+        }
+    assert sum(len(result.tokens) for result in expected.values()) > 5  # or the rows above said little
+
+
+def test_text_of_one_file_is_only_its_text(run: Callable[..., Ran], expected: dict[str, nemostream.Result]) -> None:
+    assert run("transcribe", CARDS[0]) == Ran(0, expected["cards-001.flac"].text + "\n", "")
+
+
+def test_text_of_several_files_is_labelled(run: Callable[..., Ran], expected: dict[str, nemostream.Result]) -> None:
+    lines = run("transcribe", CARDS[1], CARDS[0]).out.splitlines()
+    assert lines == [f"{name}: {expected[Path(name).name].text}" for name in (CARDS[1], CARDS[0])]
+
+
+def test_the_chunk_size_is_used(run: Callable[..., Ran]) -> None:
+    (row,) = run("transcribe", CARDS[0], "--chunk-ms", 80, "--format", "json").rows
+    with nemostream.load(chunk_ms=80) as model:
+        assert (row["chunk_ms"], row["text"]) == (80, model.transcribe(CARDS[0]).text)
+
+
+def test_a_bundle_of_ones_own(run: Callable[..., Ran], demo_bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(demo_bundle.path, tmp_path / "mine")
+    assert run("transcribe", CARDS[0], "--bundle", tmp_path / "mine") == run("transcribe", CARDS[0])
+
+
+def test_raw_pcm_on_standard_input(
+    run: Callable[..., Ran], expected: dict[str, nemostream.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pcm, _ = soundfile.read(CARDS[1], dtype="int16")
+    feed(monkeypatch, pcm.tobytes())
+    (row,) = run("transcribe", "-", "--format", "json").rows
+    assert (row["file"], row["text"]) == ("-", expected["cards-002.flac"].text)
+
+
+def test_a_pipe_among_files(expected: dict[str, nemostream.Result]) -> None:
+    """A real pipe, in another process, between two files."""
+    pcm, _ = soundfile.read(CARDS[1], dtype="int16")
+    arguments = ["transcribe", CARDS[0], "-", CARDS[2], "--format", "json"]
+    done = subprocess.run([*COMMAND, *arguments], input=pcm.tobytes(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+    assert texts == [expected[f"cards-00{i}.flac"].text for i in (1, 2, 3)]
+
+
+def test_realtime_says_the_same(run: Callable[..., Ran]) -> None:
+    assert run("transcribe", CARDS[0], "--realtime") == run("transcribe", CARDS[0])
+
+
+def test_other_formats_rates_and_channels(run: Callable[..., Ran], tmp_path: Path) -> None:
+    audio, rate = soundfile.read(CARDS[0])
+    for name, subtype in (("a.wav", "PCM_16"), ("a.aiff", "PCM_24"), ("a.ogg", "VORBIS")):
+        soundfile.write(tmp_path / name, np.stack([audio, audio], axis=1), rate, subtype=subtype)
+    soundfile.write(tmp_path / "b.wav", np.repeat(audio, 3), 3 * rate)
+    rows = run("transcribe", *sorted(tmp_path.iterdir()), "--format", "json").rows
+    assert [row["duration"] for row in rows] == pytest.approx([len(audio) / rate] * 4, abs=1e-3)
+    by_name = {Path(str(row["file"])).name: row["text"] for row in rows}
+    assert by_name["a.wav"] == run("transcribe", CARDS[0]).out.rstrip("\n")  # 16 bits are what the clip has
+
+
+def test_names_that_the_terminal_cannot_write(expected: dict[str, nemostream.Result], tmp_path: Path) -> None:
+    name = str(tmp_path / "für.flac")
+    shutil.copyfile(CARDS[0], name)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*COMMAND, "transcribe", name, "nö.wav"], capture_output=True, env=environment)
+    assert done.returncode == 3
+    assert done.stdout.decode("ascii").endswith(f"f\\xfcr.flac: {expected['cards-001.flac'].text}\n")
+    assert done.stderr == b"nemostream: n\\xf6.wav does not exist.\n"
+
+
+def test_a_name_that_is_not_text(run: Callable[..., Ran], tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.flac")
+    run("transcribe", name).fails(3, ".flac does not exist")
+    try:
+        shutil.copyfile(CARDS[0], name)
+    except OSError:
+        pytest.skip("this file system wants names of text")
+    run("transcribe", name).fails(3, ".flac cannot be read")
+
+
+# -- a terminal --------------------------------------------------------------------------------------------------------
+
+
+def test_words_appear_on_a_terminal_while_results_go_to_the_pipe() -> None:
+    pty = pytest.importorskip("pty")
+    clip = nemostream.demo_clip()
+    with nemostream.load() as model:
+        text = model.transcribe(clip).text
+    screen, terminal = pty.openpty()
+    command = subprocess.Popen(
+        [*COMMAND, "transcribe", str(clip), "--realtime"], stdout=subprocess.PIPE, stderr=terminal
+    )
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end of a terminal is closed
+        while data := os.read(screen, 4096):
+            seen += data
+    os.close(screen)
+    out, _ = command.communicate()
+    assert (command.returncode, out.decode()) == (0, text + "\n")
+    lines = [line.strip() for line in seen.decode().split("\r") if line.strip()]
+    words = [match and match[1] for match in (re.fullmatch(r"\d+ % ?…?(.*)", line) for line in lines)]
+    assert all(word is not None and word in text for word in words), lines
+    assert any(words), lines
+    assert seen.decode().rsplit("\r", 2)[1:] == [" " * 79, ""]  # nothing is left of it in the end
+
+
+def test_standard_input_that_is_a_terminal(expected: dict[str, nemostream.Result]) -> None:
+    pty = pytest.importorskip("pty")
+    ours, terminal = pty.openpty()
+    done = subprocess.run([*COMMAND, "transcribe", "-"], stdin=terminal, capture_output=True, text=True)
+    os.close(ours)
+    os.close(terminal)
+    Ran(done.returncode, done.stdout, done.stderr).fails(2, "not a pipe")
+
+
+def test_ctrl_c() -> None:
+    """While it waits for more audio that nobody sends."""
+    with subprocess.Popen(
+        [*COMMAND, "transcribe", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as command:
+        assert command.stdin
+        command.stdin.write(bytes(1 << 19))  # more than a pipe holds: once it is gone, the command is under way
+        command.stdin.flush()
+        command.send_signal(signal.SIGINT)
+        assert command.wait(60) == 130
+        assert command.stdout and command.stdout.read() == b""
+        assert command.stderr and command.stderr.read() == b"nemostream: interrupted.\n"
+
+
+def test_nobody_reads() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*COMMAND, "transcribe", *CARDS], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# -- audio that cannot be used -----------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    data = Path(CARDS[0]).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def nan(path: Path) -> None:
+    audio = np.zeros(16000, np.float32)
+    audio[8000] = np.nan
+    soundfile.write(path, audio, 16000, subtype="FLOAT")
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing.wav": (lambda path: None, "does not exist"),
+    "cut.flac": (cut, "cut short"),
+    "cut.wav": (lambda path: (soundfile.write(path, np.zeros(16000), 16000), os.truncate(path, 9000)), "cut short"),
+    "notes.txt": (lambda path: path.write_text("this is not audio " * 100), "not audio"),
+    "nothing.wav": (lambda path: path.write_bytes(b""), "not audio"),
+    "empty.wav": (lambda path: soundfile.write(path, np.zeros(0), 16000), "no audio"),
+    "nan.wav": (nan, "NaN"),
+    "folder.wav": (lambda path: path.mkdir(), "is a folder"),
+    "raw.raw": (lambda path: path.write_bytes(bytes(3200)), "no header"),
+    "long" * 100 + ".wav": (lambda path: None, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("realtime", [False, True])
+@pytest.mark.parametrize("name", BAD_FILES, ids=lambda name: name[:12])
+def test_bad_audio_is_one_sentence(run: Callable[..., Ran], tmp_path: Path, name: str, realtime: bool) -> None:
+    make, says = BAD_FILES[name]
+    make(tmp_path / name)
+    run("transcribe", tmp_path / name, *["--realtime"] * realtime).fails(3, name, says)
+
+
+def test_bad_files_fail_alone(
+    run: Callable[..., Ran], tmp_path: Path, expected: dict[str, nemostream.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan(tmp_path / "nan.wav")
+    cut(tmp_path / "cut.flac")
+    # More files than are decoded at once, so that a lane goes on after a failure.
+    names = [*CARDS, tmp_path / "missing.wav", *([tmp_path / "nan.wav", CARDS[0], tmp_path / "cut.flac"] * 8), CARDS[2]]
+    ran = run("transcribe", *names, "--format", "json")
+    assert ran.code == 3
+    good = [str(name) for name in names if str(name) in CARDS]
+    rows = [json.loads(line) for line in ran.out.splitlines()]
+    assert [row["file"] for row in rows] == good
+    assert [row["text"] for row in rows] == [expected[Path(name).name].text for name in good]
+    complaints = ran.err.splitlines()
+    found = [re.search(r"(missing\.wav|nan\.wav|cut\.flac)", line) for line in complaints]
+    assert [match and match[1] for match in found] == ["missing.wav", *["nan.wav", "cut.flac"] * 8]
+    assert "does not exist" in complaints[0]
+
+
+@pytest.mark.parametrize(("data", "says"), [(b"", "empty"), (bytes(3201), "middle of a sample")])
+def test_bad_pcm(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, data: bytes, says: str) -> None:
+    feed(monkeypatch, data)
+    run("transcribe", "-").fails(3, says)
+
+
+# -- bundles and options that cannot be used ---------------------------------------------------------------------------
+
+
+def test_options(run: Callable[..., Ran]) -> None:
+    run("transcribe", CARDS[0], "--chunk-ms", 500).fails(2, "500 ms", "80, 160, 560, 1120")
+    run("transcribe", CARDS[0], "--chunk-ms", "soon").fails(2, "--chunk-ms")
+    run("transcribe", CARDS[0], "--format", "xml").fails(2, "xml")
+    run("transcribe", CARDS[0], "--loud").fails(2, "--loud")
+    run("transcribe").fails(2, "FILE")
+    run("sing").fails(2, "sing")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "encoder-560ms.onnx", "joint.onnx", "tokenizer.model"])
+def test_a_damaged_bundle(run: Callable[..., Ran], broken_bundle: Callable[..., Path], name: str) -> None:
+    run("transcribe", CARDS[0], "--bundle", broken_bundle(name)).fails(4, f"{name} is damaged")
+
+
+def test_a_bundle_of_another_version(
+    run: Callable[..., Ran], broken_bundle: Callable[..., Path], demo_bundle: Bundle
+) -> None:
+    document = json.loads(demo_bundle.manifest.to_json()) | {"version": 7}
+    bundle = broken_bundle("manifest.json", json.dumps(document).encode())
+    run("transcribe", CARDS[0], "--bundle", bundle).fails(4, "version 7", "reads version 1")
+    run("info", bundle).fails(4, "version 7", "reads version 1")
+
+
+def test_a_graph_that_is_none(run: Callable[..., Ran], broken_bundle: Callable[..., Path], demo_bundle: Bundle) -> None:
+    """Its hash is right: whoever exported it wrote nonsense."""
+    bundle = broken_bundle("decoder.onnx", b"not a graph")
+    document = json.loads(demo_bundle.manifest.to_json())
+    document["graphs"]["decoder"]["sha256"] = sha256(bundle / "decoder.onnx")
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    run("transcribe", CARDS[0], "--bundle", bundle).fails(7, "cannot load", "decoder.onnx")
+
+
+def test_not_a_bundle(run: Callable[..., Ran], tmp_path: Path) -> None:
+    run("transcribe", CARDS[0], "--bundle", tmp_path / "none").fails(4, "is not a folder")
+    run("info", tmp_path).fails(4, "not a bundle")
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
+
+
+def test_version(run: Callable[..., Ran]) -> None:
+    assert run("--version") == Ran(0, f"nemostream {nemostream.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("transcribe", "-h")])
+def test_help(run: Callable[..., Ran], arguments: tuple[str, ...]) -> None:
+    ran = run(*arguments)
+    assert (ran.code, ran.err) == (0, "")
+    assert "Usage:" in ran.out and "transcribe" in ran.out
+
+
+def test_info(run: Callable[..., Ran], demo_bundle: Bundle) -> None:
+    manifest = demo_bundle.manifest
+    ran = run("info")
+    assert (ran.code, ran.err) == (0, "")
+    words = [manifest.name, str(demo_bundle.path), str(manifest.encoder.d_model), manifest.checkpoint["sha256"][:16]]
+    words += [f"{chunk.ms} ms" for chunk in manifest.chunks] + list(manifest.graphs)
+    words += [f"{manifest.parity[f'{chunk.ms}ms']['encoder']:.1e}" for chunk in manifest.chunks]
+    words += [f"{name} {number}" for name, number in manifest.versions.items()]
+    assert [word for word in words if word not in ran.out] == []
+
+
+def states(ran: Ran) -> dict[str, str]:
+    return dict(re.findall(r"^(\S.*?)  +(works|installed|missing|broken)  ", ran.out, re.MULTILINE))
+
+
+def test_doctor(run: Callable[..., Ran]) -> None:
+    ran = run("doctor")
+    assert (ran.code, ran.err) == (0, "")
+    found = states(ran)
+    assert found["ONNX Runtime, CPU"] == "works"
+    assert list(found.values()).count("works") == 1  # nothing else was tried, so of nothing else may it be said
+    extras = {
+        "TensorRT": "tensorrt",
+        "TensorRT for RTX": "tensorrt-rtx",
+        "CUDA for Python": "cuda",
+        "microphone": "mic",
+    }
+    extras |= {"ONNX Runtime, CUDA": "cuda", "exporting": "export"}
+    assert found.keys() == extras.keys() | {"ONNX Runtime, CPU", "NVIDIA driver"}
+    for name, extra in extras.items():
+        if found[name] == "missing":
+            line = next(line for line in ran.out.splitlines() if line.startswith(f"{name}  "))
+            assert f"pip install 'nemostream[{extra}]'" in line
+
+
+def test_doctor_without_a_bundle_that_works(
+    run: Callable[..., Ran], broken_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = broken_bundle("weights.bin")
+    monkeypatch.setattr(nemostream, "demo_bundle", lambda: bundle)
+    ran = run("doctor")
+    assert ran.code == 7
+    assert states(ran)["ONNX Runtime, CPU"] == "broken"
+    assert "weights.bin is damaged" in ran.out
+
+
+def test_export_without_its_extra(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nemo", None)
+    run("export", "voice.nemo", tmp_path / "out").fails(7, "nemo", "pip install 'nemostream[export]'")
+
+
+def test_the_microphone_without_its_extra(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    run("transcribe", "--mic").fails(7, "pip install 'nemostream[mic]'")
+
+
+@pytest.mark.nemo
 def test_export_of_what_is_no_checkpoint(tmp_path: Path) -> None:
-    assert_one_sentence(run("export", str(tmp_path / "no.nemo"), str(tmp_path / "out")), 5, "no.nemo is not a file")
+    arguments = ["export", str(tmp_path / "no.nemo"), str(tmp_path / "out")]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "")
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("nemostream: ") and "no.nemo is not a file" in last
+    assert "Traceback" not in done.stderr
 
 
-def test_info_and_doctor() -> None:
-    shown = run("info")
-    assert shown.returncode == 0
-    assert all(word in shown.stdout for word in ("80 ms", "1120 ms", "parity"))
-    examined = run("doctor")
-    assert examined.returncode == 0, examined.stdout + examined.stderr
-    for name in ("ONNX Runtime, CPU", "ONNX Runtime, CUDA", "TensorRT", "TensorRT for RTX", "NVIDIA driver"):
-        assert name in examined.stdout
-
-
-def test_version() -> None:
-    assert run("--version").stdout.strip() == f"nemostream {nemostream.__version__}"
+@pytest.mark.nemo
+def test_export_then_transcribe(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    done = subprocess.run([*COMMAND, "export", str(tiny_checkpoint), str(out)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert "560ms" in done.stderr and "of NeMo" in done.stderr
+    done = subprocess.run(
+        [*COMMAND, "transcribe", CARDS[0], "--bundle", str(out), "--format", "json"], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["duration"] == pytest.approx(soundfile.info(CARDS[0]).duration, abs=1e-3)

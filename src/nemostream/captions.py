@@ -48,10 +48,11 @@ class Captions:
         self._rows[index].duration = duration
 
     def said(self, index: int, text: str) -> None:
+        """The text so far; shown with the next `heard`."""
         self._rows[index].text = text
-        self._draw()
 
     def heard(self, index: int, seconds: float) -> None:
+        """How much of the audio is decoded."""
         self._rows[index].heard = seconds
         self._draw()
 
@@ -64,7 +65,8 @@ class Captions:
         """The line is empty meanwhile."""
         with self._lock:
             if self._drawn:
-                self._write("")
+                sys.stderr.write("\r" + " " * _width() + "\r")
+                sys.stderr.flush()
                 self._drawn = 0.0
             yield
 
@@ -73,32 +75,32 @@ class Captions:
             return
         with self._lock:
             if self._shown and time.monotonic() - self._drawn >= _PAUSE:
-                self._write(self._line())
+                sys.stderr.write("\r" + self._line(_width()))
+                sys.stderr.flush()
                 self._drawn = time.monotonic()
 
-    def _line(self) -> str:
-        row = self._rows[min(self._turn, len(self._rows) - 1)]
-        total = sum(row.duration for row in self._rows)
-        parts = []
-        if total:
-            parts.append(f"{100 * sum(row.heard for row in self._rows) / total:3.0f} %")
-        if len(self._rows) > 1:
-            parts.append(f"{os.path.basename(row.name)}:")
-        return " ".join([*parts, row.text])
-
-    def _write(self, line: str) -> None:
-        """Spaces instead of control sequences: they work on every terminal."""
+    def _line(self, width: int) -> str:
+        """Filled up with spaces: they rub out what was there on every terminal, whatever control sequences it knows."""
         from rich.cells import cell_len, set_cell_size
 
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-        except OSError:
-            width = 79
-        head, tail = line[:8], line[8:]
-        if cell_len(line) > width:  # the newest words matter most
-            tail = tail[-width:]
-            while tail and cell_len(head) + 1 + cell_len(tail) > width:
-                tail = tail[1:]
-            head += "…"
-        sys.stderr.write("\r" + set_cell_size(head + tail, width) + ("" if line else "\r"))
-        sys.stderr.flush()
+        row = self._rows[min(self._turn, len(self._rows) - 1)]
+        total = sum(row.duration for row in self._rows)
+        head = f"{100 * sum(row.heard for row in self._rows) / total:3.0f} % " if total else ""
+        if len(self._rows) > 1:
+            head += f"{os.path.basename(row.name)}: "
+        room, text = width - cell_len(head), row.text
+        if cell_len(text) > room:  # the newest words matter most
+            text = text[-max(room, 1) :]
+            while cell_len(text) >= room and text:
+                text = text[1:]
+            text = f"…{text}"
+        line = "".join(c if c.isprintable() else "?" for c in head + text)
+        return set_cell_size(line, width)
+
+
+def _width() -> int:
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        columns = 0
+    return (columns or 80) - 1  # text in the last column would wrap

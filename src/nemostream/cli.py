@@ -1,15 +1,18 @@
-"""The command line. Standard output carries results and nothing else; the rest goes to standard error."""
+"""The command line. Standard output carries results and nothing else; the rest goes to standard error.
+
+Every expected failure is one sentence and an exit code of its own: those of `errors`, 2 for usage too, 1 for what the
+operating system refused, 130 for Ctrl-C, 141 when nobody reads the output any more.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, redirect_stdout, suppress
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,23 +20,22 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from nemostream.errors import AudioError, BackendError, NemostreamError
+from nemostream.captions import Captions
+from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nemostream.runtime.recognizer import LiveStream, Model
     from nemostream.runtime.stream import Result
 
-STDIN_RATE = 16000
+STDIN, STDIN_RATE = "-", 16000
 _TOGETHER = 16  # files decoded side by side; their chunks share batches
 _BLOCK_SECONDS = 0.08  # of live audio pushed at a time
 
 app = typer.Typer(
     name="nemostream",
     help="NVIDIA's streaming speech recogniser, without NeMo and PyTorch.",
-    no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,25 +46,29 @@ class Format(StrEnum):
     json = "json"
 
 
-BundleOption = Annotated[
-    Path | None, typer.Option("--bundle", help="Folder that `nemostream export` wrote. Default: the packaged demo.")
-]
-
-
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
     if version:
         import nemostream
 
         print(f"nemostream {nemostream.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
 def transcribe(
-    files: Annotated[list[str] | None, typer.Argument(help="Audio files; - is raw 16 kHz mono 16-bit PCM.")] = None,
-    bundle: BundleOption = None,
-    chunk_ms: Annotated[int, typer.Option(help="Chunk size in ms: less is sooner, more is better.")] = 560,
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE", help="Audio files; - is raw 16 kHz mono 16-bit PCM.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Folder that `nemostream export` wrote. Default: the packaged demo.")
+    ] = None,
+    chunk_ms: Annotated[int, typer.Option(help="Chunk size in ms: smaller is sooner, larger is more accurate.")] = 560,
     format: Annotated[Format, typer.Option(help="json: one object per line.")] = Format.text,
     realtime: Annotated[bool, typer.Option("--realtime", help="Feed files at the pace they were spoken.")] = False,
     mic: Annotated[bool, typer.Option("--mic", help="Listen to the microphone until Ctrl-C.")] = False,
@@ -70,16 +76,19 @@ def transcribe(
     """Turn speech into text.
 
     One line per file, in the order given; with several files, text lines begin with the file's name. A file that cannot
-    be read is reported on standard error, the others are done all the same, and the exit code is that of the first
-    failure.
+    be used is reported on standard error, the others are done all the same, and the exit code is that of the first
+    failure. On a terminal the words appear as they are recognised.
     """
     import nemostream
 
     names = files or []
     if not names and not mic:
-        raise typer.BadParameter("give a file, - for standard input, or --mic", param_hint="FILE")
-    lanes = min(len(names), _TOGETHER) or 1
-    with nemostream.load(bundle, chunk_ms, capacity=lanes + mic) as model:
+        raise OptionError("nothing to transcribe: give a FILE, - for standard input, or --mic.")
+    if STDIN in names and (sys.stdin is None or sys.stdin.isatty()):
+        raise OptionError("standard input is not a pipe: feed raw 16 kHz mono 16-bit PCM into it.")
+    lanes = max(1, min(len(names), _TOGETHER))
+    # Twice: a failed file's slot may still be in the step under way when the next file wants one.
+    with nemostream.load(bundle, chunk_ms, capacity=2 * lanes) as model:
         code = _transcribe_files(model, names, format, realtime) if names else 0
         if mic:
             _print(_listen(model), "microphone", format, prefix=False)
@@ -96,22 +105,26 @@ def export(
     missing = [name for name in ("nemo", "torch", "onnx") if find_spec(name) is None]
     if missing:
         raise BackendError(f"exporting needs {' and '.join(missing)}: pip install 'nemostream[export]'")
-    from nemostream.export import export_checkpoint
+    from rich.console import Console
 
-    started, console = time.monotonic(), _stderr()
-    _quiet_nemo()
-    with console.status("starting") as status:
+    started, console = time.monotonic(), Console(stderr=True, highlight=False)
+    # NeMo and what it brings print things; standard output is ours.
+    with redirect_stdout(sys.stderr), console.status("loading NeMo") as status:
+        try:
+            _quiet_nemo()
+            from nemostream.export import export_checkpoint
+        except ImportError as error:
+            raise BackendError(f"the export extra does not load ({error}): pip install 'nemostream[export]'") from error
 
         def progress(message: str) -> None:
-            console.print(f"[dim]{time.monotonic() - started:6.1f} s[/dim]  {message}", highlight=False)
-            status.update(message)
+            console.print(f"[dim]{time.monotonic() - started:6.1f} s[/dim]  ", end="")
+            console.print(message, markup=False)
+            status.update("working")
 
         exported = export_checkpoint(checkpoint, out, progress)
     for name, figures in exported.manifest.parity.items():
         if isinstance(figures, dict):
-            console.print(
-                f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of NeMo", highlight=False
-            )
+            console.print(f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of NeMo")
     print(out)
 
 
@@ -133,29 +146,52 @@ def doctor() -> None:
         raise typer.Exit(BackendError.exit_code)
 
 
-def main() -> NoReturn:
-    """Entry point: every expected failure is one sentence and an exit code of its own."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    with suppress(AttributeError):  # names and words that the terminal's encoding lacks must not end in a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    command = typer.main.get_command(app)
     try:
-        app(standalone_mode=False)
-        sys.stdout.flush()
+        # Not `command()`: it has its own ways with Ctrl-C and broken pipes.
+        try:
+            with command.make_context("nemostream", list(arguments)) as context:
+                command.invoke(context)
+        finally:
+            sys.stdout.flush()
+    except typer.Exit as leave:
+        return leave.exit_code
     except NemostreamError as error:
         _complain(str(error))
-        sys.exit(error.exit_code)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+        return error.exit_code
+    except BrokenPipeError:
+        _leave(141)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left; say nothing, not even when Python flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _complain("interrupted.")
+        _leave(130)
+    except OSError as error:
+        _complain(f"{error}.")
+        return 1
     except Exception as error:
-        usage = getattr(error, "exit_code", None), getattr(error, "format_message", None)
-        if isinstance(usage[0], int) and callable(usage[1]):  # click's errors of usage
-            _complain(usage[1]())
-            sys.exit(usage[0])
-        raise
-    sys.exit(0)
+        if not hasattr(error, "format_message"):  # typer's errors of usage, whose class moved between its versions
+            raise
+        _complain(error.format_message())
+        return OptionError.exit_code
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without waiting for threads: one may sit in a read of standard input that nobody will end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _complain(sentence: str) -> None:
+    print(f"nemostream: {sentence}", file=sys.stderr, flush=True)
 
 
 # -- transcribing ----------------------------------------------------------------------------------------------------
@@ -163,56 +199,59 @@ def main() -> NoReturn:
 
 def _transcribe_files(model: Model, names: list[str], format: Format, realtime: bool) -> int:
     """Print every result in order as soon as it is its turn; return the exit code of the first failure, or 0."""
-    prefix, code = len(names) > 1, 0
-    with _Screen(len(names)) as screen, ThreadPoolExecutor(min(len(names), _TOGETHER)) as pool:
-        jobs = [pool.submit(_transcribe_one, model, name, realtime, screen) for name in names]
+    code, pool = 0, ThreadPoolExecutor(min(len(names), _TOGETHER))
+    with Captions(names) as captions:
+        jobs = [
+            pool.submit(_transcribe_one, model, name, realtime, captions, index) for index, name in enumerate(names)
+        ]
         try:
-            for name, job in zip(names, jobs, strict=True):
+            for index, (name, job) in enumerate(zip(names, jobs, strict=True)):
                 try:
                     result = job.result()
                 except NemostreamError as error:
-                    screen.clear()
-                    _complain(str(error))
+                    with captions.aside():
+                        _complain(str(error))
                     code = code or error.exit_code
-                    continue
-                screen.clear()
-                _print(result, name, format, prefix)
-        except BaseException:  # Ctrl-C, or nobody reads our output: do not decode the rest first
-            for job in jobs:
-                job.cancel()
-            model.close()
-            raise
+                else:
+                    with captions.aside():
+                        _print(result, name, format, prefix=len(names) > 1)
+                captions.over(index)
+        finally:  # on Ctrl-C, or when nobody reads our output: do not decode the rest first
+            pool.shutdown(wait=False, cancel_futures=True)
     return code
 
 
-def _transcribe_one(model: Model, name: str, realtime: bool, screen: _Screen) -> Result:
+def _transcribe_one(model: Model, name: str, realtime: bool, captions: Captions, index: int) -> Result:
     from nemostream.runtime.audio import Recording, read_pcm16
 
-    if name == "-":
+    if name == STDIN:
         with model.stream(sample_rate=STDIN_RATE) as stream:
-            return _follow(stream, read_pcm16(sys.stdin.buffer), screen, name)
-    if realtime:
+            return _follow(stream, read_pcm16(sys.stdin.buffer), captions, index)
+    try:
         with Recording(name) as file:
-            blocks = _paced(file.blocks(), file.sample_rate)
-            with model.stream(sample_rate=file.sample_rate, channels=file.channels) as stream, closing(blocks):
-                return _follow(stream, blocks, screen, name)
-    with Recording(name) as file:
-        duration = file.duration
+            captions.begins(index, file.duration)
+            if realtime:
+                stream = model.stream(sample_rate=file.sample_rate, channels=file.channels)
+                with stream, closing(_paced(file.blocks(), file.sample_rate)) as blocks:
+                    return _follow(stream, blocks, captions, index)
+    except (OSError, UnicodeEncodeError) as error:  # of a name that the system, or libsndfile's wrapper, cannot take
+        raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     return model.transcribe(
         name,
-        on_partial=lambda partial: screen.partial(name, partial.text),
-        on_progress=lambda seconds: screen.progress(name, seconds, duration),
+        on_partial=lambda partial: captions.said(index, partial.text),
+        on_progress=lambda seconds: captions.heard(index, seconds),
     )
 
 
-def _follow(stream: LiveStream, blocks: Iterator[Any], screen: _Screen, name: str) -> Result:
+def _follow(stream: LiveStream, blocks: Iterable[Any], captions: Captions, index: int) -> Result:
     for block in blocks:
         for partial in stream.push(block):
-            screen.partial(name, partial.text)
+            captions.said(index, partial.text)
+            captions.heard(index, partial.duration)
     return stream.finish()
 
 
-def _paced(blocks: Iterator[Any], rate: int) -> Iterator[Any]:
+def _paced(blocks: Iterable[Any], rate: int) -> Generator[Any]:
     """The same audio in short pieces, each no sooner than its end would have been spoken."""
     started, heard, step = time.monotonic(), 0, max(1, round(rate * _BLOCK_SECONDS))
     for block in blocks:
@@ -226,24 +265,23 @@ def _paced(blocks: Iterator[Any], rate: int) -> Iterator[Any]:
 def _listen(model: Model) -> Result:
     try:
         import sounddevice
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError) as error:  # the module, or the PortAudio library it wants
         raise BackendError(
             "the microphone needs sounddevice and PortAudio: pip install 'nemostream[mic]' (Debian: libportaudio2)"
         ) from error
     try:
         device = sounddevice.InputStream(samplerate=STDIN_RATE, channels=1, dtype="float32")
-    except sounddevice.PortAudioError as error:
-        raise AudioError(f"no microphone could be opened: {error}") from error
-    with device, model.stream(sample_rate=STDIN_RATE) as stream, _Screen(1) as screen:
-        _stderr().print("[dim]listening; Ctrl-C ends[/dim]")
-        try:
+    except (sounddevice.PortAudioError, ValueError) as error:
+        raise AudioError(f"no microphone could be opened: {error}.") from error
+    with device, model.stream(sample_rate=STDIN_RATE) as stream, Captions(["microphone"]) as captions:
+        print("listening; Ctrl-C ends", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):
             while True:
                 block, _ = device.read(round(STDIN_RATE * _BLOCK_SECONDS))
                 for partial in stream.push(block[:, 0].copy()):
-                    screen.partial("microphone", partial.text)
-        except KeyboardInterrupt:
-            screen.clear()
-            return stream.finish()
+                    captions.said(0, partial.text)
+                    captions.heard(0, partial.duration)
+        return stream.finish()
 
 
 def _print(result: Result, name: str, format: Format, prefix: bool) -> None:
@@ -261,68 +299,7 @@ def _print(result: Result, name: str, format: Format, prefix: bool) -> None:
         )
     else:
         line = f"{name}: {result.text}" if prefix else result.text
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-class _Screen:
-    """What a person watching sees while files are decoded: the partial text and how far we are. Nothing in a pipe."""
-
-    def __init__(self, files: int) -> None:
-        self._shown = sys.stderr.isatty()
-        self._console = _stderr()
-        self._status: Any = None
-        self._files, self._progress = files, dict[str, tuple[float, float]]()
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Screen:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
-    def partial(self, name: str, text: str) -> None:
-        if self._shown:
-            self._show(self._far() + text[-(self._console.width - 30) :])
-
-    def progress(self, name: str, seconds: float, duration: float) -> None:
-        with self._lock:
-            self._progress[name] = (seconds, duration)
-
-    def clear(self) -> None:
-        with self._lock:
-            if self._status is not None:
-                self._status.stop()
-                self._status = None
-
-    def _far(self) -> str:
-        with self._lock:
-            done = sum(seconds for seconds, _ in self._progress.values())
-            total = sum(duration for _, duration in self._progress.values())
-        return f"{100 * done / total:3.0f} % of {total:.0f} s  " if total else ""
-
-    def _show(self, line: str) -> None:
-        from rich.text import Text
-
-        with self._lock:
-            if self._status is None:
-                self._status = self._console.status(Text(line))
-                self._status.start()
-            else:
-                self._status.update(Text(line))
-
-
-# -- small things ----------------------------------------------------------------------------------------------------
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _complain(sentence: str) -> None:
-    print(f"nemostream: {sentence}", file=sys.stderr)
+    print(line, flush=True)
 
 
 def _quiet_nemo() -> None:

@@ -5,69 +5,103 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nemostream.errors import NemostreamError
 from nemostream.spec import Bundle
 
-Finding = tuple[bool, str]  # works here, and what was found or what would mend it
-
 
 def describe(bundle: Bundle) -> None:
     """Print a bundle's manifest for people."""
     manifest, console = bundle.manifest, Console(highlight=False)
-    encoder, decoder, features = manifest.encoder, manifest.decoder, manifest.features
-    size = manifest.weights.bytes + sum((bundle.path / g.file).stat().st_size for g in manifest.graphs.values())
-    console.print(f"[bold]{manifest.name}[/bold]  {bundle.path}  {size / 1e6:.1f} MB")
+    encoder, decoder, features, source = manifest.encoder, manifest.decoder, manifest.features, manifest.checkpoint
+    sizes = {name: bundle.file(name).stat().st_size for name in manifest.graphs}
     rows = {
+        "model": f"{manifest.name}, {_size(sum(sizes.values()) + manifest.weights.bytes)} in {bundle.path}",
         "audio": f"{features.sample_rate} Hz, {features.mels} mel bins, {features.window}/{features.hop} samples",
         "encoder": f"{encoder.layers} layers, {encoder.d_model} wide, {encoder.heads} heads, "
         f"{encoder.cache} frames of context, x{encoder.subsampling} subsampling",
         "decoder": f"{decoder.layers} LSTM layer(s) of {decoder.hidden}, joint {decoder.joint}, "
         f"{decoder.vocabulary} tokens, at most {decoder.max_symbols} per frame",
-        "checkpoint": f"{manifest.checkpoint.get('source')}  sha256 {manifest.checkpoint.get('sha256', '?')[:16]}…",
+        "checkpoint": f"{source.get('source', '?')}, sha256 {source.get('sha256', '?')[:16]}…",
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
     for name, text in rows.items():
-        console.print(f"  [dim]{name:10}[/dim] {text}")
-    table = Table(
-        "chunk", "frames", "context", "steps compared", "features", "encoder", title="chunk sizes, and parity"
+        console.print(f"[dim]{name:10}[/dim] {escape(text)}", soft_wrap=True)
+
+    chunks = Table(
+        "chunk", "frames", "context", "steps compared", "features", "encoder", title="chunk sizes and parity"
     )
     for chunk in manifest.chunks:
         figures = manifest.parity.get(f"{chunk.ms}ms", {})
-        compared = (f"{figures[key]:.1e}" if key in figures else "–" for key in ("features", "encoder"))
-        table.add_row(
-            f"{chunk.ms} ms", str(chunk.frames), f"{chunk.left} frames", str(figures.get("steps", "–")), *compared
-        )
-    console.print(table)
-    console.print("[dim]parity: largest absolute difference from NeMo, fp32, measured when the bundle was made[/dim]")
+        compared = (_difference(figures.get(key)) for key in ("features", "encoder"))
+        steps = str(figures.get("steps", "–"))
+        chunks.add_row(f"{chunk.ms} ms", str(chunk.frames), f"{chunk.left} frames", steps, *compared)
+    console.print(chunks)
+    others = (f"{name} {_difference(manifest.parity.get(name))}" for name in ("decoder", "joint"))
+    console.print(
+        f"Parity is the largest difference from NeMo, fp32, measured while exporting. Also: {', '.join(others)}."
+    )
+
+    graphs = Table("graph", "size", "inputs", "outputs", title="graphs")
+    for name, graph in manifest.graphs.items():
+        graphs.add_row(name, _size(sizes[name]), str(len(graph.inputs)), str(len(graph.outputs)))
+    graphs.add_row("weights of all", _size(manifest.weights.bytes), "", "")
+    console.print(graphs)
+
+
+def _difference(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.1e}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    state: str  # "works" (tried), "installed" (there, but nothing here was run on it), "missing", "broken"
+    detail: str  # what was found, or the command that mends it
+
+
+_COLOURS = {"works": "green", "installed": "cyan", "missing": "yellow", "broken": "red"}
 
 
 def examine() -> bool:
-    """Try every backend, print what works and what mends the rest. Returns whether speech can be recognised here."""
+    """Look for every backend, print what works and what mends the rest. Whether speech can be recognised here."""
     console = Console(highlight=False)
-    console.print(f"nemostream {version('nemostream')}, Python {platform.python_version()}, {platform.platform()}")
+    console.print(
+        f"nemostream {version('nemostream')}, Python {platform.python_version()}, {platform.platform()}", soft_wrap=True
+    )
     checks: dict[str, Callable[[], Finding]] = {
         "ONNX Runtime, CPU": _onnxruntime_cpu,
         "ONNX Runtime, CUDA": _onnxruntime_cuda,
-        "TensorRT": lambda: _library("tensorrt", "pip install 'nemostream[tensorrt]'"),
-        "TensorRT for RTX": lambda: _library("tensorrt_rtx", "pip install 'nemostream[tensorrt-rtx]'"),
+        "TensorRT": lambda: _library("tensorrt", "tensorrt"),
+        "TensorRT for RTX": lambda: _library("tensorrt_rtx", "tensorrt-rtx"),
+        "CUDA for Python": _cuda_python,
         "NVIDIA driver": _driver,
-        "exporting (NeMo)": _exporting,
-        "microphone": lambda: _library("sounddevice", "pip install 'nemostream[mic]'"),
+        "exporting": _exporting,
+        "microphone": lambda: _library("sounddevice", "mic"),
     }
-    table = Table("", "works here", "")
-    works = {}
+    works = False
     for name, check in checks.items():
-        works[name], found = check()
-        table.add_row(name, "[green]yes[/green]" if works[name] else "[yellow]no[/yellow]", found)
-    console.print(table)
-    console.print("This version runs streams on ONNX Runtime's CPU provider; the GPU rows tell what is installed.")
-    return works["ONNX Runtime, CPU"]
+        finding = check()
+        works = works or finding.state == "works"
+        state = f"[{_COLOURS[finding.state]}]{finding.state:9}[/]"
+        console.print(f"{name:18}  {state}  {escape(finding.detail)}", soft_wrap=True)  # lines that can be copied whole
+    console.print(
+        "This version recognises speech with ONNX Runtime on the CPU; no backend uses a GPU yet.", soft_wrap=True
+    )
+    return works
 
 
 def _onnxruntime_cpu() -> Finding:
@@ -80,44 +114,75 @@ def _onnxruntime_cpu() -> Finding:
 
         with nemostream.load(capacity=1) as model:
             model.transcribe(np.zeros(16000, np.float32))
-        return True, f"onnxruntime {onnxruntime.__version__}, the packaged model runs"
-    except ImportError as error:
-        return False, f"{error.name} is missing: pip install --force-reinstall nemostream"
     except NemostreamError as error:
-        return False, str(error)
+        return Finding("broken", str(error))
+    except Exception as error:  # a library that is missing, or does not load: its own kinds
+        return Finding("broken", f"{_sentence(error)}: pip install --force-reinstall nemostream")
+    return Finding("works", f"onnxruntime {onnxruntime.__version__}; the packaged model runs")
 
 
 def _onnxruntime_cuda() -> Finding:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return True, "provider present (not used by this version)"
-    return False, "pip uninstall onnxruntime, then pip install 'nemostream[cuda]'"
-
-
-def _library(name: str, mend: str) -> Finding:
     try:
-        module = import_module(name)
-    except (ImportError, OSError):
-        return False, mend
-    return True, f"{name} {getattr(module, '__version__', '')} present"
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            return Finding("installed", f"onnxruntime {onnxruntime.__version__} with the CUDA provider")
+    except Exception as error:
+        return Finding("broken", _sentence(error))
+    # Both packages bring the folder `onnxruntime`; the one that is to run must be laid over the other.
+    mend = "pip install 'nemostream[cuda]' && pip install --force-reinstall --no-deps onnxruntime-gpu"
+    return Finding("missing", mend)
+
+
+def _library(module: str, extra: str) -> Finding:
+    mend = f"pip install 'nemostream[{extra}]'"
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError:
+        return Finding("missing", mend)
+    except Exception as error:  # there, but a library under it is not
+        return Finding("broken", f"{module} does not load ({_sentence(error)})")
+    return Finding("installed", f"{module} {getattr(found, '__version__', '')}".rstrip())
+
+
+def _cuda_python() -> Finding:
+    found = []
+    for module, package in (("cuda.bindings", "cuda-bindings"), ("cuda.core", "cuda-core")):
+        finding = _library(module, "cuda")
+        if finding.state != "installed":
+            return finding
+        found.append(f"{package} {version(package)}")
+    return Finding("installed", ", ".join(found))
 
 
 def _driver() -> Finding:
+    """Ask the driver itself: libraries tell nothing of whether there is a GPU."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
     except OSError:
-        return False, "no NVIDIA driver (libcuda.so.1); CUDA 13 backends need r580 or newer"
-    number = ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(number))
-    return True, f"driver for CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+        return Finding("missing", "no NVIDIA driver (libcuda); install NVIDIA's driver 580 or newer for CUDA 13")
+    number, count = ctypes.c_int(), ctypes.c_int()
+    code = cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(number)) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        return Finding("broken", f"the driver is there, but says CUDA error {code} (is a GPU visible here?)")
+    name = ctypes.create_string_buffer(256)
+    names = [
+        name.value.decode(errors="replace") for i in range(count.value) if not cuda.cuDeviceGetName(name, len(name), i)
+    ]
+    found = f"for CUDA {number.value // 1000}.{number.value % 1000 // 10}: {', '.join(names) or 'no GPU'}"
+    return Finding("installed", found)
 
 
 def _exporting() -> Finding:
-    found = {}
+    """By the packages' metadata: importing NeMo takes half a minute."""
+    found = []
     for package in ("nemo_toolkit", "torch", "onnx"):
         try:
-            found[package] = version(package)
+            found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            return False, f"{package} is missing: pip install 'nemostream[export]'"
-    return True, ", ".join(f"{name} {number}" for name, number in found.items())
+            return Finding("missing", f"{package}: pip install 'nemostream[export]'")
+    return Finding("installed", ", ".join(found))
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
