@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto
 
 from nemostream.export.checkpoint import Checkpoint
-from nemostream.export.graph import Array, GraphWriter, WeightStore
+from nemostream.export.graph import Array, GraphWriter, Shape, WeightStore
 
 _ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
@@ -27,7 +27,7 @@ def write_decoder(checkpoint: Checkpoint, store: WeightStore) -> onnx.ModelProto
     spec = checkpoint.decoder
     g = GraphWriter("decoder", store)
     token = g.input("token", TensorProto.INT64, ["B"])
-    shape = ["B", spec.layers, spec.hidden]
+    shape: Shape = ["B", spec.layers, spec.hidden]
     h, c = (g.input(name, TensorProto.FLOAT, shape) for name in ("h", "c"))
 
     def squeeze(state: str, layer: int) -> str:

@@ -17,12 +17,14 @@ What differs from NeMo, all of it mathematically the same:
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto
 
 from nemostream.export.checkpoint import Checkpoint
-from nemostream.export.graph import Array, GraphWriter, WeightStore
+from nemostream.export.graph import Array, GraphWriter, Shape, WeightStore
 from nemostream.spec import Chunk
 
 FLOAT = TensorProto.FLOAT
@@ -59,7 +61,7 @@ class _EncoderWriter:
         mel_cache = g.input("mel_cache", FLOAT, ["B", spec.mel_cache, mels])
         position = g.input("position", TensorProto.INT64, ["B"])
         valid = g.input("valid", TensorProto.INT64, ["B"])
-        ring = ["B", spec.heads, spec.cache, self.d_k]
+        ring: Shape = ["B", spec.heads, spec.cache, self.d_k]
         caches = [
             (
                 g.input(f"k_cache.{layer}", FLOAT, ring),
@@ -82,7 +84,9 @@ class _EncoderWriter:
         alive = self._frame_mask(new_valid)
         bias, index = self._attention_geometry(position, new_valid)
 
-        k_new, v_new, conv_next = [], [], []
+        k_new: list[str] = []
+        v_new: list[str] = []
+        conv_next: list[str] = []
         for layer, (k_cache, v_cache, conv_cache) in enumerate(caches):
             g.scope(f"layers.{layer}")
             x = g.op("Add", x, self._feed_forward(x, layer, 1))
@@ -95,12 +99,12 @@ class _EncoderWriter:
             for outputs, value in ((k_new, k), (v_new, v), (conv_next, state)):
                 outputs.append(g.unsqueeze(value, 0))
         g.scope("")
-        rows = [spec.layers, "B", spec.heads, frames, self.d_k]
+        rows: Shape = [spec.layers, "B", spec.heads, frames, self.d_k]
         g.output("encoded", x, FLOAT, ["B", frames, spec.d_model])
         g.output("encoded_joint", self._linear(x, "joint.enc"), FLOAT, ["B", frames, ckpt.decoder.joint])
         g.output("k_new", g.concat(*k_new, axis=0), FLOAT, rows)
         g.output("v_new", g.concat(*v_new, axis=0), FLOAT, rows)
-        conv = [spec.layers, "B", spec.d_model, spec.conv_cache]
+        conv: Shape = [spec.layers, "B", spec.d_model, spec.conv_cache]
         g.output("conv_next", g.concat(*conv_next, axis=0), FLOAT, conv)
         return g.finish()
 
@@ -137,7 +141,7 @@ class _EncoderWriter:
         new_valid = g.op("Min", g.op("Sub", high, g.const(2)), g.const(frames))
         return x, new_valid
 
-    def _conv(self, x: str, name: str, **attributes: object) -> str:
+    def _conv(self, x: str, name: str, **attributes: Any) -> str:
         g, ckpt = self.g, self.ckpt
         weight = g.weight(f"{name}.weight", lambda: ckpt.array(f"{name}.weight"))
         return g.op("Conv", x, weight, g.weight(f"{name}.bias", lambda: ckpt.array(f"{name}.bias")), **attributes)

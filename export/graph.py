@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -102,17 +103,17 @@ class GraphWriter:
 
     def const(self, value: object, dtype: type = np.int64) -> str:
         """A small constant, kept inside the graph."""
-        array = np.asarray(value, dtype=dtype)
+        array: Array = np.asarray(value, dtype=dtype)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
         name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{digest}"
         if name not in self._initializers:
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
-    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: object) -> str:
-        return self.ops(kind, *inputs, outputs=outputs, **attributes)[0]
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        return self.ops(kind, *inputs, outputs=1, **attributes)[0]
 
-    def ops(self, kind: str, *inputs: str, outputs: int, **attributes: object) -> list[str]:
+    def ops(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         self._count += 1
         stem = f"{self._scope}{kind}_{self._count}"
         names = [f"{stem}:{i}" for i in range(outputs)]

@@ -152,16 +152,17 @@ def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, f
     for step, token in enumerate(tokens):
         predicted, h, c = decoder.run(["predicted", "h_next", "c_next"], {"token": np.array([token]), "h": h, "c": c})
         output, state = model.decoder.predict(torch.tensor([[int(token)]]), state, add_sos=False)
-        wanted = model.joint.project_prednet(output)
-        predictions.append((predicted[0], wanted[0, 0].numpy()))
+        theirs = model.joint.project_prednet(output)
+        predictions.append((predicted[0], theirs[0, 0].numpy()))
         frame = projected[step % len(projected)][None]
-        (got,) = joint.run(["logits"], {"encoded_joint": frame, "predicted": predicted})
-        with_nemo = model.joint.joint_after_projection(torch.from_numpy(frame[None]), wanted)
-        logits.append((_log_softmax(got[0]), _log_softmax(with_nemo.reshape(-1).numpy())))
-    return {
-        "decoder": _compare("decoder", *(np.stack(side) for side in zip(*predictions, strict=True)), 1),
-        "joint": _compare("joint", *(np.stack(side) for side in zip(*logits, strict=True)), 1),
-    }
+        (joined,) = joint.run(["logits"], {"encoded_joint": frame, "predicted": predicted})
+        with_nemo = model.joint.joint_after_projection(torch.from_numpy(frame[None]), theirs)
+        logits.append((_log_softmax(joined[0]), _log_softmax(with_nemo.reshape(-1).numpy())))
+    figures = {}
+    for name, pairs in (("decoder", predictions), ("joint", logits)):
+        got, wanted = (np.stack(side) for side in zip(*pairs, strict=True))
+        figures[name] = _compare(name, got, wanted, 1)
+    return figures
 
 
 def _log_softmax(logits: Floats) -> Floats:

@@ -65,7 +65,7 @@ def label_looping(
     rows = len(encoded)
     tokens: list[list[int]] = [[] for _ in range(rows)]
     frames: list[list[int]] = [[] for _ in range(rows)]
-    failed = ~np.isfinite(encoded).all(axis=(1, 2))
+    failed: NDArray[np.bool_] = np.asarray(~np.isfinite(encoded).all(axis=(1, 2)))
     at = np.zeros(rows, np.int64)  # the frame each row stands at
     symbols = np.zeros(rows, np.int64)  # labels emitted at that frame
     end = np.where(failed, 0, counts)

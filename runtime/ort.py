@@ -133,10 +133,10 @@ class _Arena:
 
     def reset(self, slots: Ints, start: Predictions) -> None:
         # K and V are masked until written, but a masked NaN would still spread: zeros, not just a position of zero.
-        for array in (self.k, self.v, self.conv):
-            array[:, slots] = 0
-        for array in (self.audio_tail, self.mel_cache, self.position):
-            array[slots] = 0
+        for rings in (self.k, self.v, self.conv):
+            rings[:, slots] = 0
+        for rows in (self.audio_tail, self.mel_cache, self.position):
+            rows[slots] = 0
         self.predicted[slots], self.h[slots], self.c[slots] = start.predicted, start.h, start.c
 
 

@@ -254,7 +254,8 @@ class Bundle:
     def verify(self) -> None:
         """Raise `BundleError` naming the first file that is missing or is not the one that was exported."""
         manifest = self.manifest
-        for entry in (*manifest.graphs.values(), manifest.tokenizer, manifest.weights):
+        entries: list[Graph | File] = [*manifest.graphs.values(), manifest.tokenizer, manifest.weights]
+        for entry in entries:
             file = self.path / entry.file
             if not file.is_file():
                 raise BundleError(f"{file} is missing from the bundle; copy or export it again.")
