@@ -108,11 +108,18 @@ def available_memory() -> int:
     return _meminfo("MemAvailable")
 
 
-def busy_cores(seconds: float = 1.0) -> float:
-    """Cores that somebody keeps busy while we sleep; 0 if the system does not say."""
-    before = _cpu_ticks()
-    time.sleep(seconds)
-    return (_cpu_ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+class OtherWork:
+    """How many cores somebody else kept busy since this object was made; 0 if the system does not say."""
+
+    def __init__(self) -> None:
+        self._start, self._ticks = time.perf_counter(), self._foreign()
+
+    def cores(self) -> float:
+        return max(0.0, (self._foreign() - self._ticks) / (time.perf_counter() - self._start))
+
+    @staticmethod
+    def _foreign() -> float:
+        return _cpu_ticks() / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def _cpu_ticks() -> int:

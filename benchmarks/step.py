@@ -12,8 +12,8 @@ exported first. Method, for each batch size and chunk size:
 * One pair after another, in turns ours first and NeMo first, a pause before each so that no thread pool still spins.
   Both have the same number of threads. Encoder alone first, then whole steps. Shown are median and, in brackets, the
   least and the most of all samples; the ratio is taken pair by pair.
-* Cores busy with other work are counted before and after, and reported. With any, the figures are worthless: the
-  threads of one step wait for the slowest of them, NeMo's more often than ours.
+* Cores that other work (or another guest of the host) kept busy are counted and reported row by row. With more than a
+  tenth of one the figures are worthless: the threads of a step wait for the slowest, NeMo's more often than ours.
 * What is not equal is to our cost: our step begins with PCM and makes the mel features, and our encoder includes the
   joint's projection; NeMo's begins with mel frames computed before.
 * The floor of an encoder step is the one of `floor`, measured just before; "x floor" is our median over it.
@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.benchmarks.floor import Machine, available_memory, busy_cores, encoder_work, hardware, measure_machine
+from nemostream.benchmarks.floor import Machine, OtherWork, available_memory, encoder_work, hardware, measure_machine
 from nemostream.benchmarks.sides import Feed, Floats, Nemo, Ours, load_nemo
 from nemostream.benchmarks.synthetic import speech, synthetic_model
 from nemostream.errors import NemostreamError, OptionError, ParityError
@@ -75,14 +75,12 @@ def compare_steps(
     torch.set_num_threads(threads)
     try:
         say("measuring memory bandwidth and matrix products")
-        others = [busy_cores()]
         machine, rows = measure_machine(), []
         for chunk in chunks:
             for batch in batches:
                 say(f"{chunk.ms} ms, batch {batch}")
                 rows += _compare(bundle, model, chunk, batch, repeats, threads, machine)
                 gc.collect()
-        others.append(busy_cores())
     finally:
         torch.set_num_threads(before)
     return {
@@ -91,7 +89,6 @@ def compare_steps(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),
         "hardware": hardware() | {"threads": threads},
-        "cores_busy_with_other_work": others,  # before and after; more than a tenth of one spoils the figures
         "machine": {"bandwidth_gb_s": machine.bandwidth / 1e9, "gflop_s": machine.flops / 1e9, "rates": machine.rates},
         "versions": {name: _version(name) for name in _LIBRARIES},
         "model": {"name": manifest.name, "precision": "fp32", "layers": manifest.encoder.layers}
@@ -105,7 +102,7 @@ def _compare(
     bundle: Bundle, model: Any, chunk: Chunk, batch: int, repeats: int, threads: int, machine: Machine
 ) -> list[dict[str, Any]]:
     """Two rows: the encoder alone, the whole step."""
-    filler, position = _filler(bundle.manifest, chunk), 0
+    filler, position, others = _filler(bundle.manifest, chunk), 0, OtherWork()
     steps = 2 * (_WARM_UP + repeats)
     fill = -(-chunk.left // filler.frames)
     feed = Feed(bundle.manifest, speech(), batch, fill * filler.frames + steps * chunk.frames)
@@ -139,7 +136,7 @@ def _compare(
         nemo.close()
     audio = batch * (_WARM_UP + repeats) * chunk.ms / 1000
     floor = encoder_work(bundle, chunk).floor_ms(machine, batch)
-    key = {"chunk_ms": chunk.ms, "batch": batch}
+    key = {"chunk_ms": chunk.ms, "batch": batch, "other_work_cores": others.cores()}
     return [
         key | {"what": "encoder", "max_abs_difference": worst} | _figures(encoder[_WARM_UP:], floor),
         key | {"what": "step", "tokens_per_second": sum(map(len, said)) / audio} | _figures(whole[_WARM_UP:], floor),
@@ -202,10 +199,10 @@ def show(report: dict[str, Any]) -> None:
         median, least, most = (f"{figure[name]:.{digits}f}" for name in ("median", "min", "max"))
         return f"{median} \\[{least}–{most}]"
 
-    machine, hard, busy = report["machine"], report["hardware"], max(report["cores_busy_with_other_work"])
+    machine, hard, busy = report["machine"], report["hardware"], max(row["other_work_cores"] for row in report["rows"])
     table = Table(
         title=f"One streaming step of {report['model']['name']}, fp32, {hard['threads']} threads, ms",
-        caption=f"{hard['cpu']}, {hard['cores']} cores, {hard['memory_gib']} GiB, {busy:.1f} cores busy otherwise; "
+        caption=f"{hard['cpu']}, {hard['cores']} cores, {hard['memory_gib']} GiB, up to {busy:.1f} busy otherwise; "
         f"{machine['bandwidth_gb_s']:.1f} GB/s, {machine['gflop_s']:.0f} GFLOP/s; "
         f"{report['method']['repeats']} pairs, median [least–most]",
     )

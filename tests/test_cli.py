@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,6 +410,34 @@ def test_export_without_its_extra(run: Callable[..., Ran], tmp_path: Path, monke
 def test_the_microphone_without_its_extra(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     run("transcribe", "--mic").fails(7, "pip install 'nemostream[mic]'")
+
+
+def test_the_microphone(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the device: a clip, and Ctrl-C at its end."""
+    audio, _ = soundfile.read(nemostream.demo_clip(), dtype="float32")
+    audio = np.pad(audio, (0, -len(audio) % 1280))
+    blocks = iter(audio.reshape(-1, 1280, 1))
+
+    class InputStream(contextlib.nullcontext[None]):
+        def __init__(self, **options: object) -> None:
+            super().__init__()
+            assert options == {"samplerate": 16000, "channels": 1, "dtype": "float32"}
+
+        def read(self, frames: int) -> tuple[np.ndarray, bool]:
+            assert frames == 1280
+            try:
+                return next(blocks), False
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+    device = types.SimpleNamespace(InputStream=InputStream, PortAudioError=RuntimeError)
+    monkeypatch.setitem(sys.modules, "sounddevice", device)
+    ran = run("transcribe", "--mic", "--format", "json")
+    (row,) = ran.rows
+    with nemostream.load() as model:
+        assert (row["file"], row["text"]) == ("microphone", model.transcribe(audio).text)
+    assert row["text"]
+    assert ran.err == "listening; Ctrl-C ends\n"
 
 
 @pytest.mark.nemo

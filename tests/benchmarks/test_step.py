@@ -39,10 +39,10 @@ def test_report(tiny_bundle: Bundle, nemo_model: Any, capsys: pytest.CaptureFixt
     report = compare_steps(tiny_bundle, nemo_model, batches=(1, 3), repeats=2, threads=1)
     assert json.loads(json.dumps(report)) == report
     assert report["hardware"]["threads"] == 1 and report["machine"]["bandwidth_gb_s"] > 0
-    assert len(report["cores_busy_with_other_work"]) == 2
     keys = [(row["chunk_ms"], row["batch"], row["what"]) for row in report["rows"]]
     assert keys == [(ms, b, what) for ms in (80, 160, 560, 1120) for b in (1, 3) for what in ("encoder", "step")]
     for row in report["rows"]:
+        assert row["other_work_cores"] >= 0
         for side in ("ours", "nemo"):
             figures, raw = row[f"{side}_ms"], row["raw_ms"][side]
             assert len(raw) == 2 and 0 < figures["min"] <= figures["median"] <= figures["max"]

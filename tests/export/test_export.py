@@ -211,3 +211,23 @@ def test_full_size_within_16_gb(tmp_path: Path) -> None:
     assert on_disk <= 1.15 * weights
     for ms in (80, 160, 560, 1120):
         assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= LEAST_STEPS
+
+
+def test_a_name_is_asked_of_nemo(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model NeMo knows by name: NeMo fetches the file, we export that. There is no network in the tests."""
+    from nemo.collections.asr.models import ASRModel
+
+    asked = []
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append((name, options["return_model_file"]))
+        if "unknown" in name:
+            raise FileNotFoundError("no such model on the hub")
+        return str(tiny_checkpoint)
+
+    monkeypatch.setattr(ASRModel, "from_pretrained", fetch)
+    bundle = export_checkpoint("nvidia/nemotron-speech-streaming-en-0.6b", tmp_path / "bundle")
+    assert asked == [("nvidia/nemotron-speech-streaming-en-0.6b", True)]
+    assert bundle.manifest.checkpoint["source"] == "nvidia/nemotron-speech-streaming-en-0.6b"
+    with pytest.raises(CheckpointError, match=r"nvidia/unknown is neither a file nor a model.*no such model"):
+        export_checkpoint("nvidia/unknown", tmp_path / "none")
