@@ -125,19 +125,23 @@ def _standardise(linear: Any, inputs: Tensor, scale: float) -> None:
 
 
 def _fastest_direction(clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [D] and offset of the unit-variance direction that changes most between frames of a settled stream."""
+    """Weight [D] and offset of the direction that changes most between frames of a settled stream.
+
+    It has unit variance there. The first seconds of a stream swing widely, its caches being empty: directions that
+    take part in that are avoided, by counting the swing as spread without speed.
+    """
     import torch
 
-    frames = clips.flatten(0, 1)
-    centre = frames.mean(dim=0)
-    scores, deviations, components = torch.linalg.svd(frames - centre, full_matrices=False)
-    scores, whitening = scores[:, :_COMPONENTS], components[:_COMPONENTS] / deviations[:_COMPONENTS, None]
-    # The first seconds of a stream swing widely, its caches being empty: they count as spread, not as speed.
-    settled = scores.unflatten(0, clips.shape[:2])[:, clips.shape[1] // 4 :]
-    steps = settled.diff(dim=1).flatten(0, 1)
-    direction = torch.linalg.eigh(steps.T @ steps).eigenvectors[:, -1]
-    weight = direction @ whitening * len(frames) ** 0.5
-    return weight, -weight @ centre
+    settled = clips[:, clips.shape[1] // 4 :]
+    centre = settled.flatten(0, 1).mean(dim=0)
+    components = torch.linalg.svd(settled.flatten(0, 1) - centre, full_matrices=False).Vh[:_COMPONENTS]
+    scores = (clips - centre) @ components.T
+    steps = scores[:, -settled.shape[1] :].diff(dim=1).flatten(0, 1)
+    spread = scores.flatten(0, 1)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(spread.T @ spread))
+    direction = torch.linalg.eigh(inverse @ (steps.T @ steps) @ inverse.T).eigenvectors[:, -1] @ inverse @ components
+    direction /= ((settled - centre) @ direction).std()
+    return direction, -direction @ centre
 
 
 def _ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
