@@ -5,6 +5,7 @@ What the module does not know: chunks, streams, the model. N counts samples of o
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,8 @@ class Recording:
         if not self.path.exists():
             raise AudioError(f"{path} does not exist.")
         try:
-            self._file = soundfile.SoundFile(str(self.path))
+            # As bytes where paths are bytes: a name need not be text.
+            self._file = soundfile.SoundFile(str(self.path) if os.name == "nt" else os.fsencode(self.path))
         except TypeError as error:  # soundfile takes .raw for headerless audio and asks for its rate
             raise AudioError(f"{path} has no header; feed raw 16-bit PCM through a pipe instead.") from error
         except (soundfile.LibsndfileError, OSError) as error:

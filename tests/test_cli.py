@@ -180,7 +180,7 @@ def test_a_name_that_is_not_text(run: Callable[..., Ran], tmp_path: Path) -> Non
         shutil.copyfile(CARDS[0], name)
     except OSError:
         pytest.skip("this file system wants names of text")
-    run("transcribe", name).fails(3, ".flac cannot be read")
+    assert run("transcribe", name).out == run("transcribe", str(CARDS[0])).out
 
 
 # -- a terminal --------------------------------------------------------------------------------------------------------
@@ -222,7 +222,12 @@ def test_standard_input_that_is_a_terminal(expected: dict[str, nemostream.Result
 def test_ctrl_c() -> None:
     """While it waits for more audio that nobody sends."""
     with subprocess.Popen(
-        [*COMMAND, "transcribe", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "transcribe", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background jobs, these tests maybe among them, hand on an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:
         assert command.stdin
         command.stdin.write(bytes(1 << 19))  # more than a pipe holds: once it is gone, the command is under way

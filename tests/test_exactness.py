@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,24 +141,26 @@ def test_pushes_neighbours_and_slots_change_nothing(data: st.DataObject, tiny_mo
             max_size=6,
         )
     )
-    live: list[tuple[Any, Floats, list[int], tuple[str, int]]] = []
+    streams = []
     for name, ms, seed in jobs:
-        rng = np.random.default_rng(seed)
         audio = clips[name][: 16000 * 4]
-        pieces = np.diff(np.concatenate([[0], np.sort(rng.integers(0, len(audio), 8)), [len(audio)]])).tolist()
-        live.append((tiny_model.stream(chunk_ms=ms), audio, pieces, (name, ms)))
-    order = data.draw(st.permutations([i for i, job in enumerate(live) for _ in range(len(job[2]) + 1)]))
-    at, got = [0] * len(live), {}
-    for i in order:
-        stream, audio, pieces, _ = live[i]
-        if pieces:
-            size = pieces.pop(0)
-            stream.push(audio[at[i] : at[i] + size])
-            at[i] += size
-        else:
-            got[i] = ids(stream.finish())
-    for i, (_, audio, _, (name, ms)) in enumerate(live):
-        assert got[i] == ids(tiny_model.transcribe(audio, chunk_ms=ms)), (name, ms)
+        cuts = np.sort(np.random.default_rng(seed).integers(0, len(audio), 8))
+        streams.append((audio, ms, np.diff(np.concatenate([[0], cuts, [len(audio)]])).tolist()))
+    order = data.draw(st.permutations([i for i, (_, _, pieces) in enumerate(streams) for _ in range(len(pieces) + 1)]))
+    # All is drawn before a stream is opened: hypothesis may end an example at any draw, and slots are few.
+    got, at = {}, [0] * len(streams)
+    with contextlib.ExitStack() as stack:
+        live = [stack.enter_context(tiny_model.stream(chunk_ms=ms)) for _, ms, _ in streams]
+        for i in order:
+            audio, _, pieces = streams[i]
+            if pieces:
+                size = pieces.pop(0)
+                live[i].push(audio[at[i] : at[i] + size])
+                at[i] += size
+            else:
+                got[i] = ids(live[i].finish())
+    for i, (audio, ms, _) in enumerate(streams):
+        assert got[i] == ids(tiny_model.transcribe(audio, chunk_ms=ms)), jobs[i]
 
 
 def test_single_samples(tiny_model: Model, clips: Any) -> None:

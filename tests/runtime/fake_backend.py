@@ -64,6 +64,8 @@ def nothing(batch: Batch) -> None: ...
 
 
 class FakeBackend:
+    asynchronous = False
+
     def __init__(self, manifest: Manifest, capacity: int = 4, max_batch: int = 4) -> None:
         self.manifest, self.capacity, self.max_batch = manifest, capacity, max_batch
         self.position: dict[int, int] = {}
