@@ -18,7 +18,7 @@ from nemostream.export.encoder import write_encoder
 from nemostream.export.features import write_features
 from nemostream.export.graph import WeightStore
 from nemostream.export.parity import measure_parity
-from nemostream.spec import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, sha256
+from nemostream.spec import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, Weight, sha256
 
 _LIBRARIES = ("nemostream", "nemo_toolkit", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -45,7 +45,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callabl
         folder.mkdir()
         say(f"reading {path}")
         source = open_checkpoint(path, unpacked)
-        graphs, weights = _write_graphs(source, folder, say)
+        graphs, weights, tensors = _write_graphs(source, folder, say)
         tokenizer = folder / "tokenizer.model"
         shutil.copyfile(source.tokenizer, tokenizer)
         manifest = Manifest(
@@ -56,6 +56,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callabl
             chunks=source.chunks,
             graphs=graphs,
             weights=_file(weights),
+            tensors=tensors,
             tokenizer=_file(tokenizer),
             checkpoint={"source": str(checkpoint), "sha256": sha256(path), "bytes": path.stat().st_size},
             versions={name: _version(name) for name in _LIBRARIES},
@@ -89,7 +90,9 @@ def _resolve(checkpoint: str | Path, say: Callable[[str], None]) -> Path:
         ) from error
 
 
-def _write_graphs(source: Checkpoint, folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Graph], Path]:
+def _write_graphs(
+    source: Checkpoint, folder: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Graph], Path, dict[str, Weight]]:
     store = WeightStore(folder / "weights.bin")
     graphs = {}
     try:
@@ -103,7 +106,7 @@ def _write_graphs(source: Checkpoint, folder: Path, say: Callable[[str], None]) 
             graphs[name] = _save(write_net(source, store), folder / f"{name}.onnx")
     finally:
         store.close()
-    return graphs, store.path
+    return graphs, store.path, store.tensors("features.", "decoder.", "joint.")
 
 
 def _save(model: onnx.ModelProto, path: Path) -> Graph:

@@ -36,7 +36,6 @@ class Checkpoint:
     log_guard: float  # added to mel energies before the logarithm
     conv_norm: str  # "layer_norm" or "batch_norm"
     input_scale: float  # sqrt(d_model) with xscaling, else 1
-    joint_activation: str
     joint_output: str  # the joint's last layer in the state dict, "joint.joint_net.2"
     tokenizer: Path
     state: Mapping[str, Any]  # name -> torch tensor
@@ -127,13 +126,13 @@ def check_config(config: Mapping[str, Any]) -> tuple[Features, Encoder, Decoder,
         joint=_get(config, "joint.jointnet.joint_hidden"),
         vocabulary=vocabulary,
         max_symbols=_get(config, "decoding.greedy.max_symbols", 10) or 10,
+        activation=_get(config, "joint.jointnet.activation"),
     )
     scaled = _get(config, "encoder.xscaling", True)
     extra = {
         "log_guard": log_guard,
         "conv_norm": _get(config, "encoder.conv_norm_type", "batch_norm"),
         "input_scale": float(np.sqrt(encoder.d_model)) if scaled else 1.0,
-        "joint_activation": _get(config, "joint.jointnet.activation"),
     }
     return features, encoder, decoder, chunks, extra
 

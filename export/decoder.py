@@ -78,7 +78,7 @@ def write_joint(checkpoint: Checkpoint, store: WeightStore) -> onnx.ModelProto:
     g = GraphWriter("joint", store)
     encoded = g.input("encoded_joint", TensorProto.FLOAT, ["B", spec.joint])
     predicted = g.input("predicted", TensorProto.FLOAT, ["B", spec.joint])
-    x = g.op(_ACTIVATIONS[checkpoint.joint_activation], g.op("Add", encoded, predicted))
+    x = g.op(_ACTIVATIONS[spec.activation], g.op("Add", encoded, predicted))
     last = checkpoint.joint_output
     logits = g.linear(
         x,

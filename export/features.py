@@ -63,24 +63,23 @@ def write_features(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> 
     # NeMo's fp32 window is even only to 1e-8, which quiet bins would show: each half has its own.
     window = checkpoint.array("preprocessor.featurizer.window").astype(np.float64)
     left = g.op("Gather", x, pairs("left", np.arange(half)), axis=1)
-    left = g.op("Mul", left, g.const(window[1 : half + 1], np.float64))
+    left = g.op("Mul", left, g.weight("features.window_left", lambda: window[1 : half + 1]))
     right = g.op("Gather", x, pairs("right", np.arange(2 * half - 1, half - 1, -1)), axis=1)
-    right = g.op("Mul", right, g.const(window[-2:half:-1], np.float64))
+    right = g.op("Mul", right, g.weight("features.window_right", lambda: window[-2:half:-1]))
     cosine, sine, filters = _bases(checkpoint)
     real = g.op("MatMul", g.op("Add", left, right), g.weight("features.cosine", lambda: cosine))
     imaginary = g.op("MatMul", g.op("Sub", left, right), g.weight("features.sine", lambda: sine))
     power = g.op("Add", g.op("Mul", real, real), g.op("Mul", imaginary, imaginary))
     mel = g.op("MatMul", power, g.weight("features.filters", lambda: filters))
-    log = g.op("Log", g.op("Add", mel, g.const(checkpoint.log_guard, np.float64)))
+    log = g.op("Log", g.op("Add", mel, g.weight("features.guard", lambda: np.array([checkpoint.log_guard]))))
     g.output("mel", g.op("Cast", log, to=TensorProto.FLOAT), TensorProto.FLOAT, ["B", frames, spec.mels])
     return g.finish()
 
 
 def _bases(checkpoint: Checkpoint) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Cosine and sine about the window's middle [pairs, bins] and mel filters [bins, M], of the bins these use."""
+    """Cosine and sine about the window's middle [pairs, bins] and mel filters [bins, M]."""
     spec = checkpoint.features
     filters = checkpoint.array("preprocessor.featurizer.fb")[0].T.astype(np.float64)
-    used = np.flatnonzero(filters.any(axis=1))
     time = np.arange(1, spec.window // 2)
-    angle = 2 * np.pi / spec.n_fft * np.outer(time - (spec.window - 1) / 2, used)
-    return np.cos(angle), np.sin(angle), np.ascontiguousarray(filters[used])
+    angle = 2 * np.pi / spec.n_fft * np.outer(time - (spec.window - 1) / 2, np.arange(len(filters)))
+    return np.cos(angle), np.sin(angle), np.ascontiguousarray(filters)

@@ -17,6 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from nemostream.spec import Weight
+
 OPSET = 20  # the newest that TensorRT 11, TensorRT for RTX and ONNX Runtime all read, with LayerNormalization
 IR_VERSION = 10
 ALIGNMENT = 64  # bytes: whole cache lines, and enough for any vector load from the memory-mapped file
@@ -65,6 +67,14 @@ class WeightStore:
             entry = proto.external_data.add()
             entry.key, entry.value = key, str(value)
         return proto
+
+    def tensors(self, *prefixes: str) -> dict[str, Weight]:
+        """Where the weights lie whose names begin so."""
+        return {
+            name: Weight(dtype.name, shape, offset)
+            for name, (offset, dtype, shape) in self._entries.items()
+            if name.startswith(prefixes)
+        }
 
     def close(self) -> None:
         self._file.close()

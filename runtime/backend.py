@@ -36,6 +36,7 @@ class Emissions:
 
     tokens: tuple[NDArray[np.int32], ...]  # per row: ids emitted, in order, never blank
     frames: tuple[NDArray[np.int64], ...]  # per row: encoder frame of the stream each was emitted at
+    scores: tuple[NDArray[np.float32], ...]  # per row: natural logarithm of each token's probability
     failed: NDArray[np.bool_]  # [B] the row's numbers are not finite: its stream cannot go on
 
 

@@ -56,15 +56,17 @@ class Predictions:
 
 def label_looping(
     net: Transducer, encoded: Floats, counts: Ints, state: Predictions
-) -> tuple[list[list[int]], list[list[int]], NDArray[np.bool_]]:
+) -> tuple[list[list[int]], list[list[int]], list[list[float]], NDArray[np.bool_]]:
     """Decode the first `counts[b]` of the T frames `encoded` [B, T, J] of each row; `state` is advanced in place.
 
-    Returns tokens per row, the frame (0 ... T-1) of each, and which rows met a number that is not finite; those stop
-    where they are, and no token is made of it. Of equal logits the lowest id wins, as in NeMo.
+    Returns tokens per row, of each the frame (0 ... T-1) and the logarithm of its probability, and which rows met a
+    number that is not finite; those stop where they are, and no token is made of it. Of equal logits the lowest id
+    wins, as in NeMo.
     """
     rows = len(encoded)
     tokens: list[list[int]] = [[] for _ in range(rows)]
     frames: list[list[int]] = [[] for _ in range(rows)]
+    scores: list[list[float]] = [[] for _ in range(rows)]
     failed: NDArray[np.bool_] = np.asarray(~np.isfinite(encoded).all(axis=(1, 2)))
     at = np.zeros(rows, np.int64)  # the frame each row stands at
     symbols = np.zeros(rows, np.int64)  # labels emitted at that frame
@@ -90,21 +92,30 @@ def label_looping(
         if not active.size:
             break
         labels, where = best[hit], pair_frame[hit]
-        for row, label, frame in zip(active.tolist(), labels.tolist(), where.tolist(), strict=True):
+        said = logits[hit].astype(np.float64)
+        score = -np.log(np.exp(said - said.max(axis=1, keepdims=True)).sum(axis=1))  # log softmax at its largest
+        for row, label, frame, sure in zip(
+            active.tolist(), labels.tolist(), where.tolist(), score.tolist(), strict=True
+        ):
             symbols[row] = symbols[row] + 1 if frames[row] and frames[row][-1] == frame else 1
             tokens[row].append(label)
             frames[row].append(frame)
+            scores[row].append(sure)
         at[active] = where + (symbols[active] >= net.max_symbols)
         state.predicted[active], state.h[active], state.c[active] = net.predict(
             labels, state.h[active], state.c[active]
         )
-    return tokens, frames, failed
+    return tokens, frames, scores, failed
 
 
-def greedy_reference(net: Transducer, encoded: Floats, state: Predictions) -> tuple[list[int], list[int]]:
-    """The definition: one row of T frames `encoded` [T, J], `state` of one row advanced in place."""
+def greedy_reference(net: Transducer, encoded: Floats, state: Predictions) -> tuple[list[int], list[int], list[float]]:
+    """The definition: one row of T frames `encoded` [T, J], `state` of one row advanced in place.
+
+    Returns tokens, the frame of each and the logarithm of its probability.
+    """
     tokens: list[int] = []
     frames: list[int] = []
+    scores: list[float] = []
     for frame in range(len(encoded)):
         for _ in range(net.max_symbols):
             logits = net.join(encoded[frame : frame + 1], state.predicted)[0]
@@ -115,5 +126,6 @@ def greedy_reference(net: Transducer, encoded: Floats, state: Predictions) -> tu
                 break
             tokens.append(label)
             frames.append(frame)
+            scores.append(float(logits[label] - np.logaddexp.reduce(logits.astype(np.float64))))
             state.predicted, state.h, state.c = net.predict(np.array([label]), state.h, state.c)
-    return tokens, frames
+    return tokens, frames, scores

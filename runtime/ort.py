@@ -68,12 +68,13 @@ class OrtBackend:
         slots, state = batch.slots, self._state
         start = state.position[slots] - batch.chunk.frames
         rows = Predictions(state.predicted[slots], state.h[slots], state.c[slots])
-        tokens, frames, failed = label_looping(self._transducer, encoded, counts, rows)
+        tokens, frames, scores, failed = label_looping(self._transducer, encoded, counts, rows)
         state.predicted[slots], state.h[slots], state.c[slots] = rows.predicted, rows.h, rows.c
         return Done(
             Emissions(
                 tuple(np.array(row, np.int32) for row in tokens),
                 tuple(np.array(row, np.int64) + begin for row, begin in zip(frames, start, strict=True)),
+                tuple(np.array(row, np.float32) for row in scores),
                 failed,
             )
         )

@@ -208,10 +208,12 @@ class Recognition:
         hypothesis, known = self._seat.stream.hypothesis, self._last.tokens
         text, tokens = self._last.text, known
         if count > len(known):  # a step that said nothing shares text and tokens with the one before
-            ids, frames = hypothesis.tokens[len(known) : count], hypothesis.frames[len(known) : count]
+            new = slice(len(known), count)
+            ids, frames, scores = hypothesis.tokens[new], hypothesis.frames[new], hypothesis.scores[new]
             text = self._text.push(ids)
             piece, seconds = self._tokenizer.piece, self._manifest.seconds
-            tokens = (*known, *(Token(i, piece(i), seconds(f)) for i, f in zip(ids, frames, strict=True)))
+            said = zip(ids, frames, scores, strict=True)
+            tokens = (*known, *(Token(i, piece(i), seconds(f), score) for i, f, score in said))
         self._last = Result(text, tokens, self.intake.seconds, self._last.chunk_ms, False)
         return self._last
 

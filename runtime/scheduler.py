@@ -235,14 +235,15 @@ class Scheduler:
         except Exception as error:
             self._fail(step.seats, error, steps=1)
             return
-        rows = zip(step.seats, emissions.tokens, emissions.frames, emissions.failed, strict=True)
+        said = zip(emissions.tokens, emissions.frames, emissions.scores, strict=True)
+        rows = zip(step.seats, said, emissions.failed, strict=True)
         with self._lock:
-            for seat, tokens, frames, failed in rows:
+            for seat, row, failed in rows:
                 seat.in_flight -= 1
                 if failed:
                     self._kill(seat, StreamError("the model's numbers for this stream are not finite; open a new one."))
                 elif not seat.error:
-                    seat.stream.hypothesis.extend(tokens, frames)
+                    seat.stream.hypothesis.extend(*row)
                     seat.steps.append(len(seat.stream.hypothesis.tokens))
                 self._give_back(seat)
                 seat.progress.notify_all()
@@ -276,9 +277,9 @@ class Scheduler:
 
 
 def _check(emissions: Emissions, rows: int) -> None:
-    found = (len(emissions.tokens), len(emissions.frames), len(emissions.failed))
-    if found != (rows, rows, rows):
-        raise BackendError(f"the backend answered {found} rows of tokens, frames, failed to a batch of {rows}.")
+    found = tuple(map(len, (emissions.tokens, emissions.frames, emissions.scores, emissions.failed)))
+    if found != (rows,) * 4:
+        raise BackendError(f"the backend answered {found} rows of tokens, frames, scores, failed to a batch of {rows}.")
 
 
 def _failure(error: BaseException, what: str) -> NemostreamError:

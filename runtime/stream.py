@@ -22,6 +22,7 @@ class Token:
     id: int
     text: str  # its leading space included
     time: float  # seconds from the stream's start
+    score: float  # natural logarithm of its probability, given everything before
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Hypothesis:
 
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)  # encoder frame each was emitted at
+    scores: list[float] = field(default_factory=list)  # log-probability of each
 
-    def extend(self, tokens: NDArray[np.int32], frames: NDArray[np.int64]) -> None:
+    def extend(self, tokens: NDArray[np.int32], frames: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
         self.tokens += tokens.tolist()
         self.frames += frames.tolist()
+        self.scores += scores.tolist()
 
 
 class Stream:

@@ -23,6 +23,7 @@ from nemostream.spec import (
     Graph,
     Manifest,
     Tensor,
+    Weight,
     sha256,
 )
 
@@ -34,7 +35,7 @@ def make_manifest(**changes: Any) -> Manifest:
         "name": "contract",
         "features": Features(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
         "encoder": Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
-        "decoder": Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10),
+        "decoder": Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu"),
         "chunks": CHUNKS,
         "graphs": {
             "joint": Graph(
@@ -45,6 +46,7 @@ def make_manifest(**changes: Any) -> Manifest:
             )
         },
         "weights": File("weights.bin", "1" * 64, 4),
+        "tensors": {"joint.out.bias": Weight("float32", (1,), 0)},
         "tokenizer": File("tokenizer.model", "2" * 64, 5),
         "checkpoint": {"source": "voice.nemo", "sha256": "3" * 64},
         "parity": {"80ms": {"steps": 12, "encoder": 1e-6}},
@@ -104,7 +106,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
         ("[]", "not a nemostream manifest"),
         ('"nemostream-bundle"', "not a nemostream manifest"),
         (edited(lambda d: d.update(format="other")), "not a nemostream manifest"),
-        (edited(lambda d: d.update(version=2)), "version 2, this nemostream reads version 1"),
+        (edited(lambda d: d.update(version=1)), "version 1, this nemostream reads version 2"),
         (edited(lambda d: d.pop("version")), "version None"),
         (edited(lambda d: d.pop("chunks")), "'chunks'"),
         (edited(lambda d: d["encoder"].pop("layers")), "layers"),

@@ -33,10 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemostream.errors import BundleError, OptionError
 
 FORMAT = "nemostream-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -87,6 +90,7 @@ class Decoder:
     joint: int  # J
     vocabulary: int  # without blank; blank is the last id
     max_symbols: int  # per encoder frame
+    activation: str  # of the joint: "relu", "sigmoid" or "tanh"
 
     @property
     def blank(self) -> int:
@@ -108,6 +112,15 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int | str, ...]  # a name marks a free axis ("B")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where in `weights.bin` an array lies, for who computes with it outside the graphs (the GPU runtime's kernels)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,7 @@ class Manifest:
     chunks: tuple[Chunk, ...]
     graphs: Mapping[str, Graph]  # "features-80ms", "encoder-80ms", ..., "decoder", "joint"
     weights: File
+    tensors: Mapping[str, Weight]  # of front end, prediction net and joint, by name
     tokenizer: File
     checkpoint: Mapping[str, Any] = field(default_factory=dict)  # source, sha256, config excerpt
     parity: Mapping[str, Any] = field(default_factory=dict)  # measured while exporting, per chunk size
@@ -209,6 +223,10 @@ class Manifest:
                 chunks=tuple(Chunk(**chunk) for chunk in document["chunks"]),
                 graphs={name: _graph(graph) for name, graph in document["graphs"].items()},
                 weights=File(**document["weights"]),
+                tensors={
+                    name: Weight(weight["dtype"], tuple(weight["shape"]), weight["offset"])
+                    for name, weight in document["tensors"].items()
+                },
                 tokenizer=File(**document["tokenizer"]),
                 checkpoint=document["checkpoint"],
                 parity=document["parity"],
@@ -261,6 +279,11 @@ class Bundle:
                 raise BundleError(f"{file} is missing from the bundle; copy or export it again.")
             if sha256(file) != entry.sha256:
                 raise BundleError(f"{file} is damaged (its hash is not the manifest's); copy or export it again.")
+
+    def weight(self, name: str) -> NDArray[Any]:
+        """One of the manifest's `tensors`, mapped from the file, read-only."""
+        where = self.manifest.tensors[name]
+        return np.memmap(self.path / self.manifest.weights.file, where.dtype, "r", where.offset, where.shape)
 
     def file(self, graph: str) -> Path:
         """Path of a graph by its name in the manifest ("decoder")."""

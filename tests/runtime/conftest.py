@@ -49,10 +49,11 @@ def bundle(tmp_path_factory, tokenizer_model) -> Bundle:
         name="fake",
         features=Features(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
         encoder=Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
-        decoder=Decoder(layers=2, hidden=640, joint=640, vocabulary=vocabulary, max_symbols=10),
+        decoder=Decoder(layers=2, hidden=640, joint=640, vocabulary=vocabulary, max_symbols=10, activation="relu"),
         chunks=tuple(Chunk(ms=80 * t, frames=t, left=70, samples=1280 * t) for t in (1, 2, 7, 14)),
         graphs={},
         weights=File("weights.bin", "", 0),
+        tensors={},
         tokenizer=File("tokenizer.model", "", 0),
     )
     return Bundle(path, manifest)

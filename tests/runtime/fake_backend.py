@@ -108,7 +108,8 @@ class FakeBackend:
             failed.append(self.fails(slot, start))
             self.position[slot] = start + batch.chunk.frames
         self.most_in_flight = max(self.most_in_flight, sum(self.in_flight.values()))
-        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), np.array(failed, bool)))
+        scores = tuple(-np.arange(len(row), dtype=np.float32) for row in tokens)
+        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), scores, np.array(failed, bool)))
 
     def close(self) -> None:
         self._on_one_thread()

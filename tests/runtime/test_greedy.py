@@ -50,19 +50,23 @@ def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int]):  # ty
     state = Predictions(*(np.repeat(array, rows, axis=0) for array in (start.predicted, start.h, start.c)))
     tokens: list[list[int]] = [[] for _ in range(rows)]
     frames: list[list[int]] = [[] for _ in range(rows)]
+    scores: list[list[float]] = [[] for _ in range(rows)]
     begin = 0
     for size in splits:
         part = net.frames()[:, begin : begin + size]
-        said, at, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state)
+        said, at, sure, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state)
         assert not failed.any()
         for row in range(rows):
             tokens[row] += said[row]
             frames[row] += [begin + frame for frame in at[row]]
+            scores[row] += sure[row]
         begin += size
     wanted = []
     for row in range(rows):
         alone = Predictions.start(net, 1, 1)
-        wanted.append(greedy_reference(net, net.frames()[row, : counts[row]], alone))
+        *said, sure = greedy_reference(net, net.frames()[row, : counts[row]], alone)
+        wanted.append(tuple(said))
+        np.testing.assert_allclose(scores[row], sure, atol=1e-6)
         np.testing.assert_array_equal(alone.predicted[0], state.predicted[row])
     return list(zip(tokens, frames, strict=True)), wanted
 
@@ -101,7 +105,7 @@ def test_a_number_that_is_not_one_stays_in_its_row(bad: float) -> None:
     net = TableNet(table)
     start = Predictions.start(net, 1, 1)
     state = Predictions(*(np.repeat(array, 3, axis=0) for array in (start.predicted, start.h, start.c)))
-    tokens, frames, failed = label_looping(net, net.frames(), np.full(3, 8), state)
+    tokens, frames, _, failed = label_looping(net, net.frames(), np.full(3, 8), state)
     assert failed.tolist() == [False, True, False]
     assert [(tokens[row], frames[row]) for row in (0, 2)] == [clean[0], clean[2]]
     assert all(frame < 4 for frame in frames[1])
@@ -114,7 +118,7 @@ def test_frames_that_are_not_numbers_are_seen_before_decoding() -> None:
     state = Predictions(*(np.repeat(array, 2, axis=0) for array in (start.predicted, start.h, start.c)))
     encoded = net.frames()
     encoded[0, 2, 3] = np.nan
-    tokens, _, failed = label_looping(net, encoded, np.array([3, 3]), state)
+    tokens, _, _, failed = label_looping(net, encoded, np.array([3, 3]), state)
     assert failed.tolist() == [True, False]
     assert not tokens[0]
     assert len(tokens[1]) == 3 * net.max_symbols

@@ -272,13 +272,13 @@ def test_a_backend_that_answers_for_other_rows_is_not_believed(serve, manifest, 
 
     def twisted(batch):
         step = submit(batch)
-        step.emissions = type(step.emissions)((), (), step.emissions.failed)
+        step.emissions = type(step.emissions)((), (), (), step.emissions.failed)
         return step
 
     backend.submit = twisted
     seat = scheduler.open(manifest.chunk(80))
     scheduler.accept(seat, noise(0, 199))
-    with pytest.raises(BackendError, match=r"answered \(0, 0, 1\) rows .* to a batch of 1"):
+    with pytest.raises(BackendError, match=r"answered \(0, 0, 0, 1\) rows .* to a batch of 1"):
         scheduler.wait(seat)
 
 

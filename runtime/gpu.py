@@ -1,0 +1,354 @@
+"""The GPU backend: every stream's state on the device, one launch a step, nothing fetched but what was said.
+
+A step of B streams is recorded once for each chunk size, bucket (B rounded up) and way of reading the caches, and
+launched as one CUDA graph afterwards::
+
+    begin      slots, lengths and PCM, from the host's memory
+    features   log-mel
+    gather     the rows' caches, unless row b is slot b: then the encoder reads the arena in place
+    (encoder)  whatever `nemostream build` made, TensorRT or ONNX Runtime
+    scatter    T new rows of K and V into the rings, the small caches, the audio tail
+    start, [join, decide, lstm, project] as long as anybody speaks, finish: tokens to the host's memory
+
+The host writes one of two lanes of input, launches, and waits for the step's mark when it wants the answer; meanwhile
+it can prepare and launch the next step on the other lane. Rows that a bucket has too many are idle.
+
+The loop is a WHILE node of the graph. Where that cannot be had it is unrolled: a few iterations are recorded, and the
+host launches them again until nobody speaks; without graphs at all the same kernels are launched one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.errors import BackendError, OptionError
+from nemostream.runtime import kernels as sources
+from nemostream.runtime.arena import Arena
+from nemostream.runtime.backend import Batch, Emissions
+from nemostream.runtime.device import Device, Mark
+from nemostream.spec import Bundle, Chunk
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+# Kinds of decoding loop, the best first; the first that can be recorded is used.
+LOOPS = ("while", "unrolled", "eager")
+UNROLLED = 3  # iterations recorded where the device cannot end the loop itself: two labels, and the verdict
+_WIDE = 64  # blocks along the rows of a decoding product: what is beyond is met by looping
+
+
+class Encoder(Protocol):
+    """The encoder step of one chunk size on the device, built by `nemostream build`."""
+
+    cell: str  # type of the caches: "float32", "float16" or "bfloat16"
+    capturable: bool  # whether `enqueue` may be part of a recording
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        """For batches of `rows`, with every input and output of the graph at its address: a function that enqueues.
+
+        Rows are those of the graph's shapes (`export.encoder`), without `encoded`. Called before anything is recorded.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class GpuBackend:
+    """A bundle on a GPU. Called by one thread at a time, as the seam demands.
+
+    `encoders` gives the encoder of each chunk size (ms); all must keep their caches in the same type. `loop` is the
+    first kind of `LOOPS` to be tried. Everything is recorded here, so that nothing has to be while serving.
+
+    Raises `BackendError` if the device cannot hold `capacity` streams, naming how many it could, or if a model's sizes
+    are beyond the kernels.
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        encoders: Mapping[int, Encoder],
+        capacity: int = 64,
+        max_batch: int | None = None,
+        loop: str = "while",
+    ) -> None:
+        for name, value in (("capacity", capacity), ("max_batch", max_batch)):
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is {value}; it must be at least 1.")
+        cells = {encoder.cell for encoder in encoders.values()}
+        if len(cells) != 1:
+            raise OptionError(f"the engines keep their caches as {' and '.join(sorted(cells)) or 'none'}, not alike.")
+        self.manifest = bundle.manifest
+        self.capacity = capacity
+        self.max_batch = min(max_batch or 64, capacity)
+        self.buckets = buckets(self.max_batch)
+        self._chunks = {ms: self.manifest.chunk(ms) for ms in encoders}
+        self._encoders = dict(encoders)
+        self._device = device
+        (self.cell,) = cells
+        macros = sources.macros(self.manifest, self.cell, conditional=loop == "while")
+        device.adopt()
+        self._kernels = device.kernels(macros, sources.entries(self.manifest))
+        self._memory = Arena(bundle, device, self.cell, capacity, self.max_batch, list(self._chunks.values()))
+        self._lane = 0
+        self._pending: list[_Step | None] = [None, None]
+        self._resetting: Mark | None = None
+        self.reset(np.arange(capacity))
+        self._plans: dict[tuple[int, int, bool], _Plan] = {}
+        self.loop = self._record_all(loop)
+
+    @property
+    def bytes_per_stream(self) -> int:
+        """Device memory of one slot."""
+        return sum(self._memory.slot_bytes.values()) // self.capacity
+
+    def reset(self, slots: Ints) -> None:
+        self._device.adopt()
+        if self._resetting:
+            self._resetting.wait()  # the kernel reads the host's list
+        self._memory.reset_slots[: len(slots)] = slots
+        step = self._memory.step.copy()
+        self._kernels.launch("reset", (len(slots), self.manifest.encoder.layers, 1), step)
+        self._resetting = self._device.mark()
+
+    def submit(self, batch: Batch) -> _Step:
+        self._device.adopt()
+        plan, rows = self._prepare(batch)
+        step = _Step(self, plan, rows, self._lane)
+        self._pending[self._lane] = step
+        plan.run()
+        step.mark = self._device.mark()
+        self._lane = 1 - self._lane
+        return step
+
+    def encode(self, batch: Batch) -> tuple[Floats, Ints]:
+        """The step without decoding, not recorded: `encoded_joint` [B, T, J], and how many frames each row has."""
+        self._device.adopt()
+        plan, rows = self._prepare(batch)
+        for run in (*plan.before, plan.enqueue, *plan.scatter, plan.finish):
+            run()
+        self._device.mark().wait()
+        self._lane = 1 - self._lane
+        memory, chunk = self._memory, batch.chunk
+        encoded = np.empty((plan.rows, chunk.frames, self.manifest.decoder.joint), np.float32)
+        counts = np.empty(plan.rows, np.int32)
+        self._device.read(int(memory.step["encoded"]), encoded)
+        self._device.read(int(memory.step["row_count"]), counts)
+        return encoded[rows], counts[rows].astype(np.int64)
+
+    def close(self) -> None:
+        self._device.adopt()
+        self._plans.clear()
+        for encoder in self._encoders.values():
+            encoder.close()
+        self._device.close()
+
+    # -- recording -----------------------------------------------------------------------------------------------------
+
+    def _record_all(self, loop: str) -> str:
+        """Record every step with the first kind of loop that works; which one that was."""
+        if loop == "while" and not self._kernels.conditional:
+            loop = "unrolled"
+        failures: list[str] = []
+        for kind in LOOPS[LOOPS.index(loop) :]:
+            try:
+                for ms, rows, in_place in itertools.product(self._chunks, reversed(self.buckets), (False, True)):
+                    self._plans[ms, rows, in_place] = self._record(self._chunks[ms], rows, in_place, kind)
+                return kind
+            except BackendError as error:
+                failures.append(f"{kind}: {error}")
+                if kind == LOOPS[-1]:
+                    raise BackendError(f"no step can be run on {self._device.name}: {' '.join(failures)}") from error
+        raise OptionError(f"loop is {loop!r}; choose one of {', '.join(LOOPS)}.")
+
+    def _record(self, chunk: Chunk, rows: int, in_place: bool, kind: str) -> _Plan:
+        old = self._plans.get((chunk.ms, rows, in_place))
+        encoder, step = self._encoders[chunk.ms], self._memory.view(chunk, rows, in_place)
+        enqueue = old.enqueue if old else encoder.bind(rows, self._memory.addresses(step, in_place))
+        manifest, launch = self.manifest, self._kernels.launch
+        layers, mel_frames = manifest.encoder.layers, manifest.encoder.subsampling * chunk.frames
+        tiles = -(-(manifest.decoder.vocabulary + 1) // sources.TILE_COLUMNS)
+        joint_tiles = -(-manifest.decoder.joint // sources.TILE_COLUMNS)
+        wide = min(-(-rows * chunk.frames // sources.TILE_ROWS), _WIDE)
+        tall = min(-(-rows // sources.TILE_ROWS), _WIDE)
+
+        def call(entry: str, *grid: int) -> Callable[[], None]:
+            return lambda: launch(entry, (*grid, 1, 1)[:3], step)  # type: ignore[arg-type]
+
+        before = [
+            call("begin", rows, -(-chunk.samples // (8 * sources.BLOCK))),
+            call("features", mel_frames, rows),
+            call("gather", rows, layers, sources.PIECES),
+        ]
+        scatter = [call("scatter", rows, layers)]
+        iteration = [
+            call("join", wide, tiles),
+            call("decide", -(-rows // 8)),
+            *(call(f"lstm_{i}", tall, manifest.decoder.hidden // 8) for i in range(manifest.decoder.layers)),
+            call("project", tall, joint_tiles),
+        ]
+        start, finish = call("start", rows), call("finish", min(rows, 32))
+
+        def decode() -> None:
+            if kind == "while":
+                step["condition"], step["looping"] = self._device.condition(), 1
+            start()
+            again()
+
+        def again() -> None:
+            if kind == "while":
+                self._device.loop(int(step["condition"]), lambda: _all(iteration))
+            else:
+                _all(iteration * UNROLLED)
+            finish()
+
+        plan = _Plan(chunk, rows, in_place, step, before, enqueue, scatter, finish)
+        # Once without recording, all rows idle: libraries set themselves up in their first run.
+        if old is None:
+            self._memory.rows_of(self._lane)[:] = -1
+            _all([*before, enqueue, *scatter, finish])
+            self._device.mark().wait()
+            self._lane = 1 - self._lane
+        if kind == "eager":
+            plan.stages, plan.again = [functools.partial(_all, [*before, enqueue, *scatter, decode])], again
+            return plan
+        record = self._device.record
+        if encoder.capturable:
+            stages = [record(lambda: _all([*before, enqueue, *scatter, decode])).launch]
+        else:
+            stages = [record(lambda: _all(before)).launch, enqueue, record(lambda: _all([*scatter, decode])).launch]
+        plan.stages = stages
+        plan.again = None if kind == "while" else record(again).launch
+        return plan
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: Batch) -> tuple[_Plan, Ints]:
+        """Fill the lane; the recording to run, and the row of each of the batch's streams."""
+        if batch.chunk.ms not in self._chunks:
+            known = ", ".join(map(str, self._chunks))
+            raise BackendError(
+                f"no engine for chunks of {batch.chunk.ms} ms was loaded, only for {known} ms; build one with "
+                f"`nemostream build --chunk-ms {batch.chunk.ms}`."
+            )
+        for step in self._pending:
+            # The lane's last step must be over; where the host takes part in the loop, any step before.
+            if step and (step.lane == self._lane or self.loop != "while"):
+                step.collect()
+        bucket = self._bucket(len(batch.slots))
+        top = int(batch.slots.max()) + 1
+        # In place nothing is copied, and rows that are not in the batch are computed for nothing: no more of them than
+        # the bucket would have anyway.
+        in_place = top <= self.max_batch and self._bucket(top) == bucket
+        rows = batch.slots if in_place else np.arange(len(batch.slots))
+        memory = self._memory
+        slots, lengths, audio = memory.rows_of(self._lane), memory.lengths_of(self._lane), memory.audio_of(self._lane)
+        slots[:bucket] = -1
+        slots[rows] = batch.slots
+        lengths[rows] = batch.lengths
+        audio[: bucket * batch.chunk.samples].reshape(bucket, -1)[rows] = batch.audio
+        return self._plans[batch.chunk.ms, bucket, in_place], rows
+
+    def _bucket(self, rows: int) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+
+@dataclass
+class _Plan:
+    """The step of one chunk size, bucket and way of reading the caches."""
+
+    chunk: Chunk
+    rows: int
+    in_place: bool
+    step: np.void  # the kernels' argument
+    before: list[Callable[[], None]]
+    enqueue: Callable[[], None]
+    scatter: list[Callable[[], None]]
+    finish: Callable[[], None]
+    stages: list[Callable[[], None]] | None = None  # the whole step
+    again: Callable[[], None] | None = None  # more iterations, where the device cannot loop
+
+    def run(self) -> None:
+        _all(self.stages or [])
+
+
+class _Step:
+    """A step under way on one of the two lanes."""
+
+    def __init__(self, backend: GpuBackend, plan: _Plan, rows: Ints, lane: int) -> None:
+        self._backend, self._plan, self._rows = backend, plan, rows
+        self.lane = lane
+        self.mark: Mark | None = None
+        self._emissions: Emissions | None = None
+        self._error: BackendError | None = None
+
+    def result(self) -> Emissions:
+        self.collect()
+        if self._error:
+            raise self._error
+        assert self._emissions is not None
+        return self._emissions
+
+    def collect(self) -> None:
+        """Wait, and take the answer out of the lane before another step needs it."""
+        backend = self._backend
+        if backend._pending[self.lane] is not self:
+            return
+        backend._pending[self.lane] = None
+        try:
+            if self.mark is None:
+                raise BackendError("the step could not be started.")
+            backend._device.adopt()
+            self.mark.wait()
+            while (answer := backend._memory.answer(self.lane))[0][1] and self._plan.again:
+                self._plan.again()
+                backend._device.mark().wait()
+            self._emissions = _emissions(*answer, self._rows, self._plan.rows)
+        except BackendError as error:
+            self._error = error
+
+
+_NO_TOKENS = np.zeros(0, np.int32)
+_NO_FRAMES = np.zeros(0, np.int64)
+_NO_SCORES = np.zeros(0, np.float32)
+
+
+def _emissions(head: NDArray[np.int32], failed: NDArray[np.int32], records: Any, rows: Ints, bucket: int) -> Emissions:
+    """Records come in the order of iterations, so a stable sort by row leaves each row's in theirs."""
+    said = records[np.argsort(records["row"], kind="stable")]
+    counts = np.bincount(said["row"], minlength=bucket)
+    ends = np.cumsum(counts)
+    tokens, frames = [_NO_TOKENS] * len(rows), [_NO_FRAMES] * len(rows)
+    scores = [_NO_SCORES] * len(rows)
+    for index in np.flatnonzero(counts[rows]).tolist():
+        row = rows[index]
+        part = said[ends[row] - counts[row] : ends[row]]
+        tokens[index], frames[index] = part["token"].astype(np.int32), part["frame"].astype(np.int64)
+        scores[index] = part["score"].astype(np.float32)
+    return Emissions(tuple(tokens), tuple(frames), tuple(scores), failed[rows] != 0)
+
+
+def _all(work: list[Callable[[], None]]) -> None:
+    for run in work:
+        run()
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Batch sizes that are recorded: powers of two and, from 16 on, the ones halfway; `most` is the last."""
+    sizes = itertools.takewhile(
+        lambda size: size < most, (size for power in itertools.count() for size in _between(1 << power))
+    )
+    return (*sizes, most)
+
+
+def _between(power: int) -> tuple[int, ...]:
+    return (power,) if power < 16 else (power, power * 3 // 2)

@@ -1,0 +1,207 @@
+"""A `runtime.device.Device` on the CPU: our kernels by `cuda_on_cpu.h`, the encoder by ONNX Runtime.
+
+It is strict where a GPU would be silent: work is queued and runs only when somebody waits, recording runs nothing, a
+thread must adopt the device before it calls, and whatever is read or written must have been allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from cuda_on_cpu import compile_for_cpu
+from numpy.typing import NDArray
+
+from nemostream.errors import BackendError
+from nemostream.runtime import kernels as sources
+from nemostream.spec import Bundle, Chunk
+
+Work = Callable[[], None]
+
+
+class HostDevice:
+    """`conditional` False: a driver that cannot loop; `recordable` False: one that cannot record.
+
+    `order` shuffles threads and blocks (`cuda_on_cpu`).
+    """
+
+    name, architecture = "a CPU that plays a GPU", "sm00"
+
+    def __init__(
+        self, free_bytes: int = 1 << 33, conditional: bool = True, recordable: bool = True, order: int = 0
+    ) -> None:
+        self.free_bytes = free_bytes
+        self.conditional, self.recordable, self.order = conditional, recordable, order
+        self.thread = threading.get_ident()
+        self.arrays: dict[int, NDArray[np.uint8]] = {}
+        self.closed = False
+        self.launches: list[str] = []  # kernels run
+        self.queued = 0  # times the host asked for something to be run
+        self._queue: list[Work] = []
+        self._recording: list[Work] | None = None
+        self._conditions: list[NDArray[np.uint32]] = []
+
+    def adopt(self) -> None:
+        self.thread = threading.get_ident()
+
+    def allocate(self, size: int) -> int:
+        return self.allocate_host(size).ctypes.data
+
+    def allocate_host(self, size: int) -> NDArray[np.uint8]:
+        self._check()
+        raw = np.zeros(size + 64, np.uint8)
+        array = raw[-raw.ctypes.data % 64 :][:size]
+        self.arrays[array.ctypes.data] = array
+        return array
+
+    def write(self, address: int, array: NDArray[Any]) -> None:
+        self.drain()
+        self.view(address, array.shape, array.dtype)[...] = array
+
+    def read(self, address: int, array: NDArray[Any]) -> None:
+        self.drain()
+        array[...] = self.view(address, array.shape, array.dtype)
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Device memory as an array, checked to be allocated."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for start, array in self.arrays.items():
+            if start <= address and address + size <= start + len(array):
+                return array[address - start :][:size].view(dtype).reshape(shape)
+        raise AssertionError(f"{size} bytes at {address:#x} were never allocated")
+
+    def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> HostKernels:
+        return HostKernels(self, macros, entries)
+
+    def record(self, work: Work) -> Recorded:
+        self._check()
+        assert self._recording is None, "recordings do not nest"
+        if not self.recordable:
+            raise BackendError("this device records nothing.")
+        self._recording = []
+        try:
+            work()
+            return Recorded(self, self._recording)
+        finally:
+            self._recording = None
+
+    def condition(self) -> int:
+        assert self._recording is not None
+        self._conditions.append(np.zeros(1, np.uint32))
+        return self._conditions[-1].ctypes.data
+
+    def loop(self, condition: int, work: Work) -> None:
+        outer, body = self._recording, []
+        assert outer is not None
+        self._recording = body
+        work()
+        self._recording = outer
+        value = ctypes.c_uint32.from_address(condition)
+
+        def run() -> None:
+            for turn in itertools.count():
+                if not value.value:
+                    return
+                assert turn < 10_000, "the loop does not end"
+                for step in body:
+                    step()
+
+        outer.append(run)
+
+    def mark(self) -> Marked:
+        self._check()
+        return Marked(self)
+
+    def close(self) -> None:
+        self.drain()
+        self.closed = True
+        self.arrays.clear()
+
+    # -- for tests and for what belongs to the device --------------------------------------------------------------
+
+    def queue(self, work: Work) -> None:
+        self._check()
+        if self._recording is not None:
+            self._recording.append(work)
+        else:
+            self.queued += 1
+            self._queue.append(work)
+
+    def drain(self) -> None:
+        self._check()
+        assert self._recording is None, "waiting while recording"
+        queue, self._queue = self._queue, []
+        for work in queue:
+            work()
+
+    def _check(self) -> None:
+        assert not self.closed, "the device was used after close"
+        assert self.thread == threading.get_ident(), "a thread used the device without adopting it"
+
+
+class Recorded:
+    def __init__(self, device: HostDevice, work: list[Work]) -> None:
+        self.device, self.work = device, work
+
+    def launch(self) -> None:
+        self.device.queue(lambda: [run() for run in self.work] and None)
+
+
+class Marked:
+    def __init__(self, device: HostDevice) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        self.device.drain()
+
+
+class HostKernels:
+    def __init__(self, device: HostDevice, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> None:
+        self.conditional = device.conditional and bool(macros["CONDITIONAL"])
+        macros = {**macros, "CONDITIONAL": int(self.conditional)}
+        self._device, self._unit = device, compile_for_cpu(sources.source(), macros, entries)
+        self._entries = entries
+
+    def launch(self, entry: str, grid: tuple[int, int, int], step: np.void) -> None:
+        assert entry in self._entries and min(grid) > 0 and max(grid[1:]) < 65536, (entry, grid)
+        step = step.copy()  # as a launch does
+
+        def run() -> None:
+            self._device.launches.append(entry)
+            self._unit.launch(entry, grid, (sources.BLOCK, 1, 1), [step], self._device.order)
+
+        self._device.queue(run)
+
+
+class OrtEncoder:
+    """The bundle's own fp32 encoder graph as the device's encoder."""
+
+    cell = "float32"
+
+    def __init__(self, bundle: Bundle, chunk: Chunk, device: HostDevice, capturable: bool = True) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        graph = f"encoder-{chunk.ms}ms"
+        self._session = ort.InferenceSession(bundle.file(graph), options, providers=["CPUExecutionProvider"])
+        self._graph, self._device, self.capturable = bundle.manifest.graphs[graph], device, capturable
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
+        def view(tensor: Any) -> NDArray[Any]:
+            shape = tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
+            return self._device.view(addresses[tensor.name], shape, tensor.dtype)
+
+        inputs = {tensor.name: view(tensor) for tensor in self._graph.inputs}
+        outputs = {tensor.name: view(tensor) for tensor in self._graph.outputs if tensor.name != "encoded"}
+
+        def run() -> None:
+            for name, value in zip(outputs, self._session.run(list(outputs), inputs), strict=True):
+                outputs[name][...] = value
+
+        return lambda: self._device.queue(run)
+
+    def close(self) -> None: ...
