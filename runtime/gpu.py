@@ -84,6 +84,8 @@ class GpuBackend:
         for name, value in (("capacity", capacity), ("max_batch", max_batch)):
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}; it must be at least 1.")
+        if loop not in LOOPS:
+            raise OptionError(f"loop is {loop!r}; choose one of {', '.join(LOOPS)}.")
         cells = {encoder.cell for encoder in encoders.values()}
         if len(cells) != 1:
             raise OptionError(f"the engines keep their caches as {' and '.join(sorted(cells)) or 'none'}, not alike.")
@@ -168,7 +170,7 @@ class GpuBackend:
                 failures.append(f"{kind}: {error}")
                 if kind == LOOPS[-1]:
                     raise BackendError(f"no step can be run on {self._device.name}: {' '.join(failures)}") from error
-        raise OptionError(f"loop is {loop!r}; choose one of {', '.join(LOOPS)}.")
+        raise AssertionError("the last kind either works or raises")
 
     def _record(self, chunk: Chunk, rows: int, in_place: bool, kind: str) -> _Plan:
         old = self._plans.get((chunk.ms, rows, in_place))
