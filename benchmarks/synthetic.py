@@ -78,7 +78,7 @@ def speech() -> np.ndarray:
     """Eighteen seconds of speech, 16 kHz: the clip that the exporter measures parity with."""
     import soundfile
 
-    with resources.as_file(resources.files("nemostream.export") / "parity.flac") as path:
+    with resources.as_file(resources.files("nemostream") / "speech.flac") as path:
         audio, rate = soundfile.read(path, dtype="float32")
     if rate != _SAMPLE_RATE:
         raise ValueError(f"{path} has {rate} samples per second, not {_SAMPLE_RATE}.")

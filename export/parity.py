@@ -110,7 +110,7 @@ def stream_encoder(bundle: Bundle, chunk: Chunk, audio: Floats) -> tuple[Floats,
 
 
 def _speech(manifest: Manifest) -> Floats:
-    with resources.as_file(resources.files("nemostream.export") / "parity.flac") as path:
+    with resources.as_file(resources.files("nemostream") / "speech.flac") as path:
         audio, rate = soundfile.read(path, dtype="float32")
     audio = (
         soxr.resample(audio, rate, manifest.features.sample_rate) if rate != manifest.features.sample_rate else audio

@@ -8,7 +8,9 @@ batch; only where the rings lie is bound anew, when it changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError, OptionError
+from nemostream.plans import Plan
 from nemostream.runtime.backend import Batch, Emissions
 from nemostream.runtime.greedy import Predictions, label_looping
 from nemostream.spec import Bundle, Chunk
@@ -27,14 +30,20 @@ Ints = NDArray[np.int64]
 class OrtBackend:
     """A bundle on ONNX Runtime's CPU provider. Not thread-safe: one thread calls it, as the seam demands.
 
-    `capacity` streams have their state here; `threads` is what ONNX Runtime may use (default: every core). Raises
-    `BackendError` if the bundle's graphs cannot be loaded.
+    `capacity` streams have their state here; `threads` is what ONNX Runtime may use (default: every core). `plans`, by
+    chunk size in ms, are encoder steps to use instead of the bundle's own; other chunk sizes are then refused. Raises
+    `BackendError` if the graphs cannot be loaded.
     """
 
     asynchronous = False
 
     def __init__(
-        self, bundle: Bundle, capacity: int = 64, max_batch: int | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        capacity: int = 64,
+        max_batch: int | None = None,
+        threads: int | None = None,
+        plans: Mapping[int, Plan] | None = None,
     ) -> None:
         for name, value in (("capacity", capacity), ("max_batch", max_batch), ("threads", threads)):
             if value is not None and value < 1:
@@ -44,6 +53,7 @@ class OrtBackend:
         self.manifest = bundle.manifest
         self._bundle = bundle
         self._threads = threads or 0
+        self._plans = plans
         self._transducer = _Transducer(bundle)
         self._state = _Arena(bundle, capacity)
         self._start = Predictions.start(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
@@ -52,7 +62,16 @@ class OrtBackend:
     def load(self, chunk: Chunk) -> None:
         """Load a chunk size's graphs now instead of at its first step."""
         if chunk.ms not in self._steps:
-            self._steps[chunk.ms] = _Step(self._bundle, chunk, self._state, self.max_batch, self._threads)
+            encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
+            if self._plans is not None:
+                if chunk.ms not in self._plans:
+                    raise BackendError(
+                        f"no engine for chunks of {chunk.ms} ms was loaded, only for "
+                        f"{', '.join(map(str, self._plans))} ms; build one with `nemostream build --chunk-ms "
+                        f"{chunk.ms}`."
+                    )
+                encoder = self._plans[chunk.ms].path
+            self._steps[chunk.ms] = _Step(self._bundle, encoder, chunk, self._state, self.max_batch, self._threads)
 
     @property
     def bytes_per_stream(self) -> int:
@@ -144,11 +163,13 @@ class _Arena:
 class _Step:
     """Front end and encoder of one chunk size, with every buffer they touch."""
 
-    def __init__(self, bundle: Bundle, chunk: Chunk, state: _Arena, max_batch: int, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, encoder: Path, chunk: Chunk, state: _Arena, max_batch: int, threads: int
+    ) -> None:
         spec = bundle.manifest.encoder
         self.state, self.chunk, self.cache = state, chunk, spec.cache
-        self.features = _session(bundle, f"features-{chunk.ms}ms", threads=1)
-        self.encoder = _session(bundle, f"encoder-{chunk.ms}ms", threads)
+        self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
+        self.encoder = _session(encoder, threads)
         graphs = bundle.manifest.graphs
         self._shapes = {
             tensor.name: tensor.shape
@@ -240,8 +261,8 @@ class _Transducer:
 
     def __init__(self, bundle: Bundle) -> None:
         self.blank, self.max_symbols = bundle.manifest.decoder.blank, bundle.manifest.decoder.max_symbols
-        self._decoder = _session(bundle, "decoder", threads=1)
-        self._joint = _session(bundle, "joint", threads=1)
+        self._decoder = _session(bundle.file("decoder"), threads=1)
+        self._joint = _session(bundle.file("joint"), threads=1)
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         predicted, h, c = self._decoder.run(["predicted", "h_next", "c_next"], {"token": tokens, "h": h, "c": c})
@@ -251,11 +272,11 @@ class _Transducer:
         return self._joint.run(["logits"], {"encoded_joint": encoded, "predicted": predicted})[0]
 
 
-def _session(bundle: Bundle, graph: str, threads: int) -> ort.InferenceSession:
+def _session(graph: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings about our own graphs are not the user's business
     try:
-        return ort.InferenceSession(bundle.file(graph), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own kinds
-        raise BackendError(f"ONNX Runtime cannot load {bundle.file(graph)}: {error}") from error
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = {"nemostream", "nemostream.spec", "nemostream.errors"}
+CONTRACT = {"nemostream", "nemostream.spec", "nemostream.plans", "nemostream.errors"}
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
 
@@ -43,7 +43,14 @@ ROOMS = {
         "nemostream.export",
         frozenset({"numpy", "torch", "nemo", "onnx", "onnxruntime", "omegaconf", "yaml", "soundfile", "soxr"}),
     ),
-    "engine": Room("nemostream.engine", frozenset({"numpy", "tensorrt", "tensorrt_rtx", "onnx"})),
+    "engine": Room(
+        "nemostream.engine",
+        frozenset({"numpy", "onnx", "ml_dtypes"}),
+        only=(
+            ("tensorrt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
+            ("calibration.py", frozenset({"onnxruntime"})),
+        ),
+    ),
     "runtime": Room(
         "nemostream.runtime",
         frozenset({"numpy"}),
@@ -193,7 +200,7 @@ def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
         "        try:\n"
         "            importlib.import_module(module.name)\n"
         "        except ModuleNotFoundError as error:\n"  # a GPU room on a machine without its libraries
-        "            if error.name.split('.')[0] not in ('tensorrt', 'tensorrt_rtx', 'cuda'): raise\n"
+        "            if error.name.split('.')[0] not in ('tensorrt', 'tensorrt_rtx', 'cuda', 'onnx', 'ml_dtypes'): raise\n"
     )
     assert {"nemostream", "onnxruntime", "soundfile"} <= found
     assert not found & TRAINING

@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     }
     assert shipped == expected.keys()
     assert {name: sizes[name] for name in shipped} == {name: path.stat().st_size for name, path in expected.items()}
-    needed = {"py.typed", "clip.flac", "demo/manifest.json", "demo/weights.bin", "export/parity.flac"}
+    needed = {"py.typed", "clip.flac", "demo/manifest.json", "demo/weights.bin", "speech.flac"}
     assert {f"nemostream/{name}" for name in needed} <= shipped
 
 

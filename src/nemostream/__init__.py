@@ -26,6 +26,7 @@ from nemostream.errors import (
     BundleError,
     CapacityError,
     CheckpointError,
+    GateError,
     NemostreamError,
     OptionError,
     ParityError,
@@ -52,6 +53,7 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "GateError",
     "Manifest",
     "Model",
     "NemostreamError",
@@ -68,7 +70,15 @@ __all__ = [
 
 
 def load(
-    bundle: str | Path | None = None, chunk_ms: int = 560, *, capacity: int = 64, threads: int | None = None
+    bundle: str | Path | None = None,
+    chunk_ms: int = 560,
+    *,
+    capacity: int = 64,
+    threads: int | None = None,
+    device: str = "cpu",
+    precision: str | None = None,
+    max_batch: int | None = None,
+    engines: str | Path | None = None,
 ) -> Model:
     """Load a bundle and make its engine ready.
 
@@ -76,16 +86,24 @@ def load(
     knows spoken digits). `chunk_ms` is what streams use unless they ask otherwise; `capacity` is how many streams can
     be open at once, each with its state reserved; `threads` is what ONNX Runtime may use (default: every core).
 
-    Raises `BundleError` for a folder that is no bundle, or a damaged one, and `OptionError` for a chunk size that the
-    model does not have.
+    `device` is "cpu" or "cuda". Any `precision` but a CPU's "fp32" runs engines that `nemostream build` made, kept in
+    the folder `engines` (default: `~/.cache/nemostream/engines`); a GPU's default is "fp16". `max_batch` is how many
+    streams a step may have at most (default: 64, or `capacity` if that is less).
+
+    Raises `BundleError` for a folder that is no bundle, or a damaged one, `OptionError` for a chunk size that the model
+    does not have, and `BackendError` if the device cannot be used or an engine is not built.
     """
-    from nemostream.runtime.ort import OrtBackend
+    from nemostream.engines import open_backend
     from nemostream.runtime.recognizer import Model
     from nemostream.spec import Bundle
 
     opened = Bundle.open(demo_bundle() if bundle is None else bundle)
     opened.manifest.chunk(chunk_ms)
-    return Model(opened, OrtBackend(opened, capacity=capacity, threads=threads), chunk_ms)
+    backend = open_backend(
+        opened, device=device, precision=precision, capacity=capacity, max_batch=max_batch, threads=threads,
+        engines=engines,
+    )  # fmt: skip
+    return Model(opened, backend, chunk_ms)
 
 
 def demo_bundle() -> Path:

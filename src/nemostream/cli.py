@@ -31,6 +31,8 @@ STDIN, STDIN_RATE = "-", 16000
 _TOGETHER = 16  # files decoded side by side; their chunks share batches
 _BLOCK_SECONDS = 0.08  # of live audio pushed at a time
 
+_ENGINES = "Folder of engines. Default: ~/.cache/nemostream/engines."
+
 app = typer.Typer(
     name="nemostream",
     help="NVIDIA's streaming speech recogniser, without NeMo and PyTorch.",
@@ -72,6 +74,11 @@ def transcribe(
     format: Annotated[Format, typer.Option(help="json: one object per line.")] = Format.text,
     realtime: Annotated[bool, typer.Option("--realtime", help="Feed files at the pace they were spoken.")] = False,
     mic: Annotated[bool, typer.Option("--mic", help="Listen to the microphone until Ctrl-C.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
+    precision: Annotated[
+        str | None, typer.Option(help="Of the engines to use. Default: fp32 on a CPU, which needs none; fp16 on a GPU.")
+    ] = None,
+    engines: Annotated[Path | None, typer.Option(help=_ENGINES)] = None,
 ) -> None:
     """Turn speech into text.
 
@@ -88,7 +95,10 @@ def transcribe(
         raise OptionError("standard input is not a pipe: feed raw 16 kHz mono 16-bit PCM into it.")
     lanes = max(1, min(len(names), _TOGETHER))
     # Twice: a failed file's slot may still be in the step under way when the next file wants one.
-    with nemostream.load(bundle, chunk_ms, capacity=2 * lanes) as model:
+    capacity = 2 * lanes
+    with nemostream.load(
+        bundle, chunk_ms, capacity=capacity, device=device, precision=precision, engines=engines
+    ) as model:
         code = _transcribe_files(model, names, format, realtime) if names else 0
         if mic:
             _print(_listen(model), "microphone", format, prefix=False)
@@ -126,6 +136,51 @@ def export(
         if isinstance(figures, dict):
             console.print(f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of NeMo")
     print(out)
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `nemostream export` wrote.")],
+    backend: Annotated[str, typer.Option(help="tensorrt, or onnxruntime.")] = "tensorrt",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, fp8 or int8.")] = "fp16",
+    chunk_ms: Annotated[list[int] | None, typer.Option(help="Chunk size in ms; may be repeated. Default: all.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Most streams in one step of a GPU.")] = 64,
+    target: Annotated[
+        str | None, typer.Option(help="Build for another GPU (sm89), or, with onnxruntime, for cuda instead of cpu.")
+    ] = None,
+    engines: Annotated[Path | None, typer.Option(help=_ENGINES)] = None,
+) -> None:
+    """Make the encoder fast on one machine: an engine for each chunk size.
+
+    Every engine that can run here is compared with fp32 on real speech before it is kept, and refused if it says
+    anything else. Engines that are there already are kept, so a build that was interrupted goes on where it stopped.
+    """
+    from rich.console import Console
+
+    import nemostream
+    from nemostream.engines import build_engine, check_chunks
+    from nemostream.plans import PlanStore
+
+    opened, store = nemostream.Bundle.open(bundle), PlanStore(engines)
+    started, console = time.monotonic(), Console(stderr=True, highlight=False)
+    for chunk in check_chunks(opened, chunk_ms):
+        name = f"{precision} for {chunk.ms} ms"
+        with console.status(name) as status:
+
+            def progress(what: str, share: float, name: str = name, status: Any = status) -> None:
+                status.update(f"{name}: {time.monotonic() - started:.0f} s, {100 * share:.0f} % of {what}")
+
+            plan, built = build_engine(
+                opened, chunk, precision, store, backend=backend, target=target, max_batch=max_batch, progress=progress
+            )
+        how = f"built in {plan.seconds:.1f} s" if built else "was there"
+        gate = "not yet run: it will be compared with fp32 where it is loaded"
+        if plan.gate:
+            gate = (
+                f"cosine {plan.gate['cosine']:.5f} and {plan.gate['tokens']} equal tokens in {plan.gate['steps']} steps"
+            )
+        console.print(f"{name}: {plan.bytes / 1e6:.1f} MB, {how}; {gate}", soft_wrap=True)
+        print(plan.path, flush=True)
 
 
 @app.command()

@@ -49,6 +49,12 @@ class BackendError(NemostreamError, RuntimeError):
     exit_code = 7
 
 
+class GateError(NemostreamError, ArithmeticError):
+    """An engine that does not say what fp32 says."""
+
+    exit_code = 10
+
+
 class CapacityError(NemostreamError, RuntimeError):
     """No slot is free: the model already serves as many streams as it was made for."""
 

@@ -1,0 +1,307 @@
+"""The encoder step in other numbers than fp32, written into the graph itself.
+
+TensorRT 11 has no precision flags: a tensor has the type the graph gives it. So the bundle's graph is walked once, and
+every value becomes fp32 or 16 bit, with casts where the two meet:
+
+* 16 bit: products (linear layers, attention), convolutions after the first, and what is between them; the caches.
+* fp32: layer norms, softmax and the sums that feed it, masks, the sums along the residual path, mel and its first
+  convolution. Inputs and outputs but the caches stay fp32.
+
+8 bit is added to that: the weights of the large linear layers are 8 bit per column, and so is what they multiply, by a
+range for each measured on speech (`calibration`). Not quantised: products of attention and of positions, convolutions,
+subsampling, the joint's projection; quantising all cost another project a third of its words (`docs/engines.md`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper
+
+from nemostream.errors import BackendError
+from nemostream.spec import Bundle, Chunk
+
+CELLS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
+
+_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_QUANTISED = re.compile(
+    r"\.(feed_forward[12]\.linear[12]|self_attn\.(qkv|linear_out)|conv\.pointwise_conv[12])\.weight$"
+)
+_LARGEST = {"int8": 127.0, "fp8": 448.0}  # E4M3
+_CACHES = ("k_cache.", "v_cache.", "conv_cache.", "k_new", "v_new", "conv_next")
+_OPSET = 22  # the first with bf16 convolutions
+_SMALL = 256  # bytes: what stays inside the graph
+
+Array = NDArray[np.generic]
+
+
+def read_encoder(bundle: Bundle, chunk: Chunk) -> onnx.ModelProto:
+    """The bundle's graph, its weights still outside, without the output `encoded`, which nobody reads while running."""
+    model = onnx.load(bundle.file(f"encoder-{chunk.ms}ms"), load_external_data=False)
+    graph = model.graph
+    for values in (graph.node, graph.output):
+        for value in [v for v in values if v.name in ("encoded", "output/encoded")]:
+            values.remove(value)
+    return model
+
+
+def quantisable(model: onnx.ModelProto) -> dict[str, str]:
+    """Weights of the linear layers that 8 bit is for: the name of each, and of what it multiplies."""
+    return {
+        node.input[1]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and _QUANTISED.search(node.input[1])
+    }
+
+
+def write_typed(
+    bundle: Bundle, chunk: Chunk, precision: str, ranges: Mapping[str, float] | None, folder: Path, stem: str
+) -> list[Path]:
+    """The step in `precision` as `{stem}.onnx` and `{stem}.bin`, for TensorRT or ONNX Runtime's CUDA provider.
+
+    `ranges` gives the largest magnitude of what each quantisable weight multiplies (for "int8" and "fp8").
+    """
+    model = read_encoder(bundle, chunk)
+    with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
+        writer = _Typed(model, weights, precision, ranges or {})
+        return writer.write(folder / f"{stem}.onnx")
+
+
+def write_int8_for_cpu(
+    bundle: Bundle, chunk: Chunk, ranges: Mapping[str, float], folder: Path, stem: str
+) -> list[Path]:
+    """The fp32 step with its large linear layers in 8 bit, for ONNX Runtime's CPU provider.
+
+    Activations by a fixed range and unsigned, weights signed: the products that VNNI and AMX have. A range fixed before
+    keeps a stream's numbers its own; ranges taken from each batch would mix neighbours.
+    """
+    model = read_encoder(bundle, chunk)
+    graph = model.graph
+    names = quantisable(model)
+    with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
+        added: list[TensorProto] = []
+        nodes: list[NodeProto] = []
+        for node in graph.node:
+            if node.op_type != "MatMul" or node.input[1] not in names:
+                nodes.append(node)
+                continue
+            name = node.input[1]
+            quantised, scale = _per_column(weights.read(name), "int8")
+            step, middle = np.float32(_range(ranges, name) / 127), np.uint8(128)
+            constants = {"scale": scale, "zero": np.int8(0), "step": step, "middle": middle, "int8": quantised}
+            added += [weights.tensor(f"{name}:{key}", np.asarray(value)) for key, value in constants.items()]
+            x = f"{node.output[0]}:uint8"
+            nodes.append(helper.make_node("QuantizeLinear", [node.input[0], f"{name}:step", f"{name}:middle"], [x]))
+            inputs = [x, *(f"{name}:{key}" for key in ("int8", "step", "scale", "middle", "zero"))]
+            product = helper.make_node("MatMulIntegerToFloat", inputs, node.output, node.name, domain="com.microsoft")
+            nodes.append(product)
+        kept = [weights.keep(tensor) for tensor in graph.initializer if tensor.name not in names]
+        _replace(graph.initializer, kept + added)
+        _replace(graph.node, nodes)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return _save(model, folder / f"{stem}.onnx", weights.path)
+
+
+class _Typed:
+    """One walk through the graph. A value's type is "float32", the narrow one, or None for integers and booleans."""
+
+    def __init__(self, model: onnx.ModelProto, weights: _Weights, precision: str, ranges: Mapping[str, float]) -> None:
+        self._model, self._weights, self._ranges = model, weights, ranges
+        self._cell = CELLS[precision]
+        self._eight = precision if precision in _LARGEST else None
+        graph = model.graph
+        self._floats = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+        self._types: dict[str, str | None] = {}
+        self._nodes: list[NodeProto] = []
+        self._made: dict[str, TensorProto] = {}
+        self._casts: dict[tuple[str, str], str] = {}
+        self._sources = {output: node for node in graph.node for output in node.output}
+        self._wide_sums = self._find_wide_sums()
+
+    def write(self, path: Path) -> list[Path]:
+        graph = self._model.graph
+        for value in graph.input:
+            if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+                self._types[value.name] = self._cell if value.name.startswith(_CACHES) else "float32"
+                value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
+        first = next(node.name for node in graph.node if node.op_type == "Conv")
+        for node in graph.node:
+            self._convert(node, wide=node.name == first)
+        for value in graph.output:
+            value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
+        for tensor in graph.initializer:
+            if tensor.name not in self._floats and tensor.name in self._used():
+                self._made[tensor.name] = self._weights.keep(tensor)
+        _replace(graph.node, self._nodes)
+        _replace(graph.initializer, list(self._made.values()))
+        _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET)])
+        del graph.value_info[:]
+        return _save(self._model, path, self._weights.path)
+
+    def _used(self) -> set[str]:
+        return {name for node in self._nodes for name in node.input}
+
+    def _find_wide_sums(self) -> set[str]:
+        """Sums along the residual path (layer norms read them) and of attention scores (softmax reads them)."""
+        found: set[str] = set()
+
+        def mark(value: str, deep: bool) -> None:
+            node = self._sources.get(value)
+            if node is not None and node.op_type == "Add":
+                found.add(node.name)
+                if deep:
+                    for each in node.input:
+                        mark(each, deep)
+
+        for node in self._model.graph.node:
+            if node.op_type in ("LayerNormalization", "Softmax"):
+                mark(node.input[0], deep=node.op_type == "Softmax")
+        return found
+
+    def _convert(self, node: NodeProto, wide: bool) -> None:
+        floats = [name for name in node.input if name in self._floats]
+        types = {self._types.get(name) for name in node.input if name not in self._floats} - {None}
+        if node.name.startswith("output/"):
+            kind: str | None = None
+            if types:
+                kind = self._cell if node.output[0].startswith(_CACHES) else "float32"
+        elif wide or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._wide_sums:
+            kind = "float32"
+        elif node.op_type in ("MatMul", "Conv"):
+            kind = self._cell
+        elif node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
+            kind = "float32"  # a mask
+        elif node.op_type == "Add" and "float32" in types:
+            kind = "float32"
+        elif types:
+            kind = self._cell if self._cell in types else "float32"
+        elif floats:
+            kind = "float32" if node.op_type == "Where" else self._cell
+        else:
+            kind = None
+        inputs = list(node.input)
+        if kind:
+            inputs = [self._typed(name, kind) for name in inputs]
+            if self._eight and node.op_type == "MatMul" and _QUANTISED.search(node.input[1]):
+                inputs = self._quantised(*inputs, name=node.input[1])
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        _replace(copy.input, inputs)
+        self._nodes.append(copy)
+        for output in node.output:
+            self._types[output] = kind
+
+    def _typed(self, name: str, kind: str) -> str:
+        """The value as that type."""
+        if name in self._floats:
+            if self._eight and _QUANTISED.search(name):
+                return name
+            typed = f"{name}:{kind}"
+            if typed not in self._made:
+                self._made[typed] = self._weights.tensor(typed, self._weights.read(name).astype(_NUMPY[kind]))
+            return typed
+        if self._types.get(name) in (None, kind):
+            return name
+        if (name, kind) not in self._casts:
+            cast = self._casts[name, kind] = f"{name}:{kind}"
+            self._nodes.append(helper.make_node("Cast", [name], [cast], name=f"cast/{cast}", to=_TYPES[kind]))
+        return self._casts[name, kind]
+
+    def _quantised(self, x: str, weight: str, name: str) -> list[str]:
+        """Both sides of a product through 8 bit and back, which the compiler makes an 8-bit product of."""
+        assert self._eight
+        values, scale = _per_column(self._weights.read(weight), self._eight)
+        step = np.float32(_range(self._ranges, name) / _LARGEST[self._eight])
+        zero = np.zeros((), values.dtype)
+        narrow = _NUMPY[self._cell]
+        constants = {"values": values, "scale": scale.astype(narrow), "step": step.astype(narrow), "zero": zero}
+        constants["zeros"] = np.zeros(len(scale), values.dtype)
+        for key, array in constants.items():
+            self._made[f"{name}:{key}"] = self._weights.tensor(f"{name}:{key}", np.asarray(array))
+        steps = [f"{name}:step", f"{name}:zero"]
+        for kind, inputs, output, axis in (
+            ("QuantizeLinear", [x, *steps], f"{name}:x8", None),
+            ("DequantizeLinear", [f"{name}:x8", *steps], f"{name}:x", None),
+            ("DequantizeLinear", [f"{name}:values", f"{name}:scale", f"{name}:zeros"], f"{name}:w", 1),
+        ):
+            attributes = {} if axis is None else {"axis": axis}
+            self._nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", **attributes))
+        return [f"{name}:x", f"{name}:w"]
+
+
+def _per_column(weight: Array, precision: str) -> tuple[Array, NDArray[np.float32]]:
+    """A weight [K, N] in 8 bit, and the scale of each of its N columns."""
+    wide = weight.astype(np.float32)
+    scale = np.maximum(np.abs(wide).max(axis=0), 1e-12) / np.float32(_LARGEST[precision])
+    if precision == "fp8":
+        return (wide / scale).astype(ml_dtypes.float8_e4m3fn), scale
+    return np.clip(np.round(wide / scale), -127, 127).astype(np.int8), scale
+
+
+def _range(ranges: Mapping[str, float], name: str) -> float:
+    found = ranges.get(name, 0.0)
+    if not (math.isfinite(found) and found > 0):
+        raise BackendError(f"the range of what {name} multiplies is {found}; calibrate on other audio.")
+    return found
+
+
+class _Weights:
+    """The bundle's weights, one at a time, and the file of the ones that were converted."""
+
+    def __init__(self, bundle: Bundle, model: onnx.ModelProto, path: Path) -> None:
+        self.path = path
+        self._bundle = bundle
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._size = 0
+
+    def __enter__(self) -> _Weights:
+        self._file = self.path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> Array:
+        tensor = self._tensors[name]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.memmap(self._bundle.path / where["location"], dtype, "r", int(where["offset"]), tuple(tensor.dims))
+
+    def keep(self, tensor: TensorProto) -> TensorProto:
+        """An initializer of the old graph in the new one, as it is."""
+        return self.tensor(tensor.name, self.read(tensor.name)) if tensor.external_data else tensor
+
+    def tensor(self, name: str, array: Array) -> TensorProto:
+        if array.nbytes <= _SMALL:
+            return onnx.numpy_helper.from_array(np.array(array), name)
+        padding = -self._size % 64
+        self._file.write(b"\0" * padding)
+        self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
+        proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        proto.data_location = TensorProto.EXTERNAL
+        places = {"location": self.path.name, "offset": self._size + padding, "length": array.nbytes}
+        for key, value in places.items():
+            proto.external_data.add(key=key, value=str(value))
+        self._size += padding + array.nbytes
+        return proto
+
+
+def _replace(repeated, values) -> None:  # type: ignore[no-untyped-def]
+    values = list(values)
+    del repeated[:]
+    repeated.extend(values)
+
+
+def _save(model: onnx.ModelProto, path: Path, weights: Path) -> list[Path]:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return [path, weights]

@@ -1,0 +1,162 @@
+"""A typed graph compiled into a TensorRT engine.
+
+One module for TensorRT (10.13 or newer) and TensorRT for RTX, which have the same interface; whichever is installed is
+used. TensorRT for RTX builds for a GPU that is named, with none in the machine; TensorRT needs the GPU itself.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nemostream.errors import BackendError, OptionError
+
+Progress = Callable[[str, float], None]  # a phase, and the share of it that is done
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+_LEAST = (10, 13)
+_INSTALL = (
+    "pip install 'nemostream[tensorrt]' --extra-index-url https://pypi.nvidia.com, "
+    "or, for TensorRT for RTX, pip install 'nemostream[tensorrt-rtx]'"
+)
+# Batch regimes: kernels that are best for one stream are not for hundreds. Each has its profile, tuned for its largest
+# batch, because that is where a step takes longest; the weights are in the engine once.
+_REGIMES = (1, 8, 64)
+
+
+class TensorRT:
+    """The installed library. Raises `BackendError` if there is none, or one that is too old."""
+
+    def __init__(self) -> None:
+        failures = []
+        for module, name in _MODULES.items():
+            try:
+                self._trt = import_module(module)
+            except ImportError as error:
+                failures.append(str(error))
+                continue
+            self.name = name
+            break
+        else:
+            raise BackendError(f"TensorRT is not installed ({'; '.join(failures)}): {_INSTALL}.")
+        self.version = str(self._trt.__version__)
+        numbers = tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
+        if self.name == "tensorrt" and numbers < _LEAST:
+            raise BackendError(f"TensorRT {self.version} is too old; 10.13 is the first that works: {_INSTALL}.")
+
+    def targets(self) -> list[str]:
+        """GPUs that can be built for without having one ("sm89")."""
+        kinds = getattr(self._trt, "ComputeCapability", None)
+        return sorted(name.lower() for name in dir(kinds) if re.fullmatch(r"SM\d+", name)) if kinds else []
+
+    def build(
+        self, model: Path, target: str | None, max_batch: int, timings: Path | None, progress: Progress | None = None
+    ) -> bytes:
+        """The engine of the graph in `model` (its weights beside it), with profiles for batches up to `max_batch`.
+
+        `target` names another GPU ("sm89"); without one it is the machine's. `timings` is a file in which measured
+        kernels are kept from one build to the next. Raises `BackendError` with what the library said.
+        """
+        trt = self._trt
+        log = _log(trt)
+        builder = trt.Builder(log)
+        if builder is None:
+            raise BackendError(f"TensorRT {self.version} does not start: {log.said()}")
+        flags = 0
+        if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # TensorRT 11 has no other kind
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse_from_file(str(model)):
+            errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+            raise BackendError(f"TensorRT {self.version} cannot read {model.name}: {errors}")
+        config = builder.create_builder_config()
+        config.max_aux_streams = 0  # the runtime records the engine into a graph of its own
+        if target:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(self._capability(target), 0)
+        for least, most in _profiles(max_batch):
+            profile = builder.create_optimization_profile()
+            for index in range(network.num_inputs):
+                tensor = network.get_input(index)
+                low, high = ([rows if axis < 0 else axis for axis in tensor.shape] for rows in (least, most))
+                profile.set_shape(tensor.name, low, high, high)
+            config.add_optimization_profile(profile)
+        cache = self._timing_cache(config, timings)
+        if progress:
+            config.progress_monitor = _monitor(trt, progress)
+        blob = builder.build_serialized_network(network, config)
+        if blob is None:
+            raise BackendError(f"TensorRT {self.version} does not build {model.name}: {log.said()}")
+        if cache is not None and timings:
+            timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+        return bytes(blob)
+
+    def _capability(self, target: str) -> Any:
+        if target not in self.targets():
+            known = ", ".join(self.targets())
+            raise OptionError(
+                f"{self.name} {self.version} does not build for {target} from afar"
+                + (f"; it does for {known}." if known else "; build on the machine with that GPU, without --target.")
+            )
+        return getattr(self._trt.ComputeCapability, target.upper())
+
+    def _timing_cache(self, config: Any, timings: Path | None) -> Any:
+        if timings is None or not hasattr(config, "create_timing_cache"):
+            return None
+        known = timings.read_bytes() if timings.is_file() else b""
+        cache = config.create_timing_cache(known) or config.create_timing_cache(b"")  # damaged, or of another version
+        if cache is not None and not config.set_timing_cache(cache, False):
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return cache
+
+
+def _profiles(max_batch: int) -> list[tuple[int, int]]:
+    """Least and largest batch of each regime."""
+    ends = sorted({min(end, max_batch) for end in (*_REGIMES, max_batch)})
+    return list(zip([1, *(end + 1 for end in ends[:-1])], ends, strict=True))
+
+
+def _log(trt: Any) -> Any:
+    """A logger that keeps what went wrong, for the sentence that tells of it."""
+
+    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def said(self) -> str:
+            return "; ".join(self.errors[:3]) or "it gives no reason"
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.last = 0.0
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = max(steps, 1)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if time.monotonic() - self.last > 0.1:
+                self.last = time.monotonic()
+                progress(name, step / self.steps.get(name, 1))
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+    return Monitor()

@@ -1,0 +1,291 @@
+"""Making engines, judging them, and opening a backend with them: where `engine` and `runtime` meet.
+
+The rooms do not know each other; this does. Everything heavy is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemostream.errors import BackendError, OptionError
+from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe
+from nemostream.spec import Bundle, Chunk
+
+if TYPE_CHECKING:
+    from nemostream.runtime.backend import Backend
+
+Progress = Callable[[str, float], None]  # what is done, and the share of it (0 to 1)
+
+# What each kind of engine can be. ONNX Runtime has neither 16 bit nor 8-bit floats on a CPU; on a GPU we give it no
+# 8 bit, which only TensorRT makes faster.
+_CAN = {
+    ("tensorrt", None): PRECISIONS,
+    ("onnxruntime", "cpu"): ("int8",),
+    ("onnxruntime", "cuda"): ("fp32", "fp16", "bf16"),
+}
+
+
+def build_engine(
+    bundle: Bundle,
+    chunk: Chunk,
+    precision: str,
+    store: PlanStore,
+    *,
+    backend: str = "tensorrt",
+    target: str | None = None,
+    max_batch: int = 64,
+    progress: Progress = lambda what, share: None,
+) -> tuple[Plan, bool]:
+    """The engine of one chunk size, built unless `store` has it; and whether it was built now.
+
+    `backend` is "tensorrt" (for the GPU here, or for another named by `target`, "sm89") or "onnxruntime" (for this CPU,
+    or with `target` "cuda" for its CUDA provider). Wherever it can run here it is gated, and refused by `GateError` if
+    it is not as good as fp32 (`runtime.gate`). An engine in the store that is damaged is built again.
+
+    Raises `OptionError` for what cannot be built, `BackendError` if a library is missing or fails.
+    """
+    maker = _maker(bundle, chunk, precision, backend, target, max_batch)
+    try:
+        plan = store.find(maker.recipe)
+    except BackendError as error:
+        progress(str(error), 0.0)
+        plan = None
+    if plan:
+        return plan, False
+    return store.put(maker.recipe, lambda folder: maker.make(folder, store, progress), maker.check(progress)), True
+
+
+def open_backend(
+    bundle: Bundle,
+    *,
+    device: str = "cpu",
+    precision: str | None = None,
+    capacity: int = 64,
+    max_batch: int | None = None,
+    threads: int | None = None,
+    engines: str | Path | None = None,
+) -> Backend:
+    """A backend on the CPU or a GPU ("cuda"), with the engines that `nemostream build` left in the folder `engines`.
+
+    On the CPU "fp32" (the default) needs none and "int8" does; a GPU's default is "fp16". An engine that was built for
+    this GPU on another machine is gated before it is used.
+    """
+    from nemostream.runtime.ort import OrtBackend
+
+    store = PlanStore(engines)
+    if device == "cpu":
+        if precision in (None, "fp32"):
+            return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads)
+        if precision not in _CAN["onnxruntime", "cpu"]:
+            raise OptionError(f"a CPU runs fp32 and int8, not {precision}; choose one of them, or device='cuda'.")
+        plans = _known(bundle, store, "onnxruntime", precision, "cpu", 0)
+        return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
+    if device != "cuda":
+        raise OptionError(f"device is {device!r}; choose cpu or cuda.")
+    from nemostream.runtime.cuda import CudaDevice
+
+    rows = min(max_batch or 64, capacity)
+    gpu = CudaDevice()
+    plans = _known(bundle, store, None, precision or "fp16", gpu.architecture, rows)
+    for ms, plan in plans.items():
+        if not plan.gate:
+            figures = _gate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
+            plans[ms] = store.record(plan, figures)
+    return open_gpu(bundle, gpu, plans, capacity, rows)
+
+
+def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: int, max_batch: int) -> Any:
+    """The GPU backend with an encoder for each plan, by chunk size in ms."""
+    from nemostream.runtime.gpu import Encoder, GpuBackend
+
+    encoders: dict[int, Encoder] = {}
+    for ms, plan in plans.items():
+        recipe = plan.recipe
+        if recipe.backend == "onnxruntime":
+            from nemostream.runtime.ort_cuda import OrtCudaEncoder
+
+            graph = bundle.manifest.graphs[recipe.graph]
+            encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cell, device)
+        else:
+            from nemostream.runtime.trt import TrtEncoder
+
+            encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cell, device)
+    return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
+
+
+def speech(bundle: Bundle) -> list[Any]:
+    """The packaged clips [N] at the model's rate: 18 s of English, and digits, which the embedded model knows."""
+    import soundfile
+    import soxr
+
+    clips = []
+    for name in ("speech.flac", "clip.flac"):
+        with resources.as_file(resources.files("nemostream") / name) as path:
+            audio, rate = soundfile.read(path, dtype="float32")
+        clips.append(soxr.resample(audio, rate, bundle.manifest.features.sample_rate))
+    return clips
+
+
+# -- the kinds of engine -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maker:
+    recipe: Recipe
+    make: Callable[[Path, PlanStore, Progress], list[Path]]
+    check: Callable[[Progress], Callable[[Plan], Mapping[str, Any]]]
+
+
+def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: str | None, max_batch: int) -> _Maker:
+    if max_batch < 1:
+        raise OptionError(f"max_batch is {max_batch}; it must be at least 1.")
+    if backend not in ("tensorrt", "onnxruntime"):
+        raise OptionError(f"backend is {backend!r}; choose tensorrt or onnxruntime.")
+    where = None if backend == "tensorrt" else target or "cpu"
+    if (backend, where) not in _CAN:
+        raise OptionError(f"onnxruntime runs on cpu and cuda; {target!r} is neither.")
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    if precision not in _CAN[backend, where]:
+        nothing = " fp32 needs no engine: the bundle itself runs." if (where, precision) == ("cpu", "fp32") else ""
+        raise OptionError(
+            f"{backend} on {where} can be built in {', '.join(_CAN[backend, where])}, not in {precision}.{nothing}"
+        )
+    try:
+        from nemostream.engine import precision as graphs
+    except ImportError as error:
+        raise BackendError(f"building engines needs onnx ({error}): pip install 'nemostream[build]'.") from error
+
+    def ranges(progress: Progress) -> dict[str, float] | None:
+        if precision not in ("int8", "fp8"):
+            return None
+        from nemostream.engine.calibration import measure_ranges
+
+        return measure_ranges(bundle, chunk, speech(bundle), lambda share: progress("listening to speech", share))
+
+    def gate(progress: Progress) -> Callable[[Plan], Mapping[str, Any]]:
+        return lambda plan: _gate(bundle, chunk, plan, progress)
+
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        cpu = where == "cpu"
+        cell = "float32" if cpu else graphs.CELLS[precision]
+        recipe = Recipe.of(
+            bundle, chunk.ms, backend=backend, library=onnxruntime.__version__, precision=precision,
+            device=str(where), max_batch=0, cell=cell,
+        )  # fmt: skip
+
+        def make_graph(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
+            if cpu:
+                return graphs.write_int8_for_cpu(bundle, chunk, ranges(progress) or {}, folder, recipe.stem)
+            return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
+
+        here = cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return _Maker(recipe, make_graph, gate if here else lambda progress: lambda plan: {})
+
+    from nemostream.engine.tensorrt import TensorRT
+
+    library = TensorRT()
+    recipe = Recipe.of(
+        bundle, chunk.ms, backend=library.name, library=library.version, precision=precision,
+        device=target or _gpu_here(), max_batch=max_batch, cell=graphs.CELLS[precision],
+    )  # fmt: skip
+
+    def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
+        progress("writing the graph", 0.0)
+        graph, weights = graphs.write_typed(bundle, chunk, precision, ranges(progress), folder, recipe.stem)
+        timings = store.folder / f"timings-{library.name}-{library.version}-{recipe.device}.cache"
+        engine = folder / f"{recipe.stem}.engine"
+        engine.write_bytes(library.build(graph, target, max_batch, timings, progress))
+        graph.unlink()
+        weights.unlink()
+        return [engine]
+
+    return _Maker(recipe, make_engine, gate if target is None else lambda progress: lambda plan: {})
+
+
+def _gpu_here() -> str:
+    from nemostream.runtime.cuda import CudaDevice
+
+    try:
+        device = CudaDevice()
+    except BackendError as error:
+        raise BackendError(
+            f"TensorRT builds for the GPU of this machine, or for one you name with --target (sm89): {error}"
+        ) from error
+    try:
+        return device.architecture
+    finally:
+        device.close()
+
+
+def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[str, Any]:
+    from nemostream.runtime.gate import run_gate
+    from nemostream.runtime.ort import OrtBackend
+
+    reference = OrtBackend(bundle, capacity=2)
+    plans = {chunk.ms: plan}
+    candidate: Any
+    if plan.recipe.device == "cpu":
+        candidate = OrtBackend(bundle, capacity=2, plans=plans)
+    else:
+        from nemostream.runtime.cuda import CudaDevice
+
+        candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
+    try:
+        return run_gate(
+            bundle.manifest, chunk, plan.recipe.precision, candidate, reference, speech(bundle),
+            lambda share: progress("comparing with fp32", share),
+        )  # fmt: skip
+    finally:
+        candidate.close()
+        reference.close()
+
+
+def _known(
+    bundle: Bundle, store: PlanStore, backend: str | None, precision: str, device: str, max_batch: int
+) -> dict[int, Plan]:
+    """The engines there are, by chunk size. Raises `BackendError` naming the command that builds them if none is."""
+    devices = (device,) if device == "cpu" else (device, "cuda")
+    plans: dict[int, Plan] = {}
+    for chunk in bundle.manifest.chunks:
+        graph = bundle.manifest.graphs[f"encoder-{chunk.ms}ms"]
+        found = [
+            plan
+            for plan in store.all()
+            if plan.recipe.graph_sha256 == graph.sha256
+            and plan.recipe.weights_sha256 == bundle.manifest.weights.sha256
+            and plan.recipe.precision == precision
+            and plan.recipe.device in devices
+            and (backend is None or plan.recipe.backend == backend)
+            and (plan.recipe.max_batch >= max_batch or not plan.recipe.max_batch)
+            and plan.recipe.library == _version(plan.recipe.backend)
+        ]
+        if found:  # TensorRT before ONNX Runtime, the closest batch first
+            best = min(found, key=lambda plan: (plan.recipe.backend == "onnxruntime", plan.recipe.max_batch))
+            plans[chunk.ms] = store.find(best.recipe) or best
+    if not plans:
+        command = f"nemostream build {bundle.path} --precision {precision}"
+        command += " --backend onnxruntime" if device == "cpu" else f" --max-batch {max_batch}"
+        raise BackendError(f"{store.folder} has no {precision} engine of {bundle.path} for this {device}: {command}")
+    return plans
+
+
+def _version(backend: str) -> str:
+    """Version of the library that would run it now; empty if it is not here."""
+    from importlib import import_module
+
+    try:
+        return str(import_module(backend.replace("-", "_")).__version__)
+    except ImportError:
+        return ""
+
+
+def check_chunks(bundle: Bundle, chunk_ms: Sequence[int] | None) -> list[Chunk]:
+    """The chunks named, or all. Raises `OptionError` for one the model does not have."""
+    return [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
