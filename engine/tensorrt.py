@@ -23,9 +23,10 @@ _INSTALL = (
     "pip install 'nemostream[tensorrt]' --extra-index-url https://pypi.nvidia.com, "
     "or, for TensorRT for RTX, pip install 'nemostream[tensorrt-rtx]'"
 )
-# Batch regimes: kernels that are best for one stream are not for hundreds. Each has its profile, tuned for its largest
-# batch, because that is where a step takes longest; the weights are in the engine once.
-_REGIMES = (1, 8, 64)
+# Batch regimes: kernels that are best for a few streams are not for hundreds. Each has its profile. None is for one
+# batch size alone, because TensorRT for RTX then keeps a second copy of the weights, laid out for that size
+# (`docs/engines.md`).
+_REGIMES = (8, 64)
 
 
 class TensorRT:
@@ -83,8 +84,9 @@ class TensorRT:
             profile = builder.create_optimization_profile()
             for index in range(network.num_inputs):
                 tensor = network.get_input(index)
-                low, high = ([rows if axis < 0 else axis for axis in tensor.shape] for rows in (least, most))
-                profile.set_shape(tensor.name, low, high, high)
+                # Tuned for one stream, where latency counts, and otherwise for the most, where a step takes longest.
+                sizes = (least, 1 if least == 1 else most, most)
+                profile.set_shape(tensor.name, *([n if axis < 0 else axis for axis in tensor.shape] for n in sizes))
             config.add_optimization_profile(profile)
         cache = self._timing_cache(config, timings)
         if progress:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nemostream.errors import BackendError
 from nemostream.runtime import kernels as sources
 
-_INSTALL = "pip install 'nemostream[cuda]'"
+_INSTALL = "pip install 'nemostream[gpu]'"
 
 
 class CudaDevice:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,34 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     from nemostream.export import export_checkpoint
 
     return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@dataclass(frozen=True)
+class FullExport:
+    """The 0.6B shape with random weights, made and exported by other processes."""
+
+    checkpoint: Path
+    bundle: Path
+    said: str  # while exporting, on standard error
+    peak_kib: int  # memory of the larger of the two processes
+    making_kib: int  # of the one that made the checkpoint
+
+
+@pytest.fixture(scope="session")
+def full_export(tmp_path_factory: pytest.TempPathFactory) -> FullExport:
+    folder = tmp_path_factory.mktemp("full")
+    checkpoint, bundle = folder / "full.nemo", folder / "bundle"
+    synthetic = [sys.executable, "-m", "nemostream.benchmarks.synthetic", str(checkpoint)]
+    subprocess.run(synthetic, check=True, capture_output=True, text=True)
+    making = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    export = [sys.executable, "-m", "nemostream", "export", str(checkpoint), str(bundle)]
+    made = subprocess.run(export, check=True, capture_output=True, text=True)
+    return FullExport(checkpoint, bundle, made.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, making)
+
+
+@pytest.fixture(scope="session")
+def full_bundle(full_export: FullExport) -> Bundle:
+    return Bundle.open(full_export.bundle)
 
 
 @pytest.fixture(scope="session")

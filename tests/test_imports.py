@@ -200,7 +200,8 @@ def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
         "        try:\n"
         "            importlib.import_module(module.name)\n"
         "        except ModuleNotFoundError as error:\n"  # a GPU room on a machine without its libraries
-        "            if error.name.split('.')[0] not in ('tensorrt', 'tensorrt_rtx', 'cuda', 'onnx', 'ml_dtypes'): raise\n"
+        "            known = 'tensorrt', 'tensorrt_rtx', 'cuda', 'onnx', 'ml_dtypes'\n"
+        "            if error.name.split('.')[0] not in known: raise\n"
     )
     assert {"nemostream", "onnxruntime", "soundfile"} <= found
     assert not found & TRAINING

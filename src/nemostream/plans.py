@@ -14,10 +14,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,11 @@ class PlanStore:
             plan = dataclasses.replace(tried, folder=self.folder, gate=dict(check(tried)))
             # The description goes first and comes last: whoever finds it finds all of it.
             described = self.folder / f"{recipe.stem}.json"
-            described.unlink(missing_ok=True)
-            for path in made:
-                shutil.move(path, self.folder / path.name)
-            self._describe(plan, described)
+            with self._alone():
+                described.unlink(missing_ok=True)
+                for path in made:
+                    path.replace(self.folder / path.name)
+                self._describe(plan, described)
         return plan
 
     def record(self, plan: Plan, gate: Mapping[str, Any]) -> Plan:
@@ -161,9 +162,19 @@ class PlanStore:
             "seconds": round(plan.seconds, 2),
             "gate": dict(plan.gate),
         }
-        draft = path.with_name(f".{path.name}-{os.getpid()}")
+        draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         draft.replace(path)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process is putting files in place meanwhile, or two builds of one recipe would be mixed."""
+        with (self.folder / ".lock").open("w") as lock:
+            with contextlib.suppress(ImportError):  # no such lock on Windows
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def default_folder() -> Path:

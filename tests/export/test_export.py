@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -188,23 +187,13 @@ def test_an_older_bundle_is_replaced(tiny_checkpoint: Path, tiny_bundle: Bundle,
 
 
 @pytest.mark.slow
-def test_full_size_within_16_gb(tmp_path: Path) -> None:
+def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
     """The 0.6B shape: at most 16 GB of memory, at most 1.15 times its fp32 weights on disk, parity everywhere."""
-    import resource
-    import subprocess
-
-    synthetic = [sys.executable, "-m", "nemostream.benchmarks.synthetic", str(tmp_path / "full.nemo")]
-    subprocess.run(synthetic, check=True, capture_output=True, text=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    made = subprocess.run(
-        [sys.executable, "-m", "nemostream", "export", str(tmp_path / "full.nemo"), str(tmp_path / "bundle")],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB, of the largest child
+    peak, before = full_export.peak_kib, full_export.making_kib
     assert peak < 16e9 / 1024, f"peak {peak / 1e6:.1f} GB (making the checkpoint: {before / 1e6:.1f} GB)"
-    assert "comparing 1120 ms with NeMo" in made.stderr
-    bundle = Bundle.open(tmp_path / "bundle")
-    source = open_checkpoint(tmp_path / "full.nemo", tmp_path / "unpacked")
+    assert "comparing 1120 ms with NeMo" in full_export.said
+    bundle = Bundle.open(full_export.bundle)
+    source = open_checkpoint(full_export.checkpoint, tmp_path / "unpacked")
     weights = sum(tensor.numel() * 4 for tensor in source.state.values())
     on_disk = sum(file.stat().st_size for file in bundle.path.iterdir())
     assert 2.3e9 < weights < 2.6e9

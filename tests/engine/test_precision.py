@@ -1,0 +1,217 @@
+"""Typed graphs compute what the fp32 graph computes, as well as their numbers allow, on consecutive steps of speech."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from nemostream.engine.calibration import measure_ranges
+from nemostream.engine.precision import CELLS, quantisable, read_encoder, write_int8_for_cpu, write_typed
+from nemostream.engines import speech
+from nemostream.errors import BackendError
+from nemostream.spec import Bundle, Chunk
+
+STEPS = 14
+WORST = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.999, "fp8": 0.99}
+
+
+@pytest.fixture(scope="module")
+def ranges(demo_bundle: Bundle) -> dict[str, float]:
+    return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle))
+
+
+def session(model: Path | bytes, folder: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would remove casts on purpose
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def as_fp32(path: Path) -> bytes:
+    """A graph in bf16, which no CPU runs, as one in fp32 that rounds the result of every node to bf16."""
+    model = onnx.load(path)
+    graph = model.graph
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *graph.input, *graph.output)}
+    nodes = []
+    for node in graph.node:
+        outputs = list(node.output)
+        narrow = [name for name in outputs if types.get(name) == TensorProto.BFLOAT16]
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+        for index, name in enumerate(outputs):
+            if name in narrow:
+                node.output[index] = f"{name}/wide"
+        nodes.append(node)
+        for name in narrow:
+            nodes.append(helper.make_node("Cast", [f"{name}/wide"], [f"{name}/bf16"], to=TensorProto.BFLOAT16))
+            nodes.append(helper.make_node("Cast", [f"{name}/bf16"], [name], to=TensorProto.FLOAT))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    model.opset_import[0].version = 21
+    return model.SerializeToString()
+
+
+def stream(
+    encoder: Any, bundle: Bundle, chunk: Chunk, audio: np.ndarray, rows: int = 1, steps: int = STEPS
+) -> np.ndarray:
+    """`encoded_joint` [steps, B, T, J] of one stream, or of `rows` that hear the same, louder and louder."""
+    manifest, spec = bundle.manifest, bundle.manifest.encoder
+    features = ort.InferenceSession(bundle.file(f"features-{chunk.ms}ms"), providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    state: dict[str, Any] = {
+        value.name: np.zeros([rows, *value.shape[1:]], kinds[value.type])
+        for value in encoder.get_inputs()
+        if "cache" in value.name
+    }
+    gains = np.linspace(1, 3, rows, dtype=np.float32)[:, None]
+    tail = np.zeros((rows, manifest.features.tail), np.float32)
+    samples = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
+    names, found = [output.name for output in encoder.get_outputs()], []
+    for step in range(steps):
+        part = gains * samples[None, step * chunk.samples : (step + 1) * chunk.samples]
+        lengths, position = np.full(rows, chunk.samples), step * chunk.frames
+        mel, tail = features.run(["mel", "audio_tail_next"], {"audio": part, "audio_tail": tail, "lengths": lengths})
+        valid = np.full(rows, spec.mel_cache + spec.subsampling * chunk.frames)
+        inputs = {"mel": mel, "position": np.full(rows, position), "valid": valid, **state}
+        outputs = dict(zip(names, encoder.run(names, inputs), strict=True))
+        ring = (position + np.arange(chunk.frames)) % spec.cache
+        state["mel_cache"] = outputs["mel_cache_next"]
+        for layer in range(spec.layers):
+            state[f"k_cache.{layer}"][:, :, ring] = outputs["k_new"][layer]
+            state[f"v_cache.{layer}"][:, :, ring] = outputs["v_new"][layer]
+            state[f"conv_cache.{layer}"] = outputs["conv_next"][layer]
+        found.append(outputs["encoded_joint"])
+    return np.stack(found)
+
+
+def cosines(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    got, wanted = got.astype(np.float64), wanted.astype(np.float64)
+    return (got * wanted).sum(-1) / (np.linalg.norm(got, axis=-1) * np.linalg.norm(wanted, axis=-1))
+
+
+@pytest.mark.parametrize("ms", [80, 560, 1120])
+@pytest.mark.parametrize("precision", [*CELLS])
+def test_computes_the_same(
+    precision: str, ms: int, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
+) -> None:
+    chunk, audio = demo_bundle.manifest.chunk(ms), speech(demo_bundle)[0]
+    wanted = stream(session(demo_bundle.file(f"encoder-{ms}ms"), demo_bundle.path), demo_bundle, chunk, audio)
+    path, weights = write_typed(demo_bundle, chunk, precision, ranges, tmp_path, "made")
+    assert {path.name, weights.name} == {"made.onnx", "made.bin"} == {file.name for file in tmp_path.iterdir()}
+    onnx.checker.check_model(path, full_check=True)
+    got = stream(session(as_fp32(path) if precision == "bf16" else path, tmp_path), demo_bundle, chunk, audio)
+    worst = float(cosines(got, wanted).min())
+    assert worst > WORST[precision]
+    if precision != "fp32":
+        assert not np.array_equal(got, wanted), "nothing was narrowed"
+    else:
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
+    path, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(160), precision, ranges, tmp_path, "made")
+    model = onnx.load(path, load_external_data=False)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
+    types |= {t.name: t.data_type for t in inferred.initializer}
+    cell = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[CELLS[precision]]
+    layers = demo_bundle.manifest.encoder.layers
+    kinds: dict[str, list[int]] = {}
+    for node in model.graph.node:
+        kinds.setdefault(node.op_type, []).append(types[node.input[0]])
+    assert set(kinds["LayerNormalization"]) == set(kinds["Softmax"]) == {TensorProto.FLOAT}
+    assert set(kinds["MatMul"]) == {cell}
+    assert len(kinds["Softmax"]) == layers
+    assert kinds["Conv"].count(TensorProto.FLOAT) == 1  # the first, on mel
+    assert set(kinds["Conv"]) == {TensorProto.FLOAT, cell}
+    for value in (*model.graph.input, *model.graph.output):
+        kind, name = value.type.tensor_type.elem_type, value.name
+        if name.startswith(("k_", "v_", "conv_")):
+            assert kind == cell, name
+        elif name not in ("position", "valid"):
+            assert kind == TensorProto.FLOAT, name
+    assert {output.name for output in model.graph.output} == {
+        "encoded_joint", "mel_cache_next", "k_new", "v_new", "conv_next"
+    }  # fmt: skip
+    quantised = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantised) == (8 * layers if precision in ("int8", "fp8") else 0)
+    eight = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}.get(precision)
+    weights = [t.name for t in model.graph.initializer if t.data_type == eight and len(t.dims) == 2]
+    assert len(weights) == len(quantised)
+    for name in weights:
+        assert not any(part in name for part in ("position", "linear_pos", "pre_encode", "joint", "depthwise")), name
+
+
+def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(
+    demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
+) -> None:
+    """Close to fp32, and bit for bit the same whoever else is in the batch."""
+    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle)[0]
+    path, _ = write_int8_for_cpu(demo_bundle, chunk, ranges, tmp_path, "made")
+    encoder = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    wanted = stream(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
+    alone = stream(encoder, demo_bundle, chunk, audio)
+    assert cosines(alone, wanted).min() > WORST["int8"]
+    crowd = stream(encoder, demo_bundle, chunk, audio, rows=5)
+    np.testing.assert_allclose(crowd[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
+    model = onnx.load(path, load_external_data=False)
+    products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 8 * demo_bundle.manifest.encoder.layers
+    assert not any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
+
+
+def test_ranges_are_what_is_multiplied(demo_bundle: Bundle, ranges: dict[str, float]) -> None:
+    """Beside the largest magnitude that ONNX Runtime itself shows for one layer, in steps run by hand."""
+    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle)[1]
+    model = read_encoder(demo_bundle, chunk)
+    names = quantisable(model)
+    assert ranges.keys() == names.keys()
+    weight = next(name for name in names if "layers.3.feed_forward2.linear1" in name)
+    model.graph.output.append(helper.make_tensor_value_info(names[weight], TensorProto.FLOAT, None))
+    found = []
+    encoder = session(model.SerializeToString(), demo_bundle.path)
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(encoder, name)
+
+        def run(self, outputs: Any, inputs: Any) -> Any:
+            values = encoder.run(outputs, inputs)
+            found.append(np.abs(values[outputs.index(names[weight])]).max())
+            return values
+
+    steps = len(audio) // chunk.samples
+    assert steps >= 4
+    stream(Watched(), demo_bundle, chunk, audio, steps=steps)
+    assert measure_ranges(demo_bundle, chunk, [audio])[weight] == pytest.approx(max(found), rel=1e-5)
+    assert all(math.isfinite(value) and value > 0 for value in ranges.values())
+
+
+def test_a_range_that_is_none(demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
+    chunk = demo_bundle.manifest.chunk(80)
+    for wrong in (0.0, math.nan, math.inf):
+        spoiled = dict.fromkeys(ranges, wrong)
+        for write in (
+            lambda r: write_int8_for_cpu(demo_bundle, chunk, r, tmp_path, "a"),
+            lambda r: write_typed(demo_bundle, chunk, "fp8", r, tmp_path, "b"),
+        ):
+            with pytest.raises(BackendError, match="calibrate on other audio"):
+                write(spoiled)

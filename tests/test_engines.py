@@ -1,0 +1,361 @@
+"""`nemostream build` from end to end, and the gate that every engine must pass."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from cuda_on_cpu import MISSING
+from host_device import HostDevice, OrtEncoder
+
+import nemostream
+from nemostream.cli import main
+from nemostream.engines import build_engine, check_chunks, speech
+from nemostream.errors import BackendError, GateError, NemostreamError, OptionError
+from nemostream.plans import PlanStore
+from nemostream.runtime.backend import Batch
+from nemostream.runtime.gate import LEAST_COSINE, LEAST_STEPS, run_gate
+from nemostream.runtime.gpu import GpuBackend
+from nemostream.runtime.ort import OrtBackend
+from nemostream.spec import Bundle
+
+DEMO = str(nemostream.demo_bundle())
+
+
+@pytest.fixture
+def build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*options: object, bundle: str = DEMO) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main(["build", bundle, "--engines", str(tmp_path / "engines"), *map(str, options)])
+        captured = capfd.readouterr()
+        return int(leaving.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+# -- int8 on this CPU --------------------------------------------------------------------------------------------------
+
+
+def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundle: Bundle) -> None:
+    """Built, judged, found again, used; and what it says is what fp32 says."""
+    code, out, err = build("--backend", "onnxruntime", "--precision", "int8")
+    assert code == 0, err
+    engines, store = tmp_path / "engines", PlanStore(tmp_path / "engines")
+    assert [Path(line).suffix for line in out.splitlines()] == [".onnx"] * 4
+    assert all(Path(line).is_file() for line in out.splitlines())
+    assert err.count("built in") == 4
+    for plan in store.all():
+        assert plan.gate["steps"] >= LEAST_STEPS
+        assert LEAST_COSINE["int8"] <= plan.gate["cosine"] < 1
+        assert plan.gate["tokens"] == 8  # the digits of the packaged clip; of the novel it understands nothing
+    for ms in (80, 560):
+        with (
+            nemostream.load(chunk_ms=ms, threads=1) as wanted,
+            nemostream.load(chunk_ms=ms, threads=1, precision="int8", engines=engines) as model,
+        ):
+            assert model.transcribe(nemostream.demo_clip()).text == wanted.transcribe(nemostream.demo_clip()).text != ""
+
+    before = {path: path.stat().st_mtime_ns for path in engines.iterdir()}
+    code, again, err = build("--backend", "onnxruntime", "--precision", "int8")
+    assert (code, again, err.count("was there")) == (0, out, 4)
+    assert {path: path.stat().st_mtime_ns for path in engines.iterdir()} == before
+
+    damaged = Path(out.splitlines()[1])
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    with pytest.raises(BackendError, match="missing or damaged"):
+        nemostream.load(precision="int8", engines=engines)
+    code, _, err = build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 160, "--chunk-ms", 80)
+    assert (code, err.count("built in"), err.count("was there")) == (0, 1, 1)
+    nemostream.load(precision="int8", engines=engines).close()
+
+
+def test_only_the_chunk_sizes_that_were_built(build: Callable[..., Any], tmp_path: Path) -> None:
+    assert build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 560)[0] == 0
+    with nemostream.load(precision="int8", engines=tmp_path / "engines") as model:
+        assert model.transcribe(nemostream.demo_clip()).text
+        with pytest.raises(BackendError, match=r"no engine for chunks of 80 ms .*only for 560 ms.*--chunk-ms 80"):
+            model.transcribe(nemostream.demo_clip(), chunk_ms=80)
+
+
+def test_engines_of_another_bundle_are_not_used(tiny_bundle: Bundle, build: Callable[..., Any], tmp_path: Path) -> None:
+    assert build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 560)[0] == 0
+    with pytest.raises(BackendError, match=r"has no int8 engine of .*: nemostream build .* --backend onnxruntime"):
+        nemostream.load(tiny_bundle.path, precision="int8", engines=tmp_path / "engines")
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+class Off:
+    """A backend that is wrong in one way."""
+
+    def __init__(self, backend: OrtBackend, **wrong: Any) -> None:
+        self._backend, self._wrong = backend, wrong
+        self.reset, self._steps = backend.reset, 0
+
+    def encode(self, batch: Batch) -> Any:
+        encoded, counts = self._backend.encode(batch)
+        encoded = self._wrong.get("encode", lambda x: x)(encoded.copy()) if self._late() else encoded
+        return encoded, counts
+
+    def submit(self, batch: Batch) -> Any:
+        step = self._backend.submit(batch)
+        emissions = step.result()
+        if self._late():
+            self._wrong.get("emit", lambda emissions: None)(emissions)
+        self._steps += 1
+        return step
+
+    def _late(self) -> bool:
+        return self._steps >= self._wrong.get("from_step", 0)
+
+
+def nan_of(encoded: np.ndarray) -> np.ndarray:
+    encoded[0, 0, 3] = np.nan
+    return encoded
+
+
+def turned(encoded: np.ndarray) -> np.ndarray:
+    """By an angle whose cosine is 0.995: too far for 16 bit, not for 8."""
+    noise = np.random.default_rng(0).standard_normal(encoded.shape)
+    noise -= encoded * (noise * encoded).sum(-1, keepdims=True) / (encoded * encoded).sum(-1, keepdims=True)
+    noise *= np.linalg.norm(encoded, axis=-1, keepdims=True) / np.linalg.norm(noise, axis=-1, keepdims=True)
+    return (0.995 * encoded + np.sqrt(1 - 0.995**2) * noise).astype(np.float32)
+
+
+def other_word(emissions: Any) -> None:
+    for row in emissions.tokens:
+        row[row == 5] = 6
+
+
+@pytest.mark.parametrize(
+    ("precision", "wrong", "words"),
+    [
+        ("fp16", {}, None),
+        ("fp16", {"encode": turned}, r"its encoder is off, cosine 0\.99\d+ in step 1, where 0.999 is needed"),
+        ("fp16", {"encode": turned, "from_step": 30}, "in step 31, where 0.999 is needed"),
+        ("int8", {"encode": turned}, None),
+        ("fp8", {"encode": lambda x: -x}, "its encoder is off, cosine -1.00000"),
+        ("bf16", {"encode": nan_of}, "its encoder gives numbers that are not finite, in step 1;"),
+        ("bf16", {"encode": lambda x: x * np.inf, "from_step": 9}, "not finite, in step 10;"),
+        ("int8", {"emit": other_word}, r"it says \[3, 1, 3, 7, 6, .* where fp32 says \[3, 1, 3, 7, 5"),
+        ("int8", {"emit": lambda e: e.failed.__setitem__(0, True)}, "its decoding meets numbers that are not finite"),
+    ],
+)
+def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo_bundle: Bundle) -> None:
+    chunk = demo_bundle.manifest.chunk(560)
+    candidate, reference = Off(OrtBackend(demo_bundle, 2), **wrong), OrtBackend(demo_bundle, 2)
+    shares: list[float] = []
+
+    def judge() -> dict[str, Any]:
+        return run_gate(
+            demo_bundle.manifest,
+            chunk,
+            precision,
+            candidate,
+            reference,
+            speech(demo_bundle),
+            shares.append,  # type: ignore[arg-type]
+        )
+
+    if words:
+        with pytest.raises(GateError, match=f"the {precision} engine for 560 ms is refused: .*{words}") as refusal:
+            judge()
+        assert str(refusal.value).endswith("build another precision, or use fp32.")
+    else:
+        figures = judge()
+        assert figures["steps"] == 42 and figures["tokens"] == 8
+        assert (figures["cosine"] > 0.9999999) == (not wrong)
+        assert shares == sorted(shares) and shares[-1] == 1
+
+
+def test_the_gate_needs_enough_speech(demo_bundle: Bundle) -> None:
+    backend = OrtBackend(demo_bundle, 2)
+    clips = [speech(demo_bundle)[1]]
+    with pytest.raises(GateError, match=r"the clips give \d steps of 1120 ms; 12 are needed"):
+        run_gate(
+            demo_bundle.manifest, demo_bundle.manifest.chunk(1120), "fp16", backend, OrtBackend(demo_bundle, 2), clips
+        )
+
+
+@pytest.mark.parametrize("harm", ["scale", "nan"])
+def test_a_graph_that_is_wrong_is_never_kept(
+    harm: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight of one layer, on the way into the engine."""
+    from nemostream.engine import precision
+
+    write = precision.write_int8_for_cpu
+
+    def harmed(*arguments: Any) -> list[Path]:
+        graph, weights = write(*arguments)
+        model = onnx.load(graph, load_external_data=False)
+        name = "encoder.layers.2.feed_forward1.linear1.weight:scale"
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+        where = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+        scales = np.memmap(weights, np.float32, "r+", where["offset"], tuple(tensor.dims))
+        scales[:] = scales * 30 if harm == "scale" else np.nan
+        scales.flush()
+        return [graph, weights]
+
+    monkeypatch.setattr(precision, "write_int8_for_cpu", harmed)
+    store = PlanStore(tmp_path)
+    with pytest.raises(GateError, match=r"is refused: .*(its encoder is off|not finite)"):
+        build_engine(demo_bundle, demo_bundle.manifest.chunk(560), "int8", store, backend="onnxruntime")
+    assert store.all() == [] and not [*tmp_path.glob("[!.]*")]
+
+
+def test_random_weights_are_judged_by_their_encoder(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """They understand no clip, so no token is compared, and the figures say so."""
+    plan, built = build_engine(
+        tiny_bundle, tiny_bundle.manifest.chunk(560), "int8", PlanStore(tmp_path), backend="onnxruntime"
+    )
+    assert built and plan.gate["tokens"] == 0 and plan.gate["cosine"] >= LEAST_COSINE["int8"]
+
+
+# -- what cannot be built or used --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--backend", "openvino"], 2, "choose tensorrt or onnxruntime"),
+        (["--backend", "onnxruntime", "--precision", "fp32"], 2, "fp32 needs no engine: the bundle itself runs"),
+        (
+            ["--backend", "onnxruntime", "--precision", "fp16"],
+            2,
+            "onnxruntime on cpu can be built in int8, not in fp16",
+        ),
+        (
+            ["--backend", "onnxruntime", "--precision", "int8", "--target", "cuda"],
+            2,
+            "in fp32, fp16, bf16, not in int8",
+        ),
+        (["--backend", "onnxruntime", "--precision", "int8", "--target", "sm89"], 2, "'sm89' is neither"),
+        (["--backend", "onnxruntime", "--precision", "int4"], 2, "choose one of fp32, fp16, bf16, fp8, int8"),
+        (["--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 100], 2, "choose one of 80, 160, 560, 1120"),
+        (["--max-batch", 0, "--target", "sm89"], 2, "max_batch is 0"),
+    ],
+)
+def test_what_cannot_be_built(options: list[object], code: int, words: str, build: Callable[..., Any]) -> None:
+    got, out, err = build(*options)
+    assert (got, out) == (code, "")
+    assert err.startswith("nemostream: ") and words in err and err.count("\n") == 1
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], type[NemostreamError], str]] = [
+        ({"device": "tpu"}, OptionError, "device is 'tpu'; choose cpu or cuda"),
+        ({"precision": "fp16"}, OptionError, "a CPU runs fp32 and int8, not fp16"),
+        ({"precision": "int8"}, BackendError, "has no int8 engine of .*: nemostream build .* --backend onnxruntime"),
+        ({"precision": "int8", "max_batch": 0}, BackendError, "has no int8 engine"),
+        ({"max_batch": 0}, OptionError, "max_batch is 0"),
+    ]
+    for options, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            nemostream.load(engines=tmp_path, **options)
+
+
+def test_which_chunk_sizes(demo_bundle: Bundle) -> None:
+    assert [chunk.ms for chunk in check_chunks(demo_bundle, None)] == [80, 160, 560, 1120]
+    assert [chunk.ms for chunk in check_chunks(demo_bundle, [560, 80])] == [560, 80]
+    with pytest.raises(OptionError):
+        check_chunks(demo_bundle, [90])
+
+
+# -- for a GPU, without one --------------------------------------------------------------------------------------------
+
+
+def test_for_a_gpu_that_is_elsewhere(build: Callable[..., Any], tmp_path: Path) -> None:
+    """Interrupted after one chunk size, it goes on with the next; none of it was run, and it says so."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    code, out, err = build("--target", "sm89", "--chunk-ms", 80, "--max-batch", 2)
+    assert code == 0, err
+    assert "not yet run: it will be compared with fp32 where it is loaded" in err
+    code, both, err = build("--target", "sm89", "--chunk-ms", 80, "--chunk-ms", 160, "--max-batch", 2)
+    assert (code, both.splitlines()[0], err.count("was there"), err.count("built in")) == (0, out.strip(), 1, 1)
+    for plan in PlanStore(tmp_path / "engines").all():
+        assert (plan.recipe.device, plan.recipe.backend, plan.recipe.cell) == ("sm89", "tensorrt-rtx", "float16")
+        assert dict(plan.gate) == {} and plan.path.suffix == ".engine"
+    code, _, err = build("--target", "sm70")
+    assert code == 2 and "does not build for sm70 from afar" in err
+
+
+def test_a_typed_graph_for_the_cuda_provider(build: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, err = build("--backend", "onnxruntime", "--target", "cuda", "--chunk-ms", 80)
+    assert code == 0, err
+    (plan,) = PlanStore(tmp_path / "engines").all()
+    assert (plan.recipe.precision, plan.recipe.device, plan.recipe.cell) == ("fp16", "cuda", "float16")
+    onnx.checker.check_model(out.strip(), full_check=True)
+
+
+def test_without_a_gpu_it_is_said(build: Callable[..., Any]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    pytest.importorskip("cuda.core", reason="needs cuda-core")
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a GPU here")
+    code, out, err = build()
+    assert (code, out) == (7, "") and "name with --target (sm89)" in err and "no NVIDIA GPU can be used here" in err
+    with pytest.raises(BackendError, match="no NVIDIA GPU can be used here"):
+        nemostream.load(device="cuda")
+
+
+def test_without_tensorrt_it_is_said(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemostream.engine import tensorrt
+
+    monkeypatch.setattr(tensorrt, "_MODULES", {"no_such_tensorrt": "tensorrt"})
+    code, out, err = build("--target", "sm89")
+    assert (code, out) == (7, "")
+    assert "TensorRT is not installed (No module named 'no_such_tensorrt'): pip install 'nemostream[tensorrt]'" in err
+
+
+@pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")
+def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
+    build: Callable[..., Any], tmp_path: Path, demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU plays the GPU it was built for; ONNX Runtime plays the engine, first a wrong one."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    assert build("--target", "sm89", "--chunk-ms", 560, "--max-batch", 2)[0] == 0
+    store, encoder = PlanStore(tmp_path / "engines"), OrtEncoder
+
+    def open_gpu(bundle: Bundle, device: Any, plans: Any, capacity: int, max_batch: int) -> Any:
+        encoders = {ms: encoder(bundle, bundle.manifest.chunk(ms), device) for ms in plans}
+        return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
+
+    class Sm89(HostDevice):
+        architecture = "sm89"
+
+    class WrongEncoder(OrtEncoder):
+        def bind(self, rows: int, addresses: Any) -> Any:
+            enqueue, encoded = super().bind(rows, addresses), addresses["encoded_joint"]
+            size = (rows, 7, demo_bundle.manifest.decoder.joint)
+
+            def spoil() -> None:
+                self._device.view(encoded, size, np.float32)[...] *= -1
+
+            def run() -> None:
+                enqueue()
+                self._device.queue(spoil)
+
+            return run
+
+    monkeypatch.setattr("nemostream.runtime.cuda.CudaDevice", Sm89)
+    monkeypatch.setattr("nemostream.engines.open_gpu", open_gpu)
+    options: dict[str, Any] = {"device": "cuda", "engines": store.folder, "max_batch": 2}
+    encoder = WrongEncoder
+    with pytest.raises(GateError, match=r"the fp16 engine for 560 ms is refused: .*cosine -1"):
+        nemostream.load(**options)
+    assert not store.all()[0].gate
+    encoder = OrtEncoder
+    with nemostream.load(**options) as model, nemostream.load(threads=1) as cpu:
+        assert model.transcribe(nemostream.demo_clip()).text == cpu.transcribe(nemostream.demo_clip()).text
+    (plan,) = store.all()
+    assert plan.gate["steps"] == 42 and plan.gate["cosine"] > 0.99999
+    with pytest.raises(BackendError, match=r"has no fp16 engine .* for this sm89: nemostream build .* --max-batch 64"):
+        nemostream.load(device="cuda", engines=store.folder)  # it was built for two streams at once

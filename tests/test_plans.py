@@ -1,0 +1,150 @@
+"""The store of engines: found again, never trusted, never half there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemostream.errors import BackendError, GateError
+from nemostream.plans import Plan, PlanStore, Recipe, default_folder
+
+RECIPE = Recipe(
+    graph="encoder-80ms", graph_sha256="a" * 64, weights_sha256="b" * 64, backend="tensorrt", library="11.0",
+    precision="fp16", device="sm90", max_batch=64, cell="float16",
+)  # fmt: skip
+
+
+def make(folder: Path) -> list[Path]:
+    files = [folder / f"{RECIPE.stem}.engine", folder / f"{RECIPE.stem}.bin"]
+    for index, file in enumerate(files):
+        file.write_bytes(bytes([index]) * 100)
+    return files
+
+
+def check(plan: Plan) -> dict[str, Any]:
+    assert plan.path.read_bytes() == bytes(100)
+    return {"cosine": 1.0}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PlanStore:
+    return PlanStore(tmp_path / "engines")
+
+
+def test_what_is_put_is_found(store: PlanStore) -> None:
+    assert store.find(RECIPE) is None
+    put = store.put(RECIPE, make, check)
+    found = store.find(RECIPE)
+    assert found is not None
+    assert dataclasses.replace(put, seconds=0) == dataclasses.replace(found, seconds=0)
+    assert (found.gate, found.bytes, found.path.parent) == ({"cosine": 1.0}, 200, store.folder)
+    assert store.all() == [found]
+    assert len([*store.folder.glob("[!.]*")]) == 3
+    assert {path.name for path in store.folder.glob(".*")} == {".lock"}, "nothing temporary is left"
+    assert found.path.name.startswith("encoder-80ms-tensorrt-fp16-sm90-b64-")
+
+
+def test_everything_that_makes_another_engine_makes_another_name(store: PlanStore) -> None:
+    others = {
+        "graph": "encoder-560ms", "graph_sha256": "c" * 64, "weights_sha256": "c" * 64, "backend": "tensorrt-rtx",
+        "library": "11.1", "precision": "bf16", "device": "sm89", "max_batch": 65, "cell": "bfloat16",
+    }  # fmt: skip
+    assert others.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    store.put(RECIPE, make, check)
+    stems = {RECIPE.stem}
+    for field, value in others.items():
+        other = dataclasses.replace(RECIPE, **{field: value})
+        assert store.find(other) is None
+        stems.add(other.stem)
+    assert len(stems) == 1 + len(others)
+
+
+@pytest.mark.parametrize("harm", ["change", "truncate", "remove"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, which: int) -> None:
+    plan = store.put(RECIPE, make, check)
+    path = store.folder / plan.files[which].file
+    if harm == "change":
+        path.write_bytes(b"\7" + path.read_bytes()[1:])
+    elif harm == "truncate":
+        path.write_bytes(path.read_bytes()[:50])
+    else:
+        path.unlink()
+    with pytest.raises(BackendError, match=f"{path.name} is missing or damaged; build the engine again"):
+        store.find(RECIPE)
+    store.put(RECIPE, make, check)
+    assert store.find(RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda d: "no json", "cannot be read"),
+        (lambda d: json.dumps(d | {"format": "other"}), "of another nemostream"),
+        (lambda d: json.dumps(d | {"version": 99}), "of another nemostream"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "gate"}), "lacks or misnames a field"),
+        (lambda d: json.dumps(d | {"files": []}), "lacks or misnames a field"),
+        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "describes something else"),
+        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "lacks or misnames a field"),
+        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "missing or damaged"),
+    ],
+)
+def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> None:
+    store.put(RECIPE, make, check)
+    path = store.folder / f"{RECIPE.stem}.json"
+    path.write_text(edit(json.loads(path.read_text())))
+    with pytest.raises(BackendError, match=f"{words}.*build the engine again"):
+        store.find(RECIPE)
+
+
+def test_what_is_refused_is_not_kept(store: PlanStore) -> None:
+    def refuse(plan: Plan) -> dict[str, Any]:
+        raise GateError("it says something else.")
+
+    with pytest.raises(GateError):
+        store.put(RECIPE, make, refuse)
+    assert store.find(RECIPE) is None and not [*store.folder.glob("[!.]*")]
+    kept = store.put(RECIPE, make, check)
+    with pytest.raises(GateError):  # and the one that was good stays
+        store.put(RECIPE, make, refuse)
+    assert store.find(RECIPE) == dataclasses.replace(kept, seconds=round(kept.seconds, 2))
+
+
+def test_figures_can_come_later(store: PlanStore) -> None:
+    plan = store.put(RECIPE, make, lambda plan: {})
+    assert not plan.gate
+    store.record(plan, {"cosine": 0.9999})
+    found = store.find(RECIPE)
+    assert found and found.gate == {"cosine": 0.9999}
+
+
+def test_several_may_build_at_once(store: PlanStore) -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                store.put(RECIPE, make, check)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert store.find(RECIPE)
+
+
+def test_where_engines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert PlanStore().folder == default_folder() == tmp_path / "nemostream" / "engines"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_folder() == tmp_path / ".cache" / "nemostream" / "engines"
