@@ -8,8 +8,9 @@ every value becomes fp32 or 16 bit, with casts where the two meet:
   convolution. Inputs and outputs but the caches stay fp32.
 
 8 bit is added to that: the weights of the large linear layers are 8 bit per column, and so is what they multiply, by a
-range for each measured on speech (`calibration`). Not quantised: products of attention and of positions, convolutions,
-subsampling, the joint's projection; quantising all cost another project a third of its words (`docs/engines.md`).
+range for each that was measured on speech (`calibration`). Not quantised: products of attention and of positions,
+convolutions, subsampling, the joint's projection; quantising all cost another project a third of its words
+(`docs/engines.md`). A CPU gets fp32 with the same layers in 8 bit, in the form that its instructions multiply.
 """
 
 from __future__ import annotations
@@ -75,34 +76,48 @@ def write_typed(
         return writer.write(folder / f"{stem}.onnx")
 
 
-def write_int8_for_cpu(
-    bundle: Bundle, chunk: Chunk, ranges: Mapping[str, float], folder: Path, stem: str
-) -> list[Path]:
+def write_int8_for_cpu(bundle: Bundle, chunk: Chunk, folder: Path, stem: str) -> list[Path]:
     """The fp32 step with its large linear layers in 8 bit, for ONNX Runtime's CPU provider.
 
-    Activations by a fixed range and unsigned, weights signed: the products that VNNI and AMX have. A range fixed before
-    keeps a stream's numbers its own; ranges taken from each batch would mix neighbours.
+    Weights are scaled column by column, what they multiply frame by frame, by its own largest magnitude. ONNX Runtime's
+    dynamic quantisation has one scale for a whole batch, so a stream's numbers would depend on its neighbours; and
+    ranges measured beforehand were less exact on all that was tried (`docs/engines.md`). Unsigned times signed is what
+    VNNI and AMX multiply.
     """
     model = read_encoder(bundle, chunk)
     graph = model.graph
     names = quantisable(model)
+    nodes: list[NodeProto] = []
     with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
-        added: list[TensorProto] = []
-        nodes: list[NodeProto] = []
+        constants: dict[str, Array] = {
+            "int8/share": np.array(1 / 127, np.float32),
+            "int8/least": np.array(1e-9, np.float32),  # of a scale: silence is divided by it too
+            "int8/one": np.array(1, np.float32),
+            "int8/middle": np.array(128, np.uint8),
+            "int8/zero": np.array(0, np.int8),
+            "int8/last": np.array([-1]),
+        }
+        added = [weights.tensor(name, array) for name, array in constants.items()]
         for node in graph.node:
             if node.op_type != "MatMul" or node.input[1] not in names:
                 nodes.append(node)
                 continue
-            name = node.input[1]
-            quantised, scale = _per_column(weights.read(name), "int8")
-            step, middle = np.float32(_range(ranges, name) / 127), np.uint8(128)
-            constants = {"scale": scale, "zero": np.int8(0), "step": step, "middle": middle, "int8": quantised}
-            added += [weights.tensor(f"{name}:{key}", np.asarray(value)) for key, value in constants.items()]
-            x = f"{node.output[0]}:uint8"
-            nodes.append(helper.make_node("QuantizeLinear", [node.input[0], f"{name}:step", f"{name}:middle"], [x]))
-            inputs = [x, *(f"{name}:{key}" for key in ("int8", "step", "scale", "middle", "zero"))]
-            product = helper.make_node("MatMulIntegerToFloat", inputs, node.output, node.name, domain="com.microsoft")
-            nodes.append(product)
+            (x, weight), (y,) = node.input, node.output
+            values, scale = _per_column(weights.read(weight), "int8")
+            added += [weights.tensor(f"{weight}:int8", values), weights.tensor(f"{weight}:scale", scale)]
+            product = [f"{y}:x8", f"{weight}:int8", "int8/one", f"{weight}:scale", "int8/middle", "int8/zero"]
+            for kind, inputs, output in (
+                ("Abs", [x], f"{y}:magnitude"),
+                ("ReduceMax", [f"{y}:magnitude", "int8/last"], f"{y}:largest"),
+                ("Mul", [f"{y}:largest", "int8/share"], f"{y}:step"),
+                ("Max", [f"{y}:step", "int8/least"], f"{y}:unit"),
+                ("Div", [x, f"{y}:unit"], f"{y}:scaled"),
+                ("QuantizeLinear", [f"{y}:scaled", "int8/one", "int8/middle"], f"{y}:x8"),
+                ("MatMulIntegerToFloat", product, f"{y}:product"),
+                ("Mul", [f"{y}:product", f"{y}:unit"], y),
+            ):
+                domain = "com.microsoft" if kind == "MatMulIntegerToFloat" else ""
+                nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", domain=domain))
         kept = [weights.keep(tensor) for tensor in graph.initializer if tensor.name not in names]
         _replace(graph.initializer, kept + added)
         _replace(graph.node, nodes)

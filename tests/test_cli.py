@@ -329,8 +329,8 @@ def test_a_bundle_of_another_version(
 ) -> None:
     document = json.loads(demo_bundle.manifest.to_json()) | {"version": 7}
     bundle = broken_bundle("manifest.json", json.dumps(document).encode())
-    run("transcribe", CARDS[0], "--bundle", bundle).fails(4, "version 7", "reads version 1")
-    run("info", bundle).fails(4, "version 7", "reads version 1")
+    run("transcribe", CARDS[0], "--bundle", bundle).fails(4, "version 7", "reads version 2")
+    run("info", bundle).fails(4, "version 7", "reads version 2")
 
 
 def test_a_graph_that_is_none(run: Callable[..., Ran], broken_bundle: Callable[..., Path], demo_bundle: Bundle) -> None:

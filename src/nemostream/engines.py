@@ -182,7 +182,7 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
 
         def make_graph(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
             if cpu:
-                return graphs.write_int8_for_cpu(bundle, chunk, ranges(progress) or {}, folder, recipe.stem)
+                return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem)
             return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
 
         here = cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers()

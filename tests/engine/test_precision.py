@@ -160,16 +160,14 @@ def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, 
         assert not any(part in name for part in ("position", "linear_pos", "pre_encode", "joint", "depthwise")), name
 
 
-def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(
-    demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
-) -> None:
+def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(demo_bundle: Bundle, tmp_path: Path) -> None:
     """Close to fp32, and bit for bit the same whoever else is in the batch."""
     chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle)[0]
-    path, _ = write_int8_for_cpu(demo_bundle, chunk, ranges, tmp_path, "made")
+    path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "made")
     encoder = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     wanted = stream(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
     alone = stream(encoder, demo_bundle, chunk, audio)
-    assert cosines(alone, wanted).min() > WORST["int8"]
+    assert cosines(alone, wanted).min() > 0.9995
     crowd = stream(encoder, demo_bundle, chunk, audio, rows=5)
     np.testing.assert_allclose(crowd[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
     model = onnx.load(path, load_external_data=False)
@@ -209,9 +207,6 @@ def test_a_range_that_is_none(demo_bundle: Bundle, ranges: dict[str, float], tmp
     chunk = demo_bundle.manifest.chunk(80)
     for wrong in (0.0, math.nan, math.inf):
         spoiled = dict.fromkeys(ranges, wrong)
-        for write in (
-            lambda r: write_int8_for_cpu(demo_bundle, chunk, r, tmp_path, "a"),
-            lambda r: write_typed(demo_bundle, chunk, "fp8", r, tmp_path, "b"),
-        ):
+        for precision in ("int8", "fp8"):
             with pytest.raises(BackendError, match="calibrate on other audio"):
-                write(spoiled)
+                write_typed(demo_bundle, chunk, precision, spoiled, tmp_path, "made")
