@@ -39,6 +39,34 @@ def tiny_sizes(**changes: Any) -> dict[str, Any]:
     return sizes | changes
 
 
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def make_device(request: pytest.FixtureRequest) -> Any:
+    """Makes the device that a test of the GPU backend runs on: a CPU that plays one (its options), or the GPU here."""
+    if request.param == "cpu":
+        from cuda_on_cpu import MISSING
+        from host_device import HostDevice
+
+        if MISSING:
+            pytest.skip("needs g++ to run the kernels on a CPU")
+        return HostDevice
+    from nemostream.errors import BackendError
+    from nemostream.runtime.cuda import CudaDevice
+
+    try:
+        CudaDevice().close()
+    except BackendError as error:
+        pytest.skip(str(error))
+    return lambda **options: CudaDevice()
+
+
+@pytest.fixture(scope="session")
+def talker(request: pytest.FixtureRequest) -> Bundle:
+    """A bundle that says much: random weights where NeMo can make them, the embedded model elsewhere."""
+    from importlib.util import find_spec
+
+    return request.getfixturevalue("tiny_bundle" if find_spec("nemo") else "demo_bundle")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemostream.benchmarks.synthetic import synthetic_model

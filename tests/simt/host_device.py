@@ -179,21 +179,27 @@ class HostKernels:
 
 
 class OrtEncoder:
-    """The bundle's own fp32 encoder graph as the device's encoder."""
+    """The bundle's own fp32 encoder graph as a device's encoder. A GPU's memory it copies, which cannot be recorded."""
 
     cell = "float32"
 
-    def __init__(self, bundle: Bundle, chunk: Chunk, device: HostDevice, capturable: bool = True) -> None:
+    def __init__(self, bundle: Bundle, chunk: Chunk, device: Any, capturable: bool = True) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         graph = f"encoder-{chunk.ms}ms"
         self._session = ort.InferenceSession(bundle.file(graph), options, providers=["CPUExecutionProvider"])
-        self._graph, self._device, self.capturable = bundle.manifest.graphs[graph], device, capturable
+        self._graph, self._device = bundle.manifest.graphs[graph], device
+        self.capturable = capturable and isinstance(device, HostDevice)
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
+        def shape(tensor: Any) -> tuple[int, ...]:
+            return tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
+
+        if not isinstance(self._device, HostDevice):
+            return lambda: self._run_copied(addresses, shape)
+
         def view(tensor: Any) -> NDArray[Any]:
-            shape = tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
-            return self._device.view(addresses[tensor.name], shape, tensor.dtype)
+            return self._device.view(addresses[tensor.name], shape(tensor), tensor.dtype)
 
         inputs = {tensor.name: view(tensor) for tensor in self._graph.inputs}
         outputs = {tensor.name: view(tensor) for tensor in self._graph.outputs if tensor.name != "encoded"}
@@ -203,5 +209,14 @@ class OrtEncoder:
                 outputs[name][...] = value
 
         return lambda: self._device.queue(run)
+
+    def _run_copied(self, addresses: Mapping[str, int], shape: Callable[[Any], tuple[int, ...]]) -> None:
+        inputs = {}
+        for tensor in self._graph.inputs:
+            inputs[tensor.name] = np.empty(shape(tensor), tensor.dtype)
+            self._device.read(addresses[tensor.name], inputs[tensor.name])
+        names = [tensor.name for tensor in self._graph.outputs if tensor.name != "encoded"]
+        for name, value in zip(names, self._session.run(names, inputs), strict=True):
+            self._device.write(addresses[name], value)
 
     def close(self) -> None: ...
