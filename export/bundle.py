@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -45,31 +46,41 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callabl
         folder.mkdir()
         say(f"reading {path}")
         source = open_checkpoint(path, unpacked)
-        graphs, weights, tensors = _write_graphs(source, folder, say)
-        tokenizer = folder / "tokenizer.model"
-        shutil.copyfile(source.tokenizer, tokenizer)
-        manifest = Manifest(
-            name=source.name,
-            features=source.features,
-            encoder=source.encoder,
-            decoder=source.decoder,
-            chunks=source.chunks,
-            graphs=graphs,
-            weights=_file(weights),
-            tensors=tensors,
-            tokenizer=_file(tokenizer),
-            checkpoint={"source": str(checkpoint), "sha256": sha256(path), "bytes": path.stat().st_size},
-            versions={name: _version(name) for name in _LIBRARIES},
-        )
+        origin = {"source": str(checkpoint), "sha256": sha256(path), "bytes": path.stat().st_size}
+        bundle = write_bundle(source, folder, origin, say)
         del source  # its memory map is on the folder that goes away now
         shutil.rmtree(unpacked)
-        manifest = measure_parity(Bundle(folder, manifest), path, say)
+        manifest = measure_parity(bundle, path, say)
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
     say(f"wrote {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
     return Bundle(out, manifest)
+
+
+def write_bundle(
+    source: Checkpoint, folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = lambda message: None
+) -> Bundle:
+    """Write graphs, weights, tokenizer and manifest into an empty folder; nothing is compared with anything."""
+    graphs, weights, tensors = _write_graphs(source, folder, say)
+    tokenizer = folder / "tokenizer.model"
+    shutil.copyfile(source.tokenizer, tokenizer)
+    manifest = Manifest(
+        name=source.name,
+        features=source.features,
+        encoder=source.encoder,
+        decoder=source.decoder,
+        chunks=source.chunks,
+        graphs=graphs,
+        weights=_file(weights),
+        tensors=tensors,
+        tokenizer=_file(tokenizer),
+        checkpoint=origin,
+        versions={name: _version(name) for name in _LIBRARIES},
+    )
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return Bundle(folder, manifest)
 
 
 def _resolve(checkpoint: str | Path, say: Callable[[str], None]) -> Path:
