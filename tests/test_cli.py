@@ -385,10 +385,10 @@ def test_doctor(run: Callable[..., Ran]) -> None:
     extras = {
         "TensorRT": "tensorrt",
         "TensorRT for RTX": "tensorrt-rtx",
-        "CUDA for Python": "cuda",
+        "CUDA for Python": "gpu",
         "microphone": "mic",
     }
-    extras |= {"ONNX Runtime, CUDA": "cuda", "exporting": "export"}
+    extras |= {"ONNX Runtime, CUDA": "cuda", "building engines": "build", "exporting": "export"}
     assert found.keys() == extras.keys() | {"ONNX Runtime, CPU", "NVIDIA driver"}
     for name, extra in extras.items():
         if found[name] == "missing":

@@ -89,6 +89,7 @@ def examine() -> bool:
         "TensorRT for RTX": lambda: _library("tensorrt_rtx", "tensorrt-rtx"),
         "CUDA for Python": _cuda_python,
         "NVIDIA driver": _driver,
+        "building engines": lambda: _library("onnx", "build"),
         "exporting": _exporting,
         "microphone": lambda: _library("sounddevice", "mic"),
     }
@@ -99,7 +100,9 @@ def examine() -> bool:
         state = f"[{_COLOURS[finding.state]}]{finding.state:9}[/]"
         console.print(f"{name:18}  {state}  {escape(finding.detail)}", soft_wrap=True)  # lines that can be copied whole
     console.print(
-        "This version recognises speech with ONNX Runtime on the CPU; no backend uses a GPU yet.", soft_wrap=True
+        "A CPU needs nothing else. A GPU needs a driver, CUDA for Python, and engines that `nemostream build` makes "
+        "with TensorRT, TensorRT for RTX or ONNX Runtime CUDA; its authors have not yet run that backend on a GPU.",
+        soft_wrap=True,
     )
     return works
 
@@ -148,7 +151,7 @@ def _library(module: str, extra: str) -> Finding:
 def _cuda_python() -> Finding:
     found = []
     for module, package in (("cuda.bindings", "cuda-bindings"), ("cuda.core", "cuda-core")):
-        finding = _library(module, "cuda")
+        finding = _library(module, "gpu")
         if finding.state != "installed":
             return finding
         found.append(f"{package} {version(package)}")

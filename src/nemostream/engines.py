@@ -191,9 +191,17 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
     from nemostream.engine.tensorrt import TensorRT
 
     library = TensorRT()
+    # Only TensorRT for RTX builds from afar; the GPU that is here need not be named, but may be.
+    here = _gpu_here() if target is None or target not in library.targets() else ""
+    if target is None and not here:
+        raise BackendError(
+            "there is no NVIDIA GPU to build for: name one with --target (sm89), or see `nemostream doctor` for what "
+            "the one here lacks."
+        )
+    named = None if target in (None, here) else target
     recipe = Recipe.of(
         bundle, chunk.ms, backend=library.name, library=library.version, precision=precision,
-        device=target or _gpu_here(), max_batch=max_batch, cell=graphs.CELLS[precision],
+        device=target or here, max_batch=max_batch, cell=graphs.CELLS[precision],
     )  # fmt: skip
 
     def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
@@ -201,7 +209,7 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
         graph, weights = graphs.write_typed(bundle, chunk, precision, ranges(progress), folder, recipe.stem)
         timings = store.folder / f"timings-{library.name}-{library.version}-{recipe.device}.cache"
         engine = folder / f"{recipe.stem}.engine"
-        engine.write_bytes(library.build(graph, target, max_batch, timings, progress))
+        engine.write_bytes(library.build(graph, named, max_batch, timings, progress))
         graph.unlink()
         weights.unlink()
         return [engine]
@@ -210,14 +218,13 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
 
 
 def _gpu_here() -> str:
+    """The architecture of this machine's GPU; empty if there is none."""
     from nemostream.runtime.cuda import CudaDevice
 
     try:
         device = CudaDevice()
-    except BackendError as error:
-        raise BackendError(
-            f"TensorRT builds for the GPU of this machine, or for one you name with --target (sm89): {error}"
-        ) from error
+    except BackendError:
+        return ""
     try:
         return device.architecture
     finally:

@@ -1,0 +1,465 @@
+"""Everything that only a GPU can show, in one command and at most eight minutes.
+
+    python -m nemostream.benchmarks.gpu_check --out benchmarks/results
+
+Run it from a checkout: the tests marked `gpu` are part of it. Sections, each of which may fail without stopping the
+others, and says then why:
+
+* environment: GPU, driver, libraries;
+* kernels: how each type's kernels were loaded, and what kind of loop the driver can record;
+* tests: `pytest -m gpu`, our kernels and the whole backend against numpy and the CPU backend;
+* sanitizer: NVIDIA's compute-sanitizer over the decoding kernels;
+* engines: for each precision, is the packaged model's engine built, accepted by this GPU, recorded, and as good as
+  fp32 (`runtime.gate`) at every chunk size? Can an engine run inside a WHILE body?
+* soak: 10,000 steps, streams coming and going; free memory before and after;
+* speed: a full-size model of random weights that says about `TOKENS_PER_SECOND` per stream; per chunk size and batch
+  the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, and launched
+  back to back; the floor; how many streams that makes.
+
+Without an engine that runs here, speed is measured of all but the encoder (features, gather, scatter, decoding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import nemostream
+from nemostream.benchmarks.random_bundle import random_bundle
+from nemostream.engines import build_engine, open_gpu, speech
+from nemostream.errors import BackendError, NemostreamError
+from nemostream.plans import PRECISIONS, Plan, PlanStore
+from nemostream.runtime import kernels
+from nemostream.runtime.backend import Batch
+from nemostream.runtime.device import Device
+from nemostream.runtime.gpu import GpuBackend
+from nemostream.spec import Bundle, Chunk
+
+TOKENS_PER_SECOND = 3.5
+LIBRARIES = ("nemostream", "numpy", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "tensorrt", "tensorrt_rtx",
+             "tensorrt-rtx-cu13", "onnxruntime", "onnxruntime-gpu", "onnx")  # fmt: skip
+_WARM_UP = 5
+_BATCHES = (1, 8, 64, 256)
+
+Report = dict[str, Any]
+
+
+class NoEncoder:
+    """Leaves whatever is in its outputs: a step without it is all that is ours."""
+
+    capturable = True
+
+    def __init__(self, cell: str) -> None:
+        self.cell = cell
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        return lambda: None
+
+    def close(self) -> None: ...
+
+
+# -- what is measured; any device will do, so that it is tested where there is no GPU ----------------------------------
+
+
+def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report:
+    """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was."""
+    rng = np.random.default_rng(seed)
+    audio = speech_at(backend.manifest, 1)[0]
+    device, slots = backend._device, np.arange(backend.capacity)
+    at = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
+    backend.reset(slots)
+    before, said, failed, pending = None, 0, 0, []
+    for step in range(steps):
+        if step == min(100, steps // 2):
+            before = device.free_bytes
+        coming = slots[rng.random(backend.capacity) < 0.02]
+        if len(coming):
+            backend.reset(coming)
+            at[coming] = rng.integers(0, len(audio) - chunk.samples, len(coming))
+        rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
+        part = np.stack([audio[start : start + chunk.samples] for start in at[rows]])
+        at[rows] = (at[rows] + chunk.samples) % (len(audio) - chunk.samples)
+        pending.append(backend.submit(Batch(chunk, rows, part, np.full(len(rows), chunk.samples))))
+        if len(pending) == 2:
+            emissions = pending.pop(0).result()
+            said += sum(map(len, emissions.tokens))
+            failed += int(emissions.failed.sum())
+    for left in pending:
+        left.result()
+    after = device.free_bytes
+    return {
+        "steps": steps, "tokens": said, "failed_rows": failed, "free_before": before, "free_after": after,
+        "flat": before == after,
+    }  # fmt: skip
+
+
+def speech_at(manifest: Any, loops: int) -> list[np.ndarray]:
+    clip = speech(Bundle(Path(), manifest))[0]
+    return [np.tile(clip, loops)]
+
+
+def step_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int, gathered: bool = False) -> Report:
+    """Milliseconds from audio to tokens of `rows` streams, one step at a time.
+
+    `gathered` uses slots that are not the first ones, so that their caches must be copied together.
+    """
+    slots = np.arange(rows) + (backend.capacity - rows if gathered else 0)
+    clip = speech_at(backend.manifest, 1)[0]
+    starts = np.arange(rows) * 9973 % (len(clip) - chunk.samples)
+    backend.reset(slots)
+    seconds, said = [], 0
+    for step in range(_WARM_UP + repeats):
+        at = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
+        part = np.stack([clip[start : start + chunk.samples] for start in at])
+        batch = Batch(chunk, slots, part, np.full(rows, chunk.samples))
+        start = time.perf_counter()
+        emissions = backend.submit(batch).result()
+        seconds.append(time.perf_counter() - start)
+        said += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
+    milliseconds = 1000 * np.array(seconds[_WARM_UP:])
+    return {
+        "chunk_ms": chunk.ms, "batch": rows, "gathered": gathered, "repeats": repeats,
+        "tokens_per_second": said / (rows * repeats * chunk.ms / 1000),
+        "p50_ms": float(np.percentile(milliseconds, 50)), "p99_ms": float(np.percentile(milliseconds, 99)),
+        "min_ms": float(milliseconds.min()), "raw_ms": milliseconds.round(4).tolist(),
+    }  # fmt: skip
+
+
+def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
+    """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that the
+    host's share, the time it spends in `submit` and in reading results."""
+    slots = np.arange(rows)
+    audio = np.zeros((rows, chunk.samples), np.float32)
+    audio[:] = np.resize(speech_at(backend.manifest, 1)[0], audio.shape)
+    batch = Batch(chunk, slots, audio, np.full(rows, chunk.samples))
+    backend.reset(slots)
+    pending = [backend.submit(batch)]
+    host, start = 0.0, time.perf_counter()
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        pending.append(backend.submit(batch))
+        host += time.perf_counter() - begin
+        pending.pop(0).result()
+    total = time.perf_counter() - start
+    pending.pop().result()
+    return {"pipelined_ms": 1000 * total / repeats, "submit_ms": 1000 * host / repeats}
+
+
+def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: Chunk, rows: int) -> float:
+    """Make the streams say about `TOKENS_PER_SECOND`, by blank's bias on the device; what they say then."""
+    address = int(backend._memory.step["joint_bias"])
+    bias = np.array(bundle.weight("joint.out.bias"))
+    low, high, rate = -40.0, 40.0, 0.0
+    for _ in range(12):
+        bias[-1] = (low + high) / 2
+        backend._device.write(address, bias)
+        rate = step_times(backend, chunk, rows, 6)["tokens_per_second"]
+        low, high = (bias[-1], high) if rate > TOKENS_PER_SECOND else (low, bias[-1])
+    return rate
+
+
+def hush(backend: GpuBackend, bundle: Bundle) -> np.ndarray:
+    """Let nobody say anything; the biases before."""
+    address = int(backend._memory.step["joint_bias"])
+    before = np.empty(bundle.manifest.decoder.vocabulary + 1, np.float32)
+    backend._device.read(address, before)
+    silent = before.copy()
+    silent[-1] = 1e4
+    backend._device.write(address, silent)
+    return before
+
+
+def copy_rate(device: Device) -> float:
+    """Bytes per second read and written by a copy on the device, the best of a few gigabytes."""
+    size = 1 << 30
+    driver = device._driver  # type: ignore[attr-defined]
+    first, second = device.allocate(size), device.allocate(size)
+    best = 0.0
+    for _ in range(8):
+        device.mark().wait()
+        start = time.perf_counter()
+        for _ in range(8):
+            device._call("cuMemcpyDtoDAsync", second, first, size, device.stream)  # type: ignore[attr-defined]
+        device.mark().wait()
+        best = max(best, 8 * 2 * size / (time.perf_counter() - start))
+    for memory in (first, second):
+        driver.cuMemFree(memory)
+        device._memory[:] = [m for m in device._memory if int(m) != memory]  # type: ignore[attr-defined]
+    return best
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def environment(device: Any) -> Report:
+    query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
+    smi = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+    return {
+        "gpu": device.name, "architecture": device.architecture, "nvidia_smi": smi, "python": platform.python_version(),
+        "platform": platform.platform(), "libraries": {name: _version(name) for name in LIBRARIES},
+        "command": shlex.join(sys.argv), "commit": _output(["git", "describe", "--always", "--dirty"]),
+    }  # fmt: skip
+
+
+def loading(device: Any, bundle: Bundle) -> Report:
+    found = {}
+    for cell in kernels.NARROW:
+        start = time.perf_counter()
+        loaded = device.kernels(kernels.macros(bundle.manifest, cell, True), kernels.entries(bundle.manifest))
+        seconds = time.perf_counter() - start
+        found[cell] = {"format": loaded.format, "conditional": loaded.conditional, "seconds": round(seconds, 2)}
+    chunk = bundle.manifest.chunk(560)
+    backend = GpuBackend(bundle, device, {560: NoEncoder("float16")}, capacity=2)
+    backend.submit(Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([8960]))).result()
+    loop = backend.loop
+    backend.close()
+    return {"kernels": found, "loop": loop}
+
+
+def tests(checkout: Path, limit: float) -> Report:
+    if not (checkout / "tests" / "runtime").is_dir():
+        raise BackendError(f"{checkout} has no tests; run this from a checkout.")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "tests/runtime"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=limit)
+    return {"passed": done.returncode == 0, "tail": done.stdout.splitlines()[-15:]}
+
+
+def sanitizer(checkout: Path, limit: float) -> Report:
+    tool = shutil.which("compute-sanitizer")
+    if not tool:
+        raise BackendError("compute-sanitizer is not on the PATH (it comes with CUDA).")
+    chosen = "test_decoding_equals_the_definition and gpu and random"
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-k", chosen,
+               "tests/runtime/test_kernels.py"]  # fmt: skip
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=limit)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line or "passed" in line]
+    return {"clean": done.returncode == 0, "said": said}
+
+
+def engines(bundle: Bundle, store: PlanStore, say: Callable[[str], None]) -> Report:
+    """Every engine of the packaged model that this GPU takes, gated."""
+    found: Report = {}
+    for backend, target in (("tensorrt", None), ("onnxruntime", "cuda")):
+        for precision in PRECISIONS:
+            for chunk in bundle.manifest.chunks:
+                say(f"{backend} {precision} {chunk.ms} ms")
+                try:
+                    plan, _ = build_engine(bundle, chunk, precision, store, backend=backend, target=target, max_batch=8)
+                    figures = {"recipe": plan.recipe.stem, "seconds": plan.seconds, **plan.gate}
+                except NemostreamError as error:
+                    figures = {"refused": str(error)}
+                found[f"{backend} {precision} {chunk.ms}"] = figures
+                if "refused" in figures and "refused:" not in figures["refused"]:
+                    break  # not the gate: the library is missing, or cannot do this precision here
+    return found
+
+
+def from_afar(device: Any, bundle: Bundle, store: PlanStore) -> Report:
+    """What this GPU says of an engine that TensorRT for RTX built for another one."""
+    import tensorrt_rtx as trt
+
+    plan, _ = build_engine(bundle, bundle.manifest.chunk(80), "fp16", store, target="sm89", max_batch=1)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    blob = plan.path.read_bytes()
+    validity, diagnostics = runtime.get_engine_validity(blob)
+    return {
+        "built_for": "sm89", "here": device.architecture, "validity": validity.name, "diagnostics": hex(diagnostics),
+        "deserializes": runtime.deserialize_cuda_engine(blob) is not None,
+    }  # fmt: skip
+
+
+def engine_in_a_loop(device: Any, plan: Plan, bundle: Bundle) -> Report:
+    """Is an engine's work allowed in the body of a WHILE node? The body runs once: nobody sets the condition."""
+    backend = open_gpu(bundle, device, {80: plan}, 2, 2)
+    enqueue = backend._plans[80, 1, False].enqueue
+
+    def work() -> None:
+        condition = device.condition()
+        device.loop(condition, enqueue)
+
+    device.record(work).launch()
+    device.mark().wait()
+    return {"recorded_and_launched": True}
+
+
+def speed(
+    bundle: Bundle, make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]], batches: Sequence[int],
+    repeats: int, bandwidth: float | None, say: Callable[[str], None],
+) -> Report:  # fmt: skip
+    """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder."""
+    rows: list[Report] = []
+    for chunk in bundle.manifest.chunks:
+        capacity = max(batches) + 1
+        backend, encoder = make(bundle, [chunk], capacity)
+        try:
+            rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
+            for batch in batches:
+                say(f"{chunk.ms} ms, batch {batch}, {encoder}")
+                row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
+                row["gathered_p50_ms"] = step_times(backend, chunk, batch, repeats, gathered=True)["p50_ms"]
+                bias = hush(backend, bundle)
+                row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
+                backend._device.write(int(backend._memory.step["joint_bias"]), bias)
+                row |= {"encoder": encoder, "settled_tokens_per_second": rate}
+                row["bytes_per_stream"] = backend.bytes_per_stream
+                if bandwidth:
+                    weights = bundle.manifest.weights.bytes * (0.5 if backend.cell != "float32" else 1)
+                    row["floor_ms"] = 1000 * weights / bandwidth
+                rows.append(row)
+        finally:
+            backend.close()
+    return {"rows": rows, "streams": {ms: _streams(rows, ms) for ms in {row["chunk_ms"] for row in rows}}}
+
+
+def _streams(rows: Iterable[Report], ms: int) -> int:
+    """Most streams whose steps, one batch after another, have their slowest percent within one chunk."""
+    fits = [(int(ms // row["p99_ms"]) * row["batch"]) for row in rows if row["chunk_ms"] == ms]
+    return max(fits, default=0)
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def show(report: Report) -> str:
+    """The report as Markdown."""
+    lines = ["# GPU check", ""]
+    env = report.get("environment", {})
+    lines += [f"{env.get('nvidia_smi') or env.get('gpu')}; commit {env.get('commit')}; {report['seconds']:.0f} s", ""]
+    for name, section in report.items():
+        if not isinstance(section, dict) or name in ("environment", "speed"):
+            continue
+        if "error" in section:
+            lines.append(f"* **{name}**: not done: {section['error']}")
+        else:
+            told = {k: v for k, v in section.items() if not isinstance(v, list | dict)}
+            lines.append(f"* **{name}**: {told or 'see the JSON'}")
+    rows = report.get("speed", {}).get("rows", [])
+    if rows:
+        columns = {
+            "p50 ms": "p50_ms", "p99 ms": "p99_ms", "silent p50": "silent_p50_ms", "gathered p50": "gathered_p50_ms",
+            "pipelined": "pipelined_ms", "submit": "submit_ms", "floor": "floor_ms", "tokens/s": "tokens_per_second",
+        }  # fmt: skip
+        lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
+        lines.append("|---" * (2 + len(columns)) + "|")
+        for row in rows:
+            figures = (f"{row[field]:.2f}" if field in row else "–" for field in columns.values())
+            lines.append(f"| {row['chunk_ms']} ms | {row['batch']} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nemostream.benchmarks.gpu_check", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
+    parser.add_argument("--only", nargs="+", help="sections to run, beside the environment")
+    parser.add_argument("--batch", type=int, nargs="+", default=list(_BATCHES))
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=10_000, help="of the soak")
+    options = parser.parse_args(arguments)
+    from nemostream.runtime.cuda import CudaDevice
+
+    try:
+        device = CudaDevice()
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    started = time.perf_counter()
+    report: Report = {}
+
+    def say(message: str) -> None:
+        print(f"{time.perf_counter() - started:6.1f} s  {message}", file=sys.stderr, flush=True)
+
+    def section(name: str, work: Callable[[], Report]) -> None:
+        if options.only and name not in (*options.only, "environment"):
+            return
+        say(name)
+        try:
+            report[name] = work()
+        except Exception as error:  # whatever it is, the other sections have figures to give
+            report[name] = {"error": f"{type(error).__name__}: {error}"}
+            say(f"{name}: {report[name]['error']}")
+        report["seconds"] = time.perf_counter() - started
+        options.out.mkdir(parents=True, exist_ok=True)
+        stem = f"gpu-{device.name.replace(' ', '-')}"
+        (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (options.out / f"{stem}.md").write_text(show(report), encoding="utf-8")
+
+    demo = Bundle.open(nemostream.demo_bundle())
+    with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
+        store = PlanStore(Path(folder) / "engines")
+
+        def best(bundle: Bundle, chunks: Sequence[Chunk], capacity: int) -> tuple[GpuBackend, str]:
+            """TensorRT, else ONNX Runtime, else no encoder at all. Random weights are not gated: nothing is lost."""
+            failures = []
+            for backend, target in (("tensorrt", device.architecture), ("onnxruntime", "cuda")):
+                try:
+                    plans = {
+                        chunk.ms: build_engine(
+                            bundle, chunk, "fp16", store, backend=backend, target=target, max_batch=capacity - 1
+                        )[0]
+                        for chunk in chunks
+                    }
+                    opened = open_gpu(bundle, CudaDevice(), plans, capacity, capacity - 1)
+                    return opened, f"{backend} fp16"
+                except NemostreamError as error:
+                    failures.append(str(error))
+            encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
+            backend_ = GpuBackend(bundle, CudaDevice(), encoders, capacity=capacity, max_batch=capacity - 1)
+            return backend_, f"none ({'; '.join(failures)})"
+
+        def demo_backend(capacity: int) -> GpuBackend:
+            return best(demo, [demo.manifest.chunk(80)], capacity)[0]
+
+        section("environment", lambda: environment(device))
+        section("loading", lambda: loading(CudaDevice(), demo))
+        section("tests", lambda: tests(Path.cwd(), 150))
+        section("sanitizer", lambda: sanitizer(Path.cwd(), 90))
+        section("engine_from_afar", lambda: from_afar(device, demo, store))
+        section("engines", lambda: engines(demo, store, say))
+        found = [plan for plan in store.all() if plan.recipe.device == device.architecture]
+        if found:
+            section("engine_in_a_loop", lambda: engine_in_a_loop(CudaDevice(), found[0], demo))
+        section("soak", lambda: soak(demo_backend(9), demo.manifest.chunk(80), options.steps))
+        section("bandwidth", lambda: {"copy_bytes_per_second": copy_rate(device)})
+
+        def full() -> Report:
+            say("filling in a full-size model")
+            bundle = random_bundle(Path(folder) / "random")
+            rate = report.get("bandwidth", {}).get("copy_bytes_per_second")
+            return speed(bundle, best, options.batch, options.repeats, rate, say)
+
+        section("speed", full)
+    device.close()
+    print(show(report), end="")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The benchmark of words and time: its counts are right. No time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import nemostream
+from nemostream.spec import Bundle
+
+pytest.importorskip("jiwer", reason="needs the bench extra")
+pytest.importorskip("onnx", reason="needs the build extra")
+
+from nemostream.benchmarks import precision
+
+HELD_OUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
+
+
+def distance(wanted: list[str], got: list[str]) -> int:
+    """Levenshtein's, by its definition."""
+    if not wanted or not got:
+        return len(wanted) + len(got)
+    same = wanted[0] != got[0]
+    return min(
+        distance(wanted[1:], got[1:]) + same, distance(wanted[1:], got) + 1, distance(wanted, got[1:]) + 1
+    )  # fmt: skip
+
+
+def test_words(demo_bundle: Bundle, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()][:6]
+    manifest = tmp_path / "some.jsonl"
+    for row in rows:
+        row["audio_filepath"] = str(HELD_OUT.parent / row["audio_filepath"])
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = precision.word_errors(demo_bundle, manifest, tmp_path / "engines")
+    assert [(row["chunk_ms"], row["precision"]) for row in figures] == [
+        (ms, kind) for ms in (80, 160, 560, 1120) for kind in ("fp32", "int8")
+    ]
+    words = [row["text"].split() for row in rows]
+    with nemostream.load(chunk_ms=560) as model:
+        got = [model.transcribe(row["audio_filepath"]).text.split() for row in rows]
+    wrong = sum(distance(wanted, said) for wanted, said in zip(words, got, strict=True))
+    assert figures[4]["wer"] == pytest.approx(wrong / sum(map(len, words)))
+    assert figures[4]["words"] == sum(map(len, words)) and figures[4]["same_text_as_fp32"] == 6
+    assert figures[5]["gate"]["cosine"] > 0.99
+
+
+def test_times(demo_bundle: Bundle) -> None:
+    row = precision.step_times(demo_bundle, demo_bundle.manifest.chunk(1120), 2, 4, None)
+    assert (row["chunk_ms"], row["batch"], len(row["raw_ms"])) == (1120, 2, 4)
+    ratios = sorted(pair["fp32"] / pair["int8"] for pair in row["raw_ms"])
+    assert row["ratio"]["median"] == pytest.approx((ratios[1] + ratios[2]) / 2)
+    assert (row["ratio"]["min"], row["ratio"]["max"]) == (pytest.approx(ratios[0]), pytest.approx(ratios[-1]))
+    report = {"hardware": {"cpu": "x", "cores": 2}, "onnxruntime": "1", "words": [], "times": [row]}
+    assert precision.show(report).count("| 1120 ms | 2 |") == 1
