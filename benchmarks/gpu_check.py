@@ -6,11 +6,12 @@ Run it from a checkout: the tests marked `gpu` are part of it. Sections, each of
 others, and says then why:
 
 * environment: GPU, driver, libraries;
-* kernels: how each type's kernels were loaded, and what kind of loop the driver can record;
+* loading: how each type's kernels were loaded, and what kind of loop the driver can record;
 * tests: `pytest -m gpu`, our kernels and the whole backend against numpy and the CPU backend;
 * sanitizer: NVIDIA's compute-sanitizer over the decoding kernels;
-* engines: for each precision, is the packaged model's engine built, accepted by this GPU, recorded, and as good as
-  fp32 (`runtime.gate`) at every chunk size? Can an engine run inside a WHILE body?
+* engines, engine_from_afar, engine_in_a_loop: for each precision, is the packaged model's engine built, accepted by
+  this GPU, recorded, and as good as fp32 (`runtime.gate`) at every chunk size? Is one that was built for another GPU?
+  Can an engine's work be in the body of a WHILE node?
 * soak: 10,000 steps, streams coming and going; free memory before and after;
 * speed: a full-size model of random weights that says about `TOKENS_PER_SECOND` per stream; per chunk size and batch
   the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, and launched
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,168 +39,19 @@ from typing import Any
 import numpy as np
 
 import nemostream
+from nemostream.benchmarks.gpu_speed import NoEncoder, Report, copy_rate, soak, speed
 from nemostream.benchmarks.random_bundle import random_bundle
-from nemostream.engines import build_engine, open_gpu, speech
+from nemostream.engines import build_engine, open_gpu
 from nemostream.errors import BackendError, NemostreamError
 from nemostream.plans import PRECISIONS, Plan, PlanStore
 from nemostream.runtime import kernels
 from nemostream.runtime.backend import Batch
-from nemostream.runtime.device import Device
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.spec import Bundle, Chunk
 
-TOKENS_PER_SECOND = 3.5
 LIBRARIES = ("nemostream", "numpy", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "tensorrt", "tensorrt_rtx",
              "tensorrt-rtx-cu13", "onnxruntime", "onnxruntime-gpu", "onnx")  # fmt: skip
-_WARM_UP = 5
-_BATCHES = (1, 8, 64, 256)
-
-Report = dict[str, Any]
-
-
-class NoEncoder:
-    """Leaves whatever is in its outputs: a step without it is all that is ours."""
-
-    capturable = True
-
-    def __init__(self, cell: str) -> None:
-        self.cell = cell
-
-    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
-        return lambda: None
-
-    def close(self) -> None: ...
-
-
-# -- what is measured; any device will do, so that it is tested where there is no GPU ----------------------------------
-
-
-def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report:
-    """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was."""
-    rng = np.random.default_rng(seed)
-    audio = speech_at(backend.manifest, 1)[0]
-    device, slots = backend._device, np.arange(backend.capacity)
-    at = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
-    backend.reset(slots)
-    before, said, failed, pending = None, 0, 0, []
-    for step in range(steps):
-        if step == min(100, steps // 2):
-            before = device.free_bytes
-        coming = slots[rng.random(backend.capacity) < 0.02]
-        if len(coming):
-            backend.reset(coming)
-            at[coming] = rng.integers(0, len(audio) - chunk.samples, len(coming))
-        rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
-        part = np.stack([audio[start : start + chunk.samples] for start in at[rows]])
-        at[rows] = (at[rows] + chunk.samples) % (len(audio) - chunk.samples)
-        pending.append(backend.submit(Batch(chunk, rows, part, np.full(len(rows), chunk.samples))))
-        if len(pending) == 2:
-            emissions = pending.pop(0).result()
-            said += sum(map(len, emissions.tokens))
-            failed += int(emissions.failed.sum())
-    for left in pending:
-        left.result()
-    after = device.free_bytes
-    return {
-        "steps": steps, "tokens": said, "failed_rows": failed, "free_before": before, "free_after": after,
-        "flat": before == after,
-    }  # fmt: skip
-
-
-def speech_at(manifest: Any, loops: int) -> list[np.ndarray]:
-    clip = speech(Bundle(Path(), manifest))[0]
-    return [np.tile(clip, loops)]
-
-
-def step_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int, gathered: bool = False) -> Report:
-    """Milliseconds from audio to tokens of `rows` streams, one step at a time.
-
-    `gathered` uses slots that are not the first ones, so that their caches must be copied together.
-    """
-    slots = np.arange(rows) + (backend.capacity - rows if gathered else 0)
-    clip = speech_at(backend.manifest, 1)[0]
-    starts = np.arange(rows) * 9973 % (len(clip) - chunk.samples)
-    backend.reset(slots)
-    seconds, said = [], 0
-    for step in range(_WARM_UP + repeats):
-        at = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
-        part = np.stack([clip[start : start + chunk.samples] for start in at])
-        batch = Batch(chunk, slots, part, np.full(rows, chunk.samples))
-        start = time.perf_counter()
-        emissions = backend.submit(batch).result()
-        seconds.append(time.perf_counter() - start)
-        said += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
-    milliseconds = 1000 * np.array(seconds[_WARM_UP:])
-    return {
-        "chunk_ms": chunk.ms, "batch": rows, "gathered": gathered, "repeats": repeats,
-        "tokens_per_second": said / (rows * repeats * chunk.ms / 1000),
-        "p50_ms": float(np.percentile(milliseconds, 50)), "p99_ms": float(np.percentile(milliseconds, 99)),
-        "min_ms": float(milliseconds.min()), "raw_ms": milliseconds.round(4).tolist(),
-    }  # fmt: skip
-
-
-def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
-    """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that the
-    host's share, the time it spends in `submit` and in reading results."""
-    slots = np.arange(rows)
-    audio = np.zeros((rows, chunk.samples), np.float32)
-    audio[:] = np.resize(speech_at(backend.manifest, 1)[0], audio.shape)
-    batch = Batch(chunk, slots, audio, np.full(rows, chunk.samples))
-    backend.reset(slots)
-    pending = [backend.submit(batch)]
-    host, start = 0.0, time.perf_counter()
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        pending.append(backend.submit(batch))
-        host += time.perf_counter() - begin
-        pending.pop(0).result()
-    total = time.perf_counter() - start
-    pending.pop().result()
-    return {"pipelined_ms": 1000 * total / repeats, "submit_ms": 1000 * host / repeats}
-
-
-def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: Chunk, rows: int) -> float:
-    """Make the streams say about `TOKENS_PER_SECOND`, by blank's bias on the device; what they say then."""
-    address = int(backend._memory.step["joint_bias"])
-    bias = np.array(bundle.weight("joint.out.bias"))
-    low, high, rate = -40.0, 40.0, 0.0
-    for _ in range(12):
-        bias[-1] = (low + high) / 2
-        backend._device.write(address, bias)
-        rate = step_times(backend, chunk, rows, 6)["tokens_per_second"]
-        low, high = (bias[-1], high) if rate > TOKENS_PER_SECOND else (low, bias[-1])
-    return rate
-
-
-def hush(backend: GpuBackend, bundle: Bundle) -> np.ndarray:
-    """Let nobody say anything; the biases before."""
-    address = int(backend._memory.step["joint_bias"])
-    before = np.empty(bundle.manifest.decoder.vocabulary + 1, np.float32)
-    backend._device.read(address, before)
-    silent = before.copy()
-    silent[-1] = 1e4
-    backend._device.write(address, silent)
-    return before
-
-
-def copy_rate(device: Device) -> float:
-    """Bytes per second read and written by a copy on the device, the best of a few gigabytes."""
-    size = 1 << 30
-    driver = device._driver  # type: ignore[attr-defined]
-    first, second = device.allocate(size), device.allocate(size)
-    best = 0.0
-    for _ in range(8):
-        device.mark().wait()
-        start = time.perf_counter()
-        for _ in range(8):
-            device._call("cuMemcpyDtoDAsync", second, first, size, device.stream)  # type: ignore[attr-defined]
-        device.mark().wait()
-        best = max(best, 8 * 2 * size / (time.perf_counter() - start))
-    for memory in (first, second):
-        driver.cuMemFree(memory)
-        device._memory[:] = [m for m in device._memory if int(m) != memory]  # type: ignore[attr-defined]
-    return best
-
+_BATCHES = (1, 8, 64, 256, 1024)
 
 # -- sections ----------------------------------------------------------------------------------------------------------
 
@@ -293,41 +145,6 @@ def engine_in_a_loop(device: Any, plan: Plan, bundle: Bundle) -> Report:
     device.record(work).launch()
     device.mark().wait()
     return {"recorded_and_launched": True}
-
-
-def speed(
-    bundle: Bundle, make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]], batches: Sequence[int],
-    repeats: int, bandwidth: float | None, say: Callable[[str], None],
-) -> Report:  # fmt: skip
-    """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder."""
-    rows: list[Report] = []
-    for chunk in bundle.manifest.chunks:
-        capacity = max(batches) + 1
-        backend, encoder = make(bundle, [chunk], capacity)
-        try:
-            rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
-            for batch in batches:
-                say(f"{chunk.ms} ms, batch {batch}, {encoder}")
-                row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
-                row["gathered_p50_ms"] = step_times(backend, chunk, batch, repeats, gathered=True)["p50_ms"]
-                bias = hush(backend, bundle)
-                row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
-                backend._device.write(int(backend._memory.step["joint_bias"]), bias)
-                row |= {"encoder": encoder, "settled_tokens_per_second": rate}
-                row["bytes_per_stream"] = backend.bytes_per_stream
-                if bandwidth:
-                    weights = bundle.manifest.weights.bytes * (0.5 if backend.cell != "float32" else 1)
-                    row["floor_ms"] = 1000 * weights / bandwidth
-                rows.append(row)
-        finally:
-            backend.close()
-    return {"rows": rows, "streams": {ms: _streams(rows, ms) for ms in {row["chunk_ms"] for row in rows}}}
-
-
-def _streams(rows: Iterable[Report], ms: int) -> int:
-    """Most streams whose steps, one batch after another, have their slowest percent within one chunk."""
-    fits = [(int(ms // row["p99_ms"]) * row["batch"]) for row in rows if row["chunk_ms"] == ms]
-    return max(fits, default=0)
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

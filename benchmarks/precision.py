@@ -76,7 +76,7 @@ def step_times(bundle: Bundle, chunk: Chunk, rows: int, repeats: int, threads: i
             "fp32": OrtBackend(bundle, capacity=rows, threads=threads),
             "int8": OrtBackend(bundle, capacity=rows, threads=threads, plans={chunk.ms: plan}),
         }
-        audio = np.tile(speech(bundle)[0], 1 + (chunk.samples * (repeats + 200)) // (16000 * 18))
+        audio = np.tile(speech(bundle.manifest)[0], 1 + (chunk.samples * (repeats + 200)) // (16000 * 18))
         others, pairs = OtherWork(), []
         for backend in backends.values():
             backend.reset(np.arange(rows))

@@ -206,7 +206,7 @@ class _Typed:
         if kind:
             inputs = [self._typed(name, kind) for name in inputs]
             if self._eight and node.op_type == "MatMul" and _QUANTISED.search(node.input[1]):
-                inputs = self._quantised(*inputs, name=node.input[1])
+                inputs = self._quantised(inputs[0], node.input[1])
         copy = NodeProto()
         copy.CopyFrom(node)
         _replace(copy.input, inputs)
@@ -230,10 +230,10 @@ class _Typed:
             self._nodes.append(helper.make_node("Cast", [name], [cast], name=f"cast/{cast}", to=_TYPES[kind]))
         return self._casts[name, kind]
 
-    def _quantised(self, x: str, weight: str, name: str) -> list[str]:
+    def _quantised(self, x: str, name: str) -> list[str]:
         """Both sides of a product through 8 bit and back, which the compiler makes an 8-bit product of."""
         assert self._eight
-        values, scale = _per_column(self._weights.read(weight), self._eight)
+        values, scale = _per_column(self._weights.read(name), self._eight)
         step = np.float32(_range(self._ranges, name) / _LARGEST[self._eight])
         zero = np.zeros((), values.dtype)
         narrow = _NUMPY[self._cell]

@@ -127,7 +127,7 @@ def _profiles(max_batch: int) -> list[tuple[int, int]]:
 def _log(trt: Any) -> Any:
     """A logger that keeps what went wrong, for the sentence that tells of it."""
 
-    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -143,7 +143,7 @@ def _log(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}

@@ -45,7 +45,11 @@ class Device(Protocol):
 
     name: str
     architecture: str  # "sm90"
-    free_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that can still be allocated."""
+        ...
 
     def adopt(self) -> None:
         """From now on this thread is the one that uses the device. Cheap if it was before."""

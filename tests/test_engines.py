@@ -160,7 +160,7 @@ def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo
             precision,
             candidate,
             reference,
-            speech(demo_bundle),
+            speech(demo_bundle.manifest),
             shares.append,  # type: ignore[arg-type]
         )
 
@@ -177,7 +177,7 @@ def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo
 
 def test_the_gate_needs_enough_speech(demo_bundle: Bundle) -> None:
     backend = OrtBackend(demo_bundle, 2)
-    clips = [speech(demo_bundle)[1]]
+    clips = [speech(demo_bundle.manifest)[1]]
     with pytest.raises(GateError, match=r"the clips give \d steps of 1120 ms; 12 are needed"):
         run_gate(
             demo_bundle.manifest, demo_bundle.manifest.chunk(1120), "fp16", backend, OrtBackend(demo_bundle, 2), clips
@@ -215,7 +215,7 @@ def test_random_weights_are_judged_by_their_encoder(tiny_bundle: Bundle) -> None
     """They understand no clip, so no token is compared, and the figures say so."""
     backends = Off(OrtBackend(tiny_bundle, 2), emit=other_word), OrtBackend(tiny_bundle, 2)
     chunk = tiny_bundle.manifest.chunk(560)
-    figures = run_gate(tiny_bundle.manifest, chunk, "fp16", *backends, speech(tiny_bundle))  # type: ignore[arg-type]
+    figures = run_gate(tiny_bundle.manifest, chunk, "fp16", *backends, speech(tiny_bundle.manifest))  # type: ignore[arg-type]
     assert figures["tokens"] == 0 and figures["cosine"] > 0.999999
 
 

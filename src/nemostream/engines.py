@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemostream.errors import BackendError, OptionError
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe
-from nemostream.spec import Bundle, Chunk
+from nemostream.spec import Bundle, Chunk, Manifest
 
 if TYPE_CHECKING:
     from nemostream.runtime.backend import Backend
@@ -117,7 +117,7 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
 
 
-def speech(bundle: Bundle) -> list[Any]:
+def speech(manifest: Manifest) -> list[Any]:
     """The packaged clips [N] at the model's rate: 18 s of English, and digits, which the embedded model knows."""
     import soundfile
     import soxr
@@ -126,7 +126,7 @@ def speech(bundle: Bundle) -> list[Any]:
     for name in ("speech.flac", "clip.flac"):
         with resources.as_file(resources.files("nemostream") / name) as path:
             audio, rate = soundfile.read(path, dtype="float32")
-        clips.append(soxr.resample(audio, rate, bundle.manifest.features.sample_rate))
+        clips.append(soxr.resample(audio, rate, manifest.features.sample_rate))
     return clips
 
 
@@ -165,7 +165,9 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
             return None
         from nemostream.engine.calibration import measure_ranges
 
-        return measure_ranges(bundle, chunk, speech(bundle), lambda share: progress("listening to speech", share))
+        return measure_ranges(
+            bundle, chunk, speech(bundle.manifest), lambda share: progress("listening to speech", share)
+        )
 
     def gate(progress: Progress) -> Callable[[Plan], Mapping[str, Any]]:
         return lambda plan: _gate(bundle, chunk, plan, progress)
@@ -192,16 +194,16 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
 
     library = TensorRT()
     # Only TensorRT for RTX builds from afar; the GPU that is here need not be named, but may be.
-    here = _gpu_here() if target is None or target not in library.targets() else ""
-    if target is None and not here:
+    gpu = _gpu_here() if target is None or target not in library.targets() else ""
+    if target is None and not gpu:
         raise BackendError(
             "there is no NVIDIA GPU to build for: name one with --target (sm89), or see `nemostream doctor` for what "
             "the one here lacks."
         )
-    named = None if target in (None, here) else target
+    named = None if target in (None, gpu) else target
     recipe = Recipe.of(
         bundle, chunk.ms, backend=library.name, library=library.version, precision=precision,
-        device=target or here, max_batch=max_batch, cell=graphs.CELLS[precision],
+        device=target or gpu, max_batch=max_batch, cell=graphs.CELLS[precision],
     )  # fmt: skip
 
     def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
@@ -246,7 +248,7 @@ def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[
         candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
     try:
         return run_gate(
-            bundle.manifest, chunk, plan.recipe.precision, candidate, reference, speech(bundle),
+            bundle.manifest, chunk, plan.recipe.precision, candidate, reference, speech(bundle.manifest),
             lambda share: progress("comparing with fp32", share),
         )  # fmt: skip
     finally:

@@ -12,7 +12,7 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.benchmarks import gpu_check
+from nemostream.benchmarks import gpu_check, gpu_speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.synthetic import Sizes
 from nemostream.runtime.backend import Batch
@@ -65,7 +65,7 @@ def test_a_random_bundle_runs_and_comes_from_its_seed(small: Bundle, tmp_path: P
 def test_soak(small: Bundle) -> None:
     chunk = small.manifest.chunk(80)
     backend = make_backend(small, [chunk], 4)
-    figures = gpu_check.soak(backend, chunk, 30)
+    figures = gpu_speed.soak(backend, chunk, 30)
     assert (figures["steps"], figures["flat"], figures["failed_rows"]) == (30, True, 0)
     leaking = HostDevice()
     backend = make_backend(small, [chunk], 4, leaking)
@@ -76,7 +76,7 @@ def test_soak(small: Bundle) -> None:
         launch(work)
 
     leaking.queue = leak  # type: ignore[method-assign]
-    assert not gpu_check.soak(backend, chunk, 10)["flat"]
+    assert not gpu_speed.soak(backend, chunk, 10)["flat"]
 
 
 @needs_compiler
@@ -87,7 +87,7 @@ def test_speed(small: Bundle) -> None:
         return make_backend(bundle, chunks, capacity), "a CPU's"
 
     short = dataclasses.replace(small.manifest, chunks=small.manifest.chunks[:2])
-    figures = gpu_check.speed(Bundle(small.path, short), make, (1, 2), 3, 1e9, said.append)
+    figures = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, 1e9, said.append)
     found = [(row["chunk_ms"], row["batch"]) for row in figures["rows"]]
     assert found == [(80, 1), (80, 2), (160, 1), (160, 2)]
     for row in figures["rows"]:
@@ -105,13 +105,13 @@ def test_blank_is_settled(small: Bundle) -> None:
     """Between silence and chatter lies the rate wanted; twice the labels would be too many."""
     chunk = small.manifest.chunk(160)
     backend = make_backend(small, [chunk], 4)
-    rate = gpu_check.settle_blank(backend, small, chunk, 3)
-    assert 0 < rate < 4 * gpu_check.TOKENS_PER_SECOND
-    assert gpu_check.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
-    before = gpu_check.hush(backend, small)
-    assert gpu_check.step_times(backend, chunk, 3, 6)["tokens_per_second"] == 0
+    rate = gpu_speed.settle_blank(backend, small, chunk, 3)
+    assert 0 < rate < 4 * gpu_speed.TOKENS_PER_SECOND
+    assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
+    before = gpu_speed.hush(backend, small)
+    assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == 0
     backend._device.write(int(backend._memory.step["joint_bias"]), before)
-    assert gpu_check.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
+    assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
 
 
 def test_streams_are_what_fits_into_a_chunk() -> None:
@@ -121,8 +121,8 @@ def test_streams_are_what_fits_into_a_chunk() -> None:
         {"chunk_ms": 80, "batch": 256, "p99_ms": 81.0},  # none
         {"chunk_ms": 560, "batch": 256, "p99_ms": 81.0},
     ]
-    assert gpu_check._streams(rows, 80) == 128
-    assert gpu_check._streams(rows, 560) == 6 * 256
+    assert gpu_speed._streams(rows, 80) == 128
+    assert gpu_speed._streams(rows, 560) == 6 * 256
 
 
 def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -152,6 +152,6 @@ def test_copy_rate() -> None:
     except BackendError as error:
         pytest.skip(str(error))
     free = device.free_bytes
-    assert 1e10 < gpu_check.copy_rate(device) < 1e14
+    assert 1e10 < gpu_speed.copy_rate(device) < 1e14
     assert device.free_bytes == free
     device.close()

@@ -24,7 +24,7 @@ WORST = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.999, "fp8": 0
 
 @pytest.fixture(scope="module")
 def ranges(demo_bundle: Bundle) -> dict[str, float]:
-    return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle))
+    return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest))
 
 
 def session(model: Path | bytes, folder: Path) -> ort.InferenceSession:
@@ -111,7 +111,7 @@ def cosines(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def test_computes_the_same(
     precision: str, ms: int, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
 ) -> None:
-    chunk, audio = demo_bundle.manifest.chunk(ms), speech(demo_bundle)[0]
+    chunk, audio = demo_bundle.manifest.chunk(ms), speech(demo_bundle.manifest)[0]
     wanted = stream(session(demo_bundle.file(f"encoder-{ms}ms"), demo_bundle.path), demo_bundle, chunk, audio)
     path, weights = write_typed(demo_bundle, chunk, precision, ranges, tmp_path, "made")
     assert {path.name, weights.name} == {"made.onnx", "made.bin"} == {file.name for file in tmp_path.iterdir()}
@@ -162,7 +162,7 @@ def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, 
 
 def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(demo_bundle: Bundle, tmp_path: Path) -> None:
     """Close to fp32, and bit for bit the same whoever else is in the batch."""
-    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle)[0]
+    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[0]
     path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "made")
     encoder = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     wanted = stream(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
@@ -178,7 +178,7 @@ def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(demo_bundle: Bundle, tmp_
 
 def test_ranges_are_what_is_multiplied(demo_bundle: Bundle, ranges: dict[str, float]) -> None:
     """Beside the largest magnitude that ONNX Runtime itself shows for one layer, in steps run by hand."""
-    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle)[1]
+    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1]
     model = read_encoder(demo_bundle, chunk)
     names = quantisable(model)
     assert ranges.keys() == names.keys()

@@ -23,7 +23,7 @@ def library() -> TensorRT:
 
 @pytest.fixture(scope="module")
 def ranges(demo_bundle: Bundle) -> dict[str, float]:
-    return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle)[1:])
+    return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1:])
 
 
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])

@@ -1,0 +1,191 @@
+"""How long steps on a GPU take, and whether they leak. Any device will do, so that it is tested without a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.engines import speech
+from nemostream.runtime.backend import Batch
+from nemostream.runtime.gpu import GpuBackend
+from nemostream.spec import Bundle, Chunk
+
+TOKENS_PER_SECOND = 3.5
+_WARM_UP = 5
+
+Report = dict[str, Any]
+
+
+class NoEncoder:
+    """Leaves whatever is in its outputs: a step without it is all that is ours."""
+
+    capturable = True
+
+    def __init__(self, cell: str) -> None:
+        self.cell = cell
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        return lambda: None
+
+    def close(self) -> None: ...
+
+
+def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report:
+    """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was."""
+    rng = np.random.default_rng(seed)
+    audio = speech(backend.manifest)[0]
+    device, slots = backend._device, np.arange(backend.capacity)
+    at = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
+    backend.reset(slots)
+    before, said, failed, pending = None, 0, 0, []
+    for step in range(steps):
+        if step == min(100, steps // 2):
+            before = device.free_bytes
+        coming = slots[rng.random(backend.capacity) < 0.02]
+        if len(coming):
+            backend.reset(coming)
+            at[coming] = rng.integers(0, len(audio) - chunk.samples, len(coming))
+        rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
+        part = np.stack([audio[start : start + chunk.samples] for start in at[rows]])
+        at[rows] = (at[rows] + chunk.samples) % (len(audio) - chunk.samples)
+        pending.append(backend.submit(Batch(chunk, rows, part, np.full(len(rows), chunk.samples))))
+        if len(pending) == 2:
+            emissions = pending.pop(0).result()
+            said += sum(map(len, emissions.tokens))
+            failed += int(emissions.failed.sum())
+    for left in pending:
+        left.result()
+    after = device.free_bytes
+    return {
+        "steps": steps, "tokens": said, "failed_rows": failed, "free_before": before, "free_after": after,
+        "flat": before == after,
+    }  # fmt: skip
+
+
+def step_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int, gathered: bool = False) -> Report:
+    """Milliseconds from audio to tokens of `rows` streams, one step at a time.
+
+    `gathered` uses slots that are not the first ones, so that their caches must be copied together.
+    """
+    slots = np.arange(rows) + (backend.capacity - rows if gathered else 0)
+    clip = speech(backend.manifest)[0]
+    starts = np.arange(rows) * 9973 % (len(clip) - chunk.samples)
+    backend.reset(slots)
+    seconds, said = [], 0
+    for step in range(_WARM_UP + repeats):
+        at = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
+        part = np.stack([clip[start : start + chunk.samples] for start in at])
+        batch = Batch(chunk, slots, part, np.full(rows, chunk.samples))
+        start = time.perf_counter()
+        emissions = backend.submit(batch).result()
+        seconds.append(time.perf_counter() - start)
+        said += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
+    milliseconds = 1000 * np.array(seconds[_WARM_UP:])
+    return {
+        "chunk_ms": chunk.ms, "batch": rows, "gathered": gathered, "repeats": repeats,
+        "tokens_per_second": said / (rows * repeats * chunk.ms / 1000),
+        "p50_ms": float(np.percentile(milliseconds, 50)), "p99_ms": float(np.percentile(milliseconds, 99)),
+        "min_ms": float(milliseconds.min()), "raw_ms": milliseconds.round(4).tolist(),
+    }  # fmt: skip
+
+
+def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
+    """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that the
+    host's share, the time it spends in `submit` and in reading results."""
+    slots = np.arange(rows)
+    audio = np.zeros((rows, chunk.samples), np.float32)
+    audio[:] = np.resize(speech(backend.manifest)[0], audio.shape)
+    batch = Batch(chunk, slots, audio, np.full(rows, chunk.samples))
+    backend.reset(slots)
+    pending = [backend.submit(batch)]
+    host, start = 0.0, time.perf_counter()
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        pending.append(backend.submit(batch))
+        host += time.perf_counter() - begin
+        pending.pop(0).result()
+    total = time.perf_counter() - start
+    pending.pop().result()
+    return {"pipelined_ms": 1000 * total / repeats, "submit_ms": 1000 * host / repeats}
+
+
+def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: Chunk, rows: int) -> float:
+    """Make the streams say about `TOKENS_PER_SECOND`, by blank's bias on the device; what they say then."""
+    address = int(backend._memory.step["joint_bias"])
+    bias = np.array(bundle.weight("joint.out.bias"))
+    low, high, rate = -40.0, 40.0, 0.0
+    for _ in range(12):
+        bias[-1] = (low + high) / 2
+        backend._device.write(address, bias)
+        rate = step_times(backend, chunk, rows, 6)["tokens_per_second"]
+        low, high = (bias[-1], high) if rate > TOKENS_PER_SECOND else (low, bias[-1])
+    return rate
+
+
+def hush(backend: GpuBackend, bundle: Bundle) -> NDArray[np.float32]:
+    """Let nobody say anything; the biases before."""
+    address = int(backend._memory.step["joint_bias"])
+    before = np.empty(bundle.manifest.decoder.vocabulary + 1, np.float32)
+    backend._device.read(address, before)
+    silent = before.copy()
+    silent[-1] = 1e4
+    backend._device.write(address, silent)
+    return before
+
+
+def copy_rate(device: Any) -> float:
+    """Bytes per second read and written by a copy on the device, the best of a few gigabytes."""
+    size = 1 << 30
+    driver = device._driver
+    first, second = device.allocate(size), device.allocate(size)
+    best = 0.0
+    for _ in range(8):
+        device.mark().wait()
+        start = time.perf_counter()
+        for _ in range(8):
+            device._call("cuMemcpyDtoDAsync", second, first, size, device.stream)
+        device.mark().wait()
+        best = max(best, 8 * 2 * size / (time.perf_counter() - start))
+    for memory in (first, second):
+        driver.cuMemFree(memory)
+        device._memory[:] = [m for m in device._memory if int(m) != memory]
+    return best
+
+
+def speed(
+    bundle: Bundle, make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]], batches: Sequence[int],
+    repeats: int, bandwidth: float | None, say: Callable[[str], None],
+) -> Report:  # fmt: skip
+    """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder."""
+    rows: list[Report] = []
+    for chunk in bundle.manifest.chunks:
+        capacity = max(batches) + 1
+        backend, encoder = make(bundle, [chunk], capacity)
+        try:
+            rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
+            for batch in batches:
+                say(f"{chunk.ms} ms, batch {batch}, {encoder}")
+                row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
+                row["gathered_p50_ms"] = step_times(backend, chunk, batch, repeats, gathered=True)["p50_ms"]
+                bias = hush(backend, bundle)
+                row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
+                backend._device.write(int(backend._memory.step["joint_bias"]), bias)
+                row |= {"encoder": encoder, "settled_tokens_per_second": rate}
+                row["bytes_per_stream"] = backend.bytes_per_stream
+                if bandwidth:
+                    weights = bundle.manifest.weights.bytes * (0.5 if backend.cell != "float32" else 1)
+                    row["floor_ms"] = 1000 * weights / bandwidth
+                rows.append(row)
+        finally:
+            backend.close()
+    return {"rows": rows, "streams": {ms: _streams(rows, ms) for ms in {row["chunk_ms"] for row in rows}}}
+
+
+def _streams(rows: Iterable[Report], ms: int) -> int:
+    """Most streams whose steps, one batch after another, have their slowest percent within one chunk."""
+    fits = [(int(ms // row["p99_ms"]) * row["batch"]) for row in rows if row["chunk_ms"] == ms]
+    return max(fits, default=0)
