@@ -136,7 +136,7 @@ def from_afar(device: Any, bundle: Bundle, store: PlanStore) -> Report:
 def engine_in_a_loop(device: Any, plan: Plan, bundle: Bundle) -> Report:
     """Is an engine's work allowed in the body of a WHILE node? The body runs once: nobody sets the condition."""
     backend = open_gpu(bundle, device, {80: plan}, 2, 2)
-    enqueue = backend._plans[80, 1, False].enqueue
+    enqueue = backend._recordings[80, 1, False].enqueue
 
     def work() -> None:
         condition = device.condition()

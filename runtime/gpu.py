@@ -105,7 +105,7 @@ class GpuBackend:
         self._pending: list[_Step | None] = [None, None]
         self._resetting: Mark | None = None
         self.reset(np.arange(capacity))
-        self._plans: dict[tuple[int, int, bool], _Plan] = {}
+        self._recordings: dict[tuple[int, int, bool], _Recording] = {}
         self.loop = self._record_all(loop)
 
     @property
@@ -124,10 +124,10 @@ class GpuBackend:
 
     def submit(self, batch: Batch) -> _Step:
         self._device.adopt()
-        plan, rows = self._prepare(batch)
-        step = _Step(self, plan, rows, self._lane)
+        recording, rows = self._prepare(batch)
+        step = _Step(self, recording, rows, self._lane)
         self._pending[self._lane] = step
-        plan.run()
+        recording.run()
         step.mark = self._device.mark()
         self._lane = 1 - self._lane
         return step
@@ -135,21 +135,21 @@ class GpuBackend:
     def encode(self, batch: Batch) -> tuple[Floats, Ints]:
         """The step without decoding, not recorded: `encoded_joint` [B, T, J], and how many frames each row has."""
         self._device.adopt()
-        plan, rows = self._prepare(batch)
-        for run in (*plan.before, plan.enqueue, *plan.scatter, plan.finish):
+        recording, rows = self._prepare(batch)
+        for run in (*recording.before, recording.enqueue, *recording.scatter, recording.finish):
             run()
         self._device.mark().wait()
         self._lane = 1 - self._lane
         memory, chunk = self._memory, batch.chunk
-        encoded = np.empty((plan.rows, chunk.frames, self.manifest.decoder.joint), np.float32)
-        counts = np.empty(plan.rows, np.int32)
+        encoded = np.empty((recording.rows, chunk.frames, self.manifest.decoder.joint), np.float32)
+        counts = np.empty(recording.rows, np.int32)
         self._device.read(int(memory.step["encoded"]), encoded)
         self._device.read(int(memory.step["row_count"]), counts)
         return encoded[rows], counts[rows].astype(np.int64)
 
     def close(self) -> None:
         self._device.adopt()
-        self._plans.clear()
+        self._recordings.clear()
         for encoder in self._encoders.values():
             encoder.close()
         self._device.close()
@@ -164,7 +164,7 @@ class GpuBackend:
         for kind in LOOPS[LOOPS.index(loop) :]:
             try:
                 for ms, rows, in_place in itertools.product(self._chunks, reversed(self.buckets), (False, True)):
-                    self._plans[ms, rows, in_place] = self._record(self._chunks[ms], rows, in_place, kind)
+                    self._recordings[ms, rows, in_place] = self._record(self._chunks[ms], rows, in_place, kind)
                 return kind
             except BackendError as error:
                 failures.append(f"{kind}: {error}")
@@ -172,8 +172,8 @@ class GpuBackend:
                     raise BackendError(f"no step can be run on {self._device.name}: {' '.join(failures)}") from error
         raise AssertionError("the last kind either works or raises")
 
-    def _record(self, chunk: Chunk, rows: int, in_place: bool, kind: str) -> _Plan:
-        old = self._plans.get((chunk.ms, rows, in_place))
+    def _record(self, chunk: Chunk, rows: int, in_place: bool, kind: str) -> _Recording:
+        old = self._recordings.get((chunk.ms, rows, in_place))
         encoder, step = self._encoders[chunk.ms], self._memory.view(chunk, rows, in_place)
         enqueue = old.enqueue if old else encoder.bind(rows, self._memory.addresses(step, in_place))
         manifest, launch = self.manifest, self._kernels.launch
@@ -213,7 +213,7 @@ class GpuBackend:
                 _all(iteration * UNROLLED)
             finish()
 
-        plan = _Plan(chunk, rows, in_place, step, before, enqueue, scatter, finish)
+        recording = _Recording(chunk, rows, in_place, step, before, enqueue, scatter, finish)
         # Once without recording, all rows idle: libraries set themselves up in their first run.
         if old is None:
             self._memory.rows_of(self._lane)[:] = -1
@@ -221,20 +221,20 @@ class GpuBackend:
             self._device.mark().wait()
             self._lane = 1 - self._lane
         if kind == "eager":
-            plan.stages, plan.again = [functools.partial(_all, [*before, enqueue, *scatter, decode])], again
-            return plan
+            recording.stages, recording.again = [functools.partial(_all, [*before, enqueue, *scatter, decode])], again
+            return recording
         record = self._device.record
         if encoder.capturable:
             stages = [record(lambda: _all([*before, enqueue, *scatter, decode])).launch]
         else:
             stages = [record(lambda: _all(before)).launch, enqueue, record(lambda: _all([*scatter, decode])).launch]
-        plan.stages = stages
-        plan.again = None if kind == "while" else record(again).launch
-        return plan
+        recording.stages = stages
+        recording.again = None if kind == "while" else record(again).launch
+        return recording
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Batch) -> tuple[_Plan, Ints]:
+    def _prepare(self, batch: Batch) -> tuple[_Recording, Ints]:
         """Fill the lane; the recording to run, and the row of each of the batch's streams."""
         if batch.chunk.ms not in self._chunks:
             known = ", ".join(map(str, self._chunks))
@@ -258,14 +258,14 @@ class GpuBackend:
         slots[rows] = batch.slots
         lengths[rows] = batch.lengths
         audio[: bucket * batch.chunk.samples].reshape(bucket, -1)[rows] = batch.audio
-        return self._plans[batch.chunk.ms, bucket, in_place], rows
+        return self._recordings[batch.chunk.ms, bucket, in_place], rows
 
     def _bucket(self, rows: int) -> int:
         return next(bucket for bucket in self.buckets if bucket >= rows)
 
 
 @dataclass
-class _Plan:
+class _Recording:
     """The step of one chunk size, bucket and way of reading the caches."""
 
     chunk: Chunk
@@ -286,8 +286,8 @@ class _Plan:
 class _Step:
     """A step under way on one of the two lanes."""
 
-    def __init__(self, backend: GpuBackend, plan: _Plan, rows: Ints, lane: int) -> None:
-        self._backend, self._plan, self._rows = backend, plan, rows
+    def __init__(self, backend: GpuBackend, recording: _Recording, rows: Ints, lane: int) -> None:
+        self._backend, self._recording, self._rows = backend, recording, rows
         self.lane = lane
         self.mark: Mark | None = None
         self._emissions: Emissions | None = None
@@ -311,10 +311,10 @@ class _Step:
                 raise BackendError("the step could not be started.")
             backend._device.adopt()
             self.mark.wait()
-            while (answer := backend._memory.answer(self.lane))[0][1] and self._plan.again:
-                self._plan.again()
+            while (answer := backend._memory.answer(self.lane))[0][1] and self._recording.again:
+                self._recording.again()
                 backend._device.mark().wait()
-            self._emissions = _emissions(*answer, self._rows, self._plan.rows)
+            self._emissions = _emissions(*answer, self._rows, self._recording.rows)
         except BackendError as error:
             self._error = error
 
