@@ -3,7 +3,9 @@
     python -m nemostream.benchmarks.precision --manifest heldout.jsonl --speed FULL_SIZE_BUNDLE --json precision.json
 
 Words: word error rate of a bundle (default: the packaged digits) on a NeMo manifest (`audio_filepath`, `text`), per
-precision and chunk size, and on how many recordings the text is exactly fp32's.
+precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what `nemostream build`
+makes for a CPU; fp16, int8 and fp8 are the graphs that TensorRT gets, run by ONNX Runtime on the CPU, node by node as
+they are written (bf16 no CPU runs).
 
 Time: whole steps of `--speed`'s bundle (its weights may be random; they are then not gated, and nothing is said of its
 words), fp32 and int8 in turns in one run, after the attention caches are full. Shown are medians, and least and most of
@@ -28,30 +30,37 @@ import onnxruntime
 
 import nemostream
 from nemostream.benchmarks.floor import OtherWork, hardware
-from nemostream.engine.precision import write_int8_for_cpu
+from nemostream.engine.calibration import measure_ranges
+from nemostream.engine.precision import CELLS, write_int8_for_cpu, write_typed
 from nemostream.engines import build_engine, speech
-from nemostream.errors import NemostreamError
+from nemostream.errors import GateError, NemostreamError
 from nemostream.plans import Plan, PlanStore, Recipe
 from nemostream.runtime.backend import Batch
+from nemostream.runtime.gate import run_gate
 from nemostream.runtime.ort import OrtBackend
 from nemostream.spec import Bundle, Chunk
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "int8")  # that are timed
+_TYPED = ("fp16", "int8", "fp8")
 _WARM_UP = 3
 
 
-def word_errors(bundle: Bundle, manifest: Path, engines: Path) -> list[dict[str, Any]]:
-    """A row per chunk size and precision."""
+def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, Any]]:
+    """A row per chunk size and precision. Engines are made in `folder`."""
     import jiwer
 
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     wanted = [row["text"] for row in rows]
     figures = []
     for chunk in bundle.manifest.chunks:
+        ranges = measure_ranges(bundle, chunk, speech(bundle.manifest))
+        gated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
+        plans = {"fp32": None, "int8, CPU": gated}
+        plans |= {precision: _typed(bundle, chunk, precision, ranges, folder) for precision in _TYPED}
         exact: list[str] = []
-        plan, _ = build_engine(bundle, chunk, "int8", PlanStore(engines), backend="onnxruntime")
-        for precision in PRECISIONS:
-            with nemostream.load(bundle.path, chunk.ms, precision=precision, engines=engines) as model:
+        for precision, plan in plans.items():
+            backend = OrtBackend(bundle, plans={chunk.ms: plan} if plan else None)
+            with nemostream.Model(bundle, backend, chunk.ms) as model:
                 texts = [model.transcribe(manifest.parent / row["audio_filepath"]).text for row in rows]
             exact = exact or texts
             figures.append(
@@ -62,10 +71,32 @@ def word_errors(bundle: Bundle, manifest: Path, engines: Path) -> list[dict[str,
                     "recordings": len(rows),
                     "words": sum(len(text.split()) for text in wanted),
                     "same_text_as_fp32": sum(a == b for a, b in zip(texts, exact, strict=True)),
-                    "gate": dict(plan.gate) if precision == "int8" else None,
+                    "gate": dict(plan.gate) if plan and plan.gate else None,
                 }
             )
     return figures
+
+
+def _typed(bundle: Bundle, chunk: Chunk, precision: str, ranges: dict[str, float], folder: Path) -> Plan:
+    recipe = Recipe.of(
+        bundle, chunk.ms, backend="onnxruntime", library=onnxruntime.__version__, precision=precision,
+        device="tried on a CPU", max_batch=0, cell=CELLS[precision],
+    )  # fmt: skip
+    return PlanStore(folder).put(
+        recipe,
+        lambda place: write_typed(bundle, chunk, precision, ranges, place, recipe.stem),
+        lambda plan: _gate(bundle, chunk, plan),
+    )
+
+
+def _gate(bundle: Bundle, chunk: Chunk, plan: Plan) -> dict[str, Any]:
+    """The gate's figures, or nothing if it refuses: that is told by the words."""
+    backends = OrtBackend(bundle, 2, plans={chunk.ms: plan}), OrtBackend(bundle, 2)
+    try:
+        return run_gate(bundle.manifest, chunk, plan.recipe.precision, *backends, speech(bundle.manifest))
+    except GateError as error:
+        print(error, file=sys.stderr)
+        return {}
 
 
 def step_times(bundle: Bundle, chunk: Chunk, rows: int, repeats: int, threads: int | None) -> dict[str, Any]:

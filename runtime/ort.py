@@ -55,7 +55,10 @@ class OrtBackend:
         self._threads = threads or 0
         self._plans = plans
         self._transducer = _Transducer(bundle)
-        self._state = _Arena(bundle, capacity)
+        cells = {plan.recipe.cell for plan in (plans or {}).values()} or {"float32"}
+        if not cells <= {"float32", "float16"} or len(cells) > 1:
+            raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(sorted(cells))}.")
+        self._state = _Arena(bundle, capacity, np.dtype(*cells))
         self._start = Predictions.start(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
         self._steps: dict[int, _Step] = {}
 
@@ -133,15 +136,15 @@ class Done:
 class _Arena:
     """The state of every slot. Layer first, so that the rows of one layer and neighbouring slots are contiguous."""
 
-    def __init__(self, bundle: Bundle, slots: int) -> None:
+    def __init__(self, bundle: Bundle, slots: int, cell: np.dtype) -> None:
         manifest = bundle.manifest
         spec, net = manifest.encoder, manifest.decoder
         d_k = spec.d_model // spec.heads
         self.audio_tail = np.zeros((slots, manifest.features.tail), np.float32)
         self.mel_cache = np.zeros((slots, spec.mel_cache, manifest.features.mels), np.float32)
-        self.k = np.zeros((spec.layers, slots, spec.heads, spec.cache, d_k), np.float32)
+        self.k = np.zeros((spec.layers, slots, spec.heads, spec.cache, d_k), cell)
         self.v = np.zeros_like(self.k)
-        self.conv = np.zeros((spec.layers, slots, spec.d_model, spec.conv_cache), np.float32)
+        self.conv = np.zeros((spec.layers, slots, spec.d_model, spec.conv_cache), cell)
         self.predicted = np.zeros((slots, net.joint), np.float32)
         self.h = np.zeros((slots, net.layers, net.hidden), np.float32)
         self.c = np.zeros_like(self.h)
@@ -180,7 +183,8 @@ class _Step:
         self._max_batch, self._layers = max_batch, spec.layers
         # Staging rows for batches of slots that are not neighbours. Untouched pages of zeros cost no memory.
         self._staged = [
-            np.zeros((spec.layers, max_batch, *rings.shape[2:]), np.float32) for rings in (state.k, state.v, state.conv)
+            np.zeros((spec.layers, max_batch, *rings.shape[2:]), rings.dtype)
+            for rings in (state.k, state.v, state.conv)
         ]
         self._bound: dict[int, _Bound] = {}
 
@@ -211,7 +215,7 @@ class _Step:
         state.v[:, slots[:, None], :, ring] = bound["v_new"].transpose(1, 3, 0, 2, 4)
         return bound["encoded_joint"]
 
-    def array(self, name: str, rows: int, dtype: type = np.float32) -> NDArray[Any]:
+    def array(self, name: str, rows: int, dtype: Any = np.float32) -> NDArray[Any]:
         return np.zeros([rows if axis == "B" else int(axis) for axis in self._shapes[name]], dtype)
 
 
@@ -225,8 +229,9 @@ class _Bound:
         self._arrays: dict[str, NDArray[Any]] = {}
         for name in ("audio", "audio_tail", "mel_cache", "audio_tail_next", "mel", "mel_cache_next"):
             self._arrays[name] = step.array(name, rows)
-        for name in ("encoded_joint", "k_new", "v_new", "conv_next"):
-            self._arrays[name] = step.array(name, rows)
+        self._arrays["encoded_joint"] = step.array("encoded_joint", rows)
+        for name in ("k_new", "v_new", "conv_next"):
+            self._arrays[name] = step.array(name, rows, step.state.k.dtype)
         for name in ("lengths", "position", "valid"):
             self._arrays[name] = step.array(name, rows, np.int64)
         for name in ("audio", "audio_tail", "lengths"):

@@ -36,15 +36,15 @@ def test_words(demo_bundle: Bundle, tmp_path: Path) -> None:
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures = precision.word_errors(demo_bundle, manifest, tmp_path / "engines")
     assert [(row["chunk_ms"], row["precision"]) for row in figures] == [
-        (ms, kind) for ms in (80, 160, 560, 1120) for kind in ("fp32", "int8")
+        (ms, kind) for ms in (80, 160, 560, 1120) for kind in ("fp32", "int8, CPU", "fp16", "int8", "fp8")
     ]
     words = [row["text"].split() for row in rows]
     with nemostream.load(chunk_ms=560) as model:
         got = [model.transcribe(row["audio_filepath"]).text.split() for row in rows]
     wrong = sum(distance(wanted, said) for wanted, said in zip(words, got, strict=True))
-    assert figures[4]["wer"] == pytest.approx(wrong / sum(map(len, words)))
-    assert figures[4]["words"] == sum(map(len, words)) and figures[4]["same_text_as_fp32"] == 6
-    assert figures[5]["gate"]["cosine"] > 0.99
+    assert figures[10]["wer"] == pytest.approx(wrong / sum(map(len, words)))
+    assert figures[10]["words"] == sum(map(len, words)) and figures[10]["same_text_as_fp32"] == 6
+    assert figures[11]["gate"]["cosine"] > 0.99
 
 
 def test_times(demo_bundle: Bundle) -> None:
