@@ -114,6 +114,18 @@ def test_blank_is_settled(small: Bundle) -> None:
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
 
 
+@needs_compiler
+def test_without_an_encoder_there_is_something_to_decode(small: Bundle) -> None:
+    chunk = small.manifest.chunk(160)
+    device = HostDevice()
+    encoders = {chunk.ms: gpu_speed.NoEncoder("float32")}
+    backend = GpuBackend(small, device, encoders, capacity=4, max_batch=3)
+    gpu_speed.give_frames(backend)
+    gpu_speed.settle_blank(backend, small, chunk, 3)
+    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] > 0
+
+
 def test_streams_are_what_fits_into_a_chunk() -> None:
     rows = [
         {"chunk_ms": 80, "batch": 1, "p99_ms": 1.0},  # 80 such steps one after another
