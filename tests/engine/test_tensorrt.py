@@ -75,9 +75,9 @@ def test_profiles_cover_every_batch() -> None:
 @pytest.mark.nemo
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
 def test_builds_the_full_size(ms: int, library: TensorRT, full_bundle: Bundle, tmp_path: Path) -> None:
-    """The 0.6B encoder in fp16: weights twice at most on the way, the engine no larger than they are plus profiles."""
+    """The 0.6B encoder in fp16: the weights are in the engine, once."""
     graph, weights = write_typed(full_bundle, full_bundle.manifest.chunk(ms), "fp16", None, tmp_path, "made")
     half = full_bundle.manifest.weights.bytes / 2
     assert weights.stat().st_size < 1.05 * half
-    engine = library.build(graph, "sm89", 64, None)
-    assert 0.9 * half < len(engine) < 1.3 * half
+    engine = library.build(graph, "sm89", 8, None)
+    assert 0.9 * half < len(engine) < 1.2 * half
