@@ -55,10 +55,10 @@ class OrtBackend:
         self._threads = threads or 0
         self._plans = plans
         self._transducer = _Transducer(bundle)
-        cells = {plan.recipe.cell for plan in (plans or {}).values()} or {"float32"}
-        if not cells <= {"float32", "float16"} or len(cells) > 1:
-            raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(sorted(cells))}.")
-        self._state = _Arena(bundle, capacity, np.dtype(*cells))
+        cells = sorted({plan.recipe.cell for plan in plans.values()} if plans else {"float32"})
+        if cells not in (["float32"], ["float16"]):
+            raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(cells)}.")
+        self._state = _Arena(bundle, capacity, np.dtype(cells[0]))
         self._start = Predictions.start(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
         self._steps: dict[int, _Step] = {}
 
