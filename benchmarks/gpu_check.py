@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command and at most eight minutes.
+"""Everything that only a GPU can show, in one command; after `--minutes` (8) nothing more is begun.
 
     python -m nemostream.benchmarks.gpu_check --out benchmarks/results
 
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=list(_BATCHES))
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10_000, help="of the soak")
+    parser.add_argument("--minutes", type=float, default=8, help="after which nothing more is begun")
     options = parser.parse_args(arguments)
     from nemostream.runtime.cuda import CudaDevice
 
@@ -195,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     started = time.perf_counter()
+    until = started + 60 * options.minutes
     report: Report = {}
 
     def say(message: str) -> None:
@@ -205,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         say(name)
         try:
+            if time.perf_counter() > until:
+                raise BackendError(f"{options.minutes} minutes were over; run it alone with --only {name}.")
             report[name] = work()
         except Exception as error:  # whatever it is, the other sections have figures to give
             report[name] = {"error": f"{type(error).__name__}: {error}"}
@@ -260,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say("filling in a full-size model")
             bundle = random_bundle(Path(folder) / "random")
             rate = report.get("bandwidth", {}).get("copy_bytes_per_second")
-            return speed(bundle, best, options.batch, options.repeats, rate, say)
+            return speed(bundle, best, options.batch, options.repeats, rate, say, until)
 
         section("speed", full)
     device.close()

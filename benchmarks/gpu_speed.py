@@ -170,15 +170,23 @@ def copy_rate(device: Any) -> float:
 def speed(
     bundle: Bundle, make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]], batches: Sequence[int],
     repeats: int, bandwidth: float | None, say: Callable[[str], None],
+    until: float = float("inf"),
 ) -> Report:  # fmt: skip
-    """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder."""
+    """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder.
+
+    At `until` (`time.perf_counter`) no more rows are begun; how many were left out is told.
+    """
     rows: list[Report] = []
     for chunk in bundle.manifest.chunks:
+        if time.perf_counter() > until:
+            break
         capacity = max(batches) + 1
         backend, encoder = make(bundle, [chunk], capacity)
         try:
             rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
             for batch in batches:
+                if time.perf_counter() > until:
+                    break
                 say(f"{chunk.ms} ms, batch {batch}, encoder {encoder.partition(' (')[0]}")
                 row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
                 row["gathered_p50_ms"] = step_times(backend, chunk, batch, repeats, gathered=True)["p50_ms"]
@@ -193,7 +201,12 @@ def speed(
                 rows.append(row)
         finally:
             backend.close()
-    return {"rows": rows, "streams": {ms: _streams(rows, ms) for ms in {row["chunk_ms"] for row in rows}}}
+    left_out = len(bundle.manifest.chunks) * len(batches) - len(rows)
+    return {
+        "rows": rows,
+        "left_out_for_time": left_out,
+        "streams": {ms: _streams(rows, ms) for ms in {row["chunk_ms"] for row in rows}},
+    }
 
 
 def _streams(rows: Iterable[Report], ms: int) -> int:

@@ -95,7 +95,9 @@ def test_speed(small: Bundle) -> None:
         assert row["min_ms"] <= row["p50_ms"] <= row["p99_ms"] <= max(row["raw_ms"]) + 1e-4
         assert row["floor_ms"] == pytest.approx(1000 * small.manifest.weights.bytes / 1e9)
         assert row["settled_tokens_per_second"] > 0
-    assert set(figures["streams"]) == {80, 160}
+    assert set(figures["streams"]) == {80, 160} and figures["left_out_for_time"] == 0
+    late = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, None, said.append, until=0.0)
+    assert late["rows"] == [] and late["left_out_for_time"] == 4
     table = gpu_check.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
     assert table.count("\n| ") == 1 + 4 and "Encoder: a CPU's." in table
 
