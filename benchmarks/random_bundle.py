@@ -12,6 +12,7 @@ import argparse
 import shutil
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nemostream.export.checkpoint import Checkpoint
 from nemostream.spec import Bundle, Chunk, Decoder, Encoder
 
 
+@dataclass(frozen=True)
 class RandomCheckpoint(Checkpoint):
     """Tensors by the names a real checkpoint has, each drawn from its own seed when it is asked for."""
 
@@ -115,9 +117,10 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
         joint_output="joint.joint_net.2",
         tokenizer=front.path / front.manifest.tokenizer.file,
         state={},
+        sizes=sizes,
+        seed=seed,
+        front=front,
     )  # fmt: skip
-    for name, value in (("sizes", sizes), ("seed", seed), ("front", front)):
-        object.__setattr__(source, name, value)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     return write_bundle(source, out, {"source": f"random weights, seed {seed}"})

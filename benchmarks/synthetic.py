@@ -15,13 +15,13 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemostream.benchmarks.talkative import MAX_SYMBOLS, make_talkative
+from nemostream.clips import read_clip
 
 _SAMPLE_RATE = 16000
 
@@ -76,13 +76,7 @@ def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
 
 def speech() -> np.ndarray:
     """Eighteen seconds of speech, 16 kHz: the clip that the exporter measures parity with."""
-    import soundfile
-
-    with resources.as_file(resources.files("nemostream") / "speech.flac") as path:
-        audio, rate = soundfile.read(path, dtype="float32")
-    if rate != _SAMPLE_RATE:
-        raise ValueError(f"{path} has {rate} samples per second, not {_SAMPLE_RATE}.")
-    return audio
+    return read_clip("speech", _SAMPLE_RATE)
 
 
 def model_config(sizes: Sizes, tokenizer: Path) -> Any:

@@ -30,10 +30,9 @@ def measure_ranges(
     model = read_encoder(bundle, chunk)
     names = quantisable(model)
     for weight, x in names.items():
-        nodes = (("Abs", x, f"{weight}:magnitude"), ("ReduceMax", f"{weight}:magnitude", f"{weight}:range"))
-        for kind, source, output in nodes:
-            attributes = {"keepdims": 0} if kind == "ReduceMax" else {}
-            model.graph.node.append(helper.make_node(kind, [source], [output], name=output, **attributes))
+        magnitude = f"{weight}:magnitude"
+        model.graph.node.append(helper.make_node("Abs", [x], [magnitude], magnitude))
+        model.graph.node.append(helper.make_node("ReduceMax", [magnitude], [f"{weight}:range"], keepdims=0))
         model.graph.output.append(helper.make_tensor_value_info(f"{weight}:range", TensorProto.FLOAT, []))
     options = ort.SessionOptions()
     # The graph exists only here; its weights are where the bundle is.
@@ -51,11 +50,8 @@ def measure_ranges(
         }
         tail = np.zeros((1, manifest.features.tail), np.float32)
         samples = np.concatenate([np.zeros(manifest.lead, np.float32), clip])
-        for position, start in zip(
-            range(0, 1 << 30, chunk.frames),
-            range(0, len(samples) - chunk.samples + 1, chunk.samples),
-            strict=False,
-        ):
+        for step in range(len(samples) // chunk.samples):
+            position, start = step * chunk.frames, step * chunk.samples
             audio = samples[None, start : start + chunk.samples]
             mel, tail = features.run(
                 ["mel", "audio_tail_next"], {"audio": audio, "audio_tail": tail, "lengths": np.array([chunk.samples])}

@@ -152,17 +152,15 @@ class _Typed:
             self._convert(node, wide=node.name == first)
         for value in graph.output:
             value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
+        others = {name for node in self._nodes for name in node.input} - self._floats
         for tensor in graph.initializer:
-            if tensor.name not in self._floats and tensor.name in self._used():
+            if tensor.name in others:
                 self._made[tensor.name] = self._weights.keep(tensor)
         _replace(graph.node, self._nodes)
         _replace(graph.initializer, list(self._made.values()))
         _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET)])
         del graph.value_info[:]
         return _save(self._model, path, self._weights.path)
-
-    def _used(self) -> set[str]:
-        return {name for node in self._nodes for name in node.input}
 
     def _find_wide_sums(self) -> set[str]:
         """Sums along the residual path (layer norms read them) and of attention scores (softmax reads them)."""

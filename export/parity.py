@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import soundfile
-import soxr
 from numpy.typing import NDArray
 
+from nemostream.clips import read_clip
 from nemostream.errors import CheckpointError, ParityError
 from nemostream.spec import Bundle, Chunk, Manifest
 
@@ -110,11 +108,7 @@ def stream_encoder(bundle: Bundle, chunk: Chunk, audio: Floats) -> tuple[Floats,
 
 
 def _speech(manifest: Manifest) -> Floats:
-    with resources.as_file(resources.files("nemostream") / "speech.flac") as path:
-        audio, rate = soundfile.read(path, dtype="float32")
-    audio = (
-        soxr.resample(audio, rate, manifest.features.sample_rate) if rate != manifest.features.sample_rate else audio
-    )
+    audio = read_clip("speech", manifest.features.sample_rate)
     needed = LEAST_STEPS * max(chunk.samples for chunk in manifest.chunks)
     return np.tile(audio, -(-needed // len(audio)))
 

@@ -82,7 +82,6 @@ class Arena:
         manifest, rows = self._manifest, self._rows
         spec, net, frames = manifest.encoder, manifest.decoder, self._most_frames
         gathered = self._arena(rows)
-        tiles = -(-(net.vocabulary + 1) // sources.TILE_COLUMNS)
         words = ("slot", "length", "count", "failed", "at", "end", "last", "symbols", "label")
         return {
             **{f"row_{word}": 4 * rows for word in words},
@@ -103,7 +102,7 @@ class Arena:
             "list_rows": 8 * rows,
             "list_first": 8 * rows,
             "list_pairs": 8 * rows * frames,
-            "partial": 16 * rows * frames * tiles,
+            "partial": 16 * rows * frames * sources.tiles(net.vocabulary + 1),
             "emitted": 4 * rows,
             "h_next": gathered["h"],
             "records": sources.RECORD.itemsize * self._records,
@@ -149,10 +148,13 @@ class Arena:
     def audio_of(self, lane: int) -> NDArray[np.float32]:
         return self._in[lane * self._in_bytes + 8 * self._rows : (lane + 1) * self._in_bytes].view(np.float32)
 
-    def answer(self, lane: int) -> tuple[NDArray[np.int32], NDArray[np.int32], Any]:
-        """Records said, pairs undecided, iterations; failed rows; the records. Copies."""
+    def undecided(self, lane: int) -> bool:
+        """Whether the step's loop ended before its rows did."""
+        return bool(self._out[lane * self._out_bytes :][4:8].view(np.int32)[0])
+
+    def answer(self, lane: int) -> tuple[NDArray[np.int32], Any]:
+        """Which rows failed, and the records. Copies."""
         out = self._out[lane * self._out_bytes : (lane + 1) * self._out_bytes]
-        head = out[:16].view(np.int32).copy()
-        start = 16 + 4 * self._rows
+        said, start = int(out[:4].view(np.int32)[0]), 16 + 4 * self._rows
         failed = out[16:start].view(np.int32).copy()
-        return head, failed, out[start:][: sources.RECORD.itemsize * int(head[0])].view(sources.RECORD).copy()
+        return failed, out[start:][: sources.RECORD.itemsize * said].view(sources.RECORD).copy()

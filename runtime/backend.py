@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.errors import OptionError
 from nemostream.spec import Chunk
 
 
@@ -64,3 +65,10 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def at_least_one(**options: int | None) -> None:
+    """Raise `OptionError` naming the first option below 1; None is one that was left out."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise OptionError(f"{name} is {value}; it must be at least 1.")

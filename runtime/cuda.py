@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
+from nemostream.plans import cache_folder
 from nemostream.runtime import kernels as sources
 
 _INSTALL = "pip install 'nemostream[gpu]'"
@@ -100,9 +101,10 @@ class CudaDevice:
             self._enter(builder, work)
             graph = builder.end_building().complete()
             graph.upload(self._main)
-        except BackendError:
-            raise
-        except Exception as error:  # cuda.core's own kinds
+        except Exception as error:  # ours, or cuda.core's own kinds
+            builder.close()  # or the stream would go on recording, and no other kind of loop could be tried
+            if isinstance(error, BackendError):
+                raise
             raise BackendError(f"the step cannot be recorded as a CUDA graph: {error}") from error
         return CudaGraph(self, graph)
 
@@ -224,7 +226,7 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
     options += [f"-D{name}={value}" for name, value in macros.items()]
     text = _source()
     key = hashlib.sha256("\0".join([text, kind, repr(release), *options]).encode()).hexdigest()[:32]
-    cached = _folder() / f"{key}.{kind}"
+    cached = cache_folder("kernels") / f"{key}.{kind}"
     try:
         return cached.read_bytes()
     except OSError:
@@ -249,10 +251,6 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
 @functools.cache
 def _source() -> str:
     return sources.source()
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemostream" / "kernels"
 
 
 def _keep(path: Path, image: bytes) -> None:

@@ -19,7 +19,6 @@ host launches them again until nobody speaks; without graphs at all the same ker
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,9 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError, OptionError
+from nemostream.plans import no_engine
 from nemostream.runtime import kernels as sources
 from nemostream.runtime.arena import Arena
-from nemostream.runtime.backend import Batch, Emissions
+from nemostream.runtime.backend import Batch, Emissions, at_least_one
 from nemostream.runtime.device import Device, Mark
 from nemostream.spec import Bundle, Chunk
 
@@ -81,9 +81,7 @@ class GpuBackend:
         max_batch: int | None = None,
         loop: str = "while",
     ) -> None:
-        for name, value in (("capacity", capacity), ("max_batch", max_batch)):
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is {value}; it must be at least 1.")
+        at_least_one(capacity=capacity, max_batch=max_batch)
         if loop not in LOOPS:
             raise OptionError(f"loop is {loop!r}; choose one of {', '.join(LOOPS)}.")
         cells = {encoder.cell for encoder in encoders.values()}
@@ -118,8 +116,7 @@ class GpuBackend:
         if self._resetting:
             self._resetting.wait()  # the kernel reads the host's list
         self._memory.reset_slots[: len(slots)] = slots
-        step = self._memory.step.copy()
-        self._kernels.launch("reset", (len(slots), self.manifest.encoder.layers, 1), step)
+        self._kernels.launch("reset", (len(slots), self.manifest.encoder.layers, 1), self._memory.step)
         self._resetting = self._device.mark()
 
     def submit(self, batch: Batch) -> _Step:
@@ -127,7 +124,7 @@ class GpuBackend:
         recording, rows = self._prepare(batch)
         step = _Step(self, recording, rows, self._lane)
         self._pending[self._lane] = step
-        recording.run()
+        _all(recording.stages)
         step.mark = self._device.mark()
         self._lane = 1 - self._lane
         return step
@@ -136,8 +133,7 @@ class GpuBackend:
         """The step without decoding, not recorded: `encoded_joint` [B, T, J], and how many frames each row has."""
         self._device.adopt()
         recording, rows = self._prepare(batch)
-        for run in (*recording.before, recording.enqueue, *recording.scatter, recording.finish):
-            run()
+        _all(recording.undecoded)
         self._device.mark().wait()
         self._lane = 1 - self._lane
         memory, chunk = self._memory, batch.chunk
@@ -178,8 +174,6 @@ class GpuBackend:
         enqueue = old.enqueue if old else encoder.bind(rows, self._memory.addresses(step, in_place))
         manifest, launch = self.manifest, self._kernels.launch
         layers, mel_frames = manifest.encoder.layers, manifest.encoder.subsampling * chunk.frames
-        tiles = -(-(manifest.decoder.vocabulary + 1) // sources.TILE_COLUMNS)
-        joint_tiles = -(-manifest.decoder.joint // sources.TILE_COLUMNS)
         wide = min(-(-rows * chunk.frames // sources.TILE_ROWS), _WIDE)
         tall = min(-(-rows // sources.TILE_ROWS), _WIDE)
 
@@ -193,10 +187,10 @@ class GpuBackend:
         ]
         scatter = [call("scatter", rows, layers)]
         iteration = [
-            call("join", wide, tiles),
+            call("join", wide, sources.tiles(manifest.decoder.vocabulary + 1)),
             call("decide", -(-rows // 8)),
             *(call(f"lstm_{i}", tall, manifest.decoder.hidden // 8) for i in range(manifest.decoder.layers)),
-            call("project", tall, joint_tiles),
+            call("project", tall, sources.tiles(manifest.decoder.joint)),
         ]
         start, finish = call("start", rows), call("finish", min(rows, 32))
 
@@ -213,35 +207,28 @@ class GpuBackend:
                 _all(iteration * UNROLLED)
             finish()
 
-        recording = _Recording(chunk, rows, in_place, step, before, enqueue, scatter, finish)
+        undecoded = [*before, enqueue, *scatter, finish]
         # Once without recording, all rows idle: libraries set themselves up in their first run.
         if old is None:
             self._memory.rows_of(self._lane)[:] = -1
-            _all([*before, enqueue, *scatter, finish])
+            _all(undecoded)
             self._device.mark().wait()
             self._lane = 1 - self._lane
         if kind == "eager":
-            recording.stages, recording.again = [functools.partial(_all, [*before, enqueue, *scatter, decode])], again
-            return recording
+            return _Recording(rows, enqueue, undecoded, [*before, enqueue, *scatter, decode], again)
         record = self._device.record
         if encoder.capturable:
             stages = [record(lambda: _all([*before, enqueue, *scatter, decode])).launch]
         else:
             stages = [record(lambda: _all(before)).launch, enqueue, record(lambda: _all([*scatter, decode])).launch]
-        recording.stages = stages
-        recording.again = None if kind == "while" else record(again).launch
-        return recording
+        return _Recording(rows, enqueue, undecoded, stages, None if kind == "while" else record(again).launch)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def _prepare(self, batch: Batch) -> tuple[_Recording, Ints]:
         """Fill the lane; the recording to run, and the row of each of the batch's streams."""
         if batch.chunk.ms not in self._chunks:
-            known = ", ".join(map(str, self._chunks))
-            raise BackendError(
-                f"no engine for chunks of {batch.chunk.ms} ms was loaded, only for {known} ms; build one with "
-                f"`nemostream build --chunk-ms {batch.chunk.ms}`."
-            )
+            raise no_engine(batch.chunk.ms, self._chunks)
         for step in self._pending:
             # The lane's last step must be over; where the host takes part in the loop, any step before.
             if step and (step.lane == self._lane or self.loop != "while"):
@@ -264,23 +251,15 @@ class GpuBackend:
         return next(bucket for bucket in self.buckets if bucket >= rows)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Recording:
     """The step of one chunk size, bucket and way of reading the caches."""
 
-    chunk: Chunk
     rows: int
-    in_place: bool
-    step: np.void  # the kernels' argument
-    before: list[Callable[[], None]]
-    enqueue: Callable[[], None]
-    scatter: list[Callable[[], None]]
-    finish: Callable[[], None]
-    stages: list[Callable[[], None]] | None = None  # the whole step
-    again: Callable[[], None] | None = None  # more iterations, where the device cannot loop
-
-    def run(self) -> None:
-        _all(self.stages or [])
+    enqueue: Callable[[], None]  # the encoder
+    undecoded: list[Callable[[], None]]  # the step without decoding, kernel by kernel
+    stages: list[Callable[[], None]]  # the whole step
+    again: Callable[[], None] | None  # more iterations, where the device cannot loop
 
 
 class _Step:
@@ -311,10 +290,10 @@ class _Step:
                 raise BackendError("the step could not be started.")
             backend._device.adopt()
             self.mark.wait()
-            while (answer := backend._memory.answer(self.lane))[0][1] and self._recording.again:
+            while backend._memory.undecided(self.lane) and self._recording.again:
                 self._recording.again()
                 backend._device.mark().wait()
-            self._emissions = _emissions(*answer, self._rows, self._recording.rows)
+            self._emissions = _emissions(*backend._memory.answer(self.lane), self._rows, self._recording.rows)
         except BackendError as error:
             self._error = error
 
@@ -324,7 +303,7 @@ _NO_FRAMES = np.zeros(0, np.int64)
 _NO_SCORES = np.zeros(0, np.float32)
 
 
-def _emissions(head: NDArray[np.int32], failed: NDArray[np.int32], records: Any, rows: Ints, bucket: int) -> Emissions:
+def _emissions(failed: NDArray[np.int32], records: Any, rows: Ints, bucket: int) -> Emissions:
     """Records come in the order of iterations, so a stable sort by row leaves each row's in theirs."""
     said = records[np.argsort(records["row"], kind="stable")]
     counts = np.bincount(said["row"], minlength=bucket)

@@ -20,7 +20,7 @@ from nemostream.spec import Bundle, Manifest
 SOURCES = ("tile.cu", "features.cu", "slots.cu", "greedy.cu")
 BLOCK = 256  # threads of every block
 TILE_ROWS, TILE_COLUMNS = 16, 32
-PIECES = 8  # `gather`'s grid, z
+PIECES = 8  # blocks that share a row's layer while gathering: `gather`'s grid, z
 NARROW = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 # Words of `Step.control`, the device's own counters.
@@ -40,7 +40,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("unsigned long long", "condition"),  # its handle
     # -- the host's memory, two lanes of each
     ("const char*", "host_in"),  # slots [most_rows] and lengths [most_rows], int; audio [B, N] float
-    ("char*", "host_out"),  # records, undecided, iterations, -; failed [most_rows], int; records [.., 4] int
+    ("char*", "host_out"),  # records, undecided, -, -; failed [most_rows], int; records [.., 4] int
     ("long long", "host_in_bytes"),  # of a lane
     ("long long", "host_out_bytes"),
     # -- the arena
@@ -121,6 +121,8 @@ def source() -> str:
         "#define isfinite(x) (fabsf(x) < __uint_as_float(0x7f800000u))\n"
         "#define isnan(x) ((x) != (x))\n"
         "#endif\n"
+        f"#define BLOCK {BLOCK}\n#define PIECES {PIECES}\n"
+        f"#define TILE_ROWS {TILE_ROWS}\n#define TILE_COLUMNS {TILE_COLUMNS}\n"
         f"enum {{ {', '.join(CONTROL)} }};\n"
         f"struct Step {{\n{fields}}};\n"
     )
@@ -172,6 +174,11 @@ def macros(manifest: Manifest, cell: str, conditional: bool) -> dict[str, int | 
     }
 
 
+def tiles(columns: int) -> int:
+    """How many tiles a product of so many columns has."""
+    return -(-columns // TILE_COLUMNS)
+
+
 def entries(manifest: Manifest) -> tuple[str, ...]:
     """Names of the kernels."""
     lstm = tuple(f"lstm_{layer}" for layer in range(manifest.decoder.layers))
@@ -219,14 +226,14 @@ def pack(matrix: NDArray[np.float32], cell: str) -> NDArray[np.uint32]:
     `mma.m16n8k16` (PTX manual): lane 4g + m has column g, elements k = 2m, 2m + 1 and 2m + 8, 2m + 9.
     """
     depth, columns = matrix.shape
-    padded = np.zeros((-(-depth // 16) * 16, -(-columns // TILE_COLUMNS) * TILE_COLUMNS), np.float32)
+    wide = tiles(columns)
+    padded = np.zeros((-(-depth // 16) * 16, wide * TILE_COLUMNS), np.float32)
     padded[:depth, :columns] = matrix
-    tiles = padded.shape[1] // TILE_COLUMNS
     if cell == "float32":
-        return np.ascontiguousarray(padded.reshape(-1, tiles, TILE_COLUMNS).transpose(1, 0, 2)).view(np.uint32).ravel()
+        return np.ascontiguousarray(padded.reshape(-1, wide, TILE_COLUMNS).transpose(1, 0, 2)).view(np.uint32).ravel()
     bits = narrow(padded, cell)
     # axes: 16 k, half of them, m, pair | tile, 8 columns, g
-    split = bits.reshape(-1, 2, 4, 2, tiles, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
+    split = bits.reshape(-1, 2, 4, 2, wide, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
     return np.ascontiguousarray(split).view(np.uint32).ravel()
 
 

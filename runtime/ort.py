@@ -17,9 +17,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from nemostream.errors import BackendError, OptionError
-from nemostream.plans import Plan
-from nemostream.runtime.backend import Batch, Emissions
+from nemostream.errors import BackendError
+from nemostream.plans import Plan, no_engine
+from nemostream.runtime.backend import Batch, Emissions, at_least_one
 from nemostream.runtime.greedy import Predictions, label_looping
 from nemostream.spec import Bundle, Chunk
 
@@ -45,9 +45,7 @@ class OrtBackend:
         threads: int | None = None,
         plans: Mapping[int, Plan] | None = None,
     ) -> None:
-        for name, value in (("capacity", capacity), ("max_batch", max_batch), ("threads", threads)):
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is {value}; it must be at least 1.")
+        at_least_one(capacity=capacity, max_batch=max_batch, threads=threads)
         self.capacity = capacity
         self.max_batch = min(max_batch or 64, capacity)
         self.manifest = bundle.manifest
@@ -68,11 +66,7 @@ class OrtBackend:
             encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
             if self._plans is not None:
                 if chunk.ms not in self._plans:
-                    raise BackendError(
-                        f"no engine for chunks of {chunk.ms} ms was loaded, only for "
-                        f"{', '.join(map(str, self._plans))} ms; build one with `nemostream build --chunk-ms "
-                        f"{chunk.ms}`."
-                    )
+                    raise no_engine(chunk.ms, self._plans)
                 encoder = self._plans[chunk.ms].path
             self._steps[chunk.ms] = _Step(self._bundle, encoder, chunk, self._state, self.max_batch, self._threads)
 

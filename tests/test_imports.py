@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = {"nemostream", "nemostream.spec", "nemostream.plans", "nemostream.errors"}
+CONTRACT = {"nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors"}
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
 

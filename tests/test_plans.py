@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemostream.errors import BackendError, GateError
-from nemostream.plans import Plan, PlanStore, Recipe, default_folder
+from nemostream.plans import Plan, PlanStore, Recipe, cache_folder
 
 RECIPE = Recipe(
     graph="encoder-80ms", graph_sha256="a" * 64, weights_sha256="b" * 64, backend="tensorrt", library="11.0",
@@ -144,7 +144,7 @@ def test_several_may_build_at_once(store: PlanStore) -> None:
 
 def test_where_engines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert PlanStore().folder == default_folder() == tmp_path / "nemostream" / "engines"
+    assert PlanStore().folder == cache_folder("engines") == tmp_path / "nemostream" / "engines"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".cache" / "nemostream" / "engines"
+    assert cache_folder("engines") == tmp_path / ".cache" / "nemostream" / "engines"

@@ -65,6 +65,23 @@ static __device__ __forceinline__ float activate(float x) {
 #endif
 }
 
+// The largest of a warp's values, and of equal ones the lowest id: in every lane.
+static __device__ __forceinline__ void largest(float& best, int& id) {
+  for (int mask = 16; mask; mask /= 2) {
+    const float other = __shfl_xor_sync(~0u, best, mask);
+    const int other_id = __shfl_xor_sync(~0u, id, mask);
+    if (other > best || (other == best && other_id < id)) {
+      best = other;
+      id = other_id;
+    }
+  }
+}
+
+static __device__ __forceinline__ float total(float sum) {
+  for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  return sum;
+}
+
 // Of each listed pair and each tile of 32 logits: the largest, its id, and the sum of exponentials about it. A tile
 // with a NaN reports infinity, which no finite row has. Grid (any, VOCAB_TILES), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
@@ -86,16 +103,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
       const int broken = __any_sync(~0u, isnan(logit));
       float best = isnan(logit) ? negative : logit;
       int best_id = id;
-      for (int mask = 16; mask; mask /= 2) {
-        const float other = __shfl_xor_sync(~0u, best, mask);
-        const int other_id = __shfl_xor_sync(~0u, best_id, mask);
-        if (other > best || (other == best && other_id < best_id)) {
-          best = other;
-          best_id = other_id;
-        }
-      }
-      float sum = logit > negative ? expf(logit - best) : 0.0f;
-      for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+      largest(best, best_id);
+      const float sum = total(logit > negative ? expf(logit - best) : 0.0f);
       if (lane == 0 && first + row < pairs)
         s.partial[(long long)(first + row) * VOCAB_TILES + column] =
             make_float4(broken ? -negative : best, __int_as_float(best_id), sum, 0.0f);
@@ -121,20 +130,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decide(const Step s) {
           best = partial[i].x;
           id = __float_as_int(partial[i].y);
         }
-      for (int mask = 16; mask; mask /= 2) {
-        const float other = __shfl_xor_sync(~0u, best, mask);
-        const int other_id = __shfl_xor_sync(~0u, id, mask);
-        if (other > best || (other == best && other_id < id)) {
-          best = other;
-          id = other_id;
-        }
-      }
+      largest(best, id);
       if (!isfinite(best) || id != BLANK) break;
     }
     if (frame < end && isfinite(best)) {
       const float4* partial = s.partial + (long long)(first + frame - at) * VOCAB_TILES;
       for (int i = lane; i < VOCAB_TILES; i += 32) sum += partial[i].z * expf(partial[i].x - best);
-      for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+      sum = total(sum);
     }
     if (lane) continue;
     if (frame == end) {
@@ -232,7 +234,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK) finish(const Step s) {
   if (threadIdx.x == 0 && last_block(&s.control[TICKET])) {
     out[0] = records;
     out[1] = undecided;
-    out[2] = s.control[ITERATION];
     if (!undecided) s.control[LANE] = 1 - s.control[LANE];
   }
 }

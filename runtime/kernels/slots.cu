@@ -8,7 +8,6 @@
 #define RING_BYTES (HEADS * CACHE * D_K * CELL)       // K or V of one layer and slot
 #define CONV_BYTES (D_MODEL * CONV_CACHE * CELL)      // convolution cache of one layer and slot
 #define MEL_CACHE ((SUBSAMPLING + 1) * MELS)          // floats of mel history of a slot
-#define PIECES 8                                      // blocks that share a row's layer while gathering
 
 static __device__ __forceinline__ long long floor_div(long long x, long long by) {
   return x >= 0 ? x / by : -((-x + by - 1) / by);

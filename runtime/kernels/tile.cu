@@ -7,10 +7,7 @@
 //
 // NARROW: 0 multiplies in fp32, 1 in fp16, 2 in bf16 (tensor cores, sums in fp32).
 
-#define TILE_ROWS 16
-#define TILE_COLUMNS 32
-#define BLOCK 256
-#define WARPS 8
+#define WARPS (BLOCK / 32)
 #define DEPTH 512  // inner elements of A staged at once
 
 typedef unsigned short narrow_t;

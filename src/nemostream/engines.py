@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.clips import read_clip
 from nemostream.errors import BackendError, OptionError
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe
 from nemostream.spec import Bundle, Chunk, Manifest
@@ -56,7 +59,12 @@ def build_engine(
         plan = None
     if plan:
         return plan, False
-    return store.put(maker.recipe, lambda folder: maker.make(folder, store, progress), maker.check(progress)), True
+    plan = store.put(
+        maker.recipe,
+        lambda folder: maker.make(folder, store, progress),
+        lambda made: _gate(bundle, chunk, made, progress) if maker.runs_here else {},
+    )
+    return plan, True
 
 
 def open_backend(
@@ -117,17 +125,9 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
 
 
-def speech(manifest: Manifest) -> list[Any]:
+def speech(manifest: Manifest) -> list[NDArray[np.float32]]:
     """The packaged clips [N] at the model's rate: 18 s of English, and digits, which the embedded model knows."""
-    import soundfile
-    import soxr
-
-    clips = []
-    for name in ("speech.flac", "clip.flac"):
-        with resources.as_file(resources.files("nemostream") / name) as path:
-            audio, rate = soundfile.read(path, dtype="float32")
-        clips.append(soxr.resample(audio, rate, manifest.features.sample_rate))
-    return clips
+    return [read_clip(name, manifest.features.sample_rate) for name in ("speech", "clip")]
 
 
 # -- the kinds of engine -----------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def speech(manifest: Manifest) -> list[Any]:
 class _Maker:
     recipe: Recipe
     make: Callable[[Path, PlanStore, Progress], list[Path]]
-    check: Callable[[Progress], Callable[[Plan], Mapping[str, Any]]]
+    runs_here: bool  # so that it can be gated
 
 
 def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: str | None, max_batch: int) -> _Maker:
@@ -169,9 +169,6 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
             bundle, chunk, speech(bundle.manifest), lambda share: progress("listening to speech", share)
         )
 
-    def gate(progress: Progress) -> Callable[[Plan], Mapping[str, Any]]:
-        return lambda plan: _gate(bundle, chunk, plan, progress)
-
     if backend == "onnxruntime":
         import onnxruntime
 
@@ -188,7 +185,7 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
             return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
 
         here = cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        return _Maker(recipe, make_graph, gate if here else lambda progress: lambda plan: {})
+        return _Maker(recipe, make_graph, runs_here=here)
 
     from nemostream.engine.tensorrt import TensorRT
 
@@ -216,7 +213,7 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
         weights.unlink()
         return [engine]
 
-    return _Maker(recipe, make_engine, gate if target is None else lambda progress: lambda plan: {})
+    return _Maker(recipe, make_engine, runs_here=target is None)
 
 
 def _gpu_here() -> str:
@@ -261,12 +258,13 @@ def _known(
 ) -> dict[int, Plan]:
     """The engines there are, by chunk size. Raises `BackendError` naming the command that builds them if none is."""
     devices = (device,) if device == "cpu" else (device, "cuda")
+    kept = store.all()
     plans: dict[int, Plan] = {}
     for chunk in bundle.manifest.chunks:
         graph = bundle.manifest.graphs[f"encoder-{chunk.ms}ms"]
         found = [
             plan
-            for plan in store.all()
+            for plan in kept
             if plan.recipe.graph_sha256 == graph.sha256
             and plan.recipe.weights_sha256 == bundle.manifest.weights.sha256
             and plan.recipe.precision == precision

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class PlanStore:
     """A folder of plans. Several processes may share it: what appears in it is whole."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder) if folder else default_folder()
+        self.folder = Path(folder) if folder else cache_folder("engines")
 
     def find(self, recipe: Recipe) -> Plan | None:
         """The plan of that recipe, or None if there is none.
@@ -177,6 +177,14 @@ class PlanStore:
             yield
 
 
-def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/nemostream/engines`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemostream" / "engines"
+def cache_folder(kind: str) -> Path:
+    """Where things are kept that can be made again: `$XDG_CACHE_HOME/nemostream/{kind}`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemostream" / kind
+
+
+def no_engine(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
+    """Why a backend that has engines of some chunk sizes cannot run a step of another."""
+    return BackendError(
+        f"no engine for chunks of {chunk_ms} ms was loaded, only for {', '.join(map(str, loaded))} ms; build one with "
+        f"`nemostream build --chunk-ms {chunk_ms}`."
+    )
