@@ -1,4 +1,15 @@
-"""Measurements, one module per question: `python -m nemostream.benchmarks.NAME`.
+"""Measurements, one module per question: `nemostream bench NAME`, or `python -m nemostream.benchmarks.NAME`.
 
-`step` asks how long one streaming step takes beside NeMo's, `synthetic` makes the full-size checkpoint it needs.
+latency      how long does a step take, and a chunk from speech to text?
+capacity     how many people can talk at once? (`load` lets them talk)
+throughput   how much recorded audio per second?
+accuracy     how many words are wrong?
+baseline     the same step beside NeMo, transformers, ONNX Runtime on NeMo's export, sherpa-onnx (`sides`)
+cost         does a long stream cost more, and what does a wide batch cost?
+quick        a bit of all that in under a minute
+report       results as tables, plots and pages; results beside earlier ones
+
+`record` is the result file and the arithmetic, `floor` what the machine allows at best, `synthetic` and `random_bundle`
+the full-size model of random weights. `gpu_check` and `gpu_speed` are what a GPU has to show, `precision` what the
+numbers a GPU computes in cost in words.
 """

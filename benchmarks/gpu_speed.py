@@ -148,6 +148,28 @@ def hush(backend: GpuBackend, bundle: Bundle) -> NDArray[np.float32]:
     return before
 
 
+def device_ms(device: Any, work: Iterable[Callable[[], None]]) -> float:
+    """Milliseconds that queued work took on the device, between two events; by the host's clock where it has none."""
+    driver = getattr(device, "_driver", None)
+    if driver is None:
+        start = time.perf_counter()
+        for run in work:
+            run()
+        device.mark().wait()
+        return 1000 * (time.perf_counter() - start)
+    begin, end = device._call("cuEventCreate", 0), device._call("cuEventCreate", 0)
+    try:
+        device._call("cuEventRecord", begin, device.stream)
+        for run in work:
+            run()
+        device._call("cuEventRecord", end, device.stream)
+        device._call("cuEventSynchronize", end)
+        return float(device._call("cuEventElapsedTime", begin, end))
+    finally:
+        driver.cuEventDestroy(begin)
+        driver.cuEventDestroy(end)
+
+
 def copy_rate(device: Any) -> float:
     """Bytes per second read and written by a copy on the device, the best of a few gigabytes."""
     size = 1 << 30

@@ -147,6 +147,11 @@ class Recognition:
         self._scheduler.accept(self._seat, self.intake.finish())
         self._scheduler.end(self._seat)
 
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called: when it has settled, the result is final."""
+        return self._ended
+
     def settled(self) -> bool:
         """Whether every chunk that is complete is decoded. Raises what the stream died of."""
         return self._scheduler.settled(self._seat)

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, redirect_stdout, suppress
 from enum import StrEnum
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -199,6 +200,28 @@ def doctor() -> None:
 
     if not examine():
         raise typer.Exit(BackendError.exit_code)
+
+
+_BENCHMARKS = ("quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "report")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(_BENCHMARKS)}.")] = "",
+) -> None:
+    """Measure this machine.
+
+    *quick* takes less than a minute and needs nothing. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside
+    NeMo and others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
+    `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones.
+    """
+    if name in ("", "-h", "--help"):
+        print(context.get_help())
+        return
+    if name not in _BENCHMARKS:
+        raise OptionError(f"there is no benchmark {name!r}; choose one of {', '.join(_BENCHMARKS)}.")
+    import_module(f"nemostream.benchmarks.{name}").main(context.args)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

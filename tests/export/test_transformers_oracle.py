@@ -19,7 +19,6 @@ first chunk, N // 160 mel frames, f(f(f(N))) encoder frames, K and V cached), ex
 from __future__ import annotations
 
 import io
-import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,14 +27,14 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
-import yaml
 from numpy.typing import NDArray
 
+from nemostream.benchmarks.huggingface import PREPROCESSOR, load_transformers, read_nemo, their_name
 from nemostream.export.bundle import export_checkpoint
 from nemostream.export.parity import stream_encoder
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.ort import OrtBackend
-from nemostream.spec import Bundle, Chunk, Manifest
+from nemostream.spec import Bundle, Chunk
 
 pytestmark = pytest.mark.nemo
 
@@ -44,28 +43,6 @@ MILLISECONDS = (80, 160, 560, 1120)
 TOLERANCE = 1e-4
 
 Floats = NDArray[np.float32]
-
-# NeMo's names to theirs. Of the subsampling's Sequential, 0 is the first convolution; 2 and 5 are depthwise, 3 and 6
-# pointwise, the rest ReLUs.
-_RENAMED = (
-    (r"^encoder\.pre_encode\.conv\.0\.", "encoder.subsampling.conv_in."),
-    (r"^encoder\.pre_encode\.conv\.2\.", "encoder.subsampling.layers.0.depthwise_conv."),
-    (r"^encoder\.pre_encode\.conv\.3\.", "encoder.subsampling.layers.0.pointwise_conv."),
-    (r"^encoder\.pre_encode\.conv\.5\.", "encoder.subsampling.layers.1.depthwise_conv."),
-    (r"^encoder\.pre_encode\.conv\.6\.", "encoder.subsampling.layers.1.pointwise_conv."),
-    (r"^encoder\.pre_encode\.out\.", "encoder.subsampling.linear."),
-    (r"\.self_attn\.linear_(q|k|v)\.", r".self_attn.\1_proj."),
-    (r"\.self_attn\.linear_out\.", ".self_attn.o_proj."),
-    (r"\.self_attn\.linear_pos\.", ".self_attn.relative_k_proj."),
-    (r"\.self_attn\.pos_bias_(u|v)$", r".self_attn.bias_\1"),
-    (r"\.conv\.batch_norm\.", ".conv.norm."),
-    (r"^decoder\.prediction\.embed\.", "decoder.embedding."),
-    (r"^decoder\.prediction\.dec_rnn\.lstm\.", "decoder.lstm."),
-    (r"^joint\.pred\.", "decoder.decoder_projector."),
-    (r"^joint\.enc\.", "encoder_projector."),
-    (r"^joint\.joint_net\.2\.", "joint.head."),
-)
-_PREPROCESSOR = {"preprocessor.featurizer.fb", "preprocessor.featurizer.window"}  # constants; the extractor has its own
 
 
 @dataclass(frozen=True)
@@ -125,7 +102,7 @@ def _torch() -> Any:
 
 @pytest.fixture(scope="module")
 def oracle(_torch: None, tiny_checkpoint: Path, tiny_bundle: Bundle) -> Oracle:
-    return _oracle(tiny_checkpoint, tiny_bundle.manifest)
+    return Oracle(*load_transformers(tiny_checkpoint, tiny_bundle.manifest))
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +114,19 @@ def talkative(
     checkpoint = folder / "talkative.nemo"
     _make_talkative(tiny_checkpoint, checkpoint, oracle, clips[LONG])
     bundle = export_checkpoint(checkpoint, folder / "bundle")
-    return _oracle(checkpoint, bundle.manifest), bundle
+    return Oracle(*load_transformers(checkpoint, bundle.manifest)), bundle
 
 
 def test_every_weight_has_its_place(oracle: Oracle, tiny_checkpoint: Path) -> None:
-    _, state = _read(tiny_checkpoint)
-    renamed = {_their_name(name) for name in state.keys() - _PREPROCESSOR}
-    assert state.keys() >= _PREPROCESSOR
-    assert len(renamed) == len(state) - len(_PREPROCESSOR)
+    _, state = read_nemo(tiny_checkpoint)
+    renamed = {their_name(name) for name in state.keys() - PREPROCESSOR}
+    assert state.keys() >= PREPROCESSOR
+    assert len(renamed) == len(state) - len(PREPROCESSOR)
     assert renamed == oracle.model.state_dict().keys() >= dict(oracle.model.named_parameters()).keys()
 
 
 def test_filter_bank_is_nemos(oracle: Oracle, tiny_checkpoint: Path) -> None:
-    _, state = _read(tiny_checkpoint)
+    _, state = read_nemo(tiny_checkpoint)
     assert np.array_equal(oracle.extractor.mel_filters.numpy(), state["preprocessor.featurizer.fb"][0].numpy())
 
 
@@ -240,70 +217,6 @@ def _transcribe(
     return said
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and weights of a .nemo file."""
-    import torch
-
-    with tarfile.open(checkpoint) as archive:
-        files = {Path(member.name).name: file for member in archive if (file := archive.extractfile(member))}
-        config = yaml.safe_load(files["model_config.yaml"].read())
-        return config, torch.load(io.BytesIO(files["model_weights.ckpt"].read()), weights_only=True)
-
-
-def _their_name(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _oracle(checkpoint: Path, manifest: Manifest) -> Oracle:
-    """Sizes from the manifest; the few it has no need to know from the checkpoint."""
-    from transformers import (
-        NemotronAsrStreamingConfig,
-        NemotronAsrStreamingEncoderConfig,
-        NemotronAsrStreamingFeatureExtractor,
-        NemotronAsrStreamingForRNNT,
-    )
-
-    config, state = _read(checkpoint)
-    features, encoder, decoder = manifest.features, manifest.encoder, manifest.decoder
-    assert decoder.hidden == decoder.joint and {chunk.left for chunk in manifest.chunks} == {encoder.cache}
-    extractor = NemotronAsrStreamingFeatureExtractor(
-        feature_size=features.mels,
-        sampling_rate=features.sample_rate,
-        hop_length=features.hop,
-        n_fft=features.n_fft,
-        win_length=features.window,
-        preemphasis=features.preemphasis,
-    )
-    theirs = NemotronAsrStreamingConfig(
-        vocab_size=decoder.vocabulary + 1,
-        blank_token_id=decoder.blank,
-        decoder_hidden_size=decoder.hidden,
-        num_decoder_layers=decoder.layers,
-        max_symbols_per_step=decoder.max_symbols,
-        hidden_act=config["joint"]["jointnet"]["activation"],
-        encoder_config=NemotronAsrStreamingEncoderConfig(
-            hidden_size=encoder.d_model,
-            num_hidden_layers=encoder.layers,
-            num_attention_heads=encoder.heads,
-            intermediate_size=len(state["encoder.layers.0.feed_forward1.linear1.weight"]),
-            attention_bias=config["encoder"]["use_bias"],
-            convolution_bias=config["encoder"]["use_bias"],
-            conv_kernel_size=encoder.conv_cache + 1,
-            subsampling_factor=encoder.subsampling,
-            subsampling_conv_channels=len(state["encoder.pre_encode.conv.0.weight"]),
-            num_mel_bins=features.mels,
-            scale_input=config["encoder"]["xscaling"],
-            sliding_window=encoder.cache + 1,
-        ),
-        attn_implementation="sdpa",
-    )
-    model = NemotronAsrStreamingForRNNT(theirs).eval()
-    model.load_state_dict({_their_name(name): value for name, value in state.items() if name not in _PREPROCESSOR})
-    return Oracle(extractor, model)
-
-
 def _make_talkative(source: Path, target: Path, oracle: Oracle, audio: Floats) -> None:
     """Write `source` with a joint that is easily moved, and says blank four times of five.
 
@@ -312,7 +225,7 @@ def _make_talkative(source: Path, target: Path, oracle: Oracle, audio: Floats) -
     """
     import torch
 
-    _, state = _read(source)
+    _, state = read_nemo(source)
     model, blank = oracle.model, oracle.model.config.blank_token_id
     labels = torch.randint(0, blank, (1, 200), generator=torch.Generator().manual_seed(0))
     frames = torch.from_numpy(oracle.encode(audio, 6))

@@ -1,0 +1,72 @@
+"""A first look at this machine, in well under a minute.
+
+    nemostream bench quick
+
+The embedded model at every chunk size: time of a step and from pushed audio to its text, p50 and p99, for one stream
+and eight, seconds of audio recognised per second, and whether the packaged voice is understood. It is a small model:
+the figures say that everything works and what the host costs, not what the 0.6B model would take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import nemostream
+from nemostream.benchmarks import record, tables
+from nemostream.benchmarks.floor import measure_machine
+from nemostream.benchmarks.latency import measure_latency
+from nemostream.benchmarks.record import Record, Say
+from nemostream.benchmarks.throughput import measure_throughput
+from nemostream.engines import speech
+from nemostream.spec import Bundle
+
+_BATCHES = (1, 8)
+
+
+def measure_quick(bundle: Bundle, repeats: int = 30, say: Say = lambda message: None) -> Record:
+    """The result: the rows of `latency`, each with the RTFx of `throughput` of as many recordings at a time."""
+    machine = measure_machine(record.cores(), 1 << 28, repeats=2, size=1024)
+    latency = measure_latency(bundle, batches=_BATCHES, repeats=repeats, machine=machine, say=say)
+    whole = measure_throughput(bundle, speech(bundle.manifest) * 2, batches=_BATCHES, say=say)
+    for row, other in zip(latency["rows"], whole["rows"], strict=True):
+        row["values"]["rtfx"] = other["values"]["rtfx"]
+    with nemostream.load(bundle.path) as model:
+        said = model.transcribe(nemostream.demo_clip()).text
+    method = {**latency["method"], "said": said}
+    return record.record("quick", latency["rows"], model=latency["model"], method=method)
+
+
+def show(result: Record, plot: Callable[[str], Any]) -> str:
+    """Table and plot of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
+    head = ["chunk", "streams", "step p50", "p99", "push to text p50", "p99", "share of the chunk", "RTFx"]
+    lines = []
+    for row in result["rows"]:
+        case, step, push = row["case"], row["figures"]["step"], row["figures"]["push"]
+        line = [f"{case['chunk_ms']} ms", case["batch"]]
+        line += [tables.digits(figure) for figure in (step["p50"], step["p99"], push["p50"], push["p99"])]
+        lines.append([*line, f"{100 * push['p99'] / case['chunk_ms']:.0f} %", tables.digits(row["values"]["rtfx"])])
+    axes = plot("latency")
+    for batch in sorted({row["case"]["batch"] for row in result["rows"]}):
+        mine = [row for row in result["rows"] if row["case"]["batch"] == batch]
+        sizes = [row["case"]["chunk_ms"] for row in mine]
+        for figure, style in (("p50", "--"), ("p99", "-")):
+            pushes = [row["figures"]["push"][figure] for row in mine]
+            axes.plot(sizes, pushes, style, marker=".", label=f"{batch} streams, {figure}")
+    axes.plot(sizes, sizes, ":", color="black", label="real time")
+    axes.set(xlabel="chunk, ms", ylabel="push to text, ms", xscale="log", yscale="log", title="From speech to text")
+    axes.legend(fontsize=7)
+    said = result["method"]["said"]
+    return f"Milliseconds.\n\n{tables.markdown(head, lines)}\n\nThe packaged voice, understood: *{said}*\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = record.parser("quick", __doc__)
+    parser.add_argument("--repeats", type=int, default=30, help="steps timed of each")
+    options = parser.parse_args(arguments)
+    bundle = Bundle.open(nemostream.demo_bundle())
+    record.run(lambda: measure_quick(bundle, options.repeats, record.say), options)
+
+
+if __name__ == "__main__":
+    main()

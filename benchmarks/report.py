@@ -1,0 +1,213 @@
+"""Results as tables and plots; results beside an earlier one; the pages that quote them.
+
+    nemostream bench report bench-results/latency.json --against older/latency.json
+    nemostream bench report --pages      # README's performance section and docs/performance.md, from a checkout
+
+Every benchmark's module knows how its result is shown: `show(result, plot)`. What README and docs/performance.md say
+about speed and accuracy is written here from `benchmarks/results/*.json`; a test compares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nemostream.benchmarks import record, tables
+from nemostream.benchmarks.record import Record
+from nemostream.errors import BackendError, NemostreamError, OptionError
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ("latency", "capacity", "throughput", "accuracy", "baseline", "cost", "quick")
+_BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
+
+
+def show(result: Record, plot: Callable[[str], Any]) -> str:
+    """A result's tables as Markdown, under what was measured where; `plot(name)` gives axes to draw on."""
+    module = import_module(f"nemostream.benchmarks.{result['benchmark']}")
+    return f"{measured_on(result)}\n\n{module.show(result, plot)}"
+
+
+def measured_on(result: Record) -> str:
+    hard, versions = result["hardware"], result["versions"]
+    libraries = ", ".join(
+        f"{name} {number}" for name, number in versions.items() if name not in ("python", "nemostream")
+    )
+    gpu = f"{hard['gpu']}; " if hard.get("gpu") else ""
+    return (
+        f"`{shown(result['command'])}`, {result['time']}, commit "
+        f"{result['commit'] or 'unknown'}. {gpu}{hard['cpu']}, {hard['cores']} cores, {hard['memory_gib']} GiB. "
+        f"{libraries}. Model: {describe(result['model'])}."
+    )
+
+
+def shown(command: str) -> str:
+    """A command line without the interpreter and the folders of whoever ran it."""
+    _, found, rest = command.partition("nemostream.benchmarks.")
+    if found:
+        name, _, options = rest.partition(" ")
+        command = f"nemostream bench {name} {options}"
+    elif " bench " in command:
+        command = "nemostream bench " + command.partition(" bench ")[2]
+    return re.sub(r"(?<=\s)/\S*/", "", command).strip()
+
+
+def describe(model: dict[str, Any]) -> str:
+    size = f", {model['layers']} layers, {model['d_model']} wide" if "layers" in model else ""
+    return f"{model.get('name', '?')}{size}"
+
+
+def write_report(results: Sequence[Record], path: Path, against: Sequence[Record] = ()) -> str:
+    """Markdown at `path` with its plots beside it as PNG and SVG; the text. Plots need matplotlib."""
+    parts = []
+    for result in results:
+        stem = path.with_name(f"{path.stem}-{result['benchmark']}" if len(results) > 1 else path.stem)
+        with plots(stem) as (plot, names):
+            text = show(result, plot)
+        pictures = "\n".join(f"![{name}]({name}.png)" for name in names)
+        parts.append(f"## {result['benchmark']}\n\n{text}\n{pictures}\n")
+        for old in against:
+            if old["benchmark"] == result["benchmark"]:
+                parts.append(changes(result, old))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return "\n".join(parts)
+
+
+def changes(new: Record, old: Record) -> str:
+    """What changed since an earlier result, as Markdown."""
+    lines = [
+        [" ".join(f"{key} {value}" for key, value in each["case"].items()), each["what"], tables.digits(each["before"]),
+         tables.digits(each["now"]), f"{each['ratio']:.2f}",
+         ("**slower**" if each["ratio"] > 1 else "**faster**") if each["beyond_noise"] else "within noise"]
+        for each in record.compare(new, old)
+    ]  # fmt: skip
+    if not lines:
+        return f"No case of the {old['benchmark']} of {old['time']} is in this one.\n"
+    where = (
+        "" if new["hardware"] == old["hardware"] else " **The hardware is another**, so this says nothing of the code."
+    )
+    table = tables.markdown(["case", "what", "before, ms", "now, ms", "now ÷ before", ""], lines)
+    return f"### Since {old['time']}, commit {old['commit'] or 'unknown'}\n\nMedians.{where}\n\n{table}\n"
+
+
+@contextmanager
+def plots(stem: Path) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
+    """Gives axes by name, and writes what was drawn on them as `{stem}-{name}.png` and `.svg`, the same each time."""
+    if find_spec("matplotlib") is None:
+        raise BackendError("plots need matplotlib: pip install 'nemostream[bench]'")
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figures: dict[str, Figure] = {}
+
+    def plot(name: str) -> Any:
+        figure = figures[f"{stem.name}-{name}"] = Figure(figsize=(8, 4.5), layout="constrained")
+        return figure.add_subplot()
+
+    names: list[str] = []
+    yield plot, names
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "nemostream", "svg.fonttype": "none"}):
+        for name, figure in figures.items():
+            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                FigureCanvasAgg(figure)
+                figure.savefig(stem.with_name(f"{name}.{kind}"), dpi=110, metadata=metadata)
+            names.append(name)
+
+
+# -- the pages ---------------------------------------------------------------------------------------------------------
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """README and docs/performance.md as they should be, from the results in `root`/benchmarks/results."""
+    results = committed(root)
+    performance = [
+        "# Performance",
+        "",
+        "Written by `nemostream bench report --pages` from the results in `benchmarks/results`; nothing here was typed",
+        "by hand. What each benchmark does and how its figures are to be read: the head of its file in `benchmarks/`.",
+        "Times are milliseconds, percentiles by nearest rank.",
+    ]  # fmt: skip
+    for name, result in results.items():
+        stem = root / "benchmarks" / "results" / name
+        drawn = sorted(each.name for each in stem.parent.glob(f"{name}-*.svg"))
+        text = show(result, _no_plot)
+        pictures = [f"![{each}](../benchmarks/results/{each})" for each in drawn]
+        performance += ["", f"## {name}", "", text.rstrip(), "", *pictures]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    before, rest = readme.split(_BEGIN)
+    _, after = rest.split(_END)
+    section = [_BEGIN, "", *_headlines(results), "", _END]
+    return {
+        root / "README.md": before + "\n".join(section) + after,
+        root / "docs" / "performance.md": "\n".join(performance).rstrip() + "\n",
+    }
+
+
+def committed(root: Path) -> dict[str, Record]:
+    """The results kept with the code, by file name."""
+    found = {}
+    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
+        if f'"schema": "{record.SCHEMA}"' in path.read_text(encoding="utf-8")[:200]:
+            found[path.stem] = record.read(path)
+    return found
+
+
+def _headlines(results: dict[str, Record]) -> list[str]:
+    lines = []
+    for result in results.values():
+        module = import_module(f"nemostream.benchmarks.{result['benchmark']}")
+        if hasattr(module, "headline"):
+            lines += [module.headline(result), ""]
+    lines.append("All tables, plots, methods and machines: [docs/performance.md](docs/performance.md).")
+    return lines
+
+
+class _Nothing:
+    """Takes any drawing and keeps nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **options: _Nothing()
+
+
+def _no_plot(name: str) -> Any:
+    return _Nothing()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="nemostream bench report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULT", help="JSON files that benchmarks wrote")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, default=[], metavar="RESULT", help="earlier ones to compare with"
+    )
+    parser.add_argument("--out", type=Path, default=record.FOLDER / "report.md")
+    parser.add_argument("--pages", action="store_true", help="write README's section and docs/performance.md")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.results and not options.pages:
+            raise OptionError("give the RESULT files to report, or --pages.")
+        if options.results:
+            results, against = ([record.read(path) for path in paths] for paths in (options.results, options.against))
+            print(write_report(results, options.out, against), end="")
+        if options.pages:
+            for name, result in committed(ROOT).items():
+                with plots(ROOT / "benchmarks" / "results" / name) as (plot, _):
+                    show(result, plot)
+            for path, text in pages(ROOT).items():
+                path.write_text(text, encoding="utf-8")
+                record.say(f"written: {path}")
+    except NemostreamError as error:
+        record.say(f"nemostream: {error}")
+        raise SystemExit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    main()
