@@ -129,13 +129,15 @@ class _Ring:
             )
             return Ours(f"nemostream, {kind}", backend, feed, chunk, exact=kind == "fp32")
         if who == "nemo":
-            return Nemo(self._own_model(kind, stack), feed, chunk, kind)
+            # fp32 sides share the model; another type needs one of its own.
+            model = self.model if kind in ("fp32", "compile") else load_nemo(self.checkpoint)
+            return Nemo(model, feed, chunk, kind)
         if who == "transformers":
             from nemostream.benchmarks.huggingface import load_transformers
 
             self._theirs = self._theirs or load_transformers(self.checkpoint, self.bundle.manifest)[1]
             return Transformers(self._theirs, self.model, feed, chunk)
-        exported = self._export(chunk)
+        exported = self.export(chunk)
         if who == "onnx":
             return NemoOnnx(exported, self.model, feed, chunk, self.threads)
         return Sherpa(exported, feed, chunk, self.threads, kind)
@@ -146,11 +148,7 @@ class _Ring:
             folder.cleanup()
         self._exported.clear()
 
-    def _own_model(self, kind: str, stack: contextlib.ExitStack) -> Any:
-        """Sides change their model's type and forward, and take turns: each has its own."""
-        return self.model if kind == "fp32" else load_nemo(self.checkpoint)
-
-    def _export(self, chunk: Chunk) -> Path:
+    def export(self, chunk: Chunk) -> Path:
         if chunk.ms not in self._exported:
             self.say(f"exporting NeMo's own graphs for {chunk.ms} ms")
             self._exported[chunk.ms] = tempfile.TemporaryDirectory(prefix="nemostream-")
@@ -169,6 +167,8 @@ def _compare(
     feed = Feed(manifest, speech(), batch, filled + (_WARM_UP + repeats) * chunk.frames)
     sides: list[Side] = []
     missing: dict[str, str] = {}
+    if any(name.startswith(("onnx", "sherpa")) for name in names):
+        ring.export(chunk)  # before anything else is loaded: it takes three times the model's size
     with contextlib.ExitStack() as stack:
         for name in names:
             try:

@@ -199,7 +199,7 @@ def headline(result: Record) -> str:
         return ""
     confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["holds"]]
     slow = "; ".join(
-        f"results of {what.removeprefix('result ')}: p50 {tables.digits(found['p50'])}, p99 {tables.digits(found['p99'])} ms"
+        f"{what}: p50 {tables.digits(found['p50'])}, p99 {tables.digits(found['p99'])}"
         for what, found in (confirmed[-1]["figures"].items() if confirmed else ())
         if what.startswith("result")
     )
@@ -207,7 +207,7 @@ def headline(result: Record) -> str:
         f"**{method['streams']} real-time streams** of {method['chunk_ms']} ms, {method['precision']}, "
         f"{result['model']['layers']} layers of {result['model']['d_model']}, held for {method['seconds']:.0f} s on "
         f"{result['hardware']['gpu'] or str(result['hardware']['cores']) + ' cores of ' + result['hardware']['cpu']}"
-        f"{': ' + slow if slow else ''}."
+        f"{' (ms from speech to text; ' + slow + ')' if slow else ''}."
     )
 
 

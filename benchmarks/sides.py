@@ -29,6 +29,7 @@ from nemostream.errors import BackendError, OptionError
 from nemostream.plans import Plan, PlanStore, Recipe
 from nemostream.runtime.backend import Backend, Batch
 from nemostream.runtime.greedy import Predictions, label_looping
+from nemostream.runtime.ort import OrtBackend
 from nemostream.spec import Bundle, Chunk, Manifest
 
 Floats = NDArray[np.float32]
@@ -125,6 +126,8 @@ class Ours:
         filler = longest(self._feed.manifest, self._chunk)
         for position in range(0, frames, filler.frames):
             self._step(filler, position)
+        if filler != self._chunk and isinstance(self._backend, OrtBackend):
+            del self._backend._steps[filler.ms]  # gigabytes, for nothing more
 
     def step(self, position: int) -> None:
         self._step(self._chunk, position)
@@ -164,7 +167,8 @@ class Nemo:
         self._use(longest(feed.manifest, chunk))
         self._caches = model.encoder.get_initial_cache_state(batch_size=feed.rows, dtype=self._type)
         self._hypotheses: Any = None
-        self._kind, self._eager, self._graph = kind, model.encoder.forward_internal, None
+        self._kind, self._graph = kind, None
+        self._eager = self._forward = model.encoder.forward_internal
         if kind == "graph" and self._device.type != "cuda":
             raise OptionError("a CUDA graph needs a GPU.")
 
@@ -177,7 +181,7 @@ class Nemo:
             raise BackendError(f"NeMo holds {int(self._caches[2].min())} frames of context, not {self._chunk.left}.")
         self._use(self._wanted)
         if self._kind == "compile":
-            self._model.encoder.forward_internal = self._torch.compile(self._eager, dynamic=False)
+            self._forward = self._torch.compile(self._eager, dynamic=False)
         if self._kind == "graph":
             self._capture(position)
 
@@ -193,6 +197,7 @@ class Nemo:
                     partial_hypotheses=self._hypotheses,
                 )  # fmt: skip
                 return
+            self._model.encoder.forward_internal = self._forward  # one model may serve several sides
             _, _, *caches, self._hypotheses = self._model.conformer_stream_step(
                 **self._inputs(position), previous_hypotheses=self._hypotheses, return_transcription=True
             )
@@ -203,8 +208,6 @@ class Nemo:
 
     def close(self) -> None:
         self._model.encoder.forward_internal = self._eager
-        with self._torch.inference_mode():
-            self._model.float()
         self._caches = self._hypotheses = self._graph = None
 
     def _use(self, chunk: Chunk) -> None:
@@ -518,7 +521,6 @@ def timed_backend(
 ) -> Iterator[Backend]:
     """A backend of `rows` slots whose steps are to be timed, the chunk sizes loaded."""
     from nemostream.engines import open_backend
-    from nemostream.runtime.ort import OrtBackend
 
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
         if device == "cpu":

@@ -212,8 +212,8 @@ def bench(
 ) -> None:
     """Measure this machine.
 
-    *quick* takes less than a minute and needs nothing. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside
-    NeMo and others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
+    *quick* takes less than a minute. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside NeMo and
+    others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
     `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones.
     """
     if name in ("", "-h", "--help"):

@@ -1,0 +1,285 @@
+"""Every benchmark for a few seconds on the embedded model: it works, and its figures follow from its samples."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nemostream
+from nemostream.benchmarks import capacity, cost, latency, load, quick, record, report, throughput
+from nemostream.benchmarks.floor import Machine, Work, encoder_work, measure_machine
+from nemostream.cli import _run
+from nemostream.engines import speech
+from nemostream.errors import OptionError
+from nemostream.runtime.ort import OrtBackend
+from nemostream.spec import Bundle
+
+pytest.importorskip("onnx", reason="needs the build extra")
+pytest.importorskip("matplotlib", reason="needs the bench extra")
+
+MACHINE = Machine(1e10, {"fp32": 1e11, "int8": 4e11}, {"read": 10.0})
+
+
+def shown(result: record.Record, folder: Path) -> str:
+    """The result through its file and back, as a report."""
+    record.write(result, folder / "x.json")
+    text = report.write_report([record.read(folder / "x.json")], folder / "x.md")
+    assert (folder / "x.md").read_text() == text
+    for picture in [line for line in text.splitlines() if line.startswith("![")]:
+        name = picture.partition("(")[2].rstrip(")")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (folder / name).with_suffix(".svg").read_text()
+    return text
+
+
+# -- floors ------------------------------------------------------------------------------------------------------------
+
+
+def test_floor_by_hand() -> None:
+    work = Work(weight_bytes=2_000_000_000, flops_per_row=1e9)
+    assert work.floor_ms(MACHINE, "fp32", 1) == {"memory": 200, "compute": 10, "floor": 200, "binding": "memory"}
+    wide = work.floor_ms(MACHINE, "fp32", 64)
+    assert wide == {"memory": 200, "compute": 640, "floor": 640, "binding": "compute"}
+    assert work.floor_ms(MACHINE, "bf16", 64)["compute"] == 0  # no rate, no bound
+
+
+def test_floor_grows_with_the_work(demo_bundle: Bundle) -> None:
+    short, long = (encoder_work(demo_bundle, demo_bundle.manifest.chunk(ms)) for ms in (80, 1120))
+    spec = demo_bundle.manifest.encoder
+    # Two feed-forward nets of 4D, four attention projections and two pointwise convolutions: 23 D^2 per layer.
+    assert long.flops_per_row > 14 * short.flops_per_row > 14 * 2 * 23 * spec.layers * spec.d_model**2
+    assert 4 * 23 * spec.layers * spec.d_model**2 < short.weight_bytes <= demo_bundle.manifest.weights.bytes
+    int8 = encoder_work(demo_bundle, demo_bundle.manifest.chunk(80), "int8")
+    assert short.weight_bytes - int8.weight_bytes >= 3 * 20 * spec.layers * spec.d_model**2
+    half = encoder_work(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", "cuda")
+    assert half.weight_bytes == short.weight_bytes // 2
+
+
+def test_machine() -> None:
+    machine = measure_machine(1, 1 << 20, repeats=1, size=128)
+    assert machine.bandwidth > 0 and min(machine.flops.values()) > 0
+    assert machine.bandwidth == 1e9 * max(rate for name, rate in machine.rates.items() if name.startswith("read"))
+
+
+# -- latency -----------------------------------------------------------------------------------------------------------
+
+
+def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
+    result = latency.measure_latency(
+        demo_bundle, ("fp32", "int8"), (1, 3), (560, 1120), repeats=4, machine=MACHINE, engines=tmp_path / "engines"
+    )
+    cases = [(row["case"]["precision"], row["case"]["chunk_ms"], row["case"]["batch"]) for row in result["rows"]]
+    assert cases == [(p, ms, batch) for p in ("fp32", "int8") for ms in (560, 1120) for batch in (1, 3)]
+    for row in result["rows"]:
+        ms, batch = row["ms"], row["case"]["batch"]
+        assert len(ms["step"]) == 4 and len(ms["push"]) == 4 * batch
+        for step, *parts in zip(ms["step"], *(ms[part] for part in latency.PARTS), strict=True):
+            assert sum(parts) == pytest.approx(step, abs=0.01) and min(parts) > -0.01
+        assert row["figures"]["encoder"]["p50"] > row["figures"]["copies"]["p50"]
+        assert row["values"]["launches"] >= 3  # front end, encoder, joint
+        assert row["values"]["floor_ms"]["floor"] > 0
+        assert row["values"]["bytes_per_stream"] == OrtBackend(demo_bundle, 1).bytes_per_stream
+    text = shown(result, tmp_path)
+    assert text.count("| 1120 ms | 3 | int8 |") == 3  # step, push, breakdown
+
+
+def test_latency_leaves_the_backend_as_it_was(demo_bundle: Bundle) -> None:
+    chunk, backend = demo_bundle.manifest.chunk(560), OrtBackend(demo_bundle, 2)
+    backend.load(chunk)
+    sessions = backend._steps[560].encoder, backend._transducer._joint
+    with latency._clock(backend, chunk) as clock:
+        backend.reset(np.arange(2))
+        feed = latency.Feed(demo_bundle.manifest, speech(demo_bundle.manifest)[0], 2, 7)
+        backend.submit(feed.batch(chunk, 0)).result()
+        assert clock["encoder"] > 0 and clock["calls"] >= 3
+    assert (backend._steps[560].encoder, backend._transducer._joint) == sessions
+    assert "encode" not in vars(backend)
+
+
+def test_latency_of_the_gpu_backend(talker: Bundle, make_device: Any, tmp_path: Path) -> None:
+    """On the device that the CPU plays: stages and events are the benchmark's, the figures nobody's."""
+    from host_device import OrtEncoder
+
+    from nemostream.runtime.gpu import GpuBackend
+
+    chunk, device = talker.manifest.chunk(560), make_device()
+    backend = GpuBackend(talker, device, {560: OrtEncoder(talker, chunk, device, True)}, capacity=2)
+    try:
+        row = latency._measure(talker, backend, chunk, 2, "fp32", 2, MACHINE)
+    finally:
+        backend.close()
+    assert {"device", "features", "encoder", "copies", "step", "push"} <= row["figures"].keys()
+    assert len(row["ms"]["device"]) == 2 and row["values"]["launches"] >= 1
+
+
+# -- capacity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("true", "most"), [(0, 64), (1, 64), (2, 64), (3, 64), (37, 64), (63, 64), (64, 64), (200, 512)]
+)
+def test_search_finds_the_most(true: int, most: int) -> None:
+    tried: list[int] = []
+
+    def holds(streams: int) -> bool:
+        tried.append(streams)
+        return streams <= true
+
+    found = capacity.search(holds, most)
+    assert found <= true and found >= true - max(1, capacity.RESOLUTION * true)
+    assert max(tried) <= most and len(tried) == len(set(tried)) <= 14
+
+
+def heard(latencies: list[float], **changes: Any) -> load.Heard:
+    """Results of 560 ms, one a second."""
+    made = load.Heard([(560, float(second), latency) for second, latency in enumerate(latencies)])
+    made.lateness, made.seconds, made.audio = [0.0], float(len(latencies)), 2.0 * len(latencies)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+STEPS = [(560, 2, 40.0)] * 30
+
+
+@pytest.mark.parametrize(
+    ("found", "steps", "against"),
+    [
+        (heard([0.1] * 30), STEPS, []),
+        (heard([0.1] * 20 + [0.15] * 10), STEPS, []),
+        (heard([0.1] * 20 + [0.17] * 10), STEPS, ["later in the end"]),
+        (heard([0.1] * 29 + [0.6]), STEPS, ["p99 of a 560 ms result is 600 ms"]),
+        (heard([0.1] * 30), [*STEPS, (560, 2, 561.0)], ["p99 of a 560 ms step is 561 ms"]),
+        (heard([0.1] * 30, waiting=3), STEPS, ["3 chunks were left waiting"]),
+        (heard([0.1] * 30, lateness=[0.0] * 97 + [0.5] * 3), STEPS, ["load generator"]),
+        (heard([0.1] * 30, errors=["no free slot"]), STEPS, ["1 errors, the first: no free slot"]),
+        (heard([]), [], ["nothing was recognised"]),
+    ],
+)
+def test_verdict(found: load.Heard, steps: list[Any], against: list[str]) -> None:
+    values = capacity.judge(found, steps, {})["values"]
+    assert values["holds"] == (not against)
+    assert len(values["against"]) == len(against)
+    assert all(part in said for part, said in zip(against, values["against"], strict=True))
+
+
+def test_figures_of_a_load_by_hand() -> None:
+    row = capacity.judge(heard([0.1] * 10 + [0.2] * 10 + [0.3] * 10), [(560, 1, 30.0), (560, 3, 50.0)], {})
+    assert row["values"]["drift_ms"] == {"560": pytest.approx(200, abs=0.01)}
+    assert row["values"]["rtfx"] == 2.0 and row["values"]["mean_batch"] == 2.0
+    assert row["ms"]["step 560 ms"] == [30.0, 50.0]
+    assert len(row["ms"]["result 560 ms"]) == 28  # the first two seconds are not judged
+
+
+def test_people_talking_are_understood(demo_bundle: Bundle) -> None:
+    """Real time and many at once change no word; every result is timed."""
+    clips = [speech(demo_bundle.manifest)[1]]
+    with nemostream.load(chunk_ms=80, capacity=12) as model:
+        wanted = model.transcribe(clips[0]).text
+        found = load.talk(model, clips, 3, (80, 560), calls=6)
+    assert not found.errors and found.waiting == 0
+    assert found.texts == [(0, wanted)] * 6
+    assert len(found.finals) == 6 and min(found.finals) > 0
+    assert found.audio == pytest.approx(6 * len(clips[0]) / 16000)
+    # Every whole chunk of every clip had one result, after it was spoken.
+    chunks = {ms: (len(clips[0]) + model.manifest.lead) // model.manifest.chunk(ms).samples for ms in (80, 560)}
+    counts = {ms: sum(size == ms for size, _, _ in found.results) for ms in (80, 560)}
+    assert sum(counts[ms] / chunks[ms] for ms in counts) == pytest.approx(6)
+    assert min(latency for _, _, latency in found.results) > 0
+    assert found.seconds >= 2 * len(clips[0]) / 16000  # two after each other, in real time
+
+
+def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
+    result = capacity.measure_capacity(
+        demo_bundle, chunk_ms=(560, 1120), seconds=4, probe_seconds=3, most=2, engines=tmp_path
+    )
+    streams = [(row["case"]["streams"], row["case"]["confirming"]) for row in result["rows"]]
+    assert streams[0] == (1, False) and result["method"]["streams"] in (0, 1, 2)
+    assert "real-time streams" in shown(result, tmp_path)
+
+
+def test_nvidias_method(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "speech", lambda manifest: [speech(manifest)[1][:16000]])
+    result = capacity.measure_capacity(demo_bundle, chunk_ms=(560,), simulate=2)
+    (row,) = result["rows"]
+    assert row["case"]["simulate_realtime"] and len(row["ms"]["final"]) == 6
+    assert row["values"]["audio_seconds"] == 6.0
+    assert "final" in shown(result, tmp_path)
+
+
+# -- the others --------------------------------------------------------------------------------------------------------
+
+
+def test_throughput(demo_bundle: Bundle, tmp_path: Path) -> None:
+    clips = [speech(demo_bundle.manifest)[1]] * 3
+    result = throughput.measure_throughput(demo_bundle, clips, batches=(1, 2), chunk_ms=(1120,))
+    for row in result["rows"]:
+        assert row["values"]["audio_seconds"] == pytest.approx(3 * len(clips[0]) / 16000)
+        seconds = row["ms"]["whole set"][0] / 1000
+        assert row["values"]["rtfx"] == pytest.approx(row["values"]["audio_seconds"] / seconds, rel=1e-3)
+    assert "| 1120 ms | 2 | fp32 |" in shown(result, tmp_path)
+    with pytest.raises(OptionError, match="there must be recordings"):
+        throughput.measure_throughput(demo_bundle, [])
+
+
+def test_width_by_hand() -> None:
+    assert cost.fit_width((1, 2, 4, 8), (12.0, 14.0, 18.0, 26.0)) == pytest.approx((10.0, 2.0))
+    assert cost.fit_width((1, 2, 4), (3.0, 6.0, 12.0)) == pytest.approx((0.0, 3.0))
+    assert cost.fit_width((1, 2, 4), (5.0, 5.0, 5.0)) == pytest.approx((5.0, 0.0))
+    fixed, each = cost.fit_width((1, 2, 4), (4.0, 9.0, 20.0))  # steeper than proportional
+    assert fixed == 0 and 4 < each < 5
+
+
+def test_length_by_hand() -> None:
+    flat = cost.fit_length([10.0, 10.1, 9.9, 10.0] * 25)
+    assert flat["low_ms"] < 0 < flat["high_ms"] and abs(flat["share"]) < 0.01
+    growing = cost.fit_length(np.linspace(10, 11, 100).tolist())
+    assert growing["change_ms"] == pytest.approx(1.0) and growing["low_ms"] > 0.9
+    assert growing["share"] == pytest.approx(1 / 10.5, rel=0.01)
+
+
+def test_cost(demo_bundle: Bundle, tmp_path: Path) -> None:
+    result = cost.measure_cost(demo_bundle, batches=(1, 3), chunk_ms=(1120,), hours=0.02, repeats=3, machine=MACHINE)
+    wide, long = result["rows"][:2], result["rows"][2]
+    assert [row["case"]["batch"] for row in wide] == [1, 3]
+    (fit,) = result["method"]["fits"]
+    medians = [statistics.median(row["ms"]["step"]) for row in wide]
+    assert (fit["fixed_ms"], fit["per_stream_ms"]) == pytest.approx(cost.fit_width((1, 3), medians), rel=1e-3)
+    assert len(long["ms"]["stretch"]) == 64 and long["values"]["hours"] == 0.02  # 72 s of 1.12 s
+    assert "fixed" in shown(result, tmp_path)
+
+
+def test_quick_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quick, "measure_machine", lambda *sizes, **more: MACHINE)
+    assert _run(["bench", "quick", "--repeats", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "step p50" in out and "p99" in out and "two zero two six four one five eight" in out
+    result = json.loads((tmp_path / "bench-results" / "quick.json").read_text())
+    assert len(result["rows"]) == 8 and result["benchmark"] == "quick"
+    assert (tmp_path / "bench-results" / "quick-latency.png").exists()
+
+
+def test_bench_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["bench", "speed"]) == OptionError.exit_code
+    assert "choose one of quick" in capsys.readouterr().err
+    assert _run(["bench"]) == 0
+    assert "latency" in capsys.readouterr().out
+
+
+def test_bad_options_are_named(demo_bundle: Bundle) -> None:
+    with pytest.raises(OptionError, match="at least 1"):
+        latency.measure_latency(demo_bundle, batches=(0,))
+    with pytest.raises(OptionError, match="must be positive"):
+        capacity.measure_capacity(demo_bundle, seconds=0)
+    with pytest.raises(OptionError, match="at least 1"):
+        cost.measure_cost(demo_bundle, repeats=0)
+    with pytest.raises(OptionError, match="a CPU runs fp32 and int8, not fp16"):
+        latency.measure_latency(demo_bundle, ("fp16",), (1,), machine=MACHINE)
