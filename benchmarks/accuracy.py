@@ -16,6 +16,7 @@ model's card says.
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -26,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks import record, tables
 from nemostream.benchmarks.record import Record, Say, agreement
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError, OptionError
-from nemostream.runtime.audio import Recording
 from nemostream.spec import Bundle, Chunk, Manifest
 
 NORMALIZERS = ("english", "basic", "none")
@@ -107,9 +108,11 @@ def read_hub(name: str, rate: int) -> Iterable[Utterance]:
         )
     try:
         rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
-        for row in rows.cast_column("audio", datasets.Audio(sampling_rate=rate)):
+        # Decoded here: their own decoding wants PyTorch and FFmpeg.
+        for row in rows.cast_column("audio", datasets.Audio(decode=False)):
             text = row.get("text") or row.get("sentence") or row.get("normalized_text") or ""
-            yield Utterance(np.asarray(row["audio"]["array"], np.float32), text)
+            audio = row["audio"]
+            yield Utterance(_samples(io.BytesIO(audio["bytes"]) if audio["bytes"] else audio["path"], rate), text)
     except (OSError, ValueError, KeyError) as error:
         raise BackendError(f"{name} cannot be had from the hub: {error}") from error
 
@@ -199,6 +202,15 @@ def measure_accuracy(
     )  # fmt: skip
 
 
+def _samples(file: Any, rate: int) -> NDArray[np.float32]:
+    """A whole recording [N], one channel, at the model's rate."""
+    import soundfile
+    import soxr
+
+    samples, its_rate = soundfile.read(file, dtype="float32", always_2d=True)
+    return soxr.resample(samples.mean(axis=1), its_rate, rate)
+
+
 class _Nemo:
     """NeMo itself: the offline forward with a chunk size's mask, and its greedy decoding."""
 
@@ -208,14 +220,10 @@ class _Nemo:
         self._model, self._rate = load_nemo(checkpoint), manifest.features.sample_rate
 
     def transcribe(self, audio: Any, chunk: Chunk) -> tuple[list[int], str]:
-        import soxr
         import torch
 
         if not isinstance(audio, np.ndarray):
-            with Recording(audio) as file:
-                audio, rate = np.concatenate([np.zeros(0, np.float32), *file.blocks()]), file.sample_rate
-            audio = audio if audio.ndim == 1 else audio.mean(axis=1)
-            audio = audio if rate == self._rate else soxr.resample(audio, rate, self._rate)
+            audio = _samples(audio, self._rate)
         model, device = self._model, next(self._model.parameters()).device
         model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
         model.preprocessor.featurizer.dither = 0.0
@@ -275,6 +283,22 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
              title="Latency and accuracy")  # fmt: skip
     axes.legend(fontsize=7)
     return f"Texts normalised: {result['method']['normalizer']}.\n\n{tables.markdown(head, lines)}\n"
+
+
+def headline(result: Record) -> str:
+    """For the README: word error rates by set and precision, over chunk sizes."""
+    sizes = sorted({row["case"]["chunk_ms"] for row in result["rows"]})
+    found = {(row["case"]["set"], row["case"]["precision"], row["case"]["chunk_ms"]): row["values"]
+             for row in result["rows"]}  # fmt: skip
+    lines = []
+    for name, precision in dict.fromkeys(key[:2] for key in found):
+        mine = [found.get((name, precision, ms)) for ms in sizes]
+        lines.append([f"{name}, {precision}", *(_percent(values["wer"]) if values else "" for values in mine)])
+        nemo = [_percent(values.get("nemo_wer")) if values else "" for values in mine]
+        if any(nemo) and precision == "fp32":
+            lines.append([f"{name}, NeMo", *nemo])
+    table = tables.markdown(["word error rate", *(f"{ms} ms" for ms in sizes)], lines)
+    return f"Words, model *{result['model']['name']}*:\n\n{table}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

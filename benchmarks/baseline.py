@@ -12,7 +12,9 @@ each chunk size and batch:
   one first, a pause before each so that no thread pool still spins. All have the same number of threads.
 * Ratios are taken round by round against ours in fp32, and their median, least and most are shown.
 * Sides that compute what NeMo computes (`exact`) must have said the same tokens in the end, or the run ends with an
-  error: the figures would mean nothing. Of the others the share of equal tokens is told.
+  error: the figures would mean nothing. Of the others the share of NeMo's tokens that they said is told. With random
+  weights it falls to nothing once a single token differs, since the next ones follow from it: what a precision costs in
+  words only `accuracy` says, of a model that has learnt some.
 * What is not equal is to our cost: our step begins with PCM, theirs (but for sherpa-onnx) with features made before;
   transformers' does not decode.
 * Cores that other work (or another guest of the host) kept busy are counted. With more than a tenth of one the figures
@@ -85,7 +87,8 @@ def compare_steps(
     threads, before = threads or record.cores(), torch.get_num_threads()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     torch.set_num_threads(threads)
-    rows, absent = [], {}
+    rows: list[Row] = []
+    absent: dict[str, str] = {}
     try:
         machine = machine or measure_machine(threads)
         say("loading NeMo")
@@ -265,6 +268,28 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         f"{name} {rate:.0f} G/s" for name, rate in method["machine"].items()) + "."]  # fmt: skip
     _draw(result, plot("steps"))
     return "\n".join(text) + "\n"
+
+
+def headline(result: Record) -> str:
+    """For the README: ours beside each opponent, per chunk size and batch."""
+    hard, method = result["hardware"], result["method"]
+    by_case = {(row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["side"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(side for _, _, side in by_case))
+    lines = []
+    for chunk_ms, batch in sorted({case[:2] for case in by_case}):
+        line = [f"{chunk_ms} ms", batch]
+        for name in names:
+            row = by_case.get((chunk_ms, batch, name))
+            ratio = row["values"].get("times_ours") if row else None
+            step = tables.digits(row["figures"]["step"]["p50"]) if row else ""
+            line.append(step if name == REFERENCE or not ratio else f"{step} ({ratio['median']:.2f}×)")
+        lines.append(line)
+    where = hard["gpu"] or f"{hard['cpu']}, {hard['cores']} cores"
+    return (
+        f"One whole step, median milliseconds (and × ours in fp32, median of the rounds): {result['model']['layers']} "
+        f"layers of {result['model']['d_model']}, {method['threads']} threads, {where}:\n\n"
+        f"{tables.markdown(['chunk', 'batch', *names], lines)}"
+    )
 
 
 def _draw(result: Record, axes: Any) -> None:

@@ -67,7 +67,7 @@ def measure_capacity(
     others, rows = OtherWork(), []
     with timed_backend(bundle, chunks, precision, slots, device=device, threads=threads, engines=engines) as backend:
         watched = Watched(backend)
-        with Model(bundle, watched, chunks[0].ms) as model:  # type: ignore[arg-type]
+        with Model(bundle, watched, chunks[0].ms) as model:
 
             def probe(streams: int, seconds: float, confirming: bool = False) -> Row:
                 say(f"{streams} streams for {seconds:.0f} s")

@@ -77,8 +77,8 @@ def measure_cost(
             steps = round(3600 * hours * 1000 / chunk.ms)
             if steps >= 2:
                 say(f"{chunk.ms} ms, {hours:g} hours of one stream, {steps} steps")
-                times = _long(bundle, backend, chunk, steps)
-                parts = [float(np.median(part)) for part in np.array_split(times, min(_STRETCHES, steps))]
+                whole = _long(bundle, backend, chunk, steps)
+                parts = [float(np.median(part)) for part in np.array_split(whole, min(_STRETCHES, len(whole)))]
                 values = {"hours": hours, **fit_length(parts)}
                 rows.append(record.row({**case, "what": "length", "batch": 1}, {"stretch": parts}, values))
     return record.record(

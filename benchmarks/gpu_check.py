@@ -32,13 +32,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import nemostream
+from nemostream.benchmarks import record
 from nemostream.benchmarks.gpu_speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.engines import build_engine, open_gpu
@@ -49,20 +49,16 @@ from nemostream.runtime.backend import Batch
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.spec import Bundle, Chunk
 
-LIBRARIES = ("nemostream", "numpy", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "tensorrt", "tensorrt_rtx",
-             "tensorrt-rtx-cu13", "onnxruntime", "onnxruntime-gpu", "onnx")  # fmt: skip
 _BATCHES = (1, 8, 64, 256, 1024)
 
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
 def environment(device: Any) -> Report:
-    query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
-    smi = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
     return {
-        "gpu": device.name, "architecture": device.architecture, "nvidia_smi": smi, "python": platform.python_version(),
-        "platform": platform.platform(), "libraries": {name: _version(name) for name in LIBRARIES},
-        "command": shlex.join(sys.argv), "commit": _output(["git", "describe", "--always", "--dirty"]),
+        "gpu": device.name, "architecture": device.architecture, "nvidia_smi": record.hardware()["gpu"],
+        "platform": platform.platform(), "libraries": record.versions(), "command": shlex.join(sys.argv),
+        "commit": record.commit(),
     }  # fmt: skip
 
 
@@ -269,20 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         section("speed", full)
     device.close()
     print(show(report), end="")
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

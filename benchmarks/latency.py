@@ -17,6 +17,7 @@ step. `launches` counts the calls, or what a GPU is asked to start per step. The
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from nemostream.benchmarks.record import OtherWork, Record, Row, Say
 from nemostream.benchmarks.sides import Feed, timed_backend
 from nemostream.benchmarks.synthetic import speech
 from nemostream.errors import OptionError
-from nemostream.runtime.backend import Backend
+from nemostream.runtime.backend import Backend, Batch
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.runtime.ort import OrtBackend
 from nemostream.runtime.recognizer import Model
@@ -189,7 +190,7 @@ def _clock(backend: Backend, chunk: Chunk) -> Iterator[dict[str, float]]:
     step, net, encode = backend._steps[chunk.ms], backend._transducer, backend.encode
     before = step.features, step.encoder, net._decoder, net._joint
 
-    def timed(batch: Any) -> Any:
+    def timed(batch: Batch) -> Any:
         start = time.perf_counter()
         try:
             return encode(batch)
@@ -219,10 +220,10 @@ def _on_the_device(
 ) -> dict[str, list[float]]:
     """Times between events: the whole step as it is launched, and its stages one by one."""
     times: dict[str, list[float]] = {name: [] for name in ("device", *PARTS[:4])}
-    device, pending = backend._device, []
+    device, pending = backend._device, list[Any]()
     for step in steps:
         inputs = feed.batch(chunk, step * chunk.frames)
-        whole = device_ms(device, [lambda batch=inputs: pending.append(backend.submit(batch))])
+        whole = device_ms(device, [functools.partial(_submit, backend, inputs, pending)])
         pending.pop().result()
         device.adopt()
         recording, _ = backend._prepare(inputs)  # the same chunk again: stage by stage, not decoded
@@ -238,6 +239,10 @@ def _on_the_device(
             times[name].append(milliseconds)
         values["launches"] = len(recording.stages)
     return times
+
+
+def _submit(backend: GpuBackend, inputs: Batch, pending: list[Any]) -> None:
+    pending.append(backend.submit(inputs))
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

@@ -23,19 +23,21 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemostream.errors import NemostreamError, OptionError
+from nemostream.errors import BackendError, NemostreamError, OptionError
 
 SCHEMA = "nemostream-benchmark/1"
 FOLDER = Path("bench-results")
 PERCENTILES = (50, 90, 95, 99)
 LIBRARIES = (
-    "nemostream", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "torch", "nemo_toolkit",
-    "transformers", "sherpa-onnx", "jiwer", "whisper-normalizer",
+    "nemostream", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "tensorrt-rtx-cu13",
+    "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "torch", "nemo_toolkit", "transformers", "sherpa-onnx", "jiwer",
+    "whisper-normalizer",
 )  # fmt: skip
 _GIGABYTE = 1 << 30
 _NOISE = 0.03  # two runs of one program on one machine differ by about that much
@@ -279,6 +281,8 @@ def run(measure: Callable[[], Record], options: argparse.Namespace) -> None:
     from nemostream.benchmarks.report import write_report  # it imports the benchmarks, and they this
 
     try:
+        if missing := [name for name in ("matplotlib", "onnx") if find_spec(name) is None]:
+            raise BackendError(f"benchmarks need {' and '.join(missing)}: pip install 'nemostream[bench]'")
         result = measure()
         write(result, options.out / f"{options.name}.json")
         print(write_report([result], options.out / f"{options.name}.md"), end="")

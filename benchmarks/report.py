@@ -13,13 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nemostream.benchmarks import record, tables
 from nemostream.benchmarks.record import Record
-from nemostream.errors import BackendError, NemostreamError, OptionError
+from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ("latency", "capacity", "throughput", "accuracy", "baseline", "cost", "quick")
@@ -98,8 +97,6 @@ def changes(new: Record, old: Record) -> str:
 @contextmanager
 def plots(stem: Path) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
     """Gives axes by name, and writes what was drawn on them as `{stem}-{name}.png` and `.svg`, the same each time."""
-    if find_spec("matplotlib") is None:
-        raise BackendError("plots need matplotlib: pip install 'nemostream[bench]'")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
