@@ -307,7 +307,7 @@ def _draw(result: Record, axes: Any) -> None:
         above = [step["p99"] - step["p50"] for _, step in bars]
         axes.errorbar(at, middle, [[0] * len(bars), above], fmt="none", color="black", linewidth=0.7)
     axes.set_xticks([place + 0.4 for place in range(len(groups))], [f"{ms} ms × {batch}" for ms, batch in groups])
-    axes.set(ylabel="step, ms (p50, whisker to p99)", yscale="log", title="One step, by chunk size × batch")
+    axes.set(ylabel="step, ms (p50, whisker to p99)", title="One step, by chunk size × batch")
     axes.legend(fontsize=7, ncols=2)
 
 

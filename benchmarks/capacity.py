@@ -137,7 +137,6 @@ def judge(heard: Heard, steps: Sequence[tuple[int, int, float]], case: dict[str,
         if drift[ms] > _DRIFT * ms:
             reasons.append(f"results of {ms} ms come {drift[ms]:.0f} ms later in the end")
     times["final"] = [1000 * final for final in heard.finals]
-    times["late"] = [1000 * late for late in heard.lateness]
     if not heard.results:
         reasons.append("nothing was recognised")
     if heard.waiting:
@@ -152,6 +151,8 @@ def judge(heard: Heard, steps: Sequence[tuple[int, int, float]], case: dict[str,
         "seconds": round(heard.seconds, 2), "audio_seconds": round(heard.audio, 2),
         "rtfx": record.rtfx(heard.audio, heard.seconds) if heard.seconds else 0.0,
         "mean_batch": sum(rows) / len(rows) if rows else 0.0, "steps": len(steps),
+        # Of every packet, so its samples would be nine tenths of the file.
+        "late_ms": record.figures([1000 * late for late in heard.lateness]) if heard.lateness else None,
     }  # fmt: skip
     return record.row(case, times, values)
 
@@ -175,8 +176,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     for row in sorted(result["rows"], key=lambda row: (row["case"].get("confirming", False), row["case"]["streams"])):
         values, first = row["values"], True
         for what, found in row["figures"].items():
-            if what == "late":
-                continue
             figures = [tables.digits(found[name]) for name in ("avg", "p50", "p90", "p95", "p99")]
             verdict = "yes" if values["holds"] else "no: " + "; ".join(values["against"])
             kind = f"{values['seconds']:.0f}"

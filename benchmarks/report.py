@@ -20,7 +20,7 @@ from nemostream.benchmarks import record, tables
 from nemostream.benchmarks.record import Record
 from nemostream.errors import NemostreamError, OptionError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ("latency", "capacity", "throughput", "accuracy", "baseline", "cost", "quick")
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 

@@ -71,12 +71,17 @@ def test_unknown_sets_are_named() -> None:
 def test_a_set_of_the_hub_is_read(tmp_path: Path) -> None:
     """From a folder in the hub's format, at another rate than the model's."""
     pytest.importorskip("datasets")
+    import io
+
     import numpy as np
+    import pyarrow
+    import pyarrow.parquet
     import soundfile
 
-    wave = np.sin(np.arange(8000) / 10).astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", wave, 8000)
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,a tone\n")
+    file = io.BytesIO()
+    soundfile.write(file, np.sin(np.arange(8000) / 10).astype(np.float32), 8000, format="WAV")
+    rows = {"audio": [{"bytes": file.getvalue(), "path": "a.wav"}], "text": ["a tone"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
     (found,) = accuracy.read_hub(f"{tmp_path}:default:train", 16000)
     assert found.text == "a tone" and len(found.audio) == pytest.approx(16000, abs=50)
 
