@@ -87,9 +87,9 @@ def changes(new: Record, old: Record) -> str:
     ]  # fmt: skip
     if not lines:
         return f"No case of the {old['benchmark']} of {old['time']} is in this one.\n"
-    where = (
-        "" if new["hardware"] == old["hardware"] else " **The hardware is another**, so this says nothing of the code."
-    )
+    others = [what for what in ("hardware", "model") if new[what] != old[what]]
+    others += ["device"] if new["method"].get("device") != old["method"].get("device") else []
+    where = "".join(f" **The {what} is another**, so this says nothing of the code." for what in others)
     table = tables.markdown(["case", "what", "before, ms", "now, ms", "now ÷ before", ""], lines)
     return f"### Since {old['time']}, commit {old['commit'] or 'unknown'}\n\nMedians.{where}\n\n{table}\n"
 

@@ -52,7 +52,9 @@ def test_another_machine_is_told() -> None:
     new, old = some_result(2.0), some_result(2.0)
     assert "another" not in report.changes(new, old)
     old["hardware"] = old["hardware"] | {"cores": 999}
-    assert "The hardware is another" in report.changes(new, old)
+    old["model"] = {"name": "another"}
+    told = report.changes(new, old)
+    assert "The hardware is another" in told and "The model is another" in told
 
 
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
