@@ -22,7 +22,7 @@ from nemostream.runtime.backend import Backend
 from nemostream.runtime.scheduler import Scheduler
 from nemostream.runtime.stream import Result, Token
 from nemostream.runtime.tokenizer import Detokenizer, Tokenizer
-from nemostream.spec import Bundle
+from nemostream.spec import Bundle, Chunk
 
 if TYPE_CHECKING:
     from nemostream.runtime.aio import AsyncLiveStream
@@ -91,6 +91,13 @@ class Model:
         ):
             return recognition.run(file.blocks(), on_partial, on_progress)
 
+    def watch(self, on_step: Callable[[Chunk, int, float], None] | None) -> None:
+        """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took.
+
+        It is called on the scheduler's thread, between two steps; it must be quick and must not raise.
+        """
+        self._scheduler.on_step = on_step
+
     def close(self) -> None:
         """Fail the streams still open and give back what the backend holds. Does nothing the second time."""
         self._scheduler.close()
@@ -120,7 +127,7 @@ class Recognition:
         self._scheduler, self._manifest, self._tokenizer = model._scheduler, model.manifest, model._tokenizer
         self._text = Detokenizer(self._tokenizer)
         self._ended = False
-        self._steps = 0
+        self._frames = 0  # decoded
         self._last = Result("", (), 0.0, chunk.ms, False)
         self._seat = self._scheduler.open(chunk, listener)  # last: whatever fails above must not cost a slot
 
@@ -138,6 +145,10 @@ class Recognition:
             raise StreamError("the stream was finished; open a new one for more audio.")
         for block in self.intake.push(pcm):
             self._scheduler.accept(self._seat, block)
+
+    def use(self, chunk_ms: int) -> None:
+        """Go on in chunks of another size. Raises `OptionError` if the model was not trained for it."""
+        self._scheduler.use(self._seat, self._manifest.chunk(chunk_ms))
 
     def end(self) -> None:
         """No more audio. Does nothing the second time."""
@@ -166,7 +177,7 @@ class Recognition:
 
     def collect(self) -> list[Result]:
         """A partial result of every step since the last call."""
-        return [self._advance(count) for count in self._scheduler.collect(self._seat)]
+        return [self._advance(chunk, count) for chunk, count in self._scheduler.collect(self._seat)]
 
     def final(self) -> Result:
         """The final result, once every step is in."""
@@ -189,7 +200,7 @@ class Recognition:
                 if on_partial:
                     on_partial(partial)
             if on_progress:
-                on_progress(self._decoded)
+                on_progress(self.decoded)
 
         for block in blocks:
             self.feed(block)
@@ -201,15 +212,14 @@ class Recognition:
         return self.final()
 
     @property
-    def _decoded(self) -> float:
+    def decoded(self) -> float:
         """Seconds of audio decoded so far. The last steps, which run when the stream has ended, leave nothing over."""
-        frames = self._steps * self._seat.stream.chunk.frames
         seconds = self.intake.seconds
-        return seconds if self._ended else min(self._manifest.seconds(frames), seconds)
+        return seconds if self._ended else min(self._manifest.seconds(self._frames), seconds)
 
-    def _advance(self, count: int) -> Result:
+    def _advance(self, chunk: Chunk, count: int) -> Result:
         """Take in a step that left `count` tokens in the hypothesis."""
-        self._steps += 1
+        self._frames += chunk.frames
         hypothesis, known = self._seat.stream.hypothesis, self._last.tokens
         text, tokens = self._last.text, known
         if count > len(known):  # a step that said nothing shares text and tokens with the one before
@@ -219,7 +229,7 @@ class Recognition:
             piece, seconds = self._tokenizer.piece, self._manifest.seconds
             said = zip(ids, frames, scores, strict=True)
             tokens = (*known, *(Token(i, piece(i), seconds(f), score) for i, f, score in said))
-        self._last = Result(text, tokens, self.intake.seconds, self._last.chunk_ms, False)
+        self._last = Result(text, tokens, self.intake.seconds, chunk.ms, False)
         return self._last
 
 
@@ -252,6 +262,14 @@ class LiveStream:
         self._recognition.end()
         self._recognition.wait()
         return self._recognition.final()
+
+    def use(self, chunk_ms: int) -> None:
+        """Go on in chunks of another size: larger ones cost the machine less, smaller ones are sooner.
+
+        What was pushed so far is kept, and so is all that was heard. Raises `OptionError` for a size that the model
+        does not have.
+        """
+        self._recognition.use(chunk_ms)
 
     def close(self) -> None:
         """Give the slot back, now. Does nothing after `finish`."""

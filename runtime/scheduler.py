@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class Seat:
     progress: threading.Condition  # notified whenever `settled` may have changed
     listener: Callable[[], None] | None  # called at the same moments, for those who cannot wait on a condition
     in_flight: int = 0  # steps submitted whose results are not in; the slot is not given back before it is 0
-    steps: deque[int] = field(default_factory=deque)  # tokens in the hypothesis after each step not yet collected
+    # Of each step not yet collected: its chunk, and the tokens in the hypothesis after it.
+    steps: deque[tuple[Chunk, int]] = field(default_factory=deque)
     error: NemostreamError | None = None  # why the stream cannot go on
 
     @property
@@ -46,8 +48,10 @@ class Seat:
 
 @dataclass(frozen=True)
 class _Step:
+    chunk: Chunk
     seats: list[Seat]
     pending: Pending
+    started: float
 
 
 class Scheduler:
@@ -62,6 +66,8 @@ class Scheduler:
         self._ready: dict[Seat, None] = {}  # in the order they became ready
         self._resets: set[int] = set()  # slots of new streams
         self._closed: NemostreamError | None = None  # why no stream can be opened any more
+        # Told of every step, on the scheduler's thread: its chunk, how many streams it had, seconds it took.
+        self.on_step: Callable[[Chunk, int, float], None] | None = None
         self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
         self._thread.start()
 
@@ -115,8 +121,13 @@ class Scheduler:
             while not self._settled(seat, backlog):
                 seat.progress.wait()
 
-    def collect(self, seat: Seat) -> list[int]:
-        """Length of the hypothesis after each step since the last call."""
+    def use(self, seat: Seat, chunk: Chunk) -> None:
+        """Run a stream in chunks of another size from its next one on; the state at the backend serves every size."""
+        with self._lock:
+            seat.stream.use(chunk)
+
+    def collect(self, seat: Seat) -> list[tuple[Chunk, int]]:
+        """Each step since the last call: its chunk, and the length of the hypothesis after it."""
         with self._lock:
             steps = list(seat.steps)
             seat.steps.clear()
@@ -161,10 +172,10 @@ class Scheduler:
         self._give_back(seat)
         seat.progress.notify_all()
 
-    def _pick(self) -> tuple[list[Seat], list[tuple[Floats, int]]]:
-        """The seats of the next step, by slot, and the chunk of each."""
-        chunk = next(iter(self._ready)).stream.chunk
-        alike = (seat for seat in self._ready if seat.stream.chunk == chunk)
+    def _pick(self) -> tuple[Chunk, list[Seat], list[tuple[Floats, int]]]:
+        """The size of the next step's chunks, its seats by slot, and the chunk of each."""
+        chunk = next(iter(self._ready)).stream.head
+        alike = (seat for seat in self._ready if seat.stream.head == chunk)
         # By slot, because a backend can use neighbouring slots where they lie.
         seats = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda seat: seat.slot or 0)
         rows = [seat.stream.take() for seat in seats]
@@ -172,7 +183,7 @@ class Scheduler:
             seat.in_flight += 1
             del self._ready[seat]
             self._queue(seat)
-        return seats, rows
+        return chunk, seats, rows
 
     # -- the scheduler's thread ----------------------------------------------------------------------------------------
 
@@ -215,15 +226,16 @@ class Scheduler:
                 seats = [self._seats[slot] for slot in slots if slot in self._seats]
             self._fail(seats, error, steps=0)
 
-    def _submit(self, seats: list[Seat], rows: list[tuple[Floats, int]]) -> _Step | None:
+    def _submit(self, chunk: Chunk, seats: list[Seat], rows: list[tuple[Floats, int]]) -> _Step | None:
+        started = time.perf_counter()
         try:
             batch = Batch(
-                seats[0].stream.chunk,
+                chunk,
                 np.array([seat.slot for seat in seats], np.int64),
                 np.stack([audio for audio, _ in rows]),
                 np.array([length for _, length in rows], np.int64),
             )
-            return _Step(seats, self._backend.submit(batch))
+            return _Step(chunk, seats, self._backend.submit(batch), started)
         except Exception as error:
             self._fail(seats, error, steps=1)
             return None
@@ -244,9 +256,11 @@ class Scheduler:
                     self._kill(seat, StreamError("the model's numbers for this stream are not finite; open a new one."))
                 elif not seat.error:
                     seat.stream.hypothesis.extend(*row)
-                    seat.steps.append(len(seat.stream.hypothesis.tokens))
+                    seat.steps.append((step.chunk, len(seat.stream.hypothesis.tokens)))
                 self._give_back(seat)
                 seat.progress.notify_all()
+        if self.on_step:
+            self.on_step(step.chunk, len(step.seats), time.perf_counter() - step.started)
         self._tell(step.seats)
 
     def _fail(self, seats: list[Seat], error: Exception, steps: int) -> None:

@@ -63,9 +63,10 @@ class Stream:
         self.samples = 0  # accepted, the lead silence not counted
         self.ended = False
         self._manifest = manifest
-        self._ready: deque[tuple[Floats, int]] = deque()  # (chunk, how many of its samples are the stream's)
-        self._cut = 0  # chunks cut so far, taken or not
+        self._ready: deque[tuple[Chunk, Floats, int]] = deque()  # chunk, its audio, how much of that is the stream's
+        self._covered = 0  # encoder frames of the chunks cut so far, taken or not
         # The chunk being filled. The lead silence is part of the first; it is shorter than any chunk.
+        self._filling = chunk  # its size; `chunk` is that of the ones after it
         self._next = np.zeros(chunk.samples, np.float32)
         self._filled = manifest.lead
 
@@ -74,17 +75,31 @@ class Stream:
         """Chunks that can be run now."""
         return len(self._ready)
 
+    @property
+    def head(self) -> Chunk:
+        """Size of the chunk that `take` gives next."""
+        return self._ready[0][0]
+
+    def use(self, chunk: Chunk) -> None:
+        """Cut chunks of this size from now on; the one being filled too, unless it holds more than that already."""
+        self.chunk = chunk
+        if self._filled < chunk.samples:
+            began = self._next[: self._filled]
+            self._next = np.zeros(chunk.samples, np.float32)
+            self._next[: self._filled] = began
+            self._filling = chunk
+
     def accept(self, samples_N: Floats) -> None:
         """Append audio: mono, at the model's rate."""
         if self.ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
         self.samples += len(samples_N)
         while len(samples_N):
-            part = samples_N[: self.chunk.samples - self._filled]
+            part = samples_N[: len(self._next) - self._filled]
             self._next[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             samples_N = samples_N[len(part) :]
-            if self._filled == self.chunk.samples:
+            if self._filled == len(self._next):
                 self._close_chunk()
 
     def end(self) -> None:
@@ -93,14 +108,16 @@ class Stream:
             return
         self.ended = True
         frames = self._manifest.encoder_frames(self.samples)
-        while self._cut * self.chunk.frames < frames:
+        while self._covered < frames:
             self._close_chunk()
 
     def take(self) -> tuple[Floats, int]:
-        """The next chunk [chunk.samples] and how many of its leading samples belong to the stream."""
-        return self._ready.popleft()
+        """The next chunk [head.samples] and how many of its leading samples belong to the stream."""
+        _, audio, length = self._ready.popleft()
+        return audio, length
 
     def _close_chunk(self) -> None:
-        self._ready.append((self._next, self._filled))
-        self._cut += 1
+        self._ready.append((self._filling, self._next, self._filled))
+        self._covered += self._filling.frames
+        self._filling = self.chunk
         self._next, self._filled = np.zeros(self.chunk.samples, np.float32), 0

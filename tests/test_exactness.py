@@ -236,6 +236,28 @@ def test_state_and_buffers_do_not_grow(tiny_bundle: Bundle, clips: Any) -> None:
     assert len(backend._steps[1120]._bound) == 1
 
 
+def test_a_stream_that_changes_its_chunk_size(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
+    """Pushed and told `use` as it goes, or cut by hand and run by the backend alone: the same tokens."""
+    manifest, audio = tiny_bundle.manifest, clips["librivox-sense-0870"]
+    order = [560, 80, 80, 160, 1120, 560, 80, 560, 160]
+    backend, tokens, at = OrtBackend(tiny_bundle, capacity=1), [], 0
+    backend.reset(np.array([0]))
+    padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
+    with tiny_model.stream() as stream:
+        for ms in order:
+            chunk = manifest.chunk(ms)
+            part = padded[at : at + chunk.samples]
+            emissions = backend.submit(Batch(chunk, np.array([0]), part[None], np.array([len(part)]))).result()
+            tokens += emissions.tokens[0].tolist()
+            stream.use(ms)
+            (partial,) = stream.push(part if at else part[manifest.lead :])
+            assert partial.chunk_ms == ms and ids(partial) == tokens
+            at += chunk.samples
+        stream.push(audio[at - manifest.lead :])
+        assert stream.finish().duration == len(audio) / 16000
+    assert len(tokens) > 5
+
+
 # -- hearing -----------------------------------------------------------------------------------------------------------
 
 

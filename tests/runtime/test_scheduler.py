@@ -347,7 +347,8 @@ def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve
     scheduler.accept(seat, noise(0, 199 + 2 * 1280))
     assert done.wait(WAIT)
     assert heard == ["nemostream-scheduler"] * 3
-    assert scheduler.collect(seat) == [3, 6, 9] and scheduler.collect(seat) == []
+    chunk = manifest.chunk(80)
+    assert scheduler.collect(seat) == [(chunk, 3), (chunk, 6), (chunk, 9)] and scheduler.collect(seat) == []
 
     def gone():
         raise RuntimeError("event loop is closed")

@@ -90,3 +90,37 @@ def test_audio_after_the_end_is_refused_and_ending_twice_adds_nothing(manifest):
     assert stream.queued == 1
     with pytest.raises(StreamError, match="was finished; open a new one"):
         stream.accept(np.ones(1, np.float32))
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 9000), st.sampled_from([80, 160, 560, 1120])), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_a_stream_may_change_its_chunk_size_and_loses_nothing(manifest, fake, changes):
+    stream, samples, sizes = Stream(manifest, manifest.chunk(160)), 0, []
+    audio = np.arange(1, 1 + sum(length for length, _ in changes), dtype=np.float32)
+    for length, ms in changes:
+        stream.accept(audio[samples : samples + length])
+        samples += length
+        stream.use(manifest.chunk(ms))
+    stream.end()
+    chunks = []
+    while stream.queued:
+        sizes.append(stream.head)
+        chunks.append(stream.take())
+    covered, frames = sum(size.frames for size in sizes), fake.encoder_frames(samples)
+    assert covered >= frames and (not sizes or covered - sizes[-1].frames < frames)
+    assert [len(row) for row, _ in chunks] == [size.samples for size in sizes]
+    heard = np.concatenate([np.zeros(0, np.float32), *(row[:length] for row, length in chunks)])
+    whole = np.concatenate([np.zeros(1081, np.float32), audio])
+    assert np.array_equal(heard, whole[: sum(size.samples for size in sizes)])
+
+
+def test_another_chunk_size_counts_from_the_chunk_being_filled(manifest):
+    stream = Stream(manifest, manifest.chunk(560))
+    stream.accept(np.ones(100, np.float32))
+    stream.use(manifest.chunk(80))
+    stream.accept(np.ones(99, np.float32))
+    assert stream.queued == 1 and stream.head.ms == 80
+    stream.accept(np.ones(1000, np.float32))
+    stream.use(manifest.chunk(560))
+    stream.accept(np.ones(280, np.float32))
+    assert stream.queued == 1
