@@ -39,11 +39,6 @@ class AsyncLiveStream:
         await self._settle()
         return self._recognition.final()
 
-    @property
-    def decoded(self) -> float:
-        """Seconds of audio decoded so far."""
-        return self._recognition.decoded
-
     def use(self, chunk_ms: int) -> None:
         """As `LiveStream.use`; never blocks."""
         self._recognition.use(chunk_ms)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -111,23 +111,23 @@ def _float32(pcm: NDArray[np.generic]) -> Floats:
 class Recording:
     """An audio file, read in blocks of bounded size. A context manager.
 
-    Raises `AudioError`, always naming the file, if it is missing, not audio, cut short, empty or holds NaN; the last
-    three may show only while reading.
+    Raises `AudioError` if it is missing, not audio, cut short, empty or holds NaN; the last three may show only while
+    reading. The error names the file: as `name`, where its path is not what the user knows it by.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path, self._name = Path(path), name or str(path)
         if self.path.is_dir():
-            raise AudioError(f"{path} is a folder, not an audio file.")
+            raise AudioError(f"{self._name} is a folder, not an audio file.")
         if not self.path.exists():
-            raise AudioError(f"{path} does not exist.")
+            raise AudioError(f"{self._name} does not exist.")
         try:
             # As bytes where paths are bytes: a name need not be text.
             self._file = soundfile.SoundFile(str(self.path) if os.name == "nt" else os.fsencode(self.path))
         except TypeError as error:  # soundfile takes .raw for headerless audio and asks for its rate
-            raise AudioError(f"{path} has no header; feed raw 16-bit PCM through a pipe instead.") from error
+            raise AudioError(f"{self._name} has no header; feed raw 16-bit PCM through a pipe instead.") from error
         except (soundfile.LibsndfileError, OSError) as error:
-            raise AudioError(f"{path} cannot be read as audio (damaged, or not audio at all): {error}") from error
+            raise AudioError(f"{self._name} cannot be read as audio (damaged, or not audio at all): {_why(error)}") from error
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
         self._promised: int = self._file.frames
@@ -151,7 +151,7 @@ class Recording:
     ) -> None:
         self._file.close()
 
-    def blocks(self) -> Iterator[Floats]:
+    def blocks(self) -> Generator[Floats]:
         """Yield all of it as [n, channels], n > 0."""
         read = 0
         while True:
@@ -159,11 +159,11 @@ class Recording:
                 block = self._file.read(BLOCK, dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
                 where = f"{read / self.sample_rate:.2f} s"
-                raise AudioError(f"{self.path} is damaged or cut short after {where}; copy it again.") from error
+                raise AudioError(f"{self._name} is damaged or cut short after {where}; copy it again.") from error
             if not len(block):
                 break
             if not np.isfinite(block).all():
-                raise AudioError(f"{self.path} holds NaN or infinity near {read / self.sample_rate:.2f} s.")
+                raise AudioError(f"{self._name} holds NaN or infinity near {read / self.sample_rate:.2f} s.")
             read += len(block)
             yield block
         if read < self._promised and not (self._file.format == "MP3" and not _mp3_knows_its_length(self.path)):
@@ -174,11 +174,11 @@ class Recording:
         if "Junk after the last page" in log and "end-of-stream" in log.lower():
             self._cut_short(0.0, read / self.sample_rate)
         if not read:
-            raise AudioError(f"{self.path} holds no audio.")
+            raise AudioError(f"{self._name} holds no audio.")
 
     def _check_header(self) -> None:
         if self.sample_rate not in RATES:
-            raise AudioError(f"{self.path} has a sample rate of {self.sample_rate} Hz; {RATES[0]} is the least.")
+            raise AudioError(f"{self._name} has a sample rate of {self.sample_rate} Hz; {RATES[0]} is the least.")
         # Where the file's size shows that audio is missing, libsndfile corrects `frames` and says so in its log only.
         for claimed, found in _SHORT.findall(self._log):
             # Writers into a pipe cannot know the size and claim the most there is (sox, ffmpeg): no promise.
@@ -187,7 +187,7 @@ class Recording:
 
     def _cut_short(self, promised: float, found: float) -> None:
         claim = f"of the {promised:.2f} s its header promises" if promised else "of a longer recording"
-        raise AudioError(f"{self.path} is cut short: {found:.2f} s {claim} are there; copy it again.")
+        raise AudioError(f"{self._name} is cut short: {found:.2f} s {claim} are there; copy it again.")
 
 
 def _mp3_knows_its_length(path: Path) -> bool:
@@ -224,3 +224,8 @@ def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16
         )
     if empty:
         raise AudioError("no raw PCM came: the stream is empty.")
+
+
+def _why(error: Exception) -> str:
+    """libsndfile's own words, without the path that soundfile puts before them."""
+    return str(getattr(error, "error_string", error))

@@ -229,7 +229,7 @@ class Recognition:
             piece, seconds = self._tokenizer.piece, self._manifest.seconds
             said = zip(ids, frames, scores, strict=True)
             tokens = (*known, *(Token(i, piece(i), seconds(f), score) for i, f, score in said))
-        self._last = Result(text, tokens, self.intake.seconds, chunk.ms, False)
+        self._last = Result(text, tokens, self.intake.seconds, chunk.ms, False, self.decoded)
         return self._last
 
 

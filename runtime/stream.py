@@ -34,6 +34,7 @@ class Result:
     duration: float  # seconds of audio received by then; of a final one: of the whole recording
     chunk_ms: int
     final: bool
+    decoded: float = 0.0  # seconds of it that the model has heard; silence since the last token is counted from here
 
 
 @dataclass

@@ -202,6 +202,19 @@ def doctor() -> None:
         raise typer.Exit(BackendError.exit_code)
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def serve(context: typer.Context) -> None:
+    """Serve live speech to many clients: Riva gRPC, OpenAI's HTTP and realtime WebSocket, a plain one, a web page.
+
+    `nemostream serve --help` shows its options.
+    """
+    try:
+        from nemostream.serving.server import main as run
+    except ImportError as error:
+        raise BackendError(f"serving needs more ({error}): pip install 'nemostream[serve]'") from error
+    run(context.args)
+
+
 _BENCHMARKS = ("quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "report")
 
 

@@ -1,0 +1,276 @@
+"""NVIDIA Riva's speech recognition over gRPC: `RivaSpeechRecognition` and gRPC's health service.
+
+The messages are those of NVIDIA's own package, `nvidia-riva-client`. Its clients send files with their headers, also
+to `StreamingRecognize`; a WAV header is read and left out, other containers are for `Recognize`.
+
+What Riva can and this model cannot is refused by name (speaker tags, a channel each, a profanity filter). Hints that
+change nothing here are ignored: boosted phrases, automatic punctuation (the model writes its own), alternatives.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
+
+from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
+from nemostream.serving.http import authorised
+from nemostream.serving.service import Service
+from nemostream.serving.session import Draining, Event, Expired, Session
+from nemostream.serving.upload import Upload
+
+_ENCODINGS = {
+    riva_audio_pb2.AudioEncoding.ENCODING_UNSPECIFIED: "pcm_s16le",
+    riva_audio_pb2.AudioEncoding.LINEAR_PCM: "pcm_s16le",
+    riva_audio_pb2.AudioEncoding.MULAW: "mulaw",
+    riva_audio_pb2.AudioEncoding.ALAW: "alaw",
+}
+_CONTAINERS = (b"RIFF", b"fLaC", b"OggS", b"ID3")
+_WAV = {(1, 16): "pcm_s16le", (3, 32): "pcm_f32le", (6, 8): "alaw", (7, 8): "mulaw"}  # (format tag, bits)
+_LONGEST_HEADER = 1 << 16
+
+
+@dataclass(frozen=True)
+class _Sound:
+    """How the bytes of a stream are to be read."""
+
+    encoding: str
+    sample_rate: int
+    channels: int
+    audio: bytes  # what came with the header
+
+
+def add_to(server: grpc.aio.Server, service: Service) -> None:
+    """Serve Riva's recognition, and gRPC's health."""
+    riva_asr_pb2_grpc.add_RivaSpeechRecognitionServicer_to_server(_Riva(service), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(service), server)
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        kinds = health_pb2.HealthCheckResponse.ServingStatus
+        serving = self._service.state == "ready"
+        return health_pb2.HealthCheckResponse(status=kinds.SERVING if serving else kinds.NOT_SERVING)
+
+
+class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):  # type: ignore[misc]
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._keys = [key.get_secret_value().encode() for key in service.settings.api_keys]
+
+    async def StreamingRecognize(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        await self._admit(context)
+        try:
+            await self._stream(requests, context)
+        except NemostreamError as error:
+            if isinstance(error, Expired):
+                self._service.metrics.dropped.inc()
+            await _abort(context, error)
+
+    async def Recognize(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        await self._admit(context)
+        try:
+            return await self._recognize(request)
+        except NemostreamError as error:
+            await _abort(context, error)
+
+    async def GetRivaSpeechRecognitionConfig(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        await self._admit(context)
+        try:
+            manifest = self._service.model.manifest
+        except NemostreamError as error:
+            await _abort(context, error)
+        if request.model_name not in ("", manifest.name):
+            await _abort(context, OptionError(f"there is no model {request.model_name!r}, only {manifest.name!r}."))
+        answer = riva_asr_pb2.RivaSpeechRecognitionConfigResponse
+        parameters = {
+            "language_code": "en-US", "sample_rate": str(manifest.features.sample_rate), "type": "online",
+            "streaming": "True", "offline": "True", "chunk_ms": str(self._service.settings.chunk_ms),
+            "chunks_ms": ",".join(map(str, self._service.chunks)),
+        }  # fmt: skip
+        return answer(model_config=[answer.Config(model_name=manifest.name, parameters=parameters)])
+
+    async def _stream(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        """Take in a client's audio, and write what it says."""
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("streaming_config"):
+            raise OptionError("the first message of a stream must be its streaming_config.")
+        wanted = first.streaming_config
+        options, header = _options(wanted.config), b""
+        session: Session | None = None
+        try:
+            # The place is taken before audio comes, as the file's header may still say how it is to be read.
+            session = self._open(wanted.config, options, None)
+            heard = False
+            while True:
+                async with session.receiving():
+                    request = await anext(aiter(requests), None)
+                if request is None:
+                    break
+                data = request.audio_content
+                if not heard:
+                    header += data
+                    sound = _unwrapped(header)
+                    if sound is None:  # not all of the header yet
+                        continue
+                    heard, data = True, header if isinstance(sound, bytes) else sound.audio
+                    if not isinstance(sound, bytes):
+                        session.close()
+                        session = self._open(wanted.config, options, sound)
+                await _write(context, session, wanted, await session.push(data))
+            await _write(context, session, wanted, await session.finish())
+        except BaseException as error:
+            if session:
+                session.close(str(error) if isinstance(error, NemostreamError) else "the client hung up")
+            raise
+        session.close()
+
+    def _open(self, config: Any, options: dict[str, Any], sound: _Sound | None) -> Session:
+        encoding = sound.encoding if sound else _ENCODINGS.get(config.encoding)
+        if encoding is None:
+            names = {number: name for name, number in riva_audio_pb2.AudioEncoding.items()}
+            name = names.get(config.encoding, f"encoding {config.encoding}")
+            raise OptionError(f"a stream of {name} cannot be read; send LINEAR_PCM, MULAW or ALAW, or use Recognize.")
+        rate, channels = config.sample_rate_hertz or 16000, config.audio_channel_count or 1
+        if sound:
+            rate, channels = sound.sample_rate, sound.channels
+        return self._service.open("riva", sample_rate=rate, channels=channels, encoding=encoding, **options)
+
+    async def _recognize(self, request: Any) -> Any:
+        config, options = request.config, _options(request.config)
+        files = riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncoding.OGGOPUS
+        if request.audio.startswith(_CONTAINERS) or config.encoding in files:
+            upload = Upload(
+                self._service, "riva", io.BytesIO(request.audio), "the audio", options.get("chunk_ms")
+            )  # fmt: skip
+            events = [event async for event in upload if event and event.kind == "final"]
+            seconds = upload.seconds
+        else:
+            block = self._service.settings.max_message_bytes
+            async with self._open(config, options, None) as session:
+                events = []
+                for start in range(0, len(request.audio), block):
+                    events += await session.push(request.audio[start : start + block])
+                events = [event for event in [*events, *await session.finish()] if event.kind == "final"]
+                seconds = session.audio
+        results = [
+            riva_asr_pb2.SpeechRecognitionResult(
+                alternatives=[_alternative(event, config)], channel_tag=1, audio_processed=event.audio
+            )
+            for event in events
+        ]
+        if not results:
+            results = [riva_asr_pb2.SpeechRecognitionResult(channel_tag=1, audio_processed=seconds)]
+        return riva_asr_pb2.RecognizeResponse(results=results)
+
+    async def _admit(self, context: grpc.aio.ServicerContext) -> None:
+        if not self._keys:
+            return
+        given = dict(context.invocation_metadata() or ())
+        key = str(given.get("authorization", "")).removeprefix("Bearer ") or str(given.get("x-api-key", ""))
+        if not authorised(key, self._keys):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed: send authorization: Bearer KEY.")
+
+
+async def _write(context: grpc.aio.ServicerContext, session: Session, wanted: Any, events: Iterable[Event]) -> None:
+    for event in events:
+        if event.kind == "partial" and not wanted.interim_results:
+            continue
+        result = riva_asr_pb2.StreamingRecognitionResult(
+            alternatives=[_alternative(event, wanted.config)], is_final=event.kind == "final", stability=1.0,
+            channel_tag=1, audio_processed=event.audio,
+        )  # fmt: skip
+        async with session.sending():
+            await context.write(riva_asr_pb2.StreamingRecognizeResponse(results=[result]))
+
+
+def _alternative(event: Event, config: Any) -> Any:
+    words = event.words
+    alternative = riva_asr_pb2.SpeechRecognitionAlternative(
+        # Clients join the results of a recording as they are, so a final one ends with a space, as Riva's do.
+        transcript=event.text + (" " if event.kind == "final" else ""),
+        confidence=min((word.confidence for word in words), default=0.0), language_code=["en-US"],
+    )  # fmt: skip
+    if config.enable_word_time_offsets:
+        alternative.words.extend(
+            riva_asr_pb2.WordInfo(
+                word=word.text, start_time=round(1000 * word.start), end_time=round(1000 * word.end),
+                confidence=word.confidence, language_code="en-US",
+            )
+            for word in words
+        )  # fmt: skip
+    return alternative
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """What `Service.open` is to know. Raises `OptionError` for what cannot be done."""
+    language = config.language_code.lower()
+    if language and not language.startswith(("en", "multi")):
+        raise OptionError(f"language_code is {config.language_code!r}; this model knows English.")
+    for wanted, name in (
+        (config.diarization_config.enable_speaker_diarization, "speaker diarization"),
+        (config.enable_separate_recognition_per_channel, "separate recognition per channel"),
+        (config.profanity_filter, "a profanity filter"),
+    ):
+        if wanted:
+            raise OptionError(f"{name} is not available here.")
+    options: dict[str, Any] = {}
+    if chunk := config.custom_configuration.get("chunk_ms"):
+        if not chunk.isdigit():
+            raise OptionError(f"chunk_ms is {chunk!r}; it must be whole milliseconds.")
+        options["chunk_ms"] = int(chunk)
+    if config.endpointing_config.stop_history > 0:
+        options["endpoint_ms"] = config.endpointing_config.stop_history
+    return options
+
+
+def _unwrapped(begin: bytes) -> _Sound | bytes | None:
+    """What a stream's first bytes say: a WAV header's sound, no header (the bytes themselves), or not yet known."""
+    if len(begin) < 12:
+        return None if begin.startswith(tuple(magic[: len(begin)] for magic in _CONTAINERS)) else begin
+    if begin.startswith(_CONTAINERS[1:]):
+        raise AudioError("a stream must be bare samples, or WAV; send a FLAC, Ogg or MP3 file to Recognize.")
+    if not (begin.startswith(b"RIFF") and begin[8:12] == b"WAVE"):
+        return begin
+    at, shape = 12, None
+    while at + 8 <= len(begin):
+        name, size = begin[at : at + 4], int.from_bytes(begin[at + 4 : at + 8], "little")
+        if name == b"data":
+            if shape is None:
+                raise AudioError("the WAV header has no fmt part before its data.")
+            tag, channels, rate, bits = shape
+            if (tag, bits) not in _WAV:
+                raise AudioError(f"WAV of format {tag} with {bits} bits cannot be streamed; send 16-bit PCM.")
+            return _Sound(_WAV[tag, bits], rate, channels, begin[at + 8 :])
+        if name == b"fmt " and at + 24 <= len(begin):
+            tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", begin, at + 8)
+            if tag == 0xFFFE and at + 34 <= len(begin):  # extensible: the format is the first part of its GUID
+                tag = int.from_bytes(begin[at + 32 : at + 34], "little")
+            shape = tag, channels, rate, bits
+        at += 8 + size + size % 2
+    if len(begin) > _LONGEST_HEADER:
+        raise AudioError("the WAV header is longer than 64 KiB.")
+    return None
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: NemostreamError) -> NoReturn:
+    kinds = grpc.StatusCode
+    code, hint = kinds.INTERNAL, ()
+    if isinstance(error, Draining):
+        code, hint = kinds.UNAVAILABLE, (("grpc-retry-pushback-ms", "5000"),)
+    elif isinstance(error, CapacityError):
+        code, hint = kinds.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", "2000"),)
+    elif isinstance(error, OptionError | AudioError):
+        code = kinds.INVALID_ARGUMENT
+    elif isinstance(error, Expired):
+        code = kinds.DEADLINE_EXCEEDED
+    await context.abort(code, str(error), hint)
+    raise AssertionError  # abort never returns

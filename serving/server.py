@@ -1,0 +1,164 @@
+"""The process: sockets, signals, logs; HTTP and gRPC around one `Service`, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import grpc
+import uvicorn
+
+from nemostream.errors import BackendError
+from nemostream.serving import riva
+from nemostream.serving.http import create_app
+from nemostream.serving.service import Service
+from nemostream.serving.settings import Settings, read_settings
+
+log = logging.getLogger("nemostream.serving")
+
+_HALF_OPEN = 20.0  # seconds between pings, and for their answer
+_KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that leaves signals to us: it would hang up on every stream at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+async def serve(
+    settings: Settings,
+    started: Callable[[dict[str, int], Service], None] = lambda ports, service: None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until `stop` is set, or, where none is given, until SIGTERM or SIGINT.
+
+    `started` is told the ports, and the service, when streams are taken. Raises `BackendError` if a port cannot be had,
+    and what loading the model raises.
+    """
+    service = Service(settings)
+    listening = _listen(settings.host, settings.port)
+    ports = {"http_port": listening.getsockname()[1]}
+    http = _http(service, settings, ports)
+    riva_server = None
+    if settings.grpc_port >= 0:
+        riva_server, ports["grpc_port"] = _riva(service, settings)
+        await riva_server.start()
+    if settings.public and not settings.api_keys:
+        log.warning("everyone on the network can use this server: it has no api_keys")
+    stop = _on_signals(http) if stop is None else stop
+    serving = asyncio.create_task(http.serve(sockets=[listening]))
+    stopping = asyncio.create_task(stop.wait())
+    loading = asyncio.create_task(asyncio.to_thread(service.start))
+    try:
+        await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            watching = asyncio.create_task(service.watch())
+            started(ports, service)
+            await asyncio.wait({stopping, serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+            watching.cancel()
+        draining = asyncio.create_task(service.drain())
+        await asyncio.wait({draining, serving}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+    finally:
+        stopping.cancel()
+        if riva_server:
+            await riva_server.stop(grace=1)
+        http.should_exit = True
+        await serving
+        await asyncio.wait({loading})
+        await asyncio.to_thread(service.close)
+        log.info("stopped")
+
+
+def _on_signals(http: _Uvicorn) -> asyncio.Event:
+    """Set by the first signal; the second one does not wait for anybody."""
+    stop = asyncio.Event()
+
+    def asked() -> None:
+        http.should_exit = http.force_exit = stop.is_set()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, asked)
+    return stop
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise BackendError(f"cannot listen at {host}:{port} ({error.strerror}); choose another --port.") from error
+
+
+def _http(service: Service, settings: Settings, ports: dict[str, int]) -> _Uvicorn:
+    return _Uvicorn(
+        uvicorn.Config(
+            create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
+            ws="websockets-sansio", ws_max_size=settings.max_message_bytes, ws_per_message_deflate=False,
+            ws_ping_interval=_HALF_OPEN, ws_ping_timeout=_HALF_OPEN, timeout_graceful_shutdown=2,
+            ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
+        )
+    )  # fmt: skip
+
+
+def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_upload_bytes), ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", int(1000 * _HALF_OPEN)), ("grpc.keepalive_timeout_ms", int(1000 * _HALF_OPEN)),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+        ]
+    )  # fmt: skip
+    riva.add_to(server, service)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.grpc_port}"
+    try:
+        if settings.tls_cert and settings.tls_key:
+            pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
+            return server, server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        return server, server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise BackendError(f"cannot listen at {address}; choose another --grpc-port, or -1 for none.") from error
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, what happened, and what is known about it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {"time": f"{clock}.{int(record.msecs):03}Z", "level": record.levelname.lower()}
+        line |= {"event": record.getMessage(), **{k: v for k, v in vars(record).items() if k not in _KNOWN}}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """`nemostream serve`."""
+    settings = read_settings(arguments)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    scheme = "https" if settings.tls_cert else "http"
+
+    def started(ports: dict[str, int], service: Service) -> None:
+        print(f"{scheme}://{settings.host}:{ports['http_port']}", flush=True)
+
+    uvicorn_loop = uvicorn.Config(app="", log_config=None).get_loop_factory()
+    with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+        runner.run(serve(settings, started))

@@ -1,0 +1,254 @@
+"""One engine and everyone who uses it: who is let in, what is watched, what happens under too much load, and the end.
+
+The rules of overload, in this order. No more than `admitted` streams are open. While results come late (nine in ten
+later than 0.8 of their chunk, three seconds long) no stream is let in; with `degrade`, every stream then moves to the
+next larger chunk size, and again every three seconds, and back when results came sooner than 0.3 of their chunk for
+ten. Audio that was received is never thrown away: a client that sends faster than it is served is read more slowly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+
+import nemostream
+from nemostream.errors import CapacityError, NemostreamError, OptionError
+from nemostream.runtime.recognizer import Model
+from nemostream.serving.metrics import Metrics
+from nemostream.serving.session import Draining, Event, Session
+from nemostream.serving.settings import Settings
+from nemostream.spec import Chunk
+
+log = logging.getLogger("nemostream.serving")
+
+_SPARE = 16  # slots beyond the admitted streams: those of streams that are just ending
+_SHARE = 0.5  # of the measured throughput that is promised: the rest is for transports, and for steps not full
+_LATE, _EARLY = 0.8, 0.3  # of a chunk
+_PATIENCE, _CALM = 3, 10  # seconds
+
+
+class Service:
+    """`start` it, `watch` it in the event loop that serves, `drain` and `close` it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.metrics = settings, Metrics()
+        self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
+        self.admitted = settings.max_streams
+        self.sessions: set[Session] = set()
+        self.level = 0  # sizes that chunks are larger than asked for
+        self._model: Model | None = None
+        self._late: deque[float] = deque(maxlen=10_000)  # latencies of this second, in chunks
+        self._lately: deque[float] = deque(maxlen=_CALM)  # their 90th percentile, by second
+        self._busy, self._lock = 0.0, threading.Lock()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def model(self) -> Model:
+        if self._model is None:
+            raise Draining("the server is still starting; try again in a moment.")
+        return self._model
+
+    def start(self) -> None:
+        """Load the engine, run every chunk size once, measure. Blocks; raises what `nemostream.load` raises."""
+        settings, began = self.settings, time.monotonic()
+        model = nemostream.load(
+            settings.bundle, settings.chunk_ms, capacity=settings.max_streams + _SPARE, threads=settings.threads,
+            device=settings.device, precision=settings.precision, engines=settings.engines,
+        )  # fmt: skip
+        try:
+            known = [chunk.ms for chunk in model.manifest.chunks]
+            self.chunks = tuple(sorted(settings.chunks or known))
+            if strange := [ms for ms in self.chunks if ms not in known]:
+                raise OptionError(f"chunks: the model has no chunk size of {strange[0]} ms, only {known}.")
+            if settings.chunk_ms not in self.chunks:
+                raise OptionError(f"chunk_ms is {settings.chunk_ms}, which is not among the chunks {self.chunks}.")
+            for ms in self.chunks:
+                throughput(model, ms, 1, steps=2)
+            rate = throughput(model, settings.chunk_ms, min(64, settings.max_streams))
+        except BaseException:
+            model.close()
+            raise
+        if settings.measure:
+            self.admitted = max(1, min(settings.max_streams, int(_SHARE * rate)))
+        self.metrics.most.set(self.admitted)
+        model.watch(self._stepped)
+        self._model, self.state = model, "ready"
+        log.info(
+            "ready", extra={"seconds": round(time.monotonic() - began, 1), "model": model.manifest.name,
+                            "real_time_streams": round(rate), "admitted": self.admitted}
+        )  # fmt: skip
+
+    def open(
+        self, transport: str, *, sample_rate: int = 16000, channels: int = 1, encoding: str = "pcm_s16le",
+        chunk_ms: int | None = None, endpoint_ms: int | None = 0,
+    ) -> Session:  # fmt: skip
+        """Let a stream in; `endpoint_ms` is None for one that never ends an utterance by itself, 0 for the default.
+
+        Raises `CapacityError` when there is no room, `Draining` before the start and at the end, `OptionError`.
+        """
+        wanted = self.settings.chunk_ms if chunk_ms is None else chunk_ms
+        try:
+            if self.state == "draining":
+                raise Draining("the server is about to stop; connect again, to another one if there is one.")
+            self.model  # noqa: B018 - raises while starting
+            self._offered(wanted)
+            if endpoint_ms is not None and not 0 <= endpoint_ms <= 60_000:
+                raise OptionError(f"endpoint_ms is {endpoint_ms}; it must be from 0 to 60000.")
+            if len(self.sessions) >= self.admitted:
+                raise CapacityError(f"all {self.admitted} streams are taken; try again in a few seconds.")
+            if self.overloaded:
+                raise CapacityError("the machine is behind with the streams it has; try again in a few seconds.")
+            session = Session(
+                self, transport=transport, sample_rate=sample_rate, channels=channels, encoding=encoding,
+                chunk_ms=wanted,
+                endpoint_ms=self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms,
+            )  # fmt: skip
+        except NemostreamError as error:
+            self.metrics.rejected.labels(type(error).__name__).inc()
+            log.info("refused", extra={"transport": transport, "why": str(error)})
+            raise
+        self.sessions.add(session)
+        self._empty.clear()
+        self.metrics.opened.labels(transport).inc()
+        self.metrics.streams.labels(transport).inc()
+        about = {"transport": transport, "chunk_ms": wanted, "sample_rate": sample_rate, "channels": channels}
+        log.info("opened", extra={"stream": session.id, **about})
+        return session
+
+    def use(self, session: Session, chunk_ms: Any) -> None:
+        """A client wants another chunk size from now on. Raises `OptionError` for one that is not offered."""
+        session.wanted_ms = self._offered(chunk_ms)
+        session.use(self.chunk_now(chunk_ms))
+
+    def closed(self, session: Session) -> None:
+        """A session is over; it says so itself."""
+        if session not in self.sessions:
+            return
+        self.sessions.discard(session)
+        if not self.sessions:
+            self._empty.set()
+        self.metrics.streams.labels(session.transport).dec()
+        if session.error:
+            self.metrics.failed.labels(session.transport).inc()
+        log.info(
+            "closed", extra={"stream": session.id, "audio_seconds": round(session.audio, 2), "error": session.error}
+        )
+
+    def said(self, session: Session, event: Event) -> None:
+        """An utterance of a session is final."""
+        self.metrics.words.inc()
+        if self.settings.log_transcripts:
+            log.info("said", extra={"stream": session.id, "utterance": event.utterance, "text": event.text})
+
+    def heard(self, chunk_ms: int, seconds: float) -> None:
+        """A chunk's result came, so long after its last audio."""
+        self.metrics.latency.labels(chunk_ms).observe(seconds)
+        self._late.append(1000 * seconds / chunk_ms)
+
+    def chunk_now(self, wanted_ms: int) -> int:
+        """The size that a stream that asked for `wanted_ms` gets at the present level."""
+        return self.chunks[min(self.chunks.index(wanted_ms) + self.level, len(self.chunks) - 1)]
+
+    def _offered(self, chunk_ms: Any) -> int:
+        if chunk_ms not in self.chunks:
+            raise OptionError(f"chunk_ms is {chunk_ms}; it must be one of {', '.join(map(str, self.chunks))}.")
+        return int(chunk_ms)
+
+    @property
+    def overloaded(self) -> bool:
+        lately = list(self._lately)[-_PATIENCE:]
+        return len(lately) == _PATIENCE and min(lately) > _LATE
+
+    async def watch(self) -> None:
+        """Judge the load once a second, for ever."""
+        audio = self._audio()
+        while True:
+            await asyncio.sleep(1)
+            with self._lock:
+                busy, self._busy = self._busy, 0.0
+            before, audio = audio, self._audio()
+            self.metrics.real_time.set(busy / (audio - before) if audio > before else 0.0)
+            late = sorted(self._late)
+            self._late.clear()
+            self.judge(late[int(0.9 * len(late))] if late else 0.0)
+
+    def judge(self, late: float) -> None:
+        """Take in a second's latency, in chunks, and move the streams if that is the rule."""
+        self._lately.append(late)
+        if not self.settings.degrade:
+            return
+        level = self.level
+        if self.overloaded and level < len(self.chunks) - 1:
+            level += 1
+        elif level and len(self._lately) == _CALM and max(self._lately) < _EARLY:
+            level -= 1
+        if level != self.level:
+            self.level = level
+            self._lately.clear()
+            self.metrics.level.set(level)
+            for session in self.sessions:
+                session.use(self.chunk_now(session.wanted_ms))
+            log.warning("chunks changed", extra={"level": level})
+
+    async def drain(self) -> None:
+        """Take no new stream, and wait until those that are open end, for as long as the settings allow."""
+        self.state = "draining"
+        log.info("draining", extra={"streams": len(self.sessions)})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), self.settings.drain_seconds)
+
+    def close(self) -> None:
+        """Fail the streams still open and give back the engine."""
+        self.state = "draining"
+        if self._model is not None:
+            self._model.close()
+
+    def describe(self) -> dict[str, Any]:
+        """The state, for those who ask."""
+        found: dict[str, Any] = {"status": self.state, "streams": len(self.sessions), "admitted": self.admitted}
+        if self._model is not None:
+            found |= {
+                "model": self._model.manifest.name,
+                "chunks_ms": list(self.chunks),
+                "chunk_ms": self.settings.chunk_ms,
+            }
+        return found
+
+    def _stepped(self, chunk: Chunk, rows: int, seconds: float) -> None:
+        """On the scheduler's thread."""
+        self.metrics.steps.labels(chunk.ms).observe(seconds)
+        self.metrics.batch.observe(rows)
+        with self._lock:
+            self._busy += seconds
+
+    def _audio(self) -> float:
+        return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
+
+
+def throughput(model: Model, chunk_ms: int, streams: int, steps: int = 4) -> float:
+    """Seconds of audio that a second decodes, `streams` at once, measured over a few steps on noise."""
+    chunk = model.manifest.chunk(chunk_ms)
+    noise = np.random.default_rng(0).standard_normal(chunk.samples).astype(np.float32) * 0.05
+
+    async def measure() -> float:
+        taken, rate = [], model.manifest.features.sample_rate
+        open_ = [model.astream(sample_rate=rate, chunk_ms=chunk_ms) for _ in range(streams)]
+        try:
+            for _ in range(steps):
+                began = time.perf_counter()
+                await asyncio.gather(*(stream.push(noise) for stream in open_))
+                taken.append(time.perf_counter() - began)
+        finally:
+            for stream in open_:
+                stream.close()
+        return streams * chunk_ms / 1000 / min(taken[1:])
+
+    return asyncio.run(measure())

@@ -1,0 +1,147 @@
+"""How the server is set up: a flag, an environment variable, a line of a file, or the default, in this order.
+
+`--max-streams 100`, `NEMOSTREAM_MAX_STREAMS=100` and `max_streams = 100` in a TOML file say the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliImplicitFlag,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from nemostream.errors import OptionError
+
+
+class Limits(BaseModel):
+    """What one client may take. Seconds are wall-clock seconds."""
+
+    max_streams: int = Field(256, ge=1, description="Most streams at once; a stream more is refused.")
+    idle_seconds: float = Field(30, gt=0, description="A stream that sends nothing for so long is ended.")
+    max_seconds: float = Field(4 * 3600, gt=0, description="No stream lasts longer.")
+    send_seconds: float = Field(10, gt=0, description="A client that does not read for so long is disconnected.")
+    max_message_bytes: int = Field(1 << 20, ge=1024, description="Of one message of a live stream.")
+    max_bytes_per_second: int = Field(
+        4 << 20, ge=1024, description="A live stream that sends faster is read no faster than this."
+    )
+    max_upload_bytes: int = Field(256 << 20, ge=1024, description="Of one uploaded recording.")
+
+
+class Settings(BaseSettings, Limits):
+    """Options of the server."""
+
+    model_config = SettingsConfigDict(env_prefix="NEMOSTREAM_", extra="forbid")
+
+    bundle: Path | None = Field(None, description="Folder that `nemostream export` wrote. Default: the packaged demo.")
+    chunk_ms: int = Field(560, description="Chunk size of clients that do not choose: smaller is sooner, and dearer.")
+    chunks: Annotated[list[int], NoDecode] = Field(
+        [], description="Chunk sizes that clients may choose (comma-separated). Default: every one of the model."
+    )
+    device: str = Field("cpu", description="cpu, or cuda for a GPU.")
+    precision: str | None = Field(None, description="Of the engines to use (`nemostream build`).")
+    engines: Path | None = Field(None, description="Folder of engines. Default: ~/.cache/nemostream/engines.")
+    threads: int | None = Field(None, ge=1, description="Threads of ONNX Runtime on a CPU. Default: every core.")
+    host: str = Field("127.0.0.1", description="Address to listen at. 0.0.0.0 is every network of this machine.")
+    port: int = Field(8000, ge=0, le=65535, description="Of HTTP and WebSockets; 0 takes a free one.")
+    grpc_port: int = Field(50051, ge=-1, le=65535, description="Of Riva's gRPC; 0 takes a free one, -1 has none.")
+    endpoint_ms: int = Field(800, ge=80, description="Silence after which an utterance is final.")
+    measure: CliImplicitFlag[bool] = Field(
+        True, description="Measure at the start how many streams this machine can serve, and admit no more."
+    )
+    degrade: CliImplicitFlag[bool] = Field(
+        False, description="Under overload move streams to a larger chunk, and back when it is over."
+    )
+    drain_seconds: float = Field(60, ge=0, description="On SIGTERM streams have so long to finish.")
+    api_keys: Annotated[list[SecretStr], NoDecode] = Field(
+        [], description="Keys that clients must send (comma-separated). Default: no key is needed."
+    )
+    tls_cert: Path | None = Field(None, description="Certificate chain, PEM. With it HTTP and gRPC are encrypted.")
+    tls_key: Path | None = Field(None, description="Its private key, PEM.")
+    origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Web origins other than our own that may call (comma-separated): https://app.example."
+    )
+    log_transcripts: CliImplicitFlag[bool] = Field(False, description="Write what was said into the log.")
+    config: Path | None = Field(None, description="TOML file with these options.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        for name in ("api_keys", "origins", "chunks"):
+            if isinstance(values, dict) and isinstance(values.get(name), str):
+                values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: give both")
+        for file in (self.tls_cert, self.tls_key):
+            if file is not None and not file.is_file():
+                raise ValueError(f"there is no file {file}")
+        return self
+
+    @property
+    def public(self) -> bool:
+        """Whether other machines can reach it."""
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def read_settings(arguments: Sequence[str] = ()) -> Settings:
+    """Settings from the command line, the environment and a file.
+
+    Raises `OptionError` naming what is wrong; shows its help and leaves by `SystemExit` when asked for it.
+    """
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--config", default=os.environ.get("NEMOSTREAM_CONFIG"))
+    file = words.parse_known_args(arguments)[0].config
+    if file and not Path(file).is_file():
+        raise OptionError(f"there is no configuration file {file}.")
+
+    class FromFile(Settings):
+        __doc__ = Settings.__doc__
+        model_config = SettingsConfigDict(
+            toml_file=file, cli_prog_name="nemostream serve", cli_kebab_case=True, cli_avoid_json=True,
+            cli_hide_none_type=True, cli_show_env_vars=True,
+        )  # fmt: skip
+
+    try:
+        return CliApp.run(FromFile, list(arguments), cli_exit_on_error=False)
+    except ValidationError as error:
+        raise OptionError("; ".join(_sentence(dict(problem)) for problem in error.errors()) + ".") from error
+    except (SettingsError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"the options cannot be read: {str(error).removeprefix('error parsing CLI: ')}.") from error
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    what = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {what}" if name else what

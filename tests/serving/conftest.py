@@ -1,0 +1,177 @@
+"""Servers: one of the whole process, as users start it; and one in this process, where a test wants to reach inside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+import nemostream
+
+pytest.importorskip("fastapi", reason="needs the serve extra")
+
+HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout"
+
+
+@dataclass
+class Running:
+    """A server somewhere."""
+
+    http: int
+    grpc: int
+    process: subprocess.Popen[str] | None = None
+    service: Any = None
+    log: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    @property
+    def socket(self) -> str:
+        return f"ws://127.0.0.1:{self.http}"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.grpc}"
+
+    def get(self, path: str, **headers: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """A figure of /metrics, summed over its labels."""
+        lines = self.get("/metrics")[1].splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.partition("{")[0].split(" ")[0] == name)
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
+
+
+@contextmanager
+def server_process(*arguments: str, **variables: str) -> Iterator[Running]:
+    """`nemostream serve` on free ports."""
+    command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables
+    )
+    log: list[dict[str, Any]] = []
+    assert process.stderr is not None and process.stdout is not None
+    errors = process.stderr
+
+    def keep() -> None:
+        for line in errors:
+            log.append(json.loads(line) if line.startswith("{") else {"event": line})
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        url = process.stdout.readline().strip()
+        assert url, f"it did not start: {log} {process.poll()}"
+        running = Running(int(url.rpartition(":")[2]), 0, process, log=log)
+        if url.startswith("http:"):
+            running.grpc = json.loads(running.get("/readyz")[1])["grpc_port"]
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+        process.wait(30)
+        keeper.join(5)
+
+
+@contextmanager
+def server_here(**settings: Any) -> Iterator[Running]:
+    """A server on a thread of this process."""
+    from nemostream.serving import server
+    from nemostream.serving.settings import Settings
+
+    found: list[Any] = []
+    up = threading.Event()
+    inside: dict[str, Any] = {}
+
+    async def run() -> None:
+        inside["loop"], inside["stop"] = asyncio.get_running_loop(), asyncio.Event()
+        inside["task"] = asyncio.current_task()
+
+        def started(ports: dict[str, int], service: Any) -> None:
+            found.append((ports, service))
+            up.set()
+
+        await server.serve(Settings(port=0, grpc_port=0, **settings), started, inside["stop"])
+
+    def main() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            inside["error"] = error
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=main, daemon=True)
+    thread.start()
+    assert up.wait(60) and found, inside.get("error")
+    ports, service = found[0]
+    try:
+        yield Running(ports["http_port"], ports["grpc_port"], service=service)
+    finally:
+        inside["loop"].call_soon_threadsafe(inside["stop"].set)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Running]:
+    """One process for the tests that only talk to it."""
+    with server_process("--max-streams", "64", "--no-measure", "--idle-seconds", "60") as running:
+        yield running
+
+
+@pytest.fixture
+def serve_here() -> Callable[..., Any]:
+    return server_here
+
+
+@pytest.fixture
+def serve_process() -> Callable[..., Any]:
+    return server_process
+
+
+@dataclass(frozen=True)
+class Clip:
+    path: Path
+    pcm: bytes = field(repr=False)  # 16 kHz mono 16 bit
+    text: str = ""  # what `nemostream transcribe` says
+    seconds: float = 0.0
+
+
+@pytest.fixture(scope="session")
+def spoken() -> list[Clip]:
+    """Recordings and what the model says of each offline, at 560 ms."""
+    rows = [json.loads(line) for line in (HELDOUT / "heldout.jsonl").read_text().splitlines()][:8]
+    found = []
+    with nemostream.load() as model:
+        for path in [nemostream.demo_clip(), *(HELDOUT / row["audio_filepath"] for row in rows)]:
+            audio, rate = soundfile.read(path, dtype="int16")
+            assert rate == 16000
+            found.append(Clip(path, audio.tobytes(), model.transcribe(path).text, len(audio) / rate))
+    assert all(clip.text for clip in found)
+    return found

@@ -1,0 +1,203 @@
+"""OpenAI's API, through the `openai` package."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import re
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+import soxr
+
+import nemostream
+
+
+@pytest.fixture
+def client(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+
+
+def test_text_of_every_format(client: Any, spoken: Any) -> None:
+    clip = spoken[0]
+    ask = client.audio.transcriptions.create
+    assert ask(model="any", file=clip.path).text == clip.text
+    assert ask(model="any", file=clip.path, response_format="text").strip() == clip.text
+    verbose = ask(
+        model="any", file=clip.path, response_format="verbose_json", timestamp_granularities=["word", "segment"]
+    )
+    assert verbose.text == clip.text and verbose.duration == pytest.approx(clip.seconds, abs=1e-3)
+    assert [word.word for word in verbose.words] == clip.text.split()
+    assert " ".join(segment.text for segment in verbose.segments) == clip.text
+    assert all(word.start < word.end <= clip.seconds + 0.2 for word in verbose.words)
+    srt = ask(model="any", file=clip.path, response_format="srt")
+    assert re.match(r"1\n\d\d:\d\d:\d\d,\d{3} --> \d\d:\d\d:\d\d,\d{3}\n", srt)
+    spoken_lines = [line for line in srt.splitlines() if line and "-->" not in line and not line.isdigit()]
+    assert " ".join(spoken_lines) == clip.text
+    vtt = ask(model="any", file=clip.path, response_format="vtt")
+    assert vtt.startswith("WEBVTT\n\n00:00:0") and clip.text.split()[0] in vtt
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_containers(client: Any, spoken: Any, format: str) -> None:
+    audio, file = np.frombuffer(spoken[0].pcm, np.int16), io.BytesIO()
+    soundfile.write(file, audio, 16000, format=format)
+    with nemostream.load() as model:
+        decoded, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")
+        wanted = model.transcribe(decoded, sample_rate=rate).text
+    got = client.audio.transcriptions.create(model="any", file=(f"x.{format.lower()}", file.getvalue())).text
+    assert got == wanted and len(got.split()) >= 4
+
+
+def test_streamed_events_add_up(client: Any, spoken: Any) -> None:
+    events = list(client.audio.transcriptions.create(model="any", file=spoken[0].path, stream=True))
+    deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
+    assert events[-1].type == "transcript.text.done" and events[-1].text == spoken[0].text
+    assert "".join(deltas) == spoken[0].text and len(deltas) >= 3
+
+
+def test_silence_is_no_text(client: Any) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16000, np.int16), 16000, format="WAV")
+    assert client.audio.transcriptions.create(model="any", file=("x.wav", file.getvalue())).text == ""
+    assert client.audio.transcriptions.create(
+        model="any", file=("x.wav", file.getvalue()), response_format="vtt"
+    ).startswith("WEBVTT")
+
+
+def test_refusals_are_sentences(client: Any, spoken: Any) -> None:
+    ask = client.audio.transcriptions.create
+    for options, word in (
+        ({"file": ("cat.png", b"\x89PNG" + bytes(99))}, "cat.png"),
+        ({"file": ("empty.wav", b"")}, "empty.wav"),
+        ({"file": spoken[0].path, "language": "de"}, "language"),
+        ({"file": spoken[0].path, "extra_body": {"chunk_ms": 33}}, "chunk_ms"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(model="any", **options)
+        assert word in caught.value.message and "/tmp" not in caught.value.message
+    with pytest.raises(openai.UnprocessableEntityError, match="response_format"):
+        ask(model="any", file=spoken[0].path, response_format="diarized_json")
+
+
+def test_models(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+
+
+# -- realtime ----------------------------------------------------------------------------------------------------------
+
+
+def at_24_khz(pcm: bytes) -> bytes:
+    return soxr.resample(np.frombuffer(pcm, np.int16), 16000, 24000).tobytes()
+
+
+def encoded(pcm: bytes) -> str:
+    return base64.b64encode(pcm).decode()
+
+
+async def until(connection: Any, *kinds: str) -> list[Any]:
+    """Events up to and with one of a kind."""
+    found = []
+    async with asyncio.timeout(30):
+        while True:
+            event = await connection.recv()
+            found.append(event)
+            if event.type in kinds:
+                return found
+
+
+COMPLETED = "conversation.item.input_audio_transcription.completed"
+DELTA = "conversation.item.input_audio_transcription.delta"
+
+
+def manual(**input_: Any) -> dict[str, Any]:
+    return {"type": "transcription", "audio": {"input": {"turn_detection": None, **input_}}}
+
+
+def test_a_realtime_session_with_commits(server: Any, spoken: Any) -> None:
+    async def main() -> None:
+        client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")
+        async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+            (created,) = await until(connection, "session.created")
+            assert created.session.type == "transcription"
+            await connection.session.update(session=manual())
+            (updated,) = await until(connection, "session.updated")
+            assert updated.session.audio.input.turn_detection is None
+            last = None
+            for clip in spoken[:2]:
+                pcm = at_24_khz(clip.pcm)
+                for start in range(0, len(pcm), 4800):
+                    await connection.input_audio_buffer.append(audio=encoded(pcm[start : start + 4800]))
+                await connection.input_audio_buffer.commit()
+                events = await until(connection, COMPLETED)
+                committed = next(event for event in events if event.type == "input_audio_buffer.committed")
+                with nemostream.load() as model:
+                    wanted = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
+                assert events[-1].transcript == wanted
+                assert "".join(event.delta for event in events if event.type == DELTA) == wanted
+                assert {event.item_id for event in events} == {committed.item_id}
+                assert committed.previous_item_id == last
+                last = committed.item_id
+
+    asyncio.run(main())
+
+
+def test_a_realtime_session_that_hears_the_end_of_a_turn(server: Any, spoken: Any) -> None:
+    async def main() -> None:
+        client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")
+        async with client.realtime.connect(model="any") as connection:
+            await until(connection, "session.created")
+            detection = {"type": "server_vad", "silence_duration_ms": 900}
+            format_ = {"type": "audio/pcmu"}
+            await connection.session.update(session=manual(turn_detection=detection, format=format_))
+            await until(connection, "session.updated")
+            low = soxr.resample(np.frombuffer(spoken[0].pcm, np.int16), 16000, 8000)
+            file = io.BytesIO()
+            soundfile.write(file, low, 8000, format="RAW", subtype="ULAW")
+            await connection.input_audio_buffer.append(audio=encoded(file.getvalue() + b"\xff" * 16000))
+            events = await until(connection, COMPLETED)
+            kinds = [event.type for event in events if event.type != DELTA]
+            assert kinds == [
+                "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped",
+                "input_audio_buffer.committed", COMPLETED,
+            ]  # fmt: skip
+            assert events[-1].transcript.split()[:2] == spoken[0].text.split()[:2]
+
+    asyncio.run(main())
+
+
+def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None:
+    async def main() -> None:
+        client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")
+        async with client.realtime.connect(model="any") as connection:
+            await until(connection, "session.created")
+            for message, word in (
+                ({"type": "response.create"}, "response.create"),
+                ({"type": "session.update", "session": {"type": "realtime"}}, "transcription"),
+                ({"type": "session.update", "session": manual(format={"type": "audio/mp3"})}, "format"),
+                ({"type": "session.update", "session": 7}, "session"),
+                ({"type": "input_audio_buffer.append", "audio": "not base64!"}, "base64"),
+                ({"type": "input_audio_buffer.append"}, "base64"),
+                ({"type": "input_audio_buffer.commit"}, "100 ms"),
+            ):
+                await connection.send({**message, "event_id": "mine"})
+                (error,) = await until(connection, "error")
+                assert word in error.error.message and error.error.event_id == "mine"
+            # And after all that it still listens; what was cleared is not said.
+            await connection.session.update(session=manual())
+            await connection.input_audio_buffer.append(audio=encoded(at_24_khz(spoken[1].pcm)))
+            await connection.input_audio_buffer.clear()
+            await until(connection, "input_audio_buffer.cleared")
+            pcm = at_24_khz(spoken[0].pcm)
+            await connection.input_audio_buffer.append(audio=encoded(pcm))
+            await connection.input_audio_buffer.commit()
+            events = await until(connection, COMPLETED)
+            with nemostream.load() as model:
+                wanted = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
+            assert events[-1].transcript == wanted
+
+    asyncio.run(main())

@@ -1,0 +1,160 @@
+"""`/v1/stream`, through the `websockets` package."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+import nemostream
+
+RATE = 16000
+
+
+def talk(socket: ClientConnection, pcm: bytes, size: int = 3200) -> list[dict[str, Any]]:
+    """Send audio, then the end; everything the server says."""
+    assert json.loads(socket.recv())["type"] == "ready"
+    for start in range(0, len(pcm), size):
+        socket.send(pcm[start : start + size])
+    socket.send(json.dumps({"type": "finish"}))
+    events = [json.loads(event) for event in socket]
+    assert socket.close_code == 1000
+    return events
+
+
+@pytest.mark.parametrize("chunk_ms", [80, 160, 560, 1120])
+def test_a_stream_says_what_transcribe_says(server: Any, spoken: Any, chunk_ms: int) -> None:
+    with nemostream.load(chunk_ms=chunk_ms) as model:
+        wanted = model.transcribe(spoken[0].path)
+    with connect(f"{server.socket}/v1/stream?chunk_ms={chunk_ms}&words=1") as socket:
+        *events, done = talk(socket, spoken[0].pcm)
+    assert done["type"] == "done" and done["text"] == wanted.text
+    assert done["audio"] == pytest.approx(spoken[0].seconds, abs=1e-3)
+    partials = [event for event in events if event["type"] == "partial"]
+    finals = [event for event in events if event["type"] == "final"]
+    assert " ".join(event["text"] for event in finals) == wanted.text
+    assert all(event["chunk_ms"] == chunk_ms for event in events) and len(partials) >= 3
+    for before, after in zip(partials, partials[1:], strict=False):
+        if before["utterance"] == after["utterance"]:
+            assert after["text"].startswith(before["text"])  # nothing is ever taken back
+    words = [word for event in finals for word in event["words"]]
+    assert [word["text"] for word in words] == wanted.text.split()
+    assert [word["start"] for word in words] == [t.time for t in wanted.tokens if t.text.startswith(" ")]
+
+
+def test_floats_at_48_khz_in_stereo(server: Any, spoken: Any) -> None:
+    audio = np.frombuffer(spoken[0].pcm, np.int16).astype(np.float32) / 32768
+    stereo = audio.repeat(3).repeat(2).reshape(-1, 2)
+    with nemostream.load() as model:
+        wanted = model.transcribe(stereo, sample_rate=48000).text
+    query = "sample_rate=48000&channels=2&encoding=pcm_f32le"
+    with connect(f"{server.socket}/v1/stream?{query}") as socket:
+        assert talk(socket, stereo.tobytes(), size=10_001)[-1]["text"] == wanted  # pieces that end inside a sample
+
+
+def test_commit_ends_an_utterance_at_once_and_the_next_begins_anew(server: Any, spoken: Any) -> None:
+    with connect(f"{server.socket}/v1/stream") as socket:
+        socket.recv()
+        for number, clip in enumerate(spoken[:3]):
+            socket.send(clip.pcm)
+            socket.send(json.dumps({"type": "commit"}))
+            events = []
+            while (event := json.loads(socket.recv()))["type"] != "committed":
+                events.append(event)
+            assert events[-1]["type"] == "final" and events[-1]["text"] == clip.text
+            assert events[-1]["utterance"] == number
+        assert event["audio"] == pytest.approx(sum(clip.seconds for clip in spoken[:3]), abs=1e-3)
+        socket.send(json.dumps({"type": "finish"}))
+        assert json.loads(socket.recv())["text"] == " ".join(clip.text for clip in spoken[:3])
+
+
+def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) -> None:
+    half = len(spoken[0].pcm) // 4 * 2
+    with connect(f"{server.socket}/v1/stream?chunk_ms=80") as socket:
+        socket.recv()
+        socket.send(spoken[0].pcm[:half])
+        socket.send(json.dumps({"type": "use", "chunk_ms": 1120}))
+        socket.send(spoken[0].pcm[half:])
+        socket.send(json.dumps({"type": "finish"}))
+        events = [json.loads(event) for event in socket]
+    assert {event.get("chunk_ms") for event in events} >= {80, 1120}
+    assert events[-1]["text"].split()[:2] == spoken[0].text.split()[:2]
+
+
+@pytest.mark.parametrize(
+    ("query", "word"),
+    [("chunk_ms=100", "chunk_ms"), ("sample_rate=1", "sample_rate"), ("sample_rate=x", "sample_rate"),
+     ("encoding=mp3", "encoding"), ("channels=0", "channels"), ("endpoint_ms=-7", "endpoint_ms"), ("voice=1", "voice"),
+     ("words=perhaps", "words")],
+)  # fmt: skip
+def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> None:
+    with pytest.raises(InvalidStatus) as caught, connect(f"{server.socket}/v1/stream?{query}"):
+        pass
+    answer = caught.value.response
+    assert answer.status_code == 400 and answer.body
+    assert word in json.loads(answer.body)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "name"),
+    [("{", 1008, "option"), ("[]", 1008, "option"), ('{"type": "sing"}', 1008, "option"),
+     ('{"type": "use", "chunk_ms": [1]}', 1008, "option"), ('{"type": "use"}', 1008, "option")],
+)  # fmt: skip
+def test_a_bad_message_ends_the_stream_with_a_sentence(server: Any, message: str, code: int, name: str) -> None:
+    with connect(f"{server.socket}/v1/stream") as socket:
+        socket.recv()
+        socket.send(message)
+        error = json.loads(socket.recv())
+        assert error["type"] == "error" and error["code"] == name and error["message"].endswith(".")
+        with pytest.raises(ConnectionClosed):
+            socket.recv()
+        assert socket.close_code == code
+
+
+def test_an_oversized_message_is_not_taken(server: Any) -> None:
+    with connect(f"{server.socket}/v1/stream") as socket:
+        socket.recv()
+        socket.send(bytes((1 << 20) + 1))
+        with pytest.raises(ConnectionClosed):
+            while True:
+                socket.recv()
+        assert socket.close_code == 1009
+
+
+def test_nan_ends_the_stream_that_sent_it(server: Any) -> None:
+    with connect(f"{server.socket}/v1/stream?encoding=pcm_f32le") as socket:
+        socket.recv()
+        socket.send(np.full(100, np.nan, np.float32).tobytes())
+        assert "NaN" in json.loads(socket.recv())["message"]
+
+
+messages = st.one_of(
+    st.binary(max_size=4000),
+    st.text(max_size=50),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["commit", "use", "keepalive", "finish", "x"])},
+        optional={"chunk_ms": st.one_of(st.sampled_from([80, 560]), st.integers(), st.text(max_size=3), st.none())},
+    ).map(json.dumps),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sent=st.lists(messages, max_size=8), encoding=st.sampled_from(["pcm_s16le", "pcm_f32le", "mulaw", "alaw"]))
+def test_any_messages_are_answered_or_end_the_stream_cleanly(server: Any, sent: list[Any], encoding: str) -> None:
+    with connect(f"{server.socket}/v1/stream?encoding={encoding}") as socket:
+        socket.recv()
+        try:
+            for message in sent:
+                socket.send(message)
+            socket.send(json.dumps({"type": "finish"}))
+            *_, last = (json.loads(event) for event in socket)
+            assert last["type"] == "done"
+        except (ConnectionClosed, ValueError):
+            pass
+    assert socket.close_code in (1000, 1007, 1008)  # never 1011, our fault
