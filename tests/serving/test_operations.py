@@ -1,0 +1,248 @@
+"""What operators rely on: readiness, metrics, logs, keys, TLS, origins, draining, settings."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import signal
+import ssl
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import riva.client
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from nemostream.errors import OptionError
+from nemostream.serving.settings import Settings, read_settings
+
+
+def finish(socket: Any) -> dict[str, Any]:
+    socket.send(json.dumps({"type": "finish"}))
+    *_, last = (json.loads(event) for event in socket)
+    return last
+
+
+def test_health_and_readiness(server: Any) -> None:
+    assert server.get("/healthz") == (200, '{"status":"alive"}')
+    status, body = server.get("/readyz")
+    found = json.loads(body)
+    assert status == 200 and found["status"] == "ready" and found["admitted"] == 64
+    assert found["http_port"] == server.http and found["grpc_port"] == server.grpc
+
+
+def test_it_is_alive_before_it_is_ready(serve_process: Any, tmp_path: Path) -> None:
+    """A bundle that cannot be loaded: the process ends with a sentence and that error's exit code."""
+    with (
+        pytest.raises(AssertionError, match="it did not start"),
+        serve_process("--bundle", str(tmp_path)),
+    ):
+        pass
+
+
+def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
+    with serve_here(max_streams=2, measure=False) as running:
+        with connect(f"{running.socket}/v1/stream?chunk_ms=160") as socket:
+            socket.recv()
+            pcm = spoken[0].pcm
+            for start in range(0, len(pcm), 3200):
+                socket.send(pcm[start : start + 3200])
+            assert finish(socket)["text"] and running.metric("nemostream_streams_opened_total") == 1
+        with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream?chunk_ms=1"):
+            pass
+        assert running.metric("nemostream_streams") == 0 and running.metric("nemostream_streams_admitted") == 2
+        assert running.metric("nemostream_rejected_total") == 1 and running.metric("nemostream_utterances_total") == 1
+        assert running.metric("nemostream_audio_seconds_total") == pytest.approx(spoken[0].seconds, abs=1e-3)
+        text = running.get("/metrics")[1]
+        chunks = float(next(x.split()[-1] for x in text.splitlines() if x.startswith('nemostream_step_seconds_count{chunk_ms="160"')))
+        # One step a chunk, the first of which holds 1081 samples of silence before the stream; a last one may be cut.
+        frames = (len(spoken[0].pcm) // 2 + 1081) / 1280
+        assert abs(chunks - frames / 2) <= 1
+        assert running.metric("nemostream_step_streams_sum") == chunks
+        assert chunks - 2 <= running.metric("nemostream_latency_seconds_count") <= chunks
+
+
+def test_logs_have_a_stream_id_and_no_words_unless_asked(serve_process: Any, spoken: Any) -> None:
+    for flag, told in (("--no-log-transcripts", False), ("--log-transcripts", True)):
+        with serve_process("--no-measure", flag) as running:
+            with connect(f"{running.socket}/v1/stream") as socket:
+                stream = json.loads(socket.recv())["stream"]
+                socket.send(spoken[0].pcm)
+                finish(socket)
+            time.sleep(0.2)
+        lines = [line for line in running.log if line.get("stream") == stream]
+        assert [line["event"] for line in lines] == ["opened", *(["said"] if told else []), "closed"]
+        assert all(line["time"].endswith("Z") and line["level"] == "info" for line in lines)
+        assert (spoken[0].text in json.dumps(running.log)) == told
+
+
+def test_keys(serve_here: Any, spoken: Any) -> None:
+    with serve_here(api_keys=["first", "second"], measure=False) as running:
+        assert running.get("/healthz")[0] == running.get("/readyz")[0] == running.get("/")[0] == 200
+        for path in ("/metrics", "/v1/models", "/openapi.json", "/nothing"):
+            assert running.get(path)[0] == 401
+            assert running.get(path, Authorization="Bearer wrong")[0] == 401
+        assert running.get("/v1/models", Authorization="Bearer second")[0] == 200
+        assert running.get("/v1/models", **{"X-API-Key": "first"})[0] == 200
+        with pytest.raises(InvalidStatus) as caught, connect(f"{running.socket}/v1/stream"):
+            pass
+        assert caught.value.response.status_code == 401
+        with connect(f"{running.socket}/v1/stream", additional_headers={"Authorization": "Bearer first"}) as socket:
+            socket.recv()
+            socket.send(spoken[0].pcm)
+            assert finish(socket)["text"] == spoken[0].text
+        protocols = ["nemostream", "openai-insecure-api-key.second"]
+        with connect(f"{running.socket}/v1/stream", subprotocols=protocols) as socket:
+            assert socket.subprotocol == "nemostream" and json.loads(socket.recv())["type"] == "ready"
+        config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
+        refused = riva.client.ASRService(riva.client.Auth(uri=running.address))
+        with pytest.raises(grpc.RpcError) as wrong:
+            refused.offline_recognize(spoken[0].pcm, config)
+        assert wrong.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        allowed = riva.client.Auth(uri=running.address, metadata_args=[["authorization", "Bearer first"]])
+        assert riva.client.ASRService(allowed).offline_recognize(spoken[0].pcm, config).results
+
+
+def test_foreign_pages_are_kept_out(serve_here: Any) -> None:
+    with serve_here(origins=["https://friend.example"], measure=False) as running:
+        assert running.get("/v1/models", Origin="https://evil.example")[0] == 403
+        assert running.get("/v1/models", Origin="null")[0] == 403
+        assert running.get("/v1/models", Origin=running.url)[0] == 200
+        request = urllib.request.Request(running.url + "/v1/models", headers={"Origin": "https://friend.example"})
+        with urllib.request.urlopen(request) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://friend.example"
+        for origin, open_ in (("https://evil.example", False), ("https://friend.example", True), (running.url, True)):
+            try:
+                with connect(f"{running.socket}/v1/stream", origin=origin):
+                    assert open_
+            except InvalidStatus as error:
+                assert not open_ and error.response.status_code == 403
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One for localhost, signed by itself."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_tls(serve_here: Any, spoken: Any, certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    with serve_here(tls_cert=cert, tls_key=key, measure=False) as running:
+        trust = ssl.create_default_context(cafile=str(cert))
+        with urllib.request.urlopen(f"https://localhost:{running.http}/healthz", context=trust) as answer:
+            assert answer.status == 200
+        with connect(f"wss://localhost:{running.http}/v1/stream", ssl=trust) as socket:
+            socket.recv()
+            socket.send(spoken[0].pcm)
+            assert finish(socket)["text"] == spoken[0].text
+        auth = riva.client.Auth(uri=f"localhost:{running.grpc}", use_ssl=True, ssl_root_cert=str(cert))
+        config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
+        answer = riva.client.ASRService(auth).offline_recognize(spoken[0].pcm, config)
+        assert answer.results[0].alternatives[0].transcript.strip() == spoken[0].text
+
+
+def test_sigterm_lets_streams_finish_and_refuses_new_ones(serve_process: Any, spoken: Any) -> None:
+    with serve_process("--no-measure", "--drain-seconds", "20") as running:
+        half = len(spoken[0].pcm) // 4 * 2
+        with connect(f"{running.socket}/v1/stream") as socket:
+            socket.recv()
+            socket.send(spoken[0].pcm[:half])
+            running.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while running.get("/readyz")[0] == 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert json.loads(running.get("/readyz")[1])["status"] == "draining"
+            with pytest.raises(InvalidStatus) as caught, connect(f"{running.socket}/v1/stream"):
+                pass
+            assert caught.value.response.status_code == 503 and caught.value.response.headers["Retry-After"]
+            with pytest.raises(grpc.RpcError) as refused:
+                riva.client.ASRService(riva.client.Auth(uri=running.address)).offline_recognize(
+                    spoken[0].pcm, riva.client.RecognitionConfig(sample_rate_hertz=16000)
+                )
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            socket.send(spoken[0].pcm[half:])
+            assert finish(socket)["text"] == spoken[0].text
+        assert running.process.wait(20) == 0
+
+
+def test_draining_does_not_wait_for_ever(serve_process: Any) -> None:
+    with serve_process("--no-measure", "--drain-seconds", "1") as running:
+        with connect(f"{running.socket}/v1/stream") as socket:
+            socket.recv()
+            running.process.send_signal(signal.SIGTERM)
+            with pytest.raises(ConnectionClosed):
+                socket.recv(timeout=20)
+        assert running.process.wait(20) == 0
+
+
+def test_a_port_that_is_taken_is_told(server: Any, serve_process: Any) -> None:
+    for flags in (["--port", str(server.http)], ["--grpc-port", str(server.grpc)]):
+        with pytest.raises(AssertionError) as caught, serve_process(*flags):
+            pass
+        assert "cannot listen at" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_come_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nmax_streams = 1\nhost = "::1"\napi_keys = ["a", "b"]\n')
+    monkeypatch.setenv("NEMOSTREAM_PORT", "2")
+    monkeypatch.setenv("NEMOSTREAM_MAX_STREAMS", "2")
+    found = read_settings(["--config", str(file), "--port", "3", "--degrade"])
+    assert (found.port, found.max_streams, found.host, found.degrade) == (3, 2, "::1", True)
+    assert [key.get_secret_value() for key in found.api_keys] == ["a", "b"] and "a" not in repr(found.api_keys)
+    monkeypatch.setenv("NEMOSTREAM_API_KEYS", "c, d")
+    monkeypatch.setenv("NEMOSTREAM_CONFIG", str(file))
+    assert [key.get_secret_value() for key in read_settings().api_keys] == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--port", "x"], "port"), (["--max-streams", "0"], "max_streams"), (["--sing"], "--sing"),
+     (["--config", "/nowhere.toml"], "/nowhere.toml"), (["--tls-cert", "/nowhere.pem"], "tls_key")],
+)  # fmt: skip
+def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> None:
+    with pytest.raises(OptionError, match=word):
+        read_settings(arguments)
+
+
+def test_a_word_that_the_file_does_not_know(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text("max_stream = 1\n")
+    with pytest.raises(OptionError, match="max_stream"):
+        read_settings(["--config", str(file)])
+
+
+def test_it_listens_to_this_machine_only_unless_told() -> None:
+    assert not Settings().public and Settings().host == "127.0.0.1"
+    assert Settings(host="0.0.0.0").public and not Settings(host="::1").public and not Settings(host="localhost").public

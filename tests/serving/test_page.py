@@ -1,0 +1,101 @@
+"""The web page in a real browser: Chromium without a screen, its microphone fed from a WAV file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream", "--autoplay-policy=no-user-gesture-required",
+]  # fmt: skip
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+
+
+@pytest.fixture(scope="module")
+def microphone(spoken: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the fake microphone hears, again and again: a clip and ten seconds of silence."""
+    path = tmp_path_factory.mktemp("microphone") / "voice.wav"
+    audio = np.frombuffer(spoken[0].pcm, np.int16)
+    soundfile.write(path, np.concatenate([np.zeros(16000, np.int16), audio, np.zeros(160_000, np.int16)]), 16000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(microphone: Path) -> Iterator[Any]:
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=CHROMIUM, args=[*FLAGS, f"--use-file-for-fake-audio-capture={microphone}"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 390, "height": 844})  # a phone
+    page = context.new_page()
+    page.asked, page.wrong = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("#chunks input")
+    yield page
+    context.close()
+
+
+def test_the_microphones_words_appear_and_settle(page: Any, server: Any, spoken: Any) -> None:
+    words = spoken[0].text.split()
+    page.click("#mic")
+    page.wait_for_selector("#captions p.live", timeout=20_000)
+    page.wait_for_selector("#captions p:not(.live)", timeout=20_000)
+    captions = page.inner_text("#captions").split()
+    # A browser resamples and the silence before differs, so a word may: most of them must be there, in order.
+    assert sum(word in captions for word in words) >= len(words) - 2 and captions[:1] == words[:1]
+    assert page.inner_text("#latency").endswith("ms")
+    page.click("#mic")
+    page.wait_for_selector("#status:text-is('done')")
+    assert page.get_attribute("#mic", "aria-pressed") == "false"
+    assert all(url.startswith((server.url, "blob:")) for url in page.asked if not url.startswith("data:")), page.asked
+    assert page.wrong == []
+
+
+def test_a_file_is_captioned_and_the_chunk_size_switches(page: Any, spoken: Any) -> None:
+    page.check("#chunks input[value='80']", force=True)
+    page.set_input_files("#file", spoken[0].path)
+    page.wait_for_selector("#captions p.live", timeout=20_000)
+    page.check("#chunks input[value='160']", force=True)
+    page.wait_for_selector("#status:text-is('done')", timeout=20_000)
+    captions, words = page.inner_text("#captions").split(), spoken[0].text.split()
+    assert sum(word in captions for word in words) >= len(words) - 2
+    assert page.wrong == []
+
+
+def test_it_fits_a_phone(page: Any) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert all(box["height"] >= 40 for box in map(lambda b: b.bounding_box(), page.query_selector_all("button, .file")))
+
+
+def test_no_room_is_told(page: Any, server: Any) -> None:
+    import json
+
+    def full(route: Any) -> None:
+        body = json.loads(server.get("/readyz")[1]) | {"streams": 64}
+        route.fulfill(body=json.dumps(body), content_type="application/json")
+
+    page.route("**/readyz", full)
+    page.evaluate("chunk = 33")  # refused, as if there were no room
+    page.click("#mic")
+    page.wait_for_selector("#status.bad", timeout=10_000)
+    assert "taken" in page.inner_text("#status")
