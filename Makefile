@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 DEMO := .venv-demo
-ROOMS := src export engine runtime benchmarks
+ROOMS := src export engine runtime serving benchmarks
 CODE := $(ROOMS) tests examples
 # Folders too: theirs is the time that changes when a file goes.
 SOURCES := $(shell find $(ROOMS) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
@@ -67,7 +67,7 @@ $(VENV)/.tools: pyproject.toml Makefile
 	$(VENV)/bin/python $(PIP) --upgrade 'pip>=25.1' 'setuptools>=77'
 	$(VENV)/bin/python $(PIP) torch==2.13.0
 	rm -rf build
-	$(VENV)/bin/python $(PIP) torch==2.13.0 'nemo_toolkit[asr]==3.0.0' --group dev --group accelerate '.[export,bench]'
+	$(VENV)/bin/python $(PIP) torch==2.13.0 'nemo_toolkit[asr]==3.0.0' --group dev --group accelerate --group clients '.[export,bench,serve,ray]'
 	@rm -rf build
 	@touch $@
 

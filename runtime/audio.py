@@ -127,7 +127,9 @@ class Recording:
         except TypeError as error:  # soundfile takes .raw for headerless audio and asks for its rate
             raise AudioError(f"{self._name} has no header; feed raw 16-bit PCM through a pipe instead.") from error
         except (soundfile.LibsndfileError, OSError) as error:
-            raise AudioError(f"{self._name} cannot be read as audio (damaged, or not audio at all): {_why(error)}") from error
+            raise AudioError(
+                f"{self._name} cannot be read as audio (damaged, or not audio at all): {_why(error)}"
+            ) from error
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
         self._promised: int = self._file.frames

@@ -66,6 +66,21 @@ ROOMS = {
         forbidden=frozenset({"asyncio"}),
     ),
 }
+ROOMS["serving"] = Room(
+    "nemostream.serving",
+    frozenset({"numpy"}),
+    rooms=frozenset({"nemostream.runtime"}),
+    only=(
+        ("settings.py", frozenset({"pydantic", "pydantic_settings"})),
+        ("metrics.py", frozenset({"prometheus_client"})),
+        ("http.py", frozenset({"fastapi", "pydantic", "starlette"})),
+        ("websocket.py", frozenset({"starlette"})),
+        ("realtime.py", frozenset({"starlette"})),
+        ("riva.py", frozenset({"grpc", "riva"})),
+        ("server.py", frozenset({"grpc", "uvicorn"})),
+        ("ray_app.py", frozenset({"ray", "starlette"})),
+    ),
+)
 FILES = [(folder, file) for folder in ROOMS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 

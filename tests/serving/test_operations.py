@@ -36,13 +36,10 @@ def test_health_and_readiness(server: Any) -> None:
     assert found["http_port"] == server.http and found["grpc_port"] == server.grpc
 
 
-def test_it_is_alive_before_it_is_ready(serve_process: Any, tmp_path: Path) -> None:
-    """A bundle that cannot be loaded: the process ends with a sentence and that error's exit code."""
-    with (
-        pytest.raises(AssertionError, match="it did not start"),
-        serve_process("--bundle", str(tmp_path)),
-    ):
+def test_a_bundle_that_cannot_be_loaded_ends_it_with_a_sentence(serve_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as caught, serve_process("--bundle", str(tmp_path)):
         pass
+    assert "not a bundle" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
 def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
@@ -58,8 +55,8 @@ def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
         assert running.metric("nemostream_streams") == 0 and running.metric("nemostream_streams_admitted") == 2
         assert running.metric("nemostream_rejected_total") == 1 and running.metric("nemostream_utterances_total") == 1
         assert running.metric("nemostream_audio_seconds_total") == pytest.approx(spoken[0].seconds, abs=1e-3)
-        text = running.get("/metrics")[1]
-        chunks = float(next(x.split()[-1] for x in text.splitlines() if x.startswith('nemostream_step_seconds_count{chunk_ms="160"')))
+        lines, name = running.get("/metrics")[1].splitlines(), 'nemostream_step_seconds_count{chunk_ms="160"'
+        chunks = float(next(line.split()[-1] for line in lines if line.startswith(name)))
         # One step a chunk, the first of which holds 1081 samples of silence before the stream; a last one may be cut.
         frames = (len(spoken[0].pcm) // 2 + 1081) / 1280
         assert abs(chunks - frames / 2) <= 1
@@ -143,9 +140,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )  # fmt: skip
     (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return folder / "cert.pem", folder / "key.pem"
 

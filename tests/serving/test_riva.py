@@ -15,7 +15,7 @@ import riva.client
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
+from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_audio_pb2
 
 
 def recogniser(running: Any, *metadata: list[str]) -> Any:
@@ -93,7 +93,9 @@ def test_utterances_end_by_silence(server: Any, spoken: Any) -> None:
 
 
 @pytest.mark.parametrize(("subtype", "name"), [("ULAW", "MULAW"), ("ALAW", "ALAW")])
-def test_telephone_sound_is_read_as_libsndfile_reads_it(server: Any, spoken: Any, tmp_path: Path, subtype: str, name: str) -> None:
+def test_telephone_sound_is_read_as_libsndfile_reads_it(
+    server: Any, spoken: Any, tmp_path: Path, subtype: str, name: str
+) -> None:
     import nemostream
 
     path = wav(spoken[0], tmp_path, subtype=subtype)
@@ -110,7 +112,9 @@ def test_telephone_sound_is_read_as_libsndfile_reads_it(server: Any, spoken: Any
 
 def test_offline_recognition_of_files_and_of_bare_samples(server: Any, spoken: Any, tmp_path: Path) -> None:
     clip, service = spoken[0], recogniser(server)
-    config = riva.client.RecognitionConfig(enable_word_time_offsets=True, sample_rate_hertz=16000, language_code="en-US")
+    config = riva.client.RecognitionConfig(
+        enable_word_time_offsets=True, sample_rate_hertz=16000, language_code="en-US"
+    )
     for data in (clip.path.read_bytes(), wav(clip, tmp_path).read_bytes(), clip.pcm):
         answer = service.offline_recognize(data, config)
         text = "".join(result.alternatives[0].transcript for result in answer.results).strip()
@@ -225,6 +229,3 @@ def test_any_message_is_answered_or_refused(server: Any, config: Any, parts: lis
         stub.Recognize(riva_asr_pb2.RecognizeRequest(config=config, audio=b"".join(parts)))
     except grpc.RpcError as error:
         assert error.code() in fine, error
-
-
-assert riva_asr_pb2_grpc  # what NVIDIA's client speaks

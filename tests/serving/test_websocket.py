@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_a_stream_says_what_transcribe_says(server: Any, spoken: Any, chunk_ms: 
     finals = [event for event in events if event["type"] == "final"]
     assert " ".join(event["text"] for event in finals) == wanted.text
     assert all(event["chunk_ms"] == chunk_ms for event in events) and len(partials) >= 3
-    for before, after in zip(partials, partials[1:], strict=False):
+    for before, after in itertools.pairwise(partials):
         if before["utterance"] == after["utterance"]:
             assert after["text"].startswith(before["text"])  # nothing is ever taken back
     words = [word for event in finals for word in event["words"]]
