@@ -50,7 +50,8 @@ class _Conversation:
         self._format, self._rate = "audio/pcm", 24000
         self._silence_ms: int | None = service.settings.endpoint_ms
         self._model = socket.query_params.get("model") or "nemostream"
-        self._item, self._last, self._told = "", None, ""
+        self._item, self._told = "", ""
+        self._last: str | None = None
         self._sent = 0.0  # seconds of audio since the last commit
 
     async def begin(self) -> None:

@@ -51,7 +51,7 @@ def add_to(server: grpc.aio.Server, service: Service) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(_Health(service), server)
 
 
-class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class _Health(health_pb2_grpc.HealthServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
 
@@ -61,7 +61,7 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return health_pb2.HealthCheckResponse(status=kinds.SERVING if serving else kinds.NOT_SERVING)
 
 
-class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):  # type: ignore[misc]
+class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._keys = [key.get_secret_value().encode() for key in service.settings.api_keys]
@@ -263,14 +263,19 @@ def _unwrapped(begin: bytes) -> _Sound | bytes | None:
 
 async def _abort(context: grpc.aio.ServicerContext, error: NemostreamError) -> NoReturn:
     kinds = grpc.StatusCode
-    code, hint = kinds.INTERNAL, ()
+    code, hint = kinds.INTERNAL, _hint()
     if isinstance(error, Draining):
-        code, hint = kinds.UNAVAILABLE, (("grpc-retry-pushback-ms", "5000"),)
+        code, hint = kinds.UNAVAILABLE, _hint(5000)
     elif isinstance(error, CapacityError):
-        code, hint = kinds.RESOURCE_EXHAUSTED, (("grpc-retry-pushback-ms", "2000"),)
+        code, hint = kinds.RESOURCE_EXHAUSTED, _hint(2000)
     elif isinstance(error, OptionError | AudioError):
         code = kinds.INVALID_ARGUMENT
     elif isinstance(error, Expired):
         code = kinds.DEADLINE_EXCEEDED
     await context.abort(code, str(error), hint)
     raise AssertionError  # abort never returns
+
+
+def _hint(ms: int | None = None) -> tuple[tuple[str, str], ...]:
+    """When to try again, as gRPC's own retries read it."""
+    return () if ms is None else (("grpc-retry-pushback-ms", str(ms)),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starlette.datastructures import QueryParams
@@ -135,7 +135,14 @@ def _order(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _options(query: QueryParams) -> dict[str, Any]:
-    known = {"sample_rate": int, "channels": int, "encoding": str, "chunk_ms": int, "endpoint_ms": int, "words": _flag}
+    known: dict[str, Callable[[str], Any]] = {
+        "sample_rate": int,
+        "channels": int,
+        "encoding": str,
+        "chunk_ms": int,
+        "endpoint_ms": int,
+        "words": _flag,
+    }
     options: dict[str, Any] = {"words": False}
     for name, value in query.items():
         if name not in known:
@@ -143,7 +150,7 @@ def _options(query: QueryParams) -> dict[str, Any]:
         try:
             options[name] = known[name](value)
         except ValueError as error:
-            raise OptionError(f"{name} is {value!r}, which is no {known[name].__name__.strip('_')}.") from error
+            raise OptionError(f"{name} is {value!r}, which is not what it takes.") from error
     if options.get("endpoint_ms") == -1:
         options["endpoint_ms"] = None
     return options

@@ -1,0 +1,53 @@
+"""`bench serve`: that it works, and that it does not call good what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemostream.spec import Bundle
+
+pytest.importorskip("fastapi", reason="needs the serve extra")
+
+from nemostream.benchmarks import serve
+
+CASE = {"streams": 2, "chunk_ms": 560, "packet_ms": 100}
+
+
+def calls(**changes: Any) -> serve.Calls:
+    good = {"finals": [0.1] * 99 + [0.76], "lateness": [0.001] * 100, "audio": 20.0, "open_most": 2}
+    return serve.Calls(**(good | changes))
+
+
+def test_what_holds_and_what_does_not() -> None:
+    row = serve.judge(calls(), CASE, 10.0, 0.5, 0.1)
+    assert row["values"]["holds"] and row["values"]["rtfx"] == 2.0
+    assert row["figures"]["final text"]["p99"] == pytest.approx(100) and row["figures"]["final text"]["p50"] == 100
+    for changes, word in (
+        ({"finals": [0.1] * 98 + [0.761] * 2}, "p99 of the final text is 761 ms"),
+        ({"wrong": [("one", "two")]}, "1 texts differ"),
+        ({"errors": ["gone"]}, "1 errors, the first: gone"),
+        ({"lateness": [0.2] * 100}, "the callers came too late"),
+        ({"open_most": 1}, "only 1 were open"),
+        ({"finals": []}, "nothing was recognised"),
+    ):
+        values = serve.judge(calls(**changes), CASE, 10.0, 0.5, 0.1)["values"]
+        assert not values["holds"] and any(word in reason for reason in values["against"]), changes
+
+
+def test_callers_are_served(demo_bundle: Bundle) -> None:
+    result = serve.measure_serving(demo_bundle, [2, 4], seconds=4.0)
+    assert [row["case"]["streams"] for row in result["rows"]] == [2, 4]
+    for row in result["rows"]:
+        assert row["values"]["wrong"] == 0 and row["values"]["server_cores"] > 0 and row["values"]["audio_seconds"] > 0
+        assert not any("errors" in reason for reason in row["values"]["against"])
+    text = serve.show(result, lambda name: __import__("matplotlib.pyplot").pyplot.figure().subplots())
+    assert "| 4 | 560 ms |" in text
+
+
+def test_a_server_that_does_not_start_is_told(demo_bundle: Bundle) -> None:
+    from nemostream.errors import BackendError
+
+    with pytest.raises(BackendError, match="did not start"):
+        serve.measure_serving(demo_bundle, [1], seconds=4.0, options=["--max-streams", "0"])
