@@ -1,0 +1,98 @@
+"""nemostream as the speech-to-text service of a Pipecat pipeline.
+
+    pipeline = Pipeline([transport.input(), vad, NemostreamSTTService(), context.user(), llm, tts, transport.output()])
+
+Words come as `InterimTranscriptionFrame` while they are spoken and as `TranscriptionFrame` when an utterance is over:
+after a silence, or at once when the pipeline's VAD says that the user stopped. Needs `pip install pipecat-ai`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+from urllib.parse import urlencode
+
+from pipecat.frames.frames import (
+    Frame,
+    InterimTranscriptionFrame,
+    StartFrame,
+    TranscriptionFrame,
+    VADUserStoppedSpeakingFrame,
+)
+from pipecat.processors.frame_processor import FrameDirection
+from pipecat.services.settings import STTSettings
+from pipecat.services.stt_service import WebsocketSTTService
+from pipecat.transcriptions.language import Language
+from pipecat.utils.time import time_now_iso8601
+from websockets.asyncio.client import connect
+from websockets.protocol import State
+
+
+class NemostreamSTTService(WebsocketSTTService):
+    """Streams the pipeline's audio to `nemostream serve`."""
+
+    def __init__(
+        self, url: str = "ws://127.0.0.1:8000", *, chunk_ms: int = 160, api_key: str | None = None, **options: Any
+    ) -> None:
+        # The server ends a stream that is silent for 30 s; a pipeline may be, while the bot speaks.
+        options.setdefault("keepalive_timeout", 10)
+        options.setdefault("settings", STTSettings(model="nemostream", language=Language.EN))
+        super().__init__(**options)
+        self._url, self._chunk_ms, self._api_key = url, chunk_ms, api_key
+
+    async def start(self, frame: StartFrame) -> None:
+        await super().start(frame)
+        await self._connect()
+
+    async def run_stt(self, audio: bytes) -> AsyncGenerator[Frame | None, None]:
+        if self._is_keepalive_ready():
+            await self.send_with_retry(audio, self._report_error)
+        yield None
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        await super().process_frame(frame, direction)
+        if isinstance(frame, VADUserStoppedSpeakingFrame) and self._is_keepalive_ready():
+            self.request_finalize()
+            await self._websocket.send(json.dumps({"type": "commit"}))
+
+    async def _send_keepalive(self, silence: bytes) -> None:
+        await self._websocket.send(json.dumps({"type": "keepalive"}))
+
+    async def _connect(self) -> None:
+        await self._connect_websocket()
+        await super()._connect()
+        self._listening = self.create_task(self._receive_task_handler(self._report_error))
+
+    async def _disconnect(self) -> None:
+        await super()._disconnect()
+        if listening := getattr(self, "_listening", None):
+            self._listening = None
+            await self.cancel_task(listening)
+        await self._disconnect_websocket()
+
+    async def _connect_websocket(self) -> None:
+        if self._websocket is not None and self._websocket.state is State.OPEN:
+            return
+        query = urlencode({"sample_rate": self.sample_rate, "chunk_ms": self._chunk_ms})
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
+        self._websocket = await connect(f"{self._url}/v1/stream?{query}", additional_headers=headers)
+        await self._call_event_handler("on_connected")
+
+    async def _disconnect_websocket(self) -> None:
+        if self._websocket is not None:
+            await self._websocket.close()
+            self._websocket = None
+            await self._call_event_handler("on_disconnected")
+
+    async def _receive_messages(self) -> None:
+        async for message in self._websocket:
+            event = json.loads(message)
+            if event["type"] in ("partial", "final"):
+                final = event["type"] == "final"
+                kind = TranscriptionFrame if final else InterimTranscriptionFrame
+                if final:
+                    self.confirm_finalize()
+                await self.push_frame(kind(event["text"], "", time_now_iso8601(), Language.EN, result=event))
+            elif event["type"] == "error":
+                await self.push_error(event["message"])

@@ -1,0 +1,94 @@
+"""The examples, run against a server: with the real Pipecat, and as a user would."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_voice_agents_ears(server: Any, spoken: Any) -> None:
+    url = f"{server.socket}/v1/stream"
+    ears = subprocess.run(
+        [sys.executable, EXAMPLES / "voice_agent.py", url], input=spoken[0].pcm, capture_output=True, check=True
+    )
+    assert ears.stdout.decode().split() == spoken[0].text.split()
+
+
+def test_the_client_in_the_documentation(server: Any, spoken: Any, tmp_path: Path) -> None:
+    """The page's client, as it stands there."""
+    page = (EXAMPLES.parent / "docs" / "websocket.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 15
+    (tmp_path / "voice.pcm").write_bytes(spoken[0].pcm)
+    client = tmp_path / "client.py"
+    client.write_text(code.replace("ws://127.0.0.1:8000", server.socket))
+    said = subprocess.run([sys.executable, client], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == spoken[0].text
+
+
+def test_pipecat(server: Any, spoken: Any) -> None:
+    pytest.importorskip("pipecat", reason="needs pipecat-ai")
+    from pipecat.frames.frames import (
+        EndFrame, Frame, InputAudioRawFrame, InterimTranscriptionFrame, TranscriptionFrame, VADUserStoppedSpeakingFrame,
+    )  # fmt: skip
+    from pipecat.pipeline.pipeline import Pipeline
+    from pipecat.pipeline.runner import PipelineRunner
+    from pipecat.pipeline.task import PipelineParams, PipelineTask
+    from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+
+    heard: list[Frame] = []
+
+    class Ear(FrameProcessor):
+        async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+            await super().process_frame(frame, direction)
+            heard.append(frame)
+            await self.push_frame(frame, direction)
+
+    async def main() -> None:
+        stt = load("pipecat_stt").NemostreamSTTService(server.socket, chunk_ms=560)
+        task = PipelineTask(
+            Pipeline([stt, Ear()]), params=PipelineParams(audio_in_sample_rate=16000), idle_timeout_secs=None
+        )
+        running = asyncio.create_task(PipelineRunner(handle_sigint=False).run(task))
+
+        async def finals(number: int) -> list[str]:
+            async with asyncio.timeout(30):
+                while True:
+                    found = [frame.text for frame in heard if isinstance(frame, TranscriptionFrame)]
+                    if len(found) >= number:
+                        return found
+                    await asyncio.sleep(0.02)
+
+        for number, clip in enumerate(spoken[:2], 1):
+            for start in range(0, len(clip.pcm), 1280):
+                await task.queue_frame(InputAudioRawFrame(clip.pcm[start : start + 1280], 16000, 1))
+            await asyncio.sleep(0.5)  # what is queued is sent first
+            await task.queue_frame(VADUserStoppedSpeakingFrame(stop_secs=0.2, timestamp=time.time()))
+            assert (await finals(number))[-1] == clip.text
+        await task.queue_frame(EndFrame())
+        async with asyncio.timeout(20):
+            await running
+
+    asyncio.run(main())
+    interim = [frame.text for frame in heard if isinstance(frame, InterimTranscriptionFrame)]
+    assert len(interim) >= 3 and all(
+        any(clip.text.startswith(text) for clip in spoken[:2]) for text in interim
+    )
+    assert [frame.finalized for frame in heard if isinstance(frame, TranscriptionFrame)] == [True, True]
