@@ -46,8 +46,13 @@ def test_the_client_in_the_documentation(server: Any, spoken: Any, tmp_path: Pat
 def test_pipecat(server: Any, spoken: Any) -> None:
     pytest.importorskip("pipecat", reason="needs pipecat-ai")
     from pipecat.frames.frames import (
-        EndFrame, Frame, InputAudioRawFrame, InterimTranscriptionFrame, TranscriptionFrame, VADUserStoppedSpeakingFrame,
-    )  # fmt: skip
+        EndFrame,
+        Frame,
+        InputAudioRawFrame,
+        InterimTranscriptionFrame,
+        TranscriptionFrame,
+        VADUserStoppedSpeakingFrame,
+    )
     from pipecat.pipeline.pipeline import Pipeline
     from pipecat.pipeline.runner import PipelineRunner
     from pipecat.pipeline.task import PipelineParams, PipelineTask
