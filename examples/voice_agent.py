@@ -1,8 +1,8 @@
 """The ears of a voice agent: what a person says, a turn at a time.
 
-    pip install websockets
-    nemostream serve &
-    python voice_agent.py < voice.pcm          # 16 kHz mono 16-bit PCM: a file, or arecord -f S16_LE -r 16000
+$ pip install websockets
+$ nemostream serve &
+$ python voice_agent.py < voice.pcm          # 16 kHz mono 16-bit PCM: a file, or arecord -f S16_LE -r 16000
 """
 
 import asyncio

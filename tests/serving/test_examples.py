@@ -93,7 +93,5 @@ def test_pipecat(server: Any, spoken: Any) -> None:
 
     asyncio.run(main())
     interim = [frame.text for frame in heard if isinstance(frame, InterimTranscriptionFrame)]
-    assert len(interim) >= 3 and all(
-        any(clip.text.startswith(text) for clip in spoken[:2]) for text in interim
-    )
+    assert len(interim) >= 3 and all(any(clip.text.startswith(text) for clip in spoken[:2]) for text in interim)
     assert [frame.finalized for frame in heard if isinstance(frame, TranscriptionFrame)] == [True, True]
