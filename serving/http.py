@@ -69,10 +69,10 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         text = (resources.files("nemostream.serving") / "page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY})
 
-    @app.get("/healthz", tags=["operations"])
-    def alive() -> dict[str, str]:
-        """Whether the process runs."""
-        return {"status": "alive"}
+    @app.get("/healthz", tags=["operations"], responses={503: {"description": "Only a restart helps."}})
+    def alive() -> JSONResponse:
+        """Whether it is worth keeping: not when the engine fails again and again."""
+        return JSONResponse(*({"status": "failed"}, 503) if service.state == "failed" else ({"status": "alive"}, 200))
 
     @app.get("/readyz", tags=["operations"], responses={503: {"description": "It takes no streams now."}})
     def ready() -> JSONResponse:

@@ -147,13 +147,18 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def main(arguments: Sequence[str] = ()) -> None:
-    """`nemostream serve`."""
-    settings = read_settings(arguments)
+def log_to_stderr() -> None:
+    """Everything that is logged, as JSON, a line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """`nemostream serve`."""
+    settings = read_settings(arguments)
+    log_to_stderr()
     scheme = "https" if settings.tls_cert else "http"
 
     def started(ports: dict[str, int], service: Service) -> None:

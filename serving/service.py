@@ -32,6 +32,7 @@ _SPARE = 16  # slots beyond the admitted streams: those of streams that are just
 _SHARE = 0.5  # of the measured throughput that is promised: the rest is for transports, and for steps not full
 _LATE, _EARLY = 0.8, 0.3  # of a chunk
 _PATIENCE, _CALM = 3, 10  # seconds
+_FATAL = 5  # streams that the engine failed on with no step between that worked: only a restart helps
 
 
 class Service:
@@ -44,6 +45,7 @@ class Service:
         self.sessions: set[Session] = set()
         self.level = 0  # sizes that chunks are larger than asked for
         self._model: Model | None = None
+        self._failures = 0  # of the engine, one after the other
         self._late: deque[float] = deque(maxlen=10_000)  # latencies of this second, in chunks
         self._lately: deque[float] = deque(maxlen=_CALM)  # their 90th percentile, by second
         self._busy, self._lock = 0.0, threading.Lock()
@@ -153,6 +155,14 @@ class Service:
         self.metrics.latency.labels(chunk_ms).observe(seconds)
         self._late.append(1000 * seconds / chunk_ms)
 
+    def failed(self) -> None:
+        """The engine failed on a stream. Once may be the stream's fault; without end it is the engine's."""
+        with self._lock:
+            self._failures += 1
+            if self._failures == _FATAL and self.state == "ready":
+                self.state = "failed"
+                log.error("the engine fails", extra={"times": self._failures})
+
     def chunk_now(self, wanted_ms: int) -> int:
         """The size that a stream that asked for `wanted_ms` gets at the present level."""
         return self.chunks[min(self.chunks.index(wanted_ms) + self.level, len(self.chunks) - 1)]
@@ -228,6 +238,9 @@ class Service:
         self.metrics.batch.observe(rows)
         with self._lock:
             self._busy += seconds
+            self._failures = 0
+            if self.state == "failed":
+                self.state = "ready"
 
     def _audio(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
+from nemostream.errors import AudioError, BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.aio import AsyncLiveStream
 from nemostream.runtime.stream import Result, Token
 
@@ -131,7 +131,11 @@ class Session:
         seconds, began = len(pcm) / self._rate, time.perf_counter()
         self.audio += seconds
         self._service.metrics.audio.inc(seconds)
-        partials = await self._stream.push(pcm)
+        try:
+            partials = await self._stream.push(pcm)
+        except BackendError:
+            self._service.failed()
+            raise
         if len(partials) == 1:  # a client that sends more at once is not talking live
             self._service.heard(partials[0].chunk_ms, time.perf_counter() - began)
         return [event for partial in partials for event in self._events(partial)]

@@ -197,10 +197,17 @@ def test_an_engine_error_ends_the_streams_of_its_step_only(serve_here: Any, spok
             error = failure(small)
             assert error["code"] == "model" and "on fire" in error["message"] and small.close_code == 1011
             assert done(large) == spoken[0].text
+        assert running.get("/healthz")[0] == 200
+        for _ in range(5):  # and nothing between that worked
+            with opened(running, "chunk_ms=160") as small:
+                small.send(spoken[0].pcm[:HALF])
+                failure(small)
+        assert running.get("/healthz")[0] == 503 and json.loads(running.get("/readyz")[1])["status"] == "failed"
         backend.submit = submit
-        again = opened(running, "chunk_ms=160")
-        again.send(spoken[0].pcm)
-        assert done(again).split()
+        with opened(running, "chunk_ms=160") as again:
+            again.send(spoken[0].pcm)
+            assert done(again).split()
+        assert running.get("/healthz")[0] == 200 and running.get("/readyz")[0] == 200
         eventually(lambda: free(running) == slots(running))
 
 
