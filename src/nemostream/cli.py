@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -111,8 +112,27 @@ def transcribe(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A .nemo file, or the name of a model NeMo can fetch.")],
     out: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
+    triton: Annotated[
+        bool, typer.Option("--triton", help="Make OUT a model repository of Triton; CHECKPOINT may be a bundle too.")
+    ] = False,
 ) -> None:
     """Turn a NeMo checkpoint into a bundle, and measure that both compute the same."""
+    if not triton:
+        _export(checkpoint, out)
+        return print(out)
+    from nemostream.serving.triton import bundle_in, write_repository
+    from nemostream.spec import Bundle
+
+    if Path(checkpoint).is_dir():
+        Bundle.open(checkpoint)
+        shutil.copytree(checkpoint, bundle_in(out), dirs_exist_ok=True)
+    else:
+        _export(checkpoint, bundle_in(out))
+    write_repository(out)
+    print(out)
+
+
+def _export(checkpoint: str, out: Path) -> None:
     missing = [name for name in ("nemo", "torch", "onnx") if find_spec(name) is None]
     if missing:
         raise BackendError(f"exporting needs {' and '.join(missing)}: pip install 'nemostream[export]'")
@@ -136,7 +156,6 @@ def export(
     for name, figures in exported.manifest.parity.items():
         if isinstance(figures, dict):
             console.print(f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of NeMo")
-    print(out)
 
 
 @app.command()
