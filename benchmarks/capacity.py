@@ -185,7 +185,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
             ])  # fmt: skip
             first = False
     size = f", a stream's state {method['bytes_per_stream'] / 1e6:.2f} MB" if method["bytes_per_stream"] else ""
-    text = [headline(result)] if method["streams"] is not None else []
+    text = [headline(result) or "NVIDIA's method: so many parallel streams, three clips each, all beginning together."]
     text += ["", f"Milliseconds; {method['device']}, {method['threads']} threads{size}. "
              f"{tables.busy([method['other_work_cores']])}", "", tables.markdown(head, lines)]  # fmt: skip
     _draw(result, plot("streams"))

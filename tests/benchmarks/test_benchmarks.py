@@ -278,6 +278,33 @@ def test_people_talking_are_understood(demo_bundle: Bundle) -> None:
     assert found.seconds >= 2 * len(clips[0]) / 16000  # two after each other, in real time
 
 
+def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers begin at moments spread over their chunk, unless they are told to begin together; sizes take turns."""
+    begun: list[tuple[int, float]] = []
+
+    class Caller:
+        def __init__(self, model: Any, clips: Any, order: Any, chunk_ms: int, heard: load.Heard, start: float) -> None:
+            self.chunk_ms, self.start = chunk_ms, start
+
+        def go_on(self, moment: float) -> None:
+            begun.append((self.chunk_ms, 1000 * (moment - self.start)))
+
+        def overdue(self, now: float) -> int:
+            return 0
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(load, "_Caller", Caller)
+    load.talk(None, [], 300, (80, 560, 1120), seconds=2.0)  # type: ignore[arg-type]
+    for ms in (80, 560, 1120):
+        moments = [moment for size, moment in begun if size == ms]
+        assert len(moments) == 100 and min(moments) >= 0 and max(moments) < ms
+        assert np.histogram(moments, 4, (0, ms))[0].min() > 10
+    begun.clear()
+    load.talk(None, [], 5, (80, 560), seconds=1.0, phases=False)  # type: ignore[arg-type]
+    assert begun == [(80, 0.0), (560, 0.0), (80, 0.0), (560, 0.0), (80, 0.0)]
+
+
 def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
     result = capacity.measure_capacity(
         demo_bundle, chunk_ms=(560, 1120), seconds=4, probe_seconds=3, most=2, engines=tmp_path
@@ -293,7 +320,8 @@ def test_nvidias_method(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest
     (row,) = result["rows"]
     assert row["case"]["simulate_realtime"] and len(row["ms"]["final"]) == 6
     assert row["values"]["audio_seconds"] == 6.0
-    assert "final" in shown(result, tmp_path)
+    text = shown(result, tmp_path)
+    assert "final" in text and "NVIDIA's method" in text
 
 
 # -- the others --------------------------------------------------------------------------------------------------------
