@@ -24,8 +24,8 @@ from nemostream.spec import Chunk, Manifest
 KINDS = {
     "fp32": "`conformer_stream_step` as it comes, weights and caches in fp32 (on a GPU products in TF32)",
     "bf16": "the same with weights, inputs and caches in bf16 (autocast would bring attention back to fp32)",
-    "compile": "fp32, the encoder's forward under torch.compile: static shapes, weights frozen, products autotuned",
-    "compile bf16": "bf16, the encoder's forward under torch.compile: static shapes, weights frozen, products autotuned",
+    "compile": "fp32, the encoder's forward under torch.compile (static shapes, weights frozen, products autotuned)",
+    "compile bf16": "the same in bf16",
     "graph": "bf16, the encoder's step captured in a CUDA graph over static buffers, caches moved on within the graph",
 }
 

@@ -31,6 +31,7 @@ from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 _NOISE = 0.03  # two runs of one program on one machine differ by about that much
+_PER_RUN = ("machine", "left_out", "other_work_cores")  # of a method, what is measured or comes about in each run
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 
 
@@ -196,8 +197,9 @@ def pages(root: Path) -> dict[Path, str]:
         "",
         "Written by `nemostream bench report --pages` from the results in `benchmarks/results`; nothing here was typed",
         "by hand. What each benchmark does and how its figures are to be read: the head of its file in `benchmarks/`.",
-        "Times are milliseconds, percentiles by nearest rank: of fewer than 100 samples p99 is the largest. *random-0.6b*",
-        "is the published model's exact shape with random weights (`nemostream bench synthetic`), *demo* the embedded one.",
+        "Times are milliseconds, percentiles by nearest rank: of fewer than 100 samples p99 is the largest. The model",
+        "*random-0.6b* is the published one's shape with random weights (`nemostream bench synthetic`), *demo* the",
+        "embedded one.",
     ]  # fmt: skip
     for name, result in results.items():
         stem = root / "benchmarks" / "results" / name
@@ -224,9 +226,20 @@ def committed(root: Path) -> dict[str, Record]:
     return found
 
 
+def together(results: Sequence[Record]) -> list[Record]:
+    """Results of one benchmark, model, machine and method as one: their rows under the first one's head."""
+    found: dict[str, Record] = {}
+    for result in results:
+        alike = {name: result[name] for name in ("benchmark", "hardware", "model", "versions")}
+        method = {name: value for name, value in result["method"].items() if name not in _PER_RUN}
+        head = found.setdefault(json.dumps([alike, method], sort_keys=True), {**result, "rows": []})
+        head["rows"] = [*head["rows"], *result["rows"]]
+    return list(found.values())
+
+
 def _headlines(results: dict[str, Record]) -> list[str]:
     lines = []
-    for result in results.values():
+    for result in together(list(results.values())):
         module = import_module(f"nemostream.benchmarks.{result['benchmark']}")
         if hasattr(module, "headline"):
             lines += [module.headline(result), ""]

@@ -98,6 +98,17 @@ def test_streams_changed_beyond_noise() -> None:
     assert report.compare(holding(None), holding(100)) == report.compare(holding(9), holding(9, "80")) == []
 
 
+def test_runs_that_belong_together() -> None:
+    """A benchmark run in pieces on one machine is one; another machine or number of rounds is another."""
+    first, second, elsewhere, longer = (some_result(2.0) for _ in range(4))
+    second["method"]["machine"] = {"cpu": {"read": 11.0}}
+    elsewhere["hardware"] = elsewhere["hardware"] | {"cores": 999}
+    longer["method"]["repeats"] = 99
+    found = report.together([first, second, elsewhere, longer])
+    assert [len(result["rows"]) for result in found] == [2, 1, 1]
+    assert len(first["rows"]) == 1 and found[0]["method"]["machine"] == first["method"]["machine"]
+
+
 def test_another_machine_is_told() -> None:
     new, old = some_result(2.0), some_result(2.0)
     assert "another" not in report.changes(new, old)
