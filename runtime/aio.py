@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from nemostream.runtime.recognizer import Pcm, Recognition
-from nemostream.runtime.stream import Result
+from nemostream.runtime.words import Result
 
 
 class AsyncLiveStream:

@@ -6,6 +6,7 @@ What the module does not know: which backend it was given, batches, transports.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -20,8 +21,8 @@ from nemostream.errors import AudioError, StreamError
 from nemostream.runtime.audio import BLOCK, Intake, Recording
 from nemostream.runtime.backend import Backend
 from nemostream.runtime.scheduler import Scheduler
-from nemostream.runtime.stream import Result, Token
 from nemostream.runtime.tokenizer import Detokenizer, Tokenizer
+from nemostream.runtime.words import Result, Token
 from nemostream.spec import Bundle, Chunk
 
 if TYPE_CHECKING:
@@ -228,7 +229,10 @@ class Recognition:
             text = self._text.push(ids)
             piece, seconds = self._tokenizer.piece, self._manifest.seconds
             said = zip(ids, frames, scores, strict=True)
-            tokens = (*known, *(Token(i, piece(i), seconds(f), score) for i, f, score in said))
+            tokens = (
+                *known,
+                *(Token(i, piece(i), seconds(f), seconds(f + 1), score, math.exp(score)) for i, f, score in said),
+            )
         self._last = Result(text, tokens, self.intake.seconds, chunk.ms, False, self.decoded)
         return self._last
 

@@ -17,26 +17,6 @@ from nemostream.spec import Chunk, Manifest
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Token:
-    id: int
-    text: str  # its leading space included
-    time: float  # seconds from the stream's start
-    score: float  # natural logarithm of its probability, given everything before
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a stream said up to some moment."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    duration: float  # seconds of audio received by then; of a final one: of the whole recording
-    chunk_ms: int
-    final: bool
-    decoded: float = 0.0  # seconds of it that the model has heard; silence since the last token is counted from here
-
-
 @dataclass
 class Hypothesis:
     """What the model said. Only ever grows, so a prefix read by another thread stays true."""

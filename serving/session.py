@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.aio import AsyncLiveStream
-from nemostream.runtime.stream import Result, Token
+from nemostream.runtime.words import Result, Token
 
 if TYPE_CHECKING:
     from nemostream.serving.service import Service

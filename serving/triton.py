@@ -17,7 +17,7 @@ import numpy as np
 import nemostream
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.aio import AsyncLiveStream
-from nemostream.runtime.stream import Result
+from nemostream.runtime.words import Result
 from nemostream.spec import Bundle
 
 NAME = "nemostream"

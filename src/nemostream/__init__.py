@@ -34,16 +34,19 @@ from nemostream.errors import (
 )
 
 if TYPE_CHECKING:
+    from nemostream.runtime.confidence import Confidence
     from nemostream.runtime.recognizer import Model
-    from nemostream.runtime.stream import Result, Token
+    from nemostream.runtime.words import Result, Token, Word
     from nemostream.spec import Bundle, Manifest
 
 _LAZY = {
     "Bundle": "nemostream.spec",
     "Manifest": "nemostream.spec",
     "Model": "nemostream.runtime.recognizer",
-    "Result": "nemostream.runtime.stream",
-    "Token": "nemostream.runtime.stream",
+    "Confidence": "nemostream.runtime.confidence",
+    "Result": "nemostream.runtime.words",
+    "Token": "nemostream.runtime.words",
+    "Word": "nemostream.runtime.words",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "Confidence",
     "GateError",
     "Manifest",
     "Model",
@@ -62,6 +66,7 @@ __all__ = [
     "Result",
     "StreamError",
     "Token",
+    "Word",
     "__version__",
     "demo_bundle",
     "demo_clip",

@@ -27,7 +27,7 @@ from nemostream.errors import AudioError, BackendError, NemostreamError, OptionE
 
 if TYPE_CHECKING:
     from nemostream.runtime.recognizer import LiveStream, Model
-    from nemostream.runtime.stream import Result
+    from nemostream.runtime.words import Result
 
 STDIN, STDIN_RATE = "-", 16000
 _TOGETHER = 16  # files decoded side by side; their chunks share batches
