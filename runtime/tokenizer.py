@@ -36,6 +36,7 @@ class Tokenizer:
         self.unknown: int = self._model.unk_id()  # the id of whatever the model has no piece for
         self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
         self._texts = tuple(self._text(i) for i in range(size))
+        self.begins = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE.fullmatch(p))}
 
     def encode(self, text: str) -> list[int]:

@@ -59,6 +59,7 @@ ROOMS = {
             ("tokenizer.py", frozenset({"sentencepiece"})),
             ("ort.py", frozenset({"onnxruntime"})),
             ("ort_cuda.py", frozenset({"onnxruntime"})),
+            ("vad.py", frozenset({"onnxruntime"})),
             ("trt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
             ("cuda.py", frozenset({"cuda"})),
             ("aio.py", frozenset({"asyncio"})),
