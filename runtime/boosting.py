@@ -46,6 +46,7 @@ class Boosting:
 
     def __init__(self, phrases: Sequence[tuple[Sequence[int], float]], vocabulary: int) -> None:
         """`phrases` are their tokens, of `vocabulary` (blank left out), and weights; `of` makes them from text."""
+        assert all(0 < len(tokens) <= MOST_TOKENS for tokens, _ in phrases)
         # The heaviest first: what is shared then has the largest weight, whatever the order in which they were given.
         children: list[dict[int, int]] = [{}]
         scores, totals, complete = [0.0], [0.0], [False]
@@ -83,6 +84,9 @@ class Boosting:
         self.score: Floats = _kept(np.array([scores[old] for old in order], np.float32))  # what is added to its logit
         self.fail: Ints = _kept(np.array(fails, np.int32))  # the longest proper suffix that is a node
         self.penalty: Floats = _kept(np.array(penalties, np.float32))  # added on the way to `fail`
+        parts = (self.first, self.token, self.score, self.fail, self.penalty, np.array([vocabulary]))
+        found = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+        self.digest: NDArray[np.uint8] = np.frombuffer(found, np.uint8)  # [32], the same for the same phrases
         self._fails, self._bounds = fails, self.first.tolist()
         self._root = np.zeros(vocabulary, np.float32)
         self._root[self.token[1 : self._bounds[1]]] = self.score[1 : self._bounds[1]]
@@ -124,13 +128,6 @@ class Boosting:
     def __len__(self) -> int:
         """Nodes."""
         return len(self.token)
-
-    @property
-    def digest(self) -> NDArray[np.uint8]:
-        """[32], the same for the same phrases in the same vocabulary."""
-        parts = (self.first, self.token, self.score, self.fail, self.penalty, np.array([self.vocabulary]))
-        found = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
-        return np.frombuffer(found, np.uint8)
 
     def bias(self, node: int) -> Floats:
         """What is added to each logit but blank's, [vocabulary], for a stream at `node`. Not to be written to."""
