@@ -80,6 +80,7 @@ ROOMS["serving"] = Room(
         ("riva.py", frozenset({"grpc", "riva"})),
         ("server.py", frozenset({"grpc", "uvicorn"})),
         ("ray_app.py", frozenset({"ray", "starlette"})),
+        ("triton.py", frozenset({"triton_python_backend_utils"})),
     ),
 )
 FILES = [(folder, file) for folder in ROOMS for file in sorted((ROOT / folder).rglob("*.py"))]
