@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import nemostream
+from nemostream import formats
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
-from nemostream.serving import realtime, subtitles, websocket
+from nemostream.serving import realtime, websocket
 from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Event, Expired, Word
 from nemostream.serving.settings import Settings
@@ -116,8 +117,8 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         finals = [event async for event in recording if event and event.kind == "final"]
         words = [word for event in finals for word in event.words]
         if response_format in ("text", "srt", "vtt"):
-            text = {"text": lambda: recording.text + "\n", "srt": lambda: subtitles.srt(words),
-                    "vtt": lambda: subtitles.vtt(words)}[response_format]()  # fmt: skip
+            text = {"text": lambda: recording.text + "\n", "srt": lambda: formats.srt(words, recording.seconds),
+                    "vtt": lambda: formats.vtt(words, recording.seconds)}[response_format]()  # fmt: skip
             return PlainTextResponse(text)
         if response_format == "json":
             usage = {"type": "duration", "seconds": round(recording.seconds)}

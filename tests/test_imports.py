@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = {"nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors"}
+CONTRACT = {
+    "nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.formats",
+}  # fmt: skip
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
 
