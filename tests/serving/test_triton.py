@@ -129,7 +129,9 @@ class Caller:
     def send(self, sequence: int, audio: np.ndarray[Any, Any], **options: Any) -> None:
         tensor = self._grpc.InferInput("AUDIO", [1, len(audio)], "FP32")
         tensor.set_data_from_numpy(audio[None])
-        self._client.async_stream_infer("nemostream", [tensor], sequence_id=sequence, request_id=str(sequence), **options)
+        self._client.async_stream_infer(
+            "nemostream", [tensor], sequence_id=sequence, request_id=str(sequence), **options
+        )
 
     def answer(self) -> tuple[int, str, list[float]]:
         result, error = self._answers.get(timeout=60)
