@@ -34,6 +34,7 @@ from nemostream.errors import (
 )
 
 if TYPE_CHECKING:
+    from nemostream.itn import InverseNormalizer
     from nemostream.runtime.confidence import Confidence
     from nemostream.runtime.recognizer import Model
     from nemostream.runtime.words import Result, Token, Word
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Bundle": "nemostream.spec",
+    "InverseNormalizer": "nemostream.itn",
     "Manifest": "nemostream.spec",
     "Model": "nemostream.runtime.recognizer",
     "Confidence": "nemostream.runtime.confidence",
@@ -58,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "Confidence",
     "GateError",
+    "InverseNormalizer",
     "Manifest",
     "Model",
     "NemostreamError",
