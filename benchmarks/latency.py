@@ -38,6 +38,7 @@ from nemostream.errors import OptionError
 from nemostream.runtime.backend import Backend, Batch
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.runtime.ort import OrtBackend
+from nemostream.runtime.recognition import Recognition
 from nemostream.runtime.recognizer import Model
 from nemostream.spec import Bundle, Chunk
 
@@ -124,7 +125,7 @@ def _push(bundle: Bundle, backend: Backend, feed: Feed, chunk: Chunk, filled: in
     """Milliseconds of every stream and chunk from push to result."""
     model, found = Model(bundle, _Borrowed(backend), chunk.ms), []
     lead, rate = bundle.manifest.lead, bundle.manifest.features.sample_rate
-    streams = [model._recognition(rate, 1, chunk.ms, None) for _ in range(feed.rows)]
+    streams = [Recognition(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
     try:
         for step in range(filled + _WARM_UP + repeats):
             begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from nemostream.errors import AudioError, OptionError
 
 Floats = NDArray[np.float32]
+Source = str | Path | NDArray[Any] | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
 
 # Beyond these a rate is a mistake (kHz for Hz, samples for a rate), and soxr would make huge buffers of it.
 RATES = range(4_000, 768_001)
@@ -66,6 +68,13 @@ class Intake:
         if self._resampler is None:
             return np.zeros(0, np.float32)
         return self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+    def cut(self) -> Floats:
+        """As `finish`; what is pushed then is resampled as another recording."""
+        rest = self.finish()
+        if self._resampler is not None:
+            self._resampler.clear()
+        return rest
 
     def check(self, pcm: NDArray[np.generic]) -> None:
         """Raise `AudioError` if `pcm` is not audio that this stream takes."""
@@ -202,6 +211,25 @@ def _mp3_knows_its_length(path: Path) -> bool:
         file.seek(tag)
         frame = file.read(200)
     return b"Xing" in frame or b"Info" in frame
+
+
+@contextmanager
+def opened(source: Source, sample_rate: int, channels: int) -> Iterator[tuple[int, int, Iterable[NDArray[Any]]]]:
+    """Sample rate, channels, and the blocks of audio of a source."""
+    if isinstance(source, np.ndarray):
+        if not source.size:
+            raise AudioError("the audio is empty.")
+        channels = source.shape[1] if source.ndim == 2 else 1
+        yield sample_rate, channels, (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
+    elif isinstance(source, str | os.PathLike):
+        with Recording(source) as file:
+            yield file.sample_rate, file.channels, file.blocks()
+    elif isinstance(source, Iterable):
+        yield sample_rate, channels, source
+    elif isinstance(source, AsyncIterable):
+        raise AudioError("an asynchronous source needs `async for`.")
+    else:
+        raise AudioError(f"a source is a path, a numpy array, or gives arrays; {type(source).__name__} is none.")
 
 
 def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16]]:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemostream.errors import OptionError
-
-ALPHA = 0.33  # NeMo's; backends sum the probabilities to this power, so entropies have no other
+from nemostream.runtime.greedy import ALPHA
 
 AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,

@@ -5,70 +5,83 @@ What the module does not know: which backend it was given, batches, transports.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nemostream.errors import AudioError, StreamError
-from nemostream.runtime.audio import BLOCK, Intake, Recording
+from nemostream.errors import AudioError, OptionError
+from nemostream.runtime.audio import Source, opened
 from nemostream.runtime.backend import Backend
+from nemostream.runtime.confidence import Confidence
+from nemostream.runtime.endpoint import Endpoint
+from nemostream.runtime.recognition import BACKLOG, Options, Pcm, Recognition
 from nemostream.runtime.scheduler import Scheduler
-from nemostream.runtime.tokenizer import Detokenizer, Tokenizer
-from nemostream.runtime.words import Result, Token
+from nemostream.runtime.tokenizer import Tokenizer
+from nemostream.runtime.utterance import Event
+from nemostream.runtime.words import Result
 from nemostream.spec import Bundle, Chunk
 
 if TYPE_CHECKING:
     from nemostream.runtime.aio import AsyncLiveStream
-
-Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
-
-# Chunks of a recording that may wait at the scheduler while the next block is read: enough that it need not.
-_BACKLOG = 2
+    from nemostream.runtime.vad import Silero, SpeechGate
 
 
 class Model:
     """A bundle on a backend. Any thread may use it; closing it fails the streams still open. A context manager.
 
-    `chunk_ms` is the chunk size of streams that do not choose their own. Raises `OptionError` if the model was not
-    trained for it, `BundleError` for a damaged tokenizer.
+    `chunk_ms` is the chunk size, and `confidence` the measure, of streams that do not choose their own. Raises
+    `OptionError` if the model was not trained for the chunk size, `BundleError` for a damaged tokenizer.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, chunk_ms: int = 560) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, chunk_ms: int = 560, confidence: Confidence | None = None
+    ) -> None:
         self.manifest = bundle.manifest
         self.chunk_ms = self.manifest.chunk(chunk_ms).ms
+        self.confidence = confidence or Confidence()
         self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
+        self._silero: Silero | None = None
         # Where `submit` is the step itself, overlap would hold each result back by a whole step and hide nothing.
         self._scheduler = Scheduler(self.manifest, backend, overlap=backend.asynchronous)
 
-    def stream(self, *, sample_rate: int = 16000, channels: int = 1, chunk_ms: int | None = None) -> LiveStream:
+    def stream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> LiveStream:
         """A live stream of audio pushed at `sample_rate`.
 
         Raises `OptionError` for options that cannot be, `CapacityError` if no slot is free.
         """
-        return LiveStream(self._recognition(sample_rate, channels, chunk_ms, None))
+        return LiveStream(Recognition(self, sample_rate, channels, **options))
 
-    def astream(self, *, sample_rate: int = 16000, channels: int = 1, chunk_ms: int | None = None) -> AsyncLiveStream:
+    def astream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> AsyncLiveStream:
         """`stream` for asyncio: no thread per stream, `push` and `finish` are awaited."""
         from nemostream.runtime.aio import AsyncLiveStream  # asyncio only for those who use it
 
-        return AsyncLiveStream(lambda listener: self._recognition(sample_rate, channels, chunk_ms, listener))
+        return AsyncLiveStream(lambda listener: Recognition(self, sample_rate, channels, listener, **options))
+
+    def listen(
+        self, source: Source, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
+    ) -> Listening:
+        """The events of a source, to be iterated over once, with `for` or with `async for`.
+
+        A source is a file, an array, or anything that gives arrays, asynchronously too (then with `async for` only).
+        `sample_rate` and `channels` are those of what it gives; a file knows its own. Utterances end by `Endpoint()`
+        unless `endpoint` says otherwise. Iterating raises what `transcribe` raises; leaving it closes the stream.
+        """
+        options.setdefault("endpoint", Endpoint())
+        return Listening(self, source, sample_rate, channels, options)
 
     def transcribe(
         self,
         source: str | Path | Pcm,
         *,
         sample_rate: int = 16000,
-        chunk_ms: int | None = None,
         on_partial: Callable[[Result], None] | None = None,
         on_progress: Callable[[float], None] | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """The text of a recording: a file, or an array [N] or [N, channels] at `sample_rate` (a file knows its own).
 
@@ -76,21 +89,15 @@ class Model:
         the seconds decoded so far; both on this thread. Calls from several threads share batches. Raises `AudioError`
         for audio that cannot be read or is empty, and what `stream` raises.
         """
-        if isinstance(source, np.ndarray):
-            if not source.size:
-                raise AudioError("the audio is empty.")
-            channels = source.shape[1] if source.ndim == 2 else 1
-            with closing(self._recognition(sample_rate, channels, chunk_ms, None)) as recognition:
-                recognition.intake.check(source)  # all of it, so that an error says where
-                blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
-                return recognition.run(blocks, on_partial, on_progress)
-        if not isinstance(source, str | os.PathLike):
+        if not isinstance(source, np.ndarray | str | os.PathLike):
             raise AudioError(f"transcribe takes a path or a numpy array, not {type(source).__name__}.")
         with (
-            Recording(source) as file,
-            closing(self._recognition(file.sample_rate, file.channels, chunk_ms, None)) as recognition,
+            opened(source, sample_rate, 1) as (rate, channels, blocks),
+            closing(Recognition(self, rate, channels, **options)) as recognition,
         ):
-            return recognition.run(file.blocks(), on_partial, on_progress)
+            if isinstance(source, np.ndarray):
+                recognition.intake.check(source)  # all of it, so that an error says where
+            return recognition.run(blocks, on_partial, on_progress)
 
     def watch(self, on_step: Callable[[Chunk, int, float], None] | None) -> None:
         """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took.
@@ -98,6 +105,16 @@ class Model:
         It is called on the scheduler's thread, between two steps; it must be quick and must not raise.
         """
         self._scheduler.on_step = on_step
+
+    def _gate(self) -> SpeechGate:
+        """Lets chunks with speech through."""
+        from nemostream.runtime.vad import RATE, Silero, SpeechGate  # only for those who use it
+
+        if self.manifest.features.sample_rate != RATE:
+            raise OptionError(f"vad works with models of {RATE} Hz only.")
+        if self._silero is None:  # two threads may load it twice; either will do
+            self._silero = Silero()
+        return SpeechGate(self._silero)
 
     def close(self) -> None:
         """Fail the streams still open and give back what the backend holds. Does nothing the second time."""
@@ -111,136 +128,41 @@ class Model:
     ) -> None:
         self.close()
 
-    def _recognition(
-        self, sample_rate: int, channels: int, chunk_ms: int | None, listener: Callable[[], None] | None
-    ) -> Recognition:
-        return Recognition(self, sample_rate, channels, self.chunk_ms if chunk_ms is None else chunk_ms, listener)
 
+class Listening:
+    """The events of a source; see `Model.listen`."""
 
-class Recognition:
-    """What a live stream and its asyncio twin share: all but the waiting."""
+    def __init__(self, model: Model, source: Source, sample_rate: int, channels: int, options: Options) -> None:
+        self._model, self._source, self._options = model, source, options
+        self._sample_rate, self._channels = sample_rate, channels
 
-    def __init__(
-        self, model: Model, sample_rate: int, channels: int, chunk_ms: int, listener: Callable[[], None] | None
-    ) -> None:
-        chunk = model.manifest.chunk(chunk_ms)
-        self.intake = Intake(sample_rate, channels, model.manifest.features.sample_rate)
-        self._scheduler, self._manifest, self._tokenizer = model._scheduler, model.manifest, model._tokenizer
-        self._text = Detokenizer(self._tokenizer)
-        self._ended = False
-        self._frames = 0  # decoded
-        self._last = Result("", (), 0.0, chunk.ms, False)
-        self._seat = self._scheduler.open(chunk, listener)  # last: whatever fails above must not cost a slot
+    def __iter__(self) -> Iterator[Event]:
+        source, options = self._source, self._options
+        # Of a whole recording the next block is read while the model works.
+        backlog = BACKLOG if isinstance(source, np.ndarray | str | os.PathLike) else 0
+        with (
+            opened(source, self._sample_rate, self._channels) as (rate, channels, blocks),
+            closing(Recognition(self._model, rate, channels, **options)) as recognition,
+        ):
+            for block in blocks:
+                recognition.feed(block)
+                recognition.wait(backlog)
+                yield from recognition.events()
+            recognition.end()
+            recognition.wait()
+            yield from recognition.events()
 
-    @property
-    def result(self) -> Result:
-        """What was said up to now, of all the audio received up to now."""
-        if self._last.final:
-            return self._last
-        self.collect()
-        return dataclasses.replace(self._last, duration=self.intake.seconds)
+    def __aiter__(self) -> AsyncIterator[Event]:
+        from nemostream.runtime.aio import listen  # asyncio only for those who use it
 
-    def feed(self, pcm: Pcm) -> None:
-        """Hand audio to the scheduler. Raises `AudioError` before, and `StreamError` after the end of the stream."""
-        if self._ended:
-            raise StreamError("the stream was finished; open a new one for more audio.")
-        for block in self.intake.push(pcm):
-            self._scheduler.accept(self._seat, block)
-
-    def use(self, chunk_ms: int) -> None:
-        """Go on in chunks of another size. Raises `OptionError` if the model was not trained for it."""
-        self._scheduler.use(self._seat, self._manifest.chunk(chunk_ms))
-
-    def end(self) -> None:
-        """No more audio. Does nothing the second time."""
-        if self._ended:
-            return
-        self._ended = True
-        self._scheduler.accept(self._seat, self.intake.finish())
-        self._scheduler.end(self._seat)
-
-    @property
-    def ended(self) -> bool:
-        """Whether `end` was called: when it has settled, the result is final."""
-        return self._ended
-
-    def settled(self) -> bool:
-        """Whether every chunk that is complete is decoded. Raises what the stream died of."""
-        return self._scheduler.settled(self._seat)
-
-    def wait(self, backlog: int = 0) -> None:
-        """Block until all but `backlog` complete chunks are decoded. Raises what the stream died of."""
-        self._scheduler.wait(self._seat, backlog)
-
-    def close(self) -> None:
-        """Give the slot back, now. Does nothing if that is done."""
-        self._scheduler.leave(self._seat)
-
-    def collect(self) -> list[Result]:
-        """A partial result of every step since the last call."""
-        return [self._advance(chunk, count) for chunk, count in self._scheduler.collect(self._seat)]
-
-    def final(self) -> Result:
-        """The final result, once every step is in."""
-        if not self._last.final:
-            self.collect()
-            text = self._text.finish()
-            self._last = dataclasses.replace(self._last, text=text, duration=self.intake.seconds, final=True)
-        return self._last
-
-    def run(
-        self,
-        blocks: Iterable[Pcm],
-        on_partial: Callable[[Result], None] | None,
-        on_progress: Callable[[float], None] | None,
-    ) -> Result:
-        """Recognise a whole recording, reading on while the model works; about a block of it waits in memory."""
-
-        def report() -> None:
-            for partial in self.collect():
-                if on_partial:
-                    on_partial(partial)
-            if on_progress:
-                on_progress(self.decoded)
-
-        for block in blocks:
-            self.feed(block)
-            self.wait(_BACKLOG)
-            report()
-        self.end()
-        self.wait()
-        report()
-        return self.final()
-
-    @property
-    def decoded(self) -> float:
-        """Seconds of audio decoded so far. The last steps, which run when the stream has ended, leave nothing over."""
-        seconds = self.intake.seconds
-        return seconds if self._ended else min(self._manifest.seconds(self._frames), seconds)
-
-    def _advance(self, chunk: Chunk, count: int) -> Result:
-        """Take in a step that left `count` tokens in the hypothesis."""
-        self._frames += chunk.frames
-        hypothesis, known = self._seat.stream.hypothesis, self._last.tokens
-        text, tokens = self._last.text, known
-        if count > len(known):  # a step that said nothing shares text and tokens with the one before
-            new = slice(len(known), count)
-            ids, frames, scores = hypothesis.tokens[new], hypothesis.frames[new], hypothesis.scores[new]
-            text = self._text.push(ids)
-            piece, seconds = self._tokenizer.piece, self._manifest.seconds
-            said = zip(ids, frames, scores, strict=True)
-            tokens = (
-                *known,
-                *(Token(i, piece(i), seconds(f), seconds(f + 1), score, math.exp(score)) for i, f, score in said),
-            )
-        self._last = Result(text, tokens, self.intake.seconds, chunk.ms, False, self.decoded)
-        return self._last
+        return listen(self._model, self._source, self._sample_rate, self._channels, self._options)
 
 
 class LiveStream:
     """One stream of audio. A context manager: leaving it without `finish` gives its slot back.
 
-    For one thread at a time (`close` may come from another).
+    Follow it in results (`push`, `finish`) or in events (`hear`, `end`). For one thread at a time (`close` may come
+    from another).
     """
 
     def __init__(self, recognition: Recognition) -> None:
@@ -266,6 +188,26 @@ class LiveStream:
         self._recognition.end()
         self._recognition.wait()
         return self._recognition.final()
+
+    def hear(self, pcm: Pcm) -> list[Event]:
+        """As `push`, in events: what became known of the stream's utterances."""
+        self._recognition.feed(pcm)
+        self._recognition.wait()
+        return self._recognition.events()
+
+    def endpoint(self) -> list[Event]:
+        """End the utterance here: everything pushed is decoded as at the end of a stream, and what follows begins anew.
+
+        Times go on. Raises as `push` does.
+        """
+        self._recognition.cut()
+        self._recognition.wait()
+        return self._recognition.events()
+
+    def end(self) -> list[Event]:
+        """As `finish`, in events; `result` is then the final one."""
+        self.finish()
+        return self._recognition.events()
 
     def use(self, chunk_ms: int) -> None:
         """Go on in chunks of another size: larger ones cost the machine less, smaller ones are sooner.

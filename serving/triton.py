@@ -25,8 +25,8 @@ _MODEL = '''"""Written by `nemostream export --triton`. Triton's Python needs: p
 
 from nemostream.serving.triton import TritonPythonModel  # noqa: F401
 '''
-_CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first piece, END with
-# the last one, which may be empty. The parameter chunk_ms of a sequence's first request chooses its chunk size.
+_CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first
+# piece, END with the last one, which may be empty. The parameter chunk_ms of the first one chooses the chunk size.
 name: "{name}"
 backend: "python"
 max_batch_size: {streams}
@@ -41,8 +41,7 @@ sequence_batching {{
   max_sequence_idle_microseconds: {idle}
   control_input [
     {{ name: "START" control [ {{ kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] }} ] }},
-    {{ name: "END" control [ {{ kind: CONTROL_SEQUENCE_END int32_false_true: [ 0, 1 ] }} ] }},
-    {{ name: "STREAM" control [ {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_STRING }} ] }}
+    {{ name: "END" control [ {{ kind: CONTROL_SEQUENCE_END int32_false_true: [ 0, 1 ] }} ] }}
   ]
   oldest {{ max_candidate_sequences: {streams} max_queue_delay_microseconds: 2000 }}
 }}
@@ -107,12 +106,12 @@ class TritonPythonModel:
         return await asyncio.gather(*(self._one(request) for request in requests))
 
     async def _one(self, request: Any) -> Any:
-        import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # only inside Triton
+        import triton_python_backend_utils as pb_utils  # only inside Triton
 
         def given(name: str) -> Any:
             return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
-        name = _text(given("STREAM").flat[0])
+        name = str(request.correlation_id())  # not a control input: Triton 2.x fails to batch those of strings
         try:
             result = await self._heard(
                 name, given("AUDIO").reshape(-1), bool(given("START").flat[0]), bool(given("END").flat[0]),
@@ -149,7 +148,3 @@ class TritonPythonModel:
         result = await stream.finish()
         del self._streams[name]
         return result
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

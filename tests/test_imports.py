@@ -61,6 +61,7 @@ ROOMS = {
             ("tokenizer.py", frozenset({"sentencepiece"})),
             ("ort.py", frozenset({"onnxruntime"})),
             ("ort_cuda.py", frozenset({"onnxruntime"})),
+            ("vad.py", frozenset({"onnxruntime"})),
             ("trt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
             ("cuda.py", frozenset({"cuda"})),
             ("aio.py", frozenset({"asyncio"})),
@@ -81,6 +82,7 @@ ROOMS["serving"] = Room(
         ("riva.py", frozenset({"grpc", "riva"})),
         ("server.py", frozenset({"grpc", "uvicorn"})),
         ("ray_app.py", frozenset({"ray", "starlette"})),
+        ("triton.py", frozenset({"triton_python_backend_utils"})),
     ),
 )
 FILES = [(folder, file) for folder in ROOMS for file in sorted((ROOT / folder).rglob("*.py"))]
