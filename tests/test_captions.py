@@ -263,6 +263,26 @@ def test_wide_characters_and_control_characters() -> None:
     terminal.close()
 
 
+def test_what_was_printed_is_shown_no_more(terminal: Terminal) -> None:
+    """Utterances on the same terminal: the caption goes when its text is printed for good."""
+    with view(terminal, live=True) as shown:
+        for text in ("one two", "three"):
+            shown.said(0, text, len(text))
+            shown.heard(0, 0.0)
+            terminal.settle()
+            assert terminal.screen.text()[-1] == text
+            with shown.aside():
+                os.write(terminal.theirs, f"{text}.\n".encode())
+            shown.afresh(0)
+        shown.said(0, "four", 0)
+        shown.heard(0, 0.0)
+        terminal.settle()
+        assert terminal.screen.text() == ["$ nemostream", "one two.", "three.", "four"]
+        shown.over(0)
+    terminal.settle()
+    assert terminal.screen.text() == ["$ nemostream", "one two.", "three."]
+
+
 def test_a_terminal_that_changes_its_width() -> None:
     terminal = Terminal(columns=40)
     text = "one two three four five six seven eight nine ten eleven twelve"

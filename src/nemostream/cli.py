@@ -15,13 +15,17 @@ from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.formats import Format
-from nemostream.transcribe import MICROPHONE, STDIN, TOGETHER, Output, complain, listen, transcribe_files
+from nemostream.output import MICROPHONE, STDIN, Output
+from nemostream.transcribe import TOGETHER, complain, listen, read_phrases, transcribe_files
+
+if TYPE_CHECKING:
+    from nemostream.runtime.recognition import Options
 
 _ENGINES = "Folder of engines. Default: ~/.cache/nemostream/engines."
 
@@ -72,6 +76,15 @@ def transcribe(
     live: Annotated[
         bool, typer.Option("--live", help="Captions in two lines; for --mic, --realtime and standard input.")
     ] = False,
+    endpoint_ms: Annotated[
+        int | None,
+        typer.Option(min=80, help="Silence that ends an utterance: each gets a line, or its times in JSON."),
+    ] = None,
+    phrases: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT|FILE", help="To be more ready to hear, as the model writes; may be repeated."),
+    ] = None,
+    vad: Annotated[bool, typer.Option("--vad", help="Spend no steps on silence.")] = False,
     itn: Annotated[bool, typer.Option("--itn", help="Write numbers, dates and amounts as people write them.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     precision: Annotated[
@@ -95,21 +108,37 @@ def transcribe(
     sources = [*names, *[MICROPHONE] * mic]
     if live and (len(sources) > 1 or not (mic or realtime or names == [STDIN])):
         raise OptionError("--live shows one voice as it speaks: give it --mic, - or one FILE with --realtime.")
+    options = _options(endpoint_ms, phrases, vad)
     normalizer = nemostream.InverseNormalizer() if itn else None
     lanes = max(1, min(len(names), TOGETHER))
     # Twice: a failed file's slot may still be in the step under way when the next file wants one.
     capacity = 2 * lanes
     with (
-        Output(sources, format, out, normalizer) as output,
+        Output(sources, format, out, apart=endpoint_ms is not None, itn=normalizer) as output,
         nemostream.load(
             bundle, chunk_ms, capacity=capacity, device=device, precision=precision, engines=engines
         ) as model,
     ):
-        code = transcribe_files(model, names, output, realtime=realtime, live=live) if names else 0
+        model.stream(**options).close()  # what cannot be is refused once, and not for every file
+        code = transcribe_files(model, names, output, options, realtime=realtime, live=live) if names else 0
         if mic:
-            output.write(MICROPHONE, listen(model, live=live))
+            listen(model, output, options, live=live)
     if code:
         raise typer.Exit(code)
+
+
+def _options(endpoint_ms: int | None, phrases: list[str] | None, vad: bool) -> Options:
+    """How streams are recognised: what was asked for only."""
+    options: Options = {}
+    if endpoint_ms is not None:
+        from nemostream.runtime.endpoint import Endpoint
+
+        options["endpoint"] = Endpoint(silence_ms=endpoint_ms)
+    if phrases:
+        options["phrases"] = read_phrases(phrases)
+    if vad:
+        options["vad"] = True
+    return options
 
 
 @app.command()

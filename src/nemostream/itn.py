@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _PARTS = re.compile(r"(?s)([\"'“‘(\[¿¡]*)(.*?)([.,?!;:…\"'”’)\]]*)")
 _COMPOUND = re.compile(r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty-[a-z]+")
 
+_PAUSE = 0.8  # seconds between words that are no number together
+_LONGEST = 100  # words that the rules get at a time: theirs is not the time to read a book
+
 # Some words as they were, or a written form and the words that it came of: (form or None, first, behind the last).
 _Piece = tuple[str | None, int, int]
 
@@ -56,15 +59,15 @@ class InverseNormalizer:
     def __call__(self, words: Sequence[Word]) -> tuple[Word, ...]:
         """The words as they are written, for finished utterances: more words could make another number of these.
 
-        Nothing is joined over punctuation. A written word begins and ends as the spoken ones it came of and is as
-        certain as the least certain of them; where those became several that cannot be told apart (*july 4 1999*
-        of a date), they share the time in proportion to their letters. Words that the rules fail on stay.
+        Nothing is joined over punctuation or a pause. A written word begins and ends as the spoken ones it came of
+        and is as certain as the least certain of them; where those became several that cannot be told apart (*july 4
+        1999* of a date), they share the time in proportion to their letters. Words that the rules fail on stay.
         """
         found: list[Word] = []
         run: list[Word] = []
         for word in words:
             lead, _, trail = _split(word.text)
-            if lead and run:
+            if run and (lead or word.start - run[-1].end > _PAUSE):
                 found += self._run(run)
                 run = []
             run.append(word)
@@ -75,6 +78,10 @@ class InverseNormalizer:
 
     def _run(self, words: list[Word]) -> list[Word]:
         """Words with punctuation before the first and after the last only."""
+        if len(words) > _LONGEST:  # in two, where the voice rested longest
+            middle = range(len(words) // 4, 3 * len(words) // 4)
+            at = max(middle, key=lambda index: words[index].start - words[index - 1].end)
+            return [*self._run(words[:at]), *self._run(words[at:])]
         lead, trail = _split(words[0].text)[0], _split(words[-1].text)[2]
         cores = [_split(word.text)[1] for word in words]
         spoken: list[str] = []  # the rules know "twenty two" and lower case
