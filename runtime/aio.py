@@ -34,6 +34,16 @@ class AsyncLiveStream:
         """The current result; after `finish` the final one."""
         return self._recognition.result
 
+    @property
+    def steps(self) -> int:
+        """Chunks decoded that a result or an event told of, or would have."""
+        return self._recognition.steps
+
+    @property
+    def chunk_ms(self) -> int:
+        """Size of the last of them."""
+        return self._recognition.chunk_ms
+
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
         self._recognition.feed(pcm)

@@ -73,6 +73,8 @@ class Recognition:
         self._utterances = Utterances(tokenizer, sure.aggregation, self._rate)
         self._ended = self._over = False
         self._reach = 0  # samples
+        self.steps = 0  # that were told of
+        self.chunk_ms = chunk.ms  # of the last of them
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=sure.aggregation)
         self._gate = model._gate() if vad else None
         about = {
@@ -142,28 +144,24 @@ class Recognition:
         if self._last.final:
             return self._last
         self._take_in()
-        text, reach, chunk_ms = self._last.text, self._reach, self._last.chunk_ms
-        if self._untold:
-            heard = self._untold[-1]
-            reach, chunk_ms = heard.piece.reach, heard.piece.chunk.ms
+        text = self._last.text
         if len(self._tokens) > len(self._last.tokens):
             text = Detokenizer(self._tokenizer).push([token.id for token in self._tokens])
-        return self._result(text, len(self._tokens), reach, chunk_ms)
+        return self._result(text, len(self._tokens), *self._newest())
 
     def collect(self) -> list[Result]:
         """A partial result of every step since the last call."""
         self._take_in()
         results = []
         while self._untold:
-            heard = self._untold.popleft()
-            self._reach = heard.piece.reach
+            heard = self._next()
             if heard.piece.kind != "run":
                 continue
             text = self._last.text
             if heard.count > self._shown:  # a step that said nothing shares its text with the one before
                 text = self._text.push([token.id for token in self._tokens[self._shown : heard.count]])
                 self._shown = heard.count
-            self._last = self._result(text, heard.count, self._reach, heard.piece.chunk.ms)
+            self._last = self._result(text, heard.count, self._reach, self.chunk_ms)
             results.append(self._last)
         return results
 
@@ -172,15 +170,12 @@ class Recognition:
         self._take_in()
         events: list[Event] = []
         while self._untold:
-            heard = self._untold.popleft()
-            self._reach = heard.piece.reach
-            events += self._utterances.step(
-                self._tokens, heard.count, heard.ends, self.intake.seconds, heard.piece.chunk.ms
-            )
+            heard = self._next()
+            events += self._utterances.step(self._tokens, heard.count, heard.ends, self.intake.seconds, self.chunk_ms)
         if self._ended and not self._over and self.settled():
             self._over = True
             at = self._seat.stream.samples
-            events += self._utterances.finish(self._tokens, at, self.intake.seconds, self._seat.stream.chunk.ms)
+            events += self._utterances.finish(self._tokens, at, self.intake.seconds, self.chunk_ms)
         return events
 
     def final(self) -> Result:
@@ -188,8 +183,7 @@ class Recognition:
         if not self._last.final:
             self._take_in()
             text = self._tokenizer.decode([token.id for token in self._tokens])
-            last = self._untold[-1].piece.chunk.ms if self._untold else self._last.chunk_ms
-            self._last = dataclasses.replace(self._result(text, len(self._tokens), self._reach, last), final=True)
+            self._last = dataclasses.replace(self._result(text, len(self._tokens), *self._newest()), final=True)
         return self._last
 
     def run(
@@ -230,6 +224,20 @@ class Recognition:
         if count > len(tokens):
             tokens = tuple(self._tokens[:count])
         return Result(text, tokens, self.intake.seconds, chunk_ms, False, self._decoded(reach), self._aggregation)
+
+    def _next(self) -> Heard:
+        """What is to be told of next."""
+        heard = self._untold.popleft()
+        self._reach = heard.piece.reach
+        if heard.piece.kind == "run":
+            self.steps += 1
+            self.chunk_ms = heard.piece.chunk.ms
+        return heard
+
+    def _newest(self) -> tuple[int, int]:
+        """How far the model has heard (samples), and its last chunk's size, be it told of or not."""
+        sizes = [heard.piece.chunk.ms for heard in self._untold if heard.piece.kind == "run"]
+        return self._untold[-1].piece.reach if self._untold else self._reach, sizes[-1] if sizes else self.chunk_ms
 
     def _take_in(self) -> None:
         heard = self._scheduler.collect(self._seat)

@@ -173,6 +173,16 @@ class LiveStream:
         """The current result; after `finish` the final one."""
         return self._recognition.result
 
+    @property
+    def steps(self) -> int:
+        """Chunks decoded that a result or an event told of, or would have."""
+        return self._recognition.steps
+
+    @property
+    def chunk_ms(self) -> int:
+        """Size of the last of them."""
+        return self._recognition.chunk_ms
+
     def push(self, pcm: Pcm) -> list[Result]:
         """Append audio and wait for every chunk it completed; one partial result per step run.
 

@@ -124,7 +124,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(
                 [], pb_utils.TritonError(str(error) if known else f"the stream failed ({error!r}); begin it anew.")
             )
-        starts = [token.time for token in result.tokens if token.text.startswith(" ")]
+        starts = [word.start for word in result.words]
         return pb_utils.InferenceResponse([
             pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
             pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
