@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pysubs2
 import pytest
+import srt
+import webvtt
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nemostream import formats
 from nemostream.formats import Format, Transcript
-
-pysubs2 = pytest.importorskip("pysubs2")
-srt = pytest.importorskip("srt")
-webvtt = pytest.importorskip("webvtt")
 
 SHORTEST, LONGEST, GAP, SPEED, WIDTH = 5 / 6, 7.0, 1 / 12, 20, 42
 MS = 0.0011  # two roundings

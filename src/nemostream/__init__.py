@@ -34,6 +34,7 @@ from nemostream.errors import (
 )
 
 if TYPE_CHECKING:
+    from nemostream.itn import InverseNormalizer
     from nemostream.runtime.confidence import Confidence
     from nemostream.runtime.endpoint import Endpoint
     from nemostream.runtime.recognizer import Model
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Bundle": "nemostream.spec",
+    "InverseNormalizer": "nemostream.itn",
     "Manifest": "nemostream.spec",
     "Model": "nemostream.runtime.recognizer",
     "Confidence": "nemostream.runtime.confidence",
@@ -64,6 +66,7 @@ __all__ = [
     "Endpoint",
     "Event",
     "GateError",
+    "InverseNormalizer",
     "Manifest",
     "Model",
     "NemostreamError",

@@ -53,6 +53,13 @@ class Token(Protocol):
 
 
 @dataclass(frozen=True)
+class Utterance:
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Transcript:
     """A recording and what was said in it."""
 
@@ -62,6 +69,7 @@ class Transcript:
     duration: float
     tokens: Sequence[Token] = ()
     chunk_ms: int = 0
+    utterances: Sequence[Utterance] | None = None  # if they are to be kept apart
     spoken: str | None = None  # the text as it was spoken, if `text` was normalised
 
 
@@ -87,6 +95,8 @@ class Format(StrEnum):
 def render(transcript: Transcript, format: Format) -> str:
     """The transcript in a format, to its last newline; those of several recordings may follow each other, if it is not
     `alone`."""
+    if format is Format.text and transcript.utterances is not None:
+        return "".join(utterance.text + "\n" for utterance in transcript.utterances)
     if format is Format.text:
         return transcript.text + "\n"
     if format is Format.json:
@@ -102,7 +112,8 @@ def render(transcript: Transcript, format: Format) -> str:
 
 
 def as_json(transcript: Transcript) -> dict[str, Any]:
-    """`file`, `duration`, `text`, `words`, `tokens`, `chunk_ms`, and `spoken` if the text was normalised."""
+    """`file`, `duration`, `text`, `words`, `tokens`, `chunk_ms`; `utterances` if they are kept apart, `spoken` if the
+    text was normalised."""
     body: dict[str, Any] = {
         "file": transcript.file, "duration": round(transcript.duration, 3), "text": transcript.text,
         "words": [
@@ -117,7 +128,13 @@ def as_json(transcript: Transcript) -> dict[str, Any]:
         ],
         "chunk_ms": transcript.chunk_ms,
     }  # fmt: skip
-    return body if transcript.spoken is None else body | {"spoken": transcript.spoken}
+    if transcript.utterances is not None:
+        body["utterances"] = [
+            {"text": one.text, "start": round(one.start, 3), "end": round(one.end, 3)} for one in transcript.utterances
+        ]
+    if transcript.spoken is not None:
+        body["spoken"] = transcript.spoken
+    return body
 
 
 def as_manifest(transcript: Transcript) -> dict[str, Any]:
