@@ -115,9 +115,9 @@ async def listen(
             for event in await stream.end():
                 yield event
         return
-    with opened(source, sample_rate, channels) as (rate, wide, blocks):
-        async with model.astream(sample_rate=rate, channels=wide, **options) as stream:
-            turn = iter(blocks)
+    with opened(source, sample_rate, channels) as sound:
+        async with model.astream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
+            turn = iter(sound.blocks)
             while rest := await asyncio.to_thread(lambda: [*itertools.islice(turn, 1)]):
                 for event in await stream.hear(rest[0]):
                     yield event

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -213,19 +214,30 @@ def _mp3_knows_its_length(path: Path) -> bool:
     return b"Xing" in frame or b"Info" in frame
 
 
+@dataclass(frozen=True)
+class Sound:
+    """A source that was opened."""
+
+    sample_rate: int
+    channels: int
+    blocks: Iterable[NDArray[Any]]
+    duration: float = 0.0  # seconds, as far as is known
+
+
 @contextmanager
-def opened(source: Source, sample_rate: int, channels: int) -> Iterator[tuple[int, int, Iterable[NDArray[Any]]]]:
-    """Sample rate, channels, and the blocks of audio of a source."""
+def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
+    """What a source gives; `sample_rate` and `channels` are those of one that does not know its own."""
     if isinstance(source, np.ndarray):
         if not source.size:
             raise AudioError("the audio is empty.")
         channels = source.shape[1] if source.ndim == 2 else 1
-        yield sample_rate, channels, (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
+        blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
+        yield Sound(sample_rate, channels, blocks, len(source) / max(sample_rate, 1))
     elif isinstance(source, str | os.PathLike):
         with Recording(source) as file:
-            yield file.sample_rate, file.channels, file.blocks()
+            yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
     elif isinstance(source, Iterable):
-        yield sample_rate, channels, source
+        yield Sound(sample_rate, channels, source)
     elif isinstance(source, AsyncIterable):
         raise AudioError("an asynchronous source needs `async for`.")
     else:

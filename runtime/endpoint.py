@@ -9,9 +9,12 @@ What the module does not know: text, time other than samples, the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
 from nemostream.spec import Manifest
@@ -88,6 +91,13 @@ class Endpointer:
             self._count += 1
         self._end_before(reach, ends)
         return ends
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        return {"counts": np.array([self._count, -1 if self._first is None else self._first, self._last], np.int64)}
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._count, first, self._last = state["counts"].tolist()
+        self._first = None if first < 0 else first
 
     def cut(self) -> None:
         """The client ended the utterance."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from numpy.typing import NDArray
 
@@ -17,6 +17,7 @@ from nemostream.runtime.audio import Intake
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
 from nemostream.runtime.endpoint import Endpoint, Endpointer
+from nemostream.runtime.resume import Digest, Keeper, Saved
 from nemostream.runtime.seat import Heard
 from nemostream.runtime.stream import Stream
 from nemostream.runtime.tokenizer import Detokenizer
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
 
 Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
 
-# Chunks of a recording that may wait at the scheduler while the next block is read: enough that it need not.
-BACKLOG = 2
+
+class Part(Protocol):
+    """Something that can be saved."""
+
+    def save(self) -> dict[str, NDArray[Any]]: ...
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None: ...
 
 
 class Options(TypedDict, total=False):
@@ -43,7 +49,11 @@ class Options(TypedDict, total=False):
 
 
 class Recognition:
-    """A stream that was opened. For one thread at a time (`close` may come from another)."""
+    """A stream that was opened. For one thread at a time (`close` may come from another).
+
+    With a `keeper` the stream goes on from what that has saved, once the same audio was fed again. Who is `patient`
+    waits for a slot if none is free.
+    """
 
     def __init__(
         self,
@@ -57,6 +67,8 @@ class Recognition:
         phrases: Mapping[str, float] | Sequence[str] | None = None,
         confidence: Confidence | None = None,
         vad: bool = False,
+        keeper: Keeper | None = None,
+        patient: bool = False,
     ) -> None:
         manifest, tokenizer = model.manifest, model._tokenizer
         chunk = manifest.chunk(model.chunk_ms if chunk_ms is None else chunk_ms)
@@ -77,12 +89,21 @@ class Recognition:
         self.chunk_ms = chunk.ms  # of the last of them
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=sure.aggregation)
         self._gate = model._gate() if vad else None
-        about = {
-            "endpointer": Endpointer(endpoint, manifest, tokenizer.begins) if endpoint else None,
-            "phrases": None if phrases is None else Boosting.of(phrases, tokenizer),
-        }
+        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins) if endpoint else None
+        stream = Stream(manifest, chunk, self._gate)
+        self._keeper, self._digest = keeper, Digest()
+        self._saved = keeper.load() if keeper else None  # until the audio that it was saved of was fed again
+        if self._saved:
+            for name, part in self._parts(stream).items():
+                part.load(self._saved.parts[name])
+            self._reach = stream.reach
+        boosting = None if phrases is None else Boosting.of(phrases, tokenizer)
+        slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
-        self._seat = self._scheduler.open(Stream(manifest, chunk, self._gate), listener, **about)
+        self._seat = self._scheduler.open(
+            stream, listener, patient, endpointer=self._endpointer, phrases=boosting, saved=slot
+        )
+        self._remember(len(stream.hypothesis.tokens))
 
     # -- audio ---------------------------------------------------------------------------------------------------------
 
@@ -112,7 +133,38 @@ class Recognition:
         self._accept(self.intake.finish())
         self._scheduler.end(self._seat)
 
+    def _parts(self, stream: Stream) -> dict[str, Part]:
+        """What is saved of a stream, but for its slot."""
+        parts: dict[str, Part | None] = {
+            "stream": stream, "said": stream.hypothesis, "endpoint": self._endpointer, "gate": self._gate
+        }  # fmt: skip
+        return {name: part for name, part in parts.items() if part}
+
+    def save(self) -> Saved:
+        """What the stream is, every complete chunk being decoded."""
+        stream, slot = self._seat.stream, self._seat.slot
+        assert slot is not None, "a stream that goes on has a slot"
+        parts = {name: part.save() for name, part in self._parts(stream).items()}
+        parts["slot"] = self._scheduler.call(lambda backend: backend.save(slot))
+        return Saved(parts, self._digest.samples, self._digest.value)
+
+    def _heard_before(self, block: NDArray[Any]) -> bool:
+        """Whether this audio is in what was saved. Raises `OptionError` if other audio is."""
+        if self._keeper is None:
+            return False
+        self._digest.add(block)
+        if self._saved is None:
+            return False
+        if self._digest.samples < self._saved.samples and not self._ended:
+            return True
+        if (self._digest.samples, self._digest.value) != (self._saved.samples, self._saved.digest):
+            raise self._keeper.refuse_audio()
+        self._saved = None
+        return True
+
     def _accept(self, block: NDArray[Any]) -> None:
+        if self._heard_before(block):
+            return
         if self._gate:
             self._gate.hear(block)  # here and not at the scheduler, where others would wait for it
         self._scheduler.accept(self._seat, block)
@@ -123,6 +175,11 @@ class Recognition:
     def ended(self) -> bool:
         """Whether `end` was called: when it has settled, the result is final."""
         return self._ended
+
+    @property
+    def behind(self) -> bool:
+        """Whether what was saved is still being fed again."""
+        return self._saved is not None
 
     def settled(self) -> bool:
         """Whether every chunk that is complete is decoded. Raises what the stream died of."""
@@ -186,29 +243,11 @@ class Recognition:
             self._last = dataclasses.replace(self._result(text, len(self._tokens), *self._newest()), final=True)
         return self._last
 
-    def run(
-        self,
-        blocks: Iterable[Pcm],
-        on_partial: Callable[[Result], None] | None,
-        on_progress: Callable[[float], None] | None,
-    ) -> Result:
-        """Recognise a whole recording, reading on while the model works; about a block of it waits in memory."""
-
-        def report() -> None:
-            for partial in self.collect():
-                if on_partial:
-                    on_partial(partial)
-            if on_progress:
-                on_progress(self.decoded)
-
-        for block in blocks:
-            self.feed(block)
-            self.wait(BACKLOG)
-            report()
-        self.end()
-        self.wait()
-        report()
-        return self.final()
+    def drop(self) -> None:
+        """As `collect`, for nobody."""
+        self._take_in()
+        while self._untold:
+            self._next()
 
     @property
     def decoded(self) -> float:
@@ -244,7 +283,11 @@ class Recognition:
         if not heard:
             return
         self._untold += heard
-        new = slice(len(self._tokens), heard[-1].count)
+        self._remember(heard[-1].count)
+
+    def _remember(self, count: int) -> None:
+        """Make tokens of the first `count` of the hypothesis."""
+        new = slice(len(self._tokens), count)
         said = self._seat.stream.hypothesis
         piece, sure, rate, frame = self._tokenizer.piece, self._sure, self._rate, self._frame
         self._tokens += [

@@ -5,21 +5,29 @@ What the module does not know: which backend it was given, batches, transports.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Event as Flag
 from types import TracebackType
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from nemostream.errors import AudioError, OptionError
-from nemostream.runtime.audio import Source, opened
-from nemostream.runtime.backend import Backend
+from nemostream.errors import AudioError, NemostreamError, OptionError
+from nemostream.runtime.audio import Sound, Source, opened
+from nemostream.runtime.backend import Backend, at_least_one
+from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
 from nemostream.runtime.endpoint import Endpoint
-from nemostream.runtime.recognition import BACKLOG, Options, Pcm, Recognition
+from nemostream.runtime.live import LiveStream
+from nemostream.runtime.recognition import Options, Pcm, Recognition
+from nemostream.runtime.recording import BACKLOG, Progress, recognise
+from nemostream.runtime.resume import Keeper
 from nemostream.runtime.scheduler import Scheduler
 from nemostream.runtime.tokenizer import Tokenizer
 from nemostream.runtime.utterance import Event
@@ -34,16 +42,23 @@ if TYPE_CHECKING:
 class Model:
     """A bundle on a backend. Any thread may use it; closing it fails the streams still open. A context manager.
 
-    `chunk_ms` is the chunk size, and `confidence` the measure, of streams that do not choose their own. Raises
-    `OptionError` if the model was not trained for the chunk size, `BundleError` for a damaged tokenizer.
+    `chunk_ms` is the chunk size, and `confidence` the measure, of streams that do not choose their own; `engine` tells
+    apart what computes otherwise, for transcriptions that are resumed. Raises `OptionError` if the model was not
+    trained for the chunk size, `BundleError` for a damaged tokenizer.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, chunk_ms: int = 560, confidence: Confidence | None = None
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        chunk_ms: int = 560,
+        confidence: Confidence | None = None,
+        engine: str = "",
     ) -> None:
         self.manifest = bundle.manifest
         self.chunk_ms = self.manifest.chunk(chunk_ms).ms
         self.confidence = confidence or Confidence()
+        self.engine = engine
         self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
         self._silero: Silero | None = None
         # Where `submit` is the step itself, overlap would hold each result back by a whole step and hide nothing.
@@ -80,24 +95,88 @@ class Model:
         *,
         sample_rate: int = 16000,
         on_partial: Callable[[Result], None] | None = None,
-        on_progress: Callable[[float], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        resume: str | Path | None = None,
         **options: Unpack[Options],
     ) -> Result:
         """The text of a recording: a file, or an array [N] or [N, channels] at `sample_rate` (a file knows its own).
 
         Reads a file block by block, so its length does not matter. `on_partial` hears of every step, `on_progress` of
-        the seconds decoded so far; both on this thread. Calls from several threads share batches. Raises `AudioError`
-        for audio that cannot be read or is empty, and what `stream` raises.
+        the seconds decoded so far (a float that guesses what is left); both on this thread. Calls from several threads
+        share batches.
+
+        With `resume`, a file, the state is saved there every half a minute, and a call with the same file goes on from
+        it to the same result, to the bit; it is deleted at the end. Raises `AudioError` for audio that cannot be read
+        or is empty, `OptionError` for a state of another recording, model or options, and what `stream` raises.
         """
+        return self._transcribe(source, sample_rate, options, on_partial, on_progress, resume)
+
+    def transcribe_many(
+        self,
+        sources: Iterable[str | Path | Pcm],
+        *,
+        sample_rate: int = 16000,
+        together: int = 16,
+        **options: Unpack[Options],
+    ) -> Iterator[Result | NemostreamError]:
+        """The texts of many recordings, in order, each as soon as it is its turn; `together` are decoded side by side.
+
+        A recording that cannot be used gives its error in place of a result, and the others go on. They are opened as
+        their turn comes, and wait for slots. Leaving the iterator leaves the rest undone.
+        """
+        at_least_one(together=together)
+        jobs: deque[Future[Result]] = deque()
+        pool, left = ThreadPoolExecutor(together, "nemostream-recording"), Flag()
+        try:
+            for source in sources:
+                jobs.append(pool.submit(self._transcribe, source, sample_rate, options, left=left))
+                if len(jobs) == 2 * together:  # or the results of a million files would wait for a slow first one
+                    yield _outcome(jobs.popleft())
+            while jobs:
+                yield _outcome(jobs.popleft())
+        finally:
+            left.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _transcribe(
+        self,
+        source: str | Path | Pcm,
+        sample_rate: int,
+        options: Options,
+        on_partial: Callable[[Result], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        resume: str | Path | None = None,
+        left: Flag | None = None,
+    ) -> Result:
+        """`left`, one of many recordings has: it waits for a slot, and gives up when it is set."""
         if not isinstance(source, np.ndarray | str | os.PathLike):
             raise AudioError(f"transcribe takes a path or a numpy array, not {type(source).__name__}.")
-        with (
-            opened(source, sample_rate, 1) as (rate, channels, blocks),
-            closing(Recognition(self, rate, channels, **options)) as recognition,
-        ):
-            if isinstance(source, np.ndarray):
-                recognition.intake.check(source)  # all of it, so that an error says where
-            return recognition.run(blocks, on_partial, on_progress)
+        with opened(source, sample_rate, 1) as sound:
+            keeper = None if resume is None else Keeper(resume, self._about(sound, options))
+            recognition = Recognition(
+                self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
+            )
+            with closing(recognition):
+                if isinstance(source, np.ndarray):
+                    recognition.intake.check(source)  # all of it, so that an error says where
+                blocks = (
+                    sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
+                )
+                return recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
+
+    def _about(self, sound: Sound, options: Options) -> dict[str, Any]:
+        """What a state that is to be resumed must have in common with this."""
+        phrases = options.get("phrases")
+        return {
+            "model": f"{self.manifest.name} {self.manifest.weights.sha256[:16]}",
+            "engine": self.engine,
+            "sample_rate": sound.sample_rate,
+            "channels": sound.channels,
+            "chunk_ms": options.get("chunk_ms") or self.chunk_ms,
+            "endpoint": repr(options.get("endpoint")),
+            "phrases": phrases and Boosting.of(phrases, self._tokenizer).digest.tobytes().hex(),
+            "vad": bool(options.get("vad")),
+        }
 
     def watch(self, on_step: Callable[[Chunk, int, float], None] | None) -> None:
         """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took.
@@ -129,6 +208,13 @@ class Model:
         self.close()
 
 
+def _outcome(job: Future[Result]) -> Result | NemostreamError:
+    try:
+        return job.result()
+    except NemostreamError as error:
+        return error
+
+
 class Listening:
     """The events of a source; see `Model.listen`."""
 
@@ -141,10 +227,10 @@ class Listening:
         # Of a whole recording the next block is read while the model works.
         backlog = BACKLOG if isinstance(source, np.ndarray | str | os.PathLike) else 0
         with (
-            opened(source, self._sample_rate, self._channels) as (rate, channels, blocks),
-            closing(Recognition(self._model, rate, channels, **options)) as recognition,
+            opened(source, self._sample_rate, self._channels) as sound,
+            closing(Recognition(self._model, sound.sample_rate, sound.channels, **options)) as recognition,
         ):
-            for block in blocks:
+            for block in sound.blocks:
                 recognition.feed(block)
                 recognition.wait(backlog)
                 yield from recognition.events()
@@ -156,85 +242,3 @@ class Listening:
         from nemostream.runtime.aio import listen  # asyncio only for those who use it
 
         return listen(self._model, self._source, self._sample_rate, self._channels, self._options)
-
-
-class LiveStream:
-    """One stream of audio. A context manager: leaving it without `finish` gives its slot back.
-
-    Follow it in results (`push`, `finish`) or in events (`hear`, `end`). For one thread at a time (`close` may come
-    from another).
-    """
-
-    def __init__(self, recognition: Recognition) -> None:
-        self._recognition = recognition
-
-    @property
-    def result(self) -> Result:
-        """The current result; after `finish` the final one."""
-        return self._recognition.result
-
-    @property
-    def steps(self) -> int:
-        """Chunks decoded that a result or an event told of, or would have."""
-        return self._recognition.steps
-
-    @property
-    def chunk_ms(self) -> int:
-        """Size of the last of them."""
-        return self._recognition.chunk_ms
-
-    def push(self, pcm: Pcm) -> list[Result]:
-        """Append audio and wait for every chunk it completed; one partial result per step run.
-
-        Raises `AudioError` for audio it cannot take (the stream goes on as if it had not come), `StreamError` after
-        `finish` or `close` or when the model cannot go on with this stream, `BackendError` if the backend failed.
-        """
-        self._recognition.feed(pcm)
-        self._recognition.wait()
-        return self._recognition.collect()
-
-    def finish(self) -> Result:
-        """End the stream and return its final result; the same one again when called again. Raises as `push` does."""
-        self._recognition.end()
-        self._recognition.wait()
-        return self._recognition.final()
-
-    def hear(self, pcm: Pcm) -> list[Event]:
-        """As `push`, in events: what became known of the stream's utterances."""
-        self._recognition.feed(pcm)
-        self._recognition.wait()
-        return self._recognition.events()
-
-    def endpoint(self) -> list[Event]:
-        """End the utterance here: everything pushed is decoded as at the end of a stream, and what follows begins anew.
-
-        Times go on. Raises as `push` does.
-        """
-        self._recognition.cut()
-        self._recognition.wait()
-        return self._recognition.events()
-
-    def end(self) -> list[Event]:
-        """As `finish`, in events; `result` is then the final one."""
-        self.finish()
-        return self._recognition.events()
-
-    def use(self, chunk_ms: int) -> None:
-        """Go on in chunks of another size: larger ones cost the machine less, smaller ones are sooner.
-
-        What was pushed so far is kept, and so is all that was heard. Raises `OptionError` for a size that the model
-        does not have.
-        """
-        self._recognition.use(chunk_ms)
-
-    def close(self) -> None:
-        """Give the slot back, now. Does nothing after `finish`."""
-        self._recognition.close()
-
-    def __enter__(self) -> LiveStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

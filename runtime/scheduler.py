@@ -40,6 +40,7 @@ class Scheduler:
         self._manifest, self._backend, self._overlap = manifest, backend, overlap
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
+        self._room = threading.Condition(self._lock)  # what those wait on who want a slot
         self._free = list(range(backend.capacity))  # a heap: the lowest first, so that slots in use are neighbours
         self._seats: dict[int, Seat] = {}  # by slot
         self._ready: dict[Seat, None] = {}  # in the order they became ready
@@ -54,13 +55,17 @@ class Scheduler:
 
     # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
 
-    def open(self, stream: Stream, listener: Callable[[], None] | None = None, **about: Any) -> Seat:
-        """A new stream; `about` is what a `Seat` can have from the start.
+    def open(
+        self, stream: Stream, listener: Callable[[], None] | None = None, patient: bool = False, **about: Any
+    ) -> Seat:
+        """A new stream; `about` is what a `Seat` can have from the start. Blocks for a slot if `patient`.
 
         `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
         if every slot is taken and `StreamError` after `close`.
         """
         with self._lock:
+            while patient and not (self._free or self._closed):
+                self._room.wait()
             if self._closed:
                 raise _again(self._closed)
             if not self._free:
@@ -187,6 +192,7 @@ class Scheduler:
             del self._seats[seat.slot]
             heapq.heappush(self._free, seat.slot)
             seat.slot = None
+            self._room.notify()
 
     def _kill(self, seat: Seat, error: NemostreamError) -> None:
         if seat.error is None:
@@ -333,6 +339,7 @@ class Scheduler:
             calls = list(self._calls)
             self._calls.clear()
             self._work.notify()
+            self._room.notify_all()
         for call in calls:
             call.fail(_again(error))
         self._tell(seats)

@@ -6,8 +6,9 @@ A plain state machine without threads, locks or a model; the scheduler owns it o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,15 @@ class Hypothesis:
     places: list[int] = field(default_factory=list)  # sample of the stream that each one's encoder frame stands at
     scores: list[float] = field(default_factory=list)  # log-probability of each
     powers: list[float] = field(default_factory=list)  # `Emissions.powers` of each
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        return {
+            "tokens": np.array(self.tokens, np.int32), "places": np.array(self.places, np.int64),
+            "scores": np.array(self.scores, np.float32), "powers": np.array(self.powers, np.float32),
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self.extend(*(state[name].tolist() for name in ("tokens", "places", "scores", "powers")))
 
     def extend(self, tokens: list[int], places: list[int], scores: list[float], powers: list[float]) -> None:
         self.tokens += tokens
@@ -96,6 +106,11 @@ class Stream:
         self._opened = 0  # the stream's samples when it was begun
 
     @property
+    def reach(self) -> int:
+        """Samples up to which chunks were cut, or left out."""
+        return self._reach
+
+    @property
     def queued(self) -> int:
         """Pieces that can be taken now."""
         return len(self._ready)
@@ -148,6 +163,30 @@ class Stream:
         if self._gate:
             self._gate.restart(self.samples)
         self._open_chunk(self._manifest.lead)
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        """Everything that `load` needs, of a stream all of whose pieces were taken; what was said is not in it."""
+        counts = [self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened]
+        return {
+            "counts": np.array(counts, np.int64),
+            "sizes": np.array([self._filling.ms, self.chunk.ms, *(held.chunk.ms for held in self._held)], np.int64),
+            "filling": self._next[: self._filled].copy(),
+            "held": np.concatenate([np.zeros(0, np.float32), *(held.audio for held in self._held)]),
+        }
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on as the stream that `state` was saved of."""
+        self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened = state[
+            "counts"
+        ].tolist()
+        self._filling, self.chunk, *held = (self._manifest.chunk(ms) for ms in state["sizes"].tolist())
+        self._next = np.zeros(self._filling.samples, np.float32)
+        self._next[: self._filled] = state["filling"]
+        at = 0
+        for chunk in held:
+            audio = state["held"][at : at + chunk.samples]
+            self._held.append(Piece("run", chunk, 0, 0, audio, chunk.samples))
+            at += chunk.samples
 
     def _flush(self) -> None:
         if self._gate and self._covered and not self._gate.passes(self._opened, self.samples):

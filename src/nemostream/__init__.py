@@ -119,7 +119,7 @@ def load(
         opened, device=device, precision=precision, capacity=capacity, max_batch=max_batch, threads=threads,
         engines=engines,
     )  # fmt: skip
-    return Model(opened, backend, chunk_ms, confidence)
+    return Model(opened, backend, chunk_ms, confidence, f"{device}, {precision or 'default'} precision")
 
 
 def demo_bundle() -> Path:
