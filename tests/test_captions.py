@@ -152,7 +152,7 @@ def test_captions_wrap_between_words(text: str) -> None:
     assert {len(frame) for frame in frames} >= {2, 3}
     assert max(len(frame) for frame in frames) == 3  # the prompt and two lines
     full = textwrap.wrap(text, 15)
-    assert len(full) > 2 and all(line in lines for line in full)
+    assert len(full) > 2 and all(line in lines for line in full[:-1])  # the last one may be known at the end only
     assert all(line == "" or f" {text}".find(f" {line}") >= 0 for line in lines)
     assert terminal.screen.text() == ["$ nemostream"]
 

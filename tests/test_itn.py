@@ -105,6 +105,20 @@ def test_a_date_shares_its_time(normalizer: nemostream.InverseNormalizer) -> Non
     ]  # fmt: skip
 
 
+def test_a_pause_ends_a_number(normalizer: nemostream.InverseNormalizer) -> None:
+    near, far = ([Word("twenty", 0.0, 0.3, 0.9), Word("two", start, start + 0.3, 0.9)] for start in (1.0, 1.2))
+    assert [[word.text for word in normalizer(words)] for words in (near, far)] == [["22"], ["20", "two"]]
+
+
+def test_talk_without_punctuation(normalizer: nemostream.InverseNormalizer) -> None:
+    """Handed to the rules in parts, cut where the voice rested: no number is cut, however long it goes on."""
+    words, at = [], 0.0
+    for index in range(400):
+        words.append(Word(("dog", "dog", "twenty", "two")[index % 4], at, at + 0.2, 0.9))
+        at += 0.2 if index % 4 == 2 else 0.25
+    assert [word.text for word in normalizer(words)] == ["dog", "dog", "22"] * 100
+
+
 def test_what_fails_stays(normalizer: nemostream.InverseNormalizer, monkeypatch: pytest.MonkeyPatch) -> None:
     words = spoken("twenty two dogs, twenty two cats")
 

@@ -85,6 +85,9 @@ def transcribe(
         typer.Option(metavar="TEXT|FILE", help="To be more ready to hear, as the model writes; may be repeated."),
     ] = None,
     vad: Annotated[bool, typer.Option("--vad", help="Spend no steps on silence.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep the state of a long FILE there as it goes, and go on from it if killed.")
+    ] = None,
     itn: Annotated[bool, typer.Option("--itn", help="Write numbers, dates and amounts as people write them.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     precision: Annotated[
@@ -108,6 +111,8 @@ def transcribe(
     sources = [*names, *[MICROPHONE] * mic]
     if live and (len(sources) > 1 or not (mic or realtime or names == [STDIN])):
         raise OptionError("--live shows one voice as it speaks: give it --mic, - or one FILE with --realtime.")
+    if resume and (len(sources) > 1 or mic or realtime or names == [STDIN] or endpoint_ms is not None):
+        raise OptionError("--resume is for one FILE, without --realtime and --endpoint-ms.")
     options = _options(endpoint_ms, phrases, vad)
     normalizer = nemostream.InverseNormalizer() if itn else None
     lanes = max(1, min(len(names), TOGETHER))
@@ -120,7 +125,9 @@ def transcribe(
         ) as model,
     ):
         model.stream(**options).close()  # what cannot be is refused once, and not for every file
-        code = transcribe_files(model, names, output, options, realtime=realtime, live=live) if names else 0
+        code = (
+            transcribe_files(model, names, output, options, realtime=realtime, live=live, resume=resume) if names else 0
+        )
         if mic:
             listen(model, output, options, live=live)
     if code:

@@ -70,13 +70,23 @@ def _phrases_of(path: Path) -> dict[str, float]:
 
 
 def transcribe_files(
-    model: Model, names: Sequence[str], output: Output, options: Options, *, realtime: bool, live: bool
+    model: Model,
+    names: Sequence[str],
+    output: Output,
+    options: Options,
+    *,
+    realtime: bool = False,
+    live: bool = False,
+    resume: Path | None = None,
 ) -> int:
-    """Write every result in order as soon as it is its turn; return the exit code of the first failure, or 0."""
+    """Write every result in order as soon as it is its turn; return the exit code of the first failure, or 0.
+
+    `resume` is a file for the state of a single recording.
+    """
     code, pool = 0, ThreadPoolExecutor(min(len(names), TOGETHER))
     with Captions(names, live) as captions:
         jobs = [
-            pool.submit(_transcribe_one, model, name, output, options, realtime, captions, index)
+            pool.submit(_transcribe_one, model, name, output, options, realtime, resume, captions, index)
             for index, name in enumerate(names)
         ]
         try:
@@ -125,7 +135,14 @@ def listen(model: Model, output: Output, options: Options, *, live: bool) -> Non
 
 
 def _transcribe_one(
-    model: Model, name: str, output: Output, options: Options, realtime: bool, captions: Captions, index: int
+    model: Model,
+    name: str,
+    output: Output,
+    options: Options,
+    realtime: bool,
+    resume: Path | None,
+    captions: Captions,
+    index: int,
 ) -> tuple[Sequence[Result | Event], float]:
     """What was said, in utterances or as a whole, and how many seconds there were."""
     from nemostream.runtime.audio import Recording, read_pcm16
@@ -155,6 +172,7 @@ def _transcribe_one(
         name,
         on_partial=lambda partial: captions.said(index, partial.text, partial.text.rfind(" ") + 1),
         on_progress=lambda seconds: captions.heard(index, seconds),
+        resume=resume,
         **options,
     )
     return [result], result.duration
