@@ -174,6 +174,8 @@ def log_to_stderr() -> None:
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # uvicorn takes a WebSocket that was refused with an answer for one that was forgotten. What was refused we log.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing handshake" not in str(record.msg))
 
 
 def main(arguments: Sequence[str] = ()) -> None:
