@@ -29,6 +29,8 @@ def test_the_voice_agents_ears(server: Any, spoken: Any) -> None:
         [sys.executable, EXAMPLES / "voice_agent.py", url], input=spoken[0].pcm, capture_output=True, check=True
     )
     assert ears.stdout.decode().split() == spoken[0].text.split()
+    code = (EXAMPLES / "voice_agent.py").read_text().split('"""')[2]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
 def test_the_client_in_the_documentation(server: Any, spoken: Any, tmp_path: Path) -> None:
