@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import hmac
 import json
+import re
 import signal
 import socket as sockets
 import ssl
 import time
 import urllib.error
 import urllib.request
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,23 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
 def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> None:
     with pytest.raises(OptionError, match=word):
         read_settings(arguments)
+
+
+def test_every_option_is_documented_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    table = page.split("| flag | default |")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
+    found = {flag: default for flags, defaults in rows for flag, default in zip_longest(
+        re.findall(r"`--([\w-]+)`", flags), defaults.split(", "))}  # fmt: skip
+    fields = {name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
+    assert found.keys() == fields.keys()
+    for name, field in fields.items():
+        if isinstance(field.default, bool):
+            assert found[name] == ("yes" if field.default else "no"), name
+        elif isinstance(field.default, int | float) and "bytes" not in name:
+            assert found[name] == str(field.default), name
+        elif "bytes" in name:
+            assert found[name] == f"{field.default >> 20} MiB", name
 
 
 def test_a_word_that_the_file_does_not_know(tmp_path: Path) -> None:
