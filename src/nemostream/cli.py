@@ -245,8 +245,9 @@ def bench(
     """Measure this machine.
 
     *quick* takes less than a minute. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside NeMo and
-    others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
-    `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones.
+    others), *cost* and *serve* (a server and its callers) have options of their own: `nemostream bench NAME --help`.
+    Results are written under `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier
+    ones.
     """
     if name in ("", "-h", "--help"):
         print(context.get_help())

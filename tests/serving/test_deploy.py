@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -165,3 +166,50 @@ def test_no_version_is_older_than_what_the_extras_ask_for(service: Any) -> None:
     assert least
     major, minor, _ = service["spec"]["rayClusterConfig"]["rayVersion"].split(".")
     assert (int(major), int(minor)) >= tuple(map(int, least.groups()))
+
+
+# -- docs/deploy.md ----------------------------------------------------------------------------------------------------
+
+
+def table(after: str) -> list[list[float]]:
+    """Numbers of the first table behind a text of the page, without its head."""
+    lines = (ROOT / "docs" / "deploy.md").read_text().split(after)[1].splitlines()
+    begun = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), begun))
+    return [[float(re.sub(r"[,%\s]", "", cell)) for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_arithmetic_of_the_plan_is_right() -> None:
+    for gpus, spare, streams, messages, cores, network, state in table("16-bit caches:"):
+        exact = 0.7 * 256 * (gpus - spare)
+        assert streams == int(exact) and messages == round(10 * exact)
+        assert cores == pytest.approx(messages * 0.00082, abs=0.06)
+        assert network == pytest.approx(exact * 272e3 / 1e9, abs=0.006)
+        assert state == pytest.approx(256 * 7.3e6 / 1e9, abs=0.06)
+    assert [row[0] for row in table("16-bit caches:")] == [1, 10, 100, 1000]
+    for calls, busy, enough, share in table("counts as a stream."):
+        assert busy == calls * 300 / 3600
+        assert enough == round(busy + 3 * busy**0.5) and share == int(300 / busy**0.5 + 0.5)
+
+
+def test_the_plan_quotes_what_was_measured() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    serve = json.loads((results / "serve-demo-cpu-2-cores.json").read_text())
+    rows = {row["case"]["streams"]: row for row in serve["rows"]}
+    rates = {n: row["values"]["audio_seconds"] / 0.1 / row["values"]["seconds"] for n, row in rows.items()}
+    held, not_held = rows[300], rows[400]
+    assert held["values"]["holds"] and not not_held["values"]["holds"] and held["case"]["packet_ms"] == 100
+    late = not_held["figures"]["final text"]["p99"] - 560 - serve["method"]["grace_ms"]
+    for figure in (
+        f"{rates[300]:,.0f} messages a second", f"300 streams, p99 {held['figures']['final text']['p99']:.0f} ms",
+        f"{rates[400]:,.0f} with the slowest percent {late:.0f} ms too late",
+    ):  # fmt: skip
+        assert figure in page, figure
+    latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
+    (step,) = [
+        row for row in latency["rows"] if row["case"] == {"chunk_ms": 560, "batch": 8, "precision": "int8"}
+    ]  # fmt: skip
+    found = step["figures"]["step"]["p50"]
+    assert f"t(8) = {found:.0f} ms" in page and f"8 · 560 / {found:.0f} = {int(8 * 560 / found)}" in page
+    assert f"{step['values']['bytes_per_stream'] / 1e6:.1f} MB" in page

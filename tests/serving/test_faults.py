@@ -16,12 +16,13 @@ from typing import Any
 
 import grpc
 import numpy as np
+import openai
 import pytest
 import riva.client
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 import nemostream
@@ -354,8 +355,13 @@ def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:
 def test_no_more_streams_than_admitted(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_streams=2) as running:
         first, second = opened(running), opened(running)
-        with pytest.raises(Exception, match="429"):
+        with pytest.raises(InvalidStatus) as refused:
             opened(running)
+        assert refused.value.response.status_code == 429 and refused.value.response.headers["Retry-After"] == "2"
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.RateLimitError, match="try again") as limited:
+            client.audio.transcriptions.create(model="any", file=spoken[0].path)
+        assert limited.value.response.headers["retry-after"] == "2"
         status, body = running.get("/readyz")
         assert status == 200 and json.loads(body)["streams"] == 2
         kill(first)
