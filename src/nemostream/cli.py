@@ -234,7 +234,9 @@ def serve(context: typer.Context) -> None:
     run(context.args)
 
 
-_BENCHMARKS = ("quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "report")
+_BENCHMARKS = (
+    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "synthetic", "report",
+)  # fmt: skip
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
@@ -246,7 +248,8 @@ def bench(
 
     *quick* takes less than a minute. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside NeMo and
     others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
-    `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones.
+    `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones. *synthetic* makes the
+    full-size model of random weights to measure with.
     """
     if name in ("", "-h", "--help"):
         print(context.get_help())
