@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.accuracy import read_manifest
+from nemostream.benchmarks.corpora import read_manifest
 from nemostream.benchmarks.record import OtherWork, Record, Row, Say, percentile
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
@@ -209,18 +208,8 @@ async def _utterance(url: str, pcm: Any, calls: Calls, packet: float) -> tuple[s
 
 def _clips(bundle: Bundle, manifest: Path | None) -> list[Any]:
     """16-bit samples of what is said."""
-    if manifest is None:
-        return [(np.clip(clip, -1, 1) * 32767).round().astype(np.int16) for clip in speech(bundle.manifest)]
-    found = []
-    for utterance in read_manifest(manifest):
-        try:
-            audio, rate = soundfile.read(utterance.audio, dtype="int16")
-        except soundfile.LibsndfileError as error:
-            raise OptionError(f"{utterance.audio} cannot be read: {error.error_string}") from error
-        if rate != _RATE or audio.ndim != 1:
-            raise OptionError(f"{utterance.audio} is not {_RATE} Hz mono, which callers send.")
-        found.append(audio)
-    return found
+    clips = speech(bundle.manifest) if manifest is None else [each.samples(_RATE) for each in read_manifest(manifest)]
+    return [np.clip(np.rint(32768 * clip), -32768, 32767).astype(np.int16) for clip in clips]
 
 
 def _steps(url: str) -> tuple[float, float, float]:

@@ -24,10 +24,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import nemostream
+from nemostream import formats
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
-from nemostream.serving import realtime, subtitles, websocket
+from nemostream.runtime.utterance import Event
+from nemostream.runtime.words import Word
+from nemostream.serving import realtime, websocket
 from nemostream.serving.service import Service
-from nemostream.serving.session import Draining, Event, Expired, Word
+from nemostream.serving.session import Draining, Expired
 from nemostream.serving.settings import Settings
 from nemostream.serving.upload import Upload
 
@@ -112,15 +115,15 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
             raise OptionError(f"language is {language!r}; this model knows English.")
         if stream and response_format not in ("json", "text"):
             raise OptionError(f"stream works with response_format json or text, not {response_format}.")
-        recording = Upload(service, "http", file.file, file.filename or "the file", chunk_ms)
+        recording = Upload(service, "http", file.file, file.filename or "the file", chunk_ms=chunk_ms)
         if stream:
             first = await anext(recording)  # what can be refused is refused before the answer begins
             return StreamingResponse(_told(recording, first), media_type="text/event-stream")
         finals = [event async for event in recording if event and event.kind == "final"]
         words = [word for event in finals for word in event.words]
         if response_format in ("text", "srt", "vtt"):
-            text = {"text": lambda: recording.text + "\n", "srt": lambda: subtitles.srt(words),
-                    "vtt": lambda: subtitles.vtt(words)}[response_format]()  # fmt: skip
+            text = {"text": lambda: recording.text + "\n", "srt": lambda: formats.srt(words, recording.seconds),
+                    "vtt": lambda: formats.vtt(words, recording.seconds)}[response_format]()  # fmt: skip
             return PlainTextResponse(text)
         if response_format == "json":
             usage = {"type": "duration", "seconds": round(recording.seconds)}
@@ -182,6 +185,8 @@ async def _told(recording: Upload, first: Event | None) -> AsyncIterator[str]:
     try:
         async for event in recording:
             assert event is not None
+            if event.kind == "end":
+                continue
             if event.utterance != utterance:
                 told, gap = "", "" if utterance < 0 else " "
                 utterance = event.utterance
@@ -209,8 +214,8 @@ def _verbose(recording: Upload, finals: list[Event], words: list[Word], wanted: 
     if "segment" in wanted:
         body["segments"] = [
             {
-                "id": event.utterance, "seek": 0, "start": event.start, "end": event.end, "text": event.text,
-                "tokens": [token.id for token in event.tokens], "temperature": 0.0,
+                "id": event.utterance, "seek": 0, "start": round(event.start, 3), "end": round(event.end, 3),
+                "text": event.text, "tokens": [token.id for token in event.tokens], "temperature": 0.0,
                 "avg_logprob": sum(token.score for token in event.tokens) / len(event.tokens),
                 "compression_ratio": 1.0, "no_speech_prob": 0.0,
             }

@@ -17,7 +17,7 @@ import numpy as np
 import nemostream
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.aio import AsyncLiveStream
-from nemostream.runtime.stream import Result
+from nemostream.runtime.words import Result
 from nemostream.spec import Bundle
 
 NAME = "nemostream"
@@ -126,7 +126,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(
                 [], pb_utils.TritonError(str(error) if known else f"the stream failed ({error!r}); begin it anew.")
             )
-        starts = [token.time for token in result.tokens if token.text.startswith(" ")]
+        starts = [word.start for word in result.words]
         return pb_utils.InferenceResponse([
             pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
             pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = {"nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors"}
+CONTRACT = {
+    "nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.formats",
+}  # fmt: skip
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
 
@@ -59,6 +61,7 @@ ROOMS = {
             ("tokenizer.py", frozenset({"sentencepiece"})),
             ("ort.py", frozenset({"onnxruntime"})),
             ("ort_cuda.py", frozenset({"onnxruntime"})),
+            ("vad.py", frozenset({"onnxruntime"})),
             ("trt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
             ("cuda.py", frozenset({"cuda"})),
             ("aio.py", frozenset({"asyncio"})),
