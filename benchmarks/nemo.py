@@ -24,8 +24,8 @@ from nemostream.spec import Chunk, Manifest
 KINDS = {
     "fp32": "`conformer_stream_step` as it comes, weights and caches in fp32 (on a GPU products in TF32)",
     "bf16": "the same with weights, inputs and caches in bf16 (autocast would bring attention back to fp32)",
-    "compile": "fp32, the encoder's forward under torch.compile with its weights frozen (inductor, static shapes)",
-    "compile bf16": "bf16, the encoder's forward under torch.compile with its weights frozen (inductor, static shapes)",
+    "compile": "fp32, the encoder's forward under torch.compile: static shapes, weights frozen, products autotuned",
+    "compile bf16": "bf16, the encoder's forward under torch.compile: static shapes, weights frozen, products autotuned",
     "graph": "bf16, the encoder's step captured in a CUDA graph over static buffers, caches moved on within the graph",
 }
 
@@ -65,7 +65,8 @@ class Nemo:
             raise BackendError(f"NeMo holds {int(self._caches[2].min())} frames of context, not {self._chunk.left}.")
         self._use(self._wanted)
         if self._kind.startswith("compile"):
-            self._forward = self._torch.compile(self._eager, dynamic=False, options={"freezing": True})
+            best = {"freezing": True, "max_autotune": True}
+            self._forward = self._torch.compile(self._eager, dynamic=False, options=best)
             # Compiled when first called: now, with caches that are thrown away.
             with self._torch.inference_mode():
                 self._model.encoder.forward_internal = self._forward

@@ -196,7 +196,8 @@ def pages(root: Path) -> dict[Path, str]:
         "",
         "Written by `nemostream bench report --pages` from the results in `benchmarks/results`; nothing here was typed",
         "by hand. What each benchmark does and how its figures are to be read: the head of its file in `benchmarks/`.",
-        "Times are milliseconds, percentiles by nearest rank.",
+        "Times are milliseconds, percentiles by nearest rank: of fewer than 100 samples p99 is the largest. *random-0.6b*",
+        "is the published model's exact shape with random weights (`nemostream bench synthetic`), *demo* the embedded one.",
     ]  # fmt: skip
     for name, result in results.items():
         stem = root / "benchmarks" / "results" / name
