@@ -275,7 +275,8 @@ def serve(context: typer.Context) -> None:
 
 
 _BENCHMARKS = (
-    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "synthetic", "report",
+    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "transcripts", "synthetic",
+    "report",
 )  # fmt: skip
 
 
