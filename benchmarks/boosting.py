@@ -3,15 +3,15 @@
     python -m nemostream.benchmarks.boosting --manifest heldout.jsonl --out benchmarks/results
 
 Of every recording of a NeMo manifest (`audio_filepath`, `text`) the whole text is a phrase, if it has `LEAST` words or
-more: a telephone number in somebody's address book. White noise is added at several ratios (`NOISES` drawings of it):
+more: a telephone number in somebody's address book. White noise is added at several ratios (`NOISES` drawings of it).
+There are two lists of `LIST` phrases:
 
-* plain: without phrases;
-* spoken: with a list of `LIST` phrases, the recordings' own and made-up ones that nobody says, at each weight;
-* others: with `LIST` made-up ones only.
+* spoken: the recordings' own, and made-up ones that nobody says;
+* others: made-up ones only.
 
 Found: recordings in whose text their own phrase stands, word for word. False: phrases of the list that stand in a text
-and were not said there; for "plain" the spoken list is looked for. Words wrong: the word error rate over all
-recordings, also those too short for a phrase.
+and were not said there. Words wrong: the word error rate over all recordings, also those too short for a phrase. Weight
+0 is without boosting: what is found is looked for all the same.
 """
 
 from __future__ import annotations
@@ -60,31 +60,32 @@ def measure_boosting(
     made_up = _made_up(texts, 2 * LIST)
     mixed, others = spoken + made_up[: LIST - len(spoken)], made_up[LIST:]
     tokenizer = Tokenizer(bundle.path / bundle.manifest.tokenizer.file, bundle.manifest.decoder.vocabulary)
-    variants: dict[tuple[str, float], tuple[list[str], Boosting | None]] = {("plain", 0.0): (mixed, None)}
-    for weight in weights:
-        for name, phrases in (("spoken", mixed), ("others", others)):
-            variants[name, weight] = (phrases, Boosting.of(dict.fromkeys(phrases, weight), tokenizer))
     found = []
     for ratio in decibels:
         drawings = 1 if ratio is None else NOISES
         noisy = [_with_noise(clip, ratio, seed) for seed in range(drawings) for clip in clips]
-        wanted = texts * drawings
-        for (name, weight), (phrases, boosting) in variants.items():
-            say(f"{'no noise' if ratio is None else f'{ratio} dB'}, {name} {weight}")
-            got = [tokenizer.decode(row) for row in decode(bundle, bundle.manifest.chunk(ms), noisy, boosting)]
-            own = [(want, text) for want, text in zip(wanted, got, strict=True) if want in spoken]
-            values = {
-                "recordings": len(got),
-                "phrases_said": len(own),
-                "found": sum(_stands_in(want, text) for want, text in own),
-                "false": sum(
-                    _stands_in(phrase, text) and not _stands_in(phrase, want)
-                    for want, text in zip(wanted, got, strict=True)
-                    for phrase in phrases
-                ),
-                "wer": jiwer.wer(wanted, got),
-            }
-            found.append(record.row({"list": name, "weight": weight, "decibels": ratio}, {}, values))
+        wanted, plain = texts * drawings, None
+        for name, phrases in (("spoken", mixed), ("others", others)):
+            for weight in (0.0, *weights):
+                say(f"{_noise(ratio)}, {name}, weight {weight}")
+                boosting = Boosting.of(dict.fromkeys(phrases, weight), tokenizer) if weight else None
+                if boosting or plain is None:
+                    got = [tokenizer.decode(row) for row in decode(bundle, bundle.manifest.chunk(ms), noisy, boosting)]
+                    plain = plain or got
+                got = got if boosting else plain
+                own = [(want, text) for want, text in zip(wanted, got, strict=True) if want in spoken]
+                values = {
+                    "recordings": len(got),
+                    "phrases_said": len(own),
+                    "found": sum(_stands_in(want, text) for want, text in own),
+                    "false": sum(
+                        _stands_in(phrase, text) and not _stands_in(phrase, want)
+                        for want, text in zip(wanted, got, strict=True)
+                        for phrase in phrases
+                    ),
+                    "wer": jiwer.wer(wanted, got),
+                }
+                found.append(record.row({"list": name, "weight": weight, "decibels": ratio}, {}, values))
     return record.record(
         "boosting", found,
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers},
@@ -148,22 +149,25 @@ def _stands_in(phrase: str, text: str) -> bool:
     return f" {phrase} " in f" {text} "
 
 
+def _noise(decibels: float | None) -> str:
+    return "none" if decibels is None else f"{decibels:g} dB"
+
+
 def table(result: Record) -> str:
-    head = ("noise", "list", "weight", "found", "false", "words wrong")
-    lines = []
+    cells: dict[tuple[str, str], dict[float, str]] = {}
     for row in result["rows"]:
         case, values = row["case"], row["values"]
-        lines.append(
-            (
-                "none" if case["decibels"] is None else f"{case['decibels']} dB", case["list"], case["weight"] or "–",
-                f"{values['found']} of {values['phrases_said']}", values["false"], f"{100 * values['wer']:.1f} %",
-            )
-        )  # fmt: skip
+        noise = f"{_noise(case['decibels'])} ({values['phrases_said']} said)"
+        cell = f"{values['found']}, {values['false']}, {100 * values['wer']:.1f} %"
+        cells.setdefault((noise, case["list"]), {})[case["weight"]] = cell
+    weights = sorted({row["case"]["weight"] for row in result["rows"]})
+    head = ("noise", "list", *("not boosted" if not weight else f"weight {weight:g}" for weight in weights))
+    lines = [(*key, *(found.get(weight, "") for weight in weights)) for key, found in cells.items()]
     method = result["method"]
     return (
-        f"Model *{result['model']['name']}*, {method['chunk_ms']} ms, {method['list']} phrases, of which somebody says "
-        f"{method['spoken']} (*spoken*) or none (*others*); {method['noises']} drawings of the noise.\n\n"
-        f"{tables.markdown(head, lines)}\n"
+        f"Model *{result['model']['name']}*, {method['chunk_ms']} ms; phrases found, false ones, words wrong. A list "
+        f"has {method['list']} phrases, of which {method['spoken']} are said in some recording (*spoken*) or none "
+        f"(*others*); {method['noises']} drawings of the noise.\n\n{tables.markdown(head, lines)}\n"
     )
 
 

@@ -7,7 +7,7 @@ every case of `CASES`, in shuffled order, from the same state, and its time is l
 step. So every figure is a ratio within one step, and what the machine does meanwhile hits all cases alike. Boosted
 streams have `PHRASES` phrases each, all different, at `WEIGHT`, over what the streams say.
 
-Random weights do not stop talking: blank's logit is raised until a stream says about `TOKENS_PER_SECOND`.
+Random weights do not stop talking, or do not begin: with `--random-weights` chance decides what is blank (`Lifelike`).
 """
 
 from __future__ import annotations
@@ -80,19 +80,22 @@ CASES: dict[str, Callable[[Moment], list[Labels]]] = {
 }
 
 
-class Hushed:
-    """A transducer whose blank is likelier than it was, by so much in its logit."""
+class Lifelike:
+    """A transducer of random weights that says about `TOKENS_PER_SECOND`: chance decides what is blank, drawn from the
+    frame and the prediction; which label it is otherwise, the weights decide."""
 
-    def __init__(self, net: Any) -> None:
-        self._net, self.blank, self.max_symbols, self.raised = net, net.blank, net.max_symbols, 0.0
+    def __init__(self, net: Any, frames_per_second: float) -> None:
+        self._net, self.blank, self.max_symbols = net, net.blank, net.max_symbols
+        rate = TOKENS_PER_SECOND / frames_per_second
+        self._share = rate / (1 + rate)  # of verdicts that are labels: each frame has one more than labels
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         return self._net.predict(tokens, h, c)
 
     def join(self, encoded: Floats, predicted: Floats) -> Floats:
         logits = self._net.join(encoded, predicted)
-        if self.raised:
-            logits[:, self.blank] += self.raised
+        drawn = 1e4 * np.abs(encoded[:, 0] + predicted[:, 0]) % 1
+        logits[:, self.blank] = np.where(drawn < self._share, -1e4, 1e4)
         return logits
 
 
@@ -103,16 +106,18 @@ def measure_features(
     steps: int = 30,
     *,
     threads: int | None = None,
-    settle: bool = False,
+    random_weights: bool = False,
     say: record.Say = lambda message: None,
 ) -> Record:
-    """The result; `settle` for models of random weights."""
+    """The result; `random_weights` for models of such."""
     threads = threads or record.cores()
     backend = OrtBackend(bundle, capacity=batch, threads=threads)
     chunk, manifest = bundle.manifest.chunk(ms), bundle.manifest
     feed = Feed(manifest, speech(), batch, (_WARM_UP + steps) * chunk.frames)
-    net, slots = Hushed(backend._transducer), np.arange(batch)
-    backend.reset(slots)
+    net: Any = backend._transducer
+    if random_weights:
+        net = Lifelike(net, manifest.features.sample_rate / manifest.samples_per_frame)
+    backend.reset(np.arange(batch))
     start = Predictions.start(net, manifest.decoder.layers, manifest.decoder.hidden)
     state, shuffle, others = start.repeated(batch), random.Random(0), OtherWork()
     times: dict[str, list[float]] = {"encode": [], **{name: [] for name in CASES}}
@@ -124,8 +129,6 @@ def measure_features(
         began = time.perf_counter()
         encoded, counts = backend.encode(inputs)
         encode = time.perf_counter() - began
-        if settle and step == 1:
-            net.raised = _settled(net, encoded, counts, state, chunk.ms)
         if step < _WARM_UP:
             for row in label_looping(net, encoded, counts, state)[0]:
                 heard += row.tokens
@@ -172,19 +175,6 @@ def some_phrases(seed: int, heard: Sequence[int], vocabulary: int) -> Boosting:
     return Boosting([(rng.choice(pool, rng.integers(2, 8)).tolist(), WEIGHT) for _ in range(PHRASES)], vocabulary)
 
 
-def _settled(net: Hushed, encoded: Floats, counts: Ints, state: Predictions, ms: int) -> float:
-    """How much to raise blank's logit by, so that these frames are as talkative as speech."""
-    low, high, tried = -40.0, 40.0, []
-    for _ in range(14):
-        net.raised = (low + high) / 2
-        copied = Predictions(*(part.copy() for part in vars(state).values()))
-        said = sum(len(row.tokens) for row in label_looping(net, encoded, counts, copied)[0])
-        rate = said / (len(encoded) * ms / 1000)
-        tried.append((abs(rate - TOKENS_PER_SECOND), net.raised))
-        low, high = (net.raised, high) if rate > TOKENS_PER_SECOND else (low, net.raised)
-    return min(tried)[1]
-
-
 def table(result: Record) -> str:
     head = ("after the encoder", "decode, ms", "more, ms", "share of a step", "labels/s")
     lines = []
@@ -219,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     result = measure_features(
         Bundle.open(options.bundle or nemostream.demo_bundle()), options.batch, options.chunk_ms, options.steps,
-        threads=options.threads, settle=options.random_weights, say=record.say,
+        threads=options.threads, random_weights=options.random_weights, say=record.say,
     )  # fmt: skip
     record.write(result, options.out / f"{options.name}.json")
     (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")

@@ -21,7 +21,7 @@ from nemostream.benchmarks.record import Record
 from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "quick")
+BENCHMARKS = ("latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "transcripts", "quick")
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 
 

@@ -21,7 +21,7 @@ from nemostream.runtime.device import Device
 from nemostream.spec import Bundle, Chunk
 
 _RESERVE = 512 << 20  # bytes of device memory left to the encoder's own needs
-POOL = 32 << 20  # bytes for phrases: some nine hundred different lists of three hundred
+POOL = 32 << 20  # bytes for phrases: of 1.6 million tokens
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_FRAMES = np.zeros(0, np.int64)

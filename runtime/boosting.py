@@ -88,6 +88,7 @@ class Boosting:
         found = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
         self.digest: NDArray[np.uint8] = np.frombuffer(found, np.uint8)  # [32], the same for the same phrases
         self._fails, self._bounds = fails, self.first.tolist()
+        self._met: dict[int, Any] = {}  # what `bias` has found out of nodes that were asked for
         self._root = np.zeros(vocabulary, np.float32)
         self._root[self.token[1 : self._bounds[1]]] = self.score[1 : self._bounds[1]]
         _kept(self._root)
@@ -133,15 +134,22 @@ class Boosting:
         """What is added to each logit but blank's, [vocabulary], for a stream at `node`. Not to be written to."""
         if node == 0:
             return self._root
-        chain, gained = [], np.float32(0)
-        while node:
-            chain.append((node, gained))
-            gained, node = gained + self.penalty[node], self._fails[node]
+        gained, tokens, biases = self._met.get(node) or self._met.setdefault(node, self._meet(node))
         row = self._root + gained
-        for node, gained in reversed(chain):  # what a longer suffix says overrides
-            children = slice(self._bounds[node], self._bounds[node + 1])
-            row[self.token[children]] = gained + self.score[children]
+        row[tokens] = biases
         return row
+
+    def _meet(self, node: int) -> tuple[np.float32, NDArray[np.intp], Floats]:
+        """What is given back on the way to the root, and which tokens have arcs before it: the longest suffix last."""
+        tokens: list[Ints] = []
+        biases: list[Floats] = []
+        gained = np.float32(0)
+        while node:
+            children = slice(self._bounds[node], self._bounds[node + 1])
+            tokens.append(self.token[children])
+            biases.append(gained + self.score[children])
+            gained, node = gained + self.penalty[node], self._fails[node]
+        return gained, np.concatenate(tokens[::-1]).astype(np.intp), np.concatenate(biases[::-1])
 
     def after(self, node: int, token: int) -> int:
         """The node after a token."""

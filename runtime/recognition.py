@@ -78,6 +78,7 @@ class Recognition:
         self._sure = sure.of_tokens(manifest.decoder.vocabulary + 1)
         self._aggregation = sure.aggregation
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
+        self._late = model.delay_ms * self._rate // 1000  # samples taken off every token's place
         self._tokens: list[Token] = []
         self._untold: deque[Heard] = deque()
         self._shown = 0  # tokens in `_text`
@@ -290,9 +291,8 @@ class Recognition:
         new = slice(len(self._tokens), count)
         said = self._seat.stream.hypothesis
         piece, sure, rate, frame = self._tokenizer.piece, self._sure, self._rate, self._frame
+        places = [max(place - self._late, 0) for place in said.places[new]] if self._late else said.places[new]
         self._tokens += [
             Token(i, piece(i), place / rate, (place + frame) / rate, score, sure(score, power))
-            for i, place, score, power in zip(
-                said.tokens[new], said.places[new], said.scores[new], said.powers[new], strict=True
-            )
+            for i, place, score, power in zip(said.tokens[new], places, said.scores[new], said.powers[new], strict=True)
         ]

@@ -39,12 +39,16 @@ if TYPE_CHECKING:
     from nemostream.runtime.vad import Silero, SpeechGate
 
 
+_LATEST_MS = 5000
+
+
 class Model:
     """A bundle on a backend. Any thread may use it; closing it fails the streams still open. A context manager.
 
-    `chunk_ms` is the chunk size, and `confidence` the measure, of streams that do not choose their own; `engine` tells
-    apart what computes otherwise, for transcriptions that are resumed. Raises `OptionError` if the model was not
-    trained for the chunk size, `BundleError` for a damaged tokenizer.
+    `chunk_ms` is the chunk size, and `confidence` the measure, of streams that do not choose their own. `delay_ms` is
+    how late the model says a token, and is taken off the times of all. `engine` tells apart what computes otherwise,
+    for transcriptions that are resumed. Raises `OptionError` if the model was not trained for the chunk size, or a
+    delay that cannot be, `BundleError` for a damaged tokenizer.
     """
 
     def __init__(
@@ -53,11 +57,15 @@ class Model:
         backend: Backend,
         chunk_ms: int = 560,
         confidence: Confidence | None = None,
+        delay_ms: int = 0,
         engine: str = "",
     ) -> None:
         self.manifest = bundle.manifest
         self.chunk_ms = self.manifest.chunk(chunk_ms).ms
         self.confidence = confidence or Confidence()
+        if isinstance(delay_ms, bool) or not isinstance(delay_ms, int) or not 0 <= delay_ms <= _LATEST_MS:
+            raise OptionError(f"delay_ms is {delay_ms!r}; it must be whole milliseconds from 0 to {_LATEST_MS}.")
+        self.delay_ms = delay_ms
         self.engine = engine
         self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
         self._silero: Silero | None = None

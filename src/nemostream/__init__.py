@@ -94,6 +94,7 @@ def load(
     max_batch: int | None = None,
     engines: str | Path | None = None,
     confidence: Confidence | None = None,
+    delay_ms: int = 0,
 ) -> Model:
     """Load a bundle and make its engine ready.
 
@@ -104,7 +105,8 @@ def load(
     `device` is "cpu" or "cuda". Any `precision` but a CPU's "fp32" runs engines that `nemostream build` made, kept in
     the folder `engines` (default: `~/.cache/nemostream/engines`); a GPU's default is "fp16". `max_batch` is how many
     streams a step may have at most (default: 64, or `capacity` if that is less). `confidence` is the measure of streams
-    that choose none (default: NeMo's, `Confidence()`).
+    that choose none (default: NeMo's, `Confidence()`). `delay_ms` is taken off the times of tokens and words: how late
+    the model says them, which depends on its training (`docs/transcripts.md`; default: none, NeMo's times).
 
     Raises `BundleError` for a folder that is no bundle, or a damaged one, `OptionError` for a chunk size that the model
     does not have, and `BackendError` if the device cannot be used or an engine is not built.
@@ -119,7 +121,7 @@ def load(
         opened, device=device, precision=precision, capacity=capacity, max_batch=max_batch, threads=threads,
         engines=engines,
     )  # fmt: skip
-    return Model(opened, backend, chunk_ms, confidence, f"{device}, {precision or 'default'} precision")
+    return Model(opened, backend, chunk_ms, confidence, delay_ms, f"{device}, {precision or 'default'} precision")
 
 
 def demo_bundle() -> Path:

@@ -274,7 +274,18 @@ def serve(context: typer.Context) -> None:
     run(context.args)
 
 
-_BENCHMARKS = ("quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "report")
+_BENCHMARKS = (
+    "quick",
+    "latency",
+    "capacity",
+    "throughput",
+    "accuracy",
+    "baseline",
+    "cost",
+    "serve",
+    "transcripts",
+    "report",
+)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})

@@ -34,6 +34,12 @@ def test_features(demo_bundle: Bundle) -> None:
     assert features.table(result).count("\n| ") == 2 + len(features.CASES)
 
 
+def test_random_weights_speak_as_fast_as_people(demo_bundle: Bundle) -> None:
+    result = features.measure_features(demo_bundle, batch=16, steps=12, threads=1, random_weights=True)
+    for row in result["rows"]:
+        assert row["values"]["labels_per_second"] == pytest.approx(features.TOKENS_PER_SECOND, rel=0.25)
+
+
 def test_phrases_of_streams_differ() -> None:
     lists = [features.some_phrases(seed, [1, 2, 3], 50) for seed in range(3)]
     assert len({boosting.digest.tobytes() for boosting in lists}) == 3
@@ -60,11 +66,14 @@ def test_boosting_counts(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(boosting, "decode", decode)
     result = boosting.measure_boosting(demo_bundle, manifest, weights=[1.0], decibels=[None])
-    found = {row["case"]["list"]: row["values"] for row in result["rows"]}
-    assert list(found) == ["plain", "spoken", "others"]
-    assert found["plain"] == {"recordings": 3, "phrases_said": 2, "found": 1, "false": 1, "wer": pytest.approx(4 / 9)}
-    assert found["spoken"] == {"recordings": 3, "phrases_said": 2, "found": 2, "false": 0, "wer": 0}
-    assert found["others"]["found"] == 2
+    found = {(row["case"]["list"], row["case"]["weight"]): row["values"] for row in result["rows"]}
+    assert list(found) == [("spoken", 0), ("spoken", 1), ("others", 0), ("others", 1)]
+    plain = {"recordings": 3, "phrases_said": 2, "found": 1, "wer": pytest.approx(4 / 9)}
+    assert found["spoken", 0] == plain | {"false": 1}
+    assert found["others", 0] == plain | {"false": 0}
+    for name in ("spoken", "others"):
+        assert found[name, 1] == {"recordings": 3, "phrases_said": 2, "found": 2, "false": 0, "wer": 0}
+    assert "| none (2 said) | spoken | 1, 1, 44.4 % | 2, 0, 0.0 % |" in boosting.table(result)
     manifest.write_text(json.dumps(rows[2]) + "\n")
     with pytest.raises(OptionError, match="too few words to make up 600 phrases"):
         boosting.measure_boosting(demo_bundle, manifest, weights=[1.0], decibels=[None])
