@@ -207,6 +207,26 @@ def test_live_on_standard_input(terminal: Terminal, text: str) -> None:
     assert terminal.screen.text() == ["$ nemostream"]
 
 
+def test_utterances_take_the_place_of_their_captions(terminal: Terminal) -> None:
+    """Standard output on the same terminal, two utterances with silence between."""
+    pcm, rate = soundfile.read(nemostream.demo_clip(), dtype="int16")
+    audio = np.concatenate([pcm, np.zeros(2 * rate, np.int16), pcm])
+    with nemostream.load() as model:
+        finals = [event.text for event in model.listen(audio) if event.kind == "final"]
+    assert len(finals) == 2
+    with subprocess.Popen(
+        [*COMMAND, "-", "--live", "--endpoint-ms", "800"],
+        stdin=subprocess.PIPE, stdout=terminal.theirs, stderr=terminal.theirs, env=os.environ | {"TERM": "xterm"},
+    ) as command:  # fmt: skip
+        os.close(terminal.theirs)
+        assert command.stdin
+        command.stdin.write(audio.tobytes())
+        command.stdin.close()
+        while terminal.read():
+            pass
+    assert terminal.screen.text() == ["$ nemostream", *finals]
+
+
 # -- the view ----------------------------------------------------------------------------------------------------------
 
 

@@ -302,10 +302,10 @@ def test_nemo_reads_the_manifest(talk: Transcript, tmp_path: Path) -> None:
     path.write_text(render(talk, "manifest") * 2)
     row, again = read_manifest(path)
     assert row == again
-    assert row["audio_filepath"] == str(Path("talks/my talk.flac").absolute())
+    assert row["audio_filepath"] == "talks/my talk.flac"
     assert (row["duration"], row["pred_text"]) == (9.5, talk.text)
     first, *_ = item_iter(str(path))
-    assert (first["audio_file"], first["duration"]) == (row["audio_filepath"], 9.5)
+    assert (first["audio_file"], first["duration"]) == (row["audio_filepath"], 9.5)  # there is no such file to be found
     path.write_text(json.dumps(row | {"text": talk.text}) + "\n")
     (scored,) = compute_metrics_per_sample(str(path))
     assert scored["wer"] == 0
@@ -333,7 +333,7 @@ def test_the_manifest_is_as_nemo_writes_it(talk: Transcript, tmp_path: Path) -> 
          "decoding": {"beam": {"return_best_hypothesis": True}}}
     )  # fmt: skip
     write_transcription(
-        process_timestamp_outputs([hypothesis], 8, 0.01), settings, "x", [str(Path(talk.file).absolute())],
+        process_timestamp_outputs([hypothesis], 8, 0.01), settings, "x", [talk.file],
         timestamps=True, confidence=True,
     )  # fmt: skip
     theirs = json.loads(out.read_text())

@@ -145,7 +145,7 @@ def as_manifest(transcript: Transcript) -> dict[str, Any]:
     """
     words = transcript.words
     return {
-        "audio_filepath": transcript.file if transcript.file == "-" else os.path.abspath(transcript.file),
+        "audio_filepath": transcript.file,
         "duration": round(transcript.duration, 3),
         "pred_text": transcript.text,
         "word": [

@@ -27,6 +27,7 @@ _COMPOUND = re.compile(r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty-[a-z]+")
 
 _PAUSE = 0.8  # seconds between words that are no number together
 _LONGEST = 100  # words that the rules get at a time: theirs is not the time to read a book
+_AHEAD = 20  # words: most numbers have fewer
 
 # Some words as they were, or a written form and the words that it came of: (form or None, first, behind the last).
 _Piece = tuple[str | None, int, int]
@@ -129,14 +130,16 @@ class InverseNormalizer:
         return pieces
 
     def _divided(self, spoken: list[str], first: int, last: int, forms: list[str]) -> list[_Piece]:
-        """The smallest pieces that, normalised alone, become these forms."""
-        for middle in range(first + 1, last):
+        """The smallest pieces that, normalised alone, become these forms, as far as `_AHEAD` words let see."""
+        for middle in range(first + 1, min(last, first + _AHEAD)):
             head = self._written(" ".join(spoken[first:middle])).split()
-            if head == forms[: len(head)] and len(head) < len(forms):
-                tail = self._written(" ".join(spoken[middle:last])).split()
-                if head + tail == forms:
-                    form = None if head == spoken[first:middle] else " ".join(head)
-                    return [(form, first, middle), *self._divided(spoken, middle, last, tail)]
+            if head != forms[: len(head)] or len(head) == len(forms):
+                continue
+            left, seen = forms[len(head) :], min(last, middle + _AHEAD)
+            tail = self._written(" ".join(spoken[middle:seen])).split()
+            if tail == left if seen == last else tail[:1] == left[:1]:
+                form = None if head == spoken[first:middle] else " ".join(head)
+                return [(form, first, middle), *self._divided(spoken, middle, last, left)]
         return [(" ".join(forms), first, last)]
 
 

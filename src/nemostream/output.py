@@ -74,7 +74,8 @@ class Output:
             Utterance(text, one.words[0].start, one.words[-1].end) for (text, _), one in zip(written, said, strict=True)
         ) if self._apart else None  # fmt: skip
         transcript = Transcript(
-            name,
+            # NeMo looks for what has no folder in the manifest's own.
+            os.path.abspath(name) if self._format is Format.manifest and name not in (STDIN, MICROPHONE) else name,
             text,
             [word for _, words in written for word in words],
             duration,
