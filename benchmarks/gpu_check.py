@@ -12,10 +12,10 @@ others, and says then why:
 * engines, engine_from_afar, engine_in_a_loop: for each precision, is the packaged model's engine built, accepted by
   this GPU, recorded, and as good as fp32 (`runtime.gate`) at every chunk size? Is one that was built for another GPU?
   Can an engine's work be in the body of a WHILE node?
-* soak: 10,000 steps, streams coming and going; free memory before and after;
+* soak: 10,000 steps, streams coming and going, boosted and not; free memory before and after;
 * speed: a full-size model of random weights that says about `TOKENS_PER_SECOND` per stream; per chunk size and batch
-  the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, and launched
-  back to back; the floor; how many streams that makes.
+  the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, with phrases for
+  every stream, and launched back to back; the floor; how many streams that makes.
 
 Without an engine that runs here, speed is measured of all but the encoder (features, gather, scatter, decoding).
 """
@@ -163,7 +163,8 @@ def show(report: Report) -> str:
     if rows:
         columns = {
             "p50 ms": "p50_ms", "p99 ms": "p99_ms", "silent p50": "silent_p50_ms", "gathered p50": "gathered_p50_ms",
-            "pipelined": "pipelined_ms", "submit": "submit_ms", "floor": "floor_ms", "tokens/s": "tokens_per_second",
+            "boosted p50": "boosted_p50_ms", "pipelined": "pipelined_ms", "submit": "submit_ms", "floor": "floor_ms",
+            "tokens/s": "tokens_per_second",
         }  # fmt: skip
         lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
         lines.append("|---" * (2 + len(columns)) + "|")

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.benchmarks.features import some_phrases
 from nemostream.engines import speech
 from nemostream.runtime.backend import Batch
+from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.spec import Bundle, Chunk
 
@@ -35,12 +37,16 @@ class NoEncoder:
 
 
 def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report:
-    """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was."""
+    """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was.
+
+    Half of them have phrases; now and then one forgets what it said, or is saved and goes on from there.
+    """
     rng = np.random.default_rng(seed)
     audio = speech(backend.manifest)[0]
     device, slots = backend._device, np.arange(backend.capacity)
     at = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
     backend.reset(slots)
+    lists = [some_phrases(number, [], backend.manifest.decoder.vocabulary) for number in range(16)]
     before, said, failed, pending = None, 0, 0, []
     for step in range(steps):
         if step == min(100, steps // 2):
@@ -49,6 +55,12 @@ def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report
         if len(coming):
             backend.reset(coming)
             at[coming] = rng.integers(0, len(audio) - chunk.samples, len(coming))
+            for slot in coming[rng.random(len(coming)) < 0.5].tolist():
+                backend.boost(slot, lists[rng.integers(len(lists))])
+        if step % 50 == 49:
+            slot = int(rng.choice(slots))
+            backend.load(slot, backend.save(slot))
+            backend.forget(slots[slot : slot + 1])
         rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
         part = np.stack([audio[start : start + chunk.samples] for start in at[rows]])
         at[rows] = (at[rows] + chunk.samples) % (len(audio) - chunk.samples)
@@ -66,15 +78,25 @@ def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report
     }  # fmt: skip
 
 
-def step_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int, gathered: bool = False) -> Report:
+def step_times(
+    backend: GpuBackend,
+    chunk: Chunk,
+    rows: int,
+    repeats: int,
+    gathered: bool = False,
+    boosts: Sequence[Boosting] = (),
+) -> Report:
     """Milliseconds from audio to tokens of `rows` streams, one step at a time.
 
-    `gathered` uses slots that are not the first ones, so that their caches must be copied together.
+    `gathered` uses slots that are not the first ones, so that their caches must be copied together. `boosts` are handed
+    out to the streams in turn.
     """
     slots = np.arange(rows) + (backend.capacity - rows if gathered else 0)
     clip = speech(backend.manifest)[0]
     starts = np.arange(rows) * 9973 % (len(clip) - chunk.samples)
     backend.reset(slots)
+    for index, slot in enumerate(slots.tolist() if boosts else ()):
+        backend.boost(slot, boosts[index % len(boosts)])
     seconds, said = [], 0
     for step in range(_WARM_UP + repeats):
         at = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
@@ -199,6 +221,7 @@ def speed(
     At `until` (`time.perf_counter`) no more rows are begun; how many were left out is told.
     """
     rows: list[Report] = []
+    lists = [some_phrases(number, [], bundle.manifest.decoder.vocabulary) for number in range(min(64, max(batches)))]
     for chunk in bundle.manifest.chunks:
         if time.perf_counter() > until:
             break
@@ -212,6 +235,7 @@ def speed(
                 say(f"{chunk.ms} ms, batch {batch}, encoder {encoder.partition(' (')[0]}")
                 row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
                 row["gathered_p50_ms"] = step_times(backend, chunk, batch, repeats, gathered=True)["p50_ms"]
+                row["boosted_p50_ms"] = step_times(backend, chunk, batch, repeats, boosts=lists)["p50_ms"]
                 bias = hush(backend, bundle)
                 row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
                 backend._device.write(int(backend._memory.step["joint_bias"]), bias)

@@ -42,6 +42,7 @@ from nemostream.errors import OptionError
 from nemostream.runtime.backend import Backend, Batch
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.runtime.ort import OrtBackend
+from nemostream.runtime.recognition import Recognition
 from nemostream.runtime.recognizer import Model
 from nemostream.spec import Bundle, Chunk
 
@@ -135,7 +136,7 @@ def _measure(
 def push_times(model: Model, feed: Feed, chunk: Chunk, before: int, repeats: int) -> list[float]:
     """Milliseconds of every stream and chunk from push to result, of `repeats` chunks after as many as `before`."""
     lead, rate, found = model.manifest.lead, model.manifest.features.sample_rate, []
-    streams = [model._recognition(rate, 1, chunk.ms, None) for _ in range(feed.rows)]
+    streams = [Recognition(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
     for step in range(before + repeats):
         begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
         pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)

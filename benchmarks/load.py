@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from nemostream.errors import NemostreamError
 from nemostream.runtime.backend import Backend, Batch, Emissions
-from nemostream.runtime.recognizer import Model, Recognition
+from nemostream.runtime.recognition import Recognition
+from nemostream.runtime.recognizer import Model
 
 Floats = NDArray[np.float32]
 
@@ -126,7 +127,7 @@ class _Caller:
         self._clip = clip % len(self._clips)
         self._audio, self._sent, self._began = self._clips[self._clip], 0, moment
         self._spoken.clear()
-        self._stream = self._model._recognition(self._rate, 1, self.chunk_ms, self._listen)
+        self._stream = Recognition(self._model, self._rate, 1, self._listen, chunk_ms=self.chunk_ms)
         self.done.clear()
         return moment + PACKET
 

@@ -121,7 +121,7 @@ class NemoOnnx:
         self._caches = {n: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for n, array in caches.items()}
         self._binding = self._encoder.io_binding()
         start = Predictions.start(self._net, net.layers, net.hidden)
-        self._state = Predictions(*(np.repeat(part, feed.rows, 0) for part in (start.predicted, start.h, start.c)))
+        self._state = start.repeated(feed.rows)
         self._said: list[list[int]] = [[] for _ in range(feed.rows)]
 
     def fill(self, frames: int) -> None:
@@ -144,7 +144,7 @@ class NemoOnnx:
         frames = np.ascontiguousarray(encoded.numpy().transpose(0, 2, 1))
         counts = np.full(self._feed.rows, frames.shape[1], np.int64)
         for row, new in zip(self._said, label_looping(self._net, frames, counts, self._state)[0], strict=True):
-            row.extend(new)
+            row.extend(new.tokens)
 
     def tokens(self) -> Tokens:
         return [list(row) for row in self._said]

@@ -119,7 +119,7 @@ def _on_the_cpu(
         }
     cpu = OrtBackend(bundle, capacity=rows, max_batch=rows, threads=threads, plans=plans)
     for chunk in chunks:
-        cpu.load(chunk)
+        cpu.prepare(chunk)
     return cpu
 
 

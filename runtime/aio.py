@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import itertools
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from nemostream.runtime.recognizer import Pcm, Recognition
-from nemostream.runtime.stream import Result
+from nemostream.runtime.audio import Source, opened
+from nemostream.runtime.recognition import Options, Pcm, Recognition
+from nemostream.runtime.utterance import Event
+from nemostream.runtime.words import Result
+
+if TYPE_CHECKING:
+    from nemostream.runtime.recognizer import Model
 
 
 class AsyncLiveStream:
@@ -27,6 +34,16 @@ class AsyncLiveStream:
         """The current result; after `finish` the final one."""
         return self._recognition.result
 
+    @property
+    def steps(self) -> int:
+        """Chunks decoded that a result or an event told of, or would have."""
+        return self._recognition.steps
+
+    @property
+    def chunk_ms(self) -> int:
+        """Size of the last of them."""
+        return self._recognition.chunk_ms
+
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
         self._recognition.feed(pcm)
@@ -38,6 +55,23 @@ class AsyncLiveStream:
         self._recognition.end()
         await self._settle()
         return self._recognition.final()
+
+    async def hear(self, pcm: Pcm) -> list[Event]:
+        """As `LiveStream.hear`."""
+        self._recognition.feed(pcm)
+        await self._settle()
+        return self._recognition.events()
+
+    async def endpoint(self) -> list[Event]:
+        """As `LiveStream.endpoint`. A task cancelled in it has ended the utterance all the same."""
+        self._recognition.cut()
+        await self._settle()
+        return self._recognition.events()
+
+    async def end(self) -> list[Event]:
+        """As `LiveStream.end`."""
+        await self.finish()
+        return self._recognition.events()
 
     def use(self, chunk_ms: int) -> None:
         """As `LiveStream.use`; never blocks."""
@@ -67,3 +101,25 @@ class AsyncLiveStream:
         """On the scheduler's thread. Raises if the loop was closed: then the scheduler drops the stream."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._progress.set)
+
+
+async def listen(
+    model: Model, source: Source, sample_rate: int, channels: int, options: Options
+) -> AsyncIterator[Event]:
+    """`Model.listen` for `async for`. Files are read, and other sources waited for, on a thread."""
+    if isinstance(source, AsyncIterable):
+        async with model.astream(sample_rate=sample_rate, channels=channels, **options) as stream:
+            async for block in source:
+                for event in await stream.hear(block):
+                    yield event
+            for event in await stream.end():
+                yield event
+        return
+    with opened(source, sample_rate, channels) as sound:
+        async with model.astream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
+            turn = iter(sound.blocks)
+            while rest := await asyncio.to_thread(lambda: [*itertools.islice(turn, 1)]):
+                for event in await stream.hear(rest[0]):
+                    yield event
+            for event in await stream.end():
+                yield event

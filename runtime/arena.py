@@ -1,21 +1,32 @@
 """The device's memory: every stream's slot, the weights, the buffers of a step, the lanes between host and device.
 
-Allocated once; nothing grows. The slots are laid out layer first, [L, slots, ...] (`kernels/slots.cu`).
+Allocated once; nothing grows. The slots are laid out layer first, [L, slots, ...] (`kernels/slots.cu`). The phrases
+that streams are boosted by lie in a pool, each list of them once, for as long as a slot has it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.errors import BackendError
+from nemostream.errors import BackendError, CapacityError
 from nemostream.runtime import kernels as sources
+from nemostream.runtime.backend import Emissions, check_state
+from nemostream.runtime.boosting import NO_PHRASES, Boosting
 from nemostream.runtime.device import Device
 from nemostream.spec import Bundle, Chunk
 
 _RESERVE = 512 << 20  # bytes of device memory left to the encoder's own needs
+POOL = 32 << 20  # bytes for phrases: of 1.6 million tokens
+
+_NO_TOKENS = np.zeros(0, np.int32)
+_NO_FRAMES = np.zeros(0, np.int64)
+_NO_SCORES = np.zeros(0, np.float32)
 
 
 class Arena:
@@ -28,13 +39,15 @@ class Arena:
         self, bundle: Bundle, device: Device, cell: str, capacity: int, max_batch: int, chunks: list[Chunk]
     ) -> None:
         manifest = self._manifest = bundle.manifest
-        self._cell_bytes = 4 if cell == "float32" else 2
+        # numpy has no bfloat16: its bits.
+        self._cell = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[cell])
+        self._device = device
         self._rows = -(-max_batch // 4) * 4
         self._most_frames = max(chunk.frames for chunk in chunks)
         self._most_samples = max(chunk.samples for chunk in chunks)
         self._records = self._rows * self._most_frames * manifest.decoder.max_symbols
         self.slot_bytes = self._arena(capacity)
-        buffers = self._buffers()
+        buffers = self._buffers() | {"boost_at": 4 * capacity, "pool": POOL}
         needed = sum(self.slot_bytes.values()) + sum(buffers.values()) + _RESERVE
         if needed > device.free_bytes:
             others = sum(buffers.values()) + _RESERVE
@@ -61,28 +74,37 @@ class Arena:
         self.step["host_in_bytes"], self.step["host_out_bytes"] = self._in_bytes, self._out_bytes
         self.step["slots"], self.step["most_rows"] = capacity, self._rows
         self.step["most_pairs"] = self._rows * self._most_frames
+        self._phrases: dict[int, Boosting] = {}  # by slot
+        self._pool: dict[bytes, tuple[int, int]] = {}  # by digest: first byte, and the one after the last
+        self._users: Counter[bytes] = Counter()  # slots that have the list of a digest
+
+    def _slot(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """What a slot is: shape and type of every array."""
+        spec, net = self._manifest.encoder, self._manifest.decoder
+        ring = (spec.layers, spec.heads, spec.cache, spec.d_model // spec.heads)
+        floats = np.dtype(np.float32)
+        return {
+            "k": (ring, self._cell),
+            "v": (ring, self._cell),
+            "conv": ((spec.layers, spec.d_model, spec.conv_cache), self._cell),
+            "mel_cache": ((spec.mel_cache, self._manifest.features.mels), floats),
+            "tail": ((self._manifest.features.tail,), floats),
+            "predicted": ((net.joint,), floats),
+            "h": ((net.layers, net.hidden), floats),
+            "c": ((net.layers, net.hidden), floats),
+            "node": ((), np.dtype(np.int32)),
+            "position": ((), np.dtype(np.int64)),
+        }
 
     def _arena(self, slots: int) -> dict[str, int]:
-        spec, net, cell = self._manifest.encoder, self._manifest.decoder, self._cell_bytes
-        ring = spec.layers * spec.cache * spec.d_model * cell
-        return {
-            "k": slots * ring,
-            "v": slots * ring,
-            "conv": slots * spec.layers * spec.d_model * spec.conv_cache * cell,
-            "mel_cache": slots * spec.mel_cache * self._manifest.features.mels * 4,
-            "tail": slots * self._manifest.features.tail * 4,
-            "predicted": slots * net.joint * 4,
-            "h": slots * net.layers * net.hidden * 4,
-            "c": slots * net.layers * net.hidden * 4,
-            "position": slots * 8,
-        }
+        return {name: slots * prod(shape) * dtype.itemsize for name, (shape, dtype) in self._slot().items()}
 
     def _buffers(self) -> dict[str, int]:
         """Bytes of what a step needs beside the arena, for the most rows and the longest chunk."""
         manifest, rows = self._manifest, self._rows
         spec, net, frames = manifest.encoder, manifest.decoder, self._most_frames
         gathered = self._arena(rows)
-        words = ("slot", "length", "count", "failed", "at", "end", "last", "symbols", "label")
+        words = ("slot", "length", "count", "failed", "at", "end", "last", "symbols", "label", "boost")
         return {
             **{f"row_{word}": 4 * rows for word in words},
             "row_position": 8 * rows,
@@ -103,6 +125,8 @@ class Arena:
             "list_first": 8 * rows,
             "list_pairs": 8 * rows * frames,
             "partial": 16 * rows * frames * sources.tiles(net.vocabulary + 1),
+            "boosted": 16 * rows * frames * sources.tiles(net.vocabulary + 1),
+            "bias": 4 * rows * net.vocabulary,
             "emitted": 4 * rows,
             "h_next": gathered["h"],
             "records": sources.RECORD.itemsize * self._records,
@@ -152,9 +176,82 @@ class Arena:
         """Whether the step's loop ended before its rows did."""
         return bool(self._out[lane * self._out_bytes :][4:8].view(np.int32)[0])
 
-    def answer(self, lane: int) -> tuple[NDArray[np.int32], Any]:
-        """Which rows failed, and the records. Copies."""
+    def emissions(self, lane: int, rows: Any, bucket: int) -> Emissions:
+        """What a step said, of `rows` of its bucket. Copies.
+
+        Records come in the order of iterations, so a stable sort by row leaves each row's in theirs.
+        """
         out = self._out[lane * self._out_bytes : (lane + 1) * self._out_bytes]
-        said, start = int(out[:4].view(np.int32)[0]), 16 + 4 * self._rows
-        failed = out[16:start].view(np.int32).copy()
-        return failed, out[start:][: sources.RECORD.itemsize * said].view(sources.RECORD).copy()
+        count, start = int(out[:4].view(np.int32)[0]), 16 + 4 * self._rows
+        failed = out[16:start].view(np.int32)[rows] != 0
+        records = out[start:][: sources.RECORD.itemsize * count].view(sources.RECORD)
+        said = records[np.argsort(records["row"], kind="stable")]
+        counts = np.bincount(said["row"], minlength=bucket)
+        ends = np.cumsum(counts)
+        tokens, frames = [_NO_TOKENS] * len(rows), [_NO_FRAMES] * len(rows)
+        scores, powers = [_NO_SCORES] * len(rows), [_NO_SCORES] * len(rows)
+        for index in np.flatnonzero(counts[rows]).tolist():
+            row = rows[index]
+            part = said[ends[row] - counts[row] : ends[row]]
+            tokens[index], frames[index] = part["token"].astype(np.int32), part["frame"].astype(np.int64)
+            scores[index], powers[index] = part["score"].astype(np.float32), part["power"].astype(np.float32)
+        return Emissions(tuple(tokens), tuple(frames), tuple(scores), tuple(powers), failed)
+
+    # -- phrases -------------------------------------------------------------------------------------------------------
+
+    def place(self, slot: int, phrases: Boosting | None) -> int:
+        """Where in the pool the phrases that a slot now has begin, in words; -1 for none.
+
+        Raises `CapacityError` if they find no room, and the slot keeps those it had.
+        """
+        if phrases is not None:
+            image, key = sources.automaton(phrases), phrases.digest.tobytes()
+            if key not in self._pool:
+                begin = self._gap(image.nbytes)
+                self._device.write(int(self.step["pool"]) + begin, image)
+                self._pool[key] = (begin, begin + image.nbytes)
+            self._users[key] += 1
+        if before := self._phrases.pop(slot, None):
+            old = before.digest.tobytes()
+            self._users[old] -= 1
+            if not self._users[old]:
+                del self._users[old], self._pool[old]
+        if phrases is None:
+            return -1
+        self._phrases[slot] = phrases
+        return self._pool[key][0] // 4
+
+    def _gap(self, size: int) -> int:
+        begin = 0
+        for taken, end in sorted(self._pool.values()):
+            if begin + size <= taken:
+                break
+            begin = end
+        if begin + size > POOL:
+            used = sum(end - start for start, end in self._pool.values())
+            raise CapacityError(
+                f"these phrases need {size} bytes of the {POOL} that the device has for phrases, and {used} are taken; "
+                "give this stream fewer, or share one list among streams."
+            )
+        return begin
+
+    # -- a slot, saved and restored ------------------------------------------------------------------------------------
+
+    def save(self, slot: int) -> dict[str, NDArray[Any]]:
+        state = {name: np.empty(shape, dtype) for name, (shape, dtype) in self._slot().items()}
+        for address, part in self._parts(slot, state):
+            self._device.read(address, part)
+        phrases = self._phrases.get(slot)
+        return {**state, "phrases": NO_PHRASES if phrases is None else phrases.digest}
+
+    def load(self, slot: int, state: Mapping[str, NDArray[Any]]) -> None:
+        check_state(state, self.save(slot))
+        for address, part in self._parts(slot, state):
+            self._device.write(address, part)
+
+    def _parts(self, slot: int, state: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Where each part of a slot lies, and its array of `state`: a layer's of a cache, or all of anything else."""
+        slots = int(self.step["slots"])
+        for name in self._slot():
+            for layer, part in enumerate(state[name] if name in ("k", "v", "conv") else [state[name]]):
+                yield int(self.step[name]) + (layer * slots + slot) * part.nbytes, part

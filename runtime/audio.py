@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from nemostream.errors import AudioError, OptionError
 
 Floats = NDArray[np.float32]
+Source = str | Path | NDArray[Any] | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
 
 # Beyond these a rate is a mistake (kHz for Hz, samples for a rate), and soxr would make huge buffers of it.
 RATES = range(4_000, 768_001)
@@ -66,6 +69,13 @@ class Intake:
         if self._resampler is None:
             return np.zeros(0, np.float32)
         return self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+    def cut(self) -> Floats:
+        """As `finish`; what is pushed then is resampled as another recording."""
+        rest = self.finish()
+        if self._resampler is not None:
+            self._resampler.clear()
+        return rest
 
     def check(self, pcm: NDArray[np.generic]) -> None:
         """Raise `AudioError` if `pcm` is not audio that this stream takes."""
@@ -202,6 +212,36 @@ def _mp3_knows_its_length(path: Path) -> bool:
         file.seek(tag)
         frame = file.read(200)
     return b"Xing" in frame or b"Info" in frame
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A source that was opened."""
+
+    sample_rate: int
+    channels: int
+    blocks: Iterable[NDArray[Any]]
+    duration: float = 0.0  # seconds, as far as is known
+
+
+@contextmanager
+def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
+    """What a source gives; `sample_rate` and `channels` are those of one that does not know its own."""
+    if isinstance(source, np.ndarray):
+        if not source.size:
+            raise AudioError("the audio is empty.")
+        channels = source.shape[1] if source.ndim == 2 else 1
+        blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
+        yield Sound(sample_rate, channels, blocks, len(source) / max(sample_rate, 1))
+    elif isinstance(source, str | os.PathLike):
+        with Recording(source) as file:
+            yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
+    elif isinstance(source, Iterable):
+        yield Sound(sample_rate, channels, source)
+    elif isinstance(source, AsyncIterable):
+        raise AudioError("an asynchronous source needs `async for`.")
+    else:
+        raise AudioError(f"a source is a path, a numpy array, or gives arrays; {type(source).__name__} is none.")
 
 
 def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16]]:

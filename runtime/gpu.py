@@ -32,6 +32,7 @@ from nemostream.plans import no_engine
 from nemostream.runtime import kernels as sources
 from nemostream.runtime.arena import Arena
 from nemostream.runtime.backend import Batch, Emissions, at_least_one
+from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.device import Device, Mark
 from nemostream.spec import Bundle, Chunk
 
@@ -118,6 +119,25 @@ class GpuBackend:
         self._memory.reset_slots[: len(slots)] = slots
         self._kernels.launch("reset", (len(slots), self.manifest.encoder.layers, 1), self._memory.step)
         self._resetting = self._device.mark()
+        for slot in slots.tolist():
+            self._memory.place(slot, None)
+
+    def forget(self, slots: Ints) -> None:
+        self._settle()
+        for slot in slots.tolist():
+            self._tell("forget", slot)
+
+    def boost(self, slot: int, phrases: Boosting | None) -> None:
+        self._settle()
+        self._tell("boost", slot, self._memory.place(slot, phrases))
+
+    def save(self, slot: int) -> dict[str, NDArray[Any]]:
+        self._settle()
+        return self._memory.save(slot)
+
+    def load(self, slot: int, state: Mapping[str, NDArray[Any]]) -> None:
+        self._settle()
+        self._memory.load(slot, state)
 
     def submit(self, batch: Batch) -> _Step:
         self._device.adopt()
@@ -149,6 +169,19 @@ class GpuBackend:
         for encoder in self._encoders.values():
             encoder.close()
         self._device.close()
+
+    def _tell(self, entry: str, slot: int, automaton: int = -1) -> None:
+        """Queue a kernel that is about one slot."""
+        step = self._memory.step.copy()
+        step["slot"], step["automaton"] = slot, automaton
+        self._kernels.launch(entry, (1, 1, 1), step)
+
+    def _settle(self) -> None:
+        """What is queued from here on comes after every step submitted, also where the host has a part in its loop."""
+        self._device.adopt()
+        for step in self._pending:
+            if step and self.loop != "while":
+                step.collect()
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -293,29 +326,9 @@ class _Step:
             while backend._memory.undecided(self.lane) and self._recording.again:
                 self._recording.again()
                 backend._device.mark().wait()
-            self._emissions = _emissions(*backend._memory.answer(self.lane), self._rows, self._recording.rows)
+            self._emissions = backend._memory.emissions(self.lane, self._rows, self._recording.rows)
         except BackendError as error:
             self._error = error
-
-
-_NO_TOKENS = np.zeros(0, np.int32)
-_NO_FRAMES = np.zeros(0, np.int64)
-_NO_SCORES = np.zeros(0, np.float32)
-
-
-def _emissions(failed: NDArray[np.int32], records: Any, rows: Ints, bucket: int) -> Emissions:
-    """Records come in the order of iterations, so a stable sort by row leaves each row's in theirs."""
-    said = records[np.argsort(records["row"], kind="stable")]
-    counts = np.bincount(said["row"], minlength=bucket)
-    ends = np.cumsum(counts)
-    tokens, frames = [_NO_TOKENS] * len(rows), [_NO_FRAMES] * len(rows)
-    scores = [_NO_SCORES] * len(rows)
-    for index in np.flatnonzero(counts[rows]).tolist():
-        row = rows[index]
-        part = said[ends[row] - counts[row] : ends[row]]
-        tokens[index], frames[index] = part["token"].astype(np.int32), part["frame"].astype(np.int64)
-        scores[index] = part["score"].astype(np.float32)
-    return Emissions(tuple(tokens), tuple(frames), tuple(scores), failed[rows] != 0)
 
 
 def _all(work: list[Callable[[], None]]) -> None:

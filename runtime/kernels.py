@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
+from nemostream.runtime.boosting import MOST_TOKENS, Boosting
+from nemostream.runtime.greedy import ALPHA
 from nemostream.spec import Bundle, Manifest
 
-SOURCES = ("tile.cu", "features.cu", "slots.cu", "greedy.cu")
+SOURCES = ("tile.cu", "features.cu", "slots.cu", "boosting.cu", "greedy.cu")
 BLOCK = 256  # threads of every block
 TILE_ROWS, TILE_COLUMNS = 16, 32
 PIECES = 8  # blocks that share a row's layer while gathering: `gather`'s grid, z
@@ -37,10 +39,12 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int", "most_pairs"),  # (row, frame) pairs they have room for
     ("int", "in_place"),  # row b is slot b: the encoder reads the arena itself
     ("int", "looping"),  # the decoding loop is a conditional node
+    ("int", "slot"),  # what `forget` and `boost` are for
+    ("int", "automaton"),  # where in the pool `boost` finds the slot's phrases, in words; -1: nowhere
     ("unsigned long long", "condition"),  # its handle
     # -- the host's memory, two lanes of each
     ("const char*", "host_in"),  # slots [most_rows] and lengths [most_rows], int; audio [B, N] float
-    ("char*", "host_out"),  # records, undecided, -, -; failed [most_rows], int; records [.., 4] int
+    ("char*", "host_out"),  # records, undecided, -, -; failed [most_rows], int; records
     ("long long", "host_in_bytes"),  # of a lane
     ("long long", "host_out_bytes"),
     # -- the arena
@@ -52,7 +56,10 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("float*", "predicted"),  # [S, J]
     ("float*", "h"),  # [S, R, P]
     ("float*", "c"),  # [S, R, P]
+    ("int*", "node"),  # [S] of the automaton
     ("long long*", "position"),  # [S]
+    ("int*", "boost_at"),  # [S], as `automaton`
+    ("const int*", "pool"),  # automata (`automaton` below)
     ("const int*", "reset_slots"),
     # -- weights
     ("const double*", "window"),  # [window - 2], its zero ends left out
@@ -81,6 +88,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int*", "row_last"),  # the frame of the last label, -1
     ("int*", "row_symbols"),  # labels at that frame
     ("int*", "row_label"),
+    ("int*", "row_boost"),  # its slot's automaton
     ("long long*", "row_position"),  # [B], for the encoder too
     ("long long*", "row_valid"),
     ("float*", "wave"),  # [B, tail + N]
@@ -99,14 +107,16 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int*", "list_rows"),  # [2, most_rows]: rows with frames left, by parity
     ("int*", "list_first"),  # [2, most_rows]: where their pairs begin
     ("int*", "list_pairs"),  # [2, most_pairs]: row * T + frame
-    ("float4*", "partial"),  # [most_pairs, tiles]: largest logit, its id, sum of exponentials
+    ("float4*", "partial"),  # [most_pairs, tiles]: largest logit, its id, sums of exponentials and of their powers
+    ("float4*", "boosted"),  # [most_pairs, tiles], of boosted rows: largest logit with its bias, its id, without it
+    ("float*", "bias"),  # [most_rows, V - 1]
     ("int*", "emitted"),  # [most_rows]: rows that got a label in this iteration
     ("float*", "h_next"),  # [B, R, P]
-    ("int4*", "records"),  # row, id, frame of the stream, log-probability (a float's bits)
+    ("Record*", "records"),  # what was said: see `RECORD`
 )
 _NUMPY = {"int": "i4", "unsigned long long": "u8", "long long": "i8"}
 STEP = np.dtype([(name, _NUMPY.get(kind, "u8")) for kind, name in FIELDS], align=True)
-RECORD = np.dtype([("row", "i4"), ("token", "i4"), ("frame", "i4"), ("score", "f4")])
+RECORD = np.dtype([("row", "i4"), ("token", "i4"), ("frame", "i4"), ("score", "f4"), ("power", "f4")])
 
 
 def source() -> str:
@@ -123,7 +133,9 @@ def source() -> str:
         "#endif\n"
         f"#define BLOCK {BLOCK}\n#define PIECES {PIECES}\n"
         f"#define TILE_ROWS {TILE_ROWS}\n#define TILE_COLUMNS {TILE_COLUMNS}\n"
+        f"#define ALPHA {ALPHA}f\n#define DEEPEST {MOST_TOKENS}\n"
         f"enum {{ {', '.join(CONTROL)} }};\n"
+        "struct Record { int row, token, frame; float score, power; };\n"
         f"struct Step {{\n{fields}}};\n"
     )
     folder = resources.files("nemostream.runtime") / "kernels"
@@ -182,7 +194,8 @@ def tiles(columns: int) -> int:
 def entries(manifest: Manifest) -> tuple[str, ...]:
     """Names of the kernels."""
     lstm = tuple(f"lstm_{layer}" for layer in range(manifest.decoder.layers))
-    return ("begin", "features", "gather", "scatter", "reset", "start", "join", "decide", *lstm, "project", "finish")
+    step = ("begin", "features", "gather", "scatter", "start", "join", "decide", *lstm, "project", "finish")
+    return (*step, "reset", "forget", "boost")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -235,6 +248,12 @@ def pack(matrix: NDArray[np.float32], cell: str) -> NDArray[np.uint32]:
     # axes: 16 k, half of them, m, pair | tile, 8 columns, g
     split = bits.reshape(-1, 2, 4, 2, wide, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
     return np.ascontiguousarray(split).view(np.uint32).ravel()
+
+
+def automaton(phrases: Boosting) -> NDArray[np.int32]:
+    """Phrases as the kernels read them (`kernels/boosting.cu`)."""
+    parts = (phrases.first, phrases.token, phrases.score.view(np.int32), phrases.fail, phrases.penalty.view(np.int32))
+    return np.concatenate([np.array([len(phrases)], np.int32), *parts])
 
 
 def narrow(array: NDArray[np.float32], cell: str) -> NDArray[np.uint16]:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
 from nemostream.plans import Plan, no_engine
-from nemostream.runtime.backend import Batch, Emissions, at_least_one
+from nemostream.runtime.backend import Batch, Emissions, at_least_one, check_state
+from nemostream.runtime.boosting import NO_PHRASES, Boosting
 from nemostream.runtime.greedy import Predictions, label_looping
 from nemostream.spec import Bundle, Chunk
 
@@ -58,9 +59,10 @@ class OrtBackend:
             raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(cells)}.")
         self._state = _Arena(bundle, capacity, np.dtype(cells[0]))
         self._start = Predictions.start(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
+        self._boosts: list[Boosting | None] = [None] * capacity
         self._steps: dict[int, _Step] = {}
 
-    def load(self, chunk: Chunk) -> None:
+    def prepare(self, chunk: Chunk) -> None:
         """Load a chunk size's graphs now instead of at its first step."""
         if chunk.ms not in self._steps:
             encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
@@ -76,28 +78,52 @@ class OrtBackend:
         return self._state.nbytes // self.capacity
 
     def reset(self, slots: Ints) -> None:
-        self._state.reset(slots, self._start)
+        self._state.reset(slots)
+        for slot in slots.tolist():
+            self._boosts[slot] = None
+        self.forget(slots)
+
+    def forget(self, slots: Ints) -> None:
+        self._state.place(slots, self._start)
+
+    def boost(self, slot: int, phrases: Boosting | None) -> None:
+        self._boosts[slot] = phrases
+        self._state.node[slot] = 0
+
+    def save(self, slot: int) -> dict[str, NDArray[Any]]:
+        phrases = self._boosts[slot]
+        arrays = {name: array.copy() for name, array in self._state.rows(slot).items()}
+        return {**arrays, "phrases": NO_PHRASES if phrases is None else phrases.digest}
+
+    def load(self, slot: int, state: Mapping[str, NDArray[Any]]) -> None:
+        check_state(state, self.save(slot))
+        for name, array in self._state.rows(slot).items():
+            array[...] = state[name]
 
     def submit(self, batch: Batch) -> Done:
-        self.load(batch.chunk)
+        self.prepare(batch.chunk)
         encoded, counts = self.encode(batch)
         slots, state = batch.slots, self._state
         start = state.position[slots] - batch.chunk.frames
-        rows = Predictions(state.predicted[slots], state.h[slots], state.c[slots])
-        tokens, frames, scores, failed = label_looping(self._transducer, encoded, counts, rows)
-        state.predicted[slots], state.h[slots], state.c[slots] = rows.predicted, rows.h, rows.c
+        rows = Predictions(state.predicted[slots], state.h[slots], state.c[slots], state.node[slots])
+        boosts = [self._boosts[slot] for slot in slots.tolist()]
+        said, failed = label_looping(
+            self._transducer, encoded, counts, rows, boosts if boosts.count(None) < len(boosts) else ()
+        )
+        state.place(slots, rows)
         return Done(
             Emissions(
-                tuple(np.array(row, np.int32) for row in tokens),
-                tuple(np.array(row, np.int64) + begin for row, begin in zip(frames, start, strict=True)),
-                tuple(np.array(row, np.float32) for row in scores),
+                tuple(np.array(row.tokens, np.int32) for row in said),
+                tuple(np.array(row.frames, np.int64) + begin for row, begin in zip(said, start, strict=True)),
+                tuple(np.array(row.scores, np.float32) for row in said),
+                tuple(np.array(row.powers, np.float32) for row in said),
                 failed,
             )
         )
 
     def encode(self, batch: Batch) -> tuple[Floats, Ints]:
         """The step without decoding: `encoded_joint` [B, T, J] (valid until the next step) and frames per row."""
-        self.load(batch.chunk)
+        self.prepare(batch.chunk)
         manifest, chunk, state = self.manifest, batch.chunk, self._state
         position = state.position[batch.slots]
         heard = position * manifest.samples_per_frame - manifest.lead + batch.lengths  # samples, the new ones included
@@ -142,19 +168,29 @@ class _Arena:
         self.predicted = np.zeros((slots, net.joint), np.float32)
         self.h = np.zeros((slots, net.layers, net.hidden), np.float32)
         self.c = np.zeros_like(self.h)
+        self.node = np.zeros(slots, np.int64)
         self.position = np.zeros(slots, np.int64)
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in vars(self).values())
 
-    def reset(self, slots: Ints, start: Predictions) -> None:
+    def reset(self, slots: Ints) -> None:
         # K and V are masked until written, but a masked NaN would still spread: zeros, not just a position of zero.
         for rings in (self.k, self.v, self.conv):
             rings[:, slots] = 0
         for rows in (self.audio_tail, self.mel_cache, self.position):
             rows[slots] = 0
-        self.predicted[slots], self.h[slots], self.c[slots] = start.predicted, start.h, start.c
+
+    def place(self, slots: Ints, rows: Predictions) -> None:
+        """Give slots the decoder's state of `rows`, one each, or one for all."""
+        self.predicted[slots], self.h[slots], self.c[slots] = rows.predicted, rows.h, rows.c
+        self.node[slots] = rows.node
+
+    def rows(self, slot: int) -> dict[str, NDArray[Any]]:
+        """A slot's part of every array, in place."""
+        by_layer = ("k", "v", "conv")
+        return {name: array[:, slot] if name in by_layer else array[slot, ...] for name, array in vars(self).items()}
 
 
 class _Step:

@@ -5,91 +5,186 @@ What the module does not know: which backend it was given, batches, transports.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Event as Flag
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nemostream.errors import AudioError, StreamError
-from nemostream.runtime.audio import BLOCK, Intake, Recording
-from nemostream.runtime.backend import Backend
+from nemostream.errors import AudioError, NemostreamError, OptionError
+from nemostream.runtime.audio import Sound, Source, opened
+from nemostream.runtime.backend import Backend, at_least_one
+from nemostream.runtime.boosting import Boosting
+from nemostream.runtime.confidence import Confidence
+from nemostream.runtime.endpoint import Endpoint
+from nemostream.runtime.live import LiveStream
+from nemostream.runtime.recognition import Options, Pcm, Recognition
+from nemostream.runtime.recording import BACKLOG, Progress, recognise
+from nemostream.runtime.resume import Keeper
 from nemostream.runtime.scheduler import Scheduler
-from nemostream.runtime.stream import Result, Token
-from nemostream.runtime.tokenizer import Detokenizer, Tokenizer
+from nemostream.runtime.tokenizer import Tokenizer
+from nemostream.runtime.utterance import Event
+from nemostream.runtime.words import Result
 from nemostream.spec import Bundle, Chunk
 
 if TYPE_CHECKING:
     from nemostream.runtime.aio import AsyncLiveStream
+    from nemostream.runtime.vad import Silero, SpeechGate
 
-Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
 
-# Chunks of a recording that may wait at the scheduler while the next block is read: enough that it need not.
-_BACKLOG = 2
+_LATEST_MS = 5000
 
 
 class Model:
     """A bundle on a backend. Any thread may use it; closing it fails the streams still open. A context manager.
 
-    `chunk_ms` is the chunk size of streams that do not choose their own. Raises `OptionError` if the model was not
-    trained for it, `BundleError` for a damaged tokenizer.
+    `chunk_ms` is the chunk size, and `confidence` the measure, of streams that do not choose their own. `delay_ms` is
+    how late the model says a token, and is taken off the times of all. `engine` tells apart what computes otherwise,
+    for transcriptions that are resumed. Raises `OptionError` if the model was not trained for the chunk size, or a
+    delay that cannot be, `BundleError` for a damaged tokenizer.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, chunk_ms: int = 560) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        chunk_ms: int = 560,
+        confidence: Confidence | None = None,
+        delay_ms: int = 0,
+        engine: str = "",
+    ) -> None:
         self.manifest = bundle.manifest
         self.chunk_ms = self.manifest.chunk(chunk_ms).ms
+        self.confidence = confidence or Confidence()
+        if isinstance(delay_ms, bool) or not isinstance(delay_ms, int) or not 0 <= delay_ms <= _LATEST_MS:
+            raise OptionError(f"delay_ms is {delay_ms!r}; it must be whole milliseconds from 0 to {_LATEST_MS}.")
+        self.delay_ms = delay_ms
+        self.engine = engine
         self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
+        self._silero: Silero | None = None
         # Where `submit` is the step itself, overlap would hold each result back by a whole step and hide nothing.
         self._scheduler = Scheduler(self.manifest, backend, overlap=backend.asynchronous)
 
-    def stream(self, *, sample_rate: int = 16000, channels: int = 1, chunk_ms: int | None = None) -> LiveStream:
+    def stream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> LiveStream:
         """A live stream of audio pushed at `sample_rate`.
 
         Raises `OptionError` for options that cannot be, `CapacityError` if no slot is free.
         """
-        return LiveStream(self._recognition(sample_rate, channels, chunk_ms, None))
+        return LiveStream(Recognition(self, sample_rate, channels, **options))
 
-    def astream(self, *, sample_rate: int = 16000, channels: int = 1, chunk_ms: int | None = None) -> AsyncLiveStream:
+    def astream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> AsyncLiveStream:
         """`stream` for asyncio: no thread per stream, `push` and `finish` are awaited."""
         from nemostream.runtime.aio import AsyncLiveStream  # asyncio only for those who use it
 
-        return AsyncLiveStream(lambda listener: self._recognition(sample_rate, channels, chunk_ms, listener))
+        return AsyncLiveStream(lambda listener: Recognition(self, sample_rate, channels, listener, **options))
+
+    def listen(
+        self, source: Source, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
+    ) -> Listening:
+        """The events of a source, to be iterated over once, with `for` or with `async for`.
+
+        A source is a file, an array, or anything that gives arrays, asynchronously too (then with `async for` only).
+        `sample_rate` and `channels` are those of what it gives; a file knows its own. Utterances end by `Endpoint()`
+        unless `endpoint` says otherwise. Iterating raises what `transcribe` raises; leaving it closes the stream.
+        """
+        options.setdefault("endpoint", Endpoint())
+        return Listening(self, source, sample_rate, channels, options)
 
     def transcribe(
         self,
         source: str | Path | Pcm,
         *,
         sample_rate: int = 16000,
-        chunk_ms: int | None = None,
         on_partial: Callable[[Result], None] | None = None,
-        on_progress: Callable[[float], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        resume: str | Path | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """The text of a recording: a file, or an array [N] or [N, channels] at `sample_rate` (a file knows its own).
 
         Reads a file block by block, so its length does not matter. `on_partial` hears of every step, `on_progress` of
-        the seconds decoded so far; both on this thread. Calls from several threads share batches. Raises `AudioError`
-        for audio that cannot be read or is empty, and what `stream` raises.
+        the seconds decoded so far (a float that guesses what is left); both on this thread. Calls from several threads
+        share batches.
+
+        With `resume`, a file, the state is saved there every half a minute, and a call with the same file goes on from
+        it to the same result, to the bit; it is deleted at the end. Raises `AudioError` for audio that cannot be read
+        or is empty, `OptionError` for a state of another recording, model or options, and what `stream` raises.
         """
-        if isinstance(source, np.ndarray):
-            if not source.size:
-                raise AudioError("the audio is empty.")
-            channels = source.shape[1] if source.ndim == 2 else 1
-            with closing(self._recognition(sample_rate, channels, chunk_ms, None)) as recognition:
-                recognition.intake.check(source)  # all of it, so that an error says where
-                blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
-                return recognition.run(blocks, on_partial, on_progress)
-        if not isinstance(source, str | os.PathLike):
+        return self._transcribe(source, sample_rate, options, on_partial, on_progress, resume)
+
+    def transcribe_many(
+        self,
+        sources: Iterable[str | Path | Pcm],
+        *,
+        sample_rate: int = 16000,
+        together: int = 16,
+        **options: Unpack[Options],
+    ) -> Iterator[Result | NemostreamError]:
+        """The texts of many recordings, in order, each as soon as it is its turn; `together` are decoded side by side.
+
+        A recording that cannot be used gives its error in place of a result, and the others go on. They are opened as
+        their turn comes, and wait for slots. Leaving the iterator leaves the rest undone.
+        """
+        at_least_one(together=together)
+        jobs: deque[Future[Result]] = deque()
+        pool, left = ThreadPoolExecutor(together, "nemostream-recording"), Flag()
+        try:
+            for source in sources:
+                jobs.append(pool.submit(self._transcribe, source, sample_rate, options, left=left))
+                if len(jobs) == 2 * together:  # or the results of a million files would wait for a slow first one
+                    yield _outcome(jobs.popleft())
+            while jobs:
+                yield _outcome(jobs.popleft())
+        finally:
+            left.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _transcribe(
+        self,
+        source: str | Path | Pcm,
+        sample_rate: int,
+        options: Options,
+        on_partial: Callable[[Result], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        resume: str | Path | None = None,
+        left: Flag | None = None,
+    ) -> Result:
+        """`left`, one of many recordings has: it waits for a slot, and gives up when it is set."""
+        if not isinstance(source, np.ndarray | str | os.PathLike):
             raise AudioError(f"transcribe takes a path or a numpy array, not {type(source).__name__}.")
-        with (
-            Recording(source) as file,
-            closing(self._recognition(file.sample_rate, file.channels, chunk_ms, None)) as recognition,
-        ):
-            return recognition.run(file.blocks(), on_partial, on_progress)
+        with opened(source, sample_rate, 1) as sound:
+            keeper = None if resume is None else Keeper(resume, self._about(sound, options))
+            recognition = Recognition(
+                self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
+            )
+            with closing(recognition):
+                if isinstance(source, np.ndarray):
+                    recognition.intake.check(source)  # all of it, so that an error says where
+                blocks = (
+                    sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
+                )
+                return recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
+
+    def _about(self, sound: Sound, options: Options) -> dict[str, Any]:
+        """What a state that is to be resumed must have in common with this."""
+        phrases = options.get("phrases")
+        return {
+            "model": f"{self.manifest.name} {self.manifest.weights.sha256[:16]}",
+            "engine": self.engine,
+            "sample_rate": sound.sample_rate,
+            "channels": sound.channels,
+            "chunk_ms": options.get("chunk_ms") or self.chunk_ms,
+            "endpoint": repr(options.get("endpoint")),
+            "phrases": phrases and Boosting.of(phrases, self._tokenizer).digest.tobytes().hex(),
+            "vad": bool(options.get("vad")),
+        }
 
     def watch(self, on_step: Callable[[Chunk, int, float], None] | None) -> None:
         """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took.
@@ -97,6 +192,16 @@ class Model:
         It is called on the scheduler's thread, between two steps; it must be quick and must not raise.
         """
         self._scheduler.on_step = on_step
+
+    def _gate(self) -> SpeechGate:
+        """Lets chunks with speech through."""
+        from nemostream.runtime.vad import RATE, Silero, SpeechGate  # only for those who use it
+
+        if self.manifest.features.sample_rate != RATE:
+            raise OptionError(f"vad works with models of {RATE} Hz only.")
+        if self._silero is None:  # two threads may load it twice; either will do
+            self._silero = Silero()
+        return SpeechGate(self._silero)
 
     def close(self) -> None:
         """Fail the streams still open and give back what the backend holds. Does nothing the second time."""
@@ -110,175 +215,38 @@ class Model:
     ) -> None:
         self.close()
 
-    def _recognition(
-        self, sample_rate: int, channels: int, chunk_ms: int | None, listener: Callable[[], None] | None
-    ) -> Recognition:
-        return Recognition(self, sample_rate, channels, self.chunk_ms if chunk_ms is None else chunk_ms, listener)
+
+def _outcome(job: Future[Result]) -> Result | NemostreamError:
+    try:
+        return job.result()
+    except NemostreamError as error:
+        return error
 
 
-class Recognition:
-    """What a live stream and its asyncio twin share: all but the waiting."""
+class Listening:
+    """The events of a source; see `Model.listen`."""
 
-    def __init__(
-        self, model: Model, sample_rate: int, channels: int, chunk_ms: int, listener: Callable[[], None] | None
-    ) -> None:
-        chunk = model.manifest.chunk(chunk_ms)
-        self.intake = Intake(sample_rate, channels, model.manifest.features.sample_rate)
-        self._scheduler, self._manifest, self._tokenizer = model._scheduler, model.manifest, model._tokenizer
-        self._text = Detokenizer(self._tokenizer)
-        self._ended = False
-        self._frames = 0  # decoded
-        self._last = Result("", (), 0.0, chunk.ms, False)
-        self._seat = self._scheduler.open(chunk, listener)  # last: whatever fails above must not cost a slot
+    def __init__(self, model: Model, source: Source, sample_rate: int, channels: int, options: Options) -> None:
+        self._model, self._source, self._options = model, source, options
+        self._sample_rate, self._channels = sample_rate, channels
 
-    @property
-    def result(self) -> Result:
-        """What was said up to now, of all the audio received up to now."""
-        if self._last.final:
-            return self._last
-        self.collect()
-        return dataclasses.replace(self._last, duration=self.intake.seconds)
+    def __iter__(self) -> Iterator[Event]:
+        source, options = self._source, self._options
+        # Of a whole recording the next block is read while the model works.
+        backlog = BACKLOG if isinstance(source, np.ndarray | str | os.PathLike) else 0
+        with (
+            opened(source, self._sample_rate, self._channels) as sound,
+            closing(Recognition(self._model, sound.sample_rate, sound.channels, **options)) as recognition,
+        ):
+            for block in sound.blocks:
+                recognition.feed(block)
+                recognition.wait(backlog)
+                yield from recognition.events()
+            recognition.end()
+            recognition.wait()
+            yield from recognition.events()
 
-    def feed(self, pcm: Pcm) -> None:
-        """Hand audio to the scheduler. Raises `AudioError` before, and `StreamError` after the end of the stream."""
-        if self._ended:
-            raise StreamError("the stream was finished; open a new one for more audio.")
-        for block in self.intake.push(pcm):
-            self._scheduler.accept(self._seat, block)
+    def __aiter__(self) -> AsyncIterator[Event]:
+        from nemostream.runtime.aio import listen  # asyncio only for those who use it
 
-    def use(self, chunk_ms: int) -> None:
-        """Go on in chunks of another size. Raises `OptionError` if the model was not trained for it."""
-        self._scheduler.use(self._seat, self._manifest.chunk(chunk_ms))
-
-    def end(self) -> None:
-        """No more audio. Does nothing the second time."""
-        if self._ended:
-            return
-        self._ended = True
-        self._scheduler.accept(self._seat, self.intake.finish())
-        self._scheduler.end(self._seat)
-
-    @property
-    def ended(self) -> bool:
-        """Whether `end` was called: when it has settled, the result is final."""
-        return self._ended
-
-    def settled(self) -> bool:
-        """Whether every chunk that is complete is decoded. Raises what the stream died of."""
-        return self._scheduler.settled(self._seat)
-
-    def wait(self, backlog: int = 0) -> None:
-        """Block until all but `backlog` complete chunks are decoded. Raises what the stream died of."""
-        self._scheduler.wait(self._seat, backlog)
-
-    def close(self) -> None:
-        """Give the slot back, now. Does nothing if that is done."""
-        self._scheduler.leave(self._seat)
-
-    def collect(self) -> list[Result]:
-        """A partial result of every step since the last call."""
-        return [self._advance(chunk, count) for chunk, count in self._scheduler.collect(self._seat)]
-
-    def final(self) -> Result:
-        """The final result, once every step is in."""
-        if not self._last.final:
-            self.collect()
-            text = self._text.finish()
-            self._last = dataclasses.replace(self._last, text=text, duration=self.intake.seconds, final=True)
-        return self._last
-
-    def run(
-        self,
-        blocks: Iterable[Pcm],
-        on_partial: Callable[[Result], None] | None,
-        on_progress: Callable[[float], None] | None,
-    ) -> Result:
-        """Recognise a whole recording, reading on while the model works; about a block of it waits in memory."""
-
-        def report() -> None:
-            for partial in self.collect():
-                if on_partial:
-                    on_partial(partial)
-            if on_progress:
-                on_progress(self.decoded)
-
-        for block in blocks:
-            self.feed(block)
-            self.wait(_BACKLOG)
-            report()
-        self.end()
-        self.wait()
-        report()
-        return self.final()
-
-    @property
-    def decoded(self) -> float:
-        """Seconds of audio decoded so far. The last steps, which run when the stream has ended, leave nothing over."""
-        seconds = self.intake.seconds
-        return seconds if self._ended else min(self._manifest.seconds(self._frames), seconds)
-
-    def _advance(self, chunk: Chunk, count: int) -> Result:
-        """Take in a step that left `count` tokens in the hypothesis."""
-        self._frames += chunk.frames
-        hypothesis, known = self._seat.stream.hypothesis, self._last.tokens
-        text, tokens = self._last.text, known
-        if count > len(known):  # a step that said nothing shares text and tokens with the one before
-            new = slice(len(known), count)
-            ids, frames, scores = hypothesis.tokens[new], hypothesis.frames[new], hypothesis.scores[new]
-            text = self._text.push(ids)
-            piece, seconds = self._tokenizer.piece, self._manifest.seconds
-            said = zip(ids, frames, scores, strict=True)
-            tokens = (*known, *(Token(i, piece(i), seconds(f), score) for i, f, score in said))
-        self._last = Result(text, tokens, self.intake.seconds, chunk.ms, False, self.decoded)
-        return self._last
-
-
-class LiveStream:
-    """One stream of audio. A context manager: leaving it without `finish` gives its slot back.
-
-    For one thread at a time (`close` may come from another).
-    """
-
-    def __init__(self, recognition: Recognition) -> None:
-        self._recognition = recognition
-
-    @property
-    def result(self) -> Result:
-        """The current result; after `finish` the final one."""
-        return self._recognition.result
-
-    def push(self, pcm: Pcm) -> list[Result]:
-        """Append audio and wait for every chunk it completed; one partial result per step run.
-
-        Raises `AudioError` for audio it cannot take (the stream goes on as if it had not come), `StreamError` after
-        `finish` or `close` or when the model cannot go on with this stream, `BackendError` if the backend failed.
-        """
-        self._recognition.feed(pcm)
-        self._recognition.wait()
-        return self._recognition.collect()
-
-    def finish(self) -> Result:
-        """End the stream and return its final result; the same one again when called again. Raises as `push` does."""
-        self._recognition.end()
-        self._recognition.wait()
-        return self._recognition.final()
-
-    def use(self, chunk_ms: int) -> None:
-        """Go on in chunks of another size: larger ones cost the machine less, smaller ones are sooner.
-
-        What was pushed so far is kept, and so is all that was heard. Raises `OptionError` for a size that the model
-        does not have.
-        """
-        self._recognition.use(chunk_ms)
-
-    def close(self) -> None:
-        """Give the slot back, now. Does nothing after `finish`."""
-        self._recognition.close()
-
-    def __enter__(self) -> LiveStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return listen(self._model, self._source, self._sample_rate, self._channels, self._options)

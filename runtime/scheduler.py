@@ -4,7 +4,8 @@ Each turn takes the stream that has been ready longest and every other ready one
 chunk size can starve another. A stream with more audio waiting queues again behind all that are ready by then.
 
 With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
-device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Without
+device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Only
+where a result may change the state (a decoder that forgets at an utterance's end) does the stream wait for it. Without
 overlap (the plain twin, and better where `submit` itself does the work) each step's results are handled at once.
 
 What the module does not know: which backend, text, sample rates, asyncio.
@@ -17,41 +18,19 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
-from nemostream.runtime.backend import Backend, Batch, Emissions, Pending
-from nemostream.runtime.stream import Floats, Stream
+from nemostream.runtime.backend import Backend, Batch, Emissions
+from nemostream.runtime.endpoint import End
+from nemostream.runtime.seat import Call, Heard, Seat, Step
+from nemostream.runtime.stream import Floats, Piece, Stream
 from nemostream.spec import Chunk, Manifest
 
-
-@dataclass(eq=False)
-class Seat:
-    """A stream and its place at the backend. Everything here is guarded by the scheduler's lock."""
-
-    stream: Stream
-    slot: int | None  # None once given back
-    progress: threading.Condition  # notified whenever `settled` may have changed
-    listener: Callable[[], None] | None  # called at the same moments, for those who cannot wait on a condition
-    in_flight: int = 0  # steps submitted whose results are not in; the slot is not given back before it is 0
-    # Of each step not yet collected: its chunk, and the tokens in the hypothesis after it.
-    steps: deque[tuple[Chunk, int]] = field(default_factory=deque)
-    error: NemostreamError | None = None  # why the stream cannot go on
-
-    @property
-    def over(self) -> bool:
-        return self.error is not None or (self.stream.ended and not self.stream.queued)
-
-
-@dataclass(frozen=True)
-class _Step:
-    chunk: Chunk
-    seats: list[Seat]
-    pending: Pending
-    started: float
+T = TypeVar("T")
 
 
 class Scheduler:
@@ -61,10 +40,13 @@ class Scheduler:
         self._manifest, self._backend, self._overlap = manifest, backend, overlap
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
+        self._room = threading.Condition(self._lock)  # what those wait on who want a slot
         self._free = list(range(backend.capacity))  # a heap: the lowest first, so that slots in use are neighbours
         self._seats: dict[int, Seat] = {}  # by slot
         self._ready: dict[Seat, None] = {}  # in the order they became ready
         self._resets: set[int] = set()  # slots of new streams
+        self._forgets: set[int] = set()  # slots whose decoder is to start anew
+        self._calls: deque[Call] = deque()
         self._closed: NemostreamError | None = None  # why no stream can be opened any more
         # Told of every step, on the scheduler's thread: its chunk, how many streams it had, seconds it took.
         self.on_step: Callable[[Chunk, int, float], None] | None = None
@@ -73,12 +55,17 @@ class Scheduler:
 
     # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
 
-    def open(self, chunk: Chunk, listener: Callable[[], None] | None = None) -> Seat:
-        """A new stream. `listener` is called after every change, on whichever thread made it; it must not block.
+    def open(
+        self, stream: Stream, listener: Callable[[], None] | None = None, patient: bool = False, **about: Any
+    ) -> Seat:
+        """A new stream; `about` is what a `Seat` can have from the start. Blocks for a slot if `patient`.
 
-        Raises `CapacityError` if every slot is taken and `StreamError` after `close`.
+        `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
+        if every slot is taken and `StreamError` after `close`.
         """
         with self._lock:
+            while patient and not (self._free or self._closed):
+                self._room.wait()
             if self._closed:
                 raise _again(self._closed)
             if not self._free:
@@ -87,7 +74,7 @@ class Scheduler:
                     "more of them: nemostream.load(capacity=...)."
                 )
             slot = heapq.heappop(self._free)
-            seat = Seat(Stream(self._manifest, chunk), slot, threading.Condition(self._lock), listener)
+            seat = Seat(stream, slot, threading.Condition(self._lock), listener, **about)
             self._seats[slot] = seat
             self._resets.add(slot)
             self._work.notify()
@@ -110,8 +97,16 @@ class Scheduler:
             self._queue(seat)
             self._give_back(seat)
 
+    def cut(self, seat: Seat) -> None:
+        """End the utterance: what was accepted is decoded, what follows is a stream of its own in the same slot."""
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.cut()
+            self._queue(seat)
+
     def settled(self, seat: Seat, backlog: int = 0) -> bool:
-        """Whether all but `backlog` chunks of a stream are decoded. Raises what the stream died of."""
+        """Whether all but `backlog` pieces of a stream are done. Raises what the stream died of."""
         with self._lock:
             return self._settled(seat, backlog)
 
@@ -126,12 +121,25 @@ class Scheduler:
         with self._lock:
             seat.stream.use(chunk)
 
-    def collect(self, seat: Seat) -> list[tuple[Chunk, int]]:
-        """Each step since the last call: its chunk, and the length of the hypothesis after it."""
+    def collect(self, seat: Seat) -> list[Heard]:
+        """What was done of a stream since the last call, in order."""
         with self._lock:
-            steps = list(seat.steps)
-            seat.steps.clear()
-            return steps
+            heard = list(seat.heard)
+            seat.heard.clear()
+            return heard
+
+    def call(self, act: Callable[[Backend], T]) -> T:
+        """Have the scheduler's thread do something with the backend, between two steps; blocks. Raises what it does."""
+        call = Call(act)
+        with self._lock:
+            if self._closed:
+                raise _again(self._closed)
+            self._calls.append(call)
+            self._work.notify()
+        call.done.wait()
+        if call.error:
+            raise call.error
+        return call.answer
 
     def leave(self, seat: Seat) -> None:
         """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
@@ -155,15 +163,36 @@ class Scheduler:
         return seat.stream.queued + seat.in_flight <= backlog
 
     def _queue(self, seat: Seat) -> None:
-        if seat.stream.queued and seat not in self._ready:
-            self._ready[seat] = None
-            self._work.notify()
+        """See to what is next of a stream, as far as it can be done now."""
+        stream = seat.stream
+        while stream.queued and not (seat.in_flight and seat.alone):
+            if stream.head.kind == "run":
+                if seat not in self._ready:
+                    self._ready[seat] = None
+                    self._work.notify()
+                return
+            self._hear(seat, stream.take(), [], [])
+
+    def _hear(self, seat: Seat, piece: Piece, tokens: list[int], places: list[int]) -> None:
+        """A piece is done, and its tokens are in the hypothesis."""
+        count, ends = len(seat.stream.hypothesis.tokens), cast(Sequence[End], ())
+        if piece.kind == "cut":
+            ends = [End(count, piece.reach, "forced")]
+        if pointer := seat.endpointer:
+            if piece.kind == "cut":
+                pointer.cut()
+            else:
+                ends = pointer.step(tokens, places, piece.reach)
+                if ends and pointer.forgets and pointer.between and seat.slot is not None:
+                    self._forgets.add(seat.slot)
+        seat.heard.append(Heard(piece, count, ends))
 
     def _give_back(self, seat: Seat) -> None:
         if seat.over and not seat.in_flight and seat.slot is not None:
             del self._seats[seat.slot]
             heapq.heappush(self._free, seat.slot)
             seat.slot = None
+            self._room.notify()
 
     def _kill(self, seat: Seat, error: NemostreamError) -> None:
         if seat.error is None:
@@ -172,18 +201,20 @@ class Scheduler:
         self._give_back(seat)
         seat.progress.notify_all()
 
-    def _pick(self) -> tuple[Chunk, list[Seat], list[tuple[Floats, int]]]:
-        """The size of the next step's chunks, its seats by slot, and the chunk of each."""
-        chunk = next(iter(self._ready)).stream.head
-        alike = (seat for seat in self._ready if seat.stream.head == chunk)
+    def _pick(self) -> tuple[list[Seat], list[Piece]]:
+        """The seats of the next step, by slot, and the chunk of each, all of one size."""
+        chunk = next(iter(self._ready)).stream.head.chunk
+        alike = (seat for seat in self._ready if seat.stream.head.chunk == chunk)
         # By slot, because a backend can use neighbouring slots where they lie.
         seats = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda seat: seat.slot or 0)
-        rows = [seat.stream.take() for seat in seats]
-        for seat in seats:
+        pieces = [seat.stream.take() for seat in seats]
+        for seat, piece in zip(seats, pieces, strict=True):
+            if piece.fresh and seat.slot is not None:
+                self._resets.add(seat.slot)
             seat.in_flight += 1
             del self._ready[seat]
             self._queue(seat)
-        return chunk, seats, rows
+        return seats, pieces
 
     # -- the scheduler's thread ----------------------------------------------------------------------------------------
 
@@ -197,17 +228,23 @@ class Scheduler:
             self._backend.close()
 
     def _loop(self) -> None:
-        running: _Step | None = None
+        running: Step | None = None
         while True:
             with self._lock:
-                while not (self._ready or self._resets or running or self._closed):
+                while not (self._ready or self._resets or self._calls or running or self._closed):
                     self._work.wait()
                 if self._closed:
                     break
-                resets, self._resets = sorted(self._resets), set()
                 picked = self._pick() if self._ready else None
-            if resets:
-                self._reset(resets)
+                resets, self._resets = sorted(self._resets), set()
+                forgets, self._forgets = sorted(self._forgets - set(resets)), set()
+                calls = list(self._calls)
+                self._calls.clear()
+            for slots, work in ((resets, self._reset), (forgets, self._forget)):
+                if slots:
+                    self._change(slots, work)
+            for call in calls:
+                call.run(self._backend)
             step = self._submit(*picked) if picked else None
             if running:
                 self._land(running)
@@ -218,49 +255,71 @@ class Scheduler:
         if running:
             self._land(running)
 
-    def _reset(self, slots: list[int]) -> None:
+    def _change(self, slots: list[int], work: Callable[[list[int]], None]) -> None:
         try:
-            self._backend.reset(np.array(slots, np.int64))
+            work(slots)
         except Exception as error:
             with self._lock:
                 seats = [self._seats[slot] for slot in slots if slot in self._seats]
             self._fail(seats, error, steps=0)
 
-    def _submit(self, chunk: Chunk, seats: list[Seat], rows: list[tuple[Floats, int]]) -> _Step | None:
+    def _reset(self, slots: list[int]) -> None:
+        self._backend.reset(np.array(slots, np.int64))
+        with self._lock:
+            seats = [(slot, self._seats[slot]) for slot in slots if slot in self._seats]
+        for slot, seat in seats:
+            try:
+                if seat.phrases:
+                    self._backend.boost(slot, seat.phrases)
+                if seat.saved is not None:
+                    self._backend.load(slot, seat.saved)
+                    seat.saved = None
+            except Exception as error:
+                self._fail([seat], error, steps=0)
+
+    def _forget(self, slots: list[int]) -> None:
+        self._backend.forget(np.array(slots, np.int64))
+
+    def _submit(self, seats: list[Seat], pieces: list[Piece]) -> Step | None:
         started = time.perf_counter()
         try:
             batch = Batch(
-                chunk,
+                pieces[0].chunk,
                 np.array([seat.slot for seat in seats], np.int64),
-                np.stack([audio for audio, _ in rows]),
-                np.array([length for _, length in rows], np.int64),
+                np.stack([piece.audio for piece in pieces]),
+                np.array([piece.length for piece in pieces], np.int64),
             )
-            return _Step(chunk, seats, self._backend.submit(batch), started)
+            return Step(seats, pieces, self._backend.submit(batch), started)
         except Exception as error:
             self._fail(seats, error, steps=1)
             return None
 
-    def _land(self, step: _Step) -> None:
+    def _land(self, step: Step) -> None:
         try:
             emissions = step.pending.result()
             _check(emissions, len(step.seats))
         except Exception as error:
             self._fail(step.seats, error, steps=1)
             return
-        said = zip(emissions.tokens, emissions.frames, emissions.scores, strict=True)
-        rows = zip(step.seats, said, emissions.failed, strict=True)
+        frame = self._manifest.samples_per_frame
+        rows = zip(
+            step.seats, step.pieces, emissions.tokens, emissions.frames, emissions.scores, emissions.powers,
+            emissions.failed, strict=True,
+        )  # fmt: skip
         with self._lock:
-            for seat, row, failed in rows:
+            for seat, piece, tokens, frames, scores, powers, failed in rows:
                 seat.in_flight -= 1
                 if failed:
                     self._kill(seat, StreamError("the model's numbers for this stream are not finite; open a new one."))
                 elif not seat.error:
-                    seat.stream.hypothesis.extend(*row)
-                    seat.steps.append((step.chunk, len(seat.stream.hypothesis.tokens)))
+                    said, places = tokens.tolist(), (frames * frame + piece.origin).tolist()
+                    seat.stream.hypothesis.extend(said, places, scores.tolist(), powers.tolist())
+                    self._hear(seat, piece, said, places)
+                    self._queue(seat)
                 self._give_back(seat)
                 seat.progress.notify_all()
         if self.on_step:
-            self.on_step(step.chunk, len(step.seats), time.perf_counter() - step.started)
+            self.on_step(step.pieces[0].chunk, len(step.seats), time.perf_counter() - step.started)
         self._tell(step.seats)
 
     def _fail(self, seats: list[Seat], error: Exception, steps: int) -> None:
@@ -277,7 +336,12 @@ class Scheduler:
             seats = list(self._seats.values())  # a stream that is done has no seat any more
             for seat in seats:
                 self._kill(seat, error)
+            calls = list(self._calls)
+            self._calls.clear()
             self._work.notify()
+            self._room.notify_all()
+        for call in calls:
+            call.fail(_again(error))
         self._tell(seats)
 
     def _tell(self, seats: Iterable[Seat]) -> None:
@@ -291,9 +355,12 @@ class Scheduler:
 
 
 def _check(emissions: Emissions, rows: int) -> None:
-    found = tuple(map(len, (emissions.tokens, emissions.frames, emissions.scores, emissions.failed)))
-    if found != (rows,) * 4:
-        raise BackendError(f"the backend answered {found} rows of tokens, frames, scores, failed to a batch of {rows}.")
+    fields = (emissions.tokens, emissions.frames, emissions.scores, emissions.powers, emissions.failed)
+    found = tuple(map(len, fields))
+    if found != (rows,) * len(fields):
+        raise BackendError(
+            f"the backend answered {found} rows of tokens, frames, scores, powers, failed to a batch of {rows}."
+        )
 
 
 def _failure(error: BaseException, what: str) -> NemostreamError:

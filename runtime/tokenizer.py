@@ -32,9 +32,16 @@ class Tokenizer:
         size = self._model.get_piece_size()
         if size != vocabulary:
             raise BundleError(f"{path} has {size} pieces, the manifest says {vocabulary}; export the bundle again.")
+        self.vocabulary = size
+        self.unknown: int = self._model.unk_id()  # the id of whatever the model has no piece for
         self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
         self._texts = tuple(self._text(i) for i in range(size))
+        self.begins = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE.fullmatch(p))}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, from a word's start, as SentencePiece splits it; `unknown` for what it has no piece for."""
+        return list(self._model.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole list of ids, exactly SentencePiece's."""

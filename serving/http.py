@@ -5,9 +5,11 @@ WebSockets are in `websocket` (ours) and `realtime` (OpenAI's); the page is a fi
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from importlib import resources
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -22,14 +24,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import nemostream
+from nemostream import formats
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
-from nemostream.serving import realtime, subtitles, websocket
+from nemostream.runtime.utterance import Event
+from nemostream.runtime.words import Word
+from nemostream.serving import realtime, websocket
 from nemostream.serving.service import Service
-from nemostream.serving.session import Draining, Event, Expired, Word
+from nemostream.serving.session import Draining, Expired
 from nemostream.serving.settings import Settings
 from nemostream.serving.upload import Upload
 
 KEY_PROTOCOL = "openai-insecure-api-key."  # how browsers, which cannot set headers, send a key with a WebSocket
+_LISTENING_ON = 5.0  # seconds that a recording which is too large is still read, and thrown away
 _OPEN = ("/", "/healthz", "/readyz")  # without a key
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' blob:; worker-src 'self' blob:; style-src 'unsafe-inline'; "
@@ -109,15 +115,15 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
             raise OptionError(f"language is {language!r}; this model knows English.")
         if stream and response_format not in ("json", "text"):
             raise OptionError(f"stream works with response_format json or text, not {response_format}.")
-        recording = Upload(service, "http", file.file, file.filename or "the file", chunk_ms)
+        recording = Upload(service, "http", file.file, file.filename or "the file", chunk_ms=chunk_ms)
         if stream:
             first = await anext(recording)  # what can be refused is refused before the answer begins
             return StreamingResponse(_told(recording, first), media_type="text/event-stream")
         finals = [event async for event in recording if event and event.kind == "final"]
         words = [word for event in finals for word in event.words]
         if response_format in ("text", "srt", "vtt"):
-            text = {"text": lambda: recording.text + "\n", "srt": lambda: subtitles.srt(words),
-                    "vtt": lambda: subtitles.vtt(words)}[response_format]()  # fmt: skip
+            text = {"text": lambda: recording.text + "\n", "srt": lambda: formats.srt(words, recording.seconds),
+                    "vtt": lambda: formats.vtt(words, recording.seconds)}[response_format]()  # fmt: skip
             return PlainTextResponse(text)
         if response_format == "json":
             usage = {"type": "duration", "seconds": round(recording.seconds)}
@@ -179,6 +185,8 @@ async def _told(recording: Upload, first: Event | None) -> AsyncIterator[str]:
     try:
         async for event in recording:
             assert event is not None
+            if event.kind == "end":
+                continue
             if event.utterance != utterance:
                 told, gap = "", "" if utterance < 0 else " "
                 utterance = event.utterance
@@ -206,8 +214,8 @@ def _verbose(recording: Upload, finals: list[Event], words: list[Word], wanted: 
     if "segment" in wanted:
         body["segments"] = [
             {
-                "id": event.utterance, "seek": 0, "start": event.start, "end": event.end, "text": event.text,
-                "tokens": [token.id for token in event.tokens], "temperature": 0.0,
+                "id": event.utterance, "seek": 0, "start": round(event.start, 3), "end": round(event.end, 3),
+                "text": event.text, "tokens": [token.id for token in event.tokens], "temperature": 0.0,
                 "avg_logprob": sum(token.score for token in event.tokens) / len(event.tokens),
                 "compression_ratio": 1.0, "no_speech_prob": 0.0,
             }
@@ -227,7 +235,7 @@ class Doors:
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._most = app, settings.max_upload_bytes
+        self._app, self._settings = app, settings
         self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._origins = {origin.rstrip("/") for origin in settings.origins}
 
@@ -256,16 +264,30 @@ class Doors:
         await self._app(scope, receive, send)
 
     def _measured(self, headers: Headers, receive: Receive) -> Receive:
-        size = 0
+        """What is received, if it is not too much and does not take for ever."""
+        announced, idle = headers.get("content-length", "0"), self._settings.idle_seconds
+        most, size, whole = self._settings.max_upload_bytes, 0, False
+        refused = announced.isdigit() and int(announced) > most
 
         async def measured() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            announced = headers.get("content-length", "0")
-            if size > self._most or (announced.isdigit() and int(announced) > self._most):
-                raise HTTPException(413, f"the recording is larger than {self._most} bytes; send it in parts.")
-            return message
+            nonlocal size, refused, whole
+            if whole:  # what comes now is that the client hung up
+                return await receive()
+            try:
+                async with asyncio.timeout(idle):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"nothing came for {idle:.0f} s, and the request is not whole.") from None
+            size, whole = size + len(message.get("body", b"")), not message.get("more_body")
+            refused = refused or size > most
+            if not refused:
+                return message
+            # A client that is cut off while it sends may never see why: let it, for a moment, and keep nothing.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LISTENING_ON):
+                    while message.get("more_body"):
+                        message = await receive()
+            raise HTTPException(413, f"the recording is larger than {most} bytes; send it in parts.")
 
         return measured
 

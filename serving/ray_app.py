@@ -1,8 +1,8 @@
 """Scale-out on Ray Serve: a replica is one engine, a stream stays with its replica.
 
 `serve run nemostream.serving.ray_app:build bundle=/models/bundle device=cuda` on a Ray cluster; for Kubernetes see
-`deploy/rayservice.yaml`. Ray's proxy takes connections in, balances them over the replicas by how many streams each has,
-adds and removes replicas, lets one finish its streams before it goes, and puts another in the place of one that died.
+`deploy/rayservice.yaml`. Ray's proxy takes connections in, balances them over the replicas by how many streams each
+has, adds and removes replicas, lets one finish its streams before it goes, and replaces one that died.
 Riva's gRPC is not served: Ray's gRPC proxy does not carry streams in both directions.
 """
 
@@ -31,7 +31,7 @@ _SHARED_SECONDS = 5.0
 class Replica:
     """One engine and the streams on it."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         log_to_stderr()
         self._service = Service(settings)
         await asyncio.to_thread(self._service.start)
@@ -59,9 +59,7 @@ class Replica:
                     if sample.name.endswith("_created"):
                         continue
                     if sample.name not in gauges:
-                        gauges[sample.name] = ray_metrics.Gauge(
-                            sample.name, family.documentation, tuple(sample.labels)
-                        )
+                        gauges[sample.name] = ray_metrics.Gauge(sample.name, family.documentation, tuple(sample.labels))
                     gauges[sample.name].set(sample.value, sample.labels)
             await asyncio.sleep(_SHARED_SECONDS)
 
@@ -135,7 +133,7 @@ class Goodbye:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """For the nodes' environment: `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=nemostream.serving.ray_app:proxy_middlewares`."""
+    """For the nodes' environment, as `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: module, colon, this name."""
     return [Middleware(Goodbye)]
 
 
@@ -144,5 +142,3 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-
-

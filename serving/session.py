@@ -1,7 +1,7 @@
 """A client's conversation with the model: bytes in, events out. Knows no transport.
 
-A session is a row of utterances. An utterance ends by itself after a silence, when the client says so (`commit`) or
-with the session (`finish`). Greedy decoding never takes a token back, so a partial's text only ever grows.
+The events are the stream's own (`runtime/utterance.py`): ``(partial* final? end)*``. An utterance ends by itself after
+a silence, when the client says so (`commit`) or with the session (`finish`).
 
 `push` returns when the audio that it was given is decoded, so a transport that awaits it before it reads on holds a
 client back to what the machine can do, and keeps at most one message of its audio waiting.
@@ -12,22 +12,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.aio import AsyncLiveStream
-from nemostream.runtime.stream import Result, Token
+from nemostream.runtime.recognition import Options
+from nemostream.runtime.utterance import Event
 
 if TYPE_CHECKING:
     from nemostream.serving.service import Service
 
-FRAME = 0.08  # seconds of audio that an encoder frame stands for
 _BURST = 2.0  # seconds' worth of bytes that may come at once before a client is slowed down
 
 
@@ -39,54 +38,12 @@ class Expired(StreamError):
     """A client that said nothing, read nothing, or stayed, for too long."""
 
 
-@dataclass(frozen=True)
-class Word:
-    text: str
-    start: float  # seconds from the session's start
-    end: float
-    confidence: float  # least probability of its tokens
-
-
-@dataclass(frozen=True)
-class Event:
-    """What is known of an utterance. A partial's text grows; a final one never changes."""
-
-    kind: Literal["partial", "final"]
-    utterance: int  # from 0
-    text: str
-    start: float  # seconds of the session's audio: of the first token
-    end: float  # of the last one, or of the utterance's end if it has none
-    audio: float  # seconds received by then
-    chunk_ms: int
-    tokens: tuple[Token, ...] = field(repr=False)
-    offset: float = field(repr=False)  # to be added to the tokens' times
-
-    @property
-    def words(self) -> tuple[Word, ...]:
-        """The text's words: tokens joined up to the next one that begins with a space."""
-        groups: list[list[Token]] = []
-        for token in self.tokens:
-            if not groups or token.text.startswith(" "):
-                groups.append([])
-            groups[-1].append(token)
-        return tuple(
-            Word(
-                "".join(token.text for token in group).strip(),
-                round(self.offset + group[0].time, 3),
-                round(self.offset + group[-1].time + FRAME, 3),
-                float(np.exp(min(token.score for token in group))),
-            )
-            for group in groups
-            if "".join(token.text for token in group).strip()
-        )
-
-
 class Session:
     """One client's stream; made by `Service.open`. For one task at a time; an asynchronous context manager."""
 
     def __init__(
         self, service: Service, *, transport: str, sample_rate: int, channels: int, encoding: str, chunk_ms: int,
-        endpoint_ms: int | None,
+        options: Options,
     ) -> None:  # fmt: skip
         self.id = secrets.token_hex(6)
         self.transport = transport
@@ -95,14 +52,9 @@ class Session:
         self.error: str | None = None
         self._service, self._limits = service, service.settings
         self._decode = _Decoder(encoding, channels)
-        self._open: Callable[[], AsyncLiveStream] = lambda: service.model.astream(
-            sample_rate=sample_rate, channels=channels, chunk_ms=service.chunk_now(self.wanted_ms)
-        )
-        self._rate, self._endpoint = sample_rate, None if endpoint_ms is None else endpoint_ms / 1000
-        self._stream: AsyncLiveStream | None = self._open()
-        self._utterance, self._said, self._at = 0, 0, 0  # its number; tokens and characters of earlier ones
-        self._known = 0  # tokens that an event told
-        self._offset = 0.0  # seconds of audio before the current stream's first
+        self._rate = sample_rate
+        options["chunk_ms"] = service.chunk_now(chunk_ms)
+        self._stream: AsyncLiveStream = service.model.astream(sample_rate=sample_rate, channels=channels, **options)
         self._began = time.monotonic()
         self._bytes, self._bytes_at = 0.0, self._began
         self._texts: list[str] = []
@@ -126,40 +78,37 @@ class Session:
             raise StreamError("the stream was finished; open a new one for more audio.")
         if not len(pcm):
             return []
-        if self._stream is None:
-            self._stream, self._offset = self._open(), self.audio
-        seconds, began = len(pcm) / self._rate, time.perf_counter()
+        seconds, began, steps = len(pcm) / self._rate, time.perf_counter(), self._stream.steps
         self.audio += seconds
         self._service.metrics.audio.inc(seconds)
         try:
-            partials = await self._stream.push(pcm)
+            events = await self._stream.hear(pcm)
         except BackendError:
             self._service.failed()
             raise
-        if len(partials) == 1:  # a client that sends more at once is not talking live
-            self._service.heard(partials[0].chunk_ms, time.perf_counter() - began)
-        return [event for partial in partials for event in self._events(partial)]
+        if self._stream.steps == steps + 1:  # a client that sends more at once is not talking live
+            self._service.heard(self._stream.chunk_ms, time.perf_counter() - began)
+        return self._told(events)
 
     async def commit(self) -> list[Event]:
         """End the utterance here: everything up to now is decoded and final, what follows begins anew."""
-        events = await self._finish()
-        self.clear()
-        return events
-
-    def clear(self) -> None:
-        """Forget the utterance that is not final yet; what follows begins anew."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._ended:
+            return []
         self._decode.reset()
-        self._said = self._at = self._known = 0
+        return self._told(await self._stream.endpoint())
+
+    async def clear(self) -> None:
+        """Forget the utterance that is not final yet; what follows begins anew."""
+        if not self._ended:
+            self._decode.reset()
+            await self._stream.endpoint()
 
     async def finish(self) -> list[Event]:
-        """No more audio comes. The last utterance's final event, if there is one."""
+        """No more audio comes. The last utterance's final event, if there is one, and the end."""
         if self._ended:
             return []
         self._ended = True
-        events = await self._finish()
+        events = self._told(await self._stream.end())
         self.close()
         return events
 
@@ -167,9 +116,7 @@ class Session:
         """Give back what the session holds. Does nothing the second time."""
         self._ended = True
         self.error = self.error or error
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        self._stream.close()
         self._service.closed(self)
 
     @asynccontextmanager
@@ -195,8 +142,7 @@ class Session:
 
     def use(self, chunk_ms: int) -> None:
         """Go on in chunks of this size."""
-        if self._stream is not None:
-            self._stream.use(chunk_ms)
+        self._stream.use(chunk_ms)
 
     async def __aenter__(self) -> Session:
         return self
@@ -206,38 +152,12 @@ class Session:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    async def _finish(self) -> list[Event]:
-        if self._stream is None:
-            return []
-        result = await self._stream.finish()
-        if result.text:
-            self._texts.append(result.text)
-        return [self._event("final", result)] if len(result.tokens) > self._said else []
-
-    def _events(self, partial: Result) -> list[Event]:
-        if len(partial.tokens) == self._said:
-            return []
-        silence = partial.decoded - partial.tokens[-1].time
-        if self._endpoint is not None and silence >= self._endpoint:
-            event = self._event("final", partial)
-            self._said = self._known = len(partial.tokens)
-            self._at = len(partial.text)
-            return [event]
-        if len(partial.tokens) == self._known:
-            return []
-        self._known = len(partial.tokens)
-        return [self._event("partial", partial)]
-
-    def _event(self, kind: Literal["partial", "final"], result: Result) -> Event:
-        tokens = result.tokens[self._said :]
-        event = Event(
-            kind, self._utterance, result.text[self._at :].strip(), round(self._offset + tokens[0].time, 3),
-            round(self._offset + tokens[-1].time + FRAME, 3), self.audio, result.chunk_ms, tokens, self._offset,
-        )  # fmt: skip
-        if kind == "final":
-            self._utterance += 1
-            self._service.said(self, event)
-        return event
+    def _told(self, events: list[Event]) -> list[Event]:
+        for event in events:
+            if event.kind == "final":
+                self._texts.append(event.text)
+                self._service.said(self, event)
+        return events
 
     async def _pace(self, size: int) -> None:
         """A bucket that leaks `max_bytes_per_second`; who fills it waits."""

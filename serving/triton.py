@@ -17,7 +17,7 @@ import numpy as np
 import nemostream
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.aio import AsyncLiveStream
-from nemostream.runtime.stream import Result
+from nemostream.runtime.words import Result
 from nemostream.spec import Bundle
 
 NAME = "nemostream"
@@ -25,8 +25,8 @@ _MODEL = '''"""Written by `nemostream export --triton`. Triton's Python needs: p
 
 from nemostream.serving.triton import TritonPythonModel  # noqa: F401
 '''
-_CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first piece, END with
-# the last one, which may be empty. The parameter chunk_ms of a sequence's first request chooses its chunk size.
+_CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first
+# piece, END with the last one, which may be empty. The parameter chunk_ms of the first one chooses the chunk size.
 name: "{name}"
 backend: "python"
 max_batch_size: {streams}
@@ -41,8 +41,7 @@ sequence_batching {{
   max_sequence_idle_microseconds: {idle}
   control_input [
     {{ name: "START" control [ {{ kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] }} ] }},
-    {{ name: "END" control [ {{ kind: CONTROL_SEQUENCE_END int32_false_true: [ 0, 1 ] }} ] }},
-    {{ name: "STREAM" control [ {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_STRING }} ] }}
+    {{ name: "END" control [ {{ kind: CONTROL_SEQUENCE_END int32_false_true: [ 0, 1 ] }} ] }}
   ]
   oldest {{ max_candidate_sequences: {streams} max_queue_delay_microseconds: 2000 }}
 }}
@@ -51,6 +50,7 @@ parameters [
   {{ key: "chunk_ms" value: {{ string_value: "{chunk_ms}" }} }},
   {{ key: "device" value: {{ string_value: "cpu" }} }}, # cpu, or cuda
   {{ key: "precision" value: {{ string_value: "" }} }}, # of the engines `nemostream build` made; empty: the default
+  {{ key: "engines" value: {{ string_value: "" }} }}, # their folder; empty: ~/.cache/nemostream/engines
   {{ key: "threads" value: {{ string_value: "" }} }} # of ONNX Runtime on a CPU; empty: every core
 ]
 """
@@ -86,7 +86,8 @@ class TritonPythonModel:
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._model = nemostream.load(
             bundle, int(given["chunk_ms"]), capacity=config["max_batch_size"] + _SPARE, device=given["device"],
-            precision=given["precision"] or None, threads=int(given["threads"]) if given["threads"] else None,
+            precision=given["precision"] or None, engines=given["engines"] or None,
+            threads=int(given["threads"]) if given["threads"] else None,
         )  # fmt: skip
         self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # and when they were heard last
         self._loop = asyncio.new_event_loop()
@@ -107,12 +108,12 @@ class TritonPythonModel:
         return await asyncio.gather(*(self._one(request) for request in requests))
 
     async def _one(self, request: Any) -> Any:
-        import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # only inside Triton
+        import triton_python_backend_utils as pb_utils  # only inside Triton
 
         def given(name: str) -> Any:
             return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
-        name = _text(given("STREAM").flat[0])
+        name = str(request.correlation_id())  # not a control input: Triton 2.x fails to batch those of strings
         try:
             result = await self._heard(
                 name, given("AUDIO").reshape(-1), bool(given("START").flat[0]), bool(given("END").flat[0]),
@@ -125,7 +126,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(
                 [], pb_utils.TritonError(str(error) if known else f"the stream failed ({error!r}); begin it anew.")
             )
-        starts = [token.time for token in result.tokens if token.text.startswith(" ")]
+        starts = [word.start for word in result.words]
         return pb_utils.InferenceResponse([
             pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
             pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
@@ -149,7 +150,3 @@ class TritonPythonModel:
         result = await stream.finish()
         del self._streams[name]
         return result
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -7,22 +7,23 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import closing
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nemostream.runtime.audio import Recording
+from nemostream.runtime.utterance import Event
 from nemostream.serving.service import Service
-from nemostream.serving.session import Event
 
 
 class Upload:
     """Iterate it for its events; the first is None and says that it was let in. `text` and `seconds` come last.
 
-    Iterating raises `AudioError` if it is no recording, and what `Service.open` and a stream raise.
+    `options` are those of `Service.open`. Iterating raises `AudioError` if it is no recording, and what `Service.open`
+    and a stream raise.
     """
 
-    def __init__(self, service: Service, transport: str, source: BinaryIO, name: str, chunk_ms: int | None) -> None:
+    def __init__(self, service: Service, transport: str, source: BinaryIO, name: str, **options: Any) -> None:
         self.text, self.seconds = "", 0.0
-        self._events = self._run(service, transport, source, name, chunk_ms)
+        self._events = self._run(service, transport, source, name, options)
 
     def __aiter__(self) -> AsyncIterator[Event | None]:
         return self._events
@@ -31,7 +32,7 @@ class Upload:
         return await anext(self._events)
 
     async def _run(
-        self, service: Service, transport: str, source: BinaryIO, name: str, chunk_ms: int | None
+        self, service: Service, transport: str, source: BinaryIO, name: str, options: dict[str, Any]
     ) -> AsyncIterator[Event | None]:
         # libsndfile wants a file of its own: one that it may seek in, without Python between.
         with tempfile.NamedTemporaryFile(prefix="nemostream-") as file:
@@ -39,7 +40,7 @@ class Upload:
             file.flush()
             with await asyncio.to_thread(Recording, file.name, name) as recording:
                 session = service.open(
-                    transport, sample_rate=recording.sample_rate, channels=recording.channels, chunk_ms=chunk_ms
+                    transport, sample_rate=recording.sample_rate, channels=recording.channels, **options
                 )
                 async with session:
                     yield None

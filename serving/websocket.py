@@ -11,8 +11,9 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
+from nemostream.runtime.utterance import Event
 from nemostream.serving.service import Service
-from nemostream.serving.session import Draining, Event, Expired, Session
+from nemostream.serving.session import Draining, Expired, Session
 
 PROTOCOL = "nemostream"
 _CODES: tuple[tuple[type[NemostreamError], str, int], ...] = (
@@ -99,19 +100,27 @@ async def _talk(socket: WebSocket, session: Session, service: Service, words: bo
 
 async def _tell(socket: WebSocket, session: Session, events: Iterable[Event], words: bool) -> None:
     for event in events:
-        await _send(socket, session, _written(event, words))
+        if event.reason not in ("forced", "finish"):  # these ends have answers of their own: committed, done
+            await _send(socket, session, _written(event, words))
 
 
 def _written(event: Event, words: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "type": event.kind, "utterance": event.utterance, "text": event.text, "start": event.start, "end": event.end,
+    found: dict[str, Any] = {"type": event.kind, "utterance": event.utterance}
+    if event.kind == "end":
+        found |= {"reason": event.reason, "time": round(event.end, 3)}
+        return found | {"audio": round(event.audio, 3), "chunk_ms": event.chunk_ms}
+    found |= {
+        "text": event.text, "stable": event.stable, "start": round(event.start, 3), "end": round(event.end, 3),
         "audio": round(event.audio, 3), "chunk_ms": event.chunk_ms,
     }  # fmt: skip
     if words:
         found["words"] = [
-            {"text": word.text, "start": word.start, "end": word.end, "confidence": round(word.confidence, 4)}
+            {
+                "text": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
+                "confidence": round(word.confidence, 4),
+            }
             for word in event.words
-        ]
+        ]  # fmt: skip
     return found
 
 
@@ -141,6 +150,10 @@ def _options(query: QueryParams) -> dict[str, Any]:
         "encoding": str,
         "chunk_ms": int,
         "endpoint_ms": int,
+        "longest_ms": int,
+        "decoder": str,
+        "phrases": _phrases,
+        "vad": _flag,
         "words": _flag,
     }
     options: dict[str, Any] = {"words": False}
@@ -154,6 +167,16 @@ def _options(query: QueryParams) -> dict[str, Any]:
     if options.get("endpoint_ms") == -1:
         options["endpoint_ms"] = None
     return options
+
+
+def _phrases(value: str) -> Any:
+    try:
+        phrases = json.loads(value)
+    except RecursionError:
+        raise ValueError from None
+    if not isinstance(phrases, dict | list):
+        raise ValueError
+    return phrases
 
 
 def _flag(value: str) -> bool:

@@ -126,6 +126,14 @@ def clips() -> dict[str, Floats]:
     return found
 
 
+@pytest.fixture(scope="session")
+def heldout() -> list[Floats]:
+    """The demo model's test recordings: strings of digits by many voices, 16 kHz mono float32."""
+    folder = ROOT / "examples" / "demo_model" / "heldout"
+    rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    return [soundfile.read(folder / row["audio_filepath"], dtype="float32")[0] for row in rows]
+
+
 class NemoOracle:
     """NeMo itself: the offline forward with a chunk size's mask, and NeMo's greedy decoding of it."""
 

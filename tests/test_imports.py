@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = {"nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors"}
+CONTRACT = {
+    "nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.formats",
+}  # fmt: skip
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
 
@@ -59,6 +61,7 @@ ROOMS = {
             ("tokenizer.py", frozenset({"sentencepiece"})),
             ("ort.py", frozenset({"onnxruntime"})),
             ("ort_cuda.py", frozenset({"onnxruntime"})),
+            ("vad.py", frozenset({"onnxruntime"})),
             ("trt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
             ("cuda.py", frozenset({"cuda"})),
             ("aio.py", frozenset({"asyncio"})),
@@ -79,6 +82,7 @@ ROOMS["serving"] = Room(
         ("riva.py", frozenset({"grpc", "riva"})),
         ("server.py", frozenset({"grpc", "uvicorn"})),
         ("ray_app.py", frozenset({"ray", "starlette"})),
+        ("triton.py", frozenset({"triton_python_backend_utils"})),
     ),
 )
 FILES = [(folder, file) for folder in ROOMS for file in sorted((ROOT / folder).rglob("*.py"))]
@@ -229,3 +233,9 @@ def test_recognising_loads_neither_torch_nor_nemo() -> None:
     )
     assert "onnxruntime" in found
     assert not found & (TRAINING | {"onnx", "tensorrt", "cuda"})
+
+
+def test_triton_needs_no_extra() -> None:
+    found = loaded("import nemostream.serving.triton") - sys.stdlib_module_names
+    assert "nemostream" in found
+    assert not found & {"fastapi", "starlette", "pydantic", "uvicorn", "grpc", "prometheus_client", "ray"}

@@ -79,7 +79,9 @@ def test_what_the_wheel_asks_for(metadata: Message) -> None:
     base = {re.split(r"[^\w-]", need)[0] for need in needs if "extra ==" not in need}
     assert base == {"numpy", "onnxruntime", "soundfile", "soxr", "sentencepiece", "typer", "rich"}
     assert all(">=" in need or need.startswith("nemostream[") for need in needs)  # what nobody bounded is what breaks
-    extras = {"export", "build", "tensorrt", "tensorrt-rtx", "gpu", "cuda", "bench", "serve", "ray", "mic"}
+    extras = {
+        "export", "build", "tensorrt", "tensorrt-rtx", "gpu", "cuda", "bench", "serve", "ray", "mic", "vad", "itn",
+    }  # fmt: skip
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Version"] == nemostream.__version__

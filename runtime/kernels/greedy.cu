@@ -4,11 +4,12 @@
 //
 // `join` meets every (row, frame still to come) pair with the row's prediction; `decide` finds each row's first pair
 // that is not blank, writes the label down and lists the pairs that are left; `lstm` and `project` make the next
-// prediction of the rows that got a label. The lists are of parity ITERATION % 2: one is read while the next is made.
-// In which order rows enter them may differ from run to run; what is computed of a row does not depend on it.
+// prediction of the rows that got a label. Of a boosted row `join` also finds the best label but blank with the bias
+// added; `decide` takes it where the plain logits do not say blank, and writes the bias of the row's next node. The lists
+// are of parity ITERATION % 2: one is read while the next is made. In which order rows enter them may differ from run to
+// run; what is computed of a row does not depend on it.
 
 #define VOCAB_TILES ((VOCABULARY + TILE_COLUMNS - 1) / TILE_COLUMNS)
-#define BLANK (VOCABULARY - 1)
 
 // Whether this is the last block of the grid to come here, which then sees what all others wrote. For thread 0 only.
 static __device__ __forceinline__ bool last_block(int* ticket) {
@@ -33,16 +34,19 @@ static __device__ __forceinline__ void list_row(const Step& s, int parity, int r
     s.list_pairs[(long long)parity * s.most_pairs + first + frame - at] = row * s.frames + frame;
 }
 
-// A row whose frames are not all finite fails here and now. Grid (rows), block BLOCK.
+// A row whose frames are not all finite fails here and now. A boosted row's bias is written. Grid (rows), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) start(const Step s) {
   __shared__ int broken;
-  const int row = blockIdx.x, thread = threadIdx.x;
+  __shared__ Chain chain;
+  const int row = blockIdx.x, thread = threadIdx.x, boost = s.row_boost[row];
   if (thread == 0) broken = 0;
   __syncthreads();
   const float* encoded = s.encoded + (long long)row * s.frames * JOINT;
   if (s.row_slot[row] >= 0)
     for (int i = thread; i < s.frames * JOINT; i += BLOCK)
       if (!isfinite(encoded[i])) broken = 1;
+  if (boost >= 0 && thread < 32)
+    write_bias(automaton(s, boost), s.bias + (long long)row * BLANK, s.node[s.row_slot[row]], chain);
   __syncthreads();
   if (thread) return;
   const int end = broken ? 0 : s.row_count[row];
@@ -82,8 +86,9 @@ static __device__ __forceinline__ float total(float sum) {
   return sum;
 }
 
-// Of each listed pair and each tile of 32 logits: the largest, its id, and the sum of exponentials about it. A tile
-// with a NaN reports infinity, which no finite row has. Grid (any, VOCAB_TILES), block BLOCK.
+// Of each listed pair and each tile of 32 logits: the largest, its id, the sum of exponentials about it, and the same of
+// ALPHA times the logits. A tile with a NaN reports infinity, which no finite row has. Of a boosted row's also the largest
+// but blank's with the bias added, its id, and its plain logit. Grid (any, VOCAB_TILES), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
   __shared__ Tile tile;
   const int parity = s.control[ITERATION] % 2, pairs = s.control[PAIRS + parity], column = blockIdx.y;
@@ -105,38 +110,65 @@ extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
       int best_id = id;
       largest(best, best_id);
       const float sum = total(logit > negative ? expf(logit - best) : 0.0f);
-      if (lane == 0 && first + row < pairs)
-        s.partial[(long long)(first + row) * VOCAB_TILES + column] =
-            make_float4(broken ? -negative : best, __int_as_float(best_id), sum, 0.0f);
+      const float power = total(logit > negative ? expf(ALPHA * (logit - best)) : 0.0f);
+      if (first + row >= pairs) continue;
+      const long long at = (long long)(first + row) * VOCAB_TILES + column;
+      if (lane == 0)
+        s.partial[at] = make_float4(broken ? -negative : best, __int_as_float(best_id), sum, power);
+      const int of = list[first + row] / s.frames;
+      if (s.row_boost[of] < 0) continue;
+      best = id < BLANK && !isnan(logit) ? logit + s.bias[(long long)of * BLANK + id] : negative;
+      best_id = id;
+      largest(best, best_id);
+      const float plain = __shfl_sync(~0u, logit, best_id % TILE_COLUMNS);
+      if (lane == 0) s.boosted[at] = make_float4(best, __int_as_float(best_id), plain, 0.0f);
     }
   }
 }
 
+// The largest of a pair's tiles and its id, in every lane.
+static __device__ __forceinline__ void largest_tile(const float4* tiles, float& best, int& id) {
+  best = -__uint_as_float(0x7f800000u);
+  id = VOCABULARY;
+  for (int i = threadIdx.x % 32; i < VOCAB_TILES; i += 32)
+    if (tiles[i].x > best || id == VOCABULARY) {
+      best = tiles[i].x;
+      id = __float_as_int(tiles[i].y);
+    }
+  largest(best, id);
+}
+
 // One warp a row. Grid (any), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) decide(const Step s) {
+  __shared__ Chain chains[WARPS];
   const int parity = s.control[ITERATION] % 2, rows = s.control[ROWS + parity];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int entry = blockIdx.x * WARPS + warp; entry < rows; entry += gridDim.x * WARPS) {
     const int row = s.list_rows[parity * s.most_rows + entry], first = s.list_first[parity * s.most_rows + entry];
-    const int end = s.row_end[row], at = s.row_at[row];
-    int frame = at, id = BLANK;
-    float best = 0.0f, sum = 0.0f;
+    const int end = s.row_end[row], at = s.row_at[row], boost = s.row_boost[row];
+    int frame = at, id = BLANK, node = 0;
+    float best = 0.0f, sum = 0.0f, power = 0.0f, below = 0.0f;
     for (; frame < end; ++frame) {
-      const float4* partial = s.partial + (long long)(first + frame - at) * VOCAB_TILES;
-      best = -__uint_as_float(0x7f800000u);
-      id = VOCABULARY;
-      for (int i = lane; i < VOCAB_TILES; i += 32)
-        if (partial[i].x > best || id == VOCABULARY) {
-          best = partial[i].x;
-          id = __float_as_int(partial[i].y);
-        }
-      largest(best, id);
+      largest_tile(s.partial + (long long)(first + frame - at) * VOCAB_TILES, best, id);
       if (!isfinite(best) || id != BLANK) break;
     }
     if (frame < end && isfinite(best)) {
       const float4* partial = s.partial + (long long)(first + frame - at) * VOCAB_TILES;
-      for (int i = lane; i < VOCAB_TILES; i += 32) sum += partial[i].z * expf(partial[i].x - best);
+      for (int i = lane; i < VOCAB_TILES; i += 32) {
+        sum += partial[i].z * expf(partial[i].x - best);
+        power += partial[i].w * expf(ALPHA * (partial[i].x - best));
+      }
       sum = total(sum);
+      power = total(power);
+      if (boost >= 0) {
+        const float4* boosted = s.boosted + (long long)(first + frame - at) * VOCAB_TILES;
+        float raised;
+        largest_tile(boosted, raised, id);
+        below = boosted[id / TILE_COLUMNS].z - best;
+        const Automaton a = automaton(s, boost);
+        node = after(a, s.node[s.row_slot[row]], id);
+        write_bias(a, s.bias + (long long)row * BLANK, node, chains[warp]);
+      }
     }
     if (lane) continue;
     if (frame == end) {
@@ -147,8 +179,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decide(const Step s) {
     } else {
       const int symbols = s.row_last[row] == frame ? s.row_symbols[row] + 1 : 1;
       const int next = symbols >= MAX_SYMBOLS ? frame + 1 : frame;
-      s.records[atomicAdd(&s.control[RECORDS], 1)] =
-          make_int4(row, id, int(s.row_position[row]) + frame, __float_as_int(-logf(sum)));
+      const float score = -logf(sum);
+      Record& record = s.records[atomicAdd(&s.control[RECORDS], 1)];
+      record.row = row;
+      record.token = id;
+      record.frame = int(s.row_position[row]) + frame;
+      record.score = below + score;
+      record.power = power * expf(ALPHA * score);
+      if (boost >= 0) s.node[s.row_slot[row]] = node;
       s.row_last[row] = frame;
       s.row_symbols[row] = symbols;
       s.row_at[row] = next;
@@ -228,8 +266,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) finish(const Step s) {
   int* out = reinterpret_cast<int*>(s.host_out + (s.control[LANE] ? s.host_out_bytes : 0));
   const int records = s.control[RECORDS], undecided = s.control[PAIRS + s.control[ITERATION] % 2];
   for (int i = blockIdx.x * BLOCK + threadIdx.x; i < s.rows; i += gridDim.x * BLOCK) out[4 + i] = s.row_failed[i];
-  int4* said = reinterpret_cast<int4*>(out + 4 + s.most_rows);
-  for (int i = blockIdx.x * BLOCK + threadIdx.x; i < records; i += gridDim.x * BLOCK) said[i] = s.records[i];
+  int* said = out + 4 + s.most_rows;
+  const int *from = reinterpret_cast<const int*>(s.records), words = records * int(sizeof(Record) / sizeof(int));
+  for (int i = blockIdx.x * BLOCK + threadIdx.x; i < words; i += gridDim.x * BLOCK) said[i] = from[i];
   __syncthreads();
   if (threadIdx.x == 0 && last_block(&s.control[TICKET])) {
     out[0] = records;

@@ -39,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) begin(const Step s) {
     const long long more = encoder_frames(heard) - position;
     s.row_slot[row] = slot;
     s.row_length[row] = length;
+    s.row_boost[row] = slot < 0 ? -1 : s.boost_at[slot];
     s.row_position[row] = position;
     s.row_valid[row] = slot < 0 ? 0 : min(valid, (long long)(SUBSAMPLING + 1 + SUBSAMPLING * s.frames));
     s.row_count[row] = slot < 0 ? 0 : int(max(0ll, min(more, (long long)s.frames)));
@@ -91,6 +92,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK) scatter(const Step s) {
   if (thread == 0) s.position[slot] = position + frames;
 }
 
+// The decoder of a slot begins anew.
+static __device__ __forceinline__ void forget_slot(const Step& s, int slot) {
+  const int thread = threadIdx.x;
+  for (int i = thread; i < JOINT; i += BLOCK) s.predicted[(long long)slot * JOINT + i] = s.start_predicted[i];
+  for (int i = thread; i < NET_LAYERS * HIDDEN; i += BLOCK) {
+    s.h[(long long)slot * NET_LAYERS * HIDDEN + i] = s.start_h[i];
+    s.c[(long long)slot * NET_LAYERS * HIDDEN + i] = s.start_c[i];
+  }
+  if (thread == 0) s.node[slot] = 0;
+}
+
+// Slot `slot` has heard what it has heard, and said nothing. Grid 1, block BLOCK.
+extern "C" __global__ void __launch_bounds__(BLOCK) forget(const Step s) { forget_slot(s, s.slot); }
+
 // Slots `reset_slots` become those of streams that have heard nothing. Grid (slots to reset, L), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) reset(const Step s) {
   const int slot = s.reset_slots[blockIdx.x], layer = blockIdx.y, thread = threadIdx.x;
@@ -105,10 +120,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) reset(const Step s) {
   if (layer) return;
   for (int i = thread; i < MEL_CACHE; i += BLOCK) s.mel_cache[(long long)slot * MEL_CACHE + i] = 0.0f;
   for (int i = thread; i < TAIL; i += BLOCK) s.tail[(long long)slot * TAIL + i] = 0.0f;
-  for (int i = thread; i < JOINT; i += BLOCK) s.predicted[(long long)slot * JOINT + i] = s.start_predicted[i];
-  for (int i = thread; i < NET_LAYERS * HIDDEN; i += BLOCK) {
-    s.h[(long long)slot * NET_LAYERS * HIDDEN + i] = s.start_h[i];
-    s.c[(long long)slot * NET_LAYERS * HIDDEN + i] = s.start_c[i];
+  forget_slot(s, slot);
+  if (thread == 0) {
+    s.boost_at[slot] = -1;
+    s.position[slot] = 0;
   }
-  if (thread == 0) s.position[slot] = 0;
 }

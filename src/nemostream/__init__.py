@@ -11,6 +11,9 @@
                 print(partial.text)
         print(stream.finish().text)
 
+    for event in model.listen("voice.flac"):  # and `async for`
+        print(event.kind, event.text, event.words)
+
 Importing it is cheap: everything but the errors and the manifest is loaded when it is first used.
 """
 
@@ -34,16 +37,25 @@ from nemostream.errors import (
 )
 
 if TYPE_CHECKING:
+    from nemostream.itn import InverseNormalizer
+    from nemostream.runtime.confidence import Confidence
+    from nemostream.runtime.endpoint import Endpoint
     from nemostream.runtime.recognizer import Model
-    from nemostream.runtime.stream import Result, Token
+    from nemostream.runtime.utterance import Event
+    from nemostream.runtime.words import Result, Token, Word
     from nemostream.spec import Bundle, Manifest
 
 _LAZY = {
     "Bundle": "nemostream.spec",
+    "InverseNormalizer": "nemostream.itn",
     "Manifest": "nemostream.spec",
     "Model": "nemostream.runtime.recognizer",
-    "Result": "nemostream.runtime.stream",
-    "Token": "nemostream.runtime.stream",
+    "Confidence": "nemostream.runtime.confidence",
+    "Endpoint": "nemostream.runtime.endpoint",
+    "Event": "nemostream.runtime.utterance",
+    "Result": "nemostream.runtime.words",
+    "Token": "nemostream.runtime.words",
+    "Word": "nemostream.runtime.words",
 }
 
 __all__ = [
@@ -53,7 +65,11 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "Confidence",
+    "Endpoint",
+    "Event",
     "GateError",
+    "InverseNormalizer",
     "Manifest",
     "Model",
     "NemostreamError",
@@ -62,6 +78,7 @@ __all__ = [
     "Result",
     "StreamError",
     "Token",
+    "Word",
     "__version__",
     "demo_bundle",
     "demo_clip",
@@ -79,6 +96,8 @@ def load(
     precision: str | None = None,
     max_batch: int | None = None,
     engines: str | Path | None = None,
+    confidence: Confidence | None = None,
+    delay_ms: int = 0,
 ) -> Model:
     """Load a bundle and make its engine ready.
 
@@ -88,7 +107,9 @@ def load(
 
     `device` is "cpu" or "cuda". Any `precision` but a CPU's "fp32" runs engines that `nemostream build` made, kept in
     the folder `engines` (default: `~/.cache/nemostream/engines`); a GPU's default is "fp16". `max_batch` is how many
-    streams a step may have at most (default: 64, or `capacity` if that is less).
+    streams a step may have at most (default: 64, or `capacity` if that is less). `confidence` is the measure of streams
+    that choose none (default: NeMo's, `Confidence()`). `delay_ms` is taken off the times of tokens and words: how late
+    the model says them, which depends on its training (`docs/transcripts.md`; default: none, NeMo's times).
 
     Raises `BundleError` for a folder that is no bundle, or a damaged one, `OptionError` for a chunk size that the model
     does not have, and `BackendError` if the device cannot be used or an engine is not built.
@@ -103,7 +124,7 @@ def load(
         opened, device=device, precision=precision, capacity=capacity, max_batch=max_batch, threads=threads,
         engines=engines,
     )  # fmt: skip
-    return Model(opened, backend, chunk_ms)
+    return Model(opened, backend, chunk_ms, confidence, delay_ms, f"{device}, {precision or 'default'} precision")
 
 
 def demo_bundle() -> Path:

@@ -6,15 +6,12 @@ operating system refused, 130 for Ctrl-C, 141 when nobody reads the output any m
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, redirect_stdout, suppress
-from enum import StrEnum
+from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,16 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from nemostream.captions import Captions
-from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError
+from nemostream.errors import BackendError, NemostreamError, OptionError
+from nemostream.formats import Format
+from nemostream.output import MICROPHONE, STDIN, Output
+from nemostream.transcribe import TOGETHER, complain, listen, read_phrases, transcribe_files
 
 if TYPE_CHECKING:
-    from nemostream.runtime.recognizer import LiveStream, Model
-    from nemostream.runtime.stream import Result
-
-STDIN, STDIN_RATE = "-", 16000
-_TOGETHER = 16  # files decoded side by side; their chunks share batches
-_BLOCK_SECONDS = 0.08  # of live audio pushed at a time
+    from nemostream.runtime.recognition import Options
 
 _ENGINES = "Folder of engines. Default: ~/.cache/nemostream/engines."
 
@@ -43,11 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Format(StrEnum):
-    text = "text"
-    json = "json"
 
 
 @app.callback(invoke_without_command=True)
@@ -73,9 +62,33 @@ def transcribe(
         Path | None, typer.Option(help="Folder that `nemostream export` wrote. Default: the packaged demo.")
     ] = None,
     chunk_ms: Annotated[int, typer.Option(help="Chunk size in ms: smaller is sooner, larger is more accurate.")] = 560,
-    format: Annotated[Format, typer.Option(help="json: one object per line.")] = Format.text,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="json: one object per line. srt, vtt: subtitles. ctm, manifest: for NIST's and NeMo's tools."
+        ),
+    ] = Format.text,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE|FOLDER/", help="Write there; in a folder, a file for each recording.")
+    ] = None,
     realtime: Annotated[bool, typer.Option("--realtime", help="Feed files at the pace they were spoken.")] = False,
     mic: Annotated[bool, typer.Option("--mic", help="Listen to the microphone until Ctrl-C.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Captions in two lines; for --mic, --realtime and standard input.")
+    ] = False,
+    endpoint_ms: Annotated[
+        int | None,
+        typer.Option(min=80, help="Silence that ends an utterance: each gets a line, or its times in JSON."),
+    ] = None,
+    phrases: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT|FILE", help="To be more ready to hear, as the model writes; may be repeated."),
+    ] = None,
+    vad: Annotated[bool, typer.Option("--vad", help="Spend no steps on silence.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep the state of a long FILE there as it goes, and go on from it if killed.")
+    ] = None,
+    itn: Annotated[bool, typer.Option("--itn", help="Write numbers, dates and amounts as people write them.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     precision: Annotated[
         str | None, typer.Option(help="Of the engines to use. Default: fp32 on a CPU, which needs none; fp16 on a GPU.")
@@ -95,17 +108,44 @@ def transcribe(
         raise OptionError("nothing to transcribe: give a FILE, - for standard input, or --mic.")
     if STDIN in names and (sys.stdin is None or sys.stdin.isatty()):
         raise OptionError("standard input is not a pipe: feed raw 16 kHz mono 16-bit PCM into it.")
-    lanes = max(1, min(len(names), _TOGETHER))
+    sources = [*names, *[MICROPHONE] * mic]
+    if live and (len(sources) > 1 or not (mic or realtime or names == [STDIN])):
+        raise OptionError("--live shows one voice as it speaks: give it --mic, - or one FILE with --realtime.")
+    if resume and (len(sources) > 1 or mic or realtime or names == [STDIN] or endpoint_ms is not None):
+        raise OptionError("--resume is for one FILE, without --realtime and --endpoint-ms.")
+    options = _options(endpoint_ms, phrases, vad)
+    normalizer = nemostream.InverseNormalizer() if itn else None
+    lanes = max(1, min(len(names), TOGETHER))
     # Twice: a failed file's slot may still be in the step under way when the next file wants one.
     capacity = 2 * lanes
-    with nemostream.load(
-        bundle, chunk_ms, capacity=capacity, device=device, precision=precision, engines=engines
-    ) as model:
-        code = _transcribe_files(model, names, format, realtime) if names else 0
+    with (
+        Output(sources, format, out, apart=endpoint_ms is not None, itn=normalizer) as output,
+        nemostream.load(
+            bundle, chunk_ms, capacity=capacity, device=device, precision=precision, engines=engines
+        ) as model,
+    ):
+        model.stream(**options).close()  # what cannot be is refused once, and not for every file
+        code = (
+            transcribe_files(model, names, output, options, realtime=realtime, live=live, resume=resume) if names else 0
+        )
         if mic:
-            _print(_listen(model), "microphone", format, prefix=False)
+            listen(model, output, options, live=live)
     if code:
         raise typer.Exit(code)
+
+
+def _options(endpoint_ms: int | None, phrases: list[str] | None, vad: bool) -> Options:
+    """How streams are recognised: what was asked for only."""
+    options: Options = {}
+    if endpoint_ms is not None:
+        from nemostream.runtime.endpoint import Endpoint
+
+        options["endpoint"] = Endpoint(silence_ms=endpoint_ms)
+    if phrases:
+        options["phrases"] = read_phrases(phrases)
+    if vad:
+        options["vad"] = True
+    return options
 
 
 @app.command()
@@ -235,7 +275,8 @@ def serve(context: typer.Context) -> None:
 
 
 _BENCHMARKS = (
-    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "synthetic", "report",
+    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "transcripts", "synthetic",
+    "report",
 )  # fmt: skip
 
 
@@ -247,9 +288,9 @@ def bench(
     """Measure this machine.
 
     *quick* takes less than a minute. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside NeMo and
-    others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
-    `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones. *synthetic* makes the
-    full-size model of random weights to measure with.
+    others), *cost* and *serve* (a server and its callers) have options of their own: `nemostream bench NAME --help`.
+    Results are written under `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier
+    ones. *synthetic* makes the full-size model of random weights to measure with.
     """
     if name in ("", "-h", "--help"):
         print(context.get_help())
@@ -278,20 +319,20 @@ def _run(arguments: Sequence[str]) -> int:
     except typer.Exit as leave:
         return leave.exit_code
     except NemostreamError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except BrokenPipeError:
         _leave(141)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted.")
+        complain("interrupted.")
         _leave(130)
     except OSError as error:
-        _complain(f"{error}.")
+        complain(f"{error}.")
         return 1
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's errors of usage, whose class moved between its versions
             raise
-        _complain(error.format_message())
+        complain(error.format_message())
         return OptionError.exit_code
     return 0
 
@@ -301,118 +342,6 @@ def _leave(code: int) -> NoReturn:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(code)
-
-
-def _complain(sentence: str) -> None:
-    print(f"nemostream: {sentence}", file=sys.stderr, flush=True)
-
-
-# -- transcribing ----------------------------------------------------------------------------------------------------
-
-
-def _transcribe_files(model: Model, names: list[str], format: Format, realtime: bool) -> int:
-    """Print every result in order as soon as it is its turn; return the exit code of the first failure, or 0."""
-    code, pool = 0, ThreadPoolExecutor(min(len(names), _TOGETHER))
-    with Captions(names) as captions:
-        jobs = [
-            pool.submit(_transcribe_one, model, name, realtime, captions, index) for index, name in enumerate(names)
-        ]
-        try:
-            for index, (name, job) in enumerate(zip(names, jobs, strict=True)):
-                try:
-                    result = job.result()
-                except NemostreamError as error:
-                    with captions.aside():
-                        _complain(str(error))
-                    code = code or error.exit_code
-                else:
-                    with captions.aside():
-                        _print(result, name, format, prefix=len(names) > 1)
-                captions.over(index)
-        finally:  # on Ctrl-C, or when nobody reads our output: do not decode the rest first
-            pool.shutdown(wait=False, cancel_futures=True)
-    return code
-
-
-def _transcribe_one(model: Model, name: str, realtime: bool, captions: Captions, index: int) -> Result:
-    from nemostream.runtime.audio import Recording, read_pcm16
-
-    if name == STDIN:
-        with model.stream(sample_rate=STDIN_RATE) as stream:
-            return _follow(stream, read_pcm16(sys.stdin.buffer), captions, index)
-    try:
-        with Recording(name) as file:
-            captions.begins(index, file.duration)
-            if realtime:
-                stream = model.stream(sample_rate=file.sample_rate, channels=file.channels)
-                with stream, closing(_paced(file.blocks(), file.sample_rate)) as blocks:
-                    return _follow(stream, blocks, captions, index)
-    except (OSError, UnicodeEncodeError) as error:  # of a name that the system, or libsndfile's wrapper, cannot take
-        raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    return model.transcribe(
-        name,
-        on_partial=lambda partial: captions.said(index, partial.text),
-        on_progress=lambda seconds: captions.heard(index, seconds),
-    )
-
-
-def _follow(stream: LiveStream, blocks: Iterable[Any], captions: Captions, index: int) -> Result:
-    for block in blocks:
-        for partial in stream.push(block):
-            captions.said(index, partial.text)
-            captions.heard(index, partial.duration)
-    return stream.finish()
-
-
-def _paced(blocks: Iterable[Any], rate: int) -> Generator[Any]:
-    """The same audio in short pieces, each no sooner than its end would have been spoken."""
-    started, heard, step = time.monotonic(), 0, max(1, round(rate * _BLOCK_SECONDS))
-    for block in blocks:
-        for begin in range(0, len(block), step):
-            piece = block[begin : begin + step]
-            heard += len(piece)
-            time.sleep(max(0.0, started + heard / rate - time.monotonic()))
-            yield piece
-
-
-def _listen(model: Model) -> Result:
-    try:
-        import sounddevice
-    except (ImportError, OSError) as error:  # the module, or the PortAudio library it wants
-        raise BackendError(
-            "the microphone needs sounddevice and PortAudio: pip install 'nemostream[mic]' (Debian: libportaudio2)"
-        ) from error
-    try:
-        device = sounddevice.InputStream(samplerate=STDIN_RATE, channels=1, dtype="float32")
-    except (sounddevice.PortAudioError, ValueError) as error:
-        raise AudioError(f"no microphone could be opened: {error}.") from error
-    with device, model.stream(sample_rate=STDIN_RATE) as stream, Captions(["microphone"]) as captions:
-        print("listening; Ctrl-C ends", file=sys.stderr, flush=True)
-        with suppress(KeyboardInterrupt):
-            while True:
-                block, _ = device.read(round(STDIN_RATE * _BLOCK_SECONDS))
-                for partial in stream.push(block[:, 0].copy()):
-                    captions.said(0, partial.text)
-                    captions.heard(0, partial.duration)
-        return stream.finish()
-
-
-def _print(result: Result, name: str, format: Format, prefix: bool) -> None:
-    if format is Format.json:
-        tokens = [{"id": token.id, "text": token.text, "time": round(token.time, 3)} for token in result.tokens]
-        line = json.dumps(
-            {
-                "file": name,
-                "duration": round(result.duration, 3),
-                "text": result.text,
-                "tokens": tokens,
-                "chunk_ms": result.chunk_ms,
-            },
-            ensure_ascii=False,
-        )
-    else:
-        line = f"{name}: {result.text}" if prefix else result.text
-    print(line, flush=True)
 
 
 def _quiet_nemo() -> None:

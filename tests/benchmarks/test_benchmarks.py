@@ -131,7 +131,7 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
 
 def test_latency_leaves_the_backend_as_it_was(demo_bundle: Bundle) -> None:
     chunk, backend = demo_bundle.manifest.chunk(560), OrtBackend(demo_bundle, 2)
-    backend.load(chunk)
+    backend.prepare(chunk)
     sessions = backend._steps[560].encoder, backend._transducer._joint
     with latency._clock(backend, chunk) as clock:
         backend.reset(np.arange(2))

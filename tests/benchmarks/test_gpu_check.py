@@ -12,7 +12,7 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.benchmarks import gpu_check, gpu_speed
+from nemostream.benchmarks import features, gpu_check, gpu_speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.synthetic import Sizes
 from nemostream.runtime.backend import Batch
@@ -65,8 +65,9 @@ def test_a_random_bundle_runs_and_comes_from_its_seed(small: Bundle, tmp_path: P
 def test_soak(small: Bundle) -> None:
     chunk = small.manifest.chunk(80)
     backend = make_backend(small, [chunk], 4)
-    figures = gpu_speed.soak(backend, chunk, 30)
-    assert (figures["steps"], figures["flat"], figures["failed_rows"]) == (30, True, 0)
+    figures = gpu_speed.soak(backend, chunk, 60)
+    assert (figures["steps"], figures["flat"], figures["failed_rows"]) == (60, True, 0)
+    assert {"boost", "forget"} < set(backend._device.launches)
     leaking = HostDevice()
     backend = make_backend(small, [chunk], 4, leaking)
     launch = leaking.queue
@@ -94,7 +95,7 @@ def test_speed(small: Bundle) -> None:
         assert len(row["raw_ms"]) == 3 and min(row["raw_ms"]) == pytest.approx(row["min_ms"], abs=1e-4)
         assert row["min_ms"] <= row["p50_ms"] <= row["p99_ms"] <= max(row["raw_ms"]) + 1e-4
         assert row["floor_ms"] == pytest.approx(1000 * small.manifest.weights.bytes / 1e9)
-        assert row["settled_tokens_per_second"] > 0
+        assert row["settled_tokens_per_second"] > 0 and row["boosted_p50_ms"] > 0
     assert set(figures["streams"]) == {80, 160} and figures["left_out_for_time"] == 0
     late = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, None, said.append, until=0.0)
     assert late["rows"] == [] and late["left_out_for_time"] == 4
@@ -126,6 +127,22 @@ def test_without_an_encoder_there_is_something_to_decode(small: Bundle) -> None:
     gpu_speed.settle_blank(backend, small, chunk, 3)
     backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] > 0
+
+
+@needs_compiler
+def test_boosted_steps_are_boosted(small: Bundle) -> None:
+    """Timed with phrases: the streams have them, each its own, and say other things."""
+    chunk = small.manifest.chunk(160)
+    backend = make_backend(small, [chunk], 4)
+    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    lists = [features.some_phrases(number, [], SMALL.vocab) for number in range(2)]
+    plain, boosted = (
+        gpu_speed.step_times(backend, chunk, 3, 6),
+        gpu_speed.step_times(backend, chunk, 3, 6, boosts=lists),
+    )
+    assert plain["tokens_per_second"] > 0 and len(boosted["raw_ms"]) == 6
+    found = [backend.save(slot)["phrases"].tobytes() for slot in range(3)]
+    assert found == [lists[index].digest.tobytes() for index in (0, 1, 0)]
 
 
 def test_streams_are_what_fits_into_a_chunk() -> None:

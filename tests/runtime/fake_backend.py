@@ -2,19 +2,22 @@
 
 The tokens of frame i spell a checksum of every sample its slot got up to and including that frame: one sample lost,
 doubled, moved, in another slot, or a slot not reset, and all later tokens differ. It says nothing of recognition.
-It also checks what the seam promises a backend, and fails the batch if a promise is broken.
+A stream that is saved and loaded goes on with its checksum. It also checks what the seam promises a backend, and fails
+the batch if a promise is broken.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nemostream.runtime.backend import Batch, Emissions
+from nemostream.runtime.backend import Batch, Emissions, check_state
+from nemostream.runtime.boosting import NO_PHRASES, Boosting
 from nemostream.spec import Manifest
 
 DIGITS = 3
@@ -70,11 +73,14 @@ class FakeBackend:
         self.manifest, self.capacity, self.max_batch = manifest, capacity, max_batch
         self.position: dict[int, int] = {}
         self.checksum: dict[int, int] = {}
+        self.phrases: dict[int, Boosting | None] = {}
+        self.forgotten: list[tuple[int, int]] = []  # slot, and the frame it stood at
         self.in_flight = dict.fromkeys(range(capacity), 0)
         self.batches: list[tuple[int, list[int]]] = []  # chunk, slots
         self.most_in_flight = 0
         self.closed = False
         self.on_reset: Callable[[list[int]], None] = lambda slots: None
+        self.on_boost: Callable[[int, Boosting | None], None] = lambda slot, phrases: None
         self.on_submit: Callable[[Batch], None] = nothing
         self.on_result: Callable[[Batch], None] = nothing
         self.fails: Callable[[int, int], bool] = lambda slot, position: False
@@ -86,6 +92,29 @@ class FakeBackend:
         for slot in slots.tolist():
             assert self.in_flight[slot] == 0, f"slot {slot} was reset while a step used it"
             self.position[slot] = self.checksum[slot] = 0
+            self.phrases[slot] = None
+
+    def forget(self, slots: np.ndarray) -> None:
+        self._on_one_thread()
+        self.forgotten += [(slot, self.position[slot]) for slot in slots.tolist()]
+
+    def boost(self, slot: int, phrases: Boosting | None) -> None:
+        self._on_one_thread()
+        self.on_boost(slot, phrases)
+        self.phrases[slot] = phrases
+
+    def save(self, slot: int) -> dict[str, np.ndarray]:
+        self._on_one_thread()
+        phrases = self.phrases[slot]
+        return {
+            "position": np.array(self.position[slot]),
+            "checksum": np.array(self.checksum[slot]),
+            "phrases": NO_PHRASES if phrases is None else phrases.digest,
+        }
+
+    def load(self, slot: int, state: Mapping[str, Any]) -> None:
+        check_state(state, self.save(slot))
+        self.position[slot], self.checksum[slot] = int(state["position"]), int(state["checksum"])
 
     def submit(self, batch: Batch) -> Step:
         self._on_one_thread()
@@ -109,7 +138,8 @@ class FakeBackend:
             self.position[slot] = start + batch.chunk.frames
         self.most_in_flight = max(self.most_in_flight, sum(self.in_flight.values()))
         scores = tuple(-np.arange(len(row), dtype=np.float32) for row in tokens)
-        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), scores, np.array(failed, bool)))
+        powers = tuple(1 + np.arange(len(row), dtype=np.float32) for row in tokens)
+        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), scores, powers, np.array(failed, bool)))
 
     def close(self) -> None:
         self._on_one_thread()

@@ -19,6 +19,7 @@ from host_device import HostDevice, OrtEncoder
 import nemostream
 from nemostream.errors import BackendError, CapacityError, OptionError
 from nemostream.runtime.backend import Batch, Emissions
+from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.gpu import UNROLLED, GpuBackend
 from nemostream.runtime.ort import OrtBackend
 from nemostream.spec import Bundle, Chunk
@@ -66,6 +67,13 @@ class Talk:
         return Batch(chunk, np.array(slots), rows, np.array(lengths))
 
 
+def some_phrases(rng: np.random.Generator, bundle: Bundle) -> Boosting:
+    """Over few tokens, so that they are met."""
+    few = rng.choice(bundle.manifest.decoder.vocabulary, 6, replace=False)
+    phrases = [(rng.choice(few, rng.integers(1, 6)).tolist(), float(rng.choice([0.5, 1, 2]))) for _ in range(20)]
+    return Boosting(phrases, bundle.manifest.decoder.vocabulary)
+
+
 @pytest.fixture
 def talking(talker: Bundle, make_device: Any) -> Iterator[GpuBackend]:
     backend = make_backend(talker, [80, 560], make_device())
@@ -77,10 +85,15 @@ def talking(talker: Bundle, make_device: Any) -> Iterator[GpuBackend]:
 def test_any_batches_of_any_streams(
     seed: int, talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]
 ) -> None:
-    """Random subsets of five streams, chunk sizes mixed, streams that end and begin, two steps in flight."""
+    """Random subsets of five streams, chunk sizes mixed, streams that end and begin, two steps in flight.
+
+    Now and then one is boosted or no longer, forgets what it said, or goes back to what it once was.
+    """
     rng = np.random.default_rng(seed)
     ours, cpu, talk = talking, OrtBackend(talker, capacity=CAPACITY, threads=1), Talk(talker, clips)
     pending: list[tuple[Any, Emissions]] = []
+    boosts: dict[int, Boosting | None] = dict.fromkeys(range(CAPACITY))
+    saved: dict[int, Any] = dict.fromkeys(range(CAPACITY))
     said = 0
     for slot in range(CAPACITY):
         talk.start(slot, int(rng.integers(100)))
@@ -93,6 +106,20 @@ def test_any_batches_of_any_streams(
         if over:
             for backend in (ours, cpu):
                 backend.reset(np.array(over))
+            for slot in over:
+                boosts[slot], saved[slot] = None, None
+        slot, what = int(rng.integers(CAPACITY)), rng.choice(["boost", "forget", "save", "load", "nothing"])
+        if what == "boost":
+            boosts[slot], saved[slot] = some_phrases(rng, talker) if rng.random() < 0.7 else None, None
+        for index, backend in enumerate((ours, cpu)):
+            if what == "boost":
+                backend.boost(slot, boosts[slot])
+            elif what == "forget":
+                backend.forget(np.array([slot]))
+            elif what == "load" and saved[slot]:
+                backend.load(slot, saved[slot][index])
+        if what == "save":
+            saved[slot] = (ours.save(slot), cpu.save(slot))
         chunk = talker.manifest.chunk(int(rng.choice([80, 560])))
         slots = np.sort(rng.choice(CAPACITY, rng.integers(1, CAPACITY + 1), replace=False)).tolist()
         batch = talk.batch(chunk, slots)
@@ -101,8 +128,8 @@ def test_any_batches_of_any_streams(
             step, wanted = pending.pop(0)
             got = step.result()
             assert seen(got) == seen(wanted)
-            for mine, theirs in zip(got.scores, wanted.scores, strict=True):
-                np.testing.assert_allclose(mine, theirs, atol=1e-3)
+            for mine, theirs in zip(got.scores + got.powers, wanted.scores + wanted.powers, strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=1e-3, rtol=1e-3)
             said += sum(map(len, got.tokens))
     assert said > 20
 
@@ -308,7 +335,7 @@ def test_memory_is_told_and_capacity_refused(demo_bundle: Bundle) -> None:
     ours = make_backend(demo_bundle, [80], HostDevice(), capacity=3)
     encoder, net = demo_bundle.manifest.encoder, demo_bundle.manifest.decoder
     caches = encoder.layers * encoder.d_model * (2 * encoder.cache + encoder.conv_cache) * 4
-    rest = 4 * (9 * 128 + 239 + net.joint + 2 * net.layers * net.hidden) + 8
+    rest = 4 * (9 * 128 + 239 + net.joint + 2 * net.layers * net.hidden) + 4 + 8
     assert ours.bytes_per_stream == caches + rest
     ours.close()
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.greedy import Predictions, greedy_reference, label_looping
 
 J = 4
@@ -43,37 +44,53 @@ class TableNet:
         return encoded
 
 
-def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int]):  # type: ignore[no-untyped-def]
+def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts=()):  # type: ignore[no-untyped-def]
     """Batched in chunks of the sizes `splits`, and row by row in one go."""
     net, rows = TableNet(table), len(table)
     start = Predictions.start(net, 1, 1)
-    state = Predictions(*(np.repeat(array, rows, axis=0) for array in (start.predicted, start.h, start.c)))
+    state = start.repeated(rows)
     tokens: list[list[int]] = [[] for _ in range(rows)]
     frames: list[list[int]] = [[] for _ in range(rows)]
     scores: list[list[float]] = [[] for _ in range(rows)]
+    powers: list[list[float]] = [[] for _ in range(rows)]
     begin = 0
     for size in splits:
         part = net.frames()[:, begin : begin + size]
-        said, at, sure, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state)
+        said, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state, boosts)
         assert not failed.any()
         for row in range(rows):
-            tokens[row] += said[row]
-            frames[row] += [begin + frame for frame in at[row]]
-            scores[row] += sure[row]
+            tokens[row] += said[row].tokens
+            frames[row] += [begin + frame for frame in said[row].frames]
+            scores[row] += said[row].scores
+            powers[row] += said[row].powers
         begin += size
     wanted = []
     for row in range(rows):
         alone = Predictions.start(net, 1, 1)
-        *said, sure = greedy_reference(net, net.frames()[row, : counts[row]], alone)
-        wanted.append(tuple(said))
-        np.testing.assert_allclose(scores[row], sure, atol=1e-6)
+        boosting = boosts[row] if boosts else None
+        definition = greedy_reference(net, net.frames()[row, : counts[row]], alone, boosting)
+        wanted.append((definition.tokens, definition.frames))
+        np.testing.assert_allclose(scores[row], definition.scores, atol=1e-6)
+        np.testing.assert_allclose(powers[row], definition.powers, rtol=1e-6)
         np.testing.assert_array_equal(alone.predicted[0], state.predicted[row])
+        assert alone.node[0] == state.node[row]
     return list(zip(tokens, frames, strict=True)), wanted
 
 
+def some_phrases(rng: np.random.Generator, vocabulary: int) -> Boosting:
+    """Short paths over few tokens, so that they overlap, end in one another, and are met."""
+    found = {}
+    for _ in range(int(rng.integers(1, 6))):
+        tokens = tuple(rng.integers(0, vocabulary, rng.integers(1, 5)).tolist())
+        found[tokens] = float(rng.choice([0.5, 1.0, 3.0]))
+    return Boosting([*found.items()], vocabulary)
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["random", "ties", "blanks", "labels"]), st.integers(1, 6))
-def test_equals_the_definition(seed: int, kind: str, rows: int) -> None:
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from(["random", "ties", "blanks", "labels"]), st.integers(1, 6), st.booleans()
+)
+def test_equals_the_definition(seed: int, kind: str, rows: int, boosted: bool) -> None:
     rng = np.random.default_rng(seed)
     frames = int(rng.integers(1, 30))
     table = rng.standard_normal((rows, frames, 9, 4)).astype(np.float32)
@@ -88,7 +105,8 @@ def test_equals_the_definition(seed: int, kind: str, rows: int) -> None:
     while left:
         splits.append(int(rng.integers(1, left + 1)))
         left -= splits[-1]
-    got, wanted = decode_both(table, counts, splits)
+    boosts = [some_phrases(rng, 3) if rng.random() < 0.6 else None for _ in range(rows)] if boosted else ()
+    got, wanted = decode_both(table, counts, splits, boosts)
     assert got == wanted
     if kind == "labels":
         assert all(len(tokens) == 5 * count for (tokens, _), count in zip(got, counts, strict=True))
@@ -104,21 +122,19 @@ def test_a_number_that_is_not_one_stays_in_its_row(bad: float) -> None:
     table[1, 4, :, 2] = bad
     net = TableNet(table)
     start = Predictions.start(net, 1, 1)
-    state = Predictions(*(np.repeat(array, 3, axis=0) for array in (start.predicted, start.h, start.c)))
-    tokens, frames, _, failed = label_looping(net, net.frames(), np.full(3, 8), state)
+    said, failed = label_looping(net, net.frames(), np.full(3, 8), start.repeated(3))
     assert failed.tolist() == [False, True, False]
-    assert [(tokens[row], frames[row]) for row in (0, 2)] == [clean[0], clean[2]]
-    assert all(frame < 4 for frame in frames[1])
+    assert [(said[row].tokens, said[row].frames) for row in (0, 2)] == [clean[0], clean[2]]
+    assert all(frame < 4 for frame in said[1].frames)
 
 
 def test_frames_that_are_not_numbers_are_seen_before_decoding() -> None:
     net = TableNet(np.zeros((2, 3, 9, 4), np.float32))
     net.table[..., 1] = 1.0
     start = Predictions.start(net, 1, 1)
-    state = Predictions(*(np.repeat(array, 2, axis=0) for array in (start.predicted, start.h, start.c)))
     encoded = net.frames()
     encoded[0, 2, 3] = np.nan
-    tokens, _, _, failed = label_looping(net, encoded, np.array([3, 3]), state)
+    said, failed = label_looping(net, encoded, np.array([3, 3]), start.repeated(2))
     assert failed.tolist() == [True, False]
-    assert not tokens[0]
-    assert len(tokens[1]) == 3 * net.max_symbols
+    assert not said[0].tokens
+    assert len(said[1].tokens) == 3 * net.max_symbols

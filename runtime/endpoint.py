@@ -1,0 +1,117 @@
+"""When an utterance ends, decided on frames and tokens alone: the same utterances however and whenever audio comes.
+
+The rule of silence is NeMo's: more than `silence_ms` of frames in a row that said nothing
+(`nemo/collections/asr/inference/streaming/endpointing/greedy/greedy_endpointing.py`, `detect_eou_given_timestamps`).
+NeMo looks at the end of each step only; here every frame is looked at, so the chunk size changes nothing.
+
+What the module does not know: text, time other than samples, the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.errors import OptionError
+from nemostream.spec import Manifest
+
+Reason = Literal["silence", "forced", "length", "finish"]
+
+_NEVER = 1 << 62
+_WORD = 5  # frames that nothing was added to a word for, after which it is taken as whole
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """When utterances end by themselves, and what the decoder remembers of one in the next.
+
+    `silence_ms`: an utterance ends when more than this was silent since its last token; None: never by silence.
+    `longest_ms`: one that is longer ends after the word that it is in. `decoder`: "keep" decodes on, "reset" lets the
+    decoder forget, at the end of the step that an utterance ended in, whatever it said (what was heard is kept), which
+    cures a stream that got stuck in a manner of writing. Raises `OptionError` naming what cannot be.
+    """
+
+    silence_ms: int | None = 800
+    longest_ms: int | None = None
+    decoder: Literal["keep", "reset"] = "keep"
+
+    def __post_init__(self) -> None:
+        for name, least in (("silence_ms", 80), ("longest_ms", 1000)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise OptionError(f"{name} is {value!r}; it must be at least {least} ms, or None.")
+        if self.decoder not in ("keep", "reset"):
+            raise OptionError(f"decoder is {self.decoder!r}; choose one of keep, reset.")
+
+
+@dataclass(frozen=True)
+class End:
+    count: int  # tokens of the stream up to there
+    at: int  # sample of the stream
+    reason: Reason
+
+
+class Endpointer:
+    """One stream's utterances. `begins` says of each token whether a word begins with it."""
+
+    def __init__(self, rule: Endpoint, manifest: Manifest, begins: Sequence[bool]) -> None:
+        rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
+        self.forgets = rule.decoder == "reset"
+        # Samples from the last token's place to where the rule has its say: NeMo's `millisecond_to_frames`, one frame
+        # more than that, and the token's own.
+        self._silence = self._longest = _NEVER
+        if rule.silence_ms is not None:
+            self._silence = (-(-rule.silence_ms * rate // (1000 * self._frame)) + 2) * self._frame
+        if rule.longest_ms is not None:  # from the first token's place
+            self._longest = rule.longest_ms * rate // 1000
+        self._begins = begins
+        self._count = 0  # tokens of the stream
+        self._first: int | None = None  # of the utterance: where its first token stands, if it has one
+        self._last = 0  # and its last one
+
+    @property
+    def between(self) -> bool:
+        """Whether no utterance is under way."""
+        return self._first is None
+
+    def step(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> list[End]:
+        """Take in a step: its tokens, the sample that each stands at, and how far the model has heard with it."""
+        ends: list[End] = []
+        for token, place in zip(tokens, places, strict=True):
+            self._end_before(place, ends)
+            if self._first is not None and self._begins[token] and place - self._first >= self._longest:
+                self._end(place, "length", ends)
+            if self._first is None:
+                self._first = place
+            self._last = place
+            self._count += 1
+        self._end_before(reach, ends)
+        return ends
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        return {"counts": np.array([self._count, -1 if self._first is None else self._first, self._last], np.int64)}
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._count, first, self._last = state["counts"].tolist()
+        self._first = None if first < 0 else first
+
+    def cut(self) -> None:
+        """The client ended the utterance."""
+        self._first = None
+
+    def _end_before(self, place: int, ends: list[End]) -> None:
+        """End the utterance if a rule says so of the silence from its last token up to `place`."""
+        if self._first is None:
+            return
+        silent = self._last + self._silence
+        whole = max(self._first + self._longest, self._last + (1 + _WORD) * self._frame)
+        if place >= min(silent, whole):
+            self._end(min(silent, whole), "length" if whole < silent else "silence", ends)
+
+    def _end(self, at: int, reason: Reason, ends: list[End]) -> None:
+        self._first = None
+        ends.append(End(self._count, at, reason))

@@ -1,0 +1,102 @@
+"""What was said: tokens, the words they make, results.
+
+What the module does not know: streams, the tokenizer (a token carries its text), how anything was recognised.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from nemostream.runtime.confidence import AGGREGATIONS
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_PARTS = re.compile(r"\s+|\S+")
+_ENDS = frozenset(".,?!:;")  # punctuation that belongs to the word before it, even after a space
+# SentencePiece shows every byte that is no UTF-8 as one of these; Python's own "replace" would join some.
+codecs.register_error("nemostream-byte", lambda error: ("\ufffd", getattr(error, "start", 0) + 1))
+
+
+@dataclass(frozen=True)
+class Token:
+    id: int
+    text: str  # its leading space included
+    time: float  # seconds from the stream's start: the encoder frame that it was emitted at
+    end: float  # the end of that frame
+    score: float  # natural logarithm of its probability, given everything before
+    confidence: float  # 0 to 1, by the stream's `Confidence`
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and the punctuation attached to it. Times are those of NeMo's `timestamps=True`."""
+
+    text: str
+    start: float  # seconds from the stream's start: the frame of its first token
+    end: float  # the end of the frame of its last one
+    confidence: float  # of its tokens', by the stream's `Confidence`
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stream said up to some moment."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    duration: float  # seconds of audio received by then; of a final one: of the whole recording
+    chunk_ms: int
+    final: bool
+    decoded: float = 0.0  # seconds of it that the model has heard; silence since the last token is counted from here
+    aggregation: str = "min"  # of the words' confidence
+
+    @cached_property
+    def words(self) -> tuple[Word, ...]:
+        """The words of `text`, grouped when first asked for. The last one may still grow while the stream goes on."""
+        return words_of(self.tokens, self.aggregation, self.final)
+
+
+def words_of(tokens: Sequence[Token], aggregation: str = "min", final: bool = True) -> tuple[Word, ...]:
+    """Group tokens into words (as NeMo's `get_words_offsets`), in time proportional to them.
+
+    A word begins where the text has a space, be that a token's first character or a token of its own, and takes in
+    punctuation that stands apart. `aggregation` makes its confidence of its tokens'. Unless `final`, bytes of a
+    character that is not complete at the end are left out, as they are of the text.
+    """
+    aggregate = AGGREGATIONS[aggregation]
+    groups: list[tuple[str, int, int]] = []  # text, first and last token
+    growing, space = False, -1  # whether the last group is; a token of mere space, which belongs to the word after it
+    for start, end, piece in _pieces(tokens, final):
+        for part in _PARTS.findall(piece):
+            if part.isspace():
+                growing, space = False, start if part == piece else -1
+            elif growing or (groups and _ENDS.issuperset(part)):
+                text, first, _ = groups[-1]
+                groups[-1], growing = (text + part, first, end), True
+            else:
+                groups.append((part, start if space < 0 else space, end))
+                growing, space = True, -1
+    return tuple(
+        Word(text, tokens[a].time, tokens[b].end, aggregate([token.confidence for token in tokens[a : b + 1]]))
+        for text, a, b in groups
+    )
+
+
+def _pieces(tokens: Sequence[Token], final: bool) -> Iterator[tuple[int, int, str]]:
+    """First token, last token and text of everything that has a text: a token, or a character of several bytes."""
+    at = 0
+    while at < len(tokens):
+        if not _BYTE.fullmatch(tokens[at].text):
+            yield at, at, tokens[at].text
+            at += 1
+            continue
+        decoder, begin = codecs.getincrementaldecoder("utf-8")("nemostream-byte"), at
+        while at < len(tokens) and (byte := _BYTE.fullmatch(tokens[at].text)):
+            if text := decoder.decode(bytes([int(byte[1], 16)])):
+                yield begin, at, text
+                begin = at + 1
+            at += 1
+        if text := decoder.decode(b"", final or at < len(tokens)):
+            yield begin, at - 1, text

@@ -1,0 +1,94 @@
+"""The benchmarks of what comes with the tokens: they run, and what they count is right. No time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemostream.benchmarks import features
+from nemostream.errors import OptionError
+from nemostream.runtime.boosting import Boosting
+from nemostream.runtime.tokenizer import Tokenizer
+from nemostream.spec import Bundle
+
+HELD_OUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
+
+
+def test_features(demo_bundle: Bundle) -> None:
+    result = features.measure_features(demo_bundle, batch=3, steps=4, threads=1)
+    assert [row["case"]["features"] for row in result["rows"]] == list(features.CASES)
+    plain, *others = result["rows"]
+    assert plain["values"]["share"] == 0
+    for row in result["rows"]:
+        assert len(row["ms"]["decode"]) == len(row["ms"]["more"]) == 4
+        more = np.array(row["ms"]["decode"]) - plain["ms"]["decode"]
+        np.testing.assert_allclose(row["ms"]["more"], more, atol=1e-3)
+        assert row["values"]["share"] == pytest.approx(np.median(more) / row["values"]["step_ms"], abs=1e-3)
+        assert row["values"]["labels_per_second"] > 0
+    # What is said does not depend on whether anybody asks how sure it is.
+    assert others[0]["values"]["labels_per_second"] == plain["values"]["labels_per_second"]
+    assert features.table(result).count("\n| ") == 2 + len(features.CASES)
+
+
+def test_random_weights_speak_as_fast_as_people(demo_bundle: Bundle) -> None:
+    result = features.measure_features(demo_bundle, batch=16, steps=12, threads=1, random_weights=True)
+    for row in result["rows"]:
+        assert row["values"]["labels_per_second"] == pytest.approx(features.TOKENS_PER_SECOND, rel=0.25)
+
+
+def test_phrases_of_streams_differ() -> None:
+    lists = [features.some_phrases(seed, [1, 2, 3], 50) for seed in range(3)]
+    assert len({boosting.digest.tobytes() for boosting in lists}) == 3
+    assert all(len(boosting) > features.PHRASES for boosting in lists)
+
+
+def test_boosting_counts(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of given texts: phrases found, phrases that nobody said, words wrong."""
+    pytest.importorskip("jiwer", reason="needs the bench extra")
+    from nemostream.benchmarks import boosting
+
+    texts = ["one two three four", "four five six", "seven eight"]
+    rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()][:3]
+    for row, text in zip(rows, texts, strict=True):
+        row["audio_filepath"], row["text"] = str(HELD_OUT.parent / row["audio_filepath"]), text
+    manifest = tmp_path / "some.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer(demo_bundle.path / "tokenizer.model", demo_bundle.manifest.decoder.vocabulary)
+    heard = ["one two three four", "one two three four six", "seven eight"]
+
+    def decode(bundle: Any, chunk: Any, clips: Any, phrases: Boosting | None) -> list[list[int]]:
+        assert len(clips) == 3
+        return [tokenizer.encode(text) for text in (texts if phrases else heard)]
+
+    monkeypatch.setattr(boosting, "decode", decode)
+    result = boosting.measure_boosting(demo_bundle, manifest, weights=[1.0], decibels=[None])
+    found = {(row["case"]["list"], row["case"]["weight"]): row["values"] for row in result["rows"]}
+    assert list(found) == [("spoken", 0), ("spoken", 1), ("others", 0), ("others", 1)]
+    plain = {"recordings": 3, "phrases_said": 2, "found": 1, "wer": pytest.approx(4 / 9)}
+    assert found["spoken", 0] == plain | {"false": 1}
+    assert found["others", 0] == plain | {"false": 0}
+    for name in ("spoken", "others"):
+        assert found[name, 1] == {"recordings": 3, "phrases_said": 2, "found": 2, "false": 0, "wer": 0}
+    assert "| none (2 said) | spoken | 1, 1, 44.4 % | 2, 0, 0.0 % |" in boosting.table(result)
+    manifest.write_text(json.dumps(rows[2]) + "\n")
+    with pytest.raises(OptionError, match="too few words to make up 600 phrases"):
+        boosting.measure_boosting(demo_bundle, manifest, weights=[1.0], decibels=[None])
+
+
+def test_recordings_are_decoded_as_the_model_decodes_them(demo_bundle: Bundle, clips: dict[str, np.ndarray]) -> None:
+    """More recordings than slots, of different lengths; beside `transcribe`."""
+    pytest.importorskip("jiwer", reason="needs the bench extra")
+    import nemostream
+    from nemostream.benchmarks import boosting
+
+    some = [clip[: 16000 + 700 * index] for index, clip in enumerate(list(clips.values()) * 10)]
+    assert len(some) > boosting._SLOTS
+    got = boosting.decode(demo_bundle, demo_bundle.manifest.chunk(560), some, None)
+    with nemostream.load(demo_bundle.path, threads=1) as model:
+        for index in (0, 5, 63, 64, 69):
+            assert got[index] == [token.id for token in model.transcribe(some[index]).tokens]
+    assert sum(map(len, got)) > 20

