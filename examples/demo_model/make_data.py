@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from sentences import is_test_prompt, prompt_text
-from voices import RATE, Espeak, Festival, Flite, Piper, Spoken, Unspeakable
+from piper import Piper
+from texts import is_test_prompt, prompt_text
+from voices import RATE, Espeak, Festival, Flite, Spoken, Unspeakable
 
 TEST_SPEAKER = "yweweler"  # the human speaker no training step hears
 SHARES = {"flite": 0.27, "espeak": 0.25, "festival": 0.18, "piper": 0.3}

@@ -186,11 +186,13 @@ class Mixer:
             until.append(at)
         audio = self._spoil(np.concatenate(pieces)[: int(LONGEST * RATE)], rng)
         frames = [int(t / FRAME) + 1 for t in times] if known else [-1] * len(tokens)
-        grid = (np.arange(int(at / FRAME * 2) + 2) * 2 - 1) * FRAME / 4  # half frames' middles, one frame late
+        # Half frames' middles, one frame late: encoder frame f has heard the audio up to FRAME * f and no more.
+        grid = (np.arange(int(at / FRAME * 2) + 2) * 2 - 3) * FRAME / 4
         place = np.searchsorted(np.array(until), grid)
         numbers = np.array([*sounds, 0])[np.minimum(place, len(sounds))]
-        has_sounds = not parts or len(parts[0].phones) > 0
-        return audio, tokens, frames, numbers if has_sounds else np.full(len(grid), -100), parts[0].phone_set if parts else 0
+        if parts and not len(parts[0].phones):
+            numbers = np.full(len(grid), -100)
+        return audio, tokens, frames, numbers, parts[0].phone_set if parts else 0
 
     def _synthetic(self, rng: np.random.Generator) -> Clip:
         while True:
@@ -238,8 +240,8 @@ class Mixer:
                 spectrum *= fft.rfft(room, count)
             response = np.ones_like(frequency)
             if rng.random() < 0.5:  # a coloured microphone: a few decibels up and down
-                points = rng.uniform(-6, 6, 7)
-                decibels = np.interp(np.log2(frequency + 60), np.log2(np.array([60, 200, 500, 1000, 2000, 4000, 8100])), points)
+                points = np.log2([60, 200, 500, 1000, 2000, 4000, 8100])
+                decibels = np.interp(np.log2(frequency + 60), points, rng.uniform(-6, 6, 7))
                 response *= (10 ** (decibels / 20)).astype(np.float32)
             kind = rng.random()
             if kind < 0.35:  # telephone

@@ -11,7 +11,6 @@ and under which licence); a source that is missing is left out and said so.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import re
@@ -19,26 +18,34 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-WORDNET = Path("/usr/share/wordnet")  # Debian's wordnet-base
-KINDS = {"digits": 0.13, "numbers": 0.11, "dates": 0.11, "prompt": 0.14, "command": 0.16, "everyday": 0.2, "text": 0.15}
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()  # fmt: skip
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+from texts import WORDNET, is_held_out, prompts, quoted_texts, tidy
+
+KINDS = {"digits": 0.1, "numbers": 0.1, "dates": 0.1, "prompt": 0.12, "command": 0.15, "everyday": 0.2, "text": 0.23}
+ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 ORDINAL = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
            "twelve": "twelfth"}  # fmt: skip
-MONTHS = ("January February March April May June July August September October November December").split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-NAMES = ("John Mary David Linda Michael Susan James Karen Robert Lisa William Nancy Richard Betty Thomas Helen Charles "
-         "Sandra Daniel Donna Paul Carol Mark Ruth George Sharon Kenneth Laura Steven Sarah Edward Emily Brian Anna "
-         "Kevin Julia Peter Alice Henry Grace Jack Emma Samuel Olivia Walter Rose Arthur Jane Simon Lucy Alexander "
-         "Victoria Oliver Sophie Martin Claire Frank Diana Philip Maria Mrs. Mr. Doctor").split()  # fmt: skip
-SURNAMES = ("Smith Johnson Brown Miller Davis Wilson Moore Taylor Anderson Jackson White Harris Thompson Clark Lewis "
-            "Walker Hall Young King Wright Green Baker Adams Nelson Hill Campbell Mitchell Roberts Carter").split()  # fmt: skip
-
-
-def is_held_out(text: str) -> bool:
-    words = " ".join(re.findall(r"[a-z']+", text.lower()))
-    return hashlib.sha256(words.encode()).digest()[0] % 16 == 0
+MONTHS = [
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+]  # fmt: skip
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+NAMES = [
+    "John", "Mary", "David", "Linda", "Michael", "Susan", "James", "Karen", "Robert", "Lisa", "William", "Nancy",
+    "Richard", "Betty", "Thomas", "Helen", "Charles", "Sandra", "Daniel", "Donna", "Paul", "Carol", "Mark", "Ruth",
+    "George", "Sharon", "Kenneth", "Laura", "Steven", "Sarah", "Edward", "Emily", "Brian", "Anna", "Kevin", "Julia",
+    "Peter", "Alice", "Henry", "Grace", "Jack", "Emma", "Samuel", "Olivia", "Walter", "Rose", "Arthur", "Jane",
+    "Simon", "Lucy", "Alexander", "Victoria", "Oliver", "Sophie", "Martin", "Claire", "Frank", "Diana", "Philip",
+    "Maria", "Mrs.", "Mr.", "Doctor",
+]  # fmt: skip
+SURNAMES = [
+    "Smith", "Johnson", "Brown", "Miller", "Davis", "Wilson", "Moore", "Taylor", "Anderson", "Jackson", "White",
+    "Harris", "Thompson", "Clark", "Lewis", "Walker", "Hall", "Young", "King", "Wright", "Green", "Baker", "Adams",
+    "Nelson", "Hill", "Campbell", "Mitchell", "Roberts", "Carter",
+]  # fmt: skip
 
 
 def cardinal(n: int, joiner: str = "") -> str:
@@ -118,7 +125,7 @@ class Grammar:
     def terminal(self, name: str) -> str:
         rng = self.rng
         made = {
-            "NAME": lambda: rng.choice(NAMES[:-3]) if rng.random() < 0.7 else f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}",
+            "NAME": self.name,
             "DIGIT": lambda: rng.choice(ONES[:10]),
             "DIGITS": lambda: " ".join(rng.choices(ONES[:10], k=rng.randint(2, 7))),
             "NUMBER": self.number,
@@ -142,6 +149,11 @@ class Grammar:
         }.get(name)
         return made() if made else name
 
+    def name(self) -> str:
+        if self.rng.random() < 0.7:
+            return self.rng.choice(NAMES[:-3])  # not a title alone
+        return f"{self.rng.choice(NAMES)} {self.rng.choice(SURNAMES)}"
+
     def date(self) -> str:
         rng = self.rng
         day, month = ordinal(rng.randint(1, 31)), rng.choice(MONTHS)
@@ -154,8 +166,9 @@ class Grammar:
         rng = self.rng
         hour, minute = ONES[rng.randint(1, 12)], rng.choice((0, 0, 5, 15, 30, 45, rng.randint(1, 59)))
         if rng.random() < 0.25:
-            return rng.choice((f"half past {hour}", f"a quarter past {hour}", f"a quarter to {hour}", "noon", "midnight",
-                               f"{cardinal(rng.randint(2, 29))} minutes past {hour}", f"{hour} o'clock"))  # fmt: skip
+            past = f"{cardinal(rng.randint(2, 29))} minutes past {hour}"
+            return rng.choice((f"half past {hour}", f"a quarter past {hour}", f"a quarter to {hour}", "noon",
+                               "midnight", past, f"{hour} o'clock"))  # fmt: skip
         low = f" oh {ONES[minute]}" if 0 < minute < 10 else f" {cardinal(minute)}" if minute else ""
         return f"{hour}{low}" + rng.choice((" a.m.", " p.m.", " in the morning", " in the evening", "", ""))
 
@@ -167,14 +180,19 @@ class Grammar:
     def spoken_number(self) -> str:
         rng = self.rng
         big = int(10 ** rng.uniform(1, 6.8))
+        sign = rng.choice(("minus", "plus", "times", "divided by"))
+        parts = rng.choice(("half", "quarters", "thirds", "fifths"))
         return rng.choice((
-            lambda: cardinal(big, rng.choice(("", "and"))), lambda: cardinal(rng.randint(0, 99)), self.money,
-            lambda: ordinal(rng.choice((rng.randint(1, 31), rng.randint(1, 999)))), lambda: f"{self.number()} percent",
+            lambda: cardinal(big, rng.choice(("", "and"))),
+            lambda: cardinal(rng.randint(0, 99)),
+            self.money,
+            lambda: ordinal(rng.choice((rng.randint(1, 31), rng.randint(1, 999)))),
+            lambda: f"{self.number()} percent",
             lambda: f"{self.number()} point " + " ".join(rng.choices(ONES[:10], k=rng.randint(1, 3))),
             lambda: " ".join(cardinal(rng.randint(10, 99)) for _ in range(rng.randint(2, 4))),
-            lambda: f"{self.number()} {rng.choice(('minus', 'plus', 'times', 'divided by'))} {self.number()}",
+            lambda: f"{self.number()} {sign} {self.number()}",
             lambda: ", ".join(ONES[rng.randint(0, 8) :][: rng.randint(3, 9)]),
-            lambda: f"{rng.choice(('one', 'two', 'three'))} {rng.choice(('half', 'quarters', 'thirds', 'fifths', 'tenths'))}",
+            lambda: f"{rng.choice(('one', 'two', 'three'))} {parts}",
         ))()  # fmt: skip
 
     def digits(self) -> str:
@@ -184,70 +202,16 @@ class Grammar:
 
     def date_or_time(self) -> str:
         rng = self.rng
-        return rng.choice((self.date, self.date, self.time, self.time, lambda: rng.choice(MONTHS), lambda: rng.choice(DAYS),
-                           lambda: f"{self.date()} at {self.time()}", lambda: year(rng.randint(1500, 2099)),
-                           lambda: f"from {self.time()} to {self.time()}", lambda: f"{rng.choice(DAYS)} at {self.time()}",
-                           lambda: f"{self.number()} {rng.choice(('seconds', 'minutes', 'hours', 'days', 'weeks'))}"))()  # fmt: skip
-
-
-def tidy(text: str, sentence: bool) -> str:
-    text = re.sub(r"\s+", " ", text).strip()
-    text = re.sub(r"\s+([.,?!])", r"\1", text)
-    text = re.sub(r"([.?!])\.$", r"\1", text)
-    text = re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", text)
-    return text[:1].upper() + text[1:] if sentence else text
-
-
-def quoted_texts(texts: Path) -> list[str]:
-    """Sentences of the free sources, 3 to 16 words of plain letters, each word common enough to be learnable."""
-    found: list[str] = []
-    for file in ("noun", "verb", "adj", "adv"):
-        for line in (WORDNET / f"data.{file}").read_text().splitlines():
-            for example in re.findall(r'"([^"]+)"', line.split("|")[-1]):
-                found.append(example.split('- ')[0])
-    books = [*sorted(texts.glob("**/data/chapter_*.json")), *sorted(texts.glob("**/data/19[3-9]?_*.json")),
-             *sorted(texts.glob("**/data/20??_*.json"))]  # fmt: skip
-    for path in books:
-        body = json.loads(path.read_text())
-        body = body["text"] if isinstance(body, dict) else " ".join(map(str, body))
-        found += re.split(r"(?<=[.?!])\s+(?=[A-Z])", re.sub(r"\s+", " ", body))
-    for path in sorted(texts.glob("**/english/*.yml")):
-        found += [line.strip(" -'\"") for line in path.read_text().splitlines() if line.strip().startswith("-")]
-    kept, seen = [], set()
-    for text in found:
-        text = text.replace("--", ", ").replace("’", "'").replace(" ,", ",").strip(" ;:,")
-        if re.fullmatch(r"[A-Za-z',;.?! -]{8,110}", text) and 3 <= len(text.split()) <= 16 and "--" not in text:
-            text = text.replace(";", ",").replace(" - ", ", ").strip(" ,-")
-            if not re.search(r"[.?!]$", text):
-                text += "."
-            text = tidy(text, True)
-            if text.lower() not in seen:
-                seen.add(text.lower())
-                kept.append(text)
-    count = Counter(word for text in kept for word in set(re.findall("[a-z']+", text.lower())))
-    return [t for t in kept if all(count[w] >= 4 for w in re.findall("[a-z']+", t.lower()))]
-
-
-def prompts(speech: Path | None) -> list[str]:
-    """The recorded prompts' own words, for the synthesisers too: those for training alone."""
-    if speech is None:
-        return []
-    rows = [json.loads(line) for line in (speech / "prompts.jsonl").read_text().splitlines()]
-    texts = [prompt_text(row["text"]) for row in rows if not is_test_prompt(row["audio_filepath"])]
-    tested = {prompt_text(row["text"]) for row in rows if is_test_prompt(row["audio_filepath"])}
-    return sorted({text for text in texts if text and text not in tested})
-
-
-def is_test_prompt(name: str) -> bool:
-    """A fifth of the human prompts, by the hash of the file's name, is for testing."""
-    return hashlib.sha256(Path(name).name.encode()).digest()[0] % 5 == 0
-
-
-def prompt_text(text: str) -> str:
-    """What is said: figures as words. Empty for a row that is no speech, or whose words its text does not tell."""
-    text = re.sub(r"\b(\d)\b", lambda m: ONES[int(m[1])], text)
-    text = re.sub(r"\s*\[[^\]]*\]", "", text).replace("...", "").strip()
-    return "" if re.search(r"[<>\d]", text) or not re.search("[A-Za-z]{2}", text) else text
+        unit = rng.choice(("seconds", "minutes", "hours", "days", "weeks"))
+        return rng.choice((
+            self.date, self.date, self.time, self.time,
+            lambda: rng.choice(MONTHS), lambda: rng.choice(DAYS),
+            lambda: f"{self.date()} at {self.time()}",
+            lambda: year(rng.randint(1500, 2099)),
+            lambda: f"from {self.time()} to {self.time()}",
+            lambda: f"{rng.choice(DAYS)} at {self.time()}",
+            lambda: f"{self.number()} {unit}",
+        ))()  # fmt: skip
 
 
 def make(texts: Path, speech: Path | None, count: int, seed: int) -> list[dict]:

@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from evaluate import Scored, dev_clips, word_errors
 from mixer import Batch, Mixer, Sounds, seed_everything
 from model import LAYERS, convolve_fast, make_model, make_tokenizer, save
 from rnnt_loss import band, band_loss
+from score import dev_clips, word_errors
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -104,7 +104,9 @@ class Trainer:
         nll = torch.zeros(len(batch.frames), device=device)
         for rows in (timed, free):
             if rows:
-                nll[rows] = self._transducer(batch, rows, from_encoder, from_labels, targets, frames, labels, early, late)
+                nll[rows] = self._transducer(
+                    batch, rows, from_encoder, from_labels, targets, frames, labels, early, late
+                )
         loss["transducer"] = nll.sum() / (labels.sum() + 1)
         return loss
 
@@ -143,7 +145,6 @@ class Trainer:
             self.block += 1
 
     def run(self, steps: int) -> None:
-        dev = dev_clips(self.data)
         smooth: dict[str, float] = {}
         begun, spent = time.monotonic(), time.process_time()
         for batch in self.batches():
@@ -179,17 +180,17 @@ class Trainer:
             if self.step % 500 == 0:
                 self.save()
             if self.step % 1500 == 0:
-                self.report(dev)
+                self.report()
         self.save()
-        self.report(dev)
+        self.report()
 
-    def report(self, dev: list[Scored]) -> None:
+    def report(self) -> None:
         """WER of the averaged weights on the fixed small set, as streamed in 560 ms chunks, and the .nemo file."""
         kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.average[name])
-            figures = word_errors(self.model, dev, [70, 6])
+            figures = word_errors(self.model, dev_clips(self.data), [70, 6])
             save(self.model, self.out)
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(kept[name])

