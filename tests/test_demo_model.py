@@ -27,33 +27,47 @@ def recipe(name: str) -> ModuleType:
 
 
 @pytest.mark.nemo
-def test_the_loss_is_the_sum_over_all_paths() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_loss_is_the_sum_over_all_paths_in_the_band(whole: bool) -> None:
     """Against Graves' definition itself: every alignment of a small lattice, one by one."""
     import torch
 
-    rnnt_loss = recipe("rnnt_loss").rnnt_loss
+    recipe_loss = recipe("rnnt_loss")
     rng = np.random.default_rng(0)
-    rows, steps, most, vocabulary, blank = 3, 4, 3, 5, 4
-    logits = torch.from_numpy(rng.standard_normal((rows, steps, most + 1, vocabulary))).log_softmax(-1)
-    logits.requires_grad_(True)
-    targets = torch.from_numpy(rng.integers(0, blank, (rows, most)))
-    frames, labels = [4, 3, 1], [3, 0, 2]
-    loss = rnnt_loss(logits, targets, torch.tensor(frames), torch.tensor(labels), blank)
-    for row in range(rows):
+    frames, labels = [5, 3, 1], [3, 0, 2]
+    times = [[-1] * count for count in labels] if whole else [[1, 1, 3], [], [0, 0]]
+    first, cells = recipe_loss.band(times, frames, early=0, late=2)
+    width = int(cells.max())
+    stay, emit = (torch.from_numpy(rng.uniform(-3, -0.1, (3, 5, width))).requires_grad_(True) for _ in range(2))
+    loss = recipe_loss.band_loss(stay, emit, first, cells, torch.tensor(frames), torch.tensor(labels))
+    for row in range(3):
         total = -np.inf
         moves = ["blank"] * (frames[row] - 1) + ["label"] * labels[row]
         for path in set(itertools.permutations(moves)):
             t = u = 0
             score = 0.0
-            for move in path:
-                what = blank if move == "blank" else int(targets[row, u])
-                score += float(logits[row, t, u, what])
+            for move in [*path, "blank"]:
+                s = u - int(first[row, t])
+                if not 0 <= s < int(cells[row, t]) or (move == "label" and s + 1 >= int(cells[row, t])):
+                    score = -np.inf
+                    break
+                score += float((stay if move == "blank" else emit)[row, t, s])
                 t, u = (t + 1, u) if move == "blank" else (t, u + 1)
-            total = np.logaddexp(total, score + float(logits[row, t, u, blank]))
-        assert float(loss[row]) == pytest.approx(-total, rel=1e-6)
+            total = np.logaddexp(total, score)
+        # Paths outside the band cost 60 a step instead of being impossible.
+        assert float(loss[row]) == pytest.approx(-total, abs=1e-6)
     loss.sum().backward()
-    assert torch.isfinite(logits.grad).all()
-    assert float(logits.grad[2, 1:].abs().sum()) == 0, "frames past a row's end have no part in its loss"
+    assert torch.isfinite(stay.grad).all()
+    assert float(stay.grad[2, 1:].abs().sum()) == 0, "frames past a row's end have no part in its loss"
+
+
+@pytest.mark.nemo
+def test_a_label_may_come_when_its_word_is_over_and_a_little_later() -> None:
+    first, cells = recipe("rnnt_loss").band([[2, 4]], [8], early=0, late=2)
+    # Label counts reachable at each frame: none before its time, and each said at the latest two frames after it.
+    low, high = first[0].tolist(), (first + cells - 1)[0].tolist()
+    assert low == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert high == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_the_package_carries_this_checkpoint(demo_bundle: Bundle) -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +158,8 @@ def main() -> None:
     if options.speech:
         sets["people"] = people(options.speech)
     figures: dict = {"chunks": {}}
-    parameters = Bundle.open(options.bundle).path / "weights.bin"
-    figures["weights_bytes"] = parameters.stat().st_size if parameters.is_file() else None
+    figures["bundle_bytes"] = sum(file.stat().st_size for file in Bundle.open(options.bundle).path.iterdir())
+    figures["backend"] = f"onnxruntime {version('onnxruntime')} on {os.cpu_count()} cores of a CPU"
     with nemostream.load(options.bundle, capacity=16) as model:
         for chunk in CHUNKS:
             figures["chunks"][f"{chunk}ms"] = found = {}
