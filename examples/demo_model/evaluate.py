@@ -3,10 +3,11 @@
     nemostream export demo.nemo BUNDLE
     python evaluate.py --data WORK --bundle BUNDLE --out demo.json [--speech SPEECH] [--clips heldout]
 
-Sets, none heard in training: held-out sentences by the training voices (`test-000`, `test-001`), strings of the
-left-out human speaker's digits, the left-out human prompts, and recordings of people that SPEECH/human.jsonl lists.
-Beside word error rates (lower case, no punctuation): how long after a word's end its last token is out, words made of
-ten minutes of silence and noise, and how the tokens come, for tests that need speech-like load.
+Sets, none heard in training: held-out sentences by the training voices (the `test-*` shards but `test-002`, which
+training's log follows), strings of the left-out human speaker's digits, the left-out human prompts, and recordings of
+people that SPEECH/human.jsonl lists. Beside word error rates (lower case, no punctuation): how long after a word's end
+its last token is out, words made of ten minutes of silence and noise, and how the tokens come, for tests that need
+speech-like load.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only so many held-out sentences")
     parser.add_argument("--clips", type=Path, help="also write a few held-out clips into this folder, for tests")
     options = parser.parse_args()
-    heldout = [clip for name in ("test-000", "test-001") for clip in read_shard(options.data, name)][: options.limit]
+    shards = ["test-000", "test-001", *sorted(path.stem for path in options.data.glob("test-kokoro-*.jsonl"))]
+    heldout = [clip for name in shards for clip in read_shard(options.data, name)][: options.limit]
     sets = {
         "held_out": heldout,
         "digits": digit_strings(read_shard(options.data, "test-digits")),

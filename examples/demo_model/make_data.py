@@ -1,6 +1,6 @@
 """Speak the sentences: synthetic voices with the time of every word and sound, and the human recordings.
 
-    python make_data.py --sentences sentences.jsonl --out WORK --piper VOICE [--speech SPEECH] [--processes 2]
+    python make_data.py --sentences sentences.jsonl --out WORK --piper VOICE --kokoro VOICES [--speech SPEECH]
 
 Writes shards, each `NAME.i16` (16 kHz mono samples end to end) and `NAME.jsonl` (one row a clip: start, length, text,
 kind, voice, and where known word times and sounds). A shard's rows file comes last, so a shard is whole or absent, and
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+from kokoro import Kokoro
 from piper import Piper
 from texts import is_test_prompt, prompt_text
 from voices import RATE, Espeak, Festival, Flite, Spoken, Unspeakable
@@ -27,6 +28,7 @@ from voices import RATE, Espeak, Festival, Flite, Spoken, Unspeakable
 TEST_SPEAKER = "yweweler"  # the human speaker no training step hears
 SHARES = {"flite": 0.27, "espeak": 0.25, "festival": 0.18, "piper": 0.3}
 PER_SHARD = 400
+KOKORO_SHARDS, PER_KOKORO_SHARD = 60, 100  # the slowest voice by far: 3 times real time on a core
 
 
 class Shard:
@@ -80,6 +82,18 @@ def speak(folder: Path, name: str, rows: list[dict], seed: int, piper: Path | No
     return f"{name}: {shard.write():.1f} minutes, {lost} sentences left out"
 
 
+def speak_slowly(folder: Path, name: str, rows: list[dict], seed: int, kokoro: Path) -> str:
+    """A shard by Kokoro's voices."""
+    rng, say, shard = random.Random(seed), Kokoro(kokoro, Espeak()).say, Shard(folder, name)
+    for row in rows:
+        try:
+            spoken = say(row["text"], rng)
+        except Unspeakable:
+            continue
+        shard.add(spoken.audio, {"text": row["text"], "kind": row["kind"], "voice": spoken.voice}, spoken)
+    return f"{name}: {shard.write():.1f} minutes"
+
+
 def human(folder: Path, speech: Path) -> None:
     shards = {name: Shard(folder, name) for name in ("human-digits", "human-prompts", "test-digits", "test-prompts")}
     for manifest in sorted((speech / "digits").glob("*.jsonl")):
@@ -114,6 +128,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--piper", type=Path, help="folder of en_US-joe-medium.onnx and its .json")
+    parser.add_argument("--kokoro", type=Path, help="folder of kokoro.onnx, vocab.json and voices/*.bin")
     parser.add_argument("--speech", type=Path, help="folder of digits/*.jsonl and prompts.jsonl")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--tag", help="ignored: a word to find the process by")
@@ -122,24 +137,34 @@ def main() -> None:
     if options.speech and not (options.out / "test-prompts.jsonl").is_file():
         human(options.out, options.speech)
     rows = [json.loads(line) for line in options.sentences.read_text().splitlines()]
-    jobs = []
-    for prefix, held_out in (("test", True), ("train", False)):
-        part = [row for row in rows if row["held_out"] == held_out]
-        if held_out:
-            part = part[:1200]
-        for number, first in enumerate(range(0, len(part), PER_SHARD)):
-            name = f"{prefix}-{number:03}"
-            if not (options.out / f"{name}.jsonl").is_file():
-                seed = number + (10_000 if held_out else 0)
-                jobs.append((options.out, name, part[first : first + PER_SHARD], seed, options.piper))
+    held_out = [row for row in rows if row["held_out"]]
+    training = [row for row in rows if not row["held_out"]]
+    jobs = [(speak, f"test-{n:03}", part, 10_000 + n, options.piper) for n, part in _parts(held_out[:1200], PER_SHARD)]
+    many = [(speak, f"train-{n:03}", part, n, options.piper) for n, part in _parts(training, PER_SHARD)]
+    if options.kokoro:
+        few = held_out[1200 : 1200 + 2 * PER_KOKORO_SHARD]
+        jobs += [(speak_slowly, f"test-kokoro-{n:03}", part, 30_000 + n, options.kokoro)
+                 for n, part in _parts(few, PER_KOKORO_SHARD)]  # fmt: skip
+        few = training[::-1][: KOKORO_SHARDS * PER_KOKORO_SHARD]
+        slow = [(speak_slowly, f"train-kokoro-{n:03}", part, 20_000 + n, options.kokoro)
+                for n, part in _parts(few, PER_KOKORO_SHARD)]  # fmt: skip
+        while slow:  # in turns, so that training can begin with some of everything
+            jobs += [*many[:2], slow.pop(0)]
+            many = many[2:]
+    jobs = [(say, options.out, *job) for say, *job in jobs + many if not (options.out / f"{job[0]}.jsonl").is_file()]
     # A process a shard: flite and espeak-ng keep state, and a crash in C code should cost one shard.
     with get_context("fork").Pool(options.processes, maxtasksperchild=1) as pool:
         for line in pool.imap(_speak, jobs, chunksize=1):
             print(line, flush=True)
 
 
+def _parts(rows: list[dict], size: int) -> list[tuple[int, list[dict]]]:
+    return [(number, rows[first : first + size]) for number, first in enumerate(range(0, len(rows), size))]
+
+
 def _speak(job: tuple) -> str:
-    return speak(*job)
+    say, *rest = job
+    return say(*rest)
 
 
 if __name__ == "__main__":

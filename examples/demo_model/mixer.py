@@ -19,9 +19,13 @@ from model import FRAME
 from scipy import fft
 
 RATE = 16000
-POOL = 160  # examples of a block, sorted by length into batches
-BATCH_SECONDS = 72.0
+POOL = 120  # examples of a block, sorted by length into batches
+BATCH_SECONDS = 40.0
 LONGEST = 13.0
+# How often each kind of voice speaks: the more human ones more often than there is of them, but a voice with few clips
+# must not say them all day.
+WEIGHTS = {"flite": 0.2, "espeak": 0.17, "festival": 0.13, "piper": 0.22, "kokoro": 0.28}
+ENOUGH = 1500
 
 
 @dataclass
@@ -51,8 +55,9 @@ class Batch:
 class Sounds:
     """Numbers for the synthesisers' sound symbols; 0 is silence. Sets differ: nobody need map one to another."""
 
-    SETS = ("us", "ipa", "piper")
-    SIZE = 256
+    SETS = ("us", "ipa", "piper", "kokoro")
+    PLACES = 63  # of each set
+    SIZE = 1 + len(SETS) * PLACES
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[str, str], int] = {}
@@ -63,9 +68,9 @@ class Sounds:
         # A fixed place, so that it does not depend on the order of the clips.
         key = (phone_set, symbol)
         if key not in self.numbers:
-            base = 1 + self.SETS.index(phone_set) * 85
-            place = sum(ord(c) * (i * 31 + 1) for i, c in enumerate(symbol)) % 85
-            self.numbers[key] = base + place  # two rare symbols may share a place; no harm
+            base = 1 + self.SETS.index(phone_set) * self.PLACES
+            place = sum(ord(c) * (i * 31 + 1) for i, c in enumerate(symbol)) % self.PLACES
+            self.numbers[key] = base + place  # two symbols may share a place; little harm
         return self.numbers[key]
 
 
@@ -195,9 +200,12 @@ class Mixer:
         return audio, tokens, frames, numbers, parts[0].phone_set if parts else 0
 
     def _synthetic(self, rng: np.random.Generator) -> Clip:
+        kinds = [kind for kind in WEIGHTS if kind in self.clips.by_voice]
+        shares = np.array([WEIGHTS[kind] * min(1.0, len(self.clips.by_voice[kind]) / ENOUGH) for kind in kinds])
+        pool = self.clips.by_voice[kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]]
         while True:
-            clip = self.clips.clips[int(rng.integers(len(self.clips.clips)))]
-            if not clip.voice.startswith("human") and len(clip.times) and clip.length < 0.8 * LONGEST * RATE:
+            clip = self.clips.clips[int(rng.choice(pool))]
+            if len(clip.times) and clip.length < 0.8 * LONGEST * RATE:
                 return clip
 
     def _human_digits(self, rng: np.random.Generator) -> list[Clip]:

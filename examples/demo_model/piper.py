@@ -30,7 +30,7 @@ class Piper:
 
     def say(self, text: str, rng: random.Random) -> Spoken:
         words = text.split()
-        groups = _group(words, self.espeak.sounds(text).split(), [self.espeak.sounds(word) for word in words])
+        groups = group(words, self.espeak.sounds(text).split(), [self.espeak.sounds(word) for word in words])
         symbols, owner = ["^"], [-1]
         for number, (sounds, last) in enumerate(groups):
             for symbol in ([" "] if number else []) + list(sounds):
@@ -64,7 +64,7 @@ class Piper:
         return Spoken(resampled(audio.reshape(-1), self.rate), "piper-joe", starts, ends, phones, "piper")
 
 
-def _group(words: list[str], spoken: list[str], alone: list[str]) -> list[tuple[str, int]]:
+def group(words: list[str], spoken: list[str], alone: list[str]) -> list[tuple[str, int]]:
     """espeak-ng runs some words together ("of the"): which words each group of sounds covers, by length."""
     if len(spoken) > len(words):
         raise Unspeakable(" ".join(words))

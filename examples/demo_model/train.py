@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 SEED = 7
 NARROW_STEPS = 4000
 PROMPTS_FROM_BLOCK = 500  # clips without word times wait until the model can align them
-RATE = 2.5e-3
+RATE = 2e-3
 AVERAGE = 0.9995
 SOUNDS_LAYER = LAYERS // 2
 
@@ -57,7 +57,7 @@ class Trainer:
         own = torch.full((len(Sounds.SETS), Sounds.SIZE), -1e4)
         own[:, 0] = 0.0
         for number in range(len(Sounds.SETS)):
-            own[number, 1 + number * 85 : 1 + (number + 1) * 85] = 0.0
+            own[number, 1 + number * Sounds.PLACES : 1 + (number + 1) * Sounds.PLACES] = 0.0
         self.own = own.to(self.device)
         self.blank = self.model.decoder.blank_idx
         self.parameters = [*self.model.parameters(), *self.sounds.parameters()]

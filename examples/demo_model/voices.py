@@ -186,9 +186,9 @@ class Espeak:
             raise Unspeakable(text)
         return Spoken(resampled(audio, self.rate), f"espeak-{voice}", starts, ends, phones, "ipa")
 
-    def sounds(self, text: str) -> str:
-        """IPA, words apart by spaces, for Piper. Only the first clause comes back from one call, so loop."""
-        self.lib.espeak_SetVoiceByName(b"en-us")
+    def sounds(self, text: str, accent: str = "en-us") -> str:
+        """IPA, words apart by spaces, for other voices. Only the first clause comes back from one call, so loop."""
+        self.lib.espeak_SetVoiceByName(accent.encode())
         self.lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
         keep = ctypes.c_char_p(text.encode())  # the pointer below moves through it
         left, parts = ctypes.c_void_p(ctypes.cast(keep, ctypes.c_void_p).value), []
