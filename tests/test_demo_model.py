@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import random
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,10 +21,13 @@ FOLDER = Path(__file__).parents[1] / "examples" / "demo_model"
 
 
 def recipe(name: str) -> ModuleType:
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # its files import each other
     spec = importlib.util.spec_from_file_location(f"demo_model_{name}", FOLDER / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
@@ -68,6 +74,56 @@ def test_a_label_may_come_when_its_word_is_over_and_a_little_later() -> None:
     low, high = first[0].tolist(), (first + cells - 1)[0].tolist()
     assert low == [0, 0, 0, 0, 0, 1, 1, 2]
     assert high == [0, 0, 1, 1, 2, 2, 2, 2]
+
+
+def test_numbers_are_said_as_people_say_them() -> None:
+    inflect = pytest.importorskip("inflect").engine()
+    sentences = recipe("sentences")
+    for n in [*range(131), 199, 200, 342, 1000, 1001, 20_015, 999_999, 1_000_000, 6_310_402]:
+        wanted = inflect.number_to_words(n, andword="").replace(",", "").replace("-", " ")
+        assert sentences.cardinal(n) == wanted
+        assert sentences.ordinal(n) == inflect.ordinal(wanted)
+    assert [sentences.year(n) for n in (1705, 1900, 1984, 2004, 2031)] == [
+        "seventeen oh five", "nineteen hundred", "nineteen eighty four", "two thousand four", "twenty thirty one"
+    ]  # fmt: skip
+
+
+def test_what_is_for_testing_does_not_depend_on_case_or_punctuation() -> None:
+    texts = recipe("texts")
+    said = [f"Press {a} to call {b}." for a in ("one", "two", "nine", "star") for b in ("Anna", "Bob", "me", "Rome")]
+    held_out = [texts.is_held_out(text) for text in said]
+    assert held_out == [texts.is_held_out(text.upper().replace(".", "!")) for text in said]
+    spread = sum(texts.is_held_out(str(n) + " " + chr(97 + n % 26) * (n // 26 + 1)) for n in range(2000)) / 2000
+    assert 1 / 16 * 0.6 < spread < 1 / 16 * 1.4
+
+
+def test_the_grammar_says_words_alone() -> None:
+    """No rule, option or list of the grammar is left in a sentence."""
+    sentences = recipe("sentences")
+    if not recipe("texts").WORDNET.is_dir():
+        pytest.skip("needs Debian's wordnet-base")
+    grammar = sentences.Grammar(FOLDER / "grammar.txt", random.Random(4))
+    for rule in ("prompt", "command", "everyday"):
+        for _ in range(800):
+            said = sentences.tidy(grammar.say(rule), True)
+            assert re.fullmatch(r"[A-Za-z',.?! ]+", said), said
+            assert not re.search(r"\b[A-Z]{2,}\b", said), said
+
+
+@pytest.mark.nemo
+def test_a_token_may_come_when_its_letters_are_over() -> None:
+    pieces = ["▁Wash", "ing", "▁up", "."]
+
+    class Pieces:
+        def encode(self, text: str, out_type: type = int) -> list:
+            return pieces if out_type is str else list(range(4))
+
+    clips = recipe("mixer").Clips.__new__(recipe("mixer").Clips)
+    clips.pieces = Pieces()
+    tokens, times = clips.tokens("Washing up.", [0.0, 1.0], [0.7, 1.4])
+    assert tokens == [0, 1, 2, 3]
+    assert times == pytest.approx([0.4, 0.7, 1.4, 1.4])
+    assert clips.tokens("Washing up.", None, None)[1].size == 0
 
 
 def test_the_package_carries_this_checkpoint(demo_bundle: Bundle) -> None:
