@@ -171,7 +171,7 @@ class Mixer:
         silence = rng.uniform(0.0, 0.8) if parts else rng.uniform(1.0, 6.0)
         pieces, at = [np.zeros(int(silence * RATE), np.float32)], int(silence * RATE) / RATE
         tokens, times, sounds, until = [], [], [0], [at]
-        factor = float(rng.uniform(0.87, 1.15)) if rng.random() < 0.6 else 1.0
+        factor = float(rng.uniform(0.88, 1.14)) if rng.random() < 0.5 else 1.0
         known = True
         for part in parts:
             audio = self.clips.samples(part) * float(rng.uniform(0.5, 1.0))
@@ -236,9 +236,10 @@ class Mixer:
         frequency = np.linspace(0, RATE / 2, count // 2 + 1, dtype=np.float32)
         noise = self.noises[rng.integers(len(self.noises))]
         offset = int(rng.integers(len(noise) - len(audio)))
-        ratio = rng.uniform(8, 40) if rng.random() < 0.75 else rng.uniform(40, 70)
+        spoiled = rng.random() < 0.6  # the others are clean: a small model learns little from noise alone
+        ratio = rng.uniform(10, 40) if spoiled and rng.random() < 0.75 else rng.uniform(40, 70)
         noise = noise[offset : offset + len(audio)] * (max(level, 3e-3) * 10 ** (-ratio / 20))
-        if rng.random() < 0.9:
+        if spoiled:
             spectrum = fft.rfft(audio, count)
             if rng.random() < 0.3:
                 room = np.zeros(int(rng.uniform(0.05, 0.3) * RATE), np.float32)

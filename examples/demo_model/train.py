@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader
 SEED = 7
 NARROW_STEPS = 4000
 PROMPTS_FROM_BLOCK = 500  # clips without word times wait until the model can align them
-RATE = 2e-3
+RATE = 1.2e-3
 AVERAGE = 0.9995
 SOUNDS_LAYER = LAYERS // 2
 
@@ -147,8 +148,10 @@ class Trainer:
     def run(self, steps: int) -> None:
         smooth: dict[str, float] = {}
         begun, spent = time.monotonic(), time.process_time()
+        stop: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))  # a polite end keeps every step
         for batch in self.batches():
-            if self.step >= steps:
+            if self.step >= steps or stop:
                 break
             seed_everything(SEED + self.step)
             decay = min(1.0, (steps - self.step) / (0.25 * steps))
@@ -182,7 +185,8 @@ class Trainer:
             if self.step % 1500 == 0:
                 self.report()
         self.save()
-        self.report()
+        if not stop:
+            self.report()
 
     def report(self) -> None:
         """WER of the averaged weights on the fixed small set, as streamed in 560 ms chunks, and the .nemo file."""
