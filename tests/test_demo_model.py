@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import random
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,42 +21,109 @@ FOLDER = Path(__file__).parents[1] / "examples" / "demo_model"
 
 
 def recipe(name: str) -> ModuleType:
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # its files import each other
     spec = importlib.util.spec_from_file_location(f"demo_model_{name}", FOLDER / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.nemo
-def test_the_loss_is_the_sum_over_all_paths() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_loss_is_the_sum_over_all_paths_in_the_band(whole: bool) -> None:
     """Against Graves' definition itself: every alignment of a small lattice, one by one."""
     import torch
 
-    rnnt_loss = recipe("rnnt_loss").rnnt_loss
+    recipe_loss = recipe("rnnt_loss")
     rng = np.random.default_rng(0)
-    rows, steps, most, vocabulary, blank = 3, 4, 3, 5, 4
-    logits = torch.from_numpy(rng.standard_normal((rows, steps, most + 1, vocabulary))).log_softmax(-1)
-    logits.requires_grad_(True)
-    targets = torch.from_numpy(rng.integers(0, blank, (rows, most)))
-    frames, labels = [4, 3, 1], [3, 0, 2]
-    loss = rnnt_loss(logits, targets, torch.tensor(frames), torch.tensor(labels), blank)
-    for row in range(rows):
+    frames, labels = [5, 3, 1], [3, 0, 2]
+    times = [[-1] * count for count in labels] if whole else [[1, 1, 3], [], [0, 0]]
+    first, cells = recipe_loss.band(times, frames, early=0, late=2)
+    width = int(cells.max())
+    stay, emit = (torch.from_numpy(rng.uniform(-3, -0.1, (3, 5, width))).requires_grad_(True) for _ in range(2))
+    loss = recipe_loss.band_loss(stay, emit, first, cells, torch.tensor(frames), torch.tensor(labels))
+    for row in range(3):
         total = -np.inf
         moves = ["blank"] * (frames[row] - 1) + ["label"] * labels[row]
         for path in set(itertools.permutations(moves)):
             t = u = 0
             score = 0.0
-            for move in path:
-                what = blank if move == "blank" else int(targets[row, u])
-                score += float(logits[row, t, u, what])
+            for move in [*path, "blank"]:
+                s = u - int(first[row, t])
+                if not 0 <= s < int(cells[row, t]) or (move == "label" and s + 1 >= int(cells[row, t])):
+                    score = -np.inf
+                    break
+                score += float((stay if move == "blank" else emit)[row, t, s])
                 t, u = (t + 1, u) if move == "blank" else (t, u + 1)
-            total = np.logaddexp(total, score + float(logits[row, t, u, blank]))
-        assert float(loss[row]) == pytest.approx(-total, rel=1e-6)
+            total = np.logaddexp(total, score)
+        # Paths outside the band cost 60 a step instead of being impossible.
+        assert float(loss[row]) == pytest.approx(-total, abs=1e-6)
     loss.sum().backward()
-    assert torch.isfinite(logits.grad).all()
-    assert float(logits.grad[2, 1:].abs().sum()) == 0, "frames past a row's end have no part in its loss"
+    assert torch.isfinite(stay.grad).all()
+    assert float(stay.grad[2, 1:].abs().sum()) == 0, "frames past a row's end have no part in its loss"
+
+
+@pytest.mark.nemo
+def test_a_label_may_come_when_its_word_is_over_and_a_little_later() -> None:
+    first, cells = recipe("rnnt_loss").band([[2, 4]], [8], early=0, late=2)
+    # Label counts reachable at each frame: none before its time, and each said at the latest two frames after it.
+    low, high = first[0].tolist(), (first + cells - 1)[0].tolist()
+    assert low == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert high == [0, 0, 1, 1, 2, 2, 2, 2]
+
+
+def test_numbers_are_said_as_people_say_them() -> None:
+    inflect = pytest.importorskip("inflect").engine()
+    sentences = recipe("sentences")
+    for n in [*range(131), 199, 200, 342, 1000, 1001, 20_015, 999_999, 1_000_000, 6_310_402]:
+        wanted = inflect.number_to_words(n, andword="").replace(",", "").replace("-", " ")
+        assert sentences.cardinal(n) == wanted
+        assert sentences.ordinal(n) == inflect.ordinal(wanted)
+    assert [sentences.year(n) for n in (1705, 1900, 1984, 2004, 2031)] == [
+        "seventeen oh five", "nineteen hundred", "nineteen eighty four", "two thousand four", "twenty thirty one"
+    ]  # fmt: skip
+
+
+def test_what_is_for_testing_does_not_depend_on_case_or_punctuation() -> None:
+    texts = recipe("texts")
+    said = [f"Press {a} to call {b}." for a in ("one", "two", "nine", "star") for b in ("Anna", "Bob", "me", "Rome")]
+    held_out = [texts.is_held_out(text) for text in said]
+    assert held_out == [texts.is_held_out(text.upper().replace(".", "!")) for text in said]
+    spread = sum(texts.is_held_out(str(n) + " " + chr(97 + n % 26) * (n // 26 + 1)) for n in range(2000)) / 2000
+    assert 1 / 16 * 0.6 < spread < 1 / 16 * 1.4
+
+
+def test_the_grammar_says_words_alone() -> None:
+    """No rule, option or list of the grammar is left in a sentence."""
+    sentences = recipe("sentences")
+    if not recipe("texts").WORDNET.is_dir():
+        pytest.skip("needs Debian's wordnet-base")
+    grammar = sentences.Grammar(FOLDER / "grammar.txt", random.Random(4))
+    for rule in ("prompt", "command", "everyday"):
+        for _ in range(800):
+            said = sentences.tidy(grammar.say(rule), True)
+            assert re.fullmatch(r"[A-Za-z',.?! ]+", said), said
+            assert not re.search(r"\b[A-Z]{2,}\b", said), said
+
+
+@pytest.mark.nemo
+def test_a_token_may_come_when_its_letters_are_over() -> None:
+    pieces = ["▁Wash", "ing", "▁up", "."]
+
+    class Pieces:
+        def encode(self, text: str, out_type: type = int) -> list:
+            return pieces if out_type is str else list(range(4))
+
+    clips = recipe("mixer").Clips.__new__(recipe("mixer").Clips)
+    clips.pieces = Pieces()
+    tokens, times = clips.tokens("Washing up.", [0.0, 1.0], [0.7, 1.4])
+    assert tokens == [0, 1, 2, 3]
+    assert times == pytest.approx([0.4, 0.7, 1.4, 1.4])
+    assert clips.tokens("Washing up.", None, None)[1].size == 0
 
 
 def test_the_package_carries_this_checkpoint(demo_bundle: Bundle) -> None:

@@ -1,132 +1,118 @@
-"""Make the demo model's data: spoken digits from synthetic voices, and human ones if they are at hand.
+"""Speak the sentences: synthetic voices with the time of every word and sound, and the human recordings.
 
-    python make_data.py --out WORK [--speech DIR]
+    python make_data.py --sentences sentences.jsonl --out WORK --piper VOICE --kokoro VOICES [--speech SPEECH]
 
-Needs `flite`, `espeak-ng` and `festival` (voices kal, ked and slt_arctic_hts) on the PATH; `--speech` is a folder with
-`digits/SPEAKER.jsonl` manifests (the Free Spoken Digit Dataset, one FLAC a speaker). Everything ends up in three files:
-
-    words.npz    single digits, trimmed: training strings are built from them on the fly, with known times
-    strings.npz  digit strings spoken in one breath by a synthesiser, for training
-    heldout.npz  the same, for testing: texts that no training string has (`is_held_out`)
-
-each with `audio` (int16, 16 kHz, end to end), `start`, `length`, `text`, `voice`.
+Writes shards, each `NAME.i16` (16 kHz mono samples end to end) and `NAME.jsonl` (one row a clip: start, length, text,
+kind, voice, and where known word times and sounds). A shard's rows file comes last, so a shard is whole or absent, and
+a rerun goes on where it stopped. `test-*` are for testing: held-out sentences, the left-out human speaker's digits and
+the left-out prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import os
 import random
-import shutil
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+from kokoro import Kokoro
+from piper import Piper
+from texts import is_test_prompt, prompt_text
+from voices import RATE, Espeak, Festival, Flite, Spoken, Unspeakable
 
-RATE = 16000
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEST_SPEAKER = "yweweler"  # the human speaker no training step hears
-ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
-VARIANTS = ("m1", "m3", "m5", "m7", "f1", "f2", "f3", "f4", "")
-FLITE = ("slt", "rms", "awb", "kal16", "kal")
-FESTIVAL = ("kal_diphone", "ked_diphone", "cmu_us_slt_arctic_hts")
+SHARES = {"flite": 0.27, "espeak": 0.25, "festival": 0.18, "piper": 0.3}
+PER_SHARD = 400
+KOKORO_SHARDS, PER_KOKORO_SHARD = 60, 100  # the slowest voice by far: 3 times real time on a core
 
 
-def is_held_out(text: str) -> bool:
-    """One string of eight, by its own text, is for testing whatever voice speaks it."""
-    return hashlib.sha256(text.encode()).digest()[0] % 8 == 0
+class Shard:
+    def __init__(self, folder: Path, name: str) -> None:
+        self.rows_path, self.audio_path = folder / f"{name}.jsonl", folder / f"{name}.i16"
+        self.rows: list[str] = []
+        self.pieces: list[np.ndarray] = []
+        self.at = 0
+
+    def add(self, audio: np.ndarray, row: dict, spoken: Spoken | None = None) -> None:
+        peak = float(np.abs(audio).max()) if len(audio) else 0.0
+        samples = np.round(audio * (0.9 / max(peak, 0.05)) * 32767).astype(np.int16)
+        row = row | {"start": self.at, "length": len(samples)}
+        if spoken:
+            row |= {"starts": [round(t, 3) for t in spoken.starts], "ends": [round(t, 3) for t in spoken.ends],
+                    "set": spoken.phone_set, "phones": [symbol for symbol, _ in spoken.phones],
+                    "until": [round(float(t), 3) for _, t in spoken.phones]}  # fmt: skip
+        self.rows.append(json.dumps(row, ensure_ascii=False))
+        self.pieces.append(samples)
+        self.at += len(samples)
+
+    def write(self) -> float:
+        np.concatenate(self.pieces).tofile(self.audio_path)
+        partial = self.rows_path.with_suffix(".partial")
+        partial.write_text("\n".join(self.rows) + "\n")
+        partial.rename(self.rows_path)
+        return self.at / RATE / 60
 
 
-def flite(voice: str, stretch: float, text: str, path: Path) -> None:
-    _run(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}", "-t", text, "-o", str(path)])
+def speak(folder: Path, name: str, rows: list[dict], seed: int, piper: Path | None) -> str:
+    """One shard. Each sentence gets one voice; what a voice cannot time is left out."""
+    rng = random.Random(seed)
+    shares = {tool: share for tool, share in SHARES.items() if piper or tool != "piper"}
+    espeak = Espeak()
+    says = {"flite": Flite().say, "espeak": espeak.say}
+    if piper:
+        says["piper"] = Piper(piper, espeak).say
+    tools = rng.choices(list(shares), list(shares.values()), k=len(rows))
+    slow = [row for row, tool in zip(rows, tools, strict=True) if tool == "festival"]
+    festival = iter(Festival().say_all([row["text"] for row in slow], rng))
+    shard, lost = Shard(folder, name), 0
+    for row, tool in zip(rows, tools, strict=True):
+        try:
+            spoken = next(festival) if tool == "festival" else says[tool](row["text"], rng)
+        except Unspeakable:
+            spoken = None
+        if spoken is None:
+            lost += 1
+            continue
+        shard.add(spoken.audio, {"text": row["text"], "kind": row["kind"], "voice": spoken.voice}, spoken)
+    return f"{name}: {shard.write():.1f} minutes, {lost} sentences left out"
 
 
-def espeak(voice: str, speed: int, pitch: int, text: str, path: Path) -> None:
-    _run(["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(path), text])
+def speak_slowly(folder: Path, name: str, rows: list[dict], seed: int, kokoro: Path) -> str:
+    """A shard by Kokoro's voices."""
+    rng, say, shard = random.Random(seed), Kokoro(kokoro, Espeak()).say, Shard(folder, name)
+    for row in rows:
+        try:
+            spoken = say(row["text"], rng)
+        except Unspeakable:
+            continue
+        shard.add(spoken.audio, {"text": row["text"], "kind": row["kind"], "voice": spoken.voice}, spoken)
+    return f"{name}: {shard.write():.1f} minutes"
 
 
-def festival(voice: str, texts: list[str], paths: list[Path]) -> None:
-    """Festival takes a second to start: one process says a whole list."""
-    lines = [f"(voice_{voice})"]
-    lines += [
-        f'(utt.save.wave (utt.synth (Utterance Text "{text}")) "{path}" \'riff)'
-        for text, path in zip(texts, paths, strict=True)
-    ]
-    script = paths[0].with_suffix(".scm")
-    script.write_text("\n".join(lines))
-    _run(["festival", "-b", str(script)])
-
-
-def random_string(rng: random.Random, held_out: bool) -> str:
-    while True:
-        text = " ".join(rng.choices(DIGITS, k=rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7, 8, 10))))
-        if " " in text and is_held_out(text) == held_out:
-            return text
-
-
-def speak_words(folder: Path, rng: random.Random) -> list[tuple[str, str, Path]]:
-    jobs, made = [], []
-    for word in DIGITS:
-        for voice in FLITE:
-            for stretch in (0.8, 1.0, 1.25, 1.5):
-                path = folder / f"w{len(made)}.wav"
-                made.append((word, f"flite-{voice}", path))
-                jobs.append((flite, voice, stretch, word + rng.choice((".", ",", "?")), path))
-        for accent in ACCENTS:
-            for variant in VARIANTS:
-                for speed in rng.sample((110, 130, 150, 170, 190), 2):
-                    path = folder / f"w{len(made)}.wav"
-                    made.append((word, f"espeak-{accent}+{variant}", path))
-                    voice = f"{accent}+{variant}" if variant else accent
-                    jobs.append((espeak, voice, speed, rng.randint(20, 80), word, path))
-    _in_parallel(jobs)
-    return made
-
-
-def speak_strings(folder: Path, rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str, Path]]:
-    """A third each from flite and festival, the rest from espeak: equal shares would make espeak's accents rare."""
-    jobs, made = [], []
-    queues: dict[str, list[tuple[str, Path]]] = {voice: [] for voice in FESTIVAL}
-    for number in range(count):
-        text, path = random_string(rng, held_out), folder / f"s{number}.wav"
-        # A comma now and then makes the pause of someone reading a number in groups.
-        spoken = "".join(word + rng.choice((" ", " ", " ", ", ")) for word in text.split()).strip(" ,")
-        kind = rng.random()
-        if kind < 0.4:
-            voice = rng.choice(FLITE)
-            jobs.append((flite, voice, round(rng.uniform(0.85, 1.5), 2), spoken, path))
-        elif kind < 0.8:
-            accent, variant = rng.choice(ACCENTS), rng.choice(VARIANTS)
-            voice = f"{accent}+{variant}" if variant else accent
-            jobs.append((espeak, voice, rng.randint(100, 190), rng.randint(20, 80), spoken, path))
-        else:
-            voice = rng.choice(FESTIVAL)
-            queues[voice].append((spoken, path))
-        made.append((text, voice, path))
-    for voice, queue in queues.items():
-        for start in range(0, len(queue), 40):
-            part = queue[start : start + 40]
-            jobs.append((festival, voice, [text for text, _ in part], [path for _, path in part]))
-    _in_parallel(jobs)
-    return made
-
-
-def human_words(speech: Path) -> list[tuple[str, str, np.ndarray]]:
-    words = []
+def human(folder: Path, speech: Path) -> None:
+    shards = {name: Shard(folder, name) for name in ("human-digits", "human-prompts", "test-digits", "test-prompts")}
     for manifest in sorted((speech / "digits").glob("*.jsonl")):
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
         audio, rate = soundfile.read(speech / rows[0]["audio_filepath"], dtype="float32")
         for row in rows:
             begin = round(row["offset"] * rate)
-            clip = audio[begin : begin + round(row["duration"] * rate)]
-            words.append((row["text"], f"human-{row['speaker']}", soxr.resample(clip, rate, RATE)))
-    return words
+            clip = trim(soxr.resample(audio[begin : begin + round(row["duration"] * rate)], rate, RATE))
+            shard = shards["test-digits" if row["speaker"] == TEST_SPEAKER else "human-digits"]
+            times = {"starts": [0.0], "ends": [round(len(clip) / RATE, 3)]}
+            shard.add(clip, {"text": row["text"], "kind": "digits", "voice": f"human-{row['speaker']}"} | times)
+    for line in (speech / "prompts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if text := prompt_text(row["text"]):
+            audio, rate = soundfile.read(speech / row["audio_filepath"], dtype="float32")
+            shard = shards["test-prompts" if is_test_prompt(row["audio_filepath"]) else "human-prompts"]
+            shard.add(soxr.resample(audio, rate, RATE), {"text": text, "kind": "prompt", "voice": "human-prompts"})
+    for name, shard in shards.items():
+        print(f"{name}: {len(shard.rows)} clips, {shard.write():.1f} minutes", flush=True)
 
 
 def trim(audio: np.ndarray) -> np.ndarray:
@@ -137,57 +123,48 @@ def trim(audio: np.ndarray) -> np.ndarray:
     return audio[max(loud[0] * 160 - 160, 0) : loud[-1] * 160 + 480]
 
 
-def save(path: Path, rows: list[tuple[str, str, np.ndarray]]) -> None:
-    audio = [np.clip(clip * 32767, -32768, 32767).astype(np.int16) for _, _, clip in rows]
-    length = np.array([len(clip) for clip in audio])
-    np.savez(
-        path,
-        audio=np.concatenate(audio),
-        start=np.cumsum(length) - length,
-        length=length,
-        text=np.array([text for text, _, _ in rows]),
-        voice=np.array([voice for _, voice, _ in rows]),
-    )
-    print(f"{path}: {len(rows)} clips, {length.sum() / RATE / 60:.1f} minutes")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sentences", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--speech", type=Path)
-    parser.add_argument("--strings", type=int, default=4000)
+    parser.add_argument("--piper", type=Path, help="folder of en_US-joe-medium.onnx and its .json")
+    parser.add_argument("--kokoro", type=Path, help="folder of kokoro.onnx, vocab.json and voices/*.bin")
+    parser.add_argument("--speech", type=Path, help="folder of digits/*.jsonl and prompts.jsonl")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--tag", help="ignored: a word to find the process by")
     options = parser.parse_args()
-    missing = [tool for tool in ("flite", "espeak-ng", "festival") if not shutil.which(tool)]
-    if missing:
-        sys.exit(f"{' and '.join(missing)} not found; on Debian: apt-get install flite espeak-ng festival "
-                 "festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts")  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        words = [(word, voice, trim(_read(path))) for word, voice, path in speak_words(folder, rng)]
-        if options.speech:
-            words += [(word, voice, trim(clip)) for word, voice, clip in human_words(options.speech)]
-        save(options.out / "words.npz", words)
-        for name, count, held_out in (("strings", options.strings, False), ("heldout", 300, True)):
-            part = folder / name
-            part.mkdir()
-            strings = [(t, voice, _read(path)) for t, voice, path in speak_strings(part, rng, count, held_out)]
-            save(options.out / f"{name}.npz", strings)
+    if options.speech and not (options.out / "test-prompts.jsonl").is_file():
+        human(options.out, options.speech)
+    rows = [json.loads(line) for line in options.sentences.read_text().splitlines()]
+    held_out = [row for row in rows if row["held_out"]]
+    training = [row for row in rows if not row["held_out"]]
+    jobs = [(speak, f"test-{n:03}", part, 10_000 + n, options.piper) for n, part in _parts(held_out[:1200], PER_SHARD)]
+    many = [(speak, f"train-{n:03}", part, n, options.piper) for n, part in _parts(training, PER_SHARD)]
+    if options.kokoro:
+        few = held_out[1200 : 1200 + 2 * PER_KOKORO_SHARD]
+        jobs += [(speak_slowly, f"test-kokoro-{n:03}", part, 30_000 + n, options.kokoro)
+                 for n, part in _parts(few, PER_KOKORO_SHARD)]  # fmt: skip
+        few = training[::-1][: KOKORO_SHARDS * PER_KOKORO_SHARD]
+        slow = [(speak_slowly, f"train-kokoro-{n:03}", part, 20_000 + n, options.kokoro)
+                for n, part in _parts(few, PER_KOKORO_SHARD)]  # fmt: skip
+        while slow:  # in turns, so that training can begin with some of everything
+            jobs += [*many[:2], slow.pop(0)]
+            many = many[2:]
+    jobs = [(say, options.out, *job) for say, *job in jobs + many if not (options.out / f"{job[0]}.jsonl").is_file()]
+    # A process a shard: flite and espeak-ng keep state, and a crash in C code should cost one shard.
+    with get_context("fork").Pool(options.processes, maxtasksperchild=1) as pool:
+        for line in pool.imap(_speak, jobs, chunksize=1):
+            print(line, flush=True)
 
 
-def _read(path: Path) -> np.ndarray:
-    audio, rate = soundfile.read(path, dtype="float32")
-    return audio if rate == RATE else soxr.resample(audio, rate, RATE)
+def _parts(rows: list[dict], size: int) -> list[tuple[int, list[dict]]]:
+    return [(number, rows[first : first + size]) for number, first in enumerate(range(0, len(rows), size))]
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _in_parallel(jobs: list[tuple]) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda job: job[0](*job[1:]), jobs))
+def _speak(job: tuple) -> str:
+    say, *rest = job
+    return say(*rest)
 
 
 if __name__ == "__main__":
