@@ -291,7 +291,11 @@ def test_confidence_is_nemos(
     [
         ([], "phrases is empty"),
         ({}, "phrases is empty"),
-        ("one two", "a single text, 'one two'"),
+        ("one two", "phrases is 'one two'; give a list of phrases"),
+        (5, "phrases is 5; give a list of phrases"),
+        ([["one", 2]], r"the phrase \['one', 2\] is not a text"),
+        ([None], "the phrase None is not a text"),
+        (["\ud800"], "is not Unicode text"),
         (["one", ""], "the phrase '' is empty"),
         (["  "], "the phrase '  ' is empty"),
         ([3], "the phrase 3 is not a text"),
@@ -325,6 +329,7 @@ def test_the_order_of_phrases_does_not_matter(tokenizer: Tokenizer) -> None:
     phrases = {"one two": 2.0, "one two three": 1.0, "two": 0.5}
     one, other = Boosting.of(phrases, tokenizer), Boosting.of(dict(reversed(phrases.items())), tokenizer)
     assert one.digest.tobytes() == other.digest.tobytes()
+    assert one.digest.tobytes() == Boosting.of({**phrases, "two": np.float32(0.5)}, tokenizer).digest.tobytes()
     assert one.digest.tobytes() != Boosting.of({**phrases, "two": 0.6}, tokenizer).digest.tobytes()
     assert (
         Boosting.of(["one", "one"], tokenizer).digest.tobytes() == Boosting.of({"one": 1}, tokenizer).digest.tobytes()
