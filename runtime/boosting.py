@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,8 @@ class Boosting:
         self.fail: Ints = _kept(np.array(fails, np.int32))  # the longest proper suffix that is a node
         self.penalty: Floats = _kept(np.array(penalties, np.float32))  # added on the way to `fail`
         parts = (self.first, self.token, self.score, self.fail, self.penalty, np.array([vocabulary]))
-        found = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
-        self.digest: NDArray[np.uint8] = np.frombuffer(found, np.uint8)  # [32], the same for the same phrases
+        digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+        self.digest: NDArray[np.uint8] = np.frombuffer(digest, np.uint8)  # [32], the same for the same phrases
         self._fails, self._bounds = fails, self.first.tolist()
         self._met: dict[int, Any] = {}  # what `bias` has found out of nodes that were asked for
         self._root = np.zeros(vocabulary, np.float32)
@@ -101,21 +102,24 @@ class Boosting:
         many, a phrase that is empty, too long, or has characters the model does not know, and weights that are not in
         (0, `MOST_WEIGHT`].
         """
-        if isinstance(phrases, str):
-            raise OptionError(f"phrases is a single text, {phrases!r}; give a list of phrases.")
+        if isinstance(phrases, str | bytes) or not isinstance(phrases, Mapping | Sequence):
+            raise OptionError(f"phrases is {phrases!r}; give a list of phrases, or weights by phrase.")
+        for phrase in phrases:
+            if not isinstance(phrase, str):
+                raise OptionError(f"the phrase {phrase!r} is not a text.")
         weights = dict(phrases) if isinstance(phrases, Mapping) else dict.fromkeys(phrases, WEIGHT)
         if not weights:
             raise OptionError("phrases is empty; give at least one, or none at all.")
         if len(weights) > MOST_PHRASES:
             raise OptionError(f"{len(weights)} phrases are too many; a stream can have {MOST_PHRASES}.")
-        found = []
+        found: list[tuple[list[int], float]] = []
         for phrase, weight in weights.items():
-            if not isinstance(phrase, str):
-                raise OptionError(f"the phrase {phrase!r} is not a text.")
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST_WEIGHT:
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight <= MOST_WEIGHT:
                 raise OptionError(
                     f"the phrase {phrase!r} has weight {weight!r}; it must be above 0 and at most {MOST_WEIGHT:g}."
                 )
+            if any("\ud800" <= letter <= "\udfff" for letter in phrase):  # half a pair, as JSON can spell it
+                raise OptionError(f"the phrase {phrase!r} is not Unicode text.")
             tokens = tokenizer.encode(phrase)
             if not tokens:
                 raise OptionError(f"the phrase {phrase!r} is empty; leave it out.")
