@@ -3,118 +3,44 @@
     nemostream bench accuracy --manifest heldout.jsonl --precision fp32 int8 --normalizer basic
     nemostream bench accuracy --bundle BUNDLE --dataset librispeech-clean ami --checkpoint model.nemo
 
-Sets: NeMo manifests (`audio_filepath`, `text`, a JSON object a line); the eight of the Open ASR leaderboard by name;
-any data set of the Hugging Face hub as `name:config:split` (with columns `audio` and `text`; the `datasets` package);
-without any of these the clip that is packaged. Word error rate is `jiwer`'s, summed over a set, of texts normalised by
-`whisper-normalizer` as the leaderboard does (`english`); strings of digits are better counted with `basic`, since
-`english` makes one number, one word, of them. Utterances whose text is empty after that are left out, as there.
+Sets: NeMo manifests (`audio_filepath`, `text`, perhaps `offset` and `duration`, a JSON object a line); the eight of the
+Open ASR leaderboard by name; any data set of the Hugging Face hub as `name:config:split` (with columns `audio` and
+`text`; the `datasets` package); without any of these the clip that is packaged. Word error rate is `jiwer`'s, summed
+over a set, of texts normalised by `whisper-normalizer` as the leaderboard does (`english`); strings of digits are
+better counted with `basic`, since `english` makes one number, one word, of them. Utterances whose text is empty after
+that are left out, as there.
 
-With `--checkpoint` NeMo hears the same audio (offline, with the same chunk size's attention), one recording at a time:
-its own word error rate, and the share of its tokens that we say too. Beside the leaderboard's sets stands what the
-model's card says.
+With `--checkpoint` NeMo hears the same samples (offline, with the same chunk size's attention), one recording at a
+time: its own word error rate, and the share of its tokens that we say too. Beside the leaderboard's sets stands what
+the model's card says.
+
+Latency, for the plot of both, is a chunk and the median time from its last sample to its text, of one live stream.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.record import Record, Say, agreement
-from nemostream.clips import read_clip
+from nemostream.benchmarks.corpora import CARD_CHUNKS, LEADERBOARD, Hub, Utterance, packaged, read_manifest
+from nemostream.benchmarks.latency import push_times
+from nemostream.benchmarks.record import Record, Row, Say, agreement
+from nemostream.benchmarks.synthetic import speech
+from nemostream.benchmarks.timed import Feed
 from nemostream.errors import BackendError, OptionError
-from nemostream.spec import Bundle, Chunk, Manifest
+from nemostream.spec import Bundle, Chunk
 
 NORMALIZERS = ("english", "basic", "none")
 _TOGETHER = 16
-
-# By name: configuration and split of hf-audio/esb-datasets-test-only-sorted, which the leaderboard is computed on, and
-# the published model's WER in percent at 1120, 560, 160 and 80 ms.
-# Source: model card of nvidia/nemotron-speech-streaming-en-0.6b, March 2026.
-LEADERBOARD = {
-    "ami": (("ami", "test"), (11.73, 11.88, 14.71, 18.29)),
-    "earnings22": (("earnings22", "test"), (12.52, 12.82, 13.01, 13.16)),
-    "gigaspeech": (("gigaspeech", "test"), (9.66, 9.78, 10.34, 11.17)),
-    "librispeech-clean": (("librispeech", "test.clean"), (2.32, 2.46, 2.56, 2.80)),
-    "librispeech-other": (("librispeech", "test.other"), (4.84, 5.07, 5.57, 6.01)),
-    "spgispeech": (("spgispeech", "test"), (2.97, 3.03, 3.25, 3.43)),
-    "tedlium": (("tedlium", "test"), (3.50, 3.54, 3.77, 4.10)),
-    "voxpopuli": (("voxpopuli", "test"), (7.91, 8.00, 8.18, 8.46)),
-}
-_HUB = "hf-audio/esb-datasets-test-only-sorted"
-_CARD_CHUNKS = (1120, 560, 160, 80)
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A recording, a path or samples at the model's rate, and what is said in it."""
-
-    audio: Any
-    text: str
-
-
-def read_manifest(path: Path) -> list[Utterance]:
-    """A NeMo manifest; relative paths are meant from its folder. Raises `OptionError` naming the line that is none."""
-    found = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror}.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            found.append(Utterance(path.parent / row["audio_filepath"], row["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise OptionError(
-                f"{path}, line {number}, is not a manifest's: it needs audio_filepath and text."
-            ) from error
-    if not found:
-        raise OptionError(f"{path} names no recording.")
-    return found
-
-
-def packaged(manifest: Manifest) -> list[Utterance]:
-    """The voice that comes with the package."""
-    return [Utterance(read_clip("clip", manifest.features.sample_rate), "two zero two six four one five eight")]
-
-
-def read_hub(name: str, rate: int) -> Iterable[Utterance]:
-    """A data set of the hub: one of `LEADERBOARD`, or `name:config:split`."""
-    if find_spec("datasets") is None:
-        raise BackendError("data sets of the hub need the datasets package: pip install datasets")
-    import datasets
-
-    if name in LEADERBOARD:
-        path, (config, split) = _HUB, LEADERBOARD[name][0]
-    elif name.count(":") == 2:
-        path, config, split = name.split(":")
-    else:
-        known = ", ".join(LEADERBOARD)
-        raise OptionError(
-            f"there is no set {name!r}: choose of {known}, or give name:config:split, or --manifest FILE."
-        )
-    try:
-        rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
-        # Decoded here: their own decoding wants PyTorch and FFmpeg.
-        for row in rows.cast_column("audio", datasets.Audio(decode=False)):
-            text = row.get("text") or row.get("sentence") or row.get("normalized_text") or ""
-            audio = row["audio"]
-            yield Utterance(_samples(io.BytesIO(audio["bytes"]) if audio["bytes"] else audio["path"], rate), text)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackendError(f"{name} cannot be had from the hub: {error}") from error
+_REPEATS = 20  # chunks whose latency is measured
+_WARM_UP = 5
 
 
 def normalizer(name: str) -> Callable[[str], str]:
@@ -130,23 +56,35 @@ def normalizer(name: str) -> Callable[[str], str]:
 
 
 def word_errors(wanted: Sequence[str], said: Sequence[str], normalise: Callable[[str], str]) -> dict[str, Any]:
-    """Errors, words and their rate over all pairs whose wanted text is not empty once normalised."""
+    """Errors, words and their rate over all pairs whose wanted text is not empty once normalised; and of each pair its
+    errors and words (`by_utterance`)."""
     import jiwer
 
     pairs = [
         (a, normalise(b)) for a, b in ((normalise(text), got) for text, got in zip(wanted, said, strict=True)) if a
     ]
     if not pairs:
-        return {"wer": 0.0, "errors": 0, "words": 0, "utterances": 0}
+        return {"wer": 0.0, "errors": 0, "words": 0, "utterances": 0, "by_utterance": []}
     found = jiwer.process_words(*(list(side) for side in zip(*pairs, strict=True)))
+    each = [
+        [
+            sum(
+                max(p.ref_end_idx - p.ref_start_idx, p.hyp_end_idx - p.hyp_start_idx)
+                for p in parts
+                if p.type != "equal"
+            ),
+            len(reference),
+        ]
+        for parts, reference in zip(found.alignments, found.references, strict=True)
+    ]
     errors = found.substitutions + found.deletions + found.insertions
     words = found.hits + found.substitutions + found.deletions
-    return {"wer": errors / words, "errors": errors, "words": words, "utterances": len(pairs)}
+    return {"wer": errors / words, "errors": errors, "words": words, "utterances": len(pairs), "by_utterance": each}
 
 
 def measure_accuracy(
     bundle: Bundle,
-    sets: dict[str, Sequence[Utterance]],
+    sets: Mapping[str, Iterable[Utterance]],
     precisions: Sequence[str] = ("fp32",),
     chunk_ms: Sequence[int] | None = None,
     *,
@@ -157,132 +95,152 @@ def measure_accuracy(
     engines: Path | None = None,
     say: Say = lambda message: None,
 ) -> Record:
-    """The result. int8 for a CPU is built (and gated) if the folder of engines has none."""
-    from nemostream.engines import build_engine, open_backend
-    from nemostream.plans import PlanStore
+    """The result. `sets` are gone through once for each chunk size and precision, a few recordings at a time.
 
+    Engines are built (and gated) if the folder of engines has none. Raises `OptionError` for what cannot be,
+    `AudioError` for a recording that cannot be read, `BackendError` if something is missing, `GateError` for an engine
+    that is not as good as fp32.
+    """
     if find_spec("jiwer") is None or find_spec("whisper_normalizer") is None:
         raise BackendError("counting words needs jiwer and whisper-normalizer: pip install 'nemostream[bench]'")
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
-    rule = normalizer(normalise)
-    theirs = _Nemo(checkpoint, bundle.manifest) if checkpoint else None
-    rows = []
-    for name, utterances in sets.items():
-        wanted = [utterance.text for utterance in utterances]
-        for chunk in chunks:
-            reference: list[tuple[list[int], str]] | None = None
-            if theirs:
-                say(f"{name}, {chunk.ms} ms, NeMo")
-                reference = [theirs.transcribe(utterance.audio, chunk) for utterance in utterances]
-            for precision in precisions:
-                say(f"{name}, {chunk.ms} ms, {precision}")
-                if device == "cpu" and precision != "fp32":
-                    build_engine(bundle, chunk, precision, PlanStore(engines), backend="onnxruntime")
-                backend = open_backend(
-                    bundle, device=device, precision=precision, capacity=2 * _TOGETHER, max_batch=_TOGETHER,
-                    threads=threads, engines=engines,
-                )  # fmt: skip
-                with nemostream.Model(bundle, backend, chunk.ms) as model, ThreadPoolExecutor(_TOGETHER) as pool:
-                    results = list(pool.map(lambda each, model=model: model.transcribe(each.audio), utterances))
-                values = word_errors(wanted, [result.text for result in results], rule)
-                values["audio_seconds"] = sum(result.duration for result in results)
-                if reference:
-                    values["nemo_wer"] = word_errors(wanted, [text for _, text in reference], rule)["wer"]
-                    said = [[token.id for token in result.tokens] for result in results]
-                    values["same_tokens"] = agreement([tokens for tokens, _ in reference], said)
-                    values["same_utterances"] = sum(a == b for (a, _), b in zip(reference, said, strict=True))
-                if name in LEADERBOARD and chunk.ms in _CARD_CHUNKS:
-                    values["card_wer"] = LEADERBOARD[name][1][_CARD_CHUNKS.index(chunk.ms)] / 100
-                rows.append(record.row({"set": name, "chunk_ms": chunk.ms, "precision": precision}, {}, values))
+    rule, rate = normalizer(normalise), bundle.manifest.features.sample_rate
+    if checkpoint:
+        from nemostream.benchmarks.nemo import NemoOffline
+
+        theirs = NemoOffline(checkpoint, device)
+    rows: list[Row] = []
+    for chunk in chunks:
+        references: dict[str, list[tuple[list[int], str]]] = {}
+        for name, utterances in sets.items() if checkpoint else ():
+            say(f"{name}, {chunk.ms} ms, NeMo")
+            references[name] = [theirs.transcribe(utterance.samples(rate), chunk) for utterance in utterances]
+        for precision in precisions:
+            with _model(bundle, chunk, precision, device, threads, engines) as model:
+                late = _result_times(model, chunk)
+                for name, utterances in sets.items():
+                    say(f"{name}, {chunk.ms} ms, {precision}")
+                    wanted, results = _transcribe(model, utterances, rate)
+                    values = word_errors(wanted, [result.text for result in results], rule)
+                    values["audio_seconds"] = sum(result.duration for result in results)
+                    if name in references:
+                        values |= _beside_nemo(references[name], wanted, results, rule)
+                    if name in LEADERBOARD and chunk.ms in CARD_CHUNKS:
+                        values["card_wer"] = LEADERBOARD[name][1][CARD_CHUNKS.index(chunk.ms)] / 100
+                    case = {"set": name, "chunk_ms": chunk.ms, "precision": precision}
+                    rows.append(record.row(case, {"result": late}, values))
+    rows.sort(key=lambda row: list(sets).index(row["case"]["set"]))
     return record.record(
         "accuracy", rows,
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
                "d_model": bundle.manifest.encoder.d_model, "checkpoint": dict(bundle.manifest.checkpoint)},
-        method={"normalizer": normalise, "device": device, "nemo": bool(checkpoint)},
+        method={"normalizer": normalise, "device": device, "nemo": bool(checkpoint), "repeats": _REPEATS},
     )  # fmt: skip
 
 
-def _samples(file: Any, rate: int) -> NDArray[np.float32]:
-    """A whole recording [N], one channel, at the model's rate."""
-    import soundfile
-    import soxr
+def _model(
+    bundle: Bundle, chunk: Chunk, precision: str, device: str, threads: int | None, engines: Path | None
+) -> nemostream.Model:
+    from nemostream.engines import build_engine, open_backend
+    from nemostream.plans import PlanStore
 
-    samples, its_rate = soundfile.read(file, dtype="float32", always_2d=True)
-    return soxr.resample(samples.mean(axis=1), its_rate, rate)
+    if (device, precision) != ("cpu", "fp32"):
+        maker = "onnxruntime" if device == "cpu" else "tensorrt"
+        build_engine(bundle, chunk, precision, PlanStore(engines), backend=maker, max_batch=_TOGETHER)
+    backend = open_backend(
+        bundle, device=device, precision=precision, capacity=2 * _TOGETHER, max_batch=_TOGETHER, threads=threads,
+        engines=engines,
+    )  # fmt: skip
+    return nemostream.Model(bundle, backend, chunk.ms)
 
 
-class _Nemo:
-    """NeMo itself: the offline forward with a chunk size's mask, and its greedy decoding."""
+def _result_times(model: nemostream.Model, chunk: Chunk) -> list[float]:
+    before = -(-chunk.left // chunk.frames) + _WARM_UP
+    feed = Feed(model.manifest, speech(), 1, (before + _REPEATS) * chunk.frames)
+    return push_times(model, feed, chunk, before, _REPEATS)
 
-    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
-        from nemostream.benchmarks.sides import load_nemo
 
-        self._model, self._rate = load_nemo(checkpoint), manifest.features.sample_rate
+def _transcribe(
+    model: nemostream.Model, utterances: Iterable[Utterance], rate: int
+) -> tuple[list[str], list[nemostream.Result]]:
+    """Wanted texts and results. A set may be larger than the memory: no more than a few recordings are read ahead."""
+    wanted, results, rest = list[str](), list[nemostream.Result](), iter(utterances)
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        while block := list(islice(rest, 4 * _TOGETHER)):
+            wanted += [utterance.text for utterance in block]
+            results += pool.map(lambda each: model.transcribe(each.samples(rate), sample_rate=rate), block)
+    return wanted, results
 
-    def transcribe(self, audio: Any, chunk: Chunk) -> tuple[list[int], str]:
-        import torch
 
-        if not isinstance(audio, np.ndarray):
-            audio = _samples(audio, self._rate)
-        model, device = self._model, next(self._model.parameters()).device
-        model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
-        model.preprocessor.featurizer.dither = 0.0
-        with torch.inference_mode():
-            samples = torch.from_numpy(audio.astype(np.float32))[None].to(device)
-            mel, length = model.preprocessor(
-                input_signal=samples, length=torch.tensor([samples.shape[1]], device=device)
-            )
-            encoded, length = model.encoder(audio_signal=mel, length=length)
-            hypothesis = model.decoding.rnnt_decoder_predictions_tensor(encoded, length, return_hypotheses=True)[0]
-        tokens = [int(token) for token in hypothesis.y_sequence]
-        return tokens, model.tokenizer.ids_to_text(tokens)
+def _beside_nemo(
+    reference: Sequence[tuple[list[int], str]],
+    wanted: Sequence[str],
+    results: Sequence[nemostream.Result],
+    rule: Callable[[str], str],
+) -> dict[str, Any]:
+    said = [[token.id for token in result.tokens] for result in results]
+    return {
+        "nemo_wer": word_errors(wanted, [text for _, text in reference], rule)["wer"],
+        "same_tokens": agreement([tokens for tokens, _ in reference], said),
+        "same_utterances": sum(a == b for (a, _), b in zip(reference, said, strict=True)),
+        "heard": len(said),
+    }
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f} %"
-
-
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """Table and plot of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
-    head = [
-        "set",
-        "words",
-        "chunk",
-        "precision",
-        "WER",
-        "NeMo",
-        "change",
-        "same tokens",
-        "same utterances",
-        "model card",
-    ]
+    head = ["set", "words", "chunk", "precision", "latency, ms", "WER", "NeMo", "change", "same tokens"]
+    head += ["same utterances", "model card"]
     lines = []
     for row in result["rows"]:
         case, values = row["case"], row["values"]
         nemo = values.get("nemo_wer")
-        line = [case["set"], values["words"], f"{case['chunk_ms']} ms", case["precision"], _percent(values["wer"])]
-        line += [_percent(nemo), "" if nemo is None else f"{100 * (values['wer'] - nemo):+.2f}"]
-        line.append(_percent(values.get("same_tokens")))
+        line = [case["set"], values["words"], f"{case['chunk_ms']} ms", case["precision"], f"{latency(row):.0f}"]
+        line += [tables.percent(values["wer"]), tables.percent(nemo)]
+        line.append("" if nemo is None else f"{100 * (values['wer'] - nemo):+.2f}")
+        line.append(tables.percent(values.get("same_tokens")))
         same = values.get("same_utterances")
-        line.append("" if same is None else f"{same} of {values['utterances']}")
-        lines.append([*line, _percent(values.get("card_wer"))])
-    axes = plot("pareto")
-    for name, precision in dict.fromkeys((row["case"]["set"], row["case"]["precision"]) for row in result["rows"]):
-        points = sorted(
-            (row["case"]["chunk_ms"], 100 * row["values"]["wer"]) for row in result["rows"]
-            if (row["case"]["set"], row["case"]["precision"]) == (name, precision)
-        )  # fmt: skip
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, {precision}")
-    for name in dict.fromkeys(row["case"]["set"] for row in result["rows"]):
+        line.append("" if same is None else f"{same} of {values['heard']}")
+        lines.append([*line, tables.percent(values.get("card_wer"))])
+    _draw(result["rows"], plot("pareto"))
+    return (
+        f"Texts normalised: {result['method']['normalizer']}. Latency: a chunk, and the median time from its last "
+        f"sample to its text, of one live stream.\n\n{tables.markdown(head, lines)}\n"
+    )
+
+
+def latency(row: Row) -> float:
+    """Milliseconds from a chunk's first sample until its text is there."""
+    return float(row["case"]["chunk_ms"] + row["figures"]["result"]["p50"])
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (latency, errors) that no other beats in one without losing in the other, by latency."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def _draw(rows: Sequence[Row], axes: Any) -> None:
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        kind = row["case"]["set"], row["case"]["precision"]
+        points.setdefault(kind, []).append((latency(row), 100 * row["values"]["wer"]))
+    for (name, precision), mine in points.items():
+        axes.plot(*zip(*sorted(mine), strict=True), marker="o", linestyle=":", label=f"{name}, {precision}")
+    for name in dict.fromkeys(name for name, _ in points):
+        best = frontier(point for (other, _), mine in points.items() if other == name for point in mine)
+        axes.step(*zip(*best, strict=True), where="post", color="black", linewidth=0.8, label=f"{name}, best")
         if name in LEADERBOARD:
-            axes.plot(_CARD_CHUNKS, LEADERBOARD[name][1], ":", marker="x", label=f"{name}, model card")
-    axes.set(xlabel="chunk, ms (the longest wait for a chunk to fill)", ylabel="WER, %", xscale="log",
+            axes.plot(CARD_CHUNKS, LEADERBOARD[name][1], "--", marker="x", label=f"{name}, model card (chunk alone)")
+    axes.set(xlabel="ms from a chunk's first sample to its text", ylabel="WER, %", xscale="log",
              title="Latency and accuracy")  # fmt: skip
     axes.legend(fontsize=7)
-    return f"Texts normalised: {result['method']['normalizer']}.\n\n{tables.markdown(head, lines)}\n"
 
 
 def headline(result: Record) -> str:
@@ -293,8 +251,8 @@ def headline(result: Record) -> str:
     lines = []
     for name, precision in dict.fromkeys(key[:2] for key in found):
         mine = [found.get((name, precision, ms)) for ms in sizes]
-        lines.append([f"{name}, {precision}", *(_percent(values["wer"]) if values else "" for values in mine)])
-        nemo = [_percent(values.get("nemo_wer")) if values else "" for values in mine]
+        lines.append([f"{name}, {precision}", *(tables.percent(values["wer"]) if values else "" for values in mine)])
+        nemo = [tables.percent(values.get("nemo_wer")) if values else "" for values in mine]
         if any(nemo) and precision == "fp32":
             lines.append([f"{name}, NeMo", *nemo])
     table = tables.markdown(["word error rate", *(f"{ms} ms" for ms in sizes)], lines)
@@ -314,26 +272,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
-        sets: dict[str, Sequence[Utterance]] = {path.stem: read_manifest(path) for path in options.manifest}
+        sets: dict[str, Iterable[Utterance]] = {}
+        for path in options.manifest:
+            sets[path.stem] = read_manifest(path)[: options.limit]
         for name in options.dataset:
-            sets[name] = list(_first(read_hub(name, bundle.manifest.features.sample_rate), options.limit))
-        sets = sets or {"packaged": packaged(bundle.manifest)}
-        sets = {name: list(_first(utterances, options.limit)) for name, utterances in sets.items()}
+            sets[name] = Hub(name, options.limit)
         with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
             return measure_accuracy(
-                bundle, sets, options.precision, options.chunk_ms, normalise=options.normalizer,
-                checkpoint=options.checkpoint, device=options.device, threads=options.threads,
+                bundle, sets or {"packaged": packaged(bundle.manifest)}, options.precision, options.chunk_ms,
+                normalise=options.normalizer, checkpoint=options.checkpoint, device=options.device,
+                threads=options.threads,
                 engines=options.engines or (Path(folder) if options.device == "cpu" else None), say=record.say,
             )  # fmt: skip
 
     record.run(measure, options)
-
-
-def _first(utterances: Iterable[Utterance], most: int | None) -> Iterable[Utterance]:
-    for index, utterance in enumerate(utterances):
-        if most is not None and index >= most:
-            return
-        yield utterance
 
 
 if __name__ == "__main__":

@@ -2,23 +2,21 @@
 
     nemostream bench baseline --checkpoint model.nemo --batch 1 8 --chunk-ms 80
 
-Without `--checkpoint` the model is the full-size one with random weights (`synthetic`), made here. Opponents are set up
-at their best (`sides`): NeMo in fp32, in true bf16, under torch.compile, on a GPU with its encoder step captured in a
-CUDA graph; Hugging Face transformers' encoder; ONNX Runtime on NeMo's own export; on a CPU sherpa-onnx. Method, for
-each chunk size and batch:
+Without `--checkpoint` the model is the full-size one with random weights (`synthetic`), made here. Opponents are set
+up at their best (`sides`, `nemo`): NeMo in fp32, in true bf16, under torch.compile, on a GPU with its encoder step
+captured in a CUDA graph; Hugging Face transformers' encoder; ONNX Runtime on NeMo's own export; on a CPU sherpa-onnx.
+All run on `--device`. Method, for each chunk size and batch:
 
 * Every side hears the same speech from the start until its attention caches are full, then goes on: what is timed is
   the steady state. Then come warm-up rounds, then timed ones. In a round every side takes one step, each time another
   one first, a pause before each so that no thread pool still spins. All have the same number of threads.
-* Ratios are taken round by round against ours in fp32, and their median, least and most are shown.
-* Sides that compute what NeMo computes (`exact`) must have said the same tokens in the end, or the run ends with an
-  error: the figures would mean nothing. Of the others the share of NeMo's tokens that they said is told. With random
-  weights it falls to nothing once a single token differs, since the next ones follow from it: what a precision costs in
-  words only `accuracy` says, of a model that has learnt some.
+* Ratios are taken round by round against each of ours, and their median, least and most are shown.
+* Sides that compute what NeMo computes (`exact`: fp32 on a CPU) must have said the same tokens in the end, or the run
+  ends with an error: the figures would mean nothing. Of the others the share of NeMo's tokens that they said is told.
 * What is not equal is to our cost: our step begins with PCM, theirs (but for sherpa-onnx) with features made before;
   transformers' does not decode.
-* Cores that other work (or another guest of the host) kept busy are counted. With more than a tenth of one the figures
-  are worthless: the threads of a step wait for the slowest.
+* Cores that other work (or another guest of the host) kept busy during the timed rounds are counted. With more than a
+  tenth of one the figures are worthless, for the threads of a step wait for the slowest: the report says so.
 """
 
 from __future__ import annotations
@@ -35,30 +33,15 @@ from pathlib import Path
 from typing import Any
 
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.floor import Machine, encoder_work, measure_machine
+from nemostream.benchmarks.floor import Machine, encoder_work, measure_gpu, measure_machine
 from nemostream.benchmarks.record import OtherWork, Record, Row, Say, Tokens, agreement
-from nemostream.benchmarks.sides import (
-    Feed,
-    Nemo,
-    NemoOnnx,
-    Ours,
-    Sherpa,
-    Side,
-    Transformers,
-    export_nemo,
-    load_nemo,
-    longest,
-    timed_backend,
-)  # fmt: skip
+from nemostream.benchmarks.ring import KNOWN, OURS, SIDES, Ring
+from nemostream.benchmarks.sides import Side
 from nemostream.benchmarks.synthetic import speech, synthetic_model
+from nemostream.benchmarks.timed import Feed, longest
 from nemostream.errors import NemostreamError, OptionError, ParityError
-from nemostream.spec import Bundle, Chunk
+from nemostream.spec import Bundle, Chunk, sha256
 
-SIDES = (
-    "ours fp32", "ours int8", "nemo fp32", "nemo bf16", "nemo compile", "nemo graph", "transformers", "onnx",
-    "sherpa fp32", "sherpa int8",
-)  # fmt: skip
-REFERENCE = "nemostream, fp32"
 _WARM_UP = 3
 _PAUSE = 0.02  # seconds
 
@@ -66,41 +49,51 @@ _PAUSE = 0.02  # seconds
 def compare_steps(
     bundle: Bundle,
     checkpoint: Path,
-    sides: Sequence[str],
+    sides: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 8),
     chunk_ms: Sequence[int] | None = None,
     repeats: int = 15,
     threads: int | None = None,
+    device: str = "cpu",
+    engines: Path | None = None,
     machine: Machine | None = None,
     say: Say = lambda message: None,
 ) -> Record:
-    """The result. `bundle` is made of `checkpoint`.
+    """The result. `bundle` is made of `checkpoint`; on a GPU `device` is "cuda" or "cuda:onnxruntime" for our side.
 
     Raises `ParityError` if sides that must agree do not, `OptionError` for an unknown side or chunk size.
     """
     import torch
 
+    kind = device.partition(":")[0]
+    if kind not in SIDES:
+        raise OptionError(f"device is {device!r}; choose cpu or cuda.")
+    names = SIDES[kind] if sides is None else sides
     if repeats < 1 or min(batches, default=0) < 1:
         raise OptionError("repeats and batch sizes must be at least 1.")
-    if unknown := [side for side in sides if side not in SIDES]:
-        raise OptionError(f"there is no side {unknown[0]!r}; choose of {', '.join(SIDES)}.")
+    if unknown := [name for name in names if name not in KNOWN]:
+        raise OptionError(f"there is no side {unknown[0]!r}; choose of {', '.join(KNOWN)}.")
+    made_of = bundle.manifest.checkpoint.get("sha256")
+    if made_of and made_of != sha256(checkpoint):
+        raise ParityError(f"{bundle.path} was made of another checkpoint than {checkpoint}; export it again.")
     threads, before = threads or record.cores(), torch.get_num_threads()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     torch.set_num_threads(threads)
     rows: list[Row] = []
     absent: dict[str, str] = {}
     try:
-        machine = machine or measure_machine(threads)
-        say("loading NeMo")
-        ring = _Ring(bundle, checkpoint, load_nemo(checkpoint), threads, say)
-        for chunk in chunks:
-            for batch in batches:
-                say(f"{chunk.ms} ms, batch {batch}")
-                more, missing = _compare(ring, [s for s in sides if s not in absent], chunk, batch, repeats, machine)
-                rows += more
-                absent |= missing
-                gc.collect()
-            ring.forget_export()
+        if machine is None:
+            machine = measure_machine(threads) if device == "cpu" else measure_gpu()
+        with Ring(bundle, checkpoint, device, threads, engines, say) as ring:
+            for chunk in chunks:
+                for batch in batches:
+                    say(f"{chunk.ms} ms, batch {batch}")
+                    present = [name for name in names if name not in absent]
+                    more, missing = _compare(ring, present, chunk, batch, repeats, machine)
+                    rows += more
+                    absent |= missing
+                    gc.collect()
+                ring.forget_export()
     finally:
         torch.set_num_threads(before)
     manifest = bundle.manifest
@@ -108,60 +101,13 @@ def compare_steps(
         "baseline", rows,
         model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model,
                "checkpoint": dict(manifest.checkpoint)},
-        method={"repeats": repeats, "warm_up": _WARM_UP, "threads": threads, "order": "rounds, each begun by another",
-                "machine": {"bandwidth_gb_s": machine.bandwidth / 1e9, **machine.rates}, "left_out": absent},
+        method={"repeats": repeats, "warm_up": _WARM_UP, "threads": threads, "device": device,
+                "order": "rounds, each begun by another", "machine": dict(machine.rates), "left_out": absent},
     )  # fmt: skip
 
 
-class _Ring:
-    """What sides are made of, loaded once."""
-
-    def __init__(self, bundle: Bundle, checkpoint: Path, model: Any, threads: int, say: Say) -> None:
-        self.bundle, self.checkpoint, self.model, self.threads, self.say = bundle, checkpoint, model, threads, say
-        self._theirs: Any = None
-        self._folder = tempfile.TemporaryDirectory(prefix="nemostream-")
-        self._engines = Path(self._folder.name)
-        self._exported: dict[int, tempfile.TemporaryDirectory[str]] = {}
-
-    def enter(self, name: str, feed: Feed, chunk: Chunk, stack: contextlib.ExitStack) -> Side:
-        who, _, kind = name.partition(" ")
-        if who == "ours":
-            chunks = list({chunk, longest(self.bundle.manifest, chunk)})
-            backend = stack.enter_context(
-                timed_backend(self.bundle, chunks, kind, feed.rows, threads=self.threads, engines=self._engines)
-            )
-            return Ours(f"nemostream, {kind}", backend, feed, chunk, exact=kind == "fp32")
-        if who == "nemo":
-            # fp32 sides share the model; another type needs one of its own.
-            model = self.model if kind in ("fp32", "compile") else load_nemo(self.checkpoint)
-            return Nemo(model, feed, chunk, kind)
-        if who == "transformers":
-            from nemostream.benchmarks.huggingface import load_transformers
-
-            self._theirs = self._theirs or load_transformers(self.checkpoint, self.bundle.manifest)[1]
-            return Transformers(self._theirs, self.model, feed, chunk)
-        exported = self.export(chunk)
-        if who == "onnx":
-            return NemoOnnx(exported, self.model, feed, chunk, self.threads)
-        return Sherpa(exported, feed, chunk, self.threads, kind)
-
-    def forget_export(self) -> None:
-        # Gigabytes: the next chunk size's need the room.
-        for folder in self._exported.values():
-            folder.cleanup()
-        self._exported.clear()
-
-    def export(self, chunk: Chunk) -> Path:
-        if chunk.ms not in self._exported:
-            self.say(f"exporting NeMo's own graphs for {chunk.ms} ms")
-            self._exported[chunk.ms] = tempfile.TemporaryDirectory(prefix="nemostream-")
-            folder = Path(self._exported[chunk.ms].name) / "exported"
-            export_nemo(self.model, self.bundle.manifest, chunk, folder, int8=True)
-        return Path(self._exported[chunk.ms].name) / "exported"
-
-
 def _compare(
-    ring: _Ring, names: Sequence[str], chunk: Chunk, batch: int, repeats: int, machine: Machine
+    ring: Ring, names: Sequence[str], chunk: Chunk, batch: int, repeats: int, machine: Machine
 ) -> tuple[list[Row], dict[str, str]]:
     """A row per side, and why sides are missing."""
     manifest = ring.bundle.manifest
@@ -186,6 +132,8 @@ def _compare(
         begun = {side.name: side.tokens() for side in sides}
         others, rounds = OtherWork(), []
         for turn in range(_WARM_UP + repeats):
+            if turn == _WARM_UP:
+                others = OtherWork()
             position, seconds = filled + turn * chunk.frames, {}
             for side in random.Random(turn).sample(sides, len(sides)):
                 time.sleep(_PAUSE)
@@ -198,24 +146,32 @@ def _compare(
         said = {side.name: _since(begun[side.name], side.tokens()) for side in sides}
     _agree(sides, said)
     rounds = rounds[_WARM_UP:]
-    wanted = said.get("NeMo, fp32") or said.get(REFERENCE)
+    ours = [side.name for side in sides if side.name.startswith(OURS)]
+    wanted = said.get("NeMo, fp32") or (said[ours[0]] if ours else None)
     audio = batch * (_WARM_UP + repeats) * chunk.ms / 1000
     rows = []
     for side in sides:
         case = {"chunk_ms": chunk.ms, "batch": batch, "side": side.name}
         tokens = said[side.name]
-        values: dict[str, Any] = {"covers": side.covers, "other_work_cores": round(busy, 3)}
-        if REFERENCE in rounds[0]:
-            ratios = [each[side.name] / each[REFERENCE] for each in rounds]
-            values["times_ours"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        values: dict[str, Any] = {
+            "covers": side.covers, "setup": side.setup, "other_work_cores": round(busy, 3),
+            "times": {our: ratios([r[side.name] for r in rounds], [r[our] for r in rounds]) for our in ours},
+        }  # fmt: skip
         if tokens is not None:
             values["tokens_per_second"] = sum(map(len, tokens)) / audio
             values["same_tokens"] = agreement(wanted or tokens, tokens)
-        if side.name.startswith("nemostream"):
+        if side.name in ours:
             precision = side.name.rpartition(" ")[2]
-            values["floor_ms"] = encoder_work(ring.bundle, chunk, precision).floor_ms(machine, precision, batch)
+            work = encoder_work(ring.bundle, chunk, precision, ring.kind)
+            values["floor_ms"] = work.floor_ms(machine, precision, batch)
         rows.append(record.row(case, {"step": [1000 * each[side.name] for each in rounds]}, values))
     return rows, missing
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Their times over ours, round by round: median, least and most."""
+    found = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
 def _since(before: Tokens | None, now: Tokens | None) -> Tokens | None:
@@ -237,37 +193,47 @@ def _agree(sides: Sequence[Side], said: dict[str, Tokens | None]) -> None:
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
-    method = result["method"]
+    method, rows = result["method"], result["rows"]
+    ours = list(dict.fromkeys(name for row in rows for name in row["values"]["times"]))
     text = [
         "One whole step (features, encoder, greedy decoding; what a side leaves out is told), milliseconds, "
-        f"{method['threads']} threads, {method['repeats']} rounds: median [least–most]. Ratios are taken by round.",
+        f"{method['device']}, {method['threads']} threads, {method['repeats']} rounds after {method['warm_up']} to "
+        "warm up: median [least–most]. Ratios are taken by round.",
         "",
     ]
-    head = ["chunk", "batch", "side", "step, ms", "p99", "÷ ours, fp32", "floor, ms", "× floor"]
-    head += ["NeMo's tokens", "covers"]
+    head = ["chunk", "batch", "side", "step, ms", "p99", *(f"÷ ours, {name.partition(', ')[2]}" for name in ours)]
+    head += ["floor, ms", "of the floor", "tokens a second", "NeMo's tokens", "covers"]
     lines = []
-    for row in result["rows"]:
+    for row in rows:
         case, values, step = row["case"], row["values"], row["figures"]["step"]
         line = [f"{case['chunk_ms']} ms", case["batch"], case["side"]]
         line += [tables.spread(row["ms"]["step"]), tables.digits(step["p99"])]
-        ratio = values.get("times_ours")
-        line.append("{median:.2f} [{min:.2f}–{max:.2f}]".format(**ratio) if ratio else "")
+        times = values["times"]
+        line += ["{median:.2f} [{min:.2f}–{max:.2f}]".format(**times[name]) if name in times else "" for name in ours]
         floor = values.get("floor_ms")
-        line += (
-            [f"{tables.digits(floor['floor'])}, {floor['binding']}", f"{step['p50'] / floor['floor']:.2f}"]
-            if floor
-            else ["", ""]
-        )
-        same = values.get("same_tokens")
-        lines.append([*line, "" if same is None else f"{100 * same:.1f} %", values["covers"]])
-    text.append(tables.markdown(head, lines))
+        line += [f"{tables.digits(floor['floor'])}, {floor['binding']}" if floor else ""]
+        line.append(tables.percent(floor["floor"] / step["p50"], 0) if floor else "")
+        rate = values.get("tokens_per_second")
+        line.append("" if rate is None else f"{rate:.1f}")
+        lines.append([*line, tables.percent(values.get("same_tokens"), 1), values["covers"]])
+    busy = tables.busy(row["values"]["other_work_cores"] for row in rows)
+    text += [tables.markdown(head, lines), "", f"{busy} Measured: {tables.rates(method['machine'])}."]
+    text += ["", _NOT_NEMOS, "", "How each was set up:", ""]
+    setup = {row["case"]["side"]: row["values"]["setup"] for row in rows}
+    text += [f"* {name}: {how}." for name, how in setup.items()]
     if method["left_out"]:
         text += ["", "Left out: " + "; ".join(f"{name} ({why})" for name, why in method["left_out"].items()) + "."]
-    busy = max((row["values"]["other_work_cores"] for row in result["rows"]), default=0)
-    text += ["", f"Other work kept at most {busy:.2f} cores busy. Measured: " + ", ".join(
-        f"{name} {rate:.0f} G/s" for name, rate in method["machine"].items()) + "."]  # fmt: skip
     _draw(result, plot("steps"))
     return "\n".join(text) + "\n"
+
+
+_NOT_NEMOS = (
+    "*NeMo's tokens* is the share of NeMo's fp32 tokens that a side said too. On a CPU, sides in fp32 that compute "
+    "what NeMo computes must have said all of them, or there would be no table. Of the others it is no verdict where "
+    "weights are random: such a model amplifies any difference (bf16's or int8's rounding, sherpa-onnx's own features "
+    "and the two frames it drops at the start of a stream), and after the first other token the rest follows from that "
+    "one. What a precision costs in words is for *accuracy* to say, of a model that has learnt some."
+)
 
 
 def headline(result: Record) -> str:
@@ -275,20 +241,21 @@ def headline(result: Record) -> str:
     hard, method = result["hardware"], result["method"]
     by_case = {(row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["side"]): row for row in result["rows"]}
     names = list(dict.fromkeys(side for _, _, side in by_case))
-    lines = []
-    for chunk_ms, batch in sorted({case[:2] for case in by_case}):
-        line = [f"{chunk_ms} ms", batch]
-        for name in names:
-            row = by_case.get((chunk_ms, batch, name))
-            ratio = row["values"].get("times_ours") if row else None
-            step = tables.digits(row["figures"]["step"]["p50"]) if row else ""
-            line.append(step if name == REFERENCE or not ratio else f"{step} ({ratio['median']:.2f}×)")
-        lines.append(line)
+    ours, cases = [name for name in names if name.startswith(OURS)], sorted({case[:2] for case in by_case})
+
+    def cell(row: Row | None) -> str:
+        if not row:
+            return ""
+        times = " / ".join(f"{row['values']['times'][our]['median']:.2f}" for our in ours)
+        return f"{tables.digits(row['figures']['step']['p50'])} ({times})"
+
+    lines = [[name, *(cell(by_case.get((*case, name))) for case in cases)] for name in names]
     where = hard["gpu"] or f"{hard['cpu']}, {hard['cores']} cores"
     return (
-        f"One whole step, median milliseconds (and × ours in fp32, median of the rounds): {result['model']['layers']} "
-        f"layers of {result['model']['d_model']}, {method['threads']} threads, {where}:\n\n"
-        f"{tables.markdown(['chunk', 'batch', *names], lines)}"
+        f"One whole step, median milliseconds (and how many times ours: {' / '.join(ours)}), "
+        f"{result['model']['layers']} layers of {result['model']['d_model']}, *{result['model']['name']}*, "
+        f"{method['threads']} threads, {where}:\n\n"
+        + tables.markdown(["", *(f"{ms} ms, batch {batch}" for ms, batch in cases)], lines)
     )
 
 
@@ -319,7 +286,7 @@ def _prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterato
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
         if checkpoint is None:
             say("making a full-size model of random weights")
-            checkpoint = synthetic_model(Path(folder) / "synthetic.nemo")
+            checkpoint = synthetic_model(Path(folder) / "random-0.6b.nemo")
             gc.collect()
         made = Bundle.open(bundle) if bundle else export_checkpoint(checkpoint, Path(folder) / "bundle", progress=say)
         gc.collect()
@@ -337,11 +304,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = record.parser("baseline", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="a .nemo file (default: the full-size model, random weights)")
     parser.add_argument("--bundle", type=Path, help="made of that checkpoint (default: export it now)")
-    parser.add_argument("--sides", nargs="+", default=None, metavar="SIDE", help=f"of {', '.join(map(repr, SIDES))}")
+    parser.add_argument("--sides", nargs="+", default=None, metavar="SIDE", help=f"of {', '.join(map(repr, KNOWN))}")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--chunk-ms", type=int, nargs="+", help="default: all that the model has")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds timed")
     parser.add_argument("--threads", type=int, help="of all sides (default: every core)")
+    parser.add_argument("--device", help="cpu, cuda, or cuda:onnxruntime (default: cuda if PyTorch finds a GPU)")
+    parser.add_argument("--engines", type=Path, help="folder to keep our engines in (default: made anew)")
     options = parser.parse_args(arguments)
     if options.bundle and not options.checkpoint:
         parser.error("--bundle needs --checkpoint, the file it was made of.")
@@ -351,11 +320,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise OptionError("the baseline needs NeMo: pip install 'nemostream[export,bench]'")
         with _prepared(options.checkpoint, options.bundle, record.say) as (checkpoint, bundle):
             return compare_steps(
-                bundle, checkpoint, options.sides or SIDES, options.batch, options.chunk_ms, options.repeats,
-                options.threads, say=record.say,
+                bundle, checkpoint, options.sides, options.batch, options.chunk_ms, options.repeats, options.threads,
+                options.device or _device_here(), options.engines, say=record.say,
             )  # fmt: skip
 
     record.run(measure, options)
+
+
+def _device_here() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

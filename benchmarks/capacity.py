@@ -32,7 +32,7 @@ import nemostream
 from nemostream.benchmarks import record, tables
 from nemostream.benchmarks.load import PACKET, Heard, Watched, talk
 from nemostream.benchmarks.record import OtherWork, Record, Row, Say, percentile
-from nemostream.benchmarks.sides import timed_backend
+from nemostream.benchmarks.timed import timed_backend
 from nemostream.engines import speech
 from nemostream.errors import OptionError
 from nemostream.runtime.recognizer import Model
@@ -185,9 +185,9 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
             ])  # fmt: skip
             first = False
     size = f", a stream's state {method['bytes_per_stream'] / 1e6:.2f} MB" if method["bytes_per_stream"] else ""
-    text = [headline(result)] if method["streams"] is not None else []
-    text += ["", f"Milliseconds; {method['device']}, {method['threads']} threads{size}; other work kept "
-             f"{method['other_work_cores']:.2f} cores busy.", "", tables.markdown(head, lines)]  # fmt: skip
+    text = [headline(result) or "NVIDIA's method: so many parallel streams, three clips each, all beginning together."]
+    text += ["", f"Milliseconds; {method['device']}, {method['threads']} threads{size}. "
+             f"{tables.busy([method['other_work_cores']])}", "", tables.markdown(head, lines)]  # fmt: skip
     _draw(result, plot("streams"))
     return "\n".join(text).strip() + "\n"
 
@@ -196,6 +196,9 @@ def headline(result: Record) -> str:
     method = result["method"]
     if method["streams"] is None:
         return ""
+    more = [row for row in result["rows"] if row["case"]["streams"] > method["streams"] and row["values"]["against"]]
+    bound = min(more, key=lambda row: row["case"]["streams"], default=None)
+    why = f" What spoke against {bound['case']['streams']}: {bound['values']['against'][0]}." if bound else ""
     confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["holds"]]
     slow = "; ".join(
         f"{what}: p50 {tables.digits(found['p50'])}, p99 {tables.digits(found['p99'])}"
@@ -206,7 +209,7 @@ def headline(result: Record) -> str:
         f"**{method['streams']} real-time streams** of {method['chunk_ms']} ms, {method['precision']}, "
         f"{result['model']['layers']} layers of {result['model']['d_model']}, held for {method['seconds']:.0f} s on "
         f"{result['hardware']['gpu'] or str(result['hardware']['cores']) + ' cores of ' + result['hardware']['cpu']}"
-        f"{' (ms from speech to text; ' + slow + ')' if slow else ''}."
+        f"{' (ms from speech to text; ' + slow + ')' if slow else ''}.{why}"
     )
 
 
@@ -228,7 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="that a number of streams must hold")
     parser.add_argument("--probe-seconds", type=float, default=15.0, help="of each try while searching")
     parser.add_argument("--most", type=int, default=512, help="streams to try")
-    parser.add_argument("--simulate-realtime", type=int, metavar="N", help="N parallel streams, 3N clips, no search")
+    parser.add_argument(
+        "--simulate-realtime", "--simulate_realtime", type=int, metavar="N",
+        help="NVIDIA's method: N parallel streams, 3N clips, no search",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
 
     def measure() -> Record:

@@ -8,13 +8,15 @@ the stretches allows it (95 %), are told.
 
 **Width**: the median step for every batch size, and the model `fixed + per stream x batch`, fitted with neither below
 zero. The fixed part is beside the time that reading the weights once takes, the part per stream beside the time of a
-stream's useful products at the machine's rate: what is bound by what.
+stream's useful products at the machine's rate. What is at least half explained by its bound is said to be bound by it,
+memory or compute; the rest is overhead: calls, caches copied, products too thin for the machine. Below the batch at
+which both parts are equal a step is bound by the fixed one, beyond by the other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ import numpy as np
 
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.floor import Machine, encoder_work, measure_machine
+from nemostream.benchmarks.floor import Machine, encoder_work, measure_for
 from nemostream.benchmarks.record import OtherWork, Record, Say
-from nemostream.benchmarks.sides import Feed, timed_backend
 from nemostream.benchmarks.synthetic import speech
+from nemostream.benchmarks.timed import Feed, timed_backend
 from nemostream.errors import OptionError
 from nemostream.runtime.backend import Backend, Batch
 from nemostream.spec import Bundle, Chunk
@@ -53,13 +55,12 @@ def measure_cost(
         raise OptionError("repeats and batch sizes must be at least 1, and hours not below 0.")
     threads = threads or record.cores()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
-    if machine is None and device == "cpu":
-        machine = measure_machine(threads)
     others, rows, fits = OtherWork(), [], []
     for chunk in chunks:
         with timed_backend(
             bundle, [chunk], precision, max(batches), device=device, threads=threads, engines=engines
         ) as backend:
+            machine = machine or measure_for(backend, threads)
             case = {"chunk_ms": chunk.ms, "precision": precision}
             medians = []
             for batch in batches:
@@ -68,12 +69,9 @@ def measure_cost(
                 medians.append(float(np.median(times)))
                 rows.append(record.row({**case, "what": "width", "batch": batch}, {"step": times}))
             fixed, each = fit_width(batches, medians)
-            fit = {**case, "fixed_ms": fixed, "per_stream_ms": each}
-            if machine:
-                work = encoder_work(bundle, chunk, precision, device)
-                floor = work.floor_ms(machine, precision, 1)
-                fit |= {"weights_ms": floor["memory"], "products_ms": floor["compute"]}
-            fits.append(fit)
+            floor = encoder_work(bundle, chunk, precision, device.partition(":")[0]).floor_ms(machine, precision, 1)
+            bounds = {"weights_ms": floor["memory"], "products_ms": floor["compute"]}
+            fits.append({**case, "fixed_ms": fixed, "per_stream_ms": each, **bounds})
             steps = round(3600 * hours * 1000 / chunk.ms)
             if steps >= 2:
                 say(f"{chunk.ms} ms, {hours:g} hours of one stream, {steps} steps")
@@ -86,7 +84,8 @@ def measure_cost(
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
                "d_model": bundle.manifest.encoder.d_model},
         method={"repeats": repeats, "threads": threads, "device": device, "fits": fits,
-                "machine": dict(machine.rates) if machine else {}, "other_work_cores": round(others.cores(), 3)},
+                "machine": dict(machine.rates) if machine else {}, "warm_up": _WARM_UP,
+                "other_work_cores": round(others.cores(), 3)},
     )  # fmt: skip
 
 
@@ -103,6 +102,14 @@ def fit_width(batches: Sequence[int], times: Sequence[float]) -> tuple[float, fl
     if each < 0:
         return float((1 / y).sum() / ((1 / y) ** 2).sum()), 0.0
     return float(fixed), float(each)
+
+
+def bound_by(fit: Mapping[str, Any]) -> tuple[str, str, float]:
+    """What binds the fixed part, what each stream's, and the batch from which on the second is the larger."""
+    fixed, each = fit["fixed_ms"], fit["per_stream_ms"]
+    first = "memory" if fit["weights_ms"] >= fixed / 2 else "overhead"
+    second = "compute" if fit["products_ms"] >= each / 2 else "overhead"
+    return first, second, fixed / each if each else float("inf")
 
 
 def fit_length(parts: Sequence[float]) -> dict[str, float]:
@@ -162,12 +169,14 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         mine = {row["case"]["batch"]: row["figures"]["step"]["p50"] for row in wide
                 if row["case"]["chunk_ms"] == fit["chunk_ms"]}  # fmt: skip
         line = [f"{fit['chunk_ms']} ms", fit["precision"], *(tables.digits(mine[batch]) for batch in batches)]
-        bounds = [tables.digits(fit[name]) if name in fit else "" for name in ("weights_ms", "products_ms")]
-        lines.append([*line, tables.digits(fit["fixed_ms"]), bounds[0], tables.digits(fit["per_stream_ms"]), bounds[1]])
+        line += [tables.digits(fit[name]) for name in ("fixed_ms", "weights_ms", "per_stream_ms", "products_ms")]
+        first, second, batch = bound_by(fit)
+        lines.append([*line, f"{first} up to batch {batch:.1f}, then {second}"])
     head = ["chunk", "precision", *(f"batch {batch}" for batch in batches), "fixed", "weights once", "per stream"]
     text = ["Median step in milliseconds by batch; the model `fixed + per stream × batch`, beside the time to read the "
-            "weights once and the time of one stream's products.", "",
-            tables.markdown([*head, "products of one"], lines)]  # fmt: skip
+            "weights once and the time of one stream's products; what binds, a part being overhead if its bound "
+            "explains less than half of it.", "",
+            tables.markdown([*head, "products of one", "bound by"], lines)]  # fmt: skip
     if long:
         lines = [
             [f"{row['case']['chunk_ms']} ms", row["case"]["precision"], f"{row['values']['hours']:g}",
@@ -192,7 +201,9 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         axes.plot(batches, [fit["fixed_ms"] + fit["per_stream_ms"] * batch for batch in batches], ":", color="grey")
     axes.set(xlabel="batch", ylabel="step, ms (p50)", ylim=(0, None), title="The cost of width")
     axes.legend(fontsize=7)
-    text += ["", f"Other work kept {result['method']['other_work_cores']:.2f} cores busy."]
+    method = result["method"]
+    text += ["", f"{method['threads']} threads. {tables.busy([method['other_work_cores']])} Measured: "
+             f"{tables.rates(method['machine'])}."]  # fmt: skip
     return "\n".join(text) + "\n"
 
 

@@ -1,8 +1,10 @@
 """How long a step takes, and how long after its last sample a chunk's tokens are there.
 
     nemostream bench latency --bundle BUNDLE --precision fp32 int8 --batch 1 4 16
+    nemostream bench latency --bundle BUNDLE --precision fp32 fp16 --device cpu cuda cuda:onnxruntime
 
-Every chunk size, batch and precision on one backend, in the steady state (caches full) and after warm-up. Two times:
+Every chunk size, batch, precision and backend (`timed`: what `--device` means), in the steady state (caches full) and
+after warm-up. Two times:
 
 * **step**: `Backend.submit` until its result, PCM to tokens, as the scheduler calls it. On a GPU also **device**, the
   time between two events on the device, of the same launches.
@@ -12,13 +14,15 @@ Every chunk size, batch and precision on one backend, in the steady state (cache
 
 Where the time goes: features, encoder and decode are the calls into ONNX Runtime (or the stages of the step on a GPU,
 run one by one), copies is what else the encoder's half does (gathering and scattering caches), host the rest of the
-step. `launches` counts the calls, or what a GPU is asked to start per step. The floor is the encoder's (`floor`).
+step. `launches` counts the calls, or what a GPU is asked to start, on average of the steps. The floor is the encoder's
+(`floor`), and beside it the share of it that the median step reached.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,11 +33,11 @@ import numpy as np
 
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.floor import Machine, encoder_work, measure_machine
-from nemostream.benchmarks.gpu_speed import copy_rate, device_ms
+from nemostream.benchmarks.floor import Machine, encoder_work, measure_for
+from nemostream.benchmarks.gpu_speed import device_ms
 from nemostream.benchmarks.record import OtherWork, Record, Row, Say
-from nemostream.benchmarks.sides import Feed, timed_backend
 from nemostream.benchmarks.synthetic import speech
+from nemostream.benchmarks.timed import CAN, Feed, timed_backend
 from nemostream.errors import OptionError
 from nemostream.runtime.backend import Backend, Batch
 from nemostream.runtime.gpu import GpuBackend
@@ -53,50 +57,58 @@ def measure_latency(
     chunk_ms: Sequence[int] | None = None,
     repeats: int = 50,
     *,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     threads: int | None = None,
     engines: Path | None = None,
     machine: Machine | None = None,
     say: Say = lambda message: None,
 ) -> Record:
-    """The result. Raises `OptionError` for what cannot be, `BackendError` if there is no engine."""
+    """The result. Of several devices each runs the precisions that it has.
+
+    Raises `OptionError` for what cannot be, `BackendError` if a device is not there or its engine cannot be built.
+    """
     if repeats < 1 or min(batches, default=0) < 1:
         raise OptionError("repeats and batch sizes must be at least 1.")
     threads = threads or record.cores()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
-    if machine is None and device == "cpu":
-        machine = measure_machine(threads)
-    rows = []
-    for precision in precisions:
-        for chunk in chunks:
-            with timed_backend(
-                bundle, [chunk], precision, max(batches), device=device, threads=threads, engines=engines
-            ) as backend:
-                if machine is None and isinstance(backend, GpuBackend):
-                    rate = copy_rate(backend._device)
-                    machine = Machine(rate, {}, {"copy": rate / 1e9})
-                for batch in batches:
-                    say(f"{precision}, {chunk.ms} ms, batch {batch}")
-                    rows.append(_measure(bundle, backend, chunk, batch, precision, repeats, machine))
-            gc.collect()
+    rows: list[Row] = []
+    machines: dict[str, Machine] = {}
+    for device in devices:
+        kind = device.partition(":")[0]
+        for precision in precisions:
+            if len(devices) > 1 and precision not in CAN.get(device, (precision,)):
+                continue
+            for chunk in chunks:
+                with timed_backend(
+                    bundle, [chunk], precision, max(batches), device=device, threads=threads, engines=engines
+                ) as backend:
+                    if kind not in machines:
+                        machines[kind] = machine or measure_for(backend, threads)
+                    for batch in batches:
+                        say(f"{device}, {precision}, {chunk.ms} ms, batch {batch}")
+                        case = {"chunk_ms": chunk.ms, "batch": batch, "precision": precision, "backend": device}
+                        rows.append(_measure(bundle, backend, chunk, case, repeats, machines[kind]))
+                gc.collect()
     manifest = bundle.manifest
     return record.record(
         "latency", rows,
         model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model},
-        method={"repeats": repeats, "warm_up": _WARM_UP, "threads": threads, "device": device,
-                "machine": dict(machine.rates) if machine else {}},
+        method={"repeats": repeats, "warm_up": _WARM_UP, "threads": threads, "device": " ".join(devices),
+                "machine": {kind: dict(machine.rates) for kind, machine in machines.items()}},
     )  # fmt: skip
 
 
 def _measure(
-    bundle: Bundle, backend: Backend, chunk: Chunk, batch: int, precision: str, repeats: int, machine: Machine | None
+    bundle: Bundle, backend: Backend, chunk: Chunk, case: dict[str, Any], repeats: int, machine: Machine
 ) -> Row:
+    batch, precision = case["batch"], case["precision"]
     filled = -(-chunk.left // chunk.frames)
     feed = Feed(bundle.manifest, speech(), batch, (filled + 2 * (_WARM_UP + repeats)) * chunk.frames)
     backend.reset(np.arange(batch))
     others, step = OtherWork(), 0
     times: dict[str, list[float]] = {"step": [], **{part: [] for part in PARTS}}
     values: dict[str, Any] = {"bytes_per_stream": getattr(backend, "bytes_per_stream", None)}
+    calls = []
     with _clock(backend, chunk) as clock:
         for step in range(filled + _WARM_UP + repeats):
             inputs = feed.batch(chunk, step * chunk.frames)
@@ -109,38 +121,36 @@ def _measure(
             times["step"].append(1000 * whole)
             for part, seconds in _parts(clock, whole).items():
                 times[part].append(1000 * seconds)
-            values["launches"] = clock.get("calls", 0)
+            calls.append(clock.get("calls", 0))
+    values["launches"] = statistics.mean(calls)
     if isinstance(backend, GpuBackend):
         times |= _on_the_device(backend, feed, chunk, range(step + 1, step + 1 + repeats), values)
-    times["push"] = _push(bundle, backend, feed, chunk, filled, repeats)
-    if machine:
-        where = "cuda" if isinstance(backend, GpuBackend) else "cpu"
-        work = encoder_work(bundle, chunk, precision, where)
-        values["floor_ms"] = work.floor_ms(machine, precision, batch)
+    with Model(bundle, _Borrowed(backend), chunk.ms) as model:
+        times["push"] = push_times(model, feed, chunk, filled + _WARM_UP, repeats)
+    where = "cuda" if isinstance(backend, GpuBackend) else "cpu"
+    values["floor_ms"] = encoder_work(bundle, chunk, precision, where).floor_ms(machine, precision, batch)
     values["other_work_cores"] = round(others.cores(), 3)
-    return record.row({"chunk_ms": chunk.ms, "batch": batch, "precision": precision}, times, values)
+    return record.row(case, times, values)
 
 
-def _push(bundle: Bundle, backend: Backend, feed: Feed, chunk: Chunk, filled: int, repeats: int) -> list[float]:
-    """Milliseconds of every stream and chunk from push to result."""
-    model, found = Model(bundle, _Borrowed(backend), chunk.ms), []
-    lead, rate = bundle.manifest.lead, bundle.manifest.features.sample_rate
+def push_times(model: Model, feed: Feed, chunk: Chunk, before: int, repeats: int) -> list[float]:
+    """Milliseconds of every stream and chunk from push to result, of `repeats` chunks after as many as `before`."""
+    lead, rate, found = model.manifest.lead, model.manifest.features.sample_rate, []
     streams = [Recognition(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
-    try:
-        for step in range(filled + _WARM_UP + repeats):
-            begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
-            pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)
-            start = []
-            for stream, samples in zip(streams, pcm, strict=True):
-                start.append(time.perf_counter())
-                stream.feed(samples)
-            for stream, began in zip(streams, start, strict=True):
-                stream.wait()
-                stream.collect()
-                if step >= filled + _WARM_UP:
-                    found.append(1000 * (time.perf_counter() - began))
-    finally:
-        model.close()
+    for step in range(before + repeats):
+        begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
+        pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)
+        start = []
+        for stream, samples in zip(streams, pcm, strict=True):
+            start.append(time.perf_counter())
+            stream.feed(samples)
+        for stream, began in zip(streams, start, strict=True):
+            stream.wait()
+            stream.collect()
+            if step >= before:
+                found.append(1000 * (time.perf_counter() - began))
+    for stream in streams:
+        stream.close()
     return found
 
 
@@ -252,39 +262,49 @@ def _submit(backend: GpuBackend, inputs: Batch, pending: list[Any]) -> None:
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
     method, rows = result["method"], result["rows"]
-    head = ["chunk", "batch", "precision", "what", "avg", "p50", "p90", "p95", "p99", "floor", "× floor"]
+    figures = ("avg", "min", "p50", "p90", "p95", "p99")
+    case = ["chunk", "batch", "precision", "backend"]
     lines = []
     for row in rows:
-        case, floor = row["case"], row["values"].get("floor_ms")
+        floor, whole = row["values"]["floor_ms"], _whole(row)
         for what in ("step", "device", "push"):
             if found := row["figures"].get(what):
-                line = [f"{case['chunk_ms']} ms", case["batch"], case["precision"], what]
-                line += [tables.digits(found[name]) for name in ("avg", "p50", "p90", "p95", "p99")]
-                reached = floor and what == ("device" if "device" in row["figures"] else "step")
-                bound = [f"{tables.digits(floor['floor'])}, {floor['binding']}"] if reached else [""]
-                lines.append([*line, *bound, f"{found['p50'] / floor['floor']:.2f}" if reached else ""])
-    text = [f"Milliseconds, {method['device']}, {method['threads']} threads, {method['repeats']} steps each.", ""]
-    text += [tables.markdown(head, lines), "", "Where a step's time goes, medians in milliseconds:", ""]
+                line = [*_case(row), what, *(tables.digits(found[name]) for name in figures)]
+                bound = [f"{tables.digits(floor['floor'])}, {floor['binding']}"] if what == whole else [""]
+                reached = tables.percent(floor["floor"] / found["p50"], 0) if what == whole else ""
+                lines.append([*line, *bound, reached])
+    text = [f"Milliseconds; {method['threads']} threads of a CPU, {method['repeats']} steps each, after "
+            f"{method['warm_up']} to warm up with caches full.", "",
+            tables.markdown([*case, "what", *figures, "floor", "of the floor"], lines), "",
+            "Where a step's time goes, medians in milliseconds:", ""]  # fmt: skip
     parted = [row for row in rows if row["figures"].get("encoder")]
     lines = [
-        [f"{row['case']['chunk_ms']} ms", row["case"]["batch"], row["case"]["precision"],
-         *(tables.digits(row["figures"][part]["p50"]) if part in row["figures"] else "" for part in PARTS),
-         row["values"].get("launches", "")]
+        [*_case(row), *(tables.digits(row["figures"][part]["p50"]) if part in row["figures"] else "" for part in PARTS),
+         tables.digits(row["values"]["launches"])]
         for row in parted
     ]  # fmt: skip
-    text.append(tables.markdown(["chunk", "batch", "precision", *PARTS, "launches"], lines))
-    busy = max((row["values"]["other_work_cores"] for row in rows), default=0)
-    machine = ", ".join(f"{name} {rate:.0f} G/s" for name, rate in method["machine"].items())
+    text += [tables.markdown([*case, *PARTS, "launches"], lines), ""]
+    text.append(tables.busy(row["values"]["other_work_cores"] for row in rows))
+    text += [f"Measured, {kind}: {tables.rates(rates)}." for kind, rates in method["machine"].items()]
     size = rows[0]["values"].get("bytes_per_stream") if rows else None
-    text += ["", f"Other work kept at most {busy:.2f} cores busy. Measured: {machine}."]
     text += [f"A stream's state is {size / 1e6:.2f} MB."] if size else []
     _draw_parts(parted, plot("breakdown"))
     _draw_floor(rows, plot("floor"))
     return "\n".join(text) + "\n"
 
 
+def _case(row: Row) -> list[Any]:
+    case = row["case"]
+    return [f"{case['chunk_ms']} ms", case["batch"], case["precision"], case["backend"]]
+
+
+def _whole(row: Row) -> str:
+    """The time to be compared with the floor."""
+    return "device" if "device" in row["figures"] else "step"
+
+
 def _name(row: Row) -> str:
-    return "{chunk_ms} ms × {batch}\n{precision}".format(**row["case"])
+    return "{chunk_ms} ms × {batch}\n{precision}\n{backend}".format(**row["case"])
 
 
 def _draw_parts(rows: Sequence[Row], axes: Any) -> None:
@@ -299,18 +319,17 @@ def _draw_parts(rows: Sequence[Row], axes: Any) -> None:
 
 
 def _draw_floor(rows: Sequence[Row], axes: Any) -> None:
-    bounded = [row for row in rows if row["values"].get("floor_ms")]
-    ratios = [row["figures"]["step"]["p50"] / row["values"]["floor_ms"]["floor"] for row in bounded]
-    axes.bar(range(len(bounded)), ratios)
+    ratios = [row["figures"][_whole(row)]["p50"] / row["values"]["floor_ms"]["floor"] for row in rows]
+    axes.bar(range(len(rows)), ratios)
     axes.axhline(1.0, color="black", linewidth=0.7)
-    axes.set_xticks(range(len(bounded)), [_name(row) for row in bounded], fontsize=6)
+    axes.set_xticks(range(len(rows)), [_name(row) for row in rows], fontsize=6)
     axes.set(ylabel="step ÷ floor", title="How near to what the machine allows")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = record.parser("latency", __doc__)
-    record.engine_options(parser)
-    parser.add_argument("--precision", nargs="+", default=["fp32"], help="of engines; a CPU makes int8 itself")
+    record.engine_options(parser, several=True)
+    parser.add_argument("--precision", nargs="+", default=["fp32"], help="of engines, made when they are not there")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=50, help="steps timed of each")
     options = parser.parse_args(arguments)
@@ -318,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measure() -> Record:
         bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
         return measure_latency(
-            bundle, options.precision, options.batch, options.chunk_ms, options.repeats, device=options.device,
+            bundle, options.precision, options.batch, options.chunk_ms, options.repeats, devices=options.device,
             threads=options.threads, engines=options.engines, say=record.say,
         )  # fmt: skip
 

@@ -27,8 +27,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nemostream.errors import BackendError, NemostreamError, OptionError
 
 SCHEMA = "nemostream-benchmark/1"
@@ -40,7 +38,6 @@ LIBRARIES = (
     "whisper-normalizer",
 )  # fmt: skip
 _GIGABYTE = 1 << 30
-_NOISE = 0.03  # two runs of one program on one machine differ by about that much
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -133,33 +130,6 @@ def write(result: Record, path: Path) -> None:
     path.write_text(head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n", encoding="utf-8")
 
 
-def compare(new: Record, old: Record) -> list[dict[str, Any]]:
-    """Cases that both results have: how medians changed, and whether by more than noise.
-
-    Noise is what a bootstrap of both sets of samples says about the ratio of their medians (99 of 100 resamples), and
-    at least 3 %, because runs differ by more than the samples within one tell.
-    """
-    before = {json.dumps(each["case"], sort_keys=True): each for each in old["rows"]}
-    changes = []
-    for each in new["rows"]:
-        other = before.get(json.dumps(each["case"], sort_keys=True))
-        for name in each["ms"] if other else ():
-            if not each["ms"][name] or not other["ms"].get(name):  # type: ignore[index]
-                continue
-            a, b = np.array(each["ms"][name]), np.array(other["ms"][name])  # type: ignore[index]
-            rng = np.random.default_rng(0)
-            medians = [np.median(rng.choice(side, (1000, len(side))), axis=1) for side in (a, b)]
-            low, high = np.quantile(medians[0] / medians[1], [0.005, 0.995])
-            changes.append(
-                {
-                    "case": each["case"], "what": name, "before": float(np.median(b)), "now": float(np.median(a)),
-                    "ratio": float(np.median(a) / np.median(b)),
-                    "beyond_noise": bool(low > 1 + _NOISE or high < 1 - _NOISE),
-                }
-            )  # fmt: skip
-    return changes
-
-
 # -- what it ran on ----------------------------------------------------------------------------------------------------
 
 
@@ -189,9 +159,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """Of the working tree this file is in, if it is in one."""
-    return _output("git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12")
+def commit(file: Path = Path(__file__)) -> str | None:
+    """Of the working tree this file is in, or was installed in, if it is ours and not that of somebody who uses us."""
+    here = str(file.resolve().parent)
+    top = _output("git", "-C", here, "rev-parse", "--show-toplevel")
+    if not top or not (Path(top) / "benchmarks" / file.name).is_file():
+        return None
+    return _output("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def available_memory() -> int:
@@ -210,7 +184,8 @@ class OtherWork:
 
     @staticmethod
     def _foreign() -> float:
-        return _cpu_ticks() / os.sysconf("SC_CLK_TCK") - time.process_time()
+        ours = os.times()  # with the children that have ended: compilers
+        return _cpu_ticks() / os.sysconf("SC_CLK_TCK") - sum(ours[:4])
 
 
 def _gpu() -> str | None:
@@ -267,10 +242,14 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def engine_options(made: argparse.ArgumentParser) -> None:
-    """What is measured: a bundle on a backend."""
+def engine_options(made: argparse.ArgumentParser, several: bool = False) -> None:
+    """What is measured: a bundle on a backend, or on several."""
     made.add_argument("--bundle", type=Path, help="what to run (default: the packaged digits)")
-    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    where = "cpu, cuda (engines by TensorRT) or cuda:onnxruntime"
+    if several:
+        made.add_argument("--device", nargs="+", default=["cpu"], help=where)
+    else:
+        made.add_argument("--device", default="cpu", help=where)
     made.add_argument("--engines", type=Path, help="folder of engines (default: ~/.cache/nemostream/engines)")
     made.add_argument("--threads", type=int, help="of a CPU (default: every core)")
     made.add_argument("--chunk-ms", type=int, nargs="+", help="default: all that the model has")

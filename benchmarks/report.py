@@ -5,23 +5,32 @@
 
 Every benchmark's module knows how its result is shown: `show(result, plot)`. What README and docs/performance.md say
 about speed and accuracy is written here from `benchmarks/results/*.json`; a test compares.
+
+Noise, beside an earlier result, is what a bootstrap of both sets of samples says about the ratio of their medians (99
+of 100 resamples), and at least 3 %, because runs differ by more than the samples within one tell. Of words it is a
+bootstrap of the utterances, of numbers of streams two steps of the search.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemostream.benchmarks import record, tables
+from nemostream.benchmarks.capacity import RESOLUTION
 from nemostream.benchmarks.record import Record
 from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "transcripts", "quick")
+_NOISE = 0.03  # two runs of one program on one machine differ by about that much
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 
 
@@ -77,21 +86,79 @@ def write_report(results: Sequence[Record], path: Path, against: Sequence[Record
     return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Change:
+    """A figure that both results have: medians in milliseconds, words wrong in percent, or a number of streams."""
+
+    case: dict[str, Any]
+    what: str
+    before: float
+    now: float
+    beyond_noise: bool
+    more_is: str  # "slower", "worse" or "better"
+
+    @property
+    def verdict(self) -> str:
+        other = {"slower": "faster", "worse": "better", "better": "worse"}
+        return (self.more_is if self.now > self.before else other[self.more_is]) if self.beyond_noise else ""
+
+
+def compare(new: Record, old: Record) -> list[Change]:
+    """How the figures of cases that both results have changed, and whether by more than noise."""
+    before = {json.dumps(each["case"], sort_keys=True): each for each in old["rows"]}
+    found = []
+    for each in new["rows"]:
+        other = before.get(json.dumps(each["case"], sort_keys=True))
+        if not other:
+            continue
+        for name in each["ms"]:
+            if each["ms"][name] and other["ms"].get(name):
+                found.append(_times(each["case"], name, each["ms"][name], other["ms"][name]))
+        mine, theirs = (row["values"].get("by_utterance") for row in (each, other))
+        if mine and theirs and [words for _, words in mine] == [words for _, words in theirs]:
+            found.append(_words(each["case"], np.array(mine), np.array(theirs)))
+    streams = new["method"].get("streams"), old["method"].get("streams")
+    if new["benchmark"] == "capacity" and None not in streams:
+        now, then = streams
+        case = {name: new["method"].get(name) for name in ("chunk_ms", "precision")}
+        if case == {name: old["method"].get(name) for name in case}:
+            noise = max(1, 2 * RESOLUTION * then)
+            found.append(Change(case, "streams", then, now, abs(now - then) > noise, "better"))
+    return found
+
+
+def _times(case: dict[str, Any], name: str, now: Sequence[float], then: Sequence[float]) -> Change:
+    a, b, rng = np.array(now), np.array(then), np.random.default_rng(0)
+    medians = [np.median(rng.choice(side, (1000, len(side))), axis=1) for side in (a, b)]
+    low, high = np.quantile(medians[0] / medians[1], [0.005, 0.995])
+    beyond = bool(low > 1 + _NOISE or high < 1 - _NOISE)
+    return Change(case, f"{name}, ms", float(np.median(b)), float(np.median(a)), beyond, "slower")
+
+
+def _words(case: dict[str, Any], now: np.ndarray, then: np.ndarray) -> Change:
+    """`now` and `then` are [N, 2]: errors and words of each utterance, the same ones."""
+    total, more = now[:, 1].sum(), now[:, 0] - then[:, 0]
+    chosen = np.random.default_rng(0).integers(0, len(more), (1000, len(more)))
+    low, high = np.quantile(more[chosen].sum(axis=1), [0.005, 0.995])
+    before, after = (100 * float(side[:, 0].sum() / total) for side in (then, now))
+    return Change(case, "WER, %", before, after, bool(low > 0 or high < 0), "worse")
+
+
 def changes(new: Record, old: Record) -> str:
     """What changed since an earlier result, as Markdown."""
     lines = [
-        [" ".join(f"{key} {value}" for key, value in each["case"].items()), each["what"], tables.digits(each["before"]),
-         tables.digits(each["now"]), f"{each['ratio']:.2f}",
-         ("**slower**" if each["ratio"] > 1 else "**faster**") if each["beyond_noise"] else "within noise"]
-        for each in record.compare(new, old)
+        [" ".join(f"{key} {value}" for key, value in each.case.items()), each.what, tables.digits(each.before),
+         tables.digits(each.now), f"{each.now / each.before:.2f}" if each.before else "",
+         f"**{each.verdict}**" if each.verdict else "within noise"]
+        for each in compare(new, old)
     ]  # fmt: skip
     if not lines:
-        return f"No case of the {old['benchmark']} of {old['time']} is in this one.\n"
+        return f"No case of the {old['benchmark']} of {old['time']} is in this one, or none that can be compared.\n"
     others = [what for what in ("hardware", "model") if new[what] != old[what]]
     others += ["device"] if new["method"].get("device") != old["method"].get("device") else []
     where = "".join(f" **The {what} is another**, so this says nothing of the code." for what in others)
-    table = tables.markdown(["case", "what", "before, ms", "now, ms", "now ÷ before", ""], lines)
-    return f"### Since {old['time']}, commit {old['commit'] or 'unknown'}\n\nMedians.{where}\n\n{table}\n"
+    table = tables.markdown(["case", "what", "before", "now", "now ÷ before", ""], lines)
+    return f"### Since {old['time']}, commit {old['commit'] or 'unknown'}\n\nTimes are medians.{where}\n\n{table}\n"
 
 
 @contextmanager
@@ -129,7 +196,8 @@ def pages(root: Path) -> dict[Path, str]:
         "",
         "Written by `nemostream bench report --pages` from the results in `benchmarks/results`; nothing here was typed",
         "by hand. What each benchmark does and how its figures are to be read: the head of its file in `benchmarks/`.",
-        "Times are milliseconds, percentiles by nearest rank.",
+        "Times are milliseconds, percentiles by nearest rank: of fewer than 100 samples p99 is the largest. *random-0.6b*",
+        "is the published model's exact shape with random weights (`nemostream bench synthetic`), *demo* the embedded one.",
     ]  # fmt: skip
     for name, result in results.items():
         stem = root / "benchmarks" / "results" / name

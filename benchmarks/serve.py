@@ -1,14 +1,14 @@
 """How many people a server on this machine can listen to.
 
-    nemostream bench serve --streams 50 100 200
+    nemostream bench serve --streams 50 100 200 --manifest heldout.jsonl
     nemostream bench serve --bundle BUNDLE --chunk-ms 80 --streams 8
 
 `nemostream serve` runs in a process of its own; callers in this one speak to `/v1/stream` over loopback: each connects,
-sends a clip in real time, `--packet-ms` of audio a message, says that it is finished, waits for the last text, and
-connects again, all beginning at random moments. Measured is the time from the moment an utterance's last audio was due
+sends a recording in real time, `--packet-ms` of audio a message, says that it is finished, waits for the last text, and
+connects again, all beginning at random moments. Measured is the time from the moment a recording's last audio was due
 until its final text is here. So many callers hold if, over `--seconds`:
 
-* every text is the one that the model says of the clip offline, and nothing fails or is refused;
+* every text is the one that the model says of the recording offline, and nothing fails or is refused;
 * the slowest percent of final texts comes within one chunk and 200 ms;
 * the callers themselves were never late by more than a packet (99 %).
 
@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,14 @@ import numpy as np
 
 import nemostream
 from nemostream.benchmarks import record, tables
+from nemostream.benchmarks.corpora import read_manifest
 from nemostream.benchmarks.record import OtherWork, Record, Row, Say, percentile
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
 from nemostream.spec import Bundle
 
 GRACE_MS = 200  # beyond a chunk, for a final text
+_RATE = 16000
 _SETTLING = 3.0  # seconds at the start that are not judged: everyone connects
 
 
@@ -61,17 +64,20 @@ def measure_serving(
     *,
     seconds: float = 60.0,
     packet_ms: int = 100,
+    manifest: Path | None = None,
     options: Sequence[str] = (),
     say: Say = lambda message: None,
 ) -> Record:
-    """The result. `options` are for `nemostream serve`. Raises `OptionError`, and `BackendError` if it cannot start."""
+    """The result. Callers say what `manifest` lists (NeMo's, 16 kHz mono), or the packaged speech; `options` are for
+    `nemostream serve`. Raises `OptionError`, and `BackendError` if the server cannot start.
+    """
     if not streams or min(streams) < 1 or seconds <= _SETTLING or packet_ms < 1:
         raise OptionError(f"streams and packet_ms must be positive, seconds more than {_SETTLING:.0f}.")
     chunk = bundle.manifest.chunk(chunk_ms)
-    clips = [(np.clip(clip, -1, 1) * 32767).round().astype(np.int16) for clip in speech(bundle.manifest)]
+    clips = _clips(bundle, manifest)
     with nemostream.load(bundle.path, chunk.ms, capacity=4) as model:
         said = [model.transcribe(clip).text for clip in clips]
-    others, rows = OtherWork(), []
+    began, others, rows = time.perf_counter(), OtherWork(), []
     command = [
         sys.executable, "-m", "nemostream", "serve", "--bundle", str(bundle.path), "--chunk-ms", str(chunk.ms),
         "--chunks", str(chunk.ms), "--port", "0", "--grpc-port", "-1", "--max-streams", str(2 * max(streams)),
@@ -85,12 +91,20 @@ def measure_serving(
                 raise BackendError(f"the server did not start; try it by hand: {' '.join(command)}")
             for number in streams:
                 say(f"{number} callers for {seconds:.0f} s")
-                before = _cpu(server.pid), time.process_time(), time.perf_counter()
+                before = _cpu(server.pid), time.process_time(), time.perf_counter(), _steps(url)
                 calls = asyncio.run(_call(url, clips, said, number, seconds, packet_ms / 1000))
                 took = time.perf_counter() - before[2]
                 busy = (_cpu(server.pid) - before[0]) / took, (time.process_time() - before[1]) / took
                 case = {"streams": number, "chunk_ms": chunk.ms, "packet_ms": packet_ms}
-                rows.append(judge(calls, case, took, *busy))
+                row = judge(calls, case, took, *busy)
+                steps, rows_of, spent = (after - had for after, had in zip(_steps(url), before[3], strict=True))
+                if steps:
+                    row["values"] |= {
+                        "mean_batch": round(rows_of / steps, 2),
+                        "step_ms": round(1000 * spent / steps, 2),
+                    }
+                rows.append(row)
+            served = _cpu(server.pid)
         finally:
             server.terminate()
     return record.record(
@@ -98,7 +112,8 @@ def measure_serving(
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
                "d_model": bundle.manifest.encoder.d_model},
         method={"threads": record.cores(), "device": "cpu", "seconds": seconds, "packet_ms": packet_ms,
-                "grace_ms": GRACE_MS, "options": list(options), "other_work_cores": round(others.cores(), 3)},
+                "recordings": len(clips), "grace_ms": GRACE_MS, "options": list(options),
+                "other_work_cores": round(max(0.0, others.cores() - served / (time.perf_counter() - began)), 3)},
     )  # fmt: skip
 
 
@@ -165,7 +180,7 @@ async def _caller(
 async def _utterance(url: str, pcm: Any, calls: Calls, packet: float) -> tuple[str, float]:
     from websockets.asyncio.client import connect
 
-    size = round(16000 * packet)
+    size = round(_RATE * packet)
     async with connect(url, compression=None, ping_interval=None) as socket:
         await socket.recv()
         calls.open_now += 1
@@ -174,11 +189,11 @@ async def _utterance(url: str, pcm: Any, calls: Calls, packet: float) -> tuple[s
             start = time.perf_counter()
             for at in range(0, len(pcm), size):
                 piece = pcm[at : at + size]
-                due = start + (at + len(piece)) / 16000  # a packet can be sent when its last sample was spoken
+                due = start + (at + len(piece)) / _RATE  # a packet can be sent when its last sample was spoken
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 calls.lateness.append(max(0.0, time.perf_counter() - due))
                 await socket.send(piece.tobytes())
-            calls.audio += len(pcm) / 16000
+            calls.audio += len(pcm) / _RATE
             await socket.send('{"type": "finish"}')
             async for message in socket:
                 event = json.loads(message)
@@ -189,6 +204,21 @@ async def _utterance(url: str, pcm: Any, calls: Calls, packet: float) -> tuple[s
             raise RuntimeError(f"the server hung up ({socket.close_code})")
         finally:
             calls.open_now -= 1
+
+
+def _clips(bundle: Bundle, manifest: Path | None) -> list[Any]:
+    """16-bit samples of what is said."""
+    clips = speech(bundle.manifest) if manifest is None else [each.samples(_RATE) for each in read_manifest(manifest)]
+    return [np.clip(np.rint(32768 * clip), -32768, 32767).astype(np.int16) for clip in clips]
+
+
+def _steps(url: str) -> tuple[float, float, float]:
+    """Of the server so far: steps, their rows, and their seconds."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    wanted = "nemostream_step_streams_count", "nemostream_step_streams_sum", "nemostream_step_seconds_sum"
+    count, rows, seconds = (sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in wanted)
+    return count, rows, seconds
 
 
 def _cpu(process: int) -> float:
@@ -203,18 +233,9 @@ def _cpu(process: int) -> float:
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
     head = [
-        "callers",
-        "chunk",
-        "utterances",
-        "wrong",
-        "avg",
-        "p50",
-        "p95",
-        "p99",
-        "server cores",
-        "callers' cores",
-        "holds",
-    ]
+        "callers", "chunk", "recordings", "wrong", "avg", "p50", "p95", "p99", "server cores", "callers' cores",
+        "streams a step", "holds",
+    ]  # fmt: skip
     lines = []
     for row in result["rows"]:
         values, found = row["values"], row["figures"].get("final text", {})
@@ -222,11 +243,14 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         verdict = "yes" if values["holds"] else "no: " + "; ".join(values["against"])
         lines.append([
             row["case"]["streams"], f"{row['case']['chunk_ms']} ms", values["utterances"], values["wrong"], *times,
-            f"{values['server_cores']:.2f}", f"{values['callers_cores']:.2f}", verdict,
+            f"{values['server_cores']:.2f}", f"{values['callers_cores']:.2f}", values.get("mean_batch", ""), verdict,
         ])  # fmt: skip
     method = result["method"]
-    text = f"Milliseconds from an utterance's last audio to its final text; {method['packet_ms']} ms a message, " \
-           f"{method['seconds']:.0f} s each, callers and server on the same {method['threads']} cores."  # fmt: skip
+    text = (
+        f"Milliseconds from a recording's last audio to its final text; {method['recordings']} recordings, "
+        f"{method['packet_ms']} ms a message, {method['seconds']:.0f} s each, callers and server on the same "
+        f"{method['threads']} cores; other work kept {method['other_work_cores']:.2f} cores busy."
+    )
     _draw(result, plot("final"))
     return f"{headline(result)}\n\n{text}\n\n{tables.markdown(head, lines)}\n".lstrip()
 
@@ -264,12 +288,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk-ms", type=int, default=560)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each number of callers")
     parser.add_argument("--packet-ms", type=int, default=100, help="audio in a message")
+    parser.add_argument("--manifest", type=Path, help="what callers say (NeMo's; default: the packaged speech)")
     options, rest = parser.parse_known_args(arguments)
 
     def measure() -> Record:
         return measure_serving(
             Bundle.open(options.bundle or nemostream.demo_bundle()), options.streams, options.chunk_ms,
-            seconds=options.seconds, packet_ms=options.packet_ms, options=rest, say=record.say,
+            seconds=options.seconds, packet_ms=options.packet_ms, manifest=options.manifest, options=rest,
+            say=record.say,
         )  # fmt: skip
 
     record.run(measure, options)

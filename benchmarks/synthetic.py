@@ -6,7 +6,7 @@ biases and batch-norm statistics are random. And the model says as much as a spe
 
 The same seed gives the same weights with the same PyTorch on the same kind of processor. What the model says is noise.
 
-    python -m nemostream.benchmarks.synthetic OUT.nemo --seed 0
+    nemostream bench synthetic OUT.nemo --seed 0
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from nemostream.benchmarks.talkative import MAX_SYMBOLS, make_talkative
 from nemostream.clips import read_clip
+from nemostream.errors import BackendError
 
 _SAMPLE_RATE = 16000
 
@@ -64,11 +66,9 @@ def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
         model.eval()
         with torch.no_grad():
             _scatter(model)
-            audio = torch.from_numpy(speech())
-            loud, lengths = torch.stack([gain * audio for gain in (0.3, 1.0, 2.0)]), torch.full((3,), len(audio))
-            mel, lengths = model.preprocessor(input_signal=loud, length=lengths)
-            encoded, _ = model.encoder(audio_signal=mel, length=lengths)
-            make_talkative(model, encoded.transpose(1, 2), 3 * len(audio) / _SAMPLE_RATE)
+            clip = torch.from_numpy(speech())
+            frames = _hear(model, sizes, clip.repeat(2))
+            make_talkative(model, frames, len(frames) * len(clip) / _SAMPLE_RATE)
         out.parent.mkdir(parents=True, exist_ok=True)
         model.save_to(str(out))
     return out
@@ -194,6 +194,20 @@ def train_tokenizer(folder: Path, vocab: int, seed: int) -> None:
     (folder / "vocab.txt").write_text("\n".join(pieces[1:]) + "\n", encoding="utf-8")  # [0] is <unk>
 
 
+def _hear(model: Any, sizes: Sizes, audio: Any) -> Any:
+    """The encoder's outputs [N, T, D] on one recording: at every chunk size, and at the longest loud and faint too."""
+    import torch
+
+    heard = [(context, 1.0) for context in sizes.contexts] + [(sizes.contexts[0], gain) for gain in (0.3, 2.0)]
+    found, samples = [], torch.tensor([len(audio)])
+    for context, gain in heard:
+        model.encoder.set_default_att_context_size(list(context))
+        mel, length = model.preprocessor(input_signal=gain * audio[None], length=samples)
+        found.append(model.encoder(audio_signal=mel, length=length)[0][0].T)
+    model.encoder.set_default_att_context_size(list(sizes.contexts[0]))
+    return torch.stack(found)
+
+
 def _scatter(model: Any) -> None:
     """Move whatever NeMo initialises to a constant away from it; the rest stays at NeMo's own random start."""
     import torch
@@ -211,9 +225,7 @@ def _scatter(model: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m nemostream.benchmarks.synthetic", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="nemostream bench synthetic", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT.nemo")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(Sizes):
@@ -223,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif isinstance(default, int | str):
             parser.add_argument(name, dest=field.name, type=type(default), default=default)
     options = vars(parser.parse_args(arguments))
+    if find_spec("nemo") is None:
+        raise BackendError("making a checkpoint needs NeMo: pip install 'nemostream[export]'")
     path = synthetic_model(options.pop("out"), options.pop("seed"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

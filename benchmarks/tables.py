@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+QUIET = 0.1  # cores that other work may take before the figures of a CPU mean little
 
 
 def digits(number: float) -> str:
@@ -19,6 +21,22 @@ def digits(number: float) -> str:
 def spread(samples: Sequence[float]) -> str:
     """Median [least–most]."""
     return f"{digits(statistics.median(samples))} [{digits(min(samples))}–{digits(max(samples))}]"
+
+
+def percent(share: float | None, places: int = 2) -> str:
+    """Empty for None."""
+    return "" if share is None else f"{100 * share:.{places}f} %"
+
+
+def busy(cores: Iterable[float]) -> str:
+    """A sentence on how much other work there was, of a figure or several."""
+    most = max(cores, default=0.0)
+    return f"Other work kept {most:.2f} cores busy{'' if most <= QUIET else ': **too much for these figures**'}."
+
+
+def rates(machine: Mapping[str, float]) -> str:
+    """What a machine reached, GB/s read and GFLOP/s."""
+    return ", ".join(f"{name} {rate:.0f} G/s" for name, rate in machine.items()) or "nothing"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:

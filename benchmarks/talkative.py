@@ -13,6 +13,9 @@ then into silence, because frame and prediction hardly interact. So two of the j
 
 All other units stay random, standardised on the clip, and choose *which* label. Blank's bias is how far z must cross:
 it is found by trying, so that greedy decoding of the clip gives `TOKENS_PER_SECOND`.
+
+The clip is heard twice, and only the second time is counted: while the caches of a stream fill, a deep encoder of
+random weights swings widely and says several times as much as for the hour after.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ _SPREAD = 0.3  # deviation of the random logits that choose the label: too littl
 def make_talkative(model: Any, clips: Tensor, seconds: float) -> None:
     """Change the model's embedding, LSTM and joint in place.
 
-    `clips` [N, T, D] are its encoder's outputs on speech of so many `seconds` together. Several levels of loudness make
-    the trigger indifferent to it.
+    `clips` [N, T, D] are its encoder's outputs on speech; their second halves, which count, are of so many `seconds`
+    together. Several chunk sizes and levels of loudness make the trigger indifferent to them.
     """
     import torch
 
@@ -93,7 +96,8 @@ def _calibrate_blank(model: Any, clips: Tensor, seconds: float) -> None:
 
 
 def _count_labels(model: Any, frames: Tensor, blank_bias: Tensor) -> Tensor:
-    """Labels that plain greedy decoding makes of each row of projected frames [N, T, J], `blank_bias` [N] added."""
+    """Labels that plain greedy decoding makes of projected frames [N, T, J], `blank_bias` [N] added, in each row's
+    second half."""
     import torch
 
     joint, blank = model.joint, model.joint.num_classes_with_blank - 1
@@ -108,7 +112,7 @@ def _count_labels(model: Any, frames: Tensor, blank_bias: Tensor) -> Tensor:
             active &= labels != blank
             if not active.any():
                 break
-            counts += active
+            counts += active & (t >= frames.shape[1] // 2)
             output, after = model.decoder.predict(torch.where(active, labels, blank)[:, None], state, add_sos=False)
             predicted = torch.where(active[:, None], joint.project_prednet(output)[:, 0], predicted)
             state = [torch.where(active[:, None], new, old) for new, old in zip(after, state, strict=True)]
@@ -132,7 +136,7 @@ def _fastest_direction(clips: Tensor) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    settled = clips[:, clips.shape[1] // 4 :]
+    settled = clips[:, clips.shape[1] // 2 :]
     centre = settled.flatten(0, 1).mean(dim=0)
     components = torch.linalg.svd(settled.flatten(0, 1) - centre, full_matrices=False).Vh[:_COMPONENTS]
     scores = (clips - centre) @ components.T

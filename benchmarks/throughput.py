@@ -4,12 +4,13 @@
 
 RTFx as the Open ASR leaderboard defines it: seconds of audio over seconds taken, sums over sums, all recordings of the
 set, model loaded and warm (the set's first recording is done once before). `batch` recordings are under way at a time
-and share steps. Files are read and resampled within the time. Without `--manifest` the set is the packaged clips,
-`--copies` times over.
+and share steps. Files are read and resampled within the time. The whole set is done `--repeats` times, and the median
+counts. Without `--manifest` the set is the packaged clips, `--copies` times over.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,9 @@ from typing import Any
 
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.accuracy import read_manifest
+from nemostream.benchmarks.corpora import read_manifest
 from nemostream.benchmarks.record import OtherWork, Record, Say
-from nemostream.benchmarks.sides import timed_backend
+from nemostream.benchmarks.timed import timed_backend
 from nemostream.engines import speech
 from nemostream.errors import OptionError
 from nemostream.runtime.recognizer import Model
@@ -33,6 +34,7 @@ def measure_throughput(
     precisions: Sequence[str] = ("fp32",),
     batches: Sequence[int] = (1, 8),
     chunk_ms: Sequence[int] | None = None,
+    repeats: int = 3,
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -40,8 +42,10 @@ def measure_throughput(
     say: Say = lambda message: None,
 ) -> Record:
     """The result. `sources` are what `Model.transcribe` takes."""
-    if not sources or min(batches, default=0) < 1:
-        raise OptionError("there must be recordings, and batch sizes of at least 1.")
+    if not sources or min(batches, default=0) < 1 or repeats < 1:
+        raise OptionError("there must be recordings, and batch sizes and repeats of at least 1.")
+    if max(batches) > len(sources):
+        raise OptionError(f"{max(batches)} recordings at a time need as many; there are {len(sources)}.")
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     others, rows = OtherWork(), []
     for precision in precisions:
@@ -55,18 +59,20 @@ def measure_throughput(
                 model.transcribe(sources[0])
                 for batch in batches:
                     say(f"{precision}, {chunk.ms} ms, {batch} at a time")
-                    start = time.perf_counter()
+                    times = []
                     with ThreadPoolExecutor(batch) as pool:
-                        audio = sum(result.duration for result in pool.map(model.transcribe, sources))
-                    seconds = time.perf_counter() - start
+                        for _ in range(repeats):
+                            start = time.perf_counter()
+                            audio = sum(result.duration for result in pool.map(model.transcribe, sources))
+                            times.append(time.perf_counter() - start)
                     case = {"chunk_ms": chunk.ms, "batch": batch, "precision": precision}
-                    values = {"audio_seconds": audio, "rtfx": record.rtfx(audio, seconds)}
-                    rows.append(record.row(case, {"whole set": [1000 * seconds]}, values))
+                    values = {"audio_seconds": audio, "rtfx": record.rtfx(audio, statistics.median(times))}
+                    rows.append(record.row(case, {"whole set": [1000 * seconds for seconds in times]}, values))
     return record.record(
         "throughput", rows,
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
                "d_model": bundle.manifest.encoder.d_model},
-        method={"recordings": len(sources), "threads": threads or record.cores(), "device": device,
+        method={"recordings": len(sources), "repeats": repeats, "threads": threads or record.cores(), "device": device,
                 "other_work_cores": round(others.cores(), 3)},
     )  # fmt: skip
 
@@ -76,7 +82,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     rows, method = result["rows"], result["method"]
     lines = [
         [f"{row['case']['chunk_ms']} ms", row["case"]["batch"], row["case"]["precision"],
-         tables.digits(row["values"]["audio_seconds"]), tables.digits(row["ms"]["whole set"][0] / 1000),
+         tables.digits(row["values"]["audio_seconds"]), tables.spread([ms / 1000 for ms in row["ms"]["whole set"]]),
          tables.digits(row["values"]["rtfx"])]
         for row in rows
     ]  # fmt: skip
@@ -89,8 +95,9 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     axes.legend(fontsize=7)
     head = ["chunk", "at a time", "precision", "audio, s", "took, s", "RTFx"]
     return (
-        f"{method['recordings']} recordings, {method['device']}, {method['threads']} threads; other work kept "
-        f"{method['other_work_cores']:.2f} cores busy.\n\n{tables.markdown(head, lines)}\n"
+        f"{method['recordings']} recordings, {method['device']}, {method['threads']} threads, the whole set "
+        f"{method['repeats']} times: median [least–most]. {tables.busy([method['other_work_cores']])}\n\n"
+        f"{tables.markdown(head, lines)}\n"
     )
 
 
@@ -98,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = record.parser("throughput", __doc__)
     record.engine_options(parser)
     parser.add_argument("--manifest", type=Path, help="NeMo manifest (default: the packaged clips)")
-    parser.add_argument("--copies", type=int, default=4, help="of the packaged clips")
+    parser.add_argument("--copies", type=int, default=32, help="of the packaged clips")
+    parser.add_argument("--repeats", type=int, default=3, help="times that the whole set is done")
     parser.add_argument("--precision", nargs="+", default=["fp32"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="recordings at a time")
     options = parser.parse_args(arguments)
@@ -106,11 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measure() -> Record:
         bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
         if options.manifest:
-            sources: list[Any] = [utterance.audio for utterance in read_manifest(options.manifest)]
+            sources: list[Any] = [
+                each.source(bundle.manifest.features.sample_rate) for each in read_manifest(options.manifest)
+            ]
         else:
             sources = speech(bundle.manifest) * options.copies
         return measure_throughput(
-            bundle, sources, options.precision, options.batch, options.chunk_ms, device=options.device,
+            bundle, sources, options.precision, options.batch, options.chunk_ms, options.repeats, device=options.device,
             threads=options.threads, engines=options.engines, say=record.say,
         )  # fmt: skip
 

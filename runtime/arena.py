@@ -6,6 +6,7 @@ that streams are boosted by lie in a pool, each list of them once, for as long a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
@@ -75,6 +76,7 @@ class Arena:
         self.step["most_pairs"] = self._rows * self._most_frames
         self._phrases: dict[int, Boosting] = {}  # by slot
         self._pool: dict[bytes, tuple[int, int]] = {}  # by digest: first byte, and the one after the last
+        self._users: Counter[bytes] = Counter()  # slots that have the list of a digest
 
     def _slot(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """What a slot is: shape and type of every array."""
@@ -202,18 +204,22 @@ class Arena:
 
         Raises `CapacityError` if they find no room, and the slot keeps those it had.
         """
-        if phrases is None:
-            self._phrases.pop(slot, None)
-        else:
+        if phrases is not None:
             image, key = sources.automaton(phrases), phrases.digest.tobytes()
             if key not in self._pool:
                 begin = self._gap(image.nbytes)
                 self._device.write(int(self.step["pool"]) + begin, image)
                 self._pool[key] = (begin, begin + image.nbytes)
-            self._phrases[slot] = phrases
-        held = {kept.digest.tobytes() for kept in self._phrases.values()}
-        self._pool = {key: where for key, where in self._pool.items() if key in held}
-        return -1 if phrases is None else self._pool[phrases.digest.tobytes()][0] // 4
+            self._users[key] += 1
+        if before := self._phrases.pop(slot, None):
+            old = before.digest.tobytes()
+            self._users[old] -= 1
+            if not self._users[old]:
+                del self._users[old], self._pool[old]
+        if phrases is None:
+            return -1
+        self._phrases[slot] = phrases
+        return self._pool[key][0] // 4
 
     def _gap(self, size: int) -> int:
         begin = 0
@@ -222,7 +228,7 @@ class Arena:
                 break
             begin = end
         if begin + size > POOL:
-            used = sum(end - begin for begin, end in self._pool.values())
+            used = sum(end - start for start, end in self._pool.values())
             raise CapacityError(
                 f"these phrases need {size} bytes of the {POOL} that the device has for phrases, and {used} are taken; "
                 "give this stream fewer, or share one list among streams."

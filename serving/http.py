@@ -5,9 +5,11 @@ WebSockets are in `websocket` (ours) and `realtime` (OpenAI's); the page is a fi
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from importlib import resources
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -33,6 +35,7 @@ from nemostream.serving.settings import Settings
 from nemostream.serving.upload import Upload
 
 KEY_PROTOCOL = "openai-insecure-api-key."  # how browsers, which cannot set headers, send a key with a WebSocket
+_LISTENING_ON = 5.0  # seconds that a recording which is too large is still read, and thrown away
 _OPEN = ("/", "/healthz", "/readyz")  # without a key
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' blob:; worker-src 'self' blob:; style-src 'unsafe-inline'; "
@@ -232,7 +235,7 @@ class Doors:
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._most = app, settings.max_upload_bytes
+        self._app, self._settings = app, settings
         self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._origins = {origin.rstrip("/") for origin in settings.origins}
 
@@ -261,16 +264,30 @@ class Doors:
         await self._app(scope, receive, send)
 
     def _measured(self, headers: Headers, receive: Receive) -> Receive:
-        size = 0
+        """What is received, if it is not too much and does not take for ever."""
+        announced, idle = headers.get("content-length", "0"), self._settings.idle_seconds
+        most, size, whole = self._settings.max_upload_bytes, 0, False
+        refused = announced.isdigit() and int(announced) > most
 
         async def measured() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            announced = headers.get("content-length", "0")
-            if size > self._most or (announced.isdigit() and int(announced) > self._most):
-                raise HTTPException(413, f"the recording is larger than {self._most} bytes; send it in parts.")
-            return message
+            nonlocal size, refused, whole
+            if whole:  # what comes now is that the client hung up
+                return await receive()
+            try:
+                async with asyncio.timeout(idle):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"nothing came for {idle:.0f} s, and the request is not whole.") from None
+            size, whole = size + len(message.get("body", b"")), not message.get("more_body")
+            refused = refused or size > most
+            if not refused:
+                return message
+            # A client that is cut off while it sends may never see why: let it, for a moment, and keep nothing.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LISTENING_ON):
+                    while message.get("more_body"):
+                        message = await receive()
+            raise HTTPException(413, f"the recording is larger than {most} bytes; send it in parts.")
 
         return measured
 

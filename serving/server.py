@@ -24,16 +24,29 @@ from nemostream.serving.settings import Settings, read_settings
 
 log = logging.getLogger("nemostream.serving")
 
-_HALF_OPEN = 20.0  # seconds between pings, and for their answer
+_HALF_OPEN = 20.0  # seconds for a request's head; between gRPC's pings, and for their answer
 _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn that leaves signals to us: it would hang up on every stream at once."""
+    """uvicorn that leaves signals to us (it would hang up on every stream at once), and that is not held by silence."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._silent: dict[Any, float] = {}  # connections without a request, and when they were first seen so
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            now, silent = time.monotonic(), [c for c in self.server_state.connections if getattr(c, "cycle", c) is None]
+            self._silent = {connection: self._silent.get(connection, now) for connection in silent}
+            for connection, since in self._silent.items():
+                if now - since > _HALF_OPEN:
+                    connection.transport.close()
+        return await super().on_tick(counter)
 
 
 async def serve(
@@ -47,7 +60,7 @@ async def serve(
     and what loading the model raises.
     """
     service = Service(settings)
-    listening = _listen(settings.host, settings.port)
+    listening = _listen(settings)
     ports = {"http_port": listening.getsockname()[1]}
     http = _http(service, settings, ports)
     riva_server = None
@@ -95,13 +108,19 @@ def _on_signals(http: _Uvicorn) -> asyncio.Event:
     return stop
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(settings: Settings) -> socket.socket:
+    host, port = settings.host, settings.port
     try:
-        return socket.create_server(
+        listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
     except OSError as error:
         raise BackendError(f"cannot listen at {host}:{port} ({error.strerror}); choose another --port.") from error
+    # Of the connections too: one whose peer neither reads nor is gone is closed by the system, as no one else can
+    # close it while there is something left to send.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * settings.send_seconds))
+    return listening
 
 
 def _http(service: Service, settings: Settings, ports: dict[str, int]) -> _Uvicorn:
@@ -109,7 +128,9 @@ def _http(service: Service, settings: Settings, ports: dict[str, int]) -> _Uvico
         uvicorn.Config(
             create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
             ws="websockets-sansio", ws_max_size=settings.max_message_bytes, ws_per_message_deflate=False,
-            ws_ping_interval=_HALF_OPEN, ws_ping_timeout=_HALF_OPEN, timeout_graceful_shutdown=2,
+            # No pings: who is gone is known by its silence (`idle_seconds`), and the answer of a client that sends
+            # faster than it is served would wait behind its audio.
+            ws_ping_interval=None, timeout_graceful_shutdown=2,
             ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
         )
     )  # fmt: skip
@@ -153,6 +174,8 @@ def log_to_stderr() -> None:
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # uvicorn takes a WebSocket that was refused with an answer for one that was forgotten. What was refused we log.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing handshake" not in str(record.msg))
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -66,8 +67,10 @@ class Service:
     def start(self) -> None:
         """Load the engine, run every chunk size once, measure. Blocks; raises what `nemostream.load` raises."""
         settings, began = self.settings, time.monotonic()
+        # ONNX Runtime's idle threads spin: with one for every core they would take from the transports what they need.
+        threads = settings.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         model = nemostream.load(
-            settings.bundle, settings.chunk_ms, capacity=settings.max_streams + _SPARE, threads=settings.threads,
+            settings.bundle, settings.chunk_ms, capacity=settings.max_streams + _SPARE, threads=threads,
             device=settings.device, precision=settings.precision, engines=settings.engines,
         )  # fmt: skip
         try:

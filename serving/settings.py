@@ -55,7 +55,9 @@ class Settings(BaseSettings, Limits):
     device: str = Field("cpu", description="cpu, or cuda for a GPU.")
     precision: str | None = Field(None, description="Of the engines to use (`nemostream build`).")
     engines: Path | None = Field(None, description="Folder of engines. Default: ~/.cache/nemostream/engines.")
-    threads: int | None = Field(None, ge=1, description="Threads of ONNX Runtime on a CPU. Default: every core.")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of ONNX Runtime on a CPU. Default: every core but one."
+    )
     host: str = Field("127.0.0.1", description="Address to listen at. 0.0.0.0 is every network of this machine.")
     port: int = Field(8000, ge=0, le=65535, description="Of HTTP and WebSockets; 0 takes a free one.")
     grpc_port: int = Field(50051, ge=-1, le=65535, description="Of Riva's gRPC; 0 takes a free one, -1 has none.")

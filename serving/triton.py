@@ -50,6 +50,7 @@ parameters [
   {{ key: "chunk_ms" value: {{ string_value: "{chunk_ms}" }} }},
   {{ key: "device" value: {{ string_value: "cpu" }} }}, # cpu, or cuda
   {{ key: "precision" value: {{ string_value: "" }} }}, # of the engines `nemostream build` made; empty: the default
+  {{ key: "engines" value: {{ string_value: "" }} }}, # their folder; empty: ~/.cache/nemostream/engines
   {{ key: "threads" value: {{ string_value: "" }} }} # of ONNX Runtime on a CPU; empty: every core
 ]
 """
@@ -85,7 +86,8 @@ class TritonPythonModel:
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._model = nemostream.load(
             bundle, int(given["chunk_ms"]), capacity=config["max_batch_size"] + _SPARE, device=given["device"],
-            precision=given["precision"] or None, threads=int(given["threads"]) if given["threads"] else None,
+            precision=given["precision"] or None, engines=given["engines"] or None,
+            threads=int(given["threads"]) if given["threads"] else None,
         )  # fmt: skip
         self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # and when they were heard last
         self._loop = asyncio.new_event_loop()

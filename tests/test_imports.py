@@ -233,3 +233,9 @@ def test_recognising_loads_neither_torch_nor_nemo() -> None:
     )
     assert "onnxruntime" in found
     assert not found & (TRAINING | {"onnx", "tensorrt", "cuda"})
+
+
+def test_triton_needs_no_extra() -> None:
+    found = loaded("import nemostream.serving.triton") - sys.stdlib_module_names
+    assert "nemostream" in found
+    assert not found & {"fastapi", "starlette", "pydantic", "uvicorn", "grpc", "prometheus_client", "ray"}

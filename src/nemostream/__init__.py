@@ -11,6 +11,9 @@
                 print(partial.text)
         print(stream.finish().text)
 
+    for event in model.listen("voice.flac"):  # and `async for`
+        print(event.kind, event.text, event.words)
+
 Importing it is cheap: everything but the errors and the manifest is loaded when it is first used.
 """
 

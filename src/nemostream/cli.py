@@ -275,17 +275,9 @@ def serve(context: typer.Context) -> None:
 
 
 _BENCHMARKS = (
-    "quick",
-    "latency",
-    "capacity",
-    "throughput",
-    "accuracy",
-    "baseline",
-    "cost",
-    "serve",
-    "transcripts",
+    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "transcripts", "synthetic",
     "report",
-)
+)  # fmt: skip
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
@@ -296,8 +288,9 @@ def bench(
     """Measure this machine.
 
     *quick* takes less than a minute. *latency*, *capacity*, *throughput*, *accuracy*, *baseline* (beside NeMo and
-    others) and *cost* have options of their own: `nemostream bench NAME --help`. Results are written under
-    `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier ones.
+    others), *cost* and *serve* (a server and its callers) have options of their own: `nemostream bench NAME --help`.
+    Results are written under `bench-results/` as JSON, tables and plots; *report* shows them again, beside earlier
+    ones. *synthetic* makes the full-size model of random weights to measure with.
     """
     if name in ("", "-h", "--help"):
         print(context.get_help())

@@ -41,6 +41,7 @@ def build_engine(
     backend: str = "tensorrt",
     target: str | None = None,
     max_batch: int = 64,
+    gated: bool = True,
     progress: Progress = lambda what, share: None,
 ) -> tuple[Plan, bool]:
     """The engine of one chunk size, built unless `store` has it; and whether it was built now.
@@ -49,9 +50,12 @@ def build_engine(
     or with `target` "cuda" for its CUDA provider). Wherever it can run here it is gated, and refused by `GateError` if
     it is not as good as fp32 (`runtime.gate`). An engine in the store that is damaged is built again.
 
+    Without `gated` it is not compared, and kept under a name that `open_backend` does not look for: how long a step
+    takes may be measured with random weights, which 8 bit does not serve.
+
     Raises `OptionError` for what cannot be built, `BackendError` if a library is missing or fails.
     """
-    maker = _maker(bundle, chunk, precision, backend, target, max_batch)
+    maker = _maker(bundle, chunk, precision, backend, target, max_batch, "" if gated else ", not gated")
     try:
         plan = store.find(maker.recipe)
     except BackendError as error:
@@ -62,7 +66,7 @@ def build_engine(
     plan = store.put(
         maker.recipe,
         lambda folder: maker.make(folder, store, progress),
-        lambda made: _gate(bundle, chunk, made, progress) if maker.runs_here else {},
+        lambda made: _gate(bundle, chunk, made, progress) if maker.runs_here and gated else {},
     )
     return plan, True
 
@@ -140,7 +144,10 @@ class _Maker:
     runs_here: bool  # so that it can be gated
 
 
-def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: str | None, max_batch: int) -> _Maker:
+def _maker(
+    bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: str | None, max_batch: int, note: str = ""
+) -> _Maker:
+    """`note` is added to the name of the device."""
     if max_batch < 1:
         raise OptionError(f"max_batch is {max_batch}; it must be at least 1.")
     if backend not in ("tensorrt", "onnxruntime"):
@@ -176,7 +183,7 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
         cell = "float32" if cpu else graphs.CELLS[precision]
         recipe = Recipe.of(
             bundle, chunk.ms, backend=backend, library=onnxruntime.__version__, precision=precision,
-            device=str(where), max_batch=0, cell=cell,
+            device=f"{where}{note}", max_batch=0, cell=cell,
         )  # fmt: skip
 
         def make_graph(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
@@ -200,7 +207,7 @@ def _maker(bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: s
     named = None if target in (None, gpu) else target
     recipe = Recipe.of(
         bundle, chunk.ms, backend=library.name, library=library.version, precision=precision,
-        device=target or gpu, max_batch=max_batch, cell=graphs.CELLS[precision],
+        device=f"{target or gpu}{note}", max_batch=max_batch, cell=graphs.CELLS[precision],
     )  # fmt: skip
 
     def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
-from nemostream.benchmarks import accuracy, report
-from nemostream.errors import OptionError
+from nemostream.benchmarks import accuracy, corpora, report
+from nemostream.errors import AudioError, BackendError, OptionError
 from nemostream.spec import Bundle
 
 pytest.importorskip("jiwer", reason="needs the bench extra")
@@ -42,9 +46,21 @@ def test_normalizers() -> None:
         accuracy.normalizer("latin")
 
 
+def test_errors_of_each_utterance_add_up() -> None:
+    wanted = ["a b c", "", "d", "e f"]
+    found = accuracy.word_errors(wanted, ["a x", "noise", "d d d", "e f"], accuracy.normalizer("basic"))
+    assert found["by_utterance"] == [[2, 3], [2, 1], [0, 2]]  # one other and one lost; two too many; none
+    assert (found["errors"], found["words"], found["utterances"]) == (4, 6, 3)
+
+
+def test_the_frontier_by_hand() -> None:
+    points = [(100.0, 9.0), (200.0, 8.0), (150.0, 9.5), (1000.0, 8.0), (300.0, 7.0), (100.0, 10.0)]
+    assert accuracy.frontier(points) == [(100.0, 9.0), (200.0, 8.0), (300.0, 7.0)]
+
+
 def test_the_cards_averages() -> None:
     """The card prints an average for each chunk size: a check on every figure that was copied from it."""
-    table = [figures for _, figures in accuracy.LEADERBOARD.values()]
+    table = [figures for _, figures in corpora.LEADERBOARD.values()]
     averages = [sum(column) / len(column) for column in zip(*table, strict=True)]
     assert len(table) == 8
     assert averages == pytest.approx([6.93, 7.07, 7.67, 8.43], abs=0.006)
@@ -54,44 +70,133 @@ def test_the_cards_averages() -> None:
 def test_bad_manifests_are_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "a"}\n\n' + line + "\n")
     with pytest.raises(OptionError, match="line 3"):
-        accuracy.read_manifest(tmp_path / "m.jsonl")
+        corpora.read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_text("\n")
     with pytest.raises(OptionError, match="names no recording"):
-        accuracy.read_manifest(tmp_path / "m.jsonl")
+        corpora.read_manifest(tmp_path / "m.jsonl")
     with pytest.raises(OptionError, match="cannot be read"):
-        accuracy.read_manifest(tmp_path / "missing.jsonl")
+        corpora.read_manifest(tmp_path / "missing.jsonl")
+
+
+def test_parts_of_a_file(tmp_path: Path) -> None:
+    """A manifest may name parts of one file, at another rate than the model's."""
+    samples = np.repeat(np.array([0.1, 0.2, 0.3], np.float32), 8000)
+    soundfile.write(tmp_path / "all.wav", np.stack([samples, samples], axis=1), 8000, subtype="FLOAT")
+    rows = [
+        {"audio_filepath": "all.wav", "offset": 0.0, "duration": 1.0, "text": "one"},
+        {"audio_filepath": "all.wav", "offset": 1.25, "duration": 0.5, "text": "two"},
+        {"audio_filepath": "all.wav", "offset": 2.0, "text": "three"},
+        {"audio_filepath": "all.wav", "duration": 2.9, "text": "all"},  # as NeMo's tools round it
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two, three, everything = corpora.read_manifest(tmp_path / "m.jsonl")
+    for part, seconds, level in ((one, 1.0, 0.1), (two, 0.5, 0.2), (three, 1.0, 0.3)):
+        found = part.samples(16000)
+        assert len(found) == 16000 * seconds
+        assert found[1000:-1000] == pytest.approx(level, abs=1e-3)
+        assert isinstance(part.source(16000), np.ndarray)
+    assert len(everything.samples(16000)) == 48000
+    assert everything.source(16000) == tmp_path / "all.wav"
+    with pytest.raises(AudioError, match=r"missing\.wav cannot be read"):
+        corpora.Utterance(tmp_path / "missing.wav", "").samples(16000)
+
+
+def test_digits_by_offset_are_understood(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """One file, two utterances: each is transcribed alone."""
+    texts = {"clip": "two zero two six four one five eight"}
+    clip = corpora.packaged(demo_bundle.manifest)[0].samples(16000)
+    soundfile.write(tmp_path / "two.flac", np.concatenate([clip, clip]), 16000)
+    seconds = len(clip) / 16000
+    rows = [{"audio_filepath": "two.flac", "offset": at, "duration": seconds, "text": texts["clip"]}
+            for at in (0.0, seconds)]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    utterances = corpora.read_manifest(tmp_path / "m.jsonl")
+    result = accuracy.measure_accuracy(demo_bundle, {"two": utterances}, chunk_ms=(560,), normalise="basic")
+    (row,) = result["rows"]
+    assert (row["values"]["errors"], row["values"]["words"], row["values"]["utterances"]) == (0, 16, 2)
+    assert row["values"]["audio_seconds"] == pytest.approx(2 * seconds, abs=0.01)
+    assert accuracy.latency(row) == 560 + row["figures"]["result"]["p50"] and len(row["ms"]["result"]) == 20
+
+
+def a_hub(folder: Path, names: dict[str, tuple[str, str]], texts: dict[str, str]) -> None:
+    """A data set in the hub's format: a tone for every configuration and split, at another rate than the model's."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    configs: dict[str, list[dict[str, str]]] = {}
+    for name, (config, split) in names.items():
+        file = io.BytesIO()
+        soundfile.write(file, np.sin(np.arange(8000) / 10).astype(np.float32), 8000, format="WAV")
+        rows = [{"audio": {"bytes": file.getvalue(), "path": "a.wav"}, "text": text} for text in (texts[name], "again")]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
+        configs.setdefault(config, []).append({"split": split, "path": f"{name}.parquet"})
+    head = [{"config_name": config, "data_files": files} for config, files in configs.items()]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(head)}\n---\n")
+
+
+def test_the_leaderboards_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name is its configuration and split, as a repository of the hub that has them all tells."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(corpora, "_HUB", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "hub").mkdir()
+    a_hub(
+        tmp_path / "hub",
+        {n: where for n, (where, _) in corpora.LEADERBOARD.items()},
+        {n: n for n in corpora.LEADERBOARD},
+    )
+    for name in corpora.LEADERBOARD:
+        whole, first = corpora.Hub(name), corpora.Hub(name, limit=1)
+        assert [utterance.text for utterance in whole] == [name, "again"] == [utterance.text for utterance in whole]
+        (found,) = first
+        assert found.text == name and len(found.samples(16000)) == 16000
+
+
+def test_any_set_of_the_hub(tmp_path: Path, demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "hub").mkdir()
+    a_hub(tmp_path / "hub", {"it": ("default", "train")}, {"it": "ignore_time_segment_in_scoring"})
+    hub = corpora.Hub(f"{tmp_path / 'hub'}:default:train")
+    assert [utterance.text for utterance in hub] == ["", "again"]
+    result = accuracy.measure_accuracy(demo_bundle, {"ami": hub}, chunk_ms=(80, 560), normalise="basic")
+    assert [row["values"]["card_wer"] for row in result["rows"]] == pytest.approx([0.1829, 0.1188])  # by its name
+    assert {row["values"]["words"] for row in result["rows"]} == {1}
+    assert "model card" in report.write_report([result], tmp_path / "x.md")
 
 
 def test_unknown_sets_are_named() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(OptionError, match="librispeech-clean"):
-        list(accuracy.read_hub("librispeach", 16000))
+        corpora.Hub("librispeach")
+    with pytest.raises(BackendError, match="cannot be had"):
+        list(corpora.Hub("/nowhere/at/all:default:train"))
 
 
-def test_a_set_of_the_hub_is_read(tmp_path: Path) -> None:
-    """From a folder in the hub's format, at another rate than the model's."""
-    pytest.importorskip("datasets")
-    import io
+def test_more_than_fits_into_a_block(demo_bundle: Bundle) -> None:
+    """A set is read a few recordings at a time, and none is lost or put elsewhere."""
+    clip = corpora.packaged(demo_bundle.manifest)[0]
+    quiet = corpora.Utterance(np.zeros(16000, np.float32), "nothing")
+    read: list[int] = []
 
-    import numpy as np
-    import pyarrow
-    import pyarrow.parquet
-    import soundfile
+    class Many:
+        def __iter__(self) -> Any:
+            for number in range(70):
+                read.append(number)
+                yield clip if number == 66 else quiet
 
-    file = io.BytesIO()
-    soundfile.write(file, np.sin(np.arange(8000) / 10).astype(np.float32), 8000, format="WAV")
-    rows = {"audio": [{"bytes": file.getvalue(), "path": "a.wav"}], "text": ["a tone"]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
-    (found,) = accuracy.read_hub(f"{tmp_path}:default:train", 16000)
-    assert found.text == "a tone" and len(found.audio) == pytest.approx(16000, abs=50)
+    with accuracy._model(demo_bundle, demo_bundle.manifest.chunk(1120), "fp32", "cpu", None, None) as model:
+        wanted, results = accuracy._transcribe(model, Many(), 16000)
+    assert read == list(range(70)) and len(wanted) == len(results) == 70
+    assert [number for number, result in enumerate(results) if result.text] == [66]
 
 
 @pytest.mark.nemo
 def test_beside_nemo(demo_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("nemo")
-    utterances = accuracy.read_manifest(HELD_OUT)[:8]
+    utterances = corpora.read_manifest(HELD_OUT)[:8]
     result = accuracy.measure_accuracy(
-        demo_bundle, {"held out": utterances, "packaged": accuracy.packaged(demo_bundle.manifest)}, ("fp32", "int8"),
+        demo_bundle, {"held out": utterances, "packaged": corpora.packaged(demo_bundle.manifest)}, ("fp32", "int8"),
         (80, 560), normalise="basic", checkpoint=ROOT / "examples" / "demo_model" / "demo.nemo",
         engines=tmp_path / "engines",
     )  # fmt: skip
@@ -100,7 +205,7 @@ def test_beside_nemo(demo_bundle: Bundle, tmp_path: Path) -> None:
         values = row["values"]
         if row["case"]["precision"] == "fp32":
             assert values["same_tokens"] == 1.0 and values["wer"] == values["nemo_wer"]
-            assert values["same_utterances"] == values["utterances"]
+            assert values["same_utterances"] == values["utterances"] == values["heard"]
         assert 0 <= values["wer"] < 0.5
         if row["case"]["set"] == "held out":
             assert values["words"] == sum(len(json.loads(x)["text"].split()) for x in HELD_OUT.open().readlines()[:8])

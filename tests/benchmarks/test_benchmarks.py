@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import pytest
 import nemostream
 from nemostream.benchmarks import capacity, cost, latency, load, quick, record, report, throughput
 from nemostream.benchmarks.floor import Machine, Work, encoder_work, measure_machine
-from nemostream.cli import _run
-from nemostream.engines import speech
-from nemostream.errors import OptionError
+from nemostream.cli import _BENCHMARKS, _run
+from nemostream.engines import open_backend, speech
+from nemostream.errors import BackendError, OptionError
 from nemostream.runtime.ort import OrtBackend
 from nemostream.spec import Bundle
 
@@ -48,6 +50,18 @@ def test_floor_by_hand() -> None:
     assert work.floor_ms(MACHINE, "bf16", 64)["compute"] == 0  # no rate, no bound
 
 
+@pytest.mark.parametrize("frames", [1, 14])
+def test_work_by_hand(frames: int, demo_bundle: Bundle) -> None:
+    """The products of a step of the embedded model, counted on paper."""
+    chunk = next(chunk for chunk in demo_bundle.manifest.chunks if chunk.frames == frames)
+    spec, keys = demo_bundle.manifest.encoder, chunk.left + frames
+    assert (spec.layers, spec.d_model, chunk.left) == (6, 128, 70)
+    # Per layer two feed-forward nets (16 D^2), Q, K, V and output (4 D^2), two pointwise convolutions (3 D^2).
+    weights = 6 * 23 * 128**2 + 544 * 128 + 128 * 128  # the subsampling's 32 channels of 17 bins, the joint's half
+    attention = 6 * 3 * 128 * keys  # queries by keys, by positions, and the values
+    assert encoder_work(demo_bundle, chunk).flops_per_row == 2 * frames * (weights + attention)
+
+
 def test_floor_grows_with_the_work(demo_bundle: Bundle) -> None:
     short, long = (encoder_work(demo_bundle, demo_bundle.manifest.chunk(ms)) for ms in (80, 1120))
     spec = demo_bundle.manifest.encoder
@@ -64,6 +78,29 @@ def test_machine() -> None:
     machine = measure_machine(1, 1 << 20, repeats=1, size=128)
     assert machine.bandwidth > 0 and min(machine.flops.values()) > 0
     assert machine.bandwidth == 1e9 * max(rate for name, rate in machine.rates.items() if name.startswith("read"))
+    for precision in ("fp32", "int8"):
+        rates = [rate for name, rate in machine.rates.items() if name.startswith(f"{precision} product")]
+        assert machine.flops[precision] == 1e9 * max(rates)
+
+
+def test_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products are PyTorch's, on the device named: here the CPU stands in for the GPU."""
+    pytest.importorskip("torch")
+    from nemostream.benchmarks import floor, gpu_speed
+
+    products = floor.gpu_products("cpu", size=64, repeats=1)
+    assert {"fp32 product", "fp32 product, TF32", "fp16 product", "bf16 product", "int8 product"} <= products.keys()
+    monkeypatch.setattr(gpu_speed, "copy_rate", lambda device: 2e12)
+    monkeypatch.setattr(
+        floor, "gpu_products", lambda: {"fp32 product": 6e4, "fp32 product, TF32": 4e5, "fp8 product": 1}
+    )
+    machine = floor.measure_gpu(object())
+    assert machine.bandwidth == 2e12 and machine.flops == {"fp32": 4e14, "fp8": 1e9}
+    assert machine.rates["copy"] == 2000
+    # Without PyTorch, ONNX Runtime's product; without its CUDA provider, none.
+    monkeypatch.setattr(floor, "_torch_with", lambda where: None)
+    assert floor._products_without_torch(64, 1) == {}
+    assert floor._product("fp16", 1, 64, 1) > 0
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------
@@ -74,6 +111,7 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
         demo_bundle, ("fp32", "int8"), (1, 3), (560, 1120), repeats=4, machine=MACHINE, engines=tmp_path / "engines"
     )
     cases = [(row["case"]["precision"], row["case"]["chunk_ms"], row["case"]["batch"]) for row in result["rows"]]
+    assert {row["case"]["backend"] for row in result["rows"]} == {"cpu"}
     assert cases == [(p, ms, batch) for p in ("fp32", "int8") for ms in (560, 1120) for batch in (1, 3)]
     for row in result["rows"]:
         ms, batch = row["ms"], row["case"]["batch"]
@@ -85,7 +123,10 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
         assert row["values"]["floor_ms"]["floor"] > 0
         assert row["values"]["bytes_per_stream"] == OrtBackend(demo_bundle, 1).bytes_per_stream
     text = shown(result, tmp_path)
-    assert text.count("| 1120 ms | 3 | int8 |") == 3  # step, push, breakdown
+    assert text.count("| 1120 ms | 3 | int8 | cpu |") == 3  # step, push, breakdown
+    assert list((tmp_path / "engines").glob("*not gated*.json"))  # nobody takes what was made for timing as good
+    with pytest.raises(BackendError, match="has no int8 engine"):
+        open_backend(demo_bundle, precision="int8", engines=tmp_path / "engines")
 
 
 def test_latency_leaves_the_backend_as_it_was(demo_bundle: Bundle) -> None:
@@ -110,11 +151,54 @@ def test_latency_of_the_gpu_backend(talker: Bundle, make_device: Any, tmp_path: 
     chunk, device = talker.manifest.chunk(560), make_device()
     backend = GpuBackend(talker, device, {560: OrtEncoder(talker, chunk, device, True)}, capacity=2)
     try:
-        row = latency._measure(talker, backend, chunk, 2, "fp32", 2, MACHINE)
+        case = {"chunk_ms": 560, "batch": 2, "precision": "fp32", "backend": "cuda"}
+        row = latency._measure(talker, backend, chunk, case, 2, MACHINE)
     finally:
         backend.close()
     assert {"device", "features", "encoder", "copies", "step", "push"} <= row["figures"].keys()
     assert len(row["ms"]["device"]) == 2 and row["values"]["launches"] >= 1
+
+
+def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU and a GPU that the CPU plays in one result: an engine is made for the GPU and its floor is the GPU's."""
+    host_device, play = pytest.importorskip("host_device"), pytest.importorskip("cuda_on_cpu")
+    if play.MISSING:
+        pytest.skip("needs g++ to run the kernels on a CPU")
+    from nemostream import engines
+    from nemostream.benchmarks import floor
+    from nemostream.runtime import cuda
+    from nemostream.runtime.gpu import GpuBackend
+
+    opened = []
+
+    def open_gpu(bundle: Bundle, device: Any, plans: Any, capacity: int, max_batch: int) -> Any:
+        opened.extend(plan.recipe for plan in plans.values())
+        encoders = {ms: host_device.OrtEncoder(bundle, bundle.manifest.chunk(ms), device, True) for ms in plans}
+        return GpuBackend(bundle, device, encoders, capacity, max_batch)
+
+    monkeypatch.setattr(cuda, "CudaDevice", host_device.HostDevice)
+    monkeypatch.setattr(engines, "open_gpu", open_gpu)
+    gpu = Machine(1e12, {"fp32": 1e13}, {"copy": 1000.0})
+    monkeypatch.setattr(floor, "measure_gpu", lambda device: gpu)
+    monkeypatch.setattr(floor, "measure_machine", lambda threads: MACHINE)
+    result = latency.measure_latency(
+        demo_bundle,
+        ("fp32", "int8"),
+        (1,),
+        (560,),
+        2,
+        devices=("cpu", "cuda:onnxruntime"),
+        engines=tmp_path / "engines",
+    )
+    cases = [(row["case"]["backend"], row["case"]["precision"]) for row in result["rows"]]
+    assert cases == [("cpu", "fp32"), ("cpu", "int8"), ("cuda:onnxruntime", "fp32")]  # which has no 8 bit
+    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not gated")]
+    work = encoder_work(demo_bundle, demo_bundle.manifest.chunk(560))
+    assert result["rows"][2]["values"]["floor_ms"] == work.floor_ms(gpu, "fp32", 1)
+    assert result["rows"][0]["values"]["floor_ms"] == work.floor_ms(MACHINE, "fp32", 1)
+    assert "device" in result["rows"][2]["figures"]
+    text = shown(result, tmp_path)
+    assert "| 560 ms | 1 | fp32 | cuda:onnxruntime | device |" in text and "Measured, cuda: copy 1000 G/s" in text
 
 
 # -- capacity ----------------------------------------------------------------------------------------------------------
@@ -194,6 +278,33 @@ def test_people_talking_are_understood(demo_bundle: Bundle) -> None:
     assert found.seconds >= 2 * len(clips[0]) / 16000  # two after each other, in real time
 
 
+def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers begin at moments spread over their chunk, unless they are told to begin together; sizes take turns."""
+    begun: list[tuple[int, float]] = []
+
+    class Caller:
+        def __init__(self, model: Any, clips: Any, order: Any, chunk_ms: int, heard: load.Heard, start: float) -> None:
+            self.chunk_ms, self.start = chunk_ms, start
+
+        def go_on(self, moment: float) -> None:
+            begun.append((self.chunk_ms, 1000 * (moment - self.start)))
+
+        def overdue(self, now: float) -> int:
+            return 0
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(load, "_Caller", Caller)
+    load.talk(None, [], 300, (80, 560, 1120), seconds=2.0)  # type: ignore[arg-type]
+    for ms in (80, 560, 1120):
+        moments = [moment for size, moment in begun if size == ms]
+        assert len(moments) == 100 and min(moments) >= 0 and max(moments) < ms
+        assert np.histogram(moments, 4, (0, ms))[0].min() > 10
+    begun.clear()
+    load.talk(None, [], 5, (80, 560), seconds=1.0, phases=False)  # type: ignore[arg-type]
+    assert begun == [(80, 0.0), (560, 0.0), (80, 0.0), (560, 0.0), (80, 0.0)]
+
+
 def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
     result = capacity.measure_capacity(
         demo_bundle, chunk_ms=(560, 1120), seconds=4, probe_seconds=3, most=2, engines=tmp_path
@@ -209,7 +320,8 @@ def test_nvidias_method(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest
     (row,) = result["rows"]
     assert row["case"]["simulate_realtime"] and len(row["ms"]["final"]) == 6
     assert row["values"]["audio_seconds"] == 6.0
-    assert "final" in shown(result, tmp_path)
+    text = shown(result, tmp_path)
+    assert "final" in text and "NVIDIA's method" in text
 
 
 # -- the others --------------------------------------------------------------------------------------------------------
@@ -220,11 +332,14 @@ def test_throughput(demo_bundle: Bundle, tmp_path: Path) -> None:
     result = throughput.measure_throughput(demo_bundle, clips, batches=(1, 2), chunk_ms=(1120,))
     for row in result["rows"]:
         assert row["values"]["audio_seconds"] == pytest.approx(3 * len(clips[0]) / 16000)
-        seconds = row["ms"]["whole set"][0] / 1000
+        assert len(row["ms"]["whole set"]) == 3
+        seconds = statistics.median(row["ms"]["whole set"]) / 1000
         assert row["values"]["rtfx"] == pytest.approx(row["values"]["audio_seconds"] / seconds, rel=1e-3)
     assert "| 1120 ms | 2 | fp32 |" in shown(result, tmp_path)
     with pytest.raises(OptionError, match="there must be recordings"):
         throughput.measure_throughput(demo_bundle, [])
+    with pytest.raises(OptionError, match="4 recordings at a time need as many; there are 3"):
+        throughput.measure_throughput(demo_bundle, clips, batches=(1, 4))
 
 
 def test_width_by_hand() -> None:
@@ -233,6 +348,22 @@ def test_width_by_hand() -> None:
     assert cost.fit_width((1, 2, 4), (5.0, 5.0, 5.0)) == pytest.approx((5.0, 0.0))
     fixed, each = cost.fit_width((1, 2, 4), (4.0, 9.0, 20.0))  # steeper than proportional
     assert fixed == 0 and 4 < each < 5
+
+
+@pytest.mark.parametrize(
+    ("fixed", "weights", "each", "products", "said"),
+    [
+        (10.0, 8.0, 2.0, 1.5, ("memory", "compute", 5.0)),
+        (10.0, 4.9, 2.0, 0.9, ("overhead", "overhead", 5.0)),
+        (10.0, 5.0, 0.0, 0.0, ("memory", "compute", float("inf"))),
+        (0.0, 1.0, 3.0, 1.0, ("memory", "overhead", 0.0)),
+    ],
+)
+def test_what_is_bound_by_what(
+    fixed: float, weights: float, each: float, products: float, said: tuple[str, str, float]
+) -> None:
+    fit = {"fixed_ms": fixed, "weights_ms": weights, "per_stream_ms": each, "products_ms": products}
+    assert cost.bound_by(fit) == said
 
 
 def test_length_by_hand() -> None:
@@ -251,7 +382,8 @@ def test_cost(demo_bundle: Bundle, tmp_path: Path) -> None:
     medians = [statistics.median(row["ms"]["step"]) for row in wide]
     assert (fit["fixed_ms"], fit["per_stream_ms"]) == pytest.approx(cost.fit_width((1, 3), medians), rel=1e-3)
     assert len(long["ms"]["stretch"]) == 59 and long["values"]["hours"] == 0.02  # 72 s of 1.12 s, five to warm up
-    assert "fixed" in shown(result, tmp_path)
+    text = shown(result, tmp_path)
+    assert "bound by" in text and f"then {cost.bound_by(fit)[1]} |" in text
 
 
 def test_quick_from_the_command_line(
@@ -263,8 +395,46 @@ def test_quick_from_the_command_line(
     out = capsys.readouterr().out
     assert "step p50" in out and "p99" in out and "two zero two six four one five eight" in out
     result = json.loads((tmp_path / "bench-results" / "quick.json").read_text())
-    assert len(result["rows"]) == 8 and result["benchmark"] == "quick"
+    assert len(result["rows"]) == 8 and result["benchmark"] == "quick" and result["method"]["seconds"] > 0
+    for row in result["rows"]:
+        assert len(row["ms"]["step"]) == 2 and row["values"]["rtfx"] > 0
     assert (tmp_path / "bench-results" / "quick-latency.png").exists()
+
+
+SHORT = {
+    "latency": "--chunk-ms 560 --batch 1 --repeats 2",
+    "capacity": "--chunk-ms 560 1120 --seconds 2 --probe-seconds 1 --most 1",
+    "throughput": "--chunk-ms 1120 --batch 2 --copies 1 --repeats 1",
+    "accuracy": "--chunk-ms 1120 --normalizer basic",
+    "cost": "--chunk-ms 1120 --batch 1 2 --repeats 2 --hours 0.005",
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_every_benchmark_by_its_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the command line to tables, plots and a file that `report` reads again. (baseline: test_baseline.)"""
+    out = ["--out", str(tmp_path), "--name", "it"]
+    assert _run(["bench", name, *SHORT[name].split(), *out]) == 0
+    said = capsys.readouterr().out
+    assert said == (tmp_path / "it.md").read_text() and said.startswith(f"## {name}")
+    result = record.read(tmp_path / "it.json")
+    assert result["benchmark"] == name and result["rows"] and result["hardware"]["cpu"] and result["command"]
+    pictures = list(tmp_path.glob("it-*.png"))
+    assert pictures and all(picture.with_suffix(".svg").exists() for picture in pictures)
+    arguments = [str(tmp_path / "it.json"), "--against", str(tmp_path / "it.json"), "--out", str(tmp_path / "r.md")]
+    assert _run(["bench", "report", *arguments]) == 0
+    again = capsys.readouterr().out
+    assert "slower" not in again and "faster" not in again and "worse" not in again
+    assert said.splitlines()[2] in again  # what was measured where
+
+
+@pytest.mark.parametrize("name", [*_BENCHMARKS, "gpu_check", "precision", "random_bundle"])
+def test_every_benchmark_is_a_module_to_run(name: str) -> None:
+    command = [sys.executable, "-m", f"nemostream.benchmarks.{name}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = f"nemostream bench {name}" if name in _BENCHMARKS else f"nemostream.benchmarks.{name}"
+    assert usage in done.stdout
 
 
 def test_bench_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,5 +451,7 @@ def test_bad_options_are_named(demo_bundle: Bundle) -> None:
         capacity.measure_capacity(demo_bundle, seconds=0)
     with pytest.raises(OptionError, match="at least 1"):
         cost.measure_cost(demo_bundle, repeats=0)
-    with pytest.raises(OptionError, match="a CPU runs fp32 and int8, not fp16"):
+    with pytest.raises(OptionError, match="cpu runs fp32, int8, not fp16"):
         latency.measure_latency(demo_bundle, ("fp16",), (1,), machine=MACHINE)
+    with pytest.raises(OptionError, match="choose one of cpu, cuda"):
+        latency.measure_latency(demo_bundle, devices=("tpu",), machine=MACHINE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,22 +69,40 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
         record.read(tmp_path / "missing.json")
 
 
-def test_changes_beyond_noise() -> None:
-    old = result(step=[10.0, 10.1, 9.9, 10.0, 10.2, 9.8] * 5)
-    slower = result(step=[12.0, 12.1, 11.9, 12.0, 12.2, 11.8] * 5)
-    alike = result(step=[10.1, 10.0, 9.9, 10.1, 10.2, 9.9] * 5)
-    wild = result(step=[5.0, 20.0, 12.0, 6.0, 30.0, 9.0])
-    (found,) = record.compare(slower, old)
-    assert found["beyond_noise"] and found["ratio"] == pytest.approx(1.2)
-    assert (found["before"], found["now"]) == (10.0, 12.0)
-    assert [each["beyond_noise"] for each in record.compare(alike, old)] == [False]
-    assert [each["beyond_noise"] for each in record.compare(wild, old)] == [False]
-    assert record.compare(result(other=[1.0]), old) == []
-
-
-def test_other_work_is_seen() -> None:
+def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= record.OtherWork().cores() <= 1024
     assert record.available_memory() >= 0
+    # Two cores busy for ten seconds, of which this process and its children took five and three.
+    ticks, clock = os.sysconf("SC_CLK_TCK"), iter([100.0, 110.0])
+    monkeypatch.setattr(record.time, "perf_counter", lambda: next(clock))
+    busy = iter([1000 * ticks, 1020 * ticks])
+    monkeypatch.setattr(record, "_cpu_ticks", lambda: next(busy))
+    mine = iter([(1.0, 0.0, 0.0, 0.0, 0.0), (5.0, 1.0, 2.0, 1.0, 0.0)])
+    monkeypatch.setattr(record.os, "times", lambda: next(mine))
+    assert record.OtherWork().cores() == pytest.approx((20 - 8) / 10)
+
+
+def test_the_commit_is_ours(tmp_path: Path) -> None:
+    """Of a checkout of ours, and of a package installed in one; not of a project that installed us."""
+    for project, folder in (("ours", "benchmarks"), ("theirs", "source")):
+        top = tmp_path / project
+        (top / folder).mkdir(parents=True)
+        (top / folder / "record.py").write_text("")
+        installed = top / ".venv" / "lib" / "nemostream" / "benchmarks" / "record.py"
+        installed.parent.mkdir(parents=True)
+        installed.write_text("")
+        git = ["git", "-C", str(top), "-c", "user.name=n", "-c", "user.email=e@x"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "add", folder], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
+    head = subprocess.run(
+        ["git", "-C", str(tmp_path / "ours"), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    nested = Path(".venv") / "lib" / "nemostream" / "benchmarks" / "record.py"
+    assert record.commit(tmp_path / "ours" / "benchmarks" / "record.py") == head
+    assert record.commit(tmp_path / "ours" / nested) == head
+    assert record.commit(tmp_path / "theirs" / nested) is None
+    assert record.commit(tmp_path / "record.py") is None
 
 
 def test_tables() -> None:
@@ -90,5 +110,9 @@ def test_tables() -> None:
         "0", "0.012", "0.500", "1.23", "12.3", "123",
     ]  # fmt: skip
     assert tables.spread([3.0, 1.0, 2.0]) == "2.00 [1.00–3.00]"
+    assert [tables.percent(x) for x in (0.12345, 1, None)] == ["12.35 %", "100.00 %", ""]
+    assert tables.percent(0.746, 0) == "75 %"
+    assert tables.busy([0.02, 0.1]) == "Other work kept 0.10 cores busy."
+    assert "too much" in tables.busy([0.02, 0.11])
     table = tables.markdown(["a", "b", "c"], [[1, "", 2], [3, "", ""]])
     assert table.splitlines() == ["| a | c |", "| --- | --- |", "| 1 | 2 |", "| 3 |  |"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
+from nemostream.errors import BackendError, OptionError
 from nemostream.spec import Bundle
 
 pytest.importorskip("fastapi", reason="needs the serve extra")
 
 from nemostream.benchmarks import serve
 
+HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
 CASE = {"streams": 2, "chunk_ms": 560, "packet_ms": 100}
 
 
@@ -37,17 +42,26 @@ def test_what_holds_and_what_does_not() -> None:
 
 
 def test_callers_are_served(demo_bundle: Bundle) -> None:
-    result = serve.measure_serving(demo_bundle, [2, 4], seconds=4.0)
+    result = serve.measure_serving(demo_bundle, [2, 4], seconds=4.0, manifest=HELDOUT)
     assert [row["case"]["streams"] for row in result["rows"]] == [2, 4]
     for row in result["rows"]:
         assert row["values"]["wrong"] == 0 and row["values"]["server_cores"] > 0 and row["values"]["audio_seconds"] > 0
         assert not any("errors" in reason for reason in row["values"]["against"])
+        assert 1 <= row["values"]["mean_batch"] <= 4 and row["values"]["step_ms"] > 0
     text = serve.show(result, lambda name: __import__("matplotlib.pyplot").pyplot.figure().subplots())
-    assert "| 4 | 560 ms |" in text
+    assert "| 4 | 560 ms |" in text and result["method"]["recordings"] == 31
+
+
+def test_recordings_of_another_kind_are_refused(demo_bundle: Bundle, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "low.wav", np.zeros(8000, np.int16), 8000)
+    (tmp_path / "low.jsonl").write_text('{"audio_filepath": "low.wav", "text": ""}')
+    with pytest.raises(OptionError, match="16000 Hz"):
+        serve.measure_serving(demo_bundle, [1], manifest=tmp_path / "low.jsonl")
+    (tmp_path / "low.jsonl").write_text('{"audio_filepath": "none.wav", "text": ""}')
+    with pytest.raises(OptionError, match=r"none\.wav"):
+        serve.measure_serving(demo_bundle, [1], manifest=tmp_path / "low.jsonl")
 
 
 def test_a_server_that_does_not_start_is_told(demo_bundle: Bundle) -> None:
-    from nemostream.errors import BackendError
-
     with pytest.raises(BackendError, match="did not start"):
         serve.measure_serving(demo_bundle, [1], seconds=4.0, options=["--max-streams", "0"])

@@ -383,3 +383,70 @@ def test_waiting_for_a_backlog_returns_while_work_remains(serve, manifest):
     gate.opened.set()
     scheduler.wait(seat)
     assert scheduler.settled(seat)
+
+
+def test_calls_run_on_the_schedulers_thread_and_raise_what_they_raise(serve, manifest, fake):
+    scheduler, backend = serve()
+    assert scheduler.call(lambda held: (held, threading.current_thread().name)) == (backend, "nemostream-scheduler")
+    with pytest.raises(ZeroDivisionError):
+        scheduler.call(lambda held: 1 // 0)
+    audio = noise(0, 20_000)
+    seat = open_(scheduler, manifest.chunk(560))
+    scheduler.accept(seat, audio)
+    scheduler.wait(seat)
+    saved = scheduler.call(lambda held: held.save(seat.slot))
+    assert saved["position"] == 14  # after what was accepted before
+    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+
+
+def test_a_call_that_is_too_late_raises(serve, manifest):
+    scheduler, backend = serve()
+    backend.on_submit = gate = Gate()
+    scheduler.accept(open_(scheduler, manifest.chunk(80)), noise(0, 199))
+    assert gate.entered.wait(WAIT)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(scheduler.call, lambda held: None)
+        while not scheduler._calls:
+            threading.Event().wait(0.001)
+        closing = pool.submit(scheduler.close)
+        with pytest.raises(StreamError, match="the model was closed"):
+            waiting.result(WAIT)
+        gate.opened.set()
+        closing.result(WAIT)
+    with pytest.raises(StreamError, match="the model was closed"):
+        scheduler.call(lambda held: None)
+
+
+def test_the_patient_wait_for_a_slot(serve, manifest, fake):
+    scheduler, _ = serve(capacity=1)
+    seat, audio = open_(scheduler, manifest.chunk(80)), noise(1, 5000)
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(scheduler.open, Stream(manifest, manifest.chunk(80)), None, True) for _ in range(3)]
+        for _ in range(3):
+            scheduler.leave(seat)
+            while not any(job.done() for job in waiting):
+                threading.Event().wait(0.001)
+            (job,) = [job for job in waiting if job.done()][:1]
+            waiting.remove(job)
+            seat = job.result()
+        scheduler.accept(seat, audio)
+        scheduler.end(seat)
+        scheduler.wait(seat)
+        assert said(seat) == fake.expected(audio, manifest.decoder.vocabulary)
+        held = open_(scheduler, manifest.chunk(80))
+        late = pool.submit(scheduler.open, Stream(manifest, manifest.chunk(80)), None, True)
+        scheduler.close()
+        with pytest.raises(StreamError, match="the model was closed"):
+            late.result(WAIT)
+        assert held.error
+
+
+def test_a_state_that_does_not_fit_ends_the_stream_it_was_for(serve, manifest, fake):
+    scheduler, _ = serve(capacity=2)
+    seat = open_(scheduler, manifest.chunk(80), saved={"position": np.zeros(3)})
+    scheduler.accept(seat, noise(0, 199))
+    with pytest.raises(OptionError, match="the saved state is of another model"):
+        while True:
+            scheduler.wait(seat)
+    audio = noise(1, 5000)
+    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)

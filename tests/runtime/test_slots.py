@@ -247,7 +247,7 @@ def test_the_pool_of_phrases(talker: Bundle, monkeypatch: pytest.MonkeyPatch) ->
     assert len(backend._memory._pool) == 2
     for slot in (2, 3):
         backend.boost(slot, None)
-    assert not backend._memory._pool
+    assert not backend._memory._pool and not backend._memory._users and not backend._memory._phrases
 
 
 @needs_compiler

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -29,6 +31,8 @@ def test_the_voice_agents_ears(server: Any, spoken: Any) -> None:
         [sys.executable, EXAMPLES / "voice_agent.py", url], input=spoken[0].pcm, capture_output=True, check=True
     )
     assert ears.stdout.decode().split() == spoken[0].text.split()
+    code = (EXAMPLES / "voice_agent.py").read_text().split('"""')[2]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
 def test_the_client_in_the_documentation(server: Any, spoken: Any, tmp_path: Path) -> None:
@@ -41,6 +45,23 @@ def test_the_client_in_the_documentation(server: Any, spoken: Any, tmp_path: Pat
     client.write_text(code.replace("ws://127.0.0.1:8000", server.socket))
     said = subprocess.run([sys.executable, client], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-1] == spoken[0].text
+
+
+def test_the_clients_in_the_page_on_serving(server: Any, spoken: Any, tmp_path: Path) -> None:
+    """Riva's and OpenAI's, with nothing changed but the address."""
+    riva_client, openai_client = (
+        part.split("```")[0].replace("127.0.0.1:50051", server.address).replace("http://127.0.0.1:8000", server.url)
+        for part in (EXAMPLES.parent / "docs" / "serving.md").read_text().split("```python\n")[1:]
+    )
+    audio = np.frombuffer(spoken[0].pcm, np.int16)
+    soundfile.write(tmp_path / "voice.wav", audio, 16000)
+    soundfile.write(tmp_path / "talk.mp3", audio, 16000)
+    said = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for code in (riva_client, openai_client)
+    ]
+    assert f"## {spoken[0].text}" in said[0] and ">> " in said[0]
+    assert said[1].strip() == spoken[0].text
 
 
 def test_pipecat(server: Any, spoken: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import resource
 import socket as sockets
 import struct
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,16 +14,20 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import grpc
 import numpy as np
+import openai
 import pytest
+import riva.client
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 import nemostream
 from nemostream.errors import CapacityError
+from nemostream.serving import server
 
 HALF = 2 * 16000 * 2
 
@@ -39,6 +44,13 @@ def done(socket: ClientConnection) -> str:
     *_, last = (json.loads(event) for event in socket)
     assert last["type"] == "done", last
     return str(last["text"])
+
+
+def done_with(running: Any, pcm: bytes) -> str:
+    """The text of a stream of its own."""
+    socket = opened(running)
+    socket.send(pcm)
+    return done(socket)
 
 
 def failure(socket: ClientConnection) -> dict[str, Any]:
@@ -135,7 +147,15 @@ def test_a_silent_client_and_one_that_stays_too_long(serve_here: Any, spoken: An
         eventually(lambda: free(running) == slots(running))
 
 
-def test_a_client_that_does_not_read_is_cut_off(serve_here: Any, spoken: Any) -> None:
+def test_a_client_that_does_not_read_is_cut_off(serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = server._listen
+
+    def listen_with_small_buffers(settings: Any) -> sockets.socket:
+        listening = listen(settings)
+        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16_384)  # of those that it accepts
+        return listening
+
+    monkeypatch.setattr(server, "_listen", listen_with_small_buffers)
     with serve_here(send_seconds=1, max_streams=4, measure=False) as running:
         well = opened(running)
         well.send(spoken[0].pcm[:HALF])
@@ -149,12 +169,11 @@ def test_a_client_that_does_not_read_is_cut_off(serve_here: Any, spoken: Any) ->
         )
         order = b'{"type": "commit"}'
         frame = bytes([0x81, 0x80 | len(order), 0, 0, 0, 0]) + order
-        bare.settimeout(20)
-        with suppress(OSError):
-            for _ in range(400):
+        bare.settimeout(60)
+        with pytest.raises(ConnectionError):  # nor is it left open, to hold memory
+            while True:
                 bare.sendall(frame * 1000)
-        eventually(lambda: running.metric("nemostream_dropped_total") == 1)
-        bare.close()
+        assert running.metric("nemostream_dropped_total") == 1
         well.send(spoken[0].pcm[HALF:])
         assert done(well) == spoken[0].text
 
@@ -166,13 +185,79 @@ def test_garbage_on_the_ports(serve_here: Any, spoken: Any) -> None:
             for size in (0, 1, 100, 100_000):
                 with sockets.create_connection(("127.0.0.1", port)) as bare, suppress(OSError):
                     bare.sendall(rng.bytes(size))
-        # Half open: they say nothing.
-        held = [sockets.create_connection(("127.0.0.1", running.http)) for _ in range(50)]
-        socket = opened(running)
-        socket.send(spoken[0].pcm)
-        assert done(socket) == spoken[0].text
-        for bare in held:
-            bare.close()
+        assert done_with(running, spoken[0].pcm) == spoken[0].text
+
+
+def test_half_open_sockets(serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that are there and say nothing: before a request, within one, and within a stream, of either protocol."""
+    monkeypatch.setattr(server, "_HALF_OPEN", 1.0)
+    with serve_here(measure=False, idle_seconds=1.5) as running:
+        begun = [
+            b"", b"GET /v1/stream HTTP/1.1\r\nHost:", b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n",
+        ]  # fmt: skip
+        held = [sockets.create_connection(("127.0.0.1", running.http)) for _ in range(60)]
+        for number, bare in enumerate(held):
+            bare.sendall(begun[number % 3])
+        streams = [opened(running) for _ in range(5)]
+        service = riva.client.ASRService(riva.client.Auth(uri=running.address))
+        config = riva.client.StreamingRecognitionConfig(
+            config=riva.client.RecognitionConfig(sample_rate_hertz=16000, encoding=riva.client.AudioEncoding.LINEAR_PCM)
+        )
+        never = threading.Event()
+
+        def nothing_more() -> Any:
+            yield spoken[0].pcm[:3200]
+            never.wait(20)
+
+        with pytest.raises(grpc.RpcError) as ended:
+            list(service.streaming_response_generator(nothing_more(), config))
+        never.set()
+        assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        for stream in streams:
+            assert failure(stream)["code"] == "expired"
+        for bare in held:  # told why, where there is a request to answer; then the connection is over
+            bare.settimeout(20)
+            answer = b""
+            while data := bare.recv(4096):
+                answer += data
+            assert answer == b"" or b" 408 " in answer, answer
+        assert done_with(running, spoken[0].pcm) == spoken[0].text
+        eventually(lambda: free(running) == slots(running))
+
+
+def test_audio_that_comes_faster_than_it_is_served_waits_with_the_client(serve_here: Any, spoken: Any) -> None:
+    """The server holds one message's chunks of a stream, however much the client would like to send."""
+    with serve_here(measure=False) as running:
+        backend = running.service.model._scheduler._backend
+        submit, waiting = backend.submit, [0]
+
+        def slow(batch: Any) -> Any:
+            time.sleep(0.05)
+            waiting.append(max(seat.stream.queued for seat in running.service.model._scheduler._seats.values()))
+            return submit(batch)
+
+        backend.submit = slow
+        pcm, message = spoken[0].pcm * 40, 32_000  # two minutes, a second at a time
+        bare = opened(running, "chunk_ms=80&endpoint_ms=-1")
+        sent = 0
+
+        def send() -> None:
+            nonlocal sent
+            for start in range(0, len(pcm), message):
+                bare.send(pcm[start : start + message])
+                sent += message
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        eventually(lambda: len(waiting) > 40)
+        assert max(waiting) <= 1 + message / 2 / 1280
+        heard = running.metric("nemostream_audio_seconds_total")
+        assert heard < len(pcm) / 32_000 / 2  # most of it is not even read
+        backend.submit = submit
+        sender.join(60)
+        assert done(bare).startswith(spoken[0].text.split()[0]) and sent >= len(pcm)
+        assert running.metric("nemostream_audio_seconds_total") == pytest.approx(len(pcm) / 32_000, abs=1e-3)
 
 
 def test_an_engine_error_ends_the_streams_of_its_step_only(serve_here: Any, spoken: Any) -> None:
@@ -270,8 +355,13 @@ def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:
 def test_no_more_streams_than_admitted(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_streams=2) as running:
         first, second = opened(running), opened(running)
-        with pytest.raises(Exception, match="429"):
+        with pytest.raises(InvalidStatus) as refused:
             opened(running)
+        assert refused.value.response.status_code == 429 and refused.value.response.headers["Retry-After"] == "2"
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.RateLimitError, match="try again") as limited:
+            client.audio.transcriptions.create(model="any", file=spoken[0].path)
+        assert limited.value.response.headers["retry-after"] == "2"
         status, body = running.get("/readyz")
         assert status == 200 and json.loads(body)["streams"] == 2
         kill(first)

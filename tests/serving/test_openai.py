@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import soundfile
 import soxr
 import srt
 import webvtt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from websockets.sync.client import connect
 
 import nemostream
 
@@ -202,3 +206,41 @@ def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None
             assert events[-1].transcript == wanted
 
     asyncio.run(main())
+
+
+texts = st.text(max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts | st.just("audio/pcm"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["audio", "input", "format", "type", "rate", "turn_detection", "silence_duration_ms",
+                         "transcription", "language", "model", "x"]), inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+orders = st.one_of(
+    st.binary(max_size=100),
+    texts,
+    values.map(json.dumps),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["session.update", "input_audio_buffer.append", "input_audio_buffer.commit",
+                                  "input_audio_buffer.clear", "transcription_session.update", "response.create"])},
+        optional={"session": values, "audio": st.one_of(values, st.binary(max_size=20_000).map(encoded)),
+                  "event_id": values},
+    ).map(json.dumps),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sent=st.lists(orders, max_size=8))
+def test_any_messages_leave_a_realtime_session_listening(server: Any, spoken: Any, sent: list[Any]) -> None:
+    with connect(f"{server.socket}/v1/realtime?intent=transcription") as socket:
+        for message in sent:
+            socket.send(message)
+        session = {"type": "transcription", "audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}
+        pcm = encoded(spoken[1].pcm)
+        for last in (
+            {"type": "input_audio_buffer.clear"}, {"type": "session.update", "session": session},
+            {"type": "input_audio_buffer.append", "audio": pcm}, {"type": "input_audio_buffer.commit"},
+        ):  # fmt: skip
+            socket.send(json.dumps(last))
+        while (event := json.loads(socket.recv(timeout=30)))["type"] != COMPLETED or not event["transcript"]:
+            assert event["type"] != "error" or event["error"]["message"].endswith(".")
+    assert socket.close_code == 1000  # ours: the server had no reason to

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import datetime
+import hmac
 import json
+import re
 import signal
+import socket as sockets
 import ssl
 import time
 import urllib.error
 import urllib.request
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import riva.client
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from nemostream.errors import OptionError
+from nemostream.serving import service
+from nemostream.serving.http import authorised, create_app
+from nemostream.serving.session import Draining
 from nemostream.serving.settings import Settings, read_settings
 
 
@@ -34,6 +43,33 @@ def test_health_and_readiness(server: Any) -> None:
     found = json.loads(body)
     assert status == 200 and found["status"] == "ready" and found["admitted"] == 64
     assert found["http_port"] == server.http and found["grpc_port"] == server.grpc
+
+
+def test_it_is_ready_only_when_every_engine_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[int] = []
+    seen: list[tuple[str, int, int]] = []
+    measure = service.throughput
+
+    def slowly(model: Any, chunk_ms: int, *args: Any, **options: Any) -> float:
+        warmed.append(chunk_ms)
+        seen.append((here.state, *asked("/readyz", "/healthz")))
+        return measure(model, chunk_ms, *args, **options)
+
+    def asked(*paths: str) -> list[int]:
+        with TestClient(create_app(here, {"http_port": 1})) as client:
+            return [client.get(path).status_code for path in paths]
+
+    monkeypatch.setattr(service, "throughput", slowly)
+    here = service.Service(Settings(chunks=[80, 560], measure=False))
+    with pytest.raises(Draining):
+        here.open("test")
+    here.start()
+    try:
+        assert set(warmed) == {80, 560} and set(seen) == {("starting", 503, 200)}
+        assert asked("/readyz") == [200]
+    finally:
+        here.close()
+    assert asked("/readyz") == [503]
 
 
 def test_a_bundle_that_cannot_be_loaded_ends_it_with_a_sentence(serve_process: Any, tmp_path: Path) -> None:
@@ -64,6 +100,36 @@ def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
         assert chunks - 2 <= running.metric("nemostream_latency_seconds_count") <= chunks
 
 
+def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> None:
+    with serve_here(max_streams=1, idle_seconds=1, measure=False) as running:
+        with connect(f"{running.socket}/v1/stream") as socket:
+            socket.recv()
+            with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream"):
+                pass
+            factor, end = 0.0, time.monotonic() + 30
+            while not factor:  # it is of the last second, so it is there while someone speaks
+                assert time.monotonic() < end
+                socket.send(spoken[0].pcm)
+                factor = running.metric("nemostream_real_time_factor")
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    socket.recv()
+        found = text_string_to_metric_families(running.get("/metrics")[1])
+        families = {family.name: family for family in found if not family.name.endswith("_created")}
+    assert {name.removeprefix("nemostream_"): family.type for name, family in families.items()} == {
+        "streams": "gauge", "streams_admitted": "gauge", "streams_opened": "counter", "streams_failed": "counter",
+        "rejected": "counter", "dropped": "counter", "audio_seconds": "counter", "utterances": "counter",
+        "step_seconds": "histogram", "step_streams": "histogram", "latency_seconds": "histogram",
+        "real_time_factor": "gauge", "degraded": "gauge",
+    }  # fmt: skip
+    (rejected,) = (s for s in families["nemostream_rejected"].samples if s.name.endswith("_total"))
+    assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
+    (dropped,) = (s for s in families["nemostream_dropped"].samples if s.name.endswith("_total"))
+    assert dropped.value == 1
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    assert all(f"`{name}" in page for name in families)
+
+
 def test_logs_have_a_stream_id_and_no_words_unless_asked(serve_process: Any, spoken: Any) -> None:
     for flag, told in (("--no-log-transcripts", False), ("--log-transcripts", True)):
         with serve_process("--no-measure", flag) as running:
@@ -71,11 +137,15 @@ def test_logs_have_a_stream_id_and_no_words_unless_asked(serve_process: Any, spo
                 stream = json.loads(socket.recv())["stream"]
                 socket.send(spoken[0].pcm)
                 finish(socket)
+            with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream?chunk_ms=1"):
+                pass
             time.sleep(0.2)
         lines = [line for line in running.log if line.get("stream") == stream]
         assert [line["event"] for line in lines] == ["opened", *(["said"] if told else []), "closed"]
         assert all(line["time"].endswith("Z") and line["level"] == "info" for line in lines)
         assert (spoken[0].text in json.dumps(running.log)) == told
+        (refused,) = (line for line in running.log if line["event"] == "refused")
+        assert "chunk_ms" in refused["why"] and all(line["level"] == "info" for line in running.log)
 
 
 def test_keys(serve_here: Any, spoken: Any) -> None:
@@ -105,6 +175,22 @@ def test_keys(serve_here: Any, spoken: Any) -> None:
         assert riva.client.ASRService(allowed).offline_recognize(spoken[0].pcm, config).results
 
 
+def test_a_key_is_compared_with_every_key_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+
+    def counted(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return compare(a, b)
+
+    monkeypatch.setattr("nemostream.serving.http.hmac.compare_digest", counted)
+    keys = [b"first", b"second", b"third"]
+    for given, allowed in (("first", True), ("third", True), ("firs", False), ("", False), ("sécond", False)):
+        compared.clear()
+        assert authorised(given, keys) is allowed
+        assert [known for _, known in compared] == keys  # not only up to the one that fits
+
+
 def test_foreign_pages_are_kept_out(serve_here: Any) -> None:
     with serve_here(origins=["https://friend.example"], measure=False) as running:
         assert running.get("/v1/models", Origin="https://evil.example")[0] == 403
@@ -113,6 +199,15 @@ def test_foreign_pages_are_kept_out(serve_here: Any) -> None:
         request = urllib.request.Request(running.url + "/v1/models", headers={"Origin": "https://friend.example"})
         with urllib.request.urlopen(request) as answer:
             assert answer.headers["Access-Control-Allow-Origin"] == "https://friend.example"
+        for origin, status in (("https://evil.example", 403), ("https://friend.example", 204)):  # a browser asks first
+            asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            request = urllib.request.Request(running.url + "/v1/audio/transcriptions", headers=asks, method="OPTIONS")
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    found, allowed = answer.status, answer.headers["Access-Control-Allow-Origin"]
+            except urllib.error.HTTPError as error:
+                found, allowed = error.code, error.headers["Access-Control-Allow-Origin"]
+            assert (found, allowed) == (status, origin if status == 204 else None)
         for origin, open_ in (("https://evil.example", False), ("https://friend.example", True), (running.url, True)):
             try:
                 with connect(f"{running.socket}/v1/stream", origin=origin):
@@ -231,6 +326,23 @@ def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> No
         read_settings(arguments)
 
 
+def test_every_option_is_documented_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    table = page.split("| flag | default |")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
+    found = {flag: default for flags, defaults in rows for flag, default in zip_longest(
+        re.findall(r"`--([\w-]+)`", flags), defaults.split(", "))}  # fmt: skip
+    fields = {name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
+    assert found.keys() == fields.keys()
+    for name, field in fields.items():
+        if isinstance(field.default, bool):
+            assert found[name] == ("yes" if field.default else "no"), name
+        elif isinstance(field.default, int | float) and "bytes" not in name:
+            assert found[name] == str(field.default), name
+        elif "bytes" in name:
+            assert found[name] == f"{field.default >> 20} MiB", name
+
+
 def test_a_word_that_the_file_does_not_know(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
     file.write_text("max_stream = 1\n")
@@ -238,6 +350,13 @@ def test_a_word_that_the_file_does_not_know(tmp_path: Path) -> None:
         read_settings(["--config", str(file)])
 
 
-def test_it_listens_to_this_machine_only_unless_told() -> None:
+def test_it_listens_to_this_machine_only_unless_told(server: Any, serve_here: Any) -> None:
+    for port in (server.http, server.grpc):
+        sockets.create_connection(("127.0.0.1", port)).close()
+        with pytest.raises(ConnectionRefusedError):
+            sockets.create_connection(("127.0.0.2", port))
+    with serve_here(host="0.0.0.0", measure=False) as running:  # the other address is this machine's too
+        for port in (running.http, running.grpc):
+            sockets.create_connection(("127.0.0.2", port)).close()
     assert not Settings().public and Settings().host == "127.0.0.1"
     assert Settings(host="0.0.0.0").public and not Settings(host="::1").public and not Settings(host="localhost").public

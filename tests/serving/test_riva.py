@@ -247,3 +247,8 @@ def test_any_message_is_answered_or_refused(server: Any, config: Any, parts: lis
         stub.Recognize(riva_asr_pb2.RecognizeRequest(config=config, audio=b"".join(parts)))
     except grpc.RpcError as error:
         assert error.code() in fine, error
+    try:
+        name = config.language_code
+        stub.GetRivaSpeechRecognitionConfig(riva_asr_pb2.RivaSpeechRecognitionConfigRequest(model_name=name))
+    except grpc.RpcError as error:
+        assert error.code() in fine, error

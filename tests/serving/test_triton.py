@@ -48,6 +48,7 @@ def test_the_configuration_is_tritons(repository: Path) -> None:
         "END": control.CONTROL_SEQUENCE_END,
     }
     assert found.sequence_batching.oldest.max_candidate_sequences == 256
+    assert set(found.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
 
 
 def test_a_configuration_that_was_changed_stays(repository: Path) -> None:

@@ -1,0 +1,215 @@
+"""What `deploy/` holds: the image's steps without a daemon to build it, KubeRay's manifest against Ray's schema."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemostream.serving.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile: each instruction's name and the rest, lines joined, comments left out."""
+    lines = [line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def test_the_image_is_what_the_server_is() -> None:
+    found = instructions()
+    assert [name for name, _ in found].count("FROM") == 2
+    environment = dict(pair.split("=", 1) for name, rest in found if name == "ENV" for pair in rest.split())
+    prefix = "NEMOSTREAM_"
+    for name in environment.keys() - {"PATH"}:
+        assert name.removeprefix(prefix).lower() in Settings.model_fields, name
+    defaults = Settings()
+    assert next(rest for name, rest in found if name == "EXPOSE").split() == [
+        str(defaults.port), str(defaults.grpc_port)
+    ]  # fmt: skip
+    assert json.loads(next(rest for name, rest in found if name == "ENTRYPOINT")) == ["nemostream", "serve"]
+    assert next(rest for name, rest in found if name == "USER") not in ("root", "0")
+    head = (DEPLOY / "Dockerfile").read_text()
+    for name in set(re.findall(rf"{prefix}(\w+)", head)):
+        assert name.lower() in Settings.model_fields, name
+    extras = set(re.findall(r"EXTRAS=([\w,]+)", head))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert extras and all(f"\n{extra} = [" in project for group in extras for extra in group.split(","))
+
+
+def sent() -> set[Path]:
+    """The files that `docker build` would be given: what Dockerfile.dockerignore excepts from leaving all out."""
+    all_, *rules = [
+        line for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert all_ == "*" and rules.pop() == "**/__pycache__" and all(rule.startswith("!") for rule in rules)
+    roots = [path for rule in rules for path in ROOT.glob(rule.removeprefix("!"))]
+    files = {file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()}
+    return {file.relative_to(ROOT) for file in files if "__pycache__" not in file.parts}
+
+
+@pytest.mark.slow
+def test_the_images_steps_make_a_server(tmp_path: Path) -> None:
+    """Its commands in folders of this machine, from the files that it is given; then what a container would run."""
+    context, image = tmp_path / "context", tmp_path / "image"
+    for name in sent():
+        (context / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, context / name)
+    assert not (context / "tests").exists()
+    variables = dict(os.environ, EXTRAS="serve", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    found = instructions()
+    last = max(index for index, (name, _) in enumerate(found) if name == "FROM")
+    for name, rest in found[:last]:
+        if name == "COPY":
+            assert rest == ". /src"
+            shutil.copytree(context, image / "src")
+        elif name == "RUN":
+            command = rest.replace("/opt/", f"{image}/opt/").replace('"/src', f'"{image}/src')
+            command = command.replace("python -m venv", f"{sys.executable} -m venv")
+            subprocess.run(["bash", "-c", command], check=True, env=variables, capture_output=True, cwd=tmp_path)
+    for name, rest in found[last:]:
+        if name == "ENV":
+            pairs = dict(pair.split("=", 1) for pair in shlex.split(rest.replace("$PATH", variables["PATH"])))
+            variables |= {key: value.replace("/opt/", f"{image}/opt/") for key, value in pairs.items()}
+    variables |= {"NEMOSTREAM_PORT": "0", "NEMOSTREAM_GRPC_PORT": "0", "NEMOSTREAM_MEASURE": "false"}
+    entry = json.loads(next(rest for name, rest in found if name == "ENTRYPOINT"))
+    program = shutil.which(entry[0], path=variables["PATH"])
+    assert program and program.startswith(str(image))
+    with subprocess.Popen(
+        [program, *entry[1:]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables, cwd=tmp_path
+    ) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline().rpartition(":")[2])
+            health = json.loads(next(rest for name, rest in found if name == "HEALTHCHECK").partition("CMD ")[2])
+            health = [word.replace(":8000", f":{port}") for word in health]
+            subprocess.run(health, check=True, env=variables, cwd=tmp_path)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
+                assert json.load(answer)["status"] == "ready"
+        finally:
+            server.terminate()  # what `docker stop` sends
+    assert server.returncode == 0
+
+
+# -- KubeRay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def service() -> Any:
+    return yaml.safe_load((DEPLOY / "rayservice.yaml").read_text())
+
+
+def test_the_application_is_one_that_ray_takes(service: Any) -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="needs the ray extra")
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    from nemostream.serving import ray_app
+
+    assert module == ray_app.__name__ and name == "build"
+    assert config.http_options.port == 8000 and config.http_options.host == "0.0.0.0"
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    # As Ray builds it: our options are known, and a replica fits into a worker.
+    deployment = ray_app.build(application.args)._bound_deployment
+    (worker,) = group["template"]["spec"]["containers"]
+    assert deployment.ray_actor_options["num_gpus"] == int(worker["resources"]["limits"]["nvidia.com/gpu"]) == 1
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (group["minReplicas"], group["maxReplicas"])
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= application.args["drain_seconds"]
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= application.args["drain_seconds"]
+    assert service["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+
+
+def test_the_manifest_is_a_rayservice(service: Any) -> None:
+    """The fields that KubeRay's operator reads; the whole was checked against its CRD (v1) when it was written."""
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    assert set(service["spec"]) <= {
+        "serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold", "rayClusterDeletionDelaySeconds",
+        "upgradeStrategy", "serveConfigV2", "rayClusterConfig",
+    }  # fmt: skip
+    cluster = service["spec"]["rayClusterConfig"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cluster["rayVersion"])
+    head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == "0" and isinstance(group["rayStartParams"], dict)
+    for pod in (head["template"]["spec"], group["template"]["spec"]):
+        (container,) = pod["containers"]
+        variables = {entry["name"]: entry for entry in container["env"]}
+        goodbye = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]["value"]
+        module, _, name = goodbye.partition(":")
+        assert callable(getattr(sys.modules.get(module) or __import__(module, fromlist=[name]), name))
+        assert variables["NEMOSTREAM_API_KEYS"]["valueFrom"]["secretKeyRef"] == {
+            "name": "nemostream",
+            "key": "api-keys",
+        }
+        assert "api_keys" in Settings.model_fields
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+
+
+def test_no_version_is_older_than_what_the_extras_ask_for(service: Any) -> None:
+    least = re.search(r"ray\[serve\]>=(\d+)\.(\d+)", (ROOT / "pyproject.toml").read_text())
+    assert least
+    major, minor, _ = service["spec"]["rayClusterConfig"]["rayVersion"].split(".")
+    assert (int(major), int(minor)) >= tuple(map(int, least.groups()))
+
+
+# -- docs/deploy.md ----------------------------------------------------------------------------------------------------
+
+
+def table(after: str) -> list[list[float]]:
+    """Numbers of the first table behind a text of the page, without its head."""
+    lines = (ROOT / "docs" / "deploy.md").read_text().split(after)[1].splitlines()
+    begun = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), begun))
+    return [[float(re.sub(r"[,%\s]", "", cell)) for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_arithmetic_of_the_plan_is_right() -> None:
+    for gpus, spare, streams, messages, cores, network, state in table("16-bit caches:"):
+        exact = 0.7 * 256 * (gpus - spare)
+        assert streams == int(exact) and messages == round(10 * exact)
+        assert cores == pytest.approx(messages * 0.00082, abs=0.06)
+        assert network == pytest.approx(exact * 272e3 / 1e9, abs=0.006)
+        assert state == pytest.approx(256 * 7.3e6 / 1e9, abs=0.06)
+    assert [row[0] for row in table("16-bit caches:")] == [1, 10, 100, 1000]
+    for calls, busy, enough, share in table("counts as a stream."):
+        assert busy == calls * 300 / 3600
+        assert enough == round(busy + 3 * busy**0.5) and share == int(300 / busy**0.5 + 0.5)
+
+
+def test_the_plan_quotes_what_was_measured() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    serve = json.loads((results / "serve-demo-cpu-2-cores.json").read_text())
+    rows = {row["case"]["streams"]: row for row in serve["rows"]}
+    rates = {n: row["values"]["audio_seconds"] / 0.1 / row["values"]["seconds"] for n, row in rows.items()}
+    held, not_held = rows[300], rows[400]
+    assert held["values"]["holds"] and not not_held["values"]["holds"] and held["case"]["packet_ms"] == 100
+    late = not_held["figures"]["final text"]["p99"] - 560 - serve["method"]["grace_ms"]
+    for figure in (
+        f"{rates[300]:,.0f} messages a second", f"300 streams, p99 {held['figures']['final text']['p99']:.0f} ms",
+        f"{rates[400]:,.0f} with the slowest percent {late:.0f} ms too late",
+    ):  # fmt: skip
+        assert figure in page, figure
+    latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
+    (step,) = [
+        row for row in latency["rows"] if row["case"] == {"chunk_ms": 560, "batch": 8, "precision": "int8"}
+    ]  # fmt: skip
+    found = step["figures"]["step"]["p50"]
+    assert f"t(8) = {found:.0f} ms" in page and f"8 · 560 / {found:.0f} = {int(8 * 560 / found)}" in page
+    assert f"{step['values']['bytes_per_stream'] / 1e6:.1f} MB" in page
