@@ -12,10 +12,8 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,22 +62,14 @@ def source() -> Iterator[np.ndarray]:
 
 @contextmanager
 def server() -> Iterator[dict[str, str]]:
-    """A server that is ready; where it is, by where the pages have it."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        http, grpc = one.getsockname()[1], other.getsockname()[1]
-    command = [sys.executable, "-m", "nemostream", "serve", "--port", str(http), "--grpc-port", str(grpc)]
-    with subprocess.Popen(
-        [*command, "--no-measure"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:  # fmt: skip
+    """A server that is ready: its addresses by those in the pages."""
+    command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", "--no-measure"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
-            for _ in range(600):
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{http}/readyz"):
-                        break
-                except OSError:
-                    assert process.poll() is None
-                    time.sleep(0.1)
-            yield {HTTP: f"127.0.0.1:{http}", GRPC: f"127.0.0.1:{grpc}"}
+            assert process.stdout is not None
+            with urllib.request.urlopen(process.stdout.readline().strip() + "/readyz") as answer:
+                ports = json.load(answer)
+            yield {HTTP: f"127.0.0.1:{ports['http_port']}", GRPC: f"127.0.0.1:{ports['grpc_port']}"}
         finally:
             process.terminate()
 
@@ -95,8 +85,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             continue
         if HTTP in code or GRPC in code:
             with server() as addresses:
-                for shown, real in addresses.items():
-                    code = code.replace(shown, real)
+                code = code.replace(HTTP, addresses[HTTP]).replace(GRPC, addresses[GRPC])
                 run(code, f"{name}, block {number}", known)
         else:
             run(code, f"{name}, block {number}", known)

@@ -123,7 +123,7 @@ def test_committed_results_were_measured_in_peace() -> None:
     for name, result in report.committed(ROOT).items():
         busy = [row["values"]["other_work_cores"] for row in result["rows"] if "other_work_cores" in row["values"]]
         busy += [result["method"]["other_work_cores"]] if "other_work_cores" in result["method"] else []
-        assert max(busy, default=0.0) <= tables.QUIET or result["benchmark"] == "serve", name
+        assert max(busy, default=0.0) <= tables.QUIET, name
 
 
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
