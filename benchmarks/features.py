@@ -7,6 +7,10 @@ every case of `CASES`, in shuffled order, from the same state, and its time is l
 step. So every figure is a ratio within one step, and what the machine does meanwhile hits all cases alike. Boosted
 streams have `PHRASES` phrases each, all different, at `WEIGHT`, over what the streams say.
 
+What the host does with a step's tokens is measured with a backend that only says again what was said: from there on to
+the last stream's results, as `push` gives them, or its events (`HOST`). Its time is laid beside results' in the same
+way, and `both` is that of everything on: all streams boosted, and every event's words.
+
 Random weights do not stop talking, or do not begin: with `--random-weights` chance decides what is blank (`Lifelike`).
 """
 
@@ -17,9 +21,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -31,9 +37,13 @@ from nemostream.benchmarks.sides import Feed
 from nemostream.benchmarks.synthetic import speech
 from nemostream.benchmarks.talkative import TOKENS_PER_SECOND
 from nemostream.runtime import greedy
+from nemostream.runtime.backend import Backend, Batch, Emissions
 from nemostream.runtime.boosting import Boosting
+from nemostream.runtime.endpoint import Endpoint
 from nemostream.runtime.greedy import Floats, Ints, Labels, Predictions, label_looping
-from nemostream.runtime.ort import OrtBackend
+from nemostream.runtime.ort import Done, OrtBackend
+from nemostream.runtime.recognition import Recognition
+from nemostream.runtime.recognizer import Model
 from nemostream.spec import Bundle
 
 PHRASES, WEIGHT = 300, 1.0
@@ -80,6 +90,98 @@ CASES: dict[str, Callable[[Moment], list[Labels]]] = {
 }
 
 
+class _Hold:
+    """Keeps a model's scheduler from its work until `end` is set."""
+
+    def __init__(self, model: Model) -> None:
+        self._begun, self.end = Event(), Event()
+        self._thread = Thread(target=model._scheduler.call, args=(self._wait,))
+        self._thread.start()
+        self._begun.wait()
+
+    def _wait(self, backend: Backend) -> None:
+        self._begun.set()
+        self.end.wait()
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+class Replay:
+    """A backend that says, step by step, what was said before."""
+
+    asynchronous = False
+
+    def __init__(self, spoken: Sequence[Emissions], rows: int) -> None:
+        self.capacity = self.max_batch = rows
+        self._spoken, self._at = spoken, [0] * rows
+
+    def submit(self, batch: Batch) -> Done:
+        slots, rows = batch.slots.tolist(), []
+        for slot in slots:
+            said = self._spoken[self._at[slot]]
+            rows.append((said.tokens[slot], said.frames[slot], said.scores[slot], said.powers[slot]))
+            self._at[slot] += 1
+        tokens, frames, scores, powers = (tuple(part) for part in zip(*rows, strict=True))
+        return Done(Emissions(tokens, frames, scores, powers, np.zeros(len(slots), bool)))
+
+    def reset(self, slots: Ints) -> None: ...
+
+    def forget(self, slots: Ints) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _results(stream: Recognition) -> None:
+    stream.collect()
+
+
+def _events(stream: Recognition) -> None:
+    stream.events()
+
+
+def _words(stream: Recognition) -> None:
+    for event in stream.events():
+        event.words  # noqa: B018 - grouped when asked for
+
+
+# What the host does after a step, by name, and when utterances end; the first is what the others are laid beside.
+HOST: dict[str, tuple[Callable[[Recognition], None], Endpoint | None]] = {
+    "results": (_results, None),
+    "events, utterances that end": (_events, Endpoint(decoder="reset")),
+    "events, utterances that end, words": (_words, Endpoint(decoder="reset")),
+}
+
+
+def _host(bundle: Bundle, spoken: Sequence[Emissions], ms: int, batch: int) -> dict[str, list[float]]:
+    """Milliseconds after each step, of every kind of `HOST`; they take turns within a step."""
+    chunk, shuffle = bundle.manifest.chunk(ms), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in HOST}
+    audio = np.zeros(chunk.samples, np.float32)
+    with ExitStack() as stack:
+        sides = {}
+        for name, (_, endpoint) in HOST.items():
+            model = stack.enter_context(Model(bundle, cast(Backend, Replay(spoken, batch)), ms))
+            sides[name] = model, [Recognition(model, 16000, 1, endpoint=endpoint) for _ in range(batch)]
+        for step in range(len(spoken)):
+            names = list(HOST)
+            shuffle.shuffle(names)
+            for name in names:
+                model, streams = sides[name]
+                # The scheduler waits until all have fed it, so that it makes one step of them.
+                holding = _Hold(model)
+                for stream in streams:
+                    stream.feed(audio[bundle.manifest.lead if step == 0 else 0 :])
+                began = time.perf_counter()
+                holding.end.set()
+                for stream in streams:
+                    stream.wait()
+                    HOST[name][0](stream)
+                times[name].append(1000 * (time.perf_counter() - began))
+                holding.join()
+    return times
+
+
 class Lifelike:
     """A transducer of random weights that says about `TOKENS_PER_SECOND`: chance decides what is blank, drawn from the
     frame and the prediction; which label it is otherwise, the weights decide."""
@@ -123,6 +225,7 @@ def measure_features(
     times: dict[str, list[float]] = {"encode": [], **{name: [] for name in CASES}}
     labels = dict.fromkeys(CASES, 0)
     heard: list[int] = []
+    spoken: list[Emissions] = []
     boosts: list[Boosting] = []
     for step in range(_WARM_UP + steps):
         inputs = feed.batch(chunk, step * chunk.frames)
@@ -147,6 +250,8 @@ def measure_features(
             said = CASES[name](moment)
             times[name].append(1000 * (time.perf_counter() - began))
             labels[name] += sum(len(row.tokens) for row in said)
+            if name == "confidence":
+                spoken.append(_emissions(said, (step - _WARM_UP) * chunk.frames))
         state = ends[names[0]]  # any: so that boosted streams are met in the middle of their phrases too
         state.node[:] = np.where(state.node < [len(boosting) for boosting in boosts], state.node, 0)
     first = next(iter(CASES))
@@ -160,12 +265,33 @@ def measure_features(
         }  # fmt: skip
         case = {"features": name, "chunk_ms": ms, "batch": batch}
         rows.append(record.row(case, {"decode": times[name], "more": more}, values))
+    host = _host(bundle, spoken, ms, batch)
+    boosted = statistics.median(mine - plain for mine, plain in zip(times[name], times[first], strict=True))
+    plainly = host[next(iter(HOST))]
+    for name in HOST:
+        more = [mine - plain for mine, plain in zip(host[name], plainly, strict=True)]
+        values = {
+            "share": statistics.median(more) / whole, "both": (statistics.median(more) + boosted) / whole,
+            "step_ms": whole,
+        }  # fmt: skip
+        case = {"host": name, "chunk_ms": ms, "batch": batch}
+        rows.append(record.row(case, {"host": host[name], "more": more}, values))
     return record.record(
         "features", rows,
         model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model},
         method={"steps": steps, "warm_up": _WARM_UP, "threads": threads, "phrases": PHRASES, "weight": WEIGHT,
                 "other_work_cores": round(others.cores(), 3)},
     )  # fmt: skip
+
+
+def _emissions(said: Sequence[Labels], begin: int) -> Emissions:
+    return Emissions(
+        tuple(np.array(row.tokens, np.int32) for row in said),
+        tuple(np.array(row.frames, np.int64) + begin for row in said),
+        tuple(np.array(row.scores, np.float32) for row in said),
+        tuple(np.array(row.powers, np.float32) for row in said),
+        np.zeros(len(said), bool),
+    )
 
 
 def some_phrases(seed: int, heard: Sequence[int], vocabulary: int) -> Boosting:
@@ -177,9 +303,15 @@ def some_phrases(seed: int, heard: Sequence[int], vocabulary: int) -> Boosting:
 
 def table(result: Record) -> str:
     head = ("after the encoder", "decode, ms", "more, ms", "share of a step", "labels/s")
-    lines = []
+    lines, hosts = [], []
     for row in result["rows"]:
         values = row["values"]
+        if "host" in row["case"]:
+            hosts.append(
+                (row["case"]["host"], tables.spread(row["ms"]["host"]), tables.spread(row["ms"]["more"]),
+                 f"{100 * values['share']:.2f} %", f"{100 * values['both']:.2f} %")
+            )  # fmt: skip
+            continue
         lines.append(
             (
                 row["case"]["features"], tables.spread(row["ms"]["decode"]), tables.spread(row["ms"]["more"]),
@@ -190,7 +322,8 @@ def table(result: Record) -> str:
     return (
         f"{model['layers']} layers of {model['d_model']}, batch {case['batch']}, {case['chunk_ms']} ms, a step of "
         f"{tables.digits(result['rows'][0]['values']['step_ms'])} ms; {result['method']['phrases']} phrases a stream; "
-        f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores.\n\n{tables.markdown(head, lines)}\n"
+        f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores.\n\n{tables.markdown(head, lines)}\n\n"
+        f"{tables.markdown(('after a step, on the host', 'ms', 'more, ms', 'share of a step', 'both'), hosts)}\n"
     )
 
 

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from nemostream.errors import OptionError
 from nemostream.runtime.greedy import ALPHA
 
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "max": max,
-    "mean": lambda values: sum(values) / len(values),
+    "mean": _mean,
     "prod": math.prod,
 }
 

@@ -8,7 +8,6 @@ What the module does not know: when utterances end, streams, the scheduler.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +15,7 @@ from typing import Literal
 
 from nemostream.runtime.endpoint import End, Reason
 from nemostream.runtime.tokenizer import Detokenizer, Tokenizer
-from nemostream.runtime.words import Token, Word, words_of
-
-_LAST_WORD = re.compile(r"\s*\S*\Z")
+from nemostream.runtime.words import Grouping, Token, Word
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,12 @@ class Event:
     chunk_ms: int
     tokens: tuple[Token, ...] = field(repr=False)
     reason: Reason | None = None  # of an end
-    aggregation: str = field(default="min", repr=False)  # of the words' confidence
+    grouping: Grouping = field(default_factory=lambda: Grouping("min"), repr=False, compare=False)
 
     @cached_property
     def words(self) -> tuple[Word, ...]:
         """The words of `text`, grouped when first asked for. The last one of a partial may still grow."""
-        return words_of(self.tokens, self.aggregation, self.kind == "final")
+        return self.grouping.words(self.tokens, self.kind == "final")
 
 
 class Utterances:
@@ -57,7 +54,7 @@ class Utterances:
         self._begin = 0  # tokens of earlier utterances
         self._at = 0  # sample that the last one ended at
         self._known = 0  # tokens that were told of, or are of earlier ones
-        self._text = Detokenizer(tokenizer)
+        self._text, self._words = Detokenizer(tokenizer), Grouping(aggregation)
 
     def step(
         self, tokens: Sequence[Token], count: int, ends: Sequence[End], audio: float, chunk_ms: int
@@ -92,14 +89,15 @@ class Utterances:
         if said:
             self._number += 1
             self._begin = end.count
-            self._text = Detokenizer(self._tokenizer)
+            self._text, self._words = Detokenizer(self._tokenizer), Grouping(self._aggregation)
         return events
 
     def _said(
         self, kind: Literal["partial", "final"], text: str, tokens: Sequence[Token], audio: float, chunk_ms: int
     ) -> Event:
-        stable = text if kind == "final" else _LAST_WORD.sub("", text)
+        whole = text.rsplit(maxsplit=1)[:-1] or [""]
+        stable = text if kind == "final" else whole[0]
         return Event(
             kind, self._number, text, stable, tokens[0].time, tokens[-1].end, audio, chunk_ms, tuple(tokens),
-            aggregation=self._aggregation,
+            grouping=self._words,
         )  # fmt: skip

@@ -65,10 +65,41 @@ def words_of(tokens: Sequence[Token], aggregation: str = "min", final: bool = Tr
     punctuation that stands apart. `aggregation` makes its confidence of its tokens'. Unless `final`, bytes of a
     character that is not complete at the end are left out, as they are of the text.
     """
-    aggregate = AGGREGATIONS[aggregation]
-    groups: list[tuple[str, int, int]] = []  # text, first and last token
+    return Grouping(aggregation).words(tokens, final)
+
+
+class Grouping:
+    """`words_of` for tokens that keep coming: only the last word, which may still grow, is grouped again."""
+
+    def __init__(self, aggregation: str) -> None:
+        self._aggregate = AGGREGATIONS[aggregation]
+        self._done: tuple[Word, ...] = ()
+        self._begin = 0  # tokens in them
+
+    def words(self, tokens: Sequence[Token], final: bool) -> tuple[Word, ...]:
+        """Of `tokens`, which begin with those of any call before that had fewer."""
+        if len(tokens) <= self._begin:  # somebody asks about earlier ones
+            return tuple(self._word(tokens, *group) for group in _groups(tokens, 0, final))
+        groups = _groups(tokens, self._begin, final)
+        last = len(groups) - 1
+        # Not where a token is part of two words, or of a character begun before it.
+        while last > 0 and (groups[last][1] <= groups[last - 1][2] or tokens[groups[last][1]].text[:1] == "<"):
+            last -= 1
+        if last > 0:
+            self._done += tuple(self._word(tokens, *group) for group in groups[:last])
+            self._begin = groups[last][1]
+        return (*self._done, *(self._word(tokens, *group) for group in groups[max(last, 0) :]))
+
+    def _word(self, tokens: Sequence[Token], text: str, first: int, last: int) -> Word:
+        sure = self._aggregate([token.confidence for token in tokens[first : last + 1]])
+        return Word(text, tokens[first].time, tokens[last].end, sure)
+
+
+def _groups(tokens: Sequence[Token], begin: int, final: bool) -> list[tuple[str, int, int]]:
+    """Text, first and last token of each word from token `begin` on."""
+    groups: list[tuple[str, int, int]] = []
     growing, space = False, -1  # whether the last group is; a token of mere space, which belongs to the word after it
-    for start, end, piece in _pieces(tokens, final):
+    for start, end, piece in _pieces(tokens, begin, final):
         for part in _PARTS.findall(piece):
             if part.isspace():
                 growing, space = False, start if part == piece else -1
@@ -78,18 +109,16 @@ def words_of(tokens: Sequence[Token], aggregation: str = "min", final: bool = Tr
             else:
                 groups.append((part, start if space < 0 else space, end))
                 growing, space = True, -1
-    return tuple(
-        Word(text, tokens[a].time, tokens[b].end, aggregate([token.confidence for token in tokens[a : b + 1]]))
-        for text, a, b in groups
-    )
+    return groups
 
 
-def _pieces(tokens: Sequence[Token], final: bool) -> Iterator[tuple[int, int, str]]:
+def _pieces(tokens: Sequence[Token], begin: int, final: bool) -> Iterator[tuple[int, int, str]]:
     """First token, last token and text of everything that has a text: a token, or a character of several bytes."""
-    at = 0
+    at = begin
     while at < len(tokens):
-        if not _BYTE.fullmatch(tokens[at].text):
-            yield at, at, tokens[at].text
+        text = tokens[at].text
+        if text[:1] != "<" or not _BYTE.fullmatch(text):
+            yield at, at, text
             at += 1
             continue
         decoder, begin = codecs.getincrementaldecoder("utf-8")("nemostream-byte"), at

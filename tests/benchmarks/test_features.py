@@ -11,6 +11,7 @@ import pytest
 
 from nemostream.benchmarks import features
 from nemostream.errors import OptionError
+from nemostream.runtime.backend import Emissions
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.tokenizer import Tokenizer
 from nemostream.spec import Bundle
@@ -20,10 +21,16 @@ HELD_OUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "
 
 def test_features(demo_bundle: Bundle) -> None:
     result = features.measure_features(demo_bundle, batch=3, steps=4, threads=1)
-    assert [row["case"]["features"] for row in result["rows"]] == list(features.CASES)
-    plain, *others = result["rows"]
+    after = len(features.CASES)
+    assert [row["case"]["features"] for row in result["rows"][:after]] == list(features.CASES)
+    assert [row["case"]["host"] for row in result["rows"][after:]] == list(features.HOST)
+    for row in result["rows"][after:]:
+        assert len(row["ms"]["host"]) == len(row["ms"]["more"]) == 4
+        boosted = result["rows"][after - 1]["values"]["share"]
+        assert row["values"]["both"] == pytest.approx(row["values"]["share"] + boosted)
+    plain, *others = result["rows"][:after]
     assert plain["values"]["share"] == 0
-    for row in result["rows"]:
+    for row in result["rows"][:after]:
         assert len(row["ms"]["decode"]) == len(row["ms"]["more"]) == 4
         more = np.array(row["ms"]["decode"]) - plain["ms"]["decode"]
         np.testing.assert_allclose(row["ms"]["more"], more, atol=1e-3)
@@ -31,12 +38,38 @@ def test_features(demo_bundle: Bundle) -> None:
         assert row["values"]["labels_per_second"] > 0
     # What is said does not depend on whether anybody asks how sure it is.
     assert others[0]["values"]["labels_per_second"] == plain["values"]["labels_per_second"]
-    assert features.table(result).count("\n| ") == 2 + len(features.CASES)
+    assert features.table(result).count("\n| ") == 4 + len(features.CASES) + len(features.HOST)
+
+
+def test_what_is_said_again_is_what_was_said(demo_bundle: Bundle) -> None:
+    """The host is measured on the tokens of the steps, all of them, in their order."""
+    rng, heard = np.random.default_rng(0), {name: [] for name in features.HOST}
+    rows = [[rng.integers(1, 11, rng.integers(0, 4)) for _ in range(3)] for _ in range(6)]
+    spoken = [
+        Emissions(
+            tuple(row.astype(np.int32) for row in step), tuple(np.full(len(row), 7 * at, np.int64) for row in step),
+            tuple(np.zeros(len(row), np.float32) for row in step), tuple(np.ones(len(row), np.float32) for row in step),
+            np.zeros(3, bool),
+        )
+        for at, step in enumerate(rows)
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (what, endpoint) in features.HOST.items():
+
+            def told(stream: Any, name: str = name, what: Any = what) -> None:
+                what(stream)
+                heard[name].append([token.id for token in stream.result.tokens])
+
+            patch.setitem(features.HOST, name, (told, endpoint))
+        times = features._host(demo_bundle, spoken, 560, 3)
+    wanted = [np.concatenate([step[row] for step in rows[: at + 1]]).tolist() for at in range(6) for row in range(3)]
+    assert all(found == wanted for found in heard.values()) and len(heard) == 3
+    assert all(len(found) == 6 for found in times.values())
 
 
 def test_random_weights_speak_as_fast_as_people(demo_bundle: Bundle) -> None:
     result = features.measure_features(demo_bundle, batch=16, steps=12, threads=1, random_weights=True)
-    for row in result["rows"]:
+    for row in result["rows"][: len(features.CASES)]:
         assert row["values"]["labels_per_second"] == pytest.approx(features.TOKENS_PER_SECOND, rel=0.25)
 
 

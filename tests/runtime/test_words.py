@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nemostream.errors import OptionError
 from nemostream.runtime.confidence import Confidence
 from nemostream.runtime.tokenizer import Tokenizer
-from nemostream.runtime.words import Result, Token, Word, words_of
+from nemostream.runtime.words import Grouping, Result, Token, Word, words_of
 
 
 def said(*pieces: str) -> list[Token]:
@@ -87,6 +87,11 @@ def test_words_are_those_of_sentencepieces_text(bundle, oracle, pieces):
     assert "".join(word.text for word in words) == "".join(text.split())
     if not set(text) & set(".,?!:;"):
         assert [word.text for word in words] == text.split()
+    # And the same bit by bit, with a look back at any of it.
+    tokens, grouping = said(*map(tokenizer.piece, ids)), Grouping("min")
+    for count in [*range(len(ids) + 1), len(ids) // 2]:
+        assert grouping.words(tokens[:count], False) == words_of(tokens[:count], final=False)
+    assert grouping.words(tokens, True) == words
     starts, ends = [word.start for word in words], [word.end for word in words]
     assert starts == sorted(starts) and ends == sorted(ends) and all(a < b for a, b in zip(starts, ends, strict=True))
 
