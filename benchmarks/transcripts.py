@@ -17,7 +17,6 @@ and if every recording is a stream of its own.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import itertools
 import json
@@ -298,14 +297,10 @@ _DEFAULT = (Confidence().measure, Confidence().norm)
 def main(arguments: Sequence[str] | None = None) -> None:
     from nemostream.benchmarks.report import write_report
 
-    parser = argparse.ArgumentParser(
-        prog="python -m nemostream.benchmarks.transcripts", description=__doc__.split("\n")[0]
-    )
+    parser = record.parser("transcripts", __doc__)
     parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged digits)")
     parser.add_argument("--manifest", type=Path, required=True, help="held-out recordings and what is said in them")
     parser.add_argument("--threads", type=int, help="default: every core")
-    parser.add_argument("--out", type=Path, default=record.FOLDER)
-    parser.add_argument("--name", default="transcripts")
     options = parser.parse_args(arguments)
     with nemostream.load(options.bundle, capacity=20, threads=options.threads) as model:
         result = measure_transcripts(model, options.manifest, record.say)
