@@ -207,9 +207,8 @@ def test_the_plan_quotes_what_was_measured() -> None:
     ):  # fmt: skip
         assert figure in page, figure
     latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
-    (step,) = [
-        row for row in latency["rows"] if row["case"] == {"chunk_ms": 560, "batch": 8, "precision": "int8"}
-    ]  # fmt: skip
+    case = {"chunk_ms": 560, "batch": 8, "precision": "int8", "backend": "cpu"}
+    (step,) = [row for row in latency["rows"] if row["case"] == case]
     found = step["figures"]["step"]["p50"]
     assert f"t(8) = {found:.0f} ms" in page and f"8 · 560 / {found:.0f} = {int(8 * 560 / found)}" in page
     assert f"{step['values']['bytes_per_stream'] / 1e6:.1f} MB" in page
