@@ -70,7 +70,10 @@ class Utterance:
 
 
 def read_manifest(path: Path) -> list[Utterance]:
-    """A NeMo manifest; relative paths are meant from its folder. Raises `OptionError` naming the line that is none."""
+    """A NeMo manifest; relative paths are meant from its folder or, if there is none, from the one above.
+
+    Raises `OptionError` naming the line that is none.
+    """
     found = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -84,7 +87,10 @@ def read_manifest(path: Path) -> list[Utterance]:
             offset = float(row.get("offset") or 0.0)
             # Without an offset a duration is that of the file, rounded perhaps.
             duration = float(row["duration"]) if row.get("offset") is not None and row.get("duration") else None
-            found.append(Utterance(path.parent / row["audio_filepath"], str(row["text"]), offset, duration))
+            audio = path.parent / row["audio_filepath"]
+            if not audio.exists() and (above := path.parent.parent / row["audio_filepath"]).exists():
+                audio = above
+            found.append(Utterance(audio, str(row["text"]), offset, duration))
         except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise OptionError(
                 f"{path}, line {number}, is not a manifest's: it needs audio_filepath and text."

@@ -101,6 +101,18 @@ def test_parts_of_a_file(tmp_path: Path) -> None:
         corpora.Utterance(tmp_path / "missing.wav", "").samples(16000)
 
 
+def test_a_manifest_may_lie_a_folder_below_what_its_paths_begin_with(tmp_path: Path) -> None:
+    """As those of ../shared/speech/digits do."""
+    below = tmp_path / "digits"
+    below.mkdir()
+    soundfile.write(below / "a.wav", np.zeros(1600, np.float32), 16000)
+    rows = [{"audio_filepath": name, "text": "one"} for name in ("digits/a.wav", "a.wav", "missing.wav")]
+    (below / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [each.audio for each in corpora.read_manifest(below / "m.jsonl")]
+    assert [Path(str(path)).exists() for path in found] == [True, True, False]
+    assert Path(str(found[0])).samefile(Path(str(found[1]))) and found[2] == below / "missing.wav"
+
+
 def test_digits_by_offset_are_understood(demo_bundle: Bundle, tmp_path: Path) -> None:
     """One file, two utterances: each is transcribed alone."""
     texts = {"clip": "two zero two six four one five eight"}
