@@ -133,7 +133,10 @@ def test_filter_bank_is_nemos(oracle: Oracle, tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize("ms", MILLISECONDS)
 @pytest.mark.parametrize("clip", [LONG, SHORT, "jfk-1961-inaugural"])
 def test_features(oracle: Oracle, tiny_bundle: Bundle, clips: dict[str, Floats], clip: str, ms: int) -> None:
-    """5e-4 everywhere, which their fp32 needs in quiet bins; 2e-5 down to 40 dB under a frame's loudest bin."""
+    """5e-4 everywhere, which their fp32 needs in quiet bins; 3e-5 down to 40 dB under a frame's loudest bin.
+
+    (Their FFT depends on the processor: on an AMD EPYC it is 2.1e-5 away.)
+    """
     audio = clips[clip]
     features = oracle.features(audio)
     wanted = features.input_features[0, features.attention_mask[0]].numpy()
@@ -142,7 +145,7 @@ def test_features(oracle: Oracle, tiny_bundle: Bundle, clips: dict[str, Floats],
     difference = np.abs(got - wanted)
     loud = wanted > wanted.max(axis=1, keepdims=True) - np.log(1e4)
     assert difference.max() <= 5e-4
-    assert difference[loud].max() <= 2e-5
+    assert difference[loud].max() <= 3e-5
 
 
 @pytest.mark.parametrize("ms", MILLISECONDS)

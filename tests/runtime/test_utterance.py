@@ -388,7 +388,7 @@ def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
 def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
     model, backend = serve(capacity=1)
     for phrases, sentence in (
-        ([], "phrases is empty"), ("fox", "phrases is a single text"), ([""], "is empty"),
+        ([], "phrases is empty"), ("fox", "give a list of phrases"), ([""], "is empty"),
         ({"fox": -1.0}, "'fox' has weight -1.0"),
     ):  # fmt: skip
         for _ in range(2):
