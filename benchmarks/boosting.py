@@ -1,17 +1,18 @@
 """What boosting is good for, and what it costs: phrases found under noise, and phrases found that nobody said.
 
-    python -m nemostream.benchmarks.boosting --manifest heldout.jsonl --out benchmarks/results
+    python -m nemostream.benchmarks.boosting --manifest names.jsonl --phrases names.txt --out benchmarks/results
 
-Of every recording of a NeMo manifest (`audio_filepath`, `text`) the whole text is a phrase, if it has `LEAST` words or
-more: a telephone number in somebody's address book. White noise is added at several ratios (`NOISES` drawings of it).
-There are two lists of `LIST` phrases:
+A NeMo manifest (`audio_filepath`, `text`), and a file of phrases, one a line, some of which are said. Without the file
+every recording's whole text is a phrase, if it has `LEAST` words or more, and others are made up of the same words: a
+telephone number in somebody's address book. White noise is added at several ratios (`NOISES` drawings of it). There are
+two lists of `LIST` phrases:
 
-* spoken: the recordings' own, and made-up ones that nobody says;
-* others: made-up ones only.
+* spoken: those that are said in some recording, and others that nobody says;
+* others: phrases that nobody says.
 
-Found: recordings in whose text their own phrase stands, word for word. False: phrases of the list that stand in a text
-and were not said there. Words wrong: the word error rate over all recordings, also those too short for a phrase. Weight
-0 is without boosting: what is found is looked for all the same.
+Found: phrases said that stand in the text, word for word. False: phrases of the list that stand in a text and were not
+said there. Words wrong: the word error rate over all recordings. All of it without case and punctuation. Weight 0 is
+without boosting: what is found is looked for all the same.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks import record, tables
+from nemostream.benchmarks.accuracy import normalizer
 from nemostream.benchmarks.record import Record
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.backend import Batch
@@ -49,16 +51,24 @@ def measure_boosting(
     decibels: Sequence[float | None] = (None, 10, 5, 0),
     ms: int = 560,
     say: record.Say = lambda message: None,
+    listed: Path | None = None,
 ) -> Record:
-    """The result; `decibels` are ratios of speech to noise, None without noise."""
+    """The result; `decibels` are ratios of speech to noise, None without noise; `listed` is the file of phrases."""
     import jiwer
+
+    rule = normalizer("basic")
+
+    def plain_words(text: str) -> str:
+        return rule(text).strip()
 
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     clips = [_audio(manifest.parent / row["audio_filepath"], bundle) for row in rows]
-    texts = [row["text"] for row in rows]
-    spoken = sorted({text for text in texts if len(text.split()) >= LEAST})
-    made_up = _made_up(texts, 2 * LIST)
-    mixed, others = spoken + made_up[: LIST - len(spoken)], made_up[LIST:]
+    texts = [plain_words(row["text"]) for row in rows]
+    spellings = _phrases([row["text"] for row in rows], listed)
+    plainly = {plain_words(phrase): phrase for phrase in spellings}
+    spoken = [phrase for phrase in plainly if any(_stands_in(phrase, text) for text in texts)]
+    unsaid = [phrase for phrase in plainly if phrase not in set(spoken)]
+    mixed, others = (spoken + unsaid[:LIST])[:LIST], unsaid[-LIST:]
     tokenizer = Tokenizer(bundle.path / bundle.manifest.tokenizer.file, bundle.manifest.decoder.vocabulary)
     found = []
     for ratio in decibels:
@@ -68,12 +78,19 @@ def measure_boosting(
         for name, phrases in (("spoken", mixed), ("others", others)):
             for weight in (0.0, *weights):
                 say(f"{_noise(ratio)}, {name}, weight {weight}")
-                boosting = Boosting.of(dict.fromkeys(phrases, weight), tokenizer) if weight else None
+                spelled = dict.fromkeys((plainly[phrase] for phrase in phrases), weight)
+                boosting = Boosting.of(spelled, tokenizer) if weight else None
                 if boosting or plain is None:
-                    got = [tokenizer.decode(row) for row in decode(bundle, bundle.manifest.chunk(ms), noisy, boosting)]
+                    tokens = decode(bundle, bundle.manifest.chunk(ms), noisy, boosting)
+                    got = [plain_words(tokenizer.decode(row)) for row in tokens]
                     plain = plain or got
                 got = got if boosting else plain
-                own = [(want, text) for want, text in zip(wanted, got, strict=True) if want in spoken]
+                own = [
+                    (phrase, text)
+                    for want, text in zip(wanted, got, strict=True)
+                    for phrase in spoken
+                    if _stands_in(phrase, want)
+                ]
                 values = {
                     "recordings": len(got),
                     "phrases_said": len(own),
@@ -89,7 +106,8 @@ def measure_boosting(
     return record.record(
         "boosting", found,
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers},
-        method={"chunk_ms": ms, "list": LIST, "spoken": len(spoken), "noises": NOISES, "manifest": manifest.name},
+        method={"chunk_ms": ms, "list": LIST, "spoken": len(spoken), "noises": NOISES, "manifest": manifest.name,
+                "phrases": listed.name if listed else None},
     )  # fmt: skip
 
 
@@ -129,6 +147,17 @@ def _with_noise(clip: Floats, decibels: float | None, seed: int) -> Floats:
         return clip
     noise = np.random.default_rng([seed, len(clip)]).standard_normal(len(clip)).astype(np.float32)
     return clip + noise * np.float32(np.sqrt((clip**2).mean() / 10 ** (decibels / 10)))
+
+
+def _phrases(texts: Sequence[str], listed: Path | None) -> list[str]:
+    """Those that are said and as many others as two lists need. Raises `OptionError` if there are too few."""
+    if listed is None:
+        return sorted({text for text in texts if len(text.split()) >= LEAST}) + _made_up(texts, 2 * LIST)
+    lines = listed.read_text(encoding="utf-8").splitlines()
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(found) < 2 * LIST:
+        raise OptionError(f"{listed} has {len(found)} phrases; this benchmark wants {2 * LIST} or more.")
+    return found
 
 
 def _made_up(texts: Sequence[str], count: int) -> list[str]:
@@ -175,8 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nemostream.benchmarks.boosting", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged digits)")
+    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
     parser.add_argument("--manifest", type=Path, required=True, help="recordings and what is said in them")
+    parser.add_argument("--phrases", type=Path, help="a phrase a line (default: the recordings' texts and more)")
     parser.add_argument("--weight", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--chunk-ms", type=int, default=560)
     parser.add_argument("--out", type=Path, default=record.FOLDER)
@@ -184,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     result = measure_boosting(
         Bundle.open(options.bundle or nemostream.demo_bundle()), options.manifest, options.weight,
-        ms=options.chunk_ms, say=record.say,
+        ms=options.chunk_ms, say=record.say, listed=options.phrases,
     )  # fmt: skip
     record.write(result, options.out / f"{options.name}.json")
     (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")

@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nemostream.benchmarks.features", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged digits)")
+    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
     parser.add_argument("--random-weights", action="store_true", help="the bundle is one of `random_bundle`")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--chunk-ms", type=int, default=560)

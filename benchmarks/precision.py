@@ -2,7 +2,7 @@
 
     python -m nemostream.benchmarks.precision --manifest heldout.jsonl --json precision.json
 
-Word error rate of a bundle (default: the packaged digits) on a NeMo manifest (`audio_filepath`, `text`), per
+Word error rate of a bundle (default: the packaged model) on a NeMo manifest (`audio_filepath`, `text`), per
 precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what `nemostream build`
 makes for a CPU; fp16, int8 and fp8 are the graphs that TensorRT gets, run by ONNX Runtime on the CPU, node by node as
 they are written (bf16 no CPU runs).
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m nemostream.benchmarks.precision", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--manifest", type=Path, required=True, help="recordings and their texts, as NeMo writes them")
-    parser.add_argument("--bundle", type=Path, help="whose words are counted (default: the packaged digits)")
+    parser.add_argument("--bundle", type=Path, help="whose words are counted (default: the packaged model)")
     parser.add_argument("--json", type=Path, help="write the report with every sample here, and a .md beside it")
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {

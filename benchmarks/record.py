@@ -244,7 +244,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def engine_options(made: argparse.ArgumentParser, several: bool = False) -> None:
     """What is measured: a bundle on a backend, or on several."""
-    made.add_argument("--bundle", type=Path, help="what to run (default: the packaged digits)")
+    made.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
     where = "cpu, cuda (engines by TensorRT) or cuda:onnxruntime"
     if several:
         made.add_argument("--device", nargs="+", default=["cpu"], help=where)

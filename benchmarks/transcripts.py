@@ -2,8 +2,8 @@
 
     python -m nemostream.benchmarks.transcripts --out benchmarks/results
 
-*Times.* Flite (on the PATH) speaks random strings of the held-out recordings' words and tells when each phone ends, so
-when each word does. How much later is a word said to begin and to end, at each chunk size?
+*Times.* Flite (on the PATH) speaks the held-out recordings' texts and tells when each phone ends, so when each word
+does. How much later is a word said to begin and to end, at each chunk size?
 
 *Confidence.* The held-out recordings, clean and with white noise (`NOISES` drawings at each ratio of `DECIBELS`): of
 the words that got a confidence of so much, how many are right? The expected calibration error is over `BINS` bins of
@@ -13,6 +13,8 @@ under the ROC curve is the chance that a right word has more confidence than a w
 *Decoder.* The same recordings one after the other in one stream, with pauses of `PAUSES` seconds between them, and
 utterances that end after `SILENCE_MS`: words wrong if the decoder is kept, if it is reset at the end of each utterance,
 and if every recording is a stream of its own.
+
+Words are compared without case and punctuation.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import random
 import shutil
 import subprocess
 import tempfile
@@ -36,6 +37,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks import record, tables
+from nemostream.benchmarks.accuracy import normalizer
 from nemostream.benchmarks.record import Record
 from nemostream.errors import AudioError
 from nemostream.runtime.confidence import Confidence
@@ -44,7 +46,6 @@ from nemostream.runtime.recognizer import Model
 from nemostream.runtime.words import words_of
 
 VOICES = ("slt", "rms", "awb", "kal16")
-STRINGS, LENGTH = 24, 6  # spoken by each voice; words in each
 DECIBELS, NOISES = (20, 15, 10, 5), 4
 MEASURES = (
     Confidence(), Confidence(norm="lin"), Confidence("renyi"), Confidence("renyi", "lin"),
@@ -64,7 +65,7 @@ def measure_transcripts(model: Model, manifest: Path, say: record.Say = lambda m
     texts = [row["text"] for row in rows]
     found = []
     if shutil.which("flite"):
-        found += _times(model, sorted({word for text in texts for word in text.split()}), say)
+        found += _times(model, texts, say)
     else:
         say("flite is not installed: no times")
     found += _confidences(model, clips, texts, say)
@@ -73,7 +74,7 @@ def measure_transcripts(model: Model, manifest: Path, say: record.Say = lambda m
         "transcripts", found,
         model={"name": model.manifest.name, "layers": model.manifest.encoder.layers,
                "d_model": model.manifest.encoder.d_model},
-        method={"voices": VOICES, "strings": STRINGS, "length": LENGTH, "decibels": DECIBELS, "noises": NOISES,
+        method={"voices": VOICES, "decibels": DECIBELS, "noises": NOISES,
                 "bins": BINS, "pauses": PAUSES, "silence_ms": SILENCE_MS, "chunk_ms": model.chunk_ms,
                 "manifest": manifest.name},
     )  # fmt: skip
@@ -106,29 +107,30 @@ def word_times(words: Sequence[str], phones: Sequence[tuple[str, float]], sizes:
     return found
 
 
-def _times(model: Model, words: Sequence[str], say: record.Say) -> list[record.Row]:
-    rng, spoken = random.Random(0), []
+def _times(model: Model, texts: Sequence[str], say: record.Say) -> list[record.Row]:
+    spoken = []
     for voice in VOICES:
         say(f"flite speaks: {voice}")
-        sizes = {word: sum(name != "pau" for name, _ in speak(voice, word)[1]) for word in words}
-        for _ in range(STRINGS):
-            text = rng.choices(words, k=LENGTH)
-            audio, phones = speak(voice, " ".join(word + rng.choice(("", "", ",")) for word in text))
-            if times := word_times(text, phones, sizes):
-                spoken.append((np.concatenate([audio, np.zeros(_RATE, np.float32)]), text, times))
+        alone = {word for text in texts for word in text.split()}
+        sizes = {word: sum(name != "pau" for name, _ in speak(voice, word)[1]) for word in alone}
+        for text in texts:
+            audio, phones = speak(voice, text)
+            if times := word_times(text.split(), phones, sizes):  # none if a word sounds otherwise in its sentence
+                plain = [_plain(word) for word in text.split()]
+                spoken.append((np.concatenate([audio, np.zeros(_RATE, np.float32)]), plain, times))
     rows = []
     for chunk in model.manifest.chunks:
         say(f"times at {chunk.ms} ms")
         begin, end = [], []
-        for audio, text, times in spoken:
+        for audio, plain, times in spoken:
             got = model.transcribe(audio, chunk_ms=chunk.ms).words
-            same = difflib.SequenceMatcher(None, text, [word.text for word in got], autojunk=False)
+            same = difflib.SequenceMatcher(None, plain, [_plain(word.text) for word in got], autojunk=False)
             for block in same.get_matching_blocks():
                 for i in range(block.size):
                     told, true = got[block.b + i], times[block.a + i]
                     begin.append(1000 * (told.start - true[0]))
                     end.append(1000 * (told.end - true[1]))
-        values = {"words": len(begin), "spoken": sum(len(text) for _, text, _ in spoken)}
+        values = {"words": len(begin), "spoken": sum(len(plain) for _, plain, _ in spoken)}
         rows.append(record.row({"what": "times", "chunk_ms": chunk.ms}, {"begin": begin, "end": end}, values))
     return rows
 
@@ -147,7 +149,8 @@ def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], sa
         noisy, model.transcribe_many((audio for audio, _ in noisy), confidence=with_power), strict=True
     ):
         assert isinstance(result, nemostream.Result), result
-        heard.append((result, _hits(text.split(), [word.text for word in result.words])))
+        got = [_plain(word.text) for word in result.words]
+        heard.append((result, _hits([_plain(word) for word in text.split()], got)))
     rows = []
     for measure in MEASURES:
         sure, found = measure.of_tokens(vocabulary), []
@@ -213,18 +216,23 @@ def _decoders(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: 
     order = rng.permutation(len(clips)).tolist()
     turns = zip(order, itertools.cycle(pauses), strict=False)
     audio = np.concatenate([part for number, pause in turns for part in (clips[number], pause)])
-    wanted, rows = " ".join(texts[number] for number in order), []
+    wanted, rows = _plain(" ".join(texts[number] for number in order)), []
     for chunk in model.manifest.chunks:
         say(f"decoders at {chunk.ms} ms")
         for decoder in ("keep", "reset"):
             rule = Endpoint(silence_ms=SILENCE_MS, decoder="reset" if decoder == "reset" else "keep")
             finals = [e.text for e in model.listen(audio, chunk_ms=chunk.ms, endpoint=rule) if e.kind == "final"]
-            values = {"wer": jiwer.wer(wanted, " ".join(finals)), "utterances": len(finals), "recordings": len(clips)}
+            said = _plain(" ".join(finals))
+            values = {"wer": jiwer.wer(wanted, said), "utterances": len(finals), "recordings": len(clips)}
             rows.append(record.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": decoder}, {}, values))
         alone = " ".join(model.transcribe(clips[number], chunk_ms=chunk.ms).text for number in order)
-        values = {"wer": jiwer.wer(wanted, alone), "utterances": len(clips), "recordings": len(clips)}
+        values = {"wer": jiwer.wer(wanted, _plain(alone)), "utterances": len(clips), "recordings": len(clips)}
         rows.append(record.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": "alone"}, {}, values))
     return rows
+
+
+def _plain(text: str) -> str:
+    return normalizer("basic")(text).strip()
 
 
 def _audio(path: Path) -> Floats:
@@ -298,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nemostream.benchmarks.report import write_report
 
     parser = record.parser("transcripts", __doc__)
-    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged digits)")
+    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
     parser.add_argument("--manifest", type=Path, required=True, help="held-out recordings and what is said in them")
     parser.add_argument("--threads", type=int, help="default: every core")
     options = parser.parse_args(arguments)

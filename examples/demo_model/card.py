@@ -17,7 +17,8 @@ import torch
 
 BARS = {"held_out": 0.05, "digits": 0.10, "prompts": 0.30}
 NAMES = {
-    "held_out": "held-out sentences, training voices",
+    "held_out": "grammar's held-out sentences, training voices",
+    "free": "held-out free texts, training voices",
     "digits": "digit strings, left-out speaker",
     "prompts": "left-out human prompts",
     "people": "people reading and speaking (`human.jsonl`)",
@@ -53,8 +54,8 @@ Streamed through nemostream's own runtime ({backend}); lower case, no punctuatio
 
 Aimed at, at 560 ms: {bars}. At 80 ms the first set has {ratio:.2f} times the errors of 1120 ms (aimed at: 1.5).
 
-By kind of sentence at 560 ms: {kinds}. By voice: {by_voice}. Held out: one text in sixteen, by the hash of its
-words; a fifth of the prompts, by the hash of the file's name; all digits of the speaker `yweweler`.
+The grammar's sentences by kind, at 560 ms: {kinds}. By voice: {by_voice}. Held out: one text in sixteen, by the hash
+of its words; a fifth of the prompts, by the hash of the file's name; all digits of the speaker `yweweler`.
 
 What it makes of people who are nobody it knows, at 560 ms:
 

@@ -3,11 +3,11 @@
     nemostream export demo.nemo BUNDLE
     python evaluate.py --data WORK --bundle BUNDLE --out demo.json [--speech SPEECH] [--clips heldout]
 
-Sets, none heard in training: held-out sentences by the training voices (the `test-*` shards but `test-002`, which
-training's log follows), strings of the left-out human speaker's digits, the left-out human prompts, and recordings of
-people that SPEECH/human.jsonl lists. Beside word error rates (lower case, no punctuation): how long after a word's end
-its last token is out, words made of ten minutes of silence and noise, and how the tokens come, for tests that need
-speech-like load.
+Sets, none heard in training: the grammar's held-out sentences by the training voices (the `test-*` shards but
+`test-002`, which training's log follows), held-out sentences of free texts by the same voices, strings of the left-out
+human speaker's digits, the left-out human prompts, and recordings of people that SPEECH/human.jsonl lists. Beside word
+error rates (lower case, no punctuation): how long after a word's end its last token is out, words made of ten minutes
+of silence and noise, and how the tokens come, for tests that need speech-like load.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def main() -> None:
     shards = ["test-000", "test-001", *sorted(path.stem for path in options.data.glob("test-kokoro-*.jsonl"))]
     heldout = [clip for name in shards for clip in read_shard(options.data, name)][: options.limit]
     sets = {
-        "held_out": heldout,
+        "held_out": [clip for clip in heldout if clip.kind != "text"],
+        "free": [clip for clip in heldout if clip.kind == "text"],
         "digits": digit_strings(read_shard(options.data, "test-digits")),
         "prompts": read_shard(options.data, "test-prompts"),
     }
@@ -185,7 +186,7 @@ def main() -> None:
             print(chunk, json.dumps({name: found[name] for name in (*sets, "delay", "words_in_noise")}), flush=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
     if options.clips:
-        write_clips(options.clips, [("sentence", sets["held_out"][::33]), ("digits", sets["digits"][:6])])
+        write_clips(options.clips, [("sentence", heldout[::33]), ("digits", sets["digits"][:6])])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ LONGEST = 13.0
 # must not say them all day.
 WEIGHTS = {"flite": 0.2, "espeak": 0.17, "festival": 0.13, "piper": 0.22, "kokoro": 0.28}
 ENOUGH = 1500
+# How often each kind of sentence is heard: closed vocabularies more often than they were made.
+KINDS = {"digits": 0.11, "numbers": 0.14, "dates": 0.14, "prompt": 0.17, "command": 0.18}
+KINDS |= {"everyday": 0.13, "text": 0.13}
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Clip:
     start: int
     length: int
     voice: str
+    kind: str
     text: str
     tokens: list[int]
     times: np.ndarray  # seconds after which each token may be said; empty if nobody knows
@@ -85,6 +89,7 @@ class Clips:
         self.audio: list[np.ndarray] = []
         self.seen: set[Path] = set()
         self.by_voice: dict[str, list[int]] = {}
+        self.by_kind: dict[tuple[str, str], list[int]] = {}  # of a kind of voice and of sentence
         self.refresh()
 
     def refresh(self) -> None:
@@ -94,7 +99,9 @@ class Clips:
                 self.audio.append(np.memmap(path.with_suffix(".i16"), np.int16, "r"))
                 for line in path.read_text().splitlines():
                     clip = self._clip(json.loads(line), len(self.audio) - 1)
-                    self.by_voice.setdefault(clip.voice.split("-")[0], []).append(len(self.clips))
+                    voice = clip.voice.split("-")[0]
+                    self.by_voice.setdefault(voice, []).append(len(self.clips))
+                    self.by_kind.setdefault((voice, clip.kind), []).append(len(self.clips))
                     self.clips.append(clip)
 
     def samples(self, clip: Clip) -> np.ndarray:
@@ -109,7 +116,7 @@ class Clips:
             elif symbol not in ("ˈ", "ˌ"):  # a stress mark: its time goes to the sound after it
                 symbols.append(self.sounds.number(row["set"], symbol))
                 until.append(end)
-        return Clip(shard, row["start"], row["length"], row["voice"], row["text"], tokens, times,
+        return Clip(shard, row["start"], row["length"], row["voice"], row["kind"], row["text"], tokens, times,
                     np.array(symbols, np.uint8), np.array(until, np.float32),
                     Sounds.SETS.index(row["set"]) if "set" in row else 0)  # fmt: skip
 
@@ -157,8 +164,8 @@ class Mixer:
             parts = []
         elif kind < 0.13 and "human" in self.clips.by_voice:
             parts = self._human_digits(rng)
-        elif kind < 0.18 and block >= self.with_prompts_from:
-            prompts = [n for n in self.clips.by_voice["human"] if not len(self.clips.clips[n].times)]
+        elif kind < 0.19 and block >= self.with_prompts_from:
+            prompts = self.clips.by_kind["human", "prompt"]
             parts = [self.clips.clips[int(rng.choice(prompts))]]
         else:
             parts = [self._synthetic(rng)]
@@ -202,9 +209,12 @@ class Mixer:
     def _synthetic(self, rng: np.random.Generator) -> Clip:
         kinds = [kind for kind in WEIGHTS if kind in self.clips.by_voice]
         shares = np.array([WEIGHTS[kind] * min(1.0, len(self.clips.by_voice[kind]) / ENOUGH) for kind in kinds])
-        pool = self.clips.by_voice[kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]]
+        voice = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
         while True:
-            clip = self.clips.clips[int(rng.choice(pool))]
+            pool = self.clips.by_kind.get((voice, str(rng.choice(list(KINDS), p=list(KINDS.values())))))
+            if not pool:
+                continue
+            clip = self.clips.clips[pool[int(rng.integers(len(pool)))]]
             if len(clip.times) and clip.length < 0.8 * LONGEST * RATE:
                 return clip
 

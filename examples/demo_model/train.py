@@ -8,9 +8,11 @@ A transducer of this size trained from scratch sits on its blank plateau for hou
 2. *A narrow band.* The transducer loss looks only at the lattice around each label's known time: at first a label may
    come in its own frame or the two after it; after `NARROW_STEPS` a little sooner or half a second later.
 
-The rate warms up, stays, and decays over the last quarter of `--steps`; a finished run can be resumed with more steps.
-A moving average of the weights is what is evaluated and saved. Resumes from `WORK/state.pt`; every step's randomness
-follows from the seed and its number. Time spent waiting does not matter: nothing here looks at a clock but the log.
+The rate warms up, stays, and decays over the last three quarters of `--steps`; a finished run can be resumed with more.
+A moving average of the weights is what is evaluated and saved. `--processes` copies, one thread each, take a batch each
+at every step and average their gradients: on a CPU that does more than as many threads. Resumes from `WORK/state.pt`,
+also after SIGTERM; every step's randomness follows from the seed and its number. Time spent waiting does not matter:
+nothing here looks at a clock but the log.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from mixer import Batch, Mixer, Sounds, seed_everything
 from model import LAYERS, convolve_fast, make_model, make_tokenizer, save
 from rnnt_loss import band, band_loss
 from score import dev_clips, word_errors
+from torch import distributed, multiprocessing
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -35,11 +38,14 @@ NARROW_STEPS = 4000
 PROMPTS_FROM_BLOCK = 500  # clips without word times wait until the model can align them
 RATE = 1.2e-3
 AVERAGE = 0.9995
+REPORT_STEPS = 2500
 SOUNDS_LAYER = LAYERS // 2
 
 
 class Trainer:
-    def __init__(self, data: Path, sentences: Path, out: Path, threads: int | None, workers: int) -> None:
+    def __init__(self, data: Path, sentences: Path, out: Path, threads: int | None, workers: int,
+                 rank: int = 0, processes: int = 1) -> None:  # fmt: skip
+        self.rank, self.processes = rank, processes
         seed_everything(SEED)
         if threads:
             torch.set_num_threads(threads)
@@ -50,6 +56,7 @@ class Trainer:
             rows = [json.loads(line) for line in sentences.read_text().splitlines()]
             make_tokenizer(data / "tokenizer", [row["text"] for row in rows if not row["held_out"]])
         self.model = make_model(data / "tokenizer").to(self.device)
+        self.model.preprocessor.featurizer.dither = 0.0  # the mixer adds noise
         if self.device.type == "cpu":
             convolve_fast(self.model)
         self.model.encoder.layers[SOUNDS_LAYER].register_forward_hook(self._middle)
@@ -65,7 +72,13 @@ class Trainer:
         matrices = [p for p in self.parameters if p.dim() > 1]
         others = [p for p in self.parameters if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
+        # All gradients lie end to end in one tensor: one norm, one message between processes.
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters) + 1, device=self.device)
+        for parameter, part in zip(
+            self.parameters, self.gradients[:-1].split([p.numel() for p in self.parameters]), strict=True
+        ):
+            parameter.grad = part.view_as(parameter)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.step, self.block, self.seen_seconds = 0, 0, 0.0
         if (data / "state.pt").is_file():
@@ -73,6 +86,8 @@ class Trainer:
             self.model.load_state_dict(saved["model"])
             self.sounds.load_state_dict(saved["sounds"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # a state remembers its own way
             self.average = saved["average"]
             self.step, self.block, self.seen_seconds = saved["step"], saved["block"], saved["seen_seconds"]
             print(f"resuming at step {self.step}, {self.seen_seconds / 3600:.0f} hours heard", flush=True)
@@ -130,7 +145,7 @@ class Trainer:
         logits = logits.float()
         label = functional.pad(targets[row], (0, 1), value=self.blank).gather(1, u.flatten(1)).view(u.shape)[inside]
         total = logits.logsumexp(1)
-        stay = torch.full(inside.shape, -60.0, device=device)
+        stay = torch.zeros(inside.shape, device=device)
         emit = stay.clone()
         stay[inside] = logits[:, self.blank] - total
         emit[inside] = logits.gather(1, label[:, None])[:, 0] - total
@@ -138,36 +153,48 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         mixer = Mixer(self.data, self.data / "tokenizer", SEED, PROMPTS_FROM_BLOCK)
-        blocks = range(self.block, 10**7)
+        blocks = range(self.block + self.rank, 10**7, self.processes)
         loader = DataLoader(mixer, batch_size=None, sampler=blocks, num_workers=self.workers,
                             prefetch_factor=1 if self.workers else None, collate_fn=None)  # fmt: skip
         for block in loader:
             yield from block
-            self.block += 1
+            self.block += self.processes
+
+    def average_gradients(self, stop: bool) -> bool:
+        """Over all processes, in one message that also tells whether any of them was asked to stop."""
+        if self.processes > 1:
+            self.gradients[-1] = float(stop)
+            distributed.all_reduce(self.gradients)
+            stop = bool(self.gradients[-1] > 0)
+            self.gradients /= self.processes
+        return stop
 
     def run(self, steps: int) -> None:
         smooth: dict[str, float] = {}
         begun, spent = time.monotonic(), time.process_time()
-        stop: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))  # a polite end keeps every step
+        asked: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))  # a polite end keeps every step
+        stop = False
         for batch in self.batches():
             if self.step >= steps or stop:
                 break
-            seed_everything(SEED + self.step)
-            decay = min(1.0, (steps - self.step) / (0.25 * steps))
+            seed_everything(SEED + self.step * self.processes + self.rank)
+            decay = min(1.0, (steps - self.step) / (0.75 * steps))
             rate = RATE * min(1.0, (self.step + 1) / 500) * decay
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.model.train()
             loss = self.losses(batch)
             total = loss["transducer"] + (1.0 if self.step < NARROW_STEPS else 0.3) * loss["sounds"].nan_to_num()
-            self.optimizer.zero_grad()
+            self.gradients.zero_()
             total.backward()
-            size = torch.nn.utils.clip_grad_norm_(self.parameters, 2.0)
+            stop = self.average_gradients(bool(asked))
+            size = self.gradients[:-1].norm()
             if torch.isfinite(size):
+                self.gradients *= min(1.0, 2.0 / (float(size) + 1e-6))
                 self.optimizer.step()
             self.step += 1
-            self.seen_seconds += float(batch.length.sum()) / 16000
+            self.seen_seconds += float(batch.length.sum()) / 16000 * self.processes
             if self.step % 4 == 0:
                 keep = min(AVERAGE**4, 1 - 10 / (10 + self.step))
                 with torch.no_grad():
@@ -175,6 +202,8 @@ class Trainer:
                         self.average[name].lerp_(parameter, 1 - keep)
             for key, value in loss.items():
                 smooth[key] = 0.98 * smooth.get(key, float(value.detach())) + 0.02 * float(value.detach().nan_to_num())
+            if self.rank:
+                continue  # the first process keeps the books
             if self.step % 50 == 0:
                 figures = " ".join(f"{key} {value:.3f}" for key, value in smooth.items())
                 clock = f"{time.monotonic() - begun:.0f} s, {time.process_time() - spent:.0f} CPU s"
@@ -182,11 +211,12 @@ class Trainer:
                       f"gradient {float(size):.2f} {figures}", flush=True)  # fmt: skip
             if self.step % 500 == 0:
                 self.save()
-            if self.step % 1500 == 0:
+            if self.step % REPORT_STEPS == 0:
                 self.report()
-        self.save()
-        if not stop:
-            self.report()
+        if self.rank == 0:
+            self.save()
+            if not stop:
+                self.report()
 
     def report(self) -> None:
         """WER of the averaged weights on the fixed small set, as streamed in 560 ms chunks, and the .nemo file."""
@@ -216,10 +246,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40000)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tag", help="ignored: a word to find the process by")
     options = parser.parse_args()
-    Trainer(options.data, options.sentences, options.out, options.threads, options.workers).run(options.steps)
+    if options.processes == 1:
+        train(0, options)
+    else:
+        (options.data / "meeting").unlink(missing_ok=True)
+        trainers = multiprocessing.spawn(train, (options,), options.processes, join=False)
+        signal.signal(signal.SIGTERM, lambda number, _: [process.terminate() for process in trainers.processes])
+        while not trainers.join():
+            pass
+
+
+def train(rank: int, options: argparse.Namespace) -> None:
+    if options.processes > 1:
+        meeting = f"file://{(options.data / 'meeting').absolute()}"
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    threads = options.threads or (1 if options.processes > 1 else None)
+    trainer = Trainer(options.data, options.sentences, options.out, threads, options.workers, rank, options.processes)
+    trainer.run(options.steps)
+    if options.processes > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def transcribe(
         Path | None, typer.Option(help="Keep the state of a long FILE there as it goes, and go on from it if killed.")
     ] = None,
     itn: Annotated[bool, typer.Option("--itn", help="Write numbers, dates and amounts as people write them.")] = False,
+    delay_ms: Annotated[int, typer.Option(help="How late this model says words: taken off all times.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     precision: Annotated[
         str | None, typer.Option(help="Of the engines to use. Default: fp32 on a CPU, which needs none; fp16 on a GPU.")
@@ -121,7 +122,7 @@ def transcribe(
     with (
         Output(sources, format, out, apart=endpoint_ms is not None, itn=normalizer) as output,
         nemostream.load(
-            bundle, chunk_ms, capacity=capacity, device=device, precision=precision, engines=engines
+            bundle, chunk_ms, capacity=capacity, device=device, precision=precision, engines=engines, delay_ms=delay_ms
         ) as model,
     ):
         model.stream(**options).close()  # what cannot be is refused once, and not for every file

@@ -76,7 +76,7 @@ def test_the_whole_benchmark_on_a_few_recordings(tmp_path: Path, monkeypatch: py
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()[:3]]
     rows = [row | {"audio_filepath": str(folder / row["audio_filepath"])} for row in rows]
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, value in {"STRINGS": 1, "VOICES": ("slt",), "DECIBELS": (10,), "NOISES": 1, "PAUSES": (1.2,)}.items():
+    for name, value in {"VOICES": ("slt",), "DECIBELS": (10,), "NOISES": 1, "PAUSES": (1.2,)}.items():
         monkeypatch.setattr(transcripts, name, value)
     with nemostream.load(threads=1) as model:
         result = transcripts.measure_transcripts(model, tmp_path / "few.jsonl")
