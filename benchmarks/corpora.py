@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.clips import read_clip
+from nemostream.clips import CLIP_TEXT, read_clip
 from nemostream.errors import AudioError, BackendError, OptionError
 from nemostream.spec import Manifest
 
@@ -102,7 +102,7 @@ def read_manifest(path: Path) -> list[Utterance]:
 
 def packaged(manifest: Manifest) -> list[Utterance]:
     """The voice that comes with the package."""
-    return [Utterance(read_clip("clip", manifest.features.sample_rate), "two zero two six four one five eight")]
+    return [Utterance(read_clip("clip", manifest.features.sample_rate), CLIP_TEXT)]
 
 
 class Hub:

@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 LEAST_STEPS = 12
 LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99, "int8": 0.99}
 # Tokens are compared on clips that the model understands: fp32's own are this likely, on geometric average. Elsewhere
-# (a model of digits that hears a novel, random weights) it guesses among near equals, and any rounding guesses anew.
+# (a small model that hears a novel, random weights) it guesses among near equals, and any rounding guesses anew.
 UNDERSTOOD = 0.75
 
 

@@ -128,7 +128,7 @@ def clips() -> dict[str, Floats]:
 
 @pytest.fixture(scope="session")
 def heldout() -> list[Floats]:
-    """The demo model's test recordings: strings of digits by many voices, 16 kHz mono float32."""
+    """The demo model's test recordings: sentences and digits by many voices, 16 kHz mono float32."""
     folder = ROOT / "examples" / "demo_model" / "heldout"
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
     return [soundfile.read(folder / row["audio_filepath"], dtype="float32")[0] for row in rows]

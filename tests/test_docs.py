@@ -49,7 +49,7 @@ def recordings(folder: Path) -> Path:
     """What the pages take for granted: recordings, raw audio, a bundle."""
     audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
     assert rate == 16000
-    for name in ("digits.flac", "talk.mp3", "talk.wav", "call.wav", "voice.wav", "a.wav", "b.flac"):
+    for name in ("clip.flac", "talk.mp3", "talk.wav", "call.wav", "voice.wav", "a.wav", "b.flac"):
         soundfile.write(folder / name, audio, rate)
     soundfile.write(folder / "two-calls.wav", np.concatenate([audio, np.zeros(2 * rate, np.float32), audio]), rate)
     (folder / "voice.pcm").write_bytes((audio * 32767).astype("<i2").tobytes())

@@ -7,9 +7,12 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
+CLIP_TEXT = "two zero two six four one five eight"  # what the voice of "clip" says
+
 
 def read_clip(name: str, sample_rate: int) -> NDArray[np.float32]:
-    """A packaged recording [N] at `sample_rate`: "speech" is 18 s of English, "clip" digits that the demo knows."""
+    """A packaged recording [N] at `sample_rate`: "speech" is 18 s of English, "clip" a voice that the demo model
+    understands."""
     import soundfile
     import soxr
 

@@ -130,7 +130,7 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
 
 
 def speech(manifest: Manifest) -> list[NDArray[np.float32]]:
-    """The packaged clips [N] at the model's rate: 18 s of English, and digits, which the embedded model knows."""
+    """The packaged clips [N] at the model's rate: 18 s of a novel, and what the embedded model understands."""
     return [read_clip(name, manifest.features.sample_rate) for name in ("speech", "clip")]
 
 

@@ -16,6 +16,7 @@ import nemostream
 from nemostream.benchmarks import capacity, cost, latency, load, quick, record, report, throughput
 from nemostream.benchmarks.floor import Machine, Work, encoder_work, measure_machine
 from nemostream.cli import _BENCHMARKS, _run
+from nemostream.clips import CLIP_TEXT
 from nemostream.engines import open_backend, speech
 from nemostream.errors import BackendError, OptionError
 from nemostream.runtime.ort import OrtBackend
@@ -393,7 +394,7 @@ def test_quick_from_the_command_line(
     monkeypatch.setattr(quick, "measure_machine", lambda *sizes, **more: MACHINE)
     assert _run(["bench", "quick", "--repeats", "2"]) == 0
     out = capsys.readouterr().out
-    assert "step p50" in out and "p99" in out and "two zero two six four one five eight" in out
+    assert "step p50" in out and "p99" in out and CLIP_TEXT in out
     result = json.loads((tmp_path / "bench-results" / "quick.json").read_text())
     assert len(result["rows"]) == 8 and result["benchmark"] == "quick" and result["method"]["seconds"] > 0
     for row in result["rows"]:
