@@ -34,7 +34,7 @@ _RENAMED = (
     (r"^decoder\.prediction\.dec_rnn\.lstm\.", "decoder.lstm."),
     (r"^joint\.pred\.", "decoder.decoder_projector."),
     (r"^joint\.enc\.", "encoder_projector."),
-    (r"^joint\.joint_net\.2\.", "joint.head."),
+    (r"^joint\.joint_net\.[12]\.", "joint.head."),  # there is a dropout before it, or none
 )
 PREPROCESSOR = {"preprocessor.featurizer.fb", "preprocessor.featurizer.window"}  # constants; the extractor has its own
 

@@ -174,7 +174,7 @@ def test_what_the_server_is(server: Any) -> None:
         ({"sample_rate_hertz": 5}, "sample_rate"),
         ({"audio_channel_count": 1000}, "channels"),
         ({"custom_configuration": {"chunk_ms": "33"}}, "chunk_ms"),
-        ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["hello"], boost=20)]}, "hello"),
+        ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["Zürich"], boost=20)]}, "Zürich"),
         ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["nine"], boost=-20)]}, "weight"),
         ({"custom_configuration": {"chunk_ms": "x"}}, "chunk_ms"),
     ],
