@@ -27,6 +27,7 @@ class AsyncLiveStream:
     def __init__(self, open_: Callable[[Callable[[], None]], Recognition]) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress = asyncio.Event()
+        self._taking: asyncio.Task[None] | None = None  # what a thread is taking in
         self._recognition = open_(self._wake)
 
     @property
@@ -46,25 +47,25 @@ class AsyncLiveStream:
 
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
-        self._recognition.feed(pcm)
+        await self._take(self._recognition.feed, pcm)
         await self._settle()
         return self._recognition.collect()
 
     async def finish(self) -> Result:
         """As `LiveStream.finish`."""
-        self._recognition.end()
+        await self._take(self._recognition.end)
         await self._settle()
         return self._recognition.final()
 
     async def hear(self, pcm: Pcm) -> list[Event]:
         """As `LiveStream.hear`."""
-        self._recognition.feed(pcm)
+        await self._take(self._recognition.feed, pcm)
         await self._settle()
         return self._recognition.events()
 
     async def endpoint(self) -> list[Event]:
         """As `LiveStream.endpoint`. A task cancelled in it has ended the utterance all the same."""
-        self._recognition.cut()
+        await self._take(self._recognition.cut)
         await self._settle()
         return self._recognition.events()
 
@@ -88,6 +89,20 @@ class AsyncLiveStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    async def _take(self, act: Callable[..., None], *what: Pcm) -> None:
+        """Hand something to the recognition. Looking for speech in it is work, and done on a thread: the loop has other
+        streams. Whatever becomes of the task, what it handed over is taken in, and in order."""
+        if not self._recognition.gated:
+            return act(*what)
+        self._taking = asyncio.get_running_loop().create_task(self._take_after(self._taking, act, *what))
+        self._taking.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may have no reader
+        await asyncio.shield(self._taking)
+
+    async def _take_after(self, before: asyncio.Task[None] | None, act: Callable[..., None], *what: Pcm) -> None:
+        if before:
+            await asyncio.wait([before])
+        await asyncio.to_thread(act, *what)
 
     async def _settle(self) -> None:
         self._loop = asyncio.get_running_loop()

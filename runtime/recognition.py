@@ -178,6 +178,11 @@ class Recognition:
         return self._ended
 
     @property
+    def gated(self) -> bool:
+        """Whether audio is looked through for speech as it is fed, which is work."""
+        return self._gate is not None
+
+    @property
     def behind(self) -> bool:
         """Whether what was saved is still being fed again."""
         return self._saved is not None

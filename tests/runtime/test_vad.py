@@ -3,7 +3,9 @@ against the model on the audio that was let through."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nemostream
-from nemostream.errors import BackendError, OptionError
+from nemostream.errors import AudioError, BackendError, OptionError
 from nemostream.runtime.endpoint import Endpoint
 from nemostream.runtime.recognizer import Model
 from nemostream.spec import Bundle
@@ -228,6 +230,45 @@ def test_a_forced_end_opens_the_gate(silero, demo):
             stream.endpoint()
             events = stream.hear(clip) + stream.endpoint()
             assert [event.text for event in events if event.kind == "final"] == [demo.transcribe(clip).text]
+
+
+def test_an_event_loop_has_time_for_others_while_speech_is_looked_for(silero, demo, spoken, monkeypatch):
+    """And a task cancelled in between loses nothing of what it pushed."""
+    wanted, look = demo.transcribe(spoken, vad=True), silero.Silero.speech
+    looking, free = threading.Event(), threading.Event()
+
+    def speech(self, window, state):
+        looking.set()
+        assert free.wait(60)
+        return look(self, window, state)
+
+    async def main():
+        async with demo.astream(vad=True) as stream:
+            first = asyncio.create_task(stream.push(spoken[:50_000]))
+            await asyncio.to_thread(looking.wait, 60)  # were the look on the loop's thread, nobody would get here
+            second = asyncio.create_task(stream.push(spoken[50_000:200_000]))
+            await asyncio.sleep(0)
+            assert not first.done() and not second.done()
+            first.cancel()
+            second.cancel()
+            free.set()
+            await stream.push(spoken[200_000:])
+            return await stream.finish()
+
+    monkeypatch.setattr(silero.Silero, "speech", speech)
+    found = asyncio.run(main())
+    assert (found.text, found.tokens) == (wanted.text, wanted.tokens)
+
+
+def test_what_is_refused_is_refused_behind_a_gate_too(silero, demo):
+    async def main():
+        async with demo.astream(vad=True) as stream:
+            with pytest.raises(AudioError, match="NaN"):
+                await stream.push(np.full(16000, np.nan, np.float32))
+            await stream.push(np.zeros(16000, np.float32))
+            return (await stream.finish()).duration
+
+    assert asyncio.run(main()) == 1.0
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(demo, monkeypatch):
