@@ -130,6 +130,30 @@ def test_a_token_may_come_when_its_letters_are_over() -> None:
     assert clips.tokens("Washing up.", None, None)[1].size == 0
 
 
+@pytest.mark.nemo
+def test_what_is_measured_is_heard_through_the_runtime() -> None:
+    """Rates of the recipe's last step against jiwer's."""
+    jiwer = pytest.importorskip("jiwer", reason="needs the bench extra")
+    import soundfile
+
+    evaluate = recipe("evaluate")
+    rows = [json.loads(line) for line in (FOLDER / "heldout" / "heldout.jsonl").read_text().splitlines()][:4]
+    clips = [
+        evaluate.Scored(soundfile.read(FOLDER / "heldout" / row["audio_filepath"], dtype="float32")[0], row["text"], "")
+        for row in rows
+    ]
+    clips[0].text += " and more"  # which nobody said
+    with nemostream.load(threads=1, capacity=8) as model:
+        results = evaluate.hear(model, clips, 560)
+    found, said = evaluate.rate(clips, results), [re.sub("[.,?!]", "", result.text.lower()) for result in results]
+    wanted = jiwer.wer([re.sub("[.,?!]", "", clip.text.lower()) for clip in clips], said)
+    assert 0 < wanted == pytest.approx(found["wer"], abs=1e-4)
+    assert found["clips"] == 4 and found["right_to_the_last_comma"] <= 0.75
+    tokens = sum(len(result.tokens) for result in results)
+    seconds = sum(len(clip.audio) for clip in clips) / 16000
+    assert evaluate.manner(clips, results)["tokens_per_second"] == pytest.approx(tokens / seconds, abs=1e-3)
+
+
 def test_the_package_carries_this_checkpoint(demo_bundle: Bundle) -> None:
     checkpoint = FOLDER / "demo.nemo"
     assert demo_bundle.manifest.checkpoint["sha256"] == sha256(checkpoint)

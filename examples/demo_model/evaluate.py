@@ -27,7 +27,7 @@ from score import RATE, Scored, errors, read_shard, words
 
 import nemostream
 from nemostream.runtime.recognizer import Model
-from nemostream.runtime.stream import Result
+from nemostream.runtime.words import Result
 from nemostream.spec import Bundle
 
 FRAME = 0.08

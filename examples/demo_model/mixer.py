@@ -160,7 +160,7 @@ class Mixer:
 
     def _example(self, rng: np.random.Generator, block: int) -> tuple:
         kind = rng.random()
-        if kind < 0.02:
+        if kind < 0.03:
             parts = []
         elif kind < 0.13 and "human" in self.clips.by_voice:
             parts = self._human_digits(rng)
@@ -242,6 +242,10 @@ class Mixer:
     def _spoil(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A room, a telephone or a microphone, noise, and a level. Filters are applied in one go, as a spectrum."""
         level = float(np.sqrt(np.mean(audio**2)))
+        if level == 0:  # nobody speaks, and the noise may be as loud as it likes
+            noise = self.noises[rng.integers(len(self.noises))][: len(audio)]
+            loud = 10 ** (rng.uniform(-70, -12) / 20)
+            return np.clip(np.roll(noise, int(rng.integers(len(noise)))) * loud, -1, 1).astype(np.float32)
         count = fft.next_fast_len(len(audio) + RATE // 4, real=True)
         frequency = np.linspace(0, RATE / 2, count // 2 + 1, dtype=np.float32)
         noise = self.noises[rng.integers(len(self.noises))]
