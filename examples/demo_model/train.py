@@ -39,7 +39,7 @@ SEED = 7
 NARROW_STEPS = 4000
 PROMPTS_FROM_BLOCK = 500  # clips without word times wait until the model can align them
 RATE = 1.2e-3
-MISLED, UNTOLD = 0.25, 0.4  # of labels, and of rows: see `Trainer.losses`
+MISLED, UNTOLD = 0.25, 0.4  # of labels, and of rows, less as the rate decays: see `Trainer.losses`
 AVERAGE = 0.9995
 REPORT_STEPS = 2500
 SOUNDS_LAYER = LAYERS // 2
@@ -83,7 +83,7 @@ class Trainer:
         ):
             parameter.grad = part.view_as(parameter)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.step, self.block, self.seen_seconds = 0, 0, 0.0
+        self.step, self.block, self.seen_seconds, self.decay = 0, 0, 0.0, 1.0
         if (data / "state.pt").is_file():
             saved = torch.load(data / "state.pt", map_location=self.device, weights_only=False)
             self.model.load_state_dict(saved["model"])
@@ -110,11 +110,12 @@ class Trainer:
                 targets[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
             targets = targets.to(device)
             # What was said before tells a small model so much that it stops listening, and what it then gets wrong
-            # leads it further astray: let it be wrong now and then, and for some rows unknown.
-            wrong = torch.rand(targets.shape, device=device) < MISLED
+            # leads it further astray: let it be wrong now and then, and for some rows unknown. Less and less: whether
+            # the second of two like words is a second one, only what was said before can tell.
+            wrong = torch.rand(targets.shape, device=device) < MISLED * self.decay
             told = torch.where(wrong, torch.randint_like(targets, self.blank), targets)
             predicted, _, _ = model.decoder(targets=told, target_length=labels)
-            predicted = predicted * (torch.rand(len(labels), 1, 1, device=device) >= UNTOLD)
+            predicted = predicted * (torch.rand(len(labels), 1, 1, device=device) >= UNTOLD * self.decay)
             from_encoder = model.joint.project_encoder(encoded.transpose(1, 2))
             from_labels = model.joint.project_prednet(predicted.transpose(1, 2))
             heard = self.sounds(self.middle).float()
@@ -187,8 +188,8 @@ class Trainer:
             if self.step >= steps or stop:
                 break
             seed_everything(SEED + self.step * self.processes + self.rank)
-            decay = min(1.0, (steps - self.step) / (0.75 * steps))
-            rate = RATE * min(1.0, (self.step + 1) / 500) * decay
+            self.decay = min(1.0, (steps - self.step) / (0.75 * steps))
+            rate = RATE * min(1.0, (self.step + 1) / 500) * self.decay
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.model.train()
@@ -209,7 +210,8 @@ class Trainer:
                     for name, parameter in self.model.named_parameters():
                         self.average[name].lerp_(parameter, 1 - keep)
             for key, value in loss.items():
-                smooth[key] = 0.98 * smooth.get(key, float(value.detach())) + 0.02 * float(value.detach().nan_to_num())
+                now = float(value.detach().nan_to_num())
+                smooth[key] = 0.98 * smooth.get(key, now) + 0.02 * now
             if self.rank:
                 continue  # the first process keeps the books
             if self.step % 50 == 0:
