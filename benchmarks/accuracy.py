@@ -22,6 +22,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ _REPEATS = 20  # chunks whose latency is measured
 _WARM_UP = 5
 
 
+@cache
 def normalizer(name: str) -> Callable[[str], str]:
     """Raises `OptionError` for an unknown name."""
     if name not in NORMALIZERS:
@@ -53,6 +55,11 @@ def normalizer(name: str) -> Callable[[str], str]:
     from whisper_normalizer.english import EnglishTextNormalizer
 
     return EnglishTextNormalizer() if name == "english" else BasicTextNormalizer()
+
+
+def plain(text: str) -> str:
+    """Without case and punctuation."""
+    return normalizer("basic")(text).strip()
 
 
 def word_errors(wanted: Sequence[str], said: Sequence[str], normalise: Callable[[str], str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.accuracy import normalizer
+from nemostream.benchmarks.accuracy import plain
 from nemostream.benchmarks.record import Record
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.backend import Batch
@@ -56,35 +56,31 @@ def measure_boosting(
     """The result; `decibels` are ratios of speech to noise, None without noise; `listed` is the file of phrases."""
     import jiwer
 
-    rule = normalizer("basic")
-
-    def plain_words(text: str) -> str:
-        return rule(text).strip()
-
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     clips = [_audio(manifest.parent / row["audio_filepath"], bundle) for row in rows]
-    texts = [plain_words(row["text"]) for row in rows]
+    texts = [plain(row["text"]) for row in rows]
     spellings = _phrases([row["text"] for row in rows], listed)
-    plainly = {plain_words(phrase): phrase for phrase in spellings}
-    spoken = [phrase for phrase in plainly if any(_stands_in(phrase, text) for text in texts)]
-    unsaid = [phrase for phrase in plainly if phrase not in set(spoken)]
+    plainly = {plain(phrase): phrase for phrase in spellings}
+    said = {phrase: any(_stands_in(phrase, text) for text in texts) for phrase in plainly}
+    spoken = [phrase for phrase in plainly if said[phrase]]
+    unsaid = [phrase for phrase in plainly if not said[phrase]]
     mixed, others = (spoken + unsaid[:LIST])[:LIST], unsaid[-LIST:]
     tokenizer = Tokenizer(bundle.path / bundle.manifest.tokenizer.file, bundle.manifest.decoder.vocabulary)
     found = []
     for ratio in decibels:
         drawings = 1 if ratio is None else NOISES
         noisy = [_with_noise(clip, ratio, seed) for seed in range(drawings) for clip in clips]
-        wanted, plain = texts * drawings, None
+        wanted, unboosted = texts * drawings, None
         for name, phrases in (("spoken", mixed), ("others", others)):
             for weight in (0.0, *weights):
                 say(f"{_noise(ratio)}, {name}, weight {weight}")
                 spelled = dict.fromkeys((plainly[phrase] for phrase in phrases), weight)
                 boosting = Boosting.of(spelled, tokenizer) if weight else None
-                if boosting or plain is None:
+                if boosting or unboosted is None:
                     tokens = decode(bundle, bundle.manifest.chunk(ms), noisy, boosting)
-                    got = [plain_words(tokenizer.decode(row)) for row in tokens]
-                    plain = plain or got
-                got = got if boosting else plain
+                    got = [plain(tokenizer.decode(row)) for row in tokens]
+                    unboosted = unboosted or got
+                got = got if boosting else unboosted
                 own = [
                     (phrase, text)
                     for want, text in zip(wanted, got, strict=True)

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.accuracy import normalizer
+from nemostream.benchmarks.accuracy import plain
 from nemostream.benchmarks.record import Record
 from nemostream.errors import AudioError
 from nemostream.runtime.confidence import Confidence
@@ -116,21 +116,21 @@ def _times(model: Model, texts: Sequence[str], say: record.Say) -> list[record.R
         for text in texts:
             audio, phones = speak(voice, text)
             if times := word_times(text.split(), phones, sizes):  # none if a word sounds otherwise in its sentence
-                plain = [_plain(word) for word in text.split()]
-                spoken.append((np.concatenate([audio, np.zeros(_RATE, np.float32)]), plain, times))
+                said = [plain(word) for word in text.split()]
+                spoken.append((np.concatenate([audio, np.zeros(_RATE, np.float32)]), said, times))
     rows = []
     for chunk in model.manifest.chunks:
         say(f"times at {chunk.ms} ms")
         begin, end = [], []
-        for audio, plain, times in spoken:
+        for audio, said, times in spoken:
             got = model.transcribe(audio, chunk_ms=chunk.ms).words
-            same = difflib.SequenceMatcher(None, plain, [_plain(word.text) for word in got], autojunk=False)
+            same = difflib.SequenceMatcher(None, said, [plain(word.text) for word in got], autojunk=False)
             for block in same.get_matching_blocks():
                 for i in range(block.size):
                     told, true = got[block.b + i], times[block.a + i]
                     begin.append(1000 * (told.start - true[0]))
                     end.append(1000 * (told.end - true[1]))
-        values = {"words": len(begin), "spoken": sum(len(plain) for _, plain, _ in spoken)}
+        values = {"words": len(begin), "spoken": sum(len(said) for _, said, _ in spoken)}
         rows.append(record.row({"what": "times", "chunk_ms": chunk.ms}, {"begin": begin, "end": end}, values))
     return rows
 
@@ -149,8 +149,8 @@ def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], sa
         noisy, model.transcribe_many((audio for audio, _ in noisy), confidence=with_power), strict=True
     ):
         assert isinstance(result, nemostream.Result), result
-        got = [_plain(word.text) for word in result.words]
-        heard.append((result, _hits([_plain(word) for word in text.split()], got)))
+        got = [plain(word.text) for word in result.words]
+        heard.append((result, _hits([plain(word) for word in text.split()], got)))
     rows = []
     for measure in MEASURES:
         sure, found = measure.of_tokens(vocabulary), []
@@ -216,23 +216,19 @@ def _decoders(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: 
     order = rng.permutation(len(clips)).tolist()
     turns = zip(order, itertools.cycle(pauses), strict=False)
     audio = np.concatenate([part for number, pause in turns for part in (clips[number], pause)])
-    wanted, rows = _plain(" ".join(texts[number] for number in order)), []
+    wanted, rows = plain(" ".join(texts[number] for number in order)), []
     for chunk in model.manifest.chunks:
         say(f"decoders at {chunk.ms} ms")
         for decoder in ("keep", "reset"):
             rule = Endpoint(silence_ms=SILENCE_MS, decoder="reset" if decoder == "reset" else "keep")
             finals = [e.text for e in model.listen(audio, chunk_ms=chunk.ms, endpoint=rule) if e.kind == "final"]
-            said = _plain(" ".join(finals))
+            said = plain(" ".join(finals))
             values = {"wer": jiwer.wer(wanted, said), "utterances": len(finals), "recordings": len(clips)}
             rows.append(record.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": decoder}, {}, values))
         alone = " ".join(model.transcribe(clips[number], chunk_ms=chunk.ms).text for number in order)
-        values = {"wer": jiwer.wer(wanted, _plain(alone)), "utterances": len(clips), "recordings": len(clips)}
+        values = {"wer": jiwer.wer(wanted, plain(alone)), "utterances": len(clips), "recordings": len(clips)}
         rows.append(record.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": "alone"}, {}, values))
     return rows
-
-
-def _plain(text: str) -> str:
-    return normalizer("basic")(text).strip()
 
 
 def _audio(path: Path) -> Floats:

@@ -219,7 +219,7 @@ class Mixer:
                 return clip
 
     def _human_digits(self, rng: np.random.Generator) -> list[Clip]:
-        pool = [n for n in self.clips.by_voice["human"] if len(self.clips.clips[n].times)]
+        pool = self.clips.by_kind["human", "digits"]
         first = self.clips.clips[int(rng.choice(pool))]
         parts = [first]
         while len(parts) < int(rng.choice((1, 2, 3, 4, 5, 6, 8))):

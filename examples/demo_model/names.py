@@ -61,7 +61,7 @@ def main() -> None:
         audio = spoken.audio * (0.9 / np.abs(spoken.audio).max())
         soundfile.write(options.out / file, audio, RATE)
         rows.append({"audio_filepath": file, "duration": round(len(audio) / RATE, 3), "text": text,
-                     "phrase": name, "voice": spoken.voice})  # fmt: skip
+                     "voice": spoken.voice})  # fmt: skip
     (options.out / "names.txt").write_text("\n".join(names) + "\n")
     (options.out / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

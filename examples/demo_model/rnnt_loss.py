@@ -63,37 +63,30 @@ def _lattice(stay, emit, first, cells, frames, labels):
         # alpha: all ways to (t, s); beta: all ways from there to the end.
         alpha = np.full((count, width), -np.inf)
         beta = np.full((count, width), -np.inf)
+        alpha[0, 0] = 0.0
         for t in range(count):
             for s in range(cells[b, t]):
-                ways = 0.0 if t == 0 and s == 0 else -np.inf
-                before = s + first[b, t] - first[b, t - 1] if t else -1
-                if 0 <= before < (cells[b, t - 1] if t else 0):
-                    ways = _sum(ways, alpha[t - 1, before] + stay[b, t - 1, before])
+                before = s + first[b, t] - first[b, t - 1]
+                if t and before < cells[b, t - 1]:
+                    alpha[t, s] = alpha[t - 1, before] + stay[b, t - 1, before]
                 if s:
-                    ways = _sum(ways, alpha[t, s - 1] + emit[b, t, s - 1])
-                alpha[t, s] = ways
+                    alpha[t, s] = _sum(alpha[t, s], alpha[t, s - 1] + emit[b, t, s - 1])
+        end = last - first[b, count - 1]
+        total = alpha[count - 1, end] + stay[b, count - 1, end]
+        losses[b] = -total
         for t in range(count - 1, -1, -1):
             for s in range(cells[b, t] - 1, -1, -1):
                 said = first[b, t] + s
-                ways = stay[b, t, s] if t == count - 1 and said == last else -np.inf
-                after = said - first[b, t + 1] if t + 1 < count else -1
-                if 0 <= after < (cells[b, t + 1] if t + 1 < count else 0):
-                    ways = _sum(ways, beta[t + 1, after] + stay[b, t, s])
+                left = emitted = -np.inf
+                if t == count - 1:
+                    left = stay[b, t, s] if said == last else -np.inf
+                elif 0 <= said - first[b, t + 1] < cells[b, t + 1]:
+                    left = stay[b, t, s] + beta[t + 1, said - first[b, t + 1]]
                 if s + 1 < cells[b, t] and said < last:
-                    ways = _sum(ways, beta[t, s + 1] + emit[b, t, s])
-                beta[t, s] = ways
-        total = beta[0, 0]
-        losses[b] = -total
-        for t in range(count):
-            for s in range(cells[b, t]):
-                said = first[b, t] + s
-                after = said - first[b, t + 1] if t + 1 < count else -1
-                if t == count - 1 and said == last:
-                    grad_stay[b, t, s] = -math.exp(alpha[t, s] + stay[b, t, s] - total)
-                elif 0 <= after < (cells[b, t + 1] if t + 1 < count else 0):
-                    grad_stay[b, t, s] = -math.exp(alpha[t, s] + stay[b, t, s] + beta[t + 1, after] - total)
-                if s + 1 < cells[b, t] and said < last:
-                    grad_emit[b, t, s] = -math.exp(alpha[t, s] + emit[b, t, s] + beta[t, s + 1] - total)
+                    emitted = emit[b, t, s] + beta[t, s + 1]
+                beta[t, s] = _sum(left, emitted)
+                grad_stay[b, t, s] = -math.exp(alpha[t, s] + left - total)
+                grad_emit[b, t, s] = -math.exp(alpha[t, s] + emitted - total)
     return losses, grad_stay, grad_emit
 
 

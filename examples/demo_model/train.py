@@ -83,7 +83,7 @@ class Trainer:
         ):
             parameter.grad = part.view_as(parameter)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.step, self.block, self.seen_seconds, self.decay = 0, 0, 0.0, 1.0
+        self.step, self.block, self.seen_seconds = 0, 0, 0.0
         if (data / "state.pt").is_file():
             saved = torch.load(data / "state.pt", map_location=self.device, weights_only=False)
             self.model.load_state_dict(saved["model"])
@@ -98,7 +98,7 @@ class Trainer:
     def _middle(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.middle = output[0] if isinstance(output, tuple) else output
 
-    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, batch: Batch, decay: float) -> dict[str, torch.Tensor]:
         model, device = self.model, self.device
         with torch.no_grad():
             mel, mel_length = model.preprocessor(input_signal=batch.audio.to(device), length=batch.length.to(device))
@@ -112,10 +112,10 @@ class Trainer:
             # What was said before tells a small model so much that it stops listening, and what it then gets wrong
             # leads it further astray: let it be wrong now and then, and for some rows unknown. Less and less: whether
             # the second of two like words is a second one, only what was said before can tell.
-            wrong = torch.rand(targets.shape, device=device) < MISLED * self.decay
+            wrong = torch.rand(targets.shape, device=device) < MISLED * decay
             told = torch.where(wrong, torch.randint_like(targets, self.blank), targets)
             predicted, _, _ = model.decoder(targets=told, target_length=labels)
-            predicted = predicted * (torch.rand(len(labels), 1, 1, device=device) >= UNTOLD * self.decay)
+            predicted = predicted * (torch.rand(len(labels), 1, 1, device=device) >= UNTOLD * decay)
             from_encoder = model.joint.project_encoder(encoded.transpose(1, 2))
             from_labels = model.joint.project_prednet(predicted.transpose(1, 2))
             heard = self.sounds(self.middle).float()
@@ -188,12 +188,12 @@ class Trainer:
             if self.step >= steps or stop:
                 break
             seed_everything(SEED + self.step * self.processes + self.rank)
-            self.decay = min(1.0, (steps - self.step) / (0.75 * steps))
-            rate = RATE * min(1.0, (self.step + 1) / 500) * self.decay
+            decay = min(1.0, (steps - self.step) / (0.75 * steps))
+            rate = RATE * min(1.0, (self.step + 1) / 500) * decay
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.model.train()
-            loss = self.losses(batch)
+            loss = self.losses(batch, decay)
             total = loss["transducer"] + (1.0 if self.step < NARROW_STEPS else 0.5) * loss["sounds"].nan_to_num()
             self.gradients.zero_()
             total.backward()
@@ -204,6 +204,8 @@ class Trainer:
                 self.optimizer.step()
             self.step += 1
             self.seen_seconds += float(batch.length.sum()) / 16000 * self.processes
+            if self.rank:
+                continue  # the first process keeps the average and the books
             if self.step % 4 == 0:
                 keep = min(AVERAGE**4, 1 - 10 / (10 + self.step))
                 with torch.no_grad():
@@ -212,8 +214,6 @@ class Trainer:
             for key, value in loss.items():
                 now = float(value.detach().nan_to_num())
                 smooth[key] = 0.98 * smooth.get(key, now) + 0.02 * now
-            if self.rank:
-                continue  # the first process keeps the books
             if self.step % 50 == 0:
                 figures = " ".join(f"{key} {value:.3f}" for key, value in smooth.items())
                 clock = f"{time.monotonic() - begun:.0f} s, {time.process_time() - spent:.0f} CPU s"
