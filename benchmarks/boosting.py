@@ -10,9 +10,9 @@ two lists of `LIST` phrases:
 * spoken: those that are said in some recording, and others that nobody says;
 * others: phrases that nobody says.
 
-Found: phrases said that stand in the text, word for word. False: phrases of the list that stand in a text and were not
-said there. Words wrong: the word error rate over all recordings. All of it without case and punctuation. Weight 0 is
-without boosting: what is found is looked for all the same.
+Found: recordings in whose text the longest phrase that is said there stands, word for word. False: phrases of the list
+that stand in a text and were not said there. Words wrong: the word error rate over all recordings. All of it without
+case and punctuation. Weight 0 is without boosting: what is found is looked for all the same.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def measure_boosting(
     said = {phrase: any(_stands_in(phrase, text) for text in texts) for phrase in plainly}
     spoken = [phrase for phrase in plainly if said[phrase]]
     unsaid = [phrase for phrase in plainly if not said[phrase]]
+    # The longest that is said in a recording is its own.
+    owned = {text: phrase for text in texts for phrase in sorted(spoken, key=len) if _stands_in(phrase, text)}
     mixed, others = (spoken + unsaid[:LIST])[:LIST], unsaid[-LIST:]
     tokenizer = Tokenizer(bundle.path / bundle.manifest.tokenizer.file, bundle.manifest.decoder.vocabulary)
     found = []
@@ -81,12 +83,7 @@ def measure_boosting(
                     got = [plain(tokenizer.decode(row)) for row in tokens]
                     unboosted = unboosted or got
                 got = got if boosting else unboosted
-                own = [
-                    (phrase, text)
-                    for want, text in zip(wanted, got, strict=True)
-                    for phrase in spoken
-                    if _stands_in(phrase, want)
-                ]
+                own = [(owned[want], text) for want, text in zip(wanted, got, strict=True) if want in owned]
                 values = {
                     "recordings": len(got),
                     "phrases_said": len(own),

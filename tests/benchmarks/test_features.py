@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def test_boosting_counts(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytes
     for name in ("spoken", "others"):
         assert found[name, 1] == {"recordings": 3, "phrases_said": 2, "found": 2, "false": 0, "wer": 0}
     assert "| none (2 said) | spoken | 1, 1, 44.4 % | 2, 0, 0.0 % |" in boosting.table(result)
+    # A list of one's own: one phrase of it is said, and is found only where it is boosted.
+    unsaid = [" ".join(words) for words in itertools.product(("six", "nine"), repeat=10)][:599]
+    (tmp_path / "list.txt").write_text("\n".join(["five six", *unsaid]))
+    listed = {"weights": [1.0], "decibels": [None], "listed": tmp_path / "list.txt"}
+    (plain, boosted, *others) = boosting.measure_boosting(demo_bundle, manifest, **listed)["rows"]
+    assert (plain["values"]["phrases_said"], plain["values"]["found"], boosted["values"]["found"]) == (1, 0, 1)
+    assert len(others) == 2 and boosted["values"]["false"] == 0
+    (tmp_path / "list.txt").write_text("five six\n")
+    with pytest.raises(OptionError, match=r"list.txt has 1 phrases; this benchmark wants 600"):
+        boosting.measure_boosting(demo_bundle, manifest, **listed)
     manifest.write_text(json.dumps(rows[2]) + "\n")
     with pytest.raises(OptionError, match="too few words to make up 600 phrases"):
         boosting.measure_boosting(demo_bundle, manifest, weights=[1.0], decibels=[None])
