@@ -2,8 +2,8 @@
 
     python -m nemostream.benchmarks.precision --manifest heldout.jsonl --json precision.json
 
-Word error rate of a bundle (default: the packaged model) on a NeMo manifest (`audio_filepath`, `text`), per
-precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what `nemostream build`
+Word error rate of a bundle (default: the packaged model) on a NeMo manifest (`audio_filepath`, `text`) without case and
+punctuation, per precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what `nemostream build`
 makes for a CPU; fp16, int8 and fp8 are the graphs that TensorRT gets, run by ONNX Runtime on the CPU, node by node as
 they are written (bf16 no CPU runs).
 """
@@ -22,6 +22,7 @@ from typing import Any
 import onnxruntime
 
 import nemostream
+from nemostream.benchmarks import accuracy
 from nemostream.benchmarks.record import hardware
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CELLS, write_typed
@@ -37,8 +38,6 @@ _TYPED = ("fp16", "int8", "fp8")
 
 def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, Any]]:
     """A row per chunk size and precision. Engines are made in `folder`."""
-    import jiwer
-
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     wanted = [row["text"] for row in rows]
     figures = []
@@ -53,13 +52,14 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
             with nemostream.Model(bundle, backend, chunk.ms) as model:
                 texts = [model.transcribe(manifest.parent / row["audio_filepath"]).text for row in rows]
             exact = exact or texts
+            counted = accuracy.word_errors(wanted, texts, accuracy.plain)
             figures.append(
                 {
                     "chunk_ms": chunk.ms,
                     "precision": precision,
-                    "wer": jiwer.wer(wanted, texts),
+                    "wer": counted["wer"],
                     "recordings": len(rows),
-                    "words": sum(len(text.split()) for text in wanted),
+                    "words": counted["words"],
                     "same_text_as_fp32": sum(a == b for a, b in zip(texts, exact, strict=True)),
                     "gate": dict(plan.gate) if plan and plan.gate else None,
                 }

@@ -35,7 +35,7 @@ def files(folder: Path) -> set[str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As a release is made: from the source distribution, of a copy that has no `build/` from earlier days."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, tree)
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -85,7 +85,8 @@ def test_what_the_wheel_asks_for(metadata: Message) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Version"] == nemostream.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-SA-3.0 AND CC-BY-SA-4.0"
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ LONGEST = 13.0
 # must not say them all day.
 WEIGHTS = {"flite": 0.2, "espeak": 0.17, "festival": 0.13, "piper": 0.22, "kokoro": 0.28}
 ENOUGH = 1500
-# How often each kind of sentence is heard: closed vocabularies more often than they were made.
-KINDS = {"digits": 0.11, "numbers": 0.14, "dates": 0.14, "prompt": 0.17, "command": 0.18}
-KINDS |= {"everyday": 0.13, "text": 0.13}
+# How often each kind of sentence is heard: what has many words more often than what has few.
+KINDS = {"digits": 0.11, "numbers": 0.08, "dates": 0.09, "prompt": 0.18, "command": 0.21}
+KINDS |= {"everyday": 0.21, "text": 0.12}
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Mixer:
             parts = []
         elif kind < 0.13 and "human" in self.clips.by_voice:
             parts = self._human_digits(rng)
-        elif kind < 0.19 and block >= self.with_prompts_from:
+        elif kind < 0.22 and block >= self.with_prompts_from:
             prompts = self.clips.by_kind["human", "prompt"]
             parts = [self.clips.clips[int(rng.choice(prompts))]]
         else:
@@ -178,7 +178,9 @@ class Mixer:
         silence = rng.uniform(0.0, 0.8) if parts else rng.uniform(1.0, 6.0)
         pieces, at = [np.zeros(int(silence * RATE), np.float32)], int(silence * RATE) / RATE
         tokens, times, sounds, until = [], [], [0], [at]
-        factor = float(rng.uniform(0.88, 1.14)) if rng.random() < 0.5 else 1.0
+        # There are few people, so they come at every speed (and with it, as higher and lower voices).
+        often = 0.85 if parts and parts[0].voice.startswith("human") else 0.5
+        factor = float(rng.uniform(0.88, 1.14)) if rng.random() < often else 1.0
         known = True
         for part in parts:
             audio = self.clips.samples(part) * float(rng.uniform(0.5, 1.0))

@@ -101,9 +101,10 @@ def load(
 ) -> Model:
     """Load a bundle and make its engine ready.
 
-    `bundle` is a folder that `nemostream export` wrote; without one, the small model that comes with the package (it
-    knows spoken digits). `chunk_ms` is what streams use unless they ask otherwise; `capacity` is how many streams can
-    be open at once, each with its state reserved; `threads` is what ONNX Runtime may use (default: every core).
+    `bundle` is a folder that `nemostream export` wrote; without one, the small model that comes with the package (for
+    trying and testing, not for work). `chunk_ms` is what streams use unless they ask otherwise; `capacity` is how many
+    streams can be open at once, each with its state reserved; `threads` is what ONNX Runtime may use (default: every
+    core).
 
     `device` is "cpu" or "cuda". Any `precision` but a CPU's "fp32" runs engines that `nemostream build` made, kept in
     the folder `engines` (default: `~/.cache/nemostream/engines`); a GPU's default is "fp16". `max_batch` is how many
