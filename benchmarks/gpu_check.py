@@ -2,20 +2,21 @@
 
     python -m nemostream.benchmarks.gpu_check --out benchmarks/results
 
-Run it from a checkout: the tests marked `gpu` are part of it. Sections, each of which may fail without stopping the
-others, and says then why:
+Run it from a checkout: the tests marked `gpu` are part of it. Each section is a process of its own: one that fails,
+crashes or hangs says so and leaves the others' figures alone. The report is written after each.
 
 * environment: GPU, driver, libraries;
-* loading: how each type's kernels were loaded, and what kind of loop the driver can record;
+* loading: how each type's kernels were loaded, what kind of loop the driver can record, and why no better one;
+* bandwidth: of a copy on the device;
 * tests: `pytest -m gpu`, our kernels and the whole backend against numpy and the CPU backend;
 * sanitizer: NVIDIA's compute-sanitizer over the decoding kernels;
-* engines, engine_from_afar, engine_in_a_loop: for each precision, is the packaged model's engine built, accepted by
-  this GPU, recorded, and as good as fp32 (`runtime.gate`) at every chunk size? Is one that was built for another GPU?
-  Can an engine's work be in the body of a WHILE node?
+* engine_from_afar, engines: for each precision, is the packaged model's engine built, accepted by this GPU, recorded,
+  and as good as fp32 (`runtime.gate`) at every chunk size? Is one that was built for another GPU?
 * soak: 10,000 steps, streams coming and going, boosted and not; free memory before and after;
 * speed: a full-size model of random weights that says about `TOKENS_PER_SECOND` per stream; per chunk size and batch
   the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, with phrases for
-  every stream, and launched back to back; the floor; how many streams that makes.
+  every stream, and launched back to back; the floor; how many streams that makes;
+* engine_in_a_loop: can an engine's work be in the body of a WHILE node? Last, for where it cannot the driver crashes.
 
 Without an engine that runs here, speed is measured of all but the encoder (features, gather, scatter, decoding).
 """
@@ -23,15 +24,19 @@ Without an engine that runs here, speed is measured of all but the encoder (feat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,105 +47,276 @@ from nemostream.benchmarks import record
 from nemostream.benchmarks.gpu_speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.engines import build_engine, open_gpu
-from nemostream.errors import BackendError, NemostreamError
-from nemostream.plans import PRECISIONS, Plan, PlanStore
+from nemostream.errors import BackendError
+from nemostream.plans import PRECISIONS, PlanStore
 from nemostream.runtime import kernels
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.gpu import GpuBackend
 from nemostream.spec import Bundle, Chunk
 
 _BATCHES = (1, 8, 64, 256, 1024)
+_TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # what rests on little first
+_GRACE = 60.0  # seconds that what was begun may take beyond `--minutes`
+
+
+class Here:
+    """What a section has: the options, a folder that all share, the GPU, the packaged model."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.options, self.scratch = options, scratch
+        self.started = time.perf_counter()
+        self.until = self.started + 60 * options.minutes
+        self.demo = Bundle.open(nemostream.demo_bundle())
+        self.store = PlanStore(scratch / "engines")
+        known = scratch / "report.json"
+        self.report: Report = json.loads(known.read_text()) if known.is_file() else {}  # of the sections before
+        self.found: Report = {}
+        self._unusable: dict[str, str] = {}  # kinds of engine that failed once, and why
+
+    def device(self) -> Any:
+        from nemostream.runtime.cuda import CudaDevice
+
+        return CudaDevice()
+
+    def say(self, message: str) -> None:
+        print(f"{time.perf_counter() - self.started:6.1f} s  {message}", file=sys.stderr, flush=True)
+
+    def keep(self, found: Report) -> None:
+        """What is known by now, should this process not live to tell."""
+        self.found = found
+        write(self.scratch / f"{self.options.section}.json", as_json(found))
+
+    def best(self, bundle: Bundle, chunks: Sequence[Chunk], capacity: int) -> tuple[GpuBackend, str]:
+        """TensorRT, else ONNX Runtime, else no encoder at all. Random weights are not gated: nothing is lost."""
+        device = self.device()
+        for backend, target in (("tensorrt", device.architecture), ("onnxruntime", "cuda")):
+            if backend in self._unusable:
+                continue
+            try:
+                _needs(backend)
+                plans = {
+                    chunk.ms: build_engine(
+                        bundle, chunk, "fp16", self.store, backend=backend, target=target, max_batch=capacity - 1
+                    )[0]
+                    for chunk in chunks
+                }
+                return open_gpu(bundle, self.device(), plans, capacity, capacity - 1), f"{backend} fp16"
+            except Exception as error:  # libraries have their own kinds
+                self._unusable[backend] = f"{type(error).__name__}: {error}"
+        encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
+        alone = GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=capacity - 1)
+        give_frames(alone)
+        return alone, f"none ({'; '.join(self._unusable.values())})"
+
+
+def _needs(backend: str) -> None:
+    """Raises `BackendError` at once where a graph would first be written for minutes."""
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise BackendError("this ONNX Runtime has no CUDA: pip install 'nemostream[cuda]'.")
+
 
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
-def environment(device: Any) -> Report:
+def environment(here: Here) -> Report:
+    device = here.device()
     return {
         "gpu": device.name, "architecture": device.architecture, "nvidia_smi": record.hardware()["gpu"],
-        "platform": platform.platform(), "libraries": record.versions(), "command": shlex.join(sys.argv),
-        "commit": record.commit(),
+        "platform": platform.platform(), "libraries": record.versions(), "commit": record.commit(),
     }  # fmt: skip
 
 
-def loading(device: Any, bundle: Bundle) -> Report:
-    found = {}
+def loading(here: Here) -> Report:
+    manifest, device, found = here.demo.manifest, here.device(), {}
     for cell in kernels.NARROW:
         start = time.perf_counter()
-        loaded = device.kernels(kernels.macros(bundle.manifest, cell, True), kernels.entries(bundle.manifest))
+        loaded = device.kernels(kernels.macros(manifest, cell, True), kernels.entries(manifest))
         seconds = time.perf_counter() - start
         found[cell] = {"format": loaded.format, "conditional": loaded.conditional, "seconds": round(seconds, 2)}
-    chunk = bundle.manifest.chunk(560)
-    backend = GpuBackend(bundle, device, {560: NoEncoder("float16")}, capacity=2)
+        here.say(f"{cell}: {found[cell]}")
+    chunk = manifest.chunk(560)
+    backend = GpuBackend(here.demo, device, {560: NoEncoder("float16")}, capacity=2)
     backend.submit(Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([8960]))).result()
-    loop = backend.loop
+    loop, why = backend.loop, backend.failures
     backend.close()
-    return {"kernels": found, "loop": loop}
+    return {"kernels": found, "loop": loop, "no_better_because": why}
 
 
-def tests(checkout: Path, limit: float) -> Report:
-    if not (checkout / "tests" / "runtime").is_dir():
-        raise BackendError(f"{checkout} has no tests; run this from a checkout.")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "tests/runtime"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=limit)
-    return {"passed": done.returncode == 0, "tail": done.stdout.splitlines()[-15:]}
+def bandwidth(here: Here) -> Report:
+    return {"copy_bytes_per_second": copy_rate(here.device())}
 
 
-def sanitizer(checkout: Path, limit: float) -> Report:
+def tests(here: Here) -> Report:
+    return _pytest(here, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/{name}.py" for name in _TESTS)], 150)
+
+
+def sanitizer(here: Here) -> Report:
     tool = shutil.which("compute-sanitizer")
     if not tool:
         raise BackendError("compute-sanitizer is not on the PATH (it comes with CUDA).")
-    chosen = "test_decoding_equals_the_definition and gpu and random"
-    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-k", chosen,
-               "tests/runtime/test_kernels.py"]  # fmt: skip
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=limit)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line or "passed" in line]
-    return {"clean": done.returncode == 0, "said": said}
+    chosen = ["-k", "test_decoding_equals_the_definition and gpu and random", "tests/runtime/test_kernels.py"]
+    found = _pytest(here, chosen, 90, [tool, "--error-exitcode", "9"])
+    return {"clean": found["passed"], "said": [line for line in found["tail"] if "ERROR SUMMARY" in line], **found}
 
 
-def engines(bundle: Bundle, store: PlanStore, say: Callable[[str], None]) -> Report:
+def _pytest(here: Here, arguments: Sequence[str], limit: float, tool: Sequence[str] = ()) -> Report:
+    """Also what was said until time was up."""
+    if not Path("tests/runtime").is_dir():
+        raise BackendError(f"{Path.cwd()} has no tests; run this from a checkout.")
+    command = [*tool, sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-header", *arguments]
+    output = here.scratch / "pytest.txt"
+    ended = run(command, output, min(limit, here.until - time.perf_counter() + _GRACE / 2))
+    lines = output.read_text(errors="replace").splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"passed": not ended, "ended": ended, "summary": lines[-1] if lines else "", "failed": failed,
+            "tail": lines[-150:]}  # fmt: skip
+
+
+def engine_from_afar(here: Here) -> Report:
+    """What this GPU says of an engine that TensorRT for RTX built for another one."""
+    import tensorrt_rtx as trt
+
+    plan, _ = build_engine(here.demo, here.demo.manifest.chunk(80), "fp16", here.store, target="sm89", max_batch=1)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    blob = plan.path.read_bytes()
+    validity, diagnostics = runtime.get_engine_validity(blob)
+    return {
+        "built_for": "sm89", "here": here.device().architecture, "validity": validity.name,
+        "diagnostics": hex(diagnostics), "deserializes": runtime.deserialize_cuda_engine(blob) is not None,
+    }  # fmt: skip
+
+
+def engines(here: Here) -> Report:
     """Every engine of the packaged model that this GPU takes, gated."""
     found: Report = {}
     for backend, target in (("tensorrt", None), ("onnxruntime", "cuda")):
         for precision in PRECISIONS:
-            for chunk in bundle.manifest.chunks:
-                say(f"{backend} {precision} {chunk.ms} ms")
+            for chunk in here.demo.manifest.chunks:
+                if time.perf_counter() > here.until:
+                    return found | {"left_out": "for time"}
+                here.say(f"{backend} {precision} {chunk.ms} ms")
                 try:
-                    plan, _ = build_engine(bundle, chunk, precision, store, backend=backend, target=target, max_batch=8)
-                    figures = {"recipe": plan.recipe.stem, "seconds": plan.seconds, **plan.gate}
-                except NemostreamError as error:
-                    figures = {"refused": str(error)}
+                    _needs(backend)
+                    plan, _ = build_engine(
+                        here.demo, chunk, precision, here.store, backend=backend, target=target, max_batch=8
+                    )
+                    figures = {"recipe": plan.recipe.stem, "seconds": plan.seconds, "gated": bool(plan.gate)}
+                    figures |= plan.gate
+                except Exception as error:  # libraries have their own kinds
+                    figures = {"refused": f"{error}"}
                 found[f"{backend} {precision} {chunk.ms}"] = figures
+                here.keep(found)
                 if "refused" in figures and "refused:" not in figures["refused"]:
                     break  # not the gate: the library is missing, or cannot do this precision here
     return found
 
 
-def from_afar(device: Any, bundle: Bundle, store: PlanStore) -> Report:
-    """What this GPU says of an engine that TensorRT for RTX built for another one."""
-    import tensorrt_rtx as trt
-
-    plan, _ = build_engine(bundle, bundle.manifest.chunk(80), "fp16", store, target="sm89", max_batch=1)
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    blob = plan.path.read_bytes()
-    validity, diagnostics = runtime.get_engine_validity(blob)
-    return {
-        "built_for": "sm89", "here": device.architecture, "validity": validity.name, "diagnostics": hex(diagnostics),
-        "deserializes": runtime.deserialize_cuda_engine(blob) is not None,
-    }  # fmt: skip
+def soaking(here: Here) -> Report:
+    chunk = here.demo.manifest.chunk(80)
+    backend, encoder = here.best(here.demo, [chunk], 9)
+    return soak(backend, chunk, here.options.steps) | {"encoder": encoder, "loop": backend.loop}
 
 
-def engine_in_a_loop(device: Any, plan: Plan, bundle: Bundle) -> Report:
-    """Is an engine's work allowed in the body of a WHILE node? The body runs once: nobody sets the condition."""
-    backend = open_gpu(bundle, device, {80: plan}, 2, 2)
+def full_speed(here: Here) -> Report:
+    here.say("filling in a full-size model")
+    bundle = random_bundle(here.scratch / "random")
+    rate = here.report.get("bandwidth", {}).get("copy_bytes_per_second")
+    options = here.options
+    return speed(bundle, here.best, options.batch, options.repeats, rate, here.say, here.until, here.keep)
+
+
+def engine_in_a_loop(here: Here) -> Report:
+    """The body runs once: nobody sets the condition."""
+    device = here.device()
+    found = [plan for plan in here.store.all() if plan.recipe.device == device.architecture]
+    plan = next((plan for plan in found if plan.recipe.graph == "encoder-80ms"), None)
+    if not plan:
+        raise BackendError("no engine was built for this GPU.")
+    backend = open_gpu(here.demo, device, {80: plan}, 2, 2)
     enqueue = backend._recordings[80, 1, False].enqueue
 
     def work() -> None:
-        condition = device.condition()
-        device.loop(condition, enqueue)
+        device.loop(device.condition(), enqueue)
 
     device.record(work).launch()
     device.mark().wait()
-    return {"recorded_and_launched": True}
+    return {"recorded_and_launched": True, "engine": plan.recipe.stem}
+
+
+# In this order, with the seconds that each may take.
+SECTIONS: dict[str, tuple[Callable[[Here], Report], float]] = {
+    "environment": (environment, 60),
+    "loading": (loading, 90),
+    "bandwidth": (bandwidth, 60),
+    "tests": (tests, 180),
+    "sanitizer": (sanitizer, 120),
+    "engine_from_afar": (engine_from_afar, 90),
+    "engines": (engines, 300),
+    "soak": (soaking, 120),
+    "speed": (full_speed, 480),
+    "engine_in_a_loop": (engine_in_a_loop, 60),
+}
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def run(command: Sequence[str], output: Path, limit: float) -> str:
+    """Run it with all that it starts, what it says into a file. Why it ended other than well, or nothing."""
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"was not done after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"ended with {signal.Signals(-code).name if code < 0 else code}" if code else ""
+
+
+def in_processes(
+    sections: Mapping[str, float], command: Callable[[str, float], Sequence[str]], scratch: Path, minutes: float,
+    keep: Callable[[Report], None], say: Callable[[str], None] = lambda message: None,
+) -> Report:  # fmt: skip
+    """The report of all sections; `sections` has the seconds that each may take.
+
+    `command` (a section, minutes left) leaves what was found in `scratch`/SECTION.json; what is there of a section that
+    did not end well is kept beside the reason. `keep` gets the report after each.
+    """
+    started, report = time.perf_counter(), Report()
+    for name, limit in sections.items():
+        left = 60 * minutes - (time.perf_counter() - started)
+        say(name)
+        if left <= 0:
+            report[name] = {"error": f"{minutes} minutes were over; run it alone with --only {name}."}
+        else:
+            log, found = scratch / f"{name}.log", scratch / f"{name}.json"
+            ended = run(command(name, left / 60), log, min(limit, left + _GRACE))
+            report[name] = json.loads(found.read_text()) if found.is_file() else {}
+            if ended:
+                report[name] |= {"error": ended, "log": log.read_text(errors="replace").splitlines()[-25:]}
+        if "error" in report[name]:
+            say(f"{name}: {report[name]['error']}")
+        report["seconds"] = time.perf_counter() - started
+        keep(report)
+    return report
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def as_json(report: Report) -> str:
+    return json.dumps(report, indent=1, default=str) + "\n"
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -179,93 +355,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m nemostream.benchmarks.gpu_check", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
-    parser.add_argument("--only", nargs="+", help="sections to run, beside the environment")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to run, beside the environment")
     parser.add_argument("--batch", type=int, nargs="+", default=list(_BATCHES))
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10_000, help="of the soak")
     parser.add_argument("--minutes", type=float, default=8, help="after which nothing more is begun")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # in this process, for ...
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)  # ... the process that has this folder
     options = parser.parse_args(arguments)
+    if options.section:
+        _section(options)
+        return
     from nemostream.runtime.cuda import CudaDevice
 
     try:
         device = CudaDevice()
+        name = device.name.replace(" ", "-")
+        device.close()
     except BackendError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    wanted = ["environment", *(options.only or SECTIONS)]
+    chosen = {name: limit for name, (_, limit) in SECTIONS.items() if name in wanted}
     started = time.perf_counter()
-    until = started + 60 * options.minutes
-    report: Report = {}
 
     def say(message: str) -> None:
         print(f"{time.perf_counter() - started:6.1f} s  {message}", file=sys.stderr, flush=True)
 
-    def section(name: str, work: Callable[[], Report]) -> None:
-        if options.only and name not in (*options.only, "environment"):
-            return
-        say(name)
-        try:
-            if time.perf_counter() > until:
-                raise BackendError(f"{options.minutes} minutes were over; run it alone with --only {name}.")
-            report[name] = work()
-        except Exception as error:  # whatever it is, the other sections have figures to give
-            report[name] = {"error": f"{type(error).__name__}: {error}"}
-            say(f"{name}: {report[name]['error']}")
-        report["seconds"] = time.perf_counter() - started
-        options.out.mkdir(parents=True, exist_ok=True)
-        stem = f"gpu-{device.name.replace(' ', '-')}"
-        (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (options.out / f"{stem}.md").write_text(show(report), encoding="utf-8")
-
-    demo = Bundle.open(nemostream.demo_bundle())
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
-        store = PlanStore(Path(folder) / "engines")
-        unusable: dict[str, str] = {}  # kinds of engine that failed once, and why
+        scratch = Path(folder)
 
-        def best(bundle: Bundle, chunks: Sequence[Chunk], capacity: int) -> tuple[GpuBackend, str]:
-            """TensorRT, else ONNX Runtime, else no encoder at all. Random weights are not gated: nothing is lost."""
-            for backend, target in (("tensorrt", device.architecture), ("onnxruntime", "cuda")):
-                if backend in unusable:
-                    continue
-                try:
-                    plans = {
-                        chunk.ms: build_engine(
-                            bundle, chunk, "fp16", store, backend=backend, target=target, max_batch=capacity - 1
-                        )[0]
-                        for chunk in chunks
-                    }
-                    opened = open_gpu(bundle, CudaDevice(), plans, capacity, capacity - 1)
-                    return opened, f"{backend} fp16"
-                except NemostreamError as error:
-                    unusable[backend] = str(error)
-            encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
-            alone = GpuBackend(bundle, CudaDevice(), encoders, capacity=capacity, max_batch=capacity - 1)
-            give_frames(alone)
-            return alone, f"none ({'; '.join(unusable.values())})"
+        def command(section: str, minutes: float) -> list[str]:
+            own = ["--section", section, "--scratch", folder, "--minutes", f"{minutes}"]
+            own += ["--steps", f"{options.steps}", "--repeats", f"{options.repeats}"]
+            own += ["--batch", *map(str, options.batch)]
+            return [sys.executable, "-m", "nemostream.benchmarks.gpu_check", *own]
 
-        def demo_backend(capacity: int) -> GpuBackend:
-            return best(demo, [demo.manifest.chunk(80)], capacity)[0]
+        def keep(report: Report) -> None:
+            report["command"] = shlex.join(sys.argv)
+            write(scratch / "report.json", as_json(report))
+            write(options.out / f"gpu-{name}.json", as_json(report))
+            write(options.out / f"gpu-{name}.md", show(report))
 
-        section("environment", lambda: environment(device))
-        section("loading", lambda: loading(CudaDevice(), demo))
-        section("tests", lambda: tests(Path.cwd(), 150))
-        section("sanitizer", lambda: sanitizer(Path.cwd(), 90))
-        section("engine_from_afar", lambda: from_afar(device, demo, store))
-        section("engines", lambda: engines(demo, store, say))
-        found = [plan for plan in store.all() if plan.recipe.device == device.architecture]
-        if found:
-            section("engine_in_a_loop", lambda: engine_in_a_loop(CudaDevice(), found[0], demo))
-        section("soak", lambda: soak(demo_backend(9), demo.manifest.chunk(80), options.steps))
-        section("bandwidth", lambda: {"copy_bytes_per_second": copy_rate(device)})
+        print(show(in_processes(chosen, command, scratch, options.minutes, keep, say)), end="")
 
-        def full() -> Report:
-            say("filling in a full-size model")
-            bundle = random_bundle(Path(folder) / "random")
-            rate = report.get("bandwidth", {}).get("copy_bytes_per_second")
-            return speed(bundle, best, options.batch, options.repeats, rate, say, until)
 
-        section("speed", full)
-    device.close()
-    print(show(report), end="")
+def _section(options: argparse.Namespace) -> None:
+    here = Here(options, options.scratch)
+    try:
+        found = SECTIONS[options.section][0](here)
+    except Exception as error:  # whatever it is, it is this section's alone
+        found = here.found | {"error": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+    here.keep(found)
 
 
 if __name__ == "__main__":

@@ -214,11 +214,12 @@ def copy_rate(device: Any) -> float:
 def speed(
     bundle: Bundle, make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]], batches: Sequence[int],
     repeats: int, bandwidth: float | None, say: Callable[[str], None],
-    until: float = float("inf"),
+    until: float = float("inf"), keep: Callable[[Report], None] = lambda found: None,
 ) -> Report:  # fmt: skip
     """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder.
 
-    At `until` (`time.perf_counter`) no more rows are begun; how many were left out is told.
+    At `until` (`time.perf_counter`) no more rows are begun; how many were left out is told. `keep` gets what there is
+    after each row.
     """
     rows: list[Report] = []
     lists = [some_phrases(number, [], bundle.manifest.decoder.vocabulary) for number in range(min(64, max(batches)))]
@@ -245,6 +246,7 @@ def speed(
                     weights = bundle.manifest.weights.bytes * (0.5 if backend.cell != "float32" else 1)
                     row["floor_ms"] = 1000 * weights / bandwidth
                 rows.append(row)
+                keep({"rows": rows})
         finally:
             backend.close()
     left_out = len(bundle.manifest.chunks) * len(batches) - len(rows)

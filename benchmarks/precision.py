@@ -3,9 +3,9 @@
     python -m nemostream.benchmarks.precision --manifest heldout.jsonl --json precision.json
 
 Word error rate of a bundle (default: the packaged model) on a NeMo manifest (`audio_filepath`, `text`) without case and
-punctuation, per precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what `nemostream build`
-makes for a CPU; fp16, int8 and fp8 are the graphs that TensorRT gets, run by ONNX Runtime on the CPU, node by node as
-they are written (bf16 no CPU runs).
+punctuation, per precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what
+`nemostream build` makes for a CPU; fp16, int8 and fp8 are the graphs that TensorRT gets, run by ONNX Runtime on a CPU,
+node by node as they are written (bf16 no CPU runs).
 """
 
 from __future__ import annotations

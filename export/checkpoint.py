@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import yaml
@@ -125,7 +125,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[Features, Encoder, Decoder,
         hidden=hidden,
         joint=_get(config, "joint.jointnet.joint_hidden"),
         vocabulary=vocabulary,
-        max_symbols=_get(config, "decoding.greedy.max_symbols", 10) or 10,
+        max_symbols=_max_symbols(config),
         activation=_get(config, "joint.jointnet.activation"),
     )
     scaled = _get(config, "encoder.xscaling", True)
@@ -135,6 +135,16 @@ def check_config(config: Mapping[str, Any]) -> tuple[Features, Encoder, Decoder,
         "input_scale": float(np.sqrt(encoder.d_model)) if scaled else 1.0,
     }
     return features, encoder, decoder, chunks, extra
+
+
+def _max_symbols(config: Mapping[str, Any]) -> int:
+    """As `rnnt_decoding.py` reads it: by its newer name, else by its older one."""
+    for field in ("decoding.greedy.max_symbols", "decoding.greedy.max_symbols_per_step"):
+        if (most := _get(config, field, None)) is not None:
+            if not isinstance(most, int) or most < 1:
+                _refuse(field, most, "a number above 0")
+            return most
+    _refuse("decoding.greedy.max_symbols", None, "a number; without one NeMo never stops at a frame")
 
 
 def _features(config: Mapping[str, Any]) -> tuple[Features, float]:
@@ -235,5 +245,5 @@ def _expect(
         _refuse(path, value, " or ".join(repr(known) for known in supported if known is not None) or "leaving it out")
 
 
-def _refuse(path: str, value: Any, supported: str) -> None:
+def _refuse(path: str, value: Any, supported: str) -> NoReturn:
     raise CheckpointError(f"not supported: {path} is {value!r}; nemostream supports {supported}.")

@@ -138,7 +138,8 @@ class Recording:
             raise AudioError(f"{self._name} has no header; feed raw 16-bit PCM through a pipe instead.") from error
         except (soundfile.LibsndfileError, OSError) as error:
             raise AudioError(
-                f"{self._name} cannot be read as audio (damaged, or not audio at all): {_why(error)}"
+                f"{self._name} cannot be read as audio ({_why(error)}). It is damaged, no audio, or of a format that "
+                "libsndfile does not read; WAV, FLAC, Ogg and MP3 it does: ffmpeg -i RECORDING talk.flac makes one."
             ) from error
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels

@@ -6,6 +6,8 @@ loop is a WHILE conditional node (driver 550 or newer), whose body the device ru
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -23,6 +25,9 @@ from nemostream.plans import cache_folder
 from nemostream.runtime import kernels as sources
 
 _INSTALL = "pip install 'nemostream[gpu]'"
+_OLDEST_CORE = (1, 2)
+# What other threads do with the GPU, and cuda.core itself while it adds a loop, would end a stricter recording.
+_MODE = "relaxed"
 
 
 class CudaDevice:
@@ -31,14 +36,18 @@ class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None:
         try:
             from cuda.bindings import driver
-            from cuda.core import Device
+            from cuda.core import Device, __version__
         except ImportError as error:
             raise BackendError(f"a GPU needs cuda-python ({error}): {_INSTALL}.") from error
+        if tuple(map(int, __version__.split(".")[:2])) < _OLDEST_CORE:
+            raise BackendError(f"cuda-core {__version__} is too old: {_INSTALL}.")
         self._driver = driver
+        self._adopted = threading.local()  # a context is current in a thread
+        self._closed = False
         try:
             self._device = Device(ordinal)
             self._device.set_current()
-            self._thread = threading.get_ident()
+            self._adopted.here = True
             self._main = self._device.create_stream()
         except Exception as error:  # cuda.core raises its own kinds, and others where there is no driver at all
             raise BackendError(f"no NVIDIA GPU can be used here ({error}); `nemostream doctor` tells more.") from error
@@ -62,9 +71,9 @@ class CudaDevice:
         return int(free)
 
     def adopt(self) -> None:
-        if threading.get_ident() != self._thread:
+        if not getattr(self._adopted, "here", False):
             self._device.set_current()
-            self._thread = threading.get_ident()
+            self._adopted.here = True
 
     def allocate(self, size: int) -> int:
         memory = self._call("cuMemAlloc", max(size, 16))
@@ -73,8 +82,6 @@ class CudaDevice:
         return int(memory)
 
     def allocate_host(self, size: int) -> NDArray[np.uint8]:
-        import ctypes
-
         flags = self._driver.CU_MEMHOSTALLOC_PORTABLE | self._driver.CU_MEMHOSTALLOC_DEVICEMAP
         address = int(self._call("cuMemHostAlloc", max(size, 16), flags))
         self._host_memory.append(address)
@@ -84,6 +91,8 @@ class CudaDevice:
 
     def write(self, address: int, array: NDArray[Any]) -> None:
         array = np.ascontiguousarray(array)
+        if not array.nbytes:
+            return
         self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self.stream)
         self._call("cuStreamSynchronize", self.stream)  # the array may go, and pageable memory was copied anyway
 
@@ -97,12 +106,12 @@ class CudaDevice:
     def record(self, work: Callable[[], None]) -> CudaGraph:
         builder = self._main.create_graph_builder()
         try:
-            builder.begin_building("thread_local")
+            builder.begin_building(_MODE)
             self._enter(builder, work)
             graph = builder.end_building().complete()
             graph.upload(self._main)
         except Exception as error:  # ours, or cuda.core's own kinds
-            builder.close()  # or the stream would go on recording, and no other kind of loop could be tried
+            self._abandon(builder)
             if isinstance(error, BackendError):
                 raise
             raise BackendError(f"the step cannot be recorded as a CUDA graph: {error}") from error
@@ -116,16 +125,22 @@ class CudaDevice:
 
     def loop(self, condition: int, work: Callable[[], None]) -> None:
         body = self._builders[-1].while_loop(self._conditions.pop(condition))
-        body.begin_building("thread_local")
-        self._enter(body, work)
+        body.begin_building(_MODE)
+        try:
+            self._enter(body, work)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                body.close()  # before the recording that it is part of
+            raise
         body.end_building()
 
     def mark(self) -> CudaMark:
         return CudaMark(self, self._main.record())
 
     def close(self) -> None:
-        if self._main.is_closed:
+        if self._closed:
             return
+        self._closed = True
         self._driver.cuStreamSynchronize(self.stream)  # whatever it says: everything goes now
         for memory in self._memory:
             self._driver.cuMemFree(memory)
@@ -134,6 +149,17 @@ class CudaDevice:
         self._memory.clear()
         self._host_memory.clear()
         self._main.close()
+
+    def _abandon(self, builder: Any) -> None:
+        """The stream must not go on recording, or no other kind of loop could be tried."""
+        _, capture = self._driver.cuStreamIsCapturing(self._main.handle)
+        if capture == self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_INVALIDATED:
+            # What was recorded is gone, and cuda.core (1.2) crashes when it destroys it once more: let it never.
+            self._driver.cuStreamEndCapture(self._main.handle)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(builder))
+        else:
+            with contextlib.suppress(Exception):
+                builder.close()
 
     def _enter(self, builder: Any, work: Callable[[], None]) -> None:
         self._builders.append(builder)
@@ -182,23 +208,24 @@ class CudaKernels:
     """
 
     def __init__(self, device: CudaDevice, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> None:
-        self._device, driver = device, device._driver
+        self._device = device
         wanted = bool(macros["CONDITIONAL"])
         attempts = [("cubin", True), ("ptx", True)] if wanted else []
-        failures = []
+        self.failures: list[str] = []  # of the attempts before the one that loaded
         for kind, conditional in [*attempts, ("cubin", False), ("ptx", False)]:
-            image = compile_kernels({**macros, "CONDITIONAL": int(conditional)}, device.architecture, kind)
-            status, module = driver.cuModuleLoadData(image)
-            if status == driver.CUresult.CUDA_SUCCESS:
+            try:
+                image = compile_kernels({**macros, "CONDITIONAL": int(conditional)}, device.architecture, kind)
+                module = device._call("cuModuleLoadData", image)
+                # Some drivers load lazily, and find out only here what is missing.
+                find = functools.partial(device._call, "cuModuleGetFunction", module)
+                self._functions = {entry: find(entry.encode()) for entry in entries}
                 break
-            failures.append(f"{kind}: {status.name}")
+            except BackendError as error:
+                self.failures.append(f"{kind}{' with conditions' if conditional else ''}: {error}")
         else:
-            raise BackendError(
-                f"the driver loads none of our kernels ({'; '.join(failures)}); install NVIDIA's driver 580 or newer."
-            )
+            raise BackendError(f"none of our kernels can be loaded: {' '.join(self.failures)}")
         self.conditional = conditional
         self.format = kind  # for reports
-        self._functions = {entry: device._call("cuModuleGetFunction", module, entry.encode()) for entry in entries}
 
     def launch(self, entry: str, grid: tuple[int, int, int], step: np.void) -> None:
         # The driver copies the argument before it returns.

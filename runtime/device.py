@@ -31,6 +31,7 @@ class Kernels(Protocol):
     """The compiled kernels of one model."""
 
     conditional: bool  # whether they can end a loop on the device
+    failures: list[str]  # why better kinds of them were not loaded
 
     def launch(self, entry: str, grid: tuple[int, int, int], step: np.void) -> None:
         """Queue a kernel of `BLOCK` threads a block, with the struct `Step` as its argument."""

@@ -105,6 +105,7 @@ class GpuBackend:
         self._resetting: Mark | None = None
         self.reset(np.arange(capacity))
         self._recordings: dict[tuple[int, int, bool], _Recording] = {}
+        self.failures = self._kernels.failures[:]  # why better kinds of kernels or of loop are not used
         self.loop = self._record_all(loop)
 
     @property
@@ -113,7 +114,7 @@ class GpuBackend:
         return sum(self._memory.slot_bytes.values()) // self.capacity
 
     def reset(self, slots: Ints) -> None:
-        self._device.adopt()
+        self._settle()
         if self._resetting:
             self._resetting.wait()  # the kernel reads the host's list
         self._memory.reset_slots[: len(slots)] = slots
@@ -189,16 +190,16 @@ class GpuBackend:
         """Record every step with the first kind of loop that works; which one that was."""
         if loop == "while" and not self._kernels.conditional:
             loop = "unrolled"
-        failures: list[str] = []
         for kind in LOOPS[LOOPS.index(loop) :]:
             try:
                 for ms, rows, in_place in itertools.product(self._chunks, reversed(self.buckets), (False, True)):
                     self._recordings[ms, rows, in_place] = self._record(self._chunks[ms], rows, in_place, kind)
                 return kind
             except BackendError as error:
-                failures.append(f"{kind}: {error}")
+                self.failures.append(f"{kind}: {error}")
                 if kind == LOOPS[-1]:
-                    raise BackendError(f"no step can be run on {self._device.name}: {' '.join(failures)}") from error
+                    reasons = " ".join(self.failures)
+                    raise BackendError(f"no step can be run on {self._device.name}: {reasons}") from error
         raise AssertionError("the last kind either works or raises")
 
     def _record(self, chunk: Chunk, rows: int, in_place: bool, kind: str) -> _Recording:

@@ -8,6 +8,7 @@ batch; only where the rings lie is bound anew, when it changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,11 @@ class OrtBackend:
         self._state = _Arena(bundle, capacity, np.dtype(cells[0]))
         self._start = Predictions.start(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
         self._boosts: list[Boosting | None] = [None] * capacity
+        # Rows of slots that are not neighbours are copied together. Untouched pages of zeros cost no memory.
+        self._staged = [
+            np.zeros((rings.shape[0], self.max_batch, *rings.shape[2:]), rings.dtype)
+            for rings in (self._state.k, self._state.v, self._state.conv)
+        ]
         self._steps: dict[int, _Step] = {}
 
     def prepare(self, chunk: Chunk) -> None:
@@ -70,7 +76,9 @@ class OrtBackend:
                 if chunk.ms not in self._plans:
                     raise no_engine(chunk.ms, self._plans)
                 encoder = self._plans[chunk.ms].path
-            self._steps[chunk.ms] = _Step(self._bundle, encoder, chunk, self._state, self.max_batch, self._threads)
+            self._steps[chunk.ms] = _Step(
+                self._bundle, encoder, chunk, self._state, self._staged, self.max_batch, self._threads
+            )
 
     @property
     def bytes_per_stream(self) -> int:
@@ -197,8 +205,9 @@ class _Step:
     """Front end and encoder of one chunk size, with every buffer they touch."""
 
     def __init__(
-        self, bundle: Bundle, encoder: Path, chunk: Chunk, state: _Arena, max_batch: int, threads: int
-    ) -> None:
+        self, bundle: Bundle, encoder: Path, chunk: Chunk, state: _Arena, staged: list[Floats], max_batch: int,
+        threads: int,
+    ) -> None:  # fmt: skip
         spec = bundle.manifest.encoder
         self.state, self.chunk, self.cache = state, chunk, spec.cache
         self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
@@ -211,11 +220,8 @@ class _Step:
             for tensor in getattr(graphs[f"{kind}-{chunk.ms}ms"], side)
         }
         self._max_batch, self._layers = max_batch, spec.layers
-        # Staging rows for batches of slots that are not neighbours. Untouched pages of zeros cost no memory.
-        self._staged = [
-            np.zeros((spec.layers, max_batch, *rings.shape[2:]), rings.dtype)
-            for rings in (state.k, state.v, state.conv)
-        ]
+        self._staged = staged
+        self._room: dict[str, NDArray[Any]] = {}  # for the largest batch; a smaller one has the beginning of it
         self._bound: dict[int, _Bound] = {}
 
     def run(self, batch: Batch, position: Ints, valid: Ints) -> Floats:
@@ -246,7 +252,12 @@ class _Step:
         return bound["encoded_joint"]
 
     def array(self, name: str, rows: int, dtype: Any = np.float32) -> NDArray[Any]:
-        return np.zeros([rows if axis == "B" else int(axis) for axis in self._shapes[name]], dtype)
+        """What batches of `rows` have of the tensor's memory: a server meets every batch size there is."""
+        most, shape = (
+            [n if axis == "B" else int(axis) for axis in self._shapes[name]] for n in (self._max_batch, rows)
+        )
+        room = self._room.setdefault(name, np.zeros(math.prod(most), dtype))
+        return room[: math.prod(shape)].reshape(shape)
 
 
 class _Bound:

@@ -105,6 +105,7 @@ class Model:
         on_partial: Callable[[Result], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         resume: str | Path | None = None,
+        keep_state: bool = False,
         **options: Unpack[Options],
     ) -> Result:
         """The text of a recording: a file, or an array [N] or [N, channels] at `sample_rate` (a file knows its own).
@@ -114,10 +115,11 @@ class Model:
         share batches.
 
         With `resume`, a file, the state is saved there every half a minute, and a call with the same file goes on from
-        it to the same result, to the bit; it is deleted at the end. Raises `AudioError` for audio that cannot be read
+        it to the same result, to the bit; it is deleted at the end, unless `keep_state` leaves that to the caller, who
+        may want to see the result safe first. Raises `AudioError` for audio that cannot be read
         or is empty, `OptionError` for a state of another recording, model or options, and what `stream` raises.
         """
-        return self._transcribe(source, sample_rate, options, on_partial, on_progress, resume)
+        return self._transcribe(source, sample_rate, options, on_partial, on_progress, resume, keep_state)
 
     def transcribe_many(
         self,
@@ -154,6 +156,7 @@ class Model:
         on_partial: Callable[[Result], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         resume: str | Path | None = None,
+        keep_state: bool = False,
         left: Flag | None = None,
     ) -> Result:
         """`left`, one of many recordings has: it waits for a slot, and gives up when it is set."""
@@ -170,7 +173,10 @@ class Model:
                 blocks = (
                     sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
                 )
-                return recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
+                result = recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
+            if keeper and not keep_state:
+                keeper.done()
+            return result
 
     def _about(self, sound: Sound, options: Options) -> dict[str, Any]:
         """What a state that is to be resumed must have in common with this."""
@@ -186,12 +192,17 @@ class Model:
             "vad": bool(options.get("vad")),
         }
 
-    def watch(self, on_step: Callable[[Chunk, int, float], None] | None) -> None:
-        """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took.
+    def watch(
+        self,
+        on_step: Callable[[Chunk, int, float], None] | None,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took; `on_failure`
+        of what the engine failed with, once for all the streams of a step.
 
-        It is called on the scheduler's thread, between two steps; it must be quick and must not raise.
+        They are called on the scheduler's thread, between two steps; they must be quick and must not raise.
         """
-        self._scheduler.on_step = on_step
+        self._scheduler.on_step, self._scheduler.on_failure = on_step, on_failure
 
     def _gate(self) -> SpeechGate:
         """Lets chunks with speech through."""

@@ -64,6 +64,4 @@ def recognise(
     recognition.end()
     recognition.wait()
     report()
-    if keeper:
-        keeper.done()
     return recognition.final()

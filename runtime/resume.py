@@ -40,6 +40,16 @@ class Saved:
     digest: str  # of that audio
 
 
+def discard(path: Path) -> None:
+    """Delete a state, and what a process that was killed left of the next."""
+    for file in (path, _part(path)):
+        file.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
 class Digest:
     """Of audio block by block; the blocks are the same when the same recording is read again."""
 
@@ -62,7 +72,7 @@ class Keeper:
 
     def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
         self.path, self._about = Path(path), {"version": VERSION, **about}
-        self._part = self.path.with_name(self.path.name + ".part")
+        self._part = _part(self.path)
         self._next = time.monotonic() + SECONDS
         if not self.path.parent.is_dir():
             raise OptionError(f"resume is {self.path}, but there is no folder {self.path.parent}.")
@@ -113,8 +123,7 @@ class Keeper:
 
     def done(self) -> None:
         """There is nothing to resume any more."""
-        for path in (self.path, self._part):
-            path.unlink(missing_ok=True)
+        discard(self.path)
 
     def _refusal(self, why: str) -> OptionError:
         return OptionError(f"resume: {self.path} {why}; delete it to begin anew, or give another file.")

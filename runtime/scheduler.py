@@ -50,6 +50,7 @@ class Scheduler:
         self._closed: NemostreamError | None = None  # why no stream can be opened any more
         # Told of every step, on the scheduler's thread: its chunk, how many streams it had, seconds it took.
         self.on_step: Callable[[Chunk, int, float], None] | None = None
+        self.on_failure: Callable[[Exception], None] | None = None  # of every call that the backend failed in
         self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
         self._thread.start()
 
@@ -328,6 +329,8 @@ class Scheduler:
             for seat in seats:
                 seat.in_flight -= steps
                 self._kill(seat, _failure(error, "the model failed"))
+        if self.on_failure:
+            self.on_failure(error)
         self._tell(seats)
 
     def _shut(self, error: NemostreamError) -> None:

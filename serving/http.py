@@ -98,6 +98,7 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
 
     @app.post("/v1/audio/transcriptions", tags=["OpenAI"], responses=_REFUSALS, response_model=None)
     async def transcriptions(
+        request: Request,
         file: Annotated[UploadFile, File(description="WAV, FLAC, Ogg, MP3, and what else libsndfile reads.")],
         model: Annotated[str, Form(description="Taken as the one that is served.")] = "nemostream",
         language: Annotated[str | None, Form(description="en, or left out.")] = None,
@@ -115,7 +116,9 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
             raise OptionError(f"language is {language!r}; this model knows English.")
         if stream and response_format not in ("json", "text"):
             raise OptionError(f"stream works with response_format json or text, not {response_format}.")
-        recording = Upload(service, "http", file.file, file.filename or "the file", chunk_ms=chunk_ms)
+        # Server-sent events end by themselves when nobody reads them.
+        gone = None if stream else request.is_disconnected
+        recording = Upload(service, "http", file.file, file.filename or "the file", gone, chunk_ms=chunk_ms)
         if stream:
             first = await anext(recording)  # what can be refused is refused before the answer begins
             return StreamingResponse(_told(recording, first), media_type="text/event-stream")
@@ -181,20 +184,17 @@ def _answer(
 
 async def _told(recording: Upload, first: Event | None) -> AsyncIterator[str]:
     """Server-sent events as OpenAI's: what was added to the text, then all of it."""
-    told, utterance = "", -1
+    told, utterance, gap = "", -1, ""
     try:
         async for event in recording:
             assert event is not None
             if event.kind == "end":
                 continue
             if event.utterance != utterance:
-                told, gap = "", "" if utterance < 0 else " "
-                utterance = event.utterance
-            else:
-                gap = ""
+                told, utterance = "", event.utterance
             if delta := event.text[len(told) :]:
-                told = event.text
-                yield _sse({"type": "transcript.text.delta", "delta": gap + delta})
+                yield _sse({"type": "transcript.text.delta", "delta": (gap if not told else "") + delta})
+                told, gap = event.text, " "  # between what was told and the next utterance
         yield _sse({"type": "transcript.text.done", "text": recording.text})
     except NemostreamError as error:
         yield _sse({"error": {"message": str(error), "type": "server_error"}})

@@ -95,8 +95,9 @@ class _Conversation:
                 raise AudioError(f"the buffer holds {1000 * self._sent:.0f} ms of audio; at least 100 ms are needed.")
             self._begin_item()
             events = [event for event in await self.session.commit() if event.kind != "end"]
+            await self._tell(events[:-1])  # utterances that a silence had ended are items of their own
+            self._begin_item()
             await self._committed()
-            await self._tell(events[:-1])
             await self._completed(events[-1] if events else None)
             self._sent = 0.0
         elif kind == "input_audio_buffer.clear":
@@ -140,7 +141,11 @@ class _Conversation:
             self.session = self._open()
         except NemostreamError as error:
             self._format, self._rate, self._silence_ms = old
-            raise StreamError(str(error)) from error
+            try:
+                self.session = self._open()
+            except NemostreamError as lost:
+                raise StreamError(str(lost)) from lost
+            raise OptionError(str(error)) from error
 
     def _silence(self, detection: Any) -> int | None:
         if detection is None:
@@ -242,7 +247,7 @@ def _audio(text: Any) -> bytes:
 def _format(given: Any) -> tuple[str, int]:
     """GA's `{"type": "audio/pcm", "rate": 24000}`, or the beta's name."""
     name = _BETA.get(given) if isinstance(given, str) else given.get("type") if isinstance(given, dict) else None
-    if name not in _FORMATS:
+    if not isinstance(name, str) or name not in _FORMATS:
         raise OptionError(f"format must be one of {', '.join(_FORMATS)}, not {given!r}.")
     rate = given.get("rate", _FORMATS[name][1]) if isinstance(given, dict) else _FORMATS[name][1]
     if not isinstance(rate, int) or (name != "audio/pcm" and rate != 8000):

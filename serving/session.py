@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.errors import AudioError, BackendError, CapacityError, NemostreamError, OptionError, StreamError
+from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.aio import AsyncLiveStream
 from nemostream.runtime.recognition import Options
 from nemostream.runtime.utterance import Event
@@ -27,6 +27,7 @@ from nemostream.runtime.utterance import Event
 if TYPE_CHECKING:
     from nemostream.serving.service import Service
 
+_LIVE = 1.5  # seconds: who sends more at once is not talking live
 _BURST = 2.0  # seconds' worth of bytes that may come at once before a client is slowed down
 
 
@@ -36,6 +37,8 @@ class Draining(CapacityError):
 
 class Expired(StreamError):
     """A client that said nothing, read nothing, or stayed, for too long."""
+
+    unread = False  # whether it is the one that reads nothing
 
 
 class Session:
@@ -70,7 +73,14 @@ class Session:
     async def push(self, data: bytes) -> list[Event]:
         """Take in audio; what it made known. Raises `AudioError`, `StreamError`, `BackendError` as a stream does."""
         await self._pace(len(data))
-        return await self.push_pcm(self._decode(data))
+        pcm, began, steps = self._decode(data), time.perf_counter(), self._stream.steps
+        events = await self.push_pcm(pcm)
+        seconds = len(pcm) / self._rate
+        if self._stream.steps > steps and seconds <= _LIVE:
+            # Of a message of several chunks no result can be sooner than all of them are.
+            due = max(self._stream.chunk_ms / 1000, seconds)
+            self._service.heard(self._stream.chunk_ms, time.perf_counter() - began, due)
+        return events
 
     async def push_pcm(self, pcm: NDArray[Any]) -> list[Event]:
         """As `push`, of samples [N] or [N, channels], and as fast as they come."""
@@ -78,17 +88,10 @@ class Session:
             raise StreamError("the stream was finished; open a new one for more audio.")
         if not len(pcm):
             return []
-        seconds, began, steps = len(pcm) / self._rate, time.perf_counter(), self._stream.steps
+        seconds = len(pcm) / self._rate
         self.audio += seconds
         self._service.metrics.audio.inc(seconds)
-        try:
-            events = await self._stream.hear(pcm)
-        except BackendError:
-            self._service.failed()
-            raise
-        if self._stream.steps == steps + 1:  # a client that sends more at once is not talking live
-            self._service.heard(self._stream.chunk_ms, time.perf_counter() - began)
-        return self._told(events)
+        return self._told(await self._stream.hear(pcm))
 
     async def commit(self) -> list[Event]:
         """End the utterance here: everything up to now is decoded and final, what follows begins anew."""
@@ -138,7 +141,9 @@ class Session:
             async with asyncio.timeout(self._limits.send_seconds):
                 yield
         except TimeoutError:
-            raise Expired(f"results were not read for {self._limits.send_seconds:.0f} s.") from None
+            error = Expired(f"results were not read for {self._limits.send_seconds:.0f} s.")
+            error.unread = True
+            raise error from None
 
     def use(self, chunk_ms: int) -> None:
         """Go on in chunks of this size."""

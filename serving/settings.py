@@ -61,7 +61,7 @@ class Settings(BaseSettings, Limits):
     host: str = Field("127.0.0.1", description="Address to listen at. 0.0.0.0 is every network of this machine.")
     port: int = Field(8000, ge=0, le=65535, description="Of HTTP and WebSockets; 0 takes a free one.")
     grpc_port: int = Field(50051, ge=-1, le=65535, description="Of Riva's gRPC; 0 takes a free one, -1 has none.")
-    endpoint_ms: int = Field(800, ge=80, description="Silence after which an utterance is final.")
+    endpoint_ms: int = Field(800, ge=80, le=60_000, description="Silence after which an utterance is final.")
     measure: CliImplicitFlag[bool] = Field(
         True, description="Measure at the start how many streams this machine can serve, and admit no more."
     )

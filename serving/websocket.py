@@ -59,16 +59,12 @@ async def serve(socket: WebSocket, service: Service) -> None:
 async def hang_up(socket: WebSocket, error: NemostreamError, event: dict[str, Any]) -> None:
     """Tell why, and close; a client that is gone does not matter."""
     try:
-        if socket.application_state == WebSocketState.CONNECTED and not _stuck(error):
+        unread = isinstance(error, Expired) and error.unread  # one more event would hang too
+        if socket.application_state == WebSocketState.CONNECTED and not unread:
             await socket.send_text(json.dumps(event))
         await socket.close(name_of(error)[1], str(error).encode()[:120].decode(errors="ignore"))
     except (RuntimeError, WebSocketDisconnect):
         pass
-
-
-def _stuck(error: NemostreamError) -> bool:
-    """Whether the client does not read: then one more event would hang too."""
-    return isinstance(error, Expired) and "were not read" in str(error)
 
 
 async def _talk(socket: WebSocket, session: Session, service: Service, words: bool) -> None:
@@ -80,7 +76,7 @@ async def _talk(socket: WebSocket, session: Session, service: Service, words: bo
             message = await socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1006))
-        if data := message.get("bytes"):
+        if (data := message.get("bytes")) is not None:
             await _tell(socket, session, await session.push(data), words)
             continue
         kind, order = _order(message.get("text") or "{}")

@@ -81,6 +81,8 @@ def test_only_the_chunk_sizes_that_were_built(build: Callable[..., Any], tmp_pat
         assert model.transcribe(nemostream.demo_clip()).text
         with pytest.raises(BackendError, match=r"no engine for chunks of 80 ms .*only for 560 ms.*--chunk-ms 80"):
             model.transcribe(nemostream.demo_clip(), chunk_ms=80)
+    with pytest.raises(BackendError, match="no engine for chunks of 80 ms"):
+        nemostream.load(chunk_ms=80, precision="int8", engines=tmp_path / "engines")
 
 
 def test_engines_of_another_bundle_are_not_used(tiny_bundle: Bundle, build: Callable[..., Any], tmp_path: Path) -> None:

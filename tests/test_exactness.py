@@ -259,6 +259,23 @@ def test_a_stream_that_changes_its_chunk_size(tiny_bundle: Bundle, tiny_model: M
     assert len(tokens) > 5
 
 
+def test_every_batch_size_has_the_same_memory(demo_bundle: Bundle) -> None:
+    """A server meets all of them; the large model's would add up to gigabytes."""
+    backend, chunk = OrtBackend(demo_bundle, capacity=5, threads=1), demo_bundle.manifest.chunk(560)
+    audio = np.random.default_rng(0).standard_normal((5, chunk.samples)).astype(np.float32) * 0.1
+    seen = []
+    for rows in (5, 2, 3, 5):
+        backend.reset(np.arange(5))
+        batch = Batch(chunk, np.arange(rows), audio[:rows], np.full(rows, chunk.samples))
+        seen.append(backend.encode(batch)[0].copy())
+    bound = backend._steps[560]._bound
+    for name in ("k_new", "v_new", "conv_next", "mel", "encoded_joint", "audio"):
+        assert all(np.shares_memory(bound[2][name], bound[rows][name]) for rows in (3, 5)), name
+    np.testing.assert_array_equal(seen[0], seen[3])
+    for few in seen[1:3]:
+        np.testing.assert_allclose(few, seen[0][: len(few)], atol=1e-4)
+
+
 # -- hearing -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,11 @@ import webvtt
 import nemostream
 from nemostream import formats
 from nemostream.cli import main
+from nemostream.output import Output
 from nemostream.runtime import resume
-from nemostream.runtime.words import Word
+from nemostream.runtime.utterance import Event
+from nemostream.runtime.words import Token, Word
+from nemostream.transcribe import read_phrases
 
 HELDOUT = Path(__file__).parents[1] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
 ROWS = [row for row in map(json.loads, HELDOUT.read_text().splitlines()) if len(row["text"].split()) >= 4]
@@ -238,6 +241,7 @@ def test_phrases_that_cannot_be(run: Run, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("für\n".encode("latin-1"))
     for given, parts in (
         ("names.txt", ["--phrases", "names.txt"]),
+        ("./names", ["--phrases", "names"]),
         (tmp_path / "bad.txt", ["--phrases", "bad.txt", "line 2", "much"]),
         (tmp_path / "latin.txt", ["--phrases", "latin.txt", "UTF-8"]),
         (" ", ["phrase"]),
@@ -245,6 +249,12 @@ def test_phrases_that_cannot_be(run: Run, tmp_path: Path) -> None:
         code, out, err = run(*CLIPS, "--phrases", given)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert [part for part in parts if part not in err] == [], err
+
+
+def test_names_that_only_look_like_files() -> None:
+    assert read_phrases(["AC/DC", "node.js", "example.com", "a.b"]) == dict.fromkeys(
+        ["AC/DC", "node.js", "example.com", "a.b"], 1.0
+    )
 
 
 def test_silence_is_passed_over(run: Run, pauses: str) -> None:
@@ -271,6 +281,35 @@ def test_a_run_that_was_killed_is_resumed(
     assert (code, out) == (2, "") and str(state) in err and state.read_bytes() == kept  # of another recording
     assert run(pauses, "--format", "json", "--resume", state) == whole
     assert not state.exists()
+
+
+def test_the_state_is_kept_until_the_result_is_written(
+    run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    whole, state = run(pauses)[1], tmp_path / "state"
+    code, _, err = run(pauses, "--resume", state, "--out", "/dev/full")
+    assert code and "space" in err
+    assert state.exists()
+    assert run(pauses, "--resume", state) == (0, whole, "")
+    assert not state.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        code, out, err = run(pauses, "--resume", state, "--out", tmp_path / "a.txt")
+    assert (code, out) == (2, "") and "a.txt cannot be written" in err
+    assert not state.exists(), "it was told before anything was decoded"
+
+
+def test_an_utterance_without_a_word() -> None:
+    """A piece that is nothing but a space is a token, and no word."""
+    token = Token(0, " ", 0.5, -0.1, 0.9, 0.58)
+    event = Event("final", 0, "", "", 0.5, 0.58, 1.0, 560, (token,))
+    assert event.words == ()
+    output = Output(["a.wav"], formats.Format.json, apart=True)
+    written: list[str] = []
+    output._put = lambda name, text: written.append(text)  # type: ignore[method-assign]
+    output.write("a.wav", [event], 1.0, 560)
+    assert json.loads(written[0])["utterances"] == []
 
 
 def test_an_endpoint_that_cannot_be(run: Run) -> None:

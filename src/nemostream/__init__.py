@@ -123,7 +123,7 @@ def load(
     opened.manifest.chunk(chunk_ms)
     backend = open_backend(
         opened, device=device, precision=precision, capacity=capacity, max_batch=max_batch, threads=threads,
-        engines=engines,
+        engines=engines, chunk_ms=chunk_ms,
     )  # fmt: skip
     return Model(opened, backend, chunk_ms, confidence, delay_ms, f"{device}, {precision or 'default'} precision")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError, OptionError
-from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe
+from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, no_engine
 from nemostream.spec import Bundle, Chunk, Manifest
 
 if TYPE_CHECKING:
@@ -80,11 +80,13 @@ def open_backend(
     max_batch: int | None = None,
     threads: int | None = None,
     engines: str | Path | None = None,
+    chunk_ms: int | None = None,
 ) -> Backend:
     """A backend on the CPU or a GPU ("cuda"), with the engines that `nemostream build` left in the folder `engines`.
 
     On the CPU "fp32" (the default) needs none and "int8" does; a GPU's default is "fp16". An engine that was built for
-    this GPU on another machine is gated before it is used.
+    this GPU on another machine is gated before it is used. Raises `BackendError` if none is there, or none of
+    `chunk_ms`.
     """
     from nemostream.runtime.ort import OrtBackend
 
@@ -94,7 +96,7 @@ def open_backend(
             return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads)
         if precision not in _CAN["onnxruntime", "cpu"]:
             raise OptionError(f"a CPU runs fp32 and int8, not {precision}; choose one of them, or device='cuda'.")
-        plans = _known(bundle, store, "onnxruntime", precision, "cpu", 0)
+        plans = _known(bundle, store, "onnxruntime", precision, "cpu", 0, chunk_ms)
         return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
     if device != "cuda":
         raise OptionError(f"device is {device!r}; choose cpu or cuda.")
@@ -102,7 +104,7 @@ def open_backend(
 
     rows = min(max_batch or 64, capacity)
     gpu = CudaDevice()
-    plans = _known(bundle, store, None, precision or "fp16", gpu.architecture, rows)
+    plans = _known(bundle, store, None, precision or "fp16", gpu.architecture, rows, chunk_ms)
     for ms, plan in plans.items():
         if not plan.gate:
             figures = _gate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
@@ -261,9 +263,11 @@ def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[
 
 
 def _known(
-    bundle: Bundle, store: PlanStore, backend: str | None, precision: str, device: str, max_batch: int
-) -> dict[int, Plan]:
-    """The engines there are, by chunk size. Raises `BackendError` naming the command that builds them if none is."""
+    bundle: Bundle, store: PlanStore, backend: str | None, precision: str, device: str, max_batch: int,
+    chunk_ms: int | None,
+) -> dict[int, Plan]:  # fmt: skip
+    """The engines there are, by chunk size. Raises `BackendError` naming the command that builds them if none is, or
+    none of `chunk_ms`."""
     devices = (device,) if device == "cpu" else (device, "cuda")
     kept = store.all()
     plans: dict[int, Plan] = {}
@@ -287,6 +291,8 @@ def _known(
         command = f"nemostream build {bundle.path} --precision {precision}"
         command += " --backend onnxruntime" if device == "cpu" else f" --max-batch {max_batch}"
         raise BackendError(f"{store.folder} has no {precision} engine of {bundle.path} for this {device}: {command}")
+    if chunk_ms is not None and chunk_ms not in plans:
+        raise no_engine(chunk_ms, plans)
     return plans
 
 

@@ -52,6 +52,8 @@ class Output:
             raise OptionError(f"--format {format} makes a file for each recording: give --out FOLDER/ for several.")
         if self._path is not None and not self._path.absolute().parent.is_dir():
             raise OptionError(f"--out is in {self._path.parent}, which is no folder.")
+        if self._path is not None and not os.access(self._path if self._path.exists() else self._path.parent, os.W_OK):
+            raise OptionError(f"--out: {self._path} cannot be written.")  # better now than after hours
         self._check_targets(names)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,9 @@ class Output:
         text = " ".join(text for text, _ in written if text)
         spoken = " ".join(one.text for one in said if one.text)
         utterances = tuple(
-            Utterance(text, one.words[0].start, one.words[-1].end) for (text, _), one in zip(written, said, strict=True)
+            Utterance(text, one.words[0].start, one.words[-1].end)
+            for (text, _), one in zip(written, said, strict=True)
+            if one.words  # a piece of a word that is nothing but a space makes none
         ) if self._apart else None  # fmt: skip
         transcript = Transcript(
             # NeMo looks for what has no folder in the manifest's own.

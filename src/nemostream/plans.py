@@ -185,6 +185,7 @@ def cache_folder(kind: str) -> Path:
 def no_engine(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
     """Why a backend that has engines of some chunk sizes cannot run a step of another."""
     return BackendError(
-        f"no engine for chunks of {chunk_ms} ms was loaded, only for {', '.join(map(str, loaded))} ms; build one with "
-        f"`nemostream build --chunk-ms {chunk_ms}`."
+        f"there is no engine for chunks of {chunk_ms} ms, only for {', '.join(map(str, loaded))} ms; build one with "
+        f"`nemostream build BUNDLE --chunk-ms {chunk_ms}` and the --precision and --backend of the others, or choose "
+        "one of theirs."
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nemostream.captions import Captions
 from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError
 from nemostream.output import MICROPHONE, STDIN, Output
+from nemostream.runtime.resume import discard
 
 if TYPE_CHECKING:
     from nemostream.runtime.recognition import Options
@@ -39,8 +40,8 @@ def read_phrases(given: Sequence[str]) -> dict[str, float]:
         if _is_file(text):
             phrases |= _phrases_of(Path(text))
             continue
-        if "/" in text or re.search(r"\.\w{2,4}$", text):
-            raise OptionError(f"--phrases: {text} looks like a file, and is none.")
+        if re.search(r"^(\.{0,2}/|~)|\.(txt|tsv|csv|lst|list)$", text):
+            raise OptionError(f"--phrases: {text} looks like a file, and is none (a phrase like it goes into a file).")
         phrases[text] = 1.0
     return phrases
 
@@ -102,6 +103,8 @@ def transcribe_files(
                     captions.over(index)
                     with captions.aside():
                         output.write(name, said, duration, model.chunk_ms)
+                    if resume:
+                        discard(resume)  # not before what was said is written
         finally:  # on Ctrl-C, or when nobody reads our output: do not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
     return code
@@ -173,6 +176,7 @@ def _transcribe_one(
         on_partial=lambda partial: captions.said(index, partial.text, partial.text.rfind(" ") + 1),
         on_progress=lambda seconds: captions.heard(index, seconds),
         resume=resume,
+        keep_state=True,
         **options,
     )
     return [result], result.duration

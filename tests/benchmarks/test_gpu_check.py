@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,55 @@ def test_streams_are_what_fits_into_a_chunk() -> None:
     ]
     assert gpu_speed._streams(rows, 80) == 128
     assert gpu_speed._streams(rows, 560) == 6 * 256
+
+
+SAYS = """
+import json, os, pathlib, subprocess, sys, time
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+write = lambda found: (folder / f"{name}.json").write_text(json.dumps(found))
+write({"by now": 1})
+print("words of", name)
+sys.stdout.flush()
+if name == "crashes":
+    os.abort()
+if name == "hangs":
+    child = subprocess.Popen(["sleep", "1000"])
+    write({"by now": child.pid})
+    time.sleep(1000)
+write({"all": 2})
+"""
+
+
+def test_a_section_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    """One that crashes, one that hangs with a child of its own: what they found until then is kept, and nothing of them
+    goes on."""
+    kept: list[list[str]] = []
+    report = gpu_check.in_processes(
+        {"crashes": 20, "hangs": 3, "works": 20},
+        lambda name, minutes: [sys.executable, "-c", SAYS, str(tmp_path), name],
+        tmp_path, 1, lambda report: kept.append([*report]),
+    )  # fmt: skip
+    assert report["works"] == {"all": 2}
+    assert report["crashes"] == {"by now": 1, "error": "ended with SIGABRT", "log": ["words of crashes"]}
+    assert report["hangs"]["error"] == "was not done after 3 s"
+    state = Path(f"/proc/{report['hangs']['by now']}/stat")
+    assert not state.exists() or ") Z " in state.read_text()
+    assert [len(names) for names in kept] == [2, 3, 4] and "works" in kept[-1]
+    late = gpu_check.in_processes({"works": 20}, lambda name, minutes: ["false"], tmp_path, 0, lambda report: None)
+    assert "run it alone with --only works" in late["works"]["error"]
+    assert "**crashes**: not done: ended with SIGABRT" in gpu_check.show(report)
+
+
+def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(here: gpu_check.Here) -> dict[str, Any]:
+        assert here.report == {"bandwidth": {"copy_bytes_per_second": 5}}
+        here.keep({"rows": [1]})
+        raise ValueError("odd")
+
+    (tmp_path / "report.json").write_text('{"bandwidth": {"copy_bytes_per_second": 5}}')
+    monkeypatch.setitem(gpu_check.SECTIONS, "speed", (fails, 1))
+    gpu_check.main(["--section", "speed", "--scratch", str(tmp_path)])
+    assert json.loads((tmp_path / "speed.json").read_text()) == {"rows": [1], "error": "ValueError: odd"}
 
 
 def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

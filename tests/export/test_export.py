@@ -83,6 +83,8 @@ REFUSALS = [
     ("decoder._target_", "nemo.collections.asr.modules.StatelessTransducerDecoder"),
     ("decoder.normalization_mode", "layer"),
     ("joint.jointnet.activation", "gelu"),
+    ("decoding.greedy.max_symbols", None),
+    ("decoding.greedy.max_symbols", 0),
     ("tokenizer.type", "wpe"),
     ("adapters", {"speaker": {"enabled": True}}),
 ]

@@ -255,6 +255,8 @@ def test_a_step_that_raises_ends_its_streams_and_no_others(serve, manifest, fake
             raise raised
 
     setattr(backend, where, fail)
+    failures: list[Exception] = []
+    scheduler.on_failure = failures.append
     hit = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
     spared = open_(scheduler, manifest.chunk(560))
     audio = noise(6, 30_000)
@@ -268,6 +270,7 @@ def test_a_step_that_raises_ends_its_streams_and_no_others(serve, manifest, fake
     scheduler.end(spared)
     scheduler.wait(spared)
     assert said(spared) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert failures == [raised] * sum(ms == 80 for ms, _ in backend.batches)  # by step, not by stream
     setattr(backend, where, fake.nothing)
     assert said(transcribe(scheduler, manifest, audio, 80)) == said(spared)
 

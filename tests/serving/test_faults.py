@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import socket as sockets
@@ -20,6 +21,7 @@ import openai
 import pytest
 import riva.client
 import schemathesis
+import soundfile
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -332,6 +334,41 @@ def test_a_client_that_sends_too_fast_is_read_more_slowly_and_loses_nothing(serv
         assert done(socket) == spoken[0].text
         # Two seconds' worth may come at once; what is beyond takes its time.
         assert time.monotonic() - began >= len(spoken[0].pcm) / 64_000 - 2.1
+
+
+def test_messages_of_several_chunks_are_watched_too(serve_here: Any, spoken: Any) -> None:
+    """A client that sends 200 ms at a time in chunks of 80 ms has results that can come late."""
+    with serve_here(measure=False, chunk_ms=80) as running:
+        socket = opened(running)
+        for start in range(0, 10 * 6400, 6400):
+            socket.send(spoken[0].pcm[start : start + 6400])
+        done(socket)
+        assert running.metric("nemostream_latency_seconds_count") > 5
+        socket = opened(running)
+        before = running.metric("nemostream_latency_seconds_count")
+        socket.send(4 * spoken[0].pcm[:64000])  # eight seconds at once: nobody talks like that
+        done(socket)
+        assert running.metric("nemostream_latency_seconds_count") == before
+
+
+def test_nobody_decodes_for_a_client_that_is_gone(serve_here: Any, spoken: Any) -> None:
+    with serve_here(measure=False) as running:
+        seconds, edge = 1800, "AaB03x"
+        wav = io.BytesIO()
+        soundfile.write(wav, np.resize(np.frombuffer(spoken[0].pcm, np.int16), 8000 * seconds), 8000, format="WAV")
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'.encode()
+        body = head + wav.getvalue() + f"\r\n--{edge}--\r\n".encode()
+        with sockets.create_connection(("127.0.0.1", running.http)) as client:
+            client.sendall(
+                f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: 127.0.0.1:{running.http}\r\nContent-Length: "
+                f"{len(body)}\r\nContent-Type: multipart/form-data; boundary={edge}\r\n\r\n".encode()
+                + body
+            )
+            eventually(lambda: running.metric("nemostream_audio_seconds_total") > 10)
+        eventually(lambda: not running.service.sessions)
+        assert 10 < running.metric("nemostream_audio_seconds_total") < seconds / 2
+        eventually(lambda: free(running) == slots(running))
+        assert done_with(running, spoken[0].pcm) == spoken[0].text
 
 
 def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:

@@ -185,6 +185,8 @@ def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None
                 ({"type": "session.update", "session": {"type": "realtime"}}, "transcription"),
                 ({"type": "session.update", "session": manual(format={"type": "audio/mp3"})}, "format"),
                 ({"type": "session.update", "session": 7}, "session"),
+                ({"type": "session.update", "session": manual(format={"type": "audio/pcm", "rate": 1})}, "sample_rate"),
+                ({"type": "session.update", "session": manual(format={"type": ["audio/pcm"]})}, "format"),
                 ({"type": "input_audio_buffer.append", "audio": "not base64!"}, "base64"),
                 ({"type": "input_audio_buffer.append"}, "base64"),
                 ({"type": "input_audio_buffer.commit"}, "100 ms"),

@@ -319,6 +319,7 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["--port", "x"], "port"), (["--max-streams", "0"], "max_streams"), (["--sing"], "--sing"),
+     (["--endpoint-ms", "60001"], "endpoint_ms"),
      (["--config", "/nowhere.toml"], "/nowhere.toml"), (["--tls-cert", "/nowhere.pem"], "tls_key")],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> None:

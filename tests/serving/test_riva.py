@@ -139,6 +139,28 @@ def test_offline_recognition_of_files_and_of_bare_samples(server: Any, spoken: A
     assert not service.offline_recognize(bytes(32000), config).results[0].alternatives
 
 
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_an_mp3_needs_no_tag(server: Any, spoken: Any, tmp_path: Path, rate: int) -> None:
+    """libsndfile writes none; samples that begin as its frames do are samples."""
+    import soxr
+
+    import nemostream
+
+    audio, _ = soundfile.read(spoken[0].path, dtype="float32")
+    path = tmp_path / "clip.mp3"
+    soundfile.write(path, soxr.resample(audio, 16000, rate), rate)
+    assert path.read_bytes()[:1] == b"\xff"
+    with nemostream.load() as model:
+        wanted = model.transcribe(path).text
+        bare = path.read_bytes()[:4] + spoken[0].pcm
+        of_samples = model.transcribe(np.frombuffer(bare, "<i2")).text
+    config = riva.client.RecognitionConfig(sample_rate_hertz=16000, language_code="en-US")
+    service = recogniser(server)
+    for data, text in ((path.read_bytes(), wanted), (bare, of_samples)):
+        results = service.offline_recognize(data, config).results
+        assert "".join(result.alternatives[0].transcript for result in results).strip() == text
+
+
 def test_a_low_rate_stereo_file(server: Any, spoken: Any, tmp_path: Path) -> None:
     import nemostream
 

@@ -152,6 +152,15 @@ def test_a_bad_message_ends_the_stream_with_a_sentence(server: Any, message: str
         assert socket.close_code == code
 
 
+def test_an_empty_message_is_no_audio(server: Any, spoken: Any) -> None:
+    with connect(f"{server.socket}/v1/stream") as socket:
+        socket.recv()
+        for part in (b"", spoken[0].pcm, b""):
+            socket.send(part)
+        socket.send(json.dumps({"type": "finish"}))
+        assert [json.loads(event) for event in socket][-1]["text"] == spoken[0].text
+
+
 def test_an_oversized_message_is_not_taken(server: Any) -> None:
     with connect(f"{server.socket}/v1/stream") as socket:
         socket.recv()

@@ -163,6 +163,7 @@ class Marked:
 class HostKernels:
     def __init__(self, device: HostDevice, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> None:
         self.conditional = device.conditional and bool(macros["CONDITIONAL"])
+        self.failures = [] if device.conditional else ["no conditions here"]
         macros = {**macros, "CONDITIONAL": int(self.conditional)}
         self._device, self._unit = device, compile_for_cpu(sources.source(), macros, entries)
         self._entries = entries
