@@ -210,7 +210,7 @@ def _verbose(recording: Upload, finals: list[Event], words: list[Word], wanted: 
         "usage": {"type": "duration", "seconds": round(recording.seconds)},
     }  # fmt: skip
     if "word" in wanted:
-        body["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in words]
+        body["words"] = [{"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in words]
     if "segment" in wanted:
         body["segments"] = [
             {

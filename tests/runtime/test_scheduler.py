@@ -447,8 +447,8 @@ def test_the_patient_wait_for_a_slot(serve, manifest, fake):
 def test_a_state_that_does_not_fit_ends_the_stream_it_was_for(serve, manifest, fake):
     scheduler, _ = serve(capacity=2)
     seat = open_(scheduler, manifest.chunk(80), saved={"position": np.zeros(3)})
-    scheduler.accept(seat, noise(0, 199))
     with pytest.raises(OptionError, match="the saved state is of another model"):
+        scheduler.accept(seat, noise(0, 199))
         while True:
             scheduler.wait(seat)
     audio = noise(1, 5000)

@@ -415,18 +415,25 @@ def test_admission_is_measured(serve_here: Any) -> None:
         assert running.service.describe()["admitted"] == running.metric("nemostream_streams_admitted")
 
 
+def alone(running: Any) -> Callable[[float], None]:
+    """`judge` for a test that passes seconds itself: those of the clock do not count."""
+    judge: Callable[[float], None] = running.service.judge
+    running.service.judge = lambda late: None
+    return judge
+
+
 def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, degrade=True, chunk_ms=80) as running:
-        service = running.service
+        service, judge = running.service, alone(running)
         socket = opened(running, "chunk_ms=160")
         large = opened(running, "chunk_ms=1120")
         assert not service.overloaded and service.level == 0
-        service.judge(1.5)
-        service.judge(0.1)  # a single good second
-        service.judge(1.5)
+        judge(1.5)
+        judge(0.1)  # a single good second
+        judge(1.5)
         assert service.level == 0
-        service.judge(1.5)
-        service.judge(1.5)
+        judge(1.5)
+        judge(1.5)
         assert service.level == 1  # three bad ones in a row
         socket.send(spoken[0].pcm)
         large.send(spoken[0].pcm)
@@ -436,9 +443,9 @@ def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any
         with nemostream.load(chunk_ms=1120) as model:
             assert done(large) == model.transcribe(spoken[0].path).text  # there is no larger one
         for _ in range(9):
-            service.judge(0.1)
+            judge(0.1)
         assert service.level == 1
-        service.judge(0.1)
+        judge(0.1)
         assert service.level == 0
         again = opened(running, "chunk_ms=160")
         again.send(spoken[0].pcm)
@@ -448,13 +455,13 @@ def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any
 
 def test_an_overloaded_machine_takes_nobody(serve_here: Any) -> None:
     with serve_here(measure=False) as running:
-        service = running.service
+        service, judge = running.service, alone(running)
         for _ in range(3):
-            service.judge(2.0)
+            judge(2.0)
         with pytest.raises(CapacityError, match="behind"):
             service.open("test")
         assert service.level == 0  # nothing is degraded unless that was asked for
-        service.judge(0.2)
+        judge(0.2)
         service.open("test").close()
 
 
