@@ -7,7 +7,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-CLIP_TEXT = "two zero two six four one five eight"  # what the voice of "clip" says
+CLIP_TEXT = "After the tone, say your busy message and then press the pound key."  # what the voice of "clip" says
 
 
 def read_clip(name: str, sample_rate: int) -> NDArray[np.float32]:
