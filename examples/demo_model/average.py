@@ -1,6 +1,6 @@
 """The mean of checkpoints of one run, which hears better than either.
 
-    python average.py demo-47500.nemo demo-52300.nemo --out demo.nemo
+python average.py demo-47500.nemo demo-52300.nemo --out demo.nemo
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from nemostream.errors import BackendError
 from nemostream.spec import Bundle, Chunk
 
 STEPS = 14
-WORST = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.999, "fp8": 0.99}
+WORST = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.99, "fp8": 0.99}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(demo_bundle: Bundle, tmp_
     encoder = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     wanted = stream(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
     alone = stream(encoder, demo_bundle, chunk, audio)
-    assert cosines(alone, wanted).min() > 0.9995
+    assert cosines(alone, wanted).min() > 0.999
     crowd = stream(encoder, demo_bundle, chunk, audio, rows=5)
     np.testing.assert_allclose(crowd[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
     model = onnx.load(path, load_external_data=False)
