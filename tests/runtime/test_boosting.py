@@ -197,6 +197,9 @@ def test_tokens_equal_nemos_with_its_boosting_tree(
             )
             for _ in range(12)
         ]
+        # And tokens that it did not say: of a third of all, some are what it nearly said.
+        others = np.setdiff1d(np.arange(vocabulary), before)
+        phrases += [([int(token)], phrases[0][1]) for token in rng.choice(others, vocabulary // 3, replace=False)]
         wanted = [int(token) for token in nemo_decoding(oracle, nemo_tree(phrases, vocabulary))(encoded).y_sequence]
         backend.reset(np.array([0]))
         backend.boost(0, Boosting(phrases, vocabulary))

@@ -364,7 +364,7 @@ def test_no_more_streams_than_slots(demo_bundle: Bundle) -> None:
 @needs_compiler
 def test_a_chunk_size_without_an_engine(demo_bundle: Bundle) -> None:
     with nemostream.Model(demo_bundle, make_backend(demo_bundle, [80], HostDevice()), 80) as model:
-        with pytest.raises(BackendError, match=r"chunks of 560 ms .*nemostream build --chunk-ms 560"):
+        with pytest.raises(BackendError, match=r"chunks of 560 ms, .*nemostream build BUNDLE --chunk-ms 560"):
             model.transcribe(nemostream.demo_clip(), chunk_ms=560)
         assert model.transcribe(nemostream.demo_clip()).text
 
