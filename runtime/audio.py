@@ -138,8 +138,8 @@ class Recording:
             raise AudioError(f"{self._name} has no header; feed raw 16-bit PCM through a pipe instead.") from error
         except (soundfile.LibsndfileError, OSError) as error:
             raise AudioError(
-                f"{self._name} cannot be read as audio ({_why(error)}). It is damaged, no audio, or of a format that "
-                "libsndfile does not read; WAV, FLAC, Ogg and MP3 it does: ffmpeg -i RECORDING talk.flac makes one."
+                f"{self._name} cannot be read as audio (damaged, not audio at all, or neither WAV, FLAC, Ogg nor MP3, "
+                f"which ffmpeg -i RECORDING talk.flac would mend): {_why(error)}"
             ) from error
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels

@@ -54,9 +54,9 @@ def test_utterances_end_by_silence_and_say_where(server: Any, spoken: Any) -> No
     """The events are those of the same stream in Python, whatever the messages' sizes."""
     audio = np.frombuffer(spoken[0].pcm + bytes(64000) + spoken[3].pcm + bytes(64000), np.int16)
     with nemostream.load() as model:
-        rule = nemostream.Endpoint(silence_ms=960, longest_ms=2000, decoder="reset")
+        rule = nemostream.Endpoint(silence_ms=960, longest_ms=2600, decoder="reset")
         wanted = [event for event in model.listen(audio, chunk_ms=160, endpoint=rule) if event.kind != "partial"]
-    with connect(f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&longest_ms=2000&decoder=reset") as socket:
+    with connect(f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&longest_ms=2600&decoder=reset") as socket:
         *events, _ = talk(socket, audio.tobytes(), 2222)
     for event in events:
         assert event["type"] == "end" or event["text"].startswith(event["stable"])
