@@ -203,7 +203,7 @@ def engines(here: Here) -> Report:
                     plan, _ = build_engine(
                         here.demo, chunk, precision, here.store, backend=backend, target=target, max_batch=8
                     )
-                    figures = {"recipe": plan.recipe.stem, "seconds": plan.seconds, "gated": bool(plan.gate)}
+                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds, "gated": bool(plan.gate)}
                     figures |= plan.gate
                 except Exception as error:  # libraries have their own kinds
                     figures = {"refused": f"{error}"}

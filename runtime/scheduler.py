@@ -267,7 +267,9 @@ class Scheduler:
     def _reset(self, slots: list[int]) -> None:
         self._backend.reset(np.array(slots, np.int64))
         with self._lock:
-            seats = [(slot, self._seats[slot]) for slot in slots if slot in self._seats]
+            # Meanwhile a slot may have got another stream, whose own reset is still to come.
+            mine = [slot for slot in slots if slot in self._seats and slot not in self._resets]
+            seats = [(slot, self._seats[slot]) for slot in mine]
         for slot, seat in seats:
             try:
                 if seat.phrases:

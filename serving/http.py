@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from importlib import resources
 from typing import Annotated, Any, Literal, cast
@@ -292,8 +292,8 @@ class Doors:
         return measured
 
 
-def given_key(headers: Headers) -> str:
-    """The key that a request carries, or nothing."""
+def given_key(headers: Mapping[str, str]) -> str:
+    """The key that a request carries, or nothing; headers are asked for by small letters."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key:
         return key.strip()

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import grpc
 from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
-from starlette.datastructures import Headers
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.utterance import Event
@@ -178,7 +177,7 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         if not self._keys:
             return
         given = dict(context.invocation_metadata() or ())
-        key = given_key(Headers({name: str(value) for name, value in given.items()}))
+        key = given_key({name: str(value) for name, value in given.items()})
         if not authorised(key, self._keys):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed: send authorization: Bearer KEY.")
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from nemostream.captions import Captions
 from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError
 from nemostream.output import MICROPHONE, STDIN, Output
-from nemostream.runtime.resume import discard
 
 if TYPE_CHECKING:
     from nemostream.runtime.recognition import Options
@@ -84,6 +83,8 @@ def transcribe_files(
 
     `resume` is a file for the state of a single recording.
     """
+    from nemostream.runtime.resume import discard
+
     code, pool = 0, ThreadPoolExecutor(min(len(names), TOGETHER))
     with Captions(names, live) as captions:
         jobs = [

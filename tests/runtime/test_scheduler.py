@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemostream.errors import BackendError, CapacityError, NemostreamError, OptionError, StreamError
+from nemostream.runtime.boosting import NO_PHRASES
 from nemostream.runtime.scheduler import Scheduler
 from nemostream.runtime.stream import Stream
 
@@ -442,6 +443,22 @@ def test_the_patient_wait_for_a_slot(serve, manifest, fake):
         with pytest.raises(StreamError, match="the model was closed"):
             late.result(WAIT)
         assert held.error
+
+
+def test_a_state_outlives_the_reset_for_the_stream_before(serve, manifest):
+    """Its slot is taken while the backend still resets it for one that is gone already."""
+    scheduler, backend = serve(capacity=1)
+    backend.on_reset = gate = Gate()
+    first = open_(scheduler, manifest.chunk(80))
+    assert gate.entered.wait(WAIT)
+    scheduler.leave(first)
+    state = {"position": np.array(7), "checksum": np.array(5), "phrases": NO_PHRASES}
+    open_(scheduler, manifest.chunk(80), saved=state)
+    gate.opened.set()
+    backend.on_reset = lambda slots: None
+    scheduler.call(lambda backend: None)  # a turn of the thread, and with it the second reset
+    found = scheduler.call(lambda backend: backend.save(0))
+    assert (int(found["position"]), int(found["checksum"])) == (7, 5)
 
 
 def test_a_state_that_does_not_fit_ends_the_stream_it_was_for(serve, manifest, fake):
