@@ -46,9 +46,10 @@ def make(request: pytest.FixtureRequest, talker: Bundle) -> Any:
 
 
 def phrases_of(bundle: Bundle, seed: int = 0) -> Boosting:
+    """So heavy that whatever is said is of them."""
     rng, vocabulary = np.random.default_rng(seed), bundle.manifest.decoder.vocabulary
     few = rng.choice(vocabulary, 8, replace=False)
-    return Boosting([(rng.choice(few, rng.integers(1, 6)).tolist(), 2.0) for _ in range(30)], vocabulary)
+    return Boosting([(rng.choice(few, rng.integers(1, 6)).tolist(), 50.0) for _ in range(30)], vocabulary)
 
 
 def step(backend: Backend, bundle: Bundle, part: tuple[np.ndarray, int], slot: int, ms: int) -> list[tuple[Any, ...]]:
