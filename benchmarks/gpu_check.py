@@ -52,6 +52,7 @@ from nemostream.plans import PRECISIONS, PlanStore
 from nemostream.runtime import kernels
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.gpu import GpuBackend
+from nemostream.runtime.ort_cuda import check_provider
 from nemostream.spec import Bundle, Chunk
 
 _BATCHES = (1, 8, 64, 256, 1024)
@@ -93,7 +94,8 @@ class Here:
             if backend in self._unusable:
                 continue
             try:
-                _needs(backend)
+                if backend == "onnxruntime":
+                    check_provider()  # or a graph would first be written for minutes
                 plans = {
                     chunk.ms: build_engine(
                         bundle, chunk, "fp16", self.store, backend=backend, target=target, max_batch=capacity - 1
@@ -107,15 +109,6 @@ class Here:
         alone = GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=capacity - 1)
         give_frames(alone)
         return alone, f"none ({'; '.join(self._unusable.values())})"
-
-
-def _needs(backend: str) -> None:
-    """Raises `BackendError` at once where a graph would first be written for minutes."""
-    if backend == "onnxruntime":
-        import onnxruntime
-
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise BackendError("this ONNX Runtime has no CUDA: pip install 'nemostream[cuda]'.")
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -199,7 +192,8 @@ def engines(here: Here) -> Report:
                     return found | {"left_out": "for time"}
                 here.say(f"{backend} {precision} {chunk.ms} ms")
                 try:
-                    _needs(backend)
+                    if backend == "onnxruntime":
+                        check_provider()
                     plan, _ = build_engine(
                         here.demo, chunk, precision, here.store, backend=backend, target=target, max_batch=8
                     )
@@ -328,11 +322,11 @@ def show(report: Report) -> str:
     env = report.get("environment", {})
     lines += [f"{env.get('nvidia_smi') or env.get('gpu')}; commit {env.get('commit')}; {report['seconds']:.0f} s", ""]
     for name, section in report.items():
-        if not isinstance(section, dict) or name in ("environment", "speed"):
+        if not isinstance(section, dict) or name == "environment":
             continue
         if "error" in section:
             lines.append(f"* **{name}**: not done: {section['error']}")
-        else:
+        elif name != "speed":  # which has a table
             told = {k: v for k, v in section.items() if not isinstance(v, list | dict)}
             lines.append(f"* **{name}**: {told or 'see the JSON'}")
     rows = report.get("speed", {}).get("rows", [])

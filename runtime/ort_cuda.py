@@ -21,6 +21,15 @@ _BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type
 _TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": _BFLOAT16}
 
 
+def check_provider() -> None:
+    """Raises `BackendError` if this ONNX Runtime has no CUDA provider."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise BackendError(
+            "this ONNX Runtime has no CUDA provider: "
+            "pip install 'nemostream[cuda]' && pip install --force-reinstall --no-deps onnxruntime-gpu."
+        )
+
+
 class OrtCudaEncoder:
     """The typed graph in `path`; `graph` is the bundle's own, whose names and shapes it shares.
 
@@ -30,11 +39,7 @@ class OrtCudaEncoder:
     capturable = False  # ONNX Runtime records by itself; one recording cannot hold another
 
     def __init__(self, path: Path, graph: Graph, cell: str, device: CudaDevice) -> None:
-        if "CUDAExecutionProvider" not in ort.get_available_providers():
-            raise BackendError(
-                "this ONNX Runtime has no CUDA provider: "
-                "pip install 'nemostream[cuda]' && pip install --force-reinstall --no-deps onnxruntime-gpu."
-            )
+        check_provider()
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA's libraries from their own Python packages
         self.cell, self._graph, self._path = cell, graph, path

@@ -260,17 +260,11 @@ class Scheduler:
         try:
             work(slots)
         except Exception as error:
-            with self._lock:
-                seats = [self._seats[slot] for slot in slots if slot in self._seats]
-            self._fail(seats, error, steps=0)
+            self._fail(list(self._owners(slots).values()), error, steps=0)
 
     def _reset(self, slots: list[int]) -> None:
         self._backend.reset(np.array(slots, np.int64))
-        with self._lock:
-            # Meanwhile a slot may have got another stream, whose own reset is still to come.
-            mine = [slot for slot in slots if slot in self._seats and slot not in self._resets]
-            seats = [(slot, self._seats[slot]) for slot in mine]
-        for slot, seat in seats:
+        for slot, seat in self._owners(slots).items():
             try:
                 if seat.phrases:
                     self._backend.boost(slot, seat.phrases)
@@ -279,6 +273,11 @@ class Scheduler:
                     seat.saved = None
             except Exception as error:
                 self._fail([seat], error, steps=0)
+
+    def _owners(self, slots: list[int]) -> dict[int, Seat]:
+        """Whom a change of the slots was for, not who got one meanwhile, whose own reset is still to come."""
+        with self._lock:
+            return {slot: self._seats[slot] for slot in slots if slot in self._seats and slot not in self._resets}
 
     def _forget(self, slots: list[int]) -> None:
         self._backend.forget(np.array(slots, np.int64))

@@ -241,7 +241,8 @@ def _options(config: Any) -> dict[str, Any]:
 
 
 def _is_mp3(data: bytes) -> bool:
-    """Whether it begins with two frames of MPEG audio layer III (ISO 11172-3, 2.4.1): of samples, one is chance."""
+    """Whether it begins with two frames of MPEG audio layer III (ISO 11172-3, 2.4.1). Samples may look like one header,
+    and that is enough for libsndfile."""
     size = _mp3_frame(data[:4])
     return size > 0 and _mp3_frame(data[size : size + 4]) > 0
 

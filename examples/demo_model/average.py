@@ -1,6 +1,8 @@
-"""The mean of checkpoints of one run, which hears better than either.
+"""The mean of checkpoints of one run.
 
-python average.py demo-47500.nemo demo-52300.nemo --out demo.nemo
+    python average.py demo-47500.nemo demo-52300.nemo --out demo.nemo
+
+README.md says what it gave.
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ def test_a_section_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     late = gpu_check.in_processes({"works": 20}, lambda name, minutes: ["false"], tmp_path, 0, lambda report: None)
     assert "run it alone with --only works" in late["works"]["error"]
     assert "**crashes**: not done: ended with SIGABRT" in gpu_check.show(report)
+    assert "**speed**: not done: it hung" in gpu_check.show({"speed": {"error": "it hung"}, "seconds": 1.0})
 
 
 def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
