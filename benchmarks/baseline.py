@@ -279,7 +279,7 @@ def _draw(result: Record, axes: Any) -> None:
 
 
 @contextlib.contextmanager
-def _prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator[tuple[Path, Bundle]]:
+def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator[tuple[Path, Bundle]]:
     """Checkpoint and bundle, made in a temporary folder as far as they are not given."""
     from nemostream.export import export_checkpoint
 
@@ -318,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measure() -> Record:
         if find_spec("nemo") is None:
             raise OptionError("the baseline needs NeMo: pip install 'nemostream[export,bench]'")
-        with _prepared(options.checkpoint, options.bundle, record.say) as (checkpoint, bundle):
+        with prepared(options.checkpoint, options.bundle, record.say) as (checkpoint, bundle):
             return compare_steps(
                 bundle, checkpoint, options.sides, options.batch, options.chunk_ms, options.repeats, options.threads,
                 options.device or _device_here(), options.engines, say=record.say,

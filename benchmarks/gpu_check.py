@@ -15,10 +15,14 @@ crashes or hangs says so and leaves the others' figures alone. The report is wri
 * soak: 10,000 steps, streams coming and going, boosted and not; free memory before and after;
 * speed: a full-size model of random weights that says about `TOKENS_PER_SECOND` per stream; per chunk size and batch
   the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, with phrases for
-  every stream, and launched back to back; the floor; how many streams that makes;
+  every stream, and launched back to back; the encoder alone, and the step without decoding; the floor; how many streams
+  that makes;
+* baseline: NeMo's own step beside ours, eager in bf16 and captured in a CUDA graph, if NeMo is installed (`baseline`);
 * engine_in_a_loop: can an engine's work be in the body of a WHILE node? Last, for where it cannot the driver crashes.
 
-Without an engine that runs here, speed is measured of all but the encoder (features, gather, scatter, decoding).
+Without an engine that runs here, speed is measured of all but the encoder (features, gather, scatter, decoding). What
+is to be reached, and whether it was, ends the report. A section run with `--only` joins the report of the others that
+is there already, if that was made in the same environment, of the same commit.
 """
 
 from __future__ import annotations
@@ -37,15 +41,18 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks import record
+from nemostream.benchmarks import gpu_goals, record
+from nemostream.benchmarks.baseline import compare_steps, prepared
 from nemostream.benchmarks.gpu_speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
 from nemostream.benchmarks.random_bundle import random_bundle
+from nemostream.benchmarks.ring import OURS
 from nemostream.engines import build_engine, open_gpu
 from nemostream.errors import BackendError
 from nemostream.plans import PRECISIONS, PlanStore
@@ -57,6 +64,7 @@ from nemostream.spec import Bundle, Chunk
 
 _BATCHES = (1, 8, 64, 256, 1024)
 _TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # what rests on little first
+_SIDES = ("ours fp16", "nemo bf16", "nemo graph")
 _GRACE = 60.0  # seconds that what was begun may take beyond `--minutes`
 
 
@@ -222,6 +230,23 @@ def full_speed(here: Here) -> Report:
     return speed(bundle, here.best, options.batch, options.repeats, rate, here.say, here.until, here.keep)
 
 
+def baseline(here: Here) -> Report:
+    """Raises `BackendError` where NeMo or PyTorch's CUDA is missing."""
+    if find_spec("nemo") is None:
+        raise BackendError("NeMo is not installed here: pip install 'nemostream[export,bench]'.")
+    found: Report = {}
+    with prepared(None, None, here.say) as (checkpoint, bundle):
+        for device in ("cuda", "cuda:onnxruntime"):
+            found = compare_steps(
+                bundle, checkpoint, _SIDES, (1,), (80, 560), here.options.repeats, device=device,
+                engines=here.scratch / "engines", say=here.say,
+            )  # fmt: skip
+            here.keep(found)
+            if any(row["case"]["side"].startswith(OURS) for row in found["rows"]):
+                break
+    return found
+
+
 def engine_in_a_loop(here: Here) -> Report:
     """The body runs once: nobody sets the condition."""
     device = here.device()
@@ -251,6 +276,7 @@ SECTIONS: dict[str, tuple[Callable[[Here], Report], float]] = {
     "engines": (engines, 300),
     "soak": (soaking, 120),
     "speed": (full_speed, 480),
+    "baseline": (baseline, 300),
     "engine_in_a_loop": (engine_in_a_loop, 60),
 }
 
@@ -333,15 +359,28 @@ def show(report: Report) -> str:
     if rows:
         columns = {
             "p50 ms": "p50_ms", "p99 ms": "p99_ms", "silent p50": "silent_p50_ms", "gathered p50": "gathered_p50_ms",
-            "boosted p50": "boosted_p50_ms", "pipelined": "pipelined_ms", "submit": "submit_ms", "floor": "floor_ms",
-            "tokens/s": "tokens_per_second",
+            "boosted p50": "boosted_p50_ms", "pipelined": "pipelined_ms", "host": "host_ms", "encoder": "encoder_ms",
+            "undecoded": "undecoded_ms", "floor": "floor_ms", "tokens/s": "tokens_per_second",
         }  # fmt: skip
         lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
         lines.append("|---" * (2 + len(columns)) + "|")
         for row in rows:
             figures = (f"{row[field]:.2f}" if field in row else "–" for field in columns.values())
             lines.append(f"| {row['chunk_ms']} ms | {row['batch']} | {' | '.join(figures)} |")
+    if reached := gpu_goals.show(report):
+        lines += ["", reached]
     return "\n".join(lines) + "\n"
+
+
+def joined(path: Path, report: Report) -> Report:
+    """The report, with the other sections of the one in `path` if that was made here, of the same code."""
+    try:
+        before: Report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return report
+    if before.get("environment") != report.get("environment"):
+        return report
+    return before | report | {"seconds": before["seconds"] + report["seconds"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -385,13 +424,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own += ["--batch", *map(str, options.batch)]
             return [sys.executable, "-m", "nemostream.benchmarks.gpu_check", *own]
 
-        def keep(report: Report) -> None:
-            report["command"] = shlex.join(sys.argv)
-            write(scratch / "report.json", as_json(report))
-            write(options.out / f"gpu-{name}.json", as_json(report))
-            write(options.out / f"gpu-{name}.md", show(report))
+        path = options.out / f"gpu-{name}.json"
+        earlier = scratch / "earlier.json"
+        if options.only and path.is_file():
+            shutil.copyfile(path, earlier)
 
-        print(show(in_processes(chosen, command, scratch, options.minutes, keep, say)), end="")
+        def keep(report: Report) -> None:
+            report = joined(earlier, report) | {"command": shlex.join(sys.argv)}
+            write(scratch / "report.json", as_json(report))
+            write(path, as_json(report))
+            write(path.with_suffix(".md"), show(report))
+
+        in_processes(chosen, command, scratch, options.minutes, keep, say)
+        print(path.with_suffix(".md").read_text(), end="")
 
 
 def _section(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.features import some_phrases
+from nemostream.benchmarks.floor import encoder_work
 from nemostream.engines import speech
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.boosting import Boosting
@@ -116,8 +117,8 @@ def step_times(
 
 
 def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
-    """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that the
-    host's share, the time it spends in `submit` and in reading results."""
+    """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that
+    what the host spends on it, in `submit` and in reading the result."""
     slots = np.arange(rows)
     audio = np.zeros((rows, chunk.samples), np.float32)
     audio[:] = np.resize(speech(backend.manifest)[0], audio.shape)
@@ -129,10 +130,51 @@ def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> 
         begin = time.perf_counter()
         pending.append(backend.submit(batch))
         host += time.perf_counter() - begin
-        pending.pop(0).result()
+        step = pending.pop(0)
+        assert step.mark
+        step.mark.wait()
+        begin = time.perf_counter()
+        step.result()
+        host += time.perf_counter() - begin
     total = time.perf_counter() - start
     pending.pop().result()
-    return {"pipelined_ms": 1000 * total / repeats, "submit_ms": 1000 * host / repeats}
+    return {"pipelined_ms": 1000 * total / repeats, "host_ms": 1000 * host / repeats}
+
+
+def stage_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
+    """Milliseconds on the device of the step as it is launched, of one that decodes nothing, and of the encoder alone.
+
+    Each recorded, where that is possible, and launched back to back. Where the host has a part in the loop the whole
+    step is left out.
+    """
+    slots, device = np.arange(rows), backend._device
+    audio = np.resize(speech(backend.manifest)[0], (rows, chunk.samples))
+    batch = Batch(chunk, slots, audio, np.full(rows, chunk.samples))
+    backend.reset(slots)
+    backend.submit(batch).result()
+    for _ in range(2):  # into both lanes: the device goes from one to the other
+        recording, _ = backend._prepare(batch)
+        backend._lane = 1 - backend._lane
+    undecoded, encoder = recording.undecoded, recording.enqueue
+    before, after = undecoded[:3], undecoded[4:]  # the encoder's place is between
+
+    def recorded(work: list[Callable[[], None]]) -> Callable[[], None]:
+        def run() -> None:
+            for each in work:
+                each()
+
+        launch: Callable[[], None] = device.record(run).launch
+        return launch
+
+    if backend.loop == "eager":
+        stages = {"encoder_ms": [encoder], "undecoded_ms": undecoded}
+    elif backend._encoders[chunk.ms].capturable:
+        stages = {"encoder_ms": [recorded([encoder])], "undecoded_ms": [recorded(undecoded)]}
+    else:
+        stages = {"encoder_ms": [encoder], "undecoded_ms": [recorded(before), encoder, recorded(after)]}
+    if backend.loop == "while":
+        stages["whole_ms"] = recording.stages
+    return {name: device_ms(device, work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
 
 
 def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: Chunk, rows: int) -> float:
@@ -235,7 +277,9 @@ def speed(
                     break
                 say(f"{chunk.ms} ms, batch {batch}, encoder {encoder.partition(' (')[0]}")
                 row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
-                row["gathered_p50_ms"] = step_times(backend, chunk, batch, repeats, gathered=True)["p50_ms"]
+                row |= stage_times(backend, chunk, batch, repeats)
+                gathered = step_times(backend, chunk, batch, repeats, gathered=True)
+                row |= {f"gathered_{name}": gathered[name] for name in ("p50_ms", "p99_ms")}
                 row["boosted_p50_ms"] = step_times(backend, chunk, batch, repeats, boosts=lists)["p50_ms"]
                 bias = hush(backend, bundle)
                 row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
@@ -243,8 +287,8 @@ def speed(
                 row |= {"encoder": encoder, "settled_tokens_per_second": rate}
                 row["bytes_per_stream"] = backend.bytes_per_stream
                 if bandwidth:
-                    weights = bundle.manifest.weights.bytes * (0.5 if backend.cell != "float32" else 1)
-                    row["floor_ms"] = 1000 * weights / bandwidth
+                    work = encoder_work(bundle, chunk, "fp32" if backend.cell == "float32" else "fp16", "cuda")
+                    row["floor_ms"] = 1000 * work.weight_bytes / bandwidth
                 rows.append(row)
                 keep({"rows": rows})
         finally:
@@ -258,6 +302,13 @@ def speed(
 
 
 def _streams(rows: Iterable[Report], ms: int) -> int:
-    """Most streams whose steps, one batch after another, have their slowest percent within one chunk."""
-    fits = [(int(ms // row["p99_ms"]) * row["batch"]) for row in rows if row["chunk_ms"] == ms]
+    """Most streams whose steps, one batch after another, have their slowest percent within one chunk.
+
+    Only the first batch has the first slots; of the others the caches must be gathered.
+    """
+    fits = [
+        row["batch"] * (1 + int((ms - row["p99_ms"]) // row["gathered_p99_ms"]))
+        for row in rows
+        if row["chunk_ms"] == ms and row["p99_ms"] <= ms
+    ]
     return max(fits, default=0)

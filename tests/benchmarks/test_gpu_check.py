@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.benchmarks import features, gpu_check, gpu_speed
+from nemostream.benchmarks import features, floor, gpu_check, gpu_goals, gpu_speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.synthetic import Sizes
+from nemostream.errors import BackendError
 from nemostream.runtime.backend import Batch
-from nemostream.runtime.gpu import GpuBackend
+from nemostream.runtime.gpu import LOOPS, GpuBackend
 from nemostream.runtime.ort import OrtBackend
 from nemostream.spec import Bundle, Chunk
 
@@ -96,13 +100,36 @@ def test_speed(small: Bundle) -> None:
     for row in figures["rows"]:
         assert len(row["raw_ms"]) == 3 and min(row["raw_ms"]) == pytest.approx(row["min_ms"], abs=1e-4)
         assert row["min_ms"] <= row["p50_ms"] <= row["p99_ms"] <= max(row["raw_ms"]) + 1e-4
-        assert row["floor_ms"] == pytest.approx(1000 * small.manifest.weights.bytes / 1e9)
+        weights = floor.encoder_work(small, small.manifest.chunk(row["chunk_ms"])).weight_bytes
+        assert row["floor_ms"] == pytest.approx(1000 * weights / 1e9)
         assert row["settled_tokens_per_second"] > 0 and row["boosted_p50_ms"] > 0
+        assert row["encoder_ms"] > 0 and row["undecoded_ms"] > 0 and row["whole_ms"] > 0
+        assert 0 < row["host_ms"] < row["pipelined_ms"]
     assert set(figures["streams"]) == {80, 160} and figures["left_out_for_time"] == 0
     late = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, None, said.append, until=0.0)
     assert late["rows"] == [] and late["left_out_for_time"] == 4
     table = gpu_check.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
-    assert table.count("\n| ") == 1 + 4 and "Encoder: a CPU's." in table
+    assert table.count(" ms | 1 |") == table.count(" ms | 2 |") == 2 and "Encoder: a CPU's." in table
+
+
+@needs_compiler
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_stages_are_the_steps_own(small: Bundle, loop: str, capturable: bool) -> None:
+    """Each is run as often as it is counted, and the two lanes are as they were: the next step says what it would."""
+    chunk, device = small.manifest.chunk(160), HostDevice()
+    encoders = {chunk.ms: OrtEncoder(small, chunk, device, capturable)}
+    backend = GpuBackend(small, device, encoders, capacity=3, max_batch=2, loop=loop)
+    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    before = gpu_speed.step_times(backend, chunk, 2, 3)["tokens_per_second"]
+    device.launches.clear()
+    figures = gpu_speed.stage_times(backend, chunk, 2, 3)
+    assert set(figures) == {"encoder_ms", "undecoded_ms"} | ({"whole_ms"} if loop == "while" else set())
+    launches = Counter(device.launches)
+    steps = 1 + 6 * (len(figures) - 1)  # the encoder alone is none of our kernels
+    assert launches["begin"] == launches["scatter"] == steps
+    assert launches["start"] == 1 + (6 if loop == "while" else 0)
+    assert before > 0 and gpu_speed.step_times(backend, chunk, 2, 3)["tokens_per_second"] == before
 
 
 @needs_compiler
@@ -149,13 +176,15 @@ def test_boosted_steps_are_boosted(small: Bundle) -> None:
 
 def test_streams_are_what_fits_into_a_chunk() -> None:
     rows = [
-        {"chunk_ms": 80, "batch": 1, "p99_ms": 1.0},  # 80 such steps one after another
-        {"chunk_ms": 80, "batch": 64, "p99_ms": 30.0},  # 2 of them
-        {"chunk_ms": 80, "batch": 256, "p99_ms": 81.0},  # none
-        {"chunk_ms": 560, "batch": 256, "p99_ms": 81.0},
+        {"chunk_ms": 80, "batch": 1, "p99_ms": 1.0, "gathered_p99_ms": 1.0},  # 80 such steps one after another
+        {"chunk_ms": 80, "batch": 64, "p99_ms": 30.0, "gathered_p99_ms": 49.0},  # the second is slower, but fits
+        {"chunk_ms": 80, "batch": 256, "p99_ms": 81.0, "gathered_p99_ms": 1.0},  # none
+        {"chunk_ms": 560, "batch": 256, "p99_ms": 81.0, "gathered_p99_ms": 100.0},
+        {"chunk_ms": 1120, "batch": 1, "p99_ms": 1121.0, "gathered_p99_ms": 1121.0},
     ]
     assert gpu_speed._streams(rows, 80) == 128
-    assert gpu_speed._streams(rows, 560) == 6 * 256
+    assert gpu_speed._streams(rows, 560) == (1 + 4) * 256
+    assert gpu_speed._streams(rows, 1120) == 0
 
 
 SAYS = """
@@ -196,6 +225,61 @@ def test_a_section_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     assert "**speed**: not done: it hung" in gpu_check.show({"speed": {"error": "it hung"}, "seconds": 1.0})
 
 
+def test_goals_by_hand() -> None:
+    """What a report does not have is not called missed."""
+    row = {"chunk_ms": 80, "batch": 1, "p50_ms": 1.4, "p99_ms": 2.6, "encoder_ms": 0.8, "floor_ms": 0.4}
+    many = {"chunk_ms": 80, "batch": 1024, "host_ms": 2.0, "pipelined_ms": 100.0}
+    half = {"chunk_ms": 560, "batch": 64, "whole_ms": 10.0, "undecoded_ms": 8.5}
+    case = {"chunk_ms": 80, "batch": 1, "side": "NeMo, bf16"}
+    report = {
+        "speed": {
+            "rows": [row, many, many | {"chunk_ms": 160, "host_ms": 6.0}, half],
+            "streams": {"80": 2400, "160": 9},
+        },
+        "baseline": {"rows": [{"case": case, "values": {"times": {"nemostream, fp16": {"median": 16.0}}}}]},
+    }
+    found = {goal.what: goal for goal in gpu_goals.goals(report)}
+    assert [goal.reached for goal in found.values()] == [
+        True, True, False, True, None, True, False, None, None, False, False,
+    ]  # fmt: skip
+    assert found["encoder, 80 ms, batch 1, ÷ its floor"].found == pytest.approx(2.0)
+    assert found["decoding's share of a step, 560 ms, batch 64"].found == pytest.approx(0.15)
+    assert found["the host's share of a step, batch 1024, at worst"].found == pytest.approx(0.06)
+    table = gpu_check.show(report | {"environment": {}, "seconds": 1.0, "speed": {**report["speed"], "rows": []}})
+    assert "| streams in real time at 80 ms | ≥ 2400 | 2400 | reached |" in table and "| not measured |" in table
+    assert gpu_goals.show({"speed": {"error": "no GPU"}}) == ""
+
+
+def test_a_section_run_alone_joins_the_others(tmp_path: Path) -> None:
+    """Those of the same machine and code: others are not its own."""
+    here, path = {"gpu": "one", "commit": "abc"}, tmp_path / "report.json"
+    alone = {"environment": here, "soak": {"flat": True}, "seconds": 2.0}
+    assert gpu_check.joined(path, alone) == alone
+    path.write_text(json.dumps({"environment": here, "loading": {"loop": "while"}, "soak": {}, "seconds": 3.0}))
+    both = gpu_check.joined(path, alone)
+    assert both == {"environment": here, "loading": {"loop": "while"}, "soak": {"flat": True}, "seconds": 5.0}
+    other = alone | {"environment": here | {"commit": "def"}}
+    assert gpu_check.joined(path, other) == other
+
+
+def test_the_baseline_takes_the_engine_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compared(*given: Any, device: str, **options: Any) -> dict[str, Any]:
+        asked.append(device)
+        sides = ["NeMo, bf16"] + (["nemostream, fp16"] if device == "cuda:onnxruntime" else [])
+        return {"rows": [{"case": {"side": side}} for side in sides], "device": device}
+
+    monkeypatch.setattr(gpu_check, "compare_steps", compared)
+    monkeypatch.setattr(gpu_check, "prepared", lambda *given: contextlib.nullcontext((Path("x.nemo"), None)))
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name)
+    here = gpu_check.Here(argparse.Namespace(minutes=1, repeats=3, section="baseline"), tmp_path)
+    assert gpu_check.baseline(here)["device"] == "cuda:onnxruntime" and asked == ["cuda", "cuda:onnxruntime"]
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="NeMo is not installed here"):
+        gpu_check.baseline(here)
+
+
 def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(here: gpu_check.Here) -> dict[str, Any]:
         assert here.report == {"bandwidth": {"copy_bytes_per_second": 5}}
@@ -210,7 +294,6 @@ def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatc
 
 def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("cuda.core", reason="needs cuda-core")
-    from nemostream.errors import BackendError
     from nemostream.runtime.cuda import CudaDevice
 
     try:
@@ -227,7 +310,6 @@ def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.gpu
 def test_copy_rate() -> None:
-    from nemostream.errors import BackendError
     from nemostream.runtime.cuda import CudaDevice
 
     try:

@@ -1,0 +1,78 @@
+"""What a full-size model shall reach on an H100, beside what a GPU check found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemostream.benchmarks import tables
+
+Report = dict[str, Any]
+
+STREAMS = {80: 2400, 160: 4000, 560: 6000, 1120: 8000}  # by chunk size
+_MANY = 1024  # rows of the largest steps: with 4,000 streams and more, what is launched
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`found` is None where a report does not have it; of `most` less is better, otherwise more."""
+
+    what: str
+    wanted: float
+    most: bool
+    found: float | None
+
+    @property
+    def reached(self) -> bool | None:
+        if self.found is None:
+            return None
+        return self.found <= self.wanted if self.most else self.found >= self.wanted
+
+
+def goals(report: Report) -> Iterator[Goal]:
+    """In the order in which they were set."""
+    rows = {(row["chunk_ms"], row["batch"]): row for row in report.get("speed", {}).get("rows", [])}
+
+    def of(chunk_ms: int, batch: int, value: Callable[[Report], float]) -> float | None:
+        try:
+            return value(rows[chunk_ms, batch])
+        except KeyError:
+            return None
+
+    whole = "PCM to tokens, 80 ms, batch 1"
+    yield Goal("encoder, 80 ms, batch 1, ÷ its floor", 2.2, True, of(80, 1, lambda r: r["encoder_ms"] / r["floor_ms"]))
+    yield Goal(f"{whole}, p50, ms", 1.5, True, of(80, 1, lambda r: r["p50_ms"]))
+    yield Goal(f"{whole}, p99, ms", 2.5, True, of(80, 1, lambda r: r["p99_ms"]))
+    for side, times in (("NeMo, bf16", 15), ("NeMo, graph", 3)):
+        yield Goal(f"{side}, 80 ms, batch 1, ÷ ours", times, False, _ratio(report, side))
+    streams = report.get("speed", {}).get("streams", {})
+    for ms, many in STREAMS.items():
+        yield Goal(f"streams in real time at {ms} ms", many, False, streams.get(ms, streams.get(f"{ms}")))
+    decoding = of(560, 64, lambda r: 1 - r["undecoded_ms"] / r["whole_ms"])
+    yield Goal("decoding's share of a step, 560 ms, batch 64", 0.10, True, decoding)
+    host = [of(ms, _MANY, lambda r: r["host_ms"] / r["pipelined_ms"]) for ms in STREAMS]
+    known = [share for share in host if share is not None]
+    yield Goal(f"the host's share of a step, batch {_MANY}, at worst", 0.05, True, max(known, default=None))
+
+
+def _ratio(report: Report, side: str) -> float | None:
+    """How many times ours it takes."""
+    for row in report.get("baseline", {}).get("rows", []):
+        if row["case"] == {"chunk_ms": 80, "batch": 1, "side": side}:
+            return next((float(times["median"]) for times in row["values"]["times"].values()), None)
+    return None
+
+
+def show(report: Report) -> str:
+    """A table, as Markdown; empty if the report has none of the figures."""
+    found = list(goals(report))
+    if all(goal.found is None for goal in found):
+        return ""
+    verdict = {True: "reached", False: "missed", None: "not measured"}
+    lines = [
+        [goal.what, f"{'≤' if goal.most else '≥'} {tables.digits(goal.wanted)}",
+         "–" if goal.found is None else tables.digits(goal.found), verdict[goal.reached]]
+        for goal in found
+    ]  # fmt: skip
+    return tables.markdown(["to reach on an H100", "goal", "found", ""], lines)
