@@ -14,8 +14,8 @@ another, in the same process as the engine. So many streams hold if, over `--sec
 * the load generator itself was never late by more than 20 ms (99 %), and nothing failed.
 
 The most streams are found by doubling and then bisection with short probes (`--probe-seconds`), down to 5 %, and
-confirmed over the full time; a number that does not hold gives way to one 5 % smaller. The probes make the curve of
-latency over streams.
+confirmed over the full time; a number that does not hold gives way to one 5 % smaller. A probe that fails is repeated
+once: the machine may have paused. The probes make the curve of latency over streams.
 
 `--simulate-realtime N` is how NVIDIA measures its server (`riva_streaming_asr_client --simulate_realtime`): N parallel
 streams, 3N clips, all beginning together; latency of results and of final results, and seconds of audio per second.
@@ -72,7 +72,7 @@ def measure_capacity(
             def probe(streams: int, seconds: float, confirming: bool = False) -> Row:
                 say(f"{streams} streams for {seconds:.0f} s")
                 watched.steps.clear()
-                heard = talk(model, clips, streams, chunk_ms, seconds=seconds, seed=streams)
+                heard = talk(model, clips, streams, chunk_ms, seconds=seconds, seed=streams + len(rows))
                 row = judge(heard, watched.steps, {**case, "streams": streams, "confirming": confirming})
                 rows.append(row)
                 return row
@@ -83,7 +83,7 @@ def measure_capacity(
                 rows.append(judge(heard, watched.steps, {**case, "streams": simulate, "simulate_realtime": True}))
                 found = None
             else:
-                found = search(lambda n: bool(probe(n, probe_seconds)["values"]["holds"]), most)
+                found = search(lambda n: any(bool(probe(n, probe_seconds)["values"]["holds"]) for _ in range(2)), most)
                 while found and not probe(found, seconds, True)["values"]["holds"]:
                     found = min(found - 1, math.floor(found * (1 - RESOLUTION)))
         size = getattr(backend, "bytes_per_stream", None)

@@ -117,6 +117,7 @@ class _Caller:
         return sum(spoken < now - self.chunk_ms / 1000 for spoken in self._spoken)
 
     def close(self) -> None:
+        self.done.set()  # first: what is heard from now on, that the stream was closed for one, is no result
         if self._stream:
             self._stream.close()
 
@@ -157,8 +158,9 @@ class _Caller:
                 self._heard.texts.append((self._clip, stream.final().text))
                 self.done.set()
         except NemostreamError as error:
-            self._heard.errors.append(str(error))
-            self.done.set()
+            if not self.done.is_set():
+                self._heard.errors.append(str(error))
+                self.done.set()
 
 
 class Watched:

@@ -18,7 +18,7 @@ from nemostream.benchmarks.floor import Machine, Work, encoder_work, measure_mac
 from nemostream.cli import _BENCHMARKS, _run
 from nemostream.clips import CLIP_TEXT
 from nemostream.engines import open_backend, speech
-from nemostream.errors import BackendError, OptionError
+from nemostream.errors import BackendError, OptionError, StreamError
 from nemostream.runtime.ort import OrtBackend
 from nemostream.spec import Bundle
 
@@ -281,6 +281,27 @@ def test_people_talking_are_understood(demo_bundle: Bundle) -> None:
     assert found.seconds >= 2 * len(clips[0]) / 16000  # two after each other, in real time
 
 
+def test_who_is_cut_off_when_time_is_up_has_not_failed(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last results may be listened to while streams are closed, which tells the listener so."""
+    with nemostream.load(chunk_ms=80, capacity=2) as model:
+        found = load.Heard()
+        caller = load._Caller(model, [speech(demo_bundle.manifest)[1]], iter([0]), 80, found, 0.0)
+        caller.go_on(0.0)
+        stream = caller._stream
+        assert stream
+
+        def late() -> list[Any]:
+            caller.close()
+            with pytest.raises(StreamError, match="the stream was closed"):
+                stream.settled()
+            stream.settled()
+            return []
+
+        monkeypatch.setattr(stream, "collect", late)
+        caller._listen()
+    assert not found.errors and not found.texts
+
+
 def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers begin at moments spread over their chunk, unless they are told to begin together; sizes take turns."""
     begun: list[tuple[int, float]] = []
@@ -315,6 +336,21 @@ def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
     streams = [(row["case"]["streams"], row["case"]["confirming"]) for row in result["rows"]]
     assert streams[0] == (1, False) and result["method"]["streams"] in (0, 1, 2)
     assert "real-time streams" in shown(result, tmp_path)
+
+
+def test_a_pause_of_the_machine_does_not_end_the_search(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, verdicts = capacity.judge, iter([False, True, False, False, True])
+
+    def told(*given: Any) -> record.Row:
+        row = judge(*given)
+        row["values"]["holds"] = next(verdicts)
+        return row
+
+    monkeypatch.setattr(capacity, "judge", told)
+    result = capacity.measure_capacity(demo_bundle, chunk_ms=(1120,), seconds=0.5, probe_seconds=0.5, most=2)
+    tried = [(row["case"]["streams"], row["case"]["confirming"]) for row in result["rows"]]
+    assert tried == [(1, False), (1, False), (2, False), (2, False), (1, True)]
+    assert result["method"]["streams"] == 1
 
 
 def test_nvidias_method(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
