@@ -64,7 +64,7 @@ def measure_capacity(
     case = {"chunk_ms": "+".join(map(str, chunk_ms)), "precision": precision}
     # Twice: a stream that has ended may keep its slot for a step more.
     slots = 2 * (simulate or most)
-    others, rows = OtherWork(), []
+    others, rows = OtherWork(), list[Row]()
     with timed_backend(bundle, chunks, precision, slots, device=device, threads=threads, engines=engines) as backend:
         watched = Watched(backend)
         with Model(bundle, watched, chunks[0].ms) as model:
