@@ -14,6 +14,6 @@ report       results as tables, plots and pages; results beside earlier ones
 
 `features` tells what confidence, boosting, words and utterances cost of a step, `boosting` which phrases it finds.
 `record` is the result file and the arithmetic, `timed` our backends as they are timed, `floor` what the machine allows
-at best. `gpu_check` and `gpu_speed` are what a GPU has to show, `precision` what the numbers a GPU computes in cost in
-words.
+at best. `gpu_check`, `gpu_speed` and `gpu_report` are what a GPU has to show, `precision` what the numbers a GPU
+computes in cost in words.
 """

@@ -48,8 +48,9 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks import gpu_goals, record
+from nemostream.benchmarks import record
 from nemostream.benchmarks.baseline import compare_steps, prepared
+from nemostream.benchmarks.gpu_report import joined, show
 from nemostream.benchmarks.gpu_speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.ring import OURS
@@ -339,48 +340,7 @@ def as_json(report: Report) -> str:
     return json.dumps(report, indent=1, default=str) + "\n"
 
 
-# -- the report --------------------------------------------------------------------------------------------------------
-
-
-def show(report: Report) -> str:
-    """The report as Markdown."""
-    lines = ["# GPU check", ""]
-    env = report.get("environment", {})
-    lines += [f"{env.get('nvidia_smi') or env.get('gpu')}; commit {env.get('commit')}; {report['seconds']:.0f} s", ""]
-    for name, section in report.items():
-        if not isinstance(section, dict) or name == "environment":
-            continue
-        if "error" in section:
-            lines.append(f"* **{name}**: not done: {section['error']}")
-        elif name != "speed":  # which has a table
-            told = {k: v for k, v in section.items() if not isinstance(v, list | dict)}
-            lines.append(f"* **{name}**: {told or 'see the JSON'}")
-    rows = report.get("speed", {}).get("rows", [])
-    if rows:
-        columns = {
-            "p50 ms": "p50_ms", "p99 ms": "p99_ms", "silent p50": "silent_p50_ms", "gathered p50": "gathered_p50_ms",
-            "boosted p50": "boosted_p50_ms", "pipelined": "pipelined_ms", "host": "host_ms", "encoder": "encoder_ms",
-            "undecoded": "undecoded_ms", "floor": "floor_ms", "tokens/s": "tokens_per_second",
-        }  # fmt: skip
-        lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
-        lines.append("|---" * (2 + len(columns)) + "|")
-        for row in rows:
-            figures = (f"{row[field]:.2f}" if field in row else "–" for field in columns.values())
-            lines.append(f"| {row['chunk_ms']} ms | {row['batch']} | {' | '.join(figures)} |")
-    if reached := gpu_goals.show(report):
-        lines += ["", reached]
-    return "\n".join(lines) + "\n"
-
-
-def joined(path: Path, report: Report) -> Report:
-    """The report, with the other sections of the one in `path` if that was made here, of the same code."""
-    try:
-        before: Report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return report
-    if before.get("environment") != report.get("environment"):
-        return report
-    return before | report | {"seconds": before["seconds"] + report["seconds"]}
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.benchmarks import features, floor, gpu_check, gpu_goals, gpu_speed
+from nemostream.benchmarks import features, floor, gpu_check, gpu_report, gpu_speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.synthetic import Sizes
 from nemostream.errors import BackendError
@@ -108,7 +108,7 @@ def test_speed(small: Bundle) -> None:
     assert set(figures["streams"]) == {80, 160} and figures["left_out_for_time"] == 0
     late = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, None, said.append, until=0.0)
     assert late["rows"] == [] and late["left_out_for_time"] == 4
-    table = gpu_check.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
+    table = gpu_report.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
     assert table.count(" ms | 1 |") == table.count(" ms | 2 |") == 2 and "Encoder: a CPU's." in table
 
 
@@ -221,45 +221,52 @@ def test_a_section_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     assert [len(names) for names in kept] == [2, 3, 4] and "works" in kept[-1]
     late = gpu_check.in_processes({"works": 20}, lambda name, minutes: ["false"], tmp_path, 0, lambda report: None)
     assert "run it alone with --only works" in late["works"]["error"]
-    assert "**crashes**: not done: ended with SIGABRT" in gpu_check.show(report)
-    assert "**speed**: not done: it hung" in gpu_check.show({"speed": {"error": "it hung"}, "seconds": 1.0})
+    assert "**crashes**: not done: ended with SIGABRT" in gpu_report.show(report)
+    assert "**speed**: not done: it hung" in gpu_report.show({"speed": {"error": "it hung"}, "seconds": 1.0})
 
 
 def test_goals_by_hand() -> None:
     """What a report does not have is not called missed."""
-    row = {"chunk_ms": 80, "batch": 1, "p50_ms": 1.4, "p99_ms": 2.6, "encoder_ms": 0.8, "floor_ms": 0.4}
+    times = {"p50_ms": 1.4, "p99_ms": 2.6, "encoder_ms": 0.8, "floor_ms": 0.4}
+    row = {"chunk_ms": 80, "batch": 1, **times}
     many = {"chunk_ms": 80, "batch": 1024, "host_ms": 2.0, "pipelined_ms": 100.0}
     half = {"chunk_ms": 560, "batch": 64, "whole_ms": 10.0, "undecoded_ms": 8.5}
+    rows = [
+        each | {"encoder": "tensorrt fp16"} for each in (row, many, {**many, "chunk_ms": 160, "host_ms": 6.0}, half)
+    ]
     case = {"chunk_ms": 80, "batch": 1, "side": "NeMo, bf16"}
     report = {
-        "speed": {
-            "rows": [row, many, many | {"chunk_ms": 160, "host_ms": 6.0}, half],
-            "streams": {"80": 2400, "160": 9},
-        },
+        "speed": {"rows": rows, "streams": {"80": 2400, "160": 9}},
         "baseline": {"rows": [{"case": case, "values": {"times": {"nemostream, fp16": {"median": 16.0}}}}]},
     }
-    found = {goal.what: goal for goal in gpu_goals.goals(report)}
+    found = {goal.what: goal for goal in gpu_report.goals(report)}
     assert [goal.reached for goal in found.values()] == [
         True, True, False, True, None, True, False, None, None, False, False,
     ]  # fmt: skip
     assert found["encoder, 80 ms, batch 1, ÷ its floor"].found == pytest.approx(2.0)
     assert found["decoding's share of a step, 560 ms, batch 64"].found == pytest.approx(0.15)
     assert found["the host's share of a step, batch 1024, at worst"].found == pytest.approx(0.06)
-    table = gpu_check.show(report | {"environment": {}, "seconds": 1.0, "speed": {**report["speed"], "rows": []}})
+    table = gpu_report._goals_table(report)
     assert "| streams in real time at 80 ms | ≥ 2400 | 2400 | reached |" in table and "| not measured |" in table
-    assert gpu_goals.show({"speed": {"error": "no GPU"}}) == ""
+    assert gpu_report._goals_table({"speed": {"error": "no GPU"}}) == ""
+
+
+def test_nothing_is_reached_without_an_encoder() -> None:
+    row = {"chunk_ms": 80, "batch": 1, "encoder": "none (TensorRT is not here)", "p50_ms": 0.1, "p99_ms": 0.1}
+    report = {"speed": {"rows": [row], "streams": {"80": 9999}}}
+    assert {goal.reached for goal in gpu_report.goals(report)} == {None}
 
 
 def test_a_section_run_alone_joins_the_others(tmp_path: Path) -> None:
     """Those of the same machine and code: others are not its own."""
     here, path = {"gpu": "one", "commit": "abc"}, tmp_path / "report.json"
     alone = {"environment": here, "soak": {"flat": True}, "seconds": 2.0}
-    assert gpu_check.joined(path, alone) == alone
+    assert gpu_report.joined(path, alone) == alone
     path.write_text(json.dumps({"environment": here, "loading": {"loop": "while"}, "soak": {}, "seconds": 3.0}))
-    both = gpu_check.joined(path, alone)
+    both = gpu_report.joined(path, alone)
     assert both == {"environment": here, "loading": {"loop": "while"}, "soak": {"flat": True}, "seconds": 5.0}
     other = alone | {"environment": here | {"commit": "def"}}
-    assert gpu_check.joined(path, other) == other
+    assert gpu_report.joined(path, other) == other
 
 
 def test_the_baseline_takes_the_engine_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

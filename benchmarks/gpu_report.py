@@ -1,9 +1,11 @@
-"""What a full-size model shall reach on an H100, beside what a GPU check found."""
+"""What a GPU check found, as Markdown, and beside it what a full-size model shall reach on an H100."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemostream.benchmarks import tables
@@ -31,8 +33,10 @@ class Goal:
 
 
 def goals(report: Report) -> Iterator[Goal]:
-    """In the order in which they were set."""
-    rows = {(row["chunk_ms"], row["batch"]): row for row in report.get("speed", {}).get("rows", [])}
+    """In the order in which they were set. Of steps without an encoder nothing is said: they reach too much."""
+    speed = report.get("speed", {})
+    whole_steps = [row for row in speed.get("rows", []) if not row["encoder"].startswith("none")]
+    rows = {(row["chunk_ms"], row["batch"]): row for row in whole_steps}
 
     def of(chunk_ms: int, batch: int, value: Callable[[Report], float]) -> float | None:
         try:
@@ -46,7 +50,7 @@ def goals(report: Report) -> Iterator[Goal]:
     yield Goal(f"{whole}, p99, ms", 2.5, True, of(80, 1, lambda r: r["p99_ms"]))
     for side, times in (("NeMo, bf16", 15), ("NeMo, graph", 3)):
         yield Goal(f"{side}, 80 ms, batch 1, ÷ ours", times, False, _ratio(report, side))
-    streams = report.get("speed", {}).get("streams", {})
+    streams = speed.get("streams", {}) if whole_steps else {}
     for ms, many in STREAMS.items():
         yield Goal(f"streams in real time at {ms} ms", many, False, streams.get(ms, streams.get(f"{ms}")))
     decoding = of(560, 64, lambda r: 1 - r["undecoded_ms"] / r["whole_ms"])
@@ -64,7 +68,7 @@ def _ratio(report: Report, side: str) -> float | None:
     return None
 
 
-def show(report: Report) -> str:
+def _goals_table(report: Report) -> str:
     """A table, as Markdown; empty if the report has none of the figures."""
     found = list(goals(report))
     if all(goal.found is None for goal in found):
@@ -76,3 +80,44 @@ def show(report: Report) -> str:
         for goal in found
     ]  # fmt: skip
     return tables.markdown(["to reach on an H100", "goal", "found", ""], lines)
+
+
+def show(report: Report) -> str:
+    """The report as Markdown."""
+    lines = ["# GPU check", ""]
+    env = report.get("environment", {})
+    lines += [f"{env.get('nvidia_smi') or env.get('gpu')}; commit {env.get('commit')}; {report['seconds']:.0f} s", ""]
+    for name, section in report.items():
+        if not isinstance(section, dict) or name == "environment":
+            continue
+        if "error" in section:
+            lines.append(f"* **{name}**: not done: {section['error']}")
+        elif name != "speed":  # which has a table
+            told = {k: v for k, v in section.items() if not isinstance(v, list | dict)}
+            lines.append(f"* **{name}**: {told or 'see the JSON'}")
+    rows = report.get("speed", {}).get("rows", [])
+    if rows:
+        columns = {
+            "p50 ms": "p50_ms", "p99 ms": "p99_ms", "silent p50": "silent_p50_ms", "gathered p50": "gathered_p50_ms",
+            "boosted p50": "boosted_p50_ms", "pipelined": "pipelined_ms", "host": "host_ms", "encoder": "encoder_ms",
+            "undecoded": "undecoded_ms", "floor": "floor_ms", "tokens/s": "tokens_per_second",
+        }  # fmt: skip
+        lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
+        lines.append("|---" * (2 + len(columns)) + "|")
+        for row in rows:
+            figures = (f"{row[field]:.2f}" if field in row else "–" for field in columns.values())
+            lines.append(f"| {row['chunk_ms']} ms | {row['batch']} | {' | '.join(figures)} |")
+    if reached := _goals_table(report):
+        lines += ["", reached]
+    return "\n".join(lines) + "\n"
+
+
+def joined(path: Path, report: Report) -> Report:
+    """The report, with the other sections of the one in `path` if that was made here, of the same code."""
+    try:
+        before: Report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return report
+    if before.get("environment") != report.get("environment"):
+        return report
+    return before | report | {"seconds": before["seconds"] + report["seconds"]}
