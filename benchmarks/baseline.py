@@ -288,7 +288,12 @@ def _give_memory_back() -> None:
 
 @contextlib.contextmanager
 def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator[tuple[Path, Bundle]]:
-    """Checkpoint and bundle, made in a temporary folder as far as they are not given."""
+    """Checkpoint and bundle, made in a temporary folder as far as they are not given.
+
+    Raises `OptionError` if NeMo is missing, or memory.
+    """
+    if find_spec("nemo") is None:
+        raise OptionError("the baseline needs NeMo: pip install 'nemostream[export,bench]'")
     from nemostream.export import export_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
@@ -324,8 +329,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--bundle needs --checkpoint, the file it was made of.")
 
     def measure() -> Record:
-        if find_spec("nemo") is None:
-            raise OptionError("the baseline needs NeMo: pip install 'nemostream[export,bench]'")
         with prepared(options.checkpoint, options.bundle, record.say) as (checkpoint, bundle):
             return compare_steps(
                 bundle, checkpoint, options.sides, options.batch, options.chunk_ms, options.repeats, options.threads,

@@ -83,7 +83,7 @@ def measure_capacity(
                 rows.append(judge(heard, watched.steps, {**case, "streams": simulate, "simulate_realtime": True}))
                 found = None
             else:
-                found = search(lambda n: any(bool(probe(n, probe_seconds)["values"]["holds"]) for _ in range(2)), most)
+                found = search(lambda n: any(probe(n, probe_seconds)["values"]["holds"] for _ in range(2)), most)
                 while found and not probe(found, seconds, True)["values"]["holds"]:
                     found = min(found - 1, math.floor(found * (1 - RESOLUTION)))
         size = getattr(backend, "bytes_per_stream", None)

@@ -41,7 +41,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,7 @@ class Here:
         self.until = self.started + 60 * options.minutes
         self.demo = Bundle.open(nemostream.demo_bundle())
         self.store = PlanStore(scratch / "engines")
-        known = scratch / "report.json"
-        self.report: Report = json.loads(known.read_text()) if known.is_file() else {}  # of the sections before
+        self.report = read(scratch / "report.json")  # of the sections before
         self.found: Report = {}
         self._unusable: dict[str, str] = {}  # kinds of engine that failed once, and why
 
@@ -232,9 +230,6 @@ def full_speed(here: Here) -> Report:
 
 
 def baseline(here: Here) -> Report:
-    """Raises `BackendError` where NeMo or PyTorch's CUDA is missing."""
-    if find_spec("nemo") is None:
-        raise BackendError("NeMo is not installed here: pip install 'nemostream[export,bench]'.")
     found: Report = {}
     with prepared(None, None, here.say) as (checkpoint, bundle):
         for device in ("cuda", "cuda:onnxruntime"):
@@ -316,9 +311,9 @@ def in_processes(
         if left <= 0:
             report[name] = {"error": f"{minutes} minutes were over; run it alone with --only {name}."}
         else:
-            log, found = scratch / f"{name}.log", scratch / f"{name}.json"
+            log = scratch / f"{name}.log"
             ended = run(command(name, left / 60), log, min(limit, left + _GRACE))
-            report[name] = json.loads(found.read_text()) if found.is_file() else {}
+            report[name] = read(scratch / f"{name}.json")
             if ended:
                 report[name] |= {"error": ended, "log": log.read_text(errors="replace").splitlines()[-25:]}
         if "error" in report[name]:
@@ -326,6 +321,12 @@ def in_processes(
         report["seconds"] = time.perf_counter() - started
         keep(report)
     return report
+
+
+def read(path: Path) -> Report:
+    """What was written, or nothing."""
+    found: Report = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def write(path: Path, text: str) -> None:
@@ -385,9 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return [sys.executable, "-m", "nemostream.benchmarks.gpu_check", *own]
 
         path = options.out / f"gpu-{name}.json"
-        earlier = scratch / "earlier.json"
-        if options.only and path.is_file():
-            shutil.copyfile(path, earlier)
+        earlier = read(path) if options.only else {}
 
         def keep(report: Report) -> None:
             report = joined(earlier, report) | {"command": shlex.join(sys.argv)}

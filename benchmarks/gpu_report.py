@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nemostream.benchmarks import tables
@@ -112,12 +110,8 @@ def show(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def joined(path: Path, report: Report) -> Report:
-    """The report, with the other sections of the one in `path` if that was made here, of the same code."""
-    try:
-        before: Report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return report
+def joined(before: Report, report: Report) -> Report:
+    """The report, with the other sections of the one before if that was made here, of the same code."""
     if before.get("environment") != report.get("environment"):
         return report
     return before | report | {"seconds": before["seconds"] + report["seconds"]}

@@ -119,11 +119,7 @@ def step_times(
 def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
     """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that
     what the host spends on it, in `submit` and in reading the result."""
-    slots = np.arange(rows)
-    audio = np.zeros((rows, chunk.samples), np.float32)
-    audio[:] = np.resize(speech(backend.manifest)[0], audio.shape)
-    batch = Batch(chunk, slots, audio, np.full(rows, chunk.samples))
-    backend.reset(slots)
+    batch = _same_audio(backend, chunk, rows)
     pending = [backend.submit(batch)]
     host, start = 0.0, time.perf_counter()
     for _ in range(repeats):
@@ -147,34 +143,27 @@ def stage_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> R
     Each recorded, where that is possible, and launched back to back. Where the host has a part in the loop the whole
     step is left out.
     """
-    slots, device = np.arange(rows), backend._device
-    audio = np.resize(speech(backend.manifest)[0], (rows, chunk.samples))
-    batch = Batch(chunk, slots, audio, np.full(rows, chunk.samples))
-    backend.reset(slots)
+    batch, device = _same_audio(backend, chunk, rows), backend._device
     backend.submit(batch).result()
     for _ in range(2):  # into both lanes: the device goes from one to the other
         recording, _ = backend._prepare(batch)
         backend._lane = 1 - backend._lane
-    undecoded, encoder = recording.undecoded, recording.enqueue
-    before, after = undecoded[:3], undecoded[4:]  # the encoder's place is between
-
-    def recorded(work: list[Callable[[], None]]) -> Callable[[], None]:
-        def run() -> None:
-            for each in work:
-                each()
-
-        launch: Callable[[], None] = device.record(run).launch
-        return launch
-
-    if backend.loop == "eager":
-        stages = {"encoder_ms": [encoder], "undecoded_ms": undecoded}
-    elif backend._encoders[chunk.ms].capturable:
-        stages = {"encoder_ms": [recorded([encoder])], "undecoded_ms": [recorded(undecoded)]}
-    else:
-        stages = {"encoder_ms": [encoder], "undecoded_ms": [recorded(before), encoder, recorded(after)]}
+    encoder = recording.enqueue
+    if backend._encoders[chunk.ms].capturable and backend.loop != "eager":
+        encoder = device.record(encoder).launch
+    undecoded = backend._staged(chunk, recording.undecoded, recording.enqueue, backend.loop)
+    stages = {"encoder_ms": [encoder], "undecoded_ms": undecoded}
     if backend.loop == "while":
         stages["whole_ms"] = recording.stages
     return {name: device_ms(device, work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
+
+
+def _same_audio(backend: GpuBackend, chunk: Chunk, rows: int) -> Batch:
+    """A batch of the first slots, which are reset for it, to be launched over and over."""
+    slots = np.arange(rows)
+    audio = np.resize(speech(backend.manifest)[0], (rows, chunk.samples))
+    backend.reset(slots)
+    return Batch(chunk, slots, audio, np.full(rows, chunk.samples))
 
 
 def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: Chunk, rows: int) -> float:
@@ -272,6 +261,7 @@ def speed(
         backend, encoder = make(bundle, [chunk], capacity)
         try:
             rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
+            work = encoder_work(bundle, chunk, "fp32" if backend.cell == "float32" else "fp16", "cuda")
             for batch in batches:
                 if time.perf_counter() > until:
                     break
@@ -287,7 +277,6 @@ def speed(
                 row |= {"encoder": encoder, "settled_tokens_per_second": rate}
                 row["bytes_per_stream"] = backend.bytes_per_stream
                 if bandwidth:
-                    work = encoder_work(bundle, chunk, "fp32" if backend.cell == "float32" else "fp16", "cuda")
                     row["floor_ms"] = 1000 * work.weight_bytes / bandwidth
                 rows.append(row)
                 keep({"rows": rows})

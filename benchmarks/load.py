@@ -109,7 +109,6 @@ class _Caller:
             self._heard.errors.append(str(error))
             self.close()
             self._stream = None
-            self.done.set()
         return moment + PACKET
 
     def overdue(self, now: float) -> int:

@@ -19,6 +19,7 @@ host launches them again until nobody speaks; without graphs at all the same ker
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -248,14 +249,22 @@ class GpuBackend:
             _all(undecoded)
             self._device.mark().wait()
             self._lane = 1 - self._lane
+        stages = self._staged(chunk, [*before, enqueue, *scatter, decode], enqueue, kind)
+        more = self._device.record(again).launch if kind == "unrolled" else again
+        return _Recording(rows, enqueue, undecoded, stages, None if kind == "while" else more)
+
+    def _staged(
+        self, chunk: Chunk, work: list[Callable[[], None]], enqueue: Callable[[], None], kind: str
+    ) -> list[Callable[[], None]]:
+        """Work with `enqueue`, the encoder, in it, in as few launches as that kind of loop and encoder allow."""
         if kind == "eager":
-            return _Recording(rows, enqueue, undecoded, [*before, enqueue, *scatter, decode], again)
-        record = self._device.record
-        if encoder.capturable:
-            stages = [record(lambda: _all([*before, enqueue, *scatter, decode])).launch]
-        else:
-            stages = [record(lambda: _all(before)).launch, enqueue, record(lambda: _all([*scatter, decode])).launch]
-        return _Recording(rows, enqueue, undecoded, stages, None if kind == "while" else record(again).launch)
+            return work
+        if self._encoders[chunk.ms].capturable:
+            return [self._device.record(lambda: _all(work)).launch]
+        place = work.index(enqueue)
+        parts = work[:place], work[place + 1 :]
+        before, after = (self._device.record(functools.partial(_all, part)).launch for part in parts)
+        return [before, enqueue, after]
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

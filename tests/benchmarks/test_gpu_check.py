@@ -17,10 +17,10 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.benchmarks import features, floor, gpu_check, gpu_report, gpu_speed
+from nemostream.benchmarks import baseline, features, floor, gpu_check, gpu_report, gpu_speed
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.synthetic import Sizes
-from nemostream.errors import BackendError
+from nemostream.errors import BackendError, OptionError
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.gpu import LOOPS, GpuBackend
 from nemostream.runtime.ort import OrtBackend
@@ -257,16 +257,16 @@ def test_nothing_is_reached_without_an_encoder() -> None:
     assert {goal.reached for goal in gpu_report.goals(report)} == {None}
 
 
-def test_a_section_run_alone_joins_the_others(tmp_path: Path) -> None:
+def test_a_section_run_alone_joins_the_others() -> None:
     """Those of the same machine and code: others are not its own."""
-    here, path = {"gpu": "one", "commit": "abc"}, tmp_path / "report.json"
+    here = {"gpu": "one", "commit": "abc"}
     alone = {"environment": here, "soak": {"flat": True}, "seconds": 2.0}
-    assert gpu_report.joined(path, alone) == alone
-    path.write_text(json.dumps({"environment": here, "loading": {"loop": "while"}, "soak": {}, "seconds": 3.0}))
-    both = gpu_report.joined(path, alone)
+    assert gpu_report.joined({}, alone) == alone
+    before = {"environment": here, "loading": {"loop": "while"}, "soak": {}, "seconds": 3.0}
+    both = gpu_report.joined(before, alone)
     assert both == {"environment": here, "loading": {"loop": "while"}, "soak": {"flat": True}, "seconds": 5.0}
     other = alone | {"environment": here | {"commit": "def"}}
-    assert gpu_report.joined(path, other) == other
+    assert gpu_report.joined(before, other) == other
 
 
 def test_the_baseline_takes_the_engine_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,12 +278,12 @@ def test_the_baseline_takes_the_engine_that_runs(tmp_path: Path, monkeypatch: py
         return {"rows": [{"case": {"side": side}} for side in sides], "device": device}
 
     monkeypatch.setattr(gpu_check, "compare_steps", compared)
-    monkeypatch.setattr(gpu_check, "prepared", lambda *given: contextlib.nullcontext((Path("x.nemo"), None)))
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name)
     here = gpu_check.Here(argparse.Namespace(minutes=1, repeats=3, section="baseline"), tmp_path)
-    assert gpu_check.baseline(here)["device"] == "cuda:onnxruntime" and asked == ["cuda", "cuda:onnxruntime"]
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match="NeMo is not installed here"):
+    with monkeypatch.context() as given:
+        given.setattr(gpu_check, "prepared", lambda *given: contextlib.nullcontext((Path("x.nemo"), None)))
+        assert gpu_check.baseline(here)["device"] == "cuda:onnxruntime" and asked == ["cuda", "cuda:onnxruntime"]
+    monkeypatch.setattr(baseline, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="the baseline needs NeMo: pip install"):
         gpu_check.baseline(here)
 
 
