@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
 
     chunk_ms: int | None  # chunk size; the model's default
     endpoint: Endpoint | None  # when utterances end; default: never by themselves
-    phrases: Mapping[str, float] | Sequence[str] | None  # to be more ready for, with their weights, or all with 1
+    phrases: Mapping[str, float] | Sequence[str] | Boosting | None  # to boost, with weights or all with 1, or compiled
     confidence: Confidence | None  # measure of confidence; the model's default
     vad: bool  # whether chunks without speech are passed over; needs the `vad` extra
 
@@ -64,7 +64,7 @@ class Recognition:
         *,
         chunk_ms: int | None = None,
         endpoint: Endpoint | None = None,
-        phrases: Mapping[str, float] | Sequence[str] | None = None,
+        phrases: Mapping[str, float] | Sequence[str] | Boosting | None = None,
         confidence: Confidence | None = None,
         vad: bool = False,
         keeper: Keeper | None = None,
@@ -98,7 +98,7 @@ class Recognition:
             for name, part in self._parts(stream).items():
                 part.load(self._saved.parts[name])
             self._reach = stream.reach
-        boosting = None if phrases is None else Boosting.of(phrases, tokenizer)
+        boosting = phrases if phrases is None or isinstance(phrases, Boosting) else Boosting.of(phrases, tokenizer)
         slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
         self._seat = self._scheduler.open(

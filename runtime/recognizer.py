@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -178,6 +178,10 @@ class Model:
                 keeper.done()
             return result
 
+    def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str]) -> Boosting:
+        """Phrases as any number of streams can take them (option `phrases`). Raises `OptionError` as `stream` does."""
+        return Boosting.of(phrases, self._tokenizer)
+
     def _about(self, sound: Sound, options: Options) -> dict[str, Any]:
         """What a state that is to be resumed must have in common with this."""
         phrases = options.get("phrases")
@@ -188,9 +192,12 @@ class Model:
             "channels": sound.channels,
             "chunk_ms": options.get("chunk_ms") or self.chunk_ms,
             "endpoint": repr(options.get("endpoint")),
-            "phrases": phrases and Boosting.of(phrases, self._tokenizer).digest.tobytes().hex(),
+            "phrases": phrases and self._boosting(phrases).digest.tobytes().hex(),
             "vad": bool(options.get("vad")),
         }
+
+    def _boosting(self, phrases: Mapping[str, float] | Sequence[str] | Boosting) -> Boosting:
+        return phrases if isinstance(phrases, Boosting) else self.compile_phrases(phrases)
 
     def watch(
         self,
