@@ -9,8 +9,9 @@ import asyncio
 import hmac
 import ipaddress
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -106,7 +107,10 @@ class AccessMiddleware:
                 from nemostream.serving.http import refusal
 
                 return await refusal(error)(scope, receive, reader.send)
-            with place:  # from before the body is read until the answer is sent
+            # From before the body is read until the answer is complete: a client that has it may send the next one.
+            with ExitStack() as places:
+                places.enter_context(place)
+                reader.complete = places.close
                 await self._app(scope, receive, reader.send)
         except Exception:
             if not reader.gone:
@@ -121,8 +125,9 @@ class AccessMiddleware:
         await WebSocket(scope, receive, send).send_denial_response(response)
 
     def _limited(self, headers: Headers, receive: Receive) -> Receive:
-        """Limit the size of the body and the time between its parts; the connection limits the time in all."""
+        """Limit the size of the body, the time between its parts and the time in all."""
         idle, most, size, whole = self._settings.idle_seconds, self._settings.max_upload_bytes, 0, False
+        end = time.monotonic() + self._settings.body_seconds
         too_large = _announced(headers, 0) > most
 
         async def limited() -> Message:
@@ -130,10 +135,10 @@ class AccessMiddleware:
             if whole:  # the next message says that the client disconnected
                 return await receive()
             try:
-                async with asyncio.timeout(idle):
+                async with asyncio.timeout(min(idle, end - time.monotonic())):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"nothing came for {idle:.0f} s, and the request is not complete.") from None
+                raise HTTPException(408, "the request is not complete, and its time is over: send it faster.") from None
             size, whole = size + len(message.get("body", b"")), not message.get("more_body")
             too_large = too_large or size > most
             if not too_large:
@@ -154,8 +159,11 @@ class _Reader:
     def __init__(self, send: Send, seconds: float) -> None:
         self._send, self._seconds = send, seconds
         self.gone = False
+        self.complete: Callable[[], None] = lambda: None  # called before the last part of the answer is sent
 
     async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.complete()
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(message)
@@ -178,8 +186,9 @@ def shown(text: str) -> str:
 
 
 def host_allowed(host: str, settings: Settings) -> bool:
-    """Whether a Host header names this server: a loopback name, a name of the option `hosts`, or, where the server is
-    reachable from other machines, a literal address. (A literal address cannot be rebound.)"""
+    """Whether a Host header names this server: a loopback name, a name of the option `hosts`, a name without a dot
+    (of a container or a machine: nobody can register one to rebind it), or, where the server is reachable from other
+    machines, a literal address (which cannot be rebound)."""
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
@@ -189,7 +198,7 @@ def host_allowed(host: str, settings: Settings) -> bool:
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        return False
+        return bool(name) and "." not in name
     return address.is_loopback or settings.public
 
 

@@ -31,6 +31,7 @@ HEAD_BYTES = 64 << 10  # of a request line and its headers together
 _HEAD_LINES = 256
 _SLICE = 8 << 10  # bytes parsed in one turn: a thousand of the smallest frames
 _CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and other frames without a message: at once, and per second
+_UNREAD_BYTES = 16 << 10  # events that wait in the server until a client counts as one that does not read
 _FRAGMENTS = 4096  # of one WebSocket message
 _RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes, and what else a request may open
 
@@ -262,6 +263,8 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # Hundreds of events: a client that does not read them is noticed before the system gives the connection up.
+        transport.set_write_buffer_limits(high=_UNREAD_BYTES)
         self._control, self._control_at = 0.0, time.monotonic()
         self._fragments = 0
 

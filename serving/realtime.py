@@ -20,7 +20,7 @@ from nemostream.errors import AudioError, NemostreamError, OptionError, StreamEr
 from nemostream.runtime.utterance import Event
 from nemostream.serving.service import Service
 from nemostream.serving.session import Expired, Session
-from nemostream.serving.websocket import MOST_TEXT, deny, hang_up, name_of
+from nemostream.serving.websocket import LEAST_TEXT, MOST_TEXT, deny, hang_up, name_of
 
 _FORMATS = {"audio/pcm": ("pcm_s16le", 24000), "audio/pcmu": ("mulaw", 8000), "audio/pcma": ("alaw", 8000)}
 _AUDIO = re.compile(r'"audio"\s*:\s*"')
@@ -78,7 +78,7 @@ class _Conversation:
                 raise WebSocketDisconnect(message.get("code", 1006))
             order: Any = None
             try:
-                await self.session.pace(len(message.get("text") or ""))
+                await self.session.pace(max(len(message.get("text") or ""), LEAST_TEXT))
                 order = _json(message)
                 await self._obey(order)
             except (OptionError, AudioError) as error:  # the conversation goes on; what came counts as not said

@@ -88,6 +88,7 @@ class Admission(grpc.aio.ServerInterceptor):
         if handler is None or details.method.startswith("/grpc.health."):
             return handler
         sent = {name: _text(value) for name, value in details.invocation_metadata or ()}
+        sent.setdefault("authorization", sent.get("authorization-bin", ""))  # gRPC's way to send a key beyond ASCII
         number = key_number(given_key(sent), self._keys) if self._keys else None
         if self._keys and number is None:
             return grpc.stream_stream_rpc_method_handler(self._deny)

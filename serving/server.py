@@ -27,7 +27,7 @@ log = logging.getLogger("nemostream.serving")
 _GRPC_IDLE = 60.0  # seconds after which a gRPC connection without a call is closed
 _GRPC_PING = 20.0  # seconds between gRPC's pings, for their answer, and for a handshake
 _SPARE_CALLS = 64  # gRPC calls beside streams and recordings
-_GRPC_UPLOAD = 32 << 20  # bytes of a recording in one gRPC message, which is held in memory
+_GRPC_UPLOAD = 16 << 20  # bytes of a recording in one gRPC message, which is held in memory
 _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 

@@ -17,6 +17,7 @@ from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Expired, Session
 
 PROTOCOL = "nemostream"
+LEAST_TEXT = 8192  # bytes of audio that a text message counts as: handling one costs about as much
 MOST_TEXT = 1 << 16  # characters of a message without audio: parsing one must not keep the event loop from others
 _CODES: tuple[tuple[type[NemostreamError], str, int], ...] = (
     (Draining, "draining", 1012), (CapacityError, "capacity", 1013), (OptionError, "option", 1008),
@@ -83,7 +84,7 @@ async def _talk(socket: WebSocket, session: Session, service: Service, words: bo
             await _tell(socket, session, await session.push(data), words)
             continue
         text = message.get("text") or "{}"
-        await session.pace(len(text))
+        await session.pace(max(len(text), LEAST_TEXT))
         kind, order = _order(text)
         if kind == "commit":
             await _tell(socket, session, await session.commit(), words)

@@ -29,7 +29,7 @@ from websockets.sync.client import ClientConnection, connect
 
 import nemostream
 from nemostream.errors import CapacityError
-from nemostream.serving import connections
+from nemostream.serving import connections, server
 from nemostream.serving.access import Client
 
 HALF = 2 * 16000 * 2
@@ -194,7 +194,7 @@ def test_garbage_on_the_ports(serve_here: Any, spoken: Any) -> None:
 def test_half_open_sockets(serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers that are there and say nothing: before a request, within one, and within a stream, of either protocol."""
     monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
-    with serve_here(measure=False, idle_seconds=1.5) as running:
+    with serve_here(measure=False, idle_seconds=1.5, max_uploads=64) as running:
         begun = [
             b"", b"GET /v1/stream HTTP/1.1\r\nHost:", b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
             b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n",

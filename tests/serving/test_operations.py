@@ -123,7 +123,7 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "streams": "gauge", "streams_admitted": "gauge", "streams_opened": "counter", "streams_failed": "counter",
         "rejected": "counter", "dropped": "counter", "audio_seconds": "counter", "utterances": "counter",
         "step_seconds": "histogram", "step_streams": "histogram", "latency_seconds": "histogram",
-        "real_time_factor": "gauge", "degraded": "gauge",
+        "real_time_factor": "gauge", "degraded": "gauge", "denied": "counter", "uploads": "gauge",
     }  # fmt: skip
     (rejected,) = (s for s in families["nemostream_rejected"].samples if s.name.endswith("_total"))
     assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
