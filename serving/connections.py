@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import resource
+import socket
 import time
 from collections import Counter
 from typing import Any, cast
@@ -33,6 +34,7 @@ _SLICE = 8 << 10  # bytes parsed in one turn: a thousand of the smallest frames
 _CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and other frames without a message: at once, and per second
 _UNREAD_BYTES = 16 << 10  # events that wait in the server until a client counts as one that does not read
 _FRAGMENTS = 4096  # of one WebSocket message
+_CLOSED_STATES = (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT of the kernel's enumeration
 _RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes, and what else a request may open
 
 
@@ -47,6 +49,7 @@ class Connections:
         self._open: dict[Any, str] = {}  # transport -> address
         self._addresses: Counter[str] = Counter()
         self._requests: dict[Any, HttpProtocol] = {}  # transport -> its protocol, until it is a WebSocket
+        self._sockets: set[Any] = set()  # transports of WebSockets
 
     def __len__(self) -> int:
         return len(self._open)
@@ -66,9 +69,11 @@ class Connections:
     def upgraded(self, transport: Any) -> None:
         """It is a WebSocket now, which has limits of its own."""
         self._requests.pop(transport, None)
+        self._sockets.add(transport)
 
     def closed(self, transport: Any) -> None:
         self._requests.pop(transport, None)
+        self._sockets.discard(transport)
         address = self._open.pop(transport, None)
         if address is not None:
             self._addresses[address] -= 1
@@ -80,6 +85,11 @@ class Connections:
         now = time.monotonic()
         for protocol in list(self._requests.values()):
             protocol.reap(now)
+        for transport in list(self._sockets):
+            # A WebSocket's peer closes its side only when it is gone. While nothing is read no event reports it, and
+            # what it sent before would keep its stream open for minutes.
+            if _peer_closed(transport):
+                transport.abort()
 
     def _evict(self, address: str | None) -> bool:
         """Close the connection that waits longest for a request, of one address or of any."""
@@ -111,6 +121,18 @@ def connections_for(most: int) -> int:
 
 def _used_files() -> int:
     return len(os.listdir("/dev/fd"))
+
+
+def _peer_closed(transport: Any) -> bool:
+    """Whether the peer has closed or reset its side, be there data left to read or not (known on Linux)."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or not hasattr(socket, "TCP_INFO"):
+        return False
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return False
+    return state in _CLOSED_STATES
 
 
 class _Sliced:
@@ -270,6 +292,8 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.limits.closed(self.transport)
+        while not self.queue.empty():  # nobody is left to read what these messages would give
+            self.queue.get_nowait()
         super().connection_lost(exc)
 
     def handle_ping(self) -> None:

@@ -31,11 +31,13 @@ MEMORY = 512 << 20  # bytes that decoding may add to the address space
 CPU_SECONDS = 300.0  # for one recording
 FRAME = struct.Struct("<cI")
 _FILES = 64  # open files
+_NICE = 10  # live streams come first
 
 
 def main() -> None:
     """Serve until the server closes its end of the socket."""
     connection = socket.socket(fileno=0)
+    os.nice(_NICE)
     _limit()
     while True:
         request, files, _, _ = socket.recv_fds(connection, 65536, 1)

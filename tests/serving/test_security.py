@@ -790,3 +790,19 @@ def test_denials_are_logged_with_the_address_and_counted(serve_process: Any) -> 
             assert code_of(lambda: stub.GetRivaSpeechRecognitionConfig(request)) is grpc.StatusCode.UNAUTHENTICATED
         eventually(lambda: sum(line.get("event") == "denied" for line in running.log) == 2)
     assert {line["peer"] for line in running.log if line.get("event") == "denied"} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("end", ["reset", "close"])
+def test_a_flood_whose_client_is_gone_frees_its_stream(serve_here: Any, end: str) -> None:
+    """What it sent before is not worked off: nobody reads the results."""
+    with serve_here(measure=False, drain_seconds=0) as running:
+        client = upgraded(running)
+        client.settimeout(0.5)
+        with suppress(TimeoutError):  # until the buffers of both systems are full
+            while True:
+                client.sendall(frame(1, b'{"type":"keepalive"}') * 1000)
+        assert len(running.service.sessions) == 1
+        if end == "reset":
+            client.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        eventually(lambda: not running.service.sessions, 10)
