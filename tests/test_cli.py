@@ -22,6 +22,7 @@ import soundfile
 
 import nemostream
 from nemostream.cli import main
+from nemostream.extras import install_command
 from nemostream.spec import Bundle, sha256
 
 CLIPS = Path(__file__).parent / "speech" / "human"
@@ -386,7 +387,7 @@ def test_doctor(run: Callable[..., Ran]) -> None:
     for name, extra in extras.items():
         if found[name] == "missing":
             line = next(line for line in ran.out.splitlines() if line.startswith(f"{name}  "))
-            assert f"pip install 'nemostream[{extra}]'" in line
+            assert install_command(extra) in line
 
 
 def test_doctor_without_a_bundle_that_works(
@@ -402,12 +403,12 @@ def test_doctor_without_a_bundle_that_works(
 
 def test_export_without_its_extra(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nemo", None)
-    run("export", "voice.nemo", tmp_path / "out").fails(7, "nemo", "pip install 'nemostream[export]'")
+    run("export", "voice.nemo", tmp_path / "out").fails(7, "nemo", install_command("export"))
 
 
 def test_the_microphone_without_its_extra(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    run("transcribe", "--mic").fails(7, "pip install 'nemostream[mic]'")
+    run("transcribe", "--mic").fails(7, install_command("mic"))
 
 
 def test_the_microphone(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
