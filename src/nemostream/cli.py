@@ -226,13 +226,13 @@ def transcribe(
     if decoder is not Decoder.keep and endpoint_ms is None:
         raise OptionError(f"--decoder {decoder} needs --endpoint-ms, which ends utterances.")
     options = _options(endpoint_ms, decoder, phrases, vad)
-    if resume:
-        _check_resume(resume, out, names[0])
     lanes = max(1, min(len(names), TOGETHER))
     # Twice: a failed file's slot may still be in the step under way when the next file wants one.
     capacity = 2 * lanes
     with ExitStack() as stack:
         output = stack.enter_context(Output(sources, format, out, apart=endpoint_ms is not None, channel=channel))
+        if resume:
+            _check_resume(resume, out, names[0])
         if itn:
             output.itn = nemostream.InverseNormalizer()  # takes seconds: after what fails at once
         model = stack.enter_context(
