@@ -260,6 +260,8 @@ def _copy_of_pipe(path: str | os.PathLike[str], name: str) -> tempfile._Temporar
             copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="nemostream-"))
             shutil.copyfileobj(pipe, copy)
             copy.flush()
+            if not copy.tell():
+                raise AudioError(f"{name} is a pipe that nothing came through.")
             stack.pop_all()  # the caller's now
         return copy
     except (FileNotFoundError, NotADirectoryError) as error:
