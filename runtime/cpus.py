@@ -54,8 +54,11 @@ def _folders(mounts: list[str], kind: str, path: str) -> list[Path]:
     for line in mounts:
         # ID parent major:minor root mount-point options [optional fields] - type source super-options
         fields, _, rest = line.partition(" - ")
-        _, _, _, root, point, *_ = fields.split(" ")
-        type_, _, options = rest.split(" ", 2)
+        try:
+            _, _, _, root, point, *_ = fields.split(" ")
+            type_, _, options = rest.split(" ", 2)
+        except ValueError:
+            continue
         if type_ != kind or (kind == "cgroup" and "cpu" not in options.split(",")):
             continue
         # A container sees the host's path of its cgroup while only the cgroup itself is mounted.

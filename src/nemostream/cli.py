@@ -197,7 +197,7 @@ def transcribe(
         ),
     ] = None,
 ) -> None:
-    """Transcribe speech.
+    """Transcribe audio files, a pipe or the microphone.
 
     One line per file, in the order given; with several files, text lines begin with the file's name. A file that cannot
     be used, or whose transcript cannot be written, is reported on standard error and the others go on; the exit code is
@@ -283,10 +283,17 @@ def _check_resume(resume: Path, out: str | None, name: str) -> None:
 
 @app.command(rich_help_panel=_MODELS)
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A .nemo file, or the name of a model NeMo can fetch.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint: a .nemo file, or the name of a model that NeMo can download.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
     triton: Annotated[
-        bool, typer.Option("--triton", help="Make OUT a model repository of Triton; CHECKPOINT may be a bundle too.")
+        bool,
+        typer.Option(
+            "--triton",
+            help="Make OUT a model repository of Triton; CHECKPOINT may be a bundle too.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
 ) -> None:
     """Export a NeMo checkpoint to a bundle, and measure that both compute the same."""
