@@ -61,11 +61,8 @@ def test_pip_takes_the_command_of_a_checkout(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_page_and_no_hint_names_an_index_that_does_not_have_it() -> None:
     """`pip install nemostream` finds nothing: the package is on no index."""
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]
-    code = [
-        path
-        for folder in ("src", "runtime", "engine", "export", "benchmarks")
-        for path in (ROOT / folder).rglob("*.py")
-    ]
+    folders = ("src", "runtime", "engine", "export", "benchmarks")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     wrong = re.compile(r"pip install (?:-\S+ )*'?nemostream(?!\[.*\] @|\{)")
     found = {str(path.relative_to(ROOT)): wrong.findall(path.read_text("utf-8")) for path in [*pages, *code]}
     found.pop("src/nemostream/extras.py")

@@ -319,13 +319,8 @@ def test_other_messages_are_passed_on() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # Ours are not part of the pipe, so they may come before the others.
-    assert set(done.stderr.replace("three", "three\n").splitlines()) == {
-        "one",
-        "Warning: two",
-        "three",
-        "ours",
-        "after",
-    }
+    lines = done.stderr.replace("three", "three\n").splitlines()
+    assert set(lines) == {"one", "Warning: two", "three", "ours", "after"}
 
 
 # -- channels ----------------------------------------------------------------------------------------------------------
