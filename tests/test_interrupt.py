@@ -16,6 +16,7 @@ import pytest
 import soundfile
 
 import nemostream
+from nemostream.clips import CLIP_TEXT
 
 COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 CLIP, RATE = soundfile.read(nemostream.demo_clip(), dtype="int16")
@@ -143,6 +144,32 @@ def test_files_that_were_not_started(long: Path, whole: nemostream.Result) -> No
     left_out = re.search(r"^nemostream: interrupted; (\d+) not transcribed\.$", done.stderr, re.MULTILINE)
     assert left_out and int(left_out[1]) >= 2
     assert done.stderr.count(f"{long}: interrupted") + int(left_out[1]) == 18
+
+
+MICROPHONE = """
+import contextlib, os, sys, types
+import numpy, soundfile
+import nemostream
+from nemostream.cli import main
+audio = soundfile.read(nemostream.demo_clip(), dtype="float32")[0]
+class InputStream(contextlib.nullcontext):
+    at = 0
+    def read(self, frames):
+        block = audio[self.at : self.at + frames]
+        self.at += frames
+        if not len(block):
+            os.kill(os.getpid(), int(sys.argv[1]))
+        return numpy.pad(block, (0, frames - len(block)))[:, None], False
+sys.modules["sounddevice"] = types.SimpleNamespace(InputStream=lambda **given: InputStream(), PortAudioError=OSError)
+main(["transcribe", "--mic"])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_the_microphone(number: int, code: int) -> None:
+    done = python(MICROPHONE, int(number))
+    assert (done.returncode, done.stderr) == (code, "listening; Ctrl-C ends\n")
+    assert done.stdout.strip() == CLIP_TEXT
 
 
 def test_a_pipe_that_nobody_writes_into(tmp_path: Path) -> None:
