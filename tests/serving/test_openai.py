@@ -85,7 +85,7 @@ def test_refusals_are_sentences(client: Any, spoken: Any) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(model="any", **options)
         assert word in caught.value.message and "/tmp" not in caught.value.message
-    with pytest.raises(openai.UnprocessableEntityError, match="response_format"):
+    with pytest.raises(openai.BadRequestError, match="response_format"):
         ask(model="any", file=spoken[0].path, response_format="diarized_json")
 
 

@@ -85,6 +85,11 @@ def test_a_file_is_captioned_and_the_chunk_size_switches(page: Any, spoken: Any)
     assert page.wrong == []
 
 
+def test_the_demo_model_is_named_on_the_page(page: Any) -> None:
+    note = page.inner_text("#note")
+    assert "The demo model is in use" in note and "English numbers" in note and "--bundle" in note
+
+
 def test_it_fits_a_phone(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert all(box["height"] >= 40 for box in map(lambda b: b.bounding_box(), page.query_selector_all("button, .file")))

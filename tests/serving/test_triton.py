@@ -17,6 +17,7 @@ import pytest
 
 import nemostream
 from nemostream.cli import main
+from nemostream.extras import install_command
 
 tritonclient = pytest.importorskip("tritonclient", reason="needs tritonclient[grpc]")
 
@@ -49,6 +50,14 @@ def test_the_configuration_is_tritons(repository: Path) -> None:
     }
     assert found.sequence_batching.oldest.max_candidate_sequences == 256
     assert set(found.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
+
+
+def test_the_written_model_names_a_command_that_installs(repository: Path) -> None:
+    """`pip install nemostream` finds nothing: the package is on no index."""
+    (model,) = repository.glob("*/1/model.py")
+    text = model.read_text()
+    assert install_command() in text and "pip install nemostream" not in text
+    compile(text, str(model), "exec")
 
 
 def test_a_configuration_that_was_changed_stays(repository: Path) -> None:
