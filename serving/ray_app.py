@@ -32,7 +32,7 @@ class Replica:
     """One engine and the streams on it."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
-        log_to_stderr()
+        log_to_stderr(settings.log_format == "text")
         self._service = Service(settings)
         await asyncio.to_thread(self._service.start)
         self._tasks = [asyncio.create_task(self._service.watch()), asyncio.create_task(self._share())]
