@@ -10,15 +10,17 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
+import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import StreamError
-from nemostream.runtime.audio import Intake
+from nemostream.runtime.audio import BLOCK, Intake
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
-from nemostream.runtime.endpoint import Endpoint, Endpointer
+from nemostream.runtime.endpoint import Endpoint, Endpointer, RepetitionGuard
 from nemostream.runtime.resume import Digest, Keeper, Saved
 from nemostream.runtime.seat import Heard
+from nemostream.runtime.silence import SilenceSplitter
 from nemostream.runtime.stream import Stream
 from nemostream.runtime.tokenizer import Detokenizer
 from nemostream.runtime.utterance import Event, Utterances
@@ -90,7 +92,9 @@ class Recognition:
         self.chunk_ms = chunk.ms  # of the last of them
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=sure.aggregation)
         self._gate = model._gate() if vad else None
-        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins) if endpoint else None
+        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins, tokenizer.closes) if endpoint else None
+        self._guard = RepetitionGuard(manifest)
+        self._silence = SilenceSplitter(self.intake.sample_rate)
         stream = Stream(manifest, chunk, self._gate)
         self._keeper, self._digest = keeper, Digest()
         self._saved = keeper.load() if keeper else None  # until the audio that it was saved of was fed again
@@ -102,7 +106,7 @@ class Recognition:
         slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
         self._seat = self._scheduler.open(
-            stream, listener, patient, endpointer=self._endpointer, phrases=boosting, saved=slot
+            stream, listener, patient, endpointer=self._endpointer, guard=self._guard, phrases=boosting, saved=slot
         )
         self._remember(len(stream.hypothesis.tokens))
 
@@ -112,8 +116,14 @@ class Recognition:
         """Hand audio to the scheduler. Raises `AudioError` before, and `StreamError` after the end of the stream."""
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
-        for block in self.intake.push(pcm):
-            self._accept(block)
+        self.intake.check(pcm)  # all of it, before any is taken
+        for begin in range(0, max(len(pcm), 1), BLOCK):
+            for part, silent in self._silence.split(pcm[begin : begin + BLOCK]):
+                if silent:
+                    self._pass_over(len(part))
+                    continue
+                for block in self.intake.push(part):
+                    self._accept(block)
 
     def use(self, chunk_ms: int) -> None:
         """Go on in chunks of another size. Raises `OptionError` if the model was not trained for it."""
@@ -124,6 +134,7 @@ class Recognition:
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
         self._accept(self.intake.cut())
+        self._silence.restart()
         self._scheduler.cut(self._seat)
 
     def end(self) -> None:
@@ -137,7 +148,8 @@ class Recognition:
     def _parts(self, stream: Stream) -> dict[str, Part]:
         """What is saved of a stream, but for its slot."""
         parts: dict[str, Part | None] = {
-            "stream": stream, "said": stream.hypothesis, "endpoint": self._endpointer, "gate": self._gate
+            "stream": stream, "said": stream.hypothesis, "guard": self._guard, "endpoint": self._endpointer,
+            "gate": self._gate,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part}
 
@@ -169,6 +181,19 @@ class Recognition:
         if self._gate:
             self._gate.hear(block)  # here and not at the scheduler, where others would wait for it
         self._scheduler.accept(self._seat, block)
+
+    def _pass_over(self, samples: int) -> None:
+        """Take in digital silence of so many samples of the input, which is not run (`runtime/silence.py`)."""
+        self._accept(self.intake.cut())
+        rate = self.intake.sample_rate
+        before, self.intake.received = self.intake.received, self.intake.received + samples
+        count = self.intake.received * self._rate // rate - before * self._rate // rate
+        silence = np.zeros(count, np.float32)
+        if self._heard_before(silence):
+            return
+        if self._gate:
+            self._gate.hear(silence)
+        self._scheduler.pass_over(self._seat, count)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
@@ -231,11 +256,14 @@ class Recognition:
     def events(self) -> list[Event]:
         """What became known since the last call; the stream's last event, once every step of it is in."""
         self._take_in()
+        over = self._ended and self.settled()
+        if over:
+            self._clip(len(self._tokens), self.intake.seconds)
         events: list[Event] = []
         while self._untold:
             heard = self._next()
             events += self._utterances.step(self._tokens, heard.count, heard.ends, self.intake.seconds, self.chunk_ms)
-        if self._ended and not self._over and self.settled():
+        if over and not self._over:
             self._over = True
             at = self._seat.stream.samples
             events += self._utterances.finish(self._tokens, at, self.intake.seconds, self.chunk_ms)
@@ -245,8 +273,10 @@ class Recognition:
         """The final result, once every step is in."""
         if not self._last.final:
             self._take_in()
+            self._clip(len(self._tokens), self.intake.seconds)
             text = self._tokenizer.decode([token.id for token in self._tokens])
-            self._last = dataclasses.replace(self._result(text, len(self._tokens), *self._newest()), final=True)
+            newest = self._result(text, len(self._tokens), *self._newest())
+            self._last = dataclasses.replace(newest, tokens=tuple(self._tokens), final=True)
         return self._last
 
     def drop(self) -> None:
@@ -290,6 +320,15 @@ class Recognition:
             return
         self._untold += heard
         self._remember(heard[-1].count)
+        for one in heard:
+            if one.piece.kind == "cut":
+                self._clip(one.count, one.piece.reach / self._rate)
+
+    def _clip(self, count: int, end: float) -> None:
+        """A recording ends there, with the first `count` tokens. Its last frames reach beyond it; tokens must not."""
+        while count and self._tokens[count - 1].end > end:
+            count -= 1
+            self._tokens[count] = dataclasses.replace(self._tokens[count], end=end)
 
     def _remember(self, count: int) -> None:
         """Make tokens of the first `count` of the hypothesis."""
