@@ -1,4 +1,6 @@
-"""When an utterance ends, and when a decoder repeats itself, decided on frames and tokens alone: the same utterances however and whenever audio comes.
+"""When an utterance ends, and when a decoder repeats itself.
+
+Both are decided on frames and tokens alone: the decisions are the same however and whenever audio comes.
 
 The rule of silence is NeMo's: more than `silence_ms` of frames in a row that said nothing
 (`nemo/collections/asr/inference/streaming/endpointing/greedy/greedy_endpointing.py`, `detect_eou_given_timestamps`).
@@ -133,14 +135,14 @@ class Endpointer:
 class RepetitionGuard:
     """Find a decoder that repeats itself without end.
 
-    A transducer can get into a loop: the labels that it emitted make it emit them again, whatever the audio is. The rule:
-    if the last `WINDOW` tokens are one sequence of at most `CYCLE` tokens over and over (at least six times), without a
-    pause of more than `PAUSE_MS` between two tokens or after the last one, at the end of two steps in a row, the decoder
-    is reset, and tokens are counted anew. People repeat words too, but not as often: 50 times the same digit in a row,
-    of up to three tokens each, do not make a loop.
+    A transducer can get into a loop: the labels that it emitted make it emit them again, whatever the audio is. The
+    rule: if the last `WINDOW` tokens are one sequence of at most `CYCLE` tokens over and over (at least six times),
+    without a pause of more than `PAUSE_MS` between two tokens or after the last one, at the end of two steps in a row,
+    the decoder is reset and tokens are counted anew. People repeat words too, but not as often: the same digit 50 times
+    in a row, of up to three tokens each, is not a loop.
 
-    The first step makes the guard suspicious, so that the stream's next step waits for the results of the one before:
-    the reset comes at the same place with overlapping steps and without, and however audio is pushed.
+    After the first of the two steps the stream's next step waits for the results of the one before. So the reset has
+    the same place with overlapping steps and without, and however audio is pushed.
     """
 
     WINDOW, CYCLE, PAUSE_MS = 192, 32, 2000
@@ -151,7 +153,7 @@ class RepetitionGuard:
         self.suspects = False  # whether the last step ended in a repetition
 
     def step(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> bool:
-        """Return whether the decoder must be reset, after a step up to the sample `reach`, given the whole hypothesis."""
+        """Return whether the decoder must be reset after a step up to the sample `reach`. Takes the whole hypothesis."""
         loops = self._repeats(tokens, places, reach)
         reset, self.suspects = loops and self.suspects, loops and not self.suspects
         if reset:

@@ -6,14 +6,17 @@ What the module does not know: which backend, batches, asyncio.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.errors import StreamError
+from nemostream.errors import OptionError, StreamError
 from nemostream.runtime.audio import BLOCK, Intake
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
@@ -29,6 +32,9 @@ from nemostream.runtime.words import Result, Token
 if TYPE_CHECKING:
     from nemostream.runtime.recognizer import Model
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
 
 
@@ -41,13 +47,56 @@ class Part(Protocol):
 
 
 class Options(TypedDict, total=False):
-    """How a stream is to be recognised; every one may be left out."""
+    """
+    chunk_ms: chunk size in milliseconds (default: the model's).
+    endpoint: an `Endpoint`, the rule by which utterances end (default: never by themselves; of `listen`: `Endpoint()`).
+    phrases: a list of phrases to boost, or a mapping of phrases to weights.
+    confidence: a `Confidence`, the measure of confidence (default: the model's).
+    vad: whether chunks without speech are passed over; needs the `vad` extra (default: False).
+    """
 
-    chunk_ms: int | None  # chunk size; the model's default
-    endpoint: Endpoint | None  # when utterances end; default: never by themselves
-    phrases: Mapping[str, float] | Sequence[str] | None  # to be more ready for, with their weights, or all with 1
-    confidence: Confidence | None  # measure of confidence; the model's default
-    vad: bool  # whether chunks without speech are passed over; needs the `vad` extra
+    chunk_ms: int | None
+    endpoint: Endpoint | None
+    phrases: Mapping[str, float] | Sequence[str] | None
+    confidence: Confidence | None
+    vad: bool
+
+
+_OPTIONS: dict[str, Any] = dict.fromkeys(Options.__annotations__) | {"vad": False}
+
+
+def with_options(method: Callable[P, T]) -> Callable[P, T]:
+    """Give a method that takes `**options: Unpack[Options]` their names in its signature and in its documentation.
+
+    An unknown option raises a `TypeError` that lists those there are, before anything is done; a number that is none
+    raises an `OptionError`.
+    """
+    signature = inspect.signature(method)
+    parameters = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_OPTIONS[name], annotation=annotation)
+        for name, annotation in Options.__annotations__.items()
+    ]
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    names = {one.name for one in parameters}
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(f"{method.__name__}() has no option {name!r}; its options are {', '.join(known)}.")
+        for name in ("sample_rate", "channels"):
+            value: object = kwargs.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise OptionError(f"{name} is {value!r}; it must be a number, not {type(value).__name__}.")
+        for name, kind in (("endpoint", Endpoint), ("confidence", Confidence)):
+            if not isinstance(value := kwargs.get(name), kind | None):
+                raise OptionError(f"{name} is {value!r}; it must be nemostream.{kind.__name__}(...) or None.")
+        return method(*args, **kwargs)
+
+    checked.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    checked.__doc__ = f"{inspect.getdoc(method)}\n\nOptions:\n\n{inspect.cleandoc(Options.__doc__ or '')}"
+    return checked
 
 
 class Recognition:

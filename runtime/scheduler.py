@@ -5,8 +5,9 @@ chunk size can starve another. A stream with more audio waiting queues again beh
 
 With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
 device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Only
-where a result may change the state (a decoder that is reset at an utterance's end, or in a repetition loop) does the
-stream wait for it. Without overlap (the plain twin, and better where `submit` itself does the work) each step's results are handled at once.
+where a result may change the state (a decoder that is reset at an utterance's end or in a repetition loop) does the
+stream wait for it. Without overlap (the plain twin, and better where `submit` itself does the work) each step's results
+are handled at once.
 
 What the module does not know: which backend, text, sample rates, asyncio.
 """

@@ -155,7 +155,11 @@ def test_utterances_are_nemos_segments(side: tuple[Model, Any], speech: list[Flo
                 round(events[-1].end / 0.08),
             )
             for events in joined
-        ] == [(segment["segment"].split(), segment["start_offset"], segment["end_offset"]) for segment in wanted]
+        ] == [
+            # NeMo's last frame may reach beyond the recording.
+            (one["segment"].split(), one["start_offset"], min(one["end_offset"], round(len(audio) / 1280)))
+            for one in wanted
+        ]
         several += len(finals) > 1
     assert several
 
