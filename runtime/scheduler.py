@@ -229,6 +229,7 @@ class Scheduler:
         for seat, piece in zip(seats, pieces, strict=True):
             if piece.fresh and seat.slot is not None:
                 self._resets.add(seat.slot)
+                seat.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
             seat.in_flight += 1
             del self._ready[seat]
             self._queue(seat)

@@ -180,7 +180,7 @@ class Stream:
         counts = [self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened]
         return {
             "counts": np.array(counts, np.int64),
-            "silent": np.array(self._silent),
+            "flags": np.array([self._silent, self._fresh]),
             "sizes": np.array([self._filling.ms, self.chunk.ms, *(held.chunk.ms for held in self._held)], np.int64),
             "filling": self._next[: self._filled].copy(),
             "held": np.concatenate([np.zeros(0, np.float32), *(held.audio for held in self._held)]),
@@ -191,7 +191,7 @@ class Stream:
         self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened = state[
             "counts"
         ].tolist()
-        self._silent = bool(state["silent"])
+        self._silent, self._fresh = state["flags"].tolist()
         self._filling, self.chunk, *held = (self._manifest.chunk(ms) for ms in state["sizes"].tolist())
         self._next = np.zeros(self._filling.samples, np.float32)
         self._next[: self._filled] = state["filling"]
