@@ -181,7 +181,9 @@ def test_punctuation_that_comes_in_time_belongs_to_its_utterance(punctuated, man
     # An utterance that is too long ends after the punctuation of its last word.
     said = {0: ["\u2581yes"], 14: ["\u2581?"], 15: ["\u2581no"]}
     rule = Endpoint(silence_ms=None, longest_ms=1000)
-    finals, ends = run(punctuated, manifest, {0: ["\u2581yes"], 12: ["\u2581no"], 14: ["\u2581?", "\u2581yes"]}, 20, [7], rule)
+    finals, ends = run(
+        punctuated, manifest, {0: ["\u2581yes"], 12: ["\u2581no"], 14: ["\u2581?", "\u2581yes"]}, 20, [7], rule
+    )
     assert [text for _, text, _ in finals] == ["yes no ?", "yes"] or finals
 
 
