@@ -153,7 +153,7 @@ class RepetitionGuard:
         self.suspects = False  # whether the last step ended in a repetition
 
     def step(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> bool:
-        """Return whether the decoder must be reset after a step up to the sample `reach`. Takes the whole hypothesis."""
+        """Return whether the decoder must be reset after a step up to the sample `reach`; given all tokens so far."""
         loops = self._repeats(tokens, places, reach)
         reset, self.suspects = loops and self.suspects, loops and not self.suspects
         if reset:

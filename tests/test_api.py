@@ -100,7 +100,7 @@ def test_a_value_of_the_wrong_kind_is_named(
 def test_a_sample_rate_out_of_range_is_refused(
     model: nemostream.Model, clip: np.ndarray, name: str, rate: float
 ) -> None:
-    with pytest.raises(OptionError, match="sample_rate is .*; it must be whole Hz from 4000 to 768000"):
+    with pytest.raises(OptionError, match=r"sample_rate is .*; it must be whole Hz from 4000 to 768000"):
         raise call(model, name, clip[:8000], sample_rate=rate)[0]
 
 

@@ -13,9 +13,12 @@ from nemostream.runtime.recognizer import Model
 FRAME = 1280
 
 
-def resets(manifest, tokens, gaps=itertools.repeat(1), frames=7):
+def resets(manifest, tokens, gaps=None, frames=7):
     """Counts of tokens at which the guard resets; a token each `gaps` frames, in steps of so many frames."""
-    places = [FRAME * (place - 1) for place in itertools.accumulate(itertools.islice(gaps, len(tokens)))]
+    places = [
+        FRAME * (place - 1)
+        for place in itertools.accumulate(itertools.islice(gaps or itertools.repeat(1), len(tokens)))
+    ]
     guard, found, count = RepetitionGuard(manifest), [], 0
     for reach in range(frames * FRAME, places[-1] + 1 + 50 * FRAME, frames * FRAME):
         while count < len(places) and places[count] < reach:
@@ -103,7 +106,7 @@ def test_a_looping_stream_is_reset_at_the_same_place_whatever_the_pushes(bundle,
             result = stream.finish()
         found.append((backend.forgotten, [token.id for token in result.tokens]))
     assert found[1:] == found[:1] * 3
-    ((slot, frame),) = found[0][0]
+    ((_, frame),) = found[0][0]
     assert 192 < frame <= 192 + 2 * (ms // 80)
     tokens = found[0][1]
     assert tokens[:frame] == [i % 5 for i in range(frame)] and tokens[frame : frame + 5] != [0, 1, 2, 3, 4]
