@@ -171,8 +171,8 @@ class Model:
         """`left`, one of many recordings has: it waits for a slot, and gives up when it is set."""
         if not (isinstance(source, np.ndarray | str | os.PathLike) or is_file_content(source)):
             raise AudioError(
-                "transcribe takes a path, the bytes or the binary file object of an audio file, or a numpy array, not "
-                f"{type(source).__name__}."
+                f"transcribe takes a path or a numpy array, not {type(source).__name__}; of an audio file "
+                "also its bytes or a binary file object."
             )
         _check_shape(source)
         if not isinstance(resume, str | os.PathLike | None):
