@@ -24,9 +24,11 @@ import soxr
 from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, OptionError
+from nemostream.runtime.spool import Readable, is_file_content, spooled
 
 Floats = NDArray[np.float32]
-Source = str | Path | os.PathLike[str] | NDArray[Any] | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
+Content = bytes | bytearray | memoryview | Readable  # of an audio file
+Source = str | Path | os.PathLike[str] | NDArray[Any] | Content | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
 
 # Beyond these a rate is a mistake (kHz for Hz, samples for a rate), and soxr would make huge buffers of it.
 RATES = range(4_000, 768_001)
@@ -307,6 +309,9 @@ def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
         yield Sound(source.sample_rate, source.channels, source.blocks(), source.duration)
     elif isinstance(source, str | os.PathLike):
         with Recording(source) as file:
+            yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
+    elif isinstance(source, bytes | bytearray | memoryview) or is_file_content(source):
+        with spooled(source) as (path, name), Recording(path, name) as file:
             yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
     elif isinstance(source, Iterable):
         yield Sound(sample_rate, channels, source)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
 
-VERSION = 1
+VERSION = 2
 SECONDS = 30.0  # of work between two savings
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -35,7 +35,7 @@ Arrays = Mapping[str, NDArray[Any]]
 class Saved:
     """What a stream is; every part by the one that it belongs to."""
 
-    parts: Mapping[str, Arrays]  # "slot", "stream", "said", "endpoint", "gate"
+    parts: Mapping[str, Arrays]  # "slot", "stream", "said", "guard", "endpoint", "gate"
     samples: int  # of audio that went in, at the model's rate
     digest: str  # of that audio
 

@@ -83,6 +83,8 @@ class Stream:
 
     With a `gate`, chunks that it does not let through are passed over, and the model hears the others as if there had
     been nothing between them. The first chunk is always run, as it begins with the lead silence.
+
+    Digital silence (`pass_over`) ends a recording, and the audio after it begins another one, as at a `cut`.
     """
 
     def __init__(self, manifest: Manifest, chunk: Chunk, gate: Gate | None = None) -> None:
@@ -99,6 +101,7 @@ class Stream:
         self._covered = 0  # encoder frames of its chunks to be run so far, taken or not
         self._skipped = 0  # samples of it that were passed over
         self._fresh = False
+        self._silent = False  # whether digital silence is passed over; the next audio begins a recording
         # The chunk being filled. The lead silence is part of the first; it is shorter than any chunk.
         self._filling = chunk  # its size; `chunk` is that of the ones after it
         self._next = np.zeros(chunk.samples, np.float32)
@@ -136,6 +139,8 @@ class Stream:
         """Append audio: mono, at the model's rate."""
         if self.ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
+        if self._silent and len(samples_N):
+            self._begin_recording()
         while len(samples_N):
             part = samples_N[: len(self._next) - self._filled]
             self._next[self._filled : self._filled + len(part)] = part
@@ -144,6 +149,17 @@ class Stream:
             samples_N = samples_N[len(part) :]
             if self._filled == len(self._next):
                 self._close_chunk()
+
+    def pass_over(self, samples: int) -> None:
+        """Append digital silence that is not run: what was accepted is complete, as at the end of a recording."""
+        if self.ended:
+            raise StreamError("the stream was finished; open a new one for more audio.")
+        if not self._silent:
+            self._flush()
+            self._open_chunk()
+            self._silent = True
+        self.samples += samples
+        self._advance((self.samples - self._reach) // self.chunk.samples * self.chunk.samples)
 
     def end(self) -> None:
         """No more audio: the rest becomes zero-padded chunks, as many as there are encoder frames still to come."""
@@ -157,18 +173,14 @@ class Stream:
             return
         self._flush()
         self._ready.append(Piece("cut", self.chunk, self.samples))
-        self._begin = self._reach = self.samples
-        self._covered = self._skipped = 0
-        self._fresh = True
-        if self._gate:
-            self._gate.restart(self.samples)
-        self._open_chunk(self._manifest.lead)
+        self._begin_recording()
 
     def save(self) -> dict[str, NDArray[Any]]:
         """Everything that `load` needs, of a stream all of whose pieces were taken; what was said is not in it."""
         counts = [self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened]
         return {
             "counts": np.array(counts, np.int64),
+            "flags": np.array([self._silent, self._fresh]),
             "sizes": np.array([self._filling.ms, self.chunk.ms, *(held.chunk.ms for held in self._held)], np.int64),
             "filling": self._next[: self._filled].copy(),
             "held": np.concatenate([np.zeros(0, np.float32), *(held.audio for held in self._held)]),
@@ -179,6 +191,7 @@ class Stream:
         self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened = state[
             "counts"
         ].tolist()
+        self._silent, self._fresh = state["flags"].tolist()
         self._filling, self.chunk, *held = (self._manifest.chunk(ms) for ms in state["sizes"].tolist())
         self._next = np.zeros(self._filling.samples, np.float32)
         self._next[: self._filled] = state["filling"]
@@ -188,7 +201,25 @@ class Stream:
             self._held.append(Piece("run", chunk, 0, 0, audio, chunk.samples))
             at += chunk.samples
 
+    def _begin_recording(self) -> None:
+        """What follows is a recording of its own, in the same slot; times go on."""
+        self._begin = self._reach = self.samples
+        self._covered = self._skipped = 0
+        self._fresh, self._silent = True, False
+        if self._gate:
+            self._gate.restart(self.samples)
+        self._open_chunk(self._manifest.lead)
+
+    def _advance(self, samples: int) -> None:
+        """Pass over so many samples of digital silence, if any."""
+        if samples > 0:
+            self._reach += samples
+            self._ready.append(Piece("skip", self.chunk, self._reach))
+
     def _flush(self) -> None:
+        if self._silent:
+            self._advance(self.samples - self._reach)
+            return
         if self._gate and self._covered and not self._gate.passes(self._opened, self.samples):
             while self._held:
                 self._queue("skip", self._held.popleft())
