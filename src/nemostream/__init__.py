@@ -34,6 +34,7 @@ from nemostream.errors import (
     OptionError,
     ParityError,
     StreamError,
+    TruncatedAudioError,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ __all__ = [
     "Result",
     "StreamError",
     "Token",
+    "TruncatedAudioError",
     "Word",
     "__version__",
     "demo_bundle",
