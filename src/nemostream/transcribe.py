@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemostream.captions import Captions
-from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError
+from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError, TruncatedAudioError
 from nemostream.output import MICROPHONE, STDIN, Output
 
 if TYPE_CHECKING:
@@ -93,8 +93,14 @@ def transcribe_files(
         ]
         try:
             for index, (name, job) in enumerate(zip(names, jobs, strict=True)):
+                truncated: TruncatedAudioError | None = None
                 try:
-                    said, duration = job.result()
+                    try:
+                        said, duration = job.result()
+                    except TruncatedAudioError as error:
+                        if error.result is None:
+                            raise
+                        truncated, (said, duration) = error, error.result
                 except NemostreamError as error:
                     captions.over(index)
                     with captions.aside():
@@ -104,6 +110,9 @@ def transcribe_files(
                     captions.over(index)
                     with captions.aside():
                         output.write(name, said, duration, model.chunk_ms)
+                        if truncated:
+                            complain(str(truncated))
+                            code = code or truncated.exit_code
                     if resume:
                         discard(resume)  # not before what was said is written
         finally:  # on Ctrl-C, or when nobody reads our output: do not decode the rest first
@@ -149,21 +158,40 @@ def _transcribe_one(
     index: int,
 ) -> tuple[Sequence[Result | Event], float]:
     """What was said, in utterances or as a whole, and how many seconds there were."""
-    from nemostream.runtime.audio import Recording, read_pcm16
-
     speech = _Speech(output, name, captions, index)
+    try:
+        return _transcribe_to(speech, model, name, options, realtime, resume, captions, index)
+    except TruncatedAudioError as error:  # all that is there was transcribed
+        result = error.result
+        error.result = ([result], result.duration) if result else (speech.finals, speech.duration)
+        raise
+
+
+def _transcribe_to(
+    speech: _Speech,
+    model: Model,
+    name: str,
+    options: Options,
+    realtime: bool,
+    resume: Path | None,
+    captions: Captions,
+    index: int,
+) -> tuple[Sequence[Result | Event], float]:
+    from nemostream.runtime.audio import opened, piped
+
     if name == STDIN:
         captions.begins(index, 0.0)
-        with model.stream(sample_rate=STDIN_RATE, **options) as stream:
-            speech.follow(stream, read_pcm16(sys.stdin.buffer), STDIN_RATE)
-        return speech.finals, speech.duration
+        with piped(sys.stdin.buffer, STDIN_RATE) as sound:
+            with model.stream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
+                speech.follow(stream, sound.blocks, sound.sample_rate)
+            return speech.finals, speech.duration
     try:
-        with Recording(name) as file:
-            captions.begins(index, file.duration)
+        with opened(name, STDIN_RATE, 1) as sound:
+            captions.begins(index, sound.duration)
             if realtime:
-                stream = model.stream(sample_rate=file.sample_rate, channels=file.channels, **options)
-                with stream, closing(_paced(file.blocks(), file.sample_rate)) as blocks:
-                    speech.follow(stream, blocks, file.sample_rate)
+                stream = model.stream(sample_rate=sound.sample_rate, channels=sound.channels, **options)
+                with stream, closing(_paced(sound.blocks, sound.sample_rate)) as blocks:
+                    speech.follow(stream, blocks, sound.sample_rate)
                 return speech.finals, speech.duration
     except (OSError, UnicodeEncodeError) as error:  # of a name that the system, or libsndfile's wrapper, cannot take
         raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
