@@ -280,6 +280,7 @@ class Part:
     start: int
     end: int
     patches: dict[int, bytes] = field(default_factory=dict)  # bytes to read in place of the file's, by offset
+    prefix: bytes = b""  # to read before the file's
     missing: float = 0.0  # seconds that a WAV header promises beyond the end of the file
     promise: bool = True  # whether the header knows the length
 
@@ -386,11 +387,50 @@ def _flac_part(data: mmap.mmap, at: int, size: int) -> Part:
     # The next STREAMINFO: eight bytes that compressed audio does not contain by chance.
     found = [data.find(b"fLaC" + first + b"\0\0\x22", audio) for first in (b"\0", b"\x80")]
     end = min((other for other in found if other >= 0), default=size)
-    samples = begin + 21  # 4 bits there and 32 that follow; 0: the program did not know
-    if end > samples + 5 and not data[samples] & 0x0F and not any(data[samples + 1 : samples + 5]):
-        # libsndfile rejects 0; of the largest number it reads what is there.
-        return Part("FLAC", at, end, {samples: bytes([data[samples] | 0x0F]) + b"\xff" * 4}, promise=False)
+    samples = begin + 21  # 4 bits there and 32 that follow; 0: the program that wrote it into a pipe did not know
+    unknown = end > samples + 5 and not data[samples] & 0x0F and not any(data[samples + 1 : samples + 5])
+    if unknown and (total := _flac_samples(data, begin, end)):  # libsndfile does not read 0
+        high, low = bytes([data[samples] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
+        return Part("FLAC", at, end, {samples: high + low})
     return Part("FLAC", at, end)
+
+
+_LARGEST_FRAME = 1 << 17  # bytes of a FLAC frame; more than any encoder writes of two channels
+
+
+def _flac_samples(data: mmap.mmap, begin: int, end: int) -> int | None:
+    """Samples of a FLAC stream by its last frame (RFC 9639, 9.1); None if no whole frame ends where the stream does."""
+    at, largest = end, int.from_bytes(data[begin + 10 : begin + 12], "big")
+    while (at := data.rfind(b"\xff", max(begin, end - _LARGEST_FRAME), at)) >= 0:
+        head = data[at : at + 16]
+        if len(head) < 6 or head[1] & 0xFE != 0xF8:
+            continue
+        length = max(1, 8 - (head[4] ^ 0xFF).bit_length())  # of a number written as UTF-8 writes one
+        number = head[4] & (0x7F >> length if length > 1 else 0x7F)
+        for byte in head[5 : 4 + length]:
+            number = number << 6 | byte & 0x3F
+        size_code, rate_code, rest = head[2] >> 4, head[2] & 15, 4 + length
+        extra = {6: 1, 7: 2}.get(size_code, 0)
+        size = int.from_bytes(head[rest : rest + extra], "big") + 1
+        if not extra:
+            size = 192 if size_code == 1 else 144 << size_code if size_code < 6 else 1 << size_code
+        rest += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+        if rest < len(head) and _crc(head[: rest + 1], 8, 0x07) == 0 and _crc(data[at:end], 16, 0x8005) == 0:
+            return number * (1 if head[1] & 1 else largest) + size
+    return None
+
+
+def _crc(data: bytes, bits: int, polynomial: int) -> int:
+    table = []
+    for byte in range(256):
+        value = byte << (bits - 8)
+        for _ in range(8):
+            value = (value << 1 & (1 << bits) - 1) ^ (polynomial if value >> (bits - 1) else 0)
+        table.append(value)
+    value, low = 0, (1 << (bits - 8)) - 1
+    for byte in data:
+        value = table[(value >> (bits - 8) ^ byte) & 0xFF] ^ (value & low) << 8
+    return value
 
 
 def _ogg_end(data: mmap.mmap, at: int, size: int) -> int:
@@ -451,9 +491,17 @@ _FEWEST = 4  # frames; fewer are no stream of their own
 
 def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[Part]:
     """A new stream begins at a frame with a table of its length (Xing, VBRI), at another format, after as many frames
-    as the table states, and after bytes that are no frame."""
+    as the table states, and after bytes that are no frame.
+
+    A stream without a table gets one: libsndfile estimates the length without, and reads no further.
+    """
     heads = _mp3_heads(data, at, size)
-    start, frames, key, promised, knows = at, 0, -1, 0, False
+    start, first, frames, key, promised = at, at, 0, -1, 0
+
+    def part(end: int) -> Part:
+        table = b"" if promised or not frames else _xing(data[first : first + 4], frames)
+        return Part("MP3", first if table else start, end, prefix=table, promise=promised > 0)
+
     while True:
         entry = None
         if at + 4 <= size and data[at] == 0xFF:
@@ -464,29 +512,39 @@ def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[Part]:
                 continue
             found = _resync(data, at, size)
             if found is None:
-                yield Part("MP3", start, size, promise=knows)
+                yield part(size)
                 return
             if frames >= _FEWEST:
-                yield Part("MP3", start, at, promise=knows)
-                start, frames, promised, knows = found, 0, 0, False
-                key = -1
+                yield part(at)
+                start, frames, promised = found, 0, 0
             at = found
             continue
         over = promised and frames > promised and _run(data, at, size) >= _FEWEST
         if frames >= _FEWEST and (at in heads or entry[1] != key or over):
-            yield Part("MP3", start, at, promise=knows)
-            start, frames, promised, knows = at, 0, 0, False
+            yield part(at)
+            start, frames, promised = at, 0, 0
         if not frames:
-            key = entry[1]
-            if at in heads:
-                # libmpg123 reads the lengths of Xing's tables only.
-                promised, knows = heads[at], data[at + 36 : at + 40] != b"VBRI"
+            first, key, promised = at, entry[1], heads.get(at, 0)
         frames += 1
         at += entry[0]
 
 
+def _xing(header: bytes, frames: int) -> bytes:
+    """A frame of no audio that states how many frames follow; nothing for layers that have none."""
+    mono, version_1 = header[3] >> 6 == 3, header[1] & 0x08
+    side = (17 if mono else 32) if version_1 else (9 if mono else 17)
+    table = b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big")
+    for kbit in range(1, 15):
+        head = bytes([0xFF, header[1] | 1, kbit << 4 | header[2] & 0x0C, header[3] & 0xC0])  # without a CRC
+        found = mpeg_frame(head)
+        if found and header[1] >> 1 & 3 == 1 and found[0] >= 4 + side + len(table):
+            return (head + bytes(side) + table).ljust(found[0], b"\0")
+    return b""
+
+
 def _mp3_heads(data: mmap.mmap, at: int, size: int) -> dict[int, int]:
-    """Frames that hold no audio but the length of the stream they begin: their offset, and the number of frames."""
+    """Frames that hold no audio but the length of the stream they begin: their offset, and the number of frames; 0
+    where libmpg123 does not read it."""
     heads = {}
     for name in (b"Xing", b"Info", b"VBRI"):
         where = data.find(name, at)
@@ -497,9 +555,8 @@ def _mp3_heads(data: mmap.mmap, at: int, size: int) -> dict[int, int]:
                     continue
                 table = begin + frame[0]
                 if table >= size or mpeg_frame(data[table : table + 4]):
-                    count = data[where + 14 : where + 18] if name == b"VBRI" else data[where + 8 : where + 12]
-                    counted = name == b"VBRI" or data[where + 7] & 1
-                    heads[begin] = int.from_bytes(count, "big") if counted else 0
+                    counted = name != b"VBRI" and where + 12 <= size and data[where + 7] & 1
+                    heads[begin] = int.from_bytes(data[where + 8 : where + 12], "big") if counted else 0
                     break
             where = data.find(name, where + 1)
     return heads

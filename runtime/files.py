@@ -36,7 +36,6 @@ LOUDEST = 32.0
 TOLERATED = 0.02  # seconds that a WAV header may promise too much
 _SNDFILE = {"WAV", "FLAC", "MP3", "Ogg", "AIFF", "AU", "CAF", "W64", "VOC", "SPHERE"}
 _SHORT = re.compile(r"^\s*(?:SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_FRAMES = 1 << 35  # of FLAC, as `containers` states an unknown length
 _LARGEST_CLAIM = 0x7FFFF000  # of writers into a pipe, who cannot know the size
 
 
@@ -174,7 +173,7 @@ class Recording:
     def _open(self, part: Part) -> Reader:
         assert self._bytes is not None
         section = cast(BinaryIO, _Section(self._bytes, part))
-        whole = len(self._parts) == 1 and not part.patches and self.path is not None
+        whole = len(self._parts) == 1 and not part.patches and not part.prefix and self.path is not None
         reader: Reader | None = None
         why = ""
         if part.container in _SNDFILE or part.container is None:
@@ -229,7 +228,8 @@ class _Section(io.RawIOBase):
     """The bytes of a part, as a file."""
 
     def __init__(self, file: BinaryIO, part: Part) -> None:
-        self._file, self._part, self._at = file, part, part.start
+        self._file, self._part, self._at = file, part, 0
+        self._shift = part.start - len(part.prefix)  # from here to the file's offsets
 
     def readable(self) -> bool:
         return True
@@ -238,25 +238,30 @@ class _Section(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at - self._part.start
+        return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: self._part.start, io.SEEK_CUR: self._at, io.SEEK_END: self._part.end}[whence]
-        self._at = max(self._part.start, base + offset)
-        return self.tell()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.end - self._shift}[whence]
+        self._at = max(0, base + offset)
+        return self._at
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self._part.end - self._at))
-        self._file.seek(self._at)
-        data = self._file.read(wanted)
+        data = self._part.prefix[self._at : self._at + len(view)]
+        if not data:
+            at = self._at + self._shift
+            self._file.seek(at)
+            data = self._patched(at, self._file.read(max(0, min(len(view), self._part.end - at))))
         view[: len(data)] = data
-        for offset, patch in self._part.patches.items():
-            begin, end = max(offset, self._at), min(offset + len(patch), self._at + len(data))
-            if begin < end:
-                view[begin - self._at : end - self._at] = patch[begin - offset : end - offset]
         self._at += len(data)
         return len(data)
+
+    def _patched(self, at: int, data: bytes) -> bytes:
+        for offset, patch in self._part.patches.items():
+            begin, end = max(offset, at), min(offset + len(patch), at + len(data))
+            if begin < end:
+                data = data[: begin - at] + patch[begin - offset : end - offset] + data[end - at :]
+        return data
 
 
 class _Sndfile:
@@ -270,7 +275,7 @@ class _Sndfile:
         self._part, self._name = part, name
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
-        self.frames: int = self._file.frames if self._file.frames < _UNKNOWN_FRAMES else 0
+        self.frames: int = self._file.frames
         self._log: str = self._file.extra_info
         self._read = 0
         try:
