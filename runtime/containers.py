@@ -43,6 +43,7 @@ STREAMABLE = {(1, 16): "pcm_s16le", (3, 32): "pcm_f32le", (6, 8): "alaw", (7, 8)
 _LONGEST_HEADER = 1 << 16  # of a WAV stream, before its samples
 # Programs that write into a pipe cannot know a size and state the largest one (sox, ffmpeg, arecord).
 _NO_SIZE = 0x7FFFF000
+_MOST_PARTS = 4096  # streams of one file: days of a radio station's, a stream a song
 _RESYNC = 1 << 22  # bytes searched for the next MPEG frame
 
 
@@ -301,9 +302,11 @@ def parts_of(file: BinaryIO) -> list[Part]:
                 container = container_of(data[audio : audio + 4096]) or container
             if container is None and parts:
                 break  # tags, or nothing known
-            found = list(_walk(container, file, data, at, size))
-            parts += found
-            at = found[-1].end
+            for part in _walk(container, file, data, at, size):
+                parts.append(part)
+                if len(parts) > _MOST_PARTS:
+                    raise AudioError(f"it holds more than {_MOST_PARTS} streams one after the other.")
+            at = parts[-1].end
         return parts
 
 
@@ -400,8 +403,8 @@ _LARGEST_FRAME = 1 << 17  # bytes of a FLAC frame; more than any encoder writes 
 
 def _flac_samples(data: mmap.mmap, begin: int, end: int) -> int | None:
     """Samples of a FLAC stream by its last frame (RFC 9639, 9.1); None if no whole frame ends where the stream does."""
-    at, largest = end, int.from_bytes(data[begin + 10 : begin + 12], "big")
-    while (at := data.rfind(b"\xff", max(begin, end - _LARGEST_FRAME), at)) >= 0:
+    at, largest, tries = end, int.from_bytes(data[begin + 10 : begin + 12], "big"), 16
+    while tries and (at := data.rfind(b"\xff", max(begin, end - _LARGEST_FRAME), at)) >= 0:
         head = data[at : at + 16]
         if len(head) < 6 or head[1] & 0xFE != 0xF8:
             continue
@@ -415,19 +418,28 @@ def _flac_samples(data: mmap.mmap, begin: int, end: int) -> int | None:
         if not extra:
             size = 192 if size_code == 1 else 144 << size_code if size_code < 6 else 1 << size_code
         rest += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-        if rest < len(head) and _crc(head[: rest + 1], 8, 0x07) == 0 and _crc(data[at:end], 16, 0x8005) == 0:
-            return number * (1 if head[1] & 1 else largest) + size
+        if rest < len(head) and _crc(head[: rest + 1], 8) == 0:
+            if _crc(data[at:end], 16) == 0:
+                return number * (1 if head[1] & 1 else largest) + size
+            tries -= 1
     return None
 
 
-def _crc(data: bytes, bits: int, polynomial: int) -> int:
+def _crc_table(bits: int, polynomial: int) -> list[int]:
     table = []
     for byte in range(256):
         value = byte << (bits - 8)
         for _ in range(8):
             value = (value << 1 & (1 << bits) - 1) ^ (polynomial if value >> (bits - 1) else 0)
         table.append(value)
-    value, low = 0, (1 << (bits - 8)) - 1
+    return table
+
+
+_CRC = {8: _crc_table(8, 0x07), 16: _crc_table(16, 0x8005)}  # of a frame's header, of a frame
+
+
+def _crc(data: bytes, bits: int) -> int:
+    table, value, low = _CRC[bits], 0, (1 << (bits - 8)) - 1
     for byte in data:
         value = table[(value >> (bits - 8) ^ byte) & 0xFF] ^ (value & low) << 8
     return value
@@ -486,6 +498,7 @@ def _after_id3(data: mmap.mmap, at: int) -> int:
 
 
 _SYNC = re.compile(rb"\xff[\xe2-\xff][\x10-\xef]")
+_TABLE = re.compile(rb"\xff[\xe2-\xff].{11}(?:.{8}|.{23})?(Xing|Info|VBRI)", re.DOTALL)
 _FEWEST = 4  # frames; fewer are no stream of their own
 
 
@@ -546,19 +559,17 @@ def _mp3_heads(data: mmap.mmap, at: int, size: int) -> dict[int, int]:
     """Frames that hold no audio but the length of the stream they begin: their offset, and the number of frames; 0
     where libmpg123 does not read it."""
     heads = {}
-    for name in (b"Xing", b"Info", b"VBRI"):
-        where = data.find(name, at)
-        while where >= 0:
-            for distance in (36,) if name == b"VBRI" else (36, 21, 13):  # after the frame's header and side information
-                begin = where - distance
-                if begin < at or not (frame := mpeg_frame(data[begin : begin + 4])):
-                    continue
-                table = begin + frame[0]
-                if table >= size or mpeg_frame(data[table : table + 4]):
-                    counted = name != b"VBRI" and where + 12 <= size and data[where + 7] & 1
-                    heads[begin] = int.from_bytes(data[where + 8 : where + 12], "big") if counted else 0
-                    break
-            where = data.find(name, where + 1)
+    for found in _TABLE.finditer(data, at):
+        where = found.end() - 4
+        for distance in (36, 21, 13):  # after the frame's header and side information
+            begin = where - distance
+            if begin < at or not (frame := mpeg_frame(data[begin : begin + 4])):
+                continue
+            following = begin + frame[0]
+            if following >= size or mpeg_frame(data[following : following + 4]):
+                counted = found[1] != b"VBRI" and where + 12 <= size and data[where + 7] & 1
+                heads[begin] = int.from_bytes(data[where + 8 : where + 12], "big") if counted else 0
+                break
     return heads
 
 

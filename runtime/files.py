@@ -112,7 +112,7 @@ class Recording:
             try:
                 self._parts = parts_of(self._bytes)
             except AudioError as error:
-                raise AudioError(f"{self._name} is damaged: {error}") from error
+                raise AudioError(f"{self._name} cannot be read as audio: {error}") from error
             self._reader = self._open(self._parts[0])
             self.sample_rate, self.channels = self._reader.sample_rate, self._reader.channels
             self.duration = self._reader.frames / self.sample_rate  # seconds that the headers promise, 0 if they do not
