@@ -56,7 +56,8 @@ def _root(
 @app.command()
 def transcribe(
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE", help="Audio files; - is standard input: a file, or raw 16 kHz mono 16-bit PCM.")
+        list[str] | None,
+        typer.Argument(metavar="FILE", help="Audio files; -: standard input, a file or raw 16 kHz mono 16-bit PCM."),
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Folder that `nemostream export` wrote. Default: the packaged demo.")

@@ -669,3 +669,22 @@ def test_numpys_numbers_are_numbers(rate: Any) -> None:
 def test_arrays_that_are_no_audio(shape: tuple[int, ...]) -> None:
     with pytest.raises(AudioError, match="must be \\[N\\]"), opened(np.zeros(shape, np.float32), 16000, 1):
         pass
+
+
+# -- hostile files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [wav(b""), b"fLaC\x80\0\0\x22" + bytes(34)])
+def test_a_file_of_too_many_streams_is_rejected(tmp_path: Path, stream: bytes) -> None:
+    with pytest.raises(AudioError, match="more than 4096 streams"):
+        read(saved(tmp_path, stream * 5000))
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"Xing", b"\xff\xfb\x90", b"OggS", b"TAG", b"\0\0\0\x08ftyp", b"ID3\3\0"])
+@pytest.mark.parametrize("kind", ["mp3", "ogg", "flac", "wav"])
+def test_garbage_after_a_stream_neither_hangs_nor_crashes(tmp_path: Path, kind: str, filling: bytes) -> None:
+    path = saved(tmp_path, encoded(kind, NOISE[:8000]) + filling * (200_000 // len(filling)))
+    try:
+        assert len(read(path)) >= 8000
+    except AudioError as error:
+        assert str(path) in str(error)
