@@ -23,7 +23,7 @@ import soxr
 from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, TruncatedAudioError
-from nemostream.runtime.containers import Part, parts_of
+from nemostream.runtime.parts import Part, parts_of
 
 Floats = NDArray[np.float32]
 

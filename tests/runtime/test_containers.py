@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from nemostream.errors import AudioError, OptionError, TruncatedAudioError
 from nemostream.runtime import files
 from nemostream.runtime.audio import Intake, Recording, opened, piped, read_pcm16
-from nemostream.runtime.containers import WavStream, container_of, parts_of, undecided
+from nemostream.runtime.containers import WavStream, container_of, undecided
+from nemostream.runtime.parts import parts_of
 
 RNG = np.random.default_rng(5)
 # Noise that rises and falls: the encoders of MP3 and Opus write frames of many sizes.
