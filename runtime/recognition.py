@@ -121,6 +121,7 @@ class Recognition:
         keeper: Keeper | None = None,
         patient: bool = False,
     ) -> None:
+        model._scheduler.check_process()
         manifest, tokenizer = model.manifest, model._tokenizer
         chunk = manifest.chunk(model.chunk_ms if chunk_ms is None else chunk_ms)
         sure = confidence or model.confidence
@@ -163,6 +164,7 @@ class Recognition:
 
     def feed(self, pcm: Pcm) -> None:
         """Hand audio to the scheduler. Raises `AudioError` before, and `StreamError` after the end of the stream."""
+        self._scheduler.check_process()  # first: the VAD's threads are missing in a forked child too
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
         self.intake.check(pcm)  # all of it, before any is taken
@@ -180,6 +182,7 @@ class Recognition:
 
     def cut(self) -> None:
         """End the utterance here."""
+        self._scheduler.check_process()
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
         self._accept(self.intake.cut())
@@ -188,6 +191,7 @@ class Recognition:
 
     def end(self) -> None:
         """No more audio. Does nothing the second time."""
+        self._scheduler.check_process()
         if self._ended:
             return
         self._ended = True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from nemostream.errors import AudioError, NemostreamError, OptionError
+from nemostream.errors import AudioError, NemostreamError, OptionError, TruncatedAudioError
 from nemostream.runtime.audio import Content, Sound, Source, opened
 from nemostream.runtime.backend import Backend, at_least_one
 from nemostream.runtime.boosting import Boosting
@@ -125,7 +125,8 @@ class Model:
         With `resume`, a file, the state is saved there every half a minute, and a call with the same file goes on from
         it to the same result, to the bit; it is deleted at the end, unless `keep_state` leaves that to the caller, who
         may want to see the result safe first. Raises `AudioError` for audio that cannot be read
-        or is empty, `OptionError` for a state of another recording, model or options, and what `stream` raises.
+        or is empty, `TruncatedAudioError` with a `result` for a WAV file that ends early, `OptionError` for a state of
+        another recording, model or options, and what `stream` raises.
         """
         return self._transcribe(source, sample_rate, options, on_partial, on_progress, resume, keep_state)
 
@@ -177,21 +178,26 @@ class Model:
         _check_shape(source)
         if not isinstance(resume, str | os.PathLike | None):
             raise OptionError(f"resume is {resume!r}; it must be the path of a file.")
-        with opened(source, sample_rate, 1) as sound:
-            keeper = None if resume is None else Keeper(resume, self._about(sound, options))
-            recognition = Recognition(
-                self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
-            )
-            with closing(recognition):
-                if isinstance(source, np.ndarray):
-                    recognition.intake.check(source)  # all of it, so that an error says where
-                blocks = (
-                    sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
+        result = None
+        try:
+            with opened(source, sample_rate, 1) as sound:
+                keeper = None if resume is None else Keeper(resume, self._about(sound, options))
+                recognition = Recognition(
+                    self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
                 )
-                result = recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
-            if keeper and not keep_state:
-                keeper.done()
-            return result
+                with closing(recognition):
+                    if isinstance(source, np.ndarray):
+                        recognition.intake.check(source)  # all of it, so that an error says where
+                    blocks = (
+                        sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
+                    )
+                    result = recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
+                if keeper and not keep_state:
+                    keeper.done()
+                return result
+        except TruncatedAudioError as error:  # raised when all of the file was decoded
+            error.result = result
+            raise
 
     def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str]) -> Boosting:
         """Phrases as any number of streams can take them (option `phrases`). Raises `OptionError` as `stream` does."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -39,6 +40,7 @@ class Scheduler:
 
     def __init__(self, manifest: Manifest, backend: Backend, overlap: bool = True) -> None:
         self._manifest, self._backend, self._overlap = manifest, backend, overlap
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
         self._room = threading.Condition(self._lock)  # what those wait on who want a slot
@@ -57,6 +59,14 @@ class Scheduler:
 
     # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
 
+    def check_process(self) -> None:
+        """Raise `BackendError` in a forked child: threads are not copied, and a lock may have been held."""
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"the model was loaded in process {self._process} and does not work in this one, a fork of it; "
+                "load the model in the child process."
+            )
+
     def open(
         self, stream: Stream, listener: Callable[[], None] | None = None, patient: bool = False, **about: Any
     ) -> Seat:
@@ -65,6 +75,7 @@ class Scheduler:
         `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
         if every slot is taken and `StreamError` after `close`.
         """
+        self.check_process()
         with self._lock:
             while patient and not (self._free or self._closed):
                 self._room.wait()
@@ -84,6 +95,7 @@ class Scheduler:
 
     def accept(self, seat: Seat, samples_N: Floats) -> None:
         """Append audio to a stream (mono, at the model's rate). Raises what the stream died of."""
+        self.check_process()
         with self._lock:
             if seat.error:
                 raise _again(seat.error)
@@ -100,6 +112,7 @@ class Scheduler:
 
     def end(self, seat: Seat) -> None:
         """No more audio comes. The slot is given back by itself when the last frame is out."""
+        self.check_process()
         with self._lock:
             if seat.error:
                 raise _again(seat.error)
@@ -109,6 +122,7 @@ class Scheduler:
 
     def cut(self, seat: Seat) -> None:
         """End the utterance: what was accepted is decoded, what follows is a stream of its own in the same slot."""
+        self.check_process()
         with self._lock:
             if seat.error:
                 raise _again(seat.error)
@@ -117,22 +131,26 @@ class Scheduler:
 
     def settled(self, seat: Seat, backlog: int = 0) -> bool:
         """Whether all but `backlog` pieces of a stream are done. Raises what the stream died of."""
+        self.check_process()
         with self._lock:
             return self._settled(seat, backlog)
 
     def wait(self, seat: Seat, backlog: int = 0) -> None:
         """Block until `settled`."""
+        self.check_process()
         with self._lock:
             while not self._settled(seat, backlog):
                 seat.progress.wait()
 
     def use(self, seat: Seat, chunk: Chunk) -> None:
         """Run a stream in chunks of another size from its next one on; the state at the backend serves every size."""
+        self.check_process()
         with self._lock:
             seat.stream.use(chunk)
 
     def collect(self, seat: Seat) -> list[Heard]:
         """What was done of a stream since the last call, in order."""
+        self.check_process()
         with self._lock:
             heard = list(seat.heard)
             seat.heard.clear()
@@ -140,6 +158,7 @@ class Scheduler:
 
     def call(self, act: Callable[[Backend], T]) -> T:
         """Have the scheduler's thread do something with the backend, between two steps; blocks. Raises what it does."""
+        self.check_process()
         call = Call(act)
         with self._lock:
             if self._closed:
@@ -153,6 +172,8 @@ class Scheduler:
 
     def leave(self, seat: Seat) -> None:
         """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
+        if os.getpid() != self._process:  # nothing here is this process's to give back
+            return
         with self._lock:
             if seat.slot is None or seat.error:
                 return
@@ -160,7 +181,10 @@ class Scheduler:
         self._tell([seat])
 
     def close(self) -> None:
-        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done."""
+        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done,
+        and nothing in a forked child."""
+        if os.getpid() != self._process:
+            return
         self._shut(StreamError("the model was closed; load it again."))
         if threading.current_thread() is not self._thread:
             self._thread.join()

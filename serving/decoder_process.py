@@ -26,11 +26,14 @@ import numpy as np
 
 from nemostream.errors import AudioError, NemostreamError
 from nemostream.runtime.audio import Intake, Recording
+from nemostream.runtime.containers import container_of
 
 MEMORY = 512 << 20  # bytes that decoding may add to the address space
 CPU_SECONDS = 300.0  # for one recording
 FRAME = struct.Struct("<cI")
 _FILES = 64  # open files
+_BEGINNING = 8192  # bytes of a file that show its container: two frames of MPEG audio
+ACCEPTED = ("WAV", "FLAC", "Ogg", "MP3", "AIFF", "MP4", "WebM")  # the last two need the extra `av`
 _NICE = 10  # live streams come first
 
 
@@ -83,14 +86,14 @@ def _serve(connection: socket.socket, request: dict[str, Any], file: int) -> Non
 
 
 def _check_format(file: int, name: str) -> None:
-    """Reject what is not in the documented list before a native library sees it: libsndfile reads 25 formats, most of
-    them rare and little tested."""
-    begin = os.pread(file, 16, 0)
-    riff = begin[:4] in (b"RIFF", b"RIFX", b"RF64") and begin[8:12] == b"WAVE"
-    aiff = begin[:4] == b"FORM" and begin[8:12] in (b"AIFF", b"AIFC")
-    mpeg = begin[:3] == b"ID3" or (begin[:1] == b"\xff" and len(begin) > 1 and begin[1] & 0xE0 == 0xE0)
-    if not (riff or aiff or mpeg or begin[:4] in (b"fLaC", b"OggS")):
-        raise AudioError(f"{name} is not a recording of an accepted format; send WAV, FLAC, Ogg, MP3 or AIFF.")
+    """Reject what is not in the documented list before a native library sees it: libsndfile and FFmpeg read dozens of
+    formats, most of them rare and little tested."""
+    begin = os.pread(file, _BEGINNING, 0)
+    container = container_of(begin)
+    # An MP3 file may begin with the rest of a frame; only libsndfile knows whether one follows.
+    if container not in ACCEPTED and not (container is None and begin[:1] == b"\xff"):
+        what = f"a file of the kind {container}" if container else "not a recording of a known format"
+        raise AudioError(f"{name} is {what}; send {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]}.")
 
 
 def _samples(recording: Recording, request: dict[str, Any]) -> Iterator[Any]:

@@ -58,7 +58,9 @@ ROOMS = {
         "nemostream.runtime",
         frozenset({"numpy"}),
         only=(
-            ("audio.py", frozenset({"soundfile", "soxr"})),
+            ("audio.py", frozenset({"soxr"})),
+            ("files.py", frozenset({"soundfile", "soxr"})),
+            ("libav.py", frozenset({"av"})),
             ("tokenizer.py", frozenset({"sentencepiece"})),
             ("ort.py", frozenset({"onnxruntime"})),
             ("ort_cuda.py", frozenset({"onnxruntime"})),

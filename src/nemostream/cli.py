@@ -74,7 +74,9 @@ def _root(
 def transcribe(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE", help="Audio files or pipes; - is raw 16 kHz mono 16-bit PCM on standard input."),
+        typer.Argument(
+            metavar="FILE", help="Audio files or pipes; - is standard input: a file, or raw 16 kHz mono 16-bit PCM."
+        ),
     ] = None,
     mic: Annotated[
         bool, typer.Option("--mic", help="Transcribe the microphone until Ctrl-C.", rich_help_panel=_INPUT)
