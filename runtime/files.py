@@ -81,12 +81,14 @@ class Recording:
     """An audio file, read in blocks of bounded size. A context manager.
 
     A file of several streams one after the other (chained Ogg, joined MP3 or FLAC files) is read to its end; later
-    streams take the rate and the channels of the first one. `channel`, from 1, reads only that one of several. A file that is no regular one is read into an anonymous
-    temporary file first, and so is an open binary file without a descriptor.
+    streams take the rate and the channels of the first one. `channel`, from 1, reads only that one of several. A file
+    that is no regular one is read into an anonymous temporary file first, and so is an open binary file without a
+    descriptor.
 
-    Raises `AudioError` if it is missing, may not be read, is not audio, lacks the channel, is cut short, empty, or holds
-    NaN or values on the scale of integers; the last four may show only while reading. A WAV file that is cut short raises `TruncatedAudioError`, and only after all
-    blocks that are there. The error names the file: as `name`, where its path is not what the user knows it by.
+    Raises `AudioError` if it is missing, may not be read, is not audio, lacks the channel, is cut short, empty, or
+    holds NaN or values on the scale of integers; the last four may show only while reading. A WAV file that is cut
+    short raises `TruncatedAudioError`, and only after all blocks that are there. The error names the file: as `name`,
+    where its path is not what the user knows it by.
     """
 
     def __init__(

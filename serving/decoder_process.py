@@ -6,7 +6,7 @@ streams. `decoding.py` starts it with a socket as standard input and speaks this
 * The server sends one JSON line with the open file attached (`SCM_RIGHTS`): ``{"name", "rate", "max_seconds"}``.
 * The process answers with frames ``<kind: 1 byte> <size: uint32 LE> <payload>``: ``h`` (JSON: ``duration``) once the
   file is open, then one frame for each ``n`` that the server sends: ``b`` (float32 samples), ``e`` (JSON: ``seconds``,
-  the end) or ``x`` (JSON: ``kind``, ``message``, an error). ``s`` ends the file early; the answer is ``e``.
+  ``warning``; the end) or ``x`` (JSON: ``kind``, ``message``, an error). ``s`` ends the file early, with ``e``.
 
 It keeps no file, opens no network connection and inherits no API key.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.errors import AudioError, NemostreamError
+from nemostream.errors import AudioError, NemostreamError, TruncatedAudioError
 from nemostream.runtime.audio import Intake, Recording
 from nemostream.runtime.containers import container_of
 
@@ -74,10 +74,10 @@ def _serve(connection: socket.socket, request: dict[str, Any], file: int) -> Non
             samples = _samples(recording, request)
             while connection.recv(1) == b"n":
                 block = next(samples)
-                if isinstance(block, float):
-                    return _send(connection, b"e", {"seconds": block})
+                if isinstance(block, dict):
+                    return _send(connection, b"e", block)
                 connection.sendall(FRAME.pack(b"b", block.nbytes) + block.tobytes())
-        _send(connection, b"e", {"seconds": 0.0})
+        _send(connection, b"e", {"seconds": 0.0, "warning": ""})
     except NemostreamError as error:
         _send(connection, b"x", {"kind": type(error).__name__, "message": str(error)})
     except MemoryError:
@@ -97,17 +97,20 @@ def _check_format(file: int, name: str) -> None:
 
 
 def _samples(recording: Recording, request: dict[str, Any]) -> Iterator[Any]:
-    """Blocks of samples, and at the end the seconds of audio that the file held."""
-    intake = Intake(recording.sample_rate, recording.channels, request["rate"])
-    for block in recording.blocks():
-        for samples in intake.push(block):
-            if len(samples):
-                yield np.ascontiguousarray(samples, np.float32)
-        if intake.seconds > request["max_seconds"]:
-            raise _too_long(request, intake.seconds)
+    """Blocks of samples, and at the end a document: the seconds that the file held, a warning if it was cut short."""
+    intake, warning = Intake(recording.sample_rate, recording.channels, request["rate"]), ""
+    try:
+        for block in recording.blocks():
+            for samples in intake.push(block):
+                if len(samples):
+                    yield np.ascontiguousarray(samples, np.float32)
+            if intake.seconds > request["max_seconds"]:
+                raise _too_long(request, intake.seconds)
+    except TruncatedAudioError as error:  # raised when all that is there was read
+        warning = str(error)
     if len(rest := intake.finish()):
         yield np.ascontiguousarray(rest, np.float32)
-    yield float(intake.seconds)
+    yield {"seconds": float(intake.seconds), "warning": warning}
 
 
 def _too_long(request: dict[str, Any], seconds: float) -> AudioError:

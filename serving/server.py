@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -177,6 +178,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     scheme = "https" if settings.tls_cert else "http"
 
     def started(ports: dict[str, int], service: Service) -> None:
+        gc.freeze()  # the model and the modules stay: looking for cycles among them again and again would cost time
         print(f"{scheme}://{settings.host}:{ports['http_port']}", flush=True)
 
     uvicorn_loop = uvicorn.Config(app="", log_config=None).get_loop_factory()

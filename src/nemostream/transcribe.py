@@ -301,9 +301,12 @@ class _Job:
         source: Any = file
         if self._realtime:
             stream = model.stream(sample_rate=file.sample_rate, channels=file.channels, **options)
-            with truncation_last(file.blocks()) as there, stream:
-                with closing(_paced(there, file.sample_rate, self._stop)) as blocks:
-                    speech.follow(stream, blocks, file.sample_rate)
+            with (
+                truncation_last(file.blocks()) as there,
+                stream,
+                closing(_paced(there, file.sample_rate, self._stop)) as blocks,
+            ):
+                speech.follow(stream, blocks, file.sample_rate)
             return speech.finals, speech.duration
         if options.get("endpoint"):
             for event in model.listen(source, **options):
