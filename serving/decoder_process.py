@@ -33,7 +33,7 @@ CPU_SECONDS = 300.0  # for one recording
 FRAME = struct.Struct("<cI")
 _FILES = 64  # open files
 _BEGINNING = 8192  # bytes of a file that show its container: two frames of MPEG audio
-ACCEPTED = ("WAV", "FLAC", "Ogg", "MP3", "AIFF", "MP4", "WebM")  # the last two need the extra `av`
+ACCEPTED = ("WAV", "FLAC", "Ogg", "MP3", "AIFF", "AU", "CAF", "W64", "MP4", "WebM")  # the last two need the extra `av`
 _NICE = 10  # live streams come first
 
 

@@ -79,6 +79,8 @@ ROOMS["serving"] = Room(
     only=(
         ("settings.py", frozenset({"pydantic", "pydantic_settings"})),
         ("metrics.py", frozenset({"prometheus_client"})),
+        ("access.py", frozenset({"starlette"})),
+        ("connections.py", frozenset({"h11", "uvicorn", "websockets"})),
         ("http.py", frozenset({"fastapi", "pydantic", "starlette"})),
         ("websocket.py", frozenset({"starlette"})),
         ("realtime.py", frozenset({"starlette"})),
