@@ -91,7 +91,7 @@ def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, whi
         (lambda d: json.dumps(d | {"files": []}), "lacks or misnames a field"),
         (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "describes something else"),
         (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "missing or damaged"),
+        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "lacks or misnames a field"),
     ],
 )
 def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> None:

@@ -30,6 +30,14 @@ from nemostream.spec import (
 CHUNKS = tuple(Chunk(ms=80 * frames, frames=frames, left=70, samples=1280 * frames) for frames in (1, 2, 7, 14))
 
 
+def graphs(sha256: str) -> dict[str, Graph]:
+    """One of every graph that a bundle has, described as if each were a joint."""
+    inputs = (Tensor("encoded_joint", "float32", ("B", 640)), Tensor("predicted", "float32", ("B", 640)))
+    outputs = (Tensor("logits", "float32", ("B", 1025)),)
+    names = [f"{kind}-{chunk.ms}ms" for chunk in CHUNKS for kind in ("features", "encoder")]
+    return {name: Graph("joint.onnx", sha256, inputs, outputs) for name in (*names, "decoder", "joint")}
+
+
 def make_manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "name": "contract",
@@ -37,16 +45,9 @@ def make_manifest(**changes: Any) -> Manifest:
         "encoder": Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
         "decoder": Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu"),
         "chunks": CHUNKS,
-        "graphs": {
-            "joint": Graph(
-                "joint.onnx",
-                "0" * 64,
-                (Tensor("encoded_joint", "float32", ("B", 640)), Tensor("predicted", "float32", ("B", 640))),
-                (Tensor("logits", "float32", ("B", 1025)),),
-            )
-        },
-        "weights": File("weights.bin", "1" * 64, 4),
-        "tensors": {"joint.out.bias": Weight("float32", (1,), 0)},
+        "graphs": graphs("0" * 64),
+        "weights": File("weights.bin", "1" * 64, 4100),
+        "tensors": {"joint.out.bias": Weight("float32", (1025,), 0)},
         "tokenizer": File("tokenizer.model", "2" * 64, 5),
         "checkpoint": {"source": "voice.nemo", "sha256": "3" * 64},
         "parity": {"80ms": {"steps": 12, "encoder": 1e-6}},
@@ -55,15 +56,28 @@ def make_manifest(**changes: Any) -> Manifest:
     return Manifest(**(fields | changes))
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of protobuf's wire format, of less than 128 bytes."""
+    assert len(content) < 128
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def model_reading(location: str) -> bytes:
+    """A serialized ONNX model with one initializer, whose values are in the file `location`."""
+    entry = field(1, b"location") + field(2, location.encode())
+    return b"\x08\x09" + field(7, field(5, b"\x10\x01" + field(13, entry)))
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A whole bundle as far as the contract can tell: three files and a manifest with their hashes."""
-    contents = {"joint.onnx": b"graph", "weights.bin": b"\0\1\2\3", "tokenizer.model": b"piece"}
+    contents = {"joint.onnx": model_reading("weights.bin"), "weights.bin": bytes(range(205)) * 20}
+    contents["tokenizer.model"] = b"piece"
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     manifest = make_manifest(
-        graphs={"joint": Graph("joint.onnx", sha256(tmp_path / "joint.onnx"), (), ())},
-        weights=File("weights.bin", sha256(tmp_path / "weights.bin"), 4),
+        graphs=graphs(sha256(tmp_path / "joint.onnx")),
+        weights=File("weights.bin", sha256(tmp_path / "weights.bin"), 4100),
         tokenizer=File("tokenizer.model", sha256(tmp_path / "tokenizer.model"), 5),
     )
     (tmp_path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
