@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
+from nemostream.runtime.resume import saved_array
 from nemostream.spec import Manifest
 
 Reason = Literal["silence", "forced", "length", "finish"]
@@ -96,7 +97,11 @@ class Endpointer:
         return {"counts": np.array([self._count, -1 if self._first is None else self._first, self._last], np.int64)}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self._count, first, self._last = state["counts"].tolist()
+        """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
+        count, first, last = saved_array(state, "counts", np.int64, 3).tolist()
+        if not 0 <= count < 1 << 53 or not -1 <= first < 1 << 53 or not max(first, 0) <= last < 1 << 53:
+            raise ValueError(f"the counts of utterances are {[count, first, last]}")
+        self._count, self._last = count, last
         self._first = None if first < 0 else first
 
     def cut(self) -> None:

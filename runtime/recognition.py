@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from numpy.typing import NDArray
 
@@ -17,7 +17,7 @@ from nemostream.runtime.audio import Intake
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
 from nemostream.runtime.endpoint import Endpoint, Endpointer
-from nemostream.runtime.resume import Digest, Keeper, Saved
+from nemostream.runtime.resume import Digest, Keeper, Part, Saved
 from nemostream.runtime.seat import Heard
 from nemostream.runtime.stream import Stream
 from nemostream.runtime.tokenizer import Detokenizer
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from nemostream.runtime.recognizer import Model
 
 Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
-
-
-class Part(Protocol):
-    """Something that can be saved."""
-
-    def save(self) -> dict[str, NDArray[Any]]: ...
-
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None: ...
 
 
 class Options(TypedDict, total=False):
@@ -94,11 +86,11 @@ class Recognition:
         stream = Stream(manifest, chunk, self._gate)
         self._keeper, self._digest = keeper, Digest()
         self._saved = keeper.load() if keeper else None  # until the audio that it was saved of was fed again
-        if self._saved:
-            for name, part in self._parts(stream).items():
-                part.load(self._saved.parts[name])
-            self._reach = stream.reach
         boosting = None if phrases is None else Boosting.of(phrases, tokenizer)
+        if keeper and self._saved:
+            nodes = len(boosting.fail) if boosting else 1
+            keeper.restore(self._saved, self._parts(stream), manifest.decoder.vocabulary, nodes)
+            self._reach = stream.reach
         slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
         self._seat = self._scheduler.open(
