@@ -36,6 +36,7 @@ from nemostream.benchmarks.record import Record, Row, Say, agreement
 from nemostream.benchmarks.synthetic import speech
 from nemostream.benchmarks.timed import Feed
 from nemostream.errors import BackendError, OptionError
+from nemostream.extras import install_command
 from nemostream.spec import Bundle, Chunk
 
 NORMALIZERS = ("english", "basic", "none")
@@ -109,7 +110,7 @@ def measure_accuracy(
     that is not as good as fp32.
     """
     if find_spec("jiwer") is None or find_spec("whisper_normalizer") is None:
-        raise BackendError("counting words needs jiwer and whisper-normalizer: pip install 'nemostream[bench]'")
+        raise BackendError(f"counting words needs jiwer and whisper-normalizer: {install_command('bench')}")
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     rule, rate = normalizer(normalise), bundle.manifest.features.sample_rate
     if checkpoint:

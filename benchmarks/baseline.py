@@ -41,6 +41,7 @@ from nemostream.benchmarks.sides import Side
 from nemostream.benchmarks.synthetic import speech, synthetic_model
 from nemostream.benchmarks.timed import Feed, longest
 from nemostream.errors import NemostreamError, OptionError, ParityError
+from nemostream.extras import install_command
 from nemostream.spec import Bundle, Chunk, sha256
 
 _WARM_UP = 3
@@ -293,7 +294,7 @@ def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator
     Raises `OptionError` if NeMo is missing, or memory.
     """
     if find_spec("nemo") is None:
-        raise OptionError("the baseline needs NeMo: pip install 'nemostream[export,bench]'")
+        raise OptionError(f"the baseline needs NeMo: {install_command('export', 'bench')}")
     from nemostream.export import export_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:

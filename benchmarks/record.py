@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from nemostream.errors import BackendError, NemostreamError, OptionError
+from nemostream.extras import install_command
 
 SCHEMA = "nemostream-benchmark/1"
 FOLDER = Path("bench-results")
@@ -261,7 +262,7 @@ def run(measure: Callable[[], Record], options: argparse.Namespace) -> None:
 
     try:
         if missing := [name for name in ("matplotlib", "onnx") if find_spec(name) is None]:
-            raise BackendError(f"benchmarks need {' and '.join(missing)}: pip install 'nemostream[bench]'")
+            raise BackendError(f"benchmarks need {' and '.join(missing)}: {install_command('bench')}")
         result = measure()
         write(result, options.out / f"{options.name}.json")
         print(write_report([result], options.out / f"{options.name}.md"), end="")

@@ -24,6 +24,7 @@ import numpy as np
 from nemostream.benchmarks.talkative import MAX_SYMBOLS, make_talkative
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 
 _SAMPLE_RATE = 16000
 
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.add_argument(name, dest=field.name, type=type(default), default=default)
     options = vars(parser.parse_args(arguments))
     if find_spec("nemo") is None:
-        raise BackendError("making a checkpoint needs NeMo: pip install 'nemostream[export]'")
+        raise BackendError(f"making a checkpoint needs NeMo: {install_command('export')}")
     path = synthetic_model(options.pop("out"), options.pop("seed"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from nemostream.errors import BackendError, OptionError
+from nemostream.extras import install_command
 
 Progress = Callable[[str, float], None]  # a phase, and the share of it that is done
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _LEAST = (10, 13)
-_INSTALL = (
-    "pip install 'nemostream[tensorrt]' --extra-index-url https://pypi.nvidia.com, "
-    "or, for TensorRT for RTX, pip install 'nemostream[tensorrt-rtx]'"
-)
 # Batch regimes: kernels that are best for a few streams are not for hundreds. Each has its profile. None is for one
 # batch size alone, because TensorRT for RTX then keeps a second copy of the weights, laid out for that size
 # (`docs/engines.md`).
 _REGIMES = (8, 64)
+
+
+def _install() -> str:
+    return (
+        f"{install_command('tensorrt')} --extra-index-url https://pypi.nvidia.com, "
+        f"or, for TensorRT for RTX, {install_command('tensorrt-rtx')}"
+    )
 
 
 class TensorRT:
@@ -44,11 +48,11 @@ class TensorRT:
             self.name = name
             break
         else:
-            raise BackendError(f"TensorRT is not installed ({'; '.join(failures)}): {_INSTALL}.")
+            raise BackendError(f"TensorRT is not installed ({'; '.join(failures)}): {_install()}.")
         self.version = str(self._trt.__version__)
         numbers = tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
         if self.name == "tensorrt" and numbers < _LEAST:
-            raise BackendError(f"TensorRT {self.version} is too old; 10.13 is the first that works: {_INSTALL}.")
+            raise BackendError(f"TensorRT {self.version} is too old; 10.13 is the first that works: {_install()}.")
 
     def targets(self) -> list[str]:
         """GPUs that can be built for without having one ("sm89")."""

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nemostream.runtime.audio import Source, opened
 from nemostream.runtime.recognition import Options, Pcm, Recognition
@@ -15,6 +15,9 @@ from nemostream.runtime.words import Result
 
 if TYPE_CHECKING:
     from nemostream.runtime.recognizer import Model
+
+
+T = TypeVar("T")
 
 
 class AsyncLiveStream:
@@ -73,6 +76,10 @@ class AsyncLiveStream:
         """As `LiveStream.end`."""
         await self.finish()
         return self._recognition.events()
+
+    def check(self, pcm: Pcm) -> None:
+        """Raise `AudioError` if `pcm` is not audio that this stream takes; take nothing."""
+        self._recognition.intake.check(pcm)
 
     def use(self, chunk_ms: int) -> None:
         """As `LiveStream.use`; never blocks."""
@@ -133,8 +140,30 @@ async def listen(
     with opened(source, sample_rate, channels) as sound:
         async with model.astream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
             turn = iter(sound.blocks)
-            while rest := await asyncio.to_thread(lambda: [*itertools.islice(turn, 1)]):
+            while rest := await _on_thread(lambda: [*itertools.islice(turn, 1)]):
                 for event in await stream.hear(rest[0]):
                     yield event
             for event in await stream.end():
                 yield event
+
+
+async def _on_thread(call: Callable[[], T]) -> T:
+    """Run `call` on a thread. A task that is cancelled meanwhile goes on only when the thread is done with it.
+
+    Otherwise the caller would close what the thread still reads, which ends the process if it belongs to a native
+    library (libsndfile).
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(call))
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:
+            break
+    if cancelled is not None:
+        if not work.cancelled():
+            work.exception()  # retrieved: nobody else reads it
+        raise cancelled
+    return work.result()

@@ -5,8 +5,12 @@ What the module does not know: chunks, streams, the model. N counts samples of o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
+import stat
+import tempfile
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +24,11 @@ import soxr
 from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, OptionError
+from nemostream.runtime.spool import Readable, is_file_content, spooled
 
 Floats = NDArray[np.float32]
-Source = str | Path | NDArray[Any] | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
+Content = bytes | bytearray | memoryview | Readable  # of an audio file
+Source = str | Path | os.PathLike[str] | NDArray[Any] | Content | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
 
 # Beyond these a rate is a mistake (kHz for Hz, samples for a rate), and soxr would make huge buffers of it.
 RATES = range(4_000, 768_001)
@@ -121,16 +127,25 @@ def _float32(pcm: NDArray[np.generic]) -> Floats:
 class Recording:
     """An audio file, read in blocks of bounded size. A context manager.
 
-    Raises `AudioError` if it is missing, not audio, cut short, empty or holds NaN; the last three may show only while
+    `channel`, from 1, reads only that one of several. A pipe (a FIFO, /dev/stdin, <(...)) is copied to a temporary file
+    first, to its end, because containers are read at more than one place. Raises `AudioError` if the file is missing,
+    may not be read, is not audio, cut short, empty, lacks the channel or holds NaN; some of it may show only while
     reading. The error names the file: as `name`, where its path is not what the user knows it by.
     """
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path, self._name = Path(path), name or str(path)
-        if self.path.is_dir():
-            raise AudioError(f"{self._name} is a folder, not an audio file.")
-        if not self.path.exists():
-            raise AudioError(f"{self._name} does not exist.")
+    def __init__(self, path: str | os.PathLike[str], name: str | None = None, channel: int | None = None) -> None:
+        self._name = name or str(path)
+        self._copy = _copy_of_pipe(path, self._name)
+        self.path = Path(self._copy.name if self._copy else path)
+        self._channel = channel
+        self._mixed_energy = self._channel_energy = 0.0
+        try:
+            self._open()
+        except BaseException:
+            self._delete_copy()
+            raise
+
+    def _open(self) -> None:
         try:
             # As bytes where paths are bytes: a name need not be text.
             self._file = soundfile.SoundFile(str(self.path) if os.name == "nt" else os.fsencode(self.path))
@@ -143,6 +158,12 @@ class Recording:
             ) from error
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
+        if self._channel is not None:
+            if not 1 <= self._channel <= self.channels:
+                count = self.channels
+                self._file.close()
+                raise AudioError(f"{self._name} has {count} channel(s); there is no channel {self._channel}.")
+            self.channels = 1
         self._promised: int = self._file.frames
         self._log: str = self._file.extra_info
         try:
@@ -156,6 +177,18 @@ class Recording:
         """Seconds the header promises."""
         return self._promised / self.sample_rate
 
+    @property
+    def cancels(self) -> bool:
+        """Whether the channels read so far cancel out when they are mixed to one, as those in opposite phase do.
+
+        The mix of C unrelated channels has 1/C of their mean energy; this is less than a tenth of that.
+        """
+        audible = self._channel_energy > 1e-12
+        return audible and self._mixed_energy * self.channels < 0.1 * self._channel_energy
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
     def __enter__(self) -> Recording:
         return self
 
@@ -163,6 +196,11 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._delete_copy()
+
+    def _delete_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
 
     def blocks(self) -> Generator[Floats]:
         """Yield all of it as [n, channels], n > 0."""
@@ -175,8 +213,14 @@ class Recording:
                 raise AudioError(f"{self._name} is damaged or cut short after {where}; copy it again.") from error
             if not len(block):
                 break
+            if self._channel is not None:
+                block = block[:, self._channel - 1 : self._channel]
             if not np.isfinite(block).all():
                 raise AudioError(f"{self._name} holds NaN or infinity near {read / self.sample_rate:.2f} s.")
+            if self.channels > 1:
+                mixed = block.mean(axis=1)
+                self._mixed_energy += float(mixed @ mixed)
+                self._channel_energy += float(np.vdot(block, block)) / self.channels
             read += len(block)
             yield block
         if read < self._promised and not (self._file.format == "MP3" and not _mp3_knows_its_length(self.path)):
@@ -201,6 +245,33 @@ class Recording:
     def _cut_short(self, promised: float, found: float) -> None:
         claim = f"of the {promised:.2f} s its header promises" if promised else "of a longer recording"
         raise AudioError(f"{self._name} is cut short: {found:.2f} s {claim} are there; copy it again.")
+
+
+def _copy_of_pipe(path: str | os.PathLike[str], name: str) -> tempfile._TemporaryFileWrapper[bytes] | None:
+    """A temporary file with all that comes through a pipe; None for a file. Raises `AudioError`."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise AudioError(f"{name} is a folder, not an audio file.")
+        if stat.S_ISREG(mode):
+            with open(path, "rb"):  # libsndfile does not tell why it cannot
+                return None
+        if not stat.S_ISFIFO(mode):
+            raise AudioError(f"{name} is a device or a socket; give an audio file or a pipe.")
+        with open(path, "rb") as pipe, contextlib.ExitStack() as stack:
+            copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="nemostream-"))
+            shutil.copyfileobj(pipe, copy)
+            copy.flush()
+            if not copy.tell():
+                raise AudioError(f"{name} is a pipe that nothing came through.")
+            stack.pop_all()  # the caller's now
+        return copy
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AudioError(f"{name} does not exist.") from error
+    except (OSError, ValueError) as error:  # a name that the system cannot take is a ValueError
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _mp3_knows_its_length(path: Path) -> bool:
@@ -234,8 +305,13 @@ def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
         channels = source.shape[1] if source.ndim == 2 else 1
         blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
         yield Sound(sample_rate, channels, blocks, len(source) / max(sample_rate, 1))
+    elif isinstance(source, Recording):  # the caller's
+        yield Sound(source.sample_rate, source.channels, source.blocks(), source.duration)
     elif isinstance(source, str | os.PathLike):
         with Recording(source) as file:
+            yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
+    elif isinstance(source, bytes | bytearray | memoryview) or is_file_content(source):
+        with spooled(source) as (path, name), Recording(path, name) as file:
             yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
     elif isinstance(source, Iterable):
         yield Sound(sample_rate, channels, source)

@@ -16,6 +16,7 @@ What the module does not know: logits, streams, backends.
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -29,6 +30,7 @@ from nemostream.runtime.tokenizer import Tokenizer
 WEIGHT = 1.0  # of phrases given without one: NeMo's `context_score`
 DEPTH_SCALING = 2.0  # NeMo's for transducers
 MOST_PHRASES = 1000
+MOST_CHARACTERS = 1000  # of one phrase, checked before it is tokenised: no token of a speech model is longer than 15
 MOST_TOKENS = 64  # of one phrase: as deep as the automaton may be
 MOST_WEIGHT = 100.0  # beyond it, fp32 would begin to lose the logits in the sum
 
@@ -103,30 +105,35 @@ class Boosting:
         (0, `MOST_WEIGHT`].
         """
         if isinstance(phrases, str | bytes) or not isinstance(phrases, Mapping | Sequence):
-            raise OptionError(f"phrases is {phrases!r}; give a list of phrases, or weights by phrase.")
+            raise OptionError(f"phrases is {_short(phrases)}; give a list of phrases, or weights by phrase.")
+        if len(phrases) > MOST_PHRASES:
+            raise OptionError(f"{len(phrases)} phrases are too many; a stream can have {MOST_PHRASES}.")
         for phrase in phrases:
             if not isinstance(phrase, str):
-                raise OptionError(f"the phrase {phrase!r} is not a text.")
+                raise OptionError(f"the phrase {_short(phrase)} is not a text.")
+            if len(phrase) > MOST_CHARACTERS:
+                raise OptionError(
+                    f"the phrase {_short(phrase)} has {len(phrase)} characters; it may have {MOST_CHARACTERS}."
+                )
         weights = dict(phrases) if isinstance(phrases, Mapping) else dict.fromkeys(phrases, WEIGHT)
         if not weights:
             raise OptionError("phrases is empty; give at least one, or none at all.")
-        if len(weights) > MOST_PHRASES:
-            raise OptionError(f"{len(weights)} phrases are too many; a stream can have {MOST_PHRASES}.")
         found: list[tuple[list[int], float]] = []
         for phrase, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight <= MOST_WEIGHT:
                 raise OptionError(
-                    f"the phrase {phrase!r} has weight {weight!r}; it must be above 0 and at most {MOST_WEIGHT:g}."
+                    f"the phrase {_short(phrase)} has weight {_short(weight)}; it must be above 0 and at most "
+                    f"{MOST_WEIGHT:g}."
                 )
             if any("\ud800" <= letter <= "\udfff" for letter in phrase):  # half a pair, as JSON can spell it
-                raise OptionError(f"the phrase {phrase!r} is not Unicode text.")
+                raise OptionError(f"the phrase {_short(phrase)} is not Unicode text.")
             tokens = tokenizer.encode(phrase)
             if not tokens:
-                raise OptionError(f"the phrase {phrase!r} is empty; leave it out.")
+                raise OptionError(f"the phrase {_short(phrase)} is empty; leave it out.")
             if tokenizer.unknown in tokens:
-                raise OptionError(f"the phrase {phrase!r} has characters that the model never writes.")
+                raise OptionError(f"the phrase {_short(phrase)} has characters that the model never writes.")
             if len(tokens) > MOST_TOKENS:
-                raise OptionError(f"the phrase {phrase!r} has {len(tokens)} tokens; it may have {MOST_TOKENS}.")
+                raise OptionError(f"the phrase {_short(phrase)} has {len(tokens)} tokens; it may have {MOST_TOKENS}.")
             found.append((tokens, float(weight)))
         return cls(found, tokenizer.vocabulary)
 
@@ -163,6 +170,13 @@ class Boosting:
         while (child := self._child.get((node, token))) is None and node:
             node = fails[node]
         return child or 0
+
+
+def _short(value: Any) -> str:
+    """A value for a sentence; values come from clients and may be huge."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 80
+    return shortened.repr(value)
 
 
 def _kept(array: NDArray[Any]) -> NDArray[Any]:

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 from nemostream.plans import cache_folder, check_private, make_private
 from nemostream.runtime import kernels as sources
 from nemostream.validation import MIB, read_regular
 
-_INSTALL = "pip install 'nemostream[gpu]'"
 _OLDEST_CORE = (1, 2)
 # What other threads do with the GPU, and cuda.core itself while it adds a loop, would end a stricter recording.
 _MODE = "relaxed"
@@ -39,9 +39,9 @@ class CudaDevice:
             from cuda.bindings import driver
             from cuda.core import Device, __version__
         except ImportError as error:
-            raise BackendError(f"a GPU needs cuda-python ({error}): {_INSTALL}.") from error
+            raise BackendError(f"a GPU needs cuda-python ({error}): {install_command('gpu')}.") from error
         if tuple(map(int, __version__.split(".")[:2])) < _OLDEST_CORE:
-            raise BackendError(f"cuda-core {__version__} is too old: {_INSTALL}.")
+            raise BackendError(f"cuda-core {__version__} is too old: {install_command('gpu')}.")
         self._driver = driver
         self._adopted = threading.local()  # a context is current in a thread
         self._closed = False
@@ -249,7 +249,9 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
 
         status, *release = nvrtc.nvrtcVersion()
     except Exception as error:  # the bindings load the library when they are first asked, and raise their own kinds
-        raise BackendError(f"NVRTC, which compiles our kernels, is missing ({error}): {_INSTALL}.") from error
+        raise BackendError(
+            f"NVRTC, which compiles our kernels, is missing ({error}): {install_command('gpu')}."
+        ) from error
     options = [f"-arch={architecture.replace('sm', 'sm_')}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
     text = _source()

@@ -9,6 +9,7 @@ batch; only where the rings lie is bound anew, when it changes.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,24 @@ from nemostream.errors import BackendError
 from nemostream.plans import Plan, no_engine
 from nemostream.runtime.backend import Batch, Emissions, at_least_one, check_state
 from nemostream.runtime.boosting import NO_PHRASES, Boosting
+from nemostream.runtime.cpus import default_threads
 from nemostream.runtime.greedy import Predictions, label_looping
 from nemostream.spec import Bundle, Chunk
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+# `nemostream/__init__.py` sets the variable; this stops the events of an ONNX Runtime that was imported before it.
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
+    ort.disable_telemetry_events()
+
 
 class OrtBackend:
     """A bundle on ONNX Runtime's CPU provider. Not thread-safe: one thread calls it, as the seam demands.
 
-    `capacity` streams have their state here; `threads` is what ONNX Runtime may use (default: every core). `plans`, by
-    chunk size in ms, are encoder steps to use instead of the bundle's own; other chunk sizes are then refused. Raises
-    `BackendError` if the graphs cannot be loaded.
+    `capacity` streams have their state here; `threads` is what ONNX Runtime may use (default: every CPU that
+    this process may use, see `cpus`). `plans`, by chunk size in ms, are encoder steps to use instead of the bundle's
+    own; other chunk sizes are then refused. Raises `BackendError` if the graphs cannot be loaded.
     """
 
     asynchronous = False
@@ -52,7 +58,7 @@ class OrtBackend:
         self.max_batch = min(max_batch or 64, capacity)
         self.manifest = bundle.manifest
         self._bundle = bundle
-        self._threads = threads or 0
+        self._threads = threads or default_threads()
         self._plans = plans
         self._transducer = _Transducer(bundle)
         cells = sorted({plan.recipe.cell for plan in plans.values()} if plans else {"float32"})

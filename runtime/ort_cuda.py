@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 from nemostream.runtime.cuda import CudaDevice
 from nemostream.spec import Graph
 
@@ -26,7 +27,7 @@ def check_provider() -> None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise BackendError(
             "this ONNX Runtime has no CUDA provider: "
-            "pip install 'nemostream[cuda]' && pip install --force-reinstall --no-deps onnxruntime-gpu."
+            f"{install_command('cuda')} && pip install --force-reinstall --no-deps onnxruntime-gpu."
         )
 
 

@@ -14,6 +14,10 @@ from nemostream.runtime.words import Result
 BACKLOG = 2
 
 
+class SourceStopped(Exception):
+    """Raised by the blocks of a recording that is to end early: the state is saved, the result is of what came."""
+
+
 class Progress(float):
     """Seconds of a recording that are decoded; it knows how many there are, and guesses how long the rest will take."""
 
@@ -51,16 +55,23 @@ def recognise(
             pace = (now - began) / (decoded - first) if decoded > first else math.nan
             on_progress(Progress(decoded, duration, pace * max(duration - decoded, 0.0)))
 
-    for block in blocks:
-        behind = recognition.behind
-        recognition.feed(block)
-        if behind:
-            continue
-        recognition.wait(BACKLOG)
-        report()
-        if keeper and keeper.due:
-            recognition.wait()
-            keeper.save(recognition.save())
+    try:
+        for block in blocks:
+            behind = recognition.behind
+            recognition.feed(block)
+            if behind:
+                continue
+            recognition.wait(BACKLOG)
+            report()
+            if keeper and keeper.due:
+                recognition.wait()
+                keeper.save(recognition.save())
+    except SourceStopped:
+        if recognition.behind:  # what was saved is newer than what was fed
+            return recognition.final()
+        recognition.wait()
+        if keeper and (saved := recognition.save()).samples:
+            keeper.save(saved)
     recognition.end()
     recognition.wait()
     report()

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nemostream.errors import OptionError
 from nemostream.validation import MIB, open_regular, parse_json, shown
 
-VERSION = 1
+VERSION = 2
 SECONDS = 30.0  # of work between two savings
 
 # What a state file may have. Nothing in it is compressed, so it takes no more memory than it is long.
@@ -53,7 +53,7 @@ class Part(Protocol):
 class Saved:
     """What a stream is; every part by the one that it belongs to."""
 
-    parts: Mapping[str, Arrays]  # "slot", "stream", "said", "endpoint", "gate"
+    parts: Mapping[str, Arrays]  # "slot", "stream", "said", "guard", "endpoint", "gate"
     samples: int  # of audio that went in, at the model's rate
     digest: str  # of that audio
 
@@ -225,6 +225,8 @@ def _check_together(saved: Saved, vocabulary: int, nodes: int) -> None:
     tokens = parts["said"]["tokens"]
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(f"a token is not in the vocabulary of {vocabulary}")
+    if parts["guard"]["counts"][0] > len(tokens):
+        raise ValueError("the repetition guard counts more tokens than the stream has")
     if "endpoint" in parts and parts["endpoint"]["counts"][0] != len(tokens):
         raise ValueError("the utterances have another number of tokens than the stream")
     if "gate" in parts:
@@ -235,5 +237,6 @@ def _check_together(saved: Saved, vocabulary: int, nodes: int) -> None:
     # The automaton is indexed with the node, on a GPU without a check; `check_state` compares types and shapes.
     if "node" in slot and not 0 <= int(slot["node"]) < nodes:
         raise ValueError(f"it stands at node {int(slot['node'])} of {nodes}")
-    if "position" in slot and int(slot["position"]) != parts["stream"]["counts"][3]:
+    _, fresh = parts["stream"]["flags"].tolist()
+    if "position" in slot and not fresh and int(slot["position"]) != parts["stream"]["counts"][3]:
         raise ValueError("the model stands at another frame than the stream")

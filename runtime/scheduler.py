@@ -5,8 +5,9 @@ chunk size can starve another. A stream with more audio waiting queues again beh
 
 With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
 device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Only
-where a result may change the state (a decoder that forgets at an utterance's end) does the stream wait for it. Without
-overlap (the plain twin, and better where `submit` itself does the work) each step's results are handled at once.
+where a result may change the state (a decoder that is reset at an utterance's end or in a repetition loop) does the
+stream wait for it. Without overlap (the plain twin, and better where `submit` itself does the work) each step's results
+are handled at once.
 
 What the module does not know: which backend, text, sample rates, asyncio.
 """
@@ -89,6 +90,14 @@ class Scheduler:
             seat.stream.accept(samples_N)
             self._queue(seat)
 
+    def pass_over(self, seat: Seat, samples: int) -> None:
+        """Append digital silence that is not run (`Stream.pass_over`). Raises what the stream died of."""
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.pass_over(samples)
+            self._queue(seat)
+
     def end(self, seat: Seat) -> None:
         """No more audio comes. The slot is given back by itself when the last frame is out."""
         with self._lock:
@@ -166,6 +175,8 @@ class Scheduler:
     def _queue(self, seat: Seat) -> None:
         """See to what is next of a stream, as far as it can be done now."""
         stream = seat.stream
+        if stream.queued and seat.in_flight and seat.alone:  # it may have been ready before the last result was known
+            self._ready.pop(seat, None)
         while stream.queued and not (seat.in_flight and seat.alone):
             if stream.head.kind == "run":
                 if seat not in self._ready:
@@ -186,6 +197,12 @@ class Scheduler:
                 ends = pointer.step(tokens, places, piece.reach)
                 if ends and pointer.forgets and pointer.between and seat.slot is not None:
                     self._forgets.add(seat.slot)
+        if (guard := seat.guard) and piece.kind == "run":
+            said = seat.stream.hypothesis
+            if piece.fresh:
+                guard.restart(count - len(tokens))
+            if guard.step(said.tokens, said.places, piece.reach) and seat.slot is not None:
+                self._forgets.add(seat.slot)
         seat.heard.append(Heard(piece, count, ends))
 
     def _give_back(self, seat: Seat) -> None:
@@ -212,6 +229,7 @@ class Scheduler:
         for seat, piece in zip(seats, pieces, strict=True):
             if piece.fresh and seat.slot is not None:
                 self._resets.add(seat.slot)
+                seat.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
             seat.in_flight += 1
             del self._ready[seat]
             self._queue(seat)

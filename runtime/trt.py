@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 from nemostream.runtime.cuda import CudaDevice
 
 _ALIGNMENT = 256  # of the memory a context works in
@@ -30,7 +31,7 @@ class TrtEncoder:
             trt = self._trt = import_module(library)
         except ImportError as error:
             raise BackendError(
-                f"{path} needs {library} ({error}): pip install 'nemostream[{library.replace('_', '-')}]'."
+                f"{path} needs {library} ({error}): {install_command(library.replace('_', '-'))}."
             ) from error
         self.cell, self._device, self._path = cell, device, path
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))

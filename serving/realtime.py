@@ -6,9 +6,11 @@ client commits its buffer. Deltas come while the audio does: nothing waits for t
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
+import re
 import secrets
 from typing import Any
 
@@ -18,9 +20,11 @@ from nemostream.errors import AudioError, NemostreamError, OptionError, StreamEr
 from nemostream.runtime.utterance import Event
 from nemostream.serving.service import Service
 from nemostream.serving.session import Expired, Session
-from nemostream.serving.websocket import deny, hang_up, name_of
+from nemostream.serving.websocket import LEAST_TEXT, MOST_TEXT, deny, hang_up, name_of
 
 _FORMATS = {"audio/pcm": ("pcm_s16le", 24000), "audio/pcmu": ("mulaw", 8000), "audio/pcma": ("alaw", 8000)}
+_AUDIO = re.compile(r'"audio"\s*:\s*"')
+_BASE64_SLICE = 1 << 20  # characters, a multiple of 4, that are decoded without a turn of other tasks
 _BETA = {"pcm16": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}
 
 
@@ -61,8 +65,9 @@ class _Conversation:
 
     def _open(self) -> Session:
         return self._service.open(
-            "realtime", sample_rate=self._rate, encoding=_FORMATS[self._format][0], endpoint_ms=self._silence_ms
-        )
+            "realtime", sample_rate=self._rate, encoding=_FORMATS[self._format][0], endpoint_ms=self._silence_ms,
+            client=self._socket.scope["nemostream.client"],
+        )  # fmt: skip
 
     async def run(self) -> None:
         await self._send({"type": "session.created", "session": self._described()})
@@ -73,6 +78,7 @@ class _Conversation:
                 raise WebSocketDisconnect(message.get("code", 1006))
             order: Any = None
             try:
+                await self.session.pace(max(len(message.get("text") or ""), LEAST_TEXT))
                 order = _json(message)
                 await self._obey(order)
             except (OptionError, AudioError) as error:  # the conversation goes on; what came counts as not said
@@ -85,7 +91,7 @@ class _Conversation:
             await self._update(order.get("session"))
             await self._send({"type": kind + "d", "session": self._described()})
         elif kind == "input_audio_buffer.append":
-            data = _audio(order.get("audio"))
+            data = await _audio(order.get("audio"))
             before = self.session.audio
             events = await self.session.push(data)
             self._sent += self.session.audio - before
@@ -225,23 +231,47 @@ class _Conversation:
 
 def _json(message: Any) -> dict[str, Any]:
     if message.get("text") is None:
-        raise OptionError("binary messages mean nothing here; send audio as base64 in input_audio_buffer.append.")
+        raise OptionError("binary messages are not supported; send audio as base64 in input_audio_buffer.append.")
+    text, audio = _without_audio(message["text"])
+    if len(text) > MOST_TEXT:
+        raise OptionError(
+            f"the message has {len(text)} characters besides its audio, a top-level string; the most is {MOST_TEXT}."
+        )
     try:
-        order = json.loads(message["text"])
+        order = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"the message is no JSON: {error}.") from error
+        raise OptionError(f"the message is not JSON: {error}.") from error
     if not isinstance(order, dict):
         raise OptionError("a message must be a JSON object with a type.")
+    if audio is not None:
+        if order.get("audio") != "":
+            raise OptionError("audio must be a top-level string of the message.")
+        order["audio"] = audio
     return order
 
 
-def _audio(text: Any) -> bytes:
+def _without_audio(text: str) -> tuple[str, str | None]:
+    """A long message without the value of its "audio", and that value: a JSON parser would keep the event loop for too
+    long, and for longest where the message is not what it should be."""
+    if len(text) <= MOST_TEXT:
+        return text, None
+    found = _AUDIO.search(text, 0, MOST_TEXT)
+    if found is None or (end := text.find('"', found.end())) < 0:
+        return text, None
+    return text[: found.end()] + text[end:], text[found.end() : end].replace("\\/", "/")
+
+
+async def _audio(text: Any) -> bytes:
     if not isinstance(text, str):
         raise AudioError("audio must be a base64 string.")
+    data = bytearray()
     try:
-        return base64.b64decode(text, validate=True)
+        for start in range(0, len(text), _BASE64_SLICE):
+            data += base64.b64decode(text[start : start + _BASE64_SLICE], validate=True)
+            await asyncio.sleep(0)
     except (binascii.Error, ValueError) as error:
-        raise AudioError(f"audio is no base64: {error}.") from error
+        raise AudioError(f"audio is not base64: {error}.") from error
+    return bytes(data)
 
 
 def _format(given: Any) -> tuple[str, int]:

@@ -10,21 +10,27 @@ change nothing here are ignored: automatic punctuation (the model writes its own
 
 from __future__ import annotations
 
-import io
+import asyncio
+import logging
 import struct
+import tempfile
 from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.utterance import Event
-from nemostream.serving.http import authorised, given_key
+from nemostream.serving.access import Client, given_key, key_number, keys_of, shown
 from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Expired, Session
 from nemostream.serving.upload import Upload
+
+log = logging.getLogger("nemostream.serving")
 
 _ENCODINGS = {
     riva_audio_pb2.AudioEncoding.ENCODING_UNSPECIFIED: "pcm_s16le",
@@ -35,6 +41,8 @@ _ENCODINGS = {
 _CONTAINERS = (b"RIFF", b"fLaC", b"OggS", b"ID3")
 _WAV = {(1, 16): "pcm_s16le", (3, 32): "pcm_f32le", (6, 8): "alaw", (7, 8): "mulaw"}  # (format tag, bits)
 _LONGEST_HEADER = 1 << 16
+_FIRST_SECONDS = 10.0  # for the first message of a stream
+_CLIENT: ContextVar[Client] = ContextVar("client")  # of the call that this task handles
 _BOOST = 20.0  # of Riva's, that is a weight of 1
 
 
@@ -64,13 +72,84 @@ class _Health(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthCheckResponse(status=kinds.SERVING if serving else kinds.NOT_SERVING)
 
 
+class Admission(grpc.aio.ServerInterceptor):
+    """Rejects a call before its first message is read: without a key, and where there is no place for a recording.
+
+    gRPC reads the message of a unary call before it calls the handler, whatever its size. The handlers returned here
+    have the streaming kind, which is the same on the wire, and read when they ask for it.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._keys = keys_of(service.settings)
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(details)
+        if handler is None or details.method.startswith("/grpc.health."):
+            return handler
+        sent = {name: _text(value) for name, value in details.invocation_metadata or ()}
+        sent.setdefault("authorization", sent.get("authorization-bin", ""))  # gRPC's way to send a key beyond ASCII
+        number = key_number(given_key(sent), self._keys) if self._keys else None
+        if self._keys and number is None:
+            return grpc.stream_stream_rpc_method_handler(self._deny)
+        key = "" if number is None else f"key {number}"
+        if not handler.unary_unary:
+            return grpc.stream_stream_rpc_method_handler(
+                _with_client(handler.stream_stream, key), handler.request_deserializer, handler.response_serializer
+            )
+
+        async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+            _CLIENT.set(_whose(context, key))
+            if details.method.endswith("/Recognize"):
+                try:
+                    place = self._service.uploads.admit(None, _CLIENT.get())
+                except CapacityError as error:
+                    await _abort(context, error)
+                with place:
+                    return await handler.unary_unary(await self._first(requests, context), context)
+            return await handler.unary_unary(await self._first(requests, context), context)
+
+        return grpc.stream_unary_rpc_method_handler(handle, handler.request_deserializer, handler.response_serializer)
+
+    async def _first(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+        """The one message of a unary call."""
+        try:
+            async with asyncio.timeout(self._service.settings.body_seconds):
+                return await anext(requests)
+        except (TimeoutError, StopAsyncIteration):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message.")
+
+    async def _deny(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        self._service.metrics.denied.labels("key").inc()
+        log.warning("denied", extra={"why": "key", "peer": _whose(context, "").address})
+        await context.abort(
+            grpc.StatusCode.UNAUTHENTICATED, "an API key is required: send authorization: Bearer KEY in the metadata."
+        )
+
+
+def _with_client(handler: Any, key: str) -> Any:
+    async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        _CLIENT.set(_whose(context, key))
+        await handler(requests, context)
+
+    return handle
+
+
+def _whose(context: grpc.aio.ServicerContext, key: str) -> Client:
+    kind, _, rest = str(context.peer()).partition(":")
+    peer = unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else str(context.peer())
+    return Client(key or peer, peer)
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1")
+
+
 class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._keys = [key.get_secret_value().encode() for key in service.settings.api_keys]
 
     async def StreamingRecognize(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-        await self._admit(context)
         try:
             await self._stream(requests, context)
         except NemostreamError as error:
@@ -79,20 +158,20 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             await _abort(context, error)
 
     async def Recognize(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        await self._admit(context)
         try:
             return await self._recognize(request)
         except NemostreamError as error:
             await _abort(context, error)
 
     async def GetRivaSpeechRecognitionConfig(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        await self._admit(context)
         try:
             manifest = self._service.model.manifest
         except NemostreamError as error:
             await _abort(context, error)
         if request.model_name not in ("", manifest.name):
-            await _abort(context, OptionError(f"there is no model {request.model_name!r}, only {manifest.name!r}."))
+            await _abort(
+                context, OptionError(f"there is no model {shown(request.model_name)!r}, only {manifest.name!r}.")
+            )
         answer = riva_asr_pb2.RivaSpeechRecognitionConfigResponse
         parameters = {
             "language_code": "en-US", "sample_rate": str(manifest.features.sample_rate), "type": "online",
@@ -103,11 +182,15 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
 
     async def _stream(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """Take in a client's audio, and write what it says."""
-        first = await anext(aiter(requests), None)
+        try:
+            async with asyncio.timeout(min(_FIRST_SECONDS, self._service.settings.idle_seconds)):
+                first = await anext(aiter(requests), None)
+        except TimeoutError:
+            raise Expired(f"no streaming_config came in {_FIRST_SECONDS:.0f} s.") from None
         if first is None or not first.HasField("streaming_config"):
             raise OptionError("the first message of a stream must be its streaming_config.")
         wanted = first.streaming_config
-        options, header = _options(wanted.config), b""
+        options, header = await self._options(wanted.config), b""
         session: Session | None = None
         try:
             # The place is taken before audio comes, as the file's header may still say how it is to be read.
@@ -136,7 +219,12 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             raise
         session.close()
 
-    def _open(self, config: Any, options: dict[str, Any], sound: _Sound | None) -> Session:
+    async def _options(self, config: Any) -> dict[str, Any]:
+        """The options of `Service.open`; phrases are compiled on a thread."""
+        options = _options(config)
+        return options | {"phrases": await self._service.compile_phrases(options.get("phrases"))}
+
+    def _open(self, config: Any, options: dict[str, Any], sound: _Sound | None, upload: bool = False) -> Session:
         encoding = sound.encoding if sound else _ENCODINGS.get(config.encoding)
         if encoding is None:
             names = {number: name for name, number in riva_audio_pb2.AudioEncoding.items()}
@@ -145,22 +233,35 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         rate, channels = config.sample_rate_hertz or 16000, config.audio_channel_count or 1
         if sound:
             rate, channels = sound.sample_rate, sound.channels
-        return self._service.open("riva", sample_rate=rate, channels=channels, encoding=encoding, **options)
+        return self._service.open(
+            "riva",
+            sample_rate=rate,
+            channels=channels,
+            encoding=encoding,
+            upload=upload,
+            client=_CLIENT.get(),
+            **options,
+        )
 
     async def _recognize(self, request: Any) -> Any:
-        config, options = request.config, _options(request.config)
+        config, options = request.config, await self._options(request.config)
         files = riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncoding.OGGOPUS
         unknown = config.encoding == riva_audio_pb2.AudioEncoding.ENCODING_UNSPECIFIED
         if request.audio.startswith(_CONTAINERS) or config.encoding in files or (unknown and _is_mp3(request.audio)):
-            upload = Upload(self._service, "riva", io.BytesIO(request.audio), "the audio", **options)
-            events = [event async for event in upload if event and event.kind == "final"]
-            seconds = upload.seconds
+            with tempfile.TemporaryFile(prefix="nemostream-", buffering=0) as file:
+                file.write(request.audio)
+                upload = Upload(self._service, "riva", file.fileno(), "the audio", client=_CLIENT.get(), **options)
+                events = [event async for event in upload if event and event.kind == "final"]
+                seconds = upload.seconds
         else:
             block = self._service.settings.max_message_bytes
-            async with self._open(config, options, None) as session:
+            async with self._open(config, options, None, upload=True) as session:
+                most = self._service.settings.max_upload_seconds
                 events = []
                 for start in range(0, len(request.audio), block):
                     events += await session.push(request.audio[start : start + block])
+                    if session.audio > most:
+                        raise AudioError(f"the audio lasts more than {most:.0f} s, the longest allowed.")
                 events = [event for event in [*events, *await session.finish()] if event.kind == "final"]
                 seconds = session.audio
         results = [
@@ -172,14 +273,6 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         if not results:
             results = [riva_asr_pb2.SpeechRecognitionResult(channel_tag=1, audio_processed=seconds)]
         return riva_asr_pb2.RecognizeResponse(results=results)
-
-    async def _admit(self, context: grpc.aio.ServicerContext) -> None:
-        if not self._keys:
-            return
-        given = dict(context.invocation_metadata() or ())
-        key = given_key({name: str(value) for name, value in given.items()})
-        if not authorised(key, self._keys):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed: send authorization: Bearer KEY.")
 
 
 async def _write(context: grpc.aio.ServicerContext, session: Session, wanted: Any, events: Iterable[Event]) -> None:
@@ -216,7 +309,7 @@ def _options(config: Any) -> dict[str, Any]:
     """What `Service.open` is to know. Raises `OptionError` for what cannot be done."""
     language = config.language_code.lower()
     if language and not language.startswith(("en", "multi")):
-        raise OptionError(f"language_code is {config.language_code!r}; this model knows English.")
+        raise OptionError(f"language_code is {shown(config.language_code)!r}; this model knows English.")
     for wanted, name in (
         (config.diarization_config.enable_speaker_diarization, "speaker diarization"),
         (config.enable_separate_recognition_per_channel, "separate recognition per channel"),
@@ -227,7 +320,7 @@ def _options(config: Any) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if chunk := config.custom_configuration.get("chunk_ms"):
         if not chunk.isdigit():
-            raise OptionError(f"chunk_ms is {chunk!r}; it must be whole milliseconds.")
+            raise OptionError(f"chunk_ms is {shown(chunk)!r}; it must be whole milliseconds.")
         options["chunk_ms"] = int(chunk)
     if config.endpointing_config.stop_history > 0:
         options["endpoint_ms"] = config.endpointing_config.stop_history

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -18,35 +17,18 @@ import uvicorn
 
 from nemostream.errors import BackendError
 from nemostream.serving import riva
+from nemostream.serving.connections import HEAD_BYTES, Connections, Server, connections_for, protocols
 from nemostream.serving.http import create_app
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
 log = logging.getLogger("nemostream.serving")
 
-_HALF_OPEN = 20.0  # seconds for a request's head; between gRPC's pings, and for their answer
+_GRPC_IDLE = 60.0  # seconds after which a gRPC connection without a call is closed
+_GRPC_PING = 20.0  # seconds between gRPC's pings, for their answer, and for a handshake
+_SPARE_CALLS = 64  # gRPC calls beside streams and recordings
+_GRPC_UPLOAD = 16 << 20  # bytes of a recording in one gRPC message, which is held in memory
 _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn that leaves signals to us (it would hang up on every stream at once), and that is not held by silence."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._silent: dict[Any, float] = {}  # connections without a request, and when they were first seen so
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-    async def on_tick(self, counter: int) -> bool:
-        if counter % 10 == 0:  # once a second
-            now, silent = time.monotonic(), [c for c in self.server_state.connections if getattr(c, "cycle", c) is None]
-            self._silent = {connection: self._silent.get(connection, now) for connection in silent}
-            for connection, since in self._silent.items():
-                if now - since > _HALF_OPEN:
-                    connection.transport.close()
-        return await super().on_tick(counter)
 
 
 async def serve(
@@ -95,7 +77,7 @@ async def serve(
         log.info("stopped")
 
 
-def _on_signals(http: _Uvicorn) -> asyncio.Event:
+def _on_signals(http: Server) -> asyncio.Event:
     """Set by the first signal; the second one does not wait for anybody."""
     stop = asyncio.Event()
 
@@ -123,26 +105,36 @@ def _listen(settings: Settings) -> socket.socket:
     return listening
 
 
-def _http(service: Service, settings: Settings, ports: dict[str, int]) -> _Uvicorn:
-    return _Uvicorn(
-        uvicorn.Config(
-            create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
-            ws="websockets-sansio", ws_max_size=settings.max_message_bytes, ws_per_message_deflate=False,
-            # No pings: who is gone is known by its silence (`idle_seconds`), and the answer of a client that sends
-            # faster than it is served would wait behind its audio.
-            ws_ping_interval=None, timeout_graceful_shutdown=2,
-            ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
-        )
+def _http(service: Service, settings: Settings, ports: dict[str, int]) -> Server:
+    most = connections_for(settings.max_connections)
+    limits = Connections(most, settings.max_connections_per_client, settings.body_seconds)
+    http, websocket = protocols(limits)
+    config = uvicorn.Config(
+        create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
+        http=http, ws=websocket, h11_max_incomplete_event_size=HEAD_BYTES, ws_max_size=settings.max_message_bytes,
+        # No pings: who is gone is known by its silence (`idle_seconds`), and the answer of a client that sends
+        # faster than it is served would wait behind its audio.
+        ws_per_message_deflate=False, ws_ping_interval=None, timeout_graceful_shutdown=2,
+        ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
     )  # fmt: skip
+    return Server(config, limits)
 
 
 def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
+    calls = settings.max_streams + settings.max_uploads + _SPARE_CALLS
+    ping = int(1000 * _GRPC_PING)
     server = grpc.aio.server(
+        interceptors=[riva.Admission(service)],
+        maximum_concurrent_rpcs=calls,
         options=[
-            ("grpc.max_receive_message_length", settings.max_upload_bytes), ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_time_ms", int(1000 * _HALF_OPEN)), ("grpc.keepalive_timeout_ms", int(1000 * _HALF_OPEN)),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-        ]
+            ("grpc.max_receive_message_length", min(settings.max_upload_bytes, _GRPC_UPLOAD)),
+            ("grpc.max_metadata_size", 16 << 10), ("grpc.absolute_max_metadata_size", 32 << 10),
+            ("grpc.max_concurrent_streams", calls), ("grpc.so_reuseport", 0),
+            ("grpc.max_connection_idle_ms", int(1000 * _GRPC_IDLE)), ("grpc.server_handshake_timeout_ms", ping),
+            ("grpc.keepalive_time_ms", ping), ("grpc.keepalive_timeout_ms", ping),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000), ("grpc.http2.max_ping_strikes", 2),
+            ("grpc.max_allowed_incoming_connections", max(8, connections_for(settings.max_connections) // 2)),
+        ],
     )  # fmt: skip
     riva.add_to(server, service)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

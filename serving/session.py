@@ -23,11 +23,14 @@ from nemostream.errors import AudioError, CapacityError, NemostreamError, Option
 from nemostream.runtime.aio import AsyncLiveStream
 from nemostream.runtime.recognition import Options
 from nemostream.runtime.utterance import Event
+from nemostream.serving.access import Client
 
 if TYPE_CHECKING:
     from nemostream.serving.service import Service
 
 _LIVE = 1.5  # seconds: who sends more at once is not talking live
+_LEAST_BYTES = 2048  # that a message counts as
+_SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # of a message, handled without a turn of other tasks
 _BURST = 2.0  # seconds' worth of bytes that may come at once before a client is slowed down
 
 
@@ -46,10 +49,10 @@ class Session:
 
     def __init__(
         self, service: Service, *, transport: str, sample_rate: int, channels: int, encoding: str, chunk_ms: int,
-        options: Options,
+        options: Options, client: Client, upload: bool = False,
     ) -> None:  # fmt: skip
         self.id = secrets.token_hex(6)
-        self.transport = transport
+        self.transport, self.client, self.upload = transport, client, upload
         self.wanted_ms = chunk_ms
         self.audio = 0.0  # seconds received
         self.error: str | None = None
@@ -72,7 +75,7 @@ class Session:
 
     async def push(self, data: bytes) -> list[Event]:
         """Take in audio; what it made known. Raises `AudioError`, `StreamError`, `BackendError` as a stream does."""
-        await self._pace(len(data))
+        await self.pace(len(data))
         pcm, began, steps = self._decode(data), time.perf_counter(), self._stream.steps
         events = await self.push_pcm(pcm)
         seconds = len(pcm) / self._rate
@@ -86,12 +89,21 @@ class Session:
         """As `push`, of samples [N] or [N, channels], and as fast as they come."""
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
-        if not len(pcm):
-            return []
-        seconds = len(pcm) / self._rate
-        self.audio += seconds
-        self._service.metrics.audio.inc(seconds)
-        return self._told(await self._stream.hear(pcm))
+        self._stream.check(pcm)  # all of it, before any of it is taken
+        events: list[Event] = []
+        # A slice at a time: a message of minutes of audio must not keep the event loop from other streams.
+        step = max(1, min(round(_SLICE_SECONDS * self._rate), _SLICE_VALUES // (pcm.shape[1] if pcm.ndim == 2 else 1)))
+        for start in range(0, len(pcm), step):
+            piece = pcm[start : start + step]
+            seconds = len(piece) / self._rate
+            self.audio += seconds
+            self._service.metrics.audio.inc(seconds)
+            events += self._told(await self._stream.hear(piece))
+            if start + step < len(pcm):
+                await asyncio.sleep(0)
+                if self._ended:
+                    break
+        return events
 
     async def commit(self) -> list[Event]:
         """End the utterance here: everything up to now is decoded and final, what follows begins anew."""
@@ -164,18 +176,21 @@ class Session:
                 self._service.said(self, event)
         return events
 
-    async def _pace(self, size: int) -> None:
-        """A bucket that leaks `max_bytes_per_second`; who fills it waits."""
+    async def pace(self, size: int) -> None:
+        """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
+
+        Every message counts as `_LEAST_BYTES` at least, so that many small ones are no way around the limit. Raises
+        `AudioError` for a message that is too large.
+        """
         limits, now = self._limits, time.monotonic()
         if size > limits.max_message_bytes:
             raise AudioError(
                 f"a message of {size} bytes came; the most is {limits.max_message_bytes}: send less at once."
             )
         rate = limits.max_bytes_per_second
-        self._bytes = max(0.0, self._bytes - rate * (now - self._bytes_at)) + size
+        self._bytes = max(0.0, self._bytes - rate * (now - self._bytes_at)) + max(size, _LEAST_BYTES)
         self._bytes_at = now
-        if self._bytes > _BURST * rate:
-            await asyncio.sleep(self._bytes / rate - _BURST)
+        await asyncio.sleep(max(0.0, self._bytes / rate - _BURST))
 
 
 # -- encodings ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -40,6 +40,27 @@ class Limits(BaseModel):
         4 << 20, ge=1024, description="A live stream that sends faster is read no faster than this."
     )
     max_upload_bytes: int = Field(256 << 20, ge=1024, description="Of one uploaded recording.")
+    max_upload_seconds: float = Field(7200, gt=0, description="Longest duration of one uploaded recording.")
+    max_uploads: int = Field(
+        8, ge=1, description="Most recordings received or recognised at once; one more is rejected."
+    )
+    max_upload_total_bytes: int = Field(
+        1 << 30, ge=1024, description="Of all recordings at once, in memory and in temporary files."
+    )
+    max_streams_per_client: int = Field(
+        0,
+        ge=0,
+        description="Most streams, and most recordings, of one API key (of one address without keys); 0: no limit.",
+    )
+    max_connections: int = Field(
+        1024,
+        ge=8,
+        description="Most connections to HTTP and WebSockets at once (fewer where file descriptors are few).",
+    )
+    max_connections_per_client: int = Field(
+        0, ge=0, description="Most of them from one address; 0: three quarters of max_connections."
+    )
+    body_seconds: float = Field(900, gt=0, description="Longest time for the body of a request to arrive.")
 
 
 class Settings(BaseSettings, Limits):
@@ -69,13 +90,16 @@ class Settings(BaseSettings, Limits):
         False, description="Under overload move streams to a larger chunk, and back when it is over."
     )
     drain_seconds: float = Field(60, ge=0, description="On SIGTERM streams have so long to finish.")
-    api_keys: Annotated[list[SecretStr], NoDecode] = Field(
-        [], description="Keys that clients must send (comma-separated). Default: no key is needed."
+    api_keys: Annotated[list[SecretStr] | None, NoDecode] = Field(
+        None, description="Keys that clients must send (comma-separated). Default: no key is required."
     )
     tls_cert: Path | None = Field(None, description="Certificate chain, PEM. With it HTTP and gRPC are encrypted.")
     tls_key: Path | None = Field(None, description="Its private key, PEM.")
     origins: Annotated[list[str], NoDecode] = Field(
         [], description="Web origins other than our own that may call (comma-separated): https://app.example."
+    )
+    hosts: Annotated[list[str], NoDecode] = Field(
+        [], description="Names in the Host header, besides localhost, that clients may use (comma-separated); *: any."
     )
     log_transcripts: CliImplicitFlag[bool] = Field(False, description="Write what was said into the log.")
     config: Path | None = Field(None, description="TOML file with these options.")
@@ -83,10 +107,28 @@ class Settings(BaseSettings, Limits):
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, values: Any) -> Any:
-        for name in ("api_keys", "origins", "chunks"):
+        for name in ("api_keys", "origins", "hosts", "chunks"):
             if isinstance(values, dict) and isinstance(values.get(name), str):
-                values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
+                parts = [part.strip() for part in values[name].split(",")]
+                # An empty key is an error, not a key less: see `_keys`.
+                values[name] = parts if name == "api_keys" else [part for part in parts if part]
         return values
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys(cls, keys: list[SecretStr] | None) -> list[SecretStr] | None:
+        """An empty variable or file entry must not open the server to everyone."""
+        if keys is None:
+            return None
+        found = [SecretStr(key.get_secret_value().strip()) for key in keys]
+        if not found or not all(key.get_secret_value() for key in found):
+            raise ValueError("a key is empty; leave the option out for a server without keys")
+        return found
+
+    @field_validator("hosts")
+    @classmethod
+    def _host_names(cls, hosts: list[str]) -> list[str]:
+        return [host.strip().rstrip(".").lower() for host in hosts]
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -1,35 +1,94 @@
-"""A whole recording that a client sent, recognised as fast as it goes."""
+"""Whole recordings that clients send: who may send one, and the way from the file to events."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
-from typing import Any, BinaryIO
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
-from nemostream.errors import StreamError
-from nemostream.runtime.audio import Recording
+from nemostream.errors import CapacityError, StreamError
 from nemostream.runtime.utterance import Event
-from nemostream.serving.service import Service
+from nemostream.serving.access import Client
+from nemostream.serving.metrics import Metrics
+from nemostream.serving.session import Expired
+from nemostream.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from nemostream.serving.service import Service
+
+log = logging.getLogger("nemostream.serving")
+
+_TURN_SECONDS = 0.05  # between two looks whether live streams are on time again
+
+
+class Uploads:
+    """Places for recordings. They are not those of live streams, and each is taken before the body is read."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._bytes = 0  # reserved in memory and in temporary files
+        self._clients: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        """Recordings that are received or recognised now."""
+        return self._clients.total()
+
+    def admit(self, size: int | None, client: Client) -> AbstractContextManager[None]:
+        """Take a place for a recording of `size` bytes (None: unknown) for as long as the context lasts.
+
+        Raises `CapacityError` at once when all places, all places of this client, or all bytes are taken.
+        """
+        limits = self._settings
+        size = min(limits.max_upload_bytes if size is None else size, limits.max_upload_bytes)
+        why = ""
+        if self.count >= limits.max_uploads:
+            why = f"all {limits.max_uploads} places for recordings are taken; try again in a few seconds."
+        elif limits.max_streams_per_client and self._clients[client.name] >= limits.max_streams_per_client:
+            why = f"this client sends {limits.max_streams_per_client} recordings already, the most that it may."
+        elif self.count and self._bytes + size > limits.max_upload_total_bytes:
+            why = f"recordings of {self._bytes >> 20} MiB are being received; try again in a few seconds."
+        if why:
+            self._metrics.rejected.labels("CapacityError").inc()
+            log.info("refused", extra={"transport": "upload", "why": why, "peer": client.address})
+            raise CapacityError(why)
+        return self._place(size, client.name)
+
+    @contextmanager
+    def _place(self, size: int, client: str) -> Iterator[None]:
+        self._clients[client] += 1
+        self._bytes += size
+        self._metrics.uploads.set(self.count)
+        try:
+            yield
+        finally:
+            self._bytes -= size
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
+            self._metrics.uploads.set(self.count)
 
 
 class Upload:
-    """Iterate it for its events; the first is None and says that it was let in. `text` and `seconds` come last.
+    """Iterate it for its events; the first is None: the recording was accepted. `text` and `seconds` come last.
 
-    `gone` tells whether the client left: then the rest is not decoded. `options` are those of `Service.open`. Iterating
-    raises `AudioError` if it is no recording, `StreamError` if nobody waits for it any more, and what `Service.open`
-    and a stream raise.
+    `file` is the descriptor of an open file, which must stay open meanwhile. `gone` tells whether the client left: then
+    the rest is not decoded. `options` are those of `Service.open`. While results of live streams are late, it waits.
+    Iterating raises `AudioError` if it is no recording, `StreamError` if nobody waits for it any more, `Expired` if it
+    takes longer than a stream may, and what `Service.open` and a stream raise.
     """
 
     def __init__(
-        self, service: Service, transport: str, source: BinaryIO, name: str,
+        self, service: Service, transport: str, file: int, name: str,
         gone: Callable[[], Awaitable[bool]] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.text, self.seconds = "", 0.0
-        self._gone = gone
-        self._events = self._run(service, transport, source, name, options)
+        self._service, self._gone = service, gone
+        self._events = self._run(transport, file, name, options)
 
     def __aiter__(self) -> AsyncIterator[Event | None]:
         return self._events
@@ -37,25 +96,24 @@ class Upload:
     async def __anext__(self) -> Event | None:
         return await anext(self._events)
 
-    async def _run(
-        self, service: Service, transport: str, source: BinaryIO, name: str, options: dict[str, Any]
-    ) -> AsyncIterator[Event | None]:
-        # libsndfile wants a file of its own: one that it may seek in, without Python between.
-        with tempfile.NamedTemporaryFile(prefix="nemostream-") as file:
-            await asyncio.to_thread(shutil.copyfileobj, source, file)
-            file.flush()
-            with await asyncio.to_thread(Recording, file.name, name) as recording:
-                session = service.open(
-                    transport, sample_rate=recording.sample_rate, channels=recording.channels, **options
-                )
-                async with session:
-                    yield None
-                    with closing(recording.blocks()) as blocks:
-                        while (block := await asyncio.to_thread(next, blocks, None)) is not None:
-                            if self._gone and await self._gone():
-                                raise StreamError("the client hung up.")
-                            for event in await session.push_pcm(block):
-                                yield event
-                    for event in await session.finish():
+    async def _run(self, transport: str, file: int, name: str, options: dict[str, Any]) -> AsyncIterator[Event | None]:
+        service, began = self._service, time.monotonic()
+        longest = service.settings.max_seconds
+        async with service.decoders.decode(file, name) as recording:
+            session = service.open(transport, sample_rate=service.decoders.rate, channels=1, upload=True, **options)
+            async with session:
+                yield None
+                async for block in recording:
+                    while True:
+                        if self._gone and await self._gone():
+                            raise StreamError("the client disconnected.")
+                        if time.monotonic() - began > longest:
+                            raise Expired(f"the recording took more than {longest:.0f} s, the longest allowed.")
+                        if not service.late:
+                            break
+                        await asyncio.sleep(_TURN_SECONDS)
+                    for event in await session.push_pcm(block):
                         yield event
-                    self.text, self.seconds = session.text, session.audio
+                for event in await session.finish():
+                    yield event
+                self.text, self.seconds = session.text, recording.seconds

@@ -12,10 +12,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.utterance import Event
+from nemostream.serving.access import shown
 from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Expired, Session
 
 PROTOCOL = "nemostream"
+LEAST_TEXT = 8192  # bytes of audio that a text message counts as: handling one costs about as much
+MOST_TEXT = 1 << 16  # characters of a message without audio: parsing one must not keep the event loop from others
 _CODES: tuple[tuple[type[NemostreamError], str, int], ...] = (
     (Draining, "draining", 1012), (CapacityError, "capacity", 1013), (OptionError, "option", 1008),
     (AudioError, "audio", 1007), (Expired, "expired", 1008), (NemostreamError, "model", 1011),
@@ -40,7 +43,8 @@ async def serve(socket: WebSocket, service: Service) -> None:
     try:
         options = _options(socket.query_params)
         words = options.pop("words")
-        session = service.open("websocket", **options)
+        options["phrases"] = await service.compile_phrases(options.get("phrases"))
+        session = service.open("websocket", client=socket.scope["nemostream.client"], **options)
     except NemostreamError as error:
         return await deny(socket, error)
     async with session:
@@ -79,7 +83,9 @@ async def _talk(socket: WebSocket, session: Session, service: Service, words: bo
         if (data := message.get("bytes")) is not None:
             await _tell(socket, session, await session.push(data), words)
             continue
-        kind, order = _order(message.get("text") or "{}")
+        text = message.get("text") or "{}"
+        await session.pace(max(len(text), LEAST_TEXT))
+        kind, order = _order(text)
         if kind == "commit":
             await _tell(socket, session, await session.commit(), words)
             await _send(socket, session, {"type": "committed", "audio": round(session.audio, 3)})
@@ -91,7 +97,9 @@ async def _talk(socket: WebSocket, session: Session, service: Service, words: bo
             await socket.close()
             return
         elif kind != "keepalive":
-            raise OptionError(f"there is no message of type {kind!r}; send commit, use, finish, keepalive, or audio.")
+            raise OptionError(
+                f"there is no message of type {shown(kind)!r}; send commit, use, finish, keepalive, or audio."
+            )
 
 
 async def _tell(socket: WebSocket, session: Session, events: Iterable[Event], words: bool) -> None:
@@ -130,6 +138,8 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _order(text: str) -> tuple[str, dict[str, Any]]:
+    if len(text) > MOST_TEXT:
+        raise OptionError(f"a text message has {len(text)} characters; the most is {MOST_TEXT}.")
     try:
         order = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -155,11 +165,11 @@ def _options(query: QueryParams) -> dict[str, Any]:
     options: dict[str, Any] = {"words": False}
     for name, value in query.items():
         if name not in known:
-            raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}.")
+            raise OptionError(f"there is no option {shown(name)!r}; there are {', '.join(known)}.")
         try:
             options[name] = known[name](value)
         except ValueError as error:
-            raise OptionError(f"{name} is {value!r}, which is not what it takes.") from error
+            raise OptionError(f"{name} is {shown(value)!r}, which is not a value that it takes.") from error
     if options.get("endpoint_ms") == -1:
         options["endpoint_ms"] = None
     return options

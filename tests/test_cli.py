@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,15 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
 import nemostream
-from nemostream.cli import main
+from nemostream.cli import app, main
+from nemostream.extras import install_command
 from nemostream.spec import Bundle, sha256
 
 CLIPS = Path(__file__).parent / "speech" / "human"
@@ -139,6 +142,25 @@ def test_the_chunk_size_is_used(run: Callable[..., Ran]) -> None:
     (row,) = run("transcribe", CARDS[0], "--chunk-ms", 80, "--format", "json").rows
     with nemostream.load(chunk_ms=80) as model:
         assert (row["chunk_ms"], row["text"]) == (80, model.transcribe(CARDS[0]).text)
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_threads(run: Callable[..., Ran], threads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    used = []
+    session = onnxruntime.InferenceSession
+
+    def spy(graph: Path, options: Any, **more: Any) -> Any:
+        if "encoder" in Path(graph).name:
+            used.append(options.intra_op_num_threads)
+        return session(graph, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    monkeypatch.setattr("nemostream.runtime.ort.default_threads", lambda: 3)
+    assert run("transcribe", CARDS[0], *(["--threads", threads] if threads else [])).code == 0
+    assert set(used) == {threads or 3}
+    run("transcribe", CARDS[0], "--threads", 0).fails(2, "--threads")
 
 
 def test_a_bundle_of_ones_own(run: Callable[..., Ran], demo_bundle: Bundle, tmp_path: Path) -> None:
@@ -354,6 +376,80 @@ def test_help(run: Callable[..., Ran], arguments: tuple[str, ...]) -> None:
     assert "Usage:" in ran.out and "transcribe" in ran.out
 
 
+def commands() -> dict[str, Any]:
+    import typer
+
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+def test_help_is_grouped_and_says_what_things_are() -> None:
+    """Every command and option is in a panel and has a sentence that begins with a noun or a verb."""
+    for name, command in commands().items():
+        assert command.rich_help_panel in ("Speech to text", "Models", "This machine"), name
+        assert re.match(r"(Transcribe|Export|Build|Show|Serve|Measure) .*\.", command.help.partition("\n")[0]), name
+        for option in command.params:
+            said = option.help
+            assert re.match(r"[A-Z]", said) and said.endswith("."), (name, option.name, said)
+            assert not re.match(r"(A|Of|To|The|How|Most|There|Where)\b", said), (name, option.name, said)
+            if option.param_type_name == "option":
+                assert option.rich_help_panel, (name, option.name)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("nemostream tr", ["transcribe"]),
+        ("nemostream transcribe --ph", ["--phrases"]),
+        ("nemostream transcribe -f s", ["srt"]),
+        ("nemostream bench th", ["throughput"]),
+    ],
+)
+def test_completion(line: str, found: list[str]) -> None:
+    """As bash asks for it, by the script that `--show-completion bash` prints."""
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_NEMOSTREAM_COMPLETE": "complete_bash"}
+    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ | words)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, found, "")
+
+
+def test_the_completion_script(run: Callable[..., Ran]) -> None:
+    ran = run("--show-completion", "bash")
+    assert ran.code == 0 and "_NEMOSTREAM_COMPLETE=complete_bash" in ran.out and "nemostream" in ran.out
+
+
+def test_help_of_the_server_without_its_extra(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("grpc", "uvicorn", "pydantic_settings", "fastapi", "nemostream.serving.server"):
+        monkeypatch.setitem(sys.modules, module, None)
+    ran = run("serve", "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert install_command("serve") in ran.out
+    for option in ("--bundle (default: None)", "--port (default: 8000)", "--grpc-port", "--api-keys", "--max-streams"):
+        assert option in ran.out
+    run("serve", "--port", 1).fails(7, install_command("serve"))
+
+
+def test_that_help_lists_what_the_server_has() -> None:
+    settings = pytest.importorskip("nemostream.serving.settings")
+    from nemostream.serve_help import serve_help
+
+    listed = set(re.findall(r"^  --([a-z-]+) ", serve_help(), re.MULTILINE))
+    assert listed == {name.replace("_", "-") for name in settings.Settings.model_fields}
+
+
+def test_building_without_a_gpu_prints_the_command_that_works(
+    run: Callable[..., Ran], demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemostream.doctor.has_gpu", lambda: False)
+    copy = tmp_path / "my bundle"
+    shutil.copytree(demo_bundle.path, copy)
+    ran = run("build", copy)
+    ran.fails(7, "no NVIDIA GPU", "--target (sm89)")
+    pytest.importorskip("onnx")
+    command = ran.err.strip().rpartition("build for this CPU: nemostream ")[2]
+    engines = ["--engines", tmp_path / "engines", "--chunk-ms", 560]
+    assert run(*shlex.split(command), *engines).code == 0
+    assert run("transcribe", CARDS[0], "--bundle", copy, "--precision", "int8", *engines).code == 0
+
+
 def test_info(run: Callable[..., Ran], demo_bundle: Bundle) -> None:
     manifest = demo_bundle.manifest
     ran = run("info")
@@ -363,6 +459,25 @@ def test_info(run: Callable[..., Ran], demo_bundle: Bundle) -> None:
     words += [f"{manifest.parity[f'{chunk.ms}ms']['encoder']:.1e}" for chunk in manifest.chunks]
     words += [f"{name} {number}" for name, number in manifest.versions.items()]
     assert [word for word in words if word not in ran.out] == []
+
+
+def test_info_as_json(run: Callable[..., Ran], demo_bundle: Bundle) -> None:
+    report = json.loads(run("info", "--json").out)
+    assert report["path"] == str(demo_bundle.path)
+    assert report["manifest"] == json.loads((demo_bundle.path / "manifest.json").read_text())
+    sizes = {name: (demo_bundle.path / f"{name}.onnx").stat().st_size for name in demo_bundle.manifest.graphs}
+    assert report["bytes"] == {"graphs": sizes, "weights": (demo_bundle.path / "weights.bin").stat().st_size}
+
+
+def test_doctor_as_json(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = run("doctor", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    report = json.loads(ran.out)
+    assert report["nemostream"] == nemostream.__version__ and report["works"] is True
+    assert {check["name"]: check["state"] for check in report["checks"]} == states(run("doctor"))
+    monkeypatch.setattr(nemostream, "demo_bundle", lambda: Path("/nowhere"))
+    broken = run("doctor", "--json")
+    assert broken.code == 7 and json.loads(broken.out)["works"] is False
 
 
 def states(ran: Ran) -> dict[str, str]:
@@ -386,7 +501,7 @@ def test_doctor(run: Callable[..., Ran]) -> None:
     for name, extra in extras.items():
         if found[name] == "missing":
             line = next(line for line in ran.out.splitlines() if line.startswith(f"{name}  "))
-            assert f"pip install 'nemostream[{extra}]'" in line
+            assert install_command(extra) in line
 
 
 def test_doctor_without_a_bundle_that_works(
@@ -402,12 +517,12 @@ def test_doctor_without_a_bundle_that_works(
 
 def test_export_without_its_extra(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nemo", None)
-    run("export", "voice.nemo", tmp_path / "out").fails(7, "nemo", "pip install 'nemostream[export]'")
+    run("export", "voice.nemo", tmp_path / "out").fails(7, "nemo", install_command("export"))
 
 
 def test_the_microphone_without_its_extra(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    run("transcribe", "--mic").fails(7, "pip install 'nemostream[mic]'")
+    run("transcribe", "--mic").fails(7, install_command("mic"))
 
 
 def test_the_microphone(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:

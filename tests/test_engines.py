@@ -17,6 +17,7 @@ import nemostream
 from nemostream.cli import main
 from nemostream.engines import build_engine, check_chunks, speech
 from nemostream.errors import BackendError, GateError, NemostreamError, OptionError
+from nemostream.extras import install_command
 from nemostream.plans import PlanStore
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.gate import LEAST_COSINE, LEAST_STEPS, UNDERSTOOD, run_gate
@@ -322,7 +323,7 @@ def test_without_tensorrt_it_is_said(build: Callable[..., Any], monkeypatch: pyt
     monkeypatch.setattr(tensorrt, "_MODULES", {"no_such_tensorrt": "tensorrt"})
     code, out, err = build("--target", "sm89")
     assert (code, out) == (7, "")
-    assert "TensorRT is not installed (No module named 'no_such_tensorrt'): pip install 'nemostream[tensorrt]'" in err
+    assert "TensorRT is not installed (No module named 'no_such_tensorrt'): " + install_command("tensorrt") in err
 
 
 @pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")

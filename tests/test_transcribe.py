@@ -20,6 +20,7 @@ import webvtt
 import nemostream
 from nemostream import formats
 from nemostream.cli import main
+from nemostream.extras import install_command
 from nemostream.output import Output
 from nemostream.runtime import resume
 from nemostream.runtime.utterance import Event
@@ -202,6 +203,20 @@ def test_utterances(run: Run, pauses: str, utterances: list[nemostream.Event]) -
     assert row["text"] == " ".join(one.text for one in utterances) == " ".join(word["text"] for word in row["words"])
 
 
+def test_the_decoder_is_reset(run: Run, pauses: str, utterances: list[nemostream.Event]) -> None:
+    with nemostream.load() as model:
+        rule = nemostream.Endpoint(silence_ms=400, decoder="reset")
+        finals = [event.text for event in model.listen(pauses, endpoint=rule) if event.kind == "final"]
+    assert finals != [one.text for one in utterances]
+    assert run(pauses, "--endpoint-ms", 400, "--decoder", "reset")[1].splitlines() == finals
+    assert "--endpoint-ms" in run(pauses, "--decoder", "reset")[2]
+
+
+def test_short_options(run: Run, tmp_path: Path) -> None:
+    assert run(CLIPS[0], "-f", "srt", "-o", tmp_path / "a.srt") == (0, "", "")
+    assert (tmp_path / "a.srt").read_text() == run(CLIPS[0], "--format", "srt")[1]
+
+
 def test_utterances_of_several_files(run: Run, pauses: str, utterances: list[nemostream.Event]) -> None:
     out = run(CLIPS[0], pauses, "--endpoint-ms", 400)[1].splitlines()
     assert [line.removeprefix(f"{pauses}: ") for line in out if line.startswith(pauses)] == [u.text for u in utterances]
@@ -252,6 +267,26 @@ def test_phrases_that_cannot_be(run: Run, tmp_path: Path) -> None:
         code, out, err = run(*CLIPS, "--phrases", given)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert [part for part in parts if part not in err] == [], err
+
+
+def test_phrases_with_weights(tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("ratio: 2:1\n10:30\t3\n")
+    assert read_phrases(["pound key:2.5", "AC/DC: 0.5", "10:30", "3:4:5", "note: this", str(tmp_path / "names")]) == {
+        "pound key": 2.5, "AC/DC": 0.5, "10:30": 3.0, "3:4:5": 1.0, "note: this": 1.0, "ratio: 2:1": 1.0,
+    }  # fmt: skip
+
+
+def test_weights_of_the_command_line_matter(run: Run, said: list[nemostream.Result]) -> None:
+    loved = said[0].words[-1].text
+    with nemostream.load() as model:
+        boosted = [model.transcribe(name, phrases={loved: 90.0}).text for name in CLIPS]
+    assert boosted != [result.text for result in said]
+    out = run(*CLIPS, "--phrases", f"{loved}:90")[1]
+    assert [line.partition(": ")[2] for line in out.splitlines()] == boosted
+    code, out, err = run(CLIPS[0], "--phrases", f"{loved}:1.2.3")
+    assert (code, out) == (2, "") and "1.2.3" in err
+    code, out, err = run(CLIPS[0], "--phrases", f"{loved}:1000")
+    assert (code, out) == (2, "") and "1000" in err
 
 
 def test_names_that_only_look_like_files() -> None:
@@ -350,4 +385,4 @@ def test_without_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", ".inverse_text_normalization", ".inverse_text_normalization.inverse_normalize"):
         monkeypatch.setitem(sys.modules, f"nemo_text_processing{name}", None)
     code, out, err = run(CLIPS[0], "--itn")
-    assert (code, out) == (7, "") and "pip install 'nemostream[itn]'" in err
+    assert (code, out) == (7, "") and install_command("itn") in err

@@ -19,6 +19,7 @@ Importing it is cheap: everything but the errors and the manifest is loaded when
 
 from __future__ import annotations
 
+import os
 from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ from nemostream.errors import (
     ParityError,
     StreamError,
 )
+
+# ONNX Runtime 1.29 and newer sends telemetry and writes to ~/.cache/Microsoft; it reads this variable when it is
+# imported. Every entry point imports this package first, and the processes it starts inherit the variable.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from nemostream.itn import InverseNormalizer
@@ -103,8 +108,8 @@ def load(
 
     `bundle` is a folder that `nemostream export` wrote; without one, the small model that comes with the package (for
     trying and testing, not for work). `chunk_ms` is what streams use unless they ask otherwise; `capacity` is how many
-    streams can be open at once, each with its state reserved; `threads` is what ONNX Runtime may use (default: every
-    core).
+    streams can be open at once, each with its state reserved; `threads` is what ONNX Runtime may use on a CPU
+    (default: every CPU that this process may use: its affinity, and the quota of its container).
 
     `device` is "cpu" or "cuda". Any `precision` but a CPU's "fp32" runs engines that `nemostream build` made, kept in
     the folder `engines` (default: `~/.cache/nemostream/engines`); a GPU's default is "fp16". `max_batch` is how many
@@ -149,3 +154,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'nemostream' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,16 @@
-"""`python -m nemostream` is `nemostream`."""
+"""The entry point of `nemostream` and of `python -m nemostream`."""
 
-from nemostream.cli import main
+from __future__ import annotations
+
+from nemostream.interrupt import exit_on_signals
+
+
+def main() -> None:
+    exit_on_signals()  # before the imports, which take a second: Ctrl-C must not print where they are
+    from nemostream.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
     main()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,7 +15,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemostream.errors import NemostreamError
+from nemostream.extras import install_command
 from nemostream.spec import Bundle
+
+
+def describe_json(bundle: Bundle) -> None:
+    """Print a bundle's folder, the size of its files and its manifest as JSON."""
+    manifest = bundle.manifest
+    sizes = {name: bundle.file(name).stat().st_size for name in manifest.graphs}
+    print(
+        json.dumps(
+            {
+                "path": str(bundle.path),
+                "bytes": {"graphs": sizes, "weights": manifest.weights.bytes},
+                "manifest": json.loads(manifest.to_json()),
+            },
+            indent=2,
+        )
+    )
 
 
 def describe(bundle: Bundle) -> None:
@@ -76,12 +94,9 @@ class Finding:
 _COLOURS = {"works": "green", "installed": "cyan", "missing": "yellow", "broken": "red"}
 
 
-def examine() -> bool:
-    """Look for every backend, print what works and what mends the rest. Whether speech can be recognised here."""
+def examine(as_json: bool = False) -> bool:
+    """Look for every backend, print what works and how to install the rest. Whether speech can be recognised here."""
     console = Console(highlight=False)
-    console.print(
-        f"nemostream {version('nemostream')}, Python {platform.python_version()}, {platform.platform()}", soft_wrap=True
-    )
     checks: dict[str, Callable[[], Finding]] = {
         "ONNX Runtime, CPU": _onnxruntime_cpu,
         "ONNX Runtime, CUDA": _onnxruntime_cuda,
@@ -93,6 +108,21 @@ def examine() -> bool:
         "exporting": _exporting,
         "microphone": lambda: _library("sounddevice", "mic"),
     }
+    if as_json:
+        found = {name: check() for name, check in checks.items()}
+        works = any(finding.state == "works" for finding in found.values())
+        report = {
+            "nemostream": version("nemostream"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "works": works,
+            "checks": [{"name": name, **asdict(finding)} for name, finding in found.items()],
+        }
+        print(json.dumps(report, indent=2))
+        return works
+    console.print(
+        f"nemostream {version('nemostream')}, Python {platform.python_version()}, {platform.platform()}", soft_wrap=True
+    )
     works = False
     for name, check in checks.items():
         finding = check()
@@ -101,7 +131,7 @@ def examine() -> bool:
         console.print(f"{name:18}  {state}  {escape(finding.detail)}", soft_wrap=True)  # lines that can be copied whole
     console.print(
         "A CPU needs nothing else. A GPU needs a driver, CUDA for Python, and engines that `nemostream build` makes "
-        "with TensorRT, TensorRT for RTX or ONNX Runtime CUDA; its authors have not yet run that backend on a GPU.",
+        "with TensorRT, TensorRT for RTX or ONNX Runtime CUDA; that backend has not yet been run on a GPU.",
         soft_wrap=True,
     )
     return works
@@ -120,7 +150,7 @@ def _onnxruntime_cpu() -> Finding:
     except NemostreamError as error:
         return Finding("broken", str(error))
     except Exception as error:  # a library that is missing, or does not load: its own kinds
-        return Finding("broken", f"{_sentence(error)}: pip install --force-reinstall nemostream")
+        return Finding("broken", f"{_sentence(error)}: {install_command()} --force-reinstall")
     return Finding("works", f"onnxruntime {onnxruntime.__version__}; the packaged model runs")
 
 
@@ -133,12 +163,12 @@ def _onnxruntime_cuda() -> Finding:
     except Exception as error:
         return Finding("broken", _sentence(error))
     # Both packages bring the folder `onnxruntime`; the one that is to run must be laid over the other.
-    mend = "pip install 'nemostream[cuda]' && pip install --force-reinstall --no-deps onnxruntime-gpu"
+    mend = f"{install_command('cuda')} && pip install --force-reinstall --no-deps onnxruntime-gpu"
     return Finding("missing", mend)
 
 
 def _library(module: str, extra: str) -> Finding:
-    mend = f"pip install 'nemostream[{extra}]'"
+    mend = install_command(extra)
     try:
         found = import_module(module)
     except ModuleNotFoundError:
@@ -161,19 +191,34 @@ def _cuda_python() -> Finding:
 def _driver() -> Finding:
     """Ask the driver itself: libraries tell nothing of whether there is a GPU."""
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+        version, names = _gpus()
     except OSError:
         return Finding("missing", "no NVIDIA driver (libcuda); install NVIDIA's driver 580 or newer for CUDA 13")
+    except RuntimeError as error:
+        return Finding("broken", f"the driver is there, but returns {error} (is a GPU visible here?)")
+    return Finding("installed", f"for CUDA {version}: {', '.join(names) or 'no GPU'}")
+
+
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver is installed and has a GPU."""
+    try:
+        return bool(_gpus()[1])
+    except (OSError, RuntimeError):
+        return False
+
+
+def _gpus() -> tuple[str, list[str]]:
+    """The driver's CUDA version and its GPUs. Raises `OSError` without a driver, `RuntimeError` if it fails."""
+    cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
     number, count = ctypes.c_int(), ctypes.c_int()
     code = cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(number)) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if code:
-        return Finding("broken", f"the driver is there, but says CUDA error {code} (is a GPU visible here?)")
+        raise RuntimeError(f"CUDA error {code}")
     name = ctypes.create_string_buffer(256)
     names = [
         name.value.decode(errors="replace") for i in range(count.value) if not cuda.cuDeviceGetName(name, len(name), i)
     ]
-    found = f"for CUDA {number.value // 1000}.{number.value % 1000 // 10}: {', '.join(names) or 'no GPU'}"
-    return Finding("installed", found)
+    return f"{number.value // 1000}.{number.value % 1000 // 10}", names
 
 
 def _exporting() -> Finding:
@@ -183,7 +228,7 @@ def _exporting() -> Finding:
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            return Finding("missing", f"{package}: pip install 'nemostream[export]'")
+            return Finding("missing", f"{package}: {install_command('export')}")
     return Finding("installed", ", ".join(found))
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError, NemostreamError, OptionError
+from nemostream.extras import install_command
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, no_engine
 from nemostream.spec import Bundle, Chunk, Manifest
 
@@ -188,7 +189,7 @@ def _maker(
     try:
         from nemostream.engine import precision as graphs
     except ImportError as error:
-        raise BackendError(f"building engines needs onnx ({error}): pip install 'nemostream[build]'.") from error
+        raise BackendError(f"building engines needs onnx ({error}): {install_command('build')}.") from error
 
     def ranges(progress: Progress) -> dict[str, float] | None:
         if precision not in ("int8", "fp8"):
@@ -224,8 +225,8 @@ def _maker(
     gpu = _gpu_here() if target is None or target not in library.targets() else ""
     if target is None and not gpu:
         raise BackendError(
-            "there is no NVIDIA GPU to build for: name one with --target (sm89), or see `nemostream doctor` for what "
-            "the one here lacks."
+            "there is no NVIDIA GPU to build for: name one with --target (sm89), build for this CPU with --backend "
+            "onnxruntime --precision int8, or see `nemostream doctor` for what the GPU here lacks."
         )
     named = None if target in (None, gpu) else target
     recipe = Recipe.of(

@@ -71,6 +71,7 @@ class Transcript:
     chunk_ms: int = 0
     utterances: Sequence[Utterance] | None = None  # if they are to be kept apart
     spoken: str | None = None  # the text as it was spoken, if `text` was normalised
+    channel: int | None = None  # of the recording, from 1, if one was chosen
 
 
 class Format(StrEnum):
@@ -92,19 +93,19 @@ class Format(StrEnum):
         return self in (Format.srt, Format.vtt)
 
 
-def render(transcript: Transcript, format: Format) -> str:
+def render(transcript: Transcript, format: Format, *, ascii: bool = False) -> str:
     """The transcript in a format, to its last newline; those of several recordings may follow each other, if it is not
-    `alone`."""
+    `alone`. With `ascii`, JSON escapes all other characters."""
     if format is Format.text and transcript.utterances is not None:
         return "".join(utterance.text + "\n" for utterance in transcript.utterances)
     if format is Format.text:
         return transcript.text + "\n"
     if format is Format.json:
-        return json.dumps(as_json(transcript), ensure_ascii=False) + "\n"
+        return json.dumps(as_json(transcript), ensure_ascii=ascii) + "\n"
     if format is Format.manifest:
         return json.dumps(as_manifest(transcript)) + "\n"  # ASCII: NeMo reads it in whatever the locale is
     if format is Format.ctm:
-        return ctm(transcript.words, transcript.file)
+        return ctm(transcript.words, transcript.file, str(transcript.channel or 1))
     return (srt if format is Format.srt else vtt)(transcript.words, transcript.duration)
 
 
@@ -113,7 +114,7 @@ def render(transcript: Transcript, format: Format) -> str:
 
 def as_json(transcript: Transcript) -> dict[str, Any]:
     """`file`, `duration`, `text`, `words`, `tokens`, `chunk_ms`; `utterances` if they are kept apart, `spoken` if the
-    text was normalised."""
+    text was normalised, `channel` if one was chosen."""
     body: dict[str, Any] = {
         "file": transcript.file, "duration": round(transcript.duration, 3), "text": transcript.text,
         "words": [
@@ -134,6 +135,8 @@ def as_json(transcript: Transcript) -> dict[str, Any]:
         ]
     if transcript.spoken is not None:
         body["spoken"] = transcript.spoken
+    if transcript.channel is not None:
+        body["channel"] = transcript.channel
     return body
 
 

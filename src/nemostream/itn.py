@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 
 if TYPE_CHECKING:
     from nemostream.runtime.words import Word
@@ -47,7 +48,7 @@ class InverseNormalizer:
             logger.handlers.clear()  # its own, which tells of every grammar
             rules = Rules(lang="en")
         except ImportError as error:
-            raise BackendError(f"--itn needs more ({error}): pip install 'nemostream[itn]'") from error
+            raise BackendError(f"--itn needs more ({error}): {install_command('itn')}") from error
         lock = threading.Lock()  # its parser has a state
 
         @lru_cache(4096)

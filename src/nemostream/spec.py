@@ -218,7 +218,7 @@ class Manifest:
             if chunk.ms == ms:
                 return chunk
         known = ", ".join(str(chunk.ms) for chunk in self.chunks)
-        raise OptionError(f"chunk size {ms} ms is not one this model was trained for; choose one of {known}.")
+        raise OptionError(f"chunk size {ms!r} ms is not one this model was trained for; choose one of {known}.")
 
     # -- the file --------------------------------------------------------------------------------------------------
 

@@ -440,6 +440,22 @@ def test_quick_from_the_command_line(
     assert (tmp_path / "bench-results" / "quick-latency.png").exists()
 
 
+def test_quick_of_a_bundle_on_a_device(
+    demo_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quick, "measure_machine", lambda *sizes, **more: MACHINE)
+    monkeypatch.setattr(nemostream, "demo_bundle", lambda: Path("/nowhere"))  # it is not used
+    assert _run(["bench", "quick", "--repeats", "1", "--bundle", str(demo_bundle.path), "--device", "cpu"]) == 0
+    assert CLIP_TEXT in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leaving:
+        _run(["bench", "quick", "--bundle", str(demo_bundle.path), "--device", "tpu"])
+    assert leaving.value.code == 2 and "'tpu'; choose one of cpu, cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as leaving:
+        _run(["bench", "quick", "--bundle", str(tmp_path / "none")])
+    assert leaving.value.code == 4 and "is not a folder" in capsys.readouterr().err
+
+
 SHORT = {
     "latency": "--chunk-ms 560 --batch 1 --repeats 2",
     "capacity": "--chunk-ms 560 1120 --seconds 2 --probe-seconds 1 --most 1",

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from nemostream.benchmarks import baseline, features, floor, gpu_check, gpu_repo
 from nemostream.benchmarks.random_bundle import random_bundle
 from nemostream.benchmarks.synthetic import Sizes
 from nemostream.errors import BackendError, OptionError
+from nemostream.extras import install_command
 from nemostream.runtime.backend import Batch
 from nemostream.runtime.gpu import LOOPS, GpuBackend
 from nemostream.runtime.ort import OrtBackend
@@ -283,7 +285,7 @@ def test_the_baseline_takes_the_engine_that_runs(tmp_path: Path, monkeypatch: py
         given.setattr(gpu_check, "prepared", lambda *given: contextlib.nullcontext((Path("x.nemo"), None)))
         assert gpu_check.baseline(here)["device"] == "cuda:onnxruntime" and asked == ["cuda", "cuda:onnxruntime"]
     monkeypatch.setattr(baseline, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="the baseline needs NeMo: pip install"):
+    with pytest.raises(OptionError, match=re.escape(f"the baseline needs NeMo: {install_command('export', 'bench')}")):
         gpu_check.baseline(here)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from nemostream.errors import BackendError
+from nemostream.extras import install_command
 from nemostream.runtime import cuda
 
 OK, WRONG = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_WRONG")
@@ -86,7 +88,7 @@ def a_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.
 
 
 def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match=r"cuda-core 0.9.1 is too old: pip install"):
+    with pytest.raises(BackendError, match=re.escape(f"cuda-core 0.9.1 is too old: {install_command('gpu')}")):
         a_device(monkeypatch, Driver(), "0.9.1")
 
 

@@ -35,6 +35,8 @@ class Running:
     grpc: int
     process: subprocess.Popen[str] | None = None
     service: Any = None
+    loop: Any = None  # of a server in this process
+    thread: int = 0  # that runs it
     log: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
@@ -131,7 +133,7 @@ def server_here(**settings: Any) -> Iterator[Running]:
     assert up.wait(60) and found, inside.get("error")
     ports, service = found[0]
     try:
-        yield Running(ports["http_port"], ports["grpc_port"], service=service)
+        yield Running(ports["http_port"], ports["grpc_port"], None, service, inside["loop"], thread.ident or 0)
     finally:
         inside["loop"].call_soon_threadsafe(inside["stop"].set)
         thread.join(30)

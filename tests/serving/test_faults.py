@@ -29,7 +29,8 @@ from websockets.sync.client import ClientConnection, connect
 
 import nemostream
 from nemostream.errors import CapacityError
-from nemostream.serving import server
+from nemostream.serving import connections, server
+from nemostream.serving.access import Client
 
 HALF = 2 * 16000 * 2
 
@@ -192,8 +193,8 @@ def test_garbage_on_the_ports(serve_here: Any, spoken: Any) -> None:
 
 def test_half_open_sockets(serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers that are there and say nothing: before a request, within one, and within a stream, of either protocol."""
-    monkeypatch.setattr(server, "_HALF_OPEN", 1.0)
-    with serve_here(measure=False, idle_seconds=1.5) as running:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
+    with serve_here(measure=False, idle_seconds=1.5, max_uploads=64) as running:
         begun = [
             b"", b"GET /v1/stream HTTP/1.1\r\nHost:", b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
             b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n",
@@ -396,8 +397,12 @@ def test_no_more_streams_than_admitted(serve_here: Any, spoken: Any) -> None:
             opened(running)
         assert refused.value.response.status_code == 429 and refused.value.response.headers["Retry-After"] == "2"
         client = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
-        with pytest.raises(openai.RateLimitError, match="try again") as limited:
-            client.audio.transcriptions.create(model="any", file=spoken[0].path)
+        assert client.audio.transcriptions.create(model="any", file=spoken[0].path).text == spoken[0].text
+        with ExitStack() as places:
+            for _ in range(running.service.settings.max_uploads):
+                places.enter_context(running.service.uploads.admit(1, Client()))
+            with pytest.raises(openai.RateLimitError, match="try again") as limited:
+                client.audio.transcriptions.create(model="any", file=spoken[0].path)
         assert limited.value.response.headers["retry-after"] == "2"
         status, body = running.get("/readyz")
         assert status == 200 and json.loads(body)["streams"] == 2

@@ -28,7 +28,8 @@ from websockets.sync.client import connect
 
 from nemostream.errors import OptionError
 from nemostream.serving import service
-from nemostream.serving.http import authorised, create_app
+from nemostream.serving.access import key_number
+from nemostream.serving.http import create_app
 from nemostream.serving.session import Draining
 from nemostream.serving.settings import Settings, read_settings
 
@@ -122,7 +123,7 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "streams": "gauge", "streams_admitted": "gauge", "streams_opened": "counter", "streams_failed": "counter",
         "rejected": "counter", "dropped": "counter", "audio_seconds": "counter", "utterances": "counter",
         "step_seconds": "histogram", "step_streams": "histogram", "latency_seconds": "histogram",
-        "real_time_factor": "gauge", "degraded": "gauge",
+        "real_time_factor": "gauge", "degraded": "gauge", "denied": "counter", "uploads": "gauge",
     }  # fmt: skip
     (rejected,) = (s for s in families["nemostream_rejected"].samples if s.name.endswith("_total"))
     assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
@@ -185,11 +186,11 @@ def test_a_key_is_compared_with_every_key_in_constant_time(monkeypatch: pytest.M
         compared.append((a, b))
         return compare(a, b)
 
-    monkeypatch.setattr("nemostream.serving.http.hmac.compare_digest", counted)
+    monkeypatch.setattr("nemostream.serving.access.hmac.compare_digest", counted)
     keys = [b"first", b"second", b"third"]
     for given, allowed in (("first", True), ("third", True), ("firs", False), ("", False), ("sécond", False)):
         compared.clear()
-        assert authorised(given, keys) is allowed
+        assert (key_number(given, keys) is not None) is allowed
         assert [known for _, known in compared] == keys  # not only up to the one that fits
 
 

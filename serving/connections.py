@@ -1,0 +1,372 @@
+"""uvicorn with limits: how many connections, how long each may take to send a request, how much it may send at once.
+
+uvicorn's protocols trust their peers: a request head may trickle in for ever, a small frame costs as much as a large
+one, and everything that one read returned is parsed in one go. `Connections` counts and closes connections; the two
+protocol classes parse at most `_SLICE` bytes in one turn of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import socket
+import time
+from collections import Counter
+from typing import Any, cast
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode, Frame
+
+log = logging.getLogger("nemostream.serving")
+
+HEAD_SECONDS = 20.0  # for the head of each request
+LINGER_SECONDS = 2.0  # for the rest of a body whose request was answered, and for an answer to be sent at the end
+HEAD_BYTES = 64 << 10  # of a request line and its headers together
+_HEAD_LINES = 256
+_SLICE = 8 << 10  # bytes parsed in one turn: a thousand of the smallest frames
+_CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and other frames without a message: at once, and per second
+_UNREAD_BYTES = 16 << 10  # events that wait in the server until a client counts as one that does not read
+_FRAGMENTS = 4096  # of one WebSocket message
+_CLOSED_STATES = (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT of the kernel's enumeration
+_RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes, and what else a request may open
+
+
+class Connections:
+    """All HTTP and WebSocket connections of a server."""
+
+    def __init__(self, most: int, most_per_client: int, body_seconds: float) -> None:
+        """`most_per_client` 0 is three quarters of `most`; `body_seconds` is the time that a request body may take."""
+        self.most = most
+        self.most_per_client = most_per_client or max(1, 3 * most // 4)
+        self.body_seconds = body_seconds
+        self._open: dict[Any, str] = {}  # transport -> address
+        self._addresses: Counter[str] = Counter()
+        self._requests: dict[Any, HttpProtocol] = {}  # transport -> its protocol, until it is a WebSocket
+        self._sockets: set[Any] = set()  # transports of WebSockets
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def admit(self, protocol: HttpProtocol) -> bool:
+        """Count a new connection; False if there is no room, even after closing one that waits for a request."""
+        address = protocol.client[0] if protocol.client else ""
+        if self._addresses[address] >= self.most_per_client and not self._evict(address):
+            return False
+        if len(self._open) >= self.most and not self._evict(None):
+            return False
+        self._open[protocol.transport] = address
+        self._addresses[address] += 1
+        self._requests[protocol.transport] = protocol
+        return True
+
+    def upgraded(self, transport: Any) -> None:
+        """It is a WebSocket now, which has limits of its own."""
+        self._requests.pop(transport, None)
+        self._sockets.add(transport)
+
+    def closed(self, transport: Any) -> None:
+        self._requests.pop(transport, None)
+        self._sockets.discard(transport)
+        address = self._open.pop(transport, None)
+        if address is not None:
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]
+
+    def reap(self) -> None:
+        """Close connections whose time is over. Called every second."""
+        now = time.monotonic()
+        for protocol in list(self._requests.values()):
+            protocol.reap(now)
+        for transport in list(self._sockets):
+            # A WebSocket's peer closes its side only when it is gone. While nothing is read no event reports it, and
+            # what it sent before would keep its stream open for minutes.
+            if _peer_closed(transport):
+                transport.abort()
+
+    def _evict(self, address: str | None) -> bool:
+        """Close the connection that waits longest for a request, of one address or of any."""
+        waiting = [
+            protocol
+            for transport, protocol in self._requests.items()
+            if protocol.phase == "head" and (address is None or self._open[transport] == address)
+        ]
+        if not waiting:
+            return False
+        oldest = min(waiting, key=lambda protocol: protocol.since)
+        oldest.transport.abort()
+        self.closed(oldest.transport)
+        return True
+
+
+def connections_for(most: int) -> int:
+    """How many of `most` connections this process has file descriptors for, beside those that it uses now.
+
+    Raises the soft limit to the hard one, as far as is needed.
+    """
+    wanted = most + 4 * _RESERVED_FILES + 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft < hard:
+        soft = min(hard, wanted) if hard != resource.RLIM_INFINITY else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(8, min(most, (soft - _used_files() - _RESERVED_FILES) * 2 // 3))  # the other third: gRPC
+
+
+def _used_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def _peer_closed(transport: Any) -> bool:
+    """Whether the peer has closed or reset its side, be there data left to read or not (known on Linux)."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or not hasattr(socket, "TCP_INFO"):
+        return False
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return False
+    return state in _CLOSED_STATES
+
+
+class _Sliced:
+    """Parses what was received in slices, one per turn of the event loop, and reads no more meanwhile."""
+
+    transport: Any
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._backlog, self._scheduled, self._held = bytearray(), False, False
+
+    def data_received(self, data: bytes) -> None:
+        self._backlog += data
+        if not self._scheduled:
+            self._parse()
+
+    def _parse(self) -> None:
+        self._scheduled = False
+        if self.transport.is_closing():
+            self._backlog.clear()
+            return
+        if self._backlog and not self._full():
+            piece = bytes(self._backlog[:_SLICE])
+            del self._backlog[:_SLICE]
+            try:
+                cast(Any, super()).data_received(piece)
+            except Exception:  # a fault of a parser ends this connection, and leaves nothing behind
+                log.exception("connection failed", extra={"peer": getattr(self, "client", None)})
+                self.transport.abort()
+                return
+        if self._backlog:
+            if not self._held:
+                self._held = True
+                self.transport.pause_reading()
+            if not self._full():
+                self._schedule()
+        elif self._held and not self._full():
+            self._held = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._parse)
+
+    def _full(self) -> bool:
+        """Whether the application must take what was parsed before more is."""
+        raise NotImplementedError
+
+
+class HttpProtocol(_Sliced, H11Protocol):
+    """HTTP/1.1. `phase` is "head" while a request's head is awaited, "body" while a body is received, "late" while a
+    body goes on after its answer, else ""; `since` is when that began."""
+
+    limits: Connections  # set by `protocols`
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self)
+        self.phase, self.since = "head", time.monotonic()
+        self._head_bytes = self._head_lines = 0
+        if not self.limits.admit(self):
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n"
+                            b"Content-Length: 0\r\n\r\n")  # fmt: skip
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.limits.closed(self.transport)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.IDLE and not self._head_fits(data):
+            self.send_400_response("The request head is too large.")
+            self._backlog.clear()
+            return
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        headers = dict(self.headers)
+        faults = (
+            event.method != b"GET", b"sec-websocket-key" not in headers, headers.get(b"sec-websocket-version") != b"13",
+            any(byte > 0x7E for _, value in self.headers for byte in value), b"content-length" in headers,
+            b"transfer-encoding" in headers,
+        )  # fmt: skip
+        if any(faults):
+            self.send_400_response("Invalid WebSocket upgrade request.")
+            return
+        self.limits.upgraded(self.transport)
+        self._backlog.clear()  # a client waits for the answer before it sends frames
+        super().handle_websocket_upgrade(event)
+
+    def reap(self, now: float) -> None:
+        most = {"head": HEAD_SECONDS, "body": self.limits.body_seconds, "late": LINGER_SECONDS}.get(self.phase)
+        if self.transport.is_closing():
+            most = LINGER_SECONDS
+            if self.phase != "closing":
+                self.phase, self.since = "closing", now
+        if most is not None and now - self.since > most:
+            self.transport.abort() if self.transport.is_closing() else self.transport.close()
+
+    def _look(self) -> None:
+        """Find out what the connection waits for."""
+        theirs = self.conn.their_state
+        phase = "head" if theirs is h11.IDLE else "body" if theirs is h11.SEND_BODY else ""
+        if phase == "body" and self.cycle is not None and self.cycle.response_complete:
+            phase = "late"
+        if phase != self.phase:
+            self.phase, self.since = phase, time.monotonic()
+            self._head_bytes = self._head_lines = 0
+
+    def _head_fits(self, data: bytes) -> bool:
+        end = data.find(b"\r\n\r\n")
+        self._head_bytes += len(data) if end < 0 else end
+        self._head_lines += data.count(b"\n", 0, len(data) if end < 0 else end)
+        return self._head_bytes <= HEAD_BYTES and self._head_lines <= _HEAD_LINES
+
+    def _full(self) -> bool:
+        return bool(self.flow.read_paused)
+
+
+class _Flow(FlowControl):
+    """Goes on with what was received before it reads more."""
+
+    def __init__(self, transport: Any, protocol: HttpProtocol) -> None:
+        super().__init__(transport)
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        if self.read_paused and self._protocol._backlog:
+            self.read_paused = False
+            self._protocol._schedule()
+        else:
+            super().resume_reading()
+
+
+class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
+    """WebSockets, for frames that cost more to handle than to send."""
+
+    limits: Connections  # set by `protocols`
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        # Hundreds of events: a client that does not read them is noticed before the system gives the connection up.
+        transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+        self._control, self._control_at = 0.0, time.monotonic()
+        self._fragments = 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.limits.closed(self.transport)
+        while not self.queue.empty():  # nobody is left to read what these messages would give
+            self.queue.get_nowait()
+        super().connection_lost(exc)
+
+    def handle_ping(self) -> None:
+        if self._control_allowed():
+            super().handle_ping()
+
+    def handle_pong(self, event: Frame) -> None:
+        if self._control_allowed():
+            super().handle_pong(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        self._fragments += 1
+        if self._fragments > _FRAGMENTS:
+            self._fail("too many fragments")
+        else:
+            super().handle_cont(event)
+
+    def send_receive_event_to_app(self) -> None:
+        self._fragments = 0
+        self.read_paused = True  # the parent pauses reading otherwise, which `_Sliced` does
+        super().send_receive_event_to_app()
+        self.read_paused = False
+        if not self.queue.empty() and not self._held:
+            self._held = True
+            self.transport.pause_reading()
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if self.queue.empty() and self._held:
+            self._schedule()
+        return message
+
+    def _full(self) -> bool:
+        return self.handshake_complete and not self.close_sent and not self.queue.empty()
+
+    def _control_allowed(self) -> bool:
+        now = time.monotonic()
+        self._control = max(0.0, self._control - _CONTROL_RATE * (now - self._control_at)) + 1
+        self._control_at = now
+        if self._control <= _CONTROL_BURST:
+            return True
+        self._fail("too many control frames")
+        return False
+
+    def _fail(self, reason: str) -> None:
+        """Close, and tell the application."""
+        if self.transport.is_closing():
+            return
+        self.conn.fail(CloseCode.POLICY_VIOLATION, reason)
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": 1008, "reason": reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.transport.close()
+
+
+def protocols(limits: Connections) -> tuple[type[HttpProtocol], type[WebSocketProtocol]]:
+    """The protocol classes of one server, as `uvicorn.Config` takes them (`http`, `ws`)."""
+    http = type("HttpProtocol", (HttpProtocol,), {"limits": limits})
+    websocket = type("WebSocketProtocol", (WebSocketProtocol,), {"limits": limits})
+    return http, websocket
+
+
+class Server(uvicorn.Server):
+    """uvicorn that reaps connections, and leaves signals to its caller: uvicorn would close every stream at once."""
+
+    def __init__(self, config: uvicorn.Config, limits: Connections) -> None:
+        super().__init__(config)
+        self._limits = limits
+
+    def capture_signals(self) -> Any:
+        return contextlib.nullcontext()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # ten ticks are a second
+            self._limits.reap()
+        return await super().on_tick(counter)

@@ -1,0 +1,187 @@
+"""Parsers of what clients send, on valid messages that were changed and on any bytes: they answer, or raise our errors.
+
+`NEMOSTREAM_FUZZ_EXAMPLES` sets how many examples each runs (by default a few hundred).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemostream.errors import NemostreamError
+
+pytest.importorskip("fastapi", reason="needs the serve extra")
+
+from google.protobuf.message import DecodeError
+from riva.client.proto import riva_asr_pb2 as messages
+from starlette.datastructures import Headers, QueryParams
+
+from nemostream.serving import realtime, riva, websocket
+from nemostream.serving.access import given_key, host_allowed, key_number
+from nemostream.serving.session import ENCODINGS, _Decoder
+from nemostream.serving.settings import Settings
+
+fuzz = settings(
+    max_examples=int(os.environ.get("NEMOSTREAM_FUZZ_EXAMPLES", "300")), deadline=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+
+KEYS = st.sampled_from([
+    "type", "session", "audio", "input", "format", "rate", "transcription", "language", "model", "turn_detection",
+    "silence_duration_ms", "event_id", "chunk_ms", "input_audio_format", "input_audio_transcription",
+]) | st.text(max_size=8)  # fmt: skip
+VALUES: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from(["audio/pcm", "pcm16", "server_vad", "transcription", "en", "", "AAAA", 24000, 8000, 500]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+TYPES = st.sampled_from([
+    "commit", "use", "finish", "keepalive", "session.update", "transcription_session.update",
+    "input_audio_buffer.append", "input_audio_buffer.commit", "input_audio_buffer.clear",
+])  # fmt: skip
+ORDERS = st.builds(lambda kind, rest: {**rest, "type": kind}, TYPES, st.dictionaries(KEYS, VALUES, max_size=6))
+TEXTS = ORDERS.map(json.dumps) | st.text() | VALUES.map(json.dumps) | st.just("[" * 100_000)
+
+
+@fuzz
+@given(text=TEXTS)
+def test_messages_of_a_stream(text: str) -> None:
+    try:
+        kind, order = websocket._order(text)
+    except NemostreamError as error:
+        assert len(str(error)) < 1000
+    else:
+        assert (isinstance(kind, str) and order == json.loads(text)) or order != order
+
+
+NAMES = [
+    "sample_rate",
+    "channels",
+    "encoding",
+    "chunk_ms",
+    "endpoint_ms",
+    "longest_ms",
+    "decoder",
+    "phrases",
+    "vad",
+    "words",
+]
+PAIRS = st.tuples(
+    st.sampled_from(NAMES) | st.text(max_size=5),
+    st.integers().map(str) | st.text(max_size=30) | VALUES.map(json.dumps) | st.just("[" * 50_000),
+)
+
+
+@fuzz
+@given(pairs=st.lists(PAIRS, max_size=6))
+def test_options_of_a_stream(pairs: list[tuple[str, str]]) -> None:
+    try:
+        options = websocket._options(QueryParams(pairs))
+    except NemostreamError as error:
+        assert len(str(error)) < 1000
+    else:
+        assert set(options) <= set(NAMES)
+
+
+@fuzz
+@given(text=TEXTS | st.builds(lambda data: '{"type": "input_audio_buffer.append", "audio": "' + data + '"}', st.text()))
+def test_messages_of_a_realtime_session(text: str) -> None:
+    try:
+        order = realtime._json({"text": text})
+        if "audio" in order:
+            asyncio.run(realtime._audio(order["audio"]))
+        realtime._format(order.get("format"))
+    except NemostreamError as error:
+        assert len(str(error)) < 10_000
+
+
+@fuzz
+@given(key=st.sampled_from(["audio", "x"]), size=st.integers(0, 100_000), tail=TEXTS)
+def test_long_messages_of_a_realtime_session_are_read_like_json(key: str, size: int, tail: str) -> None:
+    """Taking the audio out of a long message changes nothing but the time that it takes."""
+    text = json.dumps({"type": "input_audio_buffer.append", key: "QUJD" * size, "event_id": tail[:1000]})
+    try:
+        order = realtime._json({"text": text})
+    except NemostreamError:
+        assert key == "x" and len(text) > websocket.MOST_TEXT
+    else:
+        assert order == json.loads(text)
+
+
+def wav(tag: int, channels: int, rate: int, bits: int, extra: bytes, data: bytes, size: int) -> bytes:
+    shape = struct.pack("<HHIIHH", tag, channels, rate, rate * channels * bits // 8 & 0xFFFFFFFF, 4, bits)
+    chunks = b"fmt " + struct.pack("<I", len(shape)) + shape + extra + b"data" + struct.pack("<I", size) + data
+    return b"RIFF" + struct.pack("<I", len(chunks) + 4 & 0xFFFFFFFF) + b"WAVE" + chunks
+
+
+U16, U32 = st.integers(0, 65535), st.integers(0, 2**32 - 1)
+WAVS = st.builds(
+    wav, st.sampled_from([1, 3, 6, 7, 0xFFFE]) | U16, st.sampled_from([1, 2]) | U16,
+    st.sampled_from([8000, 16000]) | U32,
+    st.sampled_from([8, 16, 32]) | U16, st.binary(max_size=30), st.binary(max_size=100), st.integers(0, 200) | U32,
+)  # fmt: skip
+
+
+@fuzz
+@given(data=WAVS | st.binary(max_size=200), cut=st.integers(0, 300))
+def test_the_beginning_of_a_grpc_stream(data: bytes, cut: int) -> None:
+    for begin in (data, data[:cut]):
+        try:
+            riva._unwrapped(begin)
+        except NemostreamError as error:
+            assert len(str(error)) < 1000
+        riva._is_mp3(begin)
+
+
+CONFIGS = st.builds(
+    lambda language, chunk, boost, phrases, stop: messages.RecognitionConfig(
+        language_code=language, custom_configuration={"chunk_ms": chunk},
+        speech_contexts=[messages.SpeechContext(phrases=phrases, boost=boost)],
+        endpointing_config=messages.EndpointingConfig(stop_history=stop),
+    ),
+    st.sampled_from(["", "en-US", "multi"]) | st.text(max_size=20), st.sampled_from(["", "80"]) | st.text(max_size=20),
+    st.floats(width=32), st.lists(st.text(max_size=10), max_size=4), st.integers(-(2**31), 2**31 - 1),
+)  # fmt: skip
+
+
+@fuzz
+@given(config=CONFIGS, data=st.binary(max_size=100))
+def test_the_configuration_of_a_grpc_call(config: Any, data: bytes) -> None:
+    any_config = messages.RecognitionConfig()
+    try:
+        any_config.ParseFromString(data)
+    except DecodeError:
+        any_config = config
+    for found in (config, any_config):
+        try:
+            riva._options(found)
+        except NemostreamError as error:
+            assert len(str(error)) < 1000
+
+
+LATIN = st.text(st.characters(max_codepoint=255), max_size=40)
+
+
+@fuzz
+@given(authorization=LATIN | st.text(max_size=10).map(lambda key: f"Bearer {key}"), protocol=LATIN, host=LATIN)
+def test_headers_of_access(authorization: str, protocol: str, host: str) -> None:
+    headers = {"authorization": authorization, "sec-websocket-protocol": protocol}
+    assert key_number(given_key(headers), [b"right \xff key", b"other"]) is None
+    host_allowed(host, Settings())
+    raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
+    given_key(Headers(raw=raw))
+
+
+@fuzz
+@given(encoding=st.sampled_from(list(ENCODINGS)), channels=st.integers(1, 4), parts=st.lists(st.binary(max_size=50)))
+def test_samples_may_be_cut_anywhere(encoding: str, channels: int, parts: list[bytes]) -> None:
+    decoder, whole = _Decoder(encoding, channels), _Decoder(encoding, channels)
+    found = b"".join(decoder(part).tobytes() for part in parts)
+    assert found == whole(b"".join(parts)).tobytes()
