@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import yaml
@@ -123,7 +124,7 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
 class _Bounded:
     """A file of which `most` bytes can be read, and little at once: `tarfile` allocates what a header declares."""
 
-    def __init__(self, file: BinaryIO | gzip.GzipFile, most: int) -> None:
+    def __init__(self, file: BufferedReader | gzip.GzipFile, most: int) -> None:
         self._file, self.most = file, most
 
     def read(self, size: int = -1) -> bytes:
@@ -149,8 +150,8 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, int]]:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             most = min(max(size * _MOST_RATIO, _LEAST_LIMIT), 2 * _MOST_WEIGHTS) if compressed else size
-            bounded = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, most)
-            with tarfile.open(fileobj=bounded, mode="r:") as archive:  # type: ignore[arg-type]
+            bounded: Any = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, most)
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
                 yield archive, most
     except CheckpointError:
         raise

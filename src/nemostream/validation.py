@@ -16,8 +16,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 Check = Callable[[Any, str], Any]  # (value, the field's name) -> the value to use; raises `ValueError`
 T = TypeVar("T")
@@ -27,7 +28,7 @@ MIB = 1 << 20
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading. Raises `OSError` for anything but a regular file.
 
     Opening a FIFO blocks until somebody writes to it, and a device may block or never end: the file is opened without
