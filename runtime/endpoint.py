@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
+from nemostream.runtime.resume import saved_array, saved_counts
 from nemostream.spec import Manifest
 
 Reason = Literal["silence", "forced", "length", "finish"]
@@ -110,8 +111,13 @@ class Endpointer:
         return {"counts": np.array([self._count, first, self._last, self._any], np.int64)}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self._count, first, self._last, begun = state["counts"].tolist()
-        self._any = bool(begun)
+        """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
+        count, first, last, begun = saved_array(state, "counts", np.int64, 4).tolist()
+        if not 0 <= count < 1 << 53 or not -1 <= first < 1 << 53 or not max(first, 0) <= last < 1 << 53:
+            raise ValueError(f"the counts of utterances are {[count, first, last]}")
+        if begun not in (0, 1):
+            raise ValueError(f"the counts of utterances have {begun} for whether one has begun")
+        self._count, self._last, self._any = count, last, bool(begun)
         self._first = None if first < 0 else first
 
     def cut(self) -> None:
@@ -168,8 +174,11 @@ class RepetitionGuard:
         return {"counts": np.array([self._since, self.suspects], np.int64)}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self._since, suspects = state["counts"].tolist()
-        self.suspects = bool(suspects)
+        """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
+        since, suspects = saved_counts(state, "counts", 2)
+        if suspects > 1:
+            raise ValueError(f"the repetition guard's counts are {[since, suspects]}")
+        self._since, self.suspects = since, bool(suspects)
 
     def _repeats(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> bool:
         if len(tokens) - self._since < self.WINDOW or reach - places[-1] > self._pause:

@@ -11,7 +11,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from nemostream.runtime.audio import BLOCK, Intake
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
 from nemostream.runtime.endpoint import Endpoint, Endpointer, RepetitionGuard
-from nemostream.runtime.resume import Digest, Keeper, Saved
+from nemostream.runtime.resume import Digest, Keeper, Part, Saved
 from nemostream.runtime.seat import Heard
 from nemostream.runtime.silence import SilenceSplitter
 from nemostream.runtime.stream import Stream
@@ -36,14 +36,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
-
-
-class Part(Protocol):
-    """Something that can be saved."""
-
-    def save(self) -> dict[str, NDArray[Any]]: ...
-
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None: ...
 
 
 class Options(TypedDict, total=False):
@@ -148,11 +140,11 @@ class Recognition:
         stream = Stream(manifest, chunk, self._gate)
         self._keeper, self._digest = keeper, Digest()
         self._saved = keeper.load() if keeper else None  # until the audio that it was saved of was fed again
-        if self._saved:
-            for name, part in self._parts(stream).items():
-                part.load(self._saved.parts[name])
-            self._reach = stream.reach
         boosting = phrases if phrases is None or isinstance(phrases, Boosting) else Boosting.of(phrases, tokenizer)
+        if keeper and self._saved:
+            nodes = len(boosting.fail) if boosting else 1
+            keeper.restore(self._saved, self._parts(stream), manifest.decoder.vocabulary, nodes)
+            self._reach = stream.reach
         slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
         self._seat = self._scheduler.open(

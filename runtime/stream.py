@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import StreamError
+from nemostream.runtime.resume import saved_array, saved_counts
 from nemostream.spec import Chunk, Manifest
 
 Floats = NDArray[np.float32]
@@ -35,7 +36,14 @@ class Hypothesis:
         }  # fmt: skip
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self.extend(*(state[name].tolist() for name in ("tokens", "places", "scores", "powers")))
+        """Add what was saved. Raises `ValueError` if it is not what `save` gives."""
+        kinds = {"tokens": np.int32, "places": np.int64, "scores": np.float32, "powers": np.float32}
+        count = len(saved_array(state, "tokens", np.int32, None))
+        arrays = {name: saved_array(state, name, dtype, count) for name, dtype in kinds.items()}
+        saved_counts(state, "places")
+        if not all(np.isfinite(arrays[name]).all() for name in ("scores", "powers")):
+            raise ValueError("a score is not finite")
+        self.extend(*(array.tolist() for array in arrays.values()))
 
     def extend(self, tokens: list[int], places: list[int], scores: list[float], powers: list[float]) -> None:
         self.tokens += tokens
@@ -187,18 +195,45 @@ class Stream:
         }
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on as the stream that `state` was saved of."""
-        self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened = state[
-            "counts"
-        ].tolist()
-        self._silent, self._fresh = state["flags"].tolist()
-        self._filling, self.chunk, *held = (self._manifest.chunk(ms) for ms in state["sizes"].tolist())
-        self._next = np.zeros(self._filling.samples, np.float32)
-        self._next[: self._filled] = state["filling"]
+        """Go on as the stream that `state` was saved of. Raises `ValueError` if it is not what `save` gives.
+
+        The counters depend on each other: the stream's audio is in chunks that were run, skipped or held back, or in
+        the one being filled.
+        """
+        manifest = self._manifest
+        samples, begin, reach, covered, skipped, filled, opened = saved_counts(state, "counts", 7)
+        sizes = saved_counts(state, "sizes")
+        if len(sizes) < 2:
+            raise ValueError(f"sizes are {sizes}; there are two at least")
+        silent, fresh = saved_array(state, "flags", np.bool_, 2).tolist()
+        filling, chunk, *held = (manifest.chunk(ms) for ms in sizes)
+        in_held = sum(chunk.samples for chunk in held)
+        heard = manifest.lead + samples - begin
+        first = not covered and not skipped and not held
+        if silent:  # the recording is complete, and the next one begins anew: only `reach` matters
+            whole = not filled and not held and begin <= opened <= samples and reach <= samples + chunk.samples
+        else:
+            whole = (
+                begin <= samples
+                and filled < filling.samples
+                and heard == covered * manifest.samples_per_frame + skipped + in_held + filled
+                and reach == begin + covered * manifest.samples_per_frame + skipped
+                and opened == samples - filled + (manifest.lead if first else 0)
+            )
+        if not whole:
+            raise ValueError("the stream's counters contradict each other")
+        audio = saved_array(state, "filling", np.float32, filled), saved_array(state, "held", np.float32, in_held)
+        if not all(np.isfinite(part).all() for part in audio):
+            raise ValueError("its audio is not finite")
+        self.samples, self._begin, self._reach, self._covered = samples, begin, reach, covered
+        self._skipped, self._filled, self._opened = skipped, filled, opened
+        self._silent, self._fresh = silent, fresh
+        self._filling, self.chunk = filling, chunk
+        self._next = np.zeros(filling.samples, np.float32)
+        self._next[:filled] = audio[0]
         at = 0
         for chunk in held:
-            audio = state["held"][at : at + chunk.samples]
-            self._held.append(Piece("run", chunk, 0, 0, audio, chunk.samples))
+            self._held.append(Piece("run", chunk, 0, 0, audio[1][at : at + chunk.samples], chunk.samples))
             at += chunk.samples
 
     def _begin_recording(self) -> None:

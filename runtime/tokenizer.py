@@ -13,9 +13,11 @@ from pathlib import Path
 import sentencepiece
 
 from nemostream.errors import BundleError
+from nemostream.validation import MIB, read_regular
 
 # Punctuation that ends or divides what is before it, in the scripts of published models; never what opens (¿, quotes).
 _CLOSING = frozenset(".,?!:;…。、，．！？：；،؛؟۔।॥;·։")
+_MOST_BYTES = 64 * MIB
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -28,16 +30,24 @@ class Tokenizer:
     def __init__(self, path: Path, vocabulary: int) -> None:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
-        except (OSError, RuntimeError) as error:
+            self._model.LoadFromSerializedProto(read_regular(path, _MOST_BYTES))
+            size = self._model.get_piece_size()
+            if size != vocabulary:
+                raise BundleError(f"{path} has {size} pieces, the manifest says {vocabulary}; export the bundle again.")
+            self.vocabulary = size
+            self.unknown: int = self._model.unk_id()  # the id of whatever the model has no piece for
+            self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
+            self._texts = tuple(self._text(i) for i in range(size))
+            self._model.decode(list(range(size)))  # so that no stream is the first to find a piece that is not text
+        except BundleError:
+            raise
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+        ) as error:  # UnicodeDecodeError: a piece that is not text
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
-        size = self._model.get_piece_size()
-        if size != vocabulary:
-            raise BundleError(f"{path} has {size} pieces, the manifest says {vocabulary}; export the bundle again.")
-        self.vocabulary = size
-        self.unknown: int = self._model.unk_id()  # the id of whatever the model has no piece for
-        self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
-        self._texts = tuple(self._text(i) for i in range(size))
         self.begins = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
         # Of each id, whether it is mere punctuation that belongs to the word before it, after a space too.
         self.closes = tuple(bool(text.strip()) and _CLOSING.issuperset(text.strip()) for text in self._texts)

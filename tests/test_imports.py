@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
     "nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.formats",
-    "nemostream.extras",
+    "nemostream.extras", "nemostream.validation",
 }  # fmt: skip
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")

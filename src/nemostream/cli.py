@@ -399,7 +399,7 @@ def build(
             )
         how = f"built in {plan.seconds:.1f} s" if built else "was there"
         gate = "not yet run: it will be compared with fp32 where it is loaded"
-        if plan.gate:
+        if {"cosine", "tokens", "steps"} <= plan.gate.keys():
             gate = (
                 f"cosine {plan.gate['cosine']:.5f} and {plan.gate['tokens']} equal tokens in {plan.gate['steps']} steps"
             )
