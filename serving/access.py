@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from nemostream.errors import CapacityError
+from nemostream.serving.proxies import TrustedProxies
 from nemostream.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,20 +60,29 @@ class AccessMiddleware:
         self._app, self._service, self._settings = app, service, settings
         self._keys = keys_of(settings)
         self._origins = {origin.rstrip("/") for origin in settings.origins}
+        self._proxies = TrustedProxies(settings.trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not host_allowed(host, self._settings):
-            return await self._reject(scope, receive, send, "host", answer(
-                403, f"the Host header is {shown(host)!r}, which this server does not serve; add the name to option "
-                "hosts.", "permission_error", code="host",
-            ))  # fmt: skip
+        if scope.get("nemostream.no_room"):
+            response = answer(
+                503, "this client has as many connections open as it may; close one first.", "rate_limit_error",
+                code="capacity", headers={"Connection": "close", "Retry-After": "5"},
+            )  # fmt: skip
+            return await response(scope, receive, send)
+        address = self._forwarded(scope, headers)
+        hosts, origin = self._hosts(scope, headers), headers.get("origin")
+        for name, host in hosts.items():
+            if not host_allowed(host, self._settings):
+                return await self._reject(scope, receive, send, "host", address, answer(
+                    403, f"the {name} header is {shown(host)!r}, which this server does not serve; add the name to "
+                    "option hosts.", "permission_error", code="host",
+                ))  # fmt: skip
         allowed = origin is not None and origin in self._origins
-        if origin is not None and not allowed and urlsplit(origin).netloc != host:
-            return await self._reject(scope, receive, send, "origin", answer(
+        if origin is not None and not allowed and _netloc(origin) not in hosts.values():
+            return await self._reject(scope, receive, send, "origin", address, answer(
                 403, f"pages of {shown(origin)} may not use this server (option origins).", "permission_error",
                 code="origin",
             ))  # fmt: skip
@@ -89,11 +99,10 @@ class AccessMiddleware:
         if self._keys:
             number = key_number(given_key(headers), self._keys)
             if number is None and scope["path"] not in _OPEN:
-                return await self._reject(scope, receive, send, "key", answer(
+                return await self._reject(scope, receive, send, "key", address, answer(
                     401, "an API key is required: send Authorization: Bearer KEY.", "authentication_error",
                     code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
                 ))  # fmt: skip
-        address = _address(scope)
         client = scope["nemostream.client"] = Client(address if number is None else f"key {number}", address)
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
@@ -117,9 +126,26 @@ class AccessMiddleware:
                 raise
             self._service.metrics.dropped.inc()
 
-    async def _reject(self, scope: Scope, receive: Receive, send: Send, why: str, response: Response) -> None:
+    def _forwarded(self, scope: Scope, headers: Headers) -> str:
+        """The client's address, which a trusted proxy forwards."""
+        return self._proxies.client(_address(scope), ",".join(headers.getlist("x-forwarded-for")))
+
+    def _hosts(self, scope: Scope, headers: Headers) -> dict[str, str]:
+        """The names under which the request reaches this server, by header.
+
+        A proxy may send its upstream's name as Host and the one of the browser as X-Forwarded-Host. Both must be
+        allowed: a page that rebinds its name to a trusted (loopback) address may set any header but Host.
+        """
+        hosts = {"Host": headers.get("host", "")}
+        if "x-forwarded-host" in headers and _address(scope) in self._proxies:
+            hosts["X-Forwarded-Host"] = headers["x-forwarded-host"].partition(",")[0].strip()
+        return hosts
+
+    async def _reject(
+        self, scope: Scope, receive: Receive, send: Send, why: str, address: str, response: Response
+    ) -> None:
         self._service.metrics.denied.labels(why).inc()
-        log.warning("denied", extra={"why": why, "peer": _address(scope), "path": shown(scope["path"])})
+        log.warning("denied", extra={"why": why, "peer": address, "path": shown(scope["path"])})
         if scope["type"] == "http":
             return await response(scope, receive, send)
         await WebSocket(scope, receive, send).send_denial_response(response)
@@ -231,6 +257,13 @@ def key_number(key: str, keys: list[bytes]) -> int | None:
         sent = key.encode(errors="replace")
     found = [hmac.compare_digest(sent, known) for known in keys]
     return found.index(True) if any(found) else None
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _address(scope: Scope) -> str:

@@ -24,6 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 
+from nemostream.serving.proxies import TrustedProxies
+
 log = logging.getLogger("nemostream.serving")
 
 HEAD_SECONDS = 20.0  # for the head of each request
@@ -34,6 +36,7 @@ _SLICE = 8 << 10  # bytes parsed in one turn: a thousand of the smallest frames
 _CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and other frames without a message: at once, and per second
 _UNREAD_BYTES = 16 << 10  # events that wait in the server until a client counts as one that does not read
 _FRAGMENTS = 4096  # of one WebSocket message
+_NO_ROOM = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n"
 _CLOSED_STATES = (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT of the kernel's enumeration
 _RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes, and what else a request may open
 
@@ -41,8 +44,11 @@ _RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes,
 class Connections:
     """All HTTP and WebSocket connections of a server."""
 
-    def __init__(self, most: int, most_per_client: int, body_seconds: float) -> None:
+    def __init__(
+        self, most: int, most_per_client: int, body_seconds: float, proxies: TrustedProxies | None = None
+    ) -> None:
         """`most_per_client` 0 is three quarters of `most`; `body_seconds` is the time that a request body may take."""
+        self.proxies = TrustedProxies(()) if proxies is None else proxies
         self.most = most
         self.most_per_client = most_per_client or max(1, 3 * most // 4)
         self.body_seconds = body_seconds
@@ -66,6 +72,18 @@ class Connections:
         self._requests[protocol.transport] = protocol
         return True
 
+    def forwarded(self, transport: Any, address: str) -> bool:
+        """Count a proxy's connection for the client whose request it carries; False if that client has no room."""
+        before = self._open.get(transport)
+        if before is None or before == address:
+            return True
+        if self._addresses[address] >= self.most_per_client and not self._evict(address):
+            return False
+        self._open[transport] = address
+        self._addresses[address] += 1
+        self._release(before)
+        return True
+
     def upgraded(self, transport: Any) -> None:
         """It is a WebSocket now, which has limits of its own."""
         self._requests.pop(transport, None)
@@ -76,9 +94,7 @@ class Connections:
         self._sockets.discard(transport)
         address = self._open.pop(transport, None)
         if address is not None:
-            self._addresses[address] -= 1
-            if not self._addresses[address]:
-                del self._addresses[address]
+            self._release(address)
 
     def reap(self) -> None:
         """Close connections whose time is over. Called every second."""
@@ -90,6 +106,11 @@ class Connections:
             # what it sent before would keep its stream open for minutes.
             if _peer_closed(transport):
                 transport.abort()
+
+    def _release(self, address: str) -> None:
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
 
     def _evict(self, address: str | None) -> bool:
         """Close the connection that waits longest for a request, of one address or of any."""
@@ -135,6 +156,12 @@ def _peer_closed(transport: Any) -> bool:
     return state in _CLOSED_STATES
 
 
+class _PeerLogger(logging.LoggerAdapter[logging.Logger]):
+    @property
+    def level(self) -> int:  # which uvicorn reads, and the base class lacks
+        return self.logger.level
+
+
 class _Sliced:
     """Parses what was received in slices, one per turn of the event loop, and reads no more meanwhile."""
 
@@ -144,6 +171,12 @@ class _Sliced:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._backlog, self._scheduled, self._held = bytearray(), False, False
+        self.peer = ""  # the client's address
+
+    def log_peer(self, address: str) -> None:
+        """Add the client's address to what uvicorn logs about this connection."""
+        self.peer = address
+        cast(Any, self).logger = _PeerLogger(logging.getLogger("uvicorn.error"), {"peer": address})
 
     def data_received(self, data: bytes) -> None:
         self._backlog += data
@@ -161,7 +194,7 @@ class _Sliced:
             try:
                 cast(Any, super()).data_received(piece)
             except Exception:  # a fault of a parser ends this connection, and leaves nothing behind
-                log.exception("connection failed", extra={"peer": getattr(self, "client", None)})
+                log.exception("connection failed", extra={"peer": self.peer})
                 self.transport.abort()
                 return
         if self._backlog:
@@ -194,11 +227,11 @@ class HttpProtocol(_Sliced, H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
+        self.log_peer(self.client[0] if self.client else "")
         self.phase, self.since = "head", time.monotonic()
         self._head_bytes = self._head_lines = 0
         if not self.limits.admit(self):
-            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n"
-                            b"Content-Length: 0\r\n\r\n")  # fmt: skip
+            transport.write(_NO_ROOM)
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -206,7 +239,11 @@ class HttpProtocol(_Sliced, H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before and not self._forwarded():
+            # The task that calls the application was created a moment ago and did not start yet.
+            cast(dict[str, Any], self.scope)["nemostream.no_room"] = True
         self._look()
 
     def data_received(self, data: bytes) -> None:
@@ -230,9 +267,23 @@ class HttpProtocol(_Sliced, H11Protocol):
         if any(faults):
             self.send_400_response("Invalid WebSocket upgrade request.")
             return
+        if not self._forwarded():
+            self.transport.write(_NO_ROOM)
+            self.transport.close()
+            return
         self.limits.upgraded(self.transport)
         self._backlog.clear()  # a client waits for the answer before it sends frames
         super().handle_websocket_upgrade(event)
+
+    def _forwarded(self) -> bool:
+        """Count the connection for the client that a trusted proxy names; False if that client has no room."""
+        direct = self.client[0] if self.client else ""
+        if direct not in self.limits.proxies:
+            return True
+        sent = b",".join(value for name, value in self.headers if name == b"x-forwarded-for")
+        address = self.limits.proxies.client(direct, sent.decode("latin-1"))
+        self.log_peer(address)
+        return self.limits.forwarded(self.transport, address)
 
     def reap(self, now: float) -> None:
         most = {"head": HEAD_SECONDS, "body": self.limits.body_seconds, "late": LINGER_SECONDS}.get(self.phase)
@@ -285,6 +336,7 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.log_peer(self.client[0] if self.client else "")
         # Hundreds of events: a client that does not read them is noticed before the system gives the connection up.
         transport.set_write_buffer_limits(high=_UNREAD_BYTES)
         self._control, self._control_at = 0.0, time.monotonic()

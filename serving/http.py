@@ -53,34 +53,44 @@ class Refusal(BaseModel):
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Refusal, "description": what}
     for status, what in {
-        400: "The audio or an option cannot be used.", 401: "A key is missing or wrong.",
+        400: "The audio, an option or the form cannot be used.", 401: "A key is missing or wrong.",
         403: "A foreign web page, or an unknown host.",
-        408: "Too slow.", 413: "The recording is too large.", 422: "The form is not complete.",
+        408: "Too slow.", 413: "The recording is too large.",
         429: "No stream is free.", 500: "The model failed.", 503: "The server is starting or stopping.",
     }.items()
+}  # fmt: skip
+_NO_MODEL: dict[int | str, dict[str, Any]] = {
+    404: {"model": Refusal, "description": "No such model."}, 503: _REFUSALS[503],
 }  # fmt: skip
 
 
 def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp:
     """The application; `ports` is what `/readyz` tells of them."""
-    app = FastAPI(title="nemostream", version=nemostream.__version__, docs_url=None, redoc_url=None)
+    app = _Application(
+        title="nemostream", version=nemostream.__version__, docs_url=None, redoc_url=None,
+        redirect_slashes=False,  # a redirect would name the host that a proxy uses, without its path prefix
+    )  # fmt: skip
     app.router.route_class = _Route
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page() -> Response:
         text = (resources.files("nemostream.serving") / "page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY})
 
+    @app.head("/healthz", tags=["operations"], responses={503: {"description": "Only a restart helps."}})
     @app.get("/healthz", tags=["operations"], responses={503: {"description": "Only a restart helps."}})
     def alive() -> JSONResponse:
         """Whether it is worth keeping: not when the engine fails again and again."""
         return JSONResponse(*({"status": "failed"}, 503) if service.state == "failed" else ({"status": "alive"}, 200))
 
+    @app.head("/readyz", tags=["operations"], responses={503: {"description": "It takes no streams now."}})
     @app.get("/readyz", tags=["operations"], responses={503: {"description": "It takes no streams now."}})
     def ready() -> JSONResponse:
         """Whether streams are taken: engines are loaded and warm, and nobody asked it to stop."""
         return JSONResponse(service.describe() | (ports or {}), 200 if service.state == "ready" else 503)
 
+    @app.head("/metrics", tags=["operations"], response_class=PlainTextResponse)
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     def metrics() -> Response:
         """For Prometheus."""
@@ -89,8 +99,18 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
     @app.get("/v1/models", tags=["OpenAI"])
     def models() -> dict[str, Any]:
         """The one model that is served."""
-        name = service.describe().get("model", "none")
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "nemostream"}]}
+        return {"object": "list", "data": [_model(service.describe().get("model", "none"))]}
+
+    @app.get("/v1/models/{model_id:path}", tags=["OpenAI"], responses=_NO_MODEL, response_model=None)
+    def model(model_id: str) -> dict[str, Any] | Response:
+        """The model, if it is the one that is served."""
+        name = service.model.manifest.name
+        if model_id == name:
+            return _model(name)
+        return answer(
+            404, f"there is no model {shown(model_id)!r}, only {name!r}.", "invalid_request_error",
+            code="model_not_found", param="model",
+        )  # fmt: skip
 
     @app.post("/v1/audio/transcriptions", tags=["OpenAI"], responses=_REFUSALS, response_model=None)
     async def transcriptions(
@@ -150,13 +170,28 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
     async def incomplete(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
-        return answer(422, f"{name or 'the form'}: {first['msg']}.", "invalid_request_error", param=name or None)
+        return answer(400, f"{name or 'the form'}: {first['msg']}.", "invalid_request_error", param=name or None)
 
     @app.exception_handler(StarletteHTTPException)
     async def failed(request: Request, error: StarletteHTTPException) -> Response:
         return answer(error.status_code, str(error.detail), "invalid_request_error", headers=error.headers)
 
     return AccessMiddleware(app, service)
+
+
+class _Application(FastAPI):
+    """FastAPI describes a 422 wherever a parameter may be invalid; this server, as OpenAI's, answers 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            for methods in super().openapi()["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+        return super().openapi()
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "nemostream"}
 
 
 def refusal(error: NemostreamError) -> Response:

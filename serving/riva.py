@@ -25,6 +25,7 @@ from nemostream.errors import AudioError, CapacityError, NemostreamError, Option
 from nemostream.runtime.containers import container_of
 from nemostream.runtime.utterance import Event
 from nemostream.serving.access import Client, given_key, key_number, keys_of, shown
+from nemostream.serving.proxies import TrustedProxies
 from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Expired, Session
 from nemostream.serving.upload import Upload
@@ -68,6 +69,7 @@ class Admission(grpc.aio.ServerInterceptor):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._keys = keys_of(service.settings)
+        self._proxies = TrustedProxies(service.settings.trusted_proxies)
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(details)
@@ -81,11 +83,11 @@ class Admission(grpc.aio.ServerInterceptor):
         key = "" if number is None else f"key {number}"
         if not handler.unary_unary:
             return grpc.stream_stream_rpc_method_handler(
-                _with_client(handler.stream_stream, key), handler.request_deserializer, handler.response_serializer
+                self._with_client(handler.stream_stream, key), handler.request_deserializer, handler.response_serializer
             )
 
         async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
-            _CLIENT.set(_whose(context, key))
+            _CLIENT.set(self._client(context, key))
             if details.method.endswith("/Recognize"):
                 try:
                     place = self._service.uploads.admit(None, _CLIENT.get())
@@ -107,24 +109,24 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _deny(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         self._service.metrics.denied.labels("key").inc()
-        log.warning("denied", extra={"why": "key", "peer": _whose(context, "").address})
+        log.warning("denied", extra={"why": "key", "peer": self._client(context, "").address})
         await context.abort(
             grpc.StatusCode.UNAUTHENTICATED, "an API key is required: send authorization: Bearer KEY in the metadata."
         )
 
+    def _with_client(self, handler: Any, key: str) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            _CLIENT.set(self._client(context, key))
+            await handler(requests, context)
 
-def _with_client(handler: Any, key: str) -> Any:
-    async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-        _CLIENT.set(_whose(context, key))
-        await handler(requests, context)
+        return handle
 
-    return handle
-
-
-def _whose(context: grpc.aio.ServicerContext, key: str) -> Client:
-    kind, _, rest = str(context.peer()).partition(":")
-    peer = unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else str(context.peer())
-    return Client(key or peer, peer)
+    def _client(self, context: grpc.aio.ServicerContext, key: str) -> Client:
+        kind, _, rest = str(context.peer()).partition(":")
+        peer = unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else str(context.peer())
+        sent = [_text(value) for name, value in context.invocation_metadata() or () if name == "x-forwarded-for"]
+        address = self._proxies.client(peer, ",".join(sent))
+        return Client(key or address, address)
 
 
 def _text(value: str | bytes) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 import grpc
 import uvicorn
 
+import nemostream
 from nemostream.errors import BackendError
 from nemostream.serving import riva
 from nemostream.serving.connections import HEAD_BYTES, Connections, Server, connections_for, protocols
 from nemostream.serving.http import create_app
+from nemostream.serving.proxies import TrustedProxies
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
@@ -75,7 +77,8 @@ async def serve(
         await serving
         await asyncio.wait({loading})
         await asyncio.to_thread(service.close)
-        log.info("stopped")
+    loading.result()  # it may have failed after the stop was requested
+    log.info("stopped")
 
 
 def _on_signals(http: Server) -> asyncio.Event:
@@ -108,13 +111,16 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _http(service: Service, settings: Settings, ports: dict[str, int]) -> Server:
     most = connections_for(settings.max_connections)
-    limits = Connections(most, settings.max_connections_per_client, settings.body_seconds)
+    proxies = TrustedProxies(settings.trusted_proxies)
+    limits = Connections(most, settings.max_connections_per_client, settings.body_seconds, proxies)
     http, websocket = protocols(limits)
     config = uvicorn.Config(
         create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
         http=http, ws=websocket, h11_max_incomplete_event_size=HEAD_BYTES, ws_max_size=settings.max_message_bytes,
         # No pings: who is gone is known by its silence (`idle_seconds`), and the answer of a client that sends
         # faster than it is served would wait behind its audio.
+        # `AccessMiddleware` reads the headers of trusted proxies, for gRPC too.
+        proxy_headers=False,
         ws_per_message_deflate=False, ws_ping_interval=None, timeout_graceful_shutdown=2,
         ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
     )  # fmt: skip
@@ -138,8 +144,7 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
         ],
     )  # fmt: skip
     riva.add_to(server, service)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"{host}:{settings.grpc_port}"
+    address = f"{_bracketed(settings.host)}:{settings.grpc_port}"
     try:
         if settings.tls_cert and settings.tls_key:
             pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
@@ -149,37 +154,89 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
         raise BackendError(f"cannot listen at {address}; choose another --grpc-port, or -1 for none.") from error
 
 
+def _known_of(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _KNOWN}
+
+
+class _TextLines(logging.Formatter):
+    """For people: time, level, what happened, and what is known about it as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        known = [f"{name}={_one_line(value)}" for name, value in _known_of(record).items() if value is not None]
+        line = " ".join([clock, record.levelname.lower(), _escaped(record.getMessage()), *known])
+        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def _one_line(value: Any) -> str:
+    """A value without spaces as it is; others in quotes, with control characters escaped: a client may choose it."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text and text else json.dumps(text)
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)
+
+
 class _JsonLines(logging.Formatter):
     """One JSON object a line: time, level, what happened, and what is known about it."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {"time": f"{clock}.{int(record.msecs):03}Z", "level": record.levelname.lower()}
-        line |= {"event": record.getMessage(), **{k: v for k, v in vars(record).items() if k not in _KNOWN}}
+        line |= {"event": record.getMessage(), **_known_of(record)}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
-def log_to_stderr() -> None:
-    """Everything that is logged, as JSON, a line each."""
+def log_to_stderr(text: bool = False) -> None:
+    """Write everything that is logged to standard error, one line each: JSON, or plain text."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
+    handler.setFormatter(_TextLines() if text else _JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn takes a WebSocket that was refused with an answer for one that was forgotten. What was refused we log.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing handshake" not in str(record.msg))
 
 
+def _model_of(settings: Settings) -> str:
+    return "the demo model" if settings.bundle is None else f"{settings.bundle}"
+
+
+def _url(settings: Settings, host: str, ports: dict[str, int]) -> str:
+    return f"{'https' if settings.tls_cert else 'http'}://{_bracketed(host)}:{ports['http_port']}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _summary(settings: Settings, ports: dict[str, int], service: Service) -> str:
+    """What a person at a terminal reads when streams are accepted."""
+    anywhere = settings.host in ("0.0.0.0", "::")
+    host = "localhost" if anywhere else settings.host
+    where = "  (and every other address of this machine)" if anywhere else ""
+    lines = [f"Page:  {_url(settings, host, ports)}/{where}"]
+    if "grpc_port" in ports:
+        lines.append(f"gRPC:  {_bracketed(host)}:{ports['grpc_port']}{where}")
+    lines.append(f"Ready: model {service.model.manifest.name}, at most {service.admitted} streams. Ctrl-C stops.")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """`nemostream serve`."""
     settings = read_settings(arguments)
-    log_to_stderr()
-    scheme = "https" if settings.tls_cert else "http"
+    text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
+    log_to_stderr(text)
+    if text:
+        print(f"nemostream {nemostream.__version__} loads {_model_of(settings)} ...", file=sys.stderr, flush=True)
 
     def started(ports: dict[str, int], service: Service) -> None:
         gc.freeze()  # the model and the modules stay: looking for cycles among them again and again would cost time
-        print(f"{scheme}://{settings.host}:{ports['http_port']}", flush=True)
+        if text:
+            print(_summary(settings, ports, service), file=sys.stderr, flush=True)
+        print(_url(settings, settings.host, ports), flush=True)
 
     uvicorn_loop = uvicorn.Config(app="", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=uvicorn_loop) as runner:

@@ -13,7 +13,6 @@ import ctypes
 import gc
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -25,8 +24,9 @@ from typing import Any, Literal
 import numpy as np
 
 import nemostream
-from nemostream.errors import CapacityError, NemostreamError, OptionError
+from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.boosting import Boosting
+from nemostream.runtime.cpus import usable_cpus
 from nemostream.runtime.endpoint import Endpoint
 from nemostream.runtime.recognition import Options
 from nemostream.runtime.recognizer import Model
@@ -49,6 +49,10 @@ _PHRASES_AT_ONCE = 2  # clients whose phrases are compiled at the same time
 NOBODY = Client()
 _TRIM_SECONDS = 15
 _LONGEST_MS = 300_000  # of an utterance, for clients that set no limit
+DEMO_NOTE = (
+    "The demo model is in use: it recognises English numbers, dates, times, telephone prompts, commands and simple "
+    "everyday sentences, and is not meant for other speech. Load another model with --bundle."
+)
 _FATAL = 5  # failures of the engine with no step between that worked: only a restart helps
 
 
@@ -86,10 +90,13 @@ class Service:
         return self._decoders
 
     def start(self) -> None:
-        """Load the engine, run every chunk size once, measure. Blocks; raises what `nemostream.load` raises."""
+        """Load the engine, run a step of every chunk size, and measure with the option `measure`.
+
+        Blocks; raises what `nemostream.load` raises.
+        """
         settings, began = self.settings, time.monotonic()
         # ONNX Runtime's idle threads spin: with one for every core they would take from the transports what they need.
-        threads = settings.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        threads = settings.threads or max(1, usable_cpus() - 1)
         capacity = settings.max_streams + settings.max_uploads + _SPARE
         model = nemostream.load(
             settings.bundle, settings.chunk_ms, capacity=capacity, threads=threads,
@@ -103,20 +110,23 @@ class Service:
             if settings.chunk_ms not in self.chunks:
                 raise OptionError(f"chunk_ms is {settings.chunk_ms}, which is not among the chunks {self.chunks}.")
             for ms in self.chunks:
-                throughput(model, ms, 1, steps=2)
-            rate = throughput(model, settings.chunk_ms, min(64, settings.max_streams))
+                warm(model, ms)
+            rate = throughput(model, settings.chunk_ms, min(64, settings.max_streams)) if settings.measure else None
         except BaseException:
             model.close()
             raise
-        if settings.measure:
+        if rate is not None:
             self.admitted = max(1, min(settings.max_streams, int(_SHARE * rate)))
         self.metrics.most.set(self.admitted)
         model.watch(self._stepped, self._failed)
         self._model, self.state = model, "ready"
         log.info(
             "ready", extra={"seconds": round(time.monotonic() - began, 1), "model": model.manifest.name,
-                            "real_time_streams": round(rate), "admitted": self.admitted}
+                            "demo": self.demo, "admitted": self.admitted}
+            | ({} if rate is None else {"real_time_streams": round(rate)})
         )  # fmt: skip
+        if self.demo:
+            log.info(DEMO_NOTE)
 
     def open(
         self, transport: str, *, sample_rate: int = 16000, channels: int = 1, encoding: str = "pcm_s16le",
@@ -193,14 +203,18 @@ class Service:
         if session.error:
             self.metrics.failed.labels(session.transport).inc()
         log.info(
-            "closed", extra={"stream": session.id, "audio_seconds": round(session.audio, 2), "error": session.error}
-        )
+            "closed", extra={"stream": session.id, "audio_seconds": round(session.audio, 2), "error": session.error,
+                             "peer": session.client.address}
+        )  # fmt: skip
 
     def said(self, session: Session, event: Event) -> None:
         """An utterance of a session is final."""
         self.metrics.words.inc()
         if self.settings.log_transcripts:
-            log.info("said", extra={"stream": session.id, "utterance": event.utterance, "text": event.text})
+            log.info(
+                "said", extra={"stream": session.id, "utterance": event.utterance, "text": event.text,
+                               "peer": session.client.address}
+            )  # fmt: skip
 
     def heard(self, chunk_ms: int, seconds: float, due: float) -> None:
         """The results of a message came, so long after it; `due` seconds is how long it, or its chunk, lasts."""
@@ -222,6 +236,16 @@ class Service:
             return None
         async with self._compiling:
             return await asyncio.to_thread(self.model.compile_phrases, phrases)
+
+    @property
+    def demo(self) -> bool:
+        """Whether the model is the packaged demo."""
+        bundle = self.settings.bundle
+        if bundle is None:
+            return True
+        with suppress(BundleError):  # this copy of nemostream has no demo
+            return bundle.resolve() == nemostream.demo_bundle().resolve()
+        return False
 
     @property
     def streams(self) -> int:
@@ -296,7 +320,10 @@ class Service:
                 "model": self._model.manifest.name,
                 "chunks_ms": list(self.chunks),
                 "chunk_ms": self.settings.chunk_ms,
+                "demo": self.demo,
             }
+            if self.demo:
+                found["note"] = DEMO_NOTE
         return found
 
     def _stepped(self, chunk: Chunk, rows: int, seconds: float) -> None:
@@ -330,6 +357,21 @@ def give_back_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def warm(model: Model, chunk_ms: int) -> None:
+    """Run one step of one stream."""
+    silence = np.zeros(model.manifest.chunk(chunk_ms).samples, np.float32)
+
+    async def step() -> None:
+        stream = model.astream(sample_rate=model.manifest.features.sample_rate, chunk_ms=chunk_ms)
+        try:
+            while not stream.steps:
+                await stream.push(silence)
+        finally:
+            stream.close()
+
+    asyncio.run(step())
 
 
 def throughput(model: Model, chunk_ms: int, streams: int, steps: int = 4) -> float:

@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from nemostream.errors import OptionError
+from nemostream.serving.proxies import TrustedProxies
 
 
 class Limits(BaseModel):
@@ -77,14 +78,16 @@ class Settings(BaseSettings, Limits):
     precision: str | None = Field(None, description="Of the engines to use (`nemostream build`).")
     engines: Path | None = Field(None, description="Folder of engines. Default: ~/.cache/nemostream/engines.")
     threads: int | None = Field(
-        None, ge=1, description="Threads of ONNX Runtime on a CPU. Default: every core but one."
+        None, ge=1, description="Threads of ONNX Runtime on a CPU. Default: every CPU that the process may use but one."
     )
     host: str = Field("127.0.0.1", description="Address to listen at. 0.0.0.0 is every network of this machine.")
     port: int = Field(8000, ge=0, le=65535, description="Of HTTP and WebSockets; 0 takes a free one.")
     grpc_port: int = Field(50051, ge=-1, le=65535, description="Of Riva's gRPC; 0 takes a free one, -1 has none.")
     endpoint_ms: int = Field(800, ge=80, le=60_000, description="Silence after which an utterance is final.")
     measure: CliImplicitFlag[bool] = Field(
-        True, description="Measure at the start how many streams this machine can serve, and admit no more."
+        True,
+        description="Measure at the start how many streams this machine can serve, and admit no more. "
+        "Otherwise the engine is only warmed.",
     )
     degrade: CliImplicitFlag[bool] = Field(
         False, description="Under overload move streams to a larger chunk, and back when it is over."
@@ -92,6 +95,9 @@ class Settings(BaseSettings, Limits):
     drain_seconds: float = Field(60, ge=0, description="On SIGTERM streams have so long to finish.")
     api_keys: Annotated[list[SecretStr] | None, NoDecode] = Field(
         None, description="Keys that clients must send (comma-separated). Default: no key is required."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File with such keys, one on each line; empty lines and lines that begin with # are ignored."
     )
     tls_cert: Path | None = Field(None, description="Certificate chain, PEM. With it HTTP and gRPC are encrypted.")
     tls_key: Path | None = Field(None, description="Its private key, PEM.")
@@ -101,13 +107,21 @@ class Settings(BaseSettings, Limits):
     hosts: Annotated[list[str], NoDecode] = Field(
         [], description="Names in the Host header, besides localhost, that clients may use (comma-separated); *: any."
     )
-    log_transcripts: CliImplicitFlag[bool] = Field(False, description="Write what was said into the log.")
+    trusted_proxies: Annotated[list[str], NoDecode] = Field(
+        ["127.0.0.1", "::1"],
+        description="Addresses or networks of reverse proxies whose X-Forwarded-For and X-Forwarded-Host headers are "
+        "used (comma-separated); empty: none.",
+    )
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Log lines on standard error; auto: text on a terminal, JSON otherwise."
+    )
+    log_transcripts: CliImplicitFlag[bool] = Field(False, description="Write the transcripts into the log.")
     config: Path | None = Field(None, description="TOML file with these options.")
 
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, values: Any) -> Any:
-        for name in ("api_keys", "origins", "hosts", "chunks"):
+        for name in ("api_keys", "origins", "hosts", "chunks", "trusted_proxies"):
             if isinstance(values, dict) and isinstance(values.get(name), str):
                 parts = [part.strip() for part in values[name].split(",")]
                 # An empty key is an error, not a key less: see `_keys`.
@@ -129,6 +143,25 @@ class Settings(BaseSettings, Limits):
     @classmethod
     def _host_names(cls, hosts: list[str]) -> list[str]:
         return [host.strip().rstrip(".").lower() for host in hosts]
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies(cls, proxies: list[str]) -> list[str]:
+        for proxy in proxies:
+            try:
+                TrustedProxies([proxy])
+            except ValueError:
+                raise ValueError(
+                    f"{proxy!r} is neither an IP address nor a network such as 10.0.0.0/8 (host bits must be 0)"
+                ) from None
+        return proxies
+
+    @model_validator(mode="after")
+    def _read_keys(self) -> Settings:
+        if self.api_keys_file is not None:
+            found = _keys_in(self.api_keys_file)
+            self.api_keys = [*(self.api_keys or ()), *(key for key in found if key not in (self.api_keys or ()))]
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -183,6 +216,20 @@ def read_settings(arguments: Sequence[str] = ()) -> Settings:
         raise OptionError("; ".join(_sentence(dict(problem)) for problem in error.errors()) + ".") from error
     except (SettingsError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"the options cannot be read: {str(error).removeprefix('error parsing CLI: ')}.") from error
+
+
+def _keys_in(file: Path) -> list[SecretStr]:
+    """The keys in a file. Raises `ValueError` if there is none: an empty file must not open the server to everyone."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise ValueError(f"api_keys_file: cannot read {file} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"api_keys_file: {file} is not UTF-8 text") from None
+    keys = [SecretStr(line) for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"api_keys_file: {file} has no key; leave the option out for a server without keys")
+    return keys
 
 
 def _sentence(problem: dict[str, Any]) -> str:

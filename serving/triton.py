@@ -16,12 +16,15 @@ import numpy as np
 
 import nemostream
 from nemostream.errors import NemostreamError, OptionError
+from nemostream.extras import install_command
 from nemostream.runtime.aio import AsyncLiveStream
 from nemostream.runtime.words import Result
 from nemostream.spec import Bundle
 
 NAME = "nemostream"
-_MODEL = '''"""Written by `nemostream export --triton`. Triton's Python needs: pip install nemostream"""
+_MODEL = '''"""Written by `nemostream export --triton`."""
+
+# Triton's Python needs nemostream. The installation that wrote this file is repeated by: {install}
 
 from nemostream.serving.triton import TritonPythonModel  # noqa: F401
 '''
@@ -70,7 +73,7 @@ def write_repository(repository: Path, *, chunk_ms: int = 560, streams: int = 25
     """
     version = bundle_in(repository).parent
     Bundle.open(bundle_in(repository)).manifest.chunk(chunk_ms)
-    (version / "model.py").write_text(_MODEL)
+    (version / "model.py").write_text(_MODEL.format(install=install_command()))
     config = version.parent / "config.pbtxt"
     if not config.exists():
         idle = _IDLE_SECONDS * 1_000_000

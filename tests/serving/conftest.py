@@ -147,7 +147,7 @@ def server() -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_here() -> Callable[..., Any]:
     return server_here
 

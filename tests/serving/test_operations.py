@@ -6,18 +6,26 @@ import asyncio
 import datetime
 import hmac
 import json
+import logging
+import os
 import re
+import shutil
 import signal
 import socket as sockets
 import ssl
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
+import openai
 import pytest
 import riva.client
 from fastapi.testclient import TestClient
@@ -26,10 +34,13 @@ from websockets.asyncio.client import connect as asyncio_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from nemostream.errors import OptionError
+import nemostream
+from nemostream.errors import NemostreamError, OptionError
+from nemostream.serving import server as server_module
 from nemostream.serving import service
 from nemostream.serving.access import key_number
 from nemostream.serving.http import create_app
+from nemostream.serving.service import DEMO_NOTE
 from nemostream.serving.session import Draining
 from nemostream.serving.settings import Settings, read_settings
 
@@ -51,18 +62,18 @@ def test_health_and_readiness(server: Any) -> None:
 def test_it_is_ready_only_when_every_engine_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[int] = []
     seen: list[tuple[str, int, int]] = []
-    measure = service.throughput
+    warm = service.warm
 
-    def slowly(model: Any, chunk_ms: int, *args: Any, **options: Any) -> float:
+    def slowly(model: Any, chunk_ms: int) -> None:
         warmed.append(chunk_ms)
         seen.append((here.state, *asked("/readyz", "/healthz")))
-        return measure(model, chunk_ms, *args, **options)
+        warm(model, chunk_ms)
 
     def asked(*paths: str) -> list[int]:
         with TestClient(create_app(here, {"http_port": 1})) as client:
             return [client.get(path).status_code for path in paths]
 
-    monkeypatch.setattr(service, "throughput", slowly)
+    monkeypatch.setattr(service, "warm", slowly)
     here = service.Service(Settings(chunks=[80, 560], measure=False))
     with pytest.raises(Draining):
         here.open("test")
@@ -75,10 +86,252 @@ def test_it_is_ready_only_when_every_engine_is_warm(monkeypatch: pytest.MonkeyPa
     assert asked("/readyz") == [503]
 
 
+@pytest.mark.parametrize("measure", [False, True])
+def test_only_measure_measures(monkeypatch: pytest.MonkeyPatch, measure: bool) -> None:
+    measured: list[int] = []
+    steps: dict[int, int] = {}
+
+    def throughput(model: Any, chunk_ms: int, streams: int) -> float:
+        measured.append(chunk_ms)
+        return 20.0
+
+    load = service.nemostream.load
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
+        model.watch(lambda chunk, rows, seconds: steps.update({chunk.ms: steps.get(chunk.ms, 0) + rows}), print)
+        return model
+
+    monkeypatch.setattr(service, "throughput", throughput)
+    monkeypatch.setattr(service.nemostream, "load", loaded)
+    here = service.Service(Settings(measure=measure, max_streams=100))
+    here.start()
+    try:
+        assert measured == ([560] if measure else []) and here.admitted == (10 if measure else 100)
+        assert steps == dict.fromkeys(here.chunks, 1)  # every engine is warm
+    finally:
+        here.close()
+
+
+def test_threads_leave_a_cpu_of_the_quota_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def load(*args: Any, threads: int, **options: Any) -> Any:
+        given.append(threads)
+        raise OptionError("enough.")
+
+    monkeypatch.setattr(service.nemostream, "load", load)
+    for cpus in (1, 2, 5):
+        monkeypatch.setattr(service, "usable_cpus", lambda cpus=cpus: cpus)
+        with pytest.raises(OptionError):
+            service.Service(Settings()).start()
+    with pytest.raises(OptionError):
+        service.Service(Settings(threads=3)).start()
+    assert given == [1, 1, 4, 3]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
+def test_head_is_get_without_a_body(path: str, server: Any, serve_here: Any) -> None:
+    found = {}
+    for method in ("GET", "HEAD"):
+        with sockets.create_connection(("127.0.0.1", server.http)) as socket:
+            # Closed by the server, so that everything it sends is seen.
+            socket.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            head, _, body = b"".join(iter(lambda: socket.recv(65536), b"")).partition(b"\r\n\r\n")
+        status, *headers = head.decode().split("\r\n")
+        found[method] = (
+            status,
+            sorted(line for line in headers if not line.startswith(("date", "content-length"))),
+            body,
+        )
+    assert found["HEAD"][:2] == found["GET"][:2] and " 200 " in found["HEAD"][0]
+    assert found["GET"][2] and not found["HEAD"][2]
+    with serve_here(api_keys=["k"], measure=False) as running:  # no key is required for the same paths
+        status = httpx.head(running.url + path).status_code
+        assert status == running.get(path)[0] == (401 if path == "/metrics" else 200)
+
+
+def test_models_are_openai_s(server: Any) -> None:
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+    (listed,) = client.models.list().data
+    assert client.models.retrieve(listed.id) == listed and listed.id == "demo"
+    for unknown in ("whisper-1", "nvidia/parakeet", "é" * 1000):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.retrieve(unknown)
+        body = caught.value.response.json()["error"]
+        assert set(body) == {"message", "type", "code", "param"} and "'demo'" in body["message"]
+        assert (body["type"], body["code"], body["param"]) == ("invalid_request_error", "model_not_found", "model")
+    assert service.Service(Settings()).state == "starting"
+    with TestClient(create_app(service.Service(Settings()))) as starting:
+        assert starting.get("/v1/models/demo").status_code == 503
+
+
+def test_a_wrong_form_is_answered_as_openai_does(server: Any, spoken: Any) -> None:
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+    for name, value in (
+        ("response_format", "diarized_json"), ("temperature", "hot"), ("stream", "maybe"), ("chunk_ms", "x"),
+        ("timestamp_granularities[]", "letter"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.audio.transcriptions.create(model="any", file=spoken[0].path, extra_body={name: value})
+        body = caught.value.response.json()["error"]
+        assert body["type"] == "invalid_request_error" and body["param"].startswith(name), body
+    answer = httpx.post(server.url + "/v1/audio/transcriptions", files={"model": (None, "any")})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "file"
+    described = json.loads(server.get("/openapi.json")[1])
+    for methods in described["paths"].values():
+        assert all("422" not in operation["responses"] for operation in methods.values())
+    assert "400" in described["paths"]["/v1/audio/transcriptions"]["post"]["responses"]
+
+
+def test_a_preflight_allows_what_openai_s_client_sends(serve_here: Any) -> None:
+    """`*` in Access-Control-Allow-Headers does not cover Authorization (Fetch standard)."""
+    sent: list[str] = []
+    client = openai.OpenAI(
+        base_url="http://x/v1", api_key="k", organization="o", project="p",
+        http_client=httpx.Client(transport=httpx.MockTransport(
+            lambda request: sent.extend(request.headers) or httpx.Response(200, json={"data": []})  # type: ignore[func-returns-value]
+        )),
+    )  # fmt: skip
+    client.models.list()
+    assert {"authorization", "openai-organization", "x-stainless-lang"} <= set(sent)
+    with serve_here(origins=["https://app.example"], api_keys=["k"], measure=False) as running:
+        for path, method in (("/v1/audio/transcriptions", "POST"), ("/v1/models", "GET"), ("/v1/models/demo", "GET")):
+            answer = httpx.options(running.url + path, headers={
+                "Origin": "https://app.example", "Access-Control-Request-Method": method,
+                "Access-Control-Request-Headers": ",".join(sorted(sent)),
+            })  # fmt: skip
+            assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+            allowed = [name.strip().lower() for name in answer.headers["Access-Control-Allow-Headers"].split(",")]
+            assert "authorization" in allowed and "*" in allowed
+            assert method in answer.headers["Access-Control-Allow-Methods"]
+
+
 def test_a_bundle_that_cannot_be_loaded_ends_it_with_a_sentence(serve_process: Any, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as caught, serve_process("--bundle", str(tmp_path)):
         pass
     assert "not a bundle" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_only_a_server_that_started_logs_that_it_stopped(
+    serve_process: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = asyncio.Event()
+    caplog.set_level("INFO")
+    with pytest.raises(NemostreamError, match="not a bundle"):
+        asyncio.run(server_module.serve(Settings(port=0, grpc_port=0, bundle=tmp_path), stop=stop))
+    assert "stopped" not in caplog.messages
+    with serve_process("--no-measure") as running:
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+    assert [line["event"] for line in running.log][-1] == "stopped"
+
+
+# -- what a terminal shows ---------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(*arguments: str) -> tuple[str, str]:
+    """Start a server whose standard error is a terminal, and stop it when it is ready: stdout, stderr."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", "--no-measure"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=slave, text=True, env=environment)
+    os.close(slave)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    httpx.get(f"{url}/v1/models", headers={"Origin": "https://evil.example/ \x1b[2J"})
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    shown = b""
+    with suppress(OSError):  # EIO: the other side is closed
+        while data := os.read(master, 65536):
+            shown += data
+    os.close(master)
+    return url, shown.decode()
+
+
+def test_a_terminal_gets_plain_text() -> None:
+    url, shown = on_a_terminal()
+    assert re.search(rf"^Page:  {re.escape(url)}/\s*$", shown, re.MULTILINE), shown
+    assert re.search(r"^gRPC:  127\.0\.0\.1:\d+\s*$", shown, re.MULTILINE)
+    assert re.search(r"^Ready: model demo, at most 256 streams", shown, re.MULTILINE)
+    assert "recognises English numbers" in shown and "--bundle" in shown
+    assert re.search(
+        r"^\d\d:\d\d:\d\d warning denied why=origin peer=127\.0\.0\.1 path=/v1/models\s*$", shown, re.MULTILINE
+    )
+    assert "{" not in shown and "\x1b" not in shown
+
+
+def test_the_log_format_is_an_option(serve_process: Any) -> None:
+    _, shown = on_a_terminal("--log-format", "json")
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert {"ready", "stopped"} <= {line["event"] for line in lines} and "Page:" not in shown
+    with serve_process("--no-measure", "--log-format", "text") as running:  # not a terminal
+        pass
+    text = "".join(line["event"] for line in running.log)
+    assert f"Page:  {running.url}/" in text and "ready seconds=" in text
+    with serve_process("--no-measure") as running:
+        pass
+    assert "time" in running.log[0] and next(line["demo"] for line in running.log if line["event"] == "ready") is True
+
+
+def test_a_text_line_shows_control_characters_escaped() -> None:
+    record = logging.makeLogRecord({"msg": "denied", "path": "/a b\x1b[2J\n00:00:00 info ready", "levelname": "INFO"})
+    line = server_module._TextLines().format(record)
+    assert line.isprintable() and json.loads(line.partition("path=")[2]) == "/a b\x1b[2J\n00:00:00 info ready"
+
+
+def test_only_the_demo_model_is_called_one(server: Any, tmp_path: Path) -> None:
+    described = json.loads(server.get("/readyz")[1])
+    assert described["demo"] is True and "recognises English numbers" in described["note"]
+    copy = tmp_path / "bundle"
+    shutil.copytree(nemostream.demo_bundle(), copy)
+    for bundle, demo in ((nemostream.demo_bundle(), True), (copy, False)):
+        here = service.Service(Settings(bundle=bundle, measure=False, chunks=[560]))
+        here.start()
+        try:
+            assert here.describe()["demo"] is demo and ("note" in here.describe()) is demo
+        finally:
+            here.close()
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_log_line_about_a_client_has_its_address(serve_process: Any, spoken: Any) -> None:
+    peer = {"X-Forwarded-For": "192.0.2.7"}
+    with serve_process("--no-measure", "--log-transcripts") as running:
+        with connect(f"{running.socket}/v1/stream", additional_headers=peer) as socket:
+            socket.send(spoken[0].pcm)
+            finish(socket)
+        with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream?chunk_ms=1", additional_headers=peer):
+            pass
+        assert running.get("/readyz", Host="evil.example", **peer)[0] == 403
+        with sockets.create_connection(("127.0.0.1", running.http)) as bare:
+            bare.sendall(b"nonsense\r\n\r\n")
+            bare.recv(100)
+    general = {"ready", "draining", "stopped", DEMO_NOTE}
+    found = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
+    assert found == {
+        "opened": "192.0.2.7", "said": "192.0.2.7", "closed": "192.0.2.7", "refused": "192.0.2.7",
+        "denied": "192.0.2.7", "Invalid HTTP request received.": "127.0.0.1",
+    }  # fmt: skip
+
+
+def test_a_wrong_key_is_counted_and_logged_on_every_interface(serve_process: Any) -> None:
+    with serve_process("--no-measure", "--api-keys", "k") as running:
+        assert running.get("/v1/models", Authorization="Bearer wrong")[0] == 401
+        for path in ("/v1/stream", "/v1/realtime"):
+            with pytest.raises(InvalidStatus), connect(running.socket + path):
+                pass
+        with pytest.raises(grpc.RpcError):
+            riva.client.ASRService(riva.client.Auth(uri=running.address)).offline_recognize(
+                b"", riva.client.RecognitionConfig()
+            )
+        lines = running.get("/metrics", Authorization="Bearer k")[1].splitlines()
+        assert 'nemostream_denied_total{reason="key"} 4.0' in lines
+    denied = [line for line in running.log if line["event"] == "denied"]
+    assert [(line["why"], line["peer"]) for line in denied] == [("key", "127.0.0.1")] * 4
 
 
 def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
@@ -330,11 +583,29 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
     ("arguments", "word"),
     [(["--port", "x"], "port"), (["--max-streams", "0"], "max_streams"), (["--sing"], "--sing"),
      (["--endpoint-ms", "60001"], "endpoint_ms"),
-     (["--config", "/nowhere.toml"], "/nowhere.toml"), (["--tls-cert", "/nowhere.pem"], "tls_key")],
+     (["--config", "/nowhere.toml"], "/nowhere.toml"), (["--tls-cert", "/nowhere.pem"], "tls_key"),
+     (["--log-format", "xml"], "log_format"), (["--trusted-proxies", "x"], "'x'"),
+     (["--trusted-proxies", "10.0.0.1/8"], "host bits"), (["--api-keys-file", "/nowhere"], "/nowhere"),
+     (["--api-keys-file", "/dev/null"], "no key"), (["--api-keys-file", "/"], "Is a directory")],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> None:
     with pytest.raises(OptionError, match=word):
         read_settings(arguments)
+
+
+def test_keys_from_a_file(tmp_path: Path, serve_here: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the app\n  first \n\nsch\u00f6n\r\n", encoding="utf-8-sig")
+    found = read_settings(["--api-keys-file", str(file), "--api-keys", "other,first"]).api_keys or []
+    assert [key.get_secret_value() for key in found] == ["other", "first", "sch\u00f6n"]
+    with serve_here(api_keys_file=file, measure=False) as running:
+        assert running.get("/v1/models")[0] == 401
+        assert running.get("/v1/models", Authorization="Bearer first")[0] == 200
+        assert running.get("/v1/models", Authorization="Bearer # of the app")[0] == 401
+    for content, why in ((b"# none\n\n", "no key"), (b"\xff\xfe", "not UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(OptionError, match=why):
+            read_settings(["--api-keys-file", str(file)])
 
 
 def test_every_option_is_documented_with_its_default() -> None:
