@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+import uuid
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -99,7 +100,10 @@ class TensorRT:
         if blob is None:
             raise BackendError(f"TensorRT {self.version} does not build {model.name}: {log.said()}")
         if cache is not None and timings:
-            timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+            # Replaced, not written into: it may be a link, and another process may read it.
+            draft = timings.with_name(f".{timings.name}-{uuid.uuid4().hex}")
+            draft.write_bytes(bytes(config.get_timing_cache().serialize()))
+            draft.replace(timings)
         return bytes(blob)
 
     def _capability(self, target: str) -> Any:

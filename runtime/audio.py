@@ -5,34 +5,39 @@ What the module does not know: chunks, streams, the model. N counts samples of o
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import shutil
-import stat
 import tempfile
-from collections.abc import AsyncIterable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
-import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from nemostream.errors import AudioError, OptionError
+from nemostream.errors import AudioError, OptionError, TruncatedAudioError
+from nemostream.runtime.containers import STREAMABLE, WavStream, container_of, undecided
+from nemostream.runtime.files import (
+    BLOCK,
+    CHANNELS,
+    LOUDEST,
+    RATES,
+    TOLERATED,
+    Floats,
+    Recording,
+    implausible,
+    truncated,
+)
+from nemostream.runtime.spool import Readable, is_file_content, spooled
 
-Floats = NDArray[np.float32]
-Source = str | Path | os.PathLike[str] | NDArray[Any] | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
+Content = bytes | bytearray | memoryview | Readable  # of an audio file
+Source = str | Path | os.PathLike[str] | NDArray[Any] | Content | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
 
-# Beyond these a rate is a mistake (kHz for Hz, samples for a rate), and soxr would make huge buffers of it.
-RATES = range(4_000, 768_001)
-_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
-CHANNELS = 64  # more is an array on its side
-BLOCK = 1 << 16  # samples of one channel handled at a time; bounds what a huge array or file costs beside itself
+_TYPES = {"pcm_s16le": "<i2", "pcm_f32le": "<f4"}  # of WAV samples that need no decoder
+_HEAD = 4096  # first samples of a stream that may be the bytes of a container
 
 
 class Intake:
@@ -43,12 +48,12 @@ class Intake:
     """
 
     def __init__(self, sample_rate: int, channels: int, model_rate: int) -> None:
-        if not RATES.start <= sample_rate < RATES.stop or sample_rate != int(sample_rate):
-            raise OptionError(f"sample_rate is {sample_rate}; it must be whole Hz from {RATES[0]} to {RATES[-1]}.")
-        if not 1 <= channels <= CHANNELS:
-            raise OptionError(f"channels is {channels}, not 1 to {CHANNELS}; arrays are [samples, channels].")
-        self.sample_rate, self.channels = int(sample_rate), channels
+        self.sample_rate = checked_rate(sample_rate)
+        if not _is_number(channels) or not 1 <= channels <= CHANNELS or channels != int(channels):
+            raise OptionError(f"channels is {channels!r}, not 1 to {CHANNELS}; arrays are [samples, channels].")
+        self.channels = int(channels)
         self.received = 0  # samples of one channel, at the input's rate
+        self._begin: dict[str, bytes] = {}  # first bytes, while they may be a container's
         self._resampler = None
         if self.sample_rate != model_rate:
             self._resampler = soxr.ResampleStream(self.sample_rate, model_rate, 1, dtype="float32", quality="HQ")
@@ -65,6 +70,8 @@ class Intake:
         may share memory with `pcm`.
         """
         self.check(pcm)
+        if not self.received or self._begin:
+            self._reject_container(pcm)
         self.received += len(pcm)
         return self._blocks(pcm)
 
@@ -99,10 +106,28 @@ class Intake:
         if pcm.dtype.kind == "f":
             for start in range(0, len(pcm), BLOCK):
                 # Checked as float32: what overflows it is as useless as inf.
-                finite = np.isfinite(_float32(pcm[start : start + BLOCK]))
-                if not finite.all():
-                    where = start + int(np.argmin(finite if finite.ndim == 1 else finite.all(axis=1)))
-                    raise AudioError(f"audio has NaN or infinity at sample {where} of this push; none of it was taken.")
+                block = _float32(pcm[start : start + BLOCK])
+                if fault := implausible(block):
+                    what, remedy = fault
+                    wrong = ~(np.abs(block) <= LOUDEST if what.startswith("the value") else np.isfinite(block))
+                    where = start + int(np.argmax(wrong if wrong.ndim == 1 else wrong.any(axis=1)))
+                    raise AudioError(f"audio has {what} at sample {where} of this push{remedy}; none of it was taken.")
+
+    def _reject_container(self, pcm: NDArray[np.generic]) -> None:
+        """Raise `AudioError` if the stream's first samples are the bytes of a file."""
+        first = pcm[:_HEAD]
+        views = {"as they are": first.tobytes()}
+        if first.dtype.kind == "f":  # int16 that became floats
+            for scale in (32768, 32767):
+                samples = np.rint(np.clip(_float32(first) * np.float32(scale), -32768, 32767))
+                views[f"times {scale}"] = samples.astype("<i2").tobytes()
+        begin = {way: (self._begin.get(way, b"") + data)[:_HEAD] for way, data in views.items()}
+        if name := next(filter(None, map(container_of, begin.values())), None):
+            raise AudioError(
+                f"the audio is the bytes of a {name} file, not samples; give its path, or decode it first "
+                "(soundfile.read, or ffmpeg -i FILE -f s16le -ac 1 -ar 16000 -)."
+            )
+        self._begin = {way: data for way, data in begin.items() if undecided(data)}
 
     def _blocks(self, frames: NDArray[np.generic]) -> Iterator[Floats]:
         for start in range(0, len(frames), BLOCK):
@@ -122,166 +147,15 @@ def _float32(pcm: NDArray[np.generic]) -> Floats:
     return samples
 
 
-class Recording:
-    """An audio file, read in blocks of bounded size. A context manager.
-
-    `channel`, from 1, reads only that one of several. A pipe (a FIFO, /dev/stdin, <(...)) is copied to a temporary file
-    first, to its end, because containers are read at more than one place. Raises `AudioError` if the file is missing,
-    may not be read, is not audio, cut short, empty, lacks the channel or holds NaN; some of it may show only while
-    reading. The error names the file: as `name`, where its path is not what the user knows it by.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], name: str | None = None, channel: int | None = None) -> None:
-        self._name = name or str(path)
-        self._copy = _copy_of_pipe(path, self._name)
-        self.path = Path(self._copy.name if self._copy else path)
-        self._channel = channel
-        self._mixed_energy = self._channel_energy = 0.0
-        try:
-            self._open()
-        except BaseException:
-            self._delete_copy()
-            raise
-
-    def _open(self) -> None:
-        try:
-            # As bytes where paths are bytes: a name need not be text.
-            self._file = soundfile.SoundFile(str(self.path) if os.name == "nt" else os.fsencode(self.path))
-        except TypeError as error:  # soundfile takes .raw for headerless audio and asks for its rate
-            raise AudioError(f"{self._name} has no header; feed raw 16-bit PCM through a pipe instead.") from error
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise AudioError(
-                f"{self._name} cannot be read as audio (damaged, not audio at all, or neither WAV, FLAC, Ogg nor MP3, "
-                f"which ffmpeg -i RECORDING talk.flac would mend): {_why(error)}"
-            ) from error
-        self.sample_rate: int = self._file.samplerate
-        self.channels: int = self._file.channels
-        if self._channel is not None:
-            if not 1 <= self._channel <= self.channels:
-                count = self.channels
-                self._file.close()
-                raise AudioError(f"{self._name} has {count} channel(s); there is no channel {self._channel}.")
-            self.channels = 1
-        self._promised: int = self._file.frames
-        self._log: str = self._file.extra_info
-        try:
-            self._check_header()
-        except AudioError:
-            self._file.close()
-            raise
-
-    @property
-    def duration(self) -> float:
-        """Seconds the header promises."""
-        return self._promised / self.sample_rate
-
-    @property
-    def cancels(self) -> bool:
-        """Whether the channels read so far cancel out when they are mixed to one, as those in opposite phase do.
-
-        The mix of C unrelated channels has 1/C of their mean energy; this is less than a tenth of that.
-        """
-        audible = self._channel_energy > 1e-12
-        return audible and self._mixed_energy * self.channels < 0.1 * self._channel_energy
-
-    def __fspath__(self) -> str:
-        return os.fspath(self.path)
-
-    def __enter__(self) -> Recording:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._delete_copy()
-
-    def _delete_copy(self) -> None:
-        if self._copy is not None:
-            self._copy.close()
-
-    def blocks(self) -> Generator[Floats]:
-        """Yield all of it as [n, channels], n > 0."""
-        read = 0
-        while True:
-            try:
-                block = self._file.read(BLOCK, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
-                where = f"{read / self.sample_rate:.2f} s"
-                raise AudioError(f"{self._name} is damaged or cut short after {where}; copy it again.") from error
-            if not len(block):
-                break
-            if self._channel is not None:
-                block = block[:, self._channel - 1 : self._channel]
-            if not np.isfinite(block).all():
-                raise AudioError(f"{self._name} holds NaN or infinity near {read / self.sample_rate:.2f} s.")
-            if self.channels > 1:
-                mixed = block.mean(axis=1)
-                self._mixed_energy += float(mixed @ mixed)
-                self._channel_energy += float(np.vdot(block, block)) / self.channels
-            read += len(block)
-            yield block
-        if read < self._promised and not (self._file.format == "MP3" and not _mp3_knows_its_length(self.path)):
-            self._cut_short(self._promised / self.sample_rate, read / self.sample_rate)
-        # Ogg promises no length: without its end-of-stream mark it is cut if it stops within a page, and a live rip if
-        # not. libsndfile says this at opening (Vorbis) or while reading (Opus), and keeps only the newer lines.
-        log = self._log + self._file.extra_info
-        if "Junk after the last page" in log and "end-of-stream" in log.lower():
-            self._cut_short(0.0, read / self.sample_rate)
-        if not read:
-            raise AudioError(f"{self._name} holds no audio.")
-
-    def _check_header(self) -> None:
-        if self.sample_rate not in RATES:
-            raise AudioError(f"{self._name} has a sample rate of {self.sample_rate} Hz; {RATES[0]} is the least.")
-        # Where the file's size shows that audio is missing, libsndfile corrects `frames` and says so in its log only.
-        for claimed, found in _SHORT.findall(self._log):
-            # Writers into a pipe cannot know the size and claim the most there is (sox, ffmpeg): no promise.
-            if int(found) < int(claimed) < 0x7FFFF000:
-                self._cut_short(self.duration * int(claimed) / max(int(found), 1), self.duration)
-
-    def _cut_short(self, promised: float, found: float) -> None:
-        claim = f"of the {promised:.2f} s its header promises" if promised else "of a longer recording"
-        raise AudioError(f"{self._name} is cut short: {found:.2f} s {claim} are there; copy it again.")
+def checked_rate(sample_rate: object) -> int:
+    """Raise `OptionError` if this is no rate that a stream can have."""
+    if not _is_number(sample_rate) or not RATES.start <= sample_rate < RATES.stop or sample_rate != int(sample_rate):
+        raise OptionError(f"sample_rate is {sample_rate!r}; it must be whole Hz from {RATES[0]} to {RATES[-1]}.")
+    return int(sample_rate)
 
 
-def _copy_of_pipe(path: str | os.PathLike[str], name: str) -> tempfile._TemporaryFileWrapper[bytes] | None:
-    """A temporary file with all that comes through a pipe; None for a file. Raises `AudioError`."""
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise AudioError(f"{name} is a folder, not an audio file.")
-        if stat.S_ISREG(mode):
-            with open(path, "rb"):  # libsndfile does not tell why it cannot
-                return None
-        if not stat.S_ISFIFO(mode):
-            raise AudioError(f"{name} is a device or a socket; give an audio file or a pipe.")
-        with open(path, "rb") as pipe, contextlib.ExitStack() as stack:
-            copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="nemostream-"))
-            shutil.copyfileobj(pipe, copy)
-            copy.flush()
-            if not copy.tell():
-                raise AudioError(f"{name} is a pipe that nothing came through.")
-            stack.pop_all()  # the caller's now
-        return copy
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise AudioError(f"{name} does not exist.") from error
-    except (OSError, ValueError) as error:  # a name that the system cannot take is a ValueError
-        if isinstance(error, AudioError):
-            raise
-        raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-
-
-def _mp3_knows_its_length(path: Path) -> bool:
-    """Whether an MP3 carries the frame count (a Xing or Info tag); without, its length is an estimate."""
-    with path.open("rb") as file:
-        head = file.read(10)
-        tag = 0
-        if head[:3] == b"ID3":
-            tag = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
-        file.seek(tag)
-        frame = file.read(200)
-    return b"Xing" in frame or b"Info" in frame
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -296,18 +170,28 @@ class Sound:
 
 @contextmanager
 def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
-    """What a source gives; `sample_rate` and `channels` are those of one that does not know its own."""
+    """What a source gives; `sample_rate` and `channels` are those of one that does not know its own.
+
+    Leaving it raises `TruncatedAudioError` if all of a file was read and its header promises more.
+    """
     if isinstance(source, np.ndarray):
         if not source.size:
             raise AudioError("the audio is empty.")
+        if source.ndim not in (1, 2):
+            raise AudioError(f"an array of shape {list(source.shape)} is no audio; it must be [N] or [N, channels].")
+        rate = checked_rate(sample_rate)
         channels = source.shape[1] if source.ndim == 2 else 1
         blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
-        yield Sound(sample_rate, channels, blocks, len(source) / max(sample_rate, 1))
+        yield Sound(rate, channels, blocks, len(source) / rate)
     elif isinstance(source, Recording):  # the caller's
-        yield Sound(source.sample_rate, source.channels, source.blocks(), source.duration)
+        with truncation_last(source.blocks()) as there:
+            yield Sound(source.sample_rate, source.channels, there, source.duration)
+    elif isinstance(source, bytes | bytearray | memoryview) or is_file_content(source):
+        with spooled(source) as (path, name), Recording(path, name) as file, truncation_last(file.blocks()) as there:
+            yield Sound(file.sample_rate, file.channels, there, file.duration)
     elif isinstance(source, str | os.PathLike):
-        with Recording(source) as file:
-            yield Sound(file.sample_rate, file.channels, file.blocks(), file.duration)
+        with Recording(source) as file, truncation_last(file.blocks()) as there:
+            yield Sound(file.sample_rate, file.channels, there, file.duration)
     elif isinstance(source, Iterable):
         yield Sound(sample_rate, channels, source)
     elif isinstance(source, AsyncIterable):
@@ -316,21 +200,72 @@ def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
         raise AudioError(f"a source is a path, a numpy array, or gives arrays; {type(source).__name__} is none.")
 
 
-def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16]]:
-    """Yield [n, channels] of raw little-endian 16-bit PCM as it arrives on a binary stream (`sys.stdin.buffer`).
+@contextmanager
+def piped(stream: BinaryIO, sample_rate: int, channels: int = 1) -> Iterator[Sound]:
+    """What arrives on a binary stream (`sys.stdin.buffer`): raw 16-bit PCM at `sample_rate`, or a file.
 
-    Raises `AudioError` if it is empty or ends in the middle of a sample.
+    Raw PCM and simple WAV files are processed as they arrive; other files are first read to their end, into a temporary
+    file without a name. Raises `AudioError` if it is empty or cannot be read; leaving it raises as `opened` does.
     """
-    width = 2 * channels
     read = getattr(stream, "read1", stream.read)  # what is there now, instead of waiting for a full block
+    begin = _beginning(read)
+    container = container_of(begin)
+    if container is None:
+        yield Sound(sample_rate, channels, _pcm16(begin, read, channels))
+        return
+    if container == "WAV":
+        wav, samples = WavStream(), b""
+        with suppress(AudioError):  # a header that cannot be streamed: the file is read to its end
+            data = begin
+            while data and not wav.header:
+                samples = wav.push(data)
+                data = b"" if wav.header else read(BLOCK)
+                begin += data
+        if (header := wav.header) and header.order == "<" and STREAMABLE.get((header.tag, header.bits)) in _TYPES:
+            with truncation_last(_wav_samples(wav, samples, read)) as blocks:
+                yield Sound(header.sample_rate, header.channels, blocks)
+            return
+    with tempfile.TemporaryFile(prefix="nemostream-") as file:
+        file.write(begin)
+        while data := read(BLOCK):
+            file.write(data)
+        file.flush()
+        with Recording(file, "standard input") as recording, truncation_last(recording.blocks()) as blocks:
+            yield Sound(recording.sample_rate, recording.channels, blocks, recording.duration)
+
+
+def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16]]:
+    """Yield [n, channels] of raw little-endian 16-bit PCM as it arrives on a binary stream.
+
+    Raises `AudioError` if it is empty, ends in the middle of a sample or begins with a container (use `piped`).
+    """
+    read = getattr(stream, "read1", stream.read)
+    begin = _beginning(read)
+    if container := container_of(begin):
+        raise AudioError(f"the stream is a {container} file, not raw 16-bit PCM; decode it first.")
+    yield from _pcm16(begin, read, channels)
+
+
+def _beginning(read: Callable[[int], bytes]) -> bytes:
+    """As many bytes as it takes to see whether a container begins."""
+    begin = b""
+    while undecided(begin) and (data := read(2 * BLOCK)):
+        begin += data
+    return begin
+
+
+def _pcm16(data: bytes, read: Callable[[int], bytes], channels: int) -> Iterator[NDArray[np.int16]]:
+    """Yield the samples of `data` and of all that is read."""
+    width = 2 * channels
     rest, empty = b"", True
-    while data := read(BLOCK * 2):
+    while data:
         data = rest + data
         whole = len(data) - len(data) % width
         rest = data[whole:]
         if whole:
             empty = False
             yield np.frombuffer(data[:whole], "<i2").astype(np.int16, copy=False).reshape(-1, channels)
+        data = read(2 * BLOCK)
     if rest:
         raise AudioError(
             f"raw PCM ended in the middle of a sample: {len(rest)} byte(s) left over, {width} make one; "
@@ -340,6 +275,40 @@ def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16
         raise AudioError("no raw PCM came: the stream is empty.")
 
 
-def _why(error: Exception) -> str:
-    """libsndfile's own words, without the path that soundfile puts before them."""
-    return str(getattr(error, "error_string", error))
+def _wav_samples(wav: WavStream, samples: bytes, read: Callable[[int], bytes]) -> Iterator[NDArray[Any]]:
+    """Yield the samples of a WAV file as they arrive, `samples` first. Raises `TruncatedAudioError` at the end."""
+    header = wav.header
+    assert header is not None
+    type_ = np.dtype(_TYPES[header.encoding])
+    width, seconds = type_.itemsize * header.channels, 0.0
+    more = True
+    while more:
+        whole = len(samples) - len(samples) % width
+        if whole:
+            block = np.frombuffer(samples[:whole], type_).reshape(-1, header.channels)
+            seconds += len(block) / header.sample_rate
+            yield block
+        data = read(2 * BLOCK)
+        more = bool(data)
+        samples = samples[whole:] + wav.push(data)
+    if not seconds:
+        raise AudioError("the WAV file on standard input holds no audio.")
+    if wav.missing > TOLERATED:
+        raise truncated("standard input", wav.missing, seconds)
+
+
+@contextmanager
+def truncation_last(blocks: Iterator[NDArray[Any]]) -> Iterator[Iterator[NDArray[Any]]]:
+    """Give all blocks, and raise the `TruncatedAudioError` at their end when the caller is done with them."""
+    errors: list[TruncatedAudioError] = []
+
+    def there() -> Generator[NDArray[Any]]:
+        try:
+            yield from blocks
+        except TruncatedAudioError as error:
+            errors.append(error)
+
+    with closing(there()) as given:
+        yield given
+    if errors:
+        raise errors[0]

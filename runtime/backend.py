@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -107,8 +108,10 @@ class Backend(Protocol):
 
 
 def at_least_one(**options: int | None) -> None:
-    """Raise `OptionError` naming the first option below 1; None is one that was left out."""
+    """Raise `OptionError` naming the first option that is no whole number of at least 1; None is one left out."""
     for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise OptionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; it must be at least 1.")
 

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
-from nemostream.plans import cache_folder
+from nemostream.plans import cache_folder, check_private, make_private
 from nemostream.runtime import kernels as sources
+from nemostream.validation import MIB, read_regular
 
 _OLDEST_CORE = (1, 2)
 # What other threads do with the GPU, and cuda.core itself while it adds a loop, would end a stricter recording.
@@ -256,9 +257,10 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
     text = _source()
     key = hashlib.sha256("\0".join([text, kind, repr(release), *options]).encode()).hexdigest()[:32]
     cached = cache_folder("kernels") / f"{key}.{kind}"
+    check_private(cached.parent)  # what is read from it runs on the device
     try:
-        return cached.read_bytes()
-    except OSError:
+        return read_regular(cached, 64 * MIB)
+    except (OSError, ValueError):
         pass
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), b"nemostream.cu", 0, None, None)
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -285,9 +287,9 @@ def _source() -> str:
 def _keep(path: Path, image: bytes) -> None:
     """Another process may write the same at once; a folder that cannot be written costs a second each time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(image)
         os.replace(file.name, path)
-    except OSError:
+    except (OSError, BackendError):
         pass

@@ -6,19 +6,24 @@ What the module does not know: which backend, batches, asyncio.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.errors import StreamError
-from nemostream.runtime.audio import Intake
+from nemostream.errors import OptionError, StreamError
+from nemostream.runtime.audio import BLOCK, Intake
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
-from nemostream.runtime.endpoint import Endpoint, Endpointer
-from nemostream.runtime.resume import Digest, Keeper, Saved
+from nemostream.runtime.endpoint import Endpoint, Endpointer, RepetitionGuard
+from nemostream.runtime.resume import Digest, Keeper, Part, Saved
 from nemostream.runtime.seat import Heard
+from nemostream.runtime.silence import SilenceSplitter
 from nemostream.runtime.stream import Stream
 from nemostream.runtime.tokenizer import Detokenizer
 from nemostream.runtime.utterance import Event, Utterances
@@ -27,25 +32,63 @@ from nemostream.runtime.words import Result, Token
 if TYPE_CHECKING:
     from nemostream.runtime.recognizer import Model
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
 
 
-class Part(Protocol):
-    """Something that can be saved."""
-
-    def save(self) -> dict[str, NDArray[Any]]: ...
-
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None: ...
-
-
 class Options(TypedDict, total=False):
-    """How a stream is to be recognised; every one may be left out."""
+    """
+    chunk_ms: chunk size in milliseconds (default: the model's).
+    endpoint: an `Endpoint`, the rule by which utterances end (default: never by themselves; of `listen`: `Endpoint()`).
+    phrases: a list of phrases to boost, or a mapping of phrases to weights.
+    confidence: a `Confidence`, the measure of confidence (default: the model's).
+    vad: whether chunks without speech are passed over; needs the `vad` extra (default: False).
+    """
 
-    chunk_ms: int | None  # chunk size; the model's default
-    endpoint: Endpoint | None  # when utterances end; default: never by themselves
-    phrases: Mapping[str, float] | Sequence[str] | Boosting | None  # to boost, with weights or all with 1, or compiled
-    confidence: Confidence | None  # measure of confidence; the model's default
-    vad: bool  # whether chunks without speech are passed over; needs the `vad` extra
+    chunk_ms: int | None
+    endpoint: Endpoint | None
+    phrases: Mapping[str, float] | Sequence[str] | Boosting | None
+    confidence: Confidence | None
+    vad: bool
+
+
+_OPTIONS: dict[str, Any] = dict.fromkeys(Options.__annotations__) | {"vad": False}
+
+
+def with_options(method: Callable[P, T]) -> Callable[P, T]:
+    """Give a method that takes `**options: Unpack[Options]` their names in its signature and in its documentation.
+
+    An unknown option raises a `TypeError` that lists those there are, before anything is done; a number that is none
+    raises an `OptionError`.
+    """
+    signature = inspect.signature(method)
+    parameters = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_OPTIONS[name], annotation=annotation)
+        for name, annotation in Options.__annotations__.items()
+    ]
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    names = {one.name for one in parameters}
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(f"{method.__name__}() has no option {name!r}; its options are {', '.join(known)}.")
+        for name in ("sample_rate", "channels"):
+            value: object = kwargs.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise OptionError(f"{name} is {value!r}; it must be a number, not {type(value).__name__}.")
+        for name, kind in (("endpoint", Endpoint), ("confidence", Confidence)):
+            if not isinstance(value := kwargs.get(name), kind | None):
+                raise OptionError(f"{name} is {value!r}; it must be nemostream.{kind.__name__}(...) or None.")
+        return method(*args, **kwargs)
+
+    checked.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    checked.__doc__ = f"{inspect.getdoc(method)}\n\nOptions:\n\n{inspect.cleandoc(Options.__doc__ or '')}"
+    return checked
 
 
 class Recognition:
@@ -70,6 +113,7 @@ class Recognition:
         keeper: Keeper | None = None,
         patient: bool = False,
     ) -> None:
+        model._scheduler.check_process()
         manifest, tokenizer = model.manifest, model._tokenizer
         chunk = manifest.chunk(model.chunk_ms if chunk_ms is None else chunk_ms)
         sure = confidence or model.confidence
@@ -90,19 +134,21 @@ class Recognition:
         self.chunk_ms = chunk.ms  # of the last of them
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=sure.aggregation)
         self._gate = model._gate() if vad else None
-        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins) if endpoint else None
+        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins, tokenizer.closes) if endpoint else None
+        self._guard = RepetitionGuard(manifest)
+        self._silence = SilenceSplitter(self.intake.sample_rate)
         stream = Stream(manifest, chunk, self._gate)
         self._keeper, self._digest = keeper, Digest()
         self._saved = keeper.load() if keeper else None  # until the audio that it was saved of was fed again
-        if self._saved:
-            for name, part in self._parts(stream).items():
-                part.load(self._saved.parts[name])
-            self._reach = stream.reach
         boosting = phrases if phrases is None or isinstance(phrases, Boosting) else Boosting.of(phrases, tokenizer)
+        if keeper and self._saved:
+            nodes = len(boosting.fail) if boosting else 1
+            keeper.restore(self._saved, self._parts(stream), manifest.decoder.vocabulary, nodes)
+            self._reach = stream.reach
         slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
         self._seat = self._scheduler.open(
-            stream, listener, patient, endpointer=self._endpointer, phrases=boosting, saved=slot
+            stream, listener, patient, endpointer=self._endpointer, guard=self._guard, phrases=boosting, saved=slot
         )
         self._remember(len(stream.hypothesis.tokens))
 
@@ -110,10 +156,17 @@ class Recognition:
 
     def feed(self, pcm: Pcm) -> None:
         """Hand audio to the scheduler. Raises `AudioError` before, and `StreamError` after the end of the stream."""
+        self._scheduler.check_process()  # first: the VAD's threads are missing in a forked child too
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
-        for block in self.intake.push(pcm):
-            self._accept(block)
+        self.intake.check(pcm)  # all of it, before any is taken
+        for begin in range(0, max(len(pcm), 1), BLOCK):
+            for part, silent in self._silence.split(pcm[begin : begin + BLOCK]):
+                if silent:
+                    self._pass_over(len(part))
+                    continue
+                for block in self.intake.push(part):
+                    self._accept(block)
 
     def use(self, chunk_ms: int) -> None:
         """Go on in chunks of another size. Raises `OptionError` if the model was not trained for it."""
@@ -121,13 +174,16 @@ class Recognition:
 
     def cut(self) -> None:
         """End the utterance here."""
+        self._scheduler.check_process()
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
         self._accept(self.intake.cut())
+        self._silence.restart()
         self._scheduler.cut(self._seat)
 
     def end(self) -> None:
         """No more audio. Does nothing the second time."""
+        self._scheduler.check_process()
         if self._ended:
             return
         self._ended = True
@@ -137,7 +193,8 @@ class Recognition:
     def _parts(self, stream: Stream) -> dict[str, Part]:
         """What is saved of a stream, but for its slot."""
         parts: dict[str, Part | None] = {
-            "stream": stream, "said": stream.hypothesis, "endpoint": self._endpointer, "gate": self._gate
+            "stream": stream, "said": stream.hypothesis, "guard": self._guard, "endpoint": self._endpointer,
+            "gate": self._gate,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part}
 
@@ -169,6 +226,19 @@ class Recognition:
         if self._gate:
             self._gate.hear(block)  # here and not at the scheduler, where others would wait for it
         self._scheduler.accept(self._seat, block)
+
+    def _pass_over(self, samples: int) -> None:
+        """Take in digital silence of so many samples of the input, which is not run (`runtime/silence.py`)."""
+        self._accept(self.intake.cut())
+        rate = self.intake.sample_rate
+        before, self.intake.received = self.intake.received, self.intake.received + samples
+        count = self.intake.received * self._rate // rate - before * self._rate // rate
+        silence = np.zeros(count, np.float32)
+        if self._heard_before(silence):
+            return
+        if self._gate:
+            self._gate.hear(silence)
+        self._scheduler.pass_over(self._seat, count)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
@@ -231,11 +301,14 @@ class Recognition:
     def events(self) -> list[Event]:
         """What became known since the last call; the stream's last event, once every step of it is in."""
         self._take_in()
+        over = self._ended and self.settled()
+        if over:
+            self._clip(len(self._tokens), self.intake.seconds)
         events: list[Event] = []
         while self._untold:
             heard = self._next()
             events += self._utterances.step(self._tokens, heard.count, heard.ends, self.intake.seconds, self.chunk_ms)
-        if self._ended and not self._over and self.settled():
+        if over and not self._over:
             self._over = True
             at = self._seat.stream.samples
             events += self._utterances.finish(self._tokens, at, self.intake.seconds, self.chunk_ms)
@@ -245,8 +318,10 @@ class Recognition:
         """The final result, once every step is in."""
         if not self._last.final:
             self._take_in()
+            self._clip(len(self._tokens), self.intake.seconds)
             text = self._tokenizer.decode([token.id for token in self._tokens])
-            self._last = dataclasses.replace(self._result(text, len(self._tokens), *self._newest()), final=True)
+            newest = self._result(text, len(self._tokens), *self._newest())
+            self._last = dataclasses.replace(newest, tokens=tuple(self._tokens), final=True)
         return self._last
 
     def drop(self) -> None:
@@ -290,6 +365,15 @@ class Recognition:
             return
         self._untold += heard
         self._remember(heard[-1].count)
+        for one in heard:
+            if one.piece.kind == "cut":
+                self._clip(one.count, one.piece.reach / self._rate)
+
+    def _clip(self, count: int, end: float) -> None:
+        """A recording ends there, with the first `count` tokens. Its last frames reach beyond it; tokens must not."""
+        while count and self._tokens[count - 1].end > end:
+            count -= 1
+            self._tokens[count] = dataclasses.replace(self._tokens[count], end=end)
 
     def _remember(self, count: int) -> None:
         """Make tokens of the first `count` of the hypothesis."""

@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from nemostream.errors import AudioError, NemostreamError, OptionError
-from nemostream.runtime.audio import Sound, Source, opened
+from nemostream.errors import AudioError, NemostreamError, OptionError, TruncatedAudioError
+from nemostream.runtime.audio import Content, Sound, Source, opened
 from nemostream.runtime.backend import Backend, at_least_one
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.confidence import Confidence
 from nemostream.runtime.endpoint import Endpoint
 from nemostream.runtime.live import LiveStream
-from nemostream.runtime.recognition import Options, Pcm, Recognition
+from nemostream.runtime.recognition import Options, Pcm, Recognition, with_options
 from nemostream.runtime.recording import BACKLOG, Progress, recognise
 from nemostream.runtime.resume import Keeper
 from nemostream.runtime.scheduler import Scheduler
+from nemostream.runtime.spool import is_file_content
 from nemostream.runtime.tokenizer import Tokenizer
 from nemostream.runtime.utterance import Event
 from nemostream.runtime.words import Result
@@ -72,6 +73,7 @@ class Model:
         # Where `submit` is the step itself, overlap would hold each result back by a whole step and hide nothing.
         self._scheduler = Scheduler(self.manifest, backend, overlap=backend.asynchronous)
 
+    @with_options
     def stream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> LiveStream:
         """A live stream of audio pushed at `sample_rate`.
 
@@ -79,27 +81,32 @@ class Model:
         """
         return LiveStream(Recognition(self, sample_rate, channels, **options))
 
+    @with_options
     def astream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> AsyncLiveStream:
         """`stream` for asyncio: no thread per stream, `push` and `finish` are awaited."""
         from nemostream.runtime.aio import AsyncLiveStream  # asyncio only for those who use it
 
         return AsyncLiveStream(lambda listener: Recognition(self, sample_rate, channels, listener, **options))
 
+    @with_options
     def listen(
         self, source: Source, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
     ) -> Listening:
         """The events of a source, to be iterated over once, with `for` or with `async for`.
 
-        A source is a file, an array, or anything that gives arrays, asynchronously too (then with `async for` only).
+        A source is a file (as in `transcribe`), an array, or anything that gives arrays, asynchronously too (then with
+        `async for` only).
         `sample_rate` and `channels` are those of what it gives; a file knows its own. Utterances end by `Endpoint()`
         unless `endpoint` says otherwise. Iterating raises what `transcribe` raises; leaving it closes the stream.
         """
+        _check_shape(source)
         options.setdefault("endpoint", Endpoint())
         return Listening(self, source, sample_rate, channels, options)
 
+    @with_options
     def transcribe(
         self,
-        source: str | Path | Pcm,
+        source: str | Path | Pcm | Content,
         *,
         sample_rate: int = 16000,
         on_partial: Callable[[Result], None] | None = None,
@@ -110,20 +117,23 @@ class Model:
     ) -> Result:
         """The text of a recording: a file, or an array [N] or [N, channels] at `sample_rate` (a file knows its own).
 
-        Reads a file block by block, so its length does not matter. `on_partial` hears of every step, `on_progress` of
-        the seconds decoded so far (a float that guesses what is left); both on this thread. Calls from several threads
-        share batches.
+        A file is its path, its content as bytes, or a binary file object, which is read from its current position to
+        its end, need not be seekable and stays open. A path is read block by block, so its length does not matter.
+        `on_partial` is called with every step's result, `on_progress` with the seconds decoded so far (a float that
+        estimates what is left), both on this thread. Calls from several threads share batches.
 
         With `resume`, a file, the state is saved there every half a minute, and a call with the same file goes on from
         it to the same result, to the bit; it is deleted at the end, unless `keep_state` leaves that to the caller, who
         may want to see the result safe first. Raises `AudioError` for audio that cannot be read
-        or is empty, `OptionError` for a state of another recording, model or options, and what `stream` raises.
+        or is empty, `TruncatedAudioError` with a `result` for a WAV file that ends early, `OptionError` for a state of
+        another recording, model or options, and what `stream` raises.
         """
         return self._transcribe(source, sample_rate, options, on_partial, on_progress, resume, keep_state)
 
+    @with_options
     def transcribe_many(
         self,
-        sources: Iterable[str | Path | Pcm],
+        sources: Iterable[str | Path | Pcm | Content],
         *,
         sample_rate: int = 16000,
         together: int = 16,
@@ -150,7 +160,7 @@ class Model:
 
     def _transcribe(
         self,
-        source: str | Path | Pcm,
+        source: str | Path | Pcm | Content,
         sample_rate: int,
         options: Options,
         on_partial: Callable[[Result], None] | None = None,
@@ -160,23 +170,34 @@ class Model:
         left: Flag | None = None,
     ) -> Result:
         """`left`, one of many recordings has: it waits for a slot, and gives up when it is set."""
-        if not isinstance(source, np.ndarray | str | os.PathLike):
-            raise AudioError(f"transcribe takes a path or a numpy array, not {type(source).__name__}.")
-        with opened(source, sample_rate, 1) as sound:
-            keeper = None if resume is None else Keeper(resume, self._about(sound, options))
-            recognition = Recognition(
-                self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
+        if not (isinstance(source, np.ndarray | str | os.PathLike) or is_file_content(source)):
+            raise AudioError(
+                f"transcribe takes a path or a numpy array, not {type(source).__name__}; of an audio file "
+                "also its bytes or a binary file object."
             )
-            with closing(recognition):
-                if isinstance(source, np.ndarray):
-                    recognition.intake.check(source)  # all of it, so that an error says where
-                blocks = (
-                    sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
+        _check_shape(source)
+        if not isinstance(resume, str | os.PathLike | None):
+            raise OptionError(f"resume is {resume!r}; it must be the path of a file.")
+        result = None
+        try:
+            with opened(source, sample_rate, 1) as sound:
+                keeper = None if resume is None else Keeper(resume, self._about(sound, options))
+                recognition = Recognition(
+                    self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
                 )
-                result = recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
-            if keeper and not keep_state:
-                keeper.done()
-            return result
+                with closing(recognition):
+                    if isinstance(source, np.ndarray):
+                        recognition.intake.check(source)  # all of it, so that an error says where
+                    blocks = (
+                        sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
+                    )
+                    result = recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
+                if keeper and not keep_state:
+                    keeper.done()
+                return result
+        except TruncatedAudioError as error:  # raised when all of the file was decoded
+            error.result = result
+            raise
 
     def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str]) -> Boosting:
         """Phrases as any number of streams can take them (option `phrases`). Raises `OptionError` as `stream` does."""
@@ -234,6 +255,11 @@ class Model:
         self.close()
 
 
+def _check_shape(source: object) -> None:
+    if isinstance(source, np.ndarray) and not source.ndim:
+        raise AudioError("the audio is one number, an array of no dimension; it must be [N] or [N, channels].")
+
+
 def _outcome(job: Future[Result]) -> Result | NemostreamError:
     try:
         return job.result()
@@ -251,7 +277,8 @@ class Listening:
     def __iter__(self) -> Iterator[Event]:
         source, options = self._source, self._options
         # Of a whole recording the next block is read while the model works.
-        backlog = BACKLOG if isinstance(source, np.ndarray | str | os.PathLike) else 0
+        whole = isinstance(source, np.ndarray | str | os.PathLike) or is_file_content(source)
+        backlog = BACKLOG if whole else 0
         with (
             opened(source, self._sample_rate, self._channels) as sound,
             closing(Recognition(self._model, sound.sample_rate, sound.channels, **options)) as recognition,

@@ -5,8 +5,9 @@ chunk size can starve another. A stream with more audio waiting queues again beh
 
 With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
 device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Only
-where a result may change the state (a decoder that forgets at an utterance's end) does the stream wait for it. Without
-overlap (the plain twin, and better where `submit` itself does the work) each step's results are handled at once.
+where a result may change the state (a decoder that is reset at an utterance's end or in a repetition loop) does the
+stream wait for it. Without overlap (the plain twin, and better where `submit` itself does the work) each step's results
+are handled at once.
 
 What the module does not know: which backend, text, sample rates, asyncio.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -38,6 +40,7 @@ class Scheduler:
 
     def __init__(self, manifest: Manifest, backend: Backend, overlap: bool = True) -> None:
         self._manifest, self._backend, self._overlap = manifest, backend, overlap
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
         self._room = threading.Condition(self._lock)  # what those wait on who want a slot
@@ -56,6 +59,14 @@ class Scheduler:
 
     # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
 
+    def check_process(self) -> None:
+        """Raise `BackendError` in a forked child: threads are not copied, and a lock may have been held."""
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"the model was loaded in process {self._process} and does not work in this one, a fork of it; "
+                "load the model in the child process."
+            )
+
     def open(
         self, stream: Stream, listener: Callable[[], None] | None = None, patient: bool = False, **about: Any
     ) -> Seat:
@@ -64,6 +75,7 @@ class Scheduler:
         `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
         if every slot is taken and `StreamError` after `close`.
         """
+        self.check_process()
         with self._lock:
             while patient and not (self._free or self._closed):
                 self._room.wait()
@@ -83,14 +95,24 @@ class Scheduler:
 
     def accept(self, seat: Seat, samples_N: Floats) -> None:
         """Append audio to a stream (mono, at the model's rate). Raises what the stream died of."""
+        self.check_process()
         with self._lock:
             if seat.error:
                 raise _again(seat.error)
             seat.stream.accept(samples_N)
             self._queue(seat)
 
+    def pass_over(self, seat: Seat, samples: int) -> None:
+        """Append digital silence that is not run (`Stream.pass_over`). Raises what the stream died of."""
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.pass_over(samples)
+            self._queue(seat)
+
     def end(self, seat: Seat) -> None:
         """No more audio comes. The slot is given back by itself when the last frame is out."""
+        self.check_process()
         with self._lock:
             if seat.error:
                 raise _again(seat.error)
@@ -100,6 +122,7 @@ class Scheduler:
 
     def cut(self, seat: Seat) -> None:
         """End the utterance: what was accepted is decoded, what follows is a stream of its own in the same slot."""
+        self.check_process()
         with self._lock:
             if seat.error:
                 raise _again(seat.error)
@@ -108,22 +131,26 @@ class Scheduler:
 
     def settled(self, seat: Seat, backlog: int = 0) -> bool:
         """Whether all but `backlog` pieces of a stream are done. Raises what the stream died of."""
+        self.check_process()
         with self._lock:
             return self._settled(seat, backlog)
 
     def wait(self, seat: Seat, backlog: int = 0) -> None:
         """Block until `settled`."""
+        self.check_process()
         with self._lock:
             while not self._settled(seat, backlog):
                 seat.progress.wait()
 
     def use(self, seat: Seat, chunk: Chunk) -> None:
         """Run a stream in chunks of another size from its next one on; the state at the backend serves every size."""
+        self.check_process()
         with self._lock:
             seat.stream.use(chunk)
 
     def collect(self, seat: Seat) -> list[Heard]:
         """What was done of a stream since the last call, in order."""
+        self.check_process()
         with self._lock:
             heard = list(seat.heard)
             seat.heard.clear()
@@ -131,6 +158,7 @@ class Scheduler:
 
     def call(self, act: Callable[[Backend], T]) -> T:
         """Have the scheduler's thread do something with the backend, between two steps; blocks. Raises what it does."""
+        self.check_process()
         call = Call(act)
         with self._lock:
             if self._closed:
@@ -144,6 +172,8 @@ class Scheduler:
 
     def leave(self, seat: Seat) -> None:
         """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
+        if os.getpid() != self._process:  # nothing here is this process's to give back
+            return
         with self._lock:
             if seat.slot is None or seat.error:
                 return
@@ -151,7 +181,10 @@ class Scheduler:
         self._tell([seat])
 
     def close(self) -> None:
-        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done."""
+        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done,
+        and nothing in a forked child."""
+        if os.getpid() != self._process:
+            return
         self._shut(StreamError("the model was closed; load it again."))
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -166,6 +199,8 @@ class Scheduler:
     def _queue(self, seat: Seat) -> None:
         """See to what is next of a stream, as far as it can be done now."""
         stream = seat.stream
+        if stream.queued and seat.in_flight and seat.alone:  # it may have been ready before the last result was known
+            self._ready.pop(seat, None)
         while stream.queued and not (seat.in_flight and seat.alone):
             if stream.head.kind == "run":
                 if seat not in self._ready:
@@ -186,6 +221,12 @@ class Scheduler:
                 ends = pointer.step(tokens, places, piece.reach)
                 if ends and pointer.forgets and pointer.between and seat.slot is not None:
                     self._forgets.add(seat.slot)
+        if (guard := seat.guard) and piece.kind == "run":
+            said = seat.stream.hypothesis
+            if piece.fresh:
+                guard.restart(count - len(tokens))
+            if guard.step(said.tokens, said.places, piece.reach) and seat.slot is not None:
+                self._forgets.add(seat.slot)
         seat.heard.append(Heard(piece, count, ends))
 
     def _give_back(self, seat: Seat) -> None:
@@ -212,6 +253,7 @@ class Scheduler:
         for seat, piece in zip(seats, pieces, strict=True):
             if piece.fresh and seat.slot is not None:
                 self._resets.add(seat.slot)
+                seat.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
             seat.in_flight += 1
             del self._ready[seat]
             self._queue(seat)

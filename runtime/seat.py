@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nemostream.errors import NemostreamError
 from nemostream.runtime.backend import Backend, Pending
 from nemostream.runtime.boosting import Boosting
-from nemostream.runtime.endpoint import End, Endpointer
+from nemostream.runtime.endpoint import End, Endpointer, RepetitionGuard
 from nemostream.runtime.stream import Piece, Stream
 
 State = Mapping[str, NDArray[Any]]
@@ -37,6 +37,7 @@ class Seat:
     progress: threading.Condition  # notified whenever `settled` may have changed
     listener: Callable[[], None] | None  # called at the same moments, for those who cannot wait on a condition
     endpointer: Endpointer | None = None
+    guard: RepetitionGuard | None = None
     phrases: Boosting | None = None
     saved: State | None = None  # for the slot, in place of that of a stream that heard nothing
     in_flight: int = 0  # steps submitted whose results are not in; the slot is not given back before it is 0
@@ -51,7 +52,9 @@ class Seat:
     def alone(self) -> bool:
         """Whether what is next must wait for the step under way: its result may change the slot, or come before it."""
         head = self.stream.head
-        return head.kind != "run" or head.fresh or (self.endpointer is not None and self.endpointer.forgets)
+        if head.kind != "run" or head.fresh or (self.guard is not None and self.guard.suspects):
+            return True
+        return self.endpointer is not None and self.endpointer.forgets
 
 
 @dataclass(frozen=True)

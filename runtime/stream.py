@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import StreamError
+from nemostream.runtime.resume import saved_array, saved_counts
 from nemostream.spec import Chunk, Manifest
 
 Floats = NDArray[np.float32]
@@ -35,7 +36,14 @@ class Hypothesis:
         }  # fmt: skip
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self.extend(*(state[name].tolist() for name in ("tokens", "places", "scores", "powers")))
+        """Add what was saved. Raises `ValueError` if it is not what `save` gives."""
+        kinds = {"tokens": np.int32, "places": np.int64, "scores": np.float32, "powers": np.float32}
+        count = len(saved_array(state, "tokens", np.int32, None))
+        arrays = {name: saved_array(state, name, dtype, count) for name, dtype in kinds.items()}
+        saved_counts(state, "places")
+        if not all(np.isfinite(arrays[name]).all() for name in ("scores", "powers")):
+            raise ValueError("a score is not finite")
+        self.extend(*(array.tolist() for array in arrays.values()))
 
     def extend(self, tokens: list[int], places: list[int], scores: list[float], powers: list[float]) -> None:
         self.tokens += tokens
@@ -83,6 +91,8 @@ class Stream:
 
     With a `gate`, chunks that it does not let through are passed over, and the model hears the others as if there had
     been nothing between them. The first chunk is always run, as it begins with the lead silence.
+
+    Digital silence (`pass_over`) ends a recording, and the audio after it begins another one, as at a `cut`.
     """
 
     def __init__(self, manifest: Manifest, chunk: Chunk, gate: Gate | None = None) -> None:
@@ -99,6 +109,7 @@ class Stream:
         self._covered = 0  # encoder frames of its chunks to be run so far, taken or not
         self._skipped = 0  # samples of it that were passed over
         self._fresh = False
+        self._silent = False  # whether digital silence is passed over; the next audio begins a recording
         # The chunk being filled. The lead silence is part of the first; it is shorter than any chunk.
         self._filling = chunk  # its size; `chunk` is that of the ones after it
         self._next = np.zeros(chunk.samples, np.float32)
@@ -136,6 +147,8 @@ class Stream:
         """Append audio: mono, at the model's rate."""
         if self.ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
+        if self._silent and len(samples_N):
+            self._begin_recording()
         while len(samples_N):
             part = samples_N[: len(self._next) - self._filled]
             self._next[self._filled : self._filled + len(part)] = part
@@ -144,6 +157,17 @@ class Stream:
             samples_N = samples_N[len(part) :]
             if self._filled == len(self._next):
                 self._close_chunk()
+
+    def pass_over(self, samples: int) -> None:
+        """Append digital silence that is not run: what was accepted is complete, as at the end of a recording."""
+        if self.ended:
+            raise StreamError("the stream was finished; open a new one for more audio.")
+        if not self._silent:
+            self._flush()
+            self._open_chunk()
+            self._silent = True
+        self.samples += samples
+        self._advance((self.samples - self._reach) // self.chunk.samples * self.chunk.samples)
 
     def end(self) -> None:
         """No more audio: the rest becomes zero-padded chunks, as many as there are encoder frames still to come."""
@@ -157,38 +181,80 @@ class Stream:
             return
         self._flush()
         self._ready.append(Piece("cut", self.chunk, self.samples))
-        self._begin = self._reach = self.samples
-        self._covered = self._skipped = 0
-        self._fresh = True
-        if self._gate:
-            self._gate.restart(self.samples)
-        self._open_chunk(self._manifest.lead)
+        self._begin_recording()
 
     def save(self) -> dict[str, NDArray[Any]]:
         """Everything that `load` needs, of a stream all of whose pieces were taken; what was said is not in it."""
         counts = [self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened]
         return {
             "counts": np.array(counts, np.int64),
+            "flags": np.array([self._silent, self._fresh]),
             "sizes": np.array([self._filling.ms, self.chunk.ms, *(held.chunk.ms for held in self._held)], np.int64),
             "filling": self._next[: self._filled].copy(),
             "held": np.concatenate([np.zeros(0, np.float32), *(held.audio for held in self._held)]),
         }
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on as the stream that `state` was saved of."""
-        self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened = state[
-            "counts"
-        ].tolist()
-        self._filling, self.chunk, *held = (self._manifest.chunk(ms) for ms in state["sizes"].tolist())
-        self._next = np.zeros(self._filling.samples, np.float32)
-        self._next[: self._filled] = state["filling"]
+        """Go on as the stream that `state` was saved of. Raises `ValueError` if it is not what `save` gives.
+
+        The counters depend on each other: the stream's audio is in chunks that were run, skipped or held back, or in
+        the one being filled.
+        """
+        manifest = self._manifest
+        samples, begin, reach, covered, skipped, filled, opened = saved_counts(state, "counts", 7)
+        sizes = saved_counts(state, "sizes")
+        if len(sizes) < 2:
+            raise ValueError(f"sizes are {sizes}; there are two at least")
+        silent, fresh = saved_array(state, "flags", np.bool_, 2).tolist()
+        filling, chunk, *held = (manifest.chunk(ms) for ms in sizes)
+        in_held = sum(chunk.samples for chunk in held)
+        heard = manifest.lead + samples - begin
+        first = not covered and not skipped and not held
+        if silent:  # the recording is complete, and the next one begins anew: only `reach` matters
+            whole = not filled and not held and begin <= opened <= samples and reach <= samples + chunk.samples
+        else:
+            whole = (
+                begin <= samples
+                and filled < filling.samples
+                and heard == covered * manifest.samples_per_frame + skipped + in_held + filled
+                and reach == begin + covered * manifest.samples_per_frame + skipped
+                and opened == samples - filled + (manifest.lead if first else 0)
+            )
+        if not whole:
+            raise ValueError("the stream's counters contradict each other")
+        audio = saved_array(state, "filling", np.float32, filled), saved_array(state, "held", np.float32, in_held)
+        if not all(np.isfinite(part).all() for part in audio):
+            raise ValueError("its audio is not finite")
+        self.samples, self._begin, self._reach, self._covered = samples, begin, reach, covered
+        self._skipped, self._filled, self._opened = skipped, filled, opened
+        self._silent, self._fresh = silent, fresh
+        self._filling, self.chunk = filling, chunk
+        self._next = np.zeros(filling.samples, np.float32)
+        self._next[:filled] = audio[0]
         at = 0
         for chunk in held:
-            audio = state["held"][at : at + chunk.samples]
-            self._held.append(Piece("run", chunk, 0, 0, audio, chunk.samples))
+            self._held.append(Piece("run", chunk, 0, 0, audio[1][at : at + chunk.samples], chunk.samples))
             at += chunk.samples
 
+    def _begin_recording(self) -> None:
+        """What follows is a recording of its own, in the same slot; times go on."""
+        self._begin = self._reach = self.samples
+        self._covered = self._skipped = 0
+        self._fresh, self._silent = True, False
+        if self._gate:
+            self._gate.restart(self.samples)
+        self._open_chunk(self._manifest.lead)
+
+    def _advance(self, samples: int) -> None:
+        """Pass over so many samples of digital silence, if any."""
+        if samples > 0:
+            self._reach += samples
+            self._ready.append(Piece("skip", self.chunk, self._reach))
+
     def _flush(self) -> None:
+        if self._silent:
+            self._advance(self.samples - self._reach)
+            return
         if self._gate and self._covered and not self._gate.passes(self._opened, self.samples):
             while self._held:
                 self._queue("skip", self._held.popleft())

@@ -13,7 +13,11 @@ from pathlib import Path
 import sentencepiece
 
 from nemostream.errors import BundleError
+from nemostream.validation import MIB, read_regular
 
+# Punctuation that ends or divides what is before it, in the scripts of published models; never what opens (¿, quotes).
+_CLOSING = frozenset(".,?!:;…。、，．！？：；،؛؟۔।॥;·։")
+_MOST_BYTES = 64 * MIB
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -26,17 +30,27 @@ class Tokenizer:
     def __init__(self, path: Path, vocabulary: int) -> None:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
-        except (OSError, RuntimeError) as error:
+            self._model.LoadFromSerializedProto(read_regular(path, _MOST_BYTES))
+            size = self._model.get_piece_size()
+            if size != vocabulary:
+                raise BundleError(f"{path} has {size} pieces, the manifest says {vocabulary}; export the bundle again.")
+            self.vocabulary = size
+            self.unknown: int = self._model.unk_id()  # the id of whatever the model has no piece for
+            self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
+            self._texts = tuple(self._text(i) for i in range(size))
+            self._model.decode(list(range(size)))  # so that no stream is the first to find a piece that is not text
+        except BundleError:
+            raise
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+        ) as error:  # UnicodeDecodeError: a piece that is not text
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
-        size = self._model.get_piece_size()
-        if size != vocabulary:
-            raise BundleError(f"{path} has {size} pieces, the manifest says {vocabulary}; export the bundle again.")
-        self.vocabulary = size
-        self.unknown: int = self._model.unk_id()  # the id of whatever the model has no piece for
-        self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
-        self._texts = tuple(self._text(i) for i in range(size))
         self.begins = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
+        # Of each id, whether it is mere punctuation that belongs to the word before it, after a space too.
+        self.closes = tuple(bool(text.strip()) and _CLOSING.issuperset(text.strip()) for text in self._texts)
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE.fullmatch(p))}
 
     def encode(self, text: str) -> list[int]:
@@ -82,23 +96,32 @@ class Detokenizer:
         self._window: list[int] = []
         self._waiting: list[int] = []
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text so far, the new ids' included."""
+    def add(self, ids: Sequence[int]) -> str:
+        """What the new ids add to the text. `text` does not get it."""
         ids = [*self._waiting, *ids]
         waiting = self._tokenizer.unfinished(ids)
         self._waiting = ids[len(ids) - waiting :]
-        self._settle(ids[: len(ids) - waiting])
+        return self._settle(ids[: len(ids) - waiting])
+
+    def rest(self) -> str:
+        """As `add`, when no more ids come."""
+        waiting, self._waiting = self._waiting, []
+        return self._settle(waiting)
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text so far, the new ids' included."""
+        self.text += self.add(ids)
         return self.text
 
     def finish(self) -> str:
         """The whole text: what `Tokenizer.decode` says of all ids."""
-        self._settle(self._waiting)
-        self._waiting = []
+        self.text += self.rest()
         return self.text
 
-    def _settle(self, ids: list[int]) -> None:
+    def _settle(self, ids: list[int]) -> str:
         if not ids:
-            return
+            return ""
         decode = self._tokenizer.decode
-        self.text += decode(self._window + ids)[len(decode(self._window)) :]
+        text = decode(self._window + ids)[len(decode(self._window)) :]
         self._window = ids if decode(ids) else self._window + ids
+        return text

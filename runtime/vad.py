@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
+from nemostream.runtime.resume import saved_array, saved_counts
 
 RATE = 16_000
 WINDOW, CONTEXT = 512, 64  # samples that the graph takes at a time, and the last ones of the window before
@@ -101,7 +102,14 @@ class SpeechGate:
         }
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self._state, self._audio = state["state"], state["audio"]
-        self._windows = deque(state["windows"].tolist())
-        self._judged, self._spoke = (int(count) for count in state["counts"][:2])
-        self._speaking = bool(state["counts"][2])
+        """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
+        memory = saved_array(state, "state", np.float32, 2, 1, 128)
+        audio = saved_array(state, "audio", np.float32, None)
+        windows = saved_array(state, "windows", np.bool_, None)
+        judged, spoke, speaking = saved_counts(state, "counts", 3)
+        if not CONTEXT <= len(audio) < CONTEXT + WINDOW or speaking > 1:
+            raise ValueError("the search for speech has other counters")
+        if not np.isfinite(memory).all() or not np.isfinite(audio).all():
+            raise ValueError("the state of the search for speech is not finite")
+        self._state, self._audio, self._windows = memory, audio, deque(windows.tolist())
+        self._judged, self._spoke, self._speaking = judged, spoke, bool(speaking)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import codecs
 import re
+import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from nemostream.runtime.confidence import AGGREGATIONS
@@ -22,21 +24,23 @@ codecs.register_error("nemostream-byte", lambda error: ("\ufffd", getattr(error,
 
 @dataclass(frozen=True)
 class Token:
+    """Tokens are compared without `end`, which the end of the recording may clip after the token is known."""
+
     id: int
     text: str  # its leading space included
     time: float  # seconds from the stream's start: the encoder frame that it was emitted at
-    end: float  # the end of that frame
+    end: float = field(compare=False)  # the end of that frame, or of the recording if that is earlier
     score: float  # natural logarithm of its probability, given everything before
     confidence: float  # 0 to 1, by the stream's `Confidence`
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the punctuation attached to it. Times are those of NeMo's `timestamps=True`."""
+    """A word and the punctuation attached to it. Times are those of NeMo's `timestamps=True`, within the recording."""
 
     text: str
     start: float  # seconds from the stream's start: the frame of its first token
-    end: float  # the end of the frame of its last one
+    end: float  # the end of its last one
     confidence: float  # of its tokens', by the stream's `Confidence`
 
 
@@ -69,37 +73,66 @@ def words_of(tokens: Sequence[Token], aggregation: str = "min", final: bool = Tr
 
 
 class Grouping:
-    """`words_of` for tokens that keep coming: only the last word, which may still grow, is grouped again."""
+    """`words_of` for tokens that keep coming: only the last words, which may still change, are grouped again.
+
+    Every call is about the beginning of the same tokens. Threads may share it.
+    """
 
     def __init__(self, aggregation: str) -> None:
-        self._aggregate = AGGREGATIONS[aggregation]
-        self._done: tuple[Word, ...] = ()
-        self._begin = 0  # tokens in them
+        self._aggregation, self._aggregate = aggregation, AGGREGATIONS[aggregation]
+        self._lock = threading.Lock()
+        self._done: list[Word] = []
+        # Places where the tokens can be divided, as (token, word): the word begins with the token, which is in no other
+        # word and does not go on with a character. All words before the last one are in `_done`.
+        self._marks = [(0, 0)]
 
-    def words(self, tokens: Sequence[Token], final: bool) -> tuple[Word, ...]:
-        """Of `tokens`, which begin with those of any call before that had fewer."""
-        if len(tokens) <= self._begin:  # somebody asks about earlier ones
-            return tuple(self._word(tokens, *group) for group in _groups(tokens, 0, final))
-        groups = _groups(tokens, self._begin, final)
-        last = len(groups) - 1
-        # Not where a token is part of two words, or of a character begun before it.
-        while last > 0 and (groups[last][1] <= groups[last - 1][2] or tokens[groups[last][1]].text[:1] == "<"):
-            last -= 1
-        if last > 0:
-            self._done += tuple(self._word(tokens, *group) for group in groups[:last])
-            self._begin = groups[last][1]
-        return (*self._done, *(self._word(tokens, *group) for group in groups[max(last, 0) :]))
+    def words(self, tokens: Sequence[Token], final: bool, count: int | None = None) -> tuple[Word, ...]:
+        """The words of the first `count` tokens (default: of all)."""
+        count = len(tokens) if count is None else count
+        first, words = self.since(tokens, count, count, final)
+        return (*self._done[:first], *words)
+
+    def since(self, tokens: Sequence[Token], known: int, count: int, final: bool) -> tuple[int, tuple[Word, ...]]:
+        """The words of the first `count` tokens that those of the first `known` do not have, or have otherwise.
+
+        Return how many words come before them, and the words: the last word of the known tokens may have grown.
+        """
+        with self._lock:
+            self._settle(tokens, count)
+            begin, word = self._marks[max(bisect_left(self._marks, (known, 0)) - 1, 0)]
+        part = tokens[begin:count]
+        return word, tuple(self._word(part, *group) for group in _groups(part, final))
+
+    def _settle(self, tokens: Sequence[Token], count: int) -> None:
+        begin, word = self._marks[-1]
+        if count <= begin:  # somebody asks about earlier ones
+            return
+        part = tokens[begin:count]
+        groups = _groups(part, False)
+        clean = [
+            index
+            for index in range(1, len(groups))
+            if groups[index][1] > groups[index - 1][2] and part[groups[index][1]].text[:1] != "<"
+        ]
+        if clean:
+            self._done += [self._word(part, *group) for group in groups[: clean[-1]]]
+            self._marks += [(begin + groups[index][1], word + index) for index in clean]
 
     def _word(self, tokens: Sequence[Token], text: str, first: int, last: int) -> Word:
         sure = self._aggregate([token.confidence for token in tokens[first : last + 1]])
-        return Word(text, tokens[first].time, tokens[last].end, sure)
+        end = tokens[last].end
+        # The last frame may stand behind the recording's end, where its tokens end.
+        return Word(text, min(tokens[first].time, end), end, sure)
+
+    def __reduce__(self) -> tuple[type[Grouping], tuple[str]]:
+        return Grouping, (self._aggregation,)
 
 
-def _groups(tokens: Sequence[Token], begin: int, final: bool) -> list[tuple[str, int, int]]:
-    """Text, first and last token of each word from token `begin` on."""
+def _groups(tokens: Sequence[Token], final: bool) -> list[tuple[str, int, int]]:
+    """Text, first and last token of each word."""
     groups: list[tuple[str, int, int]] = []
     growing, space = False, -1  # whether the last group is; a token of mere space, which belongs to the word after it
-    for start, end, piece in _pieces(tokens, begin, final):
+    for start, end, piece in _pieces(tokens, final):
         for part in _PARTS.findall(piece):
             if part.isspace():
                 growing, space = False, start if part == piece else -1
@@ -112,9 +145,9 @@ def _groups(tokens: Sequence[Token], begin: int, final: bool) -> list[tuple[str,
     return groups
 
 
-def _pieces(tokens: Sequence[Token], begin: int, final: bool) -> Iterator[tuple[int, int, str]]:
+def _pieces(tokens: Sequence[Token], final: bool) -> Iterator[tuple[int, int, str]]:
     """First token, last token and text of everything that has a text: a token, or a character of several bytes."""
-    at = begin
+    at = 0
     while at < len(tokens):
         text = tokens[at].text
         if text[:1] != "<" or not _BYTE.fullmatch(text):

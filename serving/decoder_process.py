@@ -6,7 +6,7 @@ streams. `decoding.py` starts it with a socket as standard input and speaks this
 * The server sends one JSON line with the open file attached (`SCM_RIGHTS`): ``{"name", "rate", "max_seconds"}``.
 * The process answers with frames ``<kind: 1 byte> <size: uint32 LE> <payload>``: ``h`` (JSON: ``duration``) once the
   file is open, then one frame for each ``n`` that the server sends: ``b`` (float32 samples), ``e`` (JSON: ``seconds``,
-  the end) or ``x`` (JSON: ``kind``, ``message``, an error). ``s`` ends the file early; the answer is ``e``.
+  ``warning``; the end) or ``x`` (JSON: ``kind``, ``message``, an error). ``s`` ends the file early, with ``e``.
 
 It keeps no file, opens no network connection and inherits no API key.
 """
@@ -24,13 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.errors import AudioError, NemostreamError
+from nemostream.errors import AudioError, NemostreamError, TruncatedAudioError
 from nemostream.runtime.audio import Intake, Recording
+from nemostream.runtime.containers import container_of
 
 MEMORY = 512 << 20  # bytes that decoding may add to the address space
 CPU_SECONDS = 300.0  # for one recording
 FRAME = struct.Struct("<cI")
 _FILES = 64  # open files
+_BEGINNING = 8192  # bytes of a file that show its container: two frames of MPEG audio
+ACCEPTED = ("WAV", "FLAC", "Ogg", "MP3", "AIFF", "AU", "CAF", "W64", "MP4", "WebM")  # the last two need the extra `av`
 _NICE = 10  # live streams come first
 
 
@@ -71,10 +74,10 @@ def _serve(connection: socket.socket, request: dict[str, Any], file: int) -> Non
             samples = _samples(recording, request)
             while connection.recv(1) == b"n":
                 block = next(samples)
-                if isinstance(block, float):
-                    return _send(connection, b"e", {"seconds": block})
+                if isinstance(block, dict):
+                    return _send(connection, b"e", block)
                 connection.sendall(FRAME.pack(b"b", block.nbytes) + block.tobytes())
-        _send(connection, b"e", {"seconds": 0.0})
+        _send(connection, b"e", {"seconds": 0.0, "warning": ""})
     except NemostreamError as error:
         _send(connection, b"x", {"kind": type(error).__name__, "message": str(error)})
     except MemoryError:
@@ -83,28 +86,31 @@ def _serve(connection: socket.socket, request: dict[str, Any], file: int) -> Non
 
 
 def _check_format(file: int, name: str) -> None:
-    """Reject what is not in the documented list before a native library sees it: libsndfile reads 25 formats, most of
-    them rare and little tested."""
-    begin = os.pread(file, 16, 0)
-    riff = begin[:4] in (b"RIFF", b"RIFX", b"RF64") and begin[8:12] == b"WAVE"
-    aiff = begin[:4] == b"FORM" and begin[8:12] in (b"AIFF", b"AIFC")
-    mpeg = begin[:3] == b"ID3" or (begin[:1] == b"\xff" and len(begin) > 1 and begin[1] & 0xE0 == 0xE0)
-    if not (riff or aiff or mpeg or begin[:4] in (b"fLaC", b"OggS")):
-        raise AudioError(f"{name} is not a recording of an accepted format; send WAV, FLAC, Ogg, MP3 or AIFF.")
+    """Reject what is not in the documented list before a native library sees it: libsndfile and FFmpeg read dozens of
+    formats, most of them rare and little tested."""
+    begin = os.pread(file, _BEGINNING, 0)
+    container = container_of(begin)
+    # An MP3 file may begin with the rest of a frame; only libsndfile knows whether one follows.
+    if container not in ACCEPTED and not (container is None and begin[:1] == b"\xff"):
+        what = f"a file of the kind {container}" if container else "not a recording of a known format"
+        raise AudioError(f"{name} is {what}; send {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]}.")
 
 
 def _samples(recording: Recording, request: dict[str, Any]) -> Iterator[Any]:
-    """Blocks of samples, and at the end the seconds of audio that the file held."""
-    intake = Intake(recording.sample_rate, recording.channels, request["rate"])
-    for block in recording.blocks():
-        for samples in intake.push(block):
-            if len(samples):
-                yield np.ascontiguousarray(samples, np.float32)
-        if intake.seconds > request["max_seconds"]:
-            raise _too_long(request, intake.seconds)
+    """Blocks of samples, and at the end a document: the seconds that the file held, a warning if it was cut short."""
+    intake, warning = Intake(recording.sample_rate, recording.channels, request["rate"]), ""
+    try:
+        for block in recording.blocks():
+            for samples in intake.push(block):
+                if len(samples):
+                    yield np.ascontiguousarray(samples, np.float32)
+            if intake.seconds > request["max_seconds"]:
+                raise _too_long(request, intake.seconds)
+    except TruncatedAudioError as error:  # raised when all that is there was read
+        warning = str(error)
     if len(rest := intake.finish()):
         yield np.ascontiguousarray(rest, np.float32)
-    yield float(intake.seconds)
+    yield {"seconds": float(intake.seconds), "warning": warning}
 
 
 def _too_long(request: dict[str, Any], seconds: float) -> AudioError:

@@ -110,6 +110,7 @@ class Decoding:
 
     duration = 0.0
     seconds = 0.0
+    warning = ""  # at the end, if the file was cut short
 
     def __init__(self, pool: DecoderPool, file: int, name: str) -> None:
         self._pool, self._file, self._name = pool, file, name
@@ -140,7 +141,8 @@ class Decoding:
             kind, payload = await self._answer()
             if kind == b"e":
                 self._at_rest = True
-                self.seconds = float(json.loads(payload)["seconds"])
+                document = json.loads(payload)
+                self.seconds, self.warning = float(document["seconds"]), str(document["warning"])
                 return
             self._process.send(b"n")  # the next block is decoded while the model works on this one
             yield np.frombuffer(payload, np.float32)

@@ -143,14 +143,16 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
             return StreamingResponse(_told(recording, first), media_type="text/event-stream")
         finals = [event async for event in recording if event and event.kind == "final"]
         words = [word for event in finals for word in event.words]
+        warning = recording.warning.encode("ascii", "replace").decode()
+        headers = {"Nemostream-Warning": warning} if warning else None
         if response_format in ("text", "srt", "vtt"):
             text = {"text": lambda: recording.text + "\n", "srt": lambda: formats.srt(words, recording.seconds),
                     "vtt": lambda: formats.vtt(words, recording.seconds)}[response_format]()  # fmt: skip
-            return PlainTextResponse(text)
+            return PlainTextResponse(text, headers=headers)
         if response_format == "json":
             usage = {"type": "duration", "seconds": round(recording.seconds)}
-            return JSONResponse({"text": recording.text, "usage": usage})
-        return JSONResponse(_verbose(recording, finals, words, granularities or ["segment"]))
+            return JSONResponse({"text": recording.text, "usage": usage}, headers=headers)
+        return JSONResponse(_verbose(recording, finals, words, granularities or ["segment"]), headers=headers)
 
     @app.websocket("/v1/stream")
     async def stream_socket(socket: WebSocket) -> None:

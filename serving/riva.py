@@ -1,7 +1,7 @@
 """NVIDIA Riva's speech recognition over gRPC: `RivaSpeechRecognition` and gRPC's health service.
 
 The messages are those of NVIDIA's own package, `nvidia-riva-client`. Its clients send files with their headers, also
-to `StreamingRecognize`; a WAV header is read and left out, other containers are for `Recognize`.
+to `StreamingRecognize`: a session (`session.py`) takes WAV, other containers are for `Recognize`.
 
 What Riva can and this model cannot is refused by name (speaker tags, a channel each, a profanity filter). Hints that
 change nothing here are ignored: automatic punctuation (the model writes its own), alternatives. Phrases of
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 import tempfile
 from collections.abc import AsyncIterator, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -24,6 +22,7 @@ import grpc
 from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
+from nemostream.runtime.containers import container_of
 from nemostream.runtime.utterance import Event
 from nemostream.serving.access import Client, given_key, key_number, keys_of, shown
 from nemostream.serving.proxies import TrustedProxies
@@ -39,22 +38,9 @@ _ENCODINGS = {
     riva_audio_pb2.AudioEncoding.MULAW: "mulaw",
     riva_audio_pb2.AudioEncoding.ALAW: "alaw",
 }
-_CONTAINERS = (b"RIFF", b"fLaC", b"OggS", b"ID3")
-_WAV = {(1, 16): "pcm_s16le", (3, 32): "pcm_f32le", (6, 8): "alaw", (7, 8): "mulaw"}  # (format tag, bits)
-_LONGEST_HEADER = 1 << 16
 _FIRST_SECONDS = 10.0  # for the first message of a stream
 _CLIENT: ContextVar[Client] = ContextVar("client")  # of the call that this task handles
 _BOOST = 20.0  # of Riva's, that is a weight of 1
-
-
-@dataclass(frozen=True)
-class _Sound:
-    """How the bytes of a stream are to be read."""
-
-    encoding: str
-    sample_rate: int
-    channels: int
-    audio: bytes  # what came with the header
 
 
 def add_to(server: grpc.aio.Server, service: Service) -> None:
@@ -192,28 +178,16 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         if first is None or not first.HasField("streaming_config"):
             raise OptionError("the first message of a stream must be its streaming_config.")
         wanted = first.streaming_config
-        options, header = await self._options(wanted.config), b""
+        options = await self._options(wanted.config)
         session: Session | None = None
         try:
-            # The place is taken before audio comes, as the file's header may still say how it is to be read.
-            session = self._open(wanted.config, options, None)
-            heard = False
+            session = self._open(wanted.config, options)
             while True:
                 async with session.receiving():
                     request = await anext(aiter(requests), None)
                 if request is None:
                     break
-                data = request.audio_content
-                if not heard:
-                    header += data
-                    sound = _unwrapped(header)
-                    if sound is None:  # not all of the header yet
-                        continue
-                    heard, data = True, header if isinstance(sound, bytes) else sound.audio
-                    if not isinstance(sound, bytes):
-                        session.close()
-                        session = self._open(wanted.config, options, sound)
-                await _write(context, session, wanted, await session.push(data))
+                await _write(context, session, wanted, await session.push(request.audio_content))
             await _write(context, session, wanted, await session.finish())
         except BaseException as error:
             if session:
@@ -226,15 +200,13 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         options = _options(config)
         return options | {"phrases": await self._service.compile_phrases(options.get("phrases"))}
 
-    def _open(self, config: Any, options: dict[str, Any], sound: _Sound | None, upload: bool = False) -> Session:
-        encoding = sound.encoding if sound else _ENCODINGS.get(config.encoding)
+    def _open(self, config: Any, options: dict[str, Any], upload: bool = False) -> Session:
+        encoding = _ENCODINGS.get(config.encoding)
         if encoding is None:
             names = {number: name for name, number in riva_audio_pb2.AudioEncoding.items()}
             name = names.get(config.encoding, f"encoding {config.encoding}")
             raise OptionError(f"a stream of {name} cannot be read; send LINEAR_PCM, MULAW or ALAW, or use Recognize.")
         rate, channels = config.sample_rate_hertz or 16000, config.audio_channel_count or 1
-        if sound:
-            rate, channels = sound.sample_rate, sound.channels
         return self._service.open(
             "riva",
             sample_rate=rate,
@@ -248,8 +220,7 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def _recognize(self, request: Any) -> Any:
         config, options = request.config, await self._options(request.config)
         files = riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncoding.OGGOPUS
-        unknown = config.encoding == riva_audio_pb2.AudioEncoding.ENCODING_UNSPECIFIED
-        if request.audio.startswith(_CONTAINERS) or config.encoding in files or (unknown and _is_mp3(request.audio)):
+        if container_of(request.audio) or config.encoding in files:
             with tempfile.TemporaryFile(prefix="nemostream-", buffering=0) as file:
                 file.write(request.audio)
                 upload = Upload(self._service, "riva", file.fileno(), "the audio", client=_CLIENT.get(), **options)
@@ -257,7 +228,7 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
                 seconds = upload.seconds
         else:
             block = self._service.settings.max_message_bytes
-            async with self._open(config, options, None, upload=True) as session:
+            async with self._open(config, options, upload=True) as session:
                 most = self._service.settings.max_upload_seconds
                 events = []
                 for start in range(0, len(request.audio), block):
@@ -333,57 +304,6 @@ def _options(config: Any) -> dict[str, Any]:
             for phrase in context.phrases
         } or None
     return options
-
-
-def _is_mp3(data: bytes) -> bool:
-    """Whether it begins with two frames of MPEG audio layer III (ISO 11172-3, 2.4.1). Samples may look like one header,
-    and that is enough for libsndfile."""
-    size = _mp3_frame(data[:4])
-    return size > 0 and _mp3_frame(data[size : size + 4]) > 0
-
-
-def _mp3_frame(header: bytes) -> int:
-    """Bytes of the frame that this begins; 0 if it is none."""
-    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
-        return 0
-    version, layer, kbit, rate = header[1] >> 3 & 3, header[1] >> 1 & 3, header[2] >> 4, header[2] >> 2 & 3
-    if version == 1 or layer != 1 or kbit in (0, 15) or rate == 3:
-        return 0
-    rates = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-    if version == 3:
-        bits = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[kbit - 1]
-    else:
-        bits = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)[kbit - 1]
-    return (144 if version == 3 else 72) * 1000 * bits // rates + (header[2] >> 1 & 1)
-
-
-def _unwrapped(begin: bytes) -> _Sound | bytes | None:
-    """What a stream's first bytes say: a WAV header's sound, no header (the bytes themselves), or not yet known."""
-    if len(begin) < 12:
-        return None if begin.startswith(tuple(magic[: len(begin)] for magic in _CONTAINERS)) else begin
-    if begin.startswith(_CONTAINERS[1:]):
-        raise AudioError("a stream must be bare samples, or WAV; send a FLAC, Ogg or MP3 file to Recognize.")
-    if not (begin.startswith(b"RIFF") and begin[8:12] == b"WAVE"):
-        return begin
-    at, shape = 12, None
-    while at + 8 <= len(begin):
-        name, size = begin[at : at + 4], int.from_bytes(begin[at + 4 : at + 8], "little")
-        if name == b"data":
-            if shape is None:
-                raise AudioError("the WAV header has no fmt part before its data.")
-            tag, channels, rate, bits = shape
-            if (tag, bits) not in _WAV:
-                raise AudioError(f"WAV of format {tag} with {bits} bits cannot be streamed; send 16-bit PCM.")
-            return _Sound(_WAV[tag, bits], rate, channels, begin[at + 8 :])
-        if name == b"fmt " and at + 24 <= len(begin):
-            tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", begin, at + 8)
-            if tag == 0xFFFE and at + 34 <= len(begin):  # extensible: the format is the first part of its GUID
-                tag = int.from_bytes(begin[at + 32 : at + 34], "little")
-            shape = tag, channels, rate, bits
-        at += 8 + size + size % 2
-    if len(begin) > _LONGEST_HEADER:
-        raise AudioError("the WAV header is longer than 64 KiB.")
-    return None
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: NemostreamError) -> NoReturn:

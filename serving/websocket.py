@@ -118,12 +118,15 @@ def _written(event: Event, words: bool) -> dict[str, Any]:
         "audio": round(event.audio, 3), "chunk_ms": event.chunk_ms,
     }  # fmt: skip
     if words:
+        # Of a partial only what is new: all words in each would add up to the square of an utterance's length.
+        partial = event.kind == "partial"
+        found["words_from"] = event.words_from if partial else 0
         found["words"] = [
             {
                 "text": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
                 "confidence": round(word.confidence, 4),
             }
-            for word in event.words
+            for word in (event.new_words if partial else event.words)
         ]  # fmt: skip
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -370,3 +372,53 @@ def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
     assert plan.gate["steps"] == 42 and plan.gate["cosine"] > 0.99999
     with pytest.raises(BackendError, match=r"has no fp16 engine .* for this sm89: nemostream build .* --max-batch 64"):
         nemostream.load(device="cuda", engines=store.folder)  # it was built for two streams at once
+
+
+def test_an_engine_whose_hashes_were_not_verified_is_not_used(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """A description under another name was used as it was, its files from wherever it said."""
+    import onnxruntime
+
+    from nemostream.engines import open_backend
+    from nemostream.plans import Recipe
+
+    recipe = Recipe.of(
+        demo_bundle, 560, backend="onnxruntime", library=onnxruntime.__version__, precision="int8", device="cpu",
+        max_batch=0, cell="float32",
+    )  # fmt: skip
+    store, outside = PlanStore(tmp_path / "engines"), tmp_path / "outside.onnx"
+    shutil.copy(demo_bundle.file("encoder-560ms"), outside)
+    shutil.copy(demo_bundle.path / "weights.bin", tmp_path)
+
+    def make(folder: Path) -> list[Path]:
+        for name in ("encoder-560ms.onnx", "weights.bin"):
+            shutil.copy(demo_bundle.path / name, folder)
+        return [folder / "encoder-560ms.onnx", folder / "weights.bin"]
+
+    store.put(recipe, make, lambda plan: {})
+    open_backend(demo_bundle, precision="int8", engines=store.folder).close()  # it would be taken under its own name
+    described = store.folder / f"{recipe.stem}.json"
+    document = json.loads(described.read_text())
+    document["files"][0] = {"file": str(outside), "sha256": "0" * 64, "bytes": 1}
+    described.unlink()
+    (store.folder / "anything.json").write_text(json.dumps(document))
+    with pytest.raises(BackendError, match="has no int8 engine"):
+        open_backend(demo_bundle, precision="int8", engines=store.folder)
+    described.write_text(json.dumps(document))
+    with pytest.raises(BackendError, match="has no int8 engine"):
+        open_backend(demo_bundle, precision="int8", engines=store.folder)
+    document["files"][0] |= {"file": "encoder-560ms.onnx"}
+    described.write_text(json.dumps(document))
+    with pytest.raises(BackendError, match="missing or damaged; build the engine again"):
+        open_backend(demo_bundle, precision="int8", engines=store.folder)
+
+
+def test_graphs_that_are_not_what_the_manifest_states_are_one_sentence(demo_bundle: Bundle) -> None:
+    from nemostream.engines import open_backend
+
+    decoder = dataclasses.replace(demo_bundle.manifest.decoder, layers=2)
+    bundle = Bundle(demo_bundle.path, dataclasses.replace(demo_bundle.manifest, decoder=decoder))
+    with pytest.raises(
+        BackendError, match="its graphs do not match its manifest; export the checkpoint again"
+    ) as caught:
+        open_backend(bundle, capacity=2)
+    assert "\n" not in str(caught.value)

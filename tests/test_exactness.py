@@ -276,6 +276,22 @@ def test_every_batch_size_has_the_same_memory(demo_bundle: Bundle) -> None:
         np.testing.assert_allclose(few, seen[0][: len(few)], atol=1e-4)
 
 
+def test_digital_silence_is_nemos_up_to_ten_seconds_and_spoils_words_in_nemo_after(
+    demo_model: Model, demo_oracle: Any, demo_bundle: Bundle, clips: Any
+) -> None:
+    """Within the limit of `runtime/silence.py` every token is NeMo's. The reason for the rule: NeMo's own words differ
+    after a minute of zeros; ours do not."""
+    speech, other = clips["cards-001"], clips["cards-002"]
+    audio = np.concatenate([other, np.zeros(9 * 16000, np.float32), speech])
+    for ms in CHUNKS:
+        chunk = demo_bundle.manifest.chunk(ms)
+        assert ids(demo_model.transcribe(audio, chunk_ms=ms)) == demo_oracle.tokens(audio, chunk)
+        late = np.concatenate([np.zeros(60 * 16000, np.float32), speech])
+        alone = demo_oracle.tokens(speech, chunk)
+        assert demo_oracle.tokens(late, chunk) != alone
+        assert ids(demo_model.transcribe(late, chunk_ms=ms)) == alone
+
+
 # -- hearing -----------------------------------------------------------------------------------------------------------
 
 

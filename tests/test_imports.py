@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
     "nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.formats",
-    "nemostream.extras",
+    "nemostream.extras", "nemostream.validation",
 }  # fmt: skip
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
@@ -58,7 +58,9 @@ ROOMS = {
         "nemostream.runtime",
         frozenset({"numpy"}),
         only=(
-            ("audio.py", frozenset({"soundfile", "soxr"})),
+            ("audio.py", frozenset({"soxr"})),
+            ("files.py", frozenset({"soundfile", "soxr"})),
+            ("libav.py", frozenset({"av"})),
             ("tokenizer.py", frozenset({"sentencepiece"})),
             ("ort.py", frozenset({"onnxruntime"})),
             ("ort_cuda.py", frozenset({"onnxruntime"})),
@@ -77,6 +79,8 @@ ROOMS["serving"] = Room(
     only=(
         ("settings.py", frozenset({"pydantic", "pydantic_settings"})),
         ("metrics.py", frozenset({"prometheus_client"})),
+        ("access.py", frozenset({"starlette"})),
+        ("connections.py", frozenset({"h11", "uvicorn", "websockets"})),
         ("http.py", frozenset({"fastapi", "pydantic", "starlette"})),
         ("websocket.py", frozenset({"starlette"})),
         ("realtime.py", frozenset({"starlette"})),

@@ -81,6 +81,7 @@ def test_what_the_wheel_asks_for(metadata: Message) -> None:
     assert all(">=" in need or need.startswith("nemostream[") for need in needs)  # what nobody bounded is what breaks
     extras = {
         "export", "build", "tensorrt", "tensorrt-rtx", "gpu", "cuda", "bench", "serve", "ray", "mic", "vad", "itn",
+        "av",
     }  # fmt: skip
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.11"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, whi
         (lambda d: json.dumps(d | {"files": []}), "lacks or misnames a field"),
         (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "describes something else"),
         (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "missing or damaged"),
+        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "lacks or misnames a field"),
     ],
 )
 def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> None:
@@ -148,3 +149,123 @@ def test_where_engines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder("engines") == tmp_path / ".cache" / "nemostream" / "engines"
+
+
+# -- what is not trusted -----------------------------------------------------------------------------------------------
+
+
+def test_a_description_under_another_name_is_not_used(store: PlanStore) -> None:
+    plan = store.put(RECIPE, make, check)
+    described = store.folder / f"{RECIPE.stem}.json"
+    described.rename(store.folder / "anything.json")
+    assert store.all() == [] and store.find(RECIPE) is None
+    (store.folder / "anything.json").rename(described)
+    assert store.all() == [dataclasses.replace(plan, seconds=round(plan.seconds, 2))]
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "[]", "null", "5", '"x"', "{}", "", "\0", " " * (2**20 + 1), "NaN"], ids=range(10)
+)
+def test_other_json_beside_the_engines_is_ignored(store: PlanStore, content: str) -> None:
+    store.put(RECIPE, make, check)
+    (store.folder / "a.json").write_text(content)
+    (store.folder / "b.json").mkdir()
+    os.mkfifo(store.folder / "c.json")
+    (store.folder / "d.json").symlink_to("/dev/zero")
+    assert [plan.recipe for plan in store.all()] == [RECIPE] and store.find(RECIPE)
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", "../x", "a/b", "", ".", 5, None])
+def test_an_engines_files_are_in_its_folder(store: PlanStore, value: Any) -> None:
+    store.put(RECIPE, make, check)
+    path = store.folder / f"{RECIPE.stem}.json"
+    document = json.loads(path.read_text())
+    document["files"][0]["file"] = value
+    path.write_text(json.dumps(document))
+    assert store.all() == []
+    with pytest.raises(BackendError, match="build the engine again"):
+        store.find(RECIPE)
+
+
+@pytest.mark.parametrize("kind", ["link outside", "FIFO", "device"])
+def test_an_engines_files_are_regular_and_inside(store: PlanStore, tmp_path: Path, kind: str) -> None:
+    plan = store.put(RECIPE, make, check)
+    plan.path.rename(tmp_path / "outside")
+    if kind == "FIFO":
+        os.mkfifo(plan.path)
+    else:
+        plan.path.symlink_to(tmp_path / "outside" if kind == "link outside" else "/dev/zero")
+    with pytest.raises(BackendError, match="missing or damaged; build the engine again"):
+        store.find(RECIPE)
+
+
+def test_a_graph_reads_the_engines_files_only(store: PlanStore) -> None:
+    def reading(location: bytes) -> Any:
+        entry = b"\x0a\x08location\x12" + bytes([len(location)]) + location
+        tensor = b"\x6a" + bytes([len(entry)]) + entry
+        initializer = b"\x2a" + bytes([len(tensor)]) + tensor
+
+        def make_graph(folder: Path) -> list[Path]:
+            files = [folder / "a.onnx", folder / "a.bin"]
+            files[0].write_bytes(b"\x3a" + bytes([len(initializer)]) + initializer)
+            files[1].write_bytes(b"1234")
+            return files
+
+        return make_graph
+
+    store.put(RECIPE, reading(b"a.bin"), lambda plan: {})
+    assert store.find(RECIPE)
+    for location in (b"../a.bin", b"/etc/passwd", b"b.bin"):
+        store.put(RECIPE, reading(location), lambda plan: {})
+        with pytest.raises(BackendError, match="which is not of it; build the engine again"):
+            store.find(RECIPE)
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
+def test_the_lock_is_not_followed_and_not_emptied(store: PlanStore, tmp_path: Path, kind: str) -> None:
+    store.folder.mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    lock = store.folder / ".lock"
+    if kind == "link":
+        lock.symlink_to(victim)
+    elif kind == "FIFO":
+        os.mkfifo(lock)
+    else:
+        lock.mkdir()
+    with pytest.raises(BackendError, match=r"\.lock .*remove it"):
+        store.put(RECIPE, make, check)
+    assert victim.read_text() == "precious"
+    lock.rmdir() if kind == "folder" else lock.unlink()
+    lock.write_text("kept")
+    store.put(RECIPE, make, check)
+    assert lock.read_text() == "kept"
+
+
+def test_the_cache_is_for_its_user_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    old = os.umask(0)
+    try:
+        PlanStore().put(RECIPE, make, check)
+        PlanStore(tmp_path / "named").put(RECIPE, make, check)
+    finally:
+        os.umask(old)
+    folder = cache_folder("engines")
+    for path in (folder, folder.parent, folder.parent.parent, tmp_path / "named"):
+        assert path.stat().st_mode & 0o777 == 0o700, path
+    assert PlanStore().find(RECIPE)
+    for path in (folder, folder.parent):
+        for mode in (0o720, 0o702):
+            path.chmod(mode)
+            for use in (lambda: PlanStore().find(RECIPE), lambda: PlanStore().all()):
+                with pytest.raises(BackendError, match=f"can be written by other users.*chmod go-w {path}$"):
+                    use()
+        path.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1000)
+    if os.getuid():  # what root owns is trusted
+        with pytest.raises(BackendError, match="belongs to another user"):
+            PlanStore().find(RECIPE)
+    else:
+        os.chown(folder, 12345, -1)
+        with pytest.raises(BackendError, match="belongs to another user"):
+            PlanStore().find(RECIPE)

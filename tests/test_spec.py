@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemostream.errors import BundleError, NemostreamError, OptionError
+from nemostream.external_data import external_files
 from nemostream.spec import (
     Bundle,
     Chunk,
@@ -30,6 +32,14 @@ from nemostream.spec import (
 CHUNKS = tuple(Chunk(ms=80 * frames, frames=frames, left=70, samples=1280 * frames) for frames in (1, 2, 7, 14))
 
 
+def graphs(sha256: str) -> dict[str, Graph]:
+    """One of every graph that a bundle has, described as if each were a joint."""
+    inputs = (Tensor("encoded_joint", "float32", ("B", 640)), Tensor("predicted", "float32", ("B", 640)))
+    outputs = (Tensor("logits", "float32", ("B", 1025)),)
+    names = [f"{kind}-{chunk.ms}ms" for chunk in CHUNKS for kind in ("features", "encoder")]
+    return {name: Graph("joint.onnx", sha256, inputs, outputs) for name in (*names, "decoder", "joint")}
+
+
 def make_manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "name": "contract",
@@ -37,16 +47,9 @@ def make_manifest(**changes: Any) -> Manifest:
         "encoder": Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
         "decoder": Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu"),
         "chunks": CHUNKS,
-        "graphs": {
-            "joint": Graph(
-                "joint.onnx",
-                "0" * 64,
-                (Tensor("encoded_joint", "float32", ("B", 640)), Tensor("predicted", "float32", ("B", 640))),
-                (Tensor("logits", "float32", ("B", 1025)),),
-            )
-        },
-        "weights": File("weights.bin", "1" * 64, 4),
-        "tensors": {"joint.out.bias": Weight("float32", (1,), 0)},
+        "graphs": graphs("0" * 64),
+        "weights": File("weights.bin", "1" * 64, 4100),
+        "tensors": {"joint.out.bias": Weight("float32", (1025,), 0)},
         "tokenizer": File("tokenizer.model", "2" * 64, 5),
         "checkpoint": {"source": "voice.nemo", "sha256": "3" * 64},
         "parity": {"80ms": {"steps": 12, "encoder": 1e-6}},
@@ -55,15 +58,28 @@ def make_manifest(**changes: Any) -> Manifest:
     return Manifest(**(fields | changes))
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of protobuf's wire format, of less than 128 bytes."""
+    assert len(content) < 128
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def model_reading(location: str) -> bytes:
+    """A serialized ONNX model with one initializer, whose values are in the file `location`."""
+    entry = field(1, b"location") + field(2, location.encode())
+    return b"\x08\x09" + field(7, field(5, b"\x10\x01" + field(13, entry)))
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A whole bundle as far as the contract can tell: three files and a manifest with their hashes."""
-    contents = {"joint.onnx": b"graph", "weights.bin": b"\0\1\2\3", "tokenizer.model": b"piece"}
+    contents = {"joint.onnx": model_reading("weights.bin"), "weights.bin": bytes(range(205)) * 20}
+    contents["tokenizer.model"] = b"piece"
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     manifest = make_manifest(
-        graphs={"joint": Graph("joint.onnx", sha256(tmp_path / "joint.onnx"), (), ())},
-        weights=File("weights.bin", sha256(tmp_path / "weights.bin"), 4),
+        graphs=graphs(sha256(tmp_path / "joint.onnx")),
+        weights=File("weights.bin", sha256(tmp_path / "weights.bin"), 4100),
         tokenizer=File("tokenizer.model", sha256(tmp_path / "tokenizer.model"), 5),
     )
     (tmp_path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
@@ -220,3 +236,126 @@ def test_the_steps_of_a_recording_hear_all_of_it(samples: int, chunk: Chunk) -> 
     steps = -(-manifest.encoder_frames(samples) // chunk.frames)
     last = 160 * (manifest.mel_frames(samples) - 1) + 198
     assert steps * chunk.samples - manifest.lead > last
+
+
+# -- malformed ---------------------------------------------------------------------------------------------------------
+
+
+def at(path: str, value: Any) -> str:
+    """A manifest with one value replaced: "encoder/layers", "chunks/0/ms"."""
+
+    def change(document: Any) -> None:
+        *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+        for key in keys:
+            document = document[key]
+        document[last] = value
+
+    return edited(change)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *(("tensors/joint.out.bias/dtype", kind) for kind in ("O", "object", "V8", "bfloat16", "<f4", "", 5, None)),
+        *(("tensors/joint.out.bias/offset", value) for value in (-1, 1, 2**63, 0.0, True, "0", None)),
+        *(("tensors/joint.out.bias/shape", value) for value in ([1024], [-1025], [2**40, 2**40], [True], ["B"], 5)),
+        ("weights/bytes", 4099),
+        *(("graphs/joint/inputs/0/dtype", kind) for kind in ("O", "string", None, [])),
+        *(("graphs/joint/inputs/0/shape", value) for value in ([0], [-1], [2**40], [1.0], [None], [[1]], {}, "B" * 99)),
+        *(("weights/file", name) for name in ("/etc/passwd", "../x", "a/../../x", "", ".", "a\0b", "a\\b", "a//b", 5)),
+        ("graphs/joint/file", "../joint.onnx"),
+        ("tokenizer/file", "/etc/passwd"),
+        *(("weights/sha256", value) for value in ("", "0" * 63, "g" * 64, 5, None)),
+        *(("encoder/layers", value) for value in (0, -1, 1.0, True, "24", None, 10**30, [24])),
+        ("encoder/heads", 7),
+        ("encoder/subsampling", 3),
+        ("encoder/cache", 69),
+        *(("features/preemphasis", value) for value in (float("nan"), float("inf"), "0.97", None, 2)),
+        *(("features/window", value) for value in (401, 160, 1 << 20)),
+        ("features/hop", 0),
+        ("decoder/activation", "gelu"),
+        ("chunks", []),
+        ("chunks", {}),
+        ("chunks/0/samples", 1281),
+        ("chunks/0/ms", 81),
+        ("chunks/1", {"ms": 80, "frames": 1, "left": 70, "samples": 1280}),
+        ("name", "\x1b[2J"),
+        ("name", 5),
+        ("parity/80ms", {"encoder": "small"}),
+        ("versions/onnx", 1),
+        ("version", 2.0),
+    ],
+)  # fmt: skip
+def test_a_malformed_field_is_one_sentence(path: str, value: Any) -> None:
+    with pytest.raises(BundleError, match="export the checkpoint again") as caught:
+        Manifest.from_json(at(path, value), "manifest.json")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, '{"format": "\\ud800"}', " " * (16 * 2**20 + 1), "9" * 5000, "NaN"],
+    ids=["lists", "objects", "surrogate", "large", "digits", "NaN"],
+)
+def test_json_beyond_measure_is_one_sentence(text: str) -> None:
+    with pytest.raises(BundleError, match=r"export the checkpoint again|not a nemostream manifest"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("name", ["joint.onnx", "weights.bin", "tokenizer.model", "manifest.json"])
+@pytest.mark.parametrize("kind", ["link outside", "FIFO", "folder", "device", "dangling link"])
+def test_only_regular_files_inside_the_bundle_are_read(bundle: Bundle, tmp_path: Path, name: str, kind: str) -> None:
+    file, outside = bundle.path / name, tmp_path.parent / f"{tmp_path.name}-outside"
+    file.rename(outside)
+    if kind == "link outside":
+        file.symlink_to(outside)
+    elif kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "dangling link":
+        file.symlink_to("nothing")
+    else:
+        file.mkdir()
+    with pytest.raises(BundleError, match=name):
+        Bundle.open(bundle.path)
+    if name == "weights.bin":
+        with pytest.raises(BundleError, match=name):
+            bundle.weight("joint.out.bias")
+
+
+def test_a_link_inside_the_bundle_is_followed(bundle: Bundle) -> None:
+    (bundle.path / "weights.bin").rename(bundle.path / "data")
+    (bundle.path / "weights.bin").symlink_to("data")
+    assert Bundle.open(bundle.path).weight("joint.out.bias").shape == (1025,)
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd", "other.bin", "./weights.bin", ""])
+def test_a_graph_reads_the_bundles_weights_only(bundle: Bundle, location: str) -> None:
+    (bundle.path / "joint.onnx").write_bytes(model_reading(location))
+    manifest = dataclasses.replace(bundle.manifest, graphs=graphs(sha256(bundle.path / "joint.onnx")))
+    (bundle.path / "manifest.json").write_text(manifest.to_json())
+    with pytest.raises(BundleError, match=r"joint\.onnx reads weights from"):
+        Bundle.open(bundle.path)
+
+
+def test_external_files_are_those_that_onnx_finds(tmp_path: Path) -> None:
+    """Wherever a tensor may be: initializers, attributes, subgraphs, functions, sparse tensors."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+
+    def tensor(name: str) -> Any:
+        made = onnx.TensorProto(name=name, data_type=1, dims=[4], data_location=1)
+        made.external_data.add(key="offset", value="0")
+        made.external_data.add(key="location", value=name)
+        return made
+
+    inner = onnx.helper.make_graph([], "inner", [], [], [tensor("subgraph")])
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    constant = onnx.helper.make_node("Constant", [], ["z"], value=tensor("attribute"))
+    graph = onnx.helper.make_graph([node, constant], "graph", [], [], [tensor("initializer")])
+    graph.sparse_initializer.add(values=tensor("sparse"), indices=tensor("indices"))
+    function = onnx.helper.make_function("d", "f", [], ["z"], [constant], [onnx.helper.make_opsetid("", 17)])
+    function.node[0].attribute[0].t.CopyFrom(tensor("function"))
+    model = onnx.helper.make_model(graph, functions=[function])
+    wanted = {"subgraph", "attribute", "initializer", "sparse", "indices", "function"}
+    assert external_files(model.SerializeToString()) == wanted

@@ -75,10 +75,9 @@ def test_words_and_their_times_are_nemos(side: tuple[Model, Any], speech: list[F
             # What follows an unknown piece is a word of its own in NeMo's text and not in its words; we go by the text.
             ours = [words.pop(0) for _ in nemos["word"].split()]
             assert " ".join(word.text for word in ours) == " ".join(nemos["word"].split())
-            assert (round(ours[0].start / 0.08, 6), round(ours[-1].end / 0.08, 6)) == (
-                nemos["start_offset"],
-                nemos["end_offset"],
-            )
+            # NeMo's last frame may reach beyond the recording.
+            inside = [min(nemos[side] * 0.08, len(audio) / 16000) for side in ("start_offset", "end_offset")]
+            assert [ours[0].start, ours[-1].end] == pytest.approx(inside, abs=1e-6)
             compared += len(ours)
         assert not words
     assert compared > 20
@@ -156,7 +155,11 @@ def test_utterances_are_nemos_segments(side: tuple[Model, Any], speech: list[Flo
                 round(events[-1].end / 0.08),
             )
             for events in joined
-        ] == [(segment["segment"].split(), segment["start_offset"], segment["end_offset"]) for segment in wanted]
+        ] == [
+            # NeMo's last frame may reach beyond the recording.
+            (one["segment"].split(), one["start_offset"], min(one["end_offset"], round(len(audio) / 1280)))
+            for one in wanted
+        ]
         several += len(finals) > 1
     assert several
 

@@ -35,6 +35,7 @@ from nemostream.errors import (
     OptionError,
     ParityError,
     StreamError,
+    TruncatedAudioError,
 )
 
 # ONNX Runtime 1.29 and newer sends telemetry and writes to ~/.cache/Microsoft; it reads this variable when it is
@@ -83,6 +84,7 @@ __all__ = [
     "Result",
     "StreamError",
     "Token",
+    "TruncatedAudioError",
     "Word",
     "__version__",
     "demo_bundle",
@@ -154,3 +156,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'nemostream' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

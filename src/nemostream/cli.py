@@ -74,7 +74,9 @@ def _root(
 def transcribe(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE", help="Audio files or pipes; - is raw 16 kHz mono 16-bit PCM on standard input."),
+        typer.Argument(
+            metavar="FILE", help="Audio files or pipes; - is standard input: a file, or raw 16 kHz mono 16-bit PCM."
+        ),
     ] = None,
     mic: Annotated[
         bool, typer.Option("--mic", help="Transcribe the microphone until Ctrl-C.", rich_help_panel=_INPUT)
@@ -397,7 +399,7 @@ def build(
             )
         how = f"built in {plan.seconds:.1f} s" if built else "was there"
         gate = "not yet run: it will be compared with fp32 where it is loaded"
-        if plan.gate:
+        if {"cosine", "tokens", "steps"} <= plan.gate.keys():
             gate = (
                 f"cosine {plan.gate['cosine']:.5f} and {plan.gate['tokens']} equal tokens in {plan.gate['steps']} steps"
             )

@@ -5,8 +5,9 @@ The rooms do not know each other; this does. Everything heavy is imported when i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.clips import read_clip
-from nemostream.errors import BackendError, OptionError
+from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, no_engine
 from nemostream.spec import Bundle, Chunk, Manifest
@@ -94,11 +95,13 @@ def open_backend(
     store = PlanStore(engines)
     if device == "cpu":
         if precision in (None, "fp32"):
-            return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads)
+            with _loading(bundle, capacity):
+                return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads)
         if precision not in _CAN["onnxruntime", "cpu"]:
             raise OptionError(f"a CPU runs fp32 and int8, not {precision}; choose one of them, or device='cuda'.")
         plans = _known(bundle, store, "onnxruntime", precision, "cpu", 0, chunk_ms)
-        return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
+        with _loading(bundle, capacity):
+            return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
     if device != "cuda":
         raise OptionError(f"device is {device!r}; choose cpu or cuda.")
     from nemostream.runtime.cuda import CudaDevice
@@ -110,7 +113,25 @@ def open_backend(
         if not plan.gate:
             figures = _gate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
             plans[ms] = store.record(plan, figures)
-    return open_gpu(bundle, gpu, plans, capacity, rows)
+    with _loading(bundle, capacity):
+        return open_gpu(bundle, gpu, plans, capacity, rows)
+
+
+@contextlib.contextmanager
+def _loading(bundle: Bundle, capacity: int) -> Iterator[None]:
+    """What a library raises of graphs that are not what the manifest states, as a `BackendError`."""
+    try:
+        yield
+    except NemostreamError:
+        raise
+    except MemoryError as error:
+        raise BackendError(f"there is not enough memory for {capacity} streams of {bundle.path}; lower it.") from error
+    except Exception as error:  # each library raises its own kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise BackendError(
+            f"{bundle.path} cannot be loaded ({type(error).__name__}: {reason}): its graphs do not match its manifest; "
+            "export the checkpoint again."
+        ) from error
 
 
 def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: int, max_batch: int) -> Any:
@@ -123,7 +144,7 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
         if recipe.backend == "onnxruntime":
             from nemostream.runtime.ort_cuda import OrtCudaEncoder
 
-            graph = bundle.manifest.graphs[recipe.graph]
+            graph = bundle.graph(recipe.graph)
             encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cell, device)
         else:
             from nemostream.runtime.trt import TrtEncoder
@@ -273,11 +294,13 @@ def _known(
     kept = store.all()
     plans: dict[int, Plan] = {}
     for chunk in bundle.manifest.chunks:
-        graph = bundle.manifest.graphs[f"encoder-{chunk.ms}ms"]
+        name = f"encoder-{chunk.ms}ms"
+        graph = bundle.graph(name)
         found = [
             plan
             for plan in kept
-            if plan.recipe.graph_sha256 == graph.sha256
+            if plan.recipe.graph == name
+            and plan.recipe.graph_sha256 == graph.sha256
             and plan.recipe.weights_sha256 == bundle.manifest.weights.sha256
             and plan.recipe.precision == precision
             and plan.recipe.device in devices
@@ -287,7 +310,9 @@ def _known(
         ]
         if found:  # TensorRT before ONNX Runtime, the closest batch first
             best = min(found, key=lambda plan: (plan.recipe.backend == "onnxruntime", plan.recipe.max_batch))
-            plans[chunk.ms] = store.find(best.recipe) or best
+            # Only what `find` returns was checked against its hashes.
+            if plan := store.find(best.recipe):
+                plans[chunk.ms] = plan
     if not plans:
         command = f"nemostream build {bundle.path} --precision {precision}"
         command += " --backend onnxruntime" if device == "cpu" else f" --max-batch {max_batch}"

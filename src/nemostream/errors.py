@@ -6,6 +6,8 @@ would otherwise have been (code that knows nothing of us still behaves), and map
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NemostreamError(Exception):
     """Base of all errors raised on purpose."""
@@ -23,6 +25,13 @@ class AudioError(NemostreamError, ValueError):
     """Audio that cannot be read or used: missing, truncated, not audio, empty, NaN."""
 
     exit_code = 3
+
+
+class TruncatedAudioError(AudioError):
+    """A WAV file that ends before its header promises. All that is there was processed: `result` is what came of it."""
+
+    exit_code = 11
+    result: Any = None
 
 
 class BundleError(NemostreamError, ValueError):

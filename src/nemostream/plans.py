@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 import uuid
@@ -23,11 +24,31 @@ from pathlib import Path
 from typing import Any
 
 from nemostream.errors import BackendError
-from nemostream.spec import Bundle, File, sha256
+from nemostream.external_data import external_files
+from nemostream.spec import MOST_GRAPH, Bundle, File, sha256
+from nemostream.validation import (
+    MIB,
+    SHA256,
+    Check,
+    fields,
+    list_of,
+    mapping_of,
+    number,
+    one_of,
+    parse_json,
+    plain_name,
+    read_regular,
+    record,
+    regular_inside,
+    shown,
+    text,
+    whole,
+)
 
 FORMAT = "nemostream-plan"
 VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
+MOST_DESCRIPTION = MIB
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ class Recipe:
     @classmethod
     def of(cls, bundle: Bundle, chunk_ms: int, **rest: Any) -> Recipe:
         graph = f"encoder-{chunk_ms}ms"
-        made_of = bundle.manifest.graphs[graph].sha256, bundle.manifest.weights.sha256
+        made_of = bundle.graph(graph).sha256, bundle.manifest.weights.sha256
         return cls(graph, *made_of, **rest)
 
     @property
@@ -76,51 +97,95 @@ class Plan:
         return sum(file.bytes for file in self.files)
 
 
+_WORD = text(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", "a name of letters, digits and _.+-")
+_PLAN: dict[str, Check] = {
+    "format": one_of(FORMAT),
+    "version": one_of(VERSION),
+    "recipe": record(
+        Recipe,
+        graph=_WORD,
+        graph_sha256=SHA256,
+        weights_sha256=SHA256,
+        backend=one_of("tensorrt", "tensorrt-rtx", "onnxruntime"),
+        library=_WORD,
+        precision=one_of(*PRECISIONS),
+        device=text(r"[a-z0-9_]+(, not gated)?", "a device"),
+        max_batch=whole(0, 1 << 20),
+        cell=one_of("float32", "float16", "bfloat16"),
+    ),
+    "files": list_of(record(File, file=plain_name, sha256=SHA256, bytes=whole(0, 1 << 42)), 1, 16),
+    "seconds": number(0, 1e9),
+    "gate": mapping_of(number(-1e12, 1e12)),
+}
+
+
 class PlanStore:
-    """A folder of plans. Several processes may share it: what appears in it is whole."""
+    """A folder of plans. Several processes may share it: what appears in it is whole.
+
+    A plan is code for the library that loads it, so whoever can write to the folder decides what this process runs. The
+    default folder is therefore created for this user only, and refused if another user owns it or may write to it.
+    """
 
     def __init__(self, folder: str | Path | None = None) -> None:
+        self._private = not folder
         self.folder = Path(folder) if folder else cache_folder("engines")
 
     def find(self, recipe: Recipe) -> Plan | None:
-        """The plan of that recipe, or None if there is none.
+        """The plan of that recipe, every file of it checked against its hash, or None if there is none.
 
         Raises `BackendError` for one that is damaged or of something else, saying so; `put` replaces it.
         """
+        self._check_owner()
         described = self.folder / f"{recipe.stem}.json"
-        if not described.exists():
+        if not os.path.lexists(described):
             return None
         plan = self._read(described)
         if plan.recipe != recipe:
             raise BackendError(f"{described} describes something else than its name; build the engine again.")
         for file in plan.files:
             path = self.folder / file.file
-            if path.parent != self.folder or not path.is_file() or sha256(path) != file.sha256:
+            try:
+                regular_inside(self.folder, file.file)
+                intact = path.stat().st_size == file.bytes and sha256(path) == file.sha256
+                read = external_files(read_regular(path, MOST_GRAPH)) if intact and path.suffix == ".onnx" else set()
+            except (OSError, ValueError):
+                intact = False
+            if not intact:
                 raise BackendError(f"{path} is missing or damaged; build the engine again.")
+            if strange := sorted(read - {other.file for other in plan.files}):
+                raise BackendError(f"{path} reads {shown(strange[0])}, which is not of it; build the engine again.")
         return plan
 
     def all(self) -> list[Plan]:
-        """Every plan that says what it is; `find` tells whether its files are what it says."""
+        """Every plan that is described under its own name; `find` checks whether its files are what it describes."""
+        self._check_owner()
         plans = []
         for described in sorted(self.folder.glob("*.json")):
             with contextlib.suppress(BackendError):
-                plans.append(self._read(described))
+                plan = self._read(described)
+                if described.name == f"{plan.recipe.stem}.json":
+                    plans.append(plan)
         return plans
+
+    def _check_owner(self) -> None:
+        if self._private:
+            check_private(self.folder)
 
     def _read(self, described: Path) -> Plan:
         try:
-            document = json.loads(described.read_text(encoding="utf-8"))
+            regular_inside(self.folder, described.name)
+            document = parse_json(read_regular(described, MOST_DESCRIPTION))
         except (OSError, ValueError) as error:
             raise BackendError(f"{described} cannot be read ({error}); build the engine again.") from error
-        try:
-            if (document["format"], document["version"]) != (FORMAT, VERSION):
+        if isinstance(document, dict):
+            marks = document.get("format"), document.get("version")
+            if marks != (FORMAT, VERSION) and None not in marks:
                 raise BackendError(f"{described} is of another nemostream; build the engine again.")
-            recipe, files = Recipe(**document["recipe"]), tuple(File(**file) for file in document["files"])
-            plan = Plan(recipe, self.folder, files, document["seconds"], document["gate"])
-            plan.path  # noqa: B018 - a plan has a file
-        except (KeyError, TypeError, IndexError) as error:
+        try:
+            found = fields(document, "", _PLAN)
+        except ValueError as error:
             raise BackendError(f"{described} lacks or misnames a field ({error}); build the engine again.") from error
-        return plan
+        return Plan(found["recipe"], self.folder, found["files"], found["seconds"], found["gate"])
 
     def put(
         self, recipe: Recipe, make: Callable[[Path], list[Path]], check: Callable[[Plan], Mapping[str, Any]]
@@ -130,7 +195,8 @@ class PlanStore:
         `make` fills an empty folder and returns the files, the one to load first. `check` runs the plan, which is
         whole but not yet kept, and returns the figures to keep with it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private(self.folder)
+        self._check_owner()
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{recipe.stem}-") as temporary:
             start = time.perf_counter()
             made = make(Path(temporary))
@@ -163,13 +229,22 @@ class PlanStore:
             "gate": dict(plan.gate),
         }
         draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         draft.replace(path)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """No other process is putting files in place meanwhile, or two builds of one recipe would be mixed."""
-        with (self.folder / ".lock").open("w") as lock:
+        path = self.folder / ".lock"
+        # Neither followed, if it is a link, nor truncated: whoever may write here must not choose what is emptied.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:
+            raise BackendError(f"{path} cannot be opened as a lock ({error.strerror}); remove it.") from error
+        with os.fdopen(descriptor, "r+b", buffering=0) as lock:
+            if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+                raise BackendError(f"{path} is not a regular file, so it cannot be the lock; remove it.")
             with contextlib.suppress(ImportError):  # no such lock on Windows
                 import fcntl
 
@@ -180,6 +255,38 @@ class PlanStore:
 def cache_folder(kind: str) -> Path:
     """Where things are kept that can be made again: `$XDG_CACHE_HOME/nemostream/{kind}`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemostream" / kind
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder, and those above it that are missing, for this user only."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise BackendError(f"the folder {path} cannot be created ({error.strerror}); give another one.") from error
+    if not folder.is_dir():
+        raise BackendError(f"{folder} is not a folder; give another one.")
+
+
+def check_private(folder: Path) -> None:
+    """Raise `BackendError` if another user owns a cache folder, or may write to it. One that is missing is none."""
+    for path in (folder, folder.parent):
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        if not hasattr(os, "geteuid"):
+            return
+        if found.st_uid not in (os.geteuid(), 0):
+            raise BackendError(
+                f"{path} belongs to another user, who could replace what is loaded from it; remove it, or name a "
+                "folder of your own with --engines or XDG_CACHE_HOME."
+            )
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BackendError(
+                f"{path} can be written by other users, who could replace what is loaded from it: chmod go-w {path}"
+            )
 
 
 def no_engine(chunk_ms: int, loaded: Iterable[int]) -> BackendError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemostream.captions import Captions
-from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError
+from nemostream.errors import AudioError, BackendError, NemostreamError, OptionError, TruncatedAudioError
 from nemostream.extras import install_command
 from nemostream.formats import Format
 from nemostream.interrupt import Stop
@@ -96,6 +96,7 @@ class _Transcribed:
     duration: float  # seconds of audio that came
     stopped: bool = False  # before its end
     warning: str = ""
+    truncated: TruncatedAudioError | None = None  # the input ended before the end that its header states
 
     @property
     def said_something(self) -> bool:
@@ -143,6 +144,9 @@ def transcribe_files(
                             output.write(name, done.said, done.duration, model.chunk_ms)
                         if done.warning:
                             complain(f"{name}: {done.warning}")
+                        if done.truncated:
+                            complain(str(done.truncated))
+                            code = code or done.truncated.exit_code
                         if done.stopped:
                             complain(_stopped(name, done, resume, len(names)))
                     if resume and not done.stopped:
@@ -258,19 +262,30 @@ class _Job:
                 raise _NotStarted
             self.opened = True
             self._captions.begins(self._index, file.duration)
-            said, duration = self._recording(file, speech)
+            truncated = None
+            try:
+                said, duration = self._recording(file, speech)
+            except TruncatedAudioError as error:  # what is there was transcribed
+                truncated, result = error, error.result
+                said, duration = ([result], result.duration) if result else (speech.finals, speech.duration)
             cut = file.cut or (self._realtime and self._stop.is_set())
-            return _Transcribed(said, duration, cut, _mixed_down(file) if file.cancels else "")
+            return _Transcribed(said, duration, cut, _mixed_down(file) if file.cancels else "", truncated)
 
     def _standard_input(self, speech: _Speech) -> _Transcribed:
-        from nemostream.runtime.audio import read_pcm16
+        from nemostream.runtime.audio import piped
 
         self.opened = True
         self._captions.begins(self._index, 0.0)
-        with self._model.stream(sample_rate=STDIN_RATE, **self._options) as stream:
-            blocks = read_pcm16(standard_input(self._stop))
-            speech.follow(stream, self._until_stopped(blocks), STDIN_RATE)
-        return _Transcribed(speech.finals, speech.duration, self._stop.is_set())
+        truncated = None
+        try:
+            with (
+                piped(standard_input(self._stop), STDIN_RATE) as sound,
+                self._model.stream(sample_rate=sound.sample_rate, channels=sound.channels, **self._options) as stream,
+            ):
+                speech.follow(stream, self._until_stopped(sound.blocks), sound.sample_rate)
+        except TruncatedAudioError as error:  # what is there was transcribed; after a signal that is no fault
+            truncated = None if self._stop.is_set() else error
+        return _Transcribed(speech.finals, speech.duration, self._stop.is_set(), truncated=truncated)
 
     def _until_stopped(self, blocks: Iterable[Any]) -> Generator[Any]:
         try:
@@ -280,11 +295,17 @@ class _Job:
                 raise
 
     def _recording(self, file: Recording, speech: _Speech) -> tuple[Sequence[Result | Event], float]:
+        from nemostream.runtime.audio import truncation_last
+
         model, options, captions, index = self._model, self._options, self._captions, self._index
         source: Any = file
         if self._realtime:
             stream = model.stream(sample_rate=file.sample_rate, channels=file.channels, **options)
-            with stream, closing(_paced(file.blocks(), file.sample_rate, self._stop)) as blocks:
+            with (
+                truncation_last(file.blocks()) as there,
+                stream,
+                closing(_paced(there, file.sample_rate, self._stop)) as blocks,
+            ):
                 speech.follow(stream, blocks, file.sample_rate)
             return speech.finals, speech.duration
         if options.get("endpoint"):

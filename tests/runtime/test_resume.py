@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
+import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -305,3 +309,138 @@ def test_leaving_many_recordings_leaves_the_rest_undone(bundle, fake):
             thread.join(10)
             assert not thread.is_alive(), "it goes on with what nobody waits for"
         assert len(opened) <= 5
+
+
+# -- malformed states --------------------------------------------------------------------------------------------------
+
+
+def edited_state(data: bytes, change) -> bytes:
+    """A state with the document and the arrays that `change` makes of its own, as `Keeper.save` writes them."""
+    with np.load(io.BytesIO(data)) as file:
+        arrays = {name: file[name] for name in file.files}
+    document = json.loads(arrays.pop("document").tobytes())
+    change(document, arrays)
+    out = io.BytesIO()
+    np.savez(out, document=np.frombuffer(json.dumps(document).encode(), np.uint8), **arrays)
+    return out.getvalue()
+
+
+def put(name, value):
+    return lambda document, arrays: arrays.update({name: value(arrays[name])})
+
+
+def count(name, index, value):
+    def change(document, arrays):
+        arrays[name] = arrays[name].copy()
+        arrays[name][index] = value
+
+    return change
+
+
+def without(part):
+    def change(document, arrays):
+        for name in [name for name in arrays if name.startswith(part)]:
+            del arrays[name]
+
+    return change
+
+
+PARTS = ("stream", "said", "guard", "endpoint", "slot", "slot.position", "stream.counts", "said.tokens")
+MALFORMED_STATES = {
+    "no parts": lambda document, arrays: arrays.clear(),
+    "a part more": lambda document, arrays: arrays.update({"other.counts": np.zeros(1)}),
+    **{f"no {part}": without(part) for part in PARTS},
+    **{f"stream.counts[{i}] = {v}": count("stream.counts", i, v) for i in range(7) for v in (-1, 10**15, 2**62)},
+    "sizes of no chunk": count("stream.sizes", 0, 77),
+    "no sizes": put("stream.sizes", lambda array: array[:0]),
+    "sizes of millions of chunks": put("stream.sizes", lambda array: np.full(10**6, 560)),
+    "filling": put("stream.filling", lambda array: array[:-1]),
+    "filling in fp64": put("stream.filling", lambda array: array.astype(float)),
+    "filling of NaN": put("stream.filling", lambda array: array * np.nan),
+    "flags": put("stream.flags", lambda array: array[:1]),
+    "flags of another type": put("stream.flags", lambda array: array.astype(np.int64)),
+    "a token below the vocabulary": count("said.tokens", 0, -1),
+    "a token beyond the vocabulary": count("said.tokens", 0, 10**6),
+    "a place before the start": count("said.places", 0, -5),
+    "fewer scores": put("said.scores", lambda array: array[1:]),
+    "scores of NaN": put("said.scores", lambda array: array * np.nan),
+    "tokens in two dimensions": put("said.tokens", lambda array: array[None]),
+    "utterances of other tokens": count("endpoint.counts", 0, 10**6),
+    "an utterance before the start": count("endpoint.counts", 1, -7),
+    "counts of utterances": put("endpoint.counts", lambda array: array[:1]),
+    "a guard of other tokens": count("guard.counts", 0, 10**6),
+    "a position below zero": put("slot.position", lambda array: np.array(-1)),
+    "another position": put("slot.position", lambda array: array + 7),
+    "positions": put("slot.position", lambda array: np.zeros(5, np.int64)),
+    "samples below zero": lambda document, arrays: document.update(samples=-1),
+    "samples that are none": lambda document, arrays: document.update(samples="5"),
+    "samples of 2 ** 60": lambda document, arrays: document.update(samples=2**60),
+    "a digest that is none": lambda document, arrays: document.update(digest=[1]),
+    "about a list": lambda document, arrays: document.update(about=[]),
+    "no about": lambda document, arrays: document.pop("about"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MALFORMED_STATES.values(), ids=MALFORMED_STATES.keys())
+def test_a_malformed_state_is_one_sentence(model, tmp_path, at_every_block, change):
+    audio, state = noise(5, 400_000), tmp_path / "state"
+    data = edited_state(saved(model, audio, state, endpoint=Endpoint()), change)
+    state.write_bytes(data)
+    for _ in range(3):  # more often than there are slots
+        with pytest.raises(OptionError, match=r"resume: .*state .*|the saved state is of another model"):
+            model.transcribe(audio, resume=state, endpoint=Endpoint())
+    assert state.read_bytes() == data
+    assert model.transcribe(audio, endpoint=Endpoint()).tokens  # the model serves on
+
+
+def zipped(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # of two members of one name
+        for name, content in members:
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def npy(header: str, content: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + content
+
+
+def test_a_state_is_limited_before_it_is_unpacked(model, tmp_path):
+    array = io.BytesIO()
+    np.save(array, np.zeros(10))
+    numbers = "{'descr': '|u1', 'fortran_order': False, 'shape': (%d,), }"
+    huge = npy(numbers % 2**40)
+    bomb = zipped(("document.npy", npy(numbers % 2**28, bytes(2**28))), compression=zipfile.ZIP_DEFLATED)
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([object], object), allow_pickle=True)
+    for content in (
+        bomb,
+        zipped(("document.npy", huge)),
+        zipped(("document.npy", pickled.getvalue())),
+        zipped(("document.npy", npy("(" * 5000))),
+        zipped(("document.npy", npy("{'descr': [('a', 'O')], 'fortran_order': False, 'shape': (1,), }"))),
+        zipped(*[("document.npy", array.getvalue())] * 2),
+        zipped(*[(f"a.{'b' * n}.npy", array.getvalue()) for n in range(1, 100)]),
+        zipped(("../x.npy", array.getvalue())),
+        zipped(("document.npy", npy(numbers % 99999, b"[" * 99999))),
+    ):
+        (tmp_path / "state").write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(OptionError, match="is damaged, or no such file at all; delete it to begin anew"):
+            model.transcribe(noise(6, 1000), resume=tmp_path / "state")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+        tracemalloc.stop()
+
+
+def test_a_state_is_a_regular_file(model, tmp_path, at_every_block):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(OptionError, match="is damaged, or no such file at all"):
+            model.transcribe(noise(7, 1000), resume=tmp_path / name)
+    victim, state = tmp_path / "victim", tmp_path / "state"
+    victim.write_text("precious")
+    (tmp_path / "state.part").symlink_to(victim)
+    saved(model, noise(7, 400_000), state)
+    assert victim.read_text() == "precious" and state.stat().st_mode & 0o777 == 0o600

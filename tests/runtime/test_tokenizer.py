@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -74,3 +76,20 @@ def test_another_models_vocabulary(bundle, manifest):
     size = manifest.decoder.vocabulary
     with pytest.raises(BundleError, match=f"has {size} pieces, the manifest says {size + 1}"):
         Tokenizer(bundle.path / "tokenizer.model", size + 1)
+
+
+def test_a_malformed_model_is_one_sentence(tokenizer_model, tmp_path):
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
+    at = tokenizer_model.rindex(b"<0xFF>")
+    not_text = tokenizer_model[:at] + b"<0\xff\xfe\xff>" + tokenizer_model[at + 6 :]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, content in (
+        ("empty", b""), ("junk", b"junk"), ("truncated", tokenizer_model[:-7]), ("not text", not_text), ("pipe", None),
+        ("zero", None), ("none", None),
+    ):  # fmt: skip
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(BundleError, match="again") as caught:
+            Tokenizer(tmp_path / name, vocabulary)
+        assert "\n" not in str(caught.value)

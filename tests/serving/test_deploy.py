@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,113 @@ def test_no_version_is_older_than_what_the_extras_ask_for(service: Any) -> None:
     assert least
     major, minor, _ = service["spec"]["rayClusterConfig"]["rayVersion"].split(".")
     assert (int(major), int(minor)) >= tuple(map(int, least.groups()))
+
+
+def test_only_clients_reach_only_the_server(service: Any) -> None:
+    """Ray's own ports run code for whoever reaches them."""
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for part in (head, group):
+        assert "dashboard-host" not in part["rayStartParams"] and "ray-client-server-port" not in part["rayStartParams"]
+        pod = part["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
+        for container in pod["containers"]:
+            assert 10001 not in {port["containerPort"] for port in container["ports"]}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+    assert group["template"]["spec"]["automountServiceAccountToken"] is False
+    policy = yaml.safe_load((DEPLOY / "networkpolicy.yaml").read_text())
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    labels = policy["spec"]["podSelector"]["matchLabels"]
+    assert all(part["template"]["metadata"]["labels"] == labels for part in (head, group))
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    own, *others = policy["spec"]["ingress"]
+    assert own == {"from": [{"podSelector": {"matchLabels": labels}}]}  # any port, but of this namespace's pods only
+    ports = [(rule["from"], [port["port"] for port in rule["ports"]]) for rule in others]
+    (operator, dashboard), (clients, served) = ports
+    assert dashboard == [8265] and served == [8000]
+    assert operator[0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert all(source["namespaceSelector"].get("matchLabels") for source in clients)
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+# The first versions without known vulnerabilities that concern us, from their advisories (docs/security.md).
+FLOORS = {
+    "python-multipart": "0.0.31", "starlette": "1.3.1", "h11": "0.16", "protobuf": "6.33.5", "sentencepiece": "0.2.1",
+    "onnx": "1.21", "torch": "2.10", "ray": "2.55", "aiohttp": "3.13.4",
+}  # fmt: skip
+
+
+def required(*extras: str) -> list[Any]:
+    """What the package, and its extras (all of them if none is named), require."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in extras or optional for line in optional[name])]
+    found = [Requirement(line) for line in lines]
+    return [requirement for requirement in found if requirement.name != "nemostream"]
+
+
+def pinned() -> dict[str, str]:
+    from packaging.utils import canonicalize_name
+
+    lines = [line for line in (DEPLOY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pairs = [line.split("==") for line in lines]
+    versions = {canonicalize_name(name): version for name, version in pairs}
+    assert len(versions) == len(lines)
+    return versions
+
+
+def test_no_bound_admits_a_version_with_a_known_vulnerability() -> None:
+    from packaging.version import Version
+
+    named = set()
+    for requirement in required():
+        if requirement.name in FLOORS:
+            least = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+            assert least and Version(least[0]) >= Version(FLOORS[requirement.name]), str(requirement)
+            named.add(requirement.name)
+    assert named == FLOORS.keys()
+    images = pinned()
+    for name in FLOORS.keys() & images.keys():
+        assert Version(images[name]) >= Version(FLOORS[name]), name
+
+
+def test_the_image_pins_every_package_that_it_installs() -> None:
+    """All that the extras serve and ray need, by what the packages installed here declare, within every bound."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    versions, seen = pinned(), set()
+    waiting = required("serve", "ray")
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        assert name in versions, f"{requirement} is not in deploy/constraints.txt"
+        assert requirement.specifier.contains(versions[name], prereleases=True), f"{requirement}: {versions[name]}"
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        try:
+            inner = [Requirement(line) for line in requires(name) or ()]
+        except PackageNotFoundError:
+            continue  # of the ray extra, where that is not installed
+        environments = [
+            {"extra": extra, "python_version": "3.12", "python_full_version": "3.12.12"} for extra in extras or {""}
+        ]
+        waiting += [one for one in inner if not one.marker or any(one.marker.evaluate(where) for where in environments)]
+    assert len(seen) > 30
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert '--constraint "/src/deploy/constraints.txt"' in dockerfile
+    assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", dockerfile, re.MULTILINE), "the base image has a version"
+    assert Path("deploy/constraints.txt") in sent()
 
 
 # -- docs/deploy.md ----------------------------------------------------------------------------------------------------

@@ -202,3 +202,21 @@ def test_any_messages_are_answered_or_end_the_stream_cleanly(server: Any, sent: 
         except (ConnectionClosed, ValueError):
             pass
     assert socket.close_code in (1000, 1007, 1008)  # never 1011, our fault
+
+
+def test_partial_events_have_new_words_only_and_they_add_up(server: Any, spoken: Any) -> None:
+    with connect(f"{server.socket}/v1/stream?chunk_ms=80&words=1&endpoint_ms=-1") as socket:
+        assert json.loads(socket.recv())["type"] == "ready"
+        for clip in spoken[:4]:
+            socket.send(clip.pcm)
+        socket.send(json.dumps({"type": "finish"}))
+        events = [json.loads(event) for event in socket]
+    words: list[dict[str, Any]] = []
+    sent = 0
+    for event in events:
+        if event["type"] in ("partial", "final"):
+            assert 0 <= event["words_from"] <= len(words)
+            words = words[: event["words_from"]] + event["words"]
+            assert " ".join(word["text"] for word in words) == event["text"]
+            sent += len(event["words"]) * (event["type"] == "partial")
+    assert len(words) >= 20 and sent <= 3 * len(words)  # each new word, and the last one again while it grows

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from nemostream.plans import cache_folder, check_private, make_private
+
 HERE = Path(__file__).parent
-CACHE = Path(tempfile.gettempdir()) / "nemostream-simt"
+CACHE = cache_folder("simt")  # not in a folder that others can write to: what is in it is loaded
 MISSING = shutil.which("g++") is None
 
 
@@ -56,9 +58,10 @@ def compile_for_cpu(source: str, defines: Mapping[str, Any], entries: Sequence[s
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-D_FORTIFY_SOURCE=0", "-ffp-contract=off", f"-I{HERE}"]
     flags += [f"-D{name}={value}" for name, value in defines.items()]
     key = hashlib.sha256("\0".join([text, (HERE / "cuda_on_cpu.h").read_text(), *flags]).encode()).hexdigest()[:24]
+    check_private(CACHE)
     library = CACHE / f"{key}.so"
     if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+        make_private(CACHE)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             file, made = Path(folder) / "unit.cpp", Path(folder) / "unit.so"
             file.write_text(text)

