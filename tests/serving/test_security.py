@@ -501,7 +501,7 @@ def test_no_client_keeps_the_event_loop_to_itself(serve_here: Any, name: str) ->
 
         client = upgraded(running, path)
         gc.collect()
-        gc.freeze()  # as `nemostream serve` does: the test's own objects are not to be looked through on the loop's thread
+        gc.freeze()  # as `nemostream serve` does: the loop's thread must not look through the test's own objects
         watching = asyncio.run_coroutine_threadsafe(watch(), running.loop)
         reader = threading.Thread(target=lambda: answer(client), daemon=True)
         reader.start()
