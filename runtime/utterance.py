@@ -9,7 +9,7 @@ What the module does not know: when utterances end, streams, the scheduler.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -43,6 +43,13 @@ class Event:
     def words(self) -> tuple[Word, ...]:
         """The words of `text`, grouped when first asked for. The last one of a partial may still grow."""
         return self.grouping.words(self.tokens, self.kind == "final")
+
+    def with_words(self, words: Sequence[Word]) -> Event:
+        """Return this final event with other words, and their text; the tokens stay."""
+        text = " ".join(word.text for word in words)
+        event = replace(self, text=text, stable=text)
+        event.__dict__["words"] = tuple(words)  # the value of the cached property
+        return event
 
 
 class Utterances:
