@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import random
 import re
@@ -17,7 +16,6 @@ import numpy as np
 import openai
 import pytest
 import riva.client
-import soundfile
 import soxr
 from openai.types.audio import transcription_create_params
 from openai.types.realtime import realtime_client_event_param, realtime_transcription_session_create_request_param
@@ -109,7 +107,7 @@ def test_riva_follows_its_table(server: Any, spoken: Any) -> None:
     assert inner == set(RIVA_IGNORED["endpointing_config"])
     assert recognise(server, spoken[1].pcm, **RIVA_IGNORED) == spoken[1].text
     for config in ({"custom_configuration": {"x": "1"}}, {"custom_configuration": {"itn": "x"}}):
-        with pytest.raises(grpc.RpcError, match="custom_configuration|itn"):
+        with pytest.raises(grpc.RpcError, match=r"custom_configuration|itn"):
             recognise(server, spoken[1].pcm, **config)
 
 
@@ -270,8 +268,10 @@ def test_frames_are_split_as_the_standard_says() -> None:
     from websockets.protocol import SERVER, Protocol
 
     chance = random.Random(5)
-    frames = [Frame(Opcode.BINARY, chance.randbytes(size), fin=fin) if begin else Frame(Opcode.CONT, b"x" * size, fin=fin)
-              for begin, size, fin in ((1, 0, True), (1, 5000, False), (0, 70_000, True), (1, 125, True), (1, 126, True))]  # fmt: skip
+    frames = [
+        Frame(Opcode.BINARY if begin else Opcode.CONT, chance.randbytes(size), fin=fin)
+        for begin, size, fin in ((1, 0, True), (1, 5000, False), (0, 70_000, True), (1, 125, True), (1, 126, True))
+    ]
     wire = b"".join(frame.serialize(mask=True) for frame in frames)
     wanted = [frames[0].data, frames[1].data + frames[2].data, frames[3].data, frames[4].data]
     for step in (1, 7, 1000, len(wire)):
@@ -321,10 +321,3 @@ def test_itn_in_every_protocol(server: Any, spoken: Any) -> None:
     finals = [event for event in got if event["type"] == "final"]
     assert got[-1]["text"] == " ".join(event["text"] for event in finals) == wanted
     assert [word["text"] for event in finals for word in event["words"]] == wanted.split()
-
-
-def test_the_page_may_still_send_its_form(server: Any, spoken: Any) -> None:
-    file = io.BytesIO()
-    soundfile.write(file, np.frombuffer(spoken[1].pcm, np.int16), 16000, format="WAV")
-    ask = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
-    assert ask(model="any", file=("x.wav", file.getvalue()), extra_body={"chunk_ms": 560}).text == spoken[1].text
