@@ -12,7 +12,7 @@ What the module does not know: when utterances end, streams, the scheduler.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemostream.runtime.endpoint import End, Reason
@@ -53,6 +53,8 @@ class Event:
     @property
     def words(self) -> tuple[Word, ...]:
         """The words of `text`, grouped when they are asked for. The last one of a partial may still grow."""
+        if (rewritten := self.__dict__.get("_rewritten")) is not None:
+            return rewritten
         tokens, count = self._said()
         return self.grouping.words(tokens, self.kind == "final", count)
 
@@ -92,6 +94,13 @@ class Event:
     def _new_words(self) -> tuple[int, tuple[Word, ...]]:
         tokens, count = self._said()
         return self.grouping.since(tokens, self.tokens_from, count, self.kind == "final")
+
+    def with_words(self, words: Sequence[Word]) -> Event:
+        """Return this final event with other words, and their text; the tokens stay."""
+        text = " ".join(word.text for word in words)
+        event = replace(self, text=text, stable=text, text_from=0)
+        event.__dict__["_rewritten"] = tuple(words)
+        return event
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Event, tuple(getattr(self, one.name) for one in fields(self))
@@ -168,6 +177,13 @@ class _Utterance:
         elif self._space is not None:
             self.stable = self._space
         self._space = began + len(said) if len(said) < len(text) else None
+
+    def with_words(self, words: Sequence[Word]) -> Event:
+        """Return this final event with other words, and their text; the tokens stay."""
+        text = " ".join(word.text for word in words)
+        event = replace(self, text=text, stable=text)
+        event.__dict__["words"] = tuple(words)  # the value of the cached property
+        return event
 
 
 class Utterances:

@@ -15,6 +15,7 @@ import resource
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, cast
 
 import h11
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
+from websockets.http11 import Request
 
 from nemostream.serving.proxies import TrustedProxies
 
@@ -37,6 +39,8 @@ _CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and other frames without a me
 _UNREAD_BYTES = 16 << 10  # events that wait in the server until a client counts as one that does not read
 _FRAGMENTS = 4096  # of one WebSocket message
 _NO_ROOM = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n"
+_FRAGMENT_BYTES = 256 << 10  # larger frames are split: the parser copies and unmasks a frame in one turn
+_LARGE_MESSAGES = 16  # messages larger than `max_message_bytes` that are received and handled at once, of all clients
 _CLOSED_STATES = (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT of the kernel's enumeration
 _RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes, and what else a request may open
 
@@ -45,9 +49,15 @@ class Connections:
     """All HTTP and WebSocket connections of a server."""
 
     def __init__(
-        self, most: int, most_per_client: int, body_seconds: float, proxies: TrustedProxies | None = None
+        self,
+        most: int,
+        most_per_client: int,
+        body_seconds: float,
+        proxies: TrustedProxies | None = None,
+        message_bytes: Mapping[str, int] | None = None,
     ) -> None:
-        """`most_per_client` 0 is three quarters of `most`; `body_seconds` is the time that a request body may take."""
+        """`most_per_client` 0 is three quarters of `most`; `body_seconds` is the time that a request body may take;
+        `message_bytes` are paths of WebSockets whose messages may be larger than those of the others."""
         self.proxies = TrustedProxies(()) if proxies is None else proxies
         self.most = most
         self.most_per_client = most_per_client or max(1, 3 * most // 4)
@@ -56,6 +66,9 @@ class Connections:
         self._addresses: Counter[str] = Counter()
         self._requests: dict[Any, HttpProtocol] = {}  # transport -> its protocol, until it is a WebSocket
         self._sockets: set[Any] = set()  # transports of WebSockets
+        self.message_bytes = message_bytes or {}
+        self._large: set[WebSocketProtocol] = set()  # they hold a place for a large message
+        self._large_waiting: dict[WebSocketProtocol, None] = {}  # they wait for one; first come, first served
 
     def __len__(self) -> int:
         return len(self._open)
@@ -95,6 +108,25 @@ class Connections:
         address = self._open.pop(transport, None)
         if address is not None:
             self._release(address)
+
+    def admit_large(self, protocol: WebSocketProtocol) -> bool:
+        """Take a place for a large message; False if all are taken: `proceed` is called when one is free."""
+        if protocol not in self._large:
+            if len(self._large) >= _LARGE_MESSAGES:
+                self._large_waiting[protocol] = None
+                return False
+            self._large_waiting.pop(protocol, None)
+            self._large.add(protocol)
+        return True
+
+    def release_large(self, protocol: WebSocketProtocol) -> None:
+        """Give back the place of a large message, if there is one."""
+        self._large_waiting.pop(protocol, None)
+        self._large.discard(protocol)
+        for waiting in list(self._large_waiting)[: _LARGE_MESSAGES - len(self._large)]:
+            del self._large_waiting[waiting]
+            self._large.add(waiting)
+            waiting.proceed()
 
     def reap(self) -> None:
         """Close connections whose time is over. Called every second."""
@@ -192,7 +224,7 @@ class _Sliced:
             piece = bytes(self._backlog[:_SLICE])
             del self._backlog[:_SLICE]
             try:
-                cast(Any, super()).data_received(piece)
+                self.feed(piece)
             except Exception:  # a fault of a parser ends this connection, and leaves nothing behind
                 log.exception("connection failed", extra={"peer": self.peer})
                 self.transport.abort()
@@ -207,6 +239,10 @@ class _Sliced:
             self._held = False
             if not self.transport.is_closing():
                 self.transport.resume_reading()
+
+    def feed(self, data: bytes) -> None:
+        """Parse one slice."""
+        cast(Any, super()).data_received(data)
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -329,6 +365,62 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class FrameSplitter:
+    """Rewrite a client's WebSocket frames (RFC 6455, 5.2) so that none has more than `most` bytes of payload.
+
+    A larger frame becomes fragments of the same message, with the same masking key. Call it with the bytes as they
+    come; it returns the bytes to parse. What is not a frame of a client passes unchanged, for the parser to reject.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most - most % 4  # the masking key has four bytes
+        self._head = b""  # of a frame, not complete yet
+        self._payload = 0  # bytes of the current fragment still to come
+        self._rest = 0  # bytes of the frame after the current fragment
+        self._final, self._key = 0, b""
+
+    def __call__(self, data: bytes) -> bytes:
+        found, at = bytearray(), 0
+        while at < len(data):
+            if self._payload:
+                piece = data[at : at + self._payload]
+                found += piece
+                at += len(piece)
+                self._payload -= len(piece)
+            elif self._rest:
+                found += self._fragment(0)
+            else:
+                wanted = self._head_size() - len(self._head)
+                self._head += data[at : at + wanted]
+                at += wanted
+                if len(self._head) >= 2 and len(self._head) == self._head_size():
+                    found += self._frame()
+        return bytes(found)
+
+    def _head_size(self) -> int:
+        if len(self._head) < 2:
+            return 2
+        return 2 + {126: 2, 127: 8}.get(self._head[1] & 0x7F, 0) + (4 if self._head[1] & 0x80 else 0)
+
+    def _frame(self) -> bytes:
+        """The head of a frame is complete: the bytes that stand for it."""
+        head, self._head = self._head, b""
+        size, masked = head[1] & 0x7F, head[1] & 0x80
+        if size >= 126:
+            size = int.from_bytes(head[2 : 4 if size == 126 else 10], "big")
+        if size <= self._most or not masked or head[0] & 0x08:  # a control frame is never split
+            self._payload = size
+            return head
+        self._rest, self._final, self._key = size, head[0] & 0x80, head[-4:]
+        return self._fragment(head[0] & 0x7F)
+
+    def _fragment(self, first: int) -> bytes:
+        self._payload = min(self._rest, self._most)
+        self._rest -= self._payload
+        first |= 0 if self._rest else self._final
+        return bytes([first, 0x80 | 127]) + self._payload.to_bytes(8, "big") + self._key
+
+
 class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
     """WebSockets, for frames that cost more to handle than to send."""
 
@@ -341,12 +433,31 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
         transport.set_write_buffer_limits(high=_UNREAD_BYTES)
         self._control, self._control_at = 0.0, time.monotonic()
         self._fragments = 0
+        self._frames = FrameSplitter(_FRAGMENT_BYTES)
+        self._usual_bytes = self.conn.max_size or 0
+        self._received = 0  # bytes of the message that is not complete yet
+        self._queued_large = self._handling_large = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.limits.closed(self.transport)
+        self.limits.release_large(self)
         while not self.queue.empty():  # nobody is left to read what these messages would give
             self.queue.get_nowait()
         super().connection_lost(exc)
+
+    def handle_connect(self, event: Request) -> None:
+        self.conn.max_size = self.limits.message_bytes.get(event.path.partition("?")[0], self._usual_bytes)
+        super().handle_connect(event)
+
+    def feed(self, data: bytes) -> None:
+        if self.handshake_initiated:  # what comes before is the request
+            self._received += len(data)
+            data = self._frames(data)
+        super().feed(data)
+
+    def proceed(self) -> None:
+        """There is a place for the large message that this client sends."""
+        self._schedule()
 
     def handle_ping(self) -> None:
         if self._control_allowed():
@@ -364,7 +475,13 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
             super().handle_cont(event)
 
     def send_receive_event_to_app(self) -> None:
-        self._fragments = 0
+        self._fragments = self._received = 0
+        if sum(map(len, self.frames)) > self._usual_bytes:
+            # Base64 is ASCII. Decoding other text takes longer and up to four times the memory.
+            if not all(map(bytes.isascii, map(bytes, self.frames))):
+                self._fail("a large message must be ASCII")
+                return
+            self._queued_large = True
         self.read_paused = True  # the parent pauses reading otherwise, which `_Sliced` does
         super().send_receive_event_to_app()
         self.read_paused = False
@@ -373,13 +490,23 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
             self.transport.pause_reading()
 
     async def receive(self) -> Any:
+        if self._handling_large:  # no longer: the application asks for the next message
+            self._handling_large = False
+            self.limits.release_large(self)
+            self._schedule()
         message = await super().receive()
+        if self._queued_large and message["type"] == "websocket.receive":
+            self._queued_large, self._handling_large = False, True
         if self.queue.empty() and self._held:
             self._schedule()
         return message
 
     def _full(self) -> bool:
-        return self.handshake_complete and not self.close_sent and not self.queue.empty()
+        if not self.handshake_complete or self.close_sent:
+            return False
+        if not self.queue.empty() or self._handling_large:
+            return True
+        return self._received > self._usual_bytes and not self.limits.admit_large(self)
 
     def _control_allowed(self) -> bool:
         now = time.monotonic()

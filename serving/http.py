@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from importlib import resources
 from typing import Annotated, Any, Literal, cast
 
@@ -118,6 +118,8 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         file: Annotated[UploadFile, File(description="WAV, FLAC, Ogg or MP3.")],
         model: Annotated[str, Form(description="Taken as the one that is served.")] = "nemostream",
         language: Annotated[str | None, Form(description="en, or left out.")] = None,
+        languages: Annotated[list[str] | None, Form(alias="languages[]", description="en only, or left out.")] = None,
+        keywords: Annotated[list[str] | None, Form(alias="keywords[]", description="Phrases to boost.")] = None,
         prompt: Annotated[str | None, Form(description="Not used.")] = None,
         response_format: Annotated[Literal["json", "text", "srt", "vtt", "verbose_json"], Form()] = "json",
         temperature: Annotated[float, Form(description="Not used: decoding is greedy.")] = 0.0,
@@ -125,22 +127,31 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         granularities: Annotated[
             list[Literal["word", "segment"]] | None, Form(alias="timestamp_granularities[]")
         ] = None,
+        chunking_strategy: Annotated[str | None, Form(description="auto changes nothing; others are rejected.")] = None,
         chunk_ms: Annotated[int | None, Form(description="Chunk size; ours, not OpenAI's.")] = None,
+        itn: Annotated[
+            bool, Form(description="Numbers, dates and amounts in digits (needs the itn extra); ours, not OpenAI's.")
+        ] = False,
     ) -> Response:
         """Turn a recording into text."""
-        if language and not language.lower().startswith("en"):
-            raise OptionError(f"language is {language!r}; this model knows English.")
+        _reject_fields((await request.form()).keys())
+        for given in (language, *(languages or ())):
+            if given and not given.lower().startswith("en"):
+                raise OptionError(f"language is {shown(given)!r}; this model knows English.")
+        if chunking_strategy not in (None, "", "auto"):
+            raise OptionError(f"chunking_strategy is {shown(chunking_strategy)!r}; only auto is supported.")
         if stream and response_format not in ("json", "text"):
             raise OptionError(f"stream works with response_format json or text, not {response_format}.")
         # Server-sent events end by themselves when nobody reads them.
         gone = None if stream else request.is_disconnected
         recording = Upload(
             service, "http", _descriptor(file), shown(file.filename or "the file"), gone, chunk_ms=chunk_ms,
-            client=request.scope["nemostream.client"],
+            client=request.scope["nemostream.client"], phrases=await service.compile_phrases(keywords or None),
+            normalizer=await service.normalizer(itn),
         )  # fmt: skip
         if stream:
             first = await anext(recording)  # what can be refused is refused before the answer begins
-            return StreamingResponse(_told(recording, first), media_type="text/event-stream")
+            return StreamingResponse(_told(recording, first, finals_only=itn), media_type="text/event-stream")
         finals = [event async for event in recording if event and event.kind == "final"]
         words = [word for event in finals for word in event.words]
         warning = recording.warning.encode("ascii", "replace").decode()
@@ -211,6 +222,21 @@ def refusal(error: NemostreamError) -> Response:
 # -- recordings --------------------------------------------------------------------------------------------------------
 
 
+_FORM_FIELDS = (
+    "file", "model", "language", "languages[]", "keywords[]", "prompt", "response_format", "temperature", "stream",
+    "timestamp_granularities[]", "chunking_strategy", "chunk_ms", "itn",
+)  # fmt: skip
+
+
+def _reject_fields(names: Iterable[str]) -> None:
+    """Raise `OptionError` for the first field of a form that has no meaning here."""
+    for name in names:
+        if name.startswith("chunking_strategy["):
+            raise OptionError("chunking_strategy is an object; only auto is supported: the server streams recordings.")
+        if name not in _FORM_FIELDS:
+            raise OptionError(f"the form field {shown(name)!r} is not supported; use {', '.join(_FORM_FIELDS)}.")
+
+
 class _UploadRequest(Request):
     """A request whose form has one file and few, short fields."""
 
@@ -238,13 +264,14 @@ def _descriptor(file: UploadFile) -> int:
     return spooled.fileno()
 
 
-async def _told(recording: Upload, first: Event | None) -> AsyncIterator[str]:
-    """Server-sent events as OpenAI's: what was added to the text, then all of it."""
+async def _told(recording: Upload, first: Event | None, finals_only: bool) -> AsyncIterator[str]:
+    """Server-sent events as OpenAI's: what was added to the text, then all of it. With `finals_only` a delta is an
+    utterance: the written form of a partial text could change."""
     told, utterance, gap = "", -1, ""
     try:
         async for event in recording:
             assert event is not None
-            if event.kind == "end":
+            if event.kind == "end" or (finals_only and event.kind == "partial"):
                 continue
             if event.utterance != utterance:
                 told, utterance = "", event.utterance

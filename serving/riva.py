@@ -3,9 +3,8 @@
 The messages are those of NVIDIA's own package, `nvidia-riva-client`. Its clients send files with their headers, also
 to `StreamingRecognize`: a session (`session.py`) takes WAV, other containers are for `Recognize`.
 
-What Riva can and this model cannot is refused by name (speaker tags, a channel each, a profanity filter). Hints that
-change nothing here are ignored: automatic punctuation (the model writes its own), alternatives. Phrases of
-`speech_contexts` are listened for; Riva advises a boost of 20 to 100, and 20 is NeMo's usual weight, 1.
+Every field of the messages is supported, rejected by name or ignored; docs/protocols.md lists them. Riva advises a
+boost of 20 to 100 for phrases; 20 is NeMo's usual weight, 1.
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ _ENCODINGS = {
 _FIRST_SECONDS = 10.0  # for the first message of a stream
 _CLIENT: ContextVar[Client] = ContextVar("client")  # of the call that this task handles
 _BOOST = 20.0  # of Riva's, that is a weight of 1
+_CUSTOM = ("chunk_ms", "itn")  # keys of custom_configuration
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def add_to(server: grpc.aio.Server, service: Service) -> None:
@@ -147,7 +148,10 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
 
     async def Recognize(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await self._recognize(request)
+            answer = await self._recognize(request)
+            if request.HasField("id"):
+                answer.id.CopyFrom(request.id)
+            return answer
         except NemostreamError as error:
             await _abort(context, error)
 
@@ -178,6 +182,8 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         if first is None or not first.HasField("streaming_config"):
             raise OptionError("the first message of a stream must be its streaming_config.")
         wanted = first.streaming_config
+        _forced(first)
+        request_id = first.id if first.HasField("id") else None
         options = await self._options(wanted.config)
         session: Session | None = None
         try:
@@ -187,8 +193,12 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
                     request = await anext(aiter(requests), None)
                 if request is None:
                     break
-                await _write(context, session, wanted, await session.push(request.audio_content))
-            await _write(context, session, wanted, await session.finish())
+                if request.HasField("streaming_config"):
+                    raise OptionError("streaming_config can only be in the first message of a stream.")
+                await _write(context, session, wanted, request_id, await session.push(request.audio_content))
+                if _forced(request):  # the end of the utterance is after the audio of its message
+                    await _write(context, session, wanted, request_id, await session.commit())
+            await _write(context, session, wanted, request_id, await session.finish())
         except BaseException as error:
             if session:
                 session.close(str(error) if isinstance(error, NemostreamError) else "the client hung up")
@@ -198,7 +208,10 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def _options(self, config: Any) -> dict[str, Any]:
         """The options of `Service.open`; phrases are compiled on a thread."""
         options = _options(config)
-        return options | {"phrases": await self._service.compile_phrases(options.get("phrases"))}
+        return options | {
+            "phrases": await self._service.compile_phrases(options.get("phrases")),
+            "normalizer": await self._service.normalizer(_itn(config)),
+        }
 
     def _open(self, config: Any, options: dict[str, Any], upload: bool = False) -> Session:
         encoding = _ENCODINGS.get(config.encoding)
@@ -248,7 +261,9 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         return riva_asr_pb2.RecognizeResponse(results=results)
 
 
-async def _write(context: grpc.aio.ServicerContext, session: Session, wanted: Any, events: Iterable[Event]) -> None:
+async def _write(
+    context: grpc.aio.ServicerContext, session: Session, wanted: Any, request_id: Any, events: Iterable[Event]
+) -> None:
     for event in events:
         if event.kind == "end" or (event.kind == "partial" and not wanted.interim_results):
             continue
@@ -257,7 +272,7 @@ async def _write(context: grpc.aio.ServicerContext, session: Session, wanted: An
             channel_tag=1, audio_processed=event.audio,
         )  # fmt: skip
         async with session.sending():
-            await context.write(riva_asr_pb2.StreamingRecognizeResponse(results=[result]))
+            await context.write(riva_asr_pb2.StreamingRecognizeResponse(results=[result], id=request_id))
 
 
 def _alternative(event: Event, config: Any) -> Any:
@@ -290,12 +305,15 @@ def _options(config: Any) -> dict[str, Any]:
     ):
         if wanted:
             raise OptionError(f"{name} is not available here.")
+    for key in config.custom_configuration:
+        if key not in _CUSTOM:
+            raise OptionError(f"custom_configuration has no {shown(key)!r}; its keys are {', '.join(_CUSTOM)}.")
     options: dict[str, Any] = {}
     if chunk := config.custom_configuration.get("chunk_ms"):
         if not chunk.isdigit():
             raise OptionError(f"chunk_ms is {shown(chunk)!r}; it must be whole milliseconds.")
         options["chunk_ms"] = int(chunk)
-    if config.endpointing_config.stop_history > 0:
+    if config.endpointing_config.stop_history:
         options["endpoint_ms"] = config.endpointing_config.stop_history
     if config.speech_contexts:
         options["phrases"] = {
@@ -304,6 +322,29 @@ def _options(config: Any) -> dict[str, Any]:
             for phrase in context.phrases
         } or None
     return options
+
+
+def _itn(config: Any) -> bool:
+    """Whether finals are wanted in written form. verbatim_transcripts is false for a client that does not set it, so
+    only its true has a meaning: no normalization."""
+    given = config.custom_configuration.get("itn", "false")
+    if given.lower() not in _FLAGS:
+        raise OptionError(f"itn is {shown(given)!r}; it must be true or false.")
+    wanted = _FLAGS[given.lower()]
+    if wanted and config.verbatim_transcripts:
+        raise OptionError("verbatim_transcripts and custom_configuration itn exclude each other; set one of them.")
+    return wanted
+
+
+def _forced(request: Any) -> bool:
+    """Whether a message ends the utterance: runtime_config force_eou."""
+    for key in request.runtime_config:
+        if key != "force_eou":
+            raise OptionError(f"runtime_config has no {shown(key)!r}; its only key is force_eou.")
+    given = request.runtime_config.get("force_eou", "false")
+    if given.lower() not in _FLAGS:
+        raise OptionError(f"force_eou is {shown(given)!r}; it must be true or false.")
+    return _FLAGS[given.lower()]
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: NemostreamError) -> NoReturn:

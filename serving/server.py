@@ -22,6 +22,7 @@ from nemostream.serving import riva
 from nemostream.serving.connections import HEAD_BYTES, Connections, Server, connections_for, protocols
 from nemostream.serving.http import create_app
 from nemostream.serving.proxies import TrustedProxies
+from nemostream.serving.realtime import MESSAGE_BYTES
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
@@ -111,8 +112,10 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _http(service: Service, settings: Settings, ports: dict[str, int]) -> Server:
     most = connections_for(settings.max_connections)
-    proxies = TrustedProxies(settings.trusted_proxies)
-    limits = Connections(most, settings.max_connections_per_client, settings.body_seconds, proxies)
+    limits = Connections(
+        most, settings.max_connections_per_client, settings.body_seconds, TrustedProxies(settings.trusted_proxies),
+        {"/v1/realtime": max(MESSAGE_BYTES, settings.max_message_bytes)},
+    )  # fmt: skip
     http, websocket = protocols(limits)
     config = uvicorn.Config(
         create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,

@@ -25,6 +25,7 @@ import numpy as np
 
 import nemostream
 from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
+from nemostream.extras import install_command
 from nemostream.runtime.boosting import Boosting
 from nemostream.runtime.cpus import usable_cpus
 from nemostream.runtime.endpoint import Endpoint
@@ -34,6 +35,7 @@ from nemostream.runtime.utterance import Event
 from nemostream.serving.access import Client, shown
 from nemostream.serving.decoding import DecoderPool
 from nemostream.serving.metrics import Metrics
+from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.session import Draining, Session
 from nemostream.serving.settings import Settings
 from nemostream.serving.upload import Uploads
@@ -66,6 +68,7 @@ class Service:
         self.sessions: set[Session] = set()
         self.uploads = Uploads(settings, self.metrics)
         self._decoders: DecoderPool | None = None
+        self._normalizer = Normalizer()
         self._compiling = asyncio.Semaphore(_PHRASES_AT_ONCE)
         self._clients: Counter[str] = Counter()  # live streams by client
         self.level = 0  # sizes that chunks are larger than asked for
@@ -132,7 +135,7 @@ class Service:
         self, transport: str, *, sample_rate: int = 16000, channels: int = 1, encoding: str = "pcm_s16le",
         chunk_ms: int | None = None, endpoint_ms: int | None = 0, longest_ms: int | None = None,
         decoder: Literal["keep", "reset"] = "keep", phrases: Boosting | None = None, vad: bool = False,
-        client: Client = NOBODY, upload: bool = False,
+        client: Client = NOBODY, upload: bool = False, normalizer: Normalizer | None = None,
     ) -> Session:  # fmt: skip
         """Let a stream in; `endpoint_ms` is None for one whose utterances never end by silence, 0 for the default.
 
@@ -164,7 +167,7 @@ class Service:
                 raise CapacityError("the machine is behind with the streams it has; try again in a few seconds.")
             session = Session(
                 self, transport=transport, sample_rate=sample_rate, channels=channels, encoding=encoding,
-                chunk_ms=wanted, options=options, client=client, upload=upload,
+                chunk_ms=wanted, options=options, client=client, upload=upload, normalizer=normalizer,
             )  # fmt: skip
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
@@ -236,6 +239,18 @@ class Service:
             return None
         async with self._compiling:
             return await asyncio.to_thread(self.model.compile_phrases, phrases)
+
+    async def normalizer(self, wanted: bool) -> Normalizer | None:
+        """Inverse text normalization, as `open` takes it. Loading it takes seconds, once.
+
+        Raises `OptionError` if the server lacks the extra, `BackendError` if the rules cannot be loaded.
+        """
+        if not wanted:
+            return None
+        if find_spec("nemo_text_processing") is None:
+            raise OptionError(f"itn is not available: the server lacks the itn extra; {install_command('itn')}.")
+        await self._normalizer.start()
+        return self._normalizer
 
     @property
     def demo(self) -> bool:
@@ -309,6 +324,7 @@ class Service:
             self._model.close()
         if self._decoders is not None:
             self._decoders.close()
+        self._normalizer.close()
 
     def describe(self) -> dict[str, Any]:
         """The state, for those who ask."""

@@ -25,6 +25,7 @@ from nemostream.runtime.containers import WavStream, container_of, undecided
 from nemostream.runtime.recognition import Options
 from nemostream.runtime.utterance import Event
 from nemostream.serving.access import Client
+from nemostream.serving.normalizer import Normalizer
 
 if TYPE_CHECKING:
     from nemostream.serving.service import Service
@@ -50,7 +51,7 @@ class Session:
 
     def __init__(
         self, service: Service, *, transport: str, sample_rate: int, channels: int, encoding: str, chunk_ms: int,
-        options: Options, client: Client, upload: bool = False,
+        options: Options, client: Client, upload: bool = False, normalizer: Normalizer | None = None,
     ) -> None:  # fmt: skip
         self.id = secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
@@ -58,6 +59,7 @@ class Session:
         self.audio = 0.0  # seconds received
         self.error: str | None = None
         self._service, self._limits = service, service.settings
+        self._normalizer = normalizer
         self._decode = _Decoder(encoding, channels, sample_rate)
         self._rate, self._channels, self._options = sample_rate, channels, options
         options["chunk_ms"] = service.chunk_now(chunk_ms)
@@ -100,7 +102,7 @@ class Session:
             seconds = len(piece) / self._rate
             self.audio += seconds
             self._service.metrics.audio.inc(seconds)
-            events += self._told(await self._stream.hear(piece))
+            events += await self._told(await self._stream.hear(piece))
             if start + step < len(pcm):
                 await asyncio.sleep(0)
                 if self._ended:
@@ -113,7 +115,7 @@ class Session:
             return []
         events = await self.push_pcm(self._decoded(b"", last=True))
         self._decode.reset()
-        return events + self._told(await self._stream.endpoint())
+        return events + await self._told(await self._stream.endpoint())
 
     async def clear(self) -> None:
         """Forget the utterance that is not final yet; what follows begins anew."""
@@ -127,7 +129,7 @@ class Session:
             return []
         events = await self.push_pcm(self._decoded(b"", last=True))
         self._ended = True
-        events += self._told(await self._stream.end())
+        events += await self._told(await self._stream.end())
         self.close()
         return events
 
@@ -189,24 +191,25 @@ class Session:
             self._stream = self._service.model.astream(sample_rate=self._rate, channels=self._channels, **self._options)
         return pcm
 
-    def _told(self, events: list[Event]) -> list[Event]:
-        for event in events:
+    async def _told(self, events: list[Event]) -> list[Event]:
+        for index, event in enumerate(events):
             if event.kind == "final":
+                if self._normalizer is not None:
+                    event = events[index] = await self._normalizer.rewrite(event)
                 self._texts.append(event.text)
                 self._service.said(self, event)
         return events
 
-    async def pace(self, size: int) -> None:
+    async def pace(self, size: int, most: int | None = None) -> None:
         """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
 
         Every message counts as `_LEAST_BYTES` at least, so that many small ones are no way around the limit. Raises
-        `AudioError` for a message that is too large.
+        `AudioError` for a message of more than `most` bytes (None: `max_message_bytes`).
         """
         limits, now = self._limits, time.monotonic()
-        if size > limits.max_message_bytes:
-            raise AudioError(
-                f"a message of {size} bytes came; the most is {limits.max_message_bytes}: send less at once."
-            )
+        most = limits.max_message_bytes if most is None else most
+        if size > most:
+            raise AudioError(f"a message of {size} bytes came; the most is {most}: send less at once.")
         rate = limits.max_bytes_per_second
         self._bytes = max(0.0, self._bytes - rate * (now - self._bytes_at)) + max(size, _LEAST_BYTES)
         self._bytes_at = now

@@ -44,6 +44,7 @@ async def serve(socket: WebSocket, service: Service) -> None:
         options = _options(socket.query_params)
         words = options.pop("words")
         options["phrases"] = await service.compile_phrases(options.get("phrases"))
+        options["normalizer"] = await service.normalizer(options.pop("itn"))
         session = service.open("websocket", client=socket.scope["nemostream.client"], **options)
     except NemostreamError as error:
         return await deny(socket, error)
@@ -164,8 +165,9 @@ def _options(query: QueryParams) -> dict[str, Any]:
         "phrases": _phrases,
         "vad": _flag,
         "words": _flag,
+        "itn": _flag,
     }
-    options: dict[str, Any] = {"words": False}
+    options: dict[str, Any] = {"words": False, "itn": False}
     for name, value in query.items():
         if name not in known:
             raise OptionError(f"there is no option {shown(name)!r}; there are {', '.join(known)}.")
