@@ -178,13 +178,6 @@ class _Utterance:
             self.stable = self._space
         self._space = began + len(said) if len(said) < len(text) else None
 
-    def with_words(self, words: Sequence[Word]) -> Event:
-        """Return this final event with other words, and their text; the tokens stay."""
-        text = " ".join(word.text for word in words)
-        event = replace(self, text=text, stable=text)
-        event.__dict__["words"] = tuple(words)  # the value of the cached property
-        return event
-
 
 class Utterances:
     """Makes the events of one stream, of its tokens and of the ends that were decided."""
