@@ -482,6 +482,10 @@ FLOODS = {
     "minutes of audio": ("/v1/stream?encoding=mulaw&sample_rate=4000", frame(2, bytes(range(256)) * 4096)),
     "wide audio": ("/v1/stream?encoding=mulaw&sample_rate=768000&channels=64", frame(2, bytes(range(256)) * 4096)),
     "session.update": ("/v1/realtime", b"".join(frame(1, updates(number)) for number in range(200))),
+    "realtime append": (
+        "/v1/realtime",
+        frame(1, b'{"type":"input_audio_buffer.append","audio":"' + b"A" * (15 << 20) + b'?"}'),
+    ),
     "realtime JSON": ("/v1/realtime", frame(1, b'{"type":"session.update","x":[' + b"{}," * 300_000 + b"{}]}")),
 }
 
