@@ -489,6 +489,11 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
             self._held = True
             self.transport.pause_reading()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.close_sent and self._held:
+            self._schedule()  # what is left may hold the client's own close, which ends the connection
+
     async def receive(self) -> Any:
         if self._handling_large:  # no longer: the application asks for the next message
             self._handling_large = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 
 import nemostream
@@ -220,3 +222,19 @@ def test_partial_events_have_new_words_only_and_they_add_up(server: Any, spoken:
             assert " ".join(word["text"] for word in words) == event["text"]
             sent += len(event["words"]) * (event["type"] == "partial")
     assert len(words) >= 20 and sent <= 3 * len(words)  # each new word, and the last one again while it grows
+
+
+def test_a_stream_that_fails_closes_at_once_whatever_was_sent_after(server: Any, spoken: Any) -> None:
+    """The client's answer to the close is behind its audio: the server reads on to find it."""
+    with connect(f"{server.socket}/v1/stream", close_timeout=30) as socket:
+        assert json.loads(socket.recv())["type"] == "ready"
+        with suppress(ConnectionClosed):
+            socket.send("{}")
+            for start in range(0, len(spoken[0].pcm), 320):
+                socket.send(spoken[0].pcm[start : start + 320])
+        with suppress(ConnectionClosed):
+            while True:
+                socket.recv(timeout=30)
+        assert socket.protocol.close_rcvd is not None and socket.protocol.close_rcvd.code == 1008
+        # Both sides closed: the server did not give up waiting for the client's answer.
+        assert socket.protocol.close_sent is not None and socket.protocol.state is State.CLOSED
