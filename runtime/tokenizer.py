@@ -46,7 +46,7 @@ class Tokenizer:
             RuntimeError,
             ValueError,
             LookupError,
-        ) as error:  # UnicodeDecodeError: a piece that is not text
+        ) as error:  # ValueError: not UTF-8
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
         self.begins = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
         # Of each id, whether it is mere punctuation that belongs to the word before it, after a space too.

@@ -98,7 +98,7 @@ class Normalizer:
 
 def main() -> None:
     """Answer requests until the server closes the pipe."""
-    from nemostream.itn import InverseNormalizer
+    from nemostream import InverseNormalizer
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the rules print is no answer

@@ -235,7 +235,8 @@ def arrays(draw: st.DrawFn, original: np.ndarray) -> np.ndarray:
     how = draw(st.sampled_from(["values", "values", "length", "type", "shape", "nan"]))
     made = original.copy()
     if how == "values" and made.size and made.dtype.kind in "iu":
-        made.flat[draw(st.integers(0, made.size - 1))] = min(draw(NUMBERS), np.iinfo(made.dtype).max)
+        limits = np.iinfo(made.dtype)
+        made.flat[draw(st.integers(0, made.size - 1))] = np.clip(draw(NUMBERS), limits.min, limits.max)
     elif how == "nan" and made.size and made.dtype.kind == "f":
         made.flat[draw(st.integers(0, made.size - 1))] = draw(st.sampled_from([math.nan, math.inf, 1e30]))
     elif how == "length":
