@@ -98,12 +98,12 @@ class Normalizer:
 
 def main() -> None:
     """Answer requests until the server closes the pipe."""
-    from nemostream import InverseNormalizer
+    import nemostream
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the rules print is no answer
     os.nice(10)
-    normalizer = InverseNormalizer()
+    normalizer = nemostream.InverseNormalizer()
     for line in sys.stdin:
         number, rows = json.loads(line)
         words = normalizer([Word(*row) for row in rows])
