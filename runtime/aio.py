@@ -164,6 +164,6 @@ async def _on_thread(call: Callable[[], T]) -> T:
             break
     if cancelled is not None:
         if not work.cancelled():
-            work.exception()  # retrieved: nobody else reads it
+            work.exception()  # marks the exception as retrieved
         raise cancelled
     return work.result()

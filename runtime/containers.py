@@ -127,7 +127,7 @@ def adts_frame(header: bytes) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class WavHeader:
-    """What stands before the samples of a WAV file (RIFF, RIFX, RF64)."""
+    """The bytes before the samples of a WAV file (RIFF, RIFX, RF64)."""
 
     tag: int  # of the format
     bits: int

@@ -62,7 +62,7 @@ class End:
 class Endpointer:
     """One stream's utterances.
 
-    `begins` tells for each token id whether a word begins with it, `closes` whether it is punctuation that belongs to
+    `begins` states for each token id whether a word begins with it, `closes` whether it is punctuation that belongs to
     the word before it. Such punctuation neither ends nor starts an utterance: where one has ended it belongs to that.
     """
 

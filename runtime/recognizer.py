@@ -187,7 +187,7 @@ class Model:
                 )
                 with closing(recognition):
                     if isinstance(source, np.ndarray):
-                        recognition.intake.check(source)  # all of it, so that an error says where
+                        recognition.intake.check(source)  # all of it, so that an error names the sample
                     blocks = (
                         sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
                     )

@@ -165,7 +165,7 @@ class Keeper:
         data = io.BytesIO()
         np.savez(data, allow_pickle=False, document=np.frombuffer(json.dumps(document).encode(), np.uint8), **arrays)
         self._part.unlink(missing_ok=True)
-        # A new file, for this user only: a link that somebody put here is not followed. It has what was said.
+        # A new file, for this user only: an existing link is not followed. It contains transcripts.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         with open(os.open(self._part, flags, 0o600), "wb") as file:
             file.write(data.getbuffer())

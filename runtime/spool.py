@@ -31,7 +31,7 @@ def is_file_content(source: object) -> TypeGuard[bytes | bytearray | memoryview 
 def spooled(source: bytes | bytearray | memoryview | Readable) -> Iterator[tuple[Path, str]]:
     """The path of a temporary file with the content, and its name in errors.
 
-    A file object is read from where it stands to its end and stays open. Raises `AudioError` if there is nothing, or if
+    A file object is read from its current position to its end and stays open. Raises `AudioError` if there is nothing, or if
     it gives text.
     """
     given = getattr(source, "name", None)

@@ -33,7 +33,7 @@ log = logging.getLogger("nemostream.serving")
 
 KEY_PROTOCOL = "openai-insecure-api-key."  # how browsers, which cannot set headers, send a key with a WebSocket
 UPLOAD_PATH = "/v1/audio/transcriptions"
-_DISCARD_SECONDS = 5.0  # for which the rest of a recording that is too large is read and discarded
+_DISCARD_SECONDS = 5.0  # during which the rest of an oversized recording is read and discarded
 _OPEN = ("/", "/healthz", "/readyz")  # without a key
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _SHOWN = 300  # characters of a client's text in a log line
@@ -52,7 +52,7 @@ class AccessMiddleware:
 
     Browsers send WebSockets and forms to foreign origins without asking, so CORS alone does not keep a foreign page
     from using the model through its visitor's browser: the Origin header is checked. The Host header is checked
-    because a page may also rebind its own name to this server's address (DNS rebinding).
+    because a page may rebind its own name to this server's address (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -164,7 +164,7 @@ class AccessMiddleware:
                 async with asyncio.timeout(min(idle, end - time.monotonic())):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the request is not complete, and its time is over: send it faster.") from None
+                raise HTTPException(408, "the request is not complete within the time limit; send it faster.") from None
             size, whole = size + len(message.get("body", b"")), not message.get("more_body")
             too_large = too_large or size > most
             if not too_large:

@@ -441,7 +441,7 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.limits.closed(self.transport)
         self.limits.release_large(self)
-        while not self.queue.empty():  # nobody is left to read what these messages would give
+        while not self.queue.empty():  # the results of these messages have no reader
             self.queue.get_nowait()
         super().connection_lost(exc)
 
@@ -523,7 +523,7 @@ class WebSocketProtocol(_Sliced, WebSocketsSansIOProtocol):
         return False
 
     def _fail(self, reason: str) -> None:
-        """Close, and tell the application."""
+        """Close the connection and notify the application."""
         if self.transport.is_closing():
             return
         self.conn.fail(CloseCode.POLICY_VIOLATION, reason)

@@ -65,7 +65,7 @@ class DecoderPool:
             raise
 
     def _started(self, task: asyncio.Task[_Process]) -> None:
-        """A process that nobody waits for any more."""
+        """A process whose request was cancelled."""
         if not task.cancelled() and not task.exception():
             self._keep(task.result())
 

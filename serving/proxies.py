@@ -22,7 +22,7 @@ class TrustedProxies:
     def client(self, peer: str, forwarded_for: str) -> str:
         """Return the address of the client behind `peer`: the last one in `forwarded_for` that is no trusted proxy.
 
-        Each proxy appends the address of its own peer, so what stands further to the left is whatever the client sent.
+        Each proxy appends the address of its own peer, so entries further to the left come from the client.
         `peer` itself if it is not trusted or the header is missing or malformed.
         """
         if peer not in self:

@@ -120,7 +120,7 @@ def _http(service: Service, settings: Settings, ports: dict[str, int]) -> Server
     config = uvicorn.Config(
         create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
         http=http, ws=websocket, h11_max_incomplete_event_size=HEAD_BYTES, ws_max_size=settings.max_message_bytes,
-        # No pings: who is gone is known by its silence (`idle_seconds`), and the answer of a client that sends
+        # No pings: a client that is gone sends nothing (`idle_seconds`), and the answer of a client that sends
         # faster than it is served would wait behind its audio.
         # `AccessMiddleware` reads the headers of trusted proxies, for gRPC too.
         proxy_headers=False,

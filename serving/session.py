@@ -244,7 +244,7 @@ class _Decoder:
     """Bytes of an encoding to samples [N] or [N, channels]; keeps the bytes of a sample that is not whole yet.
 
     The first bytes, and the first after `reset`, may be a WAV file's: then its samples are decoded as its header
-    states, and what stands around them is left out. Raises `AudioError` for another container.
+    states, and the bytes around them are dropped. Raises `AudioError` for another container.
     """
 
     def __init__(self, encoding: str, channels: int, sample_rate: int) -> None:
@@ -256,7 +256,7 @@ class _Decoder:
         self._wav: WavStream | None = None
 
     def __call__(self, data: bytes, last: bool = False) -> NDArray[Any]:
-        """`last` says that no more bytes come, so that the beginning is all there is."""
+        """`last`: no more bytes come, so the beginning is complete."""
         if self._begin is not None:
             data = self._begin + data
             if undecided(data) and not last:

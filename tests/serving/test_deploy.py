@@ -170,7 +170,7 @@ def test_no_version_is_older_than_what_the_extras_ask_for(service: Any) -> None:
 
 
 def test_only_clients_reach_only_the_server(service: Any) -> None:
-    """Ray's own ports run code for whoever reaches them."""
+    """Ray's own ports execute code for every client that reaches them."""
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["authOptions"] == {"mode": "token"}
     head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
