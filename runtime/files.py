@@ -317,7 +317,7 @@ class _Sndfile:
         if read < self.frames and self._part.promise:
             self._cut_short(self.frames / self.sample_rate, read / self.sample_rate)
         # Ogg promises no length: without its end-of-stream mark it is cut if it stops within a page, and a live rip if
-        # not. libsndfile reports this at opening (Vorbis) or while reading (Opus), and keeps only the newer lines.
+        # not. libsndfile logs this at opening (Vorbis) or while reading (Opus), and keeps only the newer lines.
         log = self._log + self._file.extra_info
         if "Junk after the last page" in log and "end-of-stream" in log.lower():
             self._cut_short(0.0, read / self.sample_rate)
@@ -326,7 +326,7 @@ class _Sndfile:
         self._file.close()
 
     def _check_header(self) -> None:
-        # Where the file's size shows that audio is missing, libsndfile corrects `frames` and reports it in its log only.
+        # Where the file's size shows that audio is missing, libsndfile corrects `frames` and only logs it.
         for claimed, found in _SHORT.findall(self._log):
             # Writers into a pipe cannot know the size and claim the most there is (sox, ffmpeg): no promise.
             if int(found) < int(claimed) < _LARGEST_CLAIM and self._part.container != "WAV":

@@ -31,8 +31,8 @@ def is_file_content(source: object) -> TypeGuard[bytes | bytearray | memoryview 
 def spooled(source: bytes | bytearray | memoryview | Readable) -> Iterator[tuple[Path, str]]:
     """The path of a temporary file with the content, and its name in errors.
 
-    A file object is read from its current position to its end and stays open. Raises `AudioError` if there is nothing, or if
-    it gives text.
+    A file object is read from its position to its end and stays open. Raises `AudioError` if there is nothing, or if
+    it returns text.
     """
     given = getattr(source, "name", None)
     name = given if isinstance(given, str) else "the file object"

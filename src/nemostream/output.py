@@ -196,7 +196,7 @@ class Output:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise `OptionError` if this file cannot be written. It is opened, as permissions are not sufficient to decide, and kept."""
+    """Raise `OptionError` if this file cannot be written. It is opened and kept."""
     try:
         if path.is_dir():
             raise OptionError(f"{option}: {path} is a folder; give a file.")
