@@ -78,9 +78,9 @@ class Upload:
     `warning` (of a file that was cut short) come last.
 
     `file` is the descriptor of an open file, which must stay open meanwhile. `gone` returns whether the client
-    disconnected: then the rest is not decoded. `options` are those of `Service.open`. While results of live streams are late, it waits.
-    Iterating raises `AudioError` if it is no recording, `StreamError` if the client disconnected, `Expired` if it
-    takes longer than a stream may, and what `Service.open` and a stream raise.
+    disconnected: then the rest is not decoded. `options` are those of `Service.open`. While results of live streams
+    are late, it waits. Iterating raises `AudioError` if it is no recording, `StreamError` if the client disconnected,
+    `Expired` if it takes longer than a stream may, and what `Service.open` and a stream raise.
     """
 
     def __init__(
