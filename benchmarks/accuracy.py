@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.corpora import CARD_CHUNKS, LEADERBOARD, Hub, Utterance, packaged, read_manifest
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.corpora import CARD_CHUNKS, LEADERBOARD, Hub, Utterance, packaged, read_manifest
+from nemostream.benchmarks.harness.records import Record, Row, Say, agreement
+from nemostream.benchmarks.harness.synthetic import speech
+from nemostream.benchmarks.harness.timed import Feed
 from nemostream.benchmarks.latency import push_times
-from nemostream.benchmarks.record import Record, Row, Say, agreement
-from nemostream.benchmarks.synthetic import speech
-from nemostream.benchmarks.timed import Feed
+from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
-from nemostream.spec import Bundle, Chunk
 
 NORMALIZERS = ("english", "basic", "none")
 _TOGETHER = 16
@@ -114,7 +115,7 @@ def measure_accuracy(
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     rule, rate = normalizer(normalise), bundle.manifest.features.sample_rate
     if checkpoint:
-        from nemostream.benchmarks.nemo import NemoOffline
+        from nemostream.benchmarks.harness.nemo import NemoOffline
 
         theirs = NemoOffline(checkpoint, device)
     rows: list[Row] = []

@@ -33,16 +33,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.floor import Machine, encoder_work, measure_gpu, measure_machine
-from nemostream.benchmarks.record import OtherWork, Record, Row, Say, Tokens, agreement
-from nemostream.benchmarks.ring import KNOWN, OURS, SIDES, Ring
-from nemostream.benchmarks.sides import Side
-from nemostream.benchmarks.synthetic import speech, synthetic_model
-from nemostream.benchmarks.timed import Feed, longest
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.competitors import KNOWN, OURS, SIDES, Ring
+from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, Tokens, agreement
+from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_gpu, measure_machine
+from nemostream.benchmarks.harness.runners import Side
+from nemostream.benchmarks.harness.synthetic import speech, synthetic_model
+from nemostream.benchmarks.harness.timed import Feed, longest
+from nemostream.bundle import Bundle, Chunk, sha256
 from nemostream.errors import NemostreamError, OptionError, ParityError
 from nemostream.extras import install_command
-from nemostream.spec import Bundle, Chunk, sha256
 
 _WARM_UP = 3
 _PAUSE = 0.02  # seconds

@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.load import PACKET, Heard, Watched, talk
-from nemostream.benchmarks.record import OtherWork, Record, Row, Say, percentile
-from nemostream.benchmarks.timed import timed_backend
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.load import PACKET, Heard, Watched, talk
+from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, percentile
+from nemostream.benchmarks.harness.timed import timed_backend
+from nemostream.bundle import Bundle
 from nemostream.engines import speech
 from nemostream.errors import OptionError
-from nemostream.runtime.recognizer import Model
-from nemostream.spec import Bundle
+from nemostream.runtime.model import Model
 
 RESOLUTION = 0.05
 _SETTLING = 2.0  # seconds at the start that are not judged: streams begin, pages are touched

@@ -47,20 +47,20 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks import record
 from nemostream.benchmarks.baseline import compare_steps, prepared
-from nemostream.benchmarks.gpu_report import joined, show
-from nemostream.benchmarks.gpu_speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
-from nemostream.benchmarks.random_bundle import random_bundle
-from nemostream.benchmarks.ring import OURS
+from nemostream.benchmarks.gpu.report import joined, show
+from nemostream.benchmarks.gpu.speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness.competitors import OURS
+from nemostream.benchmarks.harness.random_bundle import random_bundle
+from nemostream.bundle import Bundle, Chunk
 from nemostream.engines import build_engine, open_gpu
 from nemostream.errors import BackendError
 from nemostream.plans import PRECISIONS, PlanStore
-from nemostream.runtime import kernels
-from nemostream.runtime.backend import Batch
-from nemostream.runtime.gpu import GpuBackend
-from nemostream.runtime.ort_cuda import check_provider
-from nemostream.spec import Bundle, Chunk
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.gpu import kernels
+from nemostream.runtime.backends.gpu.backend import GpuBackend
+from nemostream.runtime.backends.gpu.onnxruntime import check_provider
 
 _BATCHES = (1, 8, 64, 256, 1024)
 _TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # what rests on little first
@@ -82,7 +82,7 @@ class Here:
         self._unusable: dict[str, str] = {}  # kinds of engine that failed once, and why
 
     def device(self) -> Any:
-        from nemostream.runtime.cuda import CudaDevice
+        from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
         return CudaDevice()
 
@@ -157,7 +157,11 @@ def sanitizer(here: Here) -> Report:
     tool = shutil.which("compute-sanitizer")
     if not tool:
         raise BackendError("compute-sanitizer is not on the PATH (it comes with CUDA).")
-    chosen = ["-k", "test_decoding_equals_the_definition and gpu and random", "tests/runtime/test_kernels.py"]
+    chosen = [
+        "-k",
+        "test_decoding_equals_the_definition and gpu and random",
+        "tests/runtime/backends/gpu/test_kernels.py",
+    ]
     found = _pytest(here, chosen, 90, [tool, "--error-exitcode", "9"])
     return {"clean": found["passed"], "said": [line for line in found["tail"] if "ERROR SUMMARY" in line], **found}
 
@@ -360,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.section:
         _section(options)
         return
-    from nemostream.runtime.cuda import CudaDevice
+    from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
         device = CudaDevice()

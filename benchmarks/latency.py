@@ -32,19 +32,20 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.floor import Machine, encoder_work, measure_for
-from nemostream.benchmarks.gpu_speed import device_ms
-from nemostream.benchmarks.record import OtherWork, Record, Row, Say
-from nemostream.benchmarks.synthetic import speech
-from nemostream.benchmarks.timed import CAN, Feed, timed_backend
+from nemostream.benchmarks.gpu.speed import device_ms
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say
+from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
+from nemostream.benchmarks.harness.synthetic import speech
+from nemostream.benchmarks.harness.timed import CAN, Feed, timed_backend
+from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import OptionError
-from nemostream.runtime.backend import Backend, Batch
-from nemostream.runtime.gpu import GpuBackend
-from nemostream.runtime.ort import OrtBackend
-from nemostream.runtime.recognition import Recognition
-from nemostream.runtime.recognizer import Model
-from nemostream.spec import Bundle, Chunk
+from nemostream.runtime.backends.base import Backend, Batch
+from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.backends.gpu.backend import GpuBackend
+from nemostream.runtime.model import Model
+from nemostream.runtime.streaming.session import Recognition
 
 PARTS = ("features", "encoder", "decode", "copies", "host")
 _WARM_UP = 5

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.floor import measure_machine
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.records import Record, Say
+from nemostream.benchmarks.harness.roofline import measure_machine
+from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.benchmarks.latency import measure_latency
-from nemostream.benchmarks.record import Record, Say
 from nemostream.benchmarks.throughput import measure_throughput
-from nemostream.benchmarks.timed import timed_backend
+from nemostream.bundle import Bundle
 from nemostream.engines import speech
-from nemostream.runtime.recognizer import Model
-from nemostream.spec import Bundle
+from nemostream.runtime.model import Model
 
 _BATCHES = (1, 8)
 

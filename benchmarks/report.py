@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.benchmarks import record, tables
+from nemostream.benchmarks import module_name
 from nemostream.benchmarks.capacity import RESOLUTION
-from nemostream.benchmarks.record import Record
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.records import Record
 from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,7 @@ _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """A result's tables as Markdown, under what was measured where; `plot(name)` gives axes to draw on."""
-    module = import_module(f"nemostream.benchmarks.{result['benchmark']}")
+    module = import_module(module_name(result["benchmark"]))
     return f"{measured_on(result)}\n\n{module.show(result, plot)}"
 
 
@@ -59,7 +61,7 @@ def shown(command: str) -> str:
     _, found, rest = command.partition("nemostream.benchmarks.")
     if found:
         name, _, options = rest.partition(" ")
-        command = f"nemostream bench {name} {options}"
+        command = f"nemostream bench {name.rpartition('.')[2]} {options}"
     elif " bench " in command:
         command = "nemostream bench " + command.partition(" bench ")[2]
     return re.sub(r"(?<=\s)/\S*/", "", command).strip()
@@ -224,7 +226,7 @@ def committed(root: Path) -> dict[str, Record]:
         if f'"schema": "{record.SCHEMA}"' in path.read_text(encoding="utf-8")[:200]:
             result = record.read(path)
             # Some have pages of their own that quote them.
-            if hasattr(import_module(f"nemostream.benchmarks.{result['benchmark']}"), "show"):
+            if hasattr(import_module(module_name(result["benchmark"])), "show"):
                 found[path.stem] = result
     return found
 
@@ -243,7 +245,7 @@ def together(results: Sequence[Record]) -> list[Record]:
 def _headlines(results: dict[str, Record]) -> list[str]:
     lines = []
     for result in together(list(results.values())):
-        module = import_module(f"nemostream.benchmarks.{result['benchmark']}")
+        module = import_module(module_name(result["benchmark"]))
         if hasattr(module, "headline"):
             lines += [module.headline(result), ""]
     lines.append("All tables, plots, methods and machines: [docs/performance.md](docs/performance.md).")

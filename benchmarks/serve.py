@@ -32,12 +32,13 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.corpora import read_manifest
-from nemostream.benchmarks.record import OtherWork, Record, Row, Say, percentile
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.corpora import read_manifest
+from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, percentile
+from nemostream.bundle import Bundle
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
-from nemostream.spec import Bundle
 
 GRACE_MS = 200  # beyond a chunk, for a final text
 _RATE = 16000

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks import record, tables
-from nemostream.benchmarks.corpora import read_manifest
-from nemostream.benchmarks.record import OtherWork, Record, Say
-from nemostream.benchmarks.timed import timed_backend
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness.corpora import read_manifest
+from nemostream.benchmarks.harness.records import OtherWork, Record, Say
+from nemostream.benchmarks.harness.timed import timed_backend
+from nemostream.bundle import Bundle
 from nemostream.engines import speech
 from nemostream.errors import OptionError
-from nemostream.runtime.recognizer import Model
-from nemostream.spec import Bundle
+from nemostream.runtime.model import Model
 
 
 def measure_throughput(

@@ -12,8 +12,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from nemostream.bundle import Bundle, Chunk
 from nemostream.engine.precision import quantisable, read_encoder
-from nemostream.spec import Bundle, Chunk
 
 
 def measure_ranges(

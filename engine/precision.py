@@ -26,8 +26,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
+from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError
-from nemostream.spec import Bundle, Chunk
 
 CELLS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from nemostream.bundle import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, Weight, sha256
 from nemostream.errors import CheckpointError, OptionError
 from nemostream.export.checkpoint import Checkpoint, check_config, open_checkpoint, read_config
 from nemostream.export.decoder import write_decoder, write_joint
@@ -19,7 +20,6 @@ from nemostream.export.encoder import write_encoder
 from nemostream.export.features import write_features
 from nemostream.export.graph import WeightStore
 from nemostream.export.parity import measure_parity
-from nemostream.spec import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, Weight, sha256
 
 _LIBRARIES = ("nemostream", "nemo_toolkit", "torch", "onnx", "onnxruntime", "numpy")
 

@@ -24,9 +24,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from nemostream.bundle import Chunk, Decoder, Encoder, Features
 from nemostream.errors import CheckpointError
-from nemostream.spec import Chunk, Decoder, Encoder, Features
-from nemostream.validation import MIB, open_regular, shown
+from nemostream.untrusted import MIB, open_regular, shown
 
 _WEIGHTS, _CONFIG, _TOKENIZER = "model_weights.ckpt", "model_config.yaml", "tokenizer.model"
 _REQUIRED = object()

@@ -23,9 +23,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from nemostream.bundle import Chunk
 from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.graph import Array, GraphWriter, Shape, WeightStore
-from nemostream.spec import Chunk
 
 FLOAT = TensorProto.FLOAT
 _MASKED = -10000.0  # NeMo's INF_VAL: finite, so a row that sees nothing still sums to one; exp of it is 0 in fp32

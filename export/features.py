@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from nemostream.bundle import Chunk
 from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.graph import GraphWriter, WeightStore
-from nemostream.spec import Chunk
 
 
 def write_features(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from nemostream.spec import Weight
+from nemostream.bundle import Weight
 
 OPSET = 20  # the newest that TensorRT 11, TensorRT for RTX and ONNX Runtime all read, with LayerNormalization
 IR_VERSION = 10

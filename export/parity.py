@@ -17,9 +17,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from nemostream.bundle import Bundle, Chunk, Manifest
 from nemostream.clips import read_clip
 from nemostream.errors import CheckpointError, ParityError
-from nemostream.spec import Bundle, Chunk, Manifest
 
 TOLERANCE = 1e-4  # fp32, largest absolute difference
 LEAST_STEPS = 12

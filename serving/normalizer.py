@@ -1,6 +1,6 @@
 """Inverse text normalization in a process of its own.
 
-The rules (`nemostream.itn`) hold Python's interpreter lock for tenths of a second, and for a whole one while they load:
+The rules (`nemostream.runtime.text.itn`) hold Python's interpreter lock for tenths of a second, and for a whole one while they load:
 on a thread they would keep the event loop from all streams. The process speaks JSON lines over its standard input and
 output, inherits no API key and ends with the server.
 """
@@ -17,8 +17,8 @@ import sys
 from typing import Any
 
 from nemostream.errors import BackendError
-from nemostream.runtime.utterance import Event
-from nemostream.runtime.words import Word
+from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.words import Word
 
 log = logging.getLogger("nemostream.serving")
 

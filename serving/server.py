@@ -18,11 +18,11 @@ import uvicorn
 
 import nemostream
 from nemostream.errors import BackendError
-from nemostream.serving import riva
-from nemostream.serving.connections import HEAD_BYTES, Connections, Server, connections_for, protocols
-from nemostream.serving.http import create_app
-from nemostream.serving.proxies import TrustedProxies
-from nemostream.serving.realtime import MESSAGE_BYTES
+from nemostream.serving.network.connections import HEAD_BYTES, Connections, Server, connections_for, protocols
+from nemostream.serving.network.proxies import TrustedProxies
+from nemostream.serving.protocols import riva
+from nemostream.serving.protocols.http import create_app
+from nemostream.serving.protocols.realtime import MESSAGE_BYTES
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 

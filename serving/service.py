@@ -24,22 +24,22 @@ from typing import Any, Literal
 import numpy as np
 
 import nemostream
+from nemostream.bundle import Chunk
 from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
 from nemostream.extras import install_command
-from nemostream.runtime.boosting import Boosting
-from nemostream.runtime.cpus import usable_cpus
-from nemostream.runtime.endpoint import Endpoint
-from nemostream.runtime.recognition import Options
-from nemostream.runtime.recognizer import Model
-from nemostream.runtime.utterance import Event
-from nemostream.serving.access import Client, shown
-from nemostream.serving.decoding import DecoderPool
+from nemostream.runtime.backends.cpus import usable_cpus
+from nemostream.runtime.decoding.boosting import Boosting
+from nemostream.runtime.model import Model
+from nemostream.runtime.streaming.session import Options
+from nemostream.runtime.text.endpointing import Endpoint
+from nemostream.runtime.text.events import Event
 from nemostream.serving.metrics import Metrics
+from nemostream.serving.network.access import Client, shown
 from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.session import Draining, Session
 from nemostream.serving.settings import Settings
-from nemostream.serving.upload import Uploads
-from nemostream.spec import Chunk
+from nemostream.serving.uploads.decoding import DecoderPool
+from nemostream.serving.uploads.upload import Uploads
 
 log = logging.getLogger("nemostream.serving")
 

@@ -1,6 +1,6 @@
 """A client's conversation with the model: bytes in, events out. Knows no transport.
 
-The events are the stream's own (`runtime/utterance.py`): ``(partial* final? end)*``. An utterance ends by itself after
+The events are the stream's own (`runtime/text/events.py`): ``(partial* final? end)*``. An utterance ends by itself after
 a silence, when the client says so (`commit`) or with the session (`finish`).
 
 `push` returns when the audio that it was given is decoded, so a transport that awaits it before it reads on holds a
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
-from nemostream.runtime.aio import AsyncLiveStream
-from nemostream.runtime.containers import WavStream, container_of, undecided
-from nemostream.runtime.recognition import Options
-from nemostream.runtime.utterance import Event
-from nemostream.serving.access import Client
+from nemostream.runtime.audio.containers import WavStream, container_of, undecided
+from nemostream.runtime.streaming.aio import AsyncLiveStream
+from nemostream.runtime.streaming.session import Options
+from nemostream.runtime.text.events import Event
+from nemostream.serving.network.access import Client
 from nemostream.serving.normalizer import Normalizer
 
 if TYPE_CHECKING:

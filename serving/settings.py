@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from nemostream.errors import OptionError
-from nemostream.serving.proxies import TrustedProxies
+from nemostream.serving.network.proxies import TrustedProxies
 
 
 class Limits(BaseModel):

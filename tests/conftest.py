@@ -17,7 +17,7 @@ import soundfile
 from numpy.typing import NDArray
 
 import nemostream
-from nemostream.spec import Bundle, Chunk, Manifest
+from nemostream.bundle import Bundle, Chunk, Manifest
 
 SPEECH = Path(__file__).parent / "speech"
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def make_device(request: pytest.FixtureRequest) -> Any:
             pytest.skip("needs g++ to run the kernels on a CPU")
         return HostDevice
     from nemostream.errors import BackendError
-    from nemostream.runtime.cuda import CudaDevice
+    from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
         CudaDevice().close()
@@ -69,7 +69,7 @@ def talker(request: pytest.FixtureRequest) -> Bundle:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nemostream.benchmarks.synthetic import synthetic_model
+    from nemostream.benchmarks.harness.synthetic import synthetic_model
 
     return synthetic_model(tmp_path_factory.mktemp("checkpoint") / "tiny.nemo", **tiny_sizes())
 
@@ -96,7 +96,7 @@ class FullExport:
 def full_export(tmp_path_factory: pytest.TempPathFactory) -> FullExport:
     folder = tmp_path_factory.mktemp("full")
     checkpoint, bundle = folder / "full.nemo", folder / "bundle"
-    synthetic = [sys.executable, "-m", "nemostream.benchmarks.synthetic", str(checkpoint)]
+    synthetic = [sys.executable, "-m", "nemostream.benchmarks.harness.synthetic", str(checkpoint)]
     subprocess.run(synthetic, check=True, capture_output=True, text=True)
     making = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     export = [sys.executable, "-m", "nemostream", "export", str(checkpoint), str(bundle)]

@@ -18,7 +18,7 @@ import soxr
 
 import nemostream
 from nemostream.errors import AudioError, OptionError
-from nemostream.formats import Transcript, as_json, ctm, srt, vtt
+from nemostream.runtime.text.formats import Transcript, as_json, ctm, srt, vtt
 
 RATE = 16000
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import nemostream
+from nemostream.bundle import Bundle, sha256
 from nemostream.clips import CLIP_TEXT
-from nemostream.spec import Bundle, sha256
 
 FOLDER = Path(__file__).parents[1] / "examples" / "demo_model"
 

@@ -16,16 +16,16 @@ from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
 import nemostream
-from nemostream.cli import main
+from nemostream.bundle import Bundle
+from nemostream.cli.main import main
+from nemostream.engine.validate import LEAST_COSINE, LEAST_STEPS, UNDERSTOOD, run_gate
 from nemostream.engines import build_engine, check_chunks, speech
 from nemostream.errors import BackendError, GateError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.plans import PlanStore
-from nemostream.runtime.backend import Batch
-from nemostream.runtime.gate import LEAST_COSINE, LEAST_STEPS, UNDERSTOOD, run_gate
-from nemostream.runtime.gpu import GpuBackend
-from nemostream.runtime.ort import OrtBackend
-from nemostream.spec import Bundle
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.backends.gpu.backend import GpuBackend
 
 DEMO = str(nemostream.demo_bundle())
 
@@ -358,7 +358,7 @@ def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
 
             return run
 
-    monkeypatch.setattr("nemostream.runtime.cuda.CudaDevice", Sm89)
+    monkeypatch.setattr("nemostream.runtime.backends.gpu.cuda.CudaDevice", Sm89)
     monkeypatch.setattr("nemostream.engines.open_gpu", open_gpu)
     options: dict[str, Any] = {"device": "cuda", "engines": store.folder, "max_batch": 2}
     encoder = WrongEncoder

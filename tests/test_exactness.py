@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import nemostream
+from nemostream.bundle import Bundle
 from nemostream.errors import StreamError
 from nemostream.export.parity import stream_encoder
-from nemostream.runtime.backend import Batch
-from nemostream.runtime.ort import OrtBackend
-from nemostream.runtime.recognizer import Model
-from nemostream.spec import Bundle
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.model import Model
 
 pytestmark = pytest.mark.nemo
 
@@ -279,7 +279,7 @@ def test_every_batch_size_has_the_same_memory(demo_bundle: Bundle) -> None:
 def test_digital_silence_is_nemos_up_to_ten_seconds_and_spoils_words_in_nemo_after(
     demo_model: Model, demo_oracle: Any, demo_bundle: Bundle, clips: Any
 ) -> None:
-    """Within the limit of `runtime/silence.py` every token is NeMo's. The reason for the rule: NeMo's own words differ
+    """Within the limit of `runtime/audio/silence.py` every token is NeMo's. The reason for the rule: NeMo's own words differ
     after a minute of zeros; ours do not."""
     speech, other = clips["cards-001"], clips["cards-002"]
     audio = np.concatenate([other, np.zeros(9 * 16000, np.float32), speech])

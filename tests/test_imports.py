@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
-    "nemostream", "nemostream.spec", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.formats",
-    "nemostream.extras", "nemostream.validation",
+    "nemostream", "nemostream.bundle", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.runtime.text.formats",
+    "nemostream.extras", "nemostream.untrusted",
 }  # fmt: skip
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
 ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
@@ -105,7 +105,7 @@ def imports(tree: ast.Module, package: str, at_import: bool) -> Iterator[str]:
             if node.level:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parents, *filter(None, [base])])
-            # `from nemostream import runtime` imports a module, `from nemostream.spec import Bundle` a name of one.
+            # `from nemostream import runtime` imports a module, `from nemostream.bundle import Bundle` a name of one.
             yield from ([f"{base}.{alias.name}" for alias in node.names] if base == "nemostream" else [base])
         elif isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
             yield from (str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
@@ -161,20 +161,35 @@ def test_every_folder_of_the_package_has_a_rule() -> None:
         ("runtime", "stream.py", "from nemostream.export import graph", ["nemostream.export"]),
         ("runtime", "stream.py", "from nemostream import engine", ["nemostream.engine"]),
         ("runtime", "stream.py", "from ..export import graph", ["nemostream.export"]),
-        ("runtime", "stream.py", "from . import backend\nfrom nemostream.spec import Chunk\nimport numpy.typing", []),
+        ("runtime", "stream.py", "from . import backend\nfrom nemostream.bundle import Chunk\nimport numpy.typing", []),
         ("runtime", "stream.py", "import onnxruntime", ["onnxruntime"]),
         ("runtime", "ort.py", "import onnxruntime", []),
         ("runtime", "stream.py", "import asyncio", ["asyncio"]),
         ("runtime", "aio.py", "import asyncio", []),
         ("runtime", "stream.py", "import runtime.backend", ["runtime.backend"]),
         ("runtime", "stream.py", "import_module('nemo.core')", ["nemo.core"]),
-        ("export", "graph.py", "from nemostream.runtime.greedy import label_looping", ["nemostream.runtime.greedy"]),
+        (
+            "export",
+            "graph.py",
+            "from nemostream.runtime.decoding.greedy import label_looping",
+            ["nemostream.runtime.decoding.greedy"],
+        ),
         ("export", "graph.py", "import tensorrt", ["tensorrt"]),
         ("engine", "build.py", "if TYPE_CHECKING:\n    import torch", ["torch"]),
         ("src/nemostream", "spec.py", "import onnxruntime", ["onnxruntime"]),
-        ("src/nemostream", "__init__.py", "from nemostream.runtime.ort import OrtBackend", ["nemostream.runtime.ort"]),
-        ("src/nemostream", "__init__.py", "def f():\n    from nemostream.runtime.ort import OrtBackend", []),
-        ("src/nemostream", "__init__.py", "if TYPE_CHECKING:\n    from nemostream.runtime.ort import OrtBackend", []),
+        (
+            "src/nemostream",
+            "__init__.py",
+            "from nemostream.runtime.backends.cpu import OrtBackend",
+            ["nemostream.runtime.backends.cpu"],
+        ),
+        ("src/nemostream", "__init__.py", "def f():\n    from nemostream.runtime.backends.cpu import OrtBackend", []),
+        (
+            "src/nemostream",
+            "__init__.py",
+            "if TYPE_CHECKING:\n    from nemostream.runtime.backends.cpu import OrtBackend",
+            [],
+        ),
         ("src/nemostream", "spec.py", "class C:\n    import rich", ["rich"]),
         ("src/nemostream", "spec.py", "from nemostream.errors import BundleError", []),
     ],
@@ -212,7 +227,7 @@ def test_importing_nemostream_is_cheap() -> None:
 
 
 def test_importing_the_contract_is_cheap() -> None:
-    found = loaded("import nemostream.spec, nemostream.errors") - sys.stdlib_module_names
+    found = loaded("import nemostream.bundle, nemostream.errors") - sys.stdlib_module_names
     assert found <= {"nemostream", "numpy"}
 
 
@@ -233,7 +248,7 @@ def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
 
 def test_recognising_loads_neither_torch_nor_nemo() -> None:
     found = loaded(
-        "import nemostream, nemostream.cli, nemostream.doctor\n"
+        "import nemostream, nemostream.cli.main, nemostream.cli.doctor\n"
         "with nemostream.load() as model:\n    model.transcribe(nemostream.demo_clip())"
     )
     assert "onnxruntime" in found
@@ -241,6 +256,6 @@ def test_recognising_loads_neither_torch_nor_nemo() -> None:
 
 
 def test_triton_needs_no_extra() -> None:
-    found = loaded("import nemostream.serving.triton") - sys.stdlib_module_names
+    found = loaded("import nemostream.serving.integrations.triton") - sys.stdlib_module_names
     assert "nemostream" in found
     assert not found & {"fastapi", "starlette", "pydantic", "uvicorn", "grpc", "prometheus_client", "ray"}

@@ -136,5 +136,5 @@ def test_a_fresh_install_runs(fresh: Callable[..., str]) -> None:
 
 @pytest.mark.slow
 def test_a_fresh_install_says_what_exporting_needs(fresh: Callable[..., str]) -> None:
-    script = "import nemostream.cli; nemostream.cli._run(['export', 'a.nemo', 'out']) == 7 or exit(1)"
+    script = "import nemostream.cli.main; nemostream.cli.main._run(['export', 'a.nemo', 'out']) == 7 or exit(1)"
     assert fresh("python", "-c", script) == ""

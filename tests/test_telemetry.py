@@ -18,8 +18,8 @@ STARTS = {
     "library": ["-c", LIBRARY],
     "calibration": ["-c", "import nemostream.engine.calibration"],
     "server": ["-c", "import nemostream.serving.service"],
-    "Triton": ["-c", "import nemostream.serving.triton, nemostream.runtime.ort"],
-    "benchmarks": ["-c", "import nemostream.benchmarks.precision"],
+    "Triton": ["-c", "import nemostream.serving.integrations.triton, nemostream.runtime.backends.cpu"],
+    "benchmarks": ["-c", "import nemostream.benchmarks.studies.precision"],
     "subprocess": [
         "-c",
         "import nemostream, subprocess, sys\n"
@@ -59,6 +59,6 @@ def test_events_stop_for_an_onnxruntime_that_was_imported_first(value: str | Non
     """The variable is too late then; the library's own switch is used, unless the user wants telemetry."""
     check = (
         "import onnxruntime\ncalled = []\nonnxruntime.disable_telemetry_events = lambda: called.append(1)\n"
-        f"import nemostream.runtime.ort\nassert len(called) == {calls}, called"
+        f"import nemostream.runtime.backends.cpu\nassert len(called) == {calls}, called"
     )
     written(tmp_path, ["-c", check], **({} if value is None else {"ORT_DISABLE_TELEMETRY": value}))

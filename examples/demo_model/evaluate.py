@@ -26,9 +26,9 @@ import soxr
 from score import RATE, Scored, errors, read_shard, words
 
 import nemostream
-from nemostream.runtime.recognizer import Model
-from nemostream.runtime.words import Result
-from nemostream.spec import Bundle
+from nemostream.bundle import Bundle
+from nemostream.runtime.model import Model
+from nemostream.runtime.text.words import Result
 
 FRAME = 0.08
 CHUNKS = (1120, 560, 160, 80)

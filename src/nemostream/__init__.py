@@ -43,25 +43,25 @@ from nemostream.errors import (
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from nemostream.itn import InverseNormalizer
-    from nemostream.runtime.confidence import Confidence
-    from nemostream.runtime.endpoint import Endpoint
-    from nemostream.runtime.recognizer import Model
-    from nemostream.runtime.utterance import Event
-    from nemostream.runtime.words import Result, Token, Word
-    from nemostream.spec import Bundle, Manifest
+    from nemostream.bundle import Bundle, Manifest
+    from nemostream.runtime.decoding.confidence import Confidence
+    from nemostream.runtime.model import Model
+    from nemostream.runtime.text.endpointing import Endpoint
+    from nemostream.runtime.text.events import Event
+    from nemostream.runtime.text.itn import InverseNormalizer
+    from nemostream.runtime.text.words import Result, Token, Word
 
 _LAZY = {
-    "Bundle": "nemostream.spec",
-    "InverseNormalizer": "nemostream.itn",
-    "Manifest": "nemostream.spec",
-    "Model": "nemostream.runtime.recognizer",
-    "Confidence": "nemostream.runtime.confidence",
-    "Endpoint": "nemostream.runtime.endpoint",
-    "Event": "nemostream.runtime.utterance",
-    "Result": "nemostream.runtime.words",
-    "Token": "nemostream.runtime.words",
-    "Word": "nemostream.runtime.words",
+    "Bundle": "nemostream.bundle",
+    "InverseNormalizer": "nemostream.runtime.text.itn",
+    "Manifest": "nemostream.bundle",
+    "Model": "nemostream.runtime.model",
+    "Confidence": "nemostream.runtime.decoding.confidence",
+    "Endpoint": "nemostream.runtime.text.endpointing",
+    "Event": "nemostream.runtime.text.events",
+    "Result": "nemostream.runtime.text.words",
+    "Token": "nemostream.runtime.text.words",
+    "Word": "nemostream.runtime.text.words",
 }
 
 __all__ = [
@@ -122,9 +122,9 @@ def load(
     Raises `BundleError` for a folder that is no bundle, or a damaged one, `OptionError` for a chunk size that the model
     does not have, and `BackendError` if the device cannot be used or an engine is not built.
     """
+    from nemostream.bundle import Bundle
     from nemostream.engines import open_backend
-    from nemostream.runtime.recognizer import Model
-    from nemostream.spec import Bundle
+    from nemostream.runtime.model import Model
 
     opened = Bundle.open(demo_bundle() if bundle is None else bundle)
     opened.manifest.chunk(chunk_ms)

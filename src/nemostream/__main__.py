@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nemostream.interrupt import exit_on_signals
+from nemostream.cli.interrupt import exit_on_signals
 
 
 def main() -> None:
     exit_on_signals()  # before the imports, which take a second: Ctrl-C must not print where they are
-    from nemostream.cli import main
+    from nemostream.cli.main import main
 
     main()
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.bundle import Bundle, Chunk, Manifest
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, no_engine
-from nemostream.spec import Bundle, Chunk, Manifest
 
 if TYPE_CHECKING:
-    from nemostream.runtime.backend import Backend
+    from nemostream.runtime.backends.base import Backend
 
 Progress = Callable[[str, float], None]  # what is done, and the share of it (0 to 1)
 
@@ -90,7 +90,7 @@ def open_backend(
     this GPU on another machine is gated before it is used. Raises `BackendError` if none is there, or none of
     `chunk_ms`.
     """
-    from nemostream.runtime.ort import OrtBackend
+    from nemostream.runtime.backends.cpu import OrtBackend
 
     store = PlanStore(engines)
     if device == "cpu":
@@ -104,7 +104,7 @@ def open_backend(
             return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
     if device != "cuda":
         raise OptionError(f"device is {device!r}; choose cpu or cuda.")
-    from nemostream.runtime.cuda import CudaDevice
+    from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     rows = min(max_batch or 64, capacity)
     gpu = CudaDevice()
@@ -136,18 +136,18 @@ def _loading(bundle: Bundle, capacity: int) -> Iterator[None]:
 
 def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: int, max_batch: int) -> Any:
     """The GPU backend with an encoder for each plan, by chunk size in ms."""
-    from nemostream.runtime.gpu import Encoder, GpuBackend
+    from nemostream.runtime.backends.gpu.backend import Encoder, GpuBackend
 
     encoders: dict[int, Encoder] = {}
     for ms, plan in plans.items():
         recipe = plan.recipe
         if recipe.backend == "onnxruntime":
-            from nemostream.runtime.ort_cuda import OrtCudaEncoder
+            from nemostream.runtime.backends.gpu.onnxruntime import OrtCudaEncoder
 
             graph = bundle.graph(recipe.graph)
             encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cell, device)
         else:
-            from nemostream.runtime.trt import TrtEncoder
+            from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
             encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cell, device)
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
@@ -249,7 +249,7 @@ def _maker(
 
 def _gpu_here() -> str:
     """The architecture of this machine's GPU; empty if there is none."""
-    from nemostream.runtime.cuda import CudaDevice
+    from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
         device = CudaDevice()
@@ -262,8 +262,8 @@ def _gpu_here() -> str:
 
 
 def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[str, Any]:
-    from nemostream.runtime.gate import run_gate
-    from nemostream.runtime.ort import OrtBackend
+    from nemostream.engine.validate import run_gate
+    from nemostream.runtime.backends.cpu import OrtBackend
 
     reference = OrtBackend(bundle, capacity=2)
     plans = {chunk.ms: plan}
@@ -271,7 +271,7 @@ def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[
     if plan.recipe.device == "cpu":
         candidate = OrtBackend(bundle, capacity=2, plans=plans)
     else:
-        from nemostream.runtime.cuda import CudaDevice
+        from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
         candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
     try:

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemostream.bundle import MOST_GRAPH, Bundle, File, sha256
 from nemostream.errors import BackendError
 from nemostream.external_data import external_files
-from nemostream.spec import MOST_GRAPH, Bundle, File, sha256
-from nemostream.validation import (
+from nemostream.untrusted import (
     MIB,
     SHA256,
     Check,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemostream.benchmarks import accuracy, corpora, report
+from nemostream.benchmarks import accuracy, report
+from nemostream.benchmarks.harness import corpora
+from nemostream.bundle import Bundle
 from nemostream.clips import CLIP_TEXT
 from nemostream.errors import AudioError, BackendError, OptionError
-from nemostream.spec import Bundle
 
 pytest.importorskip("jiwer", reason="needs the bench extra")
 pytest.importorskip("whisper_normalizer", reason="needs the bench extra")

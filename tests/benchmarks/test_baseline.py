@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 
 from nemostream import engines
-from nemostream.benchmarks import record, report
-from nemostream.benchmarks.floor import Machine
-from nemostream.benchmarks.synthetic import speech
-from nemostream.benchmarks.timed import Feed, timed_backend
+from nemostream.benchmarks import report
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness.roofline import Machine
+from nemostream.benchmarks.harness.synthetic import speech
+from nemostream.benchmarks.harness.timed import Feed, timed_backend
+from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, OptionError, ParityError
-from nemostream.spec import Bundle
 
 pytest.importorskip("nemo")
 
-from nemostream.benchmarks import baseline, nemo, ring, sides
+from nemostream.benchmarks import baseline
+from nemostream.benchmarks.harness import competitors as ring
+from nemostream.benchmarks.harness import nemo
+from nemostream.benchmarks.harness import runners as sides
 
 pytestmark = pytest.mark.nemo
 
@@ -77,7 +81,7 @@ def test_compiled(demo_bundle: Bundle) -> None:
 
 
 def test_by_its_command(demo_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemostream.cli import _run
+    from nemostream.cli.main import _run
 
     arguments = [
         "--checkpoint",

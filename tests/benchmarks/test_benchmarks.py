@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 
 import nemostream
-from nemostream.benchmarks import capacity, cost, latency, load, quick, record, report, throughput
-from nemostream.benchmarks.floor import Machine, Work, encoder_work, measure_machine
-from nemostream.cli import _BENCHMARKS, _run
+from nemostream.benchmarks import capacity, latency, module_name, quick, report, throughput
+from nemostream.benchmarks.harness import load
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness.roofline import Machine, Work, encoder_work, measure_machine
+from nemostream.benchmarks.studies import cost
+from nemostream.bundle import Bundle
+from nemostream.cli.main import _BENCHMARKS, _run
 from nemostream.clips import CLIP_TEXT
 from nemostream.engines import open_backend, speech
 from nemostream.errors import BackendError, OptionError, StreamError
-from nemostream.runtime.ort import OrtBackend
-from nemostream.spec import Bundle
+from nemostream.runtime.backends.cpu import OrtBackend
 
 pytest.importorskip("onnx", reason="needs the build extra")
 pytest.importorskip("matplotlib", reason="needs the bench extra")
@@ -89,7 +92,8 @@ def test_machine() -> None:
 def test_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products are PyTorch's, on the device named: here the CPU stands in for the GPU."""
     pytest.importorskip("torch")
-    from nemostream.benchmarks import floor, gpu_speed
+    from nemostream.benchmarks.gpu import speed as gpu_speed
+    from nemostream.benchmarks.harness import roofline as floor
 
     products = floor.gpu_products("cpu", size=64, repeats=1)
     assert {"fp32 product", "fp32 product, TF32", "fp16 product", "bf16 product", "int8 product"} <= products.keys()
@@ -149,7 +153,7 @@ def test_latency_of_the_gpu_backend(talker: Bundle, make_device: Any, tmp_path: 
     """On the device that the CPU plays: stages and events are the benchmark's, the figures nobody's."""
     from host_device import OrtEncoder
 
-    from nemostream.runtime.gpu import GpuBackend
+    from nemostream.runtime.backends.gpu.backend import GpuBackend
 
     chunk, device = talker.manifest.chunk(560), make_device()
     backend = GpuBackend(talker, device, {560: OrtEncoder(talker, chunk, device, True)}, capacity=2)
@@ -168,9 +172,9 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
     if play.MISSING:
         pytest.skip("needs g++ to run the kernels on a CPU")
     from nemostream import engines
-    from nemostream.benchmarks import floor
-    from nemostream.runtime import cuda
-    from nemostream.runtime.gpu import GpuBackend
+    from nemostream.benchmarks.harness import roofline as floor
+    from nemostream.runtime.backends.gpu import cuda
+    from nemostream.runtime.backends.gpu.backend import GpuBackend
 
     opened = []
 
@@ -485,7 +489,7 @@ def test_every_benchmark_by_its_command(name: str, tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("name", [*_BENCHMARKS, "gpu_check", "precision", "random_bundle"])
 def test_every_benchmark_is_a_module_to_run(name: str) -> None:
-    command = [sys.executable, "-m", f"nemostream.benchmarks.{name}", "--help"]
+    command = [sys.executable, "-m", module_name(name), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     usage = f"nemostream bench {name}" if name in _BENCHMARKS else f"nemostream.benchmarks.{name}"

@@ -18,15 +18,19 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.benchmarks import baseline, features, floor, gpu_check, gpu_report, gpu_speed
-from nemostream.benchmarks.random_bundle import random_bundle
-from nemostream.benchmarks.synthetic import Sizes
+from nemostream.benchmarks import baseline, gpu_check
+from nemostream.benchmarks.gpu import report as gpu_report
+from nemostream.benchmarks.gpu import speed as gpu_speed
+from nemostream.benchmarks.harness import roofline as floor
+from nemostream.benchmarks.harness.random_bundle import random_bundle
+from nemostream.benchmarks.harness.synthetic import Sizes
+from nemostream.benchmarks.studies import features
+from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
-from nemostream.runtime.backend import Batch
-from nemostream.runtime.gpu import LOOPS, GpuBackend
-from nemostream.runtime.ort import OrtBackend
-from nemostream.spec import Bundle, Chunk
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.backends.gpu.backend import LOOPS, GpuBackend
 
 SMALL = Sizes(n_layers=2, d_model=64, n_heads=4, conv_channels=32, pred_hidden=48, joint_hidden=48, vocab=128)
 needs_compiler = pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")
@@ -303,7 +307,7 @@ def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatc
 
 def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("cuda.core", reason="needs cuda-core")
-    from nemostream.runtime.cuda import CudaDevice
+    from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
         CudaDevice().close()
@@ -319,7 +323,7 @@ def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.gpu
 def test_copy_rate() -> None:
-    from nemostream.runtime.cuda import CudaDevice
+    from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
         device = CudaDevice()

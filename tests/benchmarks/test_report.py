@@ -9,8 +9,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
-from nemostream.benchmarks import record, report, tables
-from nemostream.cli import _run
+from nemostream.benchmarks import report
+from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import tables
+from nemostream.cli.main import _run
 from nemostream.errors import OptionError
 
 ROOT = Path(__file__).parents[2]

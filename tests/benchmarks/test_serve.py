@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, BackendError
-from nemostream.spec import Bundle
 
 pytest.importorskip("fastapi", reason="needs the serve extra")
 

@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from nemostream.bundle import Bundle, Chunk
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CELLS, quantisable, read_encoder, write_int8_for_cpu, write_typed
 from nemostream.engines import speech
 from nemostream.errors import BackendError
-from nemostream.spec import Bundle, Chunk
 
 STEPS = 14
 WORST = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.99, "fp8": 0.99}

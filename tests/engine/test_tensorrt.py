@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
 
+from nemostream.bundle import Bundle
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CELLS, write_typed
 from nemostream.engine.tensorrt import TensorRT, _profiles
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
-from nemostream.spec import Bundle
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import onnx
 import pytest
 import yaml
 
-from nemostream.benchmarks.synthetic import synthetic_model
+from nemostream.benchmarks.harness.synthetic import synthetic_model
+from nemostream.bundle import Bundle, Manifest, sha256
 from nemostream.errors import CheckpointError, OptionError, ParityError
 from nemostream.export import export_checkpoint
 from nemostream.export.checkpoint import check_config, open_checkpoint, read_config
 from nemostream.export.parity import LEAST_STEPS, TOLERANCE, measure_parity
-from nemostream.spec import Bundle, Manifest, sha256
 
 pytestmark = pytest.mark.nemo
 

@@ -29,12 +29,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nemostream.benchmarks.huggingface import PREPROCESSOR, load_transformers, read_nemo, their_name
+from nemostream.benchmarks.harness.huggingface import PREPROCESSOR, load_transformers, read_nemo, their_name
+from nemostream.bundle import Bundle, Chunk
 from nemostream.export.bundle import export_checkpoint
 from nemostream.export.parity import stream_encoder
-from nemostream.runtime.backend import Batch
-from nemostream.runtime.ort import OrtBackend
-from nemostream.spec import Bundle, Chunk
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.cpu import OrtBackend
 
 pytestmark = pytest.mark.nemo
 

@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemostream
+from nemostream.bundle import Bundle, Manifest
 from nemostream.errors import NemostreamError
 from nemostream.external_data import external_files
 from nemostream.plans import PlanStore, Recipe
-from nemostream.runtime.resume import Keeper, Saved
-from nemostream.runtime.stream import Stream
-from nemostream.spec import Bundle, Manifest
+from nemostream.runtime.streaming.snapshot import Keeper, Saved
+from nemostream.runtime.streaming.stream import Stream
 
 fuzz = settings(settings.get_profile("fuzz"))
 

@@ -23,9 +23,9 @@ from google.protobuf.message import DecodeError
 from riva.client.proto import riva_asr_pb2 as messages
 from starlette.datastructures import Headers, QueryParams
 
-from nemostream.runtime.containers import undecided
-from nemostream.serving import realtime, riva, websocket
-from nemostream.serving.access import given_key, host_allowed, key_number
+from nemostream.runtime.audio.containers import undecided
+from nemostream.serving.network.access import given_key, host_allowed, key_number
+from nemostream.serving.protocols import realtime, riva, websocket
 from nemostream.serving.session import ENCODINGS, _Decoder
 from nemostream.serving.settings import Settings
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from nemostream.spec import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest
+from nemostream.bundle import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.runtime.backend import Batch, Emissions, check_state
-from nemostream.runtime.boosting import NO_PHRASES, Boosting
-from nemostream.spec import Manifest
+from nemostream.bundle import Manifest
+from nemostream.runtime.backends.base import Batch, Emissions, check_state
+from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 
 DIGITS = 3
 

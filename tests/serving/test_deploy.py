@@ -119,7 +119,7 @@ def test_the_application_is_one_that_ray_takes(service: Any) -> None:
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
-    from nemostream.serving import ray_app
+    from nemostream.serving.integrations import ray_app
 
     assert module == ray_app.__name__ and name == "build"
     assert config.http_options.port == 8000 and config.http_options.host == "0.0.0.0"

@@ -29,8 +29,9 @@ from websockets.sync.client import ClientConnection, connect
 
 import nemostream
 from nemostream.errors import CapacityError
-from nemostream.serving import connections, server
-from nemostream.serving.access import Client
+from nemostream.serving import server
+from nemostream.serving.network import connections
+from nemostream.serving.network.access import Client
 
 HALF = 2 * 16000 * 2
 

@@ -38,8 +38,8 @@ import nemostream
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.serving import server as server_module
 from nemostream.serving import service
-from nemostream.serving.access import key_number
-from nemostream.serving.http import create_app
+from nemostream.serving.network.access import key_number
+from nemostream.serving.protocols.http import create_app
 from nemostream.serving.service import DEMO_NOTE
 from nemostream.serving.session import Draining
 from nemostream.serving.settings import Settings, read_settings
@@ -439,7 +439,7 @@ def test_a_key_is_compared_with_every_key_in_constant_time(monkeypatch: pytest.M
         compared.append((a, b))
         return compare(a, b)
 
-    monkeypatch.setattr("nemostream.serving.access.hmac.compare_digest", counted)
+    monkeypatch.setattr("nemostream.serving.network.access.hmac.compare_digest", counted)
     keys = [b"first", b"second", b"third"]
     for given, allowed in (("first", True), ("third", True), ("firs", False), ("", False), ("sécond", False)):
         compared.clear()

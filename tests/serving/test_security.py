@@ -32,11 +32,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from nemostream.errors import AudioError, OptionError
-from nemostream.runtime.boosting import Boosting
-from nemostream.serving import connections, decoder_process, decoding
-from nemostream.serving.access import host_allowed, key_number
-from nemostream.serving.decoding import DecoderPool
+from nemostream.runtime.decoding.boosting import Boosting
+from nemostream.serving.network import connections
+from nemostream.serving.network.access import host_allowed, key_number
 from nemostream.serving.settings import Settings, read_settings
+from nemostream.serving.uploads import decoder_process, decoding
+from nemostream.serving.uploads.decoding import DecoderPool
 
 EDGE = "AaB03x"
 
@@ -187,7 +188,7 @@ async def samples(decoders: DecoderPool, path: Path) -> Any:
 
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1)])
 def test_a_decoder_process_gives_what_the_library_reads(pool: Any, tmp_path: Path, rate: int, channels: int) -> None:
-    from nemostream.runtime.audio import Intake, Recording
+    from nemostream.runtime.audio.sources import Intake, Recording
 
     noise = np.random.default_rng(1).uniform(-0.5, 0.5, (rate * 9, channels)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", noise, rate)
@@ -376,7 +377,7 @@ def test_health_is_answered_with_few_file_descriptors(serve_process: Any, idle: 
 
 
 def test_connections_are_bounded_by_the_descriptors_there_are(tmp_path: Path) -> None:
-    code = "from nemostream.serving.connections import connections_for; print(connections_for(1024))"
+    code = "from nemostream.serving.network.connections import connections_for; print(connections_for(1024))"
     limits = (128, 128)
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -535,7 +536,7 @@ def test_pongs_that_are_not_read_do_not_fill_memory(serve_here: Any) -> None:
 
 
 def test_phrases_are_checked_before_they_are_tokenised(demo_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemostream.runtime.tokenizer import Tokenizer
+    from nemostream.runtime.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(demo_bundle.path / "tokenizer.model", demo_bundle.manifest.decoder.vocabulary)
     encoded: list[str] = []

@@ -17,9 +17,9 @@ import onnxruntime as ort
 from cuda_on_cpu import compile_for_cpu
 from numpy.typing import NDArray
 
+from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError
-from nemostream.runtime import kernels as sources
-from nemostream.spec import Bundle, Chunk
+from nemostream.runtime.backends.gpu import kernels as sources
 
 Work = Callable[[], None]
 

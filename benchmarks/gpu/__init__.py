@@ -1,0 +1,1 @@
+"""Speed and reports of the GPU check."""

@@ -1,0 +1,1 @@
+"""What benchmarks share: result records, load, corpora, competing implementations."""

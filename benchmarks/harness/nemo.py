@@ -1,0 +1,269 @@
+"""NeMo, the opponent that counts: its streaming step in all the ways it can be set up, its ONNX export, its words.
+
+Whatever is set up for all of them: greedy decoding in batches, by label looping, without beam, timestamps or confidence
+(on a GPU with NeMo's own CUDA graphs); inference mode; features computed beforehand.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.benchmarks.harness.records import Tokens
+from nemostream.benchmarks.harness.timed import Feed, longest
+from nemostream.bundle import Chunk, Manifest
+from nemostream.errors import BackendError, OptionError
+
+KINDS = {
+    "fp32": "`conformer_stream_step` as it comes, weights and caches in fp32 (on a GPU products in TF32)",
+    "bf16": "the same with weights, inputs and caches in bf16 (autocast would bring attention back to fp32)",
+    "compile": "fp32, the encoder's forward under torch.compile (static shapes, weights frozen, products autotuned)",
+    "compile bf16": "the same in bf16",
+    "graph": "bf16, the encoder's step captured in a CUDA graph over static buffers, caches moved on within the graph",
+}
+
+
+class Nemo:
+    """NeMo's official step, `conformer_stream_step`, caches and hypotheses carried; `kind` is one of `KINDS`."""
+
+    covers = "mel to tokens"
+
+    def __init__(self, model: Any, feed: Feed, chunk: Chunk, kind: str = "fp32") -> None:
+        import torch
+
+        self.name, self.setup = f"NeMo, {kind}", KINDS[kind]
+        self._torch, self._model, self._feed, self._wanted = torch, model, feed, chunk
+        self._device = next(model.parameters()).device
+        # TF32 is not fp32: random weights may say something else then.
+        self.exact = kind in ("fp32", "compile") and self._device.type == "cpu"
+        self._type = torch.bfloat16 if kind == "graph" or "bf16" in kind else torch.float32
+        with torch.inference_mode():
+            self._mel = feed.mel(model).to(self._device, self._type)
+            model.to(self._type)
+        self._use(longest(feed.manifest, chunk))
+        self._caches = model.encoder.get_initial_cache_state(
+            batch_size=feed.rows, dtype=self._type, device=self._device
+        )
+        self._hypotheses: Any = None
+        self._kind = kind
+        self._replay: Callable[[], None] | None = None
+        self._eager = self._forward = model.encoder.forward_internal
+
+    def fill(self, frames: int) -> None:
+        position = 0
+        while position < frames:
+            self.step(position)
+            position += self._chunk.frames
+        if int(self._caches[2].min()) < self._chunk.left:
+            raise BackendError(f"NeMo holds {int(self._caches[2].min())} frames of context, not {self._chunk.left}.")
+        self._use(self._wanted)
+        if self._kind.startswith("compile"):
+            best = {"freezing": True, "max_autotune": True}
+            self._forward = self._torch.compile(self._eager, dynamic=False, options=best)
+            # Compiled when first called: now, with caches that are thrown away.
+            with self._torch.inference_mode():
+                self._model.encoder.forward_internal = self._forward
+                self._model.encoder.cache_aware_stream_step(**self._inputs(position))
+        if self._kind == "graph":
+            self._capture(position)
+
+    def step(self, position: int) -> None:
+        with self._torch.inference_mode():
+            if self._replay:
+                self._static["processed_signal"].copy_(self._mel[:, :, self._window(position)])
+                self._replay()
+                encoded, lengths = self._outputs
+                self._hypotheses = self._model.decoding.rnnt_decoder_predictions_tensor(
+                    encoder_output=encoded, encoded_lengths=lengths, return_hypotheses=True,
+                    partial_hypotheses=self._hypotheses,
+                )  # fmt: skip
+                return
+            self._model.encoder.forward_internal = self._forward  # one model may serve several sides
+            _, _, *caches, self._hypotheses = self._model.conformer_stream_step(
+                **self._inputs(position), previous_hypotheses=self._hypotheses, return_transcription=True
+            )
+        self._caches = tuple(caches)
+
+    def tokens(self) -> Tokens:
+        return [[int(token) for token in hypothesis.y_sequence] for hypothesis in self._hypotheses]
+
+    def close(self) -> None:
+        self._model.encoder.forward_internal = self._eager
+        self._caches = self._hypotheses = self._replay = None
+
+    def _use(self, chunk: Chunk) -> None:
+        self._chunk = chunk
+        with quiet():
+            self._model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
+
+    def _window(self, position: int) -> slice:
+        window = self._feed.window(self._chunk, position)
+        return slice(max(window.start, 0), window.stop)
+
+    def _inputs(self, position: int) -> dict[str, Any]:
+        signal = self._mel[:, :, self._window(position)]
+        channel, time, length = self._caches
+        first = position == 0
+        return {
+            "processed_signal": signal,
+            "processed_signal_length": self._torch.full((self._feed.rows,), signal.shape[2], device=self._device),
+            "cache_last_channel": channel,
+            "cache_last_time": time,
+            "cache_last_channel_len": length,
+            "keep_all_outputs": False,
+            "drop_extra_pre_encoded": 0 if first else self._model.encoder.streaming_cfg.drop_extra_pre_encoded,
+        }
+
+    def _capture(self, position: int) -> None:
+        """Record the encoder's step over copies of its inputs; the graph ends by moving the caches on."""
+        torch, encoder = self._torch, self._model.encoder
+        inputs = self._inputs(position)
+        self._static = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        names = ("cache_last_channel", "cache_last_time", "cache_last_channel_len")
+        kept = {name: self._static[name].clone() for name in names}
+
+        def work() -> None:
+            encoded, lengths, *caches = encoder.cache_aware_stream_step(**self._static)
+            for name, cache in zip(names, caches, strict=True):
+                self._static[name].copy_(cache)
+            self._outputs = encoded, lengths
+
+        with torch.inference_mode():
+            self._replay = record_graph(work)
+            for name in names:
+                self._static[name].copy_(kept[name])
+
+
+def record_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of what `work` queues, after three runs that set everything up; a function that launches it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise OptionError("a CUDA graph needs a GPU.")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return lambda: graph.replay()
+
+
+class NemoOffline:
+    """NeMo's words for a whole recording: the offline forward with a chunk size's mask, and its greedy decoding."""
+
+    def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
+        self._model = load_nemo(checkpoint, device)
+
+    def transcribe(self, samples: NDArray[np.float32], chunk: Chunk) -> tuple[list[int], str]:
+        """Tokens and text of one recording [N] at the model's rate."""
+        import torch
+
+        model = self._model
+        device = next(model.parameters()).device
+        model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
+        model.preprocessor.featurizer.dither = 0.0
+        with torch.inference_mode():
+            signal = torch.from_numpy(np.asarray(samples, np.float32))[None].to(device)
+            mel, length = model.preprocessor(input_signal=signal, length=torch.tensor([signal.shape[1]], device=device))
+            encoded, length = model.encoder(audio_signal=mel, length=length)
+            hypothesis = model.decoding.rnnt_decoder_predictions_tensor(encoded, length, return_hypotheses=True)[0]
+        tokens = [int(token) for token in hypothesis.y_sequence]
+        return tokens, model.tokenizer.ids_to_text(tokens)
+
+
+# -- setting it up -----------------------------------------------------------------------------------------------------
+
+
+def load_nemo(checkpoint: Path, device: str = "cpu") -> Any:
+    """The checkpoint in NeMo, eval mode, fp32, set to batched label looping without beam, timestamps or confidence.
+
+    On a GPU ("cuda"): products in TF32, and NeMo's own CUDA graphs for decoding.
+    """
+    import torch
+    from nemo.collections.asr.models import ASRModel
+    from omegaconf import OmegaConf
+
+    gpu = device != "cpu"
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+    with torch.inference_mode(), quiet():
+        model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval().float()
+        symbols = OmegaConf.select(model.cfg, "decoding.greedy.max_symbols", default=10) or 10
+        greedy = {"max_symbols": symbols, "loop_labels": True, "use_cuda_graph_decoder": gpu}
+        model.change_decoding_strategy(OmegaConf.create({"strategy": "greedy_batch", "greedy": greedy}), verbose=False)
+    return model.cuda() if gpu else model
+
+
+def export_nemo(model: Any, manifest: Manifest, chunk: Chunk, folder: Path, int8: bool = False) -> Path:
+    """NeMo's ONNX export of one chunk size, with metadata and tokens as sherpa-onnx's published recipe has them."""
+    import onnx
+
+    folder.mkdir(parents=True)
+    with quiet():
+        model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
+        model.set_export_config({"cache_support": True})
+        for part, name in ((model.encoder, "encoder"), (model.decoder, "decoder"), (model.joint, "joiner")):
+            part.export(str(folder / f"{name}.onnx"))
+    spec, net, factor = manifest.encoder, manifest.decoder, manifest.encoder.subsampling
+    described = {
+        "vocab_size": net.vocabulary, "window_size": factor * chunk.frames + 9, "chunk_size_ms": chunk.ms,
+        "chunk_shift": factor * chunk.frames, "normalize_type": "", "cache_last_channel_dim1": spec.layers,
+        "cache_last_channel_dim2": spec.cache, "cache_last_channel_dim3": spec.d_model,
+        "cache_last_time_dim1": spec.layers, "cache_last_time_dim2": spec.d_model,
+        "cache_last_time_dim3": spec.conv_cache, "pred_rnn_layers": net.layers, "pred_hidden": net.hidden,
+        "subsampling_factor": factor, "feat_dim": manifest.features.mels,
+        "model_type": "EncDecHybridRNNTCTCBPEModel", "version": "1", "model_author": "NeMo",
+    }  # fmt: skip
+    encoder = onnx.load(folder / "encoder.onnx")
+    for name, value in described.items():
+        encoder.metadata_props.add(key=name, value=str(value))
+    outside = sum(tensor.ByteSize() for tensor in encoder.graph.initializer) > 1 << 30
+    for left in folder.glob("*"):  # the exporter leaves a file per large weight
+        if left.suffix != ".onnx":
+            left.unlink()
+    onnx.save(
+        encoder, folder / "encoder.onnx", save_as_external_data=outside, all_tensors_to_one_file=True,
+        location="encoder.data",
+    )  # fmt: skip
+    decoder = onnx.load(folder / "decoder.onnx")
+    for value in [*decoder.graph.input, *decoder.graph.output]:
+        shape = value.type.tensor_type.shape.dim
+        if len(shape) == 3 and shape[0].dim_value == net.layers:
+            shape[1].dim_param = "B"  # exported as 1 for one of the two states
+    onnx.save(decoder, folder / "decoder.onnx")
+    pieces = [*model.joint.vocabulary, "<blk>"]
+    lines = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
+    (folder / "tokens.txt").write_text(lines, encoding="utf-8")
+    if int8:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        for name in ("encoder", "decoder", "joiner"):
+            source, target = folder / f"{name}.onnx", folder / f"{name}.int8.onnx"
+            quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
+    return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """NeMo without its information and warnings."""
+    from nemo.utils import logging as nemo_logging
+
+    level = nemo_logging.getEffectiveLevel()
+    nemo_logging.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        nemo_logging.setLevel(level)

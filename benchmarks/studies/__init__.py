@@ -1,0 +1,1 @@
+"""Studies of one feature each; they change rarely."""

@@ -1,0 +1,1 @@
+"""Audio input: files, containers, resampling, silence and voice activity detection."""

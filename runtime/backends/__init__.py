@@ -1,0 +1,1 @@
+"""Backends: what runs the model's graphs. `base` defines the interface, `cpu` and `gpu` implement it."""

@@ -1,0 +1,1 @@
+"""The GPU backend: device-resident slots and CUDA-graph-captured steps."""

@@ -1,0 +1,116 @@
+"""The encoder step as a TensorRT engine, enqueued into whatever is being recorded.
+
+One module for TensorRT and TensorRT for RTX, which have the same interface. Not yet run on a GPU: `docs/gpu.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nemostream.errors import BackendError
+from nemostream.extras import install_command
+from nemostream.runtime.backends.gpu.cuda import CudaDevice
+
+_ALIGNMENT = 256  # of the memory a context works in
+
+
+class TrtEncoder:
+    """The engine in `path`, built by the module `library` ("tensorrt" or "tensorrt_rtx") for this very GPU.
+
+    `cell` is the type of its caches. Raises `BackendError` if the library is missing, or refuses the engine.
+    """
+
+    capturable = True
+
+    def __init__(self, path: Path, library: str, cell: str, device: CudaDevice) -> None:
+        try:
+            trt = self._trt = import_module(library)
+        except ImportError as error:
+            raise BackendError(
+                f"{path} needs {library} ({error}): {install_command(library.replace('_', '-'))}."
+            ) from error
+        self.cell, self._device, self._path = cell, device, path
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        blob = path.read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(blob)
+        if self._engine is None:
+            raise BackendError(
+                f"{library} {trt.__version__} refuses {path} on {device.name}{self._why(blob)}; build it again with "
+                "`nemostream build` on this machine."
+            )
+        self._contexts: list[Any] = []
+        self._memory, self._memory_bytes = 0, 0
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        trt, engine = self._trt, self._engine
+        # A context of its own for every recording, because a recording freezes it; the memory they work in is shared,
+        # because no two of them ever run at once.
+        context = self._new_context()
+        if not context.set_optimization_profile_async(self._profile(rows), self._device.stream):
+            raise BackendError(
+                f"{self._path} has no profile for batches of {rows}; build it with a larger --max-batch."
+            )
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            if name not in addresses:
+                raise BackendError(
+                    f"{self._path} has a tensor {name!r} that the runtime does not know; build it again."
+                )
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                shape = [rows if axis < 0 else axis for axis in engine.get_tensor_shape(name)]
+                if not context.set_input_shape(name, shape):
+                    raise BackendError(f"{self._path} does not take {shape} as {name}; build it again.")
+            context.set_tensor_address(name, addresses[name])
+        if missing := context.infer_shapes():
+            raise BackendError(f"{self._path} lacks the shapes of {', '.join(missing)}; build it again.")
+        needed = int(context.update_device_memory_size_for_shapes())
+        if needed > self._memory_bytes:
+            self._memory_bytes = math.ceil(needed / _ALIGNMENT) * _ALIGNMENT
+            memory = self._device.allocate(self._memory_bytes + _ALIGNMENT)
+            self._memory = math.ceil(memory / _ALIGNMENT) * _ALIGNMENT
+        context.set_device_memory(self._memory, self._memory_bytes)
+        self._contexts.append(context)
+
+        def enqueue() -> None:
+            if not context.execute_async_v3(self._device.stream):
+                raise BackendError(f"TensorRT failed to enqueue {self._path} for {rows} rows.")
+
+        return enqueue
+
+    def close(self) -> None:
+        self._contexts.clear()
+        del self._engine, self._runtime
+
+    def _new_context(self) -> Any:
+        trt, engine = self._trt, self._engine
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # TensorRT for RTX compiles kernels on the user's machine, by default while others already run; a recording
+            # would keep the ones it happened to meet.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves
+        context = engine.create_execution_context(config)
+        if context is None:
+            raise BackendError(f"TensorRT makes no context of {self._path}; is the GPU's memory full?")
+        return context
+
+    def _profile(self, rows: int) -> int:
+        """The first profile made for so many rows; profiles are in the order of their sizes."""
+        for profile in range(self._engine.num_optimization_profiles):
+            least, _, most = self._engine.get_tensor_profile_shape("mel", profile)
+            if least[0] <= rows <= most[0]:
+                return profile
+        raise BackendError(f"{self._path} was not built for batches of {rows}; build it with a larger --max-batch.")
+
+    def _why(self, blob: bytes) -> str:
+        """What the library says of an engine it refuses, if it can."""
+        try:
+            validity, diagnostics = self._runtime.get_engine_validity(blob)
+        except Exception:  # TensorRT has no such call, TensorRT for RTX may not know the answer
+            return ""
+        return f" ({validity.name}, diagnostics {diagnostics:#x})"

@@ -1,0 +1,1 @@
+"""Greedy RNN-T decoding, phrase boosting, confidence."""

@@ -1,0 +1,1 @@
+"""Streams: chunking, batching, sessions, snapshots."""

@@ -1,0 +1,424 @@
+"""Who runs when: one thread owns the backend and runs the streams of all others in batches.
+
+Each turn takes the stream that has been ready longest and every other ready one of its chunk size, oldest first: no
+chunk size can starve another. A stream with more audio waiting queues again behind all that are ready by then.
+
+With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
+device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Only
+where a result may change the state (a decoder that is reset at an utterance's end or in a repetition loop) does the
+stream wait for it. Without overlap (the plain twin, and better where `submit` itself does the work) each step's results
+are handled at once.
+
+What the module does not know: which backend, text, sample rates, asyncio.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from nemostream.bundle import Chunk, Manifest
+from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
+from nemostream.runtime.backends.base import Backend, Batch, Emissions
+from nemostream.runtime.streaming.seat import Call, Heard, Seat, Step
+from nemostream.runtime.streaming.stream import Floats, Piece, Stream
+from nemostream.runtime.text.endpointing import End
+
+T = TypeVar("T")
+
+
+class Scheduler:
+    """Serves streams from any thread. `close` it; it closes the backend, on the thread that used it."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, overlap: bool = True) -> None:
+        self._manifest, self._backend, self._overlap = manifest, backend, overlap
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
+        self._room = threading.Condition(self._lock)  # what those wait on who want a slot
+        self._free = list(range(backend.capacity))  # a heap: the lowest first, so that slots in use are neighbours
+        self._seats: dict[int, Seat] = {}  # by slot
+        self._ready: dict[Seat, None] = {}  # in the order they became ready
+        self._resets: set[int] = set()  # slots of new streams
+        self._forgets: set[int] = set()  # slots whose decoder is to start anew
+        self._calls: deque[Call] = deque()
+        self._closed: NemostreamError | None = None  # why no stream can be opened any more
+        # Told of every step, on the scheduler's thread: its chunk, how many streams it had, seconds it took.
+        self.on_step: Callable[[Chunk, int, float], None] | None = None
+        self.on_failure: Callable[[Exception], None] | None = None  # of every call that the backend failed in
+        self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
+        self._thread.start()
+
+    # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
+
+    def check_process(self) -> None:
+        """Raise `BackendError` in a forked child: threads are not copied, and a lock may have been held."""
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"the model was loaded in process {self._process} and does not work in this one, a fork of it; "
+                "load the model in the child process."
+            )
+
+    def open(
+        self, stream: Stream, listener: Callable[[], None] | None = None, patient: bool = False, **about: Any
+    ) -> Seat:
+        """A new stream; `about` is what a `Seat` can have from the start. Blocks for a slot if `patient`.
+
+        `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
+        if every slot is taken and `StreamError` after `close`.
+        """
+        self.check_process()
+        with self._lock:
+            while patient and not (self._free or self._closed):
+                self._room.wait()
+            if self._closed:
+                raise _again(self._closed)
+            if not self._free:
+                raise CapacityError(
+                    f"all {self._backend.capacity} slots are taken; finish or close a stream, or load the model with "
+                    "more of them: nemostream.load(capacity=...)."
+                )
+            slot = heapq.heappop(self._free)
+            seat = Seat(stream, slot, threading.Condition(self._lock), listener, **about)
+            self._seats[slot] = seat
+            self._resets.add(slot)
+            self._work.notify()
+            return seat
+
+    def accept(self, seat: Seat, samples_N: Floats) -> None:
+        """Append audio to a stream (mono, at the model's rate). Raises what the stream died of."""
+        self.check_process()
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.accept(samples_N)
+            self._queue(seat)
+
+    def pass_over(self, seat: Seat, samples: int) -> None:
+        """Append digital silence that is not run (`Stream.pass_over`). Raises what the stream died of."""
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.pass_over(samples)
+            self._queue(seat)
+
+    def end(self, seat: Seat) -> None:
+        """No more audio comes. The slot is given back by itself when the last frame is out."""
+        self.check_process()
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.end()
+            self._queue(seat)
+            self._give_back(seat)
+
+    def cut(self, seat: Seat) -> None:
+        """End the utterance: what was accepted is decoded, what follows is a stream of its own in the same slot."""
+        self.check_process()
+        with self._lock:
+            if seat.error:
+                raise _again(seat.error)
+            seat.stream.cut()
+            self._queue(seat)
+
+    def settled(self, seat: Seat, backlog: int = 0) -> bool:
+        """Whether all but `backlog` pieces of a stream are done. Raises what the stream died of."""
+        self.check_process()
+        with self._lock:
+            return self._settled(seat, backlog)
+
+    def wait(self, seat: Seat, backlog: int = 0) -> None:
+        """Block until `settled`."""
+        self.check_process()
+        with self._lock:
+            while not self._settled(seat, backlog):
+                seat.progress.wait()
+
+    def use(self, seat: Seat, chunk: Chunk) -> None:
+        """Run a stream in chunks of another size from its next one on; the state at the backend serves every size."""
+        self.check_process()
+        with self._lock:
+            seat.stream.use(chunk)
+
+    def collect(self, seat: Seat) -> list[Heard]:
+        """What was done of a stream since the last call, in order."""
+        self.check_process()
+        with self._lock:
+            heard = list(seat.heard)
+            seat.heard.clear()
+            return heard
+
+    def call(self, act: Callable[[Backend], T]) -> T:
+        """Have the scheduler's thread do something with the backend, between two steps; blocks. Raises what it does."""
+        self.check_process()
+        call = Call(act)
+        with self._lock:
+            if self._closed:
+                raise _again(self._closed)
+            self._calls.append(call)
+            self._work.notify()
+        call.done.wait()
+        if call.error:
+            raise call.error
+        return call.answer
+
+    def leave(self, seat: Seat) -> None:
+        """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
+        if os.getpid() != self._process:  # nothing here is this process's to give back
+            return
+        with self._lock:
+            if seat.slot is None or seat.error:
+                return
+            self._kill(seat, StreamError("the stream was closed; open a new one for more audio."))
+        self._tell([seat])
+
+    def close(self) -> None:
+        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done,
+        and nothing in a forked child."""
+        if os.getpid() != self._process:
+            return
+        self._shut(StreamError("the model was closed; load it again."))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- under the lock ------------------------------------------------------------------------------------------------
+
+    def _settled(self, seat: Seat, backlog: int) -> bool:
+        if seat.error:
+            raise _again(seat.error)
+        return seat.stream.queued + seat.in_flight <= backlog
+
+    def _queue(self, seat: Seat) -> None:
+        """See to what is next of a stream, as far as it can be done now."""
+        stream = seat.stream
+        if stream.queued and seat.in_flight and seat.alone:  # it may have been ready before the last result was known
+            self._ready.pop(seat, None)
+        while stream.queued and not (seat.in_flight and seat.alone):
+            if stream.head.kind == "run":
+                if seat not in self._ready:
+                    self._ready[seat] = None
+                    self._work.notify()
+                return
+            self._hear(seat, stream.take(), [], [])
+
+    def _hear(self, seat: Seat, piece: Piece, tokens: list[int], places: list[int]) -> None:
+        """A piece is done, and its tokens are in the hypothesis."""
+        count, ends = len(seat.stream.hypothesis.tokens), cast(Sequence[End], ())
+        if piece.kind == "cut":
+            ends = [End(count, piece.reach, "forced")]
+        if pointer := seat.endpointer:
+            if piece.kind == "cut":
+                pointer.cut()
+            else:
+                ends = pointer.step(tokens, places, piece.reach)
+                if ends and pointer.forgets and pointer.between and seat.slot is not None:
+                    self._forgets.add(seat.slot)
+        if (guard := seat.guard) and piece.kind == "run":
+            said = seat.stream.hypothesis
+            if piece.fresh:
+                guard.restart(count - len(tokens))
+            if guard.step(said.tokens, said.places, piece.reach) and seat.slot is not None:
+                self._forgets.add(seat.slot)
+        seat.heard.append(Heard(piece, count, ends))
+
+    def _give_back(self, seat: Seat) -> None:
+        if seat.over and not seat.in_flight and seat.slot is not None:
+            del self._seats[seat.slot]
+            heapq.heappush(self._free, seat.slot)
+            seat.slot = None
+            self._room.notify()
+
+    def _kill(self, seat: Seat, error: NemostreamError) -> None:
+        if seat.error is None:
+            seat.error = error
+        self._ready.pop(seat, None)
+        self._give_back(seat)
+        seat.progress.notify_all()
+
+    def _pick(self) -> tuple[list[Seat], list[Piece]]:
+        """The seats of the next step, by slot, and the chunk of each, all of one size."""
+        chunk = next(iter(self._ready)).stream.head.chunk
+        alike = (seat for seat in self._ready if seat.stream.head.chunk == chunk)
+        # By slot, because a backend can use neighbouring slots where they lie.
+        seats = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda seat: seat.slot or 0)
+        pieces = [seat.stream.take() for seat in seats]
+        for seat, piece in zip(seats, pieces, strict=True):
+            if piece.fresh and seat.slot is not None:
+                self._resets.add(seat.slot)
+                seat.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
+            seat.in_flight += 1
+            del self._ready[seat]
+            self._queue(seat)
+        return seats, pieces
+
+    # -- the scheduler's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a fault of ours: whoever waits must hear of it
+            self._shut(_failure(error, "the scheduler failed"))
+            raise
+        finally:
+            self._backend.close()
+
+    def _loop(self) -> None:
+        running: Step | None = None
+        while True:
+            with self._lock:
+                while not (self._ready or self._resets or self._calls or running or self._closed):
+                    self._work.wait()
+                if self._closed:
+                    break
+                picked = self._pick() if self._ready else None
+                resets, self._resets = sorted(self._resets), set()
+                forgets, self._forgets = sorted(self._forgets - set(resets)), set()
+                calls = list(self._calls)
+                self._calls.clear()
+            for slots, work in ((resets, self._reset), (forgets, self._forget)):
+                if slots:
+                    self._change(slots, work)
+            for call in calls:
+                call.run(self._backend)
+            step = self._submit(*picked) if picked else None
+            if running:
+                self._land(running)
+            running = step
+            if running and not self._overlap:
+                self._land(running)
+                running = None
+        if running:
+            self._land(running)
+
+    def _change(self, slots: list[int], work: Callable[[list[int]], None]) -> None:
+        try:
+            work(slots)
+        except Exception as error:
+            self._fail(list(self._owners(slots).values()), error, steps=0)
+
+    def _reset(self, slots: list[int]) -> None:
+        self._backend.reset(np.array(slots, np.int64))
+        for slot, seat in self._owners(slots).items():
+            try:
+                if seat.phrases:
+                    self._backend.boost(slot, seat.phrases)
+                if seat.saved is not None:
+                    self._backend.load(slot, seat.saved)
+                    seat.saved = None
+            except Exception as error:
+                self._fail([seat], error, steps=0)
+
+    def _owners(self, slots: list[int]) -> dict[int, Seat]:
+        """Whom a change of the slots was for, not who got one meanwhile, whose own reset is still to come."""
+        with self._lock:
+            return {slot: self._seats[slot] for slot in slots if slot in self._seats and slot not in self._resets}
+
+    def _forget(self, slots: list[int]) -> None:
+        self._backend.forget(np.array(slots, np.int64))
+
+    def _submit(self, seats: list[Seat], pieces: list[Piece]) -> Step | None:
+        started = time.perf_counter()
+        try:
+            batch = Batch(
+                pieces[0].chunk,
+                np.array([seat.slot for seat in seats], np.int64),
+                np.stack([piece.audio for piece in pieces]),
+                np.array([piece.length for piece in pieces], np.int64),
+            )
+            return Step(seats, pieces, self._backend.submit(batch), started)
+        except Exception as error:
+            self._fail(seats, error, steps=1)
+            return None
+
+    def _land(self, step: Step) -> None:
+        try:
+            emissions = step.pending.result()
+            _check(emissions, len(step.seats))
+        except Exception as error:
+            self._fail(step.seats, error, steps=1)
+            return
+        frame = self._manifest.samples_per_frame
+        rows = zip(
+            step.seats, step.pieces, emissions.tokens, emissions.frames, emissions.scores, emissions.powers,
+            emissions.failed, strict=True,
+        )  # fmt: skip
+        with self._lock:
+            for seat, piece, tokens, frames, scores, powers, failed in rows:
+                seat.in_flight -= 1
+                if failed:
+                    self._kill(seat, StreamError("the model's numbers for this stream are not finite; open a new one."))
+                elif not seat.error:
+                    said, places = tokens.tolist(), (frames * frame + piece.origin).tolist()
+                    seat.stream.hypothesis.extend(said, places, scores.tolist(), powers.tolist())
+                    self._hear(seat, piece, said, places)
+                    self._queue(seat)
+                self._give_back(seat)
+                seat.progress.notify_all()
+        if self.on_step:
+            self.on_step(step.pieces[0].chunk, len(step.seats), time.perf_counter() - step.started)
+        self._tell(step.seats)
+
+    def _fail(self, seats: list[Seat], error: Exception, steps: int) -> None:
+        """End the streams of a call that raised; `steps` is how many steps of each it was."""
+        with self._lock:
+            for seat in seats:
+                seat.in_flight -= steps
+                self._kill(seat, _failure(error, "the model failed"))
+        if self.on_failure:
+            self.on_failure(error)
+        self._tell(seats)
+
+    def _shut(self, error: NemostreamError) -> None:
+        with self._lock:
+            self._closed = self._closed or error
+            seats = list(self._seats.values())  # a stream that is done has no seat any more
+            for seat in seats:
+                self._kill(seat, error)
+            calls = list(self._calls)
+            self._calls.clear()
+            self._work.notify()
+            self._room.notify_all()
+        for call in calls:
+            call.fail(_again(error))
+        self._tell(seats)
+
+    def _tell(self, seats: Iterable[Seat]) -> None:
+        for seat in seats:
+            try:
+                if seat.listener:
+                    seat.listener()
+            except Exception:  # its owner is gone (an event loop that was closed): nobody will ever collect
+                seat.listener = None
+                self.leave(seat)
+
+
+def _check(emissions: Emissions, rows: int) -> None:
+    fields = (emissions.tokens, emissions.frames, emissions.scores, emissions.powers, emissions.failed)
+    found = tuple(map(len, fields))
+    if found != (rows,) * len(fields):
+        raise BackendError(
+            f"the backend answered {found} rows of tokens, frames, scores, powers, failed to a batch of {rows}."
+        )
+
+
+def _failure(error: BaseException, what: str) -> NemostreamError:
+    if isinstance(error, NemostreamError):
+        return error
+    failure = BackendError(f"{what}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _again(error: NemostreamError) -> NemostreamError:
+    """A fresh copy: an exception raised twice, or by two threads, would mix their tracebacks."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy

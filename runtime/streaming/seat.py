@@ -1,0 +1,86 @@
+"""A stream's place at the backend, and what the scheduler's threads hand each other. All of it is the scheduler's."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nemostream.errors import NemostreamError
+from nemostream.runtime.backends.base import Backend, Pending
+from nemostream.runtime.decoding.boosting import Boosting
+from nemostream.runtime.streaming.stream import Piece, Stream
+from nemostream.runtime.text.endpointing import End, Endpointer, RepetitionGuard
+
+State = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A piece of a stream that is done."""
+
+    piece: Piece
+    count: int  # tokens in the hypothesis after it
+    ends: Sequence[End] = ()  # of utterances, with it
+
+
+@dataclass(eq=False)
+class Seat:
+    """A stream and its place at the backend. Everything here is guarded by the scheduler's lock."""
+
+    stream: Stream
+    slot: int | None  # None once given back
+    progress: threading.Condition  # notified whenever `settled` may have changed
+    listener: Callable[[], None] | None  # called at the same moments, for those who cannot wait on a condition
+    endpointer: Endpointer | None = None
+    guard: RepetitionGuard | None = None
+    phrases: Boosting | None = None
+    saved: State | None = None  # for the slot, in place of that of a stream that heard nothing
+    in_flight: int = 0  # steps submitted whose results are not in; the slot is not given back before it is 0
+    heard: deque[Heard] = field(default_factory=deque)  # not yet collected
+    error: NemostreamError | None = None  # why the stream cannot go on
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or (self.stream.ended and not self.stream.queued)
+
+    @property
+    def alone(self) -> bool:
+        """Whether what is next must wait for the step under way: its result may change the slot, or come before it."""
+        head = self.stream.head
+        if head.kind != "run" or head.fresh or (self.guard is not None and self.guard.suspects):
+            return True
+        return self.endpointer is not None and self.endpointer.forgets
+
+
+@dataclass(frozen=True)
+class Step:
+    seats: list[Seat]
+    pieces: list[Piece]
+    pending: Pending
+    started: float
+
+
+class Call:
+    """Something to be done on the scheduler's thread, that another one waits for."""
+
+    def __init__(self, act: Callable[[Backend], Any]) -> None:
+        self._act = act
+        self.done = threading.Event()
+        self.answer: Any = None
+        self.error: BaseException | None = None
+
+    def run(self, backend: Backend) -> None:
+        try:
+            self.answer = self._act(backend)
+        except Exception as error:
+            self.error = error
+        self.done.set()
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.done.set()

@@ -1,0 +1,1 @@
+"""From tokens to text: detokenization, words, utterances, events, output formats."""

@@ -1,0 +1,1 @@
+"""Servers of others that run the engine: Ray Serve, Triton."""

@@ -1,0 +1,155 @@
+"""The model inside NVIDIA's Triton Inference Server: a Python backend whose sequences are live streams.
+
+Triton's sequence batcher gathers what many clients sent and keeps a client's requests in order and on one engine. The
+repository that `write_repository` makes needs nothing but nemostream in Triton's Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import nemostream
+from nemostream.bundle import Bundle
+from nemostream.errors import NemostreamError, OptionError
+from nemostream.extras import install_command
+from nemostream.runtime.streaming.aio import AsyncLiveStream
+from nemostream.runtime.text.words import Result
+
+NAME = "nemostream"
+_MODEL = '''"""Written by `nemostream export --triton`."""
+
+# Triton's Python needs nemostream. The installation that wrote this file is repeated by: {install}
+
+from nemostream.serving.integrations.triton import TritonPythonModel  # noqa: F401
+'''
+_CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first
+# piece, END with the last one, which may be empty. The parameter chunk_ms of the first one chooses the chunk size.
+name: "{name}"
+backend: "python"
+max_batch_size: {streams}
+input [
+  {{ name: "AUDIO" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }}
+]
+output [
+  {{ name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }}, # all that was said so far; never taken back
+  {{ name: "WORD_STARTS" data_type: TYPE_FP32 dims: [ -1 ] }} # seconds
+]
+sequence_batching {{
+  max_sequence_idle_microseconds: {idle}
+  control_input [
+    {{ name: "START" control [ {{ kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] }} ] }},
+    {{ name: "END" control [ {{ kind: CONTROL_SEQUENCE_END int32_false_true: [ 0, 1 ] }} ] }}
+  ]
+  oldest {{ max_candidate_sequences: {streams} max_queue_delay_microseconds: 2000 }}
+}}
+instance_group [ {{ kind: KIND_CPU count: 1 }} ] # one engine; `device` says where it computes
+parameters [
+  {{ key: "chunk_ms" value: {{ string_value: "{chunk_ms}" }} }},
+  {{ key: "device" value: {{ string_value: "cpu" }} }}, # cpu, or cuda
+  {{ key: "precision" value: {{ string_value: "" }} }}, # of the engines `nemostream build` made; empty: the default
+  {{ key: "engines" value: {{ string_value: "" }} }}, # their folder; empty: ~/.cache/nemostream/engines
+  {{ key: "threads" value: {{ string_value: "" }} }} # of ONNX Runtime on a CPU; empty: every core
+]
+"""
+_IDLE_SECONDS = 30
+_SPARE = 16  # slots for sequences that Triton gave up and we have not heard of yet
+
+
+def bundle_in(repository: Path) -> Path:
+    """Where the bundle lies in a model repository."""
+    return repository / NAME / "1" / "bundle"
+
+
+def write_repository(repository: Path, *, chunk_ms: int = 560, streams: int = 256) -> None:
+    """Make a model repository of a folder that has a bundle at `bundle_in(repository)`.
+
+    A `config.pbtxt` that is there already is somebody's, and stays. Raises `BundleError` if there is no bundle.
+    """
+    version = bundle_in(repository).parent
+    Bundle.open(bundle_in(repository)).manifest.chunk(chunk_ms)
+    (version / "model.py").write_text(_MODEL.format(install=install_command()))
+    config = version.parent / "config.pbtxt"
+    if not config.exists():
+        idle = _IDLE_SECONDS * 1_000_000
+        config.write_text(_CONFIG.format(name=NAME, streams=streams, idle=idle, chunk_ms=chunk_ms))
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls. Requests of one call belong to different sequences and share steps."""
+
+    def initialize(self, args: dict[str, Any]) -> None:
+        config = json.loads(args["model_config"])
+        given = {name: value["string_value"] for name, value in config["parameters"].items()}
+        bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
+        self._model = nemostream.load(
+            bundle, int(given["chunk_ms"]), capacity=config["max_batch_size"] + _SPARE, device=given["device"],
+            precision=given["precision"] or None, engines=given["engines"] or None,
+            threads=int(given["threads"]) if given["threads"] else None,
+        )  # fmt: skip
+        self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # and when they were heard last
+        self._loop = asyncio.new_event_loop()
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return self._loop.run_until_complete(self._all(requests))
+
+    def finalize(self) -> None:
+        self._model.close()
+        self._loop.close()
+
+    async def _all(self, requests: list[Any]) -> list[Any]:
+        now = time.monotonic()
+        for name, (stream, heard) in list(self._streams.items()):
+            if now - heard > 2 * _IDLE_SECONDS:  # Triton let it go without an END
+                stream.close()
+                del self._streams[name]
+        return await asyncio.gather(*(self._one(request) for request in requests))
+
+    async def _one(self, request: Any) -> Any:
+        import triton_python_backend_utils as pb_utils  # only inside Triton
+
+        def given(name: str) -> Any:
+            return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+
+        name = str(request.correlation_id())  # not a control input: Triton 2.x fails to batch those of strings
+        try:
+            result = await self._heard(
+                name, given("AUDIO").reshape(-1), bool(given("START").flat[0]), bool(given("END").flat[0]),
+                json.loads(request.parameters() or "{}"),
+            )  # fmt: skip
+        except Exception as error:  # of this stream alone; the others of the call go on
+            if stream := self._streams.pop(name, None):
+                stream[0].close()
+            known = isinstance(error, NemostreamError)
+            return pb_utils.InferenceResponse(
+                [], pb_utils.TritonError(str(error) if known else f"the stream failed ({error!r}); begin it anew.")
+            )
+        starts = [word.start for word in result.words]
+        return pb_utils.InferenceResponse([
+            pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
+            pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
+        ])  # fmt: skip
+
+    async def _heard(
+        self, name: str, audio: np.ndarray[Any, Any], start: bool, end: bool, options: dict[str, Any]
+    ) -> Result:
+        if start:
+            if old := self._streams.pop(name, None):
+                old[0].close()
+            self._streams[name] = self._model.astream(chunk_ms=options.get("chunk_ms")), time.monotonic()
+        elif name not in self._streams:
+            raise OptionError("the sequence is not open: it failed, or was idle for too long; begin it anew.")
+        stream = self._streams[name][0]
+        self._streams[name] = stream, time.monotonic()
+        if len(audio):
+            await stream.push(audio)
+        if not end:
+            return stream.result
+        result = await stream.finish()
+        del self._streams[name]
+        return result

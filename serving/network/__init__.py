@@ -1,0 +1,1 @@
+"""Connections, access control and trusted proxies."""

@@ -1,0 +1,1 @@
+"""The protocols of the server: HTTP, WebSocket, OpenAI Realtime, Riva gRPC."""

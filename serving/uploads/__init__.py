@@ -1,0 +1,1 @@
+"""Uploaded recordings: admission, and decoding in worker processes."""

@@ -1,0 +1,1 @@
+"""The command line: `nemostream transcribe`, `serve`, `export`, `build`, `bench`, `info`, `doctor`."""

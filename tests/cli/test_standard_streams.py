@@ -1,0 +1,370 @@
+"""Standard streams, pipes and files as they are found: closed, full, not UTF-8, unreadable, named twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import nemostream
+from nemostream.cli.main import main
+from nemostream.clips import CLIP_TEXT
+from nemostream.errors import AudioError
+from nemostream.runtime.audio.sources import Recording
+
+COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
+CLIP = str(nemostream.demo_clip())
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main(["transcribe", *map(str, arguments)])
+        assert isinstance(leaving.value.code, int)
+        return (leaving.value.code, *capfd.readouterr())
+
+    return call
+
+
+def closed(*descriptors: int) -> Callable[[], None]:
+    return lambda: [os.close(descriptor) for descriptor in descriptors] and None
+
+
+# -- closed streams ----------------------------------------------------------------------------------------------------
+
+
+def test_closed_standard_output(tmp_path: Path) -> None:
+    """No traceback, and no message in the file that would otherwise become descriptor 1."""
+    out = tmp_path / "out.txt"
+    done = subprocess.run(
+        [*COMMAND, CLIP, "missing.wav", "--out", out], preexec_fn=closed(1), stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (3, "nemostream: missing.wav does not exist.\n")
+    assert out.read_text() == f"{CLIP}: {CLIP_TEXT}\n"
+    done = subprocess.run([*COMMAND, CLIP], preexec_fn=closed(1), stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "nemostream: standard output is closed: give --out FILE.\n")
+
+
+def test_all_streams_closed(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    arguments = [*COMMAND, CLIP, "missing.wav", "--out", str(out)]
+    assert subprocess.run(arguments, preexec_fn=closed(0, 1, 2)).returncode == 3
+    assert out.read_text() == f"{CLIP}: {CLIP_TEXT}\n"
+
+
+def test_closed_standard_error() -> None:
+    """Messages do not go to standard output instead."""
+    done = subprocess.run([*COMMAND, CLIP, "missing.wav"], preexec_fn=closed(2), stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (3, f"{CLIP}: {CLIP_TEXT}\n")
+
+
+def test_closed_standard_input() -> None:
+    done = subprocess.run([*COMMAND, "-"], preexec_fn=closed(0), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "standard input is closed" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "doctor"])
+def test_other_commands_with_closed_standard_output(command: str) -> None:
+    done = subprocess.run([*COMMAND[:-1], command], preexec_fn=closed(1), stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_standard_input_twice(run: Run) -> None:
+    code, out, err = run("-", CLIP, "-")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "more than once" in err
+
+
+# -- standard output ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "utf-8"])
+def test_machine_formats_do_not_follow_the_locale(encoding: str, tmp_path: Path) -> None:
+    """JSON is JSON and WebVTT is UTF-8; the name has a letter that Latin-1 has, and one that it has not."""
+    name = str(tmp_path / "é😀.flac")
+    shutil.copyfile(CLIP, name)
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*COMMAND, name, name, "--format", "json"], capture_output=True, env=environment)
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == [name, name]
+    done = subprocess.run([*COMMAND, name, "--format", "vtt"], capture_output=True, env=environment)
+    assert done.stdout.decode("utf-8").startswith("WEBVTT\n\n00:00:00")
+    done = subprocess.run([*COMMAND, CLIP, CLIP], capture_output=True, env=environment)
+    assert done.stdout.decode(encoding) == f"{CLIP}: {CLIP_TEXT}\n" * 2
+
+
+@pytest.mark.parametrize("out", ["-", "/dev/stdout", "/dev/fd/1"])
+def test_out_is_standard_output(run: Run, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(CLIP, "-o", out) == (0, CLIP_TEXT + "\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_output_that_is_appended_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with log.open("ab") as file:
+        subprocess.run([*COMMAND, CLIP, "-o", "/dev/stdout"], stdout=file, check=True)
+    assert log.read_text() == f"before\n{CLIP_TEXT}\n"
+
+
+def test_a_pipe_that_does_not_block() -> None:
+    """As a program of Node.js leaves it; it is full when the transcript is to be written."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    filled = os.write(write, bytes(1 << 20))
+    with subprocess.Popen([*COMMAND, CLIP], stdout=write, stderr=subprocess.PIPE) as command:
+        os.close(write)
+        with open(read, "rb") as pipe:
+            assert pipe.read(filled) == bytes(filled)
+            assert pipe.read().decode() == CLIP_TEXT + "\n"
+        assert command.wait() == 0
+
+
+# -- one failure concerns one file -------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Each transcript is one sentence, the exit code is the first's, and what comes later is tried."""
+    for where, stdout in ((["--out", "/dev/full"], subprocess.PIPE), ([], "/dev/full")):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*COMMAND, CLIP, "missing.wav", CLIP, *where],
+                stdout=full if stdout == "/dev/full" else stdout, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        first, second, third = done.stderr.splitlines()
+        assert done.returncode == 1
+        assert first == third and CLIP in first and "No space left on device" in first
+        assert second == "nemostream: missing.wav does not exist."
+
+
+@pytest.mark.parametrize("realtime", [False, True])
+def test_an_utterance_that_cannot_be_written_is_not_an_audio_error(realtime: bool) -> None:
+    done = subprocess.run(
+        [*COMMAND, CLIP, "--endpoint-ms", "400", "--out", "/dev/full", *["--realtime"] * realtime],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"nemostream: the transcript of {CLIP} cannot be written to /dev/full: No space left on device.\n"
+    )
+
+
+def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    """Two recordings of one name, one that would be written over, one whose output is a folder: the others go on."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path in (folder / "b.txt", other):
+        path.mkdir(parents=True)
+    for name in ("a.flac", "b.flac", "c.flac"):
+        shutil.copyfile(CLIP, tmp_path / name)
+    shutil.copyfile(CLIP, other / "a.flac")
+    shutil.copyfile(CLIP, folder / "d.txt")  # content tells what a recording is, and not its name
+    names = [tmp_path / "a.flac", other / "a.flac", tmp_path / "b.flac", folder / "d.txt", tmp_path / "c.flac"]
+    code, out, err = run(*names, "--out", folder)
+    assert (code, out) == (2, "")
+    same, is_folder, over = err.splitlines()
+    assert f"{other / 'a.flac'} would both be" in same
+    assert f"{folder / 'b.txt'} is a folder" in is_folder
+    assert f"would write over {folder / 'd.txt'}" in over
+    assert (folder / "a.txt").read_text() == (folder / "c.txt").read_text() == CLIP_TEXT + "\n"
+    assert (folder / "d.txt").read_bytes() == Path(CLIP).read_bytes()
+
+
+def test_an_unexpected_failure_concerns_one_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault of a library, too: the traceback is shown and the other files go on."""
+    bad = tmp_path / "bad.flac"
+    shutil.copyfile(CLIP, bad)
+    opens = Recording._open
+
+    def fails(recording: Recording, part: Any) -> Any:
+        if recording.path == bad:
+            raise RuntimeError("out of luck")
+        return opens(recording, part)
+
+    monkeypatch.setattr(Recording, "_open", fails)
+    code, out, err = run(CLIP, bad, CLIP)
+    assert (code, out) == (1, f"{CLIP}: {CLIP_TEXT}\n" * 2)
+    assert err.splitlines()[-1] == f"nemostream: {bad}: unexpected RuntimeError: out of luck"
+
+
+def test_everything_is_checked_before_the_model_is_loaded(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nemostream, "load", None)
+    (tmp_path / "file").write_text("kept")
+    for arguments in (
+        ["--resume", "/proc/state"],
+        ["--resume", tmp_path / "none" / "state"],
+        ["--resume", tmp_path],
+        ["--resume", tmp_path / "file", "--out", tmp_path / "file"],
+        ["--resume", CLIP],
+        ["--out", "/proc/out.txt"],
+        ["--out", "/proc/out/"],
+        ["--out", tmp_path / "file" / "out/"],
+        ["--out", tmp_path / "none" / "out.txt"],
+        ["--out", CLIP],
+        ["--decoder", "reset"],
+        ["--phrases", tmp_path / "none" / "names.txt"],
+    ):
+        code, out, err = run(CLIP, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), (arguments, err)
+        assert err.startswith("nemostream: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+# -- pipes and permissions ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["flac", "mp3", "wav"])
+def clip(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"clip.{request.param}"
+    soundfile.write(path, *soundfile.read(CLIP, dtype="float32"))
+    return path
+
+
+def test_a_container_through_a_pipe(clip: Path) -> None:
+    """As /dev/stdin, and as a shell's <(...) among files: what the file itself gives."""
+    with nemostream.load() as model:
+        wanted = model.transcribe(clip).text
+    done = subprocess.run([*COMMAND, "/dev/stdin"], input=clip.read_bytes(), capture_output=True)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, wanted + "\n", b"")
+    with subprocess.Popen(["cat", clip], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout
+        inherited = cat.stdout.fileno()
+        done = subprocess.run([*COMMAND, CLIP, f"/dev/fd/{inherited}", CLIP], pass_fds=[inherited], capture_output=True)
+    texts = [line.partition(": ")[2] for line in done.stdout.decode().splitlines()]
+    assert (done.returncode, texts, done.stderr) == (0, [CLIP_TEXT, wanted, CLIP_TEXT], b"")
+
+
+def test_a_fifo(run: Run, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]):
+        assert run(fifo, "--realtime") == (0, CLIP_TEXT + "\n", "")
+    with subprocess.Popen(["sh", "-c", ': > "$0"', fifo]):
+        code, out, err = run(fifo)
+    assert (code, out) == (3, "") and "pipe that nothing came through" in err
+
+
+def test_the_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch, fifo = tmp_path / "scratch", tmp_path / "fifo"
+    scratch.mkdir()
+    os.mkfifo(fifo)
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), Recording(fifo) as recording:
+        assert sum(map(len, recording.blocks())) == soundfile.info(CLIP).frames
+        assert list(scratch.iterdir()) == []  # it has no name
+    assert list(scratch.iterdir()) == []
+    with subprocess.Popen(["sh", "-c", 'echo no audio > "$0"', fifo]), pytest.raises(AudioError, match="fifo cannot"):
+        Recording(fifo)
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_device(run: Run) -> None:
+    code, out, err = run("/dev/null")
+    assert (code, out) == (3, "") and "/dev/null is a device" in err
+
+
+def test_permission_denied(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.flac"
+    shutil.copyfile(CLIP, secret)
+    secret.chmod(0)
+    command = [*COMMAND, CLIP, str(secret), CLIP]
+    if os.geteuid() == 0:  # root reads everything, unless it loses that capability
+        if not shutil.which("setpriv"):
+            pytest.skip("needs setpriv to be somebody who may not read a file")
+        command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == f"nemostream: {secret} cannot be read: Permission denied.\n"
+    assert (done.returncode, done.stdout) == (3, f"{CLIP}: {CLIP_TEXT}\n" * 2)
+
+
+# -- messages of libraries ---------------------------------------------------------------------------------------------
+
+
+def test_messages_of_the_mp3_decoder(tmp_path: Path) -> None:
+    """What libmpg123 writes about this file by itself is not shown."""
+    path = tmp_path / "damaged.mp3"
+    soundfile.write(path, *soundfile.read(CLIP, dtype="float32"))
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    plain = subprocess.run(
+        [sys.executable, "-c", f"import soundfile; soundfile.read({str(path)!r})"], capture_output=True, text=True
+    )
+    if not plain.stderr.strip():
+        pytest.skip("this libsndfile is quiet")
+    done = subprocess.run([*COMMAND, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "busy message" in done.stdout
+
+
+def test_other_messages_are_passed_on() -> None:
+    code = (
+        "import os, sys\nfrom nemostream.cli.standard_streams import decoder_messages_dropped\n"
+        "with decoder_messages_dropped():\n"
+        "    os.write(2, b'one\\n[src/libmpg123/a.c:f():1] error: x\\nNote: y\\n\\n')\n"
+        "    os.write(2, b'Warning: Xing z\\nWarning: two\\nthr')\n"
+        "    os.write(2, b'ee')\n    print('ours', file=sys.stderr)\n"
+        "print('after', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Ours are not part of the pipe, so they may come before the others.
+    lines = done.stderr.replace("three", "three\n").splitlines()
+    assert set(lines) == {"one", "Warning: two", "three", "ours", "after"}
+
+
+# -- channels ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_channel_of_a_call(run: Run, tmp_path: Path) -> None:
+    """Two parties, each on a channel: each alone is what it is as a file of its own."""
+    audio, rate = soundfile.read(CLIP, dtype="int16")
+    path = tmp_path / "call.wav"
+    soundfile.write(path, np.stack([audio, audio[::-1]], axis=1), rate)
+    with nemostream.load() as model:
+        parties = [model.transcribe(party) for party in (audio, audio[::-1].copy())]
+    for number, party in enumerate(parties, 1):
+        for options in ((), ("--realtime",)):
+            assert run(path, "--channel", number, *options) == (0, party.text + "\n", "")
+        row = json.loads(run(path, "--channel", number, "-f", "json")[1])
+        assert (row["channel"], len(row["tokens"])) == (number, len(party.tokens))
+    lines = run(path, "--channel", 1, "-f", "ctm")[1].splitlines()
+    assert lines and {line.split()[1] for line in lines} == {"1"}
+    code, out, err = run(path, "--channel", 3, CLIP)
+    assert (code, out) == (3, "") and "2 channel(s); there is no channel 3" in err
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.8])
+@pytest.mark.parametrize("options", [(), ("--realtime",), ("--endpoint-ms", "400")])
+def test_channels_that_cancel_out(run: Run, tmp_path: Path, gain: float, options: tuple[str, ...]) -> None:
+    audio, rate = soundfile.read(CLIP, dtype="float32")
+    path = tmp_path / "stereo.wav"
+    soundfile.write(path, np.stack([audio, gain * audio], axis=1), rate, subtype="FLOAT")
+    code, _, err = run(path, *options)
+    assert code == 0 and err.startswith(f"nemostream: {path}: its 2 channels cancel out") and "--channel 1" in err
+    assert run(path, "--channel", 1, *options)[1:] == (CLIP_TEXT + "\n", "")
+
+
+def test_channels_that_do_not_cancel_out(run: Run, tmp_path: Path) -> None:
+    """The same twice, one of them silent, a quieter inverse, unrelated ones, many of which one speaks, and silence."""
+    audio, rate = soundfile.read(CLIP, dtype="float32")
+    nothing = np.zeros_like(audio)
+    for channels in (
+        [audio, audio], [audio, nothing], [audio, -0.4 * audio], [audio, audio[::-1]], [audio, *[nothing] * 7],
+        [nothing, nothing],
+    ):  # fmt: skip
+        path = tmp_path / "stereo.wav"
+        soundfile.write(path, np.stack(channels, axis=1), rate, subtype="FLOAT")
+        code, _, err = run(path)
+        assert (code, err) == (0, "")

@@ -1,0 +1,165 @@
+"""Digital silence: which samples are passed over, and that what follows is a recording of its own."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemostream.runtime.audio.silence import SECONDS, SilenceSplitter
+from nemostream.runtime.model import Model
+from nemostream.runtime.streaming import snapshot as resume
+from nemostream.runtime.text.endpointing import Endpoint
+
+RATE = 16000
+LONGEST = SECONDS * RATE
+
+
+def noise(seed: int, samples: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.1, 0.2, samples).astype(np.float32)
+
+
+def zeros(samples: int) -> np.ndarray:
+    return np.zeros(samples, np.float32)
+
+
+def passed_over(pcm: np.ndarray, longest: int) -> np.ndarray:
+    """The rule, sample by sample."""
+    found, run = [], 0
+    for frame in pcm:
+        run = 0 if np.any(frame) else run + 1
+        found.append(run > longest)
+    return np.array(found, bool)
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 39, 40, 41, 95])), max_size=8),
+    sizes=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    channels=st.integers(0, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_samples_passed_over_are_those_of_the_rule_whatever_the_pushes(runs, sizes, channels):
+    signal = np.concatenate([np.zeros(0), *(np.r_[np.ones(loud), np.zeros(still)] for loud, still in runs)])
+    pcm = signal
+    if channels:
+        pcm = np.zeros((len(signal), channels))
+        pcm[np.arange(len(signal)), np.arange(len(signal)) % channels] = signal  # in any of the channels
+    splitter = SilenceSplitter(4)  # 40 samples
+    kept, marks, at = [], [], 0
+    for size in itertools.cycle(sizes):
+        if at >= len(pcm):
+            break
+        for part, silent in splitter.split(pcm[at : at + size]):
+            assert len(part)
+            kept.append(part)
+            marks += [silent] * len(part)
+        at += size
+    assert np.array_equal(np.concatenate([pcm[:0], *kept]), pcm)
+    assert np.array_equal(np.array(marks, bool), passed_over(pcm, 40))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "overlap"])
+def model(request, bundle, fake):
+    backend = fake.FakeBackend(bundle.manifest, 3, 3)
+    backend.asynchronous = request.param
+    with Model(bundle, backend) as model:
+        yield model
+
+
+@given(
+    first=st.integers(0, 30_000),
+    silences=st.lists(st.sampled_from([1, 900, 1280, 70_001]), min_size=1, max_size=2),
+    speech=st.integers(1, 20_000),
+    ms=st.sampled_from([80, 160, 560, 1120]),
+    sizes=st.lists(st.integers(300, 70_000), min_size=1, max_size=3),
+    endpoint=st.sampled_from([None, Endpoint(decoder="reset")]),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_audio_after_it_is_a_recording_of_its_own(model, fake, first, silences, speech, ms, sizes, endpoint):
+    """Each recording's tokens are those that it has alone, and its places follow on the audio before it."""
+    vocabulary = model.manifest.decoder.vocabulary
+    parts, wanted = [noise(1, first), zeros(LONGEST)], []
+    began, silent = 0, 0
+    for number, more in enumerate(silences):
+        tokens, frames = fake.expected(np.concatenate(parts[silent:]), vocabulary)
+        wanted += [(token, began + 1280 * frame) for token, frame in zip(tokens, frames, strict=True)]
+        began += sum(map(len, parts[silent:])) + more
+        parts += [zeros(more), noise(2 + number, speech), zeros(LONGEST)]
+        silent = len(parts) - 2
+    tokens, frames = fake.expected(np.concatenate(parts[silent:-1]), vocabulary)
+    wanted += [(token, began + 1280 * frame) for token, frame in zip(tokens, frames, strict=True)]
+    audio, at = np.concatenate(parts[:-1]), 0
+    with model.stream(chunk_ms=ms, endpoint=endpoint) as stream:
+        for size in itertools.cycle(sizes):
+            if at >= len(audio):
+                break
+            stream.push(audio[at : at + size])
+            at += size
+        result = stream.finish()
+    assert [(token.id, round(token.time * RATE)) for token in result.tokens] == wanted
+    assert result.duration == result.decoded == len(audio) / RATE
+    assert result == model.transcribe(audio, chunk_ms=ms)
+
+
+def test_nothing_of_it_is_run_and_time_goes_on(bundle, fake):
+    backend = fake.FakeBackend(bundle.manifest)
+    with Model(bundle, backend) as model, model.stream(chunk_ms=560, endpoint=Endpoint(silence_ms=15_000)) as stream:
+        stream.hear(np.concatenate([noise(1, RATE), zeros(LONGEST)]))
+        steps = len(backend.batches)
+        events = stream.hear(zeros(60 * RATE))
+        assert len(backend.batches) == steps + 1  # the rest of the chunk, as at the end of a recording
+        assert stream.result.decoded == pytest.approx(71, abs=0.56)
+        # The rule of silence goes on counting; the fake emits tokens at every frame up to the 11th second.
+        (end,) = (event for event in events if event.kind == "end")
+        assert (end.reason, end.end) == ("silence", pytest.approx(11 + 15, abs=0.3))
+        stream.use(80)
+        stream.hear(noise(2, RATE))
+        assert backend.batches[-1][0] == 80 and backend.position[0] <= 13  # the slot was reset
+        last = stream.end()[-1]
+        assert (last.reason, last.end) == ("finish", 72.0)
+
+
+def test_it_may_end_or_cut_a_stream(model, fake):
+    audio = np.concatenate([noise(1, 5000), zeros(LONGEST)])
+    alone = model.transcribe(audio)
+    for end in (0, 1, 1280, 100_000):
+        result = model.transcribe(np.concatenate([audio, zeros(end)]))
+        assert [token.id for token in result.tokens] == [token.id for token in alone.tokens]
+        with model.stream() as stream:
+            stream.hear(np.concatenate([audio, zeros(end)]))
+            assert stream.endpoint()[-1].end == (len(audio) + end) / RATE
+            # After a forced end zeros are counted anew.
+            stream.hear(zeros(2000))
+            stream.end()
+            tail = fake.expected(zeros(2000), model.manifest.decoder.vocabulary)[0]
+            assert [token.id for token in stream.result.tokens] == [token.id for token in alone.tokens] + tail
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_a_recording_that_is_resumed_within_it(model, tmp_path, monkeypatch, rate):
+    speech = noise(3, 2 * rate)
+    audio = np.concatenate([speech, zeros(14 * rate), speech, zeros(17 * rate + 1), speech])
+    soundfile.write(tmp_path / "a.wav", audio, rate, subtype="FLOAT")
+    wanted = model.transcribe(tmp_path / "a.wav")
+    monkeypatch.setattr(resume, "SECONDS", -1.0)  # always due
+
+    class Stop(Exception):
+        pass
+
+    for stop in range(1, len(audio) // 65536 + 1):
+        left = stop
+
+        def interrupt(progress):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise Stop
+
+        with pytest.raises(Stop):
+            model.transcribe(tmp_path / "a.wav", resume=tmp_path / "state", on_progress=interrupt)
+        found = model.transcribe(tmp_path / "a.wav", resume=tmp_path / "state")
+        assert (found.text, found.tokens, found.duration) == (wanted.text, wanted.tokens, wanted.duration)

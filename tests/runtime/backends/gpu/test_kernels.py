@@ -1,0 +1,399 @@
+"""Our CUDA kernels, run on the CPU, against numpy; and compiled for GPUs.
+
+Decoding is checked on a model made here, with the encoder's frames given: logits built to be nasty. The oracle is the
+plain definition, `greedy_reference`, over a transducer in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_device import HostDevice
+
+from nemostream.bundle import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest, Weight
+from nemostream.errors import BackendError
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.gpu import kernels
+from nemostream.runtime.backends.gpu.backend import GpuBackend, buckets
+from nemostream.runtime.decoding.boosting import MOST_TOKENS, Boosting
+from nemostream.runtime.decoding.greedy import Labels, Predictions, greedy_reference
+
+LAYERS, HIDDEN, JOINT, VOCABULARY, MOST = 2, 16, 40, 37, 3
+CHUNK = Chunk(ms=400, frames=5, left=8, samples=6400)
+ROWS = 21  # more than a tile
+CELLS = ("float32", "float16", "bfloat16")
+# A sum that fp32 and float64 round to different neighbours in 16 bit is off by one of their steps.
+SCORES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+def widened(array: np.ndarray, cell: str) -> np.ndarray:
+    """An array as the type `cell` holds it, in float64."""
+    if cell == "float32":
+        return array.astype(np.float64)
+    bits = kernels.narrow(np.asarray(array, np.float32), cell)
+    if cell == "float16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+class Net:
+    """The transducer in numpy; what is multiplied is rounded to `cell` first. Sums have one order for all columns."""
+
+    blank, max_symbols = VOCABULARY, MOST
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], cell: str) -> None:
+        self.arrays, self.cell = arrays, cell
+
+    def _product(self, x: np.ndarray, name: str) -> np.ndarray:
+        left, right = widened(x, self.cell), widened(self.arrays[f"{name}.weight"], self.cell)
+        return (left[:, :, None] * right[None]).sum(axis=1) + self.arrays[f"{name}.bias"]
+
+    def predict(self, tokens: Any, h: Any, c: Any) -> Any:
+        x, new_h, new_c = self.arrays["decoder.embedding"][tokens], [], []
+        for layer in range(LAYERS):
+            gates = self._product(np.concatenate([x, h[:, layer]], axis=1), f"decoder.lstm.{layer}")
+            i, f, g, o = np.split(gates, 4, axis=1)
+            new_c.append(_sigmoid(f) * c[:, layer] + _sigmoid(i) * np.tanh(g))
+            x = _sigmoid(o) * np.tanh(new_c[-1])
+            new_h.append(x)
+        return self._product(x, "joint.pred"), np.stack(new_h, axis=1), np.stack(new_c, axis=1)
+
+    def join(self, encoded: Any, predicted: Any) -> Any:
+        x = encoded + predicted
+        return self._product(np.where(x < 0, 0, x), "joint.out")
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def make_weights(rng: np.random.Generator, kind: str) -> dict[str, np.ndarray]:
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    arrays = {"decoder.embedding": normal(VOCABULARY + 1, HIDDEN)}
+    arrays["decoder.embedding"][-1] = 0
+    for layer in range(LAYERS):
+        arrays[f"decoder.lstm.{layer}.weight"] = normal(2 * HIDDEN, 4 * HIDDEN, scale=0.5)
+        arrays[f"decoder.lstm.{layer}.bias"] = normal(4 * HIDDEN)
+    arrays["joint.pred.weight"], arrays["joint.pred.bias"] = normal(HIDDEN, JOINT), normal(JOINT)
+    arrays["joint.out.weight"], arrays["joint.out.bias"] = (
+        normal(JOINT, VOCABULARY + 1, scale=0.3),
+        normal(VOCABULARY + 1),
+    )
+    out, bias = arrays["joint.out.weight"], arrays["joint.out.bias"]
+    if kind == "ties":  # every logit three times over, far apart: in other lanes and in another tile
+        out[:, 12:24], bias[12:24] = out[:, :12], bias[:12]
+        out[:, 24:36], bias[24:36] = out[:, :12], bias[:12]
+        out[:, 36:], bias[36:] = out[:, :2], bias[:2]  # blank too: whatever is as likely comes before it
+    bias[-1] += {"blanks": 100, "labels": -100, "random": 2.5}.get(kind, 0)
+    if kind == "a label that breaks the prediction":
+        arrays["decoder.embedding"][:8] = np.nan
+    if kind == "infinite logits":
+        out[3, 5] = np.inf  # wherever unit 3 is above zero
+    return arrays
+
+
+def made_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
+    """As much of a bundle as the GPU backend reads."""
+    features = {
+        "features.window_left": np.ones(199),
+        "features.window_right": np.ones(199),
+        "features.filters": np.ones((257, 16)),
+        "features.guard": np.full(1, 1e-6),
+    }
+    tensors, blob = {}, b""
+    for name, array in (features | dict(arrays)).items():
+        tensors[name] = Weight(array.dtype.name, array.shape, len(blob))
+        blob += np.ascontiguousarray(array).tobytes()
+    (path / "weights.bin").write_bytes(blob)
+    manifest = Manifest(
+        name="made",
+        features=Features(sample_rate=16000, mels=16, window=400, hop=160, n_fft=512, preemphasis=0.97),
+        encoder=Encoder(layers=1, d_model=32, heads=2, subsampling=8, cache=8, conv_cache=8),
+        decoder=Decoder(LAYERS, HIDDEN, JOINT, VOCABULARY, MOST, "relu"),
+        chunks=(CHUNK,),
+        graphs={},
+        weights=File("weights.bin", "", len(blob)),
+        tensors=tensors,
+        tokenizer=File("tokenizer.model", "", 0),
+    )
+    return Bundle(path, manifest)
+
+
+class GivenFrames:
+    """An encoder whose frames the test gives: `frames` [B, T, J]."""
+
+    def __init__(self, device: Any, cell: str) -> None:
+        self.device, self.cell, self.capturable = device, cell, isinstance(device, HostDevice)
+        self.frames = np.zeros((0, CHUNK.frames, JOINT), np.float32)
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        if not self.capturable:
+            return lambda: self.device.write(addresses["encoded_joint"], self.frames[:rows])
+        encoded = self.device.view(addresses["encoded_joint"], (rows, CHUNK.frames, JOINT), np.float32)
+
+        def run() -> None:
+            encoded[: len(self.frames)] = self.frames[:rows]
+
+        return lambda: self.device.queue(run)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "kind", ["random", "ties", "blanks", "labels", "a label that breaks the prediction", "infinite logits"]
+)
+def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, tmp_path: Path) -> None:
+    """Three chunks in a row, rows that end at different frames, two whose frames are not numbers in chunk 1.
+
+    Of three rows two are boosted, each by its own phrases.
+    """
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    arrays = make_weights(rng, kind)
+    bundle, net = made_bundle(tmp_path, arrays), Net(arrays, cell)
+    device = make_device(order=1 + len(kind))  # threads and blocks in any order
+    encoder = GivenFrames(device, cell)
+    backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
+    assert backend.loop == "while"
+
+    start = Predictions.start(net, LAYERS, HIDDEN)
+    states = [start.repeated(1) for _ in range(ROWS)]
+    boosts = [some_phrases(rng) if row % 3 else None for row in range(ROWS)]
+    for row, phrases in enumerate(boosts):
+        backend.boost(row, phrases)
+    alive, said, chosen = [True] * ROWS, 0, 0
+    for step in range(3):
+        frames = rng.standard_normal((ROWS, CHUNK.frames, JOINT)).astype(np.float32)
+        if step == 1:
+            frames[7, 2, 11], frames[8, 4, 0] = np.nan, np.inf
+        lengths = np.full(ROWS, CHUNK.samples) if step < 2 else rng.integers(0, CHUNK.samples + 1, ROWS)
+        encoder.frames = frames
+        batch = Batch(CHUNK, np.arange(ROWS), np.zeros((ROWS, CHUNK.samples), np.float32), lengths)
+        got = backend.submit(batch).result()
+        for row in range(ROWS):
+            heard = step * CHUNK.samples - bundle.manifest.lead + int(lengths[row])
+            count = int(np.clip(bundle.manifest.encoder_frames(heard) - step * CHUNK.frames, 0, CHUNK.frames))
+            wanted, lives, twisted = _definition(net, frames[row], count, states[row], alive[row], boosts[row])
+            if not alive[row]:
+                continue  # what a failed stream does next is nobody's business
+            alive[row] = lives
+            where = f"step {step}, row {row}"
+            assert got.failed[row] == (not lives), where
+            assert got.tokens[row].tolist() == wanted.tokens, where
+            assert got.frames[row].tolist() == [step * CHUNK.frames + frame for frame in wanted.frames], where
+            np.testing.assert_allclose(got.scores[row], wanted.scores, atol=SCORES[cell], err_msg=where)
+            np.testing.assert_allclose(got.powers[row], wanted.powers, rtol=SCORES[cell], err_msg=where)
+            said, chosen = said + len(wanted.tokens), chosen + twisted
+    assert {"blanks": said == 0, "infinite logits": alive.count(False) > 10}.get(kind, said > 20)
+    assert chosen > 10 or kind in ("blanks", "infinite logits")
+    if kind == "a label that breaks the prediction":
+        assert 3 < alive.count(True) < ROWS - 3  # some rows said one of these labels and some did not
+    if kind not in ("a label that breaks the prediction", "infinite logits"):
+        assert [row for row in range(ROWS) if not alive[row]] == [7, 8]
+
+
+def some_phrases(rng: np.random.Generator) -> Boosting:
+    """Over few tokens, so that phrases are met, overlap, and are suffixes of one another."""
+    few = rng.choice(VOCABULARY, 5, replace=False)
+    phrases = [(rng.choice(few, rng.integers(1, 7)).tolist(), float(rng.choice([0.5, 2, 6]))) for _ in range(12)]
+    return Boosting([*phrases, ([int(few[0])] * MOST_TOKENS, 1.0)], VOCABULARY)
+
+
+def _definition(
+    net: Net, frames: np.ndarray, count: int, state: Predictions, alive: bool, boosting: Boosting | None = None
+) -> tuple[Labels, bool, int]:
+    """What the definition says of a row up to where a number is not one; still alive; labels that boosting changed."""
+    said, twisted = Labels(), 0
+    if not alive or not np.isfinite(frames).all():
+        return said, False, 0
+    with np.errstate(all="ignore"):
+        for frame in range(count):
+            for _ in range(MOST):
+                logits = net.join(frames[frame : frame + 1], state.predicted)[0]
+                if not np.isfinite(logits.max()):
+                    return said, False, twisted
+                label = plain = int(logits.argmax())
+                if label == net.blank:
+                    break
+                if boosting:
+                    node = int(state.node[0])
+                    label = int((logits[: net.blank] + boosting.bias(node)).argmax())
+                    state.node[0] = boosting.after(node, label)
+                logs = logits - np.logaddexp.reduce(logits)
+                said.append(label, frame, logs[label], np.exp(0.33 * logs).sum())
+                twisted += label != plain
+                state.predicted, state.h, state.c = net.predict(np.array([label]), state.h, state.c)
+    return said, True, twisted
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+def test_the_definition_here_is_the_definition(boosted: bool) -> None:
+    rng = np.random.default_rng(5)
+    net = Net(make_weights(rng, "random"), "float32")
+    frames = rng.standard_normal((30, JOINT)).astype(np.float32)
+    one, other = (Predictions.start(net, LAYERS, HIDDEN) for _ in range(2))
+    boosting = some_phrases(rng) if boosted else None
+    said, alive, twisted = _definition(net, frames, 30, one, True, boosting)
+    wanted = greedy_reference(net, frames, other, boosting)
+    assert alive
+    assert (said.tokens, said.frames) == (wanted.tokens, wanted.frames)
+    np.testing.assert_allclose(said.scores, wanted.scores)
+    np.testing.assert_allclose(said.powers, wanted.powers)
+    assert len(said.tokens) > 5
+    assert (twisted > 0) == boosted
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_who_is_not_boosted_does_not_notice(cell: str, make_device: Any, tmp_path: Path) -> None:
+    """Every bit of what half of the rows say and are, beside boosted rows and beside none."""
+    rng = np.random.default_rng(8)
+    arrays = make_weights(rng, "random")
+    bundle, frames = made_bundle(tmp_path, arrays), rng.standard_normal((3, ROWS, CHUNK.frames, JOINT))
+    phrases = [some_phrases(rng) for _ in range(0, ROWS, 2)]
+    seen: list[list[bytes]] = []
+    for boosted in (False, True):
+        device = make_device()
+        encoder = GivenFrames(device, cell)
+        backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
+        for slot in range(0, ROWS, 2):
+            backend.boost(slot, phrases[slot // 2] if boosted else None)
+        said: list[list[bytes]] = [[] for _ in range(ROWS)]
+        for part in frames.astype(np.float32):
+            encoder.frames = part
+            audio = np.zeros((ROWS, CHUNK.samples), np.float32)
+            got = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
+            for row in range(ROWS):
+                said[row] += [array[row].tobytes() for array in (got.tokens, got.frames, got.scores, got.powers)]
+        for row in range(ROWS):
+            said[row] += [array.tobytes() for name, array in backend.save(row).items() if name != "phrases"]
+        seen.append(said)
+        backend.close()
+    plain, beside = seen
+    assert plain[1::2] == beside[1::2]
+    assert sum(one != other for one, other in zip(plain[::2], beside[::2], strict=True)) > 5
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_order_of_threads_changes_nothing(cell: str, make_device: Any, tmp_path: Path) -> None:
+    """Bit for bit: a barrier that is missing, or an order taken for granted, would show. A GPU has its own orders."""
+    rng = np.random.default_rng(3)
+    arrays = make_weights(rng, "random")
+    frames = rng.standard_normal((ROWS, CHUNK.frames, JOINT)).astype(np.float32)
+    seen = []
+    for order in (0, 1, 2, 3):
+        device = make_device(order=order)
+        encoder = GivenFrames(device, cell)
+        backend = GpuBackend(made_bundle(tmp_path, arrays), device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
+        for row in range(0, ROWS, 2):
+            backend.boost(row, some_phrases(np.random.default_rng(row)))
+        encoder.frames = frames
+        audio = np.random.default_rng(1).standard_normal((ROWS, CHUNK.samples)).astype(np.float32)
+        emissions = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
+        state = np.empty((ROWS, LAYERS, HIDDEN), np.float32)
+        device.read(int(backend._memory.step["h"]), state)
+        parts = [*emissions.tokens, *emissions.frames, *emissions.scores, *emissions.powers, state]
+        seen.append(b"".join(part.tobytes() for part in parts))
+    assert len(seen[0]) > state.nbytes
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("depth", "columns"), [(16, 32), (40, 38), (600, 33)])
+def test_packed_weights_multiply(cell: str, depth: int, columns: int) -> None:
+    """Reading the packed words by the layout of the PTX manual gives the matrix back."""
+    matrix = np.random.default_rng(0).standard_normal((depth, columns)).astype(np.float32)
+    words = kernels.pack(matrix, cell)
+    deep, wide = -(-depth // 16) * 16, -(-columns // 32) * 32
+    found = np.zeros((deep, wide))
+    if cell == "float32":
+        tiles = words.view(np.float32).reshape(wide // 32, deep, 32)
+        found = np.concatenate(list(tiles), axis=1).astype(np.float64)
+    else:
+        halves = words.view(np.uint16).reshape(wide // 32, deep // 16, 4, 32, 2, 2)
+        for tile, k16, n8, lane, word, half in np.ndindex(halves.shape):
+            group, member = divmod(lane, 4)
+            bits = halves[tile, k16, n8, lane, word, half]
+            value = bits.view(np.float16) if cell == "float16" else (np.uint32(bits) << np.uint32(16)).view(np.float32)
+            found[16 * k16 + 8 * word + 2 * member + half, 32 * tile + 8 * n8 + group] = value
+    np.testing.assert_array_equal(found[:depth, :columns], widened(matrix, cell))
+    assert not found[depth:].any() and not found[:, columns:].any()
+
+
+def test_buckets_hold_every_batch() -> None:
+    assert buckets(1) == (1,)
+    assert buckets(6) == (1, 2, 4, 6)
+    assert buckets(100) == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100)
+    for most in range(1, 300):
+        found = buckets(most)
+        assert found[-1] == most and list(found) == sorted(set(found))
+        assert all(large <= 2 * small for small, large in itertools.pairwise(found))
+
+
+# -- for GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def full_size(manifest: Manifest) -> Manifest:
+    """The 0.6B model's sizes."""
+    encoder = Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8)
+    decoder = Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu")
+    return dataclasses.replace(manifest, encoder=encoder, decoder=decoder)
+
+
+@pytest.mark.parametrize("size", ["demo", "full"])
+@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm120"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_kernels_compile(
+    size: str, architecture: str, cell: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    from nemostream.runtime.backends.gpu.cuda import compile_kernels
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    manifest = full_size(demo_bundle.manifest) if size == "full" else demo_bundle.manifest
+    macros = kernels.macros(manifest, cell, conditional=True)
+    for kind, magic in (("cubin", b"\x7fELF"), ("ptx", b".visible .entry join")):
+        image = compile_kernels(macros, architecture, kind)
+        assert magic in image
+        assert all(entry.encode() in image for entry in kernels.entries(manifest))
+        assert b"cudaGraphSetConditional" in image
+        (kept,) = tmp_path.rglob(f"*.{kind}")
+        assert kept.read_bytes() == image
+        kept.write_bytes(b"kept")
+        assert compile_kernels(macros, architecture, kind) == b"kept"  # read, not compiled again
+    assert b"cudaGraphSetConditional" not in compile_kernels({**macros, "CONDITIONAL": 0}, architecture, "ptx")
+
+
+def test_a_kernel_that_does_not_compile_shows_the_compilers_words(
+    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    from nemostream.runtime.backends.gpu.cuda import compile_kernels
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    macros = kernels.macros(demo_bundle.manifest, "float32", conditional=True)
+    with pytest.raises(BackendError, match=r"(?s)does not compile our kernels for sm90.*error"):
+        compile_kernels({**macros, "VOCABULARY": "nonsense"}, "sm90")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": {"n_fft": 500}}, "an FFT of 500"),
+        ({"decoder": {"layers": 3}}, "a prediction net of 3 layers"),
+        ({"decoder": {"hidden": 100}}, "a prediction net 100 wide"),
+        ({"encoder": {"heads": 32}}, "attention heads of 8 bytes"),
+    ],
+)
+def test_sizes_the_kernels_do_not_know(demo_bundle: Bundle, changes: dict[str, Any], words: str) -> None:
+    manifest = demo_bundle.manifest
+    parts = {name: dataclasses.replace(getattr(manifest, name), **fields) for name, fields in changes.items()}
+    with pytest.raises(BackendError, match=f"do not support {words}.*device='cpu'"):
+        kernels.macros(dataclasses.replace(manifest, **parts), "float16", conditional=True)

@@ -1,0 +1,360 @@
+"""Phrase boosting beside NeMo's boosting tree, a plain definition, and a case worked out by hand."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemostream.bundle import Bundle, Chunk
+from nemostream.errors import OptionError
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.decoding.boosting import MOST_PHRASES, MOST_TOKENS, Boosting
+from nemostream.runtime.text.tokenizer import Tokenizer
+
+Phrases = list[tuple[list[int], float]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_bundle: Bundle) -> Tokenizer:
+    return Tokenizer(demo_bundle.path / "tokenizer.model", demo_bundle.manifest.decoder.vocabulary)
+
+
+# -- the automaton -----------------------------------------------------------------------------------------------------
+
+
+def test_by_hand() -> None:
+    """Phrases 1 2 3 (weight 1) and 2 4 (weight 2) over five tokens."""
+    boosting = Boosting([([1, 2, 3], 1.0), ([2, 4], 2.0)], 5)
+    second, third = 2 + math.log(2), 2 + math.log(3)
+    np.testing.assert_allclose(boosting.bias(0), [0, 1, 2, 0, 0])
+    one = boosting.after(0, 1)
+    # Off the path the 1.0 that token 1 got is given back; on it there is more to get.
+    np.testing.assert_allclose(boosting.bias(one), [-1, 0, second, -1, -1], rtol=1e-6)
+    two = boosting.after(one, 2)
+    # 1 2 got 1 + second; its suffix 2 would have got 2, so going on as 2 4 costs the difference.
+    back = 2 - (1 + second)
+    np.testing.assert_allclose(
+        boosting.bias(two), [back - 2, back - 2 + 1, back - 2 + 2, third, back + 4 + math.log(2)], rtol=1e-6
+    )
+    # A complete phrase keeps what it got: whatever comes next costs nothing.
+    np.testing.assert_allclose(boosting.bias(boosting.after(two, 3)), boosting.bias(0))
+    assert boosting.after(two, 4) == boosting.after(boosting.after(0, 2), 4) != 0
+    assert boosting.after(two, 0) == 0
+    assert len(boosting) == 6
+
+
+def plain_bias(phrases: Phrases, said: list[int], vocabulary: int) -> np.ndarray:
+    """The definition on token strings, without an automaton."""
+    strongest: dict[tuple[int, ...], float] = {}
+    for tokens, weight in phrases:
+        for length in range(1, len(tokens) + 1):
+            path = tuple(tokens[:length])
+            strongest[path] = max(strongest.get(path, 0.0), weight)
+    complete = {tuple(tokens) for tokens, _ in phrases}
+
+    def gain(path: tuple[int, ...]) -> float:
+        weight = strongest[path]
+        return weight if len(path) == 1 else 2 * weight + math.log(len(path))
+
+    @functools.cache
+    def earned(path: tuple[int, ...]) -> float:
+        return sum(gain(path[:length]) for length in range(1, len(path) + 1))
+
+    def shorter(path: tuple[int, ...]) -> tuple[int, ...]:
+        return next(path[start:] for start in range(1, len(path) + 1) if not path[start:] or path[start:] in strongest)
+
+    path = next(
+        tuple(said[start:]) for start in range(len(said) + 1) if not said[start:] or tuple(said[start:]) in strongest
+    )
+    bias = np.zeros(vocabulary)
+    for token in range(vocabulary):
+        at, back = path, 0.0
+        while at and (*at, token) not in strongest:
+            back += 0.0 if at in complete else earned(shorter(at)) - earned(at)
+            at = shorter(at)
+        bias[token] = back + (gain((*at, token)) if (*at, token) in strongest else 0.0)
+    return bias
+
+
+def some_phrases(rng: np.random.Generator, vocabulary: int) -> Phrases:
+    lengths = rng.integers(1, 8, rng.integers(1, 16))
+    return [(rng.integers(0, vocabulary, length).tolist(), float(rng.choice([0.3, 1, 2.5]))) for length in lengths]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_equals_the_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vocabulary = int(rng.integers(2, 10))
+    phrases = some_phrases(rng, vocabulary)
+    boosting, node, said = Boosting(phrases, vocabulary), 0, []
+    for _ in range(12):
+        np.testing.assert_allclose(boosting.bias(node), plain_bias(phrases, said, vocabulary), atol=1e-4)
+        said.append(int(rng.integers(vocabulary)))
+        node = boosting.after(node, said[-1])
+
+
+def nemo_tree(phrases: Phrases, vocabulary: int) -> Any:
+    """NeMo's, of tokens. The heaviest first: in another order NeMo lowers what they share (`ContextGraph.build`)."""
+    from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import GPUBoostingTreeModel
+    from nemo.collections.asr.parts.context_biasing.context_graph_universal import ContextGraph
+
+    graph = ContextGraph(context_score=1.0, depth_scaling=2.0)
+    ordered = sorted(phrases, key=lambda phrase: -phrase[1])
+    graph.build([tokens for tokens, _ in ordered], scores=[weight for _, weight in ordered])
+    return GPUBoostingTreeModel.from_context_graph(
+        graph, vocab_size=vocabulary, unk_score=0.0, final_eos_score=1.0, use_triton=False, uniform_weights=False
+    )
+
+
+@pytest.mark.nemo
+def test_equals_nemos_tree_to_the_bit() -> None:
+    rng, met = np.random.default_rng(0), set()
+    for _ in range(60):
+        vocabulary = int(rng.integers(3, 12))
+        phrases = some_phrases(rng, vocabulary)
+        boosting, tree = Boosting(phrases, vocabulary), nemo_tree(phrases, vocabulary)
+        assert len(boosting) == tree.num_states
+        for _ in range(10):
+            node, state = 0, tree.get_init_states(1)
+            for _ in range(12):
+                wanted, following = tree.advance(state)
+                np.testing.assert_array_equal(boosting.bias(node), wanted[0].detach().numpy())
+                token = int(rng.integers(vocabulary))
+                node, state = boosting.after(node, token), following[:, token]
+                met.add(node)
+    assert len(met) > 30
+
+
+# -- beside NeMo's decoding --------------------------------------------------------------------------------------------
+
+
+def stream(backend: OrtBackend, bundle: Bundle, parts: list[tuple[np.ndarray, int]], chunk: Chunk) -> Any:
+    """Tokens, scores and powers of a recording in slot 0."""
+    said: list[list[Any]] = [[], [], []]
+    for samples, length in parts:
+        got = backend.submit(Batch(chunk, np.array([0]), samples[None], np.array([length]))).result()
+        for all_of_it, part in zip(said, (got.tokens, got.scores, got.powers), strict=True):
+            all_of_it += part[0].tolist()
+    return said
+
+
+def nemo_decoding(oracle: Any, tree: Any = None, confidence: dict[str, Any] | None = None) -> Any:
+    """NeMo's batched greedy decoding of the oracle's model: `encoded` [T, D] to a hypothesis."""
+    import copy
+
+    import torch
+    from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
+    from omegaconf import OmegaConf
+
+    model = oracle.model
+    config = OmegaConf.create(OmegaConf.to_container(copy.deepcopy(model.cfg.decoding), resolve=True))
+    config.strategy = "greedy_batch"
+    if confidence:
+        config.confidence_cfg = {"preserve_token_confidence": True, "exclude_blank": True, "method_cfg": confidence}
+    decoding = RNNTBPEDecoding(config, decoder=model.decoder, joint=model.joint, tokenizer=model.tokenizer)
+    if tree is not None:
+        computer = decoding.decoding.decoding_computer
+        computer.fusion_models, computer.fusion_models_alpha = [tree], [1.0]
+
+    def decode(encoded: np.ndarray) -> Any:
+        with torch.inference_mode():
+            frames = torch.from_numpy(encoded.T[None].copy())
+            return decoding.rnnt_decoder_predictions_tensor(
+                frames, torch.tensor([len(encoded)]), return_hypotheses=True
+            )[0]
+
+    return decode
+
+
+@pytest.mark.nemo
+@pytest.mark.parametrize("which", ["demo", "tiny"])
+@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0, "mixed"])
+def test_tokens_equal_nemos_with_its_boosting_tree(
+    which: str, weight: Any, clips: Any, cut_chunks: Any, request: pytest.FixtureRequest
+) -> None:
+    bundle, oracle = request.getfixturevalue(f"{which}_bundle"), request.getfixturevalue(f"{which}_oracle")
+    rng, vocabulary, chunk = np.random.default_rng(3), bundle.manifest.decoder.vocabulary, bundle.manifest.chunk(560)
+    backend = OrtBackend(bundle, capacity=1)
+    spoken = changed = 0
+    plain = nemo_decoding(oracle)
+    for audio in list(clips.values()):
+        encoded = oracle.encode(oracle.features(audio), chunk)
+        before = [int(token) for token in plain(encoded).y_sequence]
+        some = np.unique([*before, *rng.integers(0, vocabulary, 4)])  # of tokens the model is inclined to
+        phrases = [
+            (
+                rng.choice(some, rng.integers(1, 5)).tolist(),
+                float(rng.choice([0.5, 1, 3]) if weight == "mixed" else weight),
+            )
+            for _ in range(12)
+        ]
+        # And tokens that it did not say: of a third of all, some are what it nearly said.
+        others = np.setdiff1d(np.arange(vocabulary), before)
+        phrases += [([int(token)], phrases[0][1]) for token in rng.choice(others, vocabulary // 3, replace=False)]
+        wanted = [int(token) for token in nemo_decoding(oracle, nemo_tree(phrases, vocabulary))(encoded).y_sequence]
+        backend.reset(np.array([0]))
+        backend.boost(0, Boosting(phrases, vocabulary))
+        assert stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)[0] == wanted
+        spoken, changed = spoken + len(wanted), changed + (wanted != before)
+    assert spoken > 20
+    assert changed > 1
+
+
+@pytest.mark.nemo
+def test_phrases_are_split_and_weighed_as_nemo_does_it(demo_oracle: Any, tokenizer: Tokenizer) -> None:
+    """From text: NeMo's own configuration of a boosting tree, at its default weight."""
+    from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import (
+        BoostingTreeModelConfig,
+        GPUBoostingTreeModel,
+    )
+
+    phrases = ["two zero two", "zero", "nine one one", "nine one two four", "four"]
+    tree = GPUBoostingTreeModel.from_config(
+        BoostingTreeModelConfig(key_phrases_list=phrases, use_triton=False), demo_oracle.model.tokenizer
+    )
+    boosting = Boosting.of(phrases, tokenizer)
+    rng, likely = np.random.default_rng(1), sorted({token for phrase in phrases for token in tokenizer.encode(phrase)})
+    for _ in range(20):
+        node, state = 0, tree.get_init_states(1)
+        for _ in range(6):
+            wanted, following = tree.advance(state)
+            np.testing.assert_array_equal(boosting.bias(node), wanted[0].detach().numpy())
+            token = int(rng.choice(likely))
+            node, state = boosting.after(node, token), following[:, token]
+
+
+def nemo_measure(score: np.ndarray, power: np.ndarray, method: dict[str, Any], v: int) -> np.ndarray:
+    """NeMo's formulae (`get_confidence_measure_bank`) with what a token carries put into them."""
+    t = method["alpha"]
+    if method["name"] == "max_prob":
+        return (np.exp(t * score) * v**t - 1) / (v**t - 1)
+    linear = method["entropy_norm"] == "lin"
+    if method["entropy_type"] == "renyi":
+        if linear:
+            return 1 + np.log2(power) / (t - 1) / math.log2(v)
+        return (power ** (1 / (t - 1)) * v - 1) / (v - 1)
+    if linear:
+        return 1 + (1 - power) / (v ** (1 - t) - 1)
+    least = math.exp((1 - v ** (1 - t)) / (1 - t))
+    return (np.exp((1 - power) / (1 - t)) - least) / (1 - least)
+
+
+METHODS = [{"name": "max_prob", "alpha": alpha} for alpha in (0.33, 1.0)] + [
+    {"name": "entropy", "alpha": 0.33, "entropy_type": kind, "entropy_norm": norm}
+    for kind in ("tsallis", "renyi")
+    for norm in ("lin", "exp")
+]
+
+
+@pytest.mark.nemo
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("which", ["demo", "tiny"])
+def test_confidence_is_nemos(
+    which: str, boosted: bool, clips: Any, cut_chunks: Any, request: pytest.FixtureRequest
+) -> None:
+    """What tokens carry is enough for NeMo's figures on the same audio.
+
+    With boosting NeMo's `max_prob` is of the likeliest label, whichever was said; ours of the one that was.
+    """
+    bundle, oracle = request.getfixturevalue(f"{which}_bundle"), request.getfixturevalue(f"{which}_oracle")
+    rng, vocabulary, chunk = np.random.default_rng(4), bundle.manifest.decoder.vocabulary, bundle.manifest.chunk(560)
+    phrases: Phrases = [(rng.integers(0, vocabulary, 2).tolist(), 2.0) for _ in range(40)]
+    backend, compared, found = OrtBackend(bundle, capacity=1), 0, []
+    for audio in list(clips.values())[:4]:
+        backend.reset(np.array([0]))
+        backend.boost(0, Boosting(phrases, vocabulary) if boosted else None)
+        said = stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)
+        found.append((oracle.encode(oracle.features(audio), chunk), *said))
+    for method in METHODS[2:] if boosted else METHODS:
+        decode = nemo_decoding(oracle, nemo_tree(phrases, vocabulary) if boosted else None, method)
+        for encoded, tokens, scores, powers in found:
+            wanted = decode(encoded)
+            assert tokens == [int(token) for token in wanted.y_sequence]
+            got = nemo_measure(np.array(scores), np.array(powers), method, vocabulary + 1)
+            np.testing.assert_allclose(got, wanted.token_confidence, atol=2e-4, err_msg=str(method))
+            compared += len(tokens)
+    assert compared > 40
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phrases", "words"),
+    [
+        ([], "phrases is empty"),
+        ({}, "phrases is empty"),
+        ("one two", "phrases is 'one two'; give a list of phrases"),
+        (5, "phrases is 5; give a list of phrases"),
+        ([["one", 2]], r"the phrase \['one', 2\] is not a text"),
+        ([None], "the phrase None is not a text"),
+        (["\ud800"], "is not Unicode text"),
+        (["one", ""], "the phrase '' is empty"),
+        (["  "], "the phrase '  ' is empty"),
+        ([3], "the phrase 3 is not a text"),
+        (["one", "Zürich"], "the phrase 'Zürich' has characters that the model never writes"),
+        (["one " * 65], "has 65 tokens; it may have 64"),
+        ({"one": 0}, "the phrase 'one' has weight 0; it must be above 0 and at most 100"),
+        ({"one": -1.5}, "weight -1.5"),
+        ({"one": math.nan}, "weight nan"),
+        ({"one": math.inf}, "weight inf"),
+        ({"one": 100.5}, "weight 100.5"),
+        ({"one": True}, "weight True"),
+        ({"one": "2"}, "weight '2'"),
+        ([f"one{' two' * i}" for i in range(1001)], "1001 phrases are too many; a stream can have 1000"),
+    ],
+)
+def test_phrases_that_cannot_be(phrases: Any, words: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(OptionError, match=words):
+        Boosting.of(phrases, tokenizer)
+
+
+def test_the_most_there_can_be(tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(0)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    phrases = {" ".join(rng.choice(names, MOST_TOKENS)): 100.0 for _ in range(MOST_PHRASES)}
+    boosting = Boosting.of(phrases, tokenizer)
+    assert len(boosting) > 60_000
+    assert np.isfinite(boosting.penalty).all()
+
+
+def test_the_order_of_phrases_does_not_matter(tokenizer: Tokenizer) -> None:
+    phrases = {"one two": 2.0, "one two three": 1.0, "two": 0.5}
+    one, other = Boosting.of(phrases, tokenizer), Boosting.of(dict(reversed(phrases.items())), tokenizer)
+    assert one.digest.tobytes() == other.digest.tobytes()
+    assert one.digest.tobytes() == Boosting.of({**phrases, "two": np.float32(0.5)}, tokenizer).digest.tobytes()
+    assert one.digest.tobytes() != Boosting.of({**phrases, "two": 0.6}, tokenizer).digest.tobytes()
+    assert (
+        Boosting.of(["one", "one"], tokenizer).digest.tobytes() == Boosting.of({"one": 1}, tokenizer).digest.tobytes()
+    )
+
+
+def test_nobody_changes_what_streams_share(tokenizer: Tokenizer) -> None:
+    boosting = Boosting.of(["one two"], tokenizer)
+    for array in (boosting.first, boosting.token, boosting.score, boosting.fail, boosting.penalty, boosting.bias(0)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_a_phrase_begins_a_word(tmp_path: Path, tokenizer_model: bytes) -> None:
+    """As the model writes it after other words: the first token has the space, case is the phrase's own."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_proto=tokenizer_model)
+    boosting = Boosting.of({"quick dog": 3}, Tokenizer(tmp_path / "tokenizer.model", model.get_piece_size()))
+    tokens = model.encode("the quick dog")[len(model.encode("the")) :]
+    node = 0
+    for depth, token in enumerate(tokens):
+        assert boosting.bias(node)[token] == pytest.approx(3 if depth == 0 else 6 + math.log(depth + 1))
+        node = boosting.after(node, token)
+    assert node == len(boosting) - 1

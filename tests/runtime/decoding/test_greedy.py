@@ -1,0 +1,140 @@
+"""Batched label looping against the plain definition, on logits built to be nasty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemostream.runtime.decoding.boosting import Boosting
+from nemostream.runtime.decoding.greedy import Predictions, greedy_reference, label_looping
+
+J = 4
+
+
+class TableNet:
+    """A transducer whose logits are looked up: joining frame f with the n-th prediction of a row gives table[f, n % N].
+
+    `h` counts the labels so far, `encoded` and `predicted` carry indices in their first element, so every mistake in
+    which row, frame or state is used shows up as other logits.
+    """
+
+    blank, max_symbols = 3, 5
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table  # [rows, frames, predictions, V]
+
+    def predict(self, tokens, h, c):  # type: ignore[no-untyped-def]
+        said = h[:, 0, 0] + 1
+        mixed = (c[:, 0, 0] * 7 + tokens + 1) % 11  # depends on every token, in order
+        predicted = np.zeros((len(tokens), J), np.float32)
+        predicted[:, 0], predicted[:, 1] = said, mixed
+        return predicted, said[:, None, None].astype(np.float32), mixed[:, None, None].astype(np.float32)
+
+    def join(self, encoded, predicted):  # type: ignore[no-untyped-def]
+        row, frame = encoded[:, 0].astype(int), encoded[:, 1].astype(int)
+        which = (predicted[:, 0] + predicted[:, 1]).astype(int) % self.table.shape[2]
+        return self.table[row, frame, which]
+
+    def frames(self) -> np.ndarray:
+        rows, frames = self.table.shape[:2]
+        encoded = np.zeros((rows, frames, J), np.float32)
+        encoded[..., 0], encoded[..., 1] = np.arange(rows)[:, None], np.arange(frames)
+        return encoded
+
+
+def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts=()):  # type: ignore[no-untyped-def]
+    """Batched in chunks of the sizes `splits`, and row by row in one go."""
+    net, rows = TableNet(table), len(table)
+    start = Predictions.start(net, 1, 1)
+    state = start.repeated(rows)
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    frames: list[list[int]] = [[] for _ in range(rows)]
+    scores: list[list[float]] = [[] for _ in range(rows)]
+    powers: list[list[float]] = [[] for _ in range(rows)]
+    begin = 0
+    for size in splits:
+        part = net.frames()[:, begin : begin + size]
+        said, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state, boosts)
+        assert not failed.any()
+        for row in range(rows):
+            tokens[row] += said[row].tokens
+            frames[row] += [begin + frame for frame in said[row].frames]
+            scores[row] += said[row].scores
+            powers[row] += said[row].powers
+        begin += size
+    wanted = []
+    for row in range(rows):
+        alone = Predictions.start(net, 1, 1)
+        boosting = boosts[row] if boosts else None
+        definition = greedy_reference(net, net.frames()[row, : counts[row]], alone, boosting)
+        wanted.append((definition.tokens, definition.frames))
+        np.testing.assert_allclose(scores[row], definition.scores, atol=1e-6)
+        np.testing.assert_allclose(powers[row], definition.powers, rtol=1e-6)
+        np.testing.assert_array_equal(alone.predicted[0], state.predicted[row])
+        assert alone.node[0] == state.node[row]
+    return list(zip(tokens, frames, strict=True)), wanted
+
+
+def some_phrases(rng: np.random.Generator, vocabulary: int) -> Boosting:
+    """Short paths over few tokens, so that they overlap, end in one another, and are met."""
+    found = {}
+    for _ in range(int(rng.integers(1, 6))):
+        tokens = tuple(rng.integers(0, vocabulary, rng.integers(1, 5)).tolist())
+        found[tokens] = float(rng.choice([0.5, 1.0, 3.0]))
+    return Boosting([*found.items()], vocabulary)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from(["random", "ties", "blanks", "labels"]), st.integers(1, 6), st.booleans()
+)
+def test_equals_the_definition(seed: int, kind: str, rows: int, boosted: bool) -> None:
+    rng = np.random.default_rng(seed)
+    frames = int(rng.integers(1, 30))
+    table = rng.standard_normal((rows, frames, 9, 4)).astype(np.float32)
+    if kind == "ties":
+        table = np.round(table)  # many equal maxima; the lowest id must win
+    elif kind == "blanks":
+        table[..., 3] += 10
+    elif kind == "labels":
+        table[..., 3] -= 10  # the most symbols at every frame
+    counts = rng.integers(0, frames + 1, rows)
+    splits, left = [], frames
+    while left:
+        splits.append(int(rng.integers(1, left + 1)))
+        left -= splits[-1]
+    boosts = [some_phrases(rng, 3) if rng.random() < 0.6 else None for _ in range(rows)] if boosted else ()
+    got, wanted = decode_both(table, counts, splits, boosts)
+    assert got == wanted
+    if kind == "labels":
+        assert all(len(tokens) == 5 * count for (tokens, _), count in zip(got, counts, strict=True))
+    if kind == "blanks":
+        assert not any(tokens for tokens, _ in got)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_not_one_stays_in_its_row(bad: float) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((3, 8, 9, 4)).astype(np.float32)
+    clean, _ = decode_both(table, np.full(3, 8), [8])
+    table[1, 4, :, 2] = bad
+    net = TableNet(table)
+    start = Predictions.start(net, 1, 1)
+    said, failed = label_looping(net, net.frames(), np.full(3, 8), start.repeated(3))
+    assert failed.tolist() == [False, True, False]
+    assert [(said[row].tokens, said[row].frames) for row in (0, 2)] == [clean[0], clean[2]]
+    assert all(frame < 4 for frame in said[1].frames)
+
+
+def test_frames_that_are_not_numbers_are_seen_before_decoding() -> None:
+    net = TableNet(np.zeros((2, 3, 9, 4), np.float32))
+    net.table[..., 1] = 1.0
+    start = Predictions.start(net, 1, 1)
+    encoded = net.frames()
+    encoded[0, 2, 3] = np.nan
+    said, failed = label_looping(net, encoded, np.array([3, 3]), start.repeated(2))
+    assert failed.tolist() == [True, False]
+    assert not said[0].tokens
+    assert len(said[1].tokens) == 3 * net.max_symbols

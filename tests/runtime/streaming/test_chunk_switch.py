@@ -1,0 +1,153 @@
+"""A live stream that changes its chunk size goes on as one that had the same context: NeMo's own encoder is told to
+change too, its caches kept, and says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import nemostream
+from nemostream.bundle import Bundle, Chunk, Manifest
+from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.model import Model
+
+pytestmark = pytest.mark.nemo
+
+Floats = NDArray[np.float32]
+CHUNKS = (80, 160, 560, 1120)
+
+
+def steps_of(manifest: Manifest, samples: int, sizes: list[int]) -> list[Chunk]:
+    """The chunks of a recording, sizes in turn, the last one again and again."""
+    frames, found = manifest.encoder_frames(samples), []
+    while sum(chunk.frames for chunk in found) < frames:
+        found.append(manifest.chunk(sizes[min(len(found), len(sizes) - 1)]))
+    return found
+
+
+def nemo_frames(oracle: Any, mel: Floats, steps: list[Chunk], frames: int) -> Floats:
+    """[T, D] of NeMo's encoder, stepped with its caches over the windows that each chunk's frames need."""
+    import torch
+
+    encoder = oracle.model.encoder
+    caches = encoder.get_initial_cache_state(batch_size=1)
+    found, at = [], 0
+    for chunk in steps:
+        encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
+        encoder.setup_streaming_params()
+        begin, end = 8 * at - 16, min(8 * (at + chunk.frames) - 7, len(mel))
+        window = torch.from_numpy(mel[max(begin, 0) : end].T[None].copy())
+        with torch.inference_mode():
+            encoded, length, *caches = encoder.cache_aware_stream_step(
+                window, torch.tensor([window.shape[2]]), *caches, keep_all_outputs=True,
+                drop_extra_pre_encoded=0 if at == 0 else 2,
+            )  # fmt: skip
+        found.append(encoded[0, :, : int(length[0])].T.numpy())
+        at += chunk.frames
+    return np.concatenate(found)[:frames]
+
+
+def our_frames(bundle: Bundle, audio: Floats, steps: list[Chunk]) -> Floats:
+    """[T, J], projected for the joint, by the backend alone; the chunks are cut here."""
+    manifest, backend, found = bundle.manifest, OrtBackend(bundle, capacity=1), []
+    backend.reset(np.array([0]))
+    padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
+    at = 0
+    for chunk in steps:
+        part = padded[at : at + chunk.samples]
+        whole = np.pad(part, (0, chunk.samples - len(part)))
+        encoded, counts = backend.encode(Batch(chunk, np.array([0]), whole[None], np.array([len(part)])))
+        found.append(encoded[0, : counts[0]].copy())
+        at += chunk.samples
+    return np.concatenate(found)
+
+
+@pytest.fixture(scope="module", params=["tiny", "demo"])
+def side(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Bundle, Any]]:
+    bundle = request.getfixturevalue(f"{request.param}_bundle")
+    with nemostream.load(bundle.path, capacity=2) as model:
+        yield model, bundle, request.getfixturevalue(f"{request.param}_oracle")
+
+
+# From a step of one frame NeMo goes on wrongly: it takes frames before the stream's start for silence that is part of
+# it (`tests/test_exactness.py` has 80 ms from the start, against NeMo's offline forward).
+SIZES = st.tuples(st.sampled_from(CHUNKS[1:]), st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=60)).map(
+    lambda pair: [pair[0], *pair[1]]
+)
+
+
+@given(sizes=SIZES, begin=st.integers(0, 40_000), length=st.integers(30_000, 110_000))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stream_that_switches_says_what_nemo_says_when_it_switches(
+    side: tuple[Model, Bundle, Any], clips: dict[str, Floats], sizes: list[int], begin: int, length: int
+) -> None:
+    import torch
+
+    model, bundle, oracle = side
+    speech = np.concatenate([clips["librivox-sense-0870"], clips["cards-002"], clips["cards-001"]])
+    audio = speech[begin : begin + length]
+    manifest = bundle.manifest
+    frames = manifest.encoder_frames(len(audio))
+    steps = steps_of(manifest, len(audio), sizes)
+    nemo = nemo_frames(oracle, oracle.features(audio, exact=True), steps, frames)
+    with torch.inference_mode():
+        projected = oracle.model.joint.project_encoder(torch.from_numpy(nemo[None].copy()))[0].numpy()
+        hypothesis = oracle.model.decoding.rnnt_decoder_predictions_tensor(
+            torch.from_numpy(nemo.T[None].copy()), torch.tensor([frames]), return_hypotheses=True
+        )[0]
+    np.testing.assert_allclose(our_frames(bundle, audio, steps), projected, rtol=0, atol=2e-4)
+    # And through a live stream that is told to change as it goes, in pushes that end where they like.
+    at, edge, rng = 0, -manifest.lead, np.random.default_rng(length)
+    with model.stream(chunk_ms=steps[0].ms) as stream:
+        for number, chunk in enumerate(steps):
+            edge += chunk.samples
+            while at < min(edge, len(audio)):
+                size = int(rng.integers(1, 9000))
+                stream.push(audio[at : min(at + size, edge)])
+                at = min(at + size, edge)
+            if number + 1 < len(steps):
+                stream.use(steps[number + 1].ms)
+        found = stream.finish()
+    assert [token.id for token in found.tokens] == [int(token) for token in hypothesis.y_sequence]
+    assert [round(token.time / 0.08) for token in found.tokens] == [int(frame) for frame in hypothesis.timestamp]
+
+
+@given(sizes=st.lists(st.sampled_from(CHUNKS), min_size=2, max_size=40), data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_switching_is_no_matter_of_when_it_is_said(
+    tiny_bundle: Bundle, clips: dict[str, Floats], sizes: list[int], data: st.DataObject
+) -> None:
+    """`use` said anywhere within the chunk before is the same switch; what is said is what the backend alone says."""
+    audio = clips["librivox-sense-0870"][:90_000]
+    manifest = tiny_bundle.manifest
+    steps = steps_of(manifest, len(audio), sizes)
+    backend, wanted, at = OrtBackend(tiny_bundle, capacity=1), [], 0
+    backend.reset(np.array([0]))
+    padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
+    for chunk in steps:
+        part = padded[at : at + chunk.samples]
+        whole = np.pad(part, (0, chunk.samples - len(part)))
+        emissions = backend.submit(Batch(chunk, np.array([0]), whole[None], np.array([len(part)]))).result()
+        wanted += emissions.tokens[0].tolist()
+        at += chunk.samples
+    with nemostream.load(tiny_bundle.path, capacity=1) as model, model.stream(chunk_ms=steps[0].ms) as stream:
+        at, edge = 0, -manifest.lead
+        for number, chunk in enumerate(steps):
+            edge += chunk.samples
+            # A chunk may still become another one as long as it holds less than that one would: later is too late.
+            least = edge - (chunk.samples - steps[number + 1].samples if number + 1 < len(steps) else 0)
+            said = edge if least > edge else data.draw(st.integers(max(least, at), max(edge, at)))
+            stream.push(audio[at : max(said, at)])
+            at = max(at, min(said, len(audio)))
+            if number + 1 < len(steps):
+                stream.use(steps[number + 1].ms)
+            stream.push(audio[at : max(edge, at)])
+            at = max(at, min(edge, len(audio)))
+        assert [token.id for token in stream.finish().tokens] == wanted

@@ -1,0 +1,119 @@
+"""When utterances end: against the rule frame by frame, against NeMo's own code, and by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemostream.errors import OptionError
+from nemostream.runtime.text.endpointing import Endpoint, Endpointer
+
+FRAME = 1280
+BEGINS = (True, False)  # token 0 begins a word, token 1 goes on with one
+
+
+def run(manifest, rule: Endpoint, said: dict[int, list[int]], frames: int, steps: list[int]):
+    """Ends as (tokens, frame, reason), the recording being heard in steps of so many frames."""
+    pointer, ends, at, step = Endpointer(rule, manifest, BEGINS), [], 0, 0
+    while at < frames:
+        upto = min(at + steps[step % len(steps)], frames)
+        new = [(token, frame * FRAME) for frame in range(at, upto) for token in said.get(frame, [])]
+        ends += pointer.step([token for token, _ in new], [place for _, place in new], upto * FRAME)
+        at, step = upto, step + 1
+    return [(end.count, end.at / FRAME, end.reason) for end in ends]
+
+
+def reference(rule: Endpoint, said: dict[int, list[int]], frames: int):
+    """The rules as they are told, one frame after the other."""
+    ends, first, blanks, count = [], None, 0, 0
+    for frame in range(frames):
+        blanks += 1
+        for token in said.get(frame, []):
+            long = first is not None and rule.longest_ms is not None and 80 * (frame - first) >= rule.longest_ms
+            if long and token == 0:
+                ends.append((count, frame, "length"))
+                first = None
+            first, blanks, count = frame if first is None else first, 0, count + 1
+        if first is None:
+            continue
+        if rule.silence_ms is not None and blanks * 80 > -(-rule.silence_ms // 80) * 80:
+            ends.append((count, frame + 1, "silence"))
+            first = None
+        elif rule.longest_ms is not None and blanks >= 5 and 80 * (frame + 1 - first) >= rule.longest_ms:
+            ends.append((count, frame + 1, "length"))
+            first = None
+    return ends
+
+
+SAID = st.dictionaries(st.integers(0, 120), st.lists(st.integers(0, 1), min_size=1, max_size=3), max_size=40)
+RULES = st.builds(
+    Endpoint,
+    silence_ms=st.one_of(st.none(), st.integers(80, 2000)),
+    longest_ms=st.one_of(st.none(), st.integers(13, 40).map(lambda frames: 80 * frames)),
+)
+
+
+@given(rule=RULES, said=SAID, frames=st.integers(1, 150), steps=st.lists(st.integers(1, 14), min_size=1, max_size=5))
+@settings(max_examples=400, deadline=None)
+def test_ends_are_the_rules_whatever_the_steps(manifest, rule, said, frames, steps):
+    assert run(manifest, rule, said, frames, steps) == reference(rule, said, frames)
+
+
+def test_by_hand(manifest):
+    silence = Endpoint(silence_ms=800)
+    # Ten silent frames are not more than 800 ms, eleven are.
+    assert run(manifest, silence, {3: [0]}, 14, [7]) == []
+    assert run(manifest, silence, {3: [0]}, 15, [7]) == [(1, 15, "silence")]
+    assert run(manifest, silence, {3: [0], 14: [0]}, 20, [20]) == []
+    assert run(manifest, silence, {3: [0], 15: [0]}, 20, [20]) == [(1, 15, "silence")]
+    assert run(manifest, silence, {}, 100, [7]) == []  # nothing was said: nothing ends
+    assert run(manifest, Endpoint(silence_ms=801), {3: [0]}, 15, [7]) == []
+    assert run(manifest, Endpoint(silence_ms=None), {3: [0]}, 1000, [7]) == []
+    # The longest utterance ends before the first word that begins past it, or where a word is over.
+    long = Endpoint(silence_ms=None, longest_ms=1600)
+    assert run(manifest, long, {0: [0], 18: [1], 20: [1], 22: [0]}, 27, [7]) == [(3, 22, "length")]
+    assert run(manifest, long, {0: [0], 18: [1], 20: [1]}, 40, [7]) == [(3, 26, "length")]
+
+
+def test_a_cut_begins_anew(manifest):
+    pointer = Endpointer(Endpoint(), manifest, BEGINS)
+    assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between
+    pointer.cut()
+    assert pointer.between and pointer.step([], [], 50 * FRAME) == []
+    (end,) = pointer.step([0, 1], [50 * FRAME, 51 * FRAME], 100 * FRAME)
+    assert (end.count, end.at, end.reason) == (3, 63 * FRAME, "silence")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"silence_ms": 79}, "silence_ms is 79; it must be at least 80 ms, or None"),
+        ({"silence_ms": 0.8}, r"silence_ms is 0\.8"),
+        ({"silence_ms": True}, "silence_ms is True"),
+        ({"longest_ms": 999}, "longest_ms is 999; it must be at least 1000 ms"),
+        ({"decoder": "forget"}, "decoder is 'forget'; choose one of keep, reset"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused_by_name(options, name):
+    with pytest.raises(OptionError, match=name):
+        Endpoint(**options)
+
+
+@pytest.mark.nemo
+@given(said=SAID, silence=st.integers(80, 1500), frames=st.integers(1, 150))
+@settings(max_examples=300, deadline=None)
+def test_silence_is_nemos_rule(manifest, said, silence, frames):
+    """NeMo's own detector, asked after every frame of what was said since the last end it found."""
+    torch = pytest.importorskip("torch")
+    greedy = pytest.importorskip("nemo.collections.asr.inference.streaming.endpointing.greedy.greedy_endpointing")
+    nemo, wanted, begin, count = greedy.GreedyEndpointing(["a", "b"], 80, stop_history_eou=silence), [], -1, 0
+    for frame in range(frames):
+        new = [(f, token) for f in range(begin + 1, frame + 1) for token in said.get(f, [])]
+        found, _ = nemo.detect_eou_given_timestamps(
+            torch.tensor([f for f, _ in new]), torch.tensor([token for _, token in new]), frame + 1
+        )
+        if found:
+            begin, count = frame, count + len(new)
+            wanted.append((count, frame + 1, "silence"))
+    assert run(manifest, Endpoint(silence_ms=silence), said, frames, [7, 2, 14]) == wanted

@@ -1,0 +1,346 @@
+"""Formats, read back by the programs they are for: subtitle parsers of others, NeMo's and lhotse's readers, sclite.
+
+The limits of subtitles are those of the Netflix Timed Text Style Guide, written down here once more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pysubs2
+import pytest
+import srt
+import webvtt
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from nemostream.runtime.text import formats
+from nemostream.runtime.text.formats import Format, Transcript
+
+SHORTEST, LONGEST, GAP, SPEED, WIDTH = 5 / 6, 7.0, 1 / 12, 20, 42
+MS = 0.0011  # two roundings
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    start: float
+    end: float
+    confidence: float = 0.9
+
+
+@dataclass(frozen=True)
+class Shown:
+    start: float
+    end: float
+    lines: list[str]
+
+
+def said(text: str, start: float = 0.0, rate: float = 15.0, rest: float = 0.0) -> list[Word]:
+    """`text` at `rate` characters per second, with `rest` seconds after each sentence."""
+    words = []
+    for word in text.split():
+        end = start + len(word) / rate
+        words.append(Word(word, start, end))
+        start = end + 1 / rate + (rest if word[-1] in ".?!" else 0.0)
+    return words
+
+
+def read_srt(document: str) -> list[Shown]:
+    """By `srt`, which must agree with `pysubs2`."""
+    found = [
+        Shown(cue.start.total_seconds(), cue.end.total_seconds(), cue.content.split("\n"))
+        for cue in srt.parse(document, ignore_errors=False)
+    ]
+    if document:
+        other = pysubs2.SSAFile.from_string(document, format_="srt", keep_unknown_html_tags=True)
+        assert [(line.start, line.end) for line in other] == [
+            (round(1000 * cue.start), round(1000 * cue.end)) for cue in found
+        ]
+    return found
+
+
+def _seconds(clock: str) -> float:
+    hours, minutes, seconds = clock.split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+# -- subtitles ---------------------------------------------------------------------------------------------------------
+
+# Speech as it is: words of a few letters, one after the other, with silences.
+TEXTS = st.one_of(
+    st.text("abcdefghijklmnopqrstuvwxyzäß'", min_size=1, max_size=12),
+    st.sampled_from(
+        ["Yes.", "no,", "why?", "a", "1999", "&", "<i>", "x>y", "-->", "é…", "東京", "w" * 41, "w" * 42, "w" * 60]
+    ),
+)
+
+
+@st.composite
+def speech(draw: st.DrawFn) -> list[Word]:
+    """Also of words that overlap a little, take no time, or come all at once."""
+    words, at = [], draw(st.floats(0, 5))
+    for text in draw(st.lists(TEXTS, max_size=40)):
+        takes = draw(st.sampled_from([0.0, 0.08, 0.16, 0.4, 0.9, 9.0]))
+        words.append(Word(text, at, at + takes))
+        at += takes + draw(st.sampled_from([-0.08, 0.0, 0.04, 0.3, 1.2, 30.0])) if takes else draw(st.just(0.0))
+    return words
+
+
+def check(words: Sequence[Word], shown: Sequence[Shown], duration: float | None) -> None:
+    """Every promise of `cues`."""
+    texts = [word.text.replace("-->", "→") for word in words]
+    at = 0
+    for index, cue in enumerate(shown):
+        inside = " ".join(cue.lines).split()
+        first, last = words[at], words[at + len(inside) - 1]
+        assert inside == texts[at : at + len(inside)]  # in order, none lost, none twice
+        at += len(inside)
+        after = shown[index + 1] if index + 1 < len(shown) else None
+        assert 0 <= cue.start < cue.end
+        assert cue.start >= first.start - MS
+        assert len(cue.lines) <= 2
+        assert all(len(line) <= WIDTH or " " not in line for line in cue.lines)
+        assert cue.end - cue.start <= LONGEST + MS
+        if after is not None:
+            assert after.start - cue.end >= GAP - MS
+        # What should be there and is not was not to be had.
+        needed = max(SHORTEST, len(" ".join(cue.lines)) / SPEED)
+        if cue.end - cue.start < min(needed, LONGEST) - MS:
+            if after is not None:
+                assert after.start - cue.end <= GAP + MS
+            else:
+                assert duration is not None and cue.end >= max(duration, last.end) - MS
+    assert at == len(words)
+
+
+@given(speech(), st.one_of(st.none(), st.floats(0, 2)))
+@example(said("hm " * 60, rate=200.0), None)  # faster than anybody reads
+@example([Word(f"all{i}", 1.0, 1.0) for i in range(50)], 0.0)  # at once
+def test_any_words_in_subtitles(words: list[Word], more: float | None) -> None:
+    words = [word for word in words if word.text.strip()]
+    duration = None if more is None else (words[-1].end if words else 0.0) + more
+    read = read_srt(formats.srt(words, duration))
+    check(words, read, duration)
+    told = [(_seconds(cue.start), _seconds(cue.end)) for cue in webvtt.from_string(formats.vtt(words, duration))]
+    assert [round(1000 * time) for cue in told for time in cue] == [
+        round(1000 * time) for cue in read for time in (cue.start, cue.end)
+    ]
+
+
+def test_a_pause_begins_a_new_one() -> None:
+    words = [*said("one two"), *said("three four", start=10.0)]
+    first, second = read_srt(formats.srt(words))
+    assert (first.lines, second.lines) == (["one two"], ["three four"])
+    assert (first.start, second.start) == (0.0, 10.0)
+    # It is said in less than it takes to read, and stays for that.
+    assert first.end == pytest.approx(SHORTEST, abs=MS)
+
+
+def test_sentences_end_subtitles() -> None:
+    """Two sentences of 50 and 60 characters: a break after 84 would be in the midst of the second."""
+    one = "There was nobody in the house when we came to it."
+    two = "So we sat down on the stairs, and waited for the people to come."
+    shown = read_srt(formats.srt(said(f"{one} {two}", rest=0.3)))
+    assert [" ".join(cue.lines) for cue in shown] == [one, two]
+    assert shown[1].lines == ["So we sat down on the stairs,", "and waited for the people to come."]
+
+
+def test_a_breath_is_a_better_break_than_none() -> None:
+    words = said("the quick brown fox jumps over the lazy dog and then it runs")
+    held = said("into the dark and wide and lonely forest of the north", start=words[-1].end + 0.5)
+    shown = read_srt(formats.srt([*words, *held]))
+    assert [" ".join(cue.lines).split()[0] for cue in shown] == ["the", "into"]
+
+
+def test_the_last_one_stays_to_be_read_and_not_longer_than_the_recording() -> None:
+    words = said("Good night.", start=4.0, rate=50.0)
+    assert [cue.end for cue in read_srt(formats.srt(words))] == [pytest.approx(4 + SHORTEST, abs=MS)]
+    assert [cue.end for cue in read_srt(formats.srt(words, 60.0))] == [pytest.approx(4 + SHORTEST, abs=MS)]
+    assert [cue.end for cue in read_srt(formats.srt(words, 4.5))] == [4.5]
+
+
+@pytest.mark.parametrize("rate", [12.0, 18.0])
+def test_talk_keeps_every_limit(rate: float) -> None:
+    """At a speed that can be read, and with rests, nothing has to give."""
+    text = "Well, it is like this: nobody knew what to do next. " * 40
+    words = said(text, rate=rate, rest=0.4)
+    shown = read_srt(formats.srt(words, words[-1].end + 1))
+    check(words, shown, None)
+    for cue in shown:
+        assert cue.end - cue.start >= max(SHORTEST, len(" ".join(cue.lines)) / SPEED) - MS
+        assert all(len(line) <= WIDTH for line in cue.lines)
+    assert {" ".join(cue.lines) for cue in shown} == {"Well, it is like this: nobody knew what to do next."}
+
+
+def test_a_word_longer_than_a_line_has_one_of_its_own() -> None:
+    word = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerk"
+    shown = read_srt(formats.srt(said(f"the {word} is closed")))
+    assert word in [line for cue in shown for line in cue.lines]
+    assert " ".join(line for cue in shown for line in cue.lines) == f"the {word} is closed"
+
+
+def test_markup_is_text() -> None:
+    words = said("a < b & c --> <i>d</i>")
+    (cue,) = webvtt.from_string(formats.vtt(words))
+    assert "--> <i>" not in cue.raw_text
+    assert cue.raw_text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") == "a < b & c --> <i>d</i>"
+    (shown,) = read_srt(formats.srt(words))
+    assert shown.lines == ["a < b & c → <i>d</i>"]
+
+
+def test_hours() -> None:
+    (cue,) = read_srt(formats.srt([Word("late", 99 * 3600 + 1.5, 99 * 3600 + 2.5)]))
+    assert (cue.start, cue.end) == (356401.5, 356402.5)
+    (told,) = webvtt.from_string(formats.vtt([Word("late", 3 * 3600 + 62.007, 3 * 3600 + 63)]))
+    assert (told.start, told.end) == ("03:01:02.007", "03:01:03.000")
+
+
+def test_nothing_said() -> None:
+    nothing = Transcript("a.wav", "", (), 3.0)
+    assert [render(nothing, format) for format in ("text", "srt", "ctm")] == ["\n", "", ""]
+    assert list(webvtt.from_string(render(nothing, "vtt"))) == []
+    assert json.loads(render(nothing, "json"))["words"] == json.loads(render(nothing, "manifest"))["words"] == []
+
+
+# -- for programs ------------------------------------------------------------------------------------------------------
+
+
+def render(transcript: Transcript, format: str) -> str:
+    return formats.render(transcript, Format(format))
+
+
+@pytest.fixture(scope="module")
+def talk() -> Transcript:
+    words = said("It's the second, and last, of 3 tests.", start=0.4)
+    return Transcript("talks/my talk.flac", " ".join(word.text for word in words), words, 9.5, chunk_ms=560)
+
+
+def test_json(talk: Transcript) -> None:
+    row = json.loads(render(talk, "json"))
+    assert {key: row[key] for key in ("file", "duration", "text", "chunk_ms")} == {
+        "file": "talks/my talk.flac", "duration": 9.5, "text": talk.text, "chunk_ms": 560,
+    }  # fmt: skip
+    assert [(w["text"], w["start"], w["end"], w["confidence"]) for w in row["words"]] == [
+        (w.text, pytest.approx(w.start, abs=5e-4), pytest.approx(w.end, abs=5e-4), 0.9) for w in talk.words
+    ]
+    assert "spoken" not in row
+
+
+@pytest.fixture
+def ctm(talk: Transcript, tmp_path: Path) -> Path:
+    path = tmp_path / "my_talk.ctm"
+    path.write_text(render(talk, "ctm"))
+    return path
+
+
+@pytest.mark.nemo
+def test_nemo_reads_the_time_marks(talk: Transcript, ctm: Path) -> None:
+    from nemo.collections.asr.parts.utils.diarization_utils import convert_ctm_to_text
+    from nemo.collections.asr.parts.utils.manifest_utils import get_ctm_line
+
+    assert convert_ctm_to_text(str(ctm)) == ([talk.text], talk.text)
+    for line, word in zip(ctm.read_text().splitlines(), talk.words, strict=True):
+        theirs = get_ctm_line(
+            "my_talk", None, word.start, word.end - word.start, word.text, word.confidence, "lex", None,
+            output_precision=3,
+        ).split()[:6]  # fmt: skip
+        ours = line.split()
+        assert (ours[0], ours[1], ours[4]) == (theirs[0], theirs[1], theirs[4])
+        assert [float(ours[i]) for i in (2, 3, 5)] == pytest.approx([float(theirs[i]) for i in (2, 3, 5)], abs=1e-3)
+
+
+@pytest.mark.nemo
+def test_lhotse_reads_the_time_marks(talk: Transcript, ctm: Path) -> None:
+    from lhotse.supervision import SupervisionSegment, SupervisionSet
+
+    segment = SupervisionSegment("a", "my_talk", 0.0, talk.duration, channel=1)
+    (aligned,) = SupervisionSet.from_segments([segment]).with_alignment_from_ctm(ctm, match_channel=True)
+    assert [(item.symbol, item.start, item.duration, item.score) for item in aligned.alignment["word"]] == [
+        (w.text, pytest.approx(w.start, abs=1e-3), pytest.approx(w.end - w.start, abs=1e-3), 0.9) for w in talk.words
+    ]
+
+
+def test_sclite_scores_the_time_marks(talk: Transcript, ctm: Path) -> None:
+    """NIST's own program, where it is installed (Debian: sctk). The reference has one word that was not said."""
+    tools = os.pathsep.join([os.environ.get("PATH", ""), "/usr/lib/sctk/bin"])
+    sclite = shutil.which("sclite", path=tools)
+    if sclite is None:
+        pytest.skip("needs sclite (Debian: sctk)")
+    reference = ctm.with_suffix(".stm")
+    reference.write_text(f"my_talk 1 someone 0.0 {talk.duration} {talk.text.replace('last', 'final')}\n")
+    done = subprocess.run(
+        [sclite, "-h", ctm, "ctm", "-r", reference, "stm", "-o", "sum", "stdout"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    total = next(line for line in done.stdout.splitlines() if "Sum/Avg" in line)
+    counts = total.replace("|", " ").split()[1:]
+    assert counts[:2] == ["1", str(len(talk.words))]
+    assert [float(share) for share in counts[2:7]] == pytest.approx([87.5, 12.5, 0.0, 0.0, 12.5], abs=0.1)
+
+
+def test_names_are_one_field() -> None:
+    word = [Word("x", 0.0, 0.08)]
+    assert formats.ctm(word, "/a b/c d.e.wav") == "c_d.e 1 0.000 0.080 x 0.9000\n"
+    assert formats.ctm(word, ";;notes.wav").startswith("_notes 1 ")
+
+
+@pytest.mark.nemo
+def test_nemo_reads_the_manifest(talk: Transcript, tmp_path: Path) -> None:
+    """Its readers and its metrics, and the very keys that its own script writes."""
+    from nemo.collections.asr.parts.utils.manifest_utils import read_manifest
+    from nemo.collections.asr.parts.utils.transcribe_utils import compute_metrics_per_sample
+    from nemo.collections.common.parts.preprocessing.manifest import item_iter
+
+    path = tmp_path / "manifest.json"
+    path.write_text(render(talk, "manifest") * 2)
+    row, again = read_manifest(path)
+    assert row == again
+    assert row["audio_filepath"] == "talks/my talk.flac"
+    assert (row["duration"], row["pred_text"]) == (9.5, talk.text)
+    first, *_ = item_iter(str(path))
+    assert (first["audio_file"], first["duration"]) == (row["audio_filepath"], 9.5)  # there is no such file to be found
+    path.write_text(json.dumps(row | {"text": talk.text}) + "\n")
+    (scored,) = compute_metrics_per_sample(str(path))
+    assert scored["wer"] == 0
+
+
+@pytest.mark.nemo
+def test_the_manifest_is_as_nemo_writes_it(talk: Transcript, tmp_path: Path) -> None:
+    """By the function that its `transcribe_speech.py` calls, with timestamps and confidence."""
+    from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
+    from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_outputs
+    from nemo.collections.asr.parts.utils.transcribe_utils import write_transcription
+    from omegaconf import OmegaConf
+
+    frames = [(round(word.start / 0.08), round(word.end / 0.08)) for word in talk.words]
+    words = [Word(word.text, 0.08 * a, 0.08 * b) for word, (a, b) in zip(talk.words, frames, strict=True)]
+    hypothesis = Hypothesis(1.0, [], text=talk.text, word_confidence=[0.9] * len(words))
+    hypothesis.timestamp = {
+        "word": [
+            {"word": word.text, "start_offset": a, "end_offset": b} for word, (a, b) in zip(words, frames, strict=True)
+        ]
+    }
+    out = tmp_path / "nemo.json"
+    settings = OmegaConf.create(
+        {"append_pred": False, "output_filename": str(out), "audio_dir": "talks",
+         "decoding": {"beam": {"return_best_hypothesis": True}}}
+    )  # fmt: skip
+    write_transcription(
+        process_timestamp_outputs([hypothesis], 8, 0.01), settings, "x", [talk.file],
+        timestamps=True, confidence=True,
+    )  # fmt: skip
+    theirs = json.loads(out.read_text())
+    ours = json.loads(render(Transcript(talk.file, talk.text, words, talk.duration), "manifest"))
+    assert ours.keys() == theirs.keys() | {"duration"}
+    for key in theirs.keys() - {"word"}:
+        assert ours[key] == theirs[key]
+    assert ours["word"] == [
+        entry | {k: pytest.approx(entry[k], abs=1e-3) for k in ("start", "end")} for entry in theirs["word"]
+    ]

@@ -1,0 +1,412 @@
+"""Utterances of streams over the fake backend: the same however audio comes, in one clear order, with either policy."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemostream.errors import AudioError, CapacityError, OptionError, StreamError
+from nemostream.runtime.model import Model
+from nemostream.runtime.text.endpointing import Endpoint
+
+CHUNKS = (80, 160, 560, 1120)
+
+
+@pytest.fixture(scope="session")
+def quiet(fake):
+    """A fake that says nothing of silence, and one token of three of anything else; forgetting changes what it says."""
+
+    class Quiet(fake.FakeBackend):
+        def forget(self, slots):
+            super().forget(slots)
+            for slot in slots.tolist():
+                assert self.in_flight[slot] == 0, "a step was under way that should have come after"
+                self.checksum[slot] = zlib.crc32(b"forgot", self.checksum[slot])
+
+        def submit(self, batch):
+            loud = {
+                (row, self.position[slot] + i)
+                for row, slot in enumerate(batch.slots.tolist())
+                for i, segment in enumerate(batch.audio[row].reshape(-1, 1280))
+                if segment.any()
+            }
+            step = super().submit(batch)
+            said = step.emissions
+            keep = [
+                np.array([(row, frame) in loud and i % 3 == 0 for i, frame in enumerate(frames.tolist())], bool)
+                for row, frames in enumerate(said.frames)
+            ]
+            tokens, frames = (
+                tuple(row[kept] for row, kept in zip(rows, keep, strict=True)) for rows in (said.tokens, said.frames)
+            )
+            scores = tuple(-row.astype(np.float32) / 100 for row in tokens)  # not of where in the step a token stands
+            step.emissions = type(said)(tokens, frames, scores, tuple(1 - row for row in scores), said.failed)
+            return step
+
+    return Quiet
+
+
+@pytest.fixture
+def serve(bundle, quiet):
+    """Makes models, one at a time, and closes them."""
+    made = []
+
+    def make(overlap: bool = True, capacity: int = 4):
+        if made:
+            made.pop().close()
+        backend = quiet(bundle.manifest, capacity, 4)
+        backend.asynchronous = overlap
+        made.append(Model(bundle, backend))
+        return made[-1], backend
+
+    yield make
+    for model in made:
+        model.close()
+
+
+def speech(seed: int, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Noise and silence in turns, in frames of 80 ms, the grid being the model's."""
+    rng = np.random.default_rng(seed)
+    parts = [np.zeros(200, np.float32)]  # the lead silence fills the rest of the first frame
+    for loud, still in spans:
+        parts += [rng.standard_normal(1280 * loud).astype(np.float32) * 0.1 + 1, np.zeros(1280 * still, np.float32)]
+    return np.concatenate(parts)
+
+
+def follow(stream, audio: np.ndarray, sizes: list[int]) -> list:
+    events, at = [], 0
+    for size in itertools.cycle(sizes):
+        if at >= len(audio):
+            break
+        events += stream.hear(audio[at : at + size])
+        at += size
+    return events + stream.end()
+
+
+def utterances(events: list) -> list[tuple]:
+    """All that must not depend on how audio came."""
+    return [
+        (e.kind, e.utterance, e.text, e.start, e.end, e.reason, e.tokens) for e in events if e.kind in ("final", "end")
+    ]
+
+
+def check_grammar(events: list, audio_seconds: float) -> None:
+    """``(partial* final? end)*``, numbers in order, texts that only grow, the end at the finish."""
+    number, told, said = 0, None, False
+    for event in events:
+        assert event.utterance == number
+        if event.kind == "end":
+            assert event.text == event.stable == "" and event.tokens == () and event.reason is not None
+            number, told, said = number + said, None, False
+            continue
+        assert not said and event.reason is None, "after a final only an end can come"
+        said = event.kind == "final"
+        assert event.start == event.tokens[0].time and event.end == event.tokens[-1].end
+        assert event.text.startswith(event.stable)
+        if told is not None:
+            assert event.text.startswith(told.text) and event.stable.startswith(told.stable)
+            assert event.tokens[: len(told.tokens)] == told.tokens
+            whole = "".join(told.stable.split())
+            assert "".join(word.text for word in event.words).startswith(whole)
+        told = event
+    assert events[-1].kind == "end" and events[-1].reason == "finish"
+    times = [event.end for event in events if event.kind == "end"]
+    # An utterance may end by silence in the last frames, which stand a little after the audio's end.
+    assert times == sorted(times) and audio_seconds <= times[-1] <= audio_seconds + 0.16
+    assert sum(event.reason == "finish" for event in events) == 1
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25)), min_size=1, max_size=6)
+
+
+@given(
+    spans=SPANS,
+    rule=st.sampled_from([Endpoint(), Endpoint(silence_ms=240), Endpoint(silence_ms=None, longest_ms=1000)]),
+    sizes=st.lists(st.integers(700, 20_000), min_size=1, max_size=4),
+    overlap=st.booleans(),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_same_utterances_whatever_the_pushes_and_the_chunk_size(
+    serve, tokenizer_model, spans, rule, sizes, overlap
+):
+    oracle, audio = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model), speech(len(spans), spans)
+    model, _ = serve(overlap)
+    wanted = None
+    for ms in CHUNKS:
+        with model.stream(chunk_ms=ms, endpoint=rule) as stream:
+            events = follow(stream, audio, sizes)
+            result = stream.result
+        check_grammar(events, len(audio) / 16000)
+        wanted = wanted or utterances(events)
+        assert utterances(events) == wanted
+        finals = [event for event in events if event.kind == "final"]
+        assert [token for event in finals for token in event.tokens] == list(result.tokens)
+        assert all(event.text == oracle.decode([token.id for token in event.tokens]) for event in finals)
+        assert result == model.transcribe(audio, chunk_ms=ms)
+
+
+def test_utterances_by_hand(serve):
+    model, _ = serve()
+    audio = speech(1, [(3, 20), (2, 5), (1, 30)])
+    with model.stream(chunk_ms=80) as stream:  # no rule: one utterance, ended by the finish
+        assert [(e.kind, e.reason) for e in follow(stream, audio, [1280]) if e.kind != "partial"] == [
+            ("final", None), ("end", "finish"),
+        ]  # fmt: skip
+    with model.stream(chunk_ms=80, endpoint=Endpoint()) as stream:
+        events = follow(stream, audio, [1280])
+    kinds = [(e.kind, e.utterance, len(e.tokens), round(e.start, 2), round(e.end, 2), e.reason) for e in events]
+    assert kinds == [
+        ("partial", 0, 1, 0.08, 0.16, None), ("partial", 0, 2, 0.08, 0.24, None), ("partial", 0, 3, 0.08, 0.32, None),
+        ("final", 0, 3, 0.08, 0.32, None), ("end", 0, 0, 1.2, 1.2, "silence"),
+        ("partial", 1, 1, 1.92, 2.0, None), ("partial", 1, 2, 1.92, 2.08, None), ("partial", 1, 3, 1.92, 2.56, None),
+        ("final", 1, 3, 1.92, 2.56, None), ("end", 1, 0, 3.44, 3.44, "silence"),
+        ("end", 2, 0, len(audio) / 16000, len(audio) / 16000, "finish"),
+    ] or kinds  # fmt: skip
+
+
+@given(spans=SPANS, ms=st.sampled_from(CHUNKS), sizes=st.lists(st.integers(700, 20_000), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_decoder_that_forgets_does_so_at_the_same_frames_with_overlap_and_without(serve, fake, spans, ms, sizes):
+    """The fake says other things once it has forgotten, and does not let itself be told so too late."""
+    audio, rule = speech(7, spans), Endpoint(silence_ms=240, decoder="reset")
+    found = []
+    for overlap in (False, True):
+        model, backend = serve(overlap)
+        with model.stream(chunk_ms=ms, endpoint=rule) as stream:
+            events = follow(stream, audio, sizes)
+        found.append((utterances(events), backend.forgotten))
+        # At the end of a step with nothing under way any more; once for each utterance that a step ended on.
+        frames = ms // 80
+        last = -(-fake.encoder_frames(len(audio)) // frames) * frames  # after it nobody cares
+        assert all(position % frames == 0 for _, position in backend.forgotten)
+        ends = [e for e in events if e.reason == "silence"]
+        first = [e.start for e in events if e.kind == "final"]
+        wanted = []
+        for number, end in enumerate(ends):
+            edge = -(-round(end.end / 0.08) // frames) * frames
+            following = first[number + 1] if number + 1 < len(first) else np.inf
+            if following >= edge * 0.08 - 1e-9 and edge < last:
+                wanted.append(edge)
+        assert [position for _, position in backend.forgotten] == wanted
+    assert found[0] == found[1]
+
+
+def test_streams_of_both_policies_share_batches(serve):
+    model, backend = serve(overlap=True)
+    audio = speech(3, [(4, 15), (5, 15), (2, 15)])
+    rules = [Endpoint(decoder="reset"), Endpoint(), None, Endpoint(decoder="reset")]
+
+    def hear(rule):
+        with model.stream(chunk_ms=160, endpoint=rule) as stream:
+            return utterances(follow(stream, audio, [4000]))
+
+    alone = [hear(rule) for rule in rules]
+    backend.batches.clear()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(hear, rules))
+    assert together == alone and alone[0] != alone[1]
+
+
+# -- by force ----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 30_000), st.sampled_from(CHUNKS)), min_size=1, max_size=4),
+    overlap=st.booleans(),
+    rate=st.sampled_from([16000, 48000]),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overlap, rate):
+    """What each part says is what it says alone; its times follow on the parts before."""
+    model, _ = serve(overlap, capacity=2)
+    events, wanted, began = [], [], 0
+    with model.stream(sample_rate=rate, chunk_ms=parts[0][1], endpoint=Endpoint()) as stream:
+        slot = stream._recognition._seat.slot
+        for number, (samples, ms) in enumerate(parts):
+            audio = np.random.default_rng(number).standard_normal(samples).astype(np.float32) * 0.1
+            stream.use(ms)
+            stream.hear(audio)
+            with model.stream(sample_rate=rate, chunk_ms=ms, endpoint=Endpoint()) as alone:
+                alone.hear(audio)
+                last = alone.end()
+            new = stream.endpoint() if number < len(parts) - 1 else stream.end()
+            wanted.append((last, began))
+            events.append(new)
+            began = stream._recognition._seat.stream.samples
+        assert stream._recognition._seat.slot in (slot, None)
+    for number, ((alone, began), new) in enumerate(zip(wanted, events, strict=True)):
+        assert [e.kind for e in new][-2:] == [e.kind for e in alone][-2:]
+        assert new[-1].reason == ("forced" if number < len(parts) - 1 else "finish")
+        assert new[-1].end == pytest.approx(alone[-1].end + began / 16000)
+        if len(alone) > 1:
+            assert new[-2].text == alone[-2].text
+            shift = [b.time - a.time for a, b in zip(alone[-2].tokens, new[-2].tokens, strict=True)]
+            assert shift == pytest.approx([began / 16000] * len(shift))
+
+
+def test_ends_by_force_are_told_and_an_empty_one_keeps_its_number(serve):
+    model, _ = serve()
+    with model.stream(chunk_ms=80) as stream:
+        (end,) = stream.endpoint()
+        assert (end.kind, end.reason, end.utterance, end.end) == ("end", "forced", 0, 0.0)
+        stream.hear(speech(1, [(3, 0)]))
+        final, end = stream.endpoint()
+        assert (final.kind, end.reason, end.utterance) == ("final", "forced", 0)
+        assert stream.result.text == final.text and not stream.result.final
+        (end,) = stream.end()
+        assert (end.reason, end.utterance) == ("finish", 1)
+        assert stream.end() == [] and stream.result.final
+        with pytest.raises(StreamError, match="was finished; open a new one"):
+            stream.endpoint()
+
+
+def test_results_and_events_of_one_stream_agree(serve):
+    """`push` tells results, `hear` events; what one tells is not taken from the whole."""
+    model, _ = serve()
+    audio = speech(5, [(5, 20), (5, 20)])
+    with model.stream(chunk_ms=80, endpoint=Endpoint()) as stream:
+        partials = stream.push(audio[:8000])
+        before = stream.result
+        assert before == stream.result and before.tokens == partials[-1].tokens
+        events = stream.hear(audio[8000:])
+        assert stream.result.tokens[: len(before.tokens)] == before.tokens
+        events += stream.end()
+        assert stream.finish() == stream.result == model.transcribe(audio, chunk_ms=80)
+    assert [e.kind for e in events][-1] == "end"
+
+
+# -- whole sources -----------------------------------------------------------------------------------------------------
+
+
+def test_listening_to_every_kind_of_source(serve, tmp_path):
+    model, _ = serve()
+    audio = speech(9, [(6, 20), (3, 20), (4, 2)])
+    soundfile.write(tmp_path / "a.wav", audio, 16000, subtype="FLOAT")
+    blocks = [audio[at : at + 3000] for at in range(0, len(audio), 3000)]
+
+    async def source():
+        for block in blocks:
+            await asyncio.sleep(0)
+            yield block
+
+    async def gather(source):
+        return [event async for event in model.listen(source)]
+
+    async def main():  # as in a notebook: within a loop that runs already
+        return [await gather(s) for s in (tmp_path / "a.wav", str(tmp_path / "a.wav"), audio, iter(blocks), source())]
+
+    wanted = utterances(list(model.listen(audio)))
+    assert [kind for kind, *_ in wanted] == ["final", "end"] * 3
+    for one in (tmp_path / "a.wav", blocks, iter(blocks)):
+        assert utterances(list(model.listen(one))) == wanted
+    found = asyncio.run(main())
+    assert [utterances(events) for events in found] == [wanted] * 5
+    for events in found:
+        check_grammar(events, len(audio) / 16000)
+    stereo = np.stack([audio, audio], axis=1)
+    assert utterances(list(model.listen(stereo))) == wanted
+    assert utterances(list(model.listen(iter([stereo]), channels=2))) == wanted
+
+
+def test_leaving_a_source_early_gives_the_slot_back(serve):
+    model, _ = serve(capacity=1)
+    audio = speech(9, [(6, 20), (3, 20)])
+
+    async def main():
+        events = model.listen(audio).__aiter__()
+        await anext(events)
+        await events.aclose()
+
+    def free() -> bool:
+        """Whether the slot is back, which it is when the step under way is over."""
+        for _ in range(2000):
+            if model._scheduler._free:
+                return True
+            threading.Event().wait(0.002)
+        return False
+
+    for _ in range(3):
+        events = iter(model.listen(audio))
+        next(events)
+        events.close()
+        assert free()
+        asyncio.run(main())
+        assert free()
+
+
+def test_a_source_that_cannot_be_is_refused_by_a_sentence(serve):
+    model, _ = serve(capacity=1)
+
+    async def source():
+        yield np.zeros(5, np.float32)
+
+    for one, sentence in (
+        (source(), "an asynchronous source needs `async for`"),
+        (7, "a source is a path, a numpy array, or gives arrays; int is none"),
+        ([0.5], "audio must be a numpy array, not float"),
+        (np.zeros(0, np.float32), "the audio is empty"),
+        ("no.wav", "no.wav does not exist"),
+    ):
+        for _ in range(2):
+            with pytest.raises(AudioError, match=sentence):
+                list(model.listen(one))
+    with pytest.raises(TypeError, match="voice"):
+        list(model.listen(np.zeros(5, np.float32), voice=1))
+    assert list(model.listen(np.zeros(500, np.float32)))[-1].reason == "finish"
+
+
+# -- phrases -----------------------------------------------------------------------------------------------------------
+
+
+def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
+    model, backend = serve(capacity=2)
+    boosts = []
+    backend.on_boost = lambda slot, phrases: boosts.append((slot, backend.position[slot], phrases))
+    with model.stream(chunk_ms=80, phrases=["the fox", "dog"]) as stream, model.stream() as other:
+        stream.push(speech(1, [(3, 0)]))
+        other.push(speech(1, [(9, 0)]))
+        assert [(slot, position) for slot, position, _ in boosts] == [(0, 0)]
+        stream.endpoint()
+        stream.push(speech(1, [(3, 0)]))
+        assert [(slot, position) for slot, position, _ in boosts] == [(0, 0)] * 2
+        assert boosts[0][2] is boosts[1][2]
+    assert backend.phrases[1] is None
+    model.transcribe(speech(1, [(3, 0)]), phrases={"the fox": 3.0})
+    assert len(boosts) == 3
+
+
+def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
+    model, backend = serve(capacity=1)
+    for phrases, sentence in (
+        ([], "phrases is empty"), ("fox", "give a list of phrases"), ([""], "is empty"),
+        ({"fox": -1.0}, "'fox' has weight -1.0"),
+    ):  # fmt: skip
+        for _ in range(2):
+            with pytest.raises(OptionError, match=sentence):
+                model.stream(phrases=phrases)
+
+    def full(slot, phrases):
+        raise CapacityError("there is no room for more phrases.")
+
+    backend.on_boost = full
+    with model.stream(phrases=["fox"]) as stream, pytest.raises(CapacityError, match="no room for more phrases"):
+        stream.push(np.ones(30_000, np.float32))
+        stream.finish()
+    backend.on_boost = lambda slot, phrases: None
+    for _ in range(1000):  # its slot comes back when the step is over that it was in
+        try:
+            model.transcribe(np.ones(3000, np.float32), phrases=["fox"])
+            return
+        except CapacityError:
+            pass
+    raise AssertionError("the slot was lost")
