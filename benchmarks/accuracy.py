@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import CARD_CHUNKS, LEADERBOARD, Hub, Utterance, packaged, read_manifest
 from nemostream.benchmarks.harness.records import Record, Row, Say, agreement
 from nemostream.benchmarks.harness.synthetic import speech
@@ -137,14 +136,19 @@ def measure_accuracy(
                     if name in LEADERBOARD and chunk.ms in CARD_CHUNKS:
                         values["card_wer"] = LEADERBOARD[name][1][CARD_CHUNKS.index(chunk.ms)] / 100
                     case = {"set": name, "chunk_ms": chunk.ms, "precision": precision}
-                    rows.append(record.row(case, {"result": late}, values))
+                    rows.append(records.row(case, {"result": late}, values))
     rows.sort(key=lambda row: list(sets).index(row["case"]["set"]))
-    return record.record(
-        "accuracy", rows,
-        model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
-               "d_model": bundle.manifest.encoder.d_model, "checkpoint": dict(bundle.manifest.checkpoint)},
+    return records.record(
+        "accuracy",
+        rows,
+        model={
+            "name": bundle.manifest.name,
+            "layers": bundle.manifest.encoder.layers,
+            "d_model": bundle.manifest.encoder.d_model,
+            "checkpoint": dict(bundle.manifest.checkpoint),
+        },
         method={"normalizer": normalise, "device": device, "nemo": bool(checkpoint), "repeats": _REPEATS},
-    )  # fmt: skip
+    )
 
 
 def _model(
@@ -157,9 +161,14 @@ def _model(
         maker = "onnxruntime" if device == "cpu" else "tensorrt"
         build_engine(bundle, chunk, precision, PlanStore(engines), backend=maker, max_batch=_TOGETHER)
     backend = open_backend(
-        bundle, device=device, precision=precision, capacity=2 * _TOGETHER, max_batch=_TOGETHER, threads=threads,
+        bundle,
+        device=device,
+        precision=precision,
+        capacity=2 * _TOGETHER,
+        max_batch=_TOGETHER,
+        threads=threads,
         engines=engines,
-    )  # fmt: skip
+    )
     return nemostream.Model(bundle, backend, chunk.ms)
 
 
@@ -247,16 +256,18 @@ def _draw(rows: Sequence[Row], axes: Any) -> None:
         axes.step(*zip(*best, strict=True), where="post", color="black", linewidth=0.8, label=f"{name}, best")
         if name in LEADERBOARD:
             axes.plot(CARD_CHUNKS, LEADERBOARD[name][1], "--", marker="x", label=f"{name}, model card (chunk alone)")
-    axes.set(xlabel="ms from a chunk's first sample to its text", ylabel="WER, %", xscale="log",
-             title="Latency and accuracy")  # fmt: skip
+    axes.set(
+        xlabel="ms from a chunk's first sample to its text", ylabel="WER, %", xscale="log", title="Latency and accuracy"
+    )
     axes.legend(fontsize=7)
 
 
 def headline(result: Record) -> str:
     """For the README: word error rates by set and precision, over chunk sizes."""
     sizes = sorted({row["case"]["chunk_ms"] for row in result["rows"]})
-    found = {(row["case"]["set"], row["case"]["precision"], row["case"]["chunk_ms"]): row["values"]
-             for row in result["rows"]}  # fmt: skip
+    found = {
+        (row["case"]["set"], row["case"]["precision"], row["case"]["chunk_ms"]): row["values"] for row in result["rows"]
+    }
     lines = []
     for name, precision in dict.fromkeys(key[:2] for key in found):
         mine = [found.get((name, precision, ms)) for ms in sizes]
@@ -269,8 +280,8 @@ def headline(result: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("accuracy", __doc__)
-    record.engine_options(parser)
+    parser = records.parser("accuracy", __doc__)
+    records.engine_options(parser)
     parser.add_argument("--manifest", type=Path, nargs="+", default=[], help="NeMo manifests")
     parser.add_argument("--dataset", nargs="+", default=[], help=f"name:config:split, or of {', '.join(LEADERBOARD)}")
     parser.add_argument("--limit", type=int, help="utterances of each set")
@@ -288,13 +299,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sets[name] = Hub(name, options.limit)
         with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
             return measure_accuracy(
-                bundle, sets or {"packaged": packaged(bundle.manifest)}, options.precision, options.chunk_ms,
-                normalise=options.normalizer, checkpoint=options.checkpoint, device=options.device,
+                bundle,
+                sets or {"packaged": packaged(bundle.manifest)},
+                options.precision,
+                options.chunk_ms,
+                normalise=options.normalizer,
+                checkpoint=options.checkpoint,
+                device=options.device,
                 threads=options.threads,
-                engines=options.engines or (Path(folder) if options.device == "cpu" else None), say=record.say,
-            )  # fmt: skip
+                engines=options.engines or (Path(folder) if options.device == "cpu" else None),
+                say=records.say,
+            )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

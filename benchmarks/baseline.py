@@ -33,8 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.competitors import KNOWN, OURS, SIDES, Ring
 from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, Tokens, agreement
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_gpu, measure_machine
@@ -79,7 +78,7 @@ def compare_steps(
     made_of = bundle.manifest.checkpoint.get("sha256")
     if made_of and made_of != sha256(checkpoint):
         raise ParityError(f"{bundle.path} was made of another checkpoint than {checkpoint}; export it again.")
-    threads, before = threads or record.cores(), torch.get_num_threads()
+    threads, before = threads or records.cores(), torch.get_num_threads()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     torch.set_num_threads(threads)
     rows: list[Row] = []
@@ -100,13 +99,25 @@ def compare_steps(
     finally:
         torch.set_num_threads(before)
     manifest = bundle.manifest
-    return record.record(
-        "baseline", rows,
-        model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model,
-               "checkpoint": dict(manifest.checkpoint)},
-        method={"repeats": repeats, "warm_up": _WARM_UP, "threads": threads, "device": device,
-                "order": "rounds, each begun by another", "machine": dict(machine.rates), "left_out": absent},
-    )  # fmt: skip
+    return records.record(
+        "baseline",
+        rows,
+        model={
+            "name": manifest.name,
+            "layers": manifest.encoder.layers,
+            "d_model": manifest.encoder.d_model,
+            "checkpoint": dict(manifest.checkpoint),
+        },
+        method={
+            "repeats": repeats,
+            "warm_up": _WARM_UP,
+            "threads": threads,
+            "device": device,
+            "order": "rounds, each begun by another",
+            "machine": dict(machine.rates),
+            "left_out": absent,
+        },
+    )
 
 
 def _compare(
@@ -157,9 +168,11 @@ def _compare(
         case = {"chunk_ms": chunk.ms, "batch": batch, "side": side.name}
         tokens = said[side.name]
         values: dict[str, Any] = {
-            "covers": side.covers, "setup": side.setup, "other_work_cores": round(busy, 3),
+            "covers": side.covers,
+            "setup": side.setup,
+            "other_work_cores": round(busy, 3),
             "times": {our: ratios([r[side.name] for r in rounds], [r[our] for r in rounds]) for our in ours},
-        }  # fmt: skip
+        }
         if tokens is not None:
             values["tokens_per_second"] = sum(map(len, tokens)) / audio
             values["same_tokens"] = agreement(wanted or tokens, tokens)
@@ -167,7 +180,7 @@ def _compare(
             precision = side.name.rpartition(" ")[2]
             work = encoder_work(ring.bundle, chunk, precision, ring.kind)
             values["floor_ms"] = work.floor_ms(machine, precision, batch)
-        rows.append(record.row(case, {"step": [1000 * each[side.name] for each in rounds]}, values))
+        rows.append(records.row(case, {"step": [1000 * each[side.name] for each in rounds]}, values))
     return rows, missing
 
 
@@ -264,14 +277,19 @@ def headline(result: Record) -> str:
 
 def _draw(result: Record, axes: Any) -> None:
     """A group of bars for each chunk size and batch, a bar for each side: p50, and up to p99 a whisker."""
-    found = {(row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["side"]): row["figures"]["step"]
-             for row in result["rows"]}  # fmt: skip
+    found = {
+        (row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["side"]): row["figures"]["step"]
+        for row in result["rows"]
+    }
     groups = sorted({case[:2] for case in found})
     names = list(dict.fromkeys(side for _, _, side in found))
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
-        bars = [(place + width * (index + 0.5), found[(*group, name)])
-                for place, group in enumerate(groups) if (*group, name) in found]  # fmt: skip
+        bars = [
+            (place + width * (index + 0.5), found[(*group, name)])
+            for place, group in enumerate(groups)
+            if (*group, name) in found
+        ]
         at, middle = [place for place, _ in bars], [step["p50"] for _, step in bars]
         axes.bar(at, middle, width, label=name)
         above = [step["p99"] - step["p50"] for _, step in bars]
@@ -306,7 +324,7 @@ def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator
         made = Bundle.open(bundle) if bundle else export_checkpoint(checkpoint, Path(folder) / "bundle", progress=say)
         _give_memory_back()
         # NeMo's model three times, two of our engines, two sessions of its export.
-        needed, there = int(7 * checkpoint.stat().st_size) + (1 << 30), record.available_memory()
+        needed, there = int(7 * checkpoint.stat().st_size) + (1 << 30), records.available_memory()
         if 0 < there < needed:
             raise OptionError(
                 f"all sides together need about {needed >> 30} GiB of free memory and {there >> 30} GiB are; free "
@@ -316,7 +334,7 @@ def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("baseline", __doc__)
+    parser = records.parser("baseline", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="a .nemo file (default: the full-size model, random weights)")
     parser.add_argument("--bundle", type=Path, help="made of that checkpoint (default: export it now)")
     parser.add_argument("--sides", nargs="+", default=None, metavar="SIDE", help=f"of {', '.join(map(repr, KNOWN))}")
@@ -331,13 +349,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--bundle needs --checkpoint, the file it was made of.")
 
     def measure() -> Record:
-        with prepared(options.checkpoint, options.bundle, record.say) as (checkpoint, bundle):
+        with prepared(options.checkpoint, options.bundle, records.say) as (checkpoint, bundle):
             return compare_steps(
-                bundle, checkpoint, options.sides, options.batch, options.chunk_ms, options.repeats, options.threads,
-                options.device or _device_here(), options.engines, say=record.say,
-            )  # fmt: skip
+                bundle,
+                checkpoint,
+                options.sides,
+                options.batch,
+                options.chunk_ms,
+                options.repeats,
+                options.threads,
+                options.device or _device_here(),
+                options.engines,
+                say=records.say,
+            )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 def _device_here() -> str:

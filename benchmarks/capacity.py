@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.load import PACKET, Heard, Watched, talk
 from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, percentile
 from nemostream.benchmarks.harness.timed import timed_backend
@@ -88,15 +87,28 @@ def measure_capacity(
                 while found and not probe(found, seconds, True)["values"]["holds"]:
                     found = min(found - 1, math.floor(found * (1 - RESOLUTION)))
         size = getattr(backend, "bytes_per_stream", None)
-    return record.record(
-        "capacity", rows,
-        model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
-               "d_model": bundle.manifest.encoder.d_model},
-        method={"threads": threads or record.cores(), "device": device, "packet_seconds": PACKET, "seconds": seconds,
-                "probe_seconds": probe_seconds, "most": most, "streams": found, "bytes_per_stream": size,
-                "precision": precision, "chunk_ms": case["chunk_ms"],
-                "other_work_cores": round(others.cores(), 3)},
-    )  # fmt: skip
+    return records.record(
+        "capacity",
+        rows,
+        model={
+            "name": bundle.manifest.name,
+            "layers": bundle.manifest.encoder.layers,
+            "d_model": bundle.manifest.encoder.d_model,
+        },
+        method={
+            "threads": threads or records.cores(),
+            "device": device,
+            "packet_seconds": PACKET,
+            "seconds": seconds,
+            "probe_seconds": probe_seconds,
+            "most": most,
+            "streams": found,
+            "bytes_per_stream": size,
+            "precision": precision,
+            "chunk_ms": case["chunk_ms"],
+            "other_work_cores": round(others.cores(), 3),
+        },
+    )
 
 
 def search(holds: Callable[[int], bool], most: int) -> int:
@@ -148,14 +160,18 @@ def judge(heard: Heard, steps: Sequence[tuple[int, int, float]], case: dict[str,
         reasons.append(f"{len(heard.errors)} errors, the first: {heard.errors[0]}")
     rows = [rows for _, rows, _ in steps]
     values = {
-        "holds": not reasons, "against": reasons, "drift_ms": {str(ms): round(by, 2) for ms, by in drift.items()},
-        "seconds": round(heard.seconds, 2), "audio_seconds": round(heard.audio, 2),
-        "rtfx": record.rtfx(heard.audio, heard.seconds) if heard.seconds else 0.0,
-        "mean_batch": sum(rows) / len(rows) if rows else 0.0, "steps": len(steps),
+        "holds": not reasons,
+        "against": reasons,
+        "drift_ms": {str(ms): round(by, 2) for ms, by in drift.items()},
+        "seconds": round(heard.seconds, 2),
+        "audio_seconds": round(heard.audio, 2),
+        "rtfx": records.rtfx(heard.audio, heard.seconds) if heard.seconds else 0.0,
+        "mean_batch": sum(rows) / len(rows) if rows else 0.0,
+        "steps": len(steps),
         # Of every packet, so its samples would be nine tenths of the file.
-        "late_ms": record.figures([1000 * late for late in heard.lateness]) if heard.lateness else None,
-    }  # fmt: skip
-    return record.row(case, times, values)
+        "late_ms": records.figures([1000 * late for late in heard.lateness]) if heard.lateness else None,
+    }
+    return records.row(case, times, values)
 
 
 def later(moments: Sequence[tuple[float, float]]) -> float:
@@ -180,15 +196,28 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
             figures = [tables.digits(found[name]) for name in ("avg", "p50", "p90", "p95", "p99")]
             verdict = "yes" if values["holds"] else "no: " + "; ".join(values["against"])
             kind = f"{values['seconds']:.0f}"
-            lines.append([
-                row["case"]["streams"], row["case"]["chunk_ms"], kind, f"{values['mean_batch']:.1f}" if first else "",
-                what, *figures, f"{values['rtfx']:.1f}" if first else "", verdict if first else "",
-            ])  # fmt: skip
+            lines.append(
+                [
+                    row["case"]["streams"],
+                    row["case"]["chunk_ms"],
+                    kind,
+                    f"{values['mean_batch']:.1f}" if first else "",
+                    what,
+                    *figures,
+                    f"{values['rtfx']:.1f}" if first else "",
+                    verdict if first else "",
+                ]
+            )
             first = False
     size = f", a stream's state {method['bytes_per_stream'] / 1e6:.2f} MB" if method["bytes_per_stream"] else ""
     text = [headline(result) or "NVIDIA's method: so many parallel streams, three clips each, all beginning together."]
-    text += ["", f"Milliseconds; {method['device']}, {method['threads']} threads{size}. "
-             f"{tables.busy([method['other_work_cores']])}", "", tables.markdown(head, lines)]  # fmt: skip
+    text += [
+        "",
+        f"Milliseconds; {method['device']}, {method['threads']} threads{size}. "
+        f"{tables.busy([method['other_work_cores']])}",
+        "",
+        tables.markdown(head, lines),
+    ]
     _draw(result, plot("streams"))
     return "\n".join(text).strip() + "\n"
 
@@ -226,27 +255,37 @@ def _draw(result: Record, axes: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("capacity", __doc__)
-    record.engine_options(parser)
+    parser = records.parser("capacity", __doc__)
+    records.engine_options(parser)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--seconds", type=float, default=180.0, help="that a number of streams must hold")
     parser.add_argument("--probe-seconds", type=float, default=15.0, help="of each try while searching")
     parser.add_argument("--most", type=int, default=512, help="streams to try")
     parser.add_argument(
-        "--simulate-realtime", "--simulate_realtime", type=int, metavar="N",
+        "--simulate-realtime",
+        "--simulate_realtime",
+        type=int,
+        metavar="N",
         help="NVIDIA's method: N parallel streams, 3N clips, no search",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
         return measure_capacity(
-            Bundle.open(options.bundle or nemostream.demo_bundle()), options.precision, options.chunk_ms or [560],
-            seconds=options.seconds, probe_seconds=options.probe_seconds, most=options.most,
-            simulate=options.simulate_realtime, device=options.device, threads=options.threads,
-            engines=options.engines, say=record.say,
-        )  # fmt: skip
+            Bundle.open(options.bundle or nemostream.demo_bundle()),
+            options.precision,
+            options.chunk_ms or [560],
+            seconds=options.seconds,
+            probe_seconds=options.probe_seconds,
+            most=options.most,
+            simulate=options.simulate_realtime,
+            device=options.device,
+            threads=options.threads,
+            engines=options.engines,
+            say=records.say,
+        )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

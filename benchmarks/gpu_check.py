@@ -50,7 +50,7 @@ import nemostream
 from nemostream.benchmarks.baseline import compare_steps, prepared
 from nemostream.benchmarks.gpu.report import joined, show
 from nemostream.benchmarks.gpu.speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
-from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.harness.competitors import OURS
 from nemostream.benchmarks.harness.random_bundle import random_bundle
 from nemostream.bundle import Bundle, Chunk
@@ -124,9 +124,13 @@ class Here:
 def environment(here: Here) -> Report:
     device = here.device()
     return {
-        "gpu": device.name, "architecture": device.architecture, "nvidia_smi": record.hardware()["gpu"],
-        "platform": platform.platform(), "libraries": record.versions(), "commit": record.commit(),
-    }  # fmt: skip
+        "gpu": device.name,
+        "architecture": device.architecture,
+        "nvidia_smi": records.hardware()["gpu"],
+        "platform": platform.platform(),
+        "libraries": records.versions(),
+        "commit": records.commit(),
+    }
 
 
 def loading(here: Here) -> Report:
@@ -175,8 +179,13 @@ def _pytest(here: Here, arguments: Sequence[str], limit: float, tool: Sequence[s
     ended = run(command, output, min(limit, here.until - time.perf_counter() + _GRACE / 2))
     lines = output.read_text(errors="replace").splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"passed": not ended, "ended": ended, "summary": lines[-1] if lines else "", "failed": failed,
-            "tail": lines[-150:]}  # fmt: skip
+    return {
+        "passed": not ended,
+        "ended": ended,
+        "summary": lines[-1] if lines else "",
+        "failed": failed,
+        "tail": lines[-150:],
+    }
 
 
 def engine_from_afar(here: Here) -> Report:
@@ -188,9 +197,12 @@ def engine_from_afar(here: Here) -> Report:
     blob = plan.path.read_bytes()
     validity, diagnostics = runtime.get_engine_validity(blob)
     return {
-        "built_for": "sm89", "here": here.device().architecture, "validity": validity.name,
-        "diagnostics": hex(diagnostics), "deserializes": runtime.deserialize_cuda_engine(blob) is not None,
-    }  # fmt: skip
+        "built_for": "sm89",
+        "here": here.device().architecture,
+        "validity": validity.name,
+        "diagnostics": hex(diagnostics),
+        "deserializes": runtime.deserialize_cuda_engine(blob) is not None,
+    }
 
 
 def engines(here: Here) -> Report:
@@ -238,9 +250,16 @@ def baseline(here: Here) -> Report:
     with prepared(None, None, here.say) as (checkpoint, bundle):
         for device in ("cuda", "cuda:onnxruntime"):
             found = compare_steps(
-                bundle, checkpoint, _SIDES, (1,), (80, 560), here.options.repeats, device=device,
-                engines=here.scratch / "engines", say=here.say,
-            )  # fmt: skip
+                bundle,
+                checkpoint,
+                _SIDES,
+                (1,),
+                (80, 560),
+                here.options.repeats,
+                device=device,
+                engines=here.scratch / "engines",
+                say=here.say,
+            )
             here.keep(found)
             if any(row["case"]["side"].startswith(OURS) for row in found["rows"]):
                 break
@@ -300,9 +319,13 @@ def run(command: Sequence[str], output: Path, limit: float) -> str:
 
 
 def in_processes(
-    sections: Mapping[str, float], command: Callable[[str, float], Sequence[str]], scratch: Path, minutes: float,
-    keep: Callable[[Report], None], say: Callable[[str], None] = lambda message: None,
-) -> Report:  # fmt: skip
+    sections: Mapping[str, float],
+    command: Callable[[str, float], Sequence[str]],
+    scratch: Path,
+    minutes: float,
+    keep: Callable[[Report], None],
+    say: Callable[[str], None] = lambda message: None,
+) -> Report:
     """The report of all sections; `sections` has the seconds that each may take.
 
     `command` (a section, minutes left) leaves what was found in `scratch`/SECTION.json; what is there of a section that

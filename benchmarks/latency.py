@@ -33,8 +33,7 @@ import numpy as np
 
 import nemostream
 from nemostream.benchmarks.gpu.speed import device_ms
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
 from nemostream.benchmarks.harness.synthetic import speech
@@ -70,7 +69,7 @@ def measure_latency(
     """
     if repeats < 1 or min(batches, default=0) < 1:
         raise OptionError("repeats and batch sizes must be at least 1.")
-    threads = threads or record.cores()
+    threads = threads or records.cores()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     rows: list[Row] = []
     machines: dict[str, Machine] = {}
@@ -91,12 +90,18 @@ def measure_latency(
                         rows.append(_measure(bundle, backend, chunk, case, repeats, machines[kind]))
                 gc.collect()
     manifest = bundle.manifest
-    return record.record(
-        "latency", rows,
+    return records.record(
+        "latency",
+        rows,
         model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model},
-        method={"repeats": repeats, "warm_up": _WARM_UP, "threads": threads, "device": " ".join(devices),
-                "machine": {kind: dict(machine.rates) for kind, machine in machines.items()}},
-    )  # fmt: skip
+        method={
+            "repeats": repeats,
+            "warm_up": _WARM_UP,
+            "threads": threads,
+            "device": " ".join(devices),
+            "machine": {kind: dict(machine.rates) for kind, machine in machines.items()},
+        },
+    )
 
 
 def _measure(
@@ -131,7 +136,7 @@ def _measure(
     where = "cuda" if isinstance(backend, GpuBackend) else "cpu"
     values["floor_ms"] = encoder_work(bundle, chunk, precision, where).floor_ms(machine, precision, batch)
     values["other_work_cores"] = round(others.cores(), 3)
-    return record.row(case, times, values)
+    return records.row(case, times, values)
 
 
 def push_times(model: Model, feed: Feed, chunk: Chunk, before: int, repeats: int) -> list[float]:
@@ -274,16 +279,24 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
                 bound = [f"{tables.digits(floor['floor'])}, {floor['binding']}"] if what == whole else [""]
                 reached = tables.percent(floor["floor"] / found["p50"], 0) if what == whole else ""
                 lines.append([*line, *bound, reached])
-    text = [f"Milliseconds; {method['threads']} threads of a CPU, {method['repeats']} steps each, after "
-            f"{method['warm_up']} to warm up with caches full.", "",
-            tables.markdown([*case, "what", *figures, "floor", "of the floor"], lines), "",
-            "Where a step's time goes, medians in milliseconds:", ""]  # fmt: skip
+    text = [
+        f"Milliseconds; {method['threads']} threads of a CPU, {method['repeats']} steps each, after "
+        f"{method['warm_up']} to warm up with caches full.",
+        "",
+        tables.markdown([*case, "what", *figures, "floor", "of the floor"], lines),
+        "",
+        "Where a step's time goes, medians in milliseconds:",
+        "",
+    ]
     parted = [row for row in rows if row["figures"].get("encoder")]
     lines = [
-        [*_case(row), *(tables.digits(row["figures"][part]["p50"]) if part in row["figures"] else "" for part in PARTS),
-         tables.digits(row["values"]["launches"])]
+        [
+            *_case(row),
+            *(tables.digits(row["figures"][part]["p50"]) if part in row["figures"] else "" for part in PARTS),
+            tables.digits(row["values"]["launches"]),
+        ]
         for row in parted
-    ]  # fmt: skip
+    ]
     text += [tables.markdown([*case, *PARTS, "launches"], lines), ""]
     text.append(tables.busy(row["values"]["other_work_cores"] for row in rows))
     text += [f"Measured, {kind}: {tables.rates(rates)}." for kind, rates in method["machine"].items()]
@@ -328,8 +341,8 @@ def _draw_floor(rows: Sequence[Row], axes: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("latency", __doc__)
-    record.engine_options(parser, several=True)
+    parser = records.parser("latency", __doc__)
+    records.engine_options(parser, several=True)
     parser.add_argument("--precision", nargs="+", default=["fp32"], help="of engines, made when they are not there")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=50, help="steps timed of each")
@@ -338,11 +351,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def measure() -> Record:
         bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
         return measure_latency(
-            bundle, options.precision, options.batch, options.chunk_ms, options.repeats, devices=options.device,
-            threads=options.threads, engines=options.engines, say=record.say,
-        )  # fmt: skip
+            bundle,
+            options.precision,
+            options.batch,
+            options.chunk_ms,
+            options.repeats,
+            devices=options.device,
+            threads=options.threads,
+            engines=options.engines,
+            say=records.say,
+        )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import Record, Say
 from nemostream.benchmarks.harness.roofline import measure_machine
 from nemostream.benchmarks.harness.timed import timed_backend
@@ -53,7 +52,7 @@ def measure_quick(
     ):
         said = model.transcribe(nemostream.demo_clip()).text
     # The roofline of a GPU is measured with its backend.
-    machine = measure_machine(record.cores(), 1 << 28, repeats=2, size=1024) if device == "cpu" else None
+    machine = measure_machine(records.cores(), 1 << 28, repeats=2, size=1024) if device == "cpu" else None
     latency = measure_latency(
         bundle, (precision,), _BATCHES, repeats=repeats, devices=(device,), engines=engines, machine=machine, say=say
     )
@@ -63,7 +62,7 @@ def measure_quick(
     for row, other in zip(latency["rows"], whole["rows"], strict=True):
         row["values"]["rtfx"] = other["values"]["rtfx"]
     method = {**latency["method"], "said": said, "seconds": round(time.perf_counter() - begun, 1)}
-    return record.record("quick", latency["rows"], model=latency["model"], method=method)
+    return records.record("quick", latency["rows"], model=latency["model"], method=method)
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
@@ -93,7 +92,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("quick", __doc__)
+    parser = records.parser("quick", __doc__)
     parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (engines by TensorRT) or cuda:onnxruntime")
     parser.add_argument("--engines", type=Path, help="folder of engines (default: they are not kept)")
@@ -102,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
-        return measure_quick(bundle, options.repeats, record.say, device=options.device, engines=options.engines)
+        return measure_quick(bundle, options.repeats, records.say, device=options.device, engines=options.engines)
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

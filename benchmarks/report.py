@@ -26,8 +26,7 @@ import numpy as np
 
 from nemostream.benchmarks import module_name
 from nemostream.benchmarks.capacity import RESOLUTION
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import Record
 from nemostream.errors import NemostreamError, OptionError
 
@@ -150,11 +149,16 @@ def _words(case: dict[str, Any], now: np.ndarray, then: np.ndarray) -> Change:
 def changes(new: Record, old: Record) -> str:
     """What changed since an earlier result, as Markdown."""
     lines = [
-        [" ".join(f"{key} {value}" for key, value in each.case.items()), each.what, tables.digits(each.before),
-         tables.digits(each.now), f"{each.now / each.before:.2f}" if each.before else "",
-         f"**{each.verdict}**" if each.verdict else "within noise"]
+        [
+            " ".join(f"{key} {value}" for key, value in each.case.items()),
+            each.what,
+            tables.digits(each.before),
+            tables.digits(each.now),
+            f"{each.now / each.before:.2f}" if each.before else "",
+            f"**{each.verdict}**" if each.verdict else "within noise",
+        ]
         for each in compare(new, old)
-    ]  # fmt: skip
+    ]
     if not lines:
         return f"No case of the {old['benchmark']} of {old['time']} is in this one, or none that can be compared.\n"
     others = [what for what in ("hardware", "model") if new[what] != old[what]]
@@ -202,7 +206,7 @@ def pages(root: Path) -> dict[Path, str]:
         "Times are milliseconds, percentiles by nearest rank: of fewer than 100 samples p99 is the largest. The model",
         "*random-0.6b* is the published one's shape with random weights (`nemostream bench synthetic`), *demo* the",
         "embedded one.",
-    ]  # fmt: skip
+    ]
     for name, result in results.items():
         stem = root / "benchmarks" / "results" / name
         drawn = sorted(each.name for each in stem.parent.glob(f"{name}-*.svg"))
@@ -223,8 +227,8 @@ def committed(root: Path) -> dict[str, Record]:
     """The results kept with the code, by file name."""
     found = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.json")):
-        if f'"schema": "{record.SCHEMA}"' in path.read_text(encoding="utf-8")[:200]:
-            result = record.read(path)
+        if f'"schema": "{records.SCHEMA}"' in path.read_text(encoding="utf-8")[:200]:
+            result = records.read(path)
             # Some have pages of their own that quote them.
             if hasattr(import_module(module_name(result["benchmark"])), "show"):
                 found[path.stem] = result
@@ -271,14 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--against", nargs="+", type=Path, default=[], metavar="RESULT", help="earlier ones to compare with"
     )
-    parser.add_argument("--out", type=Path, default=record.FOLDER / "report.md")
+    parser.add_argument("--out", type=Path, default=records.FOLDER / "report.md")
     parser.add_argument("--pages", action="store_true", help="write README's section and docs/performance.md")
     options = parser.parse_args(arguments)
     try:
         if not options.results and not options.pages:
             raise OptionError("give the RESULT files to report, or --pages.")
         if options.results:
-            results, against = ([record.read(path) for path in paths] for paths in (options.results, options.against))
+            results, against = ([records.read(path) for path in paths] for paths in (options.results, options.against))
             print(write_report(results, options.out, against), end="")
         if options.pages:
             for name, result in committed(ROOT).items():
@@ -286,9 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     show(result, plot)
             for path, text in pages(ROOT).items():
                 path.write_text(text, encoding="utf-8")
-                record.say(f"written: {path}")
+                records.say(f"written: {path}")
     except NemostreamError as error:
-        record.say(f"nemostream: {error}")
+        records.say(f"nemostream: {error}")
         raise SystemExit(error.exit_code) from error
 
 

@@ -32,8 +32,7 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
 from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, percentile
 from nemostream.bundle import Bundle
@@ -80,10 +79,25 @@ def measure_serving(
         said = [model.transcribe(clip).text for clip in clips]
     began, others, rows = time.perf_counter(), OtherWork(), []
     command = [
-        sys.executable, "-m", "nemostream", "serve", "--bundle", str(bundle.path), "--chunk-ms", str(chunk.ms),
-        "--chunks", str(chunk.ms), "--port", "0", "--grpc-port", "-1", "--max-streams", str(2 * max(streams)),
-        "--no-measure", *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "nemostream",
+        "serve",
+        "--bundle",
+        str(bundle.path),
+        "--chunk-ms",
+        str(chunk.ms),
+        "--chunks",
+        str(chunk.ms),
+        "--port",
+        "0",
+        "--grpc-port",
+        "-1",
+        "--max-streams",
+        str(2 * max(streams)),
+        "--no-measure",
+        *options,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             assert server.stdout is not None
@@ -108,14 +122,25 @@ def measure_serving(
             served = _cpu(server.pid)
         finally:
             server.terminate()
-    return record.record(
-        "serve", rows,
-        model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
-               "d_model": bundle.manifest.encoder.d_model},
-        method={"threads": record.cores(), "device": "cpu", "seconds": seconds, "packet_ms": packet_ms,
-                "recordings": len(clips), "grace_ms": GRACE_MS, "options": list(options),
-                "other_work_cores": round(max(0.0, others.cores() - served / (time.perf_counter() - began)), 3)},
-    )  # fmt: skip
+    return records.record(
+        "serve",
+        rows,
+        model={
+            "name": bundle.manifest.name,
+            "layers": bundle.manifest.encoder.layers,
+            "d_model": bundle.manifest.encoder.d_model,
+        },
+        method={
+            "threads": records.cores(),
+            "device": "cpu",
+            "seconds": seconds,
+            "packet_ms": packet_ms,
+            "recordings": len(clips),
+            "grace_ms": GRACE_MS,
+            "options": list(options),
+            "other_work_cores": round(max(0.0, others.cores() - served / (time.perf_counter() - began)), 3),
+        },
+    )
 
 
 def judge(calls: Calls, case: dict[str, Any], seconds: float, server: float, callers: float) -> Row:
@@ -136,12 +161,18 @@ def judge(calls: Calls, case: dict[str, Any], seconds: float, server: float, cal
     if calls.open_most < case["streams"]:
         reasons.append(f"only {calls.open_most} were open at once")
     values = {
-        "holds": not reasons, "against": reasons, "seconds": round(seconds, 2), "utterances": len(finals),
-        "wrong": len(calls.wrong), "audio_seconds": round(calls.audio, 1), "rtfx": record.rtfx(calls.audio, seconds),
-        "server_cores": round(server, 3), "callers_cores": round(callers, 3),
-        "late_ms": record.figures([1000 * late for late in calls.lateness]) if calls.lateness else None,
-    }  # fmt: skip
-    return record.row(case, {"final text": finals} if finals else {}, values)
+        "holds": not reasons,
+        "against": reasons,
+        "seconds": round(seconds, 2),
+        "utterances": len(finals),
+        "wrong": len(calls.wrong),
+        "audio_seconds": round(calls.audio, 1),
+        "rtfx": records.rtfx(calls.audio, seconds),
+        "server_cores": round(server, 3),
+        "callers_cores": round(callers, 3),
+        "late_ms": records.figures([1000 * late for late in calls.lateness]) if calls.lateness else None,
+    }
+    return records.row(case, {"final text": finals} if finals else {}, values)
 
 
 async def _call(
@@ -160,9 +191,16 @@ async def _call(
 
 
 async def _caller(
-    url: str, clips: Sequence[Any], said: Sequence[str], calls: Calls, moment: float, begin: float, end: float,
-    packet: float, rng: np.random.Generator,
-) -> None:  # fmt: skip
+    url: str,
+    clips: Sequence[Any],
+    said: Sequence[str],
+    calls: Calls,
+    moment: float,
+    begin: float,
+    end: float,
+    packet: float,
+    rng: np.random.Generator,
+) -> None:
     await asyncio.sleep(moment - time.perf_counter())
     while (start := time.perf_counter()) < end:
         which = int(rng.integers(len(clips)))
@@ -234,18 +272,37 @@ def _cpu(process: int) -> float:
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
     head = [
-        "callers", "chunk", "recordings", "wrong", "avg", "p50", "p95", "p99", "server cores", "callers' cores",
-        "streams a step", "holds",
-    ]  # fmt: skip
+        "callers",
+        "chunk",
+        "recordings",
+        "wrong",
+        "avg",
+        "p50",
+        "p95",
+        "p99",
+        "server cores",
+        "callers' cores",
+        "streams a step",
+        "holds",
+    ]
     lines = []
     for row in result["rows"]:
         values, found = row["values"], row["figures"].get("final text", {})
         times = [tables.digits(found[name]) if found else "" for name in ("avg", "p50", "p95", "p99")]
         verdict = "yes" if values["holds"] else "no: " + "; ".join(values["against"])
-        lines.append([
-            row["case"]["streams"], f"{row['case']['chunk_ms']} ms", values["utterances"], values["wrong"], *times,
-            f"{values['server_cores']:.2f}", f"{values['callers_cores']:.2f}", values.get("mean_batch", ""), verdict,
-        ])  # fmt: skip
+        lines.append(
+            [
+                row["case"]["streams"],
+                f"{row['case']['chunk_ms']} ms",
+                values["utterances"],
+                values["wrong"],
+                *times,
+                f"{values['server_cores']:.2f}",
+                f"{values['callers_cores']:.2f}",
+                values.get("mean_batch", ""),
+                verdict,
+            ]
+        )
     method = result["method"]
     text = (
         f"Milliseconds from a recording's last audio to its final text; {method['recordings']} recordings, "
@@ -283,7 +340,7 @@ def _draw(result: Record, axes: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("serve", __doc__)
+    parser = records.parser("serve", __doc__)
     parser.add_argument("--bundle", type=Path, help="folder of a bundle; default: the packaged demo")
     parser.add_argument("--streams", type=int, nargs="+", default=[50, 100, 200], help="callers at once")
     parser.add_argument("--chunk-ms", type=int, default=560)
@@ -294,12 +351,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         return measure_serving(
-            Bundle.open(options.bundle or nemostream.demo_bundle()), options.streams, options.chunk_ms,
-            seconds=options.seconds, packet_ms=options.packet_ms, manifest=options.manifest, options=rest,
-            say=record.say,
-        )  # fmt: skip
+            Bundle.open(options.bundle or nemostream.demo_bundle()),
+            options.streams,
+            options.chunk_ms,
+            seconds=options.seconds,
+            packet_ms=options.packet_ms,
+            manifest=options.manifest,
+            options=rest,
+            say=records.say,
+        )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

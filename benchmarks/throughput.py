@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
 from nemostream.benchmarks.harness.records import OtherWork, Record, Say
 from nemostream.benchmarks.harness.timed import timed_backend
@@ -67,30 +66,47 @@ def measure_throughput(
                             audio = sum(result.duration for result in pool.map(model.transcribe, sources))
                             times.append(time.perf_counter() - start)
                     case = {"chunk_ms": chunk.ms, "batch": batch, "precision": precision}
-                    values = {"audio_seconds": audio, "rtfx": record.rtfx(audio, statistics.median(times))}
-                    rows.append(record.row(case, {"whole set": [1000 * seconds for seconds in times]}, values))
-    return record.record(
-        "throughput", rows,
-        model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
-               "d_model": bundle.manifest.encoder.d_model},
-        method={"recordings": len(sources), "repeats": repeats, "threads": threads or record.cores(), "device": device,
-                "other_work_cores": round(others.cores(), 3)},
-    )  # fmt: skip
+                    values = {"audio_seconds": audio, "rtfx": records.rtfx(audio, statistics.median(times))}
+                    rows.append(records.row(case, {"whole set": [1000 * seconds for seconds in times]}, values))
+    return records.record(
+        "throughput",
+        rows,
+        model={
+            "name": bundle.manifest.name,
+            "layers": bundle.manifest.encoder.layers,
+            "d_model": bundle.manifest.encoder.d_model,
+        },
+        method={
+            "recordings": len(sources),
+            "repeats": repeats,
+            "threads": threads or records.cores(),
+            "device": device,
+            "other_work_cores": round(others.cores(), 3),
+        },
+    )
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
     """Table and plot of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
     rows, method = result["rows"], result["method"]
     lines = [
-        [f"{row['case']['chunk_ms']} ms", row["case"]["batch"], row["case"]["precision"],
-         tables.digits(row["values"]["audio_seconds"]), tables.spread([ms / 1000 for ms in row["ms"]["whole set"]]),
-         tables.digits(row["values"]["rtfx"])]
+        [
+            f"{row['case']['chunk_ms']} ms",
+            row["case"]["batch"],
+            row["case"]["precision"],
+            tables.digits(row["values"]["audio_seconds"]),
+            tables.spread([ms / 1000 for ms in row["ms"]["whole set"]]),
+            tables.digits(row["values"]["rtfx"]),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     axes = plot("rtfx")
     for precision, ms in dict.fromkeys((row["case"]["precision"], row["case"]["chunk_ms"]) for row in rows):
-        points = [(row["case"]["batch"], row["values"]["rtfx"]) for row in rows
-                  if (row["case"]["precision"], row["case"]["chunk_ms"]) == (precision, ms)]  # fmt: skip
+        points = [
+            (row["case"]["batch"], row["values"]["rtfx"])
+            for row in rows
+            if (row["case"]["precision"], row["case"]["chunk_ms"]) == (precision, ms)
+        ]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{precision}, {ms} ms")
     axes.set(xlabel="recordings at a time", ylabel="RTFx", title="Seconds of audio per second")
     axes.legend(fontsize=7)
@@ -103,8 +119,8 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("throughput", __doc__)
-    record.engine_options(parser)
+    parser = records.parser("throughput", __doc__)
+    records.engine_options(parser)
     parser.add_argument("--manifest", type=Path, help="NeMo manifest (default: the packaged clips)")
     parser.add_argument("--copies", type=int, default=32, help="of the packaged clips")
     parser.add_argument("--repeats", type=int, default=3, help="times that the whole set is done")
@@ -121,11 +137,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             sources = speech(bundle.manifest) * options.copies
         return measure_throughput(
-            bundle, sources, options.precision, options.batch, options.chunk_ms, options.repeats, device=options.device,
-            threads=options.threads, engines=options.engines, say=record.say,
-        )  # fmt: skip
+            bundle,
+            sources,
+            options.precision,
+            options.batch,
+            options.chunk_ms,
+            options.repeats,
+            device=options.device,
+            threads=options.threads,
+            engines=options.engines,
+            say=records.say,
+        )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

@@ -20,22 +20,30 @@ class Metrics:
         self.failed = Counter("nemostream_streams_failed", "Streams that failed.", ["transport"], registry=registry)
         self.rejected = Counter("nemostream_rejected", "Streams refused.", ["reason"], registry=registry)
         self.denied = Counter(
-            "nemostream_denied", "Requests denied: wrong key, foreign origin, unknown host.", ["reason"],
+            "nemostream_denied",
+            "Requests denied: wrong key, foreign origin, unknown host.",
+            ["reason"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.uploads = Gauge("nemostream_uploads", "Recordings received or recognised now.", registry=registry)
         self.dropped = Counter("nemostream_dropped", "Clients cut off for breaking a limit.", registry=registry)
         self.audio = Counter("nemostream_audio_seconds", "Audio received.", registry=registry)
         self.words = Counter("nemostream_utterances", "Utterances that became final.", registry=registry)
         self.steps = Histogram(
-            "nemostream_step_seconds", "Time of a step, all its streams together.", ["chunk_ms"], buckets=_SECONDS,
+            "nemostream_step_seconds",
+            "Time of a step, all its streams together.",
+            ["chunk_ms"],
+            buckets=_SECONDS,
             registry=registry,
-        )  # fmt: skip
+        )
         self.batch = Histogram("nemostream_step_streams", "Streams in a step.", buckets=_STREAMS, registry=registry)
         self.latency = Histogram(
-            "nemostream_latency_seconds", "From the arrival of a chunk's last audio until its result.", ["chunk_ms"],
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
+            "nemostream_latency_seconds",
+            "From the arrival of a chunk's last audio until its result.",
+            ["chunk_ms"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self.real_time = Gauge(
             "nemostream_real_time_factor",
             "Machine seconds per second of audio, just now.",

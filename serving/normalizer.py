@@ -66,9 +66,16 @@ class Normalizer:
         variables = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "nemostream.serving.normalizer", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, env=variables, start_new_session=True, limit=_LINE_BYTES,
-            )  # fmt: skip
+                sys.executable,
+                "-m",
+                "nemostream.serving.normalizer",
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=variables,
+                start_new_session=True,
+                limit=_LINE_BYTES,
+            )
         except OSError as error:
             raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
         await self._ask(self._process, [], _START_SECONDS)

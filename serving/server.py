@@ -113,20 +113,33 @@ def _listen(settings: Settings) -> socket.socket:
 def _http(service: Service, settings: Settings, ports: dict[str, int]) -> Server:
     most = connections_for(settings.max_connections)
     limits = Connections(
-        most, settings.max_connections_per_client, settings.body_seconds, TrustedProxies(settings.trusted_proxies),
+        most,
+        settings.max_connections_per_client,
+        settings.body_seconds,
+        TrustedProxies(settings.trusted_proxies),
         {"/v1/realtime": max(MESSAGE_BYTES, settings.max_message_bytes)},
-    )  # fmt: skip
+    )
     http, websocket = protocols(limits)
     config = uvicorn.Config(
-        create_app(service, ports), lifespan="off", log_config=None, access_log=False, server_header=False,
-        http=http, ws=websocket, h11_max_incomplete_event_size=HEAD_BYTES, ws_max_size=settings.max_message_bytes,
+        create_app(service, ports),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=http,
+        ws=websocket,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        ws_max_size=settings.max_message_bytes,
         # No pings: a client that is gone sends nothing (`idle_seconds`), and the answer of a client that sends
         # faster than it is served would wait behind its audio.
         # `AccessMiddleware` reads the headers of trusted proxies, for gRPC too.
         proxy_headers=False,
-        ws_per_message_deflate=False, ws_ping_interval=None, timeout_graceful_shutdown=2,
-        ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
-    )  # fmt: skip
+        ws_per_message_deflate=False,
+        ws_ping_interval=None,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
     return Server(config, limits)
 
 
@@ -138,14 +151,19 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
         maximum_concurrent_rpcs=calls,
         options=[
             ("grpc.max_receive_message_length", min(settings.max_upload_bytes, _GRPC_UPLOAD)),
-            ("grpc.max_metadata_size", 16 << 10), ("grpc.absolute_max_metadata_size", 32 << 10),
-            ("grpc.max_concurrent_streams", calls), ("grpc.so_reuseport", 0),
-            ("grpc.max_connection_idle_ms", int(1000 * _GRPC_IDLE)), ("grpc.server_handshake_timeout_ms", ping),
-            ("grpc.keepalive_time_ms", ping), ("grpc.keepalive_timeout_ms", ping),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5000), ("grpc.http2.max_ping_strikes", 2),
+            ("grpc.max_metadata_size", 16 << 10),
+            ("grpc.absolute_max_metadata_size", 32 << 10),
+            ("grpc.max_concurrent_streams", calls),
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_connection_idle_ms", int(1000 * _GRPC_IDLE)),
+            ("grpc.server_handshake_timeout_ms", ping),
+            ("grpc.keepalive_time_ms", ping),
+            ("grpc.keepalive_timeout_ms", ping),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ("grpc.http2.max_ping_strikes", 2),
             ("grpc.max_allowed_incoming_connections", max(8, connections_for(settings.max_connections) // 2)),
         ],
-    )  # fmt: skip
+    )
     riva.add_to(server, service)
     address = f"{_bracketed(settings.host)}:{settings.grpc_port}"
     try:

@@ -102,9 +102,14 @@ class Service:
         threads = settings.threads or max(1, usable_cpus() - 1)
         capacity = settings.max_streams + settings.max_uploads + _SPARE
         model = nemostream.load(
-            settings.bundle, settings.chunk_ms, capacity=capacity, threads=threads,
-            device=settings.device, precision=settings.precision, engines=settings.engines,
-        )  # fmt: skip
+            settings.bundle,
+            settings.chunk_ms,
+            capacity=capacity,
+            threads=threads,
+            device=settings.device,
+            precision=settings.precision,
+            engines=settings.engines,
+        )
         try:
             known = [chunk.ms for chunk in model.manifest.chunks]
             self.chunks = tuple(sorted(settings.chunks or known))
@@ -124,19 +129,35 @@ class Service:
         model.watch(self._stepped, self._failed)
         self._model, self.state = model, "ready"
         log.info(
-            "ready", extra={"seconds": round(time.monotonic() - began, 1), "model": model.manifest.name,
-                            "demo": self.demo, "admitted": self.admitted}
-            | ({} if rate is None else {"real_time_streams": round(rate)})
-        )  # fmt: skip
+            "ready",
+            extra={
+                "seconds": round(time.monotonic() - began, 1),
+                "model": model.manifest.name,
+                "demo": self.demo,
+                "admitted": self.admitted,
+            }
+            | ({} if rate is None else {"real_time_streams": round(rate)}),
+        )
         if self.demo:
             log.info(DEMO_NOTE)
 
     def open(
-        self, transport: str, *, sample_rate: int = 16000, channels: int = 1, encoding: str = "pcm_s16le",
-        chunk_ms: int | None = None, endpoint_ms: int | None = 0, longest_ms: int | None = None,
-        decoder: Literal["keep", "reset"] = "keep", phrases: Boosting | None = None, vad: bool = False,
-        client: Client = NOBODY, upload: bool = False, normalizer: Normalizer | None = None,
-    ) -> Session:  # fmt: skip
+        self,
+        transport: str,
+        *,
+        sample_rate: int = 16000,
+        channels: int = 1,
+        encoding: str = "pcm_s16le",
+        chunk_ms: int | None = None,
+        endpoint_ms: int | None = 0,
+        longest_ms: int | None = None,
+        decoder: Literal["keep", "reset"] = "keep",
+        phrases: Boosting | None = None,
+        vad: bool = False,
+        client: Client = NOBODY,
+        upload: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> Session:
         """Let a stream in; `endpoint_ms` is None for one whose utterances never end by silence, 0 for the default.
 
         The stream of an `upload` has a place already (`Uploads`). Raises `CapacityError` when there is no room,
@@ -166,9 +187,17 @@ class Service:
             if not upload and self.overloaded:
                 raise CapacityError("the machine is behind with the streams it has; try again in a few seconds.")
             session = Session(
-                self, transport=transport, sample_rate=sample_rate, channels=channels, encoding=encoding,
-                chunk_ms=wanted, options=options, client=client, upload=upload, normalizer=normalizer,
-            )  # fmt: skip
+                self,
+                transport=transport,
+                sample_rate=sample_rate,
+                channels=channels,
+                encoding=encoding,
+                chunk_ms=wanted,
+                options=options,
+                client=client,
+                upload=upload,
+                normalizer=normalizer,
+            )
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
             log.info("refused", extra={"transport": transport, "why": shown(str(error)), "peer": client.address})
@@ -180,9 +209,12 @@ class Service:
         self.metrics.opened.labels(transport).inc()
         self.metrics.streams.labels(transport).inc()
         about = {
-            "transport": transport, "chunk_ms": wanted, "sample_rate": sample_rate, "channels": channels,
+            "transport": transport,
+            "chunk_ms": wanted,
+            "sample_rate": sample_rate,
+            "channels": channels,
             "peer": client.address,
-        }  # fmt: skip
+        }
         log.info("opened", extra={"stream": session.id, **about})
         return session
 
@@ -206,18 +238,28 @@ class Service:
         if session.error:
             self.metrics.failed.labels(session.transport).inc()
         log.info(
-            "closed", extra={"stream": session.id, "audio_seconds": round(session.audio, 2), "error": session.error,
-                             "peer": session.client.address}
-        )  # fmt: skip
+            "closed",
+            extra={
+                "stream": session.id,
+                "audio_seconds": round(session.audio, 2),
+                "error": session.error,
+                "peer": session.client.address,
+            },
+        )
 
     def said(self, session: Session, event: Event) -> None:
         """An utterance of a session is final."""
         self.metrics.words.inc()
         if self.settings.log_transcripts:
             log.info(
-                "said", extra={"stream": session.id, "utterance": event.utterance, "text": event.text,
-                               "peer": session.client.address}
-            )  # fmt: skip
+                "said",
+                extra={
+                    "stream": session.id,
+                    "utterance": event.utterance,
+                    "text": event.text,
+                    "peer": session.client.address,
+                },
+            )
 
     def heard(self, chunk_ms: int, seconds: float, due: float) -> None:
         """The results of a message came, so long after it; `due` seconds is how long it, or its chunk, lasts."""
@@ -329,8 +371,11 @@ class Service:
     def describe(self) -> dict[str, Any]:
         """The state, for those who ask."""
         found: dict[str, Any] = {
-            "status": self.state, "streams": self.streams, "admitted": self.admitted, "uploads": self.uploads.count
-        }  # fmt: skip
+            "status": self.state,
+            "streams": self.streams,
+            "admitted": self.admitted,
+            "uploads": self.uploads.count,
+        }
         if self._model is not None:
             found |= {
                 "model": self._model.manifest.name,

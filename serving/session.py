@@ -50,9 +50,19 @@ class Session:
     """One client's stream; made by `Service.open`. For one task at a time; an asynchronous context manager."""
 
     def __init__(
-        self, service: Service, *, transport: str, sample_rate: int, channels: int, encoding: str, chunk_ms: int,
-        options: Options, client: Client, upload: bool = False, normalizer: Normalizer | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        *,
+        transport: str,
+        sample_rate: int,
+        channels: int,
+        encoding: str,
+        chunk_ms: int,
+        options: Options,
+        client: Client,
+        upload: bool = False,
+        normalizer: Normalizer | None = None,
+    ) -> None:
         self.id = secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
         self.wanted_ms = chunk_ms

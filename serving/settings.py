@@ -206,9 +206,13 @@ def read_settings(arguments: Sequence[str] = ()) -> Settings:
     class FromFile(Settings):
         __doc__ = Settings.__doc__
         model_config = SettingsConfigDict(
-            toml_file=file, cli_prog_name="nemostream serve", cli_kebab_case=True, cli_avoid_json=True,
-            cli_hide_none_type=True, cli_show_env_vars=True,
-        )  # fmt: skip
+            toml_file=file,
+            cli_prog_name="nemostream serve",
+            cli_kebab_case=True,
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_show_env_vars=True,
+        )
 
     try:
         return CliApp.run(FromFile, list(arguments), cli_exit_on_error=False)

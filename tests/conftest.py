@@ -152,9 +152,15 @@ class NemoOracle:
             featurizer, samples = copy.deepcopy(featurizer).double(), samples.double()
             window = featurizer.window.double()
             featurizer.stft = lambda x: torch.stft(
-                x, featurizer.n_fft, featurizer.hop_length, featurizer.win_length, window, return_complex=True,
-                center=True, pad_mode="constant",
-            )  # fmt: skip
+                x,
+                featurizer.n_fft,
+                featurizer.hop_length,
+                featurizer.win_length,
+                window,
+                return_complex=True,
+                center=True,
+                pad_mode="constant",
+            )
         with torch.inference_mode():
             mel, length = featurizer(samples, torch.tensor([len(audio)]))
         return mel[0, :, : int(length[0])].T.float().numpy()

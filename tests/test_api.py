@@ -84,9 +84,15 @@ def test_an_unknown_option_lists_the_valid_ones(model: nemostream.Model, clip: n
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("sample_rate", "16000"), ("sample_rate", None), ("sample_rate", True), ("endpoint", 800),
-     ("confidence", "max_prob"), ("chunk_ms", "560")],
-)  # fmt: skip
+    [
+        ("sample_rate", "16000"),
+        ("sample_rate", None),
+        ("sample_rate", True),
+        ("endpoint", 800),
+        ("confidence", "max_prob"),
+        ("chunk_ms", "560"),
+    ],
+)
 def test_a_value_of_the_wrong_kind_is_named(
     model: nemostream.Model, clip: np.ndarray, name: str, option: str, value: object
 ) -> None:
@@ -147,8 +153,12 @@ class Pipe:
 
 
 SOURCES: dict[str, Callable[[bytes], Any]] = {
-    "bytes": bytes, "bytearray": bytearray, "memoryview": memoryview, "BytesIO": io.BytesIO, "pipe": Pipe
-}  # fmt: skip
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "memoryview": memoryview,
+    "BytesIO": io.BytesIO,
+    "pipe": Pipe,
+}
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -285,7 +285,7 @@ def at(path: str, value: Any) -> str:
         ("versions/onnx", 1),
         ("version", 2.0),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_field_is_one_sentence(path: str, value: Any) -> None:
     with pytest.raises(BundleError, match="export the checkpoint again") as caught:
         Manifest.from_json(at(path, value), "manifest.json")

@@ -88,8 +88,12 @@ def test_numbers_are_said_as_people_say_them() -> None:
         assert sentences.cardinal(n) == wanted
         assert sentences.ordinal(n) == inflect.ordinal(wanted)
     assert [sentences.year(n) for n in (1705, 1900, 1984, 2004, 2031)] == [
-        "seventeen oh five", "nineteen hundred", "nineteen eighty four", "two thousand four", "twenty thirty one"
-    ]  # fmt: skip
+        "seventeen oh five",
+        "nineteen hundred",
+        "nineteen eighty four",
+        "two thousand four",
+        "twenty thirty one",
+    ]
 
 
 def test_what_is_for_testing_does_not_depend_on_case_or_punctuation() -> None:

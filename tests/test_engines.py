@@ -382,9 +382,15 @@ def test_an_engine_whose_hashes_were_not_verified_is_not_used(demo_bundle: Bundl
     from nemostream.plans import Recipe
 
     recipe = Recipe.of(
-        demo_bundle, 560, backend="onnxruntime", library=onnxruntime.__version__, precision="int8", device="cpu",
-        max_batch=0, cell="float32",
-    )  # fmt: skip
+        demo_bundle,
+        560,
+        backend="onnxruntime",
+        library=onnxruntime.__version__,
+        precision="int8",
+        device="cpu",
+        max_batch=0,
+        cell="float32",
+    )
     store, outside = PlanStore(tmp_path / "engines"), tmp_path / "outside.onnx"
     shutil.copy(demo_bundle.file("encoder-560ms"), outside)
     shutil.copy(demo_bundle.path / "weights.bin", tmp_path)

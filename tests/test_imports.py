@@ -1,101 +1,125 @@
-"""The walls between the rooms: who may import what, read from the source, and what importing really loads."""
+"""Import rules: which package may import what, no import cycles, and what importing really loads."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "nemostream"
+# Modules that every package may import.
 CONTRACT = {
-    "nemostream", "nemostream.bundle", "nemostream.plans", "nemostream.clips", "nemostream.errors", "nemostream.runtime.text.formats",
-    "nemostream.extras", "nemostream.untrusted",
-}  # fmt: skip
+    "nemostream",
+    "nemostream.bundle",
+    "nemostream.clips",
+    "nemostream.errors",
+    "nemostream.extras",
+    "nemostream.plans",
+    "nemostream.untrusted",
+}
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
-ROOM_NAMES = ("runtime", "engine", "export", "serving", "benchmarks")
 
 
 @dataclass(frozen=True)
-class Room:
-    """What the files of a folder may import; `only` adds to it for single files.
+class Rule:
+    """What the modules of a package may import; `only` extends it for single modules.
 
-    `at_import` says that the rule is about importing the file: what its functions import when called is their business.
+    With `at_import`, the rule covers what importing a module loads, not what its functions import when called.
     """
 
-    package: str
-    third_party: frozenset[str]
-    rooms: frozenset[str] = frozenset()
-    only: tuple[tuple[str, frozenset[str]], ...] = ()
+    modules: frozenset[str]  # third-party packages, and single modules of nemostream
+    packages: frozenset[str] = frozenset()  # of nemostream, besides itself and the contract
+    only: dict[str, frozenset[str]] = field(default_factory=dict)
     forbidden: frozenset[str] = frozenset()  # of the standard library
     at_import: bool = False
 
 
-ROOMS = {
-    "src/nemostream": Room(
-        "nemostream",
-        frozenset({"numpy"}),
-        only=(("cli.py", frozenset({"typer"})), ("doctor.py", frozenset({"rich"}))),
+RULES = {
+    # The composition root: functions load what they need when they are called.
+    "nemostream": Rule(
+        frozenset({"numpy"}), only={"nemostream.__main__": frozenset({"nemostream.cli.interrupt"})}, at_import=True
+    ),
+    "nemostream.cli": Rule(
+        frozenset({"numpy", "nemostream.runtime.text.formats"}),
+        only={"nemostream.cli.main": frozenset({"typer"}), "nemostream.cli.doctor": frozenset({"rich"})},
         at_import=True,
     ),
-    "export": Room(
-        "nemostream.export",
-        frozenset({"numpy", "torch", "nemo", "onnx", "onnxruntime", "omegaconf", "yaml", "soundfile", "soxr"}),
+    "nemostream.export": Rule(
+        frozenset({"numpy", "torch", "nemo", "onnx", "onnxruntime", "omegaconf", "yaml", "soundfile", "soxr"})
     ),
-    "engine": Room(
-        "nemostream.engine",
+    "nemostream.engine": Rule(
         frozenset({"numpy", "onnx", "ml_dtypes"}),
-        only=(
-            ("tensorrt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
-            ("calibration.py", frozenset({"onnxruntime"})),
-        ),
+        only={
+            "nemostream.engine.tensorrt": frozenset({"tensorrt", "tensorrt_rtx"}),
+            "nemostream.engine.calibration": frozenset({"onnxruntime"}),
+            "nemostream.engine.validate": frozenset({"nemostream.runtime.backends.base"}),
+        },
     ),
-    "runtime": Room(
-        "nemostream.runtime",
+    "nemostream.runtime": Rule(
         frozenset({"numpy"}),
-        only=(
-            ("audio.py", frozenset({"soxr"})),
-            ("files.py", frozenset({"soundfile", "soxr"})),
-            ("libav.py", frozenset({"av"})),
-            ("tokenizer.py", frozenset({"sentencepiece"})),
-            ("ort.py", frozenset({"onnxruntime"})),
-            ("ort_cuda.py", frozenset({"onnxruntime"})),
-            ("vad.py", frozenset({"onnxruntime"})),
-            ("trt.py", frozenset({"tensorrt", "tensorrt_rtx"})),
-            ("cuda.py", frozenset({"cuda"})),
-            ("aio.py", frozenset({"asyncio"})),
-        ),
+        only={
+            "nemostream.runtime.audio.files": frozenset({"soundfile", "soxr"}),
+            "nemostream.runtime.audio.libav": frozenset({"av"}),
+            "nemostream.runtime.audio.sources": frozenset({"soxr"}),
+            "nemostream.runtime.audio.vad": frozenset({"onnxruntime"}),
+            "nemostream.runtime.backends.cpu": frozenset({"onnxruntime"}),
+            "nemostream.runtime.backends.gpu.cuda": frozenset({"cuda"}),
+            "nemostream.runtime.backends.gpu.onnxruntime": frozenset({"onnxruntime"}),
+            "nemostream.runtime.backends.gpu.tensorrt": frozenset({"tensorrt", "tensorrt_rtx"}),
+            "nemostream.runtime.streaming.aio": frozenset({"asyncio"}),
+            "nemostream.runtime.text.itn": frozenset({"nemo_text_processing"}),
+            "nemostream.runtime.text.tokenizer": frozenset({"sentencepiece"}),
+        },
         forbidden=frozenset({"asyncio"}),
     ),
-}
-ROOMS["serving"] = Room(
-    "nemostream.serving",
-    frozenset({"numpy"}),
-    rooms=frozenset({"nemostream.runtime"}),
-    only=(
-        ("settings.py", frozenset({"pydantic", "pydantic_settings"})),
-        ("metrics.py", frozenset({"prometheus_client"})),
-        ("access.py", frozenset({"starlette"})),
-        ("connections.py", frozenset({"h11", "uvicorn", "websockets"})),
-        ("http.py", frozenset({"fastapi", "pydantic", "starlette"})),
-        ("websocket.py", frozenset({"starlette"})),
-        ("realtime.py", frozenset({"starlette"})),
-        ("riva.py", frozenset({"grpc", "riva"})),
-        ("server.py", frozenset({"grpc", "uvicorn"})),
-        ("ray_app.py", frozenset({"ray", "starlette"})),
-        ("triton.py", frozenset({"triton_python_backend_utils"})),
+    "nemostream.serving": Rule(
+        frozenset({"numpy"}),
+        packages=frozenset({"nemostream.runtime"}),
+        only={
+            "nemostream.serving.settings": frozenset({"pydantic", "pydantic_settings"}),
+            "nemostream.serving.metrics": frozenset({"prometheus_client"}),
+            "nemostream.serving.server": frozenset({"grpc", "uvicorn"}),
+            "nemostream.serving.network.access": frozenset({"starlette"}),
+            "nemostream.serving.network.connections": frozenset({"h11", "uvicorn", "websockets"}),
+            "nemostream.serving.protocols.http": frozenset({"fastapi", "pydantic", "starlette"}),
+            "nemostream.serving.protocols.websocket": frozenset({"starlette"}),
+            "nemostream.serving.protocols.realtime": frozenset({"starlette"}),
+            "nemostream.serving.protocols.riva": frozenset({"grpc", "riva"}),
+            "nemostream.serving.integrations.ray_app": frozenset({"ray", "starlette"}),
+            "nemostream.serving.integrations.triton": frozenset({"triton_python_backend_utils"}),
+        },
     ),
-)
-FILES = [(folder, file) for folder in ROOMS for file in sorted((ROOT / folder).rglob("*.py"))]
+}
 
 
-def imports(tree: ast.Module, package: str, at_import: bool) -> Iterator[str]:
-    """Full names of the modules a file imports, those inside functions too unless `at_import`."""
-    pending: list[ast.AST] = [tree]
+def module_name(file: Path) -> str:
+    parts = ("nemostream", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(file): file
+    for folder in (PACKAGE, *(link for link in PACKAGE.iterdir() if link.is_symlink()))  # rglob skips links to folders
+    for file in sorted(folder.rglob("*.py"))
+}
+
+
+def package_of(module: str) -> str:
+    """The package whose rule covers a module."""
+    return max((name for name in RULES if f"{module}.".startswith(f"{name}.")), key=len)
+
+
+def imports(source: str, package: str, at_import: bool = False) -> Iterator[str]:
+    """Full names of the modules that the source of a module in `package` imports, inside functions too unless
+    `at_import`."""
+    pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
@@ -106,7 +130,8 @@ def imports(tree: ast.Module, package: str, at_import: bool) -> Iterator[str]:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parents, *filter(None, [base])])
             # `from nemostream import runtime` imports a module, `from nemostream.bundle import Bundle` a name of one.
-            yield from ([f"{base}.{alias.name}" for alias in node.names] if base == "nemostream" else [base])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            yield from ([name if name in MODULES else base for name in names] if base[:10] == "nemostream" else [base])
         elif isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
             yield from (str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
         if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -121,91 +146,125 @@ def _called(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def violations(room: Room, name: str, source: str) -> list[str]:
-    allowed = room.third_party.union(*(more for file, more in room.only if file == name))
+def violations(module: str, source: str) -> list[str]:
+    rule = RULES[package_of(module)]
+    allowed = rule.modules | rule.only.get(module, frozenset())
     found = []
-    for module in imports(ast.parse(source), room.package, room.at_import):
-        top = module.partition(".")[0]
+    for name in imports(source, module.rpartition(".")[0], rule.at_import):
+        top = name.partition(".")[0]
         if top == "nemostream":
-            own = module == room.package or module.startswith(room.package + ".")
-            if room.package == "nemostream":  # the façade is the whole package's root: its own files, not the rooms
-                own = module.split(".")[1:2] == [] or module.split(".")[1] not in ROOM_NAMES
-            contract = any(module == part or module.startswith(part + ".") for part in CONTRACT - {"nemostream"})
-            if not (own or contract or module == "nemostream" or module.startswith(tuple(room.rooms))):
-                found.append(module)
-        elif (top in sys.stdlib_module_names and top not in room.forbidden - allowed) or top in allowed:
-            continue
-        else:
-            found.append(module)
+            own = package_of(name) == package_of(module)
+            if not (own or name in CONTRACT or name in allowed or package_of(name) in rule.packages):
+                found.append(name)
+        elif not ((top in sys.stdlib_module_names and top not in rule.forbidden - allowed) or top in allowed):
+            found.append(name)
     return found
 
 
-@pytest.mark.parametrize(("folder", "file"), FILES, ids=[str(file.relative_to(ROOT)) for _, file in FILES])
-def test_the_room_keeps_its_walls(folder: str, file: Path) -> None:
-    assert violations(ROOMS[folder], file.name, file.read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if ".benchmarks" not in name))
+def test_a_module_imports_only_what_its_package_may(module: str) -> None:
+    assert violations(module, MODULES[module].read_text(encoding="utf-8")) == []
 
 
-def test_every_folder_of_the_package_has_a_rule() -> None:
-    import tomllib
-
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {setuptools["package-dir"][package] for package in setuptools["packages"]}
-    assert folders - {"benchmarks"} == set(ROOMS)  # benchmarks compare the rooms, so they may see all of them
-    assert all(any(folder == has for has, _ in FILES) for folder in ROOMS)
+def test_every_package_has_a_rule() -> None:
+    links = {f"nemostream.{path.name}" for path in PACKAGE.iterdir() if path.is_symlink()}
+    # Benchmarks compare the packages, so they may import all of them.
+    assert set(RULES) == (links - {"nemostream.benchmarks"}) | {"nemostream", "nemostream.cli"}
+    assert {module for rule in RULES.values() for module in rule.only} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
-    ("folder", "name", "source", "found"),
+    ("module", "source", "found"),
     [
-        ("runtime", "stream.py", "def f():\n    import torch.nn", ["torch.nn"]),
-        ("runtime", "stream.py", "from nemostream.export import graph", ["nemostream.export"]),
-        ("runtime", "stream.py", "from nemostream import engine", ["nemostream.engine"]),
-        ("runtime", "stream.py", "from ..export import graph", ["nemostream.export"]),
-        ("runtime", "stream.py", "from . import backend\nfrom nemostream.bundle import Chunk\nimport numpy.typing", []),
-        ("runtime", "stream.py", "import onnxruntime", ["onnxruntime"]),
-        ("runtime", "ort.py", "import onnxruntime", []),
-        ("runtime", "stream.py", "import asyncio", ["asyncio"]),
-        ("runtime", "aio.py", "import asyncio", []),
-        ("runtime", "stream.py", "import runtime.backend", ["runtime.backend"]),
-        ("runtime", "stream.py", "import_module('nemo.core')", ["nemo.core"]),
-        (
-            "export",
-            "graph.py",
-            "from nemostream.runtime.decoding.greedy import label_looping",
-            ["nemostream.runtime.decoding.greedy"],
-        ),
-        ("export", "graph.py", "import tensorrt", ["tensorrt"]),
-        ("engine", "build.py", "if TYPE_CHECKING:\n    import torch", ["torch"]),
-        ("src/nemostream", "spec.py", "import onnxruntime", ["onnxruntime"]),
-        (
-            "src/nemostream",
-            "__init__.py",
-            "from nemostream.runtime.backends.cpu import OrtBackend",
-            ["nemostream.runtime.backends.cpu"],
-        ),
-        ("src/nemostream", "__init__.py", "def f():\n    from nemostream.runtime.backends.cpu import OrtBackend", []),
-        (
-            "src/nemostream",
-            "__init__.py",
-            "if TYPE_CHECKING:\n    from nemostream.runtime.backends.cpu import OrtBackend",
-            [],
-        ),
-        ("src/nemostream", "spec.py", "class C:\n    import rich", ["rich"]),
-        ("src/nemostream", "spec.py", "from nemostream.errors import BundleError", []),
+        ("runtime.streaming.stream", "def f():\n    import torch.nn", ["torch.nn"]),
+        ("runtime.streaming.stream", "from nemostream.export import graph", ["nemostream.export.graph"]),
+        ("runtime.streaming.stream", "from nemostream import engine", ["nemostream.engine"]),
+        ("runtime.streaming.stream", "from ...export import graph", ["nemostream.export.graph"]),
+        ("runtime.model", "from . import text\nfrom nemostream.bundle import Chunk\nimport numpy.typing", []),
+        ("runtime.streaming.stream", "import onnxruntime", ["onnxruntime"]),
+        ("runtime.backends.cpu", "import onnxruntime", []),
+        ("runtime.streaming.stream", "import asyncio", ["asyncio"]),
+        ("runtime.streaming.aio", "import asyncio", []),
+        ("runtime.streaming.stream", "import runtime.model", ["runtime.model"]),
+        ("runtime.streaming.stream", "import_module('nemo.core')", ["nemo.core"]),
+        ("export.graph", "from nemostream.runtime.model import Model", ["nemostream.runtime.model"]),
+        ("export.graph", "import tensorrt", ["tensorrt"]),
+        ("engine.precision", "if TYPE_CHECKING:\n    import torch", ["torch"]),
+        ("engine.precision", "import nemostream.runtime.backends.base", ["nemostream.runtime.backends.base"]),
+        ("engine.validate", "import nemostream.runtime.backends.base", []),
+        ("bundle", "import onnxruntime", ["onnxruntime"]),
+        ("engines", "from nemostream.runtime.model import Model", ["nemostream.runtime.model"]),
+        ("engines", "def f():\n    from nemostream.runtime.model import Model", []),
+        ("engines", "if TYPE_CHECKING:\n    from nemostream.runtime.model import Model", []),
+        ("bundle", "class C:\n    import rich", ["rich"]),
+        ("bundle", "from nemostream.errors import BundleError", []),
     ],
 )
-def test_the_rule_sees(folder: str, name: str, source: str, found: list[str]) -> None:
-    """A wall nobody can bump into is none."""
-    assert violations(ROOMS[folder], name, source) == found
+def test_the_rule_finds_violations(module: str, source: str, found: list[str]) -> None:
+    assert violations(f"nemostream.{module}", source) == found
 
 
-def test_nobody_imports_the_benchmarks() -> None:
+def test_nothing_imports_the_benchmarks() -> None:
     users = [
-        str(file.relative_to(ROOT))
-        for folder, file in FILES
-        if any(m.startswith("nemostream.benchmarks") for m in imports(ast.parse(file.read_text()), folder, False))
+        name
+        for name, file in MODULES.items()
+        if not name.startswith("nemostream.benchmarks")
+        and any(m.startswith("nemostream.benchmarks") for m in imports(file.read_text(), name.rpartition(".")[0]))
     ]
-    assert users == []
+    assert users == ["nemostream.cli.main"]  # `nemostream bench` resolves the name of a benchmark
+
+
+# -- cycles ------------------------------------------------------------------------------------------------------------
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that import each other, directly or through others (Tarjan's algorithm, as an iteration)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+    found = []
+    for root in graph:
+        if root in order:
+            continue
+        work = [(root, iter(sorted(graph[root])))]
+        order[root] = lowest[root] = len(order)
+        path.append(root)
+        while work:
+            module, targets = work[-1]
+            for target in targets:
+                if target not in order:
+                    order[target] = lowest[target] = len(order)
+                    path.append(target)
+                    work.append((target, iter(sorted(graph[target]))))
+                    break
+                if target in path:
+                    lowest[module] = min(lowest[module], order[target])
+            else:
+                work.pop()
+                if work:
+                    lowest[work[-1][0]] = min(lowest[work[-1][0]], lowest[module])
+                if lowest[module] == order[module]:
+                    group = set(path[path.index(module) :])
+                    del path[path.index(module) :]
+                    if len(group) > 1 or module in graph[module]:
+                        found.append(group)
+    return found
+
+
+def test_there_are_no_import_cycles() -> None:
+    """Counting imports inside functions and for type checkers too: a cycle is a design fault wherever it is hidden."""
+    graph = {
+        name: {m for m in imports(file.read_text(), name.rpartition(".")[0]) if m in MODULES} - {"nemostream"}
+        for name, file in MODULES.items()
+        if name != "nemostream"  # the public API imports everything, lazily; modules use it to load a model
+    }
+    assert cycles(graph) == []
+
+
+def test_cycles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a"}}) == []
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [{"b", "c"}, {"d"}]
+    assert cycles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": {"a"}}) == [{"a", "b", "c", "d"}]
 
 
 # -- what importing loads --------------------------------------------------------------------------------------------
@@ -227,20 +286,21 @@ def test_importing_nemostream_is_cheap() -> None:
 
 
 def test_importing_the_contract_is_cheap() -> None:
-    found = loaded("import nemostream.bundle, nemostream.errors") - sys.stdlib_module_names
+    found = loaded(f"import {', '.join(sorted(CONTRACT))}") - sys.stdlib_module_names
     assert found <= {"nemostream", "numpy"}
 
 
 def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
     found = loaded(
         "import importlib, pkgutil, nemostream.runtime, nemostream.engine\n"
-        "for room in (nemostream.runtime, nemostream.engine):\n"
-        "    for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
+        "for package in (nemostream.runtime, nemostream.engine):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
         "        try:\n"
         "            importlib.import_module(module.name)\n"
-        "        except ModuleNotFoundError as error:\n"  # a GPU room on a machine without its libraries
-        "            known = 'tensorrt', 'tensorrt_rtx', 'cuda', 'onnx', 'ml_dtypes'\n"
+        "        except ModuleNotFoundError as error:\n"  # a GPU module on a machine without its libraries
+        "            known = 'tensorrt', 'tensorrt_rtx', 'cuda', 'onnx', 'ml_dtypes', 'av'\n"
         "            if error.name.split('.')[0] not in known: raise\n"
+        "assert 'nemostream.runtime.backends.gpu.kernels' in sys.modules\n"
     )
     assert {"nemostream", "onnxruntime", "soundfile"} <= found
     assert not found & TRAINING
@@ -259,3 +319,11 @@ def test_triton_needs_no_extra() -> None:
     found = loaded("import nemostream.serving.integrations.triton") - sys.stdlib_module_names
     assert "nemostream" in found
     assert not found & {"fastapi", "starlette", "pydantic", "uvicorn", "grpc", "prometheus_client", "ray"}
+
+
+def test_the_package_is_found_by_its_links() -> None:
+    """`packages.find` follows relative links; an absolute one would break every other checkout."""
+    where = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["where"]
+    assert where == ["src"]
+    for link in (path for path in PACKAGE.iterdir() if path.is_symlink()):
+        assert str(link.readlink()) == f"../../{link.name}"

@@ -46,10 +46,19 @@ def test_a_file_in_two_parts_is_transcribed_to_its_end(tmp_path: Path, container
     assert row["text"].count("pound") == 2
 
 
-@pytest.mark.parametrize(("container", "subtype", "rate"), [
-    ("WAV", "PCM_16", 48000), ("WAV", "PCM_24", 44100), ("WAV", "FLOAT", 16000), ("FLAC", "PCM_16", 16000),
-    ("MP3", "MPEG_LAYER_III", 48000), ("OGG", "VORBIS", 16000), ("AIFF", "PCM_16", 22050), ("CAF", "PCM_16", 16000),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("container", "subtype", "rate"),
+    [
+        ("WAV", "PCM_16", 48000),
+        ("WAV", "PCM_24", 44100),
+        ("WAV", "FLOAT", 16000),
+        ("FLAC", "PCM_16", 16000),
+        ("MP3", "MPEG_LAYER_III", 48000),
+        ("OGG", "VORBIS", 16000),
+        ("AIFF", "PCM_16", 22050),
+        ("CAF", "PCM_16", 16000),
+    ],
+)
 def test_a_file_on_standard_input(tmp_path: Path, container: str, subtype: str, rate: int) -> None:
     data = encoded(container, subtype, soxr.resample(SPEECH, RATE, rate), rate)
     path = tmp_path / "a"

@@ -80,9 +80,20 @@ def test_what_the_wheel_asks_for(metadata: Message) -> None:
     assert base == {"numpy", "onnxruntime", "soundfile", "soxr", "sentencepiece", "typer", "rich"}
     assert all(">=" in need or need.startswith("nemostream[") for need in needs)  # what nobody bounded is what breaks
     extras = {
-        "export", "build", "tensorrt", "tensorrt-rtx", "gpu", "cuda", "bench", "serve", "ray", "mic", "vad", "itn",
+        "export",
+        "build",
+        "tensorrt",
+        "tensorrt-rtx",
+        "gpu",
+        "cuda",
+        "bench",
+        "serve",
+        "ray",
+        "mic",
+        "vad",
+        "itn",
         "av",
-    }  # fmt: skip
+    }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Version"] == nemostream.__version__

@@ -15,9 +15,16 @@ from nemostream.errors import BackendError, GateError
 from nemostream.plans import Plan, PlanStore, Recipe, cache_folder
 
 RECIPE = Recipe(
-    graph="encoder-80ms", graph_sha256="a" * 64, weights_sha256="b" * 64, backend="tensorrt", library="11.0",
-    precision="fp16", device="sm90", max_batch=64, cell="float16",
-)  # fmt: skip
+    graph="encoder-80ms",
+    graph_sha256="a" * 64,
+    weights_sha256="b" * 64,
+    backend="tensorrt",
+    library="11.0",
+    precision="fp16",
+    device="sm90",
+    max_batch=64,
+    cell="float16",
+)
 
 
 def make(folder: Path) -> list[Path]:
@@ -52,9 +59,16 @@ def test_what_is_put_is_found(store: PlanStore) -> None:
 
 def test_everything_that_makes_another_engine_makes_another_name(store: PlanStore) -> None:
     others = {
-        "graph": "encoder-560ms", "graph_sha256": "c" * 64, "weights_sha256": "c" * 64, "backend": "tensorrt-rtx",
-        "library": "11.1", "precision": "bf16", "device": "sm89", "max_batch": 65, "cell": "bfloat16",
-    }  # fmt: skip
+        "graph": "encoder-560ms",
+        "graph_sha256": "c" * 64,
+        "weights_sha256": "c" * 64,
+        "backend": "tensorrt-rtx",
+        "library": "11.1",
+        "precision": "bf16",
+        "device": "sm89",
+        "max_batch": 65,
+        "cell": "bfloat16",
+    }
     assert others.keys() == {field.name for field in dataclasses.fields(Recipe)}
     store.put(RECIPE, make, check)
     stems = {RECIPE.stem}

@@ -73,10 +73,14 @@ def _goals_table(report: Report) -> str:
         return ""
     verdict = {True: "reached", False: "missed", None: "not measured"}
     lines = [
-        [goal.what, f"{'≤' if goal.most else '≥'} {tables.digits(goal.wanted)}",
-         "–" if goal.found is None else tables.digits(goal.found), verdict[goal.reached]]
+        [
+            goal.what,
+            f"{'≤' if goal.most else '≥'} {tables.digits(goal.wanted)}",
+            "–" if goal.found is None else tables.digits(goal.found),
+            verdict[goal.reached],
+        ]
         for goal in found
-    ]  # fmt: skip
+    ]
     return tables.markdown(["to reach on an H100", "goal", "found", ""], lines)
 
 
@@ -96,10 +100,18 @@ def show(report: Report) -> str:
     rows = report.get("speed", {}).get("rows", [])
     if rows:
         columns = {
-            "p50 ms": "p50_ms", "p99 ms": "p99_ms", "silent p50": "silent_p50_ms", "gathered p50": "gathered_p50_ms",
-            "boosted p50": "boosted_p50_ms", "pipelined": "pipelined_ms", "host": "host_ms", "encoder": "encoder_ms",
-            "undecoded": "undecoded_ms", "floor": "floor_ms", "tokens/s": "tokens_per_second",
-        }  # fmt: skip
+            "p50 ms": "p50_ms",
+            "p99 ms": "p99_ms",
+            "silent p50": "silent_p50_ms",
+            "gathered p50": "gathered_p50_ms",
+            "boosted p50": "boosted_p50_ms",
+            "pipelined": "pipelined_ms",
+            "host": "host_ms",
+            "encoder": "encoder_ms",
+            "undecoded": "undecoded_ms",
+            "floor": "floor_ms",
+            "tokens/s": "tokens_per_second",
+        }
         lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
         lines.append("|---" * (2 + len(columns)) + "|")
         for row in rows:

@@ -74,9 +74,13 @@ def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report
         left.result()
     after = device.free_bytes
     return {
-        "steps": steps, "tokens": said, "failed_rows": failed, "free_before": before, "free_after": after,
+        "steps": steps,
+        "tokens": said,
+        "failed_rows": failed,
+        "free_before": before,
+        "free_after": after,
         "flat": before == after,
-    }  # fmt: skip
+    }
 
 
 def step_times(
@@ -109,11 +113,16 @@ def step_times(
         said += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
     milliseconds = 1000 * np.array(seconds[_WARM_UP:])
     return {
-        "chunk_ms": chunk.ms, "batch": rows, "gathered": gathered, "repeats": repeats,
+        "chunk_ms": chunk.ms,
+        "batch": rows,
+        "gathered": gathered,
+        "repeats": repeats,
         "tokens_per_second": said / (rows * repeats * chunk.ms / 1000),
-        "p50_ms": float(np.percentile(milliseconds, 50)), "p99_ms": float(np.percentile(milliseconds, 99)),
-        "min_ms": float(milliseconds.min()), "raw_ms": milliseconds.round(4).tolist(),
-    }  # fmt: skip
+        "p50_ms": float(np.percentile(milliseconds, 50)),
+        "p99_ms": float(np.percentile(milliseconds, 99)),
+        "min_ms": float(milliseconds.min()),
+        "raw_ms": milliseconds.round(4).tolist(),
+    }
 
 
 def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
@@ -243,10 +252,15 @@ def copy_rate(device: Any) -> float:
 
 
 def speed(
-    bundle: Bundle, make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]], batches: Sequence[int],
-    repeats: int, bandwidth: float | None, say: Callable[[str], None],
-    until: float = float("inf"), keep: Callable[[Report], None] = lambda found: None,
-) -> Report:  # fmt: skip
+    bundle: Bundle,
+    make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]],
+    batches: Sequence[int],
+    repeats: int,
+    bandwidth: float | None,
+    say: Callable[[str], None],
+    until: float = float("inf"),
+    keep: Callable[[Report], None] = lambda found: None,
+) -> Report:
     """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder.
 
     At `until` (`time.perf_counter`) no more rows are begun; how many were left out is told. `keep` gets what there is

@@ -17,14 +17,30 @@ from nemostream.bundle import Bundle, Chunk
 # Who takes part unless named, by device; the first is the one that all are measured by in a headline.
 SIDES = {
     "cpu": (
-        "ours fp32", "ours int8", "nemo fp32", "nemo bf16", "nemo compile", "nemo compile bf16", "transformers", "onnx",
-        "sherpa fp32", "sherpa int8",
+        "ours fp32",
+        "ours int8",
+        "nemo fp32",
+        "nemo bf16",
+        "nemo compile",
+        "nemo compile bf16",
+        "transformers",
+        "onnx",
+        "sherpa fp32",
+        "sherpa int8",
     ),
     "cuda": (
-        "ours fp16", "ours fp32", "ours int8", "nemo fp32", "nemo bf16", "nemo graph", "nemo compile bf16",
-        "transformers", "transformers bf16", "onnx",
+        "ours fp16",
+        "ours fp32",
+        "ours int8",
+        "nemo fp32",
+        "nemo bf16",
+        "nemo graph",
+        "nemo compile bf16",
+        "transformers",
+        "transformers bf16",
+        "onnx",
     ),
-}  # fmt: skip
+}
 KNOWN = tuple(dict.fromkeys([*SIDES["cpu"], *SIDES["cuda"], "ours bf16", "ours fp8"]))
 OURS = "nemostream"
 
@@ -58,10 +74,15 @@ class Ring:
             chunks = list({chunk, longest(self.bundle.manifest, chunk)})
             backend = stack.enter_context(
                 timed_backend(
-                    self.bundle, chunks, kind, feed.rows, device=self._device, threads=self._threads,
+                    self.bundle,
+                    chunks,
+                    kind,
+                    feed.rows,
+                    device=self._device,
+                    threads=self._threads,
                     engines=self._engines,
                 )
-            )  # fmt: skip
+            )
             return Ours(f"{OURS}, {kind}", backend, feed, chunk, exact=(kind, self.kind) == ("fp32", "cpu"))
         if who == "nemo":
             # Sides of one type share a model.

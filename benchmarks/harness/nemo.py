@@ -81,9 +81,11 @@ class Nemo:
                 self._replay()
                 encoded, lengths = self._outputs
                 self._hypotheses = self._model.decoding.rnnt_decoder_predictions_tensor(
-                    encoder_output=encoded, encoded_lengths=lengths, return_hypotheses=True,
+                    encoder_output=encoded,
+                    encoded_lengths=lengths,
+                    return_hypotheses=True,
                     partial_hypotheses=self._hypotheses,
-                )  # fmt: skip
+                )
                 return
             self._model.encoder.forward_internal = self._forward  # one model may serve several sides
             _, _, *caches, self._hypotheses = self._model.conformer_stream_step(
@@ -217,14 +219,25 @@ def export_nemo(model: Any, manifest: Manifest, chunk: Chunk, folder: Path, int8
             part.export(str(folder / f"{name}.onnx"))
     spec, net, factor = manifest.encoder, manifest.decoder, manifest.encoder.subsampling
     described = {
-        "vocab_size": net.vocabulary, "window_size": factor * chunk.frames + 9, "chunk_size_ms": chunk.ms,
-        "chunk_shift": factor * chunk.frames, "normalize_type": "", "cache_last_channel_dim1": spec.layers,
-        "cache_last_channel_dim2": spec.cache, "cache_last_channel_dim3": spec.d_model,
-        "cache_last_time_dim1": spec.layers, "cache_last_time_dim2": spec.d_model,
-        "cache_last_time_dim3": spec.conv_cache, "pred_rnn_layers": net.layers, "pred_hidden": net.hidden,
-        "subsampling_factor": factor, "feat_dim": manifest.features.mels,
-        "model_type": "EncDecHybridRNNTCTCBPEModel", "version": "1", "model_author": "NeMo",
-    }  # fmt: skip
+        "vocab_size": net.vocabulary,
+        "window_size": factor * chunk.frames + 9,
+        "chunk_size_ms": chunk.ms,
+        "chunk_shift": factor * chunk.frames,
+        "normalize_type": "",
+        "cache_last_channel_dim1": spec.layers,
+        "cache_last_channel_dim2": spec.cache,
+        "cache_last_channel_dim3": spec.d_model,
+        "cache_last_time_dim1": spec.layers,
+        "cache_last_time_dim2": spec.d_model,
+        "cache_last_time_dim3": spec.conv_cache,
+        "pred_rnn_layers": net.layers,
+        "pred_hidden": net.hidden,
+        "subsampling_factor": factor,
+        "feat_dim": manifest.features.mels,
+        "model_type": "EncDecHybridRNNTCTCBPEModel",
+        "version": "1",
+        "model_author": "NeMo",
+    }
     encoder = onnx.load(folder / "encoder.onnx")
     for name, value in described.items():
         encoder.metadata_props.add(key=name, value=str(value))
@@ -233,9 +246,12 @@ def export_nemo(model: Any, manifest: Manifest, chunk: Chunk, folder: Path, int8
         if left.suffix != ".onnx":
             left.unlink()
     onnx.save(
-        encoder, folder / "encoder.onnx", save_as_external_data=outside, all_tensors_to_one_file=True,
+        encoder,
+        folder / "encoder.onnx",
+        save_as_external_data=outside,
+        all_tensors_to_one_file=True,
         location="encoder.data",
-    )  # fmt: skip
+    )
     decoder = onnx.load(folder / "decoder.onnx")
     for value in [*decoder.graph.input, *decoder.graph.output]:
         shape = value.type.tensor_type.shape.dim

@@ -106,8 +106,12 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
         name="random",
         features=front.manifest.features,
         encoder=Encoder(
-            sizes.n_layers, sizes.d_model, sizes.n_heads, sizes.subsampling,
-            max(chunk.left for chunk in chunks), sizes.conv_kernel - 1,
+            sizes.n_layers,
+            sizes.d_model,
+            sizes.n_heads,
+            sizes.subsampling,
+            max(chunk.left for chunk in chunks),
+            sizes.conv_kernel - 1,
         ),
         decoder=Decoder(sizes.pred_layers, sizes.pred_hidden, sizes.joint_hidden, sizes.vocab, 10, "relu"),
         chunks=tuple(sorted(chunks, key=lambda chunk: chunk.ms)),
@@ -120,7 +124,7 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
         sizes=sizes,
         seed=seed,
         front=front,
-    )  # fmt: skip
+    )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     return write_bundle(source, out, {"source": f"random weights, seed {seed}"})

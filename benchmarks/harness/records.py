@@ -34,10 +34,24 @@ SCHEMA = "nemostream-benchmark/1"
 FOLDER = Path("bench-results")
 PERCENTILES = (50, 90, 95, 99)
 LIBRARIES = (
-    "nemostream", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "tensorrt-rtx-cu13",
-    "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "torch", "nemo_toolkit", "transformers", "sherpa-onnx", "jiwer",
+    "nemostream",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt-rtx-cu13",
+    "cuda-core",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "torch",
+    "nemo_toolkit",
+    "transformers",
+    "sherpa-onnx",
+    "jiwer",
     "whisper-normalizer",
-)  # fmt: skip
+)
 _GIGABYTE = 1 << 30
 
 Record = dict[str, Any]
@@ -235,9 +249,10 @@ def say(message: str) -> None:
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """With the options of every benchmark."""
     made = argparse.ArgumentParser(
-        prog=f"nemostream bench {name}", description=(description or "").split("\n")[0],
+        prog=f"nemostream bench {name}",
+        description=(description or "").split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     made.add_argument("--out", type=Path, default=FOLDER, help="folder for the result, its tables and plots")
     made.add_argument("--name", default=name, help="of the files written there")
     return made

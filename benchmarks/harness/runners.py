@@ -165,9 +165,11 @@ class _NemoTransducer:
     def predict(self, tokens: Any, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         rows = len(tokens)
         inputs = (
-            tokens.astype(np.int32)[:, None], np.ones(rows, np.int32),
-            np.ascontiguousarray(h.transpose(1, 0, 2)), np.ascontiguousarray(c.transpose(1, 0, 2)),
-        )  # fmt: skip
+            tokens.astype(np.int32)[:, None],
+            np.ones(rows, np.int32),
+            np.ascontiguousarray(h.transpose(1, 0, 2)),
+            np.ascontiguousarray(c.transpose(1, 0, 2)),
+        )
         predicted, _, h, c = self._decoder.run(None, dict(zip(self._names, inputs, strict=True)))
         return predicted[:, :, -1], h.transpose(1, 0, 2), c.transpose(1, 0, 2)
 
@@ -197,9 +199,13 @@ class Sherpa:
         suffix = ".onnx" if precision == "fp32" else f".{precision}.onnx"
         files = {name: str(exported / f"{name}{suffix}") for name in ("encoder", "decoder", "joiner")}
         self._recognizer = sherpa_onnx.OnlineRecognizer.from_transducer(
-            tokens=str(exported / "tokens.txt"), **files, num_threads=threads, decoding_method="greedy_search",
-            sample_rate=feed.manifest.features.sample_rate, feature_dim=feed.manifest.features.mels,
-        )  # fmt: skip
+            tokens=str(exported / "tokens.txt"),
+            **files,
+            num_threads=threads,
+            decoding_method="greedy_search",
+            sample_rate=feed.manifest.features.sample_rate,
+            feature_dim=feed.manifest.features.mels,
+        )
         self._streams = [self._recognizer.create_stream() for _ in range(feed.rows)]
         self._ids = {line.rsplit(" ", 1)[0]: index for index, line in enumerate(_lines(exported / "tokens.txt"))}
         self.decoded = 0  # chunks of all rows, since the start
@@ -256,9 +262,11 @@ class Transformers:
         start = max(window.stop - 8 * self._chunk.frames, 0)
         with self._torch.inference_mode():
             out = self._model.encoder(
-                self._mel[:, start : window.stop], num_lookahead_tokens=self._chunk.frames - 1, use_cache=True,
+                self._mel[:, start : window.stop],
+                num_lookahead_tokens=self._chunk.frames - 1,
+                use_cache=True,
                 **self._caches,
-            )  # fmt: skip
+            )
         self._caches = {"past_key_values": out.past_key_values, "padding_cache": out.padding_cache}
         if self._device != "cpu":
             self._torch.cuda.synchronize()

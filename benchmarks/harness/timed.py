@@ -54,9 +54,15 @@ class Feed:
             featurizer = copy.deepcopy(model.preprocessor.featurizer).cpu().double()
             window = featurizer.window.double()
             featurizer.stft = lambda x: torch.stft(
-                x, featurizer.n_fft, featurizer.hop_length, featurizer.win_length, window, return_complex=True,
-                center=True, pad_mode="constant",
-            )  # fmt: skip
+                x,
+                featurizer.n_fft,
+                featurizer.hop_length,
+                featurizer.win_length,
+                window,
+                return_complex=True,
+                center=True,
+                pad_mode="constant",
+            )
             samples = torch.from_numpy(self.audio).double()
             with torch.inference_mode():
                 lengths = torch.full((len(samples),), samples.shape[1])

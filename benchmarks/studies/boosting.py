@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks.accuracy import plain
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import Record
 from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import AudioError, OptionError
@@ -51,7 +50,7 @@ def measure_boosting(
     weights: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
     decibels: Sequence[float | None] = (None, 10, 5, 0),
     ms: int = 560,
-    say: record.Say = lambda message: None,
+    say: records.Say = lambda message: None,
     listed: Path | None = None,
 ) -> Record:
     """The result; `decibels` are ratios of speech to noise, None without noise; `listed` is the file of phrases."""
@@ -96,13 +95,20 @@ def measure_boosting(
                     ),
                     "wer": jiwer.wer(wanted, got),
                 }
-                found.append(record.row({"list": name, "weight": weight, "decibels": ratio}, {}, values))
-    return record.record(
-        "boosting", found,
+                found.append(records.row({"list": name, "weight": weight, "decibels": ratio}, {}, values))
+    return records.record(
+        "boosting",
+        found,
         model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers},
-        method={"chunk_ms": ms, "list": LIST, "spoken": len(spoken), "noises": NOISES, "manifest": manifest.name,
-                "phrases": listed.name if listed else None},
-    )  # fmt: skip
+        method={
+            "chunk_ms": ms,
+            "list": LIST,
+            "spoken": len(spoken),
+            "noises": NOISES,
+            "manifest": manifest.name,
+            "phrases": listed.name if listed else None,
+        },
+    )
 
 
 def decode(bundle: Bundle, chunk: Chunk, clips: Sequence[Floats], boosting: Boosting | None) -> list[list[int]]:
@@ -203,14 +209,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--phrases", type=Path, help="a phrase a line (default: the recordings' texts and more)")
     parser.add_argument("--weight", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--chunk-ms", type=int, default=560)
-    parser.add_argument("--out", type=Path, default=record.FOLDER)
+    parser.add_argument("--out", type=Path, default=records.FOLDER)
     parser.add_argument("--name", default="boosting")
     options = parser.parse_args(arguments)
     result = measure_boosting(
-        Bundle.open(options.bundle or nemostream.demo_bundle()), options.manifest, options.weight,
-        ms=options.chunk_ms, say=record.say, listed=options.phrases,
-    )  # fmt: skip
-    record.write(result, options.out / f"{options.name}.json")
+        Bundle.open(options.bundle or nemostream.demo_bundle()),
+        options.manifest,
+        options.weight,
+        ms=options.chunk_ms,
+        say=records.say,
+        listed=options.phrases,
+    )
+    records.write(result, options.out / f"{options.name}.json")
     (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")
     print(table(result), end="")
 

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import OtherWork, Record, Say
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
 from nemostream.benchmarks.harness.synthetic import speech
@@ -54,7 +53,7 @@ def measure_cost(
     """The result. Raises `OptionError` for what cannot be, `BackendError` if there is no engine."""
     if repeats < 1 or min(batches, default=0) < 1 or hours < 0:
         raise OptionError("repeats and batch sizes must be at least 1, and hours not below 0.")
-    threads = threads or record.cores()
+    threads = threads or records.cores()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     others, rows, fits = OtherWork(), [], []
     for chunk in chunks:
@@ -68,7 +67,7 @@ def measure_cost(
                 say(f"{chunk.ms} ms, batch {batch}")
                 times = _steps(bundle, backend, chunk, batch, repeats)
                 medians.append(float(np.median(times)))
-                rows.append(record.row({**case, "what": "width", "batch": batch}, {"step": times}))
+                rows.append(records.row({**case, "what": "width", "batch": batch}, {"step": times}))
             fixed, each = fit_width(batches, medians)
             floor = encoder_work(bundle, chunk, precision, device.partition(":")[0]).floor_ms(machine, precision, 1)
             bounds = {"weights_ms": floor["memory"], "products_ms": floor["compute"]}
@@ -79,15 +78,25 @@ def measure_cost(
                 whole = _long(bundle, backend, chunk, steps)
                 parts = [float(np.median(part)) for part in np.array_split(whole, min(_STRETCHES, len(whole)))]
                 values = {"hours": hours, **fit_length(parts)}
-                rows.append(record.row({**case, "what": "length", "batch": 1}, {"stretch": parts}, values))
-    return record.record(
-        "cost", rows,
-        model={"name": bundle.manifest.name, "layers": bundle.manifest.encoder.layers,
-               "d_model": bundle.manifest.encoder.d_model},
-        method={"repeats": repeats, "threads": threads, "device": device, "fits": fits,
-                "machine": dict(machine.rates) if machine else {}, "warm_up": _WARM_UP,
-                "other_work_cores": round(others.cores(), 3)},
-    )  # fmt: skip
+                rows.append(records.row({**case, "what": "length", "batch": 1}, {"stretch": parts}, values))
+    return records.record(
+        "cost",
+        rows,
+        model={
+            "name": bundle.manifest.name,
+            "layers": bundle.manifest.encoder.layers,
+            "d_model": bundle.manifest.encoder.d_model,
+        },
+        method={
+            "repeats": repeats,
+            "threads": threads,
+            "device": device,
+            "fits": fits,
+            "machine": dict(machine.rates) if machine else {},
+            "warm_up": _WARM_UP,
+            "other_work_cores": round(others.cores(), 3),
+        },
+    )
 
 
 def fit_width(batches: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
@@ -167,25 +176,35 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     batches = sorted({row["case"]["batch"] for row in wide})
     lines = []
     for fit in fits:
-        mine = {row["case"]["batch"]: row["figures"]["step"]["p50"] for row in wide
-                if row["case"]["chunk_ms"] == fit["chunk_ms"]}  # fmt: skip
+        mine = {
+            row["case"]["batch"]: row["figures"]["step"]["p50"]
+            for row in wide
+            if row["case"]["chunk_ms"] == fit["chunk_ms"]
+        }
         line = [f"{fit['chunk_ms']} ms", fit["precision"], *(tables.digits(mine[batch]) for batch in batches)]
         line += [tables.digits(fit[name]) for name in ("fixed_ms", "weights_ms", "per_stream_ms", "products_ms")]
         first, second, batch = bound_by(fit)
         lines.append([*line, f"{first} up to batch {batch:.1f}, then {second}"])
     head = ["chunk", "precision", *(f"batch {batch}" for batch in batches), "fixed", "weights once", "per stream"]
-    text = ["Median step in milliseconds by batch; the model `fixed + per stream × batch`, beside the time to read the "
-            "weights once and the time of one stream's products; what binds, a part being overhead if its bound "
-            "explains less than half of it.", "",
-            tables.markdown([*head, "products of one", "bound by"], lines)]  # fmt: skip
+    text = [
+        "Median step in milliseconds by batch; the model `fixed + per stream × batch`, beside the time to read the "
+        "weights once and the time of one stream's products; what binds, a part being overhead if its bound "
+        "explains less than half of it.",
+        "",
+        tables.markdown([*head, "products of one", "bound by"], lines),
+    ]
     if long:
         lines = [
-            [f"{row['case']['chunk_ms']} ms", row["case"]["precision"], f"{row['values']['hours']:g}",
-             tables.digits(row["figures"]["stretch"]["p50"]),
-             f"{row['values']['change_ms']:+.3f} [{row['values']['low_ms']:+.3f}, {row['values']['high_ms']:+.3f}]",
-             f"{100 * row['values']['share']:+.1f} %"]
+            [
+                f"{row['case']['chunk_ms']} ms",
+                row["case"]["precision"],
+                f"{row['values']['hours']:g}",
+                tables.digits(row["figures"]["stretch"]["p50"]),
+                f"{row['values']['change_ms']:+.3f} [{row['values']['low_ms']:+.3f}, {row['values']['high_ms']:+.3f}]",
+                f"{100 * row['values']['share']:+.1f} %",
+            ]
             for row in long
-        ]  # fmt: skip
+        ]
         head = ["chunk", "precision", "hours", "step, ms", "change from start to end, ms [95 %]", "share"]
         text += ["", "One stream, from its first step to its last:", "", tables.markdown(head, lines)]
         axes = plot("length")
@@ -196,21 +215,27 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         axes.legend(fontsize=7)
     axes = plot("width")
     for fit in fits:
-        points = [(row["case"]["batch"], row["figures"]["step"]["p50"]) for row in wide
-                  if row["case"]["chunk_ms"] == fit["chunk_ms"]]  # fmt: skip
+        points = [
+            (row["case"]["batch"], row["figures"]["step"]["p50"])
+            for row in wide
+            if row["case"]["chunk_ms"] == fit["chunk_ms"]
+        ]
         axes.plot(*zip(*points, strict=True), "o", label=f"{fit['chunk_ms']} ms")
         axes.plot(batches, [fit["fixed_ms"] + fit["per_stream_ms"] * batch for batch in batches], ":", color="grey")
     axes.set(xlabel="batch", ylabel="step, ms (p50)", ylim=(0, None), title="The cost of width")
     axes.legend(fontsize=7)
     method = result["method"]
-    text += ["", f"{method['threads']} threads. {tables.busy([method['other_work_cores']])} Measured: "
-             f"{tables.rates(method['machine'])}."]  # fmt: skip
+    text += [
+        "",
+        f"{method['threads']} threads. {tables.busy([method['other_work_cores']])} Measured: "
+        f"{tables.rates(method['machine'])}.",
+    ]
     return "\n".join(text) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = record.parser("cost", __doc__)
-    record.engine_options(parser)
+    parser = records.parser("cost", __doc__)
+    records.engine_options(parser)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--hours", type=float, default=1.0, help="length of the one stream; 0 leaves it out")
@@ -219,12 +244,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         return measure_cost(
-            Bundle.open(options.bundle or nemostream.demo_bundle()), options.precision, options.batch,
-            options.chunk_ms, hours=options.hours, repeats=options.repeats, device=options.device,
-            threads=options.threads, engines=options.engines, say=record.say,
-        )  # fmt: skip
+            Bundle.open(options.bundle or nemostream.demo_bundle()),
+            options.precision,
+            options.batch,
+            options.chunk_ms,
+            hours=options.hours,
+            repeats=options.repeats,
+            device=options.device,
+            threads=options.threads,
+            engines=options.engines,
+            say=records.say,
+        )
 
-    record.run(measure, options)
+    records.run(measure, options)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from unittest import mock
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
 from nemostream.benchmarks.harness.records import OtherWork, Record
 from nemostream.benchmarks.harness.runners import Feed
@@ -210,10 +209,10 @@ def measure_features(
     *,
     threads: int | None = None,
     random_weights: bool = False,
-    say: record.Say = lambda message: None,
+    say: records.Say = lambda message: None,
 ) -> Record:
     """The result; `random_weights` for models of such."""
-    threads = threads or record.cores()
+    threads = threads or records.cores()
     backend = OrtBackend(bundle, capacity=batch, threads=threads)
     chunk, manifest = bundle.manifest.chunk(ms), bundle.manifest
     feed = Feed(manifest, speech(), batch, (_WARM_UP + steps) * chunk.frames)
@@ -262,27 +261,36 @@ def measure_features(
         more = [mine - plain for mine, plain in zip(times[name], times[first], strict=True)]
         values = {
             "labels_per_second": labels[name] / (batch * steps * ms / 1000),
-            "step_ms": whole, "share": statistics.median(more) / whole,
-        }  # fmt: skip
+            "step_ms": whole,
+            "share": statistics.median(more) / whole,
+        }
         case = {"features": name, "chunk_ms": ms, "batch": batch}
-        rows.append(record.row(case, {"decode": times[name], "more": more}, values))
+        rows.append(records.row(case, {"decode": times[name], "more": more}, values))
     host = _host(bundle, spoken, ms, batch)
     boosted = statistics.median(mine - plain for mine, plain in zip(times[name], times[first], strict=True))
     plainly = host[next(iter(HOST))]
     for name in HOST:
         more = [mine - plain for mine, plain in zip(host[name], plainly, strict=True)]
         values = {
-            "share": statistics.median(more) / whole, "both": (statistics.median(more) + boosted) / whole,
+            "share": statistics.median(more) / whole,
+            "both": (statistics.median(more) + boosted) / whole,
             "step_ms": whole,
-        }  # fmt: skip
+        }
         case = {"host": name, "chunk_ms": ms, "batch": batch}
-        rows.append(record.row(case, {"host": host[name], "more": more}, values))
-    return record.record(
-        "features", rows,
+        rows.append(records.row(case, {"host": host[name], "more": more}, values))
+    return records.record(
+        "features",
+        rows,
         model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model},
-        method={"steps": steps, "warm_up": _WARM_UP, "threads": threads, "phrases": PHRASES, "weight": WEIGHT,
-                "other_work_cores": round(others.cores(), 3)},
-    )  # fmt: skip
+        method={
+            "steps": steps,
+            "warm_up": _WARM_UP,
+            "threads": threads,
+            "phrases": PHRASES,
+            "weight": WEIGHT,
+            "other_work_cores": round(others.cores(), 3),
+        },
+    )
 
 
 def _emissions(said: Sequence[Labels], begin: int) -> Emissions:
@@ -309,16 +317,24 @@ def table(result: Record) -> str:
         values = row["values"]
         if "host" in row["case"]:
             hosts.append(
-                (row["case"]["host"], tables.spread(row["ms"]["host"]), tables.spread(row["ms"]["more"]),
-                 f"{100 * values['share']:.2f} %", f"{100 * values['both']:.2f} %")
-            )  # fmt: skip
+                (
+                    row["case"]["host"],
+                    tables.spread(row["ms"]["host"]),
+                    tables.spread(row["ms"]["more"]),
+                    f"{100 * values['share']:.2f} %",
+                    f"{100 * values['both']:.2f} %",
+                )
+            )
             continue
         lines.append(
             (
-                row["case"]["features"], tables.spread(row["ms"]["decode"]), tables.spread(row["ms"]["more"]),
-                f"{100 * values['share']:.2f} %", tables.digits(values["labels_per_second"]),
+                row["case"]["features"],
+                tables.spread(row["ms"]["decode"]),
+                tables.spread(row["ms"]["more"]),
+                f"{100 * values['share']:.2f} %",
+                tables.digits(values["labels_per_second"]),
             )
-        )  # fmt: skip
+        )
     case, model = result["rows"][0]["case"], result["model"]
     return (
         f"{model['layers']} layers of {model['d_model']}, batch {case['batch']}, {case['chunk_ms']} ms, a step of "
@@ -338,14 +354,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk-ms", type=int, default=560)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, help="default: every core")
-    parser.add_argument("--out", type=Path, default=record.FOLDER)
+    parser.add_argument("--out", type=Path, default=records.FOLDER)
     parser.add_argument("--name", default="features")
     options = parser.parse_args(arguments)
     result = measure_features(
-        Bundle.open(options.bundle or nemostream.demo_bundle()), options.batch, options.chunk_ms, options.steps,
-        threads=options.threads, random_weights=options.random_weights, say=record.say,
-    )  # fmt: skip
-    record.write(result, options.out / f"{options.name}.json")
+        Bundle.open(options.bundle or nemostream.demo_bundle()),
+        options.batch,
+        options.chunk_ms,
+        options.steps,
+        threads=options.threads,
+        random_weights=options.random_weights,
+        say=records.say,
+    )
+    records.write(result, options.out / f"{options.name}.json")
     (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")
     print(table(result), end="")
 

@@ -69,9 +69,15 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
 
 def _typed(bundle: Bundle, chunk: Chunk, precision: str, ranges: dict[str, float], folder: Path) -> Plan:
     recipe = Recipe.of(
-        bundle, chunk.ms, backend="onnxruntime", library=onnxruntime.__version__, precision=precision,
-        device="tried on a CPU", max_batch=0, cell=CELLS[precision],
-    )  # fmt: skip
+        bundle,
+        chunk.ms,
+        backend="onnxruntime",
+        library=onnxruntime.__version__,
+        precision=precision,
+        device="tried on a CPU",
+        max_batch=0,
+        cell=CELLS[precision],
+    )
     return PlanStore(folder).put(
         recipe,
         lambda place: write_typed(bundle, chunk, precision, ranges, place, recipe.stem),

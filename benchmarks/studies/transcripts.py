@@ -37,8 +37,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks.accuracy import plain
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import Record
 from nemostream.errors import AudioError
 from nemostream.runtime.decoding.confidence import Confidence
@@ -49,9 +48,13 @@ from nemostream.runtime.text.words import words_of
 VOICES = ("slt", "rms", "awb", "kal16")
 DECIBELS, NOISES = (20, 15, 10, 5), 4
 MEASURES = (
-    Confidence(), Confidence(norm="lin"), Confidence("renyi"), Confidence("renyi", "lin"),
-    Confidence("max_prob"), Confidence("max_prob", alpha=1.0),
-)  # fmt: skip
+    Confidence(),
+    Confidence(norm="lin"),
+    Confidence("renyi"),
+    Confidence("renyi", "lin"),
+    Confidence("max_prob"),
+    Confidence("max_prob", alpha=1.0),
+)
 BINS = 10
 PAUSES, SILENCE_MS = (1.2, 2.0, 4.0, 8.0), 800
 _RATE = 16000
@@ -59,7 +62,7 @@ _RATE = 16000
 Floats = NDArray[np.float32]
 
 
-def measure_transcripts(model: Model, manifest: Path, say: record.Say = lambda message: None) -> Record:
+def measure_transcripts(model: Model, manifest: Path, say: records.Say = lambda message: None) -> Record:
     """The result; `manifest` is NeMo's (`audio_filepath`, `text`)."""
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     clips = [_audio(manifest.parent / row["audio_filepath"]) for row in rows]
@@ -71,14 +74,25 @@ def measure_transcripts(model: Model, manifest: Path, say: record.Say = lambda m
         say("flite is not installed: no times")
     found += _confidences(model, clips, texts, say)
     found += _decoders(model, clips, texts, say)
-    return record.record(
-        "transcripts", found,
-        model={"name": model.manifest.name, "layers": model.manifest.encoder.layers,
-               "d_model": model.manifest.encoder.d_model},
-        method={"voices": VOICES, "decibels": DECIBELS, "noises": NOISES,
-                "bins": BINS, "pauses": PAUSES, "silence_ms": SILENCE_MS, "chunk_ms": model.chunk_ms,
-                "manifest": manifest.name},
-    )  # fmt: skip
+    return records.record(
+        "transcripts",
+        found,
+        model={
+            "name": model.manifest.name,
+            "layers": model.manifest.encoder.layers,
+            "d_model": model.manifest.encoder.d_model,
+        },
+        method={
+            "voices": VOICES,
+            "decibels": DECIBELS,
+            "noises": NOISES,
+            "bins": BINS,
+            "pauses": PAUSES,
+            "silence_ms": SILENCE_MS,
+            "chunk_ms": model.chunk_ms,
+            "manifest": manifest.name,
+        },
+    )
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
@@ -108,7 +122,7 @@ def word_times(words: Sequence[str], phones: Sequence[tuple[str, float]], sizes:
     return found
 
 
-def _times(model: Model, texts: Sequence[str], say: record.Say) -> list[record.Row]:
+def _times(model: Model, texts: Sequence[str], say: records.Say) -> list[records.Row]:
     spoken = []
     for voice in VOICES:
         say(f"flite speaks: {voice}")
@@ -132,14 +146,14 @@ def _times(model: Model, texts: Sequence[str], say: record.Say) -> list[record.R
                     begin.append(1000 * (told.start - true[0]))
                     end.append(1000 * (told.end - true[1]))
         values = {"words": len(begin), "spoken": sum(len(said) for _, said, _ in spoken)}
-        rows.append(record.row({"what": "times", "chunk_ms": chunk.ms}, {"begin": begin, "end": end}, values))
+        rows.append(records.row({"what": "times", "chunk_ms": chunk.ms}, {"begin": begin, "end": end}, values))
     return rows
 
 
 # -- confidence --------------------------------------------------------------------------------------------------------
 
 
-def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: record.Say) -> list[record.Row]:
+def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: records.Say) -> list[records.Row]:
     noisy: list[tuple[Floats, str]] = list(zip(clips, texts, strict=True))
     for ratio, seed in itertools.product(DECIBELS, range(NOISES)):
         noisy += [(_with_noise(clip, ratio, seed), text) for clip, text in zip(clips, texts, strict=True)]
@@ -163,7 +177,7 @@ def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], sa
             words = words_of(tokens, measure.aggregation)
             found += [(word.confidence, hit) for word, hit in zip(words, hits, strict=True)]
         case = {"what": "confidence", "measure": measure.measure, "norm": measure.norm, "alpha": measure.alpha}
-        rows.append(record.row(case, {}, calibration(found)))
+        rows.append(records.row(case, {}, calibration(found)))
     return rows
 
 
@@ -209,7 +223,7 @@ def _hits(wanted: Sequence[str], got: Sequence[str]) -> list[bool]:
 # -- decoder -----------------------------------------------------------------------------------------------------------
 
 
-def _decoders(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: record.Say) -> list[record.Row]:
+def _decoders(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: records.Say) -> list[records.Row]:
     import jiwer
 
     rng = np.random.default_rng(0)
@@ -225,10 +239,10 @@ def _decoders(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: 
             finals = [e.text for e in model.listen(audio, chunk_ms=chunk.ms, endpoint=rule) if e.kind == "final"]
             said = plain(" ".join(finals))
             values = {"wer": jiwer.wer(wanted, said), "utterances": len(finals), "recordings": len(clips)}
-            rows.append(record.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": decoder}, {}, values))
+            rows.append(records.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": decoder}, {}, values))
         alone = " ".join(model.transcribe(clips[number], chunk_ms=chunk.ms).text for number in order)
         values = {"wer": jiwer.wer(wanted, plain(alone)), "utterances": len(clips), "recordings": len(clips)}
-        rows.append(record.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": "alone"}, {}, values))
+        rows.append(records.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": "alone"}, {}, values))
     return rows
 
 
@@ -252,10 +266,13 @@ def show(result: Record, plot: Any) -> str:
     times = [row for row in rows if row["case"]["what"] == "times"]
     if times:
         lines = [
-            [f"{row['case']['chunk_ms']} ms", *(_span(row["ms"][name]) for name in ("begin", "end")),
-             f"{row['values']['words']} of {row['values']['spoken']}"]
+            [
+                f"{row['case']['chunk_ms']} ms",
+                *(_span(row["ms"][name]) for name in ("begin", "end")),
+                f"{row['values']['words']} of {row['values']['spoken']}",
+            ]
             for row in times
-        ]  # fmt: skip
+        ]
         head = ["chunk", "begins late, ms", "ends late, ms", "words"]
         parts.append(f"Times, median [5th–95th percentile]:\n\n{tables.markdown(head, lines)}")
     sure = [row for row in rows if row["case"]["what"] == "confidence"]
@@ -286,7 +303,7 @@ def show(result: Record, plot: Any) -> str:
 
 
 def _span(samples: Sequence[float]) -> str:
-    low, middle, high = (record.percentile(samples, percent) for percent in (5, 50, 95))
+    low, middle, high = (records.percentile(samples, percent) for percent in (5, 50, 95))
     return f"{middle:.0f} [{low:.0f}–{high:.0f}]"
 
 
@@ -302,14 +319,14 @@ _DEFAULT = (Confidence().measure, Confidence().norm)
 def main(arguments: Sequence[str] | None = None) -> None:
     from nemostream.benchmarks.report import write_report
 
-    parser = record.parser("transcripts", __doc__)
+    parser = records.parser("transcripts", __doc__)
     parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
     parser.add_argument("--manifest", type=Path, required=True, help="held-out recordings and what is said in them")
     parser.add_argument("--threads", type=int, help="default: every core")
     options = parser.parse_args(arguments)
     with nemostream.load(options.bundle, capacity=20, threads=options.threads) as model:
-        result = measure_transcripts(model, options.manifest, record.say)
-    record.write(result, options.out / f"{options.name}.json")
+        result = measure_transcripts(model, options.manifest, records.say)
+    records.write(result, options.out / f"{options.name}.json")
     print(write_report([result], options.out / f"{options.name}.md"), end="")
 
 

@@ -119,25 +119,45 @@ def main() -> None:
     middle = chunks["560ms"]
     heads = [f"{NAMES[n]} ({middle[n]['words']} words)" for n in sets]
     card = TEXT.format(
-        smaller=618e6 / parameters, layers=model.cfg.encoder.n_layers, width=model.cfg.encoder.d_model,
-        parameters=parameters, pieces=model.tokenizer.vocab_size, hours=sum(seconds.values()) / 3600,
-        clips=sum(clips.values()), heard=state["seen_seconds"] / 3600, steps=state["step"], torch=torch.__version__,
+        smaller=618e6 / parameters,
+        layers=model.cfg.encoder.n_layers,
+        width=model.cfg.encoder.d_model,
+        parameters=parameters,
+        pieces=model.tokenizer.vocab_size,
+        hours=sum(seconds.values()) / 3600,
+        clips=sum(clips.values()),
+        heard=state["seen_seconds"] / 3600,
+        steps=state["step"],
+        torch=torch.__version__,
         voices="\n".join(f"| {voice} | {clips[voice]:,} | {seconds[voice] / 3600:.1f} |" for voice in sorted(clips)),
-        backend=figures["backend"], heads=" | ".join(heads), rules="|".join("---" for _ in sets),
-        rates="\n".join(f"| {chunk} | " + " | ".join(percent(found[n]["wer"]) for n in sets) + " |"
-                        for chunk, found in chunks.items()),
-        bars=", ".join(f"{NAMES[n]} {percent(bar)} ({'reached' if middle[n]['wer'] <= bar else 'missed'})"
-                       for n, bar in BARS.items()),
+        backend=figures["backend"],
+        heads=" | ".join(heads),
+        rules="|".join("---" for _ in sets),
+        rates="\n".join(
+            f"| {chunk} | " + " | ".join(percent(found[n]["wer"]) for n in sets) + " |"
+            for chunk, found in chunks.items()
+        ),
+        bars=", ".join(
+            f"{NAMES[n]} {percent(bar)} ({'reached' if middle[n]['wer'] <= bar else 'missed'})"
+            for n, bar in BARS.items()
+        ),
         ratio=chunks["80ms"]["held_out"]["wer"] / max(chunks["1120ms"]["held_out"]["wer"], 1e-4),
         kinds=", ".join(f"{kind} {percent(wer)}" for kind, wer in middle["by_kind"].items()),
         by_voice=", ".join(f"{voice} {percent(wer)}" for voice, wer in middle["by_voice"].items()),
-        people="\n".join(f"- {voice}: “{got}”" + (f" (said: {wanted})" if wanted else " (no transcript)")
-                         for voice, (wanted, got) in middle.get("heard", {}).items()) or "(not measured)",
-        manner="\n".join(f"| {chunk} | {found['delay'].get('median', '-')}, {found['delay'].get('p95', '-')} | "
-                         f"{sum(found['words_in_noise'].values())} |" for chunk, found in chunks.items()),
-        tokens=middle["manner"]["tokens_per_second"], blank=middle["manner"]["frames_without_a_token"],
+        people="\n".join(
+            f"- {voice}: “{got}”" + (f" (said: {wanted})" if wanted else " (no transcript)")
+            for voice, (wanted, got) in middle.get("heard", {}).items()
+        )
+        or "(not measured)",
+        manner="\n".join(
+            f"| {chunk} | {found['delay'].get('median', '-')}, {found['delay'].get('p95', '-')} | "
+            f"{sum(found['words_in_noise'].values())} |"
+            for chunk, found in chunks.items()
+        ),
+        tokens=middle["manner"]["tokens_per_second"],
+        blank=middle["manner"]["frames_without_a_token"],
         score=middle["manner"]["mean_token_probability"],
-    )  # fmt: skip
+    )
     options.out.write_text(card)
 
 

@@ -68,8 +68,12 @@ def noises(seed: int = 0) -> Iterable[tuple[str, np.ndarray]]:
     brown = np.convolve(white, np.exp(-np.arange(400) / 40.0), "same").astype(np.float32)
     brown /= brown.std()
     yield "silence", np.zeros(120 * RATE, np.float32)
-    for name, noise, level in (("white -60 dBFS", white, -60), ("white -30 dBFS", white, -30),
-                               ("brown -45 dBFS", brown, -45), ("brown -25 dBFS", brown, -25)):  # fmt: skip
+    for name, noise, level in (
+        ("white -60 dBFS", white, -60),
+        ("white -30 dBFS", white, -30),
+        ("brown -45 dBFS", brown, -45),
+        ("brown -25 dBFS", brown, -25),
+    ):
         yield name, noise * np.float32(10 ** (level / 20))
 
 
@@ -86,8 +90,13 @@ def rate(clips: list[Scored], results: list[Result]) -> dict[str, float]:
     wrong = sum(errors(wanted, got) for wanted, got in pairs)
     count = sum(len(wanted) for wanted, _ in pairs)
     exact = sum(clip.text == result.text for clip, result in zip(clips, results, strict=True))
-    return {"wer": round(wrong / count, 4), "errors": wrong, "words": count, "clips": len(clips),
-            "right_to_the_last_comma": round(exact / len(clips), 4)}  # fmt: skip
+    return {
+        "wer": round(wrong / count, 4),
+        "errors": wrong,
+        "words": count,
+        "clips": len(clips),
+        "right_to_the_last_comma": round(exact / len(clips), 4),
+    }
 
 
 def delays(clips: list[Scored], results: list[Result], chunk_ms: int) -> dict[str, float]:
@@ -122,10 +131,12 @@ def manner(clips: list[Scored], results: list[Result]) -> dict[str, float]:
     tokens = [token for result in results for token in result.tokens]
     scores = np.exp([token.score for token in tokens])
     said = sum(len({round(t.time / FRAME) for t in result.tokens}) for result in results)
-    return {"tokens_per_second": round(len(tokens) / seconds, 3), "words_per_second":
-            round(sum(len(r.text.split()) for r in results) / seconds, 3),
-            "frames_without_a_token": round(1 - said / (seconds / FRAME), 4),
-            "mean_token_probability": round(float(scores.mean()), 3)}  # fmt: skip
+    return {
+        "tokens_per_second": round(len(tokens) / seconds, 3),
+        "words_per_second": round(sum(len(r.text.split()) for r in results) / seconds, 3),
+        "frames_without_a_token": round(1 - said / (seconds / FRAME), 4),
+        "mean_token_probability": round(float(scores.mean()), 3),
+    }
 
 
 def write_clips(folder: Path, sources: list[tuple[str, list[Scored]]]) -> None:
@@ -136,8 +147,15 @@ def write_clips(folder: Path, sources: list[tuple[str, list[Scored]]]) -> None:
         for number, clip in enumerate(clips):
             file = f"{name}-{number:03}.flac"
             soundfile.write(folder / file, clip.audio, RATE)
-            rows.append({"audio_filepath": file, "duration": round(len(clip.audio) / RATE, 3), "text": clip.text,
-                         "kind": clip.kind, "voice": clip.voice})  # fmt: skip
+            rows.append(
+                {
+                    "audio_filepath": file,
+                    "duration": round(len(clip.audio) / RATE, 3),
+                    "text": clip.text,
+                    "kind": clip.kind,
+                    "voice": clip.voice,
+                }
+            )
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -172,17 +190,23 @@ def main() -> None:
                 if name == "held_out":
                     kinds = sorted({clip.kind for clip in clips})
                     picks = {kind: [n for n, clip in enumerate(clips) if clip.kind == kind] for kind in kinds}
-                    found["by_kind"] = {kind: rate([clips[n] for n in part], [results[n] for n in part])["wer"]
-                                        for kind, part in picks.items()}  # fmt: skip
+                    found["by_kind"] = {
+                        kind: rate([clips[n] for n in part], [results[n] for n in part])["wer"]
+                        for kind, part in picks.items()
+                    }
                     voices = sorted({clip.voice.split("-")[0] for clip in clips})
                     by = {v: [n for n, clip in enumerate(clips) if clip.voice.startswith(v)] for v in voices}
-                    found["by_voice"] = {voice: rate([clips[n] for n in part], [results[n] for n in part])["wer"]
-                                         for voice, part in by.items()}  # fmt: skip
+                    found["by_voice"] = {
+                        voice: rate([clips[n] for n in part], [results[n] for n in part])["wer"]
+                        for voice, part in by.items()
+                    }
                     found["delay"], found["manner"] = delays(clips, results, chunk), manner(clips, results)
                 elif name == "people" and chunk == 560:
                     found["heard"] = {clip.voice: [clip.text, r.text] for clip, r in zip(clips, results, strict=True)}
-            found["words_in_noise"] = {name: len(model.transcribe(noise, sample_rate=RATE, chunk_ms=chunk).text.split())
-                                       for name, noise in noises()}  # fmt: skip
+            found["words_in_noise"] = {
+                name: len(model.transcribe(noise, sample_rate=RATE, chunk_ms=chunk).text.split())
+                for name, noise in noises()
+            }
             print(chunk, json.dumps({name: found[name] for name in (*sets, "delay", "words_in_noise")}), flush=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
     if options.clips:

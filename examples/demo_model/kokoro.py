@@ -14,8 +14,21 @@ from piper import group
 from voices import Espeak, Spoken, Unspeakable, resampled, share
 
 # espeak-ng's symbols to Kokoro's. Source: misaki (hexgrad, Apache-2.0), `espeak.py`, EspeakFallback.
-SAME = (("aɪ", "I"), ("aʊ", "W"), ("eɪ", "A"), ("ɔɪ", "Y"), ("tʃ", "ʧ"), ("dʒ", "ʤ"), ("əl", "ᵊl"), ("ʔ", "t"),
-        ("r", "ɹ"), ("x", "k"), ("ɚ", "əɹ"), ("ɐ", "ə"), ("ɬ", "l"))  # fmt: skip
+SAME = (
+    ("aɪ", "I"),
+    ("aʊ", "W"),
+    ("eɪ", "A"),
+    ("ɔɪ", "Y"),
+    ("tʃ", "ʧ"),
+    ("dʒ", "ʤ"),
+    ("əl", "ᵊl"),
+    ("ʔ", "t"),
+    ("r", "ɹ"),
+    ("x", "k"),
+    ("ɚ", "əɹ"),
+    ("ɐ", "ə"),
+    ("ɬ", "l"),
+)
 AMERICAN = (("oʊ", "O"), ("ɜːɹ", "ɜɹ"), ("ɜː", "ɜɹ"), ("ɪə", "iə"), ("ː", ""), ("ɾ", "T"), ("o", "ɔ"), ("e", "A"))
 BRITISH = (("eə", "ɛː"), ("əʊ", "Q"), ("ɾ", "t"), ("iə", "ɪə"), ("oː", "ɔː"), ("o", "ɒ"), ("e", "ɛ"))
 LEAD = 0.06  # seconds, measured against the energy of stops and pauses
@@ -38,8 +51,10 @@ class Kokoro:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options)
         self.ids, self.espeak = json.loads((folder / "vocab.json").read_text())["vocab"], espeak
-        self.voices = {path.stem: np.fromfile(path, np.float32).reshape(-1, 1, 256)
-                       for path in sorted((folder / "voices").glob("[ab][fm]_*.bin"))}  # fmt: skip
+        self.voices = {
+            path.stem: np.fromfile(path, np.float32).reshape(-1, 1, 256)
+            for path in sorted((folder / "voices").glob("[ab][fm]_*.bin"))
+        }
 
     def say(self, text: str, rng: random.Random) -> Spoken:
         name = rng.choice(sorted(self.voices))

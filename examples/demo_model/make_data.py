@@ -43,9 +43,13 @@ class Shard:
         samples = np.round(audio * (0.9 / max(peak, 0.05)) * 32767).astype(np.int16)
         row = row | {"start": self.at, "length": len(samples)}
         if spoken:
-            row |= {"starts": [round(t, 3) for t in spoken.starts], "ends": [round(t, 3) for t in spoken.ends],
-                    "set": spoken.phone_set, "phones": [symbol for symbol, _ in spoken.phones],
-                    "until": [round(float(t), 3) for _, t in spoken.phones]}  # fmt: skip
+            row |= {
+                "starts": [round(t, 3) for t in spoken.starts],
+                "ends": [round(t, 3) for t in spoken.ends],
+                "set": spoken.phone_set,
+                "phones": [symbol for symbol, _ in spoken.phones],
+                "until": [round(float(t), 3) for _, t in spoken.phones],
+            }
         self.rows.append(json.dumps(row, ensure_ascii=False))
         self.pieces.append(samples)
         self.at += len(samples)
@@ -143,11 +147,15 @@ def main() -> None:
     many = [(speak, f"train-{n:03}", part, n, options.piper) for n, part in _parts(training, PER_SHARD)]
     if options.kokoro:
         few = held_out[1200 : 1200 + 2 * PER_KOKORO_SHARD]
-        jobs += [(speak_slowly, f"test-kokoro-{n:03}", part, 30_000 + n, options.kokoro)
-                 for n, part in _parts(few, PER_KOKORO_SHARD)]  # fmt: skip
+        jobs += [
+            (speak_slowly, f"test-kokoro-{n:03}", part, 30_000 + n, options.kokoro)
+            for n, part in _parts(few, PER_KOKORO_SHARD)
+        ]
         few = training[::-1][: KOKORO_SHARDS * PER_KOKORO_SHARD]
-        slow = [(speak_slowly, f"train-kokoro-{n:03}", part, 20_000 + n, options.kokoro)
-                for n, part in _parts(few, PER_KOKORO_SHARD)]  # fmt: skip
+        slow = [
+            (speak_slowly, f"train-kokoro-{n:03}", part, 20_000 + n, options.kokoro)
+            for n, part in _parts(few, PER_KOKORO_SHARD)
+        ]
         while slow:  # in turns, so that training can begin with some of everything
             jobs += [*many[:2], slow.pop(0)]
             many = many[2:]

@@ -116,9 +116,19 @@ class Clips:
             elif symbol not in ("ˈ", "ˌ"):  # a stress mark: its time goes to the sound after it
                 symbols.append(self.sounds.number(row["set"], symbol))
                 until.append(end)
-        return Clip(shard, row["start"], row["length"], row["voice"], row["kind"], row["text"], tokens, times,
-                    np.array(symbols, np.uint8), np.array(until, np.float32),
-                    Sounds.SETS.index(row["set"]) if "set" in row else 0)  # fmt: skip
+        return Clip(
+            shard,
+            row["start"],
+            row["length"],
+            row["voice"],
+            row["kind"],
+            row["text"],
+            tokens,
+            times,
+            np.array(symbols, np.uint8),
+            np.array(until, np.float32),
+            Sounds.SETS.index(row["set"]) if "set" in row else 0,
+        )
 
     def tokens(self, text: str, starts: list[float] | None, ends: list[float] | None) -> tuple[list[int], np.ndarray]:
         """A word of several pieces says each when its letters are over."""
@@ -294,8 +304,14 @@ class Mixer:
             audio[row, : len(samples)] = torch.from_numpy(samples)
             half = torch.from_numpy(numbers[: len(numbers) // 2 * 2].astype(np.int64)).view(-1, 2)
             sounds[row, : len(half)] = torch.where(half < 0, -100, half)
-        return Batch(audio, length, [e[1] for e in examples], [e[2] for e in examples], sounds,
-                     torch.tensor([e[4] for e in examples]))  # fmt: skip
+        return Batch(
+            audio,
+            length,
+            [e[1] for e in examples],
+            [e[2] for e in examples],
+            sounds,
+            torch.tensor([e[4] for e in examples]),
+        )
 
 
 def seed_everything(seed: int) -> None:

@@ -24,9 +24,13 @@ from voices import RATE, Espeak, Flite, Unspeakable
 
 SPOKEN, LISTED = 60, 600
 SENTENCES = (
-    "{} is on the line.", "Call {} at home.", "Please leave a message for {}.", "I met {} yesterday.",
-    "You have one new message from {}.", "Remind {} to call back on Monday.",
-)  # fmt: skip
+    "{} is on the line.",
+    "Call {} at home.",
+    "Please leave a message for {}.",
+    "I met {} yesterday.",
+    "You have one new message from {}.",
+    "Remind {} to call back on Monday.",
+)
 
 
 def rare_names(texts: Path, sentences: Path) -> list[str]:
@@ -60,8 +64,9 @@ def main() -> None:
         file = f"name-{number:03}.flac"
         audio = spoken.audio * (0.9 / np.abs(spoken.audio).max())
         soundfile.write(options.out / file, audio, RATE)
-        rows.append({"audio_filepath": file, "duration": round(len(audio) / RATE, 3), "text": text,
-                     "voice": spoken.voice})  # fmt: skip
+        rows.append(
+            {"audio_filepath": file, "duration": round(len(audio) / RATE, 3), "text": text, "voice": spoken.voice}
+        )
     (options.out / "names.txt").write_text("\n".join(names) + "\n")
     (options.out / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -20,9 +20,13 @@ import torch
 
 
 def band_loss(
-    stay: torch.Tensor, emit: torch.Tensor, first: torch.Tensor, cells: torch.Tensor, frames: torch.Tensor,
+    stay: torch.Tensor,
+    emit: torch.Tensor,
+    first: torch.Tensor,
+    cells: torch.Tensor,
+    frames: torch.Tensor,
     labels: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Negative log likelihood [B].
 
     `stay`, `emit` [B, T, S]: log probability of blank, and of the next label, at frame t with first[b, t] + s labels

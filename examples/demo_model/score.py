@@ -25,8 +25,16 @@ class Scored:
 def read_shard(folder: Path, name: str) -> list[Scored]:
     samples = np.memmap(folder / f"{name}.i16", np.int16, "r")
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    return [Scored(samples[row["start"] : row["start"] + row["length"]].astype(np.float32) / 32768,
-                   row["text"], row["kind"], row["voice"], row.get("ends")) for row in rows]  # fmt: skip
+    return [
+        Scored(
+            samples[row["start"] : row["start"] + row["length"]].astype(np.float32) / 32768,
+            row["text"],
+            row["kind"],
+            row["voice"],
+            row.get("ends"),
+        )
+        for row in rows
+    ]
 
 
 def dev_clips(folder: Path) -> list[Scored]:

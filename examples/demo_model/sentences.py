@@ -22,30 +22,148 @@ from texts import WORDNET, is_held_out, prompts, quoted_texts, tidy
 
 KINDS = {"digits": 0.1, "numbers": 0.1, "dates": 0.1, "prompt": 0.12, "command": 0.15, "everyday": 0.2, "text": 0.23}
 ONES = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-]  # fmt: skip
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-ORDINAL = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
-           "twelve": "twelfth"}  # fmt: skip
+ORDINAL = {
+    "one": "first",
+    "two": "second",
+    "three": "third",
+    "five": "fifth",
+    "eight": "eighth",
+    "nine": "ninth",
+    "twelve": "twelfth",
+}
 MONTHS = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
-]  # fmt: skip
+]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 NAMES = [
-    "John", "Mary", "David", "Linda", "Michael", "Susan", "James", "Karen", "Robert", "Lisa", "William", "Nancy",
-    "Richard", "Betty", "Thomas", "Helen", "Charles", "Sandra", "Daniel", "Donna", "Paul", "Carol", "Mark", "Ruth",
-    "George", "Sharon", "Kenneth", "Laura", "Steven", "Sarah", "Edward", "Emily", "Brian", "Anna", "Kevin", "Julia",
-    "Peter", "Alice", "Henry", "Grace", "Jack", "Emma", "Samuel", "Olivia", "Walter", "Rose", "Arthur", "Jane",
-    "Simon", "Lucy", "Alexander", "Victoria", "Oliver", "Sophie", "Martin", "Claire", "Frank", "Diana", "Philip",
-    "Maria", "Mrs.", "Mr.", "Doctor",
-]  # fmt: skip
+    "John",
+    "Mary",
+    "David",
+    "Linda",
+    "Michael",
+    "Susan",
+    "James",
+    "Karen",
+    "Robert",
+    "Lisa",
+    "William",
+    "Nancy",
+    "Richard",
+    "Betty",
+    "Thomas",
+    "Helen",
+    "Charles",
+    "Sandra",
+    "Daniel",
+    "Donna",
+    "Paul",
+    "Carol",
+    "Mark",
+    "Ruth",
+    "George",
+    "Sharon",
+    "Kenneth",
+    "Laura",
+    "Steven",
+    "Sarah",
+    "Edward",
+    "Emily",
+    "Brian",
+    "Anna",
+    "Kevin",
+    "Julia",
+    "Peter",
+    "Alice",
+    "Henry",
+    "Grace",
+    "Jack",
+    "Emma",
+    "Samuel",
+    "Olivia",
+    "Walter",
+    "Rose",
+    "Arthur",
+    "Jane",
+    "Simon",
+    "Lucy",
+    "Alexander",
+    "Victoria",
+    "Oliver",
+    "Sophie",
+    "Martin",
+    "Claire",
+    "Frank",
+    "Diana",
+    "Philip",
+    "Maria",
+    "Mrs.",
+    "Mr.",
+    "Doctor",
+]
 SURNAMES = [
-    "Smith", "Johnson", "Brown", "Miller", "Davis", "Wilson", "Moore", "Taylor", "Anderson", "Jackson", "White",
-    "Harris", "Thompson", "Clark", "Lewis", "Walker", "Hall", "Young", "King", "Wright", "Green", "Baker", "Adams",
-    "Nelson", "Hill", "Campbell", "Mitchell", "Roberts", "Carter",
-]  # fmt: skip
+    "Smith",
+    "Johnson",
+    "Brown",
+    "Miller",
+    "Davis",
+    "Wilson",
+    "Moore",
+    "Taylor",
+    "Anderson",
+    "Jackson",
+    "White",
+    "Harris",
+    "Thompson",
+    "Clark",
+    "Lewis",
+    "Walker",
+    "Hall",
+    "Young",
+    "King",
+    "Wright",
+    "Green",
+    "Baker",
+    "Adams",
+    "Nelson",
+    "Hill",
+    "Campbell",
+    "Mitchell",
+    "Roberts",
+    "Carter",
+]
 
 
 def cardinal(n: int, joiner: str = "") -> str:
@@ -167,8 +285,17 @@ class Grammar:
         hour, minute = ONES[rng.randint(1, 12)], rng.choice((0, 0, 5, 15, 30, 45, rng.randint(1, 59)))
         if rng.random() < 0.25:
             past = f"{cardinal(rng.randint(2, 29))} minutes past {hour}"
-            return rng.choice((f"half past {hour}", f"a quarter past {hour}", f"a quarter to {hour}", "noon",
-                               "midnight", past, f"{hour} o'clock"))  # fmt: skip
+            return rng.choice(
+                (
+                    f"half past {hour}",
+                    f"a quarter past {hour}",
+                    f"a quarter to {hour}",
+                    "noon",
+                    "midnight",
+                    past,
+                    f"{hour} o'clock",
+                )
+            )
         low = f" oh {ONES[minute]}" if 0 < minute < 10 else f" {cardinal(minute)}" if minute else ""
         return f"{hour}{low}" + rng.choice((" a.m.", " p.m.", " in the morning", " in the evening", "", ""))
 
@@ -182,18 +309,20 @@ class Grammar:
         big = int(10 ** rng.uniform(1, 6.8))
         sign = rng.choice(("minus", "plus", "times", "divided by"))
         parts = rng.choice(("half", "quarters", "thirds", "fifths"))
-        return rng.choice((
-            lambda: cardinal(big, rng.choice(("", "and"))),
-            lambda: cardinal(rng.randint(0, 99)),
-            self.money,
-            lambda: ordinal(rng.choice((rng.randint(1, 31), rng.randint(1, 999)))),
-            lambda: f"{self.number()} percent",
-            lambda: f"{self.number()} point " + " ".join(rng.choices(ONES[:10], k=rng.randint(1, 3))),
-            lambda: " ".join(cardinal(rng.randint(10, 99)) for _ in range(rng.randint(2, 4))),
-            lambda: f"{self.number()} {sign} {self.number()}",
-            lambda: ", ".join(ONES[rng.randint(0, 8) :][: rng.randint(3, 9)]),
-            lambda: f"{rng.choice(('one', 'two', 'three'))} {parts}",
-        ))()  # fmt: skip
+        return rng.choice(
+            (
+                lambda: cardinal(big, rng.choice(("", "and"))),
+                lambda: cardinal(rng.randint(0, 99)),
+                self.money,
+                lambda: ordinal(rng.choice((rng.randint(1, 31), rng.randint(1, 999)))),
+                lambda: f"{self.number()} percent",
+                lambda: f"{self.number()} point " + " ".join(rng.choices(ONES[:10], k=rng.randint(1, 3))),
+                lambda: " ".join(cardinal(rng.randint(10, 99)) for _ in range(rng.randint(2, 4))),
+                lambda: f"{self.number()} {sign} {self.number()}",
+                lambda: ", ".join(ONES[rng.randint(0, 8) :][: rng.randint(3, 9)]),
+                lambda: f"{rng.choice(('one', 'two', 'three'))} {parts}",
+            )
+        )()
 
     def digits(self) -> str:
         count = self.rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7, 7, 8, 10, 11))
@@ -203,15 +332,21 @@ class Grammar:
     def date_or_time(self) -> str:
         rng = self.rng
         unit = rng.choice(("seconds", "minutes", "hours", "days", "weeks"))
-        return rng.choice((
-            self.date, self.date, self.time, self.time,
-            lambda: rng.choice(MONTHS), lambda: rng.choice(DAYS),
-            lambda: f"{self.date()} at {self.time()}",
-            lambda: year(rng.randint(1500, 2099)),
-            lambda: f"from {self.time()} to {self.time()}",
-            lambda: f"{rng.choice(DAYS)} at {self.time()}",
-            lambda: f"{self.number()} {unit}",
-        ))()  # fmt: skip
+        return rng.choice(
+            (
+                self.date,
+                self.date,
+                self.time,
+                self.time,
+                lambda: rng.choice(MONTHS),
+                lambda: rng.choice(DAYS),
+                lambda: f"{self.date()} at {self.time()}",
+                lambda: year(rng.randint(1500, 2099)),
+                lambda: f"from {self.time()} to {self.time()}",
+                lambda: f"{rng.choice(DAYS)} at {self.time()}",
+                lambda: f"{self.number()} {unit}",
+            )
+        )()
 
 
 def make(texts: Path, speech: Path | None, count: int, seed: int) -> list[dict]:
@@ -220,10 +355,14 @@ def make(texts: Path, speech: Path | None, count: int, seed: int) -> list[dict]:
     free = quoted_texts(texts)
     rng.shuffle(free)
     says = {
-        "digits": grammar.digits, "numbers": grammar.spoken_number, "dates": grammar.date_or_time,
-        "prompt": lambda: tidy(grammar.say("prompt"), True), "command": lambda: tidy(grammar.say("command"), True),
-        "everyday": lambda: tidy(grammar.say("everyday"), True), "text": lambda: free.pop(),
-    }  # fmt: skip
+        "digits": grammar.digits,
+        "numbers": grammar.spoken_number,
+        "dates": grammar.date_or_time,
+        "prompt": lambda: tidy(grammar.say("prompt"), True),
+        "command": lambda: tidy(grammar.say("command"), True),
+        "everyday": lambda: tidy(grammar.say("everyday"), True),
+        "text": lambda: free.pop(),
+    }
     rows, seen = [], set()
     recorded = prompts(speech)
     for _ in range(count):
@@ -249,8 +388,10 @@ def main() -> None:
     rows = make(options.texts, options.speech, options.count, seed=1)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = Counter(w for row in rows for w in re.findall("[a-z']+", row["text"].lower()))
-    print(f"{len(rows)} sentences, {sum(words.values())} words, {len(words)} different; "
-          f"{sum(row['held_out'] for row in rows)} held out")  # fmt: skip
+    print(
+        f"{len(rows)} sentences, {sum(words.values())} words, {len(words)} different; "
+        f"{sum(row['held_out'] for row in rows)} held out"
+    )
 
 
 if __name__ == "__main__":

@@ -32,8 +32,11 @@ def quoted_texts(texts: Path) -> list[str]:
         for line in (WORDNET / f"data.{file}").read_text().splitlines():
             for example in re.findall(r'"([^"]+)"', line.split("|")[-1]):
                 found.append(example.split("- ")[0])
-    books = [*sorted(texts.glob("**/data/chapter_*.json")), *sorted(texts.glob("**/data/19[3-9]?_*.json")),
-             *sorted(texts.glob("**/data/20??_*.json"))]  # fmt: skip
+    books = [
+        *sorted(texts.glob("**/data/chapter_*.json")),
+        *sorted(texts.glob("**/data/19[3-9]?_*.json")),
+        *sorted(texts.glob("**/data/20??_*.json")),
+    ]
     for path in books:
         body = json.loads(path.read_text())
         body = body["text"] if isinstance(body, dict) else " ".join(map(str, body))

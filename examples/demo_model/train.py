@@ -46,8 +46,16 @@ SOUNDS_LAYER = LAYERS // 2
 
 
 class Trainer:
-    def __init__(self, data: Path, sentences: Path, out: Path, threads: int | None, workers: int,
-                 rank: int = 0, processes: int = 1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        data: Path,
+        sentences: Path,
+        out: Path,
+        threads: int | None,
+        workers: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.rank, self.processes = rank, processes
         seed_everything(SEED)
         if threads:
@@ -135,8 +143,9 @@ class Trainer:
         loss["transducer"] = nll.sum() / (labels.sum() + 1)
         return loss
 
-    def _transducer(self, batch: Batch, rows: list[int], from_encoder, from_labels, targets, frames, labels,
-                    early: int, late: int) -> torch.Tensor:  # fmt: skip
+    def _transducer(
+        self, batch: Batch, rows: list[int], from_encoder, from_labels, targets, frames, labels, early: int, late: int
+    ) -> torch.Tensor:
         device = self.device
         counts = [int(frames[row]) for row in rows]
         times = [[min(t, count - 1) for t in batch.frames[row]] for row, count in zip(rows, counts, strict=True)]
@@ -163,8 +172,14 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         mixer = Mixer(self.data, self.data / "tokenizer", SEED, PROMPTS_FROM_BLOCK)
         blocks = range(self.block + self.rank, 10**7, self.processes)
-        loader = DataLoader(mixer, batch_size=None, sampler=blocks, num_workers=self.workers,
-                            prefetch_factor=1 if self.workers else None, collate_fn=None)  # fmt: skip
+        loader = DataLoader(
+            mixer,
+            batch_size=None,
+            sampler=blocks,
+            num_workers=self.workers,
+            prefetch_factor=1 if self.workers else None,
+            collate_fn=None,
+        )
         for block in loader:
             yield from block
             self.block += self.processes
@@ -217,8 +232,11 @@ class Trainer:
             if self.step % 50 == 0:
                 figures = " ".join(f"{key} {value:.3f}" for key, value in smooth.items())
                 clock = f"{time.monotonic() - begun:.0f} s, {time.process_time() - spent:.0f} CPU s"
-                print(f"step {self.step} {self.seen_seconds / 3600:.1f} h heard, {clock}, lr {rate:.1e} "
-                      f"gradient {float(size):.2f} {figures}", flush=True)  # fmt: skip
+                print(
+                    f"step {self.step} {self.seen_seconds / 3600:.1f} h heard, {clock}, lr {rate:.1e} "
+                    f"gradient {float(size):.2f} {figures}",
+                    flush=True,
+                )
             if self.step % 500 == 0:
                 self.save()
             if self.step % REPORT_STEPS == 0:
@@ -247,9 +265,15 @@ class Trainer:
         print(f"step {self.step} held-out WER at 560 ms: {wer}", flush=True)
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "sounds": self.sounds.state_dict(), "average": self.average,
-                 "optimizer": self.optimizer.state_dict(), "step": self.step, "block": self.block,
-                 "seen_seconds": self.seen_seconds}  # fmt: skip
+        state = {
+            "model": self.model.state_dict(),
+            "sounds": self.sounds.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "block": self.block,
+            "seen_seconds": self.seen_seconds,
+        }
         torch.save(state, self.data / "state.partial")
         (self.data / "state.partial").rename(self.data / "state.pt")
 

@@ -51,8 +51,13 @@ def _words_from_phones(ends: list[float], phones: list[tuple[str, float]]) -> li
 
 
 class _Wave(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_char_p), ("rate", ctypes.c_int), ("count", ctypes.c_int),
-                ("channels", ctypes.c_int), ("samples", ctypes.POINTER(ctypes.c_short))]  # fmt: skip
+    _fields_ = [
+        ("type", ctypes.c_char_p),
+        ("rate", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("samples", ctypes.POINTER(ctypes.c_short)),
+    ]
 
 
 class _Voice(ctypes.Structure):
@@ -89,8 +94,10 @@ class Flite:
         try:
             wave = ctypes.cast(lib.utt_wave(utterance), ctypes.POINTER(_Wave)).contents
             audio, rate = np.ctypeslib.as_array(wave.samples, (wave.count,)).astype(np.float32) / 32768, wave.rate
-            phones = [(lib.ffeature_string(i, b"name").decode(), lib.ffeature_float(i, b"end"))
-                      for i in self._items(utterance, "Segment")]  # fmt: skip
+            phones = [
+                (lib.ffeature_string(i, b"name").decode(), lib.ffeature_float(i, b"end"))
+                for i in self._items(utterance, "Segment")
+            ]
             last = b"daughtern.R:SylStructure.daughtern.daughtern.R:Segment.end"
             ends = [lib.ffeature_float(item, last) for item in self._items(utterance, "Token")]
         finally:
@@ -111,14 +118,32 @@ class _Event(ctypes.Structure):
     class _Id(ctypes.Union):
         _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
 
-    _fields_ = [("type", ctypes.c_int), ("unique", ctypes.c_uint), ("position", ctypes.c_int),
-                ("length", ctypes.c_int), ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user", ctypes.c_void_p), ("id", _Id)]  # fmt: skip
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique", ctypes.c_uint),
+        ("position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("milliseconds", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user", ctypes.c_void_p),
+        ("id", _Id),
+    ]
 
 
 class Espeak:
-    ACCENTS = ("en-us", "en-us", "en-us", "en", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan",
-               "en-gb-x-gbcwmd", "en-029", "en-us-nyc")  # fmt: skip
+    ACCENTS = (
+        "en-us",
+        "en-us",
+        "en-us",
+        "en",
+        "en",
+        "en-gb-scotland",
+        "en-gb-x-rp",
+        "en-gb-x-gbclan",
+        "en-gb-x-gbcwmd",
+        "en-029",
+        "en-us-nyc",
+    )
     VARIANTS = ("", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5")
 
     def __init__(self) -> None:
@@ -205,19 +230,25 @@ class Festival:
         """Festival takes a second to start: one process says a whole list. None where it failed."""
         spoken: list[Spoken | None] = []
         with tempfile.TemporaryDirectory() as folder:
-            script = ["(define (dump utt) (mapcar (lambda (s)",
-                      " (format t \"S %s %f\\n\" (item.name s) (item.feat s 'end)))",
-                      " (utt.relation.items utt 'Segment)) (mapcar (lambda (k) (format t \"T %f\\n\" (parse-number",
-                      ' (item.feat k "R:SylStructure.daughtern.daughtern.R:Segment.end"))))',
-                      " (utt.relation.items utt 'Token)))"]  # fmt: skip
+            script = [
+                "(define (dump utt) (mapcar (lambda (s)",
+                ' (format t "S %s %f\\n" (item.name s) (item.feat s \'end)))',
+                ' (utt.relation.items utt \'Segment)) (mapcar (lambda (k) (format t "T %f\\n" (parse-number',
+                ' (item.feat k "R:SylStructure.daughtern.daughtern.R:Segment.end"))))',
+                " (utt.relation.items utt 'Token)))",
+            ]
             names = []
             for number, text in enumerate(texts):
                 names.append(rng.choices(self.NAMES, (3, 1, 1))[0])
                 words = text.replace('"', "")
-                script += [f"(voice_{names[-1]})", f"(Parameter.set 'Duration_Stretch {rng.uniform(0.8, 1.3):.2f})",
-                           f'(set! utt (utt.synth (Utterance Text "{words}")))',
-                           f'(utt.save.wave utt "{folder}/{number}.wav" \'riff)', f'(format t "U {number}\\n")',
-                           "(dump utt)"]  # fmt: skip
+                script += [
+                    f"(voice_{names[-1]})",
+                    f"(Parameter.set 'Duration_Stretch {rng.uniform(0.8, 1.3):.2f})",
+                    f'(set! utt (utt.synth (Utterance Text "{words}")))',
+                    f'(utt.save.wave utt "{folder}/{number}.wav" \'riff)',
+                    f'(format t "U {number}\\n")',
+                    "(dump utt)",
+                ]
             path = Path(folder) / "say.scm"
             path.write_text("\n".join(script))
             run = subprocess.run(["festival", "-b", str(path)], capture_output=True, text=True)
@@ -233,8 +264,16 @@ class Festival:
                     spoken.append(None)
                     continue
                 audio, rate = soundfile.read(Path(folder) / f"{number}.wav", dtype="float32")
-                spoken.append(Spoken(resampled(audio, rate), f"festival-{names[number]}",
-                                     _words_from_phones(ends, phones), ends, phones, "us"))  # fmt: skip
+                spoken.append(
+                    Spoken(
+                        resampled(audio, rate),
+                        f"festival-{names[number]}",
+                        _words_from_phones(ends, phones),
+                        ends,
+                        phones,
+                        "us",
+                    )
+                )
         return spoken
 
 

@@ -193,9 +193,13 @@ def wav_header(file: BinaryIO, at: int = 0) -> WavHeader | None:
         sizes = {large[0]: 8, large[0] + 8: 8}
     known = 0 < size < limit
     return WavHeader(
-        *shape, start=where + 8, claimed=size if known else None, order=order, sizes=sizes,
+        *shape,
+        start=where + 8,
+        claimed=size if known else None,
+        order=order,
+        sizes=sizes,
         end=at + 8 + riff + riff % 2 if known and 0 < riff < limit else None,
-    )  # fmt: skip
+    )
 
 
 class WavStream:
@@ -253,8 +257,10 @@ class WavStream:
     def _begin(self, header: WavHeader) -> None:
         old = self.header
         if old and (old.encoding, old.sample_rate, old.channels) != (
-            header.encoding, header.sample_rate, header.channels,
-        ):  # fmt: skip
+            header.encoding,
+            header.sample_rate,
+            header.channels,
+        ):
             raise AudioError(
                 f"a WAV file of {header.sample_rate} Hz and {header.channels} channel(s) follows one of "
                 f"{old.sample_rate} Hz and {old.channels}; open a new stream for it."

@@ -32,9 +32,10 @@ class AvReader:
         self._name, self._failure = name, av.error.FFmpegError
         try:
             self._file = av.open(
-                file, metadata_errors="replace",
+                file,
+                metadata_errors="replace",
                 container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
-            )  # fmt: skip
+            )
         except self._failure as error:
             raise Unreadable(f"{error.strerror}.") from error
         try:

@@ -211,9 +211,15 @@ class _Step:
     """Front end and encoder of one chunk size, with every buffer they touch."""
 
     def __init__(
-        self, bundle: Bundle, encoder: Path, chunk: Chunk, state: _Arena, staged: list[Floats], max_batch: int,
+        self,
+        bundle: Bundle,
+        encoder: Path,
+        chunk: Chunk,
+        state: _Arena,
+        staged: list[Floats],
+        max_batch: int,
         threads: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         spec = bundle.manifest.encoder
         self.state, self.chunk, self.cache = state, chunk, spec.cache
         self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)

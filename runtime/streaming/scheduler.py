@@ -347,9 +347,15 @@ class Scheduler:
             return
         frame = self._manifest.samples_per_frame
         rows = zip(
-            step.seats, step.pieces, emissions.tokens, emissions.frames, emissions.scores, emissions.powers,
-            emissions.failed, strict=True,
-        )  # fmt: skip
+            step.seats,
+            step.pieces,
+            emissions.tokens,
+            emissions.frames,
+            emissions.scores,
+            emissions.powers,
+            emissions.failed,
+            strict=True,
+        )
         with self._lock:
             for seat, piece, tokens, frames, scores, powers, failed in rows:
                 seat.in_flight -= 1

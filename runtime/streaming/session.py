@@ -193,9 +193,12 @@ class Recognition:
     def _parts(self, stream: Stream) -> dict[str, Part]:
         """What is saved of a stream, but for its slot."""
         parts: dict[str, Part | None] = {
-            "stream": stream, "said": stream.hypothesis, "guard": self._guard, "endpoint": self._endpointer,
+            "stream": stream,
+            "said": stream.hypothesis,
+            "guard": self._guard,
+            "endpoint": self._endpointer,
             "gate": self._gate,
-        }  # fmt: skip
+        }
         return {name: part for name, part in parts.items() if part}
 
     def save(self) -> Saved:

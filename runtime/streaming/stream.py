@@ -31,9 +31,11 @@ class Hypothesis:
 
     def save(self) -> dict[str, NDArray[Any]]:
         return {
-            "tokens": np.array(self.tokens, np.int32), "places": np.array(self.places, np.int64),
-            "scores": np.array(self.scores, np.float32), "powers": np.array(self.powers, np.float32),
-        }  # fmt: skip
+            "tokens": np.array(self.tokens, np.int32),
+            "places": np.array(self.places, np.int64),
+            "scores": np.array(self.scores, np.float32),
+            "powers": np.array(self.powers, np.float32),
+        }
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Add what was saved. Raises `ValueError` if it is not what `save` gives."""

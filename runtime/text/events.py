@@ -243,11 +243,21 @@ class Utterances:
         tokens, parts = shared.tokens, len(shared.parts)
         end = tokens[-1].end
         event.__dict__.update(
-            kind=kind, utterance=self._number, start=min(tokens[0].time, end), end=end, audio=audio,
-            chunk_ms=chunk_ms, reason=None, grouping=now.grouping, text_from=now.told_text,
-            tokens_from=now.told_tokens, _shared=shared, _count=len(tokens), _parts=parts,
+            kind=kind,
+            utterance=self._number,
+            start=min(tokens[0].time, end),
+            end=end,
+            audio=audio,
+            chunk_ms=chunk_ms,
+            reason=None,
+            grouping=now.grouping,
+            text_from=now.told_text,
+            tokens_from=now.told_tokens,
+            _shared=shared,
+            _count=len(tokens),
+            _parts=parts,
             _part="".join(shared.parts[now.told_parts :]),
             _stable=now.length if kind == "final" else now.stable,
-        )  # fmt: skip
+        )
         now.told_text, now.told_tokens, now.told_parts = now.length, len(tokens), parts
         return event

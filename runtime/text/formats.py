@@ -116,19 +116,30 @@ def as_json(transcript: Transcript) -> dict[str, Any]:
     """`file`, `duration`, `text`, `words`, `tokens`, `chunk_ms`; `utterances` if they are kept apart, `spoken` if the
     text was normalised, `channel` if one was chosen."""
     body: dict[str, Any] = {
-        "file": transcript.file, "duration": round(transcript.duration, 3), "text": transcript.text,
+        "file": transcript.file,
+        "duration": round(transcript.duration, 3),
+        "text": transcript.text,
         "words": [
-            {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
-             "confidence": round(word.confidence, 4)}
+            {
+                "text": word.text,
+                "start": round(word.start, 3),
+                "end": round(word.end, 3),
+                "confidence": round(word.confidence, 4),
+            }
             for word in transcript.words
         ],
         "tokens": [
-            {"id": token.id, "text": token.text, "time": round(token.time, 3), "score": round(token.score, 4),
-             "confidence": round(token.confidence, 4)}
+            {
+                "id": token.id,
+                "text": token.text,
+                "time": round(token.time, 3),
+                "score": round(token.score, 4),
+                "confidence": round(token.confidence, 4),
+            }
             for token in transcript.tokens
         ],
         "chunk_ms": transcript.chunk_ms,
-    }  # fmt: skip
+    }
     if transcript.utterances is not None:
         body["utterances"] = [
             {"text": one.text, "start": round(one.start, 3), "end": round(one.end, 3)} for one in transcript.utterances
@@ -153,14 +164,17 @@ def as_manifest(transcript: Transcript) -> dict[str, Any]:
         "pred_text": transcript.text,
         "word": [
             {
-                "word": word.text, "start_offset": round(word.start / _OFFSET), "end_offset": round(word.end / _OFFSET),
-                "start": round(word.start, 3), "end": round(word.end, 3),
+                "word": word.text,
+                "start_offset": round(word.start / _OFFSET),
+                "end_offset": round(word.end / _OFFSET),
+                "start": round(word.start, 3),
+                "end": round(word.end, 3),
             }
             for word in words
         ],
         "words": [word.text for word in words],
         "word_confidence": [round(word.confidence, 4) for word in words],
-    }  # fmt: skip
+    }
 
 
 def ctm(words: Sequence[Word], file: str, channel: str = "1") -> str:

@@ -88,10 +88,14 @@ class TritonPythonModel:
         given = {name: value["string_value"] for name, value in config["parameters"].items()}
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._model = nemostream.load(
-            bundle, int(given["chunk_ms"]), capacity=config["max_batch_size"] + _SPARE, device=given["device"],
-            precision=given["precision"] or None, engines=given["engines"] or None,
+            bundle,
+            int(given["chunk_ms"]),
+            capacity=config["max_batch_size"] + _SPARE,
+            device=given["device"],
+            precision=given["precision"] or None,
+            engines=given["engines"] or None,
             threads=int(given["threads"]) if given["threads"] else None,
-        )  # fmt: skip
+        )
         self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # and when they were heard last
         self._loop = asyncio.new_event_loop()
 
@@ -119,9 +123,12 @@ class TritonPythonModel:
         name = str(request.correlation_id())  # not a control input: Triton 2.x fails to batch those of strings
         try:
             result = await self._heard(
-                name, given("AUDIO").reshape(-1), bool(given("START").flat[0]), bool(given("END").flat[0]),
+                name,
+                given("AUDIO").reshape(-1),
+                bool(given("START").flat[0]),
+                bool(given("END").flat[0]),
                 json.loads(request.parameters() or "{}"),
-            )  # fmt: skip
+            )
         except Exception as error:  # of this stream alone; the others of the call go on
             if stream := self._streams.pop(name, None):
                 stream[0].close()
@@ -130,10 +137,12 @@ class TritonPythonModel:
                 [], pb_utils.TritonError(str(error) if known else f"the stream failed ({error!r}); begin it anew.")
             )
         starts = [word.start for word in result.words]
-        return pb_utils.InferenceResponse([
-            pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
-            pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
-        ])  # fmt: skip
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
+                pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
+            ]
+        )
 
     async def _heard(
         self, name: str, audio: np.ndarray[Any, Any], start: bool, end: bool, options: dict[str, Any]

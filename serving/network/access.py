@@ -68,24 +68,46 @@ class AccessMiddleware:
         headers = Headers(scope=scope)
         if scope.get("nemostream.no_room"):
             response = answer(
-                503, "this client has as many connections open as it may; close one first.", "rate_limit_error",
-                code="capacity", headers={"Connection": "close", "Retry-After": "5"},
-            )  # fmt: skip
+                503,
+                "this client has as many connections open as it may; close one first.",
+                "rate_limit_error",
+                code="capacity",
+                headers={"Connection": "close", "Retry-After": "5"},
+            )
             return await response(scope, receive, send)
         address = self._forwarded(scope, headers)
         hosts, origin = self._hosts(scope, headers), headers.get("origin")
         for name, host in hosts.items():
             if not host_allowed(host, self._settings):
-                return await self._reject(scope, receive, send, "host", address, answer(
-                    403, f"the {name} header is {shown(host)!r}, which this server does not serve; add the name to "
-                    "option hosts.", "permission_error", code="host",
-                ))  # fmt: skip
+                return await self._reject(
+                    scope,
+                    receive,
+                    send,
+                    "host",
+                    address,
+                    answer(
+                        403,
+                        f"the {name} header is {shown(host)!r}, which this server does not serve; add the name to "
+                        "option hosts.",
+                        "permission_error",
+                        code="host",
+                    ),
+                )
         allowed = origin is not None and origin in self._origins
         if origin is not None and not allowed and _netloc(origin) not in hosts.values():
-            return await self._reject(scope, receive, send, "origin", address, answer(
-                403, f"pages of {shown(origin)} may not use this server (option origins).", "permission_error",
-                code="origin",
-            ))  # fmt: skip
+            return await self._reject(
+                scope,
+                receive,
+                send,
+                "origin",
+                address,
+                answer(
+                    403,
+                    f"pages of {shown(origin)} may not use this server (option origins).",
+                    "permission_error",
+                    code="origin",
+                ),
+            )
         if allowed and scope["type"] == "http":
             send = _with_cors(send, cast(str, origin))
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -99,10 +121,20 @@ class AccessMiddleware:
         if self._keys:
             number = key_number(given_key(headers), self._keys)
             if number is None and scope["path"] not in _OPEN:
-                return await self._reject(scope, receive, send, "key", address, answer(
-                    401, "an API key is required: send Authorization: Bearer KEY.", "authentication_error",
-                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-                ))  # fmt: skip
+                return await self._reject(
+                    scope,
+                    receive,
+                    send,
+                    "key",
+                    address,
+                    answer(
+                        401,
+                        "an API key is required: send Authorization: Bearer KEY.",
+                        "authentication_error",
+                        code="invalid_api_key",
+                        headers={"WWW-Authenticate": "Bearer"},
+                    ),
+                )
         client = scope["nemostream.client"] = Client(address if number is None else f"key {number}", address)
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)

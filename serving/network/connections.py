@@ -296,10 +296,13 @@ class HttpProtocol(_Sliced, H11Protocol):
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         headers = dict(self.headers)
         faults = (
-            event.method != b"GET", b"sec-websocket-key" not in headers, headers.get(b"sec-websocket-version") != b"13",
-            any(byte > 0x7E for _, value in self.headers for byte in value), b"content-length" in headers,
+            event.method != b"GET",
+            b"sec-websocket-key" not in headers,
+            headers.get(b"sec-websocket-version") != b"13",
+            any(byte > 0x7E for _, value in self.headers for byte in value),
+            b"content-length" in headers,
             b"transfer-encoding" in headers,
-        )  # fmt: skip
+        )
         if any(faults):
             self.send_400_response("Invalid WebSocket upgrade request.")
             return

@@ -53,23 +53,31 @@ class Refusal(BaseModel):
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Refusal, "description": what}
     for status, what in {
-        400: "The audio, an option or the form cannot be used.", 401: "A key is missing or wrong.",
+        400: "The audio, an option or the form cannot be used.",
+        401: "A key is missing or wrong.",
         403: "A foreign web page, or an unknown host.",
-        408: "Too slow.", 413: "The recording is too large.",
-        429: "No stream is free.", 500: "The model failed.", 503: "The server is starting or stopping.",
+        408: "Too slow.",
+        413: "The recording is too large.",
+        429: "No stream is free.",
+        500: "The model failed.",
+        503: "The server is starting or stopping.",
     }.items()
-}  # fmt: skip
+}
 _NO_MODEL: dict[int | str, dict[str, Any]] = {
-    404: {"model": Refusal, "description": "No such model."}, 503: _REFUSALS[503],
-}  # fmt: skip
+    404: {"model": Refusal, "description": "No such model."},
+    503: _REFUSALS[503],
+}
 
 
 def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp:
     """The application; `ports` is what `/readyz` tells of them."""
     app = _Application(
-        title="nemostream", version=nemostream.__version__, docs_url=None, redoc_url=None,
+        title="nemostream",
+        version=nemostream.__version__,
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would name the host that a proxy uses, without its path prefix
-    )  # fmt: skip
+    )
     app.router.route_class = _Route
 
     @app.head("/", include_in_schema=False)
@@ -108,9 +116,12 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         if model_id == name:
             return _model(name)
         return answer(
-            404, f"there is no model {shown(model_id)!r}, only {name!r}.", "invalid_request_error",
-            code="model_not_found", param="model",
-        )  # fmt: skip
+            404,
+            f"there is no model {shown(model_id)!r}, only {name!r}.",
+            "invalid_request_error",
+            code="model_not_found",
+            param="model",
+        )
 
     @app.post("/v1/audio/transcriptions", tags=["OpenAI"], responses=_REFUSALS, response_model=None)
     async def transcriptions(
@@ -145,10 +156,16 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         # Server-sent events end by themselves when nobody reads them.
         gone = None if stream else request.is_disconnected
         recording = Upload(
-            service, "http", _descriptor(file), shown(file.filename or "the file"), gone, chunk_ms=chunk_ms,
-            client=request.scope["nemostream.client"], phrases=await service.compile_phrases(keywords or None),
+            service,
+            "http",
+            _descriptor(file),
+            shown(file.filename or "the file"),
+            gone,
+            chunk_ms=chunk_ms,
+            client=request.scope["nemostream.client"],
+            phrases=await service.compile_phrases(keywords or None),
             normalizer=await service.normalizer(itn),
-        )  # fmt: skip
+        )
         if stream:
             first = await anext(recording)  # what can be refused is refused before the answer begins
             return StreamingResponse(_told(recording, first, finals_only=itn), media_type="text/event-stream")
@@ -157,8 +174,11 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
         warning = recording.warning.encode("ascii", "replace").decode()
         headers = {"Nemostream-Warning": warning} if warning else None
         if response_format in ("text", "srt", "vtt"):
-            text = {"text": lambda: recording.text + "\n", "srt": lambda: formats.srt(words, recording.seconds),
-                    "vtt": lambda: formats.vtt(words, recording.seconds)}[response_format]()  # fmt: skip
+            text = {
+                "text": lambda: recording.text + "\n",
+                "srt": lambda: formats.srt(words, recording.seconds),
+                "vtt": lambda: formats.vtt(words, recording.seconds),
+            }[response_format]()
             return PlainTextResponse(text, headers=headers)
         if response_format == "json":
             usage = {"type": "duration", "seconds": round(recording.seconds)}
@@ -223,9 +243,20 @@ def refusal(error: NemostreamError) -> Response:
 
 
 _FORM_FIELDS = (
-    "file", "model", "language", "languages[]", "keywords[]", "prompt", "response_format", "temperature", "stream",
-    "timestamp_granularities[]", "chunking_strategy", "chunk_ms", "itn",
-)  # fmt: skip
+    "file",
+    "model",
+    "language",
+    "languages[]",
+    "keywords[]",
+    "prompt",
+    "response_format",
+    "temperature",
+    "stream",
+    "timestamp_granularities[]",
+    "chunking_strategy",
+    "chunk_ms",
+    "itn",
+)
 
 
 def _reject_fields(names: Iterable[str]) -> None:
@@ -289,19 +320,28 @@ def _sse(event: dict[str, Any]) -> str:
 
 def _verbose(recording: Upload, finals: list[Event], words: list[Word], wanted: list[Any]) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "task": "transcribe", "language": "english", "duration": round(recording.seconds, 3), "text": recording.text,
+        "task": "transcribe",
+        "language": "english",
+        "duration": round(recording.seconds, 3),
+        "text": recording.text,
         "usage": {"type": "duration", "seconds": round(recording.seconds)},
-    }  # fmt: skip
+    }
     if "word" in wanted:
         body["words"] = [{"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in words]
     if "segment" in wanted:
         body["segments"] = [
             {
-                "id": event.utterance, "seek": 0, "start": round(event.start, 3), "end": round(event.end, 3),
-                "text": event.text, "tokens": [token.id for token in event.tokens], "temperature": 0.0,
+                "id": event.utterance,
+                "seek": 0,
+                "start": round(event.start, 3),
+                "end": round(event.end, 3),
+                "text": event.text,
+                "tokens": [token.id for token in event.tokens],
+                "temperature": 0.0,
                 "avg_logprob": sum(token.score for token in event.tokens) / len(event.tokens),
-                "compression_ratio": 1.0, "no_speech_prob": 0.0,
+                "compression_ratio": 1.0,
+                "no_speech_prob": 0.0,
             }
             for event in finals
-        ]  # fmt: skip
+        ]
     return body

@@ -34,21 +34,41 @@ MESSAGE_BYTES = _AUDIO_BYTES * 4 // 3 + MOST_TEXT  # of one message: base64, and
 _BASE64_SLICE = 1 << 20  # characters, a multiple of 4, that are decoded without a turn of other tasks
 _BETA = {"pcm16": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}
 _EVENTS = {  # what a client may send, and the fields besides type and event_id
-    "session.update": ("session",), "transcription_session.update": ("session",),
-    "input_audio_buffer.append": ("audio",), "input_audio_buffer.commit": (), "input_audio_buffer.clear": (),
-}  # fmt: skip
+    "session.update": ("session",),
+    "transcription_session.update": ("session",),
+    "input_audio_buffer.append": ("audio",),
+    "input_audio_buffer.commit": (),
+    "input_audio_buffer.clear": (),
+}
 _TURN = {
-    "type": None, "silence_duration_ms": None, "threshold": None, "prefix_padding_ms": None, "create_response": None,
-    "interrupt_response": None, "idle_timeout_ms": None, "eagerness": None,
-}  # fmt: skip
+    "type": None,
+    "silence_duration_ms": None,
+    "threshold": None,
+    "prefix_padding_ms": None,
+    "create_response": None,
+    "interrupt_response": None,
+    "idle_timeout_ms": None,
+    "eagerness": None,
+}
 _TRANSCRIPTION = dict.fromkeys(("model", "language", "languages", "keywords", "prompt", "delay"))
 _SESSION: dict[str, Any] = {  # the fields of a session, also the beta's; a dict has fields, None has no more
-    "type": None, "include": None, "turn_detection": _TURN, "input_audio_format": None,
-    "input_audio_transcription": _TRANSCRIPTION, "input_audio_noise_reduction": None, "modalities": None,
+    "type": None,
+    "include": None,
+    "turn_detection": _TURN,
+    "input_audio_format": None,
+    "input_audio_transcription": _TRANSCRIPTION,
+    "input_audio_noise_reduction": None,
+    "modalities": None,
     "client_secret": None,
-    "audio": {"input": {"format": {"type": None, "rate": None}, "transcription": _TRANSCRIPTION,
-                        "turn_detection": _TURN, "noise_reduction": None}},
-}  # fmt: skip
+    "audio": {
+        "input": {
+            "format": {"type": None, "rate": None},
+            "transcription": _TRANSCRIPTION,
+            "turn_detection": _TURN,
+            "noise_reduction": None,
+        }
+    },
+}
 
 
 class _Rejected(OptionError):
@@ -102,9 +122,13 @@ class _Conversation:
 
     def _open(self) -> Session:
         return self._service.open(
-            "realtime", sample_rate=self._rate, encoding=_FORMATS[self._format][0], endpoint_ms=self._silence_ms,
-            client=self._socket.scope["nemostream.client"], phrases=self._phrases,
-        )  # fmt: skip
+            "realtime",
+            sample_rate=self._rate,
+            encoding=_FORMATS[self._format][0],
+            endpoint_ms=self._silence_ms,
+            client=self._socket.scope["nemostream.client"],
+            phrases=self._phrases,
+        )
 
     async def run(self) -> None:
         await self._send({"type": "session.created", "session": self._described()})
@@ -199,8 +223,9 @@ class _Conversation:
         sound, rate, silence = self._format, self._rate, self._silence_ms
         model, keywords = self._model, self._keywords
         for place, name in (
-            (given, "session.audio.input.transcription"), (wanted, "session.input_audio_transcription")
-        ):  # fmt: skip
+            (given, "session.audio.input.transcription"),
+            (wanted, "session.input_audio_transcription"),
+        ):
             if (key := name.rpartition(".")[2]) in place:
                 model, keywords = _transcription(place[key], name, model, keywords)
         if found := given.get("format") or wanted.get("input_audio_format"):
@@ -258,16 +283,22 @@ class _Conversation:
                 continue
             if not self._item:
                 self._begin_item()
-                await self._send({
-                    "type": "input_audio_buffer.speech_started", "item_id": self._item,
-                    "audio_start_ms": round(1000 * event.start),
-                })  # fmt: skip
+                await self._send(
+                    {
+                        "type": "input_audio_buffer.speech_started",
+                        "item_id": self._item,
+                        "audio_start_ms": round(1000 * event.start),
+                    }
+                )
             await self._delta(event)
             if event.kind == "final":
-                await self._send({
-                    "type": "input_audio_buffer.speech_stopped", "item_id": self._item,
-                    "audio_end_ms": round(1000 * event.end),
-                })  # fmt: skip
+                await self._send(
+                    {
+                        "type": "input_audio_buffer.speech_stopped",
+                        "item_id": self._item,
+                        "audio_end_ms": round(1000 * event.end),
+                    }
+                )
                 await self._committed()
                 await self._completed(event)
                 self._sent = 0.0
@@ -278,43 +309,64 @@ class _Conversation:
     async def _delta(self, event: Event) -> None:
         if delta := event.text[len(self._told) :]:
             self._told = event.text
-            await self._send({
-                "type": "conversation.item.input_audio_transcription.delta", "item_id": self._item, "content_index": 0,
-                "delta": delta,
-            })  # fmt: skip
+            await self._send(
+                {
+                    "type": "conversation.item.input_audio_transcription.delta",
+                    "item_id": self._item,
+                    "content_index": 0,
+                    "delta": delta,
+                }
+            )
 
     async def _committed(self) -> None:
-        await self._send({
-            "type": "input_audio_buffer.committed", "item_id": self._item, "previous_item_id": self._last
-        })  # fmt: skip
+        await self._send(
+            {"type": "input_audio_buffer.committed", "item_id": self._item, "previous_item_id": self._last}
+        )
 
     async def _completed(self, event: Event | None) -> None:
         if event:
             await self._delta(event)
-        await self._send({
-            "type": "conversation.item.input_audio_transcription.completed", "item_id": self._item, "content_index": 0,
-            "transcript": event.text if event else "",
-            "usage": {"type": "duration", "seconds": round(self._sent, 3)},
-        })  # fmt: skip
+        await self._send(
+            {
+                "type": "conversation.item.input_audio_transcription.completed",
+                "item_id": self._item,
+                "content_index": 0,
+                "transcript": event.text if event else "",
+                "usage": {"type": "duration", "seconds": round(self._sent, 3)},
+            }
+        )
         self._item, self._last, self._told = "", self._item, ""
 
     def _described(self) -> dict[str, Any]:
         format_: dict[str, Any] = {"type": self._format}
         if self._format == "audio/pcm":
             format_["rate"] = self._rate
-        detection = None if self._silence_ms is None else {
-            "type": "server_vad", "silence_duration_ms": self._silence_ms, "threshold": 0.5, "prefix_padding_ms": 0
-        }  # fmt: skip
+        detection = (
+            None
+            if self._silence_ms is None
+            else {
+                "type": "server_vad",
+                "silence_duration_ms": self._silence_ms,
+                "threshold": 0.5,
+                "prefix_padding_ms": 0,
+            }
+        )
         transcription: dict[str, Any] = {"model": self._model, "language": "en"}
         if self._keywords:
             transcription["keywords"] = self._keywords
         return {
-            "type": "transcription", "object": "realtime.transcription_session", "id": "sess_" + self.session.id,
-            "audio": {"input": {
-                "format": format_, "transcription": transcription, "noise_reduction": None,
-                "turn_detection": detection,
-            }},
-        }  # fmt: skip
+            "type": "transcription",
+            "object": "realtime.transcription_session",
+            "id": "sess_" + self.session.id,
+            "audio": {
+                "input": {
+                    "format": format_,
+                    "transcription": transcription,
+                    "noise_reduction": None,
+                    "turn_detection": detection,
+                }
+            },
+        }
 
     async def _send(self, event: dict[str, Any]) -> None:
         async with self.session.sending():
@@ -437,6 +489,7 @@ def _error(
     message: str, code: str, given: str | None = None, param: str | None = None, kind: str = "invalid_request_error"
 ) -> dict[str, Any]:
     return {
-        "type": "error", "event_id": "event_" + secrets.token_hex(8),
+        "type": "error",
+        "event_id": "event_" + secrets.token_hex(8),
         "error": {"type": kind, "code": code, "message": message, "param": param, "event_id": given},
-    }  # fmt: skip
+    }

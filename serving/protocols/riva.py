@@ -166,10 +166,14 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             )
         answer = riva_asr_pb2.RivaSpeechRecognitionConfigResponse
         parameters = {
-            "language_code": "en-US", "sample_rate": str(manifest.features.sample_rate), "type": "online",
-            "streaming": "True", "offline": "True", "chunk_ms": str(self._service.settings.chunk_ms),
+            "language_code": "en-US",
+            "sample_rate": str(manifest.features.sample_rate),
+            "type": "online",
+            "streaming": "True",
+            "offline": "True",
+            "chunk_ms": str(self._service.settings.chunk_ms),
             "chunks_ms": ",".join(map(str, self._service.chunks)),
-        }  # fmt: skip
+        }
         return answer(model_config=[answer.Config(model_name=manifest.name, parameters=parameters)])
 
     async def _stream(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
@@ -268,9 +272,12 @@ async def _write(
         if event.kind == "end" or (event.kind == "partial" and not wanted.interim_results):
             continue
         result = riva_asr_pb2.StreamingRecognitionResult(
-            alternatives=[_alternative(event, wanted.config)], is_final=event.kind == "final", stability=1.0,
-            channel_tag=1, audio_processed=event.audio,
-        )  # fmt: skip
+            alternatives=[_alternative(event, wanted.config)],
+            is_final=event.kind == "final",
+            stability=1.0,
+            channel_tag=1,
+            audio_processed=event.audio,
+        )
         async with session.sending():
             await context.write(riva_asr_pb2.StreamingRecognizeResponse(results=[result], id=request_id))
 
@@ -280,16 +287,20 @@ def _alternative(event: Event, config: Any) -> Any:
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients join the results of a recording as they are, so a final one ends with a space, as Riva's do.
         transcript=event.text + (" " if event.kind == "final" else ""),
-        confidence=min((word.confidence for word in words), default=0.0), language_code=["en-US"],
-    )  # fmt: skip
+        confidence=min((word.confidence for word in words), default=0.0),
+        language_code=["en-US"],
+    )
     if config.enable_word_time_offsets:
         alternative.words.extend(
             riva_asr_pb2.WordInfo(
-                word=word.text, start_time=round(1000 * word.start), end_time=round(1000 * word.end),
-                confidence=word.confidence, language_code="en-US",
+                word=word.text,
+                start_time=round(1000 * word.start),
+                end_time=round(1000 * word.end),
+                confidence=word.confidence,
+                language_code="en-US",
             )
             for word in words
-        )  # fmt: skip
+        )
     return alternative
 
 

@@ -20,9 +20,13 @@ PROTOCOL = "nemostream"
 LEAST_TEXT = 8192  # bytes of audio that a text message counts as: handling one costs about as much
 MOST_TEXT = 1 << 16  # characters of a message without audio: parsing one must not keep the event loop from others
 _CODES: tuple[tuple[type[NemostreamError], str, int], ...] = (
-    (Draining, "draining", 1012), (CapacityError, "capacity", 1013), (OptionError, "option", 1008),
-    (AudioError, "audio", 1007), (Expired, "expired", 1008), (NemostreamError, "model", 1011),
-)  # fmt: skip
+    (Draining, "draining", 1012),
+    (CapacityError, "capacity", 1013),
+    (OptionError, "option", 1008),
+    (AudioError, "audio", 1007),
+    (Expired, "expired", 1008),
+    (NemostreamError, "model", 1011),
+)
 
 
 def name_of(error: NemostreamError) -> tuple[str, int]:
@@ -73,9 +77,9 @@ async def hang_up(socket: WebSocket, error: NemostreamError, event: dict[str, An
 
 
 async def _talk(socket: WebSocket, session: Session, service: Service, words: bool) -> None:
-    await _send(socket, session, {
-        "type": "ready", "stream": session.id, "chunk_ms": session.wanted_ms, **_model(service)
-    })  # fmt: skip
+    await _send(
+        socket, session, {"type": "ready", "stream": session.id, "chunk_ms": session.wanted_ms, **_model(service)}
+    )
     while True:
         async with session.receiving():
             message = await socket.receive()
@@ -115,20 +119,26 @@ def _written(event: Event, words: bool) -> dict[str, Any]:
         found |= {"reason": event.reason, "time": round(event.end, 3)}
         return found | {"audio": round(event.audio, 3), "chunk_ms": event.chunk_ms}
     found |= {
-        "text": event.text, "stable": event.stable, "start": round(event.start, 3), "end": round(event.end, 3),
-        "audio": round(event.audio, 3), "chunk_ms": event.chunk_ms,
-    }  # fmt: skip
+        "text": event.text,
+        "stable": event.stable,
+        "start": round(event.start, 3),
+        "end": round(event.end, 3),
+        "audio": round(event.audio, 3),
+        "chunk_ms": event.chunk_ms,
+    }
     if words:
         # Of a partial only what is new: all words in each would add up to the square of an utterance's length.
         partial = event.kind == "partial"
         found["words_from"] = event.words_from if partial else 0
         found["words"] = [
             {
-                "text": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
+                "text": word.text,
+                "start": round(word.start, 3),
+                "end": round(word.end, 3),
                 "confidence": round(word.confidence, 4),
             }
             for word in (event.new_words if partial else event.words)
-        ]  # fmt: skip
+        ]
     return found
 
 

@@ -225,6 +225,9 @@ class _Process:
 def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
     variables = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return subprocess.Popen(
-        [sys.executable, "-m", "nemostream.serving.uploads.decoder_process"], stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env=variables | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "nemostream.serving.uploads.decoder_process"],
+        stdin=theirs.fileno(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=variables | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+    )

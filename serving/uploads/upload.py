@@ -84,9 +84,14 @@ class Upload:
     """
 
     def __init__(
-        self, service: Service, transport: str, file: int, name: str,
-        gone: Callable[[], Awaitable[bool]] | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        transport: str,
+        file: int,
+        name: str,
+        gone: Callable[[], Awaitable[bool]] | None = None,
+        **options: Any,
+    ) -> None:
         self.text, self.seconds, self.warning = "", 0.0, ""
         self._service, self._gone = service, gone
         self._events = self._run(transport, file, name, options)

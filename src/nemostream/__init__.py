@@ -129,9 +129,15 @@ def load(
     opened = Bundle.open(demo_bundle() if bundle is None else bundle)
     opened.manifest.chunk(chunk_ms)
     backend = open_backend(
-        opened, device=device, precision=precision, capacity=capacity, max_batch=max_batch, threads=threads,
-        engines=engines, chunk_ms=chunk_ms,
-    )  # fmt: skip
+        opened,
+        device=device,
+        precision=precision,
+        capacity=capacity,
+        max_batch=max_batch,
+        threads=threads,
+        engines=engines,
+        chunk_ms=chunk_ms,
+    )
     return Model(opened, backend, chunk_ms, confidence, delay_ms, f"{device}, {precision or 'default'} precision")
 
 

@@ -206,9 +206,15 @@ def _maker(
         cpu = where == "cpu"
         cell = "float32" if cpu else graphs.CELLS[precision]
         recipe = Recipe.of(
-            bundle, chunk.ms, backend=backend, library=onnxruntime.__version__, precision=precision,
-            device=f"{where}{note}", max_batch=0, cell=cell,
-        )  # fmt: skip
+            bundle,
+            chunk.ms,
+            backend=backend,
+            library=onnxruntime.__version__,
+            precision=precision,
+            device=f"{where}{note}",
+            max_batch=0,
+            cell=cell,
+        )
 
         def make_graph(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
             if cpu:
@@ -230,9 +236,15 @@ def _maker(
         )
     named = None if target in (None, gpu) else target
     recipe = Recipe.of(
-        bundle, chunk.ms, backend=library.name, library=library.version, precision=precision,
-        device=f"{target or gpu}{note}", max_batch=max_batch, cell=graphs.CELLS[precision],
-    )  # fmt: skip
+        bundle,
+        chunk.ms,
+        backend=library.name,
+        library=library.version,
+        precision=precision,
+        device=f"{target or gpu}{note}",
+        max_batch=max_batch,
+        cell=graphs.CELLS[precision],
+    )
 
     def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
         progress("writing the graph", 0.0)
@@ -276,18 +288,28 @@ def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[
         candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
     try:
         return run_gate(
-            bundle.manifest, chunk, plan.recipe.precision, candidate, reference, speech(bundle.manifest),
+            bundle.manifest,
+            chunk,
+            plan.recipe.precision,
+            candidate,
+            reference,
+            speech(bundle.manifest),
             lambda share: progress("comparing with fp32", share),
-        )  # fmt: skip
+        )
     finally:
         candidate.close()
         reference.close()
 
 
 def _known(
-    bundle: Bundle, store: PlanStore, backend: str | None, precision: str, device: str, max_batch: int,
+    bundle: Bundle,
+    store: PlanStore,
+    backend: str | None,
+    precision: str,
+    device: str,
+    max_batch: int,
     chunk_ms: int | None,
-) -> dict[int, Plan]:  # fmt: skip
+) -> dict[int, Plan]:
     """The engines there are, by chunk size. Raises `BackendError` naming the command that builds them if none is, or
     none of `chunk_ms`."""
     devices = (device,) if device == "cpu" else (device, "cuda")

@@ -120,15 +120,18 @@ def test_utterances_by_offset_are_understood(demo_bundle: Bundle, tmp_path: Path
     clip = corpora.packaged(demo_bundle.manifest)[0].samples(16000)
     soundfile.write(tmp_path / "two.flac", np.concatenate([clip, clip]), 16000)
     seconds = len(clip) / 16000
-    rows = [{"audio_filepath": "two.flac", "offset": at, "duration": seconds, "text": CLIP_TEXT}
-            for at in (0.0, seconds)]  # fmt: skip
+    rows = [
+        {"audio_filepath": "two.flac", "offset": at, "duration": seconds, "text": CLIP_TEXT} for at in (0.0, seconds)
+    ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     utterances = corpora.read_manifest(tmp_path / "m.jsonl")
     result = accuracy.measure_accuracy(demo_bundle, {"two": utterances}, chunk_ms=(560,), normalise="basic")
     (row,) = result["rows"]
     assert (row["values"]["errors"], row["values"]["words"], row["values"]["utterances"]) == (
-        0, 2 * len(CLIP_TEXT.split()), 2
-    )  # fmt: skip
+        0,
+        2 * len(CLIP_TEXT.split()),
+        2,
+    )
     assert row["values"]["audio_seconds"] == pytest.approx(2 * seconds, abs=0.01)
     assert accuracy.latency(row) == 560 + row["figures"]["result"]["p50"] and len(row["ms"]["result"]) == 20
 
@@ -211,10 +214,14 @@ def test_beside_nemo(demo_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("nemo")
     utterances = corpora.read_manifest(HELD_OUT)[:8]
     result = accuracy.measure_accuracy(
-        demo_bundle, {"held out": utterances, "packaged": corpora.packaged(demo_bundle.manifest)}, ("fp32", "int8"),
-        (80, 560), normalise="basic", checkpoint=ROOT / "examples" / "demo_model" / "demo.nemo",
+        demo_bundle,
+        {"held out": utterances, "packaged": corpora.packaged(demo_bundle.manifest)},
+        ("fp32", "int8"),
+        (80, 560),
+        normalise="basic",
+        checkpoint=ROOT / "examples" / "demo_model" / "demo.nemo",
         engines=tmp_path / "engines",
-    )  # fmt: skip
+    )
     assert len(result["rows"]) == 2 * 2 * 2
     for row in result["rows"]:
         values = row["values"]

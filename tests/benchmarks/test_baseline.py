@@ -10,7 +10,7 @@ import pytest
 
 from nemostream import engines
 from nemostream.benchmarks import report
-from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.harness.roofline import Machine
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import Feed, timed_backend
@@ -20,9 +20,7 @@ from nemostream.errors import BackendError, OptionError, ParityError
 pytest.importorskip("nemo")
 
 from nemostream.benchmarks import baseline
-from nemostream.benchmarks.harness import competitors as ring
-from nemostream.benchmarks.harness import nemo
-from nemostream.benchmarks.harness import runners as sides
+from nemostream.benchmarks.harness import competitors, nemo, runners
 
 pytestmark = pytest.mark.nemo
 
@@ -31,7 +29,7 @@ MACHINE = Machine(1e10, {"fp32": 1e11, "int8": 4e11}, {"read": 10.0})
 OURS = ("nemostream, fp32", "nemostream, int8")
 
 
-def ladder(bundle: Bundle, names: tuple[str, ...], **options: Any) -> record.Record:
+def ladder(bundle: Bundle, names: tuple[str, ...], **options: Any) -> records.Record:
     options = {"batches": (2,), "chunk_ms": (560,), "repeats": 2, "threads": 1, "machine": MACHINE} | options
     return baseline.compare_steps(bundle, CHECKPOINT, names, **options)
 
@@ -42,7 +40,7 @@ def test_everybody(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Monk
     # A voice that the model knows: of others it guesses among equals, and each side otherwise.
     clip = engines.speech(demo_bundle.manifest)[1]
     monkeypatch.setattr(baseline, "speech", lambda: np.tile(np.append(clip, np.zeros(8000, np.float32)), 4))
-    names = [name for name in ring.SIDES["cpu"] if "compile" not in name] + ["nemo graph"]
+    names = [name for name in competitors.SIDES["cpu"] if "compile" not in name] + ["nemo graph"]
     result = ladder(demo_bundle, tuple(names), batches=(1, 3))
     assert list(result["method"]["left_out"]) == ["nemo graph"]
     assert "a CUDA graph needs a GPU" in result["method"]["left_out"]["nemo graph"]
@@ -58,8 +56,8 @@ def test_everybody(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Monk
             exact = name in ("nemostream, fp32", "NeMo, fp32")
             assert row["values"]["same_tokens"] >= (1.0 if exact else 0.5)
     assert by_side["nemostream, int8"]["values"]["floor_ms"]["floor"] > 0
-    record.write(result, tmp_path / "x.json")
-    text = report.write_report([record.read(tmp_path / "x.json")], tmp_path / "x.md")
+    records.write(result, tmp_path / "x.json")
+    text = report.write_report([records.read(tmp_path / "x.json")], tmp_path / "x.md")
     assert text.count("| 560 ms | 3 |") == len(by_side) and (tmp_path / "x-steps.png").exists()
     assert all(f"* {name}: " in text for name in by_side) and "Left out: nemo graph (OptionError" in text
 
@@ -97,7 +95,7 @@ def test_by_its_command(demo_bundle: Bundle, tmp_path: Path, capsys: pytest.Capt
     assert _run(["bench", "baseline", *arguments]) == 0
     said = capsys.readouterr().out
     assert said.startswith("## baseline") and (tmp_path / "baseline-steps.svg").exists()
-    result = record.read(tmp_path / "baseline.json")
+    result = records.read(tmp_path / "baseline.json")
     assert [row["case"]["side"] for row in result["rows"]] == ["nemostream, fp32", "NeMo, fp32"]
     assert baseline.headline(result).count("\n| ") == 4  # two lines of head, two sides
 
@@ -160,7 +158,7 @@ def test_a_gpus_ladder(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> 
         return sides_model
 
     sides_model = nemo.load_nemo(CHECKPOINT)
-    monkeypatch.setattr(ring, "load_nemo", load)
+    monkeypatch.setattr(competitors, "load_nemo", load)
     result = ladder(demo_bundle, ("ours fp16", "nemo fp32"), device="cuda")
     assert asked == ["cuda"]
     assert "no NVIDIA GPU" in result["method"]["left_out"]["ours fp16"]
@@ -182,7 +180,7 @@ def test_other_weights_are_not_compared(demo_bundle: Bundle, monkeypatch: pytest
                 parameter += 3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
         return model
 
-    monkeypatch.setattr(ring, "load_nemo", other)
+    monkeypatch.setattr(competitors, "load_nemo", other)
     with pytest.raises(ParityError, match="no point in comparing"):
         ladder(demo_bundle, ("ours fp32", "nemo fp32"), repeats=20)
 
@@ -216,12 +214,12 @@ def test_nemos_export_says_what_nemo_says(demo_bundle: Bundle, tmp_path: Path) -
     chunk = demo_bundle.manifest.chunk(560)
     exported = nemo.export_nemo(model, demo_bundle.manifest, chunk, tmp_path / "exported")
     feed = Feed(demo_bundle.manifest, engines.speech(demo_bundle.manifest)[1], 2, 8 * chunk.frames)
-    onnx = sides.NemoOnnx(exported, model, feed, chunk, 1)
+    onnx = runners.NemoOnnx(exported, model, feed, chunk, 1)
     onnx.fill(8 * chunk.frames)
     theirs = nemo.Nemo(model, feed, chunk)
     theirs._use(chunk)
     for step in range(8):
         theirs.step(step * chunk.frames)
     rest = [row[3:] for row in theirs.tokens()]  # without the first chunk's words, which NeMo's export hears otherwise
-    assert record.agreement(rest, onnx.tokens()) > 0.9
+    assert records.agreement(rest, onnx.tokens()) > 0.9
     assert sum(map(len, rest)) > 4

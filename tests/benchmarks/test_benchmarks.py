@@ -14,8 +14,7 @@ import pytest
 
 import nemostream
 from nemostream.benchmarks import capacity, latency, module_name, quick, report, throughput
-from nemostream.benchmarks.harness import load
-from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import load, records
 from nemostream.benchmarks.harness.roofline import Machine, Work, encoder_work, measure_machine
 from nemostream.benchmarks.studies import cost
 from nemostream.bundle import Bundle
@@ -31,10 +30,10 @@ pytest.importorskip("matplotlib", reason="needs the bench extra")
 MACHINE = Machine(1e10, {"fp32": 1e11, "int8": 4e11}, {"read": 10.0})
 
 
-def shown(result: record.Record, folder: Path) -> str:
+def shown(result: records.Record, folder: Path) -> str:
     """The result through its file and back, as a report."""
-    record.write(result, folder / "x.json")
-    text = report.write_report([record.read(folder / "x.json")], folder / "x.md")
+    records.write(result, folder / "x.json")
+    text = report.write_report([records.read(folder / "x.json")], folder / "x.md")
     assert (folder / "x.md").read_text() == text
     for picture in [line for line in text.splitlines() if line.startswith("![")]:
         name = picture.partition("(")[2].rstrip(")")
@@ -93,21 +92,21 @@ def test_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products are PyTorch's, on the device named: here the CPU stands in for the GPU."""
     pytest.importorskip("torch")
     from nemostream.benchmarks.gpu import speed as gpu_speed
-    from nemostream.benchmarks.harness import roofline as floor
+    from nemostream.benchmarks.harness import roofline
 
-    products = floor.gpu_products("cpu", size=64, repeats=1)
+    products = roofline.gpu_products("cpu", size=64, repeats=1)
     assert {"fp32 product", "fp32 product, TF32", "fp16 product", "bf16 product", "int8 product"} <= products.keys()
     monkeypatch.setattr(gpu_speed, "copy_rate", lambda device: 2e12)
     monkeypatch.setattr(
-        floor, "gpu_products", lambda: {"fp32 product": 6e4, "fp32 product, TF32": 4e5, "fp8 product": 1}
+        roofline, "gpu_products", lambda: {"fp32 product": 6e4, "fp32 product, TF32": 4e5, "fp8 product": 1}
     )
-    machine = floor.measure_gpu(object())
+    machine = roofline.measure_gpu(object())
     assert machine.bandwidth == 2e12 and machine.flops == {"fp32": 4e14, "fp8": 1e9}
     assert machine.rates["copy"] == 2000
     # Without PyTorch, ONNX Runtime's product; without its CUDA provider, none.
-    monkeypatch.setattr(floor, "_torch_with", lambda where: None)
-    assert floor._products_without_torch(64, 1) == {}
-    assert floor._product("fp16", 1, 64, 1) > 0
+    monkeypatch.setattr(roofline, "_torch_with", lambda where: None)
+    assert roofline._products_without_torch(64, 1) == {}
+    assert roofline._product("fp16", 1, 64, 1) > 0
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
     if play.MISSING:
         pytest.skip("needs g++ to run the kernels on a CPU")
     from nemostream import engines
-    from nemostream.benchmarks.harness import roofline as floor
+    from nemostream.benchmarks.harness import roofline
     from nemostream.runtime.backends.gpu import cuda
     from nemostream.runtime.backends.gpu.backend import GpuBackend
 
@@ -186,8 +185,8 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
     monkeypatch.setattr(cuda, "CudaDevice", host_device.HostDevice)
     monkeypatch.setattr(engines, "open_gpu", open_gpu)
     gpu = Machine(1e12, {"fp32": 1e13}, {"copy": 1000.0})
-    monkeypatch.setattr(floor, "measure_gpu", lambda device: gpu)
-    monkeypatch.setattr(floor, "measure_machine", lambda threads: MACHINE)
+    monkeypatch.setattr(roofline, "measure_gpu", lambda device: gpu)
+    monkeypatch.setattr(roofline, "measure_machine", lambda threads: MACHINE)
     result = latency.measure_latency(
         demo_bundle,
         ("fp32", "int8"),
@@ -345,7 +344,7 @@ def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
 def test_a_pause_of_the_machine_does_not_end_the_search(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     judge, verdicts = capacity.judge, iter([False, True, False, False, True])
 
-    def told(*given: Any) -> record.Row:
+    def told(*given: Any) -> records.Row:
         row = judge(*given)
         row["values"]["holds"] = next(verdicts)
         return row
@@ -476,7 +475,7 @@ def test_every_benchmark_by_its_command(name: str, tmp_path: Path, capsys: pytes
     assert _run(["bench", name, *SHORT[name].split(), *out]) == 0
     said = capsys.readouterr().out
     assert said == (tmp_path / "it.md").read_text() and said.startswith(f"## {name}")
-    result = record.read(tmp_path / "it.json")
+    result = records.read(tmp_path / "it.json")
     assert result["benchmark"] == name and result["rows"] and result["hardware"]["cpu"] and result["command"]
     pictures = list(tmp_path.glob("it-*.png"))
     assert pictures and all(picture.with_suffix(".svg").exists() for picture in pictures)

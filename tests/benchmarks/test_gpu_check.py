@@ -21,7 +21,7 @@ from host_device import HostDevice, OrtEncoder
 from nemostream.benchmarks import baseline, gpu_check
 from nemostream.benchmarks.gpu import report as gpu_report
 from nemostream.benchmarks.gpu import speed as gpu_speed
-from nemostream.benchmarks.harness import roofline as floor
+from nemostream.benchmarks.harness import roofline
 from nemostream.benchmarks.harness.random_bundle import random_bundle
 from nemostream.benchmarks.harness.synthetic import Sizes
 from nemostream.benchmarks.studies import features
@@ -106,7 +106,7 @@ def test_speed(small: Bundle) -> None:
     for row in figures["rows"]:
         assert len(row["raw_ms"]) == 3 and min(row["raw_ms"]) == pytest.approx(row["min_ms"], abs=1e-4)
         assert row["min_ms"] <= row["p50_ms"] <= row["p99_ms"] <= max(row["raw_ms"]) + 1e-4
-        weights = floor.encoder_work(small, small.manifest.chunk(row["chunk_ms"])).weight_bytes
+        weights = roofline.encoder_work(small, small.manifest.chunk(row["chunk_ms"])).weight_bytes
         assert row["floor_ms"] == pytest.approx(1000 * weights / 1e9)
         assert row["settled_tokens_per_second"] > 0 and row["boosted_p50_ms"] > 0
         assert row["encoder_ms"] > 0 and row["undecoded_ms"] > 0 and row["whole_ms"] > 0
@@ -217,8 +217,10 @@ def test_a_section_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     report = gpu_check.in_processes(
         {"crashes": 20, "hangs": 3, "works": 20},
         lambda name, minutes: [sys.executable, "-c", SAYS, str(tmp_path), name],
-        tmp_path, 1, lambda report: kept.append([*report]),
-    )  # fmt: skip
+        tmp_path,
+        1,
+        lambda report: kept.append([*report]),
+    )
     assert report["works"] == {"all": 2}
     assert report["crashes"] == {"by now": 1, "error": "ended with SIGABRT", "log": ["words of crashes"]}
     assert report["hangs"]["error"] == "was not done after 3 s"
@@ -247,8 +249,18 @@ def test_goals_by_hand() -> None:
     }
     found = {goal.what: goal for goal in gpu_report.goals(report)}
     assert [goal.reached for goal in found.values()] == [
-        True, True, False, True, None, True, False, None, None, False, False,
-    ]  # fmt: skip
+        True,
+        True,
+        False,
+        True,
+        None,
+        True,
+        False,
+        None,
+        None,
+        False,
+        False,
+    ]
     assert found["encoder, 80 ms, batch 1, ÷ its floor"].found == pytest.approx(2.0)
     assert found["decoding's share of a step, 560 ms, batch 64"].found == pytest.approx(0.15)
     assert found["the host's share of a step, batch 1024, at worst"].found == pytest.approx(0.06)

@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
 from nemostream.benchmarks import report
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.cli.main import _run
 from nemostream.errors import OptionError
 
@@ -31,18 +30,18 @@ def test_pictures_of_the_pages_are_there() -> None:
     assert pictures and all((ROOT / "docs" / picture).is_file() for picture in pictures)
 
 
-def some_result(*steps: float) -> record.Record:
+def some_result(*steps: float) -> records.Record:
     case = {"chunk_ms": 80, "batch": 1, "precision": "fp32", "backend": "cpu"}
     samples = {"step": list(steps) * 10, "push": [step + 1 for step in steps] * 10}
     floor = {"memory": 0.5, "compute": 0.1, "floor": 0.5, "binding": "memory"}
-    row = record.row(case, samples, {"other_work_cores": 0.0, "launches": 3, "floor_ms": floor})
+    row = records.row(case, samples, {"other_work_cores": 0.0, "launches": 3, "floor_ms": floor})
     method = {"device": "cpu", "threads": 1, "repeats": 10, "warm_up": 5, "machine": {"cpu": {"read": 10.0}}}
-    return record.record("latency", [row], model={"name": "m", "layers": 1, "d_model": 2}, method=method)
+    return records.record("latency", [row], model={"name": "m", "layers": 1, "d_model": 2}, method=method)
 
 
 def test_against_an_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record.write(some_result(2.0), tmp_path / "new.json")
-    record.write(some_result(1.0), tmp_path / "old.json")
+    records.write(some_result(2.0), tmp_path / "new.json")
+    records.write(some_result(1.0), tmp_path / "old.json")
     arguments = ["bench", "report", str(tmp_path / "new.json"), "--against", str(tmp_path / "old.json")]
     assert _run([*arguments, "--out", str(tmp_path / "out" / "r.md")]) == 0
     text = capsys.readouterr().out
@@ -66,11 +65,11 @@ def test_times_changed_beyond_noise() -> None:
     assert "No case" in report.changes(elsewhere, old)
 
 
-def words(*errors: int) -> record.Record:
+def words(*errors: int) -> records.Record:
     """Utterances of ten words each."""
     values = {"wer": sum(errors) / (10 * len(errors)), "by_utterance": [[each, 10] for each in errors]}
-    rows = [record.row({"set": "s", "chunk_ms": 80, "precision": "int8"}, {}, values)]
-    return record.record("accuracy", rows, model={"name": "m"}, method={})
+    rows = [records.row({"set": "s", "chunk_ms": 80, "precision": "int8"}, {}, values)]
+    return records.record("accuracy", rows, model={"name": "m"}, method={})
 
 
 def test_words_changed_beyond_noise() -> None:
@@ -90,9 +89,9 @@ def test_words_changed_beyond_noise() -> None:
 
 
 def test_streams_changed_beyond_noise() -> None:
-    def holding(streams: int | None, chunk_ms: str = "560") -> record.Record:
+    def holding(streams: int | None, chunk_ms: str = "560") -> records.Record:
         method = {"streams": streams, "chunk_ms": chunk_ms, "precision": "fp32"}
-        return record.record("capacity", [], model={"name": "m"}, method=method)
+        return records.record("capacity", [], model={"name": "m"}, method=method)
 
     assert [c.verdict for c in report.compare(holding(120), holding(100))] == ["better"]
     assert [c.verdict for c in report.compare(holding(80), holding(100))] == ["worse"]
@@ -141,7 +140,7 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("/usr/bin/python3 -m nemostream.benchmarks.latency --bundle /me/b", "nemostream bench latency --bundle b"),
         ("/x/python /x/bin/nemostream bench cost --hours 1", "nemostream bench cost --hours 1"),
     ],
-)  # fmt: skip
+)
 def test_commands_are_shown_without_folders(command: str, wanted: str) -> None:
     assert report.shown(command) == wanted
 

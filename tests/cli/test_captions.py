@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemostream
+from nemostream.cli import captions
 from nemostream.cli.captions import Captions
-from nemostream.cli.main import captions
 
 COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 
@@ -216,8 +216,11 @@ def test_utterances_take_the_place_of_their_captions(terminal: Terminal) -> None
     assert len(finals) == 2
     with subprocess.Popen(
         [*COMMAND, "-", "--live", "--endpoint-ms", "800"],
-        stdin=subprocess.PIPE, stdout=terminal.theirs, stderr=terminal.theirs, env=os.environ | {"TERM": "xterm"},
-    ) as command:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=terminal.theirs,
+        stderr=terminal.theirs,
+        env=os.environ | {"TERM": "xterm"},
+    ) as command:
         os.close(terminal.theirs)
         assert command.stdin
         command.stdin.write(audio.tobytes())

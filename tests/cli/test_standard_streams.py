@@ -142,8 +142,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
                 [*COMMAND, CLIP, "missing.wav", CLIP, *where],
-                stdout=full if stdout == "/dev/full" else stdout, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                stdout=full if stdout == "/dev/full" else stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         first, second, third = done.stderr.splitlines()
         assert done.returncode == 1
         assert first == third and CLIP in first and "No space left on device" in first
@@ -154,8 +156,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_an_utterance_that_cannot_be_written_is_not_an_audio_error(realtime: bool) -> None:
     done = subprocess.run(
         [*COMMAND, CLIP, "--endpoint-ms", "400", "--out", "/dev/full", *["--realtime"] * realtime],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert done.stderr == (
         f"nemostream: the transcript of {CLIP} cannot be written to /dev/full: No space left on device.\n"
@@ -361,9 +364,13 @@ def test_channels_that_do_not_cancel_out(run: Run, tmp_path: Path) -> None:
     audio, rate = soundfile.read(CLIP, dtype="float32")
     nothing = np.zeros_like(audio)
     for channels in (
-        [audio, audio], [audio, nothing], [audio, -0.4 * audio], [audio, audio[::-1]], [audio, *[nothing] * 7],
+        [audio, audio],
+        [audio, nothing],
+        [audio, -0.4 * audio],
+        [audio, audio[::-1]],
+        [audio, *[nothing] * 7],
         [nothing, nothing],
-    ):  # fmt: skip
+    ):
         path = tmp_path / "stereo.wav"
         soundfile.write(path, np.stack(channels, axis=1), rate, subtype="FLOAT")
         code, _, err = run(path)

@@ -22,7 +22,7 @@ from nemostream.cli.main import main
 from nemostream.cli.output import Output
 from nemostream.cli.transcribe import read_phrases
 from nemostream.extras import install_command
-from nemostream.runtime.streaming import snapshot as resume
+from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Token, Word
@@ -131,8 +131,10 @@ def test_one_bad_file_leaves_the_others_theirs(run: Run, said: list[nemostream.R
     code, _, err = run(CLIPS[0], bad, CLIPS[2], "--out", out)
     assert code == 3 and "bad.flac" in err and err.count("\n") == 1
     assert {path.name: path.read_text() for path in out.iterdir()} == {
-        f"{STEMS[0]}.txt": said[0].text + "\n", f"{STEMS[2]}.txt": said[2].text + "\n", "bad.txt": "from before",
-    }  # fmt: skip
+        f"{STEMS[0]}.txt": said[0].text + "\n",
+        f"{STEMS[2]}.txt": said[2].text + "\n",
+        "bad.txt": "from before",
+    }
     (tmp_path / "one.txt").write_text("from before")
     assert run(bad, "--out", tmp_path / "one.txt")[0] == 3
     assert (tmp_path / "one.txt").read_text() == "from before"
@@ -232,8 +234,9 @@ def test_an_utterance_is_told_when_it_is_over() -> None:
         (wanted,) = (event.text for event in model.listen(heard) if event.kind == "final")
     with subprocess.Popen(
         [sys.executable, "-m", "nemostream", "transcribe", "-", "--endpoint-ms", "800"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as command:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as command:
         assert command.stdin and command.stdout
         command.stdin.write(heard.tobytes())
         command.stdin.flush()
@@ -272,8 +275,13 @@ def test_phrases_that_cannot_be(run: Run, tmp_path: Path) -> None:
 def test_phrases_with_weights(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("ratio: 2:1\n10:30\t3\n")
     assert read_phrases(["pound key:2.5", "AC/DC: 0.5", "10:30", "3:4:5", "note: this", str(tmp_path / "names")]) == {
-        "pound key": 2.5, "AC/DC": 0.5, "10:30": 3.0, "3:4:5": 1.0, "note: this": 1.0, "ratio: 2:1": 1.0,
-    }  # fmt: skip
+        "pound key": 2.5,
+        "AC/DC": 0.5,
+        "10:30": 3.0,
+        "3:4:5": 1.0,
+        "note: this": 1.0,
+        "ratio: 2:1": 1.0,
+    }
 
 
 def test_weights_of_the_command_line_matter(run: Run, said: list[nemostream.Result]) -> None:
@@ -305,7 +313,7 @@ def test_a_run_that_was_killed_is_resumed(
     run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state is one that a run left behind; what is printed is what a run without a break prints."""
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(snapshot, "SECONDS", 0.0)
     state, whole = tmp_path / "state", run(pauses, "--format", "json")
 
     def killed(seconds: float) -> None:
@@ -324,7 +332,7 @@ def test_a_run_that_was_killed_is_resumed(
 def test_the_state_is_kept_until_the_result_is_written(
     run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(snapshot, "SECONDS", 0.0)
     whole, state = run(pauses)[1], tmp_path / "state"
     code, _, err = run(pauses, "--resume", state, "--out", "/dev/full")
     assert code and "space" in err

@@ -149,8 +149,12 @@ def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, 
         elif name not in ("position", "valid"):
             assert kind == TensorProto.FLOAT, name
     assert {output.name for output in model.graph.output} == {
-        "encoded_joint", "mel_cache_next", "k_new", "v_new", "conv_next"
-    }  # fmt: skip
+        "encoded_joint",
+        "mel_cache_next",
+        "k_new",
+        "v_new",
+        "conv_next",
+    }
     quantised = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantised) == (8 * layers if precision in ("int8", "fp8") else 0)
     eight = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}.get(precision)

@@ -24,19 +24,33 @@ CONFIG: dict[str, Any] = {
     "target": "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
     "tokenizer": {"type": "bpe", "model_path": "nemo:0123_tokenizer.model"},
     "preprocessor": {
-        "_target_": f"{ASR}.AudioToMelSpectrogramPreprocessor", "normalize": "NA", "window_size": 0.025, "features": 80,
+        "_target_": f"{ASR}.AudioToMelSpectrogramPreprocessor",
+        "normalize": "NA",
+        "window_size": 0.025,
+        "features": 80,
     },
     "encoder": {
-        "_target_": f"{ASR}.ConformerEncoder", "feat_in": 80, "n_layers": 2, "d_model": 64, "n_heads": 4,
-        "subsampling": "dw_striding", "subsampling_factor": 8, "causal_downsampling": True, "conv_kernel_size": 9,
-        "att_context_style": "chunked_limited", "att_context_size": [[70, 6], [70, 0]], "conv_context_size": "causal",
+        "_target_": f"{ASR}.ConformerEncoder",
+        "feat_in": 80,
+        "n_layers": 2,
+        "d_model": 64,
+        "n_heads": 4,
+        "subsampling": "dw_striding",
+        "subsampling_factor": 8,
+        "causal_downsampling": True,
+        "conv_kernel_size": 9,
+        "att_context_style": "chunked_limited",
+        "att_context_size": [[70, 6], [70, 0]],
+        "conv_context_size": "causal",
     },
     "decoder": {"_target_": f"{ASR}.RNNTDecoder", "prednet": {"pred_hidden": 48}},
     "joint": {
-        "_target_": f"{ASR}.RNNTJoint", "num_classes": 128, "jointnet": {"joint_hidden": 48, "activation": "relu"},
+        "_target_": f"{ASR}.RNNTJoint",
+        "num_classes": 128,
+        "jointnet": {"joint_hidden": 48, "activation": "relu"},
     },
     "decoding": {"greedy": {"max_symbols": 10}},
-}  # fmt: skip
+}
 
 
 def weights(state: Any = None) -> bytes:
@@ -55,9 +69,10 @@ def entry(name: str, content: bytes = b"", **fields: Any) -> tuple[tarfile.TarIn
 
 def members(**contents: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
     found = {
-        "model_config.yaml": yaml.safe_dump(CONFIG).encode(), "model_weights.ckpt": weights(),
+        "model_config.yaml": yaml.safe_dump(CONFIG).encode(),
+        "model_weights.ckpt": weights(),
         "0123_tokenizer.model": b"pieces",
-    }  # fmt: skip
+    }
     return [entry(f"./{name}", content) for name, content in (found | contents).items()]
 
 
@@ -143,12 +158,27 @@ LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.mark.parametrize(
     "text",
     [
-        LAUGHS, "[" * 100_000, "{a: " * 10_000, "- " * 10_000, "&a [*a]", "a: &a {b: *a}",
-        "!!python/object/apply:os.system [x]", "a: 2020-13-45", "? [a]\n: b", "<<: [1]", "!!timestamp x", "\0", "a: [",
-        "- a", "5", "", "a: !!int x", "\xff",
+        LAUGHS,
+        "[" * 100_000,
+        "{a: " * 10_000,
+        "- " * 10_000,
+        "&a [*a]",
+        "a: &a {b: *a}",
+        "!!python/object/apply:os.system [x]",
+        "a: 2020-13-45",
+        "? [a]\n: b",
+        "<<: [1]",
+        "!!timestamp x",
+        "\0",
+        "a: [",
+        "- a",
+        "5",
+        "",
+        "a: !!int x",
+        "\xff",
     ],
     ids=range(18),
-)  # fmt: skip
+)
 def test_a_configuration_that_is_none_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = archive(tmp_path / "any.nemo", members(**{"model_config.yaml": text.encode("latin1")}))
     with pytest.raises(CheckpointError) as caught:
@@ -168,12 +198,22 @@ STRANGE = ["16", [], {}, float("nan"), float("inf"), -1, 10**30, True, [[]], 1.5
 @pytest.mark.parametrize(
     "field",
     [
-        "preprocessor.sample_rate", "preprocessor.features", "encoder.d_model", "encoder.n_layers", "encoder.n_heads",
-        "encoder.conv_kernel_size", "encoder.att_context_size", "decoder.prednet.pred_hidden",
-        "decoder.prednet.pred_rnn_layers", "joint.jointnet.joint_hidden", "decoding.greedy.max_symbols",
-        "encoder.subsampling_factor", "tokenizer.type", "preprocessor.n_fft",
+        "preprocessor.sample_rate",
+        "preprocessor.features",
+        "encoder.d_model",
+        "encoder.n_layers",
+        "encoder.n_heads",
+        "encoder.conv_kernel_size",
+        "encoder.att_context_size",
+        "decoder.prednet.pred_hidden",
+        "decoder.prednet.pred_rnn_layers",
+        "joint.jointnet.joint_hidden",
+        "decoding.greedy.max_symbols",
+        "encoder.subsampling_factor",
+        "tokenizer.type",
+        "preprocessor.n_fft",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("value", STRANGE, ids=map(str, STRANGE))
 def test_a_strange_value_is_refused_by_its_fields_name(field: str, value: Any) -> None:
     config = yaml.safe_load(yaml.safe_dump(CONFIG))
@@ -205,11 +245,20 @@ class Evil:
 
 def test_weights_that_are_no_state_dict_are_refused_and_run_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
-    for index, content in enumerate((
-        b"", b"junk" * 100, weights()[:-50], weights([1]), weights(5), weights({1: torch.zeros(1)}),
-        weights({"joint.joint_net.2.weight": 5}), weights({"a": torch.zeros(1)}), pickle.dumps(Evil(proof.touch)),
-        weights({"joint.joint_net.2.weight": Evil(proof.touch)}),
-    )):  # fmt: skip
+    for index, content in enumerate(
+        (
+            b"",
+            b"junk" * 100,
+            weights()[:-50],
+            weights([1]),
+            weights(5),
+            weights({1: torch.zeros(1)}),
+            weights({"joint.joint_net.2.weight": 5}),
+            weights({"a": torch.zeros(1)}),
+            pickle.dumps(Evil(proof.touch)),
+            weights({"joint.joint_net.2.weight": Evil(proof.touch)}),
+        )
+    ):
         path = archive(tmp_path / f"{index}.nemo", members(**{"model_weights.ckpt": content}))
         with pytest.raises(CheckpointError, match=rf"{index}\.nemo") as caught:
             checkpoint.open_checkpoint(path, tmp_path / f"out-{index}")

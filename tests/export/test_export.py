@@ -24,9 +24,15 @@ from nemostream.export.parity import LEAST_STEPS, TOLERANCE, measure_parity
 pytestmark = pytest.mark.nemo
 
 SMALL = {
-    "n_layers": 1, "d_model": 32, "n_heads": 2, "conv_channels": 16, "pred_hidden": 24, "joint_hidden": 24, "vocab": 96,
+    "n_layers": 1,
+    "d_model": 32,
+    "n_heads": 2,
+    "conv_channels": 16,
+    "pred_hidden": 24,
+    "joint_hidden": 24,
+    "vocab": 96,
     "contexts": ((70, 6), (70, 0)),
-}  # fmt: skip
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "batch norm": {"conv_norm_type": "batch_norm"},

@@ -32,16 +32,48 @@ fuzz = settings(settings.get_profile("fuzz"))
 
 DEEP = "[" * 100_000
 LEAVES: Any = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.integers(-3, 3)
-    | st.sampled_from([
-        "O", "object", "float32", "../../etc/passwd", "/etc/passwd", "weights.bin", "a/../b", ".", "", "\0", "\ud800",
-        "0" * 64, "f" * 64, 2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, "B", "cpu", "fp16", "*a", "${x}", [], {},
-    ])
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.integers(-3, 3)
+    | st.sampled_from(
+        [
+            "O",
+            "object",
+            "float32",
+            "../../etc/passwd",
+            "/etc/passwd",
+            "weights.bin",
+            "a/../b",
+            ".",
+            "",
+            "\0",
+            "\ud800",
+            "0" * 64,
+            "f" * 64,
+            2**31,
+            2**63,
+            2**64,
+            -(2**63),
+            10**400,
+            1e308,
+            "B",
+            "cpu",
+            "fp16",
+            "*a",
+            "${x}",
+            [],
+            {},
+        ]
+    )
+)
 VALUES: Any = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -151,13 +183,24 @@ def test_graphs(data: st.DataObject) -> None:
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 RECIPE = {
-    "graph": "encoder-80ms", "graph_sha256": "a" * 64, "weights_sha256": "b" * 64, "backend": "tensorrt",
-    "library": "11.0", "precision": "fp16", "device": "sm90", "max_batch": 64, "cell": "float16",
-}  # fmt: skip
+    "graph": "encoder-80ms",
+    "graph_sha256": "a" * 64,
+    "weights_sha256": "b" * 64,
+    "backend": "tensorrt",
+    "library": "11.0",
+    "precision": "fp16",
+    "device": "sm90",
+    "max_batch": 64,
+    "cell": "float16",
+}
 PLAN = {
-    "format": "nemostream-plan", "version": 1, "recipe": RECIPE, "seconds": 1.5, "gate": {"cosine": 1.0},
+    "format": "nemostream-plan",
+    "version": 1,
+    "recipe": RECIPE,
+    "seconds": 1.5,
+    "gate": {"cosine": 1.0},
     "files": [{"file": "a.engine", "sha256": "c" * 64, "bytes": 3}],
-}  # fmt: skip
+}
 
 
 @fuzz
@@ -304,27 +347,52 @@ CONFIG: dict[str, Any] = {
     "target": "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
     "tokenizer": {"type": "bpe", "model_path": "nemo:tokenizer.model"},
     "preprocessor": {
-        "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "sample_rate": 16000,
-        "normalize": "NA", "window_size": 0.025, "window_stride": 0.01, "window": "hann", "features": 80, "n_fft": 512,
-        "log": True, "frame_splicing": 1, "preemph": 0.97, "log_zero_guard_value": 1e-8,
+        "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+        "sample_rate": 16000,
+        "normalize": "NA",
+        "window_size": 0.025,
+        "window_stride": 0.01,
+        "window": "hann",
+        "features": 80,
+        "n_fft": 512,
+        "log": True,
+        "frame_splicing": 1,
+        "preemph": 0.97,
+        "log_zero_guard_value": 1e-8,
     },
     "encoder": {
-        "_target_": "nemo.collections.asr.modules.ConformerEncoder", "feat_in": 80, "feat_out": -1, "n_layers": 2,
-        "d_model": 64, "subsampling": "dw_striding", "subsampling_factor": 8, "causal_downsampling": True,
-        "att_context_style": "chunked_limited", "att_context_size": [[70, 6], [70, 0]], "conv_kernel_size": 9,
-        "conv_context_size": "causal", "conv_norm_type": "layer_norm", "n_heads": 4, "xscaling": False,
+        "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+        "feat_in": 80,
+        "feat_out": -1,
+        "n_layers": 2,
+        "d_model": 64,
+        "subsampling": "dw_striding",
+        "subsampling_factor": 8,
+        "causal_downsampling": True,
+        "att_context_style": "chunked_limited",
+        "att_context_size": [[70, 6], [70, 0]],
+        "conv_kernel_size": 9,
+        "conv_context_size": "causal",
+        "conv_norm_type": "layer_norm",
+        "n_heads": 4,
+        "xscaling": False,
         "self_attention_model": "rel_pos",
     },
     "decoder": {
-        "_target_": "nemo.collections.asr.modules.RNNTDecoder", "normalization_mode": None, "blank_as_pad": True,
-        "prednet": {"pred_hidden": 48, "pred_rnn_layers": 1}, "vocab_size": 128,
+        "_target_": "nemo.collections.asr.modules.RNNTDecoder",
+        "normalization_mode": None,
+        "blank_as_pad": True,
+        "prednet": {"pred_hidden": 48, "pred_rnn_layers": 1},
+        "vocab_size": 128,
     },
     "joint": {
-        "_target_": "nemo.collections.asr.modules.RNNTJoint", "num_classes": 128, "vocabulary": ["a", "b"],
+        "_target_": "nemo.collections.asr.modules.RNNTJoint",
+        "num_classes": 128,
+        "vocabulary": ["a", "b"],
         "jointnet": {"joint_hidden": 48, "activation": "relu"},
     },
     "decoding": {"greedy": {"max_symbols": 10}},
-}  # fmt: skip
+}
 
 
 @fuzz
@@ -344,12 +412,30 @@ def test_configurations(config: Any) -> None:
             assert isinstance(value, str) or 0 <= value < 1 << 30, name
 
 
-YAML = st.text(max_size=200) | st.sampled_from([
-    "a: &a [1,1,1,1]\nb: &b [*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b]\nd: [*c,*c,*c,*c]", "&a [*a]", "a: 1e999",
-    "a: !!python/object:os.x 1", "[" * 50_000, "{a: " * 5_000, "- " * 5_000, "2020-13-45", "? [a]\n: b", "!!binary x",
-    "<<: [1]", "{[]: 1}", "1:2:3:4:5", "!!timestamp 9999-99-99", "!!int x", "!!float .", "!!set {a, b}", "!!omap [1]",
-    "\x00", "%YAML 9.9\n---",
-])  # fmt: skip
+YAML = st.text(max_size=200) | st.sampled_from(
+    [
+        "a: &a [1,1,1,1]\nb: &b [*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b]\nd: [*c,*c,*c,*c]",
+        "&a [*a]",
+        "a: 1e999",
+        "a: !!python/object:os.x 1",
+        "[" * 50_000,
+        "{a: " * 5_000,
+        "- " * 5_000,
+        "2020-13-45",
+        "? [a]\n: b",
+        "!!binary x",
+        "<<: [1]",
+        "{[]: 1}",
+        "1:2:3:4:5",
+        "!!timestamp 9999-99-99",
+        "!!int x",
+        "!!float .",
+        "!!set {a, b}",
+        "!!omap [1]",
+        "\x00",
+        "%YAML 9.9\n---",
+    ]
+)
 
 
 @fuzz

@@ -30,23 +30,53 @@ from nemostream.serving.session import ENCODINGS, _Decoder
 from nemostream.serving.settings import Settings
 
 fuzz = settings(
-    max_examples=int(os.environ.get("NEMOSTREAM_FUZZ_EXAMPLES", "300")), deadline=None,
+    max_examples=int(os.environ.get("NEMOSTREAM_FUZZ_EXAMPLES", "300")),
+    deadline=None,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 
-KEYS = st.sampled_from([
-    "type", "session", "audio", "input", "format", "rate", "transcription", "language", "model", "turn_detection",
-    "silence_duration_ms", "event_id", "chunk_ms", "input_audio_format", "input_audio_transcription",
-]) | st.text(max_size=8)  # fmt: skip
+KEYS = st.sampled_from(
+    [
+        "type",
+        "session",
+        "audio",
+        "input",
+        "format",
+        "rate",
+        "transcription",
+        "language",
+        "model",
+        "turn_detection",
+        "silence_duration_ms",
+        "event_id",
+        "chunk_ms",
+        "input_audio_format",
+        "input_audio_transcription",
+    ]
+) | st.text(max_size=8)
 VALUES: Any = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
     | st.sampled_from(["audio/pcm", "pcm16", "server_vad", "transcription", "en", "", "AAAA", 24000, 8000, 500]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12,
-)  # fmt: skip
-TYPES = st.sampled_from([
-    "commit", "use", "finish", "keepalive", "session.update", "transcription_session.update",
-    "input_audio_buffer.append", "input_audio_buffer.commit", "input_audio_buffer.clear",
-])  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+TYPES = st.sampled_from(
+    [
+        "commit",
+        "use",
+        "finish",
+        "keepalive",
+        "session.update",
+        "transcription_session.update",
+        "input_audio_buffer.append",
+        "input_audio_buffer.commit",
+        "input_audio_buffer.clear",
+    ]
+)
 ORDERS = st.builds(lambda kind, rest: {**rest, "type": kind}, TYPES, st.dictionaries(KEYS, VALUES, max_size=6))
 TEXTS = ORDERS.map(json.dumps) | st.text() | VALUES.map(json.dumps) | st.just("[" * 100_000)
 
@@ -131,10 +161,15 @@ def wav(tag: int, channels: int, rate: int, bits: int, extra: bytes, data: bytes
 
 U16, U32 = st.integers(0, 65535), st.integers(0, 2**32 - 1)
 WAVS = st.builds(
-    wav, st.sampled_from([1, 3, 6, 7, 0xFFFE]) | U16, st.sampled_from([1, 2]) | U16,
+    wav,
+    st.sampled_from([1, 3, 6, 7, 0xFFFE]) | U16,
+    st.sampled_from([1, 2]) | U16,
     st.sampled_from([8000, 16000]) | U32,
-    st.sampled_from([8, 16, 32]) | U16, st.binary(max_size=30), st.binary(max_size=100), st.integers(0, 200) | U32,
-)  # fmt: skip
+    st.sampled_from([8, 16, 32]) | U16,
+    st.binary(max_size=30),
+    st.binary(max_size=100),
+    st.integers(0, 200) | U32,
+)
 
 
 @fuzz
@@ -153,13 +188,17 @@ def test_the_beginning_of_a_stream(data: bytes, cut: int) -> None:
 
 CONFIGS = st.builds(
     lambda language, chunk, boost, phrases, stop: messages.RecognitionConfig(
-        language_code=language, custom_configuration={"chunk_ms": chunk},
+        language_code=language,
+        custom_configuration={"chunk_ms": chunk},
         speech_contexts=[messages.SpeechContext(phrases=phrases, boost=boost)],
         endpointing_config=messages.EndpointingConfig(stop_history=stop),
     ),
-    st.sampled_from(["", "en-US", "multi"]) | st.text(max_size=20), st.sampled_from(["", "80"]) | st.text(max_size=20),
-    st.floats(width=32), st.lists(st.text(max_size=10), max_size=4), st.integers(-(2**31), 2**31 - 1),
-)  # fmt: skip
+    st.sampled_from(["", "en-US", "multi"]) | st.text(max_size=20),
+    st.sampled_from(["", "80"]) | st.text(max_size=20),
+    st.floats(width=32),
+    st.lists(st.text(max_size=10), max_size=4),
+    st.integers(-(2**31), 2**31 - 1),
+)
 
 
 @fuzz

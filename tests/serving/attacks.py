@@ -253,10 +253,22 @@ def grpc_silent(chance: random.Random) -> None:
 
 
 ATTACKS: tuple[tuple[Callable[[random.Random], None], float], ...] = (  # and the seconds between two
-    (hang_up_during_upload, 0.1), (upload_damaged, 0.1), (upload_hours, 1), (upload_many_parts, 1), (half_open, 0.5),
-    (head_flood, 0.1), (bad_upgrade, 0.02), (garbage, 0.05), (websocket_flood, 0.1), (websocket_flood, 0.1),
-    (websocket_flood, 0.1), (phrases, 2), (grpc_cancelled, 0.2), (grpc_large, 2), (grpc_silent, 0.5),
-)  # fmt: skip
+    (hang_up_during_upload, 0.1),
+    (upload_damaged, 0.1),
+    (upload_hours, 1),
+    (upload_many_parts, 1),
+    (half_open, 0.5),
+    (head_flood, 0.1),
+    (bad_upgrade, 0.02),
+    (garbage, 0.05),
+    (websocket_flood, 0.1),
+    (websocket_flood, 0.1),
+    (websocket_flood, 0.1),
+    (phrases, 2),
+    (grpc_cancelled, 0.2),
+    (grpc_large, 2),
+    (grpc_silent, 0.5),
+)
 
 
 def main() -> None:

@@ -40,8 +40,9 @@ def test_the_image_is_what_the_server_is() -> None:
         assert name.removeprefix(prefix).lower() in Settings.model_fields, name
     defaults = Settings()
     assert next(rest for name, rest in found if name == "EXPOSE").split() == [
-        str(defaults.port), str(defaults.grpc_port)
-    ]  # fmt: skip
+        str(defaults.port),
+        str(defaults.grpc_port),
+    ]
     assert json.loads(next(rest for name, rest in found if name == "ENTRYPOINT")) == ["nemostream", "serve"]
     assert next(rest for name, rest in found if name == "USER") not in ("root", "0")
     head = (DEPLOY / "Dockerfile").read_text()
@@ -139,9 +140,13 @@ def test_the_manifest_is_a_rayservice(service: Any) -> None:
     """The fields that KubeRay's operator reads; the whole was checked against its CRD (v1) when it was written."""
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
     assert set(service["spec"]) <= {
-        "serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold", "rayClusterDeletionDelaySeconds",
-        "upgradeStrategy", "serveConfigV2", "rayClusterConfig",
-    }  # fmt: skip
+        "serviceUnhealthySecondThreshold",
+        "deploymentUnhealthySecondThreshold",
+        "rayClusterDeletionDelaySeconds",
+        "upgradeStrategy",
+        "serveConfigV2",
+        "rayClusterConfig",
+    }
     cluster = service["spec"]["rayClusterConfig"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", cluster["rayVersion"])
     head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
@@ -203,9 +208,16 @@ def test_only_clients_reach_only_the_server(service: Any) -> None:
 
 # The first versions without known vulnerabilities that concern us, from their advisories (docs/security.md).
 FLOORS = {
-    "python-multipart": "0.0.31", "starlette": "1.3.1", "h11": "0.16", "protobuf": "6.33.5", "sentencepiece": "0.2.1",
-    "onnx": "1.21", "torch": "2.10", "ray": "2.55", "aiohttp": "3.13.4",
-}  # fmt: skip
+    "python-multipart": "0.0.31",
+    "starlette": "1.3.1",
+    "h11": "0.16",
+    "protobuf": "6.33.5",
+    "sentencepiece": "0.2.1",
+    "onnx": "1.21",
+    "torch": "2.10",
+    "ray": "2.55",
+    "aiohttp": "3.13.4",
+}
 
 
 def required(*extras: str) -> list[Any]:
@@ -312,9 +324,11 @@ def test_the_plan_quotes_what_was_measured() -> None:
     assert rows[most]["case"]["packet_ms"] == 100
     planned = int(rates[most] // 100 * 100)
     for figure in (
-        f"{rates[most]:,.0f} messages a second", f"{most} streams, p99 {late[most]}; of {more} streams {late[more]}",
-        f"plan {planned:,} messages a second", f"**{planned // 10} streams at 100 ms, {planned // 5} at",
-    ):  # fmt: skip
+        f"{rates[most]:,.0f} messages a second",
+        f"{most} streams, p99 {late[most]}; of {more} streams {late[more]}",
+        f"plan {planned:,} messages a second",
+        f"**{planned // 10} streams at 100 ms, {planned // 5} at",
+    ):
         assert figure in page, figure
     latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
     case = {"chunk_ms": 560, "batch": 8, "precision": "int8", "backend": "cpu"}

@@ -197,9 +197,11 @@ def test_half_open_sockets(serve_here: Any, spoken: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
     with serve_here(measure=False, idle_seconds=1.5, max_uploads=64) as running:
         begun = [
-            b"", b"GET /v1/stream HTTP/1.1\r\nHost:", b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
+            b"",
+            b"GET /v1/stream HTTP/1.1\r\nHost:",
+            b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
             b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n",
-        ]  # fmt: skip
+        ]
         held = [sockets.create_connection(("127.0.0.1", running.http)) for _ in range(60)]
         for number, bare in enumerate(held):
             bare.sendall(begun[number % 3])
@@ -378,14 +380,17 @@ def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:
         edge = "AaB03x"
         body = (
             f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'.encode()
-            + bytes(200_000) + f"\r\n--{edge}--\r\n".encode()
-        )  # fmt: skip
+            + bytes(200_000)
+            + f"\r\n--{edge}--\r\n".encode()
+        )
         headers = {"Content-Type": f"multipart/form-data; boundary={edge}"}
         for more in ({"Content-Length": str(len(body))}, {"Transfer-Encoding": "chunked"}):
             request = urllib.request.Request(
-                running.url + "/v1/audio/transcriptions", iter([body]) if "Transfer-Encoding" in more else body,
-                headers | more, method="POST",
-            )  # fmt: skip
+                running.url + "/v1/audio/transcriptions",
+                iter([body]) if "Transfer-Encoding" in more else body,
+                headers | more,
+                method="POST",
+            )
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(request)
             assert caught.value.code == 413 and "larger than" in json.loads(caught.value.read())["error"]["message"]

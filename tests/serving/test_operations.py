@@ -169,9 +169,12 @@ def test_models_are_openai_s(server: Any) -> None:
 def test_a_wrong_form_is_answered_as_openai_does(server: Any, spoken: Any) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
     for name, value in (
-        ("response_format", "diarized_json"), ("temperature", "hot"), ("stream", "maybe"), ("chunk_ms", "x"),
+        ("response_format", "diarized_json"),
+        ("temperature", "hot"),
+        ("stream", "maybe"),
+        ("chunk_ms", "x"),
         ("timestamp_granularities[]", "letter"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.audio.transcriptions.create(model="any", file=spoken[0].path, extra_body={name: value})
         body = caught.value.response.json()["error"]
@@ -188,19 +191,28 @@ def test_a_preflight_allows_what_openai_s_client_sends(serve_here: Any) -> None:
     """`*` in Access-Control-Allow-Headers does not cover Authorization (Fetch standard)."""
     sent: list[str] = []
     client = openai.OpenAI(
-        base_url="http://x/v1", api_key="k", organization="o", project="p",
-        http_client=httpx.Client(transport=httpx.MockTransport(
-            lambda request: sent.extend(request.headers) or httpx.Response(200, json={"data": []})  # type: ignore[func-returns-value]
-        )),
-    )  # fmt: skip
+        base_url="http://x/v1",
+        api_key="k",
+        organization="o",
+        project="p",
+        http_client=httpx.Client(
+            transport=httpx.MockTransport(
+                lambda request: sent.extend(request.headers) or httpx.Response(200, json={"data": []})  # type: ignore[func-returns-value]
+            )
+        ),
+    )
     client.models.list()
     assert {"authorization", "openai-organization", "x-stainless-lang"} <= set(sent)
     with serve_here(origins=["https://app.example"], api_keys=["k"], measure=False) as running:
         for path, method in (("/v1/audio/transcriptions", "POST"), ("/v1/models", "GET"), ("/v1/models/demo", "GET")):
-            answer = httpx.options(running.url + path, headers={
-                "Origin": "https://app.example", "Access-Control-Request-Method": method,
-                "Access-Control-Request-Headers": ",".join(sorted(sent)),
-            })  # fmt: skip
+            answer = httpx.options(
+                running.url + path,
+                headers={
+                    "Origin": "https://app.example",
+                    "Access-Control-Request-Method": method,
+                    "Access-Control-Request-Headers": ",".join(sorted(sent)),
+                },
+            )
             assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
             allowed = [name.strip().lower() for name in answer.headers["Access-Control-Allow-Headers"].split(",")]
             assert "authorization" in allowed and "*" in allowed
@@ -313,9 +325,13 @@ def test_every_log_line_about_a_client_has_its_address(serve_process: Any, spoke
     general = {"ready", "draining", "stopped", DEMO_NOTE}
     found = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
     assert found == {
-        "opened": "192.0.2.7", "said": "192.0.2.7", "closed": "192.0.2.7", "refused": "192.0.2.7",
-        "denied": "192.0.2.7", "Invalid HTTP request received.": "127.0.0.1",
-    }  # fmt: skip
+        "opened": "192.0.2.7",
+        "said": "192.0.2.7",
+        "closed": "192.0.2.7",
+        "refused": "192.0.2.7",
+        "denied": "192.0.2.7",
+        "Invalid HTTP request received.": "127.0.0.1",
+    }
 
 
 def test_a_wrong_key_is_counted_and_logged_on_every_interface(serve_process: Any) -> None:
@@ -373,11 +389,22 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         found = text_string_to_metric_families(running.get("/metrics")[1])
         families = {family.name: family for family in found if not family.name.endswith("_created")}
     assert {name.removeprefix("nemostream_"): family.type for name, family in families.items()} == {
-        "streams": "gauge", "streams_admitted": "gauge", "streams_opened": "counter", "streams_failed": "counter",
-        "rejected": "counter", "dropped": "counter", "audio_seconds": "counter", "utterances": "counter",
-        "step_seconds": "histogram", "step_streams": "histogram", "latency_seconds": "histogram",
-        "real_time_factor": "gauge", "degraded": "gauge", "denied": "counter", "uploads": "gauge",
-    }  # fmt: skip
+        "streams": "gauge",
+        "streams_admitted": "gauge",
+        "streams_opened": "counter",
+        "streams_failed": "counter",
+        "rejected": "counter",
+        "dropped": "counter",
+        "audio_seconds": "counter",
+        "utterances": "counter",
+        "step_seconds": "histogram",
+        "step_streams": "histogram",
+        "latency_seconds": "histogram",
+        "real_time_factor": "gauge",
+        "degraded": "gauge",
+        "denied": "counter",
+        "uploads": "gauge",
+    }
     (rejected,) = (s for s in families["nemostream_rejected"].samples if s.name.endswith("_total"))
     assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
     (dropped,) = (s for s in families["nemostream_dropped"].samples if s.name.endswith("_total"))
@@ -483,12 +510,16 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.datetime.now(datetime.UTC)
     made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
-    )  # fmt: skip
+    )
     (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -581,13 +612,21 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--port", "x"], "port"), (["--max-streams", "0"], "max_streams"), (["--sing"], "--sing"),
-     (["--endpoint-ms", "60001"], "endpoint_ms"),
-     (["--config", "/nowhere.toml"], "/nowhere.toml"), (["--tls-cert", "/nowhere.pem"], "tls_key"),
-     (["--log-format", "xml"], "log_format"), (["--trusted-proxies", "x"], "'x'"),
-     (["--trusted-proxies", "10.0.0.1/8"], "host bits"), (["--api-keys-file", "/nowhere"], "/nowhere"),
-     (["--api-keys-file", "/dev/null"], "no key"), (["--api-keys-file", "/"], "Is a directory")],
-)  # fmt: skip
+    [
+        (["--port", "x"], "port"),
+        (["--max-streams", "0"], "max_streams"),
+        (["--sing"], "--sing"),
+        (["--endpoint-ms", "60001"], "endpoint_ms"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml"),
+        (["--tls-cert", "/nowhere.pem"], "tls_key"),
+        (["--log-format", "xml"], "log_format"),
+        (["--trusted-proxies", "x"], "'x'"),
+        (["--trusted-proxies", "10.0.0.1/8"], "host bits"),
+        (["--api-keys-file", "/nowhere"], "/nowhere"),
+        (["--api-keys-file", "/dev/null"], "no key"),
+        (["--api-keys-file", "/"], "Is a directory"),
+    ],
+)
 def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> None:
     with pytest.raises(OptionError, match=word):
         read_settings(arguments)
@@ -612,8 +651,11 @@ def test_every_option_is_documented_with_its_default() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     table = page.split("| flag | default |")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
-    found = {flag: default for flags, defaults in rows for flag, default in zip_longest(
-        re.findall(r"`--([\w-]+)`", flags), defaults.split(", "))}  # fmt: skip
+    found = {
+        flag: default
+        for flags, defaults in rows
+        for flag, default in zip_longest(re.findall(r"`--([\w-]+)`", flags), defaults.split(", "))
+    }
     fields = {name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
     assert found.keys() == fields.keys()
     for name, field in fields.items():

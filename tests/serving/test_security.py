@@ -156,8 +156,10 @@ asyncio.run(main())
 """
     run = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", code, str(tmp_path / "a.flac")],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert int(run.stdout) >= 30
 
@@ -380,9 +382,12 @@ def test_connections_are_bounded_by_the_descriptors_there_are(tmp_path: Path) ->
     code = "from nemostream.serving.network.connections import connections_for; print(connections_for(1024))"
     limits = (128, 128)
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits),
-    )  # fmt: skip
+    )
     assert 8 <= int(run.stdout) <= 70
     here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -730,12 +735,21 @@ def test_an_unknown_host_is_denied(serve_here: Any, path: str) -> None:
 def test_which_hosts_are_known() -> None:
     here, public = Settings(), Settings(host="0.0.0.0", hosts=["ASR.example."])
     for host, known_here, known_public in (
-        ("localhost", True, True), ("127.0.0.1:8000", True, True), ("[::1]:8000", True, True),
+        ("localhost", True, True),
+        ("127.0.0.1:8000", True, True),
+        ("[::1]:8000", True, True),
         ("nemostream:80", True, True),
-        ("192.0.2.7:8000", False, True), ("[2001:db8::1]", False, True), ("asr.example", False, True),
-        ("asr.example.:8000", False, True), ("evil.example", False, False), ("127.0.0.1.evil.example", False, False),
-        ("localhost.evil.example", False, False), ("", False, False), ("[::1", False, False), ("*", True, True),
-    ):  # fmt: skip
+        ("192.0.2.7:8000", False, True),
+        ("[2001:db8::1]", False, True),
+        ("asr.example", False, True),
+        ("asr.example.:8000", False, True),
+        ("evil.example", False, False),
+        ("127.0.0.1.evil.example", False, False),
+        ("localhost.evil.example", False, False),
+        ("", False, False),
+        ("[::1", False, False),
+        ("*", True, True),
+    ):
         assert host_allowed(host, here) is known_here, host
         assert host_allowed(host, public) is known_public, host
     assert host_allowed("anything.example", Settings(hosts=["*"]))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError
-from nemostream.runtime.backends.gpu import kernels as sources
+from nemostream.runtime.backends.gpu import kernels
 
 Work = Callable[[], None]
 
@@ -165,7 +165,7 @@ class HostKernels:
         self.conditional = device.conditional and bool(macros["CONDITIONAL"])
         self.failures = [] if device.conditional else ["no conditions here"]
         macros = {**macros, "CONDITIONAL": int(self.conditional)}
-        self._device, self._unit = device, compile_for_cpu(sources.source(), macros, entries)
+        self._device, self._unit = device, compile_for_cpu(kernels.source(), macros, entries)
         self._entries = entries
 
     def launch(self, entry: str, grid: tuple[int, int, int], step: np.void) -> None:
@@ -174,7 +174,7 @@ class HostKernels:
 
         def run() -> None:
             self._device.launches.append(entry)
-            self._unit.launch(entry, grid, (sources.BLOCK, 1, 1), [step], self._device.order)
+            self._unit.launch(entry, grid, (kernels.BLOCK, 1, 1), [step], self._device.order)
 
         self._device.queue(run)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError, CapacityError
 from nemostream.runtime.backends.base import Emissions, check_state
-from nemostream.runtime.backends.gpu import kernels as sources
+from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.device import Device
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 
@@ -57,15 +57,15 @@ class Arena:
                 f"{device.free_bytes / 1e9:.1f} GB are free; "
                 + (f"load the model with capacity={fit} or less." if fit > 0 else "choose a smaller max_batch.")
             )
-        self.step = np.zeros(1, sources.STEP)[0]
-        arrays = sources.weights(bundle, cell) | sources.start_state(bundle)
+        self.step = np.zeros(1, kernels.STEP)[0]
+        arrays = kernels.weights(bundle, cell) | kernels.start_state(bundle)
         for name, size in (self.slot_bytes | buffers | {name: a.nbytes for name, a in arrays.items()}).items():
             self.step[name] = device.allocate(size)
         for name, array in arrays.items():
             device.write(int(self.step[name]), array)
         self.step["lstm_words"] = arrays["lstm_weight"].shape[1]
         self._in_bytes = 8 * self._rows + 4 * self._rows * self._most_samples
-        self._out_bytes = 4 * (4 + self._rows) + sources.RECORD.itemsize * self._records
+        self._out_bytes = 4 * (4 + self._rows) + kernels.RECORD.itemsize * self._records
         self._in, self._out = device.allocate_host(2 * self._in_bytes), device.allocate_host(2 * self._out_bytes)
         resets = device.allocate_host(4 * capacity)
         self.reset_slots = resets[: 4 * capacity].view(np.int32)
@@ -120,16 +120,16 @@ class Arena:
             "v_new": gathered["v"] // spec.cache * frames,
             "conv_next": gathered["conv"],
             "encoded": 4 * rows * frames * net.joint,
-            "control": 4 * len(sources.CONTROL),
+            "control": 4 * len(kernels.CONTROL),
             "list_rows": 8 * rows,
             "list_first": 8 * rows,
             "list_pairs": 8 * rows * frames,
-            "partial": 16 * rows * frames * sources.tiles(net.vocabulary + 1),
-            "boosted": 16 * rows * frames * sources.tiles(net.vocabulary + 1),
+            "partial": 16 * rows * frames * kernels.tiles(net.vocabulary + 1),
+            "boosted": 16 * rows * frames * kernels.tiles(net.vocabulary + 1),
             "bias": 4 * rows * net.vocabulary,
             "emitted": 4 * rows,
             "h_next": gathered["h"],
-            "records": sources.RECORD.itemsize * self._records,
+            "records": kernels.RECORD.itemsize * self._records,
         }
 
     def view(self, chunk: Chunk, rows: int, in_place: bool) -> np.void:
@@ -184,7 +184,7 @@ class Arena:
         out = self._out[lane * self._out_bytes : (lane + 1) * self._out_bytes]
         count, start = int(out[:4].view(np.int32)[0]), 16 + 4 * self._rows
         failed = out[16:start].view(np.int32)[rows] != 0
-        records = out[start:][: sources.RECORD.itemsize * count].view(sources.RECORD)
+        records = out[start:][: kernels.RECORD.itemsize * count].view(kernels.RECORD)
         said = records[np.argsort(records["row"], kind="stable")]
         counts = np.bincount(said["row"], minlength=bucket)
         ends = np.cumsum(counts)
@@ -205,7 +205,7 @@ class Arena:
         Raises `CapacityError` if they find no room, and the slot keeps those it had.
         """
         if phrases is not None:
-            image, key = sources.automaton(phrases), phrases.digest.tobytes()
+            image, key = kernels.automaton(phrases), phrases.digest.tobytes()
             if key not in self._pool:
                 begin = self._gap(image.nbytes)
                 self._device.write(int(self.step["pool"]) + begin, image)

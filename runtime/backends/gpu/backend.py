@@ -32,7 +32,7 @@ from nemostream.bundle import Bundle, Chunk
 from nemostream.errors import BackendError, OptionError
 from nemostream.plans import no_engine
 from nemostream.runtime.backends.base import Batch, Emissions, at_least_one
-from nemostream.runtime.backends.gpu import kernels as sources
+from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.arena import Arena
 from nemostream.runtime.backends.gpu.device import Device, Mark
 from nemostream.runtime.decoding.boosting import Boosting
@@ -97,9 +97,9 @@ class GpuBackend:
         self._encoders = dict(encoders)
         self._device = device
         (self.cell,) = cells
-        macros = sources.macros(self.manifest, self.cell, conditional=loop == "while")
+        macros = kernels.macros(self.manifest, self.cell, conditional=loop == "while")
         device.adopt()
-        self._kernels = device.kernels(macros, sources.entries(self.manifest))
+        self._kernels = device.kernels(macros, kernels.entries(self.manifest))
         self._memory = Arena(bundle, device, self.cell, capacity, self.max_batch, list(self._chunks.values()))
         self._lane = 0
         self._pending: list[_Step | None] = [None, None]
@@ -209,23 +209,23 @@ class GpuBackend:
         enqueue = old.enqueue if old else encoder.bind(rows, self._memory.addresses(step, in_place))
         manifest, launch = self.manifest, self._kernels.launch
         layers, mel_frames = manifest.encoder.layers, manifest.encoder.subsampling * chunk.frames
-        wide = min(-(-rows * chunk.frames // sources.TILE_ROWS), _WIDE)
-        tall = min(-(-rows // sources.TILE_ROWS), _WIDE)
+        wide = min(-(-rows * chunk.frames // kernels.TILE_ROWS), _WIDE)
+        tall = min(-(-rows // kernels.TILE_ROWS), _WIDE)
 
         def call(entry: str, *grid: int) -> Callable[[], None]:
             return lambda: launch(entry, (*grid, 1, 1)[:3], step)  # type: ignore[arg-type]
 
         before = [
-            call("begin", rows, -(-chunk.samples // (8 * sources.BLOCK))),
+            call("begin", rows, -(-chunk.samples // (8 * kernels.BLOCK))),
             call("features", mel_frames, rows),
-            call("gather", rows, layers, sources.PIECES),
+            call("gather", rows, layers, kernels.PIECES),
         ]
         scatter = [call("scatter", rows, layers)]
         iteration = [
-            call("join", wide, sources.tiles(manifest.decoder.vocabulary + 1)),
+            call("join", wide, kernels.tiles(manifest.decoder.vocabulary + 1)),
             call("decide", -(-rows // 8)),
             *(call(f"lstm_{i}", tall, manifest.decoder.hidden // 8) for i in range(manifest.decoder.layers)),
-            call("project", tall, sources.tiles(manifest.decoder.joint)),
+            call("project", tall, kernels.tiles(manifest.decoder.joint)),
         ]
         start, finish = call("start", rows), call("finish", min(rows, 32))
 

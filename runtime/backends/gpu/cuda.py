@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.plans import cache_folder, check_private, make_private
-from nemostream.runtime.backends.gpu import kernels as sources
+from nemostream.runtime.backends.gpu import kernels
 from nemostream.untrusted import MIB, read_regular
 
 _OLDEST_CORE = (1, 2)
@@ -232,7 +232,7 @@ class CudaKernels:
         # The driver copies the argument before it returns.
         argument = np.array([step])
         pointers = np.array([argument.ctypes.data], np.uint64)
-        threads = sources.BLOCK
+        threads = kernels.BLOCK
         stream = self._device.stream
         self._device._call(
             "cuLaunchKernel", self._functions[entry], *grid, threads, 1, 1, 0, stream, pointers.ctypes.data, 0
@@ -281,7 +281,7 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
 
 @functools.cache
 def _source() -> str:
-    return sources.source()
+    return kernels.source()
 
 
 def _keep(path: Path, image: bytes) -> None:

@@ -239,10 +239,16 @@ def transcribe(
             output.itn = nemostream.InverseNormalizer()  # takes seconds: after what fails at once
         model = stack.enter_context(
             nemostream.load(
-                bundle, chunk_ms, capacity=capacity, threads=threads, device=device, precision=precision,
-                engines=engines, delay_ms=delay_ms,
+                bundle,
+                chunk_ms,
+                capacity=capacity,
+                threads=threads,
+                device=device,
+                precision=precision,
+                engines=engines,
+                delay_ms=delay_ms,
             )
-        )  # fmt: skip
+        )
         model.stream(**options).close()  # what cannot be is refused once, and not for every file
         stop, code = stack.enter_context(finishing()), 0
         if names:
@@ -451,9 +457,18 @@ def serve(context: typer.Context) -> None:
 
 
 _BENCHMARKS = (
-    "quick", "latency", "capacity", "throughput", "accuracy", "baseline", "cost", "serve", "transcripts", "synthetic",
+    "quick",
+    "latency",
+    "capacity",
+    "throughput",
+    "accuracy",
+    "baseline",
+    "cost",
+    "serve",
+    "transcripts",
+    "synthetic",
     "report",
-)  # fmt: skip
+)
 
 
 def _complete_benchmarks(begun: str) -> list[str]:

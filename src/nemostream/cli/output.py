@@ -92,11 +92,15 @@ class Output:
         written = [self._written(one) for one in said]
         text = " ".join(text for text, _ in written if text)
         spoken = " ".join(one.text for one in said if one.text)
-        utterances = tuple(
-            Utterance(text, one.words[0].start, one.words[-1].end)
-            for (text, _), one in zip(written, said, strict=True)
-            if one.words  # a piece of a word that is nothing but a space makes none
-        ) if self._apart else None  # fmt: skip
+        utterances = (
+            tuple(
+                Utterance(text, one.words[0].start, one.words[-1].end)
+                for (text, _), one in zip(written, said, strict=True)
+                if one.words  # a piece of a word that is nothing but a space makes none
+            )
+            if self._apart
+            else None
+        )
         transcript = Transcript(
             # NeMo looks for what has no folder in the manifest's own.
             os.path.abspath(name) if self.format is Format.manifest and name not in (STDIN, MICROPHONE) else name,

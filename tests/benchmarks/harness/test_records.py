@@ -11,22 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemostream.benchmarks.harness import records as record
-from nemostream.benchmarks.harness import tables
+from nemostream.benchmarks.harness import records, tables
 from nemostream.errors import OptionError
 
 
 def test_percentiles_are_samples() -> None:
     hundred = [float(number) for number in range(100, 0, -1)]
-    assert [record.percentile(hundred, p) for p in (50, 90, 95, 99, 100)] == [50, 90, 95, 99, 100]
-    assert [record.percentile([3.0, 1.0, 2.0], p) for p in (1, 33, 34, 50, 66, 67, 99)] == [1, 1, 2, 2, 2, 3, 3]
+    assert [records.percentile(hundred, p) for p in (50, 90, 95, 99, 100)] == [50, 90, 95, 99, 100]
+    assert [records.percentile([3.0, 1.0, 2.0], p) for p in (1, 33, 34, 50, 66, 67, 99)] == [1, 1, 2, 2, 2, 3, 3]
     with pytest.raises(ValueError, match="no samples"):
-        record.percentile([], 50)
+        records.percentile([], 50)
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.sampled_from(record.PERCENTILES))
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.sampled_from(records.PERCENTILES))
 def test_percentile_by_its_definition(samples: list[float], percent: int) -> None:
-    found = record.percentile(samples, percent)
+    found = records.percentile(samples, percent)
     assert found in samples
     assert 100 * sum(sample <= found for sample in samples) >= percent * len(samples)
     assert all(
@@ -35,28 +34,28 @@ def test_percentile_by_its_definition(samples: list[float], percent: int) -> Non
 
 
 def test_figures() -> None:
-    found = record.figures([1.0, 2.0, 3.0, 6.0])
+    found = records.figures([1.0, 2.0, 3.0, 6.0])
     assert found == {"n": 4, "avg": 3.0, "p50": 2.0, "p90": 6.0, "p95": 6.0, "p99": 6.0, "min": 1.0, "max": 6.0}
-    assert record.rtfx(90.0, 1.5) == 60.0
+    assert records.rtfx(90.0, 1.5) == 60.0
 
 
 def test_agreement() -> None:
-    assert record.agreement([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1.0
-    assert record.agreement([[1, 2, 3, 4]], [[1, 9, 3, 4]]) == 0.75
-    assert record.agreement([[1, 2, 3], [5]], [[2, 3], []]) == 0.5
-    assert record.agreement([[]], [[]]) == 1.0
+    assert records.agreement([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1.0
+    assert records.agreement([[1, 2, 3, 4]], [[1, 9, 3, 4]]) == 0.75
+    assert records.agreement([[1, 2, 3], [5]], [[2, 3], []]) == 0.5
+    assert records.agreement([[]], [[]]) == 1.0
 
 
-def result(**ms: list[float]) -> record.Record:
-    rows = [record.row({"chunk_ms": 80, "batch": 1}, ms)]
-    return record.record("latency", rows, model={"name": "m"}, method={})
+def result(**ms: list[float]) -> records.Record:
+    rows = [records.row({"chunk_ms": 80, "batch": 1}, ms)]
+    return records.record("latency", rows, model={"name": "m"}, method={})
 
 
 def test_a_file_and_back(tmp_path: Path) -> None:
     made = result(step=[1.0, 2.0], none=[])
-    record.write(made, tmp_path / "deep" / "x.json")
-    assert record.read(tmp_path / "deep" / "x.json") == made == json.loads(json.dumps(made))
-    assert made["schema"] == record.SCHEMA and made["hardware"]["cores"] >= 1
+    records.write(made, tmp_path / "deep" / "x.json")
+    assert records.read(tmp_path / "deep" / "x.json") == made == json.loads(json.dumps(made))
+    assert made["schema"] == records.SCHEMA and made["hardware"]["cores"] >= 1
     assert {"python", "numpy", "onnxruntime"} <= made["versions"].keys()
     assert made["rows"][0]["figures"]["step"]["p50"] == 1.0 and "none" not in made["rows"][0]["figures"]
 
@@ -65,22 +64,22 @@ def test_a_file_and_back(tmp_path: Path) -> None:
 def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(OptionError, match="is not a benchmark's result"):
-        record.read(tmp_path / "x.json")
+        records.read(tmp_path / "x.json")
     with pytest.raises(OptionError, match="is not a benchmark's result"):
-        record.read(tmp_path / "missing.json")
+        records.read(tmp_path / "missing.json")
 
 
 def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 <= record.OtherWork().cores() <= 1024
-    assert record.available_memory() >= 0
+    assert 0 <= records.OtherWork().cores() <= 1024
+    assert records.available_memory() >= 0
     # Two cores busy for ten seconds, of which this process and its children took five and three.
     ticks, clock = os.sysconf("SC_CLK_TCK"), iter([100.0, 110.0])
-    monkeypatch.setattr(record.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
     busy = iter([1000 * ticks, 1020 * ticks])
-    monkeypatch.setattr(record, "_cpu_ticks", lambda: next(busy))
+    monkeypatch.setattr(records, "_cpu_ticks", lambda: next(busy))
     mine = iter([(1.0, 0.0, 0.0, 0.0, 0.0), (5.0, 1.0, 2.0, 1.0, 0.0)])
-    monkeypatch.setattr(record.os, "times", lambda: next(mine))
-    assert record.OtherWork().cores() == pytest.approx((20 - 8) / 10)
+    monkeypatch.setattr(records.os, "times", lambda: next(mine))
+    assert records.OtherWork().cores() == pytest.approx((20 - 8) / 10)
 
 
 def test_the_commit_is_ours(tmp_path: Path) -> None:
@@ -100,16 +99,21 @@ def test_the_commit_is_ours(tmp_path: Path) -> None:
         ["git", "-C", str(tmp_path / "ours"), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     nested = Path(".venv") / "lib" / "nemostream" / "benchmarks" / "record.py"
-    assert record.commit(tmp_path / "ours" / "benchmarks" / "record.py") == head
-    assert record.commit(tmp_path / "ours" / nested) == head
-    assert record.commit(tmp_path / "theirs" / nested) is None
-    assert record.commit(tmp_path / "record.py") is None
+    assert records.commit(tmp_path / "ours" / "benchmarks" / "record.py") == head
+    assert records.commit(tmp_path / "ours" / nested) == head
+    assert records.commit(tmp_path / "theirs" / nested) is None
+    assert records.commit(tmp_path / "record.py") is None
 
 
 def test_tables() -> None:
     assert [tables.digits(x) for x in (0, 0.01234, 0.5, 1.234, 12.34, 123.4)] == [
-        "0", "0.012", "0.500", "1.23", "12.3", "123",
-    ]  # fmt: skip
+        "0",
+        "0.012",
+        "0.500",
+        "1.23",
+        "12.3",
+        "123",
+    ]
     assert tables.spread([3.0, 1.0, 2.0]) == "2.00 [1.00–3.00]"
     assert [tables.percent(x) for x in (0.12345, 1, None)] == ["12.35 %", "100.00 %", ""]
     assert tables.percent(0.746, 0) == "75 %"

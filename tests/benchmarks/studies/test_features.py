@@ -48,12 +48,14 @@ def test_what_is_said_again_is_what_was_said(demo_bundle: Bundle) -> None:
     rows = [[rng.integers(1, 11, rng.integers(0, 4)) for _ in range(3)] for _ in range(6)]
     spoken = [
         Emissions(
-            tuple(row.astype(np.int32) for row in step), tuple(np.full(len(row), 7 * at, np.int64) for row in step),
-            tuple(np.zeros(len(row), np.float32) for row in step), tuple(np.ones(len(row), np.float32) for row in step),
+            tuple(row.astype(np.int32) for row in step),
+            tuple(np.full(len(row), 7 * at, np.int64) for row in step),
+            tuple(np.zeros(len(row), np.float32) for row in step),
+            tuple(np.ones(len(row), np.float32) for row in step),
             np.zeros(3, bool),
         )
         for at, step in enumerate(rows)
-    ]  # fmt: skip
+    ]
     with pytest.MonkeyPatch.context() as patch:
         for name, (what, endpoint) in features.HOST.items():
 

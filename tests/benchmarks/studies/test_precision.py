@@ -26,9 +26,7 @@ def distance(wanted: tuple[str, ...], got: tuple[str, ...]) -> int:
     if not wanted or not got:
         return len(wanted) + len(got)
     same = wanted[0] != got[0]
-    return min(
-        distance(wanted[1:], got[1:]) + same, distance(wanted[1:], got) + 1, distance(wanted, got[1:]) + 1
-    )  # fmt: skip
+    return min(distance(wanted[1:], got[1:]) + same, distance(wanted[1:], got) + 1, distance(wanted, got[1:]) + 1)
 
 
 def spoken(text: str) -> tuple[str, ...]:

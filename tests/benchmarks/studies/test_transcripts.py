@@ -13,7 +13,7 @@ import pytest
 
 import nemostream
 from nemostream.benchmarks import report
-from nemostream.benchmarks.harness import records as record
+from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.studies import transcripts
 
 ROOT = Path(__file__).parents[3]
@@ -90,7 +90,7 @@ def test_the_whole_benchmark_on_a_few_recordings(tmp_path: Path, monkeypatch: py
 
 def test_the_page_quotes_the_result() -> None:
     page = (ROOT / "docs" / "transcripts.md").read_text(encoding="utf-8")
-    told = transcripts.show(record.read(RESULT), report._no_plot)
+    told = transcripts.show(records.read(RESULT), report._no_plot)
     tables = [line for line in told.splitlines() if line.startswith("|")]
     assert len(tables) > 10
     missing: list[Any] = [line for line in tables if line not in page]

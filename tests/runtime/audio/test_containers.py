@@ -15,26 +15,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemostream.errors import AudioError, OptionError, TruncatedAudioError
+from nemostream.runtime.audio import files
 from nemostream.runtime.audio.containers import WavStream, container_of, undecided
 from nemostream.runtime.audio.parts import parts_of
-from nemostream.runtime.audio.sources import Intake, Recording, files, opened, piped, read_pcm16
+from nemostream.runtime.audio.sources import Intake, Recording, opened, piped, read_pcm16
 
 RNG = np.random.default_rng(5)
 # Noise that rises and falls: the encoders of MP3 and Opus write frames of many sizes.
 NOISE = (RNG.standard_normal(96_000) * (0.02 + 0.1 * np.sin(np.arange(96_000) / 9000) ** 2)).astype(np.float32)
 FORMATS = {
-    "wav": ("WAV", "PCM_16"), "rf64": ("RF64", "PCM_16"), "aiff": ("AIFF", "PCM_16"), "au": ("AU", "PCM_16"),
-    "caf": ("CAF", "PCM_16"), "w64": ("W64", "PCM_16"), "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "VORBIS"),
-    "opus": ("OGG", "OPUS"), "mp3": ("MP3", "MPEG_LAYER_III"),
-}  # fmt: skip
-NAMES = {"wav": "WAV", "rf64": "WAV", "aiff": "AIFF", "au": "AU", "caf": "CAF", "w64": "W64", "flac": "FLAC",
-         "ogg": "Ogg", "opus": "Ogg", "mp3": "MP3"}  # fmt: skip
+    "wav": ("WAV", "PCM_16"),
+    "rf64": ("RF64", "PCM_16"),
+    "aiff": ("AIFF", "PCM_16"),
+    "au": ("AU", "PCM_16"),
+    "caf": ("CAF", "PCM_16"),
+    "w64": ("W64", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "ogg": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+NAMES = {
+    "wav": "WAV",
+    "rf64": "WAV",
+    "aiff": "AIFF",
+    "au": "AU",
+    "caf": "CAF",
+    "w64": "W64",
+    "flac": "FLAC",
+    "ogg": "Ogg",
+    "opus": "Ogg",
+    "mp3": "MP3",
+}
 # What browsers and phones write, and containers that hold samples without loss: codec, container, first bytes' name.
 PYAV = {
-    "a.m4a": ("aac", "mp4", "MP4"), "a.webm": ("libopus", "webm", "WebM"), "a.aac": ("aac", "adts", "AAC"),
-    "alac.m4a": ("alac", "mp4", "MP4"), "flac.mkv": ("flac", "matroska", "WebM"), "flac.mp4": ("flac", "mp4", "MP4"),
-    "pcm.mov": ("pcm_s16le", "mov", "MP4"), "a.avi": ("pcm_s16le", "avi", "AVI"),
-}  # fmt: skip
+    "a.m4a": ("aac", "mp4", "MP4"),
+    "a.webm": ("libopus", "webm", "WebM"),
+    "a.aac": ("aac", "adts", "AAC"),
+    "alac.m4a": ("alac", "mp4", "MP4"),
+    "flac.mkv": ("flac", "matroska", "WebM"),
+    "flac.mp4": ("flac", "mp4", "MP4"),
+    "pcm.mov": ("pcm_s16le", "mov", "MP4"),
+    "a.avi": ("pcm_s16le", "avi", "AVI"),
+}
 LOSSLESS = ("alac.m4a", "flac.mkv", "flac.mp4", "pcm.mov", "a.avi")
 
 
@@ -120,11 +143,17 @@ def test_containers_of_browsers_and_phones_are_known(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("MP3", b"ID3\x04\0\0\0\0\0\0"), ("MP3", b"ID3\x03\0\0\0\0\0\0"), ("AMR", b"#!AMR\n"), ("AMR", b"#!AMR-WB\n"),
-        ("WMA", bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")), ("WebM", b"\x1a\x45\xdf\xa3"),
-        ("WAV", b"RIFX\0\0\0\0WAVE"), ("WAV", b"RF64\xff\xff\xff\xffWAVE"), ("MP4", b"\0\0\0\x1cftypM4A "),
+        ("MP3", b"ID3\x04\0\0\0\0\0\0"),
+        ("MP3", b"ID3\x03\0\0\0\0\0\0"),
+        ("AMR", b"#!AMR\n"),
+        ("AMR", b"#!AMR-WB\n"),
+        ("WMA", bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")),
+        ("WebM", b"\x1a\x45\xdf\xa3"),
+        ("WAV", b"RIFX\0\0\0\0WAVE"),
+        ("WAV", b"RF64\xff\xff\xff\xffWAVE"),
+        ("MP4", b"\0\0\0\x1cftypM4A "),
     ],
-)  # fmt: skip
+)
 def test_magic_numbers(name: str, data: bytes) -> None:
     assert container_of(data) == name and not undecided(data)
 
@@ -303,8 +332,9 @@ def test_many_links_are_walked_in_time_and_memory(tmp_path: Path) -> None:
 
 def wav(pcm: bytes, size: int | None = None, after: bytes = b"", riff: int | None = None, **about: int) -> bytes:
     """A WAV file, with any sizes in its header."""
-    rate, channels, bits, tag = (about.get(name, value) for name, value in
-                                 (("rate", 16000), ("channels", 1), ("bits", 16), ("tag", 1)))  # fmt: skip
+    rate, channels, bits, tag = (
+        about.get(name, value) for name, value in (("rate", 16000), ("channels", 1), ("bits", 16), ("tag", 1))
+    )
     frame = channels * bits // 8
     head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, tag, channels, rate, rate * frame, frame, bits)
     head += b"LIST" + struct.pack("<I", 5) + b"INFOx\0"  # an odd chunk and its padding

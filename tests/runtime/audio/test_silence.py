@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nemostream.runtime.audio.silence import SECONDS, SilenceSplitter
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming import snapshot as resume
+from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text.endpointing import Endpoint
 
 RATE = 16000
@@ -145,7 +145,7 @@ def test_a_recording_that_is_resumed_within_it(model, tmp_path, monkeypatch, rat
     audio = np.concatenate([speech, zeros(14 * rate), speech, zeros(17 * rate + 1), speech])
     soundfile.write(tmp_path / "a.wav", audio, rate, subtype="FLOAT")
     wanted = model.transcribe(tmp_path / "a.wav")
-    monkeypatch.setattr(resume, "SECONDS", -1.0)  # always due
+    monkeypatch.setattr(snapshot, "SECONDS", -1.0)  # always due
 
     class Stop(Exception):
         pass

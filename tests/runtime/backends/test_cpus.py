@@ -51,18 +51,25 @@ def test_the_tightest_of_nested_groups(tmp_path: Path) -> None:
 def test_version_1(tmp_path: Path, quota: str, cpus: int) -> None:
     """In a container, whose path is that of the host while its mount is its own group."""
     proc = process(
-        tmp_path, "4:memory:/docker/1234\n3:cpu,cpuacct:/docker/1234\n0::/\n", V1.replace("ROOT", "/docker/1234"),
-        cpu_cfs_quota_us=quota, cpu_cfs_period_us="100000",
-    )  # fmt: skip
+        tmp_path,
+        "4:memory:/docker/1234\n3:cpu,cpuacct:/docker/1234\n0::/\n",
+        V1.replace("ROOT", "/docker/1234"),
+        cpu_cfs_quota_us=quota,
+        cpu_cfs_period_us="100000",
+    )
     assert usable_cpus(proc) == cpus
 
 
 def test_version_1_on_the_host(tmp_path: Path) -> None:
     proc = process(
-        tmp_path, "3:cpu,cpuacct:/job\n", V1.replace("ROOT", "/"),
-        job__cpu_cfs_quota_us="200000", job__cpu_cfs_period_us="100000", cpu_cfs_quota_us="-1",
+        tmp_path,
+        "3:cpu,cpuacct:/job\n",
+        V1.replace("ROOT", "/"),
+        job__cpu_cfs_quota_us="200000",
+        job__cpu_cfs_period_us="100000",
+        cpu_cfs_quota_us="-1",
         cpu_cfs_period_us="100000",
-    )  # fmt: skip
+    )
     assert usable_cpus(proc) == 2
 
 

@@ -17,7 +17,7 @@ from nemostream.bundle import Bundle
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming import snapshot as resume
+from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text.endpointing import Endpoint
 
 CHUNKS = (80, 560)
@@ -86,7 +86,7 @@ def test_utterances_are_the_cpus(both: tuple[Model, Model], clips: dict[str, np.
 def test_a_recording_is_resumed(
     both: tuple[Model, Model], clips: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(snapshot, "SECONDS", 0.0)
     _, ours = both
     audio, state = np.tile(clips["librivox-sense-0870"], 3), tmp_path / "state"
     wanted = ours.transcribe(audio, chunk_ms=560)

@@ -46,9 +46,12 @@ def nemo_frames(oracle: Any, mel: Floats, steps: list[Chunk], frames: int) -> Fl
         window = torch.from_numpy(mel[max(begin, 0) : end].T[None].copy())
         with torch.inference_mode():
             encoded, length, *caches = encoder.cache_aware_stream_step(
-                window, torch.tensor([window.shape[2]]), *caches, keep_all_outputs=True,
+                window,
+                torch.tensor([window.shape[2]]),
+                *caches,
+                keep_all_outputs=True,
                 drop_extra_pre_encoded=0 if at == 0 else 2,
-            )  # fmt: skip
+            )
         found.append(encoded[0, :, : int(length[0])].T.numpy())
         at += chunk.frames
     return np.concatenate(found)[:frames]

@@ -27,7 +27,7 @@ from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, NemostreamError, OptionError
 from nemostream.runtime.backends.base import Emissions
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming import snapshot as resume
+from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text.endpointing import Endpoint
 
 
@@ -47,7 +47,7 @@ def model(bundle, fake):
 
 @pytest.fixture
 def at_every_block(monkeypatch):
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(snapshot, "SECONDS", 0.0)
 
 
 def interrupted(model: Model, source, state: Path, after: int, **options) -> bool:
@@ -173,7 +173,7 @@ def test_saving_that_fails_leaves_the_state_before(model, tmp_path, at_every_blo
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resume.os, "fsync", full)
+    monkeypatch.setattr(snapshot.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         model.transcribe(audio, resume=state)
     monkeypatch.undo()
@@ -185,9 +185,9 @@ def test_saving_that_fails_leaves_the_state_before(model, tmp_path, at_every_blo
 SCRIPT = """
 import json, sys, time, numpy as np, nemostream
 from dataclasses import asdict
-from nemostream.runtime.streaming import snapshot as resume
+from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.backends.base import Emissions
-resume.SECONDS = 0.0
+snapshot.SECONDS = 0.0
 source, state, vad, slow = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "1", float(sys.argv[4])
 def told(seconds):
     time.sleep(slow)
@@ -378,7 +378,7 @@ MALFORMED_STATES = {
     "a digest that is none": lambda document, arrays: document.update(digest=[1]),
     "about a list": lambda document, arrays: document.update(about=[]),
     "no about": lambda document, arrays: document.pop("about"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", MALFORMED_STATES.values(), ids=MALFORMED_STATES.keys())

@@ -27,9 +27,13 @@ def punctuated(tmp_path_factory) -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["yes, no. go on? \u3002 stop! \u00bf que ? \u061f wait - now"] * 20),
-        model_writer=model, vocab_size=90, model_type="bpe", hard_vocab_limit=False, minloglevel=2,
+        model_writer=model,
+        vocab_size=90,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
         user_defined_symbols=[".", ",", "?", "!", "\u3002", "\u061f", "\u00bf", "-", "\u2581?", "\u2581\u3002"],
-    )  # fmt: skip
+    )
     path = tmp_path_factory.mktemp("punctuated") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return Tokenizer(path, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
@@ -99,8 +103,10 @@ def test_increments_add_up_to_the_whole(tokenizer, data):
         for twin in (copy.copy(event), copy.deepcopy(event), pickle.loads(pickle.dumps(event))):
             assert twin == event and twin.words == event.words and twin.new_text == event.new_text
             assert (twin.words_from, twin.new_words, twin.stable_length) == (
-                event.words_from, event.new_words, event.stable_length
-            )  # fmt: skip
+                event.words_from,
+                event.new_words,
+                event.stable_length,
+            )
         assert repr(event) == repr(pickle.loads(pickle.dumps(event))) and event.text in dataclasses.astuple(event)
 
 

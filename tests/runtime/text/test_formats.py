@@ -225,8 +225,11 @@ def talk() -> Transcript:
 def test_json(talk: Transcript) -> None:
     row = json.loads(render(talk, "json"))
     assert {key: row[key] for key in ("file", "duration", "text", "chunk_ms")} == {
-        "file": "talks/my talk.flac", "duration": 9.5, "text": talk.text, "chunk_ms": 560,
-    }  # fmt: skip
+        "file": "talks/my talk.flac",
+        "duration": 9.5,
+        "text": talk.text,
+        "chunk_ms": 560,
+    }
     assert [(w["text"], w["start"], w["end"], w["confidence"]) for w in row["words"]] == [
         (w.text, pytest.approx(w.start, abs=5e-4), pytest.approx(w.end, abs=5e-4), 0.9) for w in talk.words
     ]
@@ -248,9 +251,16 @@ def test_nemo_reads_the_time_marks(talk: Transcript, ctm: Path) -> None:
     assert convert_ctm_to_text(str(ctm)) == ([talk.text], talk.text)
     for line, word in zip(ctm.read_text().splitlines(), talk.words, strict=True):
         theirs = get_ctm_line(
-            "my_talk", None, word.start, word.end - word.start, word.text, word.confidence, "lex", None,
+            "my_talk",
+            None,
+            word.start,
+            word.end - word.start,
+            word.text,
+            word.confidence,
+            "lex",
+            None,
             output_precision=3,
-        ).split()[:6]  # fmt: skip
+        ).split()[:6]
         ours = line.split()
         assert (ours[0], ours[1], ours[4]) == (theirs[0], theirs[1], theirs[4])
         assert [float(ours[i]) for i in (2, 3, 5)] == pytest.approx([float(theirs[i]) for i in (2, 3, 5)], abs=1e-3)
@@ -329,13 +339,21 @@ def test_the_manifest_is_as_nemo_writes_it(talk: Transcript, tmp_path: Path) -> 
     }
     out = tmp_path / "nemo.json"
     settings = OmegaConf.create(
-        {"append_pred": False, "output_filename": str(out), "audio_dir": "talks",
-         "decoding": {"beam": {"return_best_hypothesis": True}}}
-    )  # fmt: skip
+        {
+            "append_pred": False,
+            "output_filename": str(out),
+            "audio_dir": "talks",
+            "decoding": {"beam": {"return_best_hypothesis": True}},
+        }
+    )
     write_transcription(
-        process_timestamp_outputs([hypothesis], 8, 0.01), settings, "x", [talk.file],
-        timestamps=True, confidence=True,
-    )  # fmt: skip
+        process_timestamp_outputs([hypothesis], 8, 0.01),
+        settings,
+        "x",
+        [talk.file],
+        timestamps=True,
+        confidence=True,
+    )
     theirs = json.loads(out.read_text())
     ours = json.loads(render(Transcript(talk.file, talk.text, words, talk.duration), "manifest"))
     assert ours.keys() == theirs.keys() | {"duration"}

@@ -72,16 +72,20 @@ def test_spans_are_those_of_nemo(normalizer: nemostream.InverseNormalizer, text:
 
 # Worked out by hand: the form, and the first and the last of the words that it came of.
 MARKED = {
-    "I paid twenty-two dollars, I think.":
-        [("I", 0, 0), ("paid", 1, 1), ("$22,", 2, 3), ("I", 4, 4), ("think.", 5, 5)],
-    "In two thousand ten. Twenty people came!":
-        [("In", 0, 0), ("2010.", 1, 3), ("20", 4, 4), ("people", 5, 5), ("came!", 6, 6)],
+    "I paid twenty-two dollars, I think.": [("I", 0, 0), ("paid", 1, 1), ("$22,", 2, 3), ("I", 4, 4), ("think.", 5, 5)],
+    "In two thousand ten. Twenty people came!": [
+        ("In", 0, 0),
+        ("2010.", 1, 3),
+        ("20", 4, 4),
+        ("people", 5, 5),
+        ("came!", 6, 6),
+    ],
     '"Twenty two," he said': [('"22,"', 0, 1), ("he", 2, 2), ("said", 3, 3)],
     "Doctor Smith": [("Dr.", 0, 0), ("Smith", 1, 1)],
     "The well-known forty-second street": [("The", 0, 0), ("well-known", 1, 1), ("42nd", 2, 2), ("street", 3, 3)],
     "Two, two.": [("Two,", 0, 0), ("two.", 1, 1)],
     "It is in the U.S.": [("It", 0, 0), ("is", 1, 1), ("in", 2, 2), ("the", 3, 3), ("U.S.", 4, 4)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", MARKED)
@@ -101,8 +105,10 @@ def test_a_date_shares_its_time(normalizer: nemostream.InverseNormalizer) -> Non
     """`july` is found again; `4` and `1999` are one date, of letters 1 : 4, in 3.5 seconds."""
     forms = normalizer(spoken("july fourth nineteen ninety nine"))
     assert [(word.text, word.start, word.end) for word in forms] == [
-        ("july", 0.0, 0.5), ("4", 1.0, pytest.approx(1.7)), ("1999", pytest.approx(1.7), 4.5),
-    ]  # fmt: skip
+        ("july", 0.0, 0.5),
+        ("4", 1.0, pytest.approx(1.7)),
+        ("1999", pytest.approx(1.7), 4.5),
+    ]
 
 
 def test_a_pause_ends_a_number(normalizer: nemostream.InverseNormalizer) -> None:
@@ -134,10 +140,45 @@ def test_what_fails_stays(normalizer: nemostream.InverseNormalizer, monkeypatch:
 
 
 VOCABULARY = [
-    "one", "two", "ten", "twenty", "hundred", "thousand", "and", "point", "five", "dollars", "cents", "percent", "july",
-    "first", "at", "p", "m", "half", "of", "the", "a", "dog", "dogs,", "twenty-two", "Twenty.", "(two)", "three?", "—",
-    "…", "o'clock", "é", "中", "[x]", "\\", "{", "&", "7", "U.S.",
-]  # fmt: skip
+    "one",
+    "two",
+    "ten",
+    "twenty",
+    "hundred",
+    "thousand",
+    "and",
+    "point",
+    "five",
+    "dollars",
+    "cents",
+    "percent",
+    "july",
+    "first",
+    "at",
+    "p",
+    "m",
+    "half",
+    "of",
+    "the",
+    "a",
+    "dog",
+    "dogs,",
+    "twenty-two",
+    "Twenty.",
+    "(two)",
+    "three?",
+    "—",
+    "…",
+    "o'clock",
+    "é",
+    "中",
+    "[x]",
+    "\\",
+    "{",
+    "&",
+    "7",
+    "U.S.",
+]
 
 
 @settings(max_examples=60, deadline=None)

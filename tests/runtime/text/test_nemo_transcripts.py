@@ -96,13 +96,18 @@ MEASURES = [
 @pytest.mark.parametrize("measure", MEASURES, ids=str)
 def test_confidences_are_nemos(side: tuple[Model, Any], speech: list[Floats], measure: nemostream.Confidence) -> None:
     model, oracle = side
-    method = {"name": "max_prob"} if measure.measure == "max_prob" else {
-        "name": "entropy", "entropy_type": measure.measure, "entropy_norm": measure.norm
-    }  # fmt: skip
+    method = (
+        {"name": "max_prob"}
+        if measure.measure == "max_prob"
+        else {"name": "entropy", "entropy_type": measure.measure, "entropy_norm": measure.norm}
+    )
     confidence = {
-        "preserve_frame_confidence": True, "preserve_token_confidence": True, "preserve_word_confidence": True,
-        "aggregation": measure.aggregation, "method_cfg": method | {"alpha": measure.alpha},
-    }  # fmt: skip
+        "preserve_frame_confidence": True,
+        "preserve_token_confidence": True,
+        "preserve_word_confidence": True,
+        "aggregation": measure.aggregation,
+        "method_cfg": method | {"alpha": measure.alpha},
+    }
     greedy = {"max_symbols": model.manifest.decoder.max_symbols, "preserve_frame_confidence": True}
     compared = 0
     for audio in speech:
@@ -137,9 +142,13 @@ def test_utterances_are_nemos_segments(side: tuple[Model, Any], speech: list[Flo
     for audio in speech:
         gap = 800 // 80 + 1
         hypothesis = nemo_says(
-            oracle, model.manifest.chunk(ms), audio, compute_timestamps=True, segment_gap_threshold=gap,
+            oracle,
+            model.manifest.chunk(ms),
+            audio,
+            compute_timestamps=True,
+            segment_gap_threshold=gap,
             segment_seperators=["\0"],
-        )  # fmt: skip
+        )
         wanted = hypothesis.timestamp["segment"]
         finals = [event for event in model.listen(audio, chunk_ms=ms, endpoint=rule) if event.kind == "final"]
         joined: list[list[nemostream.Event]] = []  # what a gap within a word divided is one segment of NeMo's

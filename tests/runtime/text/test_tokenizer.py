@@ -85,9 +85,14 @@ def test_a_malformed_model_is_one_sentence(tokenizer_model, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name, content in (
-        ("empty", b""), ("junk", b"junk"), ("truncated", tokenizer_model[:-7]), ("not text", not_text), ("pipe", None),
-        ("zero", None), ("none", None),
-    ):  # fmt: skip
+        ("empty", b""),
+        ("junk", b"junk"),
+        ("truncated", tokenizer_model[:-7]),
+        ("not text", not_text),
+        ("pipe", None),
+        ("zero", None),
+        ("none", None),
+    ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(BundleError, match="again") as caught:

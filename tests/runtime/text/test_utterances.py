@@ -160,18 +160,29 @@ def test_utterances_by_hand(serve):
     audio = speech(1, [(3, 20), (2, 5), (1, 30)])
     with model.stream(chunk_ms=80) as stream:  # no rule: one utterance, ended by the finish
         assert [(e.kind, e.reason) for e in follow(stream, audio, [1280]) if e.kind != "partial"] == [
-            ("final", None), ("end", "finish"),
-        ]  # fmt: skip
+            ("final", None),
+            ("end", "finish"),
+        ]
     with model.stream(chunk_ms=80, endpoint=Endpoint()) as stream:
         events = follow(stream, audio, [1280])
     kinds = [(e.kind, e.utterance, len(e.tokens), round(e.start, 2), round(e.end, 2), e.reason) for e in events]
-    assert kinds == [
-        ("partial", 0, 1, 0.08, 0.16, None), ("partial", 0, 2, 0.08, 0.24, None), ("partial", 0, 3, 0.08, 0.32, None),
-        ("final", 0, 3, 0.08, 0.32, None), ("end", 0, 0, 1.2, 1.2, "silence"),
-        ("partial", 1, 1, 1.92, 2.0, None), ("partial", 1, 2, 1.92, 2.08, None), ("partial", 1, 3, 1.92, 2.56, None),
-        ("final", 1, 3, 1.92, 2.56, None), ("end", 1, 0, 3.44, 3.44, "silence"),
-        ("end", 2, 0, len(audio) / 16000, len(audio) / 16000, "finish"),
-    ] or kinds  # fmt: skip
+    assert (
+        kinds
+        == [
+            ("partial", 0, 1, 0.08, 0.16, None),
+            ("partial", 0, 2, 0.08, 0.24, None),
+            ("partial", 0, 3, 0.08, 0.32, None),
+            ("final", 0, 3, 0.08, 0.32, None),
+            ("end", 0, 0, 1.2, 1.2, "silence"),
+            ("partial", 1, 1, 1.92, 2.0, None),
+            ("partial", 1, 2, 1.92, 2.08, None),
+            ("partial", 1, 3, 1.92, 2.56, None),
+            ("final", 1, 3, 1.92, 2.56, None),
+            ("end", 1, 0, 3.44, 3.44, "silence"),
+            ("end", 2, 0, len(audio) / 16000, len(audio) / 16000, "finish"),
+        ]
+        or kinds
+    )
 
 
 @given(spans=SPANS, ms=st.sampled_from(CHUNKS), sizes=st.lists(st.integers(700, 20_000), min_size=1, max_size=4))
@@ -388,9 +399,11 @@ def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
 def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
     model, backend = serve(capacity=1)
     for phrases, sentence in (
-        ([], "phrases is empty"), ("fox", "give a list of phrases"), ([""], "is empty"),
+        ([], "phrases is empty"),
+        ("fox", "give a list of phrases"),
+        ([""], "is empty"),
         ({"fox": -1.0}, "'fox' has weight -1.0"),
-    ):  # fmt: skip
+    ):
         for _ in range(2):
             with pytest.raises(OptionError, match=sentence):
                 model.stream(phrases=phrases)

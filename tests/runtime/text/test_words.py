@@ -15,9 +15,7 @@ from nemostream.runtime.text.words import Grouping, Result, Token, Word, words_o
 
 def said(*pieces: str) -> list[Token]:
     """Tokens of 80 ms, one after the other, each surer than the one before."""
-    return [
-        Token(i, piece, 0.08 * i, 0.08 * (i + 1), -1.0, 0.5 + 0.01 * i) for i, piece in enumerate(pieces)
-    ]  # fmt: skip
+    return [Token(i, piece, 0.08 * i, 0.08 * (i + 1), -1.0, 0.5 + 0.01 * i) for i, piece in enumerate(pieces)]
 
 
 def spans(*pieces: str) -> list[tuple[str, int, int]]:

@@ -40,8 +40,9 @@ def test_the_configuration_is_tritons(repository: Path) -> None:
     assert found.name == config.parent.name and found.backend == "python" and found.max_batch_size == 256
     assert {tensor.name: tensor.data_type for tensor in found.input} == {"AUDIO": schema.TYPE_FP32}
     assert {tensor.name: tensor.data_type for tensor in found.output} == {
-        "TEXT": schema.TYPE_STRING, "WORD_STARTS": schema.TYPE_FP32
-    }  # fmt: skip
+        "TEXT": schema.TYPE_STRING,
+        "WORD_STARTS": schema.TYPE_FP32,
+    }
     kinds = {control.name: control.control[0].kind for control in found.sequence_batching.control_input}
     control = schema.ModelSequenceBatching.Control
     assert kinds == {
@@ -101,12 +102,21 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with log.open("w") as told:
         process = subprocess.Popen(
-            [home / "bin" / "tritonserver", f"--model-repository={repository}",
-             f"--backend-directory={backends}", "--http-address=127.0.0.1", f"--http-port={ports[0]}",
-             "--grpc-address=127.0.0.1", f"--grpc-port={ports[1]}", "--allow-metrics=false",
-             "--exit-timeout-secs=1"],
-            env=environment, stdout=told, stderr=told,
-        )  # fmt: skip
+            [
+                home / "bin" / "tritonserver",
+                f"--model-repository={repository}",
+                f"--backend-directory={backends}",
+                "--http-address=127.0.0.1",
+                f"--http-port={ports[0]}",
+                "--grpc-address=127.0.0.1",
+                f"--grpc-port={ports[1]}",
+                "--allow-metrics=false",
+                "--exit-timeout-secs=1",
+            ],
+            env=environment,
+            stdout=told,
+            stderr=told,
+        )
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 

@@ -63,9 +63,14 @@ class Proxy:
     def stream(self, address: str = "127.0.0.1", **options: Any) -> Any:
         """A WebSocket from an address of this machine."""
         return asyncio_connect(
-            f"wss://{NAME}:{self.port}{self.prefix}/v1/stream", host="127.0.0.1", port=self.port, ssl=self.trust,
-            local_addr=(address, 0), proxy=None, **options,
-        )  # fmt: skip
+            f"wss://{NAME}:{self.port}{self.prefix}/v1/stream",
+            host="127.0.0.1",
+            port=self.port,
+            ssl=self.trust,
+            local_addr=(address, 0),
+            proxy=None,
+            **options,
+        )
 
 
 class _Loopback(httpx.HTTPTransport):
@@ -85,12 +90,16 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)]), datetime.datetime.now(datetime.UTC)
     made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME), x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
-    )  # fmt: skip
+    )
     (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -115,11 +124,13 @@ def nginx(server: Any, certificate: tuple[Path, Path], folder: Path, prefix: str
     proxy = Proxy(server, free_port(), free_port(), certificate[0], prefix)
     config = documented()
     for before, after in (
-        ("listen 443 ssl", f"listen 127.0.0.1:{proxy.port} ssl"), ("/etc/ssl/asr.pem", str(certificate[0])),
-        ("listen 50443 ssl", f"listen 127.0.0.1:{proxy.grpc} ssl"), ("/etc/ssl/asr.key", str(certificate[1])),
+        ("listen 443 ssl", f"listen 127.0.0.1:{proxy.port} ssl"),
+        ("/etc/ssl/asr.pem", str(certificate[0])),
+        ("listen 50443 ssl", f"listen 127.0.0.1:{proxy.grpc} ssl"),
+        ("/etc/ssl/asr.key", str(certificate[1])),
         ("http://127.0.0.1:8000;", f"http://127.0.0.1:{server.http}{'/' * bool(prefix)};"),
         ("grpc://127.0.0.1:50051;", f"grpc://127.0.0.1:{server.grpc};"),
-    ):  # fmt: skip
+    ):
         assert before in config
         config = config.replace(before, after)
     if prefix:
@@ -203,16 +214,24 @@ def test_websockets_behind_nginx(proxied: Proxy, spoken: Any) -> None:
 def test_grpc_behind_nginx(proxied: Proxy, spoken: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     # nginx appends the client, which is a trusted proxy too, to the address that this one forwards.
-    auth = riva.client.Auth(uri=f"localhost:{proxied.grpc}", use_ssl=True, ssl_root_cert=str(proxied.cert),
-                            metadata_args=[["x-forwarded-for", "192.0.2.7"]])  # fmt: skip
+    auth = riva.client.Auth(
+        uri=f"localhost:{proxied.grpc}",
+        use_ssl=True,
+        ssl_root_cert=str(proxied.cert),
+        metadata_args=[["x-forwarded-for", "192.0.2.7"]],
+    )
     config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
     service = riva.client.ASRService(auth)
     found = service.offline_recognize(spoken[0].pcm, config).results
     assert found[0].alternatives[0].transcript.strip() == spoken[0].text
     streaming = riva.client.StreamingRecognitionConfig(config=config)
     pieces = [spoken[0].pcm[start : start + 6400] for start in range(0, len(spoken[0].pcm), 6400)]
-    heard = [result.alternatives[0].transcript for answer in service.streaming_response_generator(pieces, streaming)
-             for result in answer.results if result.is_final]  # fmt: skip
+    heard = [
+        result.alternatives[0].transcript
+        for answer in service.streaming_response_generator(pieces, streaming)
+        for result in answer.results
+        if result.is_final
+    ]
     assert " ".join(text.strip() for text in heard) == spoken[0].text
     peers = {record.peer for record in caplog.records if record.getMessage() == "opened"}  # type: ignore[attr-defined]
     assert peers == {"192.0.2.7"}
@@ -265,9 +284,14 @@ def test_the_page_behind_nginx(proxied: Proxy, spoken: Any) -> None:
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required",
-                  "--disable-background-networking", f"--host-resolver-rules=MAP {NAME} 127.0.0.1"],
-        )  # fmt: skip
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--autoplay-policy=no-user-gesture-required",
+                "--disable-background-networking",
+                f"--host-resolver-rules=MAP {NAME} 127.0.0.1",
+            ],
+        )
         page = browser.new_context(ignore_https_errors=True).new_page()
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -317,9 +341,13 @@ def test_a_forwarded_host_must_be_allowed_like_the_host(serve_here: Any) -> None
     with serve_here(measure=False, hosts=[NAME]) as running, ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=running.url))
         for host, forwarded, status in (
-            ("localhost", NAME, 200), ("evil.example", NAME, 403), ("localhost", "evil.example", 403),
-            ("localhost", "", 403), ("localhost", f"{NAME}, upstream", 200), ("localhost", "[", 403),
-        ):  # fmt: skip
+            ("localhost", NAME, 200),
+            ("evil.example", NAME, 403),
+            ("localhost", "evil.example", 403),
+            ("localhost", "", 403),
+            ("localhost", f"{NAME}, upstream", 200),
+            ("localhost", "[", 403),
+        ):
             answer = client.get("/v1/models", headers={"Host": host, "X-Forwarded-Host": forwarded})
             assert answer.status_code == status, (host, forwarded)
         assert client.get("/v1/models", headers={"Origin": "https://["}).status_code == 403
@@ -328,15 +356,24 @@ def test_a_forwarded_host_must_be_allowed_like_the_host(serve_here: Any) -> None
 @pytest.mark.parametrize(
     ("peer", "forwarded", "address"),
     [
-        ("10.0.0.1", "192.0.2.1", "192.0.2.1"), ("10.0.0.1", "", "10.0.0.1"), ("192.0.2.5", "192.0.2.1", "192.0.2.5"),
-        ("10.0.0.1", "198.51.100.1, 192.0.2.1", "192.0.2.1"), ("10.0.0.1", "192.0.2.1,10.0.0.2, 10.9.9.9", "192.0.2.1"),
-        ("10.0.0.1", "192.0.2.1:1234", "192.0.2.1"), ("10.0.0.1", "[2001:db8::1]:1234", "2001:db8::1"),
-        ("10.0.0.1", "2001:DB8::1", "2001:db8::1"), ("10.0.0.1", "::ffff:192.0.2.1", "192.0.2.1"),
-        ("::ffff:10.0.0.1", "192.0.2.1", "192.0.2.1"), ("10.0.0.1", "192.0.2.1, unknown", "10.0.0.1"),
-        ("10.0.0.1", "192.0.2.1, unknown, 10.0.0.2", "10.0.0.2"), ("10.0.0.1", "10.0.0.2", "10.0.0.2"),
-        ("", "192.0.2.1", ""), ("10.0.0.1", "x\r\nevil", "10.0.0.1"), ("::1", "192.0.2.1", "192.0.2.1"),
+        ("10.0.0.1", "192.0.2.1", "192.0.2.1"),
+        ("10.0.0.1", "", "10.0.0.1"),
+        ("192.0.2.5", "192.0.2.1", "192.0.2.5"),
+        ("10.0.0.1", "198.51.100.1, 192.0.2.1", "192.0.2.1"),
+        ("10.0.0.1", "192.0.2.1,10.0.0.2, 10.9.9.9", "192.0.2.1"),
+        ("10.0.0.1", "192.0.2.1:1234", "192.0.2.1"),
+        ("10.0.0.1", "[2001:db8::1]:1234", "2001:db8::1"),
+        ("10.0.0.1", "2001:DB8::1", "2001:db8::1"),
+        ("10.0.0.1", "::ffff:192.0.2.1", "192.0.2.1"),
+        ("::ffff:10.0.0.1", "192.0.2.1", "192.0.2.1"),
+        ("10.0.0.1", "192.0.2.1, unknown", "10.0.0.1"),
+        ("10.0.0.1", "192.0.2.1, unknown, 10.0.0.2", "10.0.0.2"),
+        ("10.0.0.1", "10.0.0.2", "10.0.0.2"),
+        ("", "192.0.2.1", ""),
+        ("10.0.0.1", "x\r\nevil", "10.0.0.1"),
+        ("::1", "192.0.2.1", "192.0.2.1"),
     ],
-)  # fmt: skip
+)
 def test_the_client_is_the_last_address_that_is_no_proxy(peer: str, forwarded: str, address: str) -> None:
     assert TrustedProxies(["10.0.0.0/8", "::1"]).client(peer, forwarded) == address
     assert TrustedProxies([]).client(peer, forwarded) == peer

@@ -167,9 +167,11 @@ def test_a_realtime_session_that_hears_the_end_of_a_turn(server: Any, spoken: An
             events = await until(connection, COMPLETED)
             kinds = [event.type for event in events if event.type != DELTA]
             assert kinds == [
-                "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped",
-                "input_audio_buffer.committed", COMPLETED,
-            ]  # fmt: skip
+                "input_audio_buffer.speech_started",
+                "input_audio_buffer.speech_stopped",
+                "input_audio_buffer.committed",
+                COMPLETED,
+            ]
             assert events[-1].transcript.split()[:2] == spoken[0].text.split()[:2]
 
     asyncio.run(main())
@@ -213,21 +215,54 @@ def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None
 texts = st.text(max_size=20)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts | st.just("audio/pcm"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["audio", "input", "format", "type", "rate", "turn_detection", "silence_duration_ms",
-                         "transcription", "language", "model", "x"]), inner, max_size=4), max_leaves=12,
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "audio",
+                    "input",
+                    "format",
+                    "type",
+                    "rate",
+                    "turn_detection",
+                    "silence_duration_ms",
+                    "transcription",
+                    "language",
+                    "model",
+                    "x",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
 orders = st.one_of(
     st.binary(max_size=100),
     texts,
     values.map(json.dumps),
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["session.update", "input_audio_buffer.append", "input_audio_buffer.commit",
-                                  "input_audio_buffer.clear", "transcription_session.update", "response.create"])},
-        optional={"session": values, "audio": st.one_of(values, st.binary(max_size=20_000).map(encoded)),
-                  "event_id": values},
+        {
+            "type": st.sampled_from(
+                [
+                    "session.update",
+                    "input_audio_buffer.append",
+                    "input_audio_buffer.commit",
+                    "input_audio_buffer.clear",
+                    "transcription_session.update",
+                    "response.create",
+                ]
+            )
+        },
+        optional={
+            "session": values,
+            "audio": st.one_of(values, st.binary(max_size=20_000).map(encoded)),
+            "event_id": values,
+        },
     ).map(json.dumps),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -239,9 +274,11 @@ def test_any_messages_leave_a_realtime_session_listening(server: Any, spoken: An
         session = {"type": "transcription", "audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}
         pcm = encoded(spoken[1].pcm)
         for last in (
-            {"type": "input_audio_buffer.clear"}, {"type": "session.update", "session": session},
-            {"type": "input_audio_buffer.append", "audio": pcm}, {"type": "input_audio_buffer.commit"},
-        ):  # fmt: skip
+            {"type": "input_audio_buffer.clear"},
+            {"type": "session.update", "session": session},
+            {"type": "input_audio_buffer.append", "audio": pcm},
+            {"type": "input_audio_buffer.commit"},
+        ):
             socket.send(json.dumps(last))
         while (event := json.loads(socket.recv(timeout=30)))["type"] != COMPLETED or not event["transcript"]:
             assert event["type"] != "error" or event["error"]["message"].endswith(".")

@@ -54,9 +54,14 @@ def leaves(kind: Any, path: str = "") -> set[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["RecognitionConfig", "EndpointingConfig", "SpeakerDiarizationConfig", "StreamingRecognitionConfig",
-     "StreamingRecognizeRequest"],
-)  # fmt: skip
+    [
+        "RecognitionConfig",
+        "EndpointingConfig",
+        "SpeakerDiarizationConfig",
+        "StreamingRecognitionConfig",
+        "StreamingRecognizeRequest",
+    ],
+)
 def test_the_tables_have_every_field_of_riva(name: str) -> None:
     assert set(table(name)) == {field.name for field in getattr(riva_asr_pb2, name).DESCRIPTOR.fields}
 
@@ -67,8 +72,9 @@ def test_the_tables_have_every_field_of_openai() -> None:
     session = realtime_transcription_session_create_request_param.RealtimeTranscriptionSessionCreateRequestParam
     assert set(table("Session")) == leaves(session)
     union = typing.get_args(realtime_client_event_param.RealtimeClientEventParam)
-    events = {typing.get_args(typing.get_args(typing.get_type_hints(one, include_extras=True)["type"])[0])[0]
-              for one in union}  # fmt: skip
+    events = {
+        typing.get_args(typing.get_args(typing.get_type_hints(one, include_extras=True)["type"])[0])[0] for one in union
+    }
     assert set(table("Events")) == events
 
 
@@ -80,11 +86,18 @@ RIVA_REJECTED = {
     "diarization_config": {"diarization_config": {"enable_speaker_diarization": True}},
 }
 RIVA_IGNORED = {
-    "max_alternatives": 3, "enable_automatic_punctuation": True, "model": "parakeet",
-    "endpointing_config": {"start_history": 100, "start_threshold": 0.5, "stop_threshold": 0.5,
-                           "stop_history_eou": 100, "stop_threshold_eou": 0.5},
+    "max_alternatives": 3,
+    "enable_automatic_punctuation": True,
+    "model": "parakeet",
+    "endpointing_config": {
+        "start_history": 100,
+        "start_threshold": 0.5,
+        "stop_threshold": 0.5,
+        "stop_history_eou": 100,
+        "stop_threshold_eou": 0.5,
+    },
     "diarization_config": {"max_speaker_count": 2},
-}  # fmt: skip
+}
 
 
 def recognise(running: Any, audio: bytes, **config: Any) -> str:
@@ -140,9 +153,11 @@ def test_force_eou_ends_the_utterance(server: Any, spoken: Any) -> None:
 
 def test_transcriptions_follow_their_table(server: Any, spoken: Any) -> None:
     rejected: dict[str, Any] = {
-        "chunking_strategy": {"type": "server_vad"}, "include": ["logprobs"], "known_speaker_names": ["a"],
+        "chunking_strategy": {"type": "server_vad"},
+        "include": ["logprobs"],
+        "known_speaker_names": ["a"],
         "known_speaker_references": ["data:audio/wav;base64,AAAA"],
-    }  # fmt: skip
+    }
     assert set(rejected) == {n for n, status in table("TranscriptionCreateParams").items() if status == "rejected"}
     ask = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
     for name, value in (*rejected.items(), ("languages", ["de"])):
@@ -177,16 +192,25 @@ def nested(path: str, value: Any) -> Any:
 
 def test_realtime_follows_its_table(server: Any) -> None:
     values: dict[str, Any] = {
-        "include": ["item.input_audio_transcription.logprobs"], "audio.input.transcription.delay": "low",
-        "audio.input.turn_detection.idle_timeout_ms": 6000, "audio.input.turn_detection.eagerness": "low",
-        "audio.input.noise_reduction": {"type": "near_field"}, "audio.input.transcription.model": "gpt-transcribe",
-        "audio.input.transcription.prompt": "x", "audio.input.turn_detection.threshold": 0.7,
-        "audio.input.turn_detection.prefix_padding_ms": 300, "audio.input.turn_detection.create_response": True,
-        "audio.input.turn_detection.interrupt_response": True, "type": "transcription",
-        "audio.input.format.type": "audio/pcm", "audio.input.transcription.language": "en",
-        "audio.input.transcription.languages": ["en"], "audio.input.transcription.keywords": ["nine"],
-        "audio.input.turn_detection.type": "server_vad", "audio.input.turn_detection.silence_duration_ms": 300,
-    }  # fmt: skip
+        "include": ["item.input_audio_transcription.logprobs"],
+        "audio.input.transcription.delay": "low",
+        "audio.input.turn_detection.idle_timeout_ms": 6000,
+        "audio.input.turn_detection.eagerness": "low",
+        "audio.input.noise_reduction": {"type": "near_field"},
+        "audio.input.transcription.model": "gpt-transcribe",
+        "audio.input.transcription.prompt": "x",
+        "audio.input.turn_detection.threshold": 0.7,
+        "audio.input.turn_detection.prefix_padding_ms": 300,
+        "audio.input.turn_detection.create_response": True,
+        "audio.input.turn_detection.interrupt_response": True,
+        "type": "transcription",
+        "audio.input.format.type": "audio/pcm",
+        "audio.input.transcription.language": "en",
+        "audio.input.transcription.languages": ["en"],
+        "audio.input.transcription.keywords": ["nine"],
+        "audio.input.turn_detection.type": "server_vad",
+        "audio.input.turn_detection.silence_duration_ms": 300,
+    }
     for path, status in table("Session").items():
         session = nested(path, values.get(path))
         if path == "audio.input.format.rate":
@@ -214,14 +238,23 @@ def test_realtime_follows_its_table(server: Any) -> None:
         ({"type": "input_audio_buffer.append", "audio": 7}, "invalid_type", "audio"),
         ({"type": "input_audio_buffer.append", "audio": "?"}, "invalid_value", "audio"),
         ({"type": "input_audio_buffer.clear", "x": 7}, "unknown_parameter", "x"),
-        ({"type": "session.update", "session": nested("audio.input.x", 7)}, "unknown_parameter",
-         "session.audio.input.x"),
-        ({"type": "session.update", "session": nested("audio.input.turn_detection.type", "semantic_vad")},
-         "invalid_value", "session.audio.input.turn_detection.type"),
-        ({"type": "session.update", "session": nested("audio.input.transcription", None)}, "invalid_value",
-         "session.audio.input.transcription"),
+        (
+            {"type": "session.update", "session": nested("audio.input.x", 7)},
+            "unknown_parameter",
+            "session.audio.input.x",
+        ),
+        (
+            {"type": "session.update", "session": nested("audio.input.turn_detection.type", "semantic_vad")},
+            "invalid_value",
+            "session.audio.input.turn_detection.type",
+        ),
+        (
+            {"type": "session.update", "session": nested("audio.input.transcription", None)},
+            "invalid_value",
+            "session.audio.input.transcription",
+        ),
     ],
-)  # fmt: skip
+)
 def test_codes_of_realtime_errors(server: Any, event: Any, code: str, param: str | None) -> None:
     (answer,) = talk(server, event)
     assert (answer["error"]["code"], answer["error"]["param"]) == (code, param)
@@ -303,8 +336,11 @@ def test_itn_in_every_protocol(server: Any, spoken: Any) -> None:
 
     with nemostream.load() as model:
         written = nemostream.InverseNormalizer()
-        clip = next(one for one in spoken if [w.text for w in written(model.transcribe(one.path).words)]
-                    != model.transcribe(one.path).text.split())  # fmt: skip
+        clip = next(
+            one
+            for one in spoken
+            if [w.text for w in written(model.transcribe(one.path).words)] != model.transcribe(one.path).text.split()
+        )
         wanted = " ".join(word.text for word in written(model.transcribe(clip.path).words))
     assert wanted != clip.text
     assert ask(model="any", file=clip.path, extra_body={"itn": "true"}).text == wanted

@@ -247,12 +247,14 @@ def test_no_room_says_so_with_a_hint(serve_here: Any, spoken: Any) -> None:
 @given(
     config=st.builds(
         riva_asr_pb2.RecognitionConfig,
-        encoding=st.integers(0, 25), sample_rate_hertz=st.integers(-(2**31), 2**31 - 1),
-        language_code=st.sampled_from(["", "en", "en-US", "\0"]), audio_channel_count=st.integers(-5, 300),
+        encoding=st.integers(0, 25),
+        sample_rate_hertz=st.integers(-(2**31), 2**31 - 1),
+        language_code=st.sampled_from(["", "en", "en-US", "\0"]),
+        audio_channel_count=st.integers(-5, 300),
         custom_configuration=st.dictionaries(st.sampled_from(["chunk_ms", "x"]), st.text(max_size=5), max_size=2),
     ),
     parts=st.lists(st.binary(max_size=5000), max_size=4),
-)  # fmt: skip
+)
 def test_any_message_is_answered_or_refused(server: Any, config: Any, parts: list[bytes]) -> None:
     stub = recogniser(server).stub
     requests = [

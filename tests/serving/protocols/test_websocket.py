@@ -124,12 +124,25 @@ def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) ->
 
 @pytest.mark.parametrize(
     ("query", "word"),
-    [("chunk_ms=100", "chunk_ms"), ("sample_rate=1", "sample_rate"), ("sample_rate=x", "sample_rate"),
-     ("encoding=mp3", "encoding"), ("channels=0", "channels"), ("endpoint_ms=-7", "endpoint_ms"), ("voice=1", "voice"),
-     ("words=perhaps", "words"), ("endpoint_ms=79", "endpoint_ms"), ("longest_ms=5", "longest_ms"),
-     ("decoder=none", "decoder"), ("phrases=nine", "phrases"), ("phrases=[]", "phrases"),
-     ('phrases=["Zürich"]', "Zürich"), ('phrases={"nine":-1}', "weight -1"), ("vad=maybe", "vad")],
-)  # fmt: skip
+    [
+        ("chunk_ms=100", "chunk_ms"),
+        ("sample_rate=1", "sample_rate"),
+        ("sample_rate=x", "sample_rate"),
+        ("encoding=mp3", "encoding"),
+        ("channels=0", "channels"),
+        ("endpoint_ms=-7", "endpoint_ms"),
+        ("voice=1", "voice"),
+        ("words=perhaps", "words"),
+        ("endpoint_ms=79", "endpoint_ms"),
+        ("longest_ms=5", "longest_ms"),
+        ("decoder=none", "decoder"),
+        ("phrases=nine", "phrases"),
+        ("phrases=[]", "phrases"),
+        ('phrases=["Zürich"]', "Zürich"),
+        ('phrases={"nine":-1}', "weight -1"),
+        ("vad=maybe", "vad"),
+    ],
+)
 def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> None:
     with pytest.raises(InvalidStatus) as caught, connect(f"{server.socket}/v1/stream?{query}"):
         pass
@@ -140,9 +153,14 @@ def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> 
 
 @pytest.mark.parametrize(
     ("message", "code", "name"),
-    [("{", 1008, "option"), ("[]", 1008, "option"), ('{"type": "sing"}', 1008, "option"),
-     ('{"type": "use", "chunk_ms": [1]}', 1008, "option"), ('{"type": "use"}', 1008, "option")],
-)  # fmt: skip
+    [
+        ("{", 1008, "option"),
+        ("[]", 1008, "option"),
+        ('{"type": "sing"}', 1008, "option"),
+        ('{"type": "use", "chunk_ms": [1]}', 1008, "option"),
+        ('{"type": "use"}', 1008, "option"),
+    ],
+)
 def test_a_bad_message_ends_the_stream_with_a_sentence(server: Any, message: str, code: int, name: str) -> None:
     with connect(f"{server.socket}/v1/stream") as socket:
         socket.recv()

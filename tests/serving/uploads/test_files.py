@@ -23,8 +23,16 @@ from websockets.sync.client import connect
 
 import nemostream
 
-FORMATS = {"WAV": "PCM_16", "FLAC": "PCM_16", "OGG": "VORBIS", "MP3": "MPEG_LAYER_III", "AIFF": "PCM_16",
-           "AU": "PCM_16", "CAF": "PCM_16", "W64": "PCM_16"}  # fmt: skip
+FORMATS = {
+    "WAV": "PCM_16",
+    "FLAC": "PCM_16",
+    "OGG": "VORBIS",
+    "MP3": "MPEG_LAYER_III",
+    "AIFF": "PCM_16",
+    "AU": "PCM_16",
+    "CAF": "PCM_16",
+    "W64": "PCM_16",
+}
 SHOWN = {"OGG": "Ogg"}
 TAIL = b"LIST" + struct.pack("<I", 300_000) + (np.sin(np.arange(150_000) / 7) * 20_000).astype("<i2").tobytes()
 
@@ -81,9 +89,15 @@ def test_what_a_browser_records_is_rejected_in_every_encoding(
     assert (last["type"], last["code"]) == ("error", "audio") and "begins as a file" in last["message"]
 
 
-@pytest.mark.parametrize(("rate", "channels", "subtype"), [
-    (16000, 1, "PCM_16"), (48000, 1, "PCM_16"), (44100, 2, "FLOAT"), (16000, 1, "ULAW"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rate", "channels", "subtype"),
+    [
+        (16000, 1, "PCM_16"),
+        (48000, 1, "PCM_16"),
+        (44100, 2, "FLOAT"),
+        (16000, 1, "ULAW"),
+    ],
+)
 @pytest.mark.parametrize("size", [7, 3200, 1 << 18])
 def test_a_wav_in_a_socket_is_decoded_by_its_header(
     server: Any, spoken: Any, tmp_path: Path, rate: int, channels: int, subtype: str, size: int
@@ -250,9 +264,11 @@ def test_a_triton_sequence_of_a_files_bytes(
             return self.value
 
     utils = types.SimpleNamespace(
-        Tensor=Tensor, TritonError=str, InferenceResponse=lambda tensors, error=None: error,
+        Tensor=Tensor,
+        TritonError=str,
+        InferenceResponse=lambda tensors, error=None: error,
         get_input_tensor_by_name=lambda request, name: Tensor(name, request[name]),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
 
     class Request(dict):
@@ -268,9 +284,13 @@ def test_a_triton_sequence_of_a_files_bytes(
     strings = {"chunk_ms": "560", "device": "cpu", "precision": "", "engines": "", "threads": ""}
     config = {"parameters": {name: {"string_value": value} for name, value in strings.items()}, "max_batch_size": 4}
     model = TritonPythonModel()
-    model.initialize({
-        "model_config": json.dumps(config), "model_version": "1", "model_repository": str(bundle.parents[1]),
-    })  # fmt: skip
+    model.initialize(
+        {
+            "model_config": json.dumps(config),
+            "model_version": "1",
+            "model_repository": str(bundle.parents[1]),
+        }
+    )
     data = file_of(spoken[0], container)[:4096]
     try:
         for audio in (np.frombuffer(data, "<i2") / np.float32(32768), np.frombuffer(data, "<f4")):

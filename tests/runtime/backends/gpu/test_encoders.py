@@ -103,9 +103,12 @@ def library(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     logger = types.SimpleNamespace(ERROR=1)
     strategy = types.SimpleNamespace(USER_MANAGED="USER_MANAGED")
     parts = {
-        "__version__": "11.0", "Runtime": Runtime, "TensorIOMode": types.SimpleNamespace(INPUT="INPUT"),
-        "ExecutionContextAllocationStrategy": strategy, "engine": engine,
-    }  # fmt: skip
+        "__version__": "11.0",
+        "Runtime": Runtime,
+        "TensorIOMode": types.SimpleNamespace(INPUT="INPUT"),
+        "ExecutionContextAllocationStrategy": strategy,
+        "engine": engine,
+    }
     for name, value in parts.items():
         setattr(module, name, value)
     module.Logger = type("Logger", (), {"__init__": lambda self, level: None, "ERROR": logger.ERROR})  # type: ignore[attr-defined]
