@@ -35,7 +35,7 @@ from nemostream.benchmarks.harness.records import Record, Row, Say, agreement
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import Feed
 from nemostream.benchmarks.latency import push_times
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
 
@@ -106,7 +106,7 @@ def measure_accuracy(
     """The result. `sets` are gone through once for each chunk size and precision, a few recordings at a time.
 
     Engines are built (and gated) if the folder of engines has none. Raises `OptionError` for what cannot be,
-    `AudioError` for a recording that cannot be read, `BackendError` if something is missing, `GateError` for an engine
+    `AudioError` for a recording that cannot be read, `BackendError` if something is missing, `EngineValidationError` for an engine
     that is not as good as fp32.
     """
     if find_spec("jiwer") is None or find_spec("whisper_normalizer") is None:
@@ -152,7 +152,7 @@ def measure_accuracy(
 
 
 def _model(
-    bundle: Bundle, chunk: Chunk, precision: str, device: str, threads: int | None, engines: Path | None
+    bundle: Bundle, chunk: ChunkConfig, precision: str, device: str, threads: int | None, engines: Path | None
 ) -> nemostream.Model:
     from nemostream.engines import build_engine, open_backend
     from nemostream.plans import PlanStore
@@ -172,7 +172,7 @@ def _model(
     return nemostream.Model(bundle, backend, chunk.ms)
 
 
-def _result_times(model: nemostream.Model, chunk: Chunk) -> list[float]:
+def _result_times(model: nemostream.Model, chunk: ChunkConfig) -> list[float]:
     before = -(-chunk.left // chunk.frames) + _WARM_UP
     feed = Feed(model.manifest, speech(), 1, (before + _REPEATS) * chunk.frames)
     return push_times(model, feed, chunk, before, _REPEATS)

@@ -40,7 +40,7 @@ from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measur
 from nemostream.benchmarks.harness.runners import Side
 from nemostream.benchmarks.harness.synthetic import speech, synthetic_model
 from nemostream.benchmarks.harness.timed import Feed, longest
-from nemostream.bundle import Bundle, Chunk, sha256
+from nemostream.bundle import Bundle, ChunkConfig, sha256
 from nemostream.errors import NemostreamError, OptionError, ParityError
 from nemostream.extras import install_command
 
@@ -121,7 +121,7 @@ def compare_steps(
 
 
 def _compare(
-    ring: Ring, names: Sequence[str], chunk: Chunk, batch: int, repeats: int, machine: Machine
+    ring: Ring, names: Sequence[str], chunk: ChunkConfig, batch: int, repeats: int, machine: Machine
 ) -> tuple[list[Row], dict[str, str]]:
     """A row per side, and why sides are missing."""
     manifest = ring.bundle.manifest
@@ -259,13 +259,13 @@ def headline(result: Record) -> str:
     names = list(dict.fromkeys(side for _, _, side in by_case))
     ours, cases = [name for name in names if name.startswith(OURS)], sorted({case[:2] for case in by_case})
 
-    def cell(row: Row | None) -> str:
+    def cache_dtype(row: Row | None) -> str:
         if not row:
             return ""
         times = " / ".join(f"{row['values']['times'][our]['median']:.2f}" for our in ours)
         return f"{tables.digits(row['figures']['step']['p50'])} ({times})"
 
-    lines = [[name, *(cell(by_case.get((*case, name))) for case in cases)] for name in names]
+    lines = [[name, *(cache_dtype(by_case.get((*case, name))) for case in cases)] for name in names]
     where = hard["gpu"] or f"{hard['cpu']}, {hard['cores']} cores"
     return (
         f"One whole step, median milliseconds (and how many times ours: {' / '.join(ours)}), "

@@ -53,7 +53,7 @@ from nemostream.benchmarks.gpu.speed import NoEncoder, Report, copy_rate, give_f
 from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.harness.competitors import OURS
 from nemostream.benchmarks.harness.random_bundle import random_bundle
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engines import build_engine, open_gpu
 from nemostream.errors import BackendError
 from nemostream.plans import PRECISIONS, PlanStore
@@ -94,7 +94,7 @@ class Here:
         self.found = found
         write(self.scratch / f"{self.options.section}.json", as_json(found))
 
-    def best(self, bundle: Bundle, chunks: Sequence[Chunk], capacity: int) -> tuple[GpuBackend, str]:
+    def best(self, bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
         """TensorRT, else ONNX Runtime, else no encoder at all. Random weights are not gated: nothing is lost."""
         device = self.device()
         for backend, target in (("tensorrt", device.architecture), ("onnxruntime", "cuda")):
@@ -135,12 +135,12 @@ def environment(here: Here) -> Report:
 
 def loading(here: Here) -> Report:
     manifest, device, found = here.demo.manifest, here.device(), {}
-    for cell in kernels.NARROW:
+    for cache_dtype in kernels.NARROW:
         start = time.perf_counter()
-        loaded = device.kernels(kernels.macros(manifest, cell, True), kernels.entries(manifest))
+        loaded = device.kernels(kernels.macros(manifest, cache_dtype, True), kernels.entries(manifest))
         seconds = time.perf_counter() - start
-        found[cell] = {"format": loaded.format, "conditional": loaded.conditional, "seconds": round(seconds, 2)}
-        here.say(f"{cell}: {found[cell]}")
+        found[cache_dtype] = {"format": loaded.format, "conditional": loaded.conditional, "seconds": round(seconds, 2)}
+        here.say(f"{cache_dtype}: {found[cache_dtype]}")
     chunk = manifest.chunk(560)
     backend = GpuBackend(here.demo, device, {560: NoEncoder("float16")}, capacity=2)
     backend.submit(Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([8960]))).result()

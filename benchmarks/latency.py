@@ -38,13 +38,13 @@ from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import CAN, Feed, timed_backend
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.backends.base import Backend, Batch
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.session import Recognition
+from nemostream.runtime.streaming.session import StreamSession
 
 PARTS = ("features", "encoder", "decode", "copies", "host")
 _WARM_UP = 5
@@ -105,7 +105,7 @@ def measure_latency(
 
 
 def _measure(
-    bundle: Bundle, backend: Backend, chunk: Chunk, case: dict[str, Any], repeats: int, machine: Machine
+    bundle: Bundle, backend: Backend, chunk: ChunkConfig, case: dict[str, Any], repeats: int, machine: Machine
 ) -> Row:
     batch, precision = case["batch"], case["precision"]
     filled = -(-chunk.left // chunk.frames)
@@ -139,10 +139,10 @@ def _measure(
     return records.row(case, times, values)
 
 
-def push_times(model: Model, feed: Feed, chunk: Chunk, before: int, repeats: int) -> list[float]:
+def push_times(model: Model, feed: Feed, chunk: ChunkConfig, before: int, repeats: int) -> list[float]:
     """Milliseconds of every stream and chunk from push to result, of `repeats` chunks after as many as `before`."""
     lead, rate, found = model.manifest.lead, model.manifest.features.sample_rate, []
-    streams = [Recognition(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
+    streams = [StreamSession(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
     for step in range(before + repeats):
         begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
         pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)
@@ -198,7 +198,7 @@ class _Timed:
 
 
 @contextmanager
-def _clock(backend: Backend, chunk: Chunk) -> Iterator[dict[str, float]]:
+def _clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
     """Seconds per part of the steps run meanwhile, on ONNX Runtime; empty for other backends."""
     clock: dict[str, float] = {}
     if not isinstance(backend, OrtBackend):
@@ -233,7 +233,7 @@ def _parts(clock: dict[str, float], whole: float) -> dict[str, float]:
 
 
 def _on_the_device(
-    backend: GpuBackend, feed: Feed, chunk: Chunk, steps: range, values: dict[str, Any]
+    backend: GpuBackend, feed: Feed, chunk: ChunkConfig, steps: range, values: dict[str, Any]
 ) -> dict[str, list[float]]:
     """Times between events: the whole step as it is launched, and its stages one by one."""
     times: dict[str, list[float]] = {name: [] for name in ("device", *PARTS[:4])}
@@ -242,7 +242,7 @@ def _on_the_device(
         inputs = feed.batch(chunk, step * chunk.frames)
         whole = device_ms(device, [functools.partial(_submit, backend, inputs, pending)])
         pending.pop().result()
-        device.adopt()
+        device.make_current()
         recording, _ = backend._prepare(inputs)  # the same chunk again: stage by stage, not decoded
         works = recording.undecoded  # begin, features, gather, the encoder, scatter, finish
         features, gather, encoder, scatter = (

@@ -12,13 +12,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.precision import quantisable, read_encoder
 
 
 def measure_ranges(
     bundle: Bundle,
-    chunk: Chunk,
+    chunk: ChunkConfig,
     clips: list[NDArray[np.float32]],
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:

@@ -26,7 +26,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 
 CELLS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
@@ -44,7 +44,7 @@ _SMALL = 256  # bytes: what stays inside the graph
 Array = NDArray[np.generic]
 
 
-def read_encoder(bundle: Bundle, chunk: Chunk) -> onnx.ModelProto:
+def read_encoder(bundle: Bundle, chunk: ChunkConfig) -> onnx.ModelProto:
     """The bundle's graph, its weights still outside, without the output `encoded`, which nobody reads while running."""
     model = onnx.load(bundle.file(f"encoder-{chunk.ms}ms"), load_external_data=False)
     graph = model.graph
@@ -64,7 +64,7 @@ def quantisable(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def write_typed(
-    bundle: Bundle, chunk: Chunk, precision: str, ranges: Mapping[str, float] | None, folder: Path, stem: str
+    bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: Mapping[str, float] | None, folder: Path, stem: str
 ) -> list[Path]:
     """The step in `precision` as `{stem}.onnx` and `{stem}.bin`, for TensorRT or ONNX Runtime's CUDA provider.
 
@@ -76,7 +76,7 @@ def write_typed(
         return writer.write(folder / f"{stem}.onnx")
 
 
-def write_int8_for_cpu(bundle: Bundle, chunk: Chunk, folder: Path, stem: str) -> list[Path]:
+def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: str) -> list[Path]:
     """The fp32 step with its large linear layers in 8 bit, for ONNX Runtime's CPU provider.
 
     Weights are scaled column by column, what they multiply frame by frame, by its own largest magnitude. ONNX Runtime's
@@ -234,8 +234,8 @@ class _Typed:
         values, scale = _per_column(self._weights.read(name), self._eight)
         step = np.float32(_range(self._ranges, name) / _LARGEST[self._eight])
         zero = np.zeros((), values.dtype)
-        narrow = _NUMPY[self._cell]
-        constants = {"values": values, "scale": scale.astype(narrow), "step": step.astype(narrow), "zero": zero}
+        to_16bit = _NUMPY[self._cell]
+        constants = {"values": values, "scale": scale.astype(to_16bit), "step": step.astype(to_16bit), "zero": zero}
         constants["zeros"] = np.zeros(len(scale), values.dtype)
         for key, array in constants.items():
             self._made[f"{name}:{key}"] = self._weights.tensor(f"{name}:{key}", np.asarray(array))

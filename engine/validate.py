@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Chunk, Manifest
-from nemostream.errors import GateError
+from nemostream.bundle import ChunkConfig, Manifest
+from nemostream.errors import EngineValidationError
 from nemostream.runtime.backends.base import Backend, Batch
 
 Floats = NDArray[np.float32]
@@ -34,9 +34,9 @@ class Encoding(Backend, Protocol):
         ...
 
 
-def run_gate(
+def validate_engine(
     manifest: Manifest,
-    chunk: Chunk,
+    chunk: ChunkConfig,
     precision: str,
     candidate: Encoding,
     reference: Encoding,
@@ -46,16 +46,18 @@ def run_gate(
     """Figures of `candidate` beside `reference` (fp32) on `clips` [N] at the model's rate; `progress` hears the share.
 
     Returns steps run, the least cosine between two encoder frames as the joint gets them, the tokens that were compared
-    and are equal, seconds of audio. Raises `GateError` if a cosine is below `LEAST_COSINE`, a number is not finite, or
+    and are equal, seconds of audio. Raises `EngineValidationError` if a cosine is below `LEAST_COSINE`, a number is not finite, or
     the tokens of a clip that the model understands differ. Uses slots 0 and 1 of both.
     """
     both = (candidate, reference)
     steps, compared, least, done = 0, 0, 1.0, 0
     total = sum(map(len, clips))
 
-    def refuse(what: str) -> GateError:
+    def refuse(what: str) -> EngineValidationError:
         advice = "build another precision" if precision == "fp32" else "build another precision, or use fp32"
-        return GateError(f"the {precision} engine for {chunk.ms} ms is refused: on real speech {what}; {advice}.")
+        return EngineValidationError(
+            f"the {precision} engine for {chunk.ms} ms is refused: on real speech {what}; {advice}."
+        )
 
     for clip in clips:
         tokens: tuple[list[int], list[int]] = ([], [])
@@ -85,12 +87,14 @@ def run_gate(
                 raise refuse(f"it says {tokens[0]} where fp32 says {tokens[1]}")
             compared += len(tokens[0])
     if steps < LEAST_STEPS:
-        raise GateError(f"the clips give {steps} steps of {chunk.ms} ms; {LEAST_STEPS} are needed to judge an engine.")
+        raise EngineValidationError(
+            f"the clips give {steps} steps of {chunk.ms} ms; {LEAST_STEPS} are needed to judge an engine."
+        )
     seconds = round(total / manifest.features.sample_rate, 2)
     return {"steps": steps, "cosine": least, "tokens": compared, "seconds": seconds}
 
 
-def _batches(manifest: Manifest, chunk: Chunk, clip: Floats) -> list[Batch]:
+def _batches(manifest: Manifest, chunk: ChunkConfig, clip: Floats) -> list[Batch]:
     """A recording as the steps of one stream, its end included."""
     audio = np.concatenate([np.zeros(manifest.lead, np.float32), clip])
     steps = -(-manifest.encoder_frames(len(clip)) // chunk.frames)

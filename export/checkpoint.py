@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from nemostream.bundle import Chunk, Decoder, Encoder, Features
+from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig
 from nemostream.errors import CheckpointError
 from nemostream.untrusted import MIB, open_regular, shown
 
@@ -48,10 +48,10 @@ class Checkpoint:
     """An unpacked checkpoint that the exporter supports. Weights stay memory-mapped until `array` is asked for one."""
 
     name: str
-    features: Features
-    encoder: Encoder
-    decoder: Decoder
-    chunks: tuple[Chunk, ...]
+    features: FeatureConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    chunks: tuple[ChunkConfig, ...]
     log_guard: float  # added to mel energies before the logarithm
     conv_norm: str  # "layer_norm" or "batch_norm"
     input_scale: float  # sqrt(d_model) with xscaling, else 1
@@ -276,7 +276,9 @@ def _check_size(config: Any, most: int = 1_000_000) -> None:
             waiting += value
 
 
-def check_config(config: Mapping[str, Any]) -> tuple[Features, Encoder, Decoder, tuple[Chunk, ...], dict[str, Any]]:
+def check_config(
+    config: Mapping[str, Any],
+) -> tuple[FeatureConfig, EncoderConfig, DecoderConfig, tuple[ChunkConfig, ...], dict[str, Any]]:
     """Read the sizes, refuse what is not supported. Raises `CheckpointError` naming the field and its value."""
     _expect(config, "target", ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel"), cut=True)
     for field in ("loss.loss_name", "decoding.model_type"):
@@ -304,7 +306,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[Features, Encoder, Decoder,
     _expect(config, "joint.num_extra_outputs", (0, None), 0)
     _expect(config, "joint.jointnet.activation", ("relu", "sigmoid", "tanh"))
     _expect(config, "tokenizer.type", ("bpe",))
-    decoder = Decoder(
+    decoder = DecoderConfig(
         layers=_whole(config, "decoder.prednet.pred_rnn_layers", 1, 1, 100),
         hidden=hidden,
         joint=_whole(config, "joint.jointnet.joint_hidden", _REQUIRED, 1, 1 << 16),
@@ -332,7 +334,7 @@ def _max_symbols(config: Mapping[str, Any]) -> int:
     _refuse("decoding.greedy.max_symbols", None, "a number; without one NeMo never stops at a frame")
 
 
-def _features(config: Mapping[str, Any]) -> tuple[Features, float]:
+def _features(config: Mapping[str, Any]) -> tuple[FeatureConfig, float]:
     _expect(config, "preprocessor._target_", ("AudioToMelSpectrogramPreprocessor",), cut=True)
     _expect(config, "preprocessor.normalize", ("NA", None), "per_feature")
     _expect(config, "preprocessor.window", ("hann",), "hann")
@@ -350,7 +352,7 @@ def _features(config: Mapping[str, Any]) -> tuple[Features, float]:
     preemphasis = 0.0
     if _get(config, "preprocessor.preemph", 0.97) is not None:
         preemphasis = _number(config, "preprocessor.preemph", 0.97, 0, 1)
-    features = Features(
+    features = FeatureConfig(
         sample_rate=rate,
         mels=_whole(config, "preprocessor.features", 64, 1, 4096),
         window=window,
@@ -365,7 +367,7 @@ def _features(config: Mapping[str, Any]) -> tuple[Features, float]:
     return features, guard
 
 
-def _encoder(config: Mapping[str, Any], features: Features) -> tuple[Encoder, tuple[Chunk, ...]]:
+def _encoder(config: Mapping[str, Any], features: FeatureConfig) -> tuple[EncoderConfig, tuple[ChunkConfig, ...]]:
     _expect(config, "encoder._target_", ("ConformerEncoder",), cut=True)
     _expect(config, "encoder.att_context_style", ("chunked_limited",), "regular")
     _expect(config, "encoder.subsampling", ("dw_striding",), "striding")
@@ -390,7 +392,7 @@ def _encoder(config: Mapping[str, Any], features: Features) -> tuple[Encoder, tu
         contexts = [contexts]
     if not isinstance(contexts, list) or not 0 < len(contexts) <= 64:
         _refuse("encoder.att_context_size", contexts, "a list of [left, right] pairs")
-    chunks: dict[int, Chunk] = {}
+    chunks: dict[int, ChunkConfig] = {}
     for pair in contexts:
         if not isinstance(pair, list) or len(pair) != 2 or any(type(size) is not int for size in pair):
             _refuse("encoder.att_context_size", pair, "[left, right] pairs of whole numbers")
@@ -401,8 +403,8 @@ def _encoder(config: Mapping[str, Any], features: Features) -> tuple[Encoder, tu
         ms = round(frames * frame_ms)
         if ms in chunks:
             _refuse("encoder.att_context_size", contexts, "one left context per chunk size")
-        chunks[ms] = Chunk(ms, frames, left, frames * factor * features.hop)
-    encoder = Encoder(
+        chunks[ms] = ChunkConfig(ms, frames, left, frames * factor * features.hop)
+    encoder = EncoderConfig(
         layers=_whole(config, "encoder.n_layers", _REQUIRED, 1, 1000),
         d_model=d_model,
         heads=heads,

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from nemostream.bundle import Chunk
+from nemostream.bundle import ChunkConfig
 from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.graph import Array, GraphWriter, Shape, WeightStore
 
@@ -31,7 +31,7 @@ FLOAT = TensorProto.FLOAT
 _MASKED = -10000.0  # NeMo's INF_VAL: finite, so a row that sees nothing still sums to one; exp of it is 0 in fp32
 
 
-def write_encoder(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> onnx.ModelProto:
+def write_encoder(checkpoint: Checkpoint, chunk: ChunkConfig, store: WeightStore) -> onnx.ModelProto:
     """One streaming step.
 
     Inputs, rows of B streams:
@@ -48,7 +48,7 @@ def write_encoder(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> o
 
 
 class _EncoderWriter:
-    def __init__(self, checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> None:
+    def __init__(self, checkpoint: Checkpoint, chunk: ChunkConfig, store: WeightStore) -> None:
         self.ckpt, self.chunk = checkpoint, chunk
         self.spec = checkpoint.encoder
         self.d_k = self.spec.d_model // self.spec.heads

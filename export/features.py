@@ -16,12 +16,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from nemostream.bundle import Chunk
+from nemostream.bundle import ChunkConfig
 from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.graph import GraphWriter, WeightStore
 
 
-def write_features(checkpoint: Checkpoint, chunk: Chunk, store: WeightStore) -> onnx.ModelProto:
+def write_features(checkpoint: Checkpoint, chunk: ChunkConfig, store: WeightStore) -> onnx.ModelProto:
     """PCM of one step to its new log-mel frames.
 
     Inputs: `audio` [B, N] float32 new samples, `audio_tail` [B, tail] float32 the samples before them, `lengths` [B]

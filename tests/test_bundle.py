@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from nemostream.bundle import (
     Bundle,
-    Chunk,
-    Decoder,
-    Encoder,
-    Features,
+    ChunkConfig,
+    DecoderConfig,
+    EncoderConfig,
+    FeatureConfig,
     File,
     Graph,
     Manifest,
@@ -29,7 +29,7 @@ from nemostream.bundle import (
 from nemostream.errors import BundleError, NemostreamError, OptionError
 from nemostream.external_data import external_files
 
-CHUNKS = tuple(Chunk(ms=80 * frames, frames=frames, left=70, samples=1280 * frames) for frames in (1, 2, 7, 14))
+CHUNKS = tuple(ChunkConfig(ms=80 * frames, frames=frames, left=70, samples=1280 * frames) for frames in (1, 2, 7, 14))
 
 
 def graphs(sha256: str) -> dict[str, Graph]:
@@ -43,9 +43,9 @@ def graphs(sha256: str) -> dict[str, Graph]:
 def make_manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "name": "contract",
-        "features": Features(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
-        "encoder": Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
-        "decoder": Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu"),
+        "features": FeatureConfig(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
+        "encoder": EncoderConfig(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
+        "decoder": DecoderConfig(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu"),
         "chunks": CHUNKS,
         "graphs": graphs("0" * 64),
         "weights": File("weights.bin", "1" * 64, 4100),
@@ -230,7 +230,7 @@ def test_encoder_frames_are_those_of_strided_convolutions(samples: int, subsampl
 
 
 @given(samples=st.integers(160, 10**8), chunk=st.sampled_from(CHUNKS))
-def test_the_steps_of_a_recording_hear_all_of_it(samples: int, chunk: Chunk) -> None:
+def test_the_steps_of_a_recording_hear_all_of_it(samples: int, chunk: ChunkConfig) -> None:
     """The last step ends after the last sample that the last mel frame reads: 198 past its centre."""
     manifest = make_manifest()
     steps = -(-manifest.encoder_frames(samples) // chunk.frames)

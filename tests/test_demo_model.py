@@ -148,7 +148,7 @@ def test_what_is_measured_is_heard_through_the_runtime() -> None:
     ]
     clips[0].text += " and more"  # which nobody said
     with nemostream.load(threads=1, capacity=8) as model:
-        results = evaluate.hear(model, clips, 560)
+        results = evaluate.push_events(model, clips, 560)
     found, said = evaluate.rate(clips, results), [re.sub("[.,?!]", "", result.text.lower()) for result in results]
     wanted = jiwer.wer([re.sub("[.,?!]", "", clip.text.lower()) for clip in clips], said)
     assert 0 < wanted == pytest.approx(found["wer"], abs=1e-4)

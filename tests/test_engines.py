@@ -18,9 +18,9 @@ from host_device import HostDevice, OrtEncoder
 import nemostream
 from nemostream.bundle import Bundle
 from nemostream.cli.main import main
-from nemostream.engine.validate import LEAST_COSINE, LEAST_STEPS, UNDERSTOOD, run_gate
+from nemostream.engine.validate import LEAST_COSINE, LEAST_STEPS, UNDERSTOOD, validate_engine
 from nemostream.engines import build_engine, check_chunks, speech
-from nemostream.errors import BackendError, GateError, NemostreamError, OptionError
+from nemostream.errors import BackendError, EngineValidationError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.plans import PlanStore
 from nemostream.runtime.backends.base import Batch
@@ -167,7 +167,7 @@ def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo
     shares: list[float] = []
 
     def judge() -> dict[str, Any]:
-        return run_gate(
+        return validate_engine(
             demo_bundle.manifest,
             chunk,
             precision,
@@ -178,7 +178,9 @@ def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo
         )
 
     if words:
-        with pytest.raises(GateError, match=f"the {precision} engine for 560 ms is refused: .*{words}") as refusal:
+        with pytest.raises(
+            EngineValidationError, match=f"the {precision} engine for 560 ms is refused: .*{words}"
+        ) as refusal:
             judge()
         assert str(refusal.value).endswith("build another precision, or use fp32.")
     else:
@@ -191,8 +193,8 @@ def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo
 def test_the_gate_needs_enough_speech(demo_bundle: Bundle) -> None:
     backend = OrtBackend(demo_bundle, 2)
     clips = [speech(demo_bundle.manifest)[1]]
-    with pytest.raises(GateError, match=r"the clips give \d steps of 1120 ms; 12 are needed"):
-        run_gate(
+    with pytest.raises(EngineValidationError, match=r"the clips give \d steps of 1120 ms; 12 are needed"):
+        validate_engine(
             demo_bundle.manifest, demo_bundle.manifest.chunk(1120), "fp16", backend, OrtBackend(demo_bundle, 2), clips
         )
 
@@ -219,7 +221,7 @@ def test_a_graph_that_is_wrong_is_never_kept(
 
     monkeypatch.setattr(precision, "write_int8_for_cpu", harmed)
     store = PlanStore(tmp_path)
-    with pytest.raises(GateError, match=r"is refused: .*(its encoder is off|not finite)"):
+    with pytest.raises(EngineValidationError, match=r"is refused: .*(its encoder is off|not finite)"):
         build_engine(demo_bundle, demo_bundle.manifest.chunk(560), "int8", store, backend="onnxruntime")
     assert store.all() == [] and not [*tmp_path.glob("[!.]*")]
 
@@ -228,7 +230,7 @@ def test_random_weights_are_judged_by_their_encoder(tiny_bundle: Bundle) -> None
     """They understand no clip, so no token is compared, and the figures say so."""
     backends = Off(OrtBackend(tiny_bundle, 2), emit=other_word), OrtBackend(tiny_bundle, 2)
     chunk = tiny_bundle.manifest.chunk(560)
-    figures = run_gate(tiny_bundle.manifest, chunk, "fp16", *backends, speech(tiny_bundle.manifest))  # type: ignore[arg-type]
+    figures = validate_engine(tiny_bundle.manifest, chunk, "fp16", *backends, speech(tiny_bundle.manifest))  # type: ignore[arg-type]
     assert figures["tokens"] == 0 and figures["cosine"] > 0.999999
 
 
@@ -294,7 +296,7 @@ def test_for_a_gpu_that_is_elsewhere(build: Callable[..., Any], tmp_path: Path) 
     code, both, err = build("--target", "sm89", "--chunk-ms", 80, "--chunk-ms", 160, "--max-batch", 2)
     assert (code, both.splitlines()[0], err.count("was there"), err.count("built in")) == (0, out.strip(), 1, 1)
     for plan in PlanStore(tmp_path / "engines").all():
-        assert (plan.recipe.device, plan.recipe.backend, plan.recipe.cell) == ("sm89", "tensorrt-rtx", "float16")
+        assert (plan.recipe.device, plan.recipe.backend, plan.recipe.cache_dtype) == ("sm89", "tensorrt-rtx", "float16")
         assert dict(plan.gate) == {} and plan.path.suffix == ".engine"
     code, _, err = build("--target", "sm70")
     assert code == 2 and "does not build for sm70 from afar" in err
@@ -304,7 +306,7 @@ def test_a_typed_graph_for_the_cuda_provider(build: Callable[..., Any], tmp_path
     code, out, err = build("--backend", "onnxruntime", "--target", "cuda", "--chunk-ms", 80)
     assert code == 0, err
     (plan,) = PlanStore(tmp_path / "engines").all()
-    assert (plan.recipe.precision, plan.recipe.device, plan.recipe.cell) == ("fp16", "cuda", "float16")
+    assert (plan.recipe.precision, plan.recipe.device, plan.recipe.cache_dtype) == ("fp16", "cuda", "float16")
     onnx.checker.check_model(out.strip(), full_check=True)
 
 
@@ -362,7 +364,7 @@ def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
     monkeypatch.setattr("nemostream.engines.open_gpu", open_gpu)
     options: dict[str, Any] = {"device": "cuda", "engines": store.folder, "max_batch": 2}
     encoder = WrongEncoder
-    with pytest.raises(GateError, match=r"the fp16 engine for 560 ms is refused: .*cosine -1"):
+    with pytest.raises(EngineValidationError, match=r"the fp16 engine for 560 ms is refused: .*cosine -1"):
         nemostream.load(**options)
     assert not store.all()[0].gate
     encoder = OrtEncoder
@@ -389,7 +391,7 @@ def test_an_engine_whose_hashes_were_not_verified_is_not_used(demo_bundle: Bundl
         precision="int8",
         device="cpu",
         max_batch=0,
-        cell="float32",
+        cache_dtype="float32",
     )
     store, outside = PlanStore(tmp_path / "engines"), tmp_path / "outside.onnx"
     shutil.copy(demo_bundle.file("encoder-560ms"), outside)

@@ -238,7 +238,7 @@ def test_state_and_buffers_do_not_grow(tiny_bundle: Bundle, clips: Any) -> None:
 
 
 def test_a_stream_that_changes_its_chunk_size(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
-    """Pushed and told `use` as it goes, or cut by hand and run by the backend alone: the same tokens."""
+    """Pushed and told `set_chunk_ms` as it goes, or cut by hand and run by the backend alone: the same tokens."""
     manifest, audio = tiny_bundle.manifest, clips["librivox-sense-0870"]
     order = [560, 80, 80, 160, 1120, 560, 80, 560, 160]
     backend, tokens, at = OrtBackend(tiny_bundle, capacity=1), [], 0
@@ -250,7 +250,7 @@ def test_a_stream_that_changes_its_chunk_size(tiny_bundle: Bundle, tiny_model: M
             part = padded[at : at + chunk.samples]
             emissions = backend.submit(Batch(chunk, np.array([0]), part[None], np.array([len(part)]))).result()
             tokens += emissions.tokens[0].tolist()
-            stream.use(ms)
+            stream.set_chunk_ms(ms)
             (partial,) = stream.push(part if at else part[manifest.lead :])
             assert partial.chunk_ms == ms and ids(partial) == tokens
             at += chunk.samples

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nemostream.errors import BackendError, GateError
+from nemostream.errors import BackendError, EngineValidationError
 from nemostream.plans import Plan, PlanStore, Recipe, cache_folder
 
 RECIPE = Recipe(
@@ -23,7 +23,7 @@ RECIPE = Recipe(
     precision="fp16",
     device="sm90",
     max_batch=64,
-    cell="float16",
+    cache_dtype="float16",
 )
 
 
@@ -67,7 +67,7 @@ def test_everything_that_makes_another_engine_makes_another_name(store: PlanStor
         "precision": "bf16",
         "device": "sm89",
         "max_batch": 65,
-        "cell": "bfloat16",
+        "cache_dtype": "bfloat16",
     }
     assert others.keys() == {field.name for field in dataclasses.fields(Recipe)}
     store.put(RECIPE, make, check)
@@ -119,13 +119,13 @@ def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> 
 
 def test_what_is_refused_is_not_kept(store: PlanStore) -> None:
     def refuse(plan: Plan) -> dict[str, Any]:
-        raise GateError("it says something else.")
+        raise EngineValidationError("it says something else.")
 
-    with pytest.raises(GateError):
+    with pytest.raises(EngineValidationError):
         store.put(RECIPE, make, refuse)
     assert store.find(RECIPE) is None and not [*store.folder.glob("[!.]*")]
     kept = store.put(RECIPE, make, check)
-    with pytest.raises(GateError):  # and the one that was good stays
+    with pytest.raises(EngineValidationError):  # and the one that was good stays
         store.put(RECIPE, make, refuse)
     assert store.find(RECIPE) == dataclasses.replace(kept, seconds=round(kept.seconds, 2))
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.roofline import encoder_work
 from nemostream.benchmarks.studies.features import some_phrases
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engines import speech
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.gpu.backend import GpuBackend
@@ -28,8 +28,8 @@ class NoEncoder:
 
     capturable = True
 
-    def __init__(self, cell: str) -> None:
-        self.cell = cell
+    def __init__(self, cache_dtype: str) -> None:
+        self.cache_dtype = cache_dtype
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         return lambda: None
@@ -37,7 +37,7 @@ class NoEncoder:
     def close(self) -> None: ...
 
 
-def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report:
+def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> Report:
     """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was.
 
     Half of them have phrases; now and then one forgets what it said, or is saved and goes on from there.
@@ -57,11 +57,11 @@ def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report
             backend.reset(coming)
             at[coming] = rng.integers(0, len(audio) - chunk.samples, len(coming))
             for slot in coming[rng.random(len(coming)) < 0.5].tolist():
-                backend.boost(slot, lists[rng.integers(len(lists))])
+                backend.set_phrases(slot, lists[rng.integers(len(lists))])
         if step % 50 == 49:
             slot = int(rng.choice(slots))
             backend.load(slot, backend.save(slot))
-            backend.forget(slots[slot : slot + 1])
+            backend.reset_decoder(slots[slot : slot + 1])
         rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
         part = np.stack([audio[start : start + chunk.samples] for start in at[rows]])
         at[rows] = (at[rows] + chunk.samples) % (len(audio) - chunk.samples)
@@ -85,7 +85,7 @@ def soak(backend: GpuBackend, chunk: Chunk, steps: int, seed: int = 0) -> Report
 
 def step_times(
     backend: GpuBackend,
-    chunk: Chunk,
+    chunk: ChunkConfig,
     rows: int,
     repeats: int,
     gathered: bool = False,
@@ -101,7 +101,7 @@ def step_times(
     starts = np.arange(rows) * 9973 % (len(clip) - chunk.samples)
     backend.reset(slots)
     for index, slot in enumerate(slots.tolist() if boosts else ()):
-        backend.boost(slot, boosts[index % len(boosts)])
+        backend.set_phrases(slot, boosts[index % len(boosts)])
     seconds, said = [], 0
     for step in range(_WARM_UP + repeats):
         at = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
@@ -125,7 +125,7 @@ def step_times(
     }
 
 
-def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
+def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int) -> Report:
     """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that
     what the host spends on it, in `submit` and in reading the result."""
     batch = _same_audio(backend, chunk, rows)
@@ -146,7 +146,7 @@ def device_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> 
     return {"pipelined_ms": 1000 * total / repeats, "host_ms": 1000 * host / repeats}
 
 
-def stage_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> Report:
+def stage_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int) -> Report:
     """Milliseconds on the device of the step as it is launched, of one that decodes nothing, and of the encoder alone.
 
     Each recorded, where that is possible, and launched back to back. Where the host has a part in the loop the whole
@@ -167,7 +167,7 @@ def stage_times(backend: GpuBackend, chunk: Chunk, rows: int, repeats: int) -> R
     return {name: device_ms(device, work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
 
 
-def _same_audio(backend: GpuBackend, chunk: Chunk, rows: int) -> Batch:
+def _same_audio(backend: GpuBackend, chunk: ChunkConfig, rows: int) -> Batch:
     """A batch of the first slots, which are reset for it, to be launched over and over."""
     slots = np.arange(rows)
     audio = np.resize(speech(backend.manifest)[0], (rows, chunk.samples))
@@ -175,7 +175,7 @@ def _same_audio(backend: GpuBackend, chunk: Chunk, rows: int) -> Batch:
     return Batch(chunk, slots, audio, np.full(rows, chunk.samples))
 
 
-def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: Chunk, rows: int) -> float:
+def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: ChunkConfig, rows: int) -> float:
     """Make the streams say about `TOKENS_PER_SECOND`, by blank's bias on the device; what they say then."""
     address = int(backend._memory.step["joint_bias"])
     bias = np.array(bundle.weight("joint.out.bias"))
@@ -253,7 +253,7 @@ def copy_rate(device: Any) -> float:
 
 def speed(
     bundle: Bundle,
-    make: Callable[[Bundle, Sequence[Chunk], int], tuple[GpuBackend, str]],
+    make: Callable[[Bundle, Sequence[ChunkConfig], int], tuple[GpuBackend, str]],
     batches: Sequence[int],
     repeats: int,
     bandwidth: float | None,
@@ -275,7 +275,7 @@ def speed(
         backend, encoder = make(bundle, [chunk], capacity)
         try:
             rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
-            work = encoder_work(bundle, chunk, "fp32" if backend.cell == "float32" else "fp16", "cuda")
+            work = encoder_work(bundle, chunk, "fp32" if backend.cache_dtype == "float32" else "fp16", "cuda")
             for batch in batches:
                 if time.perf_counter() > until:
                     break

@@ -12,7 +12,7 @@ from nemostream.benchmarks.harness.nemo import Nemo, export_nemo, load_nemo
 from nemostream.benchmarks.harness.records import Say
 from nemostream.benchmarks.harness.runners import NemoOnnx, Ours, Sherpa, Side, Transformers
 from nemostream.benchmarks.harness.timed import Feed, longest, timed_backend
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 
 # Who takes part unless named, by device; the first is the one that all are measured by in a headline.
 SIDES = {
@@ -68,7 +68,7 @@ class Ring:
         self.forget_export()
         self._folder.cleanup()
 
-    def enter(self, name: str, feed: Feed, chunk: Chunk, stack: contextlib.ExitStack) -> Side:
+    def enter(self, name: str, feed: Feed, chunk: ChunkConfig, stack: contextlib.ExitStack) -> Side:
         who, _, kind = name.partition(" ")
         if who == "ours":
             chunks = list({chunk, longest(self.bundle.manifest, chunk)})
@@ -107,7 +107,7 @@ class Ring:
             folder.cleanup()
         self._exported.clear()
 
-    def export(self, chunk: Chunk) -> Path:
+    def export(self, chunk: ChunkConfig) -> Path:
         if chunk.ms not in self._exported:
             self.say(f"exporting NeMo's own graphs for {chunk.ms} ms")
             self._exported[chunk.ms] = tempfile.TemporaryDirectory(prefix="nemostream-")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.session import Recognition
+from nemostream.runtime.streaming.session import StreamSession
 
 Floats = NDArray[np.float32]
 
@@ -89,7 +89,7 @@ class _Caller:
         self._heard, self._start = heard, start
         self._rate, self._lead = model.manifest.features.sample_rate, model.manifest.lead
         self._samples = model.manifest.chunk(chunk_ms).samples
-        self._stream: Recognition | None = None
+        self._stream: StreamSession | None = None
         self._spoken: deque[float] = deque()  # moments of the chunks that have no result yet
         self.done = threading.Event()  # nothing is being said or recognised
         self.done.set()
@@ -127,11 +127,11 @@ class _Caller:
         self._clip = clip % len(self._clips)
         self._audio, self._sent, self._began = self._clips[self._clip], 0, moment
         self._spoken.clear()
-        self._stream = Recognition(self._model, self._rate, 1, self._listen, chunk_ms=self.chunk_ms)
+        self._stream = StreamSession(self._model, self._rate, 1, self._listen, chunk_ms=self.chunk_ms)
         self.done.clear()
         return moment + PACKET
 
-    def _push(self, stream: Recognition) -> None:
+    def _push(self, stream: StreamSession) -> None:
         piece = self._audio[self._sent :][: round(PACKET * self._rate)]
         chunks = (self._sent + self._lead) // self._samples
         self._sent += len(piece)
@@ -140,7 +140,7 @@ class _Caller:
             self._spoken.append(self._began + max((chunk + 1) * self._samples - self._lead, 0) / self._rate)
         stream.feed(piece)
         if self._sent == len(self._audio):
-            stream.end()
+            stream.finish()
 
     def _listen(self) -> None:
         """On the scheduler's thread, after each step."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.records import Tokens
 from nemostream.benchmarks.harness.timed import Feed, longest
-from nemostream.bundle import Chunk, Manifest
+from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import BackendError, OptionError
 
 KINDS = {
@@ -35,7 +35,7 @@ class Nemo:
 
     covers = "mel to tokens"
 
-    def __init__(self, model: Any, feed: Feed, chunk: Chunk, kind: str = "fp32") -> None:
+    def __init__(self, model: Any, feed: Feed, chunk: ChunkConfig, kind: str = "fp32") -> None:
         import torch
 
         self.name, self.setup = f"NeMo, {kind}", KINDS[kind]
@@ -100,7 +100,7 @@ class Nemo:
         self._model.encoder.forward_internal = self._eager
         self._caches = self._hypotheses = self._replay = None
 
-    def _use(self, chunk: Chunk) -> None:
+    def _use(self, chunk: ChunkConfig) -> None:
         self._chunk = chunk
         with quiet():
             self._model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
@@ -167,7 +167,7 @@ class NemoOffline:
     def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
         self._model = load_nemo(checkpoint, device)
 
-    def transcribe(self, samples: NDArray[np.float32], chunk: Chunk) -> tuple[list[int], str]:
+    def transcribe(self, samples: NDArray[np.float32], chunk: ChunkConfig) -> tuple[list[int], str]:
         """Tokens and text of one recording [N] at the model's rate."""
         import torch
 
@@ -207,7 +207,7 @@ def load_nemo(checkpoint: Path, device: str = "cpu") -> Any:
     return model.cuda() if gpu else model
 
 
-def export_nemo(model: Any, manifest: Manifest, chunk: Chunk, folder: Path, int8: bool = False) -> Path:
+def export_nemo(model: Any, manifest: Manifest, chunk: ChunkConfig, folder: Path, int8: bool = False) -> Path:
     """NeMo's ONNX export of one chunk size, with metadata and tokens as sherpa-onnx's published recipe has them."""
     import onnx
 

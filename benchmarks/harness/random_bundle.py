@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks.harness.synthetic import Sizes
-from nemostream.bundle import Bundle, Chunk, Decoder, Encoder
+from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig
 from nemostream.export.bundle import write_bundle
 from nemostream.export.checkpoint import Checkpoint
 
@@ -99,13 +99,13 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
     frame = front.manifest.features.hop * sizes.subsampling
     rate = front.manifest.features.sample_rate
     chunks = [
-        Chunk(1000 * (right + 1) * frame // rate, right + 1, left, (right + 1) * frame)
+        ChunkConfig(1000 * (right + 1) * frame // rate, right + 1, left, (right + 1) * frame)
         for left, right in sizes.contexts
     ]
     source = RandomCheckpoint(
         name="random",
         features=front.manifest.features,
-        encoder=Encoder(
+        encoder=EncoderConfig(
             sizes.n_layers,
             sizes.d_model,
             sizes.n_heads,
@@ -113,7 +113,7 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
             max(chunk.left for chunk in chunks),
             sizes.conv_kernel - 1,
         ),
-        decoder=Decoder(sizes.pred_layers, sizes.pred_hidden, sizes.joint_hidden, sizes.vocab, 10, "relu"),
+        decoder=DecoderConfig(sizes.pred_layers, sizes.pred_hidden, sizes.joint_hidden, sizes.vocab, 10, "relu"),
         chunks=tuple(sorted(chunks, key=lambda chunk: chunk.ms)),
         log_guard=float(front.weight("features.guard")[0]),
         conv_norm=sizes.conv_norm_type,

@@ -34,7 +34,7 @@ _GAIN = 4.0  # logits per deviation of z beyond the trigger's threshold
 _SPREAD = 0.3  # deviation of the random logits that choose the label: too little to beat blank without the trigger
 
 
-def make_talkative(model: Any, clips: Tensor, seconds: float) -> None:
+def calibrate_random_weights(model: Any, clips: Tensor, seconds: float) -> None:
     """Change the model's embedding, LSTM and joint in place.
 
     `clips` [N, T, D] are its encoder's outputs on speech; their second halves, which count, are of so many `seconds`

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.backends.gpu.backend import GpuBackend
 
@@ -104,17 +104,17 @@ def gpu_products(where: str = "cuda", size: int = 8192, repeats: int = 20) -> di
     if torch is None:
         return _products_without_torch(size, repeats)
 
-    def narrow(kind: Any) -> Any:
+    def to_16bit(kind: Any) -> Any:
         # fp8's second factor must be stored by column, int8's may be.
         values = torch.randn(size, size, device=where).clamp(-1, 1)
         return (100 * values if kind == torch.int8 else values).to(kind)
 
     def times(kind: Any) -> Callable[[], Any]:
-        a, b = narrow(kind), narrow(kind)
+        a, b = to_16bit(kind), to_16bit(kind)
         return lambda: a @ b
 
     def eight(kind: Any) -> Callable[[], Any]:
-        a, b = narrow(kind), narrow(kind).t()
+        a, b = to_16bit(kind), to_16bit(kind).t()
         if kind == torch.int8:
             return lambda: torch._int_mm(a, b)
         one = torch.ones((), device=where)
@@ -174,7 +174,7 @@ def _products_without_torch(size: int, repeats: int) -> dict[str, float]:
     }
 
 
-def encoder_work(bundle: Bundle, chunk: Chunk, precision: str = "fp32", device: str = "cpu") -> Work:
+def encoder_work(bundle: Bundle, chunk: ChunkConfig, precision: str = "fp32", device: str = "cpu") -> Work:
     """Bytes of the encoder graph's weights, and the products it makes with them and with K and V, for one row.
 
     What 8 bit leaves out is fp32 on a CPU and 16 bit on a GPU ("cuda").
@@ -186,9 +186,9 @@ def encoder_work(bundle: Bundle, chunk: Chunk, precision: str = "fp32", device: 
     model = onnx.load(bundle.file(f"encoder-{chunk.ms}ms"), load_external_data=False)
     graph, eight = model.graph, precision in ("int8", "fp8")
     rest = 4 if precision == "fp32" or device == "cpu" else 2
-    narrow = quantisable(model) if eight else {}
+    to_16bit = quantisable(model) if eight else {}
     counts = {t.name: math.prod(t.dims) for t in graph.initializer}
-    size = sum(count * (_BYTES[precision] if name in narrow else rest) for name, count in counts.items())
+    size = sum(count * (_BYTES[precision] if name in to_16bit else rest) for name, count in counts.items())
     flops = 0.0
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm"):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.records import Tokens
 from nemostream.benchmarks.harness.timed import Feed, longest
-from nemostream.bundle import Chunk, Manifest
+from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.decoding.greedy import Predictions, label_looping
@@ -64,7 +64,7 @@ class Ours:
 
     covers = FULL
 
-    def __init__(self, name: str, backend: Backend, feed: Feed, chunk: Chunk, exact: bool = True) -> None:
+    def __init__(self, name: str, backend: Backend, feed: Feed, chunk: ChunkConfig, exact: bool = True) -> None:
         self.name, self.exact = name, exact
         self.setup = "`Backend.submit` until its result, as the scheduler calls it"
         self._backend, self._feed, self._chunk = backend, feed, chunk
@@ -84,7 +84,7 @@ class Ours:
     def tokens(self) -> Tokens:
         return [list(row) for row in self._said]
 
-    def _step(self, chunk: Chunk, position: int) -> None:
+    def _step(self, chunk: ChunkConfig, position: int) -> None:
         emissions = self._backend.submit(self._feed.batch(chunk, position)).result()
         for row, new in zip(self._said, emissions.tokens, strict=True):
             row.extend(new.tolist())
@@ -103,7 +103,9 @@ class NemoOnnx:
     name, covers, exact = "ONNX Runtime, NeMo's export", DECODED, False
     setup = "NeMo's own export; caches stay in bound buffers (on a GPU there); our label looping around its joint"
 
-    def __init__(self, exported: Path, model: Any, feed: Feed, chunk: Chunk, threads: int, device: str = "cpu") -> None:
+    def __init__(
+        self, exported: Path, model: Any, feed: Feed, chunk: ChunkConfig, threads: int, device: str = "cpu"
+    ) -> None:
         import onnxruntime as ort
 
         self._feed, self._chunk, self._device = feed, chunk, device
@@ -191,7 +193,7 @@ class Sherpa:
         "its online recogniser, greedy, NeMo's export in its format (int8 by its own recipe), `decode_streams` of all"
     )
 
-    def __init__(self, exported: Path, feed: Feed, chunk: Chunk, threads: int, precision: str = "fp32") -> None:
+    def __init__(self, exported: Path, feed: Feed, chunk: ChunkConfig, threads: int, precision: str = "fp32") -> None:
         import sherpa_onnx
 
         self.name = f"sherpa-onnx, {precision}"
@@ -241,7 +243,7 @@ class Transformers:
     setup = "its encoder with its own caches, sdpa attention"
 
     def __init__(
-        self, theirs: Any, model: Any, feed: Feed, chunk: Chunk, kind: str = "fp32", device: str = "cpu"
+        self, theirs: Any, model: Any, feed: Feed, chunk: ChunkConfig, kind: str = "fp32", device: str = "cpu"
     ) -> None:
         import torch
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.benchmarks.harness.random_weights import MAX_SYMBOLS, make_talkative
+from nemostream.benchmarks.harness.random_weights import MAX_SYMBOLS, calibrate_random_weights
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
@@ -69,7 +69,7 @@ def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
             _scatter(model)
             clip = torch.from_numpy(speech())
             frames = _hear(model, sizes, clip.repeat(2))
-            make_talkative(model, frames, len(frames) * len(clip) / _SAMPLE_RATE)
+            calibrate_random_weights(model, frames, len(frames) * len(clip) / _SAMPLE_RATE)
         out.parent.mkdir(parents=True, exist_ok=True)
         model.save_to(str(out))
     return out

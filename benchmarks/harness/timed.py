@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.errors import OptionError
 from nemostream.plans import PRECISIONS, PlanStore
 from nemostream.runtime.backends.base import Backend, Batch
@@ -39,7 +39,7 @@ class Feed:
         self._padded = np.pad(self.audio, ((0, 0), (manifest.lead, 0)))
         self._mel: Any = None
 
-    def batch(self, chunk: Chunk, position: int) -> Batch:
+    def batch(self, chunk: ChunkConfig, position: int) -> Batch:
         start = position * self.manifest.samples_per_frame
         audio = self._padded[:, start : start + chunk.samples]
         if audio.shape[1] < chunk.samples:
@@ -69,13 +69,13 @@ class Feed:
                 self._mel = featurizer(samples, lengths)[0].float().contiguous()
         return self._mel
 
-    def window(self, chunk: Chunk, position: int) -> slice:
+    def window(self, chunk: ChunkConfig, position: int) -> slice:
         """Mel frames a step reads, history included; begins below 0 at the start of a stream."""
         factor = self.manifest.encoder.subsampling
         return slice(factor * (position - 2), factor * (position + chunk.frames - 1) + 1)
 
 
-def longest(manifest: Manifest, chunk: Chunk) -> Chunk:
+def longest(manifest: Manifest, chunk: ChunkConfig) -> ChunkConfig:
     """The longest chunk size with the same left context."""
     return max((other for other in manifest.chunks if other.left == chunk.left), key=lambda other: other.frames)
 
@@ -83,7 +83,7 @@ def longest(manifest: Manifest, chunk: Chunk) -> Chunk:
 @contextmanager
 def timed_backend(
     bundle: Bundle,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[ChunkConfig],
     precision: str,
     rows: int,
     *,
@@ -113,7 +113,7 @@ def timed_backend(
 
 
 def _on_the_cpu(
-    bundle: Bundle, chunks: Sequence[Chunk], precision: str, rows: int, threads: int | None, store: PlanStore
+    bundle: Bundle, chunks: Sequence[ChunkConfig], precision: str, rows: int, threads: int | None, store: PlanStore
 ) -> Backend:
     from nemostream.engines import build_engine
 
@@ -130,7 +130,7 @@ def _on_the_cpu(
 
 
 def _on_the_gpu(
-    bundle: Bundle, chunks: Sequence[Chunk], precision: str, rows: int, library: str, store: PlanStore
+    bundle: Bundle, chunks: Sequence[ChunkConfig], precision: str, rows: int, library: str, store: PlanStore
 ) -> Backend:
     from nemostream.engines import build_engine, open_gpu
     from nemostream.runtime.backends.gpu.cuda import CudaDevice

@@ -30,7 +30,7 @@ import nemostream
 from nemostream.benchmarks.accuracy import plain
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import Record
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.cpu import OrtBackend
@@ -111,7 +111,7 @@ def measure_boosting(
     )
 
 
-def decode(bundle: Bundle, chunk: Chunk, clips: Sequence[Floats], boosting: Boosting | None) -> list[list[int]]:
+def decode(bundle: Bundle, chunk: ChunkConfig, clips: Sequence[Floats], boosting: Boosting | None) -> list[list[int]]:
     """Tokens of whole recordings, `_SLOTS` streams at a time."""
     manifest, backend = bundle.manifest, OrtBackend(bundle, capacity=_SLOTS)
     said: list[list[int]] = [[] for _ in clips]
@@ -120,7 +120,7 @@ def decode(bundle: Bundle, chunk: Chunk, clips: Sequence[Floats], boosting: Boos
         slots = np.arange(len(part))
         backend.reset(slots)
         for slot in slots.tolist():
-            backend.boost(slot, boosting)
+            backend.set_phrases(slot, boosting)
         steps = -(-max(manifest.encoder_frames(len(clip)) for clip in part) // chunk.frames)
         audio, lengths = np.zeros((len(part), steps * chunk.samples), np.float32), []
         for row, clip in zip(audio, part, strict=True):
@@ -187,8 +187,8 @@ def table(result: Record) -> str:
     for row in result["rows"]:
         case, values = row["case"], row["values"]
         noise = f"{_noise(case['decibels'])} ({values['phrases_said']} said)"
-        cell = f"{values['found']}, {values['false']}, {100 * values['wer']:.1f} %"
-        cells.setdefault((noise, case["list"]), {})[case["weight"]] = cell
+        cache_dtype = f"{values['found']}, {values['false']}, {100 * values['wer']:.1f} %"
+        cells.setdefault((noise, case["list"]), {})[case["weight"]] = cache_dtype
     weights = sorted({row["case"]["weight"] for row in result["rows"]})
     head = ("noise", "list", *("not boosted" if not weight else f"weight {weight:g}" for weight in weights))
     lines = [(*key, *(found.get(weight, "") for weight in weights)) for key, found in cells.items()]

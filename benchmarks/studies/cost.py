@@ -28,7 +28,7 @@ from nemostream.benchmarks.harness.records import OtherWork, Record, Say
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import Feed, timed_backend
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.backends.base import Backend, Batch
 
@@ -138,7 +138,7 @@ def fit_length(parts: Sequence[float]) -> dict[str, float]:
     return {"change_ms": slope, "low_ms": float(low), "high_ms": float(high), "share": slope / median}
 
 
-def _steps(bundle: Bundle, backend: Backend, chunk: Chunk, batch: int, repeats: int) -> list[float]:
+def _steps(bundle: Bundle, backend: Backend, chunk: ChunkConfig, batch: int, repeats: int) -> list[float]:
     """Milliseconds of steps in the steady state."""
     filled = -(-chunk.left // chunk.frames) + _WARM_UP
     feed, times = Feed(bundle.manifest, speech(), batch, (filled + repeats) * chunk.frames), []
@@ -151,7 +151,7 @@ def _steps(bundle: Bundle, backend: Backend, chunk: Chunk, batch: int, repeats: 
     return times[filled:]
 
 
-def _long(bundle: Bundle, backend: Backend, chunk: Chunk, steps: int) -> np.ndarray:
+def _long(bundle: Bundle, backend: Backend, chunk: ChunkConfig, steps: int) -> np.ndarray:
     """Milliseconds of every step of one stream that goes round the clip."""
     clip, times = speech(), np.empty(steps)
     at = np.arange(chunk.samples)

@@ -43,7 +43,7 @@ from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.greedy import Floats, Ints, Labels, Predictions, label_looping
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.session import Recognition
+from nemostream.runtime.streaming.session import StreamSession
 from nemostream.runtime.text.endpointing import Endpoint
 
 PHRASES, WEIGHT = 300, 1.0
@@ -120,33 +120,33 @@ class Replay:
         slots, rows = batch.slots.tolist(), []
         for slot in slots:
             said = self._spoken[self._at[slot]]
-            rows.append((said.tokens[slot], said.frames[slot], said.scores[slot], said.powers[slot]))
+            rows.append((said.tokens[slot], said.frames[slot], said.scores[slot], said.sum_p_alpha[slot]))
             self._at[slot] += 1
-        tokens, frames, scores, powers = (tuple(part) for part in zip(*rows, strict=True))
-        return Done(Emissions(tokens, frames, scores, powers, np.zeros(len(slots), bool)))
+        tokens, frames, scores, sum_p_alpha = (tuple(part) for part in zip(*rows, strict=True))
+        return Done(Emissions(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
 
     def reset(self, slots: Ints) -> None: ...
 
-    def forget(self, slots: Ints) -> None: ...
+    def reset_decoder(self, slots: Ints) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _results(stream: Recognition) -> None:
+def _results(stream: StreamSession) -> None:
     stream.collect()
 
 
-def _events(stream: Recognition) -> None:
+def _events(stream: StreamSession) -> None:
     stream.events()
 
 
-def _words(stream: Recognition) -> None:
+def _words(stream: StreamSession) -> None:
     for event in stream.events():
         event.words  # noqa: B018 - grouped when asked for
 
 
 # What the host does after a step, by name, and when utterances end; the first is what the others are laid beside.
-HOST: dict[str, tuple[Callable[[Recognition], None], Endpoint | None]] = {
+HOST: dict[str, tuple[Callable[[StreamSession], None], Endpoint | None]] = {
     "results": (_results, None),
     "events, utterances that end": (_events, Endpoint(decoder="reset")),
     "events, utterances that end, words": (_words, Endpoint(decoder="reset")),
@@ -162,7 +162,7 @@ def _host(bundle: Bundle, spoken: Sequence[Emissions], ms: int, batch: int) -> d
         sides = {}
         for name, (_, endpoint) in HOST.items():
             model = stack.enter_context(Model(bundle, cast(Backend, Replay(spoken, batch)), ms))
-            sides[name] = model, [Recognition(model, 16000, 1, endpoint=endpoint) for _ in range(batch)]
+            sides[name] = model, [StreamSession(model, 16000, 1, endpoint=endpoint) for _ in range(batch)]
         for step in range(len(spoken)):
             names = list(HOST)
             shuffle.shuffle(names)
@@ -298,7 +298,7 @@ def _emissions(said: Sequence[Labels], begin: int) -> Emissions:
         tuple(np.array(row.tokens, np.int32) for row in said),
         tuple(np.array(row.frames, np.int64) + begin for row in said),
         tuple(np.array(row.scores, np.float32) for row in said),
-        tuple(np.array(row.powers, np.float32) for row in said),
+        tuple(np.array(row.sum_p_alpha, np.float32) for row in said),
         np.zeros(len(said), bool),
     )
 

@@ -24,12 +24,12 @@ import onnxruntime
 import nemostream
 from nemostream.benchmarks import accuracy
 from nemostream.benchmarks.harness.records import hardware
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CELLS, write_typed
-from nemostream.engine.validate import run_gate
+from nemostream.engine.validate import validate_engine
 from nemostream.engines import build_engine, speech
-from nemostream.errors import GateError, NemostreamError
+from nemostream.errors import EngineValidationError, NemostreamError
 from nemostream.plans import Plan, PlanStore, Recipe
 from nemostream.runtime.backends.cpu import OrtBackend
 
@@ -67,7 +67,7 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
     return figures
 
 
-def _typed(bundle: Bundle, chunk: Chunk, precision: str, ranges: dict[str, float], folder: Path) -> Plan:
+def _typed(bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: dict[str, float], folder: Path) -> Plan:
     recipe = Recipe.of(
         bundle,
         chunk.ms,
@@ -76,7 +76,7 @@ def _typed(bundle: Bundle, chunk: Chunk, precision: str, ranges: dict[str, float
         precision=precision,
         device="tried on a CPU",
         max_batch=0,
-        cell=CELLS[precision],
+        cache_dtype=CELLS[precision],
     )
     return PlanStore(folder).put(
         recipe,
@@ -85,12 +85,12 @@ def _typed(bundle: Bundle, chunk: Chunk, precision: str, ranges: dict[str, float
     )
 
 
-def _gate(bundle: Bundle, chunk: Chunk, plan: Plan) -> dict[str, Any]:
+def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan) -> dict[str, Any]:
     """The gate's figures, or nothing if it refuses: that is told by the words."""
     backends = OrtBackend(bundle, 2, plans={chunk.ms: plan}), OrtBackend(bundle, 2)
     try:
-        return run_gate(bundle.manifest, chunk, plan.recipe.precision, *backends, speech(bundle.manifest))
-    except GateError as error:
+        return validate_engine(bundle.manifest, chunk, plan.recipe.precision, *backends, speech(bundle.manifest))
+    except EngineValidationError as error:
         print(error, file=sys.stderr)
         return {}
 

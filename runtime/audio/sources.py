@@ -40,7 +40,7 @@ _TYPES = {"pcm_s16le": "<i2", "pcm_f32le": "<f4"}  # of WAV samples that need no
 _HEAD = 4096  # first samples of a stream that may be the bytes of a container
 
 
-class Intake:
+class AudioPreprocessor:
     """One stream's audio on its way in: checked, scaled, mixed down and resampled.
 
     The output is the same however the input is cut into pushes. Raises `OptionError` for a rate or a number of channels
@@ -81,7 +81,7 @@ class Intake:
             return np.zeros(0, np.float32)
         return self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
-    def cut(self) -> Floats:
+    def flush(self) -> Floats:
         """As `finish`; what is pushed then is resampled as another recording."""
         rest = self.finish()
         if self._resampler is not None:
@@ -159,7 +159,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioSource:
     """A source that was opened."""
 
     sample_rate: int
@@ -169,7 +169,7 @@ class Sound:
 
 
 @contextmanager
-def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
+def opened(source: Source, sample_rate: int, channels: int) -> Iterator[AudioSource]:
     """What a source gives; `sample_rate` and `channels` are those of one that does not know its own.
 
     Leaving it raises `TruncatedAudioError` if all of a file was read and its header promises more.
@@ -182,18 +182,18 @@ def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
         rate = checked_rate(sample_rate)
         channels = source.shape[1] if source.ndim == 2 else 1
         blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
-        yield Sound(rate, channels, blocks, len(source) / rate)
+        yield AudioSource(rate, channels, blocks, len(source) / rate)
     elif isinstance(source, Recording):  # the caller's
         with truncation_last(source.blocks()) as there:
-            yield Sound(source.sample_rate, source.channels, there, source.duration)
+            yield AudioSource(source.sample_rate, source.channels, there, source.duration)
     elif isinstance(source, bytes | bytearray | memoryview) or is_file_content(source):
         with spooled(source) as (path, name), Recording(path, name) as file, truncation_last(file.blocks()) as there:
-            yield Sound(file.sample_rate, file.channels, there, file.duration)
+            yield AudioSource(file.sample_rate, file.channels, there, file.duration)
     elif isinstance(source, str | os.PathLike):
         with Recording(source) as file, truncation_last(file.blocks()) as there:
-            yield Sound(file.sample_rate, file.channels, there, file.duration)
+            yield AudioSource(file.sample_rate, file.channels, there, file.duration)
     elif isinstance(source, Iterable):
-        yield Sound(sample_rate, channels, source)
+        yield AudioSource(sample_rate, channels, source)
     elif isinstance(source, AsyncIterable):
         raise AudioError("an asynchronous source needs `async for`.")
     else:
@@ -201,7 +201,7 @@ def opened(source: Source, sample_rate: int, channels: int) -> Iterator[Sound]:
 
 
 @contextmanager
-def piped(stream: BinaryIO, sample_rate: int, channels: int = 1) -> Iterator[Sound]:
+def piped(stream: BinaryIO, sample_rate: int, channels: int = 1) -> Iterator[AudioSource]:
     """What arrives on a binary stream (`sys.stdin.buffer`): raw 16-bit PCM at `sample_rate`, or a file.
 
     Raw PCM and simple WAV files are processed as they arrive; other files are first read to their end, into a temporary
@@ -211,7 +211,7 @@ def piped(stream: BinaryIO, sample_rate: int, channels: int = 1) -> Iterator[Sou
     begin = _beginning(read)
     container = container_of(begin)
     if container is None:
-        yield Sound(sample_rate, channels, _pcm16(begin, read, channels))
+        yield AudioSource(sample_rate, channels, _pcm16(begin, read, channels))
         return
     if container == "WAV":
         wav, samples = WavStream(), b""
@@ -223,7 +223,7 @@ def piped(stream: BinaryIO, sample_rate: int, channels: int = 1) -> Iterator[Sou
                 begin += data
         if (header := wav.header) and header.order == "<" and STREAMABLE.get((header.tag, header.bits)) in _TYPES:
             with truncation_last(_wav_samples(wav, samples, read)) as blocks:
-                yield Sound(header.sample_rate, header.channels, blocks)
+                yield AudioSource(header.sample_rate, header.channels, blocks)
             return
     with tempfile.TemporaryFile(prefix="nemostream-") as file:
         file.write(begin)
@@ -231,7 +231,7 @@ def piped(stream: BinaryIO, sample_rate: int, channels: int = 1) -> Iterator[Sou
             file.write(data)
         file.flush()
         with Recording(file, "standard input") as recording, truncation_last(recording.blocks()) as blocks:
-            yield Sound(recording.sample_rate, recording.channels, blocks, recording.duration)
+            yield AudioSource(recording.sample_rate, recording.channels, blocks, recording.duration)
 
 
 def read_pcm16(stream: BinaryIO, channels: int = 1) -> Iterator[NDArray[np.int16]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Chunk
+from nemostream.bundle import ChunkConfig
 from nemostream.errors import OptionError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Batch:
     its row that belong to the stream (the lead silence counts as belonging), the rest must be zero.
     """
 
-    chunk: Chunk
+    chunk: ChunkConfig
     slots: NDArray[np.int64]  # [B], no slot twice
     audio: NDArray[np.float32]  # [B, chunk.samples], in [-1, 1]
     lengths: NDArray[np.int64]  # [B], 0 <= length <= chunk.samples
@@ -44,7 +44,9 @@ class Emissions:
     tokens: tuple[NDArray[np.int32], ...]  # per row: ids emitted, in order, never blank
     frames: tuple[NDArray[np.int64], ...]  # per row: encoder frame of the stream each was emitted at
     scores: tuple[NDArray[np.float32], ...]  # per row: natural logarithm of each token's probability
-    powers: tuple[NDArray[np.float32], ...]  # per row: of each token, the sum of p ** greedy.ALPHA over the vocabulary
+    sum_p_alpha: tuple[
+        NDArray[np.float32], ...
+    ]  # per row: of each token, the sum of p ** greedy.ALPHA over the vocabulary
     failed: NDArray[np.bool_]  # [B] the row's numbers are not finite: its stream cannot go on
 
 
@@ -70,14 +72,14 @@ class Backend(Protocol):
         """Make the slots' state that of a stream that has heard nothing, without phrases."""
         ...
 
-    def forget(self, slots: NDArray[np.int64]) -> None:
+    def reset_decoder(self, slots: NDArray[np.int64]) -> None:
         """Decode on as if nothing had been said yet: prediction and phrases' automata start anew.
 
         What was heard stays: the encoder's caches, the position, and which phrases the slots have.
         """
         ...
 
-    def boost(self, slot: int, phrases: Boosting | None) -> None:
+    def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
         """Listen for phrases from the next step on, beginning at their automaton's root; None: for none any more.
 
         Raises `CapacityError` if the backend has no room for them; the slot then keeps those it had.
@@ -88,7 +90,7 @@ class Backend(Protocol):
         """Copy everything the slot is, by name: `load` makes any slot the same to the bit.
 
         It fits backends of the same kind whose caches are of the same type. Phrases are not in it, only where in their
-        automaton the stream stands: `boost` comes before `load`.
+        automaton the stream stands: `set_phrases` comes before `load`.
         """
         ...
 

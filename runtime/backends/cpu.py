@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 from nemostream.plans import Plan, no_engine
 from nemostream.runtime.backends.base import Batch, Emissions, at_least_one, check_state
@@ -61,7 +61,7 @@ class OrtBackend:
         self._threads = threads or default_threads()
         self._plans = plans
         self._transducer = _Transducer(bundle)
-        cells = sorted({plan.recipe.cell for plan in plans.values()} if plans else {"float32"})
+        cells = sorted({plan.recipe.cache_dtype for plan in plans.values()} if plans else {"float32"})
         if cells not in (["float32"], ["float16"]):
             raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(cells)}.")
         self._state = _Arena(bundle, capacity, np.dtype(cells[0]))
@@ -74,7 +74,7 @@ class OrtBackend:
         ]
         self._steps: dict[int, _Step] = {}
 
-    def prepare(self, chunk: Chunk) -> None:
+    def prepare(self, chunk: ChunkConfig) -> None:
         """Load a chunk size's graphs now instead of at its first step."""
         if chunk.ms not in self._steps:
             encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
@@ -95,12 +95,12 @@ class OrtBackend:
         self._state.reset(slots)
         for slot in slots.tolist():
             self._boosts[slot] = None
-        self.forget(slots)
+        self.reset_decoder(slots)
 
-    def forget(self, slots: Ints) -> None:
+    def reset_decoder(self, slots: Ints) -> None:
         self._state.place(slots, self._start)
 
-    def boost(self, slot: int, phrases: Boosting | None) -> None:
+    def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
         self._boosts[slot] = phrases
         self._state.node[slot] = 0
 
@@ -130,7 +130,7 @@ class OrtBackend:
                 tuple(np.array(row.tokens, np.int32) for row in said),
                 tuple(np.array(row.frames, np.int64) + begin for row, begin in zip(said, start, strict=True)),
                 tuple(np.array(row.scores, np.float32) for row in said),
-                tuple(np.array(row.powers, np.float32) for row in said),
+                tuple(np.array(row.sum_p_alpha, np.float32) for row in said),
                 failed,
             )
         )
@@ -170,15 +170,15 @@ class Done:
 class _Arena:
     """The state of every slot. Layer first, so that the rows of one layer and neighbouring slots are contiguous."""
 
-    def __init__(self, bundle: Bundle, slots: int, cell: np.dtype) -> None:
+    def __init__(self, bundle: Bundle, slots: int, cache_dtype: np.dtype) -> None:
         manifest = bundle.manifest
         spec, net = manifest.encoder, manifest.decoder
         d_k = spec.d_model // spec.heads
         self.audio_tail = np.zeros((slots, manifest.features.tail), np.float32)
         self.mel_cache = np.zeros((slots, spec.mel_cache, manifest.features.mels), np.float32)
-        self.k = np.zeros((spec.layers, slots, spec.heads, spec.cache, d_k), cell)
+        self.k = np.zeros((spec.layers, slots, spec.heads, spec.cache, d_k), cache_dtype)
         self.v = np.zeros_like(self.k)
-        self.conv = np.zeros((spec.layers, slots, spec.d_model, spec.conv_cache), cell)
+        self.conv = np.zeros((spec.layers, slots, spec.d_model, spec.conv_cache), cache_dtype)
         self.predicted = np.zeros((slots, net.joint), np.float32)
         self.h = np.zeros((slots, net.layers, net.hidden), np.float32)
         self.c = np.zeros_like(self.h)
@@ -214,7 +214,7 @@ class _Step:
         self,
         bundle: Bundle,
         encoder: Path,
-        chunk: Chunk,
+        chunk: ChunkConfig,
         state: _Arena,
         staged: list[Floats],
         max_batch: int,

@@ -62,15 +62,15 @@ class Confidence:
         size, alpha = float(vocabulary), self.alpha
         if self.measure == "max_prob":
             if alpha == 1:
-                return lambda score, power: (math.exp(score) * size - 1) / (size - 1)
+                return lambda score, sum_p_alpha: (math.exp(score) * size - 1) / (size - 1)
             whole = size**alpha
-            return lambda score, power: (math.exp(score * alpha) * whole - 1) / (whole - 1)
+            return lambda score, sum_p_alpha: (math.exp(score * alpha) * whole - 1) / (whole - 1)
         most = size ** (1 - alpha)  # the power of V equal probabilities
         if self.measure == "tsallis":
             if self.norm == "lin":
-                return lambda score, power: 1 + (1 - power) / (most - 1)
+                return lambda score, sum_p_alpha: 1 + (1 - sum_p_alpha) / (most - 1)
             least = math.exp((1 - most) / (1 - alpha))
-            return lambda score, power: (math.exp((1 - power) / (1 - alpha)) - least) / (1 - least)
+            return lambda score, sum_p_alpha: (math.exp((1 - sum_p_alpha) / (1 - alpha)) - least) / (1 - least)
         if self.norm == "lin":
-            return lambda score, power: 1 + math.log(power) / (alpha - 1) / math.log(size)
-        return lambda score, power: (power ** (1 / (alpha - 1)) * size - 1) / (size - 1)
+            return lambda score, sum_p_alpha: 1 + math.log(sum_p_alpha) / (alpha - 1) / math.log(size)
+        return lambda score, sum_p_alpha: (sum_p_alpha ** (1 / (alpha - 1)) * size - 1) / (size - 1)

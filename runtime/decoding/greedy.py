@@ -79,13 +79,13 @@ class Labels:
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)  # 0 ... T - 1
     scores: list[float] = field(default_factory=list)  # logarithm of each one's probability
-    powers: list[float] = field(default_factory=list)  # sum of p ** ALPHA over all logits it was chosen from
+    sum_p_alpha: list[float] = field(default_factory=list)  # sum of p ** ALPHA over all logits it was chosen from
 
-    def append(self, token: int, frame: int, score: float, power: float) -> None:
+    def append(self, token: int, frame: int, score: float, sum_p_alpha: float) -> None:
         self.tokens.append(token)
         self.frames.append(frame)
         self.scores.append(score)
-        self.powers.append(power)
+        self.sum_p_alpha.append(sum_p_alpha)
 
 
 def label_looping(
@@ -128,7 +128,7 @@ def label_looping(
         if not active.size:
             break
         labels, where = best[hit], pair_frame[hit]
-        scores, powers = confidence(logits[hit], labels)
+        scores, sum_p_alpha = confidence(logits[hit], labels)
         if boosts:
             for index, row in enumerate(active.tolist()):
                 if (boosting := boosts[row]) is not None:
@@ -138,11 +138,11 @@ def label_looping(
                     scores[index] += float(plain[label]) - float(plain[labels[index]])
                     labels[index] = label
                     state.node[row] = boosting.after(node, label)
-        for row, label, frame, score, power in zip(
-            active.tolist(), labels.tolist(), where.tolist(), scores.tolist(), powers.tolist(), strict=True
+        for row, label, frame, score, total in zip(
+            active.tolist(), labels.tolist(), where.tolist(), scores.tolist(), sum_p_alpha.tolist(), strict=True
         ):
             symbols[row] = symbols[row] + 1 if said[row].frames and said[row].frames[-1] == frame else 1
-            said[row].append(label, frame, score, power)
+            said[row].append(label, frame, score, total)
         at[active] = where + (symbols[active] >= net.max_symbols)
         state.predicted[active], state.h[active], state.c[active] = net.predict(
             labels, state.h[active], state.c[active]
@@ -154,9 +154,9 @@ def confidence(logits: Floats, largest: Ints) -> tuple[NDArray[np.float64], NDAr
     """Of logits [B, V] whose largest have the ids [B]: the logarithm of its probability, and the sum of p ** ALPHA."""
     about = logits.astype(np.float64)
     about -= about[np.arange(len(about)), largest, None]
-    powers = np.exp(ALPHA * about).sum(axis=1)
+    sum_p_alpha = np.exp(ALPHA * about).sum(axis=1)
     score = -np.log(np.exp(about).sum(axis=1))
-    return score, powers * np.exp(ALPHA * score)
+    return score, sum_p_alpha * np.exp(ALPHA * score)
 
 
 def greedy_reference(net: Transducer, encoded: Floats, state: Predictions, boosting: Boosting | None = None) -> Labels:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from nemostream.runtime.audio.sources import Source, opened
-from nemostream.runtime.streaming.session import Options, Pcm, Recognition
+from nemostream.runtime.streaming.session import Options, Pcm, StreamSession
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
 
@@ -27,67 +27,67 @@ class AsyncLiveStream:
     is decoded, and the next call's results tell it. An asynchronous context manager.
     """
 
-    def __init__(self, open_: Callable[[Callable[[], None]], Recognition]) -> None:
+    def __init__(self, open_: Callable[[Callable[[], None]], StreamSession]) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress = asyncio.Event()
         self._taking: asyncio.Task[None] | None = None  # what a thread is taking in
-        self._recognition = open_(self._wake)
+        self._session = open_(self._wake)
 
     @property
     def result(self) -> Result:
         """The current result; after `finish` the final one."""
-        return self._recognition.result
+        return self._session.result
 
     @property
     def steps(self) -> int:
         """Chunks decoded that a result or an event told of, or would have."""
-        return self._recognition.steps
+        return self._session.steps
 
     @property
     def chunk_ms(self) -> int:
         """Size of the last of them."""
-        return self._recognition.chunk_ms
+        return self._session.chunk_ms
 
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
-        await self._take(self._recognition.feed, pcm)
+        await self._take(self._session.feed, pcm)
         await self._settle()
-        return self._recognition.collect()
+        return self._session.collect()
 
     async def finish(self) -> Result:
         """As `LiveStream.finish`."""
-        await self._take(self._recognition.end)
+        await self._take(self._session.finish)
         await self._settle()
-        return self._recognition.final()
+        return self._session.final()
 
-    async def hear(self, pcm: Pcm) -> list[Event]:
-        """As `LiveStream.hear`."""
-        await self._take(self._recognition.feed, pcm)
+    async def push_events(self, pcm: Pcm) -> list[Event]:
+        """As `LiveStream.push_events`."""
+        await self._take(self._session.feed, pcm)
         await self._settle()
-        return self._recognition.events()
+        return self._session.events()
 
-    async def endpoint(self) -> list[Event]:
-        """As `LiveStream.endpoint`. A task cancelled in it has ended the utterance all the same."""
-        await self._take(self._recognition.cut)
+    async def end_utterance(self) -> list[Event]:
+        """As `LiveStream.end_utterance`. A task cancelled in it has ended the utterance all the same."""
+        await self._take(self._session.end_utterance)
         await self._settle()
-        return self._recognition.events()
+        return self._session.events()
 
-    async def end(self) -> list[Event]:
-        """As `LiveStream.end`."""
+    async def finish_events(self) -> list[Event]:
+        """As `LiveStream.finish_events`."""
         await self.finish()
-        return self._recognition.events()
+        return self._session.events()
 
     def check(self, pcm: Pcm) -> None:
         """Raise `AudioError` if `pcm` is not audio that this stream takes; take nothing."""
-        self._recognition.intake.check(pcm)
+        self._session.preprocessor.check(pcm)
 
-    def use(self, chunk_ms: int) -> None:
-        """As `LiveStream.use`; never blocks."""
-        self._recognition.use(chunk_ms)
+    def set_chunk_ms(self, chunk_ms: int) -> None:
+        """As `LiveStream.set_chunk_ms`; never blocks."""
+        self._session.set_chunk_ms(chunk_ms)
 
     def close(self) -> None:
         """As `LiveStream.close`; never blocks."""
-        self._recognition.close()
+        self._session.close()
 
     async def __aenter__(self) -> AsyncLiveStream:
         return self
@@ -100,7 +100,7 @@ class AsyncLiveStream:
     async def _take(self, act: Callable[..., None], *what: Pcm) -> None:
         """Hand something to the recognition. Looking for speech in it is work, and done on a thread: the loop has other
         streams. Whatever becomes of the task, what it handed over is taken in, and in order."""
-        if not self._recognition.gated:
+        if not self._session.gated:
             return act(*what)
         self._taking = asyncio.get_running_loop().create_task(self._take_after(self._taking, act, *what))
         self._taking.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may have no reader
@@ -115,7 +115,7 @@ class AsyncLiveStream:
         self._loop = asyncio.get_running_loop()
         while True:
             self._progress.clear()  # before looking: what happens after the look sets it again
-            if self._recognition.settled():
+            if self._session.settled():
                 return
             await self._progress.wait()
 
@@ -132,18 +132,18 @@ async def listen(
     if isinstance(source, AsyncIterable):
         async with model.astream(sample_rate=sample_rate, channels=channels, **options) as stream:
             async for block in source:
-                for event in await stream.hear(block):
+                for event in await stream.push_events(block):
                     yield event
-            for event in await stream.end():
+            for event in await stream.finish_events():
                 yield event
         return
     with opened(source, sample_rate, channels) as sound:
         async with model.astream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
             turn = iter(sound.blocks)
             while rest := await _on_thread(lambda: [*itertools.islice(turn, 1)]):
-                for event in await stream.hear(rest[0]):
+                for event in await stream.push_events(rest[0]):
                     yield event
-            for event in await stream.end():
+            for event in await stream.finish_events():
                 yield event
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from nemostream.runtime.streaming.session import Pcm, Recognition
+from nemostream.runtime.streaming.session import Pcm, StreamSession
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
 
@@ -12,27 +12,27 @@ from nemostream.runtime.text.words import Result
 class LiveStream:
     """One stream of audio. A context manager: leaving it without `finish` gives its slot back.
 
-    Follow it in results (`push`, `finish`) or in events (`hear`, `end`). For one thread at a time (`close` may come
+    Follow it in results (`push`, `finish`) or in events (`push_events`, `finish_events`). For one thread at a time (`close` may come
     from another).
     """
 
-    def __init__(self, recognition: Recognition) -> None:
-        self._recognition = recognition
+    def __init__(self, session: StreamSession) -> None:
+        self._session = session
 
     @property
     def result(self) -> Result:
         """The current result; after `finish` the final one."""
-        return self._recognition.result
+        return self._session.result
 
     @property
     def steps(self) -> int:
         """Chunks decoded that a result or an event told of, or would have."""
-        return self._recognition.steps
+        return self._session.steps
 
     @property
     def chunk_ms(self) -> int:
         """Size of the last of them."""
-        return self._recognition.chunk_ms
+        return self._session.chunk_ms
 
     def push(self, pcm: Pcm) -> list[Result]:
         """Append audio and wait for every chunk it completed; one partial result per step run.
@@ -40,47 +40,47 @@ class LiveStream:
         Raises `AudioError` for audio it cannot take (the stream goes on as if it had not come), `StreamError` after
         `finish` or `close` or when the model cannot go on with this stream, `BackendError` if the backend failed.
         """
-        self._recognition.feed(pcm)
-        self._recognition.wait()
-        return self._recognition.collect()
+        self._session.feed(pcm)
+        self._session.wait()
+        return self._session.collect()
 
     def finish(self) -> Result:
         """End the stream and return its final result; the same one again when called again. Raises as `push` does."""
-        self._recognition.end()
-        self._recognition.wait()
-        return self._recognition.final()
+        self._session.finish()
+        self._session.wait()
+        return self._session.final()
 
-    def hear(self, pcm: Pcm) -> list[Event]:
+    def push_events(self, pcm: Pcm) -> list[Event]:
         """As `push`, in events: what became known of the stream's utterances."""
-        self._recognition.feed(pcm)
-        self._recognition.wait()
-        return self._recognition.events()
+        self._session.feed(pcm)
+        self._session.wait()
+        return self._session.events()
 
-    def endpoint(self) -> list[Event]:
+    def end_utterance(self) -> list[Event]:
         """End the utterance here: everything pushed is decoded as at the end of a stream, and what follows begins anew.
 
         Times go on. Raises as `push` does.
         """
-        self._recognition.cut()
-        self._recognition.wait()
-        return self._recognition.events()
+        self._session.end_utterance()
+        self._session.wait()
+        return self._session.events()
 
-    def end(self) -> list[Event]:
+    def finish_events(self) -> list[Event]:
         """As `finish`, in events; `result` is then the final one."""
         self.finish()
-        return self._recognition.events()
+        return self._session.events()
 
-    def use(self, chunk_ms: int) -> None:
+    def set_chunk_ms(self, chunk_ms: int) -> None:
         """Go on in chunks of another size: larger ones cost the machine less, smaller ones are sooner.
 
         What was pushed so far is kept, and so is all that was heard. Raises `OptionError` for a size that the model
         does not have.
         """
-        self._recognition.use(chunk_ms)
+        self._session.set_chunk_ms(chunk_ms)
 
     def close(self) -> None:
         """Give the slot back, now. Does nothing after `finish`."""
-        self._recognition.close()
+        self._session.close()
 
     def __enter__(self) -> LiveStream:
         return self

@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
-from nemostream.runtime.streaming.session import Pcm, Recognition
-from nemostream.runtime.streaming.snapshot import Keeper
+from nemostream.runtime.streaming.session import Pcm, StreamSession
+from nemostream.runtime.streaming.snapshot import Checkpointer
 from nemostream.runtime.text.words import Result
 
 # Chunks that may wait at the scheduler while the next block is read: enough that it need not.
@@ -31,12 +31,12 @@ class Progress(float):
 
 
 def recognise(
-    recognition: Recognition,
+    session: StreamSession,
     blocks: Iterable[Pcm],
     duration: float,
     on_partial: Callable[[Result], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> Result:
     """Feed all of a recording, reading on while the model works; about a block of it waits in memory."""
     began = first = math.nan
@@ -44,12 +44,12 @@ def recognise(
     def report() -> None:
         nonlocal began, first
         if on_partial:
-            for partial in recognition.collect():
+            for partial in session.collect():
                 on_partial(partial)
         else:
-            recognition.drop()
+            session.discard_results()
         if on_progress:
-            now, decoded = time.monotonic(), recognition.decoded
+            now, decoded = time.monotonic(), session.decoded
             if math.isnan(began):
                 began, first = now, decoded  # what was resumed took no time
             pace = (now - began) / (decoded - first) if decoded > first else math.nan
@@ -57,22 +57,22 @@ def recognise(
 
     try:
         for block in blocks:
-            behind = recognition.behind
-            recognition.feed(block)
+            behind = session.behind
+            session.feed(block)
             if behind:
                 continue
-            recognition.wait(BACKLOG)
+            session.wait(BACKLOG)
             report()
-            if keeper and keeper.due:
-                recognition.wait()
-                keeper.save(recognition.save())
+            if checkpointer and checkpointer.due:
+                session.wait()
+                checkpointer.save(session.save())
     except SourceStopped:
-        if recognition.behind:  # what was saved is newer than what was fed
-            return recognition.final()
-        recognition.wait()
-        if keeper and (saved := recognition.save()).samples:
-            keeper.save(saved)
-    recognition.end()
-    recognition.wait()
+        if session.behind:  # what was saved is newer than what was fed
+            return session.final()
+        session.wait()
+        if checkpointer and (saved := session.save()).samples:
+            checkpointer.save(saved)
+    session.finish()
+    session.wait()
     report()
-    return recognition.final()
+    return session.final()

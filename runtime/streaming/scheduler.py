@@ -25,11 +25,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from nemostream.bundle import Chunk, Manifest
+from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
-from nemostream.runtime.streaming.seat import Call, Heard, Seat, Step
-from nemostream.runtime.streaming.stream import Floats, Piece, Stream
+from nemostream.runtime.streaming.chunker import Chunker, Floats, WorkItem
+from nemostream.runtime.streaming.state import BackendCall, InFlightStep, StepOutput, StreamState
 from nemostream.runtime.text.endpointing import End
 
 T = TypeVar("T")
@@ -45,14 +45,14 @@ class Scheduler:
         self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
         self._room = threading.Condition(self._lock)  # what those wait on who want a slot
         self._free = list(range(backend.capacity))  # a heap: the lowest first, so that slots in use are neighbours
-        self._seats: dict[int, Seat] = {}  # by slot
-        self._ready: dict[Seat, None] = {}  # in the order they became ready
+        self._states: dict[int, StreamState] = {}  # by slot
+        self._ready: dict[StreamState, None] = {}  # in the order they became ready
         self._resets: set[int] = set()  # slots of new streams
         self._forgets: set[int] = set()  # slots whose decoder is to start anew
-        self._calls: deque[Call] = deque()
+        self._calls: deque[BackendCall] = deque()
         self._closed: NemostreamError | None = None  # why no stream can be opened any more
         # Told of every step, on the scheduler's thread: its chunk, how many streams it had, seconds it took.
-        self.on_step: Callable[[Chunk, int, float], None] | None = None
+        self.on_step: Callable[[ChunkConfig, int, float], None] | None = None
         self.on_failure: Callable[[Exception], None] | None = None  # of every call that the backend failed in
         self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
         self._thread.start()
@@ -68,16 +68,16 @@ class Scheduler:
             )
 
     def open(
-        self, stream: Stream, listener: Callable[[], None] | None = None, patient: bool = False, **about: Any
-    ) -> Seat:
-        """A new stream; `about` is what a `Seat` can have from the start. Blocks for a slot if `patient`.
+        self, stream: Chunker, listener: Callable[[], None] | None = None, block: bool = False, **about: Any
+    ) -> StreamState:
+        """A new stream; `about` is what a `StreamState` can have from the start. Blocks for a slot if `block`.
 
         `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
         if every slot is taken and `StreamError` after `close`.
         """
         self.check_process()
         with self._lock:
-            while patient and not (self._free or self._closed):
+            while block and not (self._free or self._closed):
                 self._room.wait()
             if self._closed:
                 raise _again(self._closed)
@@ -87,79 +87,79 @@ class Scheduler:
                     "more of them: nemostream.load(capacity=...)."
                 )
             slot = heapq.heappop(self._free)
-            seat = Seat(stream, slot, threading.Condition(self._lock), listener, **about)
-            self._seats[slot] = seat
+            state = StreamState(stream, slot, threading.Condition(self._lock), listener, **about)
+            self._states[slot] = state
             self._resets.add(slot)
             self._work.notify()
-            return seat
+            return state
 
-    def accept(self, seat: Seat, samples_N: Floats) -> None:
+    def accept(self, state: StreamState, samples_N: Floats) -> None:
         """Append audio to a stream (mono, at the model's rate). Raises what the stream died of."""
         self.check_process()
         with self._lock:
-            if seat.error:
-                raise _again(seat.error)
-            seat.stream.accept(samples_N)
-            self._queue(seat)
+            if state.error:
+                raise _again(state.error)
+            state.chunker.accept(samples_N)
+            self._queue(state)
 
-    def pass_over(self, seat: Seat, samples: int) -> None:
-        """Append digital silence that is not run (`Stream.pass_over`). Raises what the stream died of."""
+    def pass_over(self, state: StreamState, samples: int) -> None:
+        """Append digital silence that is not run (`Chunker.pass_over`). Raises what the stream died of."""
         with self._lock:
-            if seat.error:
-                raise _again(seat.error)
-            seat.stream.pass_over(samples)
-            self._queue(seat)
+            if state.error:
+                raise _again(state.error)
+            state.chunker.pass_over(samples)
+            self._queue(state)
 
-    def end(self, seat: Seat) -> None:
+    def finish(self, state: StreamState) -> None:
         """No more audio comes. The slot is given back by itself when the last frame is out."""
         self.check_process()
         with self._lock:
-            if seat.error:
-                raise _again(seat.error)
-            seat.stream.end()
-            self._queue(seat)
-            self._give_back(seat)
+            if state.error:
+                raise _again(state.error)
+            state.chunker.finish()
+            self._queue(state)
+            self._give_back(state)
 
-    def cut(self, seat: Seat) -> None:
+    def end_utterance(self, state: StreamState) -> None:
         """End the utterance: what was accepted is decoded, what follows is a stream of its own in the same slot."""
         self.check_process()
         with self._lock:
-            if seat.error:
-                raise _again(seat.error)
-            seat.stream.cut()
-            self._queue(seat)
+            if state.error:
+                raise _again(state.error)
+            state.chunker.end_utterance()
+            self._queue(state)
 
-    def settled(self, seat: Seat, backlog: int = 0) -> bool:
+    def settled(self, state: StreamState, backlog: int = 0) -> bool:
         """Whether all but `backlog` pieces of a stream are done. Raises what the stream died of."""
         self.check_process()
         with self._lock:
-            return self._settled(seat, backlog)
+            return self._settled(state, backlog)
 
-    def wait(self, seat: Seat, backlog: int = 0) -> None:
+    def wait(self, state: StreamState, backlog: int = 0) -> None:
         """Block until `settled`."""
         self.check_process()
         with self._lock:
-            while not self._settled(seat, backlog):
-                seat.progress.wait()
+            while not self._settled(state, backlog):
+                state.progress.wait()
 
-    def use(self, seat: Seat, chunk: Chunk) -> None:
+    def set_chunk(self, state: StreamState, chunk: ChunkConfig) -> None:
         """Run a stream in chunks of another size from its next one on; the state at the backend serves every size."""
         self.check_process()
         with self._lock:
-            seat.stream.use(chunk)
+            state.chunker.set_chunk(chunk)
 
-    def collect(self, seat: Seat) -> list[Heard]:
+    def collect(self, state: StreamState) -> list[StepOutput]:
         """What was done of a stream since the last call, in order."""
         self.check_process()
         with self._lock:
-            heard = list(seat.heard)
-            seat.heard.clear()
+            heard = list(state.heard)
+            state.heard.clear()
             return heard
 
     def call(self, act: Callable[[Backend], T]) -> T:
         """Have the scheduler's thread do something with the backend, between two steps; blocks. Raises what it does."""
         self.check_process()
-        call = Call(act)
+        call = BackendCall(act)
         with self._lock:
             if self._closed:
                 raise _again(self._closed)
@@ -170,15 +170,15 @@ class Scheduler:
             raise call.error
         return call.answer
 
-    def leave(self, seat: Seat) -> None:
+    def cancel(self, state: StreamState) -> None:
         """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
         if os.getpid() != self._process:  # nothing here is this process's to give back
             return
         with self._lock:
-            if seat.slot is None or seat.error:
+            if state.slot is None or state.error:
                 return
-            self._kill(seat, StreamError("the stream was closed; open a new one for more audio."))
-        self._tell([seat])
+            self._kill(state, StreamError("the stream was closed; open a new one for more audio."))
+        self._tell([state])
 
     def close(self) -> None:
         """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done,
@@ -191,73 +191,73 @@ class Scheduler:
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
-    def _settled(self, seat: Seat, backlog: int) -> bool:
-        if seat.error:
-            raise _again(seat.error)
-        return seat.stream.queued + seat.in_flight <= backlog
+    def _settled(self, state: StreamState, backlog: int) -> bool:
+        if state.error:
+            raise _again(state.error)
+        return state.chunker.queued + state.in_flight <= backlog
 
-    def _queue(self, seat: Seat) -> None:
+    def _queue(self, state: StreamState) -> None:
         """See to what is next of a stream, as far as it can be done now."""
-        stream = seat.stream
-        if stream.queued and seat.in_flight and seat.alone:  # it may have been ready before the last result was known
-            self._ready.pop(seat, None)
-        while stream.queued and not (seat.in_flight and seat.alone):
+        stream = state.chunker
+        if stream.queued and state.in_flight and state.alone:  # it may have been ready before the last result was known
+            self._ready.pop(state, None)
+        while stream.queued and not (state.in_flight and state.alone):
             if stream.head.kind == "run":
-                if seat not in self._ready:
-                    self._ready[seat] = None
+                if state not in self._ready:
+                    self._ready[state] = None
                     self._work.notify()
                 return
-            self._hear(seat, stream.take(), [], [])
+            self._hear(state, stream.take(), [], [])
 
-    def _hear(self, seat: Seat, piece: Piece, tokens: list[int], places: list[int]) -> None:
+    def _hear(self, state: StreamState, item: WorkItem, tokens: list[int], sample_positions: list[int]) -> None:
         """A piece is done, and its tokens are in the hypothesis."""
-        count, ends = len(seat.stream.hypothesis.tokens), cast(Sequence[End], ())
-        if piece.kind == "cut":
-            ends = [End(count, piece.reach, "forced")]
-        if pointer := seat.endpointer:
-            if piece.kind == "cut":
-                pointer.cut()
+        count, ends = len(state.chunker.hypothesis.tokens), cast(Sequence[End], ())
+        if item.kind == "end_of_utterance":
+            ends = [End(count, item.end_sample, "forced")]
+        if pointer := state.endpointer:
+            if item.kind == "end_of_utterance":
+                pointer.reset()
             else:
-                ends = pointer.step(tokens, places, piece.reach)
-                if ends and pointer.forgets and pointer.between and seat.slot is not None:
-                    self._forgets.add(seat.slot)
-        if (guard := seat.guard) and piece.kind == "run":
-            said = seat.stream.hypothesis
-            if piece.fresh:
+                ends = pointer.step(tokens, sample_positions, item.end_sample)
+                if ends and pointer.forgets and pointer.between and state.slot is not None:
+                    self._forgets.add(state.slot)
+        if (guard := state.guard) and item.kind == "run":
+            said = state.chunker.hypothesis
+            if item.fresh:
                 guard.restart(count - len(tokens))
-            if guard.step(said.tokens, said.places, piece.reach) and seat.slot is not None:
-                self._forgets.add(seat.slot)
-        seat.heard.append(Heard(piece, count, ends))
+            if guard.step(said.tokens, said.sample_positions, item.end_sample) and state.slot is not None:
+                self._forgets.add(state.slot)
+        state.heard.append(StepOutput(item, count, ends))
 
-    def _give_back(self, seat: Seat) -> None:
-        if seat.over and not seat.in_flight and seat.slot is not None:
-            del self._seats[seat.slot]
-            heapq.heappush(self._free, seat.slot)
-            seat.slot = None
+    def _give_back(self, state: StreamState) -> None:
+        if state.over and not state.in_flight and state.slot is not None:
+            del self._states[state.slot]
+            heapq.heappush(self._free, state.slot)
+            state.slot = None
             self._room.notify()
 
-    def _kill(self, seat: Seat, error: NemostreamError) -> None:
-        if seat.error is None:
-            seat.error = error
-        self._ready.pop(seat, None)
-        self._give_back(seat)
-        seat.progress.notify_all()
+    def _kill(self, state: StreamState, error: NemostreamError) -> None:
+        if state.error is None:
+            state.error = error
+        self._ready.pop(state, None)
+        self._give_back(state)
+        state.progress.notify_all()
 
-    def _pick(self) -> tuple[list[Seat], list[Piece]]:
+    def _pick(self) -> tuple[list[StreamState], list[WorkItem]]:
         """The seats of the next step, by slot, and the chunk of each, all of one size."""
-        chunk = next(iter(self._ready)).stream.head.chunk
-        alike = (seat for seat in self._ready if seat.stream.head.chunk == chunk)
+        chunk = next(iter(self._ready)).chunker.head.chunk
+        alike = (state for state in self._ready if state.chunker.head.chunk == chunk)
         # By slot, because a backend can use neighbouring slots where they lie.
-        seats = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda seat: seat.slot or 0)
-        pieces = [seat.stream.take() for seat in seats]
-        for seat, piece in zip(seats, pieces, strict=True):
-            if piece.fresh and seat.slot is not None:
-                self._resets.add(seat.slot)
-                seat.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
-            seat.in_flight += 1
-            del self._ready[seat]
-            self._queue(seat)
-        return seats, pieces
+        states = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda state: state.slot or 0)
+        items = [state.chunker.take() for state in states]
+        for state, item in zip(states, items, strict=True):
+            if item.fresh and state.slot is not None:
+                self._resets.add(state.slot)
+                state.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
+            state.in_flight += 1
+            del self._ready[state]
+            self._queue(state)
+        return states, items
 
     # -- the scheduler's thread ----------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Scheduler:
             self._backend.close()
 
     def _loop(self) -> None:
-        running: Step | None = None
+        running: InFlightStep | None = None
         while True:
             with self._lock:
                 while not (self._ready or self._resets or self._calls or running or self._closed):
@@ -306,108 +306,110 @@ class Scheduler:
 
     def _reset(self, slots: list[int]) -> None:
         self._backend.reset(np.array(slots, np.int64))
-        for slot, seat in self._owners(slots).items():
+        for slot, state in self._owners(slots).items():
             try:
-                if seat.phrases:
-                    self._backend.boost(slot, seat.phrases)
-                if seat.saved is not None:
-                    self._backend.load(slot, seat.saved)
-                    seat.saved = None
+                if state.phrases:
+                    self._backend.set_phrases(slot, state.phrases)
+                if state.saved is not None:
+                    self._backend.load(slot, state.saved)
+                    state.saved = None
             except Exception as error:
-                self._fail([seat], error, steps=0)
+                self._fail([state], error, steps=0)
 
-    def _owners(self, slots: list[int]) -> dict[int, Seat]:
+    def _owners(self, slots: list[int]) -> dict[int, StreamState]:
         """Whom a change of the slots was for, not who got one meanwhile, whose own reset is still to come."""
         with self._lock:
-            return {slot: self._seats[slot] for slot in slots if slot in self._seats and slot not in self._resets}
+            return {slot: self._states[slot] for slot in slots if slot in self._states and slot not in self._resets}
 
     def _forget(self, slots: list[int]) -> None:
-        self._backend.forget(np.array(slots, np.int64))
+        self._backend.reset_decoder(np.array(slots, np.int64))
 
-    def _submit(self, seats: list[Seat], pieces: list[Piece]) -> Step | None:
+    def _submit(self, states: list[StreamState], items: list[WorkItem]) -> InFlightStep | None:
         started = time.perf_counter()
         try:
             batch = Batch(
-                pieces[0].chunk,
-                np.array([seat.slot for seat in seats], np.int64),
-                np.stack([piece.audio for piece in pieces]),
-                np.array([piece.length for piece in pieces], np.int64),
+                items[0].chunk,
+                np.array([state.slot for state in states], np.int64),
+                np.stack([item.audio for item in items]),
+                np.array([item.length for item in items], np.int64),
             )
-            return Step(seats, pieces, self._backend.submit(batch), started)
+            return InFlightStep(states, items, self._backend.submit(batch), started)
         except Exception as error:
-            self._fail(seats, error, steps=1)
+            self._fail(states, error, steps=1)
             return None
 
-    def _land(self, step: Step) -> None:
+    def _land(self, step: InFlightStep) -> None:
         try:
             emissions = step.pending.result()
-            _check(emissions, len(step.seats))
+            _check(emissions, len(step.states))
         except Exception as error:
-            self._fail(step.seats, error, steps=1)
+            self._fail(step.states, error, steps=1)
             return
         frame = self._manifest.samples_per_frame
         rows = zip(
-            step.seats,
-            step.pieces,
+            step.states,
+            step.items,
             emissions.tokens,
             emissions.frames,
             emissions.scores,
-            emissions.powers,
+            emissions.sum_p_alpha,
             emissions.failed,
             strict=True,
         )
         with self._lock:
-            for seat, piece, tokens, frames, scores, powers, failed in rows:
-                seat.in_flight -= 1
+            for state, item, tokens, frames, scores, sum_p_alpha, failed in rows:
+                state.in_flight -= 1
                 if failed:
-                    self._kill(seat, StreamError("the model's numbers for this stream are not finite; open a new one."))
-                elif not seat.error:
-                    said, places = tokens.tolist(), (frames * frame + piece.origin).tolist()
-                    seat.stream.hypothesis.extend(said, places, scores.tolist(), powers.tolist())
-                    self._hear(seat, piece, said, places)
-                    self._queue(seat)
-                self._give_back(seat)
-                seat.progress.notify_all()
+                    self._kill(
+                        state, StreamError("the model's numbers for this stream are not finite; open a new one.")
+                    )
+                elif not state.error:
+                    said, sample_positions = tokens.tolist(), (frames * frame + item.origin_sample).tolist()
+                    state.chunker.hypothesis.extend(said, sample_positions, scores.tolist(), sum_p_alpha.tolist())
+                    self._hear(state, item, said, sample_positions)
+                    self._queue(state)
+                self._give_back(state)
+                state.progress.notify_all()
         if self.on_step:
-            self.on_step(step.pieces[0].chunk, len(step.seats), time.perf_counter() - step.started)
-        self._tell(step.seats)
+            self.on_step(step.items[0].chunk, len(step.states), time.perf_counter() - step.started)
+        self._tell(step.states)
 
-    def _fail(self, seats: list[Seat], error: Exception, steps: int) -> None:
+    def _fail(self, states: list[StreamState], error: Exception, steps: int) -> None:
         """End the streams of a call that raised; `steps` is how many steps of each it was."""
         with self._lock:
-            for seat in seats:
-                seat.in_flight -= steps
-                self._kill(seat, _failure(error, "the model failed"))
+            for state in states:
+                state.in_flight -= steps
+                self._kill(state, _failure(error, "the model failed"))
         if self.on_failure:
             self.on_failure(error)
-        self._tell(seats)
+        self._tell(states)
 
     def _shut(self, error: NemostreamError) -> None:
         with self._lock:
             self._closed = self._closed or error
-            seats = list(self._seats.values())  # a stream that is done has no seat any more
-            for seat in seats:
-                self._kill(seat, error)
+            states = list(self._states.values())  # a stream that is done has no seat any more
+            for state in states:
+                self._kill(state, error)
             calls = list(self._calls)
             self._calls.clear()
             self._work.notify()
             self._room.notify_all()
         for call in calls:
             call.fail(_again(error))
-        self._tell(seats)
+        self._tell(states)
 
-    def _tell(self, seats: Iterable[Seat]) -> None:
-        for seat in seats:
+    def _tell(self, states: Iterable[StreamState]) -> None:
+        for state in states:
             try:
-                if seat.listener:
-                    seat.listener()
+                if state.listener:
+                    state.listener()
             except Exception:  # its owner is gone (an event loop that was closed): nobody will ever collect
-                seat.listener = None
-                self.leave(seat)
+                state.listener = None
+                self.cancel(state)
 
 
 def _check(emissions: Emissions, rows: int) -> None:
-    fields = (emissions.tokens, emissions.frames, emissions.scores, emissions.powers, emissions.failed)
+    fields = (emissions.tokens, emissions.frames, emissions.scores, emissions.sum_p_alpha, emissions.failed)
     found = tuple(map(len, fields))
     if found != (rows,) * len(fields):
         raise BackendError(

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from nemostream.errors import OptionError, StreamError
 from nemostream.runtime.audio.silence import SilenceSplitter
-from nemostream.runtime.audio.sources import BLOCK, Intake
+from nemostream.runtime.audio.sources import BLOCK, AudioPreprocessor
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
-from nemostream.runtime.streaming.seat import Heard
-from nemostream.runtime.streaming.snapshot import Digest, Keeper, Part, Saved
-from nemostream.runtime.streaming.stream import Stream
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.snapshot import Checkpointer, Digest, Stateful, StreamSnapshot
+from nemostream.runtime.streaming.state import StepOutput
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard
 from nemostream.runtime.text.events import Event, Utterances
 from nemostream.runtime.text.tokenizer import Detokenizer
@@ -91,10 +91,10 @@ def with_options(method: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
-class Recognition:
+class StreamSession:
     """A stream that was opened. For one thread at a time (`close` may come from another).
 
-    With a `keeper` the stream goes on from what that has saved, once the same audio was fed again. Who is `patient`
+    With a `checkpointer` the stream goes on from what that has saved, once the same audio was fed again. Who is `block`
     waits for a slot if none is free.
     """
 
@@ -110,45 +110,47 @@ class Recognition:
         phrases: Mapping[str, float] | Sequence[str] | Boosting | None = None,
         confidence: Confidence | None = None,
         vad: bool = False,
-        keeper: Keeper | None = None,
-        patient: bool = False,
+        checkpointer: Checkpointer | None = None,
+        block: bool = False,
     ) -> None:
         model._scheduler.check_process()
         manifest, tokenizer = model.manifest, model._tokenizer
         chunk = manifest.chunk(model.chunk_ms if chunk_ms is None else chunk_ms)
         sure = confidence or model.confidence
-        self.intake = Intake(sample_rate, channels, manifest.features.sample_rate)
+        self.preprocessor = AudioPreprocessor(sample_rate, channels, manifest.features.sample_rate)
         self._scheduler, self._manifest, self._tokenizer = model._scheduler, manifest, tokenizer
         self._sure = sure.of_tokens(manifest.decoder.vocabulary + 1)
         self._aggregation = sure.aggregation
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self._late = model.delay_ms * self._rate // 1000  # samples taken off every token's place
         self._tokens: list[Token] = []
-        self._untold: deque[Heard] = deque()
+        self._untold: deque[StepOutput] = deque()
         self._shown = 0  # tokens in `_text`
         self._text = Detokenizer(tokenizer)
         self._utterances = Utterances(tokenizer, sure.aggregation, self._rate)
         self._ended = self._over = False
-        self._reach = 0  # samples
+        self._end_sample = 0  # samples
         self.steps = 0  # that were told of
         self.chunk_ms = chunk.ms  # of the last of them
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=sure.aggregation)
         self._gate = model._gate() if vad else None
         self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins, tokenizer.closes) if endpoint else None
         self._guard = RepetitionGuard(manifest)
-        self._silence = SilenceSplitter(self.intake.sample_rate)
-        stream = Stream(manifest, chunk, self._gate)
-        self._keeper, self._digest = keeper, Digest()
-        self._saved = keeper.load() if keeper else None  # until the audio that it was saved of was fed again
+        self._silence = SilenceSplitter(self.preprocessor.sample_rate)
+        stream = Chunker(manifest, chunk, self._gate)
+        self._checkpointer, self._digest = checkpointer, Digest()
+        self._saved = (
+            checkpointer.load() if checkpointer else None
+        )  # until the audio that it was saved of was fed again
         boosting = phrases if phrases is None or isinstance(phrases, Boosting) else Boosting.of(phrases, tokenizer)
-        if keeper and self._saved:
+        if checkpointer and self._saved:
             nodes = len(boosting.fail) if boosting else 1
-            keeper.restore(self._saved, self._parts(stream), manifest.decoder.vocabulary, nodes)
-            self._reach = stream.reach
+            checkpointer.restore(self._saved, self._parts(stream), manifest.decoder.vocabulary, nodes)
+            self._end_sample = stream.end_sample
         slot = self._saved.parts["slot"] if self._saved else None
         # Last: whatever fails above must not cost a slot.
-        self._seat = self._scheduler.open(
-            stream, listener, patient, endpointer=self._endpointer, guard=self._guard, phrases=boosting, saved=slot
+        self._state = self._scheduler.open(
+            stream, listener, block, endpointer=self._endpointer, guard=self._guard, phrases=boosting, saved=slot
         )
         self._remember(len(stream.hypothesis.tokens))
 
@@ -159,59 +161,59 @@ class Recognition:
         self._scheduler.check_process()  # first: the VAD's threads are missing in a forked child too
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
-        self.intake.check(pcm)  # all of it, before any is taken
+        self.preprocessor.check(pcm)  # all of it, before any is taken
         for begin in range(0, max(len(pcm), 1), BLOCK):
             for part, silent in self._silence.split(pcm[begin : begin + BLOCK]):
                 if silent:
                     self._pass_over(len(part))
                     continue
-                for block in self.intake.push(part):
+                for block in self.preprocessor.push(part):
                     self._accept(block)
 
-    def use(self, chunk_ms: int) -> None:
+    def set_chunk_ms(self, chunk_ms: int) -> None:
         """Go on in chunks of another size. Raises `OptionError` if the model was not trained for it."""
-        self._scheduler.use(self._seat, self._manifest.chunk(chunk_ms))
+        self._scheduler.set_chunk(self._state, self._manifest.chunk(chunk_ms))
 
-    def cut(self) -> None:
+    def end_utterance(self) -> None:
         """End the utterance here."""
         self._scheduler.check_process()
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
-        self._accept(self.intake.cut())
+        self._accept(self.preprocessor.flush())
         self._silence.restart()
-        self._scheduler.cut(self._seat)
+        self._scheduler.end_utterance(self._state)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """No more audio. Does nothing the second time."""
         self._scheduler.check_process()
         if self._ended:
             return
         self._ended = True
-        self._accept(self.intake.finish())
-        self._scheduler.end(self._seat)
+        self._accept(self.preprocessor.finish())
+        self._scheduler.finish(self._state)
 
-    def _parts(self, stream: Stream) -> dict[str, Part]:
+    def _parts(self, stream: Chunker) -> dict[str, Stateful]:
         """What is saved of a stream, but for its slot."""
-        parts: dict[str, Part | None] = {
+        parts: dict[str, Stateful | None] = {
             "stream": stream,
-            "said": stream.hypothesis,
+            "hypothesis": stream.hypothesis,
             "guard": self._guard,
             "endpoint": self._endpointer,
             "gate": self._gate,
         }
         return {name: part for name, part in parts.items() if part}
 
-    def save(self) -> Saved:
+    def save(self) -> StreamSnapshot:
         """What the stream is, every complete chunk being decoded."""
-        stream, slot = self._seat.stream, self._seat.slot
+        stream, slot = self._state.chunker, self._state.slot
         assert slot is not None, "a stream that goes on has a slot"
         parts = {name: part.save() for name, part in self._parts(stream).items()}
         parts["slot"] = self._scheduler.call(lambda backend: backend.save(slot))
-        return Saved(parts, self._digest.samples, self._digest.value)
+        return StreamSnapshot(parts, self._digest.samples, self._digest.value)
 
     def _heard_before(self, block: NDArray[Any]) -> bool:
         """Whether this audio is in what was saved. Raises `OptionError` if other audio is."""
-        if self._keeper is None:
+        if self._checkpointer is None:
             return False
         self._digest.add(block)
         if self._saved is None:
@@ -219,7 +221,7 @@ class Recognition:
         if self._digest.samples < self._saved.samples and not self._ended:
             return True
         if (self._digest.samples, self._digest.value) != (self._saved.samples, self._saved.digest):
-            raise self._keeper.refuse_audio()
+            raise self._checkpointer.refuse_audio()
         self._saved = None
         return True
 
@@ -227,27 +229,27 @@ class Recognition:
         if self._heard_before(block):
             return
         if self._gate:
-            self._gate.hear(block)  # here and not at the scheduler, where others would wait for it
-        self._scheduler.accept(self._seat, block)
+            self._gate.push_events(block)  # here and not at the scheduler, where others would wait for it
+        self._scheduler.accept(self._state, block)
 
     def _pass_over(self, samples: int) -> None:
         """Take in digital silence of so many samples of the input, which is not run (`runtime/audio/silence.py`)."""
-        self._accept(self.intake.cut())
-        rate = self.intake.sample_rate
-        before, self.intake.received = self.intake.received, self.intake.received + samples
-        count = self.intake.received * self._rate // rate - before * self._rate // rate
+        self._accept(self.preprocessor.flush())
+        rate = self.preprocessor.sample_rate
+        before, self.preprocessor.received = self.preprocessor.received, self.preprocessor.received + samples
+        count = self.preprocessor.received * self._rate // rate - before * self._rate // rate
         silence = np.zeros(count, np.float32)
         if self._heard_before(silence):
             return
         if self._gate:
-            self._gate.hear(silence)
-        self._scheduler.pass_over(self._seat, count)
+            self._gate.push_events(silence)
+        self._scheduler.pass_over(self._state, count)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     @property
     def ended(self) -> bool:
-        """Whether `end` was called: when it has settled, the result is final."""
+        """Whether `finish` was called: when it has settled, the result is final."""
         return self._ended
 
     @property
@@ -262,15 +264,15 @@ class Recognition:
 
     def settled(self) -> bool:
         """Whether every chunk that is complete is decoded. Raises what the stream died of."""
-        return self._scheduler.settled(self._seat)
+        return self._scheduler.settled(self._state)
 
     def wait(self, backlog: int = 0) -> None:
         """Block until all but `backlog` complete chunks are decoded. Raises what the stream died of."""
-        self._scheduler.wait(self._seat, backlog)
+        self._scheduler.wait(self._state, backlog)
 
     def close(self) -> None:
         """Give the slot back, now. Does nothing if that is done."""
-        self._scheduler.leave(self._seat)
+        self._scheduler.cancel(self._state)
 
     # -- what was said -------------------------------------------------------------------------------------------------
 
@@ -291,13 +293,13 @@ class Recognition:
         results = []
         while self._untold:
             heard = self._next()
-            if heard.piece.kind != "run":
+            if heard.item.kind != "run":
                 continue
             text = self._last.text
             if heard.count > self._shown:  # a step that said nothing shares its text with the one before
                 text = self._text.push([token.id for token in self._tokens[self._shown : heard.count]])
                 self._shown = heard.count
-            self._last = self._result(text, heard.count, self._reach, self.chunk_ms)
+            self._last = self._result(text, heard.count, self._end_sample, self.chunk_ms)
             results.append(self._last)
         return results
 
@@ -306,28 +308,30 @@ class Recognition:
         self._take_in()
         over = self._ended and self.settled()
         if over:
-            self._clip(len(self._tokens), self.intake.seconds)
+            self._clip(len(self._tokens), self.preprocessor.seconds)
         events: list[Event] = []
         while self._untold:
             heard = self._next()
-            events += self._utterances.step(self._tokens, heard.count, heard.ends, self.intake.seconds, self.chunk_ms)
+            events += self._utterances.step(
+                self._tokens, heard.count, heard.ends, self.preprocessor.seconds, self.chunk_ms
+            )
         if over and not self._over:
             self._over = True
-            at = self._seat.stream.samples
-            events += self._utterances.finish(self._tokens, at, self.intake.seconds, self.chunk_ms)
+            at = self._state.chunker.samples
+            events += self._utterances.finish(self._tokens, at, self.preprocessor.seconds, self.chunk_ms)
         return events
 
     def final(self) -> Result:
         """The final result, once every step is in."""
         if not self._last.final:
             self._take_in()
-            self._clip(len(self._tokens), self.intake.seconds)
+            self._clip(len(self._tokens), self.preprocessor.seconds)
             text = self._tokenizer.decode([token.id for token in self._tokens])
             newest = self._result(text, len(self._tokens), *self._newest())
             self._last = dataclasses.replace(newest, tokens=tuple(self._tokens), final=True)
         return self._last
 
-    def drop(self) -> None:
+    def discard_results(self) -> None:
         """As `collect`, for nobody."""
         self._take_in()
         while self._untold:
@@ -336,41 +340,45 @@ class Recognition:
     @property
     def decoded(self) -> float:
         """Seconds of audio decoded so far. The last steps, which run when the stream has ended, leave nothing over."""
-        return self._decoded(self._reach)
+        return self._decoded(self._end_sample)
 
-    def _decoded(self, reach: int) -> float:
-        seconds = self.intake.seconds
-        return seconds if self._ended else min(reach / self._rate, seconds)
+    def _decoded(self, end_sample: int) -> float:
+        seconds = self.preprocessor.seconds
+        return seconds if self._ended else min(end_sample / self._rate, seconds)
 
-    def _result(self, text: str, count: int, reach: int, chunk_ms: int) -> Result:
+    def _result(self, text: str, count: int, end_sample: int, chunk_ms: int) -> Result:
         tokens = self._last.tokens
         if count > len(tokens):
             tokens = tuple(self._tokens[:count])
-        return Result(text, tokens, self.intake.seconds, chunk_ms, False, self._decoded(reach), self._aggregation)
+        return Result(
+            text, tokens, self.preprocessor.seconds, chunk_ms, False, self._decoded(end_sample), self._aggregation
+        )
 
-    def _next(self) -> Heard:
+    def _next(self) -> StepOutput:
         """What is to be told of next."""
         heard = self._untold.popleft()
-        self._reach = heard.piece.reach
-        if heard.piece.kind == "run":
+        self._end_sample = heard.item.end_sample
+        if heard.item.kind == "run":
             self.steps += 1
-            self.chunk_ms = heard.piece.chunk.ms
+            self.chunk_ms = heard.item.chunk.ms
         return heard
 
     def _newest(self) -> tuple[int, int]:
         """How far the model has heard (samples), and its last chunk's size, be it told of or not."""
-        sizes = [heard.piece.chunk.ms for heard in self._untold if heard.piece.kind == "run"]
-        return self._untold[-1].piece.reach if self._untold else self._reach, sizes[-1] if sizes else self.chunk_ms
+        sizes = [heard.item.chunk.ms for heard in self._untold if heard.item.kind == "run"]
+        return self._untold[-1].item.end_sample if self._untold else self._end_sample, sizes[
+            -1
+        ] if sizes else self.chunk_ms
 
     def _take_in(self) -> None:
-        heard = self._scheduler.collect(self._seat)
+        heard = self._scheduler.collect(self._state)
         if not heard:
             return
         self._untold += heard
         self._remember(heard[-1].count)
         for one in heard:
-            if one.piece.kind == "cut":
-                self._clip(one.count, one.piece.reach / self._rate)
+            if one.item.kind == "end_of_utterance":
+                self._clip(one.count, one.item.end_sample / self._rate)
 
     def _clip(self, count: int, end: float) -> None:
         """A recording ends there, with the first `count` tokens. Its last frames reach beyond it; tokens must not."""
@@ -381,10 +389,16 @@ class Recognition:
     def _remember(self, count: int) -> None:
         """Make tokens of the first `count` of the hypothesis."""
         new = slice(len(self._tokens), count)
-        said = self._seat.stream.hypothesis
+        said = self._state.chunker.hypothesis
         piece, sure, rate, frame = self._tokenizer.piece, self._sure, self._rate, self._frame
-        places = [max(place - self._late, 0) for place in said.places[new]] if self._late else said.places[new]
+        sample_positions = (
+            [max(sample_pos - self._late, 0) for sample_pos in said.sample_positions[new]]
+            if self._late
+            else said.sample_positions[new]
+        )
         self._tokens += [
-            Token(i, piece(i), place / rate, (place + frame) / rate, score, sure(score, power))
-            for i, place, score, power in zip(said.tokens[new], places, said.scores[new], said.powers[new], strict=True)
+            Token(i, piece(i), sample_pos / rate, (sample_pos + frame) / rate, score, sure(score, sum_p_alpha))
+            for i, sample_pos, score, sum_p_alpha in zip(
+                said.tokens[new], sample_positions, said.scores[new], said.sum_p_alpha[new], strict=True
+            )
         ]

@@ -41,7 +41,7 @@ _NAME = re.compile(r"(document|[a-z]+\.[a-z_]+)\.npy")
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """Something that can be saved."""
 
     def save(self) -> dict[str, NDArray[Any]]: ...
@@ -50,10 +50,10 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Saved:
+class StreamSnapshot:
     """What a stream is; every part by the one that it belongs to."""
 
-    parts: Mapping[str, Arrays]  # "slot", "stream", "said", "guard", "endpoint", "gate"
+    parts: Mapping[str, Arrays]  # "slot", "stream", "hypothesis", "guard", "endpoint", "gate"
     samples: int  # of audio that went in, at the model's rate
     digest: str  # of that audio
 
@@ -100,7 +100,7 @@ class Digest:
         self.samples, self.value = self.samples + len(block_N), found.hexdigest()
 
 
-class Keeper:
+class Checkpointer:
     """The file. `about` says what it is the state of: model, engine, options; another's is refused, never mixed in.
 
     Raises `OptionError` if there is no such folder, or the file is something else.
@@ -115,7 +115,7 @@ class Keeper:
         if self.path.is_dir():
             raise OptionError(f"resume is {self.path}, which is a folder; give a file.")
 
-    def load(self) -> Saved | None:
+    def load(self) -> StreamSnapshot | None:
         """What was saved; None if nothing was yet."""
         if not self.path.exists():
             return None
@@ -136,9 +136,9 @@ class Keeper:
         for name, array in arrays.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = array
-        return Saved(parts, samples, digest)
+        return StreamSnapshot(parts, samples, digest)
 
-    def restore(self, saved: Saved, parts: Mapping[str, Part], vocabulary: int, nodes: int) -> None:
+    def restore(self, saved: StreamSnapshot, parts: Mapping[str, Stateful], vocabulary: int, nodes: int) -> None:
         """Have each part of a stream go on from what was saved of it.
 
         `vocabulary` and `nodes` are the sizes of the model's vocabulary and of the automaton of the stream's phrases.
@@ -158,7 +158,7 @@ class Keeper:
         """Whether it is time to save again."""
         return time.monotonic() >= self._next
 
-    def save(self, saved: Saved) -> None:
+    def save(self, saved: StreamSnapshot) -> None:
         """Put a new file in the place of the old one, at once: whoever is killed leaves one of the two."""
         document = {"about": self._about, "samples": saved.samples, "digest": saved.digest}
         arrays = {f"{part}.{name}": array for part, rows in saved.parts.items() for name, array in rows.items()}
@@ -187,7 +187,7 @@ class Keeper:
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an `.npz` file that `Keeper.save` may have written. Raises many kinds of error for any other."""
+    """The arrays of an `.npz` file that `Checkpointer.save` may have written. Raises many kinds of error for any other."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         size, members = os.fstat(file.fileno()).st_size, archive.infolist()
         names = [member.filename for member in members]
@@ -216,13 +216,13 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
     return array
 
 
-def _check_together(saved: Saved, vocabulary: int, nodes: int) -> None:
+def _check_together(saved: StreamSnapshot, vocabulary: int, nodes: int) -> None:
     """Raise `ValueError` unless all parts that were saved can be of one stream."""
     parts = saved.parts
     samples, *_ = parts["stream"]["counts"].tolist()
     if samples != saved.samples:
         raise ValueError(f"the stream has {samples} samples, and {saved.samples} went in")
-    tokens = parts["said"]["tokens"]
+    tokens = parts["hypothesis"]["tokens"]
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(f"a token is not in the vocabulary of {vocabulary}")
     if parts["guard"]["counts"][0] > len(tokens):

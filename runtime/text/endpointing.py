@@ -34,17 +34,17 @@ class Endpoint:
     """When utterances end by themselves, and what the decoder remembers of one in the next.
 
     `silence_ms`: an utterance ends when more than this was silent since its last token; None: never by silence.
-    `longest_ms`: one that is longer ends after the word that it is in. `decoder`: "keep" decodes on, "reset" lets the
+    `max_utterance_ms`: one that is longer ends after the word that it is in. `decoder`: "keep" decodes on, "reset" lets the
     decoder forget, at the end of the step that an utterance ended in, whatever it said (what was heard is kept), which
     cures a stream that got stuck in a manner of writing. Raises `OptionError` naming what cannot be.
     """
 
     silence_ms: int | None = 800
-    longest_ms: int | None = None
+    max_utterance_ms: int | None = None
     decoder: Literal["keep", "reset"] = "keep"
 
     def __post_init__(self) -> None:
-        for name, least in (("silence_ms", 80), ("longest_ms", 1000)):
+        for name, least in (("silence_ms", 80), ("max_utterance_ms", 1000)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise OptionError(f"{name} is {value!r}; it must be at least {least} ms, or None.")
@@ -76,8 +76,8 @@ class Endpointer:
         self._silence = self._longest = _NEVER
         if rule.silence_ms is not None:
             self._silence = (-(-rule.silence_ms * rate // (1000 * self._frame)) + 2) * self._frame
-        if rule.longest_ms is not None:  # from the first token's place
-            self._longest = rule.longest_ms * rate // 1000
+        if rule.max_utterance_ms is not None:  # from the first token's place
+            self._longest = rule.max_utterance_ms * rate // 1000
         self._begins, self._closes = begins, closes or (False,) * len(begins)
         self._any = False  # whether an utterance has begun
         self._count = 0  # tokens of the stream
@@ -89,21 +89,21 @@ class Endpointer:
         """Whether no utterance is under way."""
         return self._first is None
 
-    def step(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> list[End]:
+    def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> list[End]:
         """Take in a step: its tokens, the sample that each stands at, and how far the model has heard with it."""
         ends: list[End] = []
-        for token, place in zip(tokens, places, strict=True):
-            self._end_before(place, ends)
+        for token, sample_pos in zip(tokens, sample_positions, strict=True):
+            self._end_before(sample_pos, ends)
             closes = self._closes[token]
             whole = self._begins[token] and not closes
-            if self._first is not None and whole and place - self._first >= self._longest:
-                self._end(place, "length", ends)
+            if self._first is not None and whole and sample_pos - self._first >= self._longest:
+                self._end(sample_pos, "length", ends)
             if self._first is None and not (closes and self._any):
-                self._first, self._any = place, True
+                self._first, self._any = sample_pos, True
             if self._first is not None:
-                self._last = place
+                self._last = sample_pos
             self._count += 1
-        self._end_before(reach, ends)
+        self._end_before(end_sample, ends)
         return ends
 
     def save(self) -> dict[str, NDArray[Any]]:
@@ -120,17 +120,17 @@ class Endpointer:
         self._count, self._last, self._any = count, last, bool(begun)
         self._first = None if first < 0 else first
 
-    def cut(self) -> None:
+    def reset(self) -> None:
         """The client ended the utterance."""
         self._first, self._any = None, True
 
-    def _end_before(self, place: int, ends: list[End]) -> None:
-        """End the utterance if a rule says so of the silence from its last token up to `place`."""
+    def _end_before(self, sample_pos: int, ends: list[End]) -> None:
+        """End the utterance if a rule says so of the silence from its last token up to `sample_pos`."""
         if self._first is None:
             return
         silent = self._last + self._silence
         whole = max(self._first + self._longest, self._last + (1 + _WORD) * self._frame)
-        if place >= min(silent, whole):
+        if sample_pos >= min(silent, whole):
             self._end(min(silent, whole), "length" if whole < silent else "silence", ends)
 
     def _end(self, at: int, reason: Reason, ends: list[End]) -> None:
@@ -158,9 +158,9 @@ class RepetitionGuard:
         self._since = 0  # tokens before the last reset
         self.suspects = False  # whether the last step ended in a repetition
 
-    def step(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> bool:
-        """Return whether the decoder must be reset after a step up to the sample `reach`; given all tokens so far."""
-        loops = self._repeats(tokens, places, reach)
+    def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
+        """Return whether the decoder must be reset after a step up to the sample `end_sample`; given all tokens so far."""
+        loops = self._repeats(tokens, sample_positions, end_sample)
         reset, self.suspects = loops and self.suspects, loops and not self.suspects
         if reset:
             self._since = len(tokens)
@@ -180,11 +180,11 @@ class RepetitionGuard:
             raise ValueError(f"the repetition guard's counts are {[since, suspects]}")
         self._since, self.suspects = since, bool(suspects)
 
-    def _repeats(self, tokens: Sequence[int], places: Sequence[int], reach: int) -> bool:
-        if len(tokens) - self._since < self.WINDOW or reach - places[-1] > self._pause:
+    def _repeats(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
+        if len(tokens) - self._since < self.WINDOW or end_sample - sample_positions[-1] > self._pause:
             return False
         tail = tokens[-self.WINDOW :]
         if not any(tail[-1 - c] == tail[-1] and tail[c:] == tail[:-c] for c in range(1, self.CYCLE + 1)):
             return False
-        where = places[-self.WINDOW :]
+        where = sample_positions[-self.WINDOW :]
         return all(after - before <= self._pause for before, after in itertools.pairwise(where))

@@ -95,7 +95,7 @@ async def _talk(socket: WebSocket, session: Session, service: Service, words: bo
             await _tell(socket, session, await session.commit(), words)
             await _send(socket, session, {"type": "committed", "audio": round(session.audio, 3)})
         elif kind == "use":
-            service.use(session, order.get("chunk_ms"))
+            service.set_chunk_ms(session, order.get("chunk_ms"))
         elif kind == "finish":
             await _tell(socket, session, await session.finish(), words)
             await _send(socket, session, {"type": "done", "text": session.text, "audio": round(session.audio, 3)})
@@ -170,7 +170,7 @@ def _options(query: QueryParams) -> dict[str, Any]:
         "encoding": str,
         "chunk_ms": int,
         "endpoint_ms": int,
-        "longest_ms": int,
+        "max_utterance_ms": int,
         "decoder": str,
         "phrases": _phrases,
         "vad": _flag,

@@ -26,7 +26,7 @@ import numpy as np
 
 from nemostream.errors import AudioError, NemostreamError, TruncatedAudioError
 from nemostream.runtime.audio.containers import container_of
-from nemostream.runtime.audio.sources import Intake, Recording
+from nemostream.runtime.audio.sources import AudioPreprocessor, Recording
 
 MEMORY = 512 << 20  # bytes that decoding may add to the address space
 CPU_SECONDS = 300.0  # for one recording
@@ -98,19 +98,19 @@ def _check_format(file: int, name: str) -> None:
 
 def _samples(recording: Recording, request: dict[str, Any]) -> Iterator[Any]:
     """Blocks of samples, and at the end a document: the seconds that the file held, a warning if it was cut short."""
-    intake, warning = Intake(recording.sample_rate, recording.channels, request["rate"]), ""
+    preprocessor, warning = AudioPreprocessor(recording.sample_rate, recording.channels, request["rate"]), ""
     try:
         for block in recording.blocks():
-            for samples in intake.push(block):
+            for samples in preprocessor.push(block):
                 if len(samples):
                     yield np.ascontiguousarray(samples, np.float32)
-            if intake.seconds > request["max_seconds"]:
-                raise _too_long(request, intake.seconds)
+            if preprocessor.seconds > request["max_seconds"]:
+                raise _too_long(request, preprocessor.seconds)
     except TruncatedAudioError as error:  # raised when all that is there was read
         warning = str(error)
-    if len(rest := intake.finish()):
+    if len(rest := preprocessor.finish()):
         yield np.ascontiguousarray(rest, np.float32)
-    yield {"seconds": float(intake.seconds), "warning": warning}
+    yield {"seconds": float(preprocessor.seconds), "warning": warning}
 
 
 def _too_long(request: dict[str, Any], seconds: float) -> AudioError:

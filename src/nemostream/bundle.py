@@ -69,7 +69,7 @@ MOST_GRAPH = 2048 * MIB  # protobuf's own limit
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureConfig:
     """The mel front end (NeMo `AudioToMelSpectrogramPreprocessor`, `normalize: NA`)."""
 
     sample_rate: int  # Hz
@@ -90,7 +90,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderConfig:
     """The cache-aware FastConformer's sizes, as far as whoever keeps its state must know them."""
 
     layers: int  # L
@@ -107,7 +107,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderConfig:
     """Prediction net and joint."""
 
     layers: int  # R
@@ -123,7 +123,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkConfig:
     """One chunk size the model was trained for."""
 
     ms: int
@@ -168,10 +168,10 @@ class Manifest:
     """Everything a bundle says of itself. `Manifest.load` checks it, `Bundle.verify` checks the files against it."""
 
     name: str
-    features: Features
-    encoder: Encoder
-    decoder: Decoder
-    chunks: tuple[Chunk, ...]
+    features: FeatureConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    chunks: tuple[ChunkConfig, ...]
     graphs: Mapping[str, Graph]  # "features-80ms", "encoder-80ms", ..., "decoder", "joint"
     weights: File
     tensors: Mapping[str, Weight]  # of front end, prediction net and joint, by name
@@ -212,7 +212,7 @@ class Manifest:
         """Where encoder frame `frame` stands in the stream's audio, in seconds."""
         return frame * self.samples_per_frame / self.features.sample_rate
 
-    def chunk(self, ms: int) -> Chunk:
+    def chunk(self, ms: int) -> ChunkConfig:
         """The chunk of `ms` milliseconds; `OptionError` names the ones there are."""
         for chunk in self.chunks:
             if chunk.ms == ms:
@@ -290,7 +290,7 @@ _TENSORS = list_of(
 _MANIFEST: dict[str, Check] = {
     "name": _NAME,
     "features": record(
-        Features,
+        FeatureConfig,
         sample_rate=whole(1000, 384_000),
         mels=whole(1, 4096),
         window=whole(2, 1 << 16),
@@ -299,7 +299,7 @@ _MANIFEST: dict[str, Check] = {
         preemphasis=number(0, 1),
     ),
     "encoder": record(
-        Encoder,
+        EncoderConfig,
         layers=whole(1, 1000),
         d_model=whole(1, 1 << 16),
         heads=whole(1, 1024),
@@ -308,7 +308,7 @@ _MANIFEST: dict[str, Check] = {
         conv_cache=whole(0, 4096),
     ),
     "decoder": record(
-        Decoder,
+        DecoderConfig,
         layers=whole(1, 100),
         hidden=whole(1, 1 << 16),
         joint=whole(1, 1 << 16),
@@ -317,7 +317,13 @@ _MANIFEST: dict[str, Check] = {
         activation=one_of("relu", "sigmoid", "tanh"),
     ),
     "chunks": list_of(
-        record(Chunk, ms=whole(1, 600_000), frames=whole(1, 10_000), left=whole(0, 1 << 16), samples=whole(1, 1 << 24)),
+        record(
+            ChunkConfig,
+            ms=whole(1, 600_000),
+            frames=whole(1, 10_000),
+            left=whole(0, 1 << 16),
+            samples=whole(1, 1 << 24),
+        ),
         1,
         64,
     ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
@@ -36,7 +36,7 @@ _CAN = {
 
 def build_engine(
     bundle: Bundle,
-    chunk: Chunk,
+    chunk: ChunkConfig,
     precision: str,
     store: PlanStore,
     *,
@@ -49,7 +49,7 @@ def build_engine(
     """The engine of one chunk size, built unless `store` has it; and whether it was built now.
 
     `backend` is "tensorrt" (for the GPU here, or for another named by `target`, "sm89") or "onnxruntime" (for this CPU,
-    or with `target` "cuda" for its CUDA provider). Wherever it can run here it is gated, and refused by `GateError` if
+    or with `target` "cuda" for its CUDA provider). Wherever it can run here it is gated, and refused by `EngineValidationError` if
     it is not as good as fp32 (`runtime.gate`). An engine in the store that is damaged is built again.
 
     Without `gated` it is not compared, and kept under a name that `open_backend` does not look for: how long a step
@@ -136,20 +136,20 @@ def _loading(bundle: Bundle, capacity: int) -> Iterator[None]:
 
 def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: int, max_batch: int) -> Any:
     """The GPU backend with an encoder for each plan, by chunk size in ms."""
-    from nemostream.runtime.backends.gpu.backend import Encoder, GpuBackend
+    from nemostream.runtime.backends.gpu.backend import GpuBackend, StepEncoder
 
-    encoders: dict[int, Encoder] = {}
+    encoders: dict[int, StepEncoder] = {}
     for ms, plan in plans.items():
         recipe = plan.recipe
         if recipe.backend == "onnxruntime":
             from nemostream.runtime.backends.gpu.onnxruntime import OrtCudaEncoder
 
             graph = bundle.graph(recipe.graph)
-            encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cell, device)
+            encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cache_dtype, device)
         else:
             from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
-            encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cell, device)
+            encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cache_dtype, device)
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
 
 
@@ -169,7 +169,7 @@ class _Maker:
 
 
 def _maker(
-    bundle: Bundle, chunk: Chunk, precision: str, backend: str, target: str | None, max_batch: int, note: str = ""
+    bundle: Bundle, chunk: ChunkConfig, precision: str, backend: str, target: str | None, max_batch: int, note: str = ""
 ) -> _Maker:
     """`note` is added to the name of the device."""
     if max_batch < 1:
@@ -204,7 +204,7 @@ def _maker(
         import onnxruntime
 
         cpu = where == "cpu"
-        cell = "float32" if cpu else graphs.CELLS[precision]
+        cache_dtype = "float32" if cpu else graphs.CELLS[precision]
         recipe = Recipe.of(
             bundle,
             chunk.ms,
@@ -213,7 +213,7 @@ def _maker(
             precision=precision,
             device=f"{where}{note}",
             max_batch=0,
-            cell=cell,
+            cache_dtype=cache_dtype,
         )
 
         def make_graph(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
@@ -243,7 +243,7 @@ def _maker(
         precision=precision,
         device=f"{target or gpu}{note}",
         max_batch=max_batch,
-        cell=graphs.CELLS[precision],
+        cache_dtype=graphs.CELLS[precision],
     )
 
     def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
@@ -273,8 +273,8 @@ def _gpu_here() -> str:
         device.close()
 
 
-def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[str, Any]:
-    from nemostream.engine.validate import run_gate
+def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress) -> dict[str, Any]:
+    from nemostream.engine.validate import validate_engine
     from nemostream.runtime.backends.cpu import OrtBackend
 
     reference = OrtBackend(bundle, capacity=2)
@@ -287,7 +287,7 @@ def _gate(bundle: Bundle, chunk: Chunk, plan: Plan, progress: Progress) -> dict[
 
         candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
     try:
-        return run_gate(
+        return validate_engine(
             bundle.manifest,
             chunk,
             plan.recipe.precision,
@@ -354,6 +354,6 @@ def _version(backend: str) -> str:
         return ""
 
 
-def check_chunks(bundle: Bundle, chunk_ms: Sequence[int] | None) -> list[Chunk]:
+def check_chunks(bundle: Bundle, chunk_ms: Sequence[int] | None) -> list[ChunkConfig]:
     """The chunks named, or all. Raises `OptionError` for one the model does not have."""
     return [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)

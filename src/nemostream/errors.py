@@ -58,7 +58,7 @@ class BackendError(NemostreamError, RuntimeError):
     exit_code = 7
 
 
-class GateError(NemostreamError, ArithmeticError):
+class EngineValidationError(NemostreamError, ArithmeticError):
     """An engine that does not say what fp32 says."""
 
     exit_code = 10

@@ -63,7 +63,7 @@ class Recipe:
     precision: str  # one of PRECISIONS
     device: str  # "cpu", "cuda" (any NVIDIA GPU), or the GPU it was made for: "sm89"
     max_batch: int
-    cell: str  # type of the caches: "float32", "float16" or "bfloat16"
+    cache_dtype: str  # type of the caches: "float32", "float16" or "bfloat16"
 
     @classmethod
     def of(cls, bundle: Bundle, chunk_ms: int, **rest: Any) -> Recipe:
@@ -111,7 +111,7 @@ _PLAN: dict[str, Check] = {
         precision=one_of(*PRECISIONS),
         device=text(r"[a-z0-9_]+(, not gated)?", "a device"),
         max_batch=whole(0, 1 << 20),
-        cell=one_of("float32", "float16", "bfloat16"),
+        cache_dtype=one_of("float32", "float16", "bfloat16"),
     ),
     "files": list_of(record(File, file=plain_name, sha256=SHA256, bytes=whole(0, 1 << 42)), 1, 16),
     "seconds": number(0, 1e9),

@@ -25,7 +25,7 @@ from nemostream.benchmarks.harness import roofline
 from nemostream.benchmarks.harness.random_bundle import random_bundle
 from nemostream.benchmarks.harness.synthetic import Sizes
 from nemostream.benchmarks.studies import features
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.base import Batch
@@ -41,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return random_bundle(tmp_path_factory.mktemp("random") / "bundle", sizes=SMALL)
 
 
-def make_backend(bundle: Bundle, chunks: Sequence[Chunk], capacity: int, device: Any = None) -> GpuBackend:
+def make_backend(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int, device: Any = None) -> GpuBackend:
     device = device or HostDevice()
     encoders = {chunk.ms: OrtEncoder(bundle, chunk, device) for chunk in chunks}
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=capacity - 1)
@@ -96,7 +96,7 @@ def test_soak(small: Bundle) -> None:
 def test_speed(small: Bundle) -> None:
     said: list[str] = []
 
-    def make(bundle: Bundle, chunks: Sequence[Chunk], capacity: int) -> tuple[GpuBackend, str]:
+    def make(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
         return make_backend(bundle, chunks, capacity), "a CPU's"
 
     short = dataclasses.replace(small.manifest, chunks=small.manifest.chunks[:2])

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CELLS, quantisable, read_encoder, write_int8_for_cpu, write_typed
 from nemostream.engines import speech
@@ -48,15 +48,15 @@ def as_fp32(path: Path) -> bytes:
     nodes = []
     for node in graph.node:
         outputs = list(node.output)
-        narrow = [name for name in outputs if types.get(name) == TensorProto.BFLOAT16]
+        to_16bit = [name for name in outputs if types.get(name) == TensorProto.BFLOAT16]
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
                 attribute.i = TensorProto.FLOAT
         for index, name in enumerate(outputs):
-            if name in narrow:
+            if name in to_16bit:
                 node.output[index] = f"{name}/wide"
         nodes.append(node)
-        for name in narrow:
+        for name in to_16bit:
             nodes.append(helper.make_node("Cast", [f"{name}/wide"], [f"{name}/bf16"], to=TensorProto.BFLOAT16))
             nodes.append(helper.make_node("Cast", [f"{name}/bf16"], [name], to=TensorProto.FLOAT))
     del graph.node[:]
@@ -69,7 +69,7 @@ def as_fp32(path: Path) -> bytes:
 
 
 def stream(
-    encoder: Any, bundle: Bundle, chunk: Chunk, audio: np.ndarray, rows: int = 1, steps: int = STEPS
+    encoder: Any, bundle: Bundle, chunk: ChunkConfig, audio: np.ndarray, rows: int = 1, steps: int = STEPS
 ) -> np.ndarray:
     """`encoded_joint` [steps, B, T, J] of one stream, or of `rows` that hear the same, louder and louder."""
     manifest, spec = bundle.manifest, bundle.manifest.encoder
@@ -132,20 +132,20 @@ def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, 
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
     types |= {t.name: t.data_type for t in inferred.initializer}
-    cell = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[CELLS[precision]]
+    cache_dtype = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[CELLS[precision]]
     layers = demo_bundle.manifest.encoder.layers
     kinds: dict[str, list[int]] = {}
     for node in model.graph.node:
         kinds.setdefault(node.op_type, []).append(types[node.input[0]])
     assert set(kinds["LayerNormalization"]) == set(kinds["Softmax"]) == {TensorProto.FLOAT}
-    assert set(kinds["MatMul"]) == {cell}
+    assert set(kinds["MatMul"]) == {cache_dtype}
     assert len(kinds["Softmax"]) == layers
     assert kinds["Conv"].count(TensorProto.FLOAT) == 1  # the first, on mel
-    assert set(kinds["Conv"]) == {TensorProto.FLOAT, cell}
+    assert set(kinds["Conv"]) == {TensorProto.FLOAT, cache_dtype}
     for value in (*model.graph.input, *model.graph.output):
         kind, name = value.type.tensor_type.elem_type, value.name
         if name.startswith(("k_", "v_", "conv_")):
-            assert kind == cell, name
+            assert kind == cache_dtype, name
         elif name not in ("position", "valid"):
             assert kind == TensorProto.FLOAT, name
     assert {output.name for output in model.graph.output} == {

@@ -30,7 +30,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.huggingface import PREPROCESSOR, load_transformers, read_nemo, their_name
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.export.bundle import export_checkpoint
 from nemostream.export.parity import stream_encoder
 from nemostream.runtime.backends.base import Batch
@@ -202,7 +202,7 @@ def test_tokens(
 
 
 def _transcribe(
-    bundle: Bundle, chunk: Chunk, streams: list[list[tuple[Floats, int]]]
+    bundle: Bundle, chunk: ChunkConfig, streams: list[list[tuple[Floats, int]]]
 ) -> list[tuple[list[int], list[int]]]:
     """Tokens and frames of each stream's chunks, all of them in one backend, batched while they last."""
     backend = OrtBackend(bundle, capacity=len(streams))

@@ -25,8 +25,8 @@ from nemostream.bundle import Bundle, Manifest
 from nemostream.errors import NemostreamError
 from nemostream.external_data import external_files
 from nemostream.plans import PlanStore, Recipe
-from nemostream.runtime.streaming.snapshot import Keeper, Saved
-from nemostream.runtime.streaming.stream import Stream
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.snapshot import Checkpointer, StreamSnapshot
 
 fuzz = settings(settings.get_profile("fuzz"))
 
@@ -150,7 +150,7 @@ def test_manifests(text: str, tmp_path: Path) -> None:
         assert weight.offset >= 0 and weight.offset + math.prod(weight.shape) <= manifest.weights.bytes
     for entry in (*manifest.graphs.values(), manifest.weights, manifest.tokenizer):
         assert (tmp_path / entry.file).resolve().is_relative_to(tmp_path.resolve())
-    Stream(manifest, manifest.chunks[0]).accept(np.zeros(3000, np.float32))
+    Chunker(manifest, manifest.chunks[0]).accept(np.zeros(3000, np.float32))
 
 
 @fuzz
@@ -191,7 +191,7 @@ RECIPE = {
     "precision": "fp16",
     "device": "sm90",
     "max_batch": 64,
-    "cell": "float16",
+    "cache_dtype": "float16",
 }
 PLAN = {
     "format": "nemostream-plan",
@@ -223,8 +223,8 @@ DEMO = Manifest.from_json((nemostream.demo_bundle() / "manifest.json").read_text
 ABOUT = {"model": "demo", "chunk_ms": 560}
 
 
-def saved_stream() -> Saved:
-    stream = Stream(DEMO, DEMO.chunk(560))
+def saved_stream() -> StreamSnapshot:
+    stream = Chunker(DEMO, DEMO.chunk(560))
     stream.accept(np.full(20_000, 0.1, np.float32))
     covered = 0
     while stream.queued:
@@ -232,8 +232,8 @@ def saved_stream() -> Saved:
     stream.hypothesis.extend([5, 6], [1280, 2560], [-0.5, -0.25], [1.5, 1.25])
     slot = {"position": np.array(covered), "node": np.array(0), "h": np.zeros((1, 4), np.float32)}
     guard = {"counts": np.array([0, 0], np.int64)}
-    parts = {"stream": stream.save(), "said": stream.hypothesis.save(), "guard": guard, "slot": slot}
-    return Saved(parts, 20_000, "ab" * 16)
+    parts = {"stream": stream.save(), "hypothesis": stream.hypothesis.save(), "guard": guard, "slot": slot}
+    return StreamSnapshot(parts, 20_000, "ab" * 16)
 
 
 SAVED = saved_stream()
@@ -246,19 +246,19 @@ class Guard:
     def load(self, state: Any) -> None: ...
 
 
-def restored(path: Path) -> Stream | None:
+def restored(path: Path) -> Chunker | None:
     """The stream that a file is the state of; it must be one that can go on."""
-    keeper = Keeper(path, ABOUT)
-    saved = keeper.load()
+    checkpointer = Checkpointer(path, ABOUT)
+    saved = checkpointer.load()
     if saved is None:
         return None
-    stream = Stream(DEMO, DEMO.chunk(560))
-    keeper.restore(saved, {"stream": stream, "said": stream.hypothesis, "guard": Guard()}, 896, 1)
+    stream = Chunker(DEMO, DEMO.chunk(560))
+    checkpointer.restore(saved, {"stream": stream, "hypothesis": stream.hypothesis, "guard": Guard()}, 896, 1)
     return stream
 
 
-def write(path: Path, saved: Saved) -> bytes:
-    Keeper(path, ABOUT).save(saved)
+def write(path: Path, saved: StreamSnapshot) -> bytes:
+    Checkpointer(path, ABOUT).save(saved)
     return path.read_bytes()
 
 
@@ -302,7 +302,9 @@ def test_states_with_other_arrays(data: st.DataObject, tmp_path: Path) -> None:
         else:
             parts[part][name] = data.draw(arrays(SAVED.parts[part][name]))
     samples = data.draw(st.sampled_from([20_000, 20_000, 0, -1, 2**60]))
-    write(tmp_path / "state", Saved(parts, samples, data.draw(st.sampled_from(["ab" * 16, "", "é", "x" * 1000]))))
+    write(
+        tmp_path / "state", StreamSnapshot(parts, samples, data.draw(st.sampled_from(["ab" * 16, "", "é", "x" * 1000])))
+    )
     try:
         stream = restored(tmp_path / "state")
     except NemostreamError as error:
@@ -310,7 +312,7 @@ def test_states_with_other_arrays(data: st.DataObject, tmp_path: Path) -> None:
         return
     assert stream is not None and stream.samples == 20_000
     stream.accept(np.zeros(30_000, np.float32))  # what was accepted goes on, and comes to its end
-    stream.end()
+    stream.finish()
     assert stream.queued < 100 and all(0 <= token < 896 for token in stream.hypothesis.tokens)
 
 

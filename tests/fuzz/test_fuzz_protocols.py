@@ -98,7 +98,7 @@ NAMES = [
     "encoding",
     "chunk_ms",
     "endpoint_ms",
-    "longest_ms",
+    "max_utterance_ms",
     "decoder",
     "phrases",
     "vad",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from nemostream.bundle import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, File, Manifest
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +47,12 @@ def bundle(tmp_path_factory, tokenizer_model) -> Bundle:
     vocabulary = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
     manifest = Manifest(
         name="fake",
-        features=Features(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
-        encoder=Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
-        decoder=Decoder(layers=2, hidden=640, joint=640, vocabulary=vocabulary, max_symbols=10, activation="relu"),
-        chunks=tuple(Chunk(ms=80 * t, frames=t, left=70, samples=1280 * t) for t in (1, 2, 7, 14)),
+        features=FeatureConfig(sample_rate=16000, mels=128, window=400, hop=160, n_fft=512, preemphasis=0.97),
+        encoder=EncoderConfig(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8),
+        decoder=DecoderConfig(
+            layers=2, hidden=640, joint=640, vocabulary=vocabulary, max_symbols=10, activation="relu"
+        ),
+        chunks=tuple(ChunkConfig(ms=80 * t, frames=t, left=70, samples=1280 * t) for t in (1, 2, 7, 14)),
         graphs={},
         weights=File("weights.bin", "", 0),
         tensors={},

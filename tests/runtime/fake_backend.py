@@ -94,11 +94,11 @@ class FakeBackend:
             self.position[slot] = self.checksum[slot] = 0
             self.phrases[slot] = None
 
-    def forget(self, slots: np.ndarray) -> None:
+    def reset_decoder(self, slots: np.ndarray) -> None:
         self._on_one_thread()
         self.forgotten += [(slot, self.position[slot]) for slot in slots.tolist()]
 
-    def boost(self, slot: int, phrases: Boosting | None) -> None:
+    def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
         self._on_one_thread()
         self.on_boost(slot, phrases)
         self.phrases[slot] = phrases
@@ -138,8 +138,8 @@ class FakeBackend:
             self.position[slot] = start + batch.chunk.frames
         self.most_in_flight = max(self.most_in_flight, sum(self.in_flight.values()))
         scores = tuple(-np.arange(len(row), dtype=np.float32) for row in tokens)
-        powers = tuple(1 + np.arange(len(row), dtype=np.float32) for row in tokens)
-        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), scores, powers, np.array(failed, bool)))
+        sum_p_alpha = tuple(1 + np.arange(len(row), dtype=np.float32) for row in tokens)
+        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), scores, sum_p_alpha, np.array(failed, bool)))
 
     def close(self) -> None:
         self._on_one_thread()

@@ -277,7 +277,7 @@ def test_async_streams_run_together(model, check):
     asyncio.run(main())
 
 
-class Gate:
+class ChunkFilter:
     """Holds the scheduler's thread inside a step."""
 
     def __init__(self) -> None:
@@ -293,7 +293,7 @@ def test_a_cancelled_task_loses_no_audio_and_hurts_nobody(model, backend, check,
     audio = noise(9, 30_000)
 
     async def main():
-        backend.on_result = gate = Gate()
+        backend.on_result = gate = ChunkFilter()
         stream, other = model.astream(), model.astream()
         if verb == "finish":
             gate.opened.set()
@@ -317,7 +317,7 @@ def test_a_cancelled_task_loses_no_audio_and_hurts_nobody(model, backend, check,
 
 def test_an_abandoned_async_stream_frees_its_slot(model, backend, check):
     async def main():
-        backend.on_result = gate = Gate()
+        backend.on_result = gate = ChunkFilter()
         async with model.astream() as stream:
             task = asyncio.create_task(stream.push(noise(0, 30_000)))
             await asyncio.to_thread(gate.entered.wait, WAIT)

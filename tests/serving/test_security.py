@@ -190,12 +190,12 @@ async def samples(decoders: DecoderPool, path: Path) -> Any:
 
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1)])
 def test_a_decoder_process_gives_what_the_library_reads(pool: Any, tmp_path: Path, rate: int, channels: int) -> None:
-    from nemostream.runtime.audio.sources import Intake, Recording
+    from nemostream.runtime.audio.sources import AudioPreprocessor, Recording
 
     noise = np.random.default_rng(1).uniform(-0.5, 0.5, (rate * 9, channels)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", noise, rate)
     found, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
-    intake = Intake(rate, channels, 16000)
+    intake = AudioPreprocessor(rate, channels, 16000)
     with Recording(tmp_path / "a.flac") as recording:
         wanted = [block for part in recording.blocks() for block in intake.push(part)]
     np.testing.assert_array_equal(found, np.concatenate([*wanted, intake.finish()]))

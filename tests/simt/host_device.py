@@ -17,7 +17,7 @@ import onnxruntime as ort
 from cuda_on_cpu import compile_for_cpu
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 from nemostream.runtime.backends.gpu import kernels
 
@@ -46,7 +46,7 @@ class HostDevice:
         self._recording: list[Work] | None = None
         self._conditions: list[NDArray[np.uint32]] = []
 
-    def adopt(self) -> None:
+    def make_current(self) -> None:
         self.thread = threading.get_ident()
 
     def allocate(self, size: int) -> int:
@@ -182,9 +182,9 @@ class HostKernels:
 class OrtEncoder:
     """The bundle's own fp32 encoder graph as a device's encoder. A GPU's memory it copies, which cannot be recorded."""
 
-    cell = "float32"
+    cache_dtype = "float32"
 
-    def __init__(self, bundle: Bundle, chunk: Chunk, device: Any, capturable: bool = True) -> None:
+    def __init__(self, bundle: Bundle, chunk: ChunkConfig, device: Any, capturable: bool = True) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         graph = f"encoder-{chunk.ms}ms"

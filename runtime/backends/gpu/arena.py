@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, CapacityError
 from nemostream.runtime.backends.base import Emissions, check_state
 from nemostream.runtime.backends.gpu import kernels
@@ -36,11 +36,11 @@ class Arena:
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, cell: str, capacity: int, max_batch: int, chunks: list[Chunk]
+        self, bundle: Bundle, device: Device, cache_dtype: str, capacity: int, max_batch: int, chunks: list[ChunkConfig]
     ) -> None:
         manifest = self._manifest = bundle.manifest
         # numpy has no bfloat16: its bits.
-        self._cell = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[cell])
+        self._cell = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[cache_dtype])
         self._device = device
         self._rows = -(-max_batch // 4) * 4
         self._most_frames = max(chunk.frames for chunk in chunks)
@@ -58,7 +58,7 @@ class Arena:
                 + (f"load the model with capacity={fit} or less." if fit > 0 else "choose a smaller max_batch.")
             )
         self.step = np.zeros(1, kernels.STEP)[0]
-        arrays = kernels.weights(bundle, cell) | kernels.start_state(bundle)
+        arrays = kernels.weights(bundle, cache_dtype) | kernels.start_state(bundle)
         for name, size in (self.slot_bytes | buffers | {name: a.nbytes for name, a in arrays.items()}).items():
             self.step[name] = device.allocate(size)
         for name, array in arrays.items():
@@ -132,7 +132,7 @@ class Arena:
             "records": kernels.RECORD.itemsize * self._records,
         }
 
-    def view(self, chunk: Chunk, rows: int, in_place: bool) -> np.void:
+    def view(self, chunk: ChunkConfig, rows: int, in_place: bool) -> np.void:
         """The kernels' argument for a step of that chunk size and so many rows."""
         step = self.step.copy()
         step["rows"], step["frames"], step["samples"] = rows, chunk.frames, chunk.samples
@@ -163,25 +163,27 @@ class Arena:
 
     # -- the lanes -----------------------------------------------------------------------------------------------------
 
-    def rows_of(self, lane: int) -> NDArray[np.int32]:
-        return self._in[lane * self._in_bytes :][: 4 * self._rows].view(np.int32)
+    def rows_of(self, buffer_index: int) -> NDArray[np.int32]:
+        return self._in[buffer_index * self._in_bytes :][: 4 * self._rows].view(np.int32)
 
-    def lengths_of(self, lane: int) -> NDArray[np.int32]:
-        return self._in[lane * self._in_bytes + 4 * self._rows :][: 4 * self._rows].view(np.int32)
+    def lengths_of(self, buffer_index: int) -> NDArray[np.int32]:
+        return self._in[buffer_index * self._in_bytes + 4 * self._rows :][: 4 * self._rows].view(np.int32)
 
-    def audio_of(self, lane: int) -> NDArray[np.float32]:
-        return self._in[lane * self._in_bytes + 8 * self._rows : (lane + 1) * self._in_bytes].view(np.float32)
+    def audio_of(self, buffer_index: int) -> NDArray[np.float32]:
+        return self._in[buffer_index * self._in_bytes + 8 * self._rows : (buffer_index + 1) * self._in_bytes].view(
+            np.float32
+        )
 
-    def undecided(self, lane: int) -> bool:
+    def undecided(self, buffer_index: int) -> bool:
         """Whether the step's loop ended before its rows did."""
-        return bool(self._out[lane * self._out_bytes :][4:8].view(np.int32)[0])
+        return bool(self._out[buffer_index * self._out_bytes :][4:8].view(np.int32)[0])
 
-    def emissions(self, lane: int, rows: Any, bucket: int) -> Emissions:
+    def emissions(self, buffer_index: int, rows: Any, bucket: int) -> Emissions:
         """What a step said, of `rows` of its bucket. Copies.
 
         Records come in the order of iterations, so a stable sort by row leaves each row's in theirs.
         """
-        out = self._out[lane * self._out_bytes : (lane + 1) * self._out_bytes]
+        out = self._out[buffer_index * self._out_bytes : (buffer_index + 1) * self._out_bytes]
         count, start = int(out[:4].view(np.int32)[0]), 16 + 4 * self._rows
         failed = out[16:start].view(np.int32)[rows] != 0
         records = out[start:][: kernels.RECORD.itemsize * count].view(kernels.RECORD)
@@ -189,13 +191,13 @@ class Arena:
         counts = np.bincount(said["row"], minlength=bucket)
         ends = np.cumsum(counts)
         tokens, frames = [_NO_TOKENS] * len(rows), [_NO_FRAMES] * len(rows)
-        scores, powers = [_NO_SCORES] * len(rows), [_NO_SCORES] * len(rows)
+        scores, sum_p_alpha = [_NO_SCORES] * len(rows), [_NO_SCORES] * len(rows)
         for index in np.flatnonzero(counts[rows]).tolist():
             row = rows[index]
             part = said[ends[row] - counts[row] : ends[row]]
             tokens[index], frames[index] = part["token"].astype(np.int32), part["frame"].astype(np.int64)
-            scores[index], powers[index] = part["score"].astype(np.float32), part["power"].astype(np.float32)
-        return Emissions(tuple(tokens), tuple(frames), tuple(scores), tuple(powers), failed)
+            scores[index], sum_p_alpha[index] = part["score"].astype(np.float32), part["power"].astype(np.float32)
+        return Emissions(tuple(tokens), tuple(frames), tuple(scores), tuple(sum_p_alpha), failed)
 
     # -- phrases -------------------------------------------------------------------------------------------------------
 

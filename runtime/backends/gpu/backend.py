@@ -28,13 +28,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.plans import no_engine
 from nemostream.runtime.backends.base import Batch, Emissions, at_least_one
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.arena import Arena
-from nemostream.runtime.backends.gpu.device import Device, Mark
+from nemostream.runtime.backends.gpu.device import Device, DeviceEvent
 from nemostream.runtime.decoding.boosting import Boosting
 
 Ints = NDArray[np.int64]
@@ -46,10 +46,10 @@ UNROLLED = 3  # iterations recorded where the device cannot end the loop itself:
 _WIDE = 64  # blocks along the rows of a decoding product: what is beyond is met by looping
 
 
-class Encoder(Protocol):
+class StepEncoder(Protocol):
     """The encoder step of one chunk size on the device, built by `nemostream build`."""
 
-    cell: str  # type of the caches: "float32", "float16" or "bfloat16"
+    cache_dtype: str  # type of the caches: "float32", "float16" or "bfloat16"
     capturable: bool  # whether `enqueue` may be part of a recording
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
@@ -78,7 +78,7 @@ class GpuBackend:
         self,
         bundle: Bundle,
         device: Device,
-        encoders: Mapping[int, Encoder],
+        encoders: Mapping[int, StepEncoder],
         capacity: int = 64,
         max_batch: int | None = None,
         loop: str = "while",
@@ -86,7 +86,7 @@ class GpuBackend:
         at_least_one(capacity=capacity, max_batch=max_batch)
         if loop not in LOOPS:
             raise OptionError(f"loop is {loop!r}; choose one of {', '.join(LOOPS)}.")
-        cells = {encoder.cell for encoder in encoders.values()}
+        cells = {encoder.cache_dtype for encoder in encoders.values()}
         if len(cells) != 1:
             raise OptionError(f"the engines keep their caches as {' and '.join(sorted(cells)) or 'none'}, not alike.")
         self.manifest = bundle.manifest
@@ -96,14 +96,14 @@ class GpuBackend:
         self._chunks = {ms: self.manifest.chunk(ms) for ms in encoders}
         self._encoders = dict(encoders)
         self._device = device
-        (self.cell,) = cells
-        macros = kernels.macros(self.manifest, self.cell, conditional=loop == "while")
-        device.adopt()
+        (self.cache_dtype,) = cells
+        macros = kernels.macros(self.manifest, self.cache_dtype, conditional=loop == "while")
+        device.make_current()
         self._kernels = device.kernels(macros, kernels.entries(self.manifest))
-        self._memory = Arena(bundle, device, self.cell, capacity, self.max_batch, list(self._chunks.values()))
+        self._memory = Arena(bundle, device, self.cache_dtype, capacity, self.max_batch, list(self._chunks.values()))
         self._lane = 0
         self._pending: list[_Step | None] = [None, None]
-        self._resetting: Mark | None = None
+        self._resetting: DeviceEvent | None = None
         self.reset(np.arange(capacity))
         self._recordings: dict[tuple[int, int, bool], _Recording] = {}
         self.failures = self._kernels.failures[:]  # why better kinds of kernels or of loop are not used
@@ -124,12 +124,12 @@ class GpuBackend:
         for slot in slots.tolist():
             self._memory.place(slot, None)
 
-    def forget(self, slots: Ints) -> None:
+    def reset_decoder(self, slots: Ints) -> None:
         self._settle()
         for slot in slots.tolist():
             self._tell("forget", slot)
 
-    def boost(self, slot: int, phrases: Boosting | None) -> None:
+    def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
         self._settle()
         self._tell("boost", slot, self._memory.place(slot, phrases))
 
@@ -142,7 +142,7 @@ class GpuBackend:
         self._memory.load(slot, state)
 
     def submit(self, batch: Batch) -> _Step:
-        self._device.adopt()
+        self._device.make_current()
         recording, rows = self._prepare(batch)
         step = _Step(self, recording, rows, self._lane)
         self._pending[self._lane] = step
@@ -153,7 +153,7 @@ class GpuBackend:
 
     def encode(self, batch: Batch) -> tuple[Floats, Ints]:
         """The step without decoding, not recorded: `encoded_joint` [B, T, J], and how many frames each row has."""
-        self._device.adopt()
+        self._device.make_current()
         recording, rows = self._prepare(batch)
         _all(recording.undecoded)
         self._device.mark().wait()
@@ -166,7 +166,7 @@ class GpuBackend:
         return encoded[rows], counts[rows].astype(np.int64)
 
     def close(self) -> None:
-        self._device.adopt()
+        self._device.make_current()
         self._recordings.clear()
         for encoder in self._encoders.values():
             encoder.close()
@@ -180,7 +180,7 @@ class GpuBackend:
 
     def _settle(self) -> None:
         """What is queued from here on comes after every step submitted, also where the host has a part in its loop."""
-        self._device.adopt()
+        self._device.make_current()
         for step in self._pending:
             if step and self.loop != "while":
                 step.collect()
@@ -203,7 +203,7 @@ class GpuBackend:
                     raise BackendError(f"no step can be run on {self._device.name}: {reasons}") from error
         raise AssertionError("the last kind either works or raises")
 
-    def _record(self, chunk: Chunk, rows: int, in_place: bool, kind: str) -> _Recording:
+    def _record(self, chunk: ChunkConfig, rows: int, in_place: bool, kind: str) -> _Recording:
         old = self._recordings.get((chunk.ms, rows, in_place))
         encoder, step = self._encoders[chunk.ms], self._memory.view(chunk, rows, in_place)
         enqueue = old.enqueue if old else encoder.bind(rows, self._memory.addresses(step, in_place))
@@ -254,7 +254,7 @@ class GpuBackend:
         return _Recording(rows, enqueue, undecoded, stages, None if kind == "while" else more)
 
     def _staged(
-        self, chunk: Chunk, work: list[Callable[[], None]], enqueue: Callable[[], None], kind: str
+        self, chunk: ChunkConfig, work: list[Callable[[], None]], enqueue: Callable[[], None], kind: str
     ) -> list[Callable[[], None]]:
         """Work with `enqueue`, the encoder, in it, in as few launches as that kind of loop and encoder allow."""
         if kind == "eager":
@@ -274,7 +274,7 @@ class GpuBackend:
             raise no_engine(batch.chunk.ms, self._chunks)
         for step in self._pending:
             # The lane's last step must be over; where the host takes part in the loop, any step before.
-            if step and (step.lane == self._lane or self.loop != "while"):
+            if step and (step.buffer_index == self._lane or self.loop != "while"):
                 step.collect()
         bucket = self._bucket(len(batch.slots))
         top = int(batch.slots.max()) + 1
@@ -308,10 +308,10 @@ class _Recording:
 class _Step:
     """A step under way on one of the two lanes."""
 
-    def __init__(self, backend: GpuBackend, recording: _Recording, rows: Ints, lane: int) -> None:
+    def __init__(self, backend: GpuBackend, recording: _Recording, rows: Ints, buffer_index: int) -> None:
         self._backend, self._recording, self._rows = backend, recording, rows
-        self.lane = lane
-        self.mark: Mark | None = None
+        self.buffer_index = buffer_index
+        self.mark: DeviceEvent | None = None
         self._emissions: Emissions | None = None
         self._error: BackendError | None = None
 
@@ -325,18 +325,18 @@ class _Step:
     def collect(self) -> None:
         """Wait, and take the answer out of the lane before another step needs it."""
         backend = self._backend
-        if backend._pending[self.lane] is not self:
+        if backend._pending[self.buffer_index] is not self:
             return
-        backend._pending[self.lane] = None
+        backend._pending[self.buffer_index] = None
         try:
             if self.mark is None:
                 raise BackendError("the step could not be started.")
-            backend._device.adopt()
+            backend._device.make_current()
             self.mark.wait()
-            while backend._memory.undecided(self.lane) and self._recording.again:
+            while backend._memory.undecided(self.buffer_index) and self._recording.again:
                 self._recording.again()
                 backend._device.mark().wait()
-            self._emissions = backend._memory.emissions(self.lane, self._rows, self._recording.rows)
+            self._emissions = backend._memory.emissions(self.buffer_index, self._rows, self._recording.rows)
         except BackendError as error:
             self._error = error
 
@@ -349,10 +349,10 @@ def _all(work: list[Callable[[], None]]) -> None:
 def buckets(most: int) -> tuple[int, ...]:
     """Batch sizes that are recorded: powers of two and, from 16 on, the ones halfway; `most` is the last."""
     sizes = itertools.takewhile(
-        lambda size: size < most, (size for power in itertools.count() for size in _between(1 << power))
+        lambda size: size < most, (size for sum_p_alpha in itertools.count() for size in _between(1 << sum_p_alpha))
     )
     return (*sizes, most)
 
 
-def _between(power: int) -> tuple[int, ...]:
-    return (power,) if power < 16 else (power, power * 3 // 2)
+def _between(sum_p_alpha: int) -> tuple[int, ...]:
+    return (sum_p_alpha,) if sum_p_alpha < 16 else (sum_p_alpha, sum_p_alpha * 3 // 2)

@@ -71,7 +71,7 @@ class CudaDevice:
         free, _ = self._call("cuMemGetInfo")
         return int(free)
 
-    def adopt(self) -> None:
+    def make_current(self) -> None:
         if not getattr(self._adopted, "here", False):
             self._device.set_current()
             self._adopted.here = True
@@ -135,8 +135,8 @@ class CudaDevice:
             raise
         body.end_building()
 
-    def mark(self) -> CudaMark:
-        return CudaMark(self, self._main.record())
+    def mark(self) -> CudaEvent:
+        return CudaEvent(self, self._main.record())
 
     def close(self) -> None:
         if self._closed:
@@ -190,7 +190,7 @@ class CudaGraph:
             raise BackendError(f"the GPU failed to start a step: {error}") from error
 
 
-class CudaMark:
+class CudaEvent:
     def __init__(self, device: CudaDevice, event: Any) -> None:
         self._device, self._event = device, event
 

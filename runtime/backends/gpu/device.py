@@ -19,7 +19,7 @@ class Launchable(Protocol):
     def launch(self) -> None: ...
 
 
-class Mark(Protocol):
+class DeviceEvent(Protocol):
     """A moment in the device's work."""
 
     def wait(self) -> None:
@@ -52,7 +52,7 @@ class Device(Protocol):
         """Memory that can still be allocated."""
         ...
 
-    def adopt(self) -> None:
+    def make_current(self) -> None:
         """From now on this thread is the one that uses the device. Cheap if it was before."""
         ...
 
@@ -86,6 +86,6 @@ class Device(Protocol):
         """While recording: `work` again and again as long as the condition, asked before each time, is not 0."""
         ...
 
-    def mark(self) -> Mark: ...
+    def mark(self) -> DeviceEvent: ...
 
     def close(self) -> None: ...

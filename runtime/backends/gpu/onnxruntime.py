@@ -39,11 +39,11 @@ class OrtCudaEncoder:
 
     capturable = False  # ONNX Runtime records by itself; one recording cannot hold another
 
-    def __init__(self, path: Path, graph: Graph, cell: str, device: CudaDevice) -> None:
+    def __init__(self, path: Path, graph: Graph, cache_dtype: str, device: CudaDevice) -> None:
         check_provider()
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA's libraries from their own Python packages
-        self.cell, self._graph, self._path = cell, graph, path
+        self.cache_dtype, self._graph, self._path = cache_dtype, graph, path
         options = ort.SessionOptions()
         options.log_severity_level = 3
         provider = {
@@ -66,7 +66,7 @@ class OrtCudaEncoder:
             for tensor in tensors:
                 if tensor.name not in addresses:  # `encoded`, which nobody reads
                     continue
-                kind = _TYPES[self.cell] if tensor.name.startswith(caches) else np.dtype(tensor.dtype).type
+                kind = _TYPES[self.cache_dtype] if tensor.name.startswith(caches) else np.dtype(tensor.dtype).type
                 shape = [rows if axis == "B" else int(axis) for axis in tensor.shape]
                 bind(tensor.name, "cuda", 0, kind, shape, addresses[tensor.name])
         self._recordings += 1

@@ -21,19 +21,19 @@ _ALIGNMENT = 256  # of the memory a context works in
 class TrtEncoder:
     """The engine in `path`, built by the module `library` ("tensorrt" or "tensorrt_rtx") for this very GPU.
 
-    `cell` is the type of its caches. Raises `BackendError` if the library is missing, or refuses the engine.
+    `cache_dtype` is the type of its caches. Raises `BackendError` if the library is missing, or refuses the engine.
     """
 
     capturable = True
 
-    def __init__(self, path: Path, library: str, cell: str, device: CudaDevice) -> None:
+    def __init__(self, path: Path, library: str, cache_dtype: str, device: CudaDevice) -> None:
         try:
             trt = self._trt = import_module(library)
         except ImportError as error:
             raise BackendError(
                 f"{path} needs {library} ({error}): {install_command(library.replace('_', '-'))}."
             ) from error
-        self.cell, self._device, self._path = cell, device, path
+        self.cache_dtype, self._device, self._path = cache_dtype, device, path
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         blob = path.read_bytes()
         self._engine = self._runtime.deserialize_cuda_engine(blob)

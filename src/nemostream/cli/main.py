@@ -37,7 +37,7 @@ _ENGINES = "Folder of engines. Default: ~/.cache/nemostream/engines."
 _COMPLETION = "_NEMOSTREAM_COMPLETE"  # set by the shell's completion script
 
 # Panels of `--help`.
-_INPUT, _RECOGNITION, _OUTPUT, _ENGINE = "Input", "Recognition", "Output", "Model and engine"
+_INPUT, _RECOGNITION, _OUTPUT, _ENGINE = "Input", "StreamSession", "Output", "Model and engine"
 _SPEECH, _MODELS, _MACHINE = "Speech to text", "Models", "This machine"
 
 app = typer.Typer(

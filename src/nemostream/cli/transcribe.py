@@ -376,9 +376,9 @@ class _Speech:
         with suppress(*[ends] if ends else []):
             for block in blocks:
                 pushed += len(block)
-                self.take(stream.hear(block))
+                self.take(stream.push_events(block))
                 self._captions.heard(self._index, pushed / rate)
-        self.take(stream.end())
+        self.take(stream.finish_events())
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:

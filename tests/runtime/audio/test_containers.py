@@ -18,7 +18,7 @@ from nemostream.errors import AudioError, OptionError, TruncatedAudioError
 from nemostream.runtime.audio import files
 from nemostream.runtime.audio.containers import WavStream, container_of, undecided
 from nemostream.runtime.audio.parts import parts_of
-from nemostream.runtime.audio.sources import Intake, Recording, opened, piped, read_pcm16
+from nemostream.runtime.audio.sources import AudioPreprocessor, Recording, opened, piped, read_pcm16
 
 RNG = np.random.default_rng(5)
 # Noise that rises and falls: the encoders of MP3 and Opus write frames of many sizes.
@@ -213,13 +213,13 @@ def test_an_array_of_a_files_bytes_is_rejected(kind: str, size: int, form: str) 
         pcm = np.frombuffer(data, "<f4")
     elif form != "int16":
         pcm = pcm.astype(np.float64 if form == "float64" else np.float32) / (32767 if form.endswith("7") else 32768)
-    intake = Intake(16000, 1, 16000)
+    preprocessor = AudioPreprocessor(16000, 1, 16000)
     with (
         np.errstate(all="ignore"),
         pytest.raises(AudioError, match=f"bytes of a {NAMES[kind]} file|integers|int16|NaN"),
     ):
         for start in range(0, len(pcm), size):
-            for _ in intake.push(pcm[start : start + size]):
+            for _ in preprocessor.push(pcm[start : start + size]):
                 pass
 
 
@@ -227,8 +227,8 @@ def test_an_array_of_samples_is_not() -> None:
     for name, data in samples_of_all_kinds().items():
         pcm = np.frombuffer(data, "<f4" if name.endswith("float") else "<i2")
         for size in (1, 4096):
-            intake = Intake(16000, 1, 16000)
-            got = [block for start in range(0, 4096, size) for block in intake.push(pcm[start : start + size])]
+            preprocessor = AudioPreprocessor(16000, 1, 16000)
+            got = [block for start in range(0, 4096, size) for block in preprocessor.push(pcm[start : start + size])]
             assert sum(map(len, got)) == 4096
 
 
@@ -641,24 +641,24 @@ def test_memory_is_bounded_for_long_compressed_files(tmp_path: Path) -> None:
 def test_floats_on_the_scale_of_integers_are_rejected_before_anything_is_taken(dtype: type, at: int) -> None:
     pcm = np.zeros(files.BLOCK * 2, dtype)
     pcm[at] = -20_000
-    intake = Intake(16000, 1, 16000)
+    preprocessor = AudioPreprocessor(16000, 1, 16000)
     with pytest.raises(
         AudioError, match=f"value 20000 at sample {at} .*int16 scale: divide by 32768.*none of it was taken"
     ):
-        intake.push(pcm)
-    assert intake.received == 0
+        preprocessor.push(pcm)
+    assert preprocessor.received == 0
 
 
 def test_the_scale_is_named() -> None:
     with pytest.raises(AudioError, match=r"divide by 2\*\*23 or 2\*\*31"):
-        Intake(16000, 1, 16000).push(np.array([0.0, 5e6]))
+        AudioPreprocessor(16000, 1, 16000).push(np.array([0.0, 5e6]))
     with pytest.raises(AudioError, match=r"at sample 1 of.*int16 scale"):
-        Intake(16000, 2, 16000).push(np.array([[0.0, 0.0], [0.0, 900.0]]))
+        AudioPreprocessor(16000, 2, 16000).push(np.array([[0.0, 0.0], [0.0, 900.0]]))
 
 
 def test_a_recording_that_clips_is_accepted(tmp_path: Path) -> None:
     loud = np.array([-8.0, 8.0, 3.0], np.float32)
-    assert np.concatenate(list(Intake(16000, 1, 16000).push(loud))).tolist() == loud.tolist()
+    assert np.concatenate(list(AudioPreprocessor(16000, 1, 16000).push(loud))).tolist() == loud.tolist()
     path = tmp_path / "a.wav"
     soundfile.write(path, loud, 16000, subtype="FLOAT")
     assert read(path)[:, 0].tolist() == loud.tolist()
@@ -678,7 +678,7 @@ def test_a_float_file_on_the_scale_of_integers_is_rejected_by_name(tmp_path: Pat
 @pytest.mark.parametrize("rate", ["16000", b"16000", None, True, [16000], 16000 + 0j])
 def test_a_rate_that_is_no_number(rate: Any) -> None:
     with pytest.raises(OptionError, match="sample_rate is "):
-        Intake(rate, 1, 16000)
+        AudioPreprocessor(rate, 1, 16000)
     with pytest.raises(OptionError, match="sample_rate is "), opened(NOISE, rate, 1):
         pass
 
@@ -686,13 +686,13 @@ def test_a_rate_that_is_no_number(rate: Any) -> None:
 @pytest.mark.parametrize("channels", ["1", None, 1.5, True, float("nan")])
 def test_channels_that_are_no_number(channels: Any) -> None:
     with pytest.raises(OptionError, match="channels is "):
-        Intake(16000, channels, 16000)
+        AudioPreprocessor(16000, channels, 16000)
 
 
 @pytest.mark.parametrize("rate", [np.int64(16000), np.float32(16000), 16000.0])
 def test_numpys_numbers_are_numbers(rate: Any) -> None:
-    intake = Intake(rate, np.int8(1), 16000)
-    assert (intake.sample_rate, intake.channels) == (16000, 1)
+    preprocessor = AudioPreprocessor(rate, np.int8(1), 16000)
+    assert (preprocessor.sample_rate, preprocessor.channels) == (16000, 1)
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 5), (2, 3, 4)])

@@ -108,18 +108,18 @@ def test_audio_after_it_is_a_recording_of_its_own(model, fake, first, silences, 
 def test_nothing_of_it_is_run_and_time_goes_on(bundle, fake):
     backend = fake.FakeBackend(bundle.manifest)
     with Model(bundle, backend) as model, model.stream(chunk_ms=560, endpoint=Endpoint(silence_ms=15_000)) as stream:
-        stream.hear(np.concatenate([noise(1, RATE), zeros(LONGEST)]))
+        stream.push_events(np.concatenate([noise(1, RATE), zeros(LONGEST)]))
         steps = len(backend.batches)
-        events = stream.hear(zeros(60 * RATE))
+        events = stream.push_events(zeros(60 * RATE))
         assert len(backend.batches) == steps + 1  # the rest of the chunk, as at the end of a recording
         assert stream.result.decoded == pytest.approx(71, abs=0.56)
         # The rule of silence goes on counting; the fake emits tokens at every frame up to the 11th second.
         (end,) = (event for event in events if event.kind == "end")
         assert (end.reason, end.end) == ("silence", pytest.approx(11 + 15, abs=0.3))
-        stream.use(80)
-        stream.hear(noise(2, RATE))
+        stream.set_chunk_ms(80)
+        stream.push_events(noise(2, RATE))
         assert backend.batches[-1][0] == 80 and backend.position[0] <= 13  # the slot was reset
-        last = stream.end()[-1]
+        last = stream.finish_events()[-1]
         assert (last.reason, last.end) == ("finish", 72.0)
 
 
@@ -130,11 +130,11 @@ def test_it_may_end_or_cut_a_stream(model, fake):
         result = model.transcribe(np.concatenate([audio, zeros(end)]))
         assert [token.id for token in result.tokens] == [token.id for token in alone.tokens]
         with model.stream() as stream:
-            stream.hear(np.concatenate([audio, zeros(end)]))
-            assert stream.endpoint()[-1].end == (len(audio) + end) / RATE
+            stream.push_events(np.concatenate([audio, zeros(end)]))
+            assert stream.end_utterance()[-1].end == (len(audio) + end) / RATE
             # After a forced end zeros are counted anew.
-            stream.hear(zeros(2000))
-            stream.end()
+            stream.push_events(zeros(2000))
+            stream.finish_events()
             tail = fake.expected(zeros(2000), model.manifest.decoder.vocabulary)[0]
             assert [token.id for token in stream.result.tokens] == [token.id for token in alone.tokens] + tail
 

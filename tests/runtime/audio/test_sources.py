@@ -12,33 +12,36 @@ from hypothesis import strategies as st
 
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.audio import sources
-from nemostream.runtime.audio.sources import Intake, Recording, read_pcm16
+from nemostream.runtime.audio.sources import AudioPreprocessor, Recording, read_pcm16
 
 RNG = np.random.default_rng(3)
 NOISE = (RNG.standard_normal(200_000) * 0.1).astype(np.float32)
 
 
-def take(intake: Intake, *pushes: np.ndarray) -> np.ndarray:
-    blocks = [block for pcm in pushes for block in intake.push(pcm)]
-    return np.concatenate([np.zeros(0, np.float32), *blocks, intake.finish()])
+def take(preprocessor: AudioPreprocessor, *pushes: np.ndarray) -> np.ndarray:
+    blocks = [block for pcm in pushes for block in preprocessor.push(pcm)]
+    return np.concatenate([np.zeros(0, np.float32), *blocks, preprocessor.finish()])
 
 
 def test_integers_are_scaled_by_their_full_range_and_floats_kept():
     for pcm, scale in ((np.array([-32768, 0, 16384], np.int16), 32768), (np.array([-(2**31), 2**30], np.int32), 2**31)):
-        assert take(Intake(16000, 1, 16000), pcm).tolist() == (pcm / scale).tolist()
+        assert take(AudioPreprocessor(16000, 1, 16000), pcm).tolist() == (pcm / scale).tolist()
     for dtype in (np.float16, np.float32, np.float64, ">f4"):
-        assert take(Intake(16000, 1, 16000), np.array([-1, 0.5], dtype)).tolist() == [-1, 0.5]
-    assert take(Intake(16000, 1, 16000), np.array([16384], ">i2")).tolist() == [0.5]
+        assert take(AudioPreprocessor(16000, 1, 16000), np.array([-1, 0.5], dtype)).tolist() == [-1, 0.5]
+    assert take(AudioPreprocessor(16000, 1, 16000), np.array([16384], ">i2")).tolist() == [0.5]
 
 
 def test_channels_are_averaged():
-    assert take(Intake(16000, 2, 16000), np.array([[16384, 0], [-16384, 16384]], np.int16)).tolist() == [0.25, 0]
-    assert take(Intake(16000, 1, 16000), np.array([[0.5], [0.25]], np.float32)).tolist() == [0.5, 0.25]
+    assert take(AudioPreprocessor(16000, 2, 16000), np.array([[16384, 0], [-16384, 16384]], np.int16)).tolist() == [
+        0.25,
+        0,
+    ]
+    assert take(AudioPreprocessor(16000, 1, 16000), np.array([[0.5], [0.25]], np.float32)).tolist() == [0.5, 0.25]
 
 
 def test_a_push_larger_than_a_block_loses_nothing():
     assert len(NOISE) > 3 * sources.BLOCK
-    assert np.array_equal(take(Intake(16000, 1, 16000), NOISE), NOISE)
+    assert np.array_equal(take(AudioPreprocessor(16000, 1, 16000), NOISE), NOISE)
 
 
 @given(
@@ -48,16 +51,16 @@ def test_a_push_larger_than_a_block_loses_nothing():
 @settings(max_examples=40, deadline=None)
 def test_resampling_does_not_depend_on_the_pushes(rate, sizes):
     pushes = np.split(NOISE[: sum(sizes)] if sum(sizes) <= len(NOISE) else NOISE, np.cumsum(sizes)[:-1])
-    intake = Intake(rate, 1, 16000)
-    streamed = take(intake, *pushes)
+    preprocessor = AudioPreprocessor(rate, 1, 16000)
+    streamed = take(preprocessor, *pushes)
     whole = np.concatenate(pushes)
     assert np.array_equal(streamed, soxr.resample(whole, rate, 16000, quality="HQ"))
-    assert intake.seconds == len(whole) / rate
+    assert preprocessor.seconds == len(whole) / rate
 
 
 def test_a_large_push_is_resampled_like_many_small_ones():
-    small = take(Intake(48000, 1, 16000), *np.array_split(NOISE, 999))
-    assert np.array_equal(take(Intake(48000, 1, 16000), NOISE), small)
+    small = take(AudioPreprocessor(48000, 1, 16000), *np.array_split(NOISE, 999))
+    assert np.array_equal(take(AudioPreprocessor(48000, 1, 16000), NOISE), small)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -65,19 +68,19 @@ def test_a_large_push_is_resampled_like_many_small_ones():
 def test_nan_and_infinity_are_refused_before_anything_is_taken(bad, at):
     hurt = NOISE[: sources.BLOCK * 2].copy()
     hurt[at] = bad
-    intake = Intake(44100, 1, 16000)
-    head = list(intake.push(NOISE[:1000]))
+    preprocessor = AudioPreprocessor(44100, 1, 16000)
+    head = list(preprocessor.push(NOISE[:1000]))
     with pytest.raises(AudioError, match=f"NaN or infinity at sample {at} of this push; none of it was taken"):
-        intake.push(hurt)
-    rest = take(intake, NOISE[1000:5000])
+        preprocessor.push(hurt)
+    rest = take(preprocessor, NOISE[1000:5000])
     assert np.array_equal(np.concatenate([*head, rest]), soxr.resample(NOISE[:5000], 44100, 16000))
 
 
 def test_nan_in_one_channel_and_what_float32_cannot_hold_are_refused():
     with pytest.raises(AudioError, match="at sample 1 of"):
-        Intake(16000, 2, 16000).push(np.array([[0, 0], [0, np.nan]]))
+        AudioPreprocessor(16000, 2, 16000).push(np.array([[0, 0], [0, np.nan]]))
     with pytest.raises(AudioError, match="at sample 0 of"):
-        Intake(16000, 1, 16000).push(np.array([1e300]))
+        AudioPreprocessor(16000, 1, 16000).push(np.array([1e300]))
 
 
 @pytest.mark.parametrize(
@@ -97,19 +100,19 @@ def test_nan_in_one_channel_and_what_float32_cannot_hold_are_refused():
 )
 def test_what_is_no_audio_is_refused_by_a_sentence(pcm, channels, sentence):
     with pytest.raises(AudioError, match=sentence):
-        Intake(16000, channels, 16000).push(pcm)
+        AudioPreprocessor(16000, channels, 16000).push(pcm)
 
 
 @pytest.mark.parametrize("rate", [0, -16000, 16, 3999, 768_001, 44100.5, float("nan"), float("inf")])
 def test_rates_that_cannot_be(rate):
     with pytest.raises(OptionError, match="sample_rate is"):
-        Intake(rate, 1, 16000)
+        AudioPreprocessor(rate, 1, 16000)
 
 
 @pytest.mark.parametrize("channels", [0, -1, 48000])
 def test_channels_that_cannot_be(channels):
     with pytest.raises(OptionError, match=f"channels is {channels}"):
-        Intake(16000, channels, 16000)
+        AudioPreprocessor(16000, channels, 16000)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

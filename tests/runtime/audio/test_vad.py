@@ -32,7 +32,7 @@ class Script:
     spans: list[tuple[int, int]]
     lead_ms: int = 80
 
-    def hear(self, samples):
+    def push_events(self, samples):
         pass
 
     def passes(self, begin, end):
@@ -177,12 +177,12 @@ def test_probabilities_are_silero_s(net, spoken):
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=6), ms=st.sampled_from([80, 160, 560, 1120]))
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_gate_is_its_definition_whatever_the_pushes(silero, net, spoken, sizes, ms):
-    audio, gate, found, at = spoken[: 16000 * 12], silero.SpeechGate(net), [], 0
+    audio, gate, found, at = spoken[: 16000 * 12], silero.VadFilter(net), [], 0
     speech, chunks = windows(audio), chunks_of(len(audio), ms)[1:]
     turn = itertools.cycle(sizes)
     while at < len(audio):
         size = next(turn)
-        gate.hear(audio[at : at + size])
+        gate.push_events(audio[at : at + size])
         at += size
         while chunks and chunks[0][1] <= min(at, len(audio)):
             begin, end = chunks.pop(0)
@@ -228,9 +228,9 @@ def test_a_forced_end_opens_the_gate(silero, demo):
     clip, _ = soundfile.read(nemostream.demo_clip(), dtype="float32")
     with demo.stream(vad=True, endpoint=Endpoint()) as stream:
         for _ in range(2):
-            stream.hear(np.zeros(16000 * 5, np.float32))
-            stream.endpoint()
-            events = stream.hear(clip) + stream.endpoint()
+            stream.push_events(np.zeros(16000 * 5, np.float32))
+            stream.end_utterance()
+            events = stream.push_events(clip) + stream.end_utterance()
             assert [event.text for event in events if event.kind == "final"] == [demo.transcribe(clip).text]
 
 

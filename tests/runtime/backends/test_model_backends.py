@@ -58,10 +58,14 @@ def told(events: list[Any]) -> list[tuple[Any, ...]]:
 def hear(model: Model, audio: np.ndarray, ms: int, **options: Any) -> list[tuple[Any, ...]]:
     with model.stream(chunk_ms=ms, **options) as stream:
         half = len(audio) // 2
-        events = [event for at in range(0, half, 7000) for event in stream.hear(audio[at : min(at + 7000, half)])]
-        events += stream.endpoint()
-        events += [event for at in range(half, len(audio), 30_000) for event in stream.hear(audio[at : at + 30_000])]
-        return told(events + stream.end())
+        events = [
+            event for at in range(0, half, 7000) for event in stream.push_events(audio[at : min(at + 7000, half)])
+        ]
+        events += stream.end_utterance()
+        events += [
+            event for at in range(half, len(audio), 30_000) for event in stream.push_events(audio[at : at + 30_000])
+        ]
+        return told(events + stream.finish_events())
 
 
 def test_utterances_are_the_cpus(both: tuple[Model, Model], clips: dict[str, np.ndarray]) -> None:
@@ -70,7 +74,7 @@ def test_utterances_are_the_cpus(both: tuple[Model, Model], clips: dict[str, np.
     audio = np.concatenate([clips["librivox-sense-0880"], pause, clips["cards-002"], pause, clips["cards-001"]])
     frequent = sorted(set(cpu.transcribe(audio).text.split()))[:3]
     cases: list[dict[str, Any]] = [
-        {"endpoint": Endpoint(silence_ms=160, longest_ms=1000)},
+        {"endpoint": Endpoint(silence_ms=160, max_utterance_ms=1000)},
         {"endpoint": Endpoint(silence_ms=160, decoder="reset")},
         {"endpoint": Endpoint(silence_ms=160, decoder="reset"), "phrases": dict.fromkeys(frequent, 3.0)},
     ]

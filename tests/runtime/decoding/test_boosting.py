@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.cpu import OrtBackend
@@ -137,12 +137,12 @@ def test_equals_nemos_tree_to_the_bit() -> None:
 # -- beside NeMo's decoding --------------------------------------------------------------------------------------------
 
 
-def stream(backend: OrtBackend, bundle: Bundle, parts: list[tuple[np.ndarray, int]], chunk: Chunk) -> Any:
+def stream(backend: OrtBackend, bundle: Bundle, parts: list[tuple[np.ndarray, int]], chunk: ChunkConfig) -> Any:
     """Tokens, scores and powers of a recording in slot 0."""
     said: list[list[Any]] = [[], [], []]
     for samples, length in parts:
         got = backend.submit(Batch(chunk, np.array([0]), samples[None], np.array([length]))).result()
-        for all_of_it, part in zip(said, (got.tokens, got.scores, got.powers), strict=True):
+        for all_of_it, part in zip(said, (got.tokens, got.scores, got.sum_p_alpha), strict=True):
             all_of_it += part[0].tolist()
     return said
 
@@ -202,7 +202,7 @@ def test_tokens_equal_nemos_with_its_boosting_tree(
         phrases += [([int(token)], phrases[0][1]) for token in rng.choice(others, vocabulary // 3, replace=False)]
         wanted = [int(token) for token in nemo_decoding(oracle, nemo_tree(phrases, vocabulary))(encoded).y_sequence]
         backend.reset(np.array([0]))
-        backend.boost(0, Boosting(phrases, vocabulary))
+        backend.set_phrases(0, Boosting(phrases, vocabulary))
         assert stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)[0] == wanted
         spoken, changed = spoken + len(wanted), changed + (wanted != before)
     assert spoken > 20
@@ -232,7 +232,7 @@ def test_phrases_are_split_and_weighed_as_nemo_does_it(demo_oracle: Any, tokeniz
             node, state = boosting.after(node, token), following[:, token]
 
 
-def nemo_measure(score: np.ndarray, power: np.ndarray, method: dict[str, Any], v: int) -> np.ndarray:
+def nemo_measure(score: np.ndarray, sum_p_alpha: np.ndarray, method: dict[str, Any], v: int) -> np.ndarray:
     """NeMo's formulae (`get_confidence_measure_bank`) with what a token carries put into them."""
     t = method["alpha"]
     if method["name"] == "max_prob":
@@ -240,12 +240,12 @@ def nemo_measure(score: np.ndarray, power: np.ndarray, method: dict[str, Any], v
     linear = method["entropy_norm"] == "lin"
     if method["entropy_type"] == "renyi":
         if linear:
-            return 1 + np.log2(power) / (t - 1) / math.log2(v)
-        return (power ** (1 / (t - 1)) * v - 1) / (v - 1)
+            return 1 + np.log2(sum_p_alpha) / (t - 1) / math.log2(v)
+        return (sum_p_alpha ** (1 / (t - 1)) * v - 1) / (v - 1)
     if linear:
-        return 1 + (1 - power) / (v ** (1 - t) - 1)
+        return 1 + (1 - sum_p_alpha) / (v ** (1 - t) - 1)
     least = math.exp((1 - v ** (1 - t)) / (1 - t))
-    return (np.exp((1 - power) / (1 - t)) - least) / (1 - least)
+    return (np.exp((1 - sum_p_alpha) / (1 - t)) - least) / (1 - least)
 
 
 METHODS = [{"name": "max_prob", "alpha": alpha} for alpha in (0.33, 1.0)] + [
@@ -271,15 +271,15 @@ def test_confidence_is_nemos(
     backend, compared, found = OrtBackend(bundle, capacity=1), 0, []
     for audio in list(clips.values())[:4]:
         backend.reset(np.array([0]))
-        backend.boost(0, Boosting(phrases, vocabulary) if boosted else None)
+        backend.set_phrases(0, Boosting(phrases, vocabulary) if boosted else None)
         said = stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)
         found.append((oracle.encode(oracle.features(audio), chunk), *said))
     for method in METHODS[2:] if boosted else METHODS:
         decode = nemo_decoding(oracle, nemo_tree(phrases, vocabulary) if boosted else None, method)
-        for encoded, tokens, scores, powers in found:
+        for encoded, tokens, scores, sum_p_alpha in found:
             wanted = decode(encoded)
             assert tokens == [int(token) for token in wanted.y_sequence]
-            got = nemo_measure(np.array(scores), np.array(powers), method, vocabulary + 1)
+            got = nemo_measure(np.array(scores), np.array(sum_p_alpha), method, vocabulary + 1)
             np.testing.assert_allclose(got, wanted.token_confidence, atol=2e-4, err_msg=str(method))
             compared += len(tokens)
     assert compared > 40

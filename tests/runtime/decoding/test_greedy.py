@@ -52,7 +52,7 @@ def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts
     tokens: list[list[int]] = [[] for _ in range(rows)]
     frames: list[list[int]] = [[] for _ in range(rows)]
     scores: list[list[float]] = [[] for _ in range(rows)]
-    powers: list[list[float]] = [[] for _ in range(rows)]
+    sum_p_alpha: list[list[float]] = [[] for _ in range(rows)]
     begin = 0
     for size in splits:
         part = net.frames()[:, begin : begin + size]
@@ -62,7 +62,7 @@ def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts
             tokens[row] += said[row].tokens
             frames[row] += [begin + frame for frame in said[row].frames]
             scores[row] += said[row].scores
-            powers[row] += said[row].powers
+            sum_p_alpha[row] += said[row].sum_p_alpha
         begin += size
     wanted = []
     for row in range(rows):
@@ -71,7 +71,7 @@ def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts
         definition = greedy_reference(net, net.frames()[row, : counts[row]], alone, boosting)
         wanted.append((definition.tokens, definition.frames))
         np.testing.assert_allclose(scores[row], definition.scores, atol=1e-6)
-        np.testing.assert_allclose(powers[row], definition.powers, rtol=1e-6)
+        np.testing.assert_allclose(sum_p_alpha[row], definition.sum_p_alpha, rtol=1e-6)
         np.testing.assert_array_equal(alone.predicted[0], state.predicted[row])
         assert alone.node[0] == state.node[row]
     return list(zip(tokens, frames, strict=True)), wanted

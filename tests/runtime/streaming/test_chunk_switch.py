@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import nemostream
-from nemostream.bundle import Bundle, Chunk, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.model import Model
@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 CHUNKS = (80, 160, 560, 1120)
 
 
-def steps_of(manifest: Manifest, samples: int, sizes: list[int]) -> list[Chunk]:
+def steps_of(manifest: Manifest, samples: int, sizes: list[int]) -> list[ChunkConfig]:
     """The chunks of a recording, sizes in turn, the last one again and again."""
     frames, found = manifest.encoder_frames(samples), []
     while sum(chunk.frames for chunk in found) < frames:
@@ -32,7 +32,7 @@ def steps_of(manifest: Manifest, samples: int, sizes: list[int]) -> list[Chunk]:
     return found
 
 
-def nemo_frames(oracle: Any, mel: Floats, steps: list[Chunk], frames: int) -> Floats:
+def nemo_frames(oracle: Any, mel: Floats, steps: list[ChunkConfig], frames: int) -> Floats:
     """[T, D] of NeMo's encoder, stepped with its caches over the windows that each chunk's frames need."""
     import torch
 
@@ -57,7 +57,7 @@ def nemo_frames(oracle: Any, mel: Floats, steps: list[Chunk], frames: int) -> Fl
     return np.concatenate(found)[:frames]
 
 
-def our_frames(bundle: Bundle, audio: Floats, steps: list[Chunk]) -> Floats:
+def our_frames(bundle: Bundle, audio: Floats, steps: list[ChunkConfig]) -> Floats:
     """[T, J], projected for the joint, by the backend alone; the chunks are cut here."""
     manifest, backend, found = bundle.manifest, OrtBackend(bundle, capacity=1), []
     backend.reset(np.array([0]))
@@ -116,7 +116,7 @@ def test_a_stream_that_switches_says_what_nemo_says_when_it_switches(
                 stream.push(audio[at : min(at + size, edge)])
                 at = min(at + size, edge)
             if number + 1 < len(steps):
-                stream.use(steps[number + 1].ms)
+                stream.set_chunk_ms(steps[number + 1].ms)
         found = stream.finish()
     assert [token.id for token in found.tokens] == [int(token) for token in hypothesis.y_sequence]
     assert [round(token.time / 0.08) for token in found.tokens] == [int(frame) for frame in hypothesis.timestamp]
@@ -127,7 +127,7 @@ def test_a_stream_that_switches_says_what_nemo_says_when_it_switches(
 def test_switching_is_no_matter_of_when_it_is_said(
     tiny_bundle: Bundle, clips: dict[str, Floats], sizes: list[int], data: st.DataObject
 ) -> None:
-    """`use` said anywhere within the chunk before is the same switch; what is said is what the backend alone says."""
+    """`set_chunk_ms` said anywhere within the chunk before is the same switch; what is said is what the backend alone says."""
     audio = clips["librivox-sense-0870"][:90_000]
     manifest = tiny_bundle.manifest
     steps = steps_of(manifest, len(audio), sizes)
@@ -150,7 +150,7 @@ def test_switching_is_no_matter_of_when_it_is_said(
             stream.push(audio[at : max(said, at)])
             at = max(at, min(said, len(audio)))
             if number + 1 < len(steps):
-                stream.use(steps[number + 1].ms)
+                stream.set_chunk_ms(steps[number + 1].ms)
             stream.push(audio[at : max(edge, at)])
             at = max(at, min(edge, len(audio)))
         assert [token.id for token in stream.finish().tokens] == wanted

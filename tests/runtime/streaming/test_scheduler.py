@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from nemostream.errors import BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.decoding.boosting import NO_PHRASES
+from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.scheduler import Scheduler
-from nemostream.runtime.streaming.stream import Stream
 
 WAIT = 20  # seconds after which a test that hangs fails; nothing waits that long when all is well
 
@@ -23,12 +23,14 @@ def noise(seed: int, samples: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(samples).astype(np.float32)
 
 
-def said(seat) -> tuple[list[int], list[int]]:
-    return seat.stream.hypothesis.tokens, [place // 1280 for place in seat.stream.hypothesis.places]
+def said(state) -> tuple[list[int], list[int]]:
+    return state.chunker.hypothesis.tokens, [
+        sample_pos // 1280 for sample_pos in state.chunker.hypothesis.sample_positions
+    ]
 
 
 def open_(scheduler, chunk, listener=None, **about):
-    return scheduler.open(Stream(scheduler._manifest, chunk), listener, **about)
+    return scheduler.open(Chunker(scheduler._manifest, chunk), listener, **about)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlap"])
@@ -46,7 +48,7 @@ def serve(request, manifest, fake):
         scheduler.close()
 
 
-class Gate:
+class ChunkFilter:
     """Holds the scheduler's thread inside a backend call, so that a test decides what happens meanwhile."""
 
     def __init__(self) -> None:
@@ -58,13 +60,13 @@ class Gate:
 
 
 def transcribe(scheduler, manifest, audio, ms=560, size=4000):
-    seat = open_(scheduler, manifest.chunk(ms))
+    state = open_(scheduler, manifest.chunk(ms))
     for at in range(0, len(audio), size):
-        scheduler.accept(seat, audio[at : at + size])
-        scheduler.wait(seat)
-    scheduler.end(seat)
-    scheduler.wait(seat)
-    return seat
+        scheduler.accept(state, audio[at : at + size])
+        scheduler.wait(state)
+    scheduler.finish(state)
+    scheduler.wait(state)
+    return state
 
 
 ACTIONS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["push", "push", "end", "leave", "wait"])), max_size=60)
@@ -75,34 +77,34 @@ ACTIONS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["push", "push",
 def test_any_interleaving_of_streams_reaches_each_slot_whole_and_in_order(manifest, fake, actions, chunks, overlap):
     backend = fake.FakeBackend(manifest, capacity=3, max_batch=2)
     scheduler = Scheduler(manifest, backend, overlap)
-    seats, heard, done = {}, {}, []
+    states, heard, done = {}, {}, []
     try:
         for number, (who, action) in enumerate(actions):
-            if who not in seats:
+            if who not in states:
                 try:
-                    seats[who] = open_(scheduler, manifest.chunk(chunks[who]))
+                    states[who] = open_(scheduler, manifest.chunk(chunks[who]))
                     heard[who] = []
                 except CapacityError:
                     continue
-            seat = seats[who]
+            state = states[who]
             if action == "push":
                 heard[who].append(noise(number, 37 * number * who + 700))
-                scheduler.accept(seat, heard[who][-1])
+                scheduler.accept(state, heard[who][-1])
             elif action == "wait":
-                scheduler.wait(seat)
+                scheduler.wait(state)
             elif action == "leave":
-                scheduler.leave(seat)
-                del seats[who], heard[who]
+                scheduler.cancel(state)
+                del states[who], heard[who]
             else:
-                scheduler.end(seat)
-                done.append((seat, np.concatenate([np.zeros(0, np.float32), *heard.pop(who)])))
-                del seats[who]
-        for who in list(seats):
-            scheduler.end(seats[who])
-            done.append((seats[who], np.concatenate([np.zeros(0, np.float32), *heard[who]])))
-        for seat, audio in done:
-            scheduler.wait(seat)
-            assert said(seat) == fake.expected(audio, manifest.decoder.vocabulary)
+                scheduler.finish(state)
+                done.append((state, np.concatenate([np.zeros(0, np.float32), *heard.pop(who)])))
+                del states[who]
+        for who in list(states):
+            scheduler.finish(states[who])
+            done.append((states[who], np.concatenate([np.zeros(0, np.float32), *heard[who]])))
+        for state, audio in done:
+            scheduler.wait(state)
+            assert said(state) == fake.expected(audio, manifest.decoder.vocabulary)
     finally:
         scheduler.close()
     assert backend.closed
@@ -124,29 +126,29 @@ def test_many_threads_share_batches_and_nothing_else(serve, manifest, fake):
 
 def test_streams_ready_together_run_together_sorted_by_slot_up_to_max_batch(serve, manifest):
     scheduler, backend = serve(capacity=6, max_batch=3)
-    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(6)]
-    backend.on_submit = gate = Gate()
-    scheduler.accept(seats[5], noise(0, 199))
+    states = [open_(scheduler, manifest.chunk(80)) for _ in range(6)]
+    backend.on_submit = gate = ChunkFilter()
+    scheduler.accept(states[5], noise(0, 199))
     assert gate.entered.wait(WAIT)
     for i in (4, 2, 0, 3, 1):
-        scheduler.accept(seats[i], noise(0, 199))
+        scheduler.accept(states[i], noise(0, 199))
     gate.opened.set()
-    for seat in seats:
-        scheduler.wait(seat)
+    for state in states:
+        scheduler.wait(state)
     assert backend.batches == [(80, [5]), (80, [0, 2, 4]), (80, [1, 3])]
 
 
 def test_no_chunk_size_starves_another(serve, manifest):
     scheduler, backend = serve(capacity=3)
     short, other, long = (open_(scheduler, manifest.chunk(ms)) for ms in (80, 80, 560))
-    backend.on_submit = gate = Gate()
+    backend.on_submit = gate = ChunkFilter()
     scheduler.accept(short, noise(0, 1280 * 20))
     assert gate.entered.wait(WAIT)
     scheduler.accept(long, noise(1, 9000))
     scheduler.accept(other, noise(2, 1280 * 20))
     gate.opened.set()
-    for seat in (short, other, long):
-        scheduler.wait(seat)
+    for state in (short, other, long):
+        scheduler.wait(state)
     # `short` had queued again before `long` came: one more step of 80 ms, then it is `long`'s turn.
     assert [ms for ms, _ in backend.batches[:4]] == [80, 80, 560, 80]
 
@@ -162,18 +164,18 @@ def test_overlap_submits_the_next_step_before_it_waits_for_the_last(manifest, fa
 
 def test_the_slots_used_are_the_lowest(serve, manifest):
     scheduler, _ = serve(capacity=4)
-    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
-    for seat in (seats[2], seats[0]):
-        scheduler.leave(seat)
+    states = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
+    for state in (states[2], states[0]):
+        scheduler.cancel(state)
     assert [open_(scheduler, manifest.chunk(80)).slot for _ in range(3)] == [0, 2, 3]
 
 
 def test_full_is_an_error_that_tells_how_to_serve_more_and_passes(serve, manifest, fake):
     scheduler, _ = serve(capacity=1)
-    seat = open_(scheduler, manifest.chunk(80))
+    state = open_(scheduler, manifest.chunk(80))
     with pytest.raises(CapacityError, match=r"all 1 slots are taken; .* nemostream.load\(capacity=...\)"):
         open_(scheduler, manifest.chunk(80))
-    scheduler.leave(seat)
+    scheduler.cancel(state)
     audio = noise(3, 9000)
     assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
 
@@ -182,23 +184,23 @@ def test_full_is_an_error_that_tells_how_to_serve_more_and_passes(serve, manifes
 def test_a_finished_stream_gives_its_slot_back_by_itself(serve, manifest, samples):
     scheduler, _ = serve(capacity=1)
     for _ in range(3):
-        seat = transcribe(scheduler, manifest, noise(0, samples))
-        assert seat.slot is None
-        scheduler.leave(seat)
-        scheduler.wait(seat)  # leaving a stream that is done changes nothing
+        state = transcribe(scheduler, manifest, noise(0, samples))
+        assert state.slot is None
+        scheduler.cancel(state)
+        scheduler.wait(state)  # leaving a stream that is done changes nothing
 
 
 def test_leaving_in_mid_flight_keeps_the_slot_until_the_step_is_over(serve, manifest, fake):
     scheduler, backend = serve(capacity=1)
-    backend.on_result = gate = Gate()
-    seat = open_(scheduler, manifest.chunk(80))
-    scheduler.accept(seat, noise(0, 199))
+    backend.on_result = gate = ChunkFilter()
+    state = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(state, noise(0, 199))
     assert gate.entered.wait(WAIT)
-    scheduler.leave(seat)
+    scheduler.cancel(state)
     with pytest.raises(CapacityError):
         open_(scheduler, manifest.chunk(80))
     late = noise(0, 9)
-    for call in (lambda: scheduler.accept(seat, late), lambda: scheduler.end(seat), lambda: scheduler.wait(seat)):
+    for call in (lambda: scheduler.accept(state, late), lambda: scheduler.finish(state), lambda: scheduler.wait(state)):
         with pytest.raises(StreamError, match="the stream was closed; open a new one"):
             call()
     freed = threading.Event()
@@ -212,30 +214,30 @@ def test_leaving_in_mid_flight_keeps_the_slot_until_the_step_is_over(serve, mani
         except CapacityError:
             threading.Event().wait(0.001)
     assert again and freed.is_set() and said(again) == fake.expected(audio, manifest.decoder.vocabulary)
-    assert said(seat) == ([], [])
+    assert said(state) == ([], [])
 
 
 def test_a_failed_row_ends_its_stream_alone(serve, manifest, fake):
     scheduler, backend = serve(capacity=3)
     backend.fails = lambda slot, position: slot == 1 and position == 3
-    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
+    states = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
     audio = noise(5, 1280 * 9)
-    for seat in seats:
-        scheduler.accept(seat, audio)
+    for state in states:
+        scheduler.accept(state, audio)
     with pytest.raises(StreamError, match="not finite; open a new one"):
-        scheduler.wait(seats[1])
+        scheduler.wait(states[1])
     with pytest.raises(StreamError, match="not finite"):
-        scheduler.accept(seats[1], audio)
+        scheduler.accept(states[1], audio)
     whole = fake.expected(audio, manifest.decoder.vocabulary)
-    assert said(seats[1])[1] == [frame for frame in whole[1] if frame < 3]
-    for seat in (seats[0], seats[2]):
-        scheduler.end(seat)
-        scheduler.wait(seat)
-        assert said(seat) == whole
+    assert said(states[1])[1] == [frame for frame in whole[1] if frame < 3]
+    for state in (states[0], states[2]):
+        scheduler.finish(state)
+        scheduler.wait(state)
+        assert said(state) == whole
     backend.fails = lambda slot, position: False
-    assert seats[1].slot is None  # wait for the neighbours was wait for its last step too
+    assert states[1].slot is None  # wait for the neighbours was wait for its last step too
     new = [transcribe(scheduler, manifest, audio) for _ in range(3)]
-    assert all(said(seat) == whole for seat in new)
+    assert all(said(state) == whole for state in new)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +264,13 @@ def test_a_step_that_raises_ends_its_streams_and_no_others(serve, manifest, fake
     spared = open_(scheduler, manifest.chunk(560))
     audio = noise(6, 30_000)
     scheduler.accept(spared, audio)
-    for seat in hit:
-        scheduler.accept(seat, noise(0, 5000))
-    for seat in hit:
+    for state in hit:
+        scheduler.accept(state, noise(0, 5000))
+    for state in hit:
         for _ in range(2):
             with pytest.raises(kind, match=sentence):
-                scheduler.wait(seat)
-    scheduler.end(spared)
+                scheduler.wait(state)
+    scheduler.finish(spared)
     scheduler.wait(spared)
     assert said(spared) == fake.expected(audio, manifest.decoder.vocabulary)
     assert failures == [raised] * sum(ms == 80 for ms, _ in backend.batches)  # by step, not by stream
@@ -286,10 +288,10 @@ def test_a_backend_that_answers_for_other_rows_is_not_believed(serve, manifest, 
         return step
 
     backend.submit = twisted
-    seat = open_(scheduler, manifest.chunk(80))
-    scheduler.accept(seat, noise(0, 199))
+    state = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(state, noise(0, 199))
     with pytest.raises(BackendError, match=r"answered \(0, 0, 0, 1, 1\) rows .* to a batch of 1"):
-        scheduler.wait(seat)
+        scheduler.wait(state)
 
 
 def test_a_reset_that_raises_ends_the_stream_it_was_for(serve, manifest, fake):
@@ -300,10 +302,10 @@ def test_a_reset_that_raises_ends_the_stream_it_was_for(serve, manifest, fake):
 
     backend.on_reset = fail
     listened = threading.Event()
-    seat = open_(scheduler, manifest.chunk(80), listened.set)
+    state = open_(scheduler, manifest.chunk(80), listened.set)
     assert listened.wait(WAIT)
     with pytest.raises(BackendError, match="RuntimeError: no memory"):
-        scheduler.wait(seat)
+        scheduler.wait(state)
     backend.on_reset = lambda slots: None
     audio = noise(0, 5000)
     assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
@@ -311,12 +313,12 @@ def test_a_reset_that_raises_ends_the_stream_it_was_for(serve, manifest, fake):
 
 def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
     scheduler, backend = serve()
-    backend.on_result = gate = Gate()
-    seat = open_(scheduler, manifest.chunk(80))
-    scheduler.accept(seat, noise(0, 5000))
+    backend.on_result = gate = ChunkFilter()
+    state = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(state, noise(0, 5000))
     assert gate.entered.wait(WAIT)
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(scheduler.wait, seat)
+        waiting = pool.submit(scheduler.wait, state)
         closing = pool.submit(scheduler.close)
         with pytest.raises(StreamError, match="the model was closed; load it again"):
             waiting.result(WAIT)  # while the step is still under way
@@ -325,7 +327,7 @@ def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
         closing.result(WAIT)
     assert backend.closed and not any(backend.in_flight.values())
     scheduler.close()
-    for call in (lambda: open_(scheduler, manifest.chunk(80)), lambda: scheduler.accept(seat, noise(0, 1))):
+    for call in (lambda: open_(scheduler, manifest.chunk(80)), lambda: scheduler.accept(state, noise(0, 1))):
         with pytest.raises(StreamError, match="the model was closed"):
             call()
 
@@ -333,13 +335,13 @@ def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_scheduler_itself_is_heard_by_all(serve, manifest, monkeypatch):
     scheduler, _ = serve()
-    seats = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
+    states = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
     monkeypatch.setattr(scheduler, "_pick", lambda: 1 / 0)
-    scheduler.accept(seats[0], noise(0, 199))
-    for seat in seats:
+    scheduler.accept(states[0], noise(0, 199))
+    for state in states:
         with pytest.raises(BackendError, match="the scheduler failed: ZeroDivisionError"):
             while True:  # a seat without work is settled until the fault is known
-                scheduler.wait(seat)
+                scheduler.wait(state)
     with pytest.raises(BackendError, match="the scheduler failed"):
         open_(scheduler, manifest.chunk(80))
 
@@ -353,17 +355,17 @@ def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve
         if len(heard) == 3:
             done.set()
 
-    seat = open_(scheduler, manifest.chunk(80), listen)
-    scheduler.accept(seat, noise(0, 199 + 2 * 1280))
+    state = open_(scheduler, manifest.chunk(80), listen)
+    scheduler.accept(state, noise(0, 199 + 2 * 1280))
     assert done.wait(WAIT)
     assert heard == ["nemostream-scheduler"] * 3
     chunk = manifest.chunk(80)
-    assert [(heard.piece.chunk, heard.count) for heard in scheduler.collect(seat)] == [
+    assert [(heard.item.chunk, heard.count) for heard in scheduler.collect(state)] == [
         (chunk, 3),
         (chunk, 6),
         (chunk, 9),
     ]
-    assert scheduler.collect(seat) == []
+    assert scheduler.collect(state) == []
 
     def gone():
         raise RuntimeError("event loop is closed")
@@ -373,20 +375,20 @@ def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve
     with pytest.raises(NemostreamError, match="the stream was closed"):
         while True:
             scheduler.wait(deaf)
-    scheduler.wait(seat)
+    scheduler.wait(state)
     assert deaf.slot is None
 
 
 def test_waiting_for_a_backlog_returns_while_work_remains(serve, manifest):
     scheduler, backend = serve()
-    seat = open_(scheduler, manifest.chunk(80))
-    backend.on_result = gate = Gate()
-    scheduler.accept(seat, noise(0, 199 + 1280))
-    scheduler.wait(seat, backlog=2)
-    assert not scheduler.settled(seat) and scheduler.settled(seat, 2)
+    state = open_(scheduler, manifest.chunk(80))
+    backend.on_result = gate = ChunkFilter()
+    scheduler.accept(state, noise(0, 199 + 1280))
+    scheduler.wait(state, backlog=2)
+    assert not scheduler.settled(state) and scheduler.settled(state, 2)
     gate.opened.set()
-    scheduler.wait(seat)
-    assert scheduler.settled(seat)
+    scheduler.wait(state)
+    assert scheduler.settled(state)
 
 
 def test_calls_run_on_the_schedulers_thread_and_raise_what_they_raise(serve, manifest, fake):
@@ -395,17 +397,17 @@ def test_calls_run_on_the_schedulers_thread_and_raise_what_they_raise(serve, man
     with pytest.raises(ZeroDivisionError):
         scheduler.call(lambda held: 1 // 0)
     audio = noise(0, 20_000)
-    seat = open_(scheduler, manifest.chunk(560))
-    scheduler.accept(seat, audio)
-    scheduler.wait(seat)
-    saved = scheduler.call(lambda held: held.save(seat.slot))
+    state = open_(scheduler, manifest.chunk(560))
+    scheduler.accept(state, audio)
+    scheduler.wait(state)
+    saved = scheduler.call(lambda held: held.save(state.slot))
     assert saved["position"] == 14  # after what was accepted before
     assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
 
 
 def test_a_call_that_is_too_late_raises(serve, manifest):
     scheduler, backend = serve()
-    backend.on_submit = gate = Gate()
+    backend.on_submit = gate = ChunkFilter()
     scheduler.accept(open_(scheduler, manifest.chunk(80)), noise(0, 199))
     assert gate.entered.wait(WAIT)
     with ThreadPoolExecutor(2) as pool:
@@ -423,22 +425,22 @@ def test_a_call_that_is_too_late_raises(serve, manifest):
 
 def test_the_patient_wait_for_a_slot(serve, manifest, fake):
     scheduler, _ = serve(capacity=1)
-    seat, audio = open_(scheduler, manifest.chunk(80)), noise(1, 5000)
+    state, audio = open_(scheduler, manifest.chunk(80)), noise(1, 5000)
     with ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(scheduler.open, Stream(manifest, manifest.chunk(80)), None, True) for _ in range(3)]
+        waiting = [pool.submit(scheduler.open, Chunker(manifest, manifest.chunk(80)), None, True) for _ in range(3)]
         for _ in range(3):
-            scheduler.leave(seat)
+            scheduler.cancel(state)
             while not any(job.done() for job in waiting):
                 threading.Event().wait(0.001)
             (job,) = [job for job in waiting if job.done()][:1]
             waiting.remove(job)
-            seat = job.result()
-        scheduler.accept(seat, audio)
-        scheduler.end(seat)
-        scheduler.wait(seat)
-        assert said(seat) == fake.expected(audio, manifest.decoder.vocabulary)
+            state = job.result()
+        scheduler.accept(state, audio)
+        scheduler.finish(state)
+        scheduler.wait(state)
+        assert said(state) == fake.expected(audio, manifest.decoder.vocabulary)
         held = open_(scheduler, manifest.chunk(80))
-        late = pool.submit(scheduler.open, Stream(manifest, manifest.chunk(80)), None, True)
+        late = pool.submit(scheduler.open, Chunker(manifest, manifest.chunk(80)), None, True)
         scheduler.close()
         with pytest.raises(StreamError, match="the model was closed"):
             late.result(WAIT)
@@ -448,10 +450,10 @@ def test_the_patient_wait_for_a_slot(serve, manifest, fake):
 def test_a_state_outlives_the_reset_for_the_stream_before(serve, manifest):
     """Its slot is taken while the backend still resets it for one that is gone already."""
     scheduler, backend = serve(capacity=1)
-    backend.on_reset = gate = Gate()
+    backend.on_reset = gate = ChunkFilter()
     first = open_(scheduler, manifest.chunk(80))
     assert gate.entered.wait(WAIT)
-    scheduler.leave(first)
+    scheduler.cancel(first)
     state = {"position": np.array(7), "checksum": np.array(5), "phrases": NO_PHRASES}
     open_(scheduler, manifest.chunk(80), saved=state)
     gate.opened.set()
@@ -463,10 +465,10 @@ def test_a_state_outlives_the_reset_for_the_stream_before(serve, manifest):
 
 def test_a_state_that_does_not_fit_ends_the_stream_it_was_for(serve, manifest, fake):
     scheduler, _ = serve(capacity=2)
-    seat = open_(scheduler, manifest.chunk(80), saved={"position": np.zeros(3)})
+    state = open_(scheduler, manifest.chunk(80), saved={"position": np.zeros(3)})
     with pytest.raises(OptionError, match="the saved state is of another model"):
-        scheduler.accept(seat, noise(0, 199))
+        scheduler.accept(state, noise(0, 199))
         while True:
-            scheduler.wait(seat)
+            scheduler.wait(state)
     audio = noise(1, 5000)
     assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)

@@ -240,7 +240,7 @@ def test_hours_take_no_more_memory_than_minutes(bundle, fake, tmp_path):
         def submit(self, batch):
             none = (np.zeros(0, np.int32),), (np.zeros(0, np.int64),), *[(np.zeros(0, np.float32),)] * 2
             self.in_flight[0] += 1
-            return fake.Step(self, batch, Emissions(*none, np.zeros(1, bool)))
+            return fake.InFlightStep(self, batch, Emissions(*none, np.zeros(1, bool)))
 
     peaks = []
     with Model(bundle, Silent(bundle.manifest, 1, 1)) as model:
@@ -315,7 +315,7 @@ def test_leaving_many_recordings_leaves_the_rest_undone(bundle, fake):
 
 
 def edited_state(data: bytes, change) -> bytes:
-    """A state with the document and the arrays that `change` makes of its own, as `Keeper.save` writes them."""
+    """A state with the document and the arrays that `change` makes of its own, as `Checkpointer.save` writes them."""
     with np.load(io.BytesIO(data)) as file:
         arrays = {name: file[name] for name in file.files}
     document = json.loads(arrays.pop("document").tobytes())
@@ -345,7 +345,7 @@ def without(part):
     return change
 
 
-PARTS = ("stream", "said", "guard", "endpoint", "slot", "slot.position", "stream.counts", "said.tokens")
+PARTS = ("stream", "hypothesis", "guard", "endpoint", "slot", "slot.position", "stream.counts", "hypothesis.tokens")
 MALFORMED_STATES = {
     "no parts": lambda document, arrays: arrays.clear(),
     "a part more": lambda document, arrays: arrays.update({"other.counts": np.zeros(1)}),
@@ -359,12 +359,12 @@ MALFORMED_STATES = {
     "filling of NaN": put("stream.filling", lambda array: array * np.nan),
     "flags": put("stream.flags", lambda array: array[:1]),
     "flags of another type": put("stream.flags", lambda array: array.astype(np.int64)),
-    "a token below the vocabulary": count("said.tokens", 0, -1),
-    "a token beyond the vocabulary": count("said.tokens", 0, 10**6),
-    "a place before the start": count("said.places", 0, -5),
-    "fewer scores": put("said.scores", lambda array: array[1:]),
-    "scores of NaN": put("said.scores", lambda array: array * np.nan),
-    "tokens in two dimensions": put("said.tokens", lambda array: array[None]),
+    "a token below the vocabulary": count("hypothesis.tokens", 0, -1),
+    "a token beyond the vocabulary": count("hypothesis.tokens", 0, 10**6),
+    "a position before the start": count("hypothesis.sample_positions", 0, -5),
+    "fewer scores": put("hypothesis.scores", lambda array: array[1:]),
+    "scores of NaN": put("hypothesis.scores", lambda array: array * np.nan),
+    "tokens in two dimensions": put("hypothesis.tokens", lambda array: array[None]),
     "utterances of other tokens": count("endpoint.counts", 0, 10**6),
     "an utterance before the start": count("endpoint.counts", 1, -7),
     "counts of utterances": put("endpoint.counts", lambda array: array[:1]),

@@ -19,7 +19,7 @@ def run(manifest, rule: Endpoint, said: dict[int, list[int]], frames: int, steps
     while at < frames:
         upto = min(at + steps[step % len(steps)], frames)
         new = [(token, frame * FRAME) for frame in range(at, upto) for token in said.get(frame, [])]
-        ends += pointer.step([token for token, _ in new], [place for _, place in new], upto * FRAME)
+        ends += pointer.step([token for token, _ in new], [sample_pos for _, sample_pos in new], upto * FRAME)
         at, step = upto, step + 1
     return [(end.count, end.at / FRAME, end.reason) for end in ends]
 
@@ -30,7 +30,11 @@ def reference(rule: Endpoint, said: dict[int, list[int]], frames: int):
     for frame in range(frames):
         blanks += 1
         for token in said.get(frame, []):
-            long = first is not None and rule.longest_ms is not None and 80 * (frame - first) >= rule.longest_ms
+            long = (
+                first is not None
+                and rule.max_utterance_ms is not None
+                and 80 * (frame - first) >= rule.max_utterance_ms
+            )
             if long and token == 0:
                 ends.append((count, frame, "length"))
                 first = None
@@ -40,7 +44,7 @@ def reference(rule: Endpoint, said: dict[int, list[int]], frames: int):
         if rule.silence_ms is not None and blanks * 80 > -(-rule.silence_ms // 80) * 80:
             ends.append((count, frame + 1, "silence"))
             first = None
-        elif rule.longest_ms is not None and blanks >= 5 and 80 * (frame + 1 - first) >= rule.longest_ms:
+        elif rule.max_utterance_ms is not None and blanks >= 5 and 80 * (frame + 1 - first) >= rule.max_utterance_ms:
             ends.append((count, frame + 1, "length"))
             first = None
     return ends
@@ -50,7 +54,7 @@ SAID = st.dictionaries(st.integers(0, 120), st.lists(st.integers(0, 1), min_size
 RULES = st.builds(
     Endpoint,
     silence_ms=st.one_of(st.none(), st.integers(80, 2000)),
-    longest_ms=st.one_of(st.none(), st.integers(13, 40).map(lambda frames: 80 * frames)),
+    max_utterance_ms=st.one_of(st.none(), st.integers(13, 40).map(lambda frames: 80 * frames)),
 )
 
 
@@ -71,7 +75,7 @@ def test_by_hand(manifest):
     assert run(manifest, Endpoint(silence_ms=801), {3: [0]}, 15, [7]) == []
     assert run(manifest, Endpoint(silence_ms=None), {3: [0]}, 1000, [7]) == []
     # The longest utterance ends before the first word that begins past it, or where a word is over.
-    long = Endpoint(silence_ms=None, longest_ms=1600)
+    long = Endpoint(silence_ms=None, max_utterance_ms=1600)
     assert run(manifest, long, {0: [0], 18: [1], 20: [1], 22: [0]}, 27, [7]) == [(3, 22, "length")]
     assert run(manifest, long, {0: [0], 18: [1], 20: [1]}, 40, [7]) == [(3, 26, "length")]
 
@@ -79,7 +83,7 @@ def test_by_hand(manifest):
 def test_a_cut_begins_anew(manifest):
     pointer = Endpointer(Endpoint(), manifest, BEGINS)
     assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between
-    pointer.cut()
+    pointer.reset()
     assert pointer.between and pointer.step([], [], 50 * FRAME) == []
     (end,) = pointer.step([0, 1], [50 * FRAME, 51 * FRAME], 100 * FRAME)
     assert (end.count, end.at, end.reason) == (3, 63 * FRAME, "silence")
@@ -91,7 +95,7 @@ def test_a_cut_begins_anew(manifest):
         ({"silence_ms": 79}, "silence_ms is 79; it must be at least 80 ms, or None"),
         ({"silence_ms": 0.8}, r"silence_ms is 0\.8"),
         ({"silence_ms": True}, "silence_ms is True"),
-        ({"longest_ms": 999}, "longest_ms is 999; it must be at least 1000 ms"),
+        ({"max_utterance_ms": 999}, "max_utterance_ms is 999; it must be at least 1000 ms"),
         ({"decoder": "forget"}, "decoder is 'forget'; choose one of keep, reset"),
     ],
 )

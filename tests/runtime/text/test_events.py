@@ -154,9 +154,9 @@ def run(tokenizer, manifest, said, frames, steps, rule):
         new = [(piece, frame) for frame in range(at, upto) for piece in said.get(frame, [])]
         ids = [tokenizer._model.piece_to_id(piece) for piece, _ in new]
         assert tokenizer.unknown not in ids
-        places = [frame for _, frame in new]
-        ends = pointer.step(ids, [FRAME * place for place in places], FRAME * upto)
-        tokens += tokens_of(tokenizer, ids, places)
+        sample_positions = [frame for _, frame in new]
+        ends = pointer.step(ids, [FRAME * sample_pos for sample_pos in sample_positions], FRAME * upto)
+        tokens += tokens_of(tokenizer, ids, sample_positions)
         events += makes.step(tokens, len(tokens), ends, 0.0, 80)
         if (at := upto) == frames:
             break
@@ -186,7 +186,7 @@ def test_punctuation_that_comes_in_time_belongs_to_its_utterance(punctuated, man
     assert [text.replace(" ?", "?") for _, text, _ in finals] == ["yes?", "no."]
     # An utterance that is too long ends after the punctuation of its last word.
     said = {0: ["\u2581yes"], 12: ["\u2581no"], 14: ["\u2581?", "\u2581yes"]}
-    finals, _ = run(punctuated, manifest, said, 20, [7], Endpoint(silence_ms=None, longest_ms=1000))
+    finals, _ = run(punctuated, manifest, said, 20, [7], Endpoint(silence_ms=None, max_utterance_ms=1000))
     assert [(text, start) for _, text, start in finals] == [("yes no ?", 0), ("yes", 14)]
 
 

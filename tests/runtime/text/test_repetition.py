@@ -15,15 +15,15 @@ FRAME = 1280
 
 def resets(manifest, tokens, gaps=None, frames=7):
     """Counts of tokens at which the guard resets; a token each `gaps` frames, in steps of so many frames."""
-    places = [
-        FRAME * (place - 1)
-        for place in itertools.accumulate(itertools.islice(gaps or itertools.repeat(1), len(tokens)))
+    sample_positions = [
+        FRAME * (sample_pos - 1)
+        for sample_pos in itertools.accumulate(itertools.islice(gaps or itertools.repeat(1), len(tokens)))
     ]
     guard, found, count = RepetitionGuard(manifest), [], 0
-    for reach in range(frames * FRAME, places[-1] + 1 + 50 * FRAME, frames * FRAME):
-        while count < len(places) and places[count] < reach:
+    for end_sample in range(frames * FRAME, sample_positions[-1] + 1 + 50 * FRAME, frames * FRAME):
+        while count < len(sample_positions) and sample_positions[count] < end_sample:
             count += 1
-        if count and guard.step(tokens[:count], places[:count], reach):
+        if count and guard.step(tokens[:count], sample_positions[:count], end_sample):
             found.append(count)
     return found
 
@@ -49,15 +49,15 @@ def test_what_is_no_loop(manifest):
 
 
 def test_a_guard_goes_on_as_the_one_that_was_saved(manifest):
-    tokens, places = [4] * 400, [FRAME * i for i in range(400)]
+    tokens, sample_positions = [4] * 400, [FRAME * i for i in range(400)]
     guards = [RepetitionGuard(manifest), RepetitionGuard(manifest)]
     for count in range(7, 400, 7):
         one, other = guards
         other.load(one.save())
-        found = [guard.step(tokens[:count], places[:count], FRAME * count) for guard in guards]
+        found = [guard.step(tokens[:count], sample_positions[:count], FRAME * count) for guard in guards]
         assert found[0] == found[1] and one.suspects == other.suspects
     one.restart(396)
-    assert not one.step(tokens, places, FRAME * 400)
+    assert not one.step(tokens, sample_positions, FRAME * 400)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def looping(fake):
             super().reset(slots)
             self.cured -= set(slots.tolist())
 
-        def forget(self, slots):
-            super().forget(slots)
+        def reset_decoder(self, slots):
+            super().reset_decoder(slots)
             assert not any(self.in_flight[slot] for slot in slots.tolist()), "reset beside a step under way"
             self.cured |= set(slots.tolist())
 

@@ -27,8 +27,8 @@ def quiet(fake):
     """A fake that says nothing of silence, and one token of three of anything else; forgetting changes what it says."""
 
     class Quiet(fake.FakeBackend):
-        def forget(self, slots):
-            super().forget(slots)
+        def reset_decoder(self, slots):
+            super().reset_decoder(slots)
             for slot in slots.tolist():
                 assert self.in_flight[slot] == 0, "a step was under way that should have come after"
                 self.checksum[slot] = zlib.crc32(b"forgot", self.checksum[slot])
@@ -88,9 +88,9 @@ def follow(stream, audio: np.ndarray, sizes: list[int]) -> list:
     for size in itertools.cycle(sizes):
         if at >= len(audio):
             break
-        events += stream.hear(audio[at : at + size])
+        events += stream.push_events(audio[at : at + size])
         at += size
-    return events + stream.end()
+    return events + stream.finish_events()
 
 
 def utterances(events: list) -> list[tuple]:
@@ -131,7 +131,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25)), min_size=1, 
 
 @given(
     spans=SPANS,
-    rule=st.sampled_from([Endpoint(), Endpoint(silence_ms=240), Endpoint(silence_ms=None, longest_ms=1000)]),
+    rule=st.sampled_from([Endpoint(), Endpoint(silence_ms=240), Endpoint(silence_ms=None, max_utterance_ms=1000)]),
     sizes=st.lists(st.integers(700, 20_000), min_size=1, max_size=4),
     overlap=st.booleans(),
 )
@@ -245,12 +245,12 @@ def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overl
         slot = stream._recognition._seat.slot
         for number, (samples, ms) in enumerate(parts):
             audio = np.random.default_rng(number).standard_normal(samples).astype(np.float32) * 0.1
-            stream.use(ms)
-            stream.hear(audio)
+            stream.set_chunk_ms(ms)
+            stream.push_events(audio)
             with model.stream(sample_rate=rate, chunk_ms=ms, endpoint=Endpoint()) as alone:
-                alone.hear(audio)
-                last = alone.end()
-            new = stream.endpoint() if number < len(parts) - 1 else stream.end()
+                alone.push_events(audio)
+                last = alone.finish_events()
+            new = stream.end_utterance() if number < len(parts) - 1 else stream.finish_events()
             wanted.append((last, began))
             events.append(new)
             began = stream._recognition._seat.stream.samples
@@ -268,30 +268,30 @@ def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overl
 def test_ends_by_force_are_told_and_an_empty_one_keeps_its_number(serve):
     model, _ = serve()
     with model.stream(chunk_ms=80) as stream:
-        (end,) = stream.endpoint()
+        (end,) = stream.end_utterance()
         assert (end.kind, end.reason, end.utterance, end.end) == ("end", "forced", 0, 0.0)
-        stream.hear(speech(1, [(3, 0)]))
-        final, end = stream.endpoint()
+        stream.push_events(speech(1, [(3, 0)]))
+        final, end = stream.end_utterance()
         assert (final.kind, end.reason, end.utterance) == ("final", "forced", 0)
         assert stream.result.text == final.text and not stream.result.final
-        (end,) = stream.end()
+        (end,) = stream.finish_events()
         assert (end.reason, end.utterance) == ("finish", 1)
-        assert stream.end() == [] and stream.result.final
+        assert stream.finish_events() == [] and stream.result.final
         with pytest.raises(StreamError, match="was finished; open a new one"):
-            stream.endpoint()
+            stream.end_utterance()
 
 
 def test_results_and_events_of_one_stream_agree(serve):
-    """`push` tells results, `hear` events; what one tells is not taken from the whole."""
+    """`push` tells results, `push_events` events; what one tells is not taken from the whole."""
     model, _ = serve()
     audio = speech(5, [(5, 20), (5, 20)])
     with model.stream(chunk_ms=80, endpoint=Endpoint()) as stream:
         partials = stream.push(audio[:8000])
         before = stream.result
         assert before == stream.result and before.tokens == partials[-1].tokens
-        events = stream.hear(audio[8000:])
+        events = stream.push_events(audio[8000:])
         assert stream.result.tokens[: len(before.tokens)] == before.tokens
-        events += stream.end()
+        events += stream.finish_events()
         assert stream.finish() == stream.result == model.transcribe(audio, chunk_ms=80)
     assert [e.kind for e in events][-1] == "end"
 
@@ -387,7 +387,7 @@ def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
         stream.push(speech(1, [(3, 0)]))
         other.push(speech(1, [(9, 0)]))
         assert [(slot, position) for slot, position, _ in boosts] == [(0, 0)]
-        stream.endpoint()
+        stream.end_utterance()
         stream.push(speech(1, [(3, 0)]))
         assert [(slot, position) for slot, position, _ in boosts] == [(0, 0)] * 2
         assert boosts[0][2] is boosts[1][2]

@@ -56,9 +56,9 @@ def test_utterances_end_by_silence_and_say_where(server: Any, spoken: Any) -> No
     """The events are those of the same stream in Python, whatever the messages' sizes."""
     audio = np.frombuffer(spoken[0].pcm + bytes(64000) + spoken[3].pcm + bytes(64000), np.int16)
     with nemostream.load() as model:
-        rule = nemostream.Endpoint(silence_ms=960, longest_ms=2600, decoder="reset")
+        rule = nemostream.Endpoint(silence_ms=960, max_utterance_ms=2600, decoder="reset")
         wanted = [event for event in model.listen(audio, chunk_ms=160, endpoint=rule) if event.kind != "partial"]
-    with connect(f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&longest_ms=2600&decoder=reset") as socket:
+    with connect(f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&max_utterance_ms=2600&decoder=reset") as socket:
         *events, _ = talk(socket, audio.tobytes(), 2222)
     for event in events:
         assert event["type"] == "end" or event["text"].startswith(event["stable"])
@@ -134,7 +134,7 @@ def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) ->
         ("voice=1", "voice"),
         ("words=perhaps", "words"),
         ("endpoint_ms=79", "endpoint_ms"),
-        ("longest_ms=5", "longest_ms"),
+        ("max_utterance_ms=5", "max_utterance_ms"),
         ("decoder=none", "decoder"),
         ("phrases=nine", "phrases"),
         ("phrases=[]", "phrases"),

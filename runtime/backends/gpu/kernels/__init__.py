@@ -39,8 +39,8 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int", "most_pairs"),  # (row, frame) pairs they have room for
     ("int", "in_place"),  # row b is slot b: the encoder reads the arena itself
     ("int", "looping"),  # the decoding loop is a conditional node
-    ("int", "slot"),  # what `forget` and `boost` are for
-    ("int", "automaton"),  # where in the pool `boost` finds the slot's phrases, in words; -1: nowhere
+    ("int", "slot"),  # what `reset_decoder` and `set_phrases` are for
+    ("int", "automaton"),  # where in the pool `set_phrases` finds the slot's phrases, in words; -1: nowhere
     ("unsigned long long", "condition"),  # its handle
     # -- the host's memory, two lanes of each
     ("const char*", "host_in"),  # slots [most_rows] and lengths [most_rows], int; audio [B, N] float
@@ -143,13 +143,13 @@ def source() -> str:
     return head + "\n".join(parts)
 
 
-def macros(manifest: Manifest, cell: str, conditional: bool) -> dict[str, int | str]:
-    """The model's sizes as the sources want them; `cell` is the type of the caches and of decoding's products.
+def macros(manifest: Manifest, cache_dtype: str, conditional: bool) -> dict[str, int | str]:
+    """The model's sizes as the sources want them; `cache_dtype` is the type of the caches and of decoding's products.
 
     Raises `BackendError` for sizes the kernels were not written for.
     """
     features, encoder, net = manifest.features, manifest.encoder, manifest.decoder
-    line = encoder.d_model // encoder.heads * np.dtype("f4" if cell == "float32" else "f2").itemsize
+    line = encoder.d_model // encoder.heads * np.dtype("f4" if cache_dtype == "float32" else "f2").itemsize
     unsupported = {
         f"an FFT of {features.n_fft} (a power of two is needed)": features.n_fft & (features.n_fft - 1),
         f"a window of {features.window} in an FFT of {features.n_fft}": features.window - 2 > features.n_fft,
@@ -180,8 +180,8 @@ def macros(manifest: Manifest, cell: str, conditional: bool) -> dict[str, int | 
         "VOCABULARY": net.vocabulary + 1,
         "MAX_SYMBOLS": net.max_symbols,
         "ACTIVATION": ("relu", "sigmoid", "tanh").index(net.activation),
-        "NARROW": NARROW[cell],
-        "CELL": 4 if cell == "float32" else 2,
+        "NARROW": NARROW[cache_dtype],
+        "CELL": 4 if cache_dtype == "float32" else 2,
         "CONDITIONAL": int(conditional),
     }
 
@@ -201,7 +201,7 @@ def entries(manifest: Manifest) -> tuple[str, ...]:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def weights(bundle: Bundle, cell: str) -> dict[str, NDArray[Any]]:
+def weights(bundle: Bundle, cache_dtype: str) -> dict[str, NDArray[Any]]:
     """The arrays of the fields above that are weights, by field name; `lstm_words` is the number it says."""
     manifest = bundle.manifest
     features, net = manifest.features, manifest.decoder
@@ -214,7 +214,7 @@ def weights(bundle: Bundle, cell: str) -> dict[str, NDArray[Any]]:
     lstm = [np.array(bundle.weight(f"decoder.lstm.{layer}.weight")) for layer in range(net.layers)]
     # A tile of 32 columns holds the four gates of eight units.
     order = np.arange(4 * net.hidden).reshape(4, net.hidden // 8, 8).transpose(1, 0, 2).ravel()
-    packed = [pack(weight[:, order], cell) for weight in lstm]
+    packed = [pack(weight[:, order], cache_dtype) for weight in lstm]
     arrays = {
         "window": np.concatenate([bundle.weight("features.window_left"), bundle.weight("features.window_right")[::-1]]),
         "twiddles": np.stack([np.cos(turn), np.sin(turn)], axis=1),
@@ -224,15 +224,15 @@ def weights(bundle: Bundle, cell: str) -> dict[str, NDArray[Any]]:
         "embedding": bundle.weight("decoder.embedding"),
         "lstm_weight": np.stack(packed),
         "lstm_bias": np.stack([bundle.weight(f"decoder.lstm.{layer}.bias") for layer in range(net.layers)]),
-        "project_weight": pack(bundle.weight("joint.pred.weight"), cell),
+        "project_weight": pack(bundle.weight("joint.pred.weight"), cache_dtype),
         "project_bias": bundle.weight("joint.pred.bias"),
-        "joint_weight": pack(bundle.weight("joint.out.weight"), cell),
+        "joint_weight": pack(bundle.weight("joint.out.weight"), cache_dtype),
         "joint_bias": bundle.weight("joint.out.bias"),
     }
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def pack(matrix: NDArray[np.float32], cell: str) -> NDArray[np.uint32]:
+def pack(matrix: NDArray[np.float32], cache_dtype: str) -> NDArray[np.uint32]:
     """A matrix [K, N] in the order in which `product` (`tile.cu`) reads it, as 32-bit words; K and N padded with zeros.
 
     fp32: tile of 32 columns, k, column. 16 bit: tile, 16 k, 8 columns, lane, the lane's two words of the B fragment of
@@ -242,9 +242,9 @@ def pack(matrix: NDArray[np.float32], cell: str) -> NDArray[np.uint32]:
     wide = tiles(columns)
     padded = np.zeros((-(-depth // 16) * 16, wide * TILE_COLUMNS), np.float32)
     padded[:depth, :columns] = matrix
-    if cell == "float32":
+    if cache_dtype == "float32":
         return np.ascontiguousarray(padded.reshape(-1, wide, TILE_COLUMNS).transpose(1, 0, 2)).view(np.uint32).ravel()
-    bits = narrow(padded, cell)
+    bits = to_16bit(padded, cache_dtype)
     # axes: 16 k, half of them, m, pair | tile, 8 columns, g
     split = bits.reshape(-1, 2, 4, 2, wide, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
     return np.ascontiguousarray(split).view(np.uint32).ravel()
@@ -256,9 +256,9 @@ def automaton(phrases: Boosting) -> NDArray[np.int32]:
     return np.concatenate([np.array([len(phrases)], np.int32), *parts])
 
 
-def narrow(array: NDArray[np.float32], cell: str) -> NDArray[np.uint16]:
+def to_16bit(array: NDArray[np.float32], cache_dtype: str) -> NDArray[np.uint16]:
     """The bits of an fp32 array rounded to nearest even in 16 bit."""
-    if cell == "float16":
+    if cache_dtype == "float16":
         return array.astype(np.float16).view(np.uint16)
     words = np.ascontiguousarray(array, np.float32).view(np.uint32)
     return ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)  # bfloat16: the upper half
@@ -271,8 +271,8 @@ def start_state(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     for layer in range(net.layers):
         joined = np.concatenate([x, np.zeros(net.hidden)])
         gates = joined @ bundle.weight(f"decoder.lstm.{layer}.weight") + bundle.weight(f"decoder.lstm.{layer}.bias")
-        i, _, cell, o = gates.reshape(4, net.hidden)
-        c.append(_sigmoid(i) * np.tanh(cell))
+        i, _, cache_dtype, o = gates.reshape(4, net.hidden)
+        c.append(_sigmoid(i) * np.tanh(cache_dtype))
         x = _sigmoid(o) * np.tanh(c[-1])
         h.append(x)
     predicted = x @ bundle.weight("joint.pred.weight") + bundle.weight("joint.pred.bias")

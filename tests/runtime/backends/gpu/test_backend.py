@@ -17,7 +17,7 @@ from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
 import nemostream
-from nemostream.bundle import Bundle, Chunk
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, CapacityError, OptionError
 from nemostream.runtime.backends.base import Batch, Emissions
 from nemostream.runtime.backends.cpu import OrtBackend
@@ -57,7 +57,7 @@ class Talk:
     def over(self, slot: int) -> bool:
         return self.at[slot] >= len(self.audio[slot])
 
-    def batch(self, chunk: Chunk, slots: Sequence[int]) -> Batch:
+    def batch(self, chunk: ChunkConfig, slots: Sequence[int]) -> Batch:
         rows, lengths = np.zeros((len(slots), chunk.samples), np.float32), []
         for row, slot in zip(rows, slots, strict=True):
             part = self.audio[slot][self.at[slot] :][: chunk.samples]
@@ -113,9 +113,9 @@ def test_any_batches_of_any_streams(
             boosts[slot], saved[slot] = some_phrases(rng, talker) if rng.random() < 0.7 else None, None
         for index, backend in enumerate((ours, cpu)):
             if what == "boost":
-                backend.boost(slot, boosts[slot])
+                backend.set_phrases(slot, boosts[slot])
             elif what == "forget":
-                backend.forget(np.array([slot]))
+                backend.reset_decoder(np.array([slot]))
             elif what == "load" and saved[slot]:
                 backend.load(slot, saved[slot][index])
         if what == "save":
@@ -128,7 +128,7 @@ def test_any_batches_of_any_streams(
             step, wanted = pending.pop(0)
             got = step.result()
             assert seen(got) == seen(wanted)
-            for mine, theirs in zip(got.scores + got.powers, wanted.scores + wanted.powers, strict=True):
+            for mine, theirs in zip(got.scores + got.sum_p_alpha, wanted.scores + wanted.sum_p_alpha, strict=True):
                 np.testing.assert_allclose(mine, theirs, atol=1e-3, rtol=1e-3)
             said += sum(map(len, got.tokens))
     assert said > 20

@@ -133,7 +133,7 @@ def made(tmp_path: Path) -> Path:
 def test_an_engine_is_told_everything(library: Any, made: Path) -> None:
     """Every recording has its own context; all of them work in one memory, large enough for the largest so far."""
     encoder = TrtEncoder(made, "fake_tensorrt", "float16", Device())
-    assert (encoder.cell, encoder.capturable) == ("float16", True)
+    assert (encoder.cache_dtype, encoder.capturable) == ("float16", True)
     large, small = encoder.bind(64, ADDRESSES), encoder.bind(3, ADDRESSES)
     first, second = library.engine.contexts
     assert (first.profile, second.profile) == (1, 0)

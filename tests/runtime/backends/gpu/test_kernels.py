@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from host_device import HostDevice
 
-from nemostream.bundle import Bundle, Chunk, Decoder, Encoder, Features, File, Manifest, Weight
+from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, FeatureConfig, File, Manifest, EncoderConfig, Weight
 from nemostream.errors import BackendError
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.gpu import kernels
@@ -25,33 +25,33 @@ from nemostream.runtime.decoding.boosting import MOST_TOKENS, Boosting
 from nemostream.runtime.decoding.greedy import Labels, Predictions, greedy_reference
 
 LAYERS, HIDDEN, JOINT, VOCABULARY, MOST = 2, 16, 40, 37, 3
-CHUNK = Chunk(ms=400, frames=5, left=8, samples=6400)
+CHUNK = ChunkConfig(ms=400, frames=5, left=8, samples=6400)
 ROWS = 21  # more than a tile
 CELLS = ("float32", "float16", "bfloat16")
 # A sum that fp32 and float64 round to different neighbours in 16 bit is off by one of their steps.
 SCORES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def widened(array: np.ndarray, cell: str) -> np.ndarray:
-    """An array as the type `cell` holds it, in float64."""
-    if cell == "float32":
+def widened(array: np.ndarray, cache_dtype: str) -> np.ndarray:
+    """An array as the type `cache_dtype` holds it, in float64."""
+    if cache_dtype == "float32":
         return array.astype(np.float64)
-    bits = kernels.narrow(np.asarray(array, np.float32), cell)
-    if cell == "float16":
+    bits = kernels.to_16bit(np.asarray(array, np.float32), cache_dtype)
+    if cache_dtype == "float16":
         return bits.view(np.float16).astype(np.float64)
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 class Net:
-    """The transducer in numpy; what is multiplied is rounded to `cell` first. Sums have one order for all columns."""
+    """The transducer in numpy; what is multiplied is rounded to `cache_dtype` first. Sums have one order for all columns."""
 
     blank, max_symbols = VOCABULARY, MOST
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], cell: str) -> None:
-        self.arrays, self.cell = arrays, cell
+    def __init__(self, arrays: Mapping[str, np.ndarray], cache_dtype: str) -> None:
+        self.arrays, self.cache_dtype = arrays, cache_dtype
 
     def _product(self, x: np.ndarray, name: str) -> np.ndarray:
-        left, right = widened(x, self.cell), widened(self.arrays[f"{name}.weight"], self.cell)
+        left, right = widened(x, self.cache_dtype), widened(self.arrays[f"{name}.weight"], self.cache_dtype)
         return (left[:, :, None] * right[None]).sum(axis=1) + self.arrays[f"{name}.bias"]
 
     def predict(self, tokens: Any, h: Any, c: Any) -> Any:
@@ -115,9 +115,9 @@ def made_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
     (path / "weights.bin").write_bytes(blob)
     manifest = Manifest(
         name="made",
-        features=Features(sample_rate=16000, mels=16, window=400, hop=160, n_fft=512, preemphasis=0.97),
-        encoder=Encoder(layers=1, d_model=32, heads=2, subsampling=8, cache=8, conv_cache=8),
-        decoder=Decoder(LAYERS, HIDDEN, JOINT, VOCABULARY, MOST, "relu"),
+        features=FeatureConfig(sample_rate=16000, mels=16, window=400, hop=160, n_fft=512, preemphasis=0.97),
+        encoder=EncoderConfig(layers=1, d_model=32, heads=2, subsampling=8, cache=8, conv_cache=8),
+        decoder=DecoderConfig(LAYERS, HIDDEN, JOINT, VOCABULARY, MOST, "relu"),
         chunks=(CHUNK,),
         graphs={},
         weights=File("weights.bin", "", len(blob)),
@@ -130,8 +130,8 @@ def made_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
 class GivenFrames:
     """An encoder whose frames the test gives: `frames` [B, T, J]."""
 
-    def __init__(self, device: Any, cell: str) -> None:
-        self.device, self.cell, self.capturable = device, cell, isinstance(device, HostDevice)
+    def __init__(self, device: Any, cache_dtype: str) -> None:
+        self.device, self.cache_dtype, self.capturable = device, cache_dtype, isinstance(device, HostDevice)
         self.frames = np.zeros((0, CHUNK.frames, JOINT), np.float32)
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
@@ -147,20 +147,20 @@ class GivenFrames:
     def close(self) -> None: ...
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cache_dtype", CELLS)
 @pytest.mark.parametrize(
     "kind", ["random", "ties", "blanks", "labels", "a label that breaks the prediction", "infinite logits"]
 )
-def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, tmp_path: Path) -> None:
+def test_decoding_equals_the_definition(kind: str, cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
     """Three chunks in a row, rows that end at different frames, two whose frames are not numbers in chunk 1.
 
     Of three rows two are boosted, each by its own phrases.
     """
     rng = np.random.default_rng(sum(map(ord, kind)))
     arrays = make_weights(rng, kind)
-    bundle, net = made_bundle(tmp_path, arrays), Net(arrays, cell)
+    bundle, net = made_bundle(tmp_path, arrays), Net(arrays, cache_dtype)
     device = make_device(order=1 + len(kind))  # threads and blocks in any order
-    encoder = GivenFrames(device, cell)
+    encoder = GivenFrames(device, cache_dtype)
     backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
     assert backend.loop == "while"
 
@@ -168,7 +168,7 @@ def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, 
     states = [start.repeated(1) for _ in range(ROWS)]
     boosts = [some_phrases(rng) if row % 3 else None for row in range(ROWS)]
     for row, phrases in enumerate(boosts):
-        backend.boost(row, phrases)
+        backend.set_phrases(row, phrases)
     alive, said, chosen = [True] * ROWS, 0, 0
     for step in range(3):
         frames = rng.standard_normal((ROWS, CHUNK.frames, JOINT)).astype(np.float32)
@@ -189,8 +189,10 @@ def test_decoding_equals_the_definition(kind: str, cell: str, make_device: Any, 
             assert got.failed[row] == (not lives), where
             assert got.tokens[row].tolist() == wanted.tokens, where
             assert got.frames[row].tolist() == [step * CHUNK.frames + frame for frame in wanted.frames], where
-            np.testing.assert_allclose(got.scores[row], wanted.scores, atol=SCORES[cell], err_msg=where)
-            np.testing.assert_allclose(got.powers[row], wanted.powers, rtol=SCORES[cell], err_msg=where)
+            np.testing.assert_allclose(got.scores[row], wanted.scores, atol=SCORES[cache_dtype], err_msg=where)
+            np.testing.assert_allclose(
+                got.sum_p_alpha[row], wanted.sum_p_alpha, rtol=SCORES[cache_dtype], err_msg=where
+            )
             said, chosen = said + len(wanted.tokens), chosen + twisted
     assert {"blanks": said == 0, "infinite logits": alive.count(False) > 10}.get(kind, said > 20)
     assert chosen > 10 or kind in ("blanks", "infinite logits")
@@ -246,13 +248,13 @@ def test_the_definition_here_is_the_definition(boosted: bool) -> None:
     assert alive
     assert (said.tokens, said.frames) == (wanted.tokens, wanted.frames)
     np.testing.assert_allclose(said.scores, wanted.scores)
-    np.testing.assert_allclose(said.powers, wanted.powers)
+    np.testing.assert_allclose(said.sum_p_alpha, wanted.sum_p_alpha)
     assert len(said.tokens) > 5
     assert (twisted > 0) == boosted
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_who_is_not_boosted_does_not_notice(cell: str, make_device: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_dtype", CELLS)
+def test_who_is_not_boosted_does_not_notice(cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
     """Every bit of what half of the rows say and are, beside boosted rows and beside none."""
     rng = np.random.default_rng(8)
     arrays = make_weights(rng, "random")
@@ -261,17 +263,17 @@ def test_who_is_not_boosted_does_not_notice(cell: str, make_device: Any, tmp_pat
     seen: list[list[bytes]] = []
     for boosted in (False, True):
         device = make_device()
-        encoder = GivenFrames(device, cell)
+        encoder = GivenFrames(device, cache_dtype)
         backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
         for slot in range(0, ROWS, 2):
-            backend.boost(slot, phrases[slot // 2] if boosted else None)
+            backend.set_phrases(slot, phrases[slot // 2] if boosted else None)
         said: list[list[bytes]] = [[] for _ in range(ROWS)]
         for part in frames.astype(np.float32):
             encoder.frames = part
             audio = np.zeros((ROWS, CHUNK.samples), np.float32)
             got = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
             for row in range(ROWS):
-                said[row] += [array[row].tobytes() for array in (got.tokens, got.frames, got.scores, got.powers)]
+                said[row] += [array[row].tobytes() for array in (got.tokens, got.frames, got.scores, got.sum_p_alpha)]
         for row in range(ROWS):
             said[row] += [array.tobytes() for name, array in backend.save(row).items() if name != "phrases"]
         seen.append(said)
@@ -281,8 +283,8 @@ def test_who_is_not_boosted_does_not_notice(cell: str, make_device: Any, tmp_pat
     assert sum(one != other for one, other in zip(plain[::2], beside[::2], strict=True)) > 5
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_the_order_of_threads_changes_nothing(cell: str, make_device: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_dtype", CELLS)
+def test_the_order_of_threads_changes_nothing(cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
     """Bit for bit: a barrier that is missing, or an order taken for granted, would show. A GPU has its own orders."""
     rng = np.random.default_rng(3)
     arrays = make_weights(rng, "random")
@@ -290,40 +292,44 @@ def test_the_order_of_threads_changes_nothing(cell: str, make_device: Any, tmp_p
     seen = []
     for order in (0, 1, 2, 3):
         device = make_device(order=order)
-        encoder = GivenFrames(device, cell)
+        encoder = GivenFrames(device, cache_dtype)
         backend = GpuBackend(made_bundle(tmp_path, arrays), device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
         for row in range(0, ROWS, 2):
-            backend.boost(row, some_phrases(np.random.default_rng(row)))
+            backend.set_phrases(row, some_phrases(np.random.default_rng(row)))
         encoder.frames = frames
         audio = np.random.default_rng(1).standard_normal((ROWS, CHUNK.samples)).astype(np.float32)
         emissions = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
         state = np.empty((ROWS, LAYERS, HIDDEN), np.float32)
         device.read(int(backend._memory.step["h"]), state)
-        parts = [*emissions.tokens, *emissions.frames, *emissions.scores, *emissions.powers, state]
+        parts = [*emissions.tokens, *emissions.frames, *emissions.scores, *emissions.sum_p_alpha, state]
         seen.append(b"".join(part.tobytes() for part in parts))
     assert len(seen[0]) > state.nbytes
     assert len(set(seen)) == 1
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cache_dtype", CELLS)
 @pytest.mark.parametrize(("depth", "columns"), [(16, 32), (40, 38), (600, 33)])
-def test_packed_weights_multiply(cell: str, depth: int, columns: int) -> None:
+def test_packed_weights_multiply(cache_dtype: str, depth: int, columns: int) -> None:
     """Reading the packed words by the layout of the PTX manual gives the matrix back."""
     matrix = np.random.default_rng(0).standard_normal((depth, columns)).astype(np.float32)
-    words = kernels.pack(matrix, cell)
+    words = kernels.pack(matrix, cache_dtype)
     deep, wide = -(-depth // 16) * 16, -(-columns // 32) * 32
     found = np.zeros((deep, wide))
-    if cell == "float32":
+    if cache_dtype == "float32":
         tiles = words.view(np.float32).reshape(wide // 32, deep, 32)
         found = np.concatenate(list(tiles), axis=1).astype(np.float64)
     else:
         halves = words.view(np.uint16).reshape(wide // 32, deep // 16, 4, 32, 2, 2)
-        for tile, k16, n8, lane, word, half in np.ndindex(halves.shape):
-            group, member = divmod(lane, 4)
-            bits = halves[tile, k16, n8, lane, word, half]
-            value = bits.view(np.float16) if cell == "float16" else (np.uint32(bits) << np.uint32(16)).view(np.float32)
+        for tile, k16, n8, buffer_index, word, half in np.ndindex(halves.shape):
+            group, member = divmod(buffer_index, 4)
+            bits = halves[tile, k16, n8, buffer_index, word, half]
+            value = (
+                bits.view(np.float16)
+                if cache_dtype == "float16"
+                else (np.uint32(bits) << np.uint32(16)).view(np.float32)
+            )
             found[16 * k16 + 8 * word + 2 * member + half, 32 * tile + 8 * n8 + group] = value
-    np.testing.assert_array_equal(found[:depth, :columns], widened(matrix, cell))
+    np.testing.assert_array_equal(found[:depth, :columns], widened(matrix, cache_dtype))
     assert not found[depth:].any() and not found[:, columns:].any()
 
 
@@ -342,23 +348,23 @@ def test_buckets_hold_every_batch() -> None:
 
 def full_size(manifest: Manifest) -> Manifest:
     """The 0.6B model's sizes."""
-    encoder = Encoder(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8)
-    decoder = Decoder(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu")
+    encoder = EncoderConfig(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8)
+    decoder = DecoderConfig(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu")
     return dataclasses.replace(manifest, encoder=encoder, decoder=decoder)
 
 
 @pytest.mark.parametrize("size", ["demo", "full"])
 @pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm120"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cache_dtype", CELLS)
 def test_the_kernels_compile(
-    size: str, architecture: str, cell: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: str, architecture: str, cache_dtype: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
     from nemostream.runtime.backends.gpu.cuda import compile_kernels
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     manifest = full_size(demo_bundle.manifest) if size == "full" else demo_bundle.manifest
-    macros = kernels.macros(manifest, cell, conditional=True)
+    macros = kernels.macros(manifest, cache_dtype, conditional=True)
     for kind, magic in (("cubin", b"\x7fELF"), ("ptx", b".visible .entry join")):
         image = compile_kernels(macros, architecture, kind)
         assert magic in image

@@ -57,7 +57,9 @@ def step(backend: Backend, bundle: Bundle, part: tuple[np.ndarray, int], slot: i
     batch = Batch(bundle.manifest.chunk(ms), np.array([slot]), part[0][None], np.array([part[1]]))
     got = backend.submit(batch).result()
     assert not got.failed[0]
-    return list(zip(*(array[0].tolist() for array in (got.tokens, got.frames, got.scores, got.powers)), strict=True))
+    return list(
+        zip(*(array[0].tolist() for array in (got.tokens, got.frames, got.scores, got.sum_p_alpha)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("boosted", [False, True])
@@ -67,7 +69,7 @@ def test_a_stream_goes_on_elsewhere(boosted: bool, make: Any, talker: Bundle, cl
     phrases = phrases_of(talker) if boosted else None
     here, there = make(3), make(2)
     here.reset(np.arange(3))
-    here.boost(1, phrases)
+    here.set_phrases(1, phrases)
     whole, saved = [], []
     for part in parts:
         saved.append(here.save(1))
@@ -80,7 +82,7 @@ def test_a_stream_goes_on_elsewhere(boosted: bool, make: Any, talker: Bundle, cl
         for backend, slot in ((here, 2), (there, 0)):
             backend.reset(np.array([slot]))
             step(backend, talker, parts[-2], slot, 80)  # whatever was there before
-            backend.boost(slot, phrases)
+            backend.set_phrases(slot, phrases)
             backend.load(slot, saved[cut])
             assert [step(backend, talker, part, slot, 80) for part in parts[cut:]] == whole[cut:]
             end = backend.save(slot)
@@ -117,15 +119,15 @@ def test_a_state_that_does_not_fit(make: Any, talker: Bundle) -> None:
             OptionError, match=f"another model, or of another kind .*{words.split()[0]}.* {words.split()[1]} not"
         ):
             backend.load(1, state)
-    backend.boost(0, phrases_of(talker))
+    backend.set_phrases(0, phrases_of(talker))
     with pytest.raises(OptionError, match="listening for other phrases"):
         backend.load(1, backend.save(0))
     with pytest.raises(OptionError, match="listening for other phrases"):
         backend.load(0, good)
-    backend.boost(1, phrases_of(talker, seed=1))
+    backend.set_phrases(1, phrases_of(talker, seed=1))
     with pytest.raises(OptionError, match="listening for other phrases"):
         backend.load(1, backend.save(0))
-    backend.boost(1, None)
+    backend.set_phrases(1, None)
     assert {name: array.tobytes() for name, array in backend.save(1).items()} == kept
 
 
@@ -150,12 +152,12 @@ def test_forgetting_is_to_have_said_nothing(
     for cut in (5, 20):
         for one in (backend, fresh):
             one.reset(slots)
-            one.boost(0, phrases)
+            one.set_phrases(0, phrases)
         for samples, length in parts[:cut]:
             fresh.encode(Batch(chunk, slots, samples[None], np.array([length])))
             step(backend, talker, (samples, length), 0, 80)
         kept = backend.save(0)
-        backend.forget(slots)
+        backend.reset_decoder(slots)
         got = [step(backend, talker, part, 0, 80) for part in parts[cut:]]
         assert got == [step(fresh, talker, part, 0, 80) for part in parts[cut:]]
         backend.load(0, kept)
@@ -173,7 +175,7 @@ def test_phrases_from_the_next_step_on(make: Any, talker: Bundle, clips: Any, cu
     def run(backend: Backend, boosts: list[Boosting | None]) -> list[Any]:
         said = []
         for part, boosting in zip(parts, boosts, strict=True):
-            backend.boost(1, boosting)
+            backend.set_phrases(1, boosting)
             said.append(step(backend, talker, part, 1, 560))
         return said
 
@@ -185,7 +187,7 @@ def test_phrases_from_the_next_step_on(make: Any, talker: Bundle, clips: Any, cu
     assert changed[:3] == plain[:3] == back[:3]
     assert changed[3:6] == back[3:6] != plain[3:6]
     assert changed[6:] != back[6:]
-    backend.boost(1, one)
+    backend.set_phrases(1, one)
     backend.reset(np.array([0, 1]))
     assert [step(backend, talker, part, 1, 560) for part in parts] == plain
 
@@ -209,9 +211,9 @@ def test_a_step_under_way_does_not_notice(loop: str, talker: Bundle, clips: Any,
         for backend, states in zip((ours, cpu), saved, strict=True):
             if turn % 4 == 1:
                 states.append(backend.save(2))
-            backend.boost(0, phrases_of(talker, turn))
+            backend.set_phrases(0, phrases_of(talker, turn))
             if turn % 3 == 2:
-                backend.forget(np.array([0, 2]))
+                backend.reset_decoder(np.array([0, 2]))
             if turn % 4 == 3:
                 backend.load(2, states[-1])
         for step in pending[:-1]:
@@ -231,23 +233,23 @@ def test_the_pool_of_phrases(talker: Bundle, monkeypatch: pytest.MonkeyPatch) ->
     room = max(sizes[0] + sizes[1], sizes[0] + sizes[2], sizes[2] + sizes[1]) + 16
     monkeypatch.setattr(arena, "POOL", room)
     backend = on_gpu(talker, HostDevice(), capacity=4)
-    backend.boost(0, lists[0])
-    backend.boost(1, lists[0])
-    backend.boost(2, phrases_of(talker, 0))  # the same phrases, another time
-    backend.boost(3, lists[1])
+    backend.set_phrases(0, lists[0])
+    backend.set_phrases(1, lists[0])
+    backend.set_phrases(2, phrases_of(talker, 0))  # the same phrases, another time
+    backend.set_phrases(3, lists[1])
     assert len(backend._memory._pool) == 2
     with pytest.raises(CapacityError, match=rf"need {sizes[2]} bytes of the {room} .* {sizes[0] + sizes[1]} are taken"):
-        backend.boost(3, lists[2])
+        backend.set_phrases(3, lists[2])
     assert np.array_equal(backend.save(3)["phrases"], lists[1].digest)
-    backend.boost(0, None)
+    backend.set_phrases(0, None)
     backend.reset(np.array([1]))
     with pytest.raises(CapacityError):
-        backend.boost(3, lists[2])  # slot 2 has the first still
-    backend.boost(2, None)
-    backend.boost(2, lists[2])
+        backend.set_phrases(3, lists[2])  # slot 2 has the first still
+    backend.set_phrases(2, None)
+    backend.set_phrases(2, lists[2])
     assert len(backend._memory._pool) == 2
     for slot in (2, 3):
-        backend.boost(slot, None)
+        backend.set_phrases(slot, None)
     assert not backend._memory._pool and not backend._memory._users and not backend._memory._phrases
 
 
@@ -259,12 +261,12 @@ def test_other_phrases_do_not_move_those_that_are_there(talker: Bundle, clips: A
     found = []
     for busy in (False, True):
         backend.reset(np.arange(3))
-        backend.boost(0, phrases_of(talker, 1) if busy else None)
-        backend.boost(1, mine)
+        backend.set_phrases(0, phrases_of(talker, 1) if busy else None)
+        backend.set_phrases(1, mine)
         said = []
         for turn, part in enumerate(parts):
             if busy:
-                backend.boost(2 * (turn % 2), phrases_of(talker, turn) if turn % 3 else None)
+                backend.set_phrases(2 * (turn % 2), phrases_of(talker, turn) if turn % 3 else None)
             said.append(step(backend, talker, part, 1, 80))
         found.append(said)
     assert found[0] == found[1]

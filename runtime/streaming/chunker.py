@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import Chunk, Manifest
+from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import StreamError
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 
@@ -25,53 +25,57 @@ class Hypothesis:
     """What the model said. Only ever grows, so a prefix read by another thread stays true."""
 
     tokens: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # sample of the stream that each one's encoder frame stands at
+    sample_positions: list[int] = field(
+        default_factory=list
+    )  # sample of the stream that each one's encoder frame stands at
     scores: list[float] = field(default_factory=list)  # log-probability of each
-    powers: list[float] = field(default_factory=list)  # `Emissions.powers` of each
+    sum_p_alpha: list[float] = field(default_factory=list)  # `Emissions.sum_p_alpha` of each
 
     def save(self) -> dict[str, NDArray[Any]]:
         return {
             "tokens": np.array(self.tokens, np.int32),
-            "places": np.array(self.places, np.int64),
+            "sample_positions": np.array(self.sample_positions, np.int64),
             "scores": np.array(self.scores, np.float32),
-            "powers": np.array(self.powers, np.float32),
+            "sum_p_alpha": np.array(self.sum_p_alpha, np.float32),
         }
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Add what was saved. Raises `ValueError` if it is not what `save` gives."""
-        kinds = {"tokens": np.int32, "places": np.int64, "scores": np.float32, "powers": np.float32}
+        kinds = {"tokens": np.int32, "sample_positions": np.int64, "scores": np.float32, "sum_p_alpha": np.float32}
         count = len(saved_array(state, "tokens", np.int32, None))
         arrays = {name: saved_array(state, name, dtype, count) for name, dtype in kinds.items()}
-        saved_counts(state, "places")
-        if not all(np.isfinite(arrays[name]).all() for name in ("scores", "powers")):
+        saved_counts(state, "sample_positions")
+        if not all(np.isfinite(arrays[name]).all() for name in ("scores", "sum_p_alpha")):
             raise ValueError("a score is not finite")
         self.extend(*(array.tolist() for array in arrays.values()))
 
-    def extend(self, tokens: list[int], places: list[int], scores: list[float], powers: list[float]) -> None:
+    def extend(
+        self, tokens: list[int], sample_positions: list[int], scores: list[float], sum_p_alpha: list[float]
+    ) -> None:
         self.tokens += tokens
-        self.places += places
+        self.sample_positions += sample_positions
         self.scores += scores
-        self.powers += powers
+        self.sum_p_alpha += sum_p_alpha
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkItem:
     """What is next in a stream: a chunk to run, one to pass over, or the place where an utterance was ended by force.
 
     Samples count from the stream's start. The slot's state may be younger, or have heard less: its frame f stands at
-    sample `origin` + f frames' worth.
+    sample `origin_sample` + f frames' worth.
     """
 
-    kind: Literal["run", "skip", "cut"]
-    chunk: Chunk
-    reach: int  # samples of the stream that were heard, or passed over, with it
-    origin: int = 0
+    kind: Literal["run", "skip", "end_of_utterance"]
+    chunk: ChunkConfig
+    end_sample: int  # samples of the stream that were heard, or passed over, with it
+    origin_sample: int = 0
     audio: Floats = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)  # [chunk.samples]
     length: int = 0  # leading samples of it that belong to the stream
     fresh: bool = False  # the slot must be reset before it is run
 
 
-class Gate(Protocol):
+class ChunkFilter(Protocol):
     """Says which chunks are worth running. Called in the order of the audio."""
 
     lead_ms: int  # audio let through before a chunk that passes, though itself it did not
@@ -85,7 +89,7 @@ class Gate(Protocol):
         ...
 
 
-class Stream:
+class Chunker:
     """Samples in, chunks out.
 
     Each sample is copied once, into the chunk it will be run in: pushes of any size cost what their samples cost, and
@@ -94,20 +98,20 @@ class Stream:
     With a `gate`, chunks that it does not let through are passed over, and the model hears the others as if there had
     been nothing between them. The first chunk is always run, as it begins with the lead silence.
 
-    Digital silence (`pass_over`) ends a recording, and the audio after it begins another one, as at a `cut`.
+    Digital silence (`pass_over`) ends a recording, and the audio after it begins another one, as at a `end_utterance`.
     """
 
-    def __init__(self, manifest: Manifest, chunk: Chunk, gate: Gate | None = None) -> None:
+    def __init__(self, manifest: Manifest, chunk: ChunkConfig, gate: ChunkFilter | None = None) -> None:
         self.chunk = chunk
         self.hypothesis = Hypothesis()
         self.samples = 0  # accepted, the lead silence not counted
         self.ended = False
         self._manifest, self._gate = manifest, gate
-        self._ready: deque[Piece] = deque()
-        self._held: deque[Piece] = deque()  # did not pass, but would be the lead of one that does
-        # Of the recording that the slot hears; `cut` begins another.
+        self._ready: deque[WorkItem] = deque()
+        self._held: deque[WorkItem] = deque()  # did not pass, but would be the lead of one that does
+        # Of the recording that the slot hears; `end_utterance` begins another.
         self._begin = 0  # its first sample
-        self._reach = 0  # where the next encoder frame stands
+        self._end_sample = 0  # where the next encoder frame stands
         self._covered = 0  # encoder frames of its chunks to be run so far, taken or not
         self._skipped = 0  # samples of it that were passed over
         self._fresh = False
@@ -119,9 +123,9 @@ class Stream:
         self._opened = 0  # the stream's samples when it was begun
 
     @property
-    def reach(self) -> int:
+    def end_sample(self) -> int:
         """Samples up to which chunks were cut, or left out."""
-        return self._reach
+        return self._end_sample
 
     @property
     def queued(self) -> int:
@@ -129,14 +133,14 @@ class Stream:
         return len(self._ready)
 
     @property
-    def head(self) -> Piece:
+    def head(self) -> WorkItem:
         """What `take` gives next."""
         return self._ready[0]
 
-    def take(self) -> Piece:
+    def take(self) -> WorkItem:
         return self._ready.popleft()
 
-    def use(self, chunk: Chunk) -> None:
+    def set_chunk(self, chunk: ChunkConfig) -> None:
         """Cut chunks of this size from now on; the one being filled too, unless it holds more than that already."""
         self.chunk = chunk
         if self._filled < chunk.samples:
@@ -169,25 +173,25 @@ class Stream:
             self._open_chunk()
             self._silent = True
         self.samples += samples
-        self._advance((self.samples - self._reach) // self.chunk.samples * self.chunk.samples)
+        self._advance((self.samples - self._end_sample) // self.chunk.samples * self.chunk.samples)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """No more audio: the rest becomes zero-padded chunks, as many as there are encoder frames still to come."""
         if not self.ended:
             self.ended = True
             self._flush()
 
-    def cut(self) -> None:
+    def end_utterance(self) -> None:
         """End the utterance here: the rest is run as at the end, and what follows as a stream of its own."""
         if self.ended:
             return
         self._flush()
-        self._ready.append(Piece("cut", self.chunk, self.samples))
+        self._ready.append(WorkItem("end_of_utterance", self.chunk, self.samples))
         self._begin_recording()
 
     def save(self) -> dict[str, NDArray[Any]]:
         """Everything that `load` needs, of a stream all of whose pieces were taken; what was said is not in it."""
-        counts = [self.samples, self._begin, self._reach, self._covered, self._skipped, self._filled, self._opened]
+        counts = [self.samples, self._begin, self._end_sample, self._covered, self._skipped, self._filled, self._opened]
         return {
             "counts": np.array(counts, np.int64),
             "flags": np.array([self._silent, self._fresh]),
@@ -203,7 +207,7 @@ class Stream:
         the one being filled.
         """
         manifest = self._manifest
-        samples, begin, reach, covered, skipped, filled, opened = saved_counts(state, "counts", 7)
+        samples, begin, end_sample, covered, skipped, filled, opened = saved_counts(state, "counts", 7)
         sizes = saved_counts(state, "sizes")
         if len(sizes) < 2:
             raise ValueError(f"sizes are {sizes}; there are two at least")
@@ -212,14 +216,14 @@ class Stream:
         in_held = sum(chunk.samples for chunk in held)
         heard = manifest.lead + samples - begin
         first = not covered and not skipped and not held
-        if silent:  # the recording is complete, and the next one begins anew: only `reach` matters
-            whole = not filled and not held and begin <= opened <= samples and reach <= samples + chunk.samples
+        if silent:  # the recording is complete, and the next one begins anew: only `end_sample` matters
+            whole = not filled and not held and begin <= opened <= samples and end_sample <= samples + chunk.samples
         else:
             whole = (
                 begin <= samples
                 and filled < filling.samples
                 and heard == covered * manifest.samples_per_frame + skipped + in_held + filled
-                and reach == begin + covered * manifest.samples_per_frame + skipped
+                and end_sample == begin + covered * manifest.samples_per_frame + skipped
                 and opened == samples - filled + (manifest.lead if first else 0)
             )
         if not whole:
@@ -227,7 +231,7 @@ class Stream:
         audio = saved_array(state, "filling", np.float32, filled), saved_array(state, "held", np.float32, in_held)
         if not all(np.isfinite(part).all() for part in audio):
             raise ValueError("its audio is not finite")
-        self.samples, self._begin, self._reach, self._covered = samples, begin, reach, covered
+        self.samples, self._begin, self._end_sample, self._covered = samples, begin, end_sample, covered
         self._skipped, self._filled, self._opened = skipped, filled, opened
         self._silent, self._fresh = silent, fresh
         self._filling, self.chunk = filling, chunk
@@ -235,12 +239,12 @@ class Stream:
         self._next[:filled] = audio[0]
         at = 0
         for chunk in held:
-            self._held.append(Piece("run", chunk, 0, 0, audio[1][at : at + chunk.samples], chunk.samples))
+            self._held.append(WorkItem("run", chunk, 0, 0, audio[1][at : at + chunk.samples], chunk.samples))
             at += chunk.samples
 
     def _begin_recording(self) -> None:
         """What follows is a recording of its own, in the same slot; times go on."""
-        self._begin = self._reach = self.samples
+        self._begin = self._end_sample = self.samples
         self._covered = self._skipped = 0
         self._fresh, self._silent = True, False
         if self._gate:
@@ -250,12 +254,12 @@ class Stream:
     def _advance(self, samples: int) -> None:
         """Pass over so many samples of digital silence, if any."""
         if samples > 0:
-            self._reach += samples
-            self._ready.append(Piece("skip", self.chunk, self._reach))
+            self._end_sample += samples
+            self._ready.append(WorkItem("skip", self.chunk, self._end_sample))
 
     def _flush(self) -> None:
         if self._silent:
-            self._advance(self.samples - self._reach)
+            self._advance(self.samples - self._end_sample)
             return
         if self._gate and self._covered and not self._gate.passes(self._opened, self.samples):
             while self._held:
@@ -266,17 +270,17 @@ class Stream:
             self._queue("run", self._held.popleft())
         frames = self._manifest.encoder_frames(heard)
         while self._covered < frames:
-            self._queue("run", Piece("run", self._filling, 0, 0, self._next, self._filled), frames - self._covered)
+            self._queue("run", WorkItem("run", self._filling, 0, 0, self._next, self._filled), frames - self._covered)
             self._open_chunk()
 
     def _close_chunk(self) -> None:
-        piece = Piece("run", self._filling, 0, 0, self._next, self._filled)
+        item = WorkItem("run", self._filling, 0, 0, self._next, self._filled)
         if not self._gate or not self._covered or self._gate.passes(self._opened, self.samples):
             while self._held:
                 self._queue("run", self._held.popleft())
-            self._queue("run", piece)
+            self._queue("run", item)
         else:
-            self._held.append(piece)
+            self._held.append(item)
             while len(self._held) > 1 and sum(held.chunk.ms for held in self._held) - self._held[0].chunk.ms >= (
                 self._gate.lead_ms
             ):
@@ -288,15 +292,17 @@ class Stream:
         self._next, self._filled = np.zeros(self.chunk.samples, np.float32), filled
         self._opened = self.samples
 
-    def _queue(self, kind: Literal["run", "skip"], piece: Piece, most: int | None = None) -> None:
+    def _queue(self, kind: Literal["run", "skip"], item: WorkItem, most: int | None = None) -> None:
         """The next chunk in order, now that it is known whether it is run; `most` is how many frames it can have."""
-        frame, frames = self._manifest.samples_per_frame, piece.chunk.frames
-        origin = self._reach - frame * self._covered
-        self._reach += frame * (frames if most is None else min(frames, most))
+        frame, frames = self._manifest.samples_per_frame, item.chunk.frames
+        origin_sample = self._end_sample - frame * self._covered
+        self._end_sample += frame * (frames if most is None else min(frames, most))
         if kind == "skip":
-            self._skipped += piece.length
-            self._ready.append(Piece("skip", piece.chunk, self._reach))
+            self._skipped += item.length
+            self._ready.append(WorkItem("skip", item.chunk, self._end_sample))
             return
         self._covered += frames
-        self._ready.append(Piece("run", piece.chunk, self._reach, origin, piece.audio, piece.length, self._fresh))
+        self._ready.append(
+            WorkItem("run", item.chunk, self._end_sample, origin_sample, item.audio, item.length, self._fresh)
+        )
         self._fresh = False

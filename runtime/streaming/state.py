@@ -13,26 +13,26 @@ from numpy.typing import NDArray
 from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.streaming.stream import Piece, Stream
+from nemostream.runtime.streaming.chunker import Chunker, WorkItem
 from nemostream.runtime.text.endpointing import End, Endpointer, RepetitionGuard
 
 State = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Heard:
+class StepOutput:
     """A piece of a stream that is done."""
 
-    piece: Piece
+    item: WorkItem
     count: int  # tokens in the hypothesis after it
     ends: Sequence[End] = ()  # of utterances, with it
 
 
 @dataclass(eq=False)
-class Seat:
+class StreamState:
     """A stream and its place at the backend. Everything here is guarded by the scheduler's lock."""
 
-    stream: Stream
+    chunker: Chunker
     slot: int | None  # None once given back
     progress: threading.Condition  # notified whenever `settled` may have changed
     listener: Callable[[], None] | None  # called at the same moments, for those who cannot wait on a condition
@@ -41,31 +41,31 @@ class Seat:
     phrases: Boosting | None = None
     saved: State | None = None  # for the slot, in place of that of a stream that heard nothing
     in_flight: int = 0  # steps submitted whose results are not in; the slot is not given back before it is 0
-    heard: deque[Heard] = field(default_factory=deque)  # not yet collected
+    heard: deque[StepOutput] = field(default_factory=deque)  # not yet collected
     error: NemostreamError | None = None  # why the stream cannot go on
 
     @property
     def over(self) -> bool:
-        return self.error is not None or (self.stream.ended and not self.stream.queued)
+        return self.error is not None or (self.chunker.ended and not self.chunker.queued)
 
     @property
     def alone(self) -> bool:
         """Whether what is next must wait for the step under way: its result may change the slot, or come before it."""
-        head = self.stream.head
+        head = self.chunker.head
         if head.kind != "run" or head.fresh or (self.guard is not None and self.guard.suspects):
             return True
         return self.endpointer is not None and self.endpointer.forgets
 
 
 @dataclass(frozen=True)
-class Step:
-    seats: list[Seat]
-    pieces: list[Piece]
+class InFlightStep:
+    states: list[StreamState]
+    items: list[WorkItem]
     pending: Pending
     started: float
 
 
-class Call:
+class BackendCall:
     """Something to be done on the scheduler's thread, that another one waits for."""
 
     def __init__(self, act: Callable[[Backend], Any]) -> None:
