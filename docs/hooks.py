@@ -26,7 +26,6 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "SECURITY.md": "security.md",
 }
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
@@ -36,8 +35,7 @@ sys.path.insert(0, str(ROOT / "src"))
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and the plots of the benchmarks."""
     for source, page in PAGES.items():
-        if page != "security.md":
-            files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for plot in sorted((ROOT / RESULTS).glob("*.svg")):
         files.append(File.generated(config, f"{RESULTS}/{plot.name}", abs_src_path=str(plot)))
     for name, text in command_pages().items():
@@ -48,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make links to files of the repository point to the site, or to GitHub."""
     source = page.file.src_uri
-    folder = "" if source in PAGES.values() and source != "security.md" else posixpath.dirname(f"docs/{source}")
+    folder = "" if source in PAGES.values() else posixpath.dirname(f"docs/{source}")
 
     def target(match: re.Match[str]) -> str:
         path, anchor = posixpath.normpath(posixpath.join(folder, match[1])), match[2] or ""
