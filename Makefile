@@ -12,7 +12,7 @@ CODE := $(ROOMS) tests examples
 SOURCES := $(shell find $(ROOMS) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
 PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
 
-.PHONY: demo test quick lint format bundle clean
+.PHONY: demo test quick lint format bundle docs clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -36,6 +36,9 @@ format: $(VENV)/.tools
 
 bundle: $(VENV)/.package
 	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo src/nemostream/demo
+
+docs: $(VENV)/.package $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info src/*.egg-info
@@ -71,6 +74,11 @@ $(VENV)/.tools: pyproject.toml Makefile
 	@# Triton, in a folder of its own: its Python backend was built for an older numpy. Without it its tests are left out.
 	-$(VENV)/bin/python $(PIP) --no-deps --target $(VENV)/triton nvidia-pytriton==0.7.0 numpy==1.26.4
 	@rm -rf build
+	@touch $@
+
+# The documentation's own tools.
+$(VENV)/.docs: $(VENV)/.tools
+	$(VENV)/bin/python $(PIP) --group docs
 	@touch $@
 
 define have_python
