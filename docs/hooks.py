@@ -70,8 +70,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def command_pages() -> dict[str, str]:
     """Return the Markdown of every page under `cli/`, by name."""
-    from nemostream.cli import main
     from typer.main import get_command
+
+    from nemostream.cli import main
 
     root: Any = get_command(main.app)
     pages = {name: f"# nemostream {name}\n\n" + _command(name, command) for name, command in root.commands.items()}
