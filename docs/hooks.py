@@ -27,6 +27,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
+HOME = "---\ntitle: Home\nhide: [navigation]\n---\n\n"  # front matter
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 sys.path.insert(0, str(ROOT / "src"))
@@ -35,7 +36,8 @@ sys.path.insert(0, str(ROOT / "src"))
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and the plots of the benchmarks."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=HOME + text if page == "index.md" else text))
     for plot in sorted((ROOT / RESULTS).glob("*.svg")):
         files.append(File.generated(config, f"{RESULTS}/{plot.name}", abs_src_path=str(plot)))
     for name, text in command_pages().items():
@@ -82,7 +84,9 @@ def command_pages() -> dict[str, str]:
     for name, command in root.commands.items():
         summary = (command.help or "").split("\n\n")[0].replace("\n", " ")
         panels.setdefault(command.rich_help_panel or "Commands", []).append(f"| [`{name}`]({name}.md) | {summary} |")
-    tables = [f"## {panel}\n\n| command | |\n| --- | --- |\n" + "\n".join(rows) for panel, rows in panels.items()]
+    tables = [
+        f"## {panel}\n\n| command | description |\n| --- | --- |\n" + "\n".join(rows) for panel, rows in panels.items()
+    ]
     head = f"# Command line\n\n{root.help}\n\n```sh\nnemostream COMMAND --help\n```"
     pages["index"] = "\n\n".join([head, *tables, "## Exit codes\n\n" + _exit_codes(), _options(root.params)]) + "\n"
     return pages
@@ -97,24 +101,29 @@ def _command(name: str, command: Any) -> str:
     parts = [command.help or "", f"```text\n{usage}\n```"]
     if arguments and name != "bench":
         rows = [f"| `{param.metavar or param.name.upper()}` | {_cell(param.help)} |" for param in arguments]
-        parts.append("## Arguments\n\n| argument | |\n| --- | --- |\n" + "\n".join(rows))
+        parts.append("## Arguments\n\n| argument | description |\n| --- | --- |\n" + "\n".join(rows))
     return "\n\n".join([*parts, _options(command.params)]).rstrip() + "\n"
 
 
 def _options(params: list[Any]) -> str:
     """Return one table per panel of options."""
-    panels: dict[str, list[str]] = {}
+    panels: dict[str, list[tuple[str, str, str]]] = {}
     for param in params:
         if param.param_type_name != "option" or param.hidden:
             continue
         flags = ", ".join(f"`{flag}`" for flag in [*param.opts, *param.secondary_opts])
         default = "" if param.default in (None, False, (), []) or callable(param.default) else f"`{param.default}`"
-        panel = param.rich_help_panel or "Options"
-        panels.setdefault(panel, []).append(f"| {flags} | {default} | {_cell(param.help)} |")
-    return "\n\n".join(
-        f"## {panel}\n\n| option | default | |\n| --- | --- | --- |\n" + "\n".join(rows)
-        for panel, rows in panels.items()
-    )
+        panels.setdefault(param.rich_help_panel or "Options", []).append((flags, default, _cell(param.help)))
+    return "\n\n".join(f"## {panel}\n\n{_table(rows)}" for panel, rows in panels.items())
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    """Return a table of options, without a column of defaults if there are none."""
+    if any(default for _, default, _ in rows):
+        head, lines = "| option | default | description |\n| --- | --- | --- |", [" | ".join(row) for row in rows]
+    else:
+        head, lines = "| option | description |\n| --- | --- |", [f"{flags} | {text}" for flags, _, text in rows]
+    return "\n".join([head, *(f"| {line} |" for line in lines)])
 
 
 def _server_options() -> str:
@@ -128,11 +137,10 @@ def _server_options() -> str:
         default = ",".join(map(str, field.default)) if isinstance(field.default, list) else field.default
         shown = f"`{default}`" if default not in (None, "") and not isinstance(default, bool) else ""
         shown = "yes" if default is True else "no" if default is False else shown
-        rows.append(f"| {flags} | {shown} | {_cell(field.description)} |")
-    table = "\n## Options\n\n| option | default | |\n| --- | --- | --- |\n" + "\n".join(rows)
+        rows.append((flags, shown, _cell(field.description)))
     return (
-        table
-        + "\n\nEvery option is also an environment variable (`NEMOSTREAM_MAX_STREAMS`) and a key of the TOML file that "
+        f"\n## Options\n\n{_table(rows)}"
+        "\n\nEvery option is also an environment variable (`NEMOSTREAM_MAX_STREAMS`) and a key of the TOML file that "
         "`--config` names (`max_streams`). Flags take precedence over the environment, the environment over the file.\n"
         "\nThe guide is [Serving](../serving.md).\n"
     )
@@ -167,7 +175,7 @@ def _exit_codes() -> str:
         (141, "", "The reader of standard output closed it."),
     ]
     lines = [f"| {code} | {name} | {_cell(text)} |" for code, name, text in sorted(rows)]
-    return "| code | Python exception | |\n| --- | --- | --- |\n" + "\n".join(lines)
+    return "| code | Python exception | meaning |\n| --- | --- | --- |\n" + "\n".join(lines)
 
 
 def _cell(text: str | None) -> str:
