@@ -2,7 +2,8 @@
 
 * `index.md`, `changelog.md` and `contributing.md` are README.md, CHANGELOG.md and CONTRIBUTING.md.
 * `cli/*.md` are generated from the commands' own options, one page per command.
-* Links between files of the repository point to the page on the site, or to the file on GitHub if it has no page.
+* Links between files of the repository point to the page on the site, or to the file on GitHub if it has no page. The
+  site shows the title of a page where the text of the link is its file name.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ PAGES = {
 }
 HOME = "---\ntitle: Home\nhide: [navigation]\n---\n\n"  # front matter
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+# A link whose text is the name of a Markdown file: the site shows that page's title.
+FILE_NAME = re.compile(r"\[(?:[\w/-]+\.md)\]\((?=([\w./-]+\.md))")
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -61,10 +64,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         elif path.startswith(f"{RESULTS}/") and path.endswith(".svg"):
             found = path
         else:
-            return f"{config.repo_url}/blob/main/{path}{anchor}"
+            return f"{config.extra['repository']}/blob/main/{path}{anchor}"
         return posixpath.relpath(found, posixpath.dirname(source) or ".") + anchor
 
-    return LINK.sub(target, markdown)
+    def title(match: re.Match[str]) -> str:
+        path = ROOT / posixpath.normpath(posixpath.join(folder, match[1]))
+        heading = re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else None
+        return f"[{heading[1]}](" if heading else match[0]
+
+    return LINK.sub(target, FILE_NAME.sub(title, markdown))
 
 
 # -- pages of commands -------------------------------------------------------------------------------------------------
