@@ -48,7 +48,14 @@ RULES = {
     ),
     "nemostream.cli": Rule(
         frozenset({"numpy", "nemostream.runtime.text.formats"}),
-        only={"nemostream.cli.main": frozenset({"typer"}), "nemostream.cli.doctor": frozenset({"rich"})},
+        only={
+            "nemostream.cli.main": frozenset({"typer"}),
+            "nemostream.cli.options": frozenset({"typer"}),
+            "nemostream.cli.transcribe": frozenset({"typer"}),
+            "nemostream.cli.models": frozenset({"typer"}),
+            "nemostream.cli.info": frozenset({"rich"}),
+            "nemostream.cli.doctor": frozenset({"rich"}),
+        },
         at_import=True,
     ),
     "nemostream.export": Rule(
@@ -308,7 +315,7 @@ def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
 
 def test_recognising_loads_neither_torch_nor_nemo() -> None:
     found = loaded(
-        "import nemostream, nemostream.cli.main, nemostream.cli.doctor\n"
+        "import nemostream, nemostream.cli.main, nemostream.cli.info, nemostream.cli.doctor\n"
         "with nemostream.load() as model:\n    model.transcribe(nemostream.demo_clip())"
     )
     assert "onnxruntime" in found
