@@ -279,9 +279,10 @@ class _InputJob:
 
     def _transcribe_whole(self, file: Recording) -> tuple[Sequence[Result], float]:
         captions, index = self._captions, self._index
+        source: Any = file  # accepted, although the public type of `transcribe` does not include recordings
         try:
             result = self._model.transcribe(
-                file,
+                source,
                 on_partial=lambda partial: captions.set_text(index, partial.text, partial.text.rfind(" ") + 1),
                 on_progress=lambda seconds: captions.set_progress(index, seconds),
                 resume=self._resume,
