@@ -197,9 +197,9 @@ def test_an_older_bundle_is_replaced(tiny_checkpoint: Path, tiny_bundle: Bundle,
 @pytest.mark.slow
 def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
     """The 0.6B shape: at most 16 GB of memory, at most 1.15 times its fp32 weights on disk, parity everywhere."""
-    peak, before = full_export.peak_kib, full_export.making_kib
+    peak, before = full_export.peak_kib, full_export.checkpoint_peak_kib
     assert peak < 16e9 / 1024, f"peak {peak / 1e6:.1f} GB (making the checkpoint: {before / 1e6:.1f} GB)"
-    assert "comparing 1120 ms with NeMo" in full_export.said
+    assert "comparing 1120 ms with NeMo" in full_export.stderr
     bundle = Bundle.open(full_export.bundle)
     source = open_checkpoint(full_export.checkpoint, tmp_path / "unpacked")
     weights = sum(tensor.numel() * 4 for tensor in source.state.values())
