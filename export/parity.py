@@ -23,7 +23,7 @@ from nemostream.errors import CheckpointError, ParityError
 from nemostream.step_loop import padded_chunks, run_steps
 
 TOLERANCE = 1e-4  # fp32, largest absolute difference
-LEAST_STEPS = 12
+MIN_STEPS = 12
 
 Floats = NDArray[np.float32]
 
@@ -79,7 +79,7 @@ def stream_encoder(bundle: Bundle, chunk: ChunkConfig, audio: Floats) -> tuple[F
 
 def _speech(manifest: Manifest) -> Floats:
     audio = read_clip("speech", manifest.features.sample_rate)
-    needed = LEAST_STEPS * max(chunk.samples for chunk in manifest.chunks)
+    needed = MIN_STEPS * max(chunk.samples for chunk in manifest.chunks)
     return np.tile(audio, -(-needed // len(audio)))
 
 
@@ -109,7 +109,7 @@ def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, f
 
     spec = bundle.manifest.decoder
     decoder, joint = _session(bundle, "decoder"), _session(bundle, "joint")
-    tokens = [spec.blank, *np.random.default_rng(0).integers(0, spec.vocabulary, LEAST_STEPS)]
+    tokens = [spec.blank, *np.random.default_rng(0).integers(0, spec.vocabulary, MIN_STEPS)]
     h = c = np.zeros((1, spec.layers, spec.hidden), np.float32)
     state, predictions, logits = None, [], []
     projected = model.joint.project_encoder(torch.from_numpy(encoded[None])).numpy()[0]

@@ -43,7 +43,10 @@ from nemostream.untrusted import (
     MIB,
     SHA256,
     Check,
+    dataclass_of,
     fields,
+    integer,
+    invalid,
     list_of,
     mapping,
     mapping_of,
@@ -52,20 +55,17 @@ from nemostream.untrusted import (
     open_regular,
     parse_json,
     read_regular,
-    record,
     regular_inside,
     relative_name,
-    shown,
+    short_repr,
     text,
-    whole,
-    wrong,
 )
 
 FORMAT = "nemostream-bundle"
 VERSION = 2
 MANIFEST_NAME = "manifest.json"
-MOST_MANIFEST = 16 * MIB
-MOST_GRAPH = 2048 * MIB  # protobuf's own limit
+MAX_MANIFEST_BYTES = 16 * MIB
+MAX_GRAPH_BYTES = 2048 * MIB  # protobuf's own limit
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,9 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
         """Parse and check a manifest. Raises `BundleError` naming the field that is wrong."""
-        if len(text) > MOST_MANIFEST:
+        if len(text) > MAX_MANIFEST_BYTES:
             raise BundleError(
-                f"{where} is larger than the limit of {MOST_MANIFEST} bytes; export the checkpoint again."
+                f"{where} is larger than the limit of {MAX_MANIFEST_BYTES} bytes; export the checkpoint again."
             )
         try:
             document = parse_json(text)
@@ -242,7 +242,7 @@ class Manifest:
         version = document.get("version")
         if type(version) is not int or version != VERSION:
             raise BundleError(
-                f"{where} is a bundle of version {shown(version)}, this nemostream reads version {VERSION}; "
+                f"{where} is a bundle of version {short_repr(version)}, this nemostream reads version {VERSION}; "
                 "export the checkpoint again with this nemostream."
             )
         try:
@@ -261,7 +261,7 @@ class Manifest:
 
 _NAME = text(r".{1,500}", "a printable text of 1 to 500 characters")
 _AXIS = text(r"[A-Za-z_]\w{0,63}", "the name of an axis or a positive number")
-_DIMENSION = whole(1, 1 << 24)
+_DIMENSION = integer(1, 1 << 24)
 _MOST_BYTES = 1 << 42  # of any file
 _MOST_STATE = 1 << 28  # values of one stream's caches; the 0.6B model has 3.6 million
 _INPUTS = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
@@ -282,55 +282,55 @@ def _parity(value: Any, name: str) -> dict[str, Any]:
     }
 
 
-_FILE = record(File, file=relative_name, sha256=SHA256, bytes=whole(1, _MOST_BYTES))
+_FILE = dataclass_of(File, file=relative_name, sha256=SHA256, bytes=integer(1, _MOST_BYTES))
 _TENSORS = list_of(
-    record(Tensor, name=_NAME, dtype=one_of(*_INPUTS), shape=list_of(_axis, 0, 8)),
+    dataclass_of(Tensor, name=_NAME, dtype=one_of(*_INPUTS), shape=list_of(_axis, 0, 8)),
     most=10_000,
 )
 _MANIFEST: dict[str, Check] = {
     "name": _NAME,
-    "features": record(
+    "features": dataclass_of(
         FeatureConfig,
-        sample_rate=whole(1000, 384_000),
-        mels=whole(1, 4096),
-        window=whole(2, 1 << 16),
-        hop=whole(1, 1 << 16),
-        n_fft=whole(2, 1 << 17),
+        sample_rate=integer(1000, 384_000),
+        mels=integer(1, 4096),
+        window=integer(2, 1 << 16),
+        hop=integer(1, 1 << 16),
+        n_fft=integer(2, 1 << 17),
         preemphasis=number(0, 1),
     ),
-    "encoder": record(
+    "encoder": dataclass_of(
         EncoderConfig,
-        layers=whole(1, 1000),
-        d_model=whole(1, 1 << 16),
-        heads=whole(1, 1024),
+        layers=integer(1, 1000),
+        d_model=integer(1, 1 << 16),
+        heads=integer(1, 1024),
         subsampling=one_of(1, 2, 4, 8, 16, 32),
-        cache=whole(1, 1 << 16),
-        conv_cache=whole(0, 4096),
+        cache=integer(1, 1 << 16),
+        conv_cache=integer(0, 4096),
     ),
-    "decoder": record(
+    "decoder": dataclass_of(
         DecoderConfig,
-        layers=whole(1, 100),
-        hidden=whole(1, 1 << 16),
-        joint=whole(1, 1 << 16),
-        vocabulary=whole(1, 1 << 20),
-        max_symbols=whole(1, 10_000),
+        layers=integer(1, 100),
+        hidden=integer(1, 1 << 16),
+        joint=integer(1, 1 << 16),
+        vocabulary=integer(1, 1 << 20),
+        max_symbols=integer(1, 10_000),
         activation=one_of("relu", "sigmoid", "tanh"),
     ),
     "chunks": list_of(
-        record(
+        dataclass_of(
             ChunkConfig,
-            ms=whole(1, 600_000),
-            frames=whole(1, 10_000),
-            left=whole(0, 1 << 16),
-            samples=whole(1, 1 << 24),
+            ms=integer(1, 600_000),
+            frames=integer(1, 10_000),
+            left=integer(0, 1 << 16),
+            samples=integer(1, 1 << 24),
         ),
         1,
         64,
     ),
-    "graphs": mapping_of(record(Graph, file=relative_name, sha256=SHA256, inputs=_TENSORS, outputs=_TENSORS)),
+    "graphs": mapping_of(dataclass_of(Graph, file=relative_name, sha256=SHA256, inputs=_TENSORS, outputs=_TENSORS)),
     "weights": _FILE,
     "tensors": mapping_of(
-        record(Weight, dtype=one_of(*_WEIGHTS), shape=list_of(_DIMENSION, 0, 8), offset=whole(0, _MOST_BYTES))
+        dataclass_of(Weight, dtype=one_of(*_WEIGHTS), shape=list_of(_DIMENSION, 0, 8), offset=integer(0, _MOST_BYTES))
     ),
     "tokenizer": _FILE,
     "checkpoint": mapping,
@@ -343,26 +343,26 @@ def _check_sizes(manifest: Manifest) -> None:
     """Raise `ValueError` unless the numbers of a manifest go together."""
     front, encoder = manifest.features, manifest.encoder
     if front.window % 2 or not front.hop < front.window <= front.n_fft:
-        raise wrong("features.window", front.window, "even, larger than hop and at most n_fft")
+        raise invalid("features.window", front.window, "even, larger than hop and at most n_fft")
     if encoder.d_model % encoder.heads:
-        raise wrong("encoder.d_model", encoder.d_model, f"a multiple of heads, which is {encoder.heads}")
+        raise invalid("encoder.d_model", encoder.d_model, f"a multiple of heads, which is {encoder.heads}")
     state = encoder.layers * encoder.d_model * (2 * encoder.cache + encoder.conv_cache)
     if state > _MOST_STATE:
         raise ValueError(f"its caches have {state} values for each stream; at most {_MOST_STATE} are allowed")
     if not 0 <= manifest.lead < manifest.samples_per_frame:
-        raise wrong("features.window", front.window, f"at most {2 * manifest.samples_per_frame} samples, two frames")
+        raise invalid("features.window", front.window, f"at most {2 * manifest.samples_per_frame} samples, two frames")
     seen: set[int] = set()
     for index, chunk in enumerate(manifest.chunks):
         name = f"chunks[{index}]"
         if chunk.ms in seen:
-            raise wrong(f"{name}.ms", chunk.ms, "different from the other chunks'")
+            raise invalid(f"{name}.ms", chunk.ms, "different from the other chunks'")
         seen.add(chunk.ms)
         if chunk.samples != chunk.frames * manifest.samples_per_frame:
-            raise wrong(f"{name}.samples", chunk.samples, f"frames times {manifest.samples_per_frame}")
+            raise invalid(f"{name}.samples", chunk.samples, f"frames times {manifest.samples_per_frame}")
         if chunk.ms != round(1000 * chunk.samples / front.sample_rate):
-            raise wrong(f"{name}.ms", chunk.ms, f"the duration of {chunk.samples} samples")
+            raise invalid(f"{name}.ms", chunk.ms, f"the duration of {chunk.samples} samples")
         if chunk.left > encoder.cache:
-            raise wrong(f"{name}.left", chunk.left, f"at most encoder.cache, which is {encoder.cache}")
+            raise invalid(f"{name}.left", chunk.left, f"at most encoder.cache, which is {encoder.cache}")
 
 
 def _check_graphs(manifest: Manifest) -> None:
@@ -374,7 +374,9 @@ def _check_graphs(manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         for tensor in (*graph.inputs, *graph.outputs):
             if prod(axis for axis in tensor.shape if isinstance(axis, int)) > _MOST_STATE:
-                raise wrong(f"graphs.{shown(name)[1:-1]}: the shape of {tensor.name}", list(tensor.shape), "smaller")
+                raise invalid(
+                    f"graphs.{short_repr(name)[1:-1]}: the shape of {tensor.name}", list(tensor.shape), "smaller"
+                )
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -394,13 +396,13 @@ def _check_tensors(manifest: Manifest) -> None:
         known[f"decoder.lstm.{layer}.weight"] = (2 * net.hidden, 4 * net.hidden)
         known[f"decoder.lstm.{layer}.bias"] = (4 * net.hidden,)
     for name, weight in manifest.tensors.items():
-        where = f"tensors.{shown(name)[1:-1]}"
+        where = f"tensors.{short_repr(name)[1:-1]}"
         if weight.shape != (expected := known.get(name, weight.shape)):
-            raise wrong(f"{where}.shape", list(weight.shape), f"{list(expected)}, by the sizes of the model")
+            raise invalid(f"{where}.shape", list(weight.shape), f"{list(expected)}, by the sizes of the model")
         end = weight.offset + prod(weight.shape) * np.dtype(weight.dtype).itemsize
         if end > manifest.weights.bytes:
             raise ValueError(
-                f"{where} ends at byte {end} of {shown(manifest.weights.file)}, which has {manifest.weights.bytes}"
+                f"{where} ends at byte {end} of {short_repr(manifest.weights.file)}, which has {manifest.weights.bytes}"
             )
 
 
@@ -422,7 +424,7 @@ class Bundle:
             raise BundleError(f"{path} is not a folder; give the folder that `nemostream export` wrote.")
         try:
             regular_inside(path, MANIFEST_NAME)
-            content = read_regular(path / MANIFEST_NAME, MOST_MANIFEST).decode()
+            content = read_regular(path / MANIFEST_NAME, MAX_MANIFEST_BYTES).decode()
         except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise BundleError(f"{path} has no readable {MANIFEST_NAME} ({error}), so it is not a bundle.") from error
         bundle = cls(path, Manifest.from_json(content, str(path / MANIFEST_NAME)))
@@ -484,12 +486,12 @@ class Bundle:
 
     def _check_external_data(self, graph: Path) -> None:
         try:
-            names = external_files(read_regular(graph, MOST_GRAPH))
+            names = external_files(read_regular(graph, MAX_GRAPH_BYTES))
         except (OSError, ValueError) as error:  # as if the library had met it, which it would
             raise BackendError(f"the runtime cannot load {graph}: {error}; export the checkpoint again.") from error
         if strange := sorted(names - {self.manifest.weights.file}):
             raise BundleError(
-                f"{graph} reads weights from {shown(strange[0])}; a bundle's graphs read them from "
+                f"{graph} reads weights from {short_repr(strange[0])}; a bundle's graphs read them from "
                 f"{self.manifest.weights.file} only: export the checkpoint again."
             )
 

@@ -95,7 +95,7 @@ def _no_constant(name: str) -> Any:
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
-def shown(value: Any, most: int = 80) -> str:
+def short_repr(value: Any, most: int = 80) -> str:
     """`repr` of a value, cut to a length that fits into a sentence."""
     try:
         text = repr(value)
@@ -104,16 +104,16 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def wrong(name: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+def invalid(name: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{name} is {short_repr(value)}; it must be {allowed}")
 
 
-def whole(least: int, most: int) -> Check:
+def integer(least: int, most: int) -> Check:
     """An integer. A bool or a float with an integral value is none."""
 
     def check(value: Any, name: str) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise wrong(name, value, f"a whole number from {least} to {most}")
+            raise invalid(name, value, f"a whole number from {least} to {most}")
         return value
 
     return check
@@ -125,7 +125,7 @@ def number(least: float, most: float) -> Check:
     def check(value: Any, name: str) -> int | float:
         # Compared before converted: an integer may be too large for a float.
         if type(value) not in (int, float) or not least <= value <= most or not math.isfinite(value):
-            raise wrong(name, value, f"a number from {least:g} to {most:g}")
+            raise invalid(name, value, f"a number from {least:g} to {most:g}")
         return value
 
     return check
@@ -137,7 +137,7 @@ def text(pattern: str = r".{0,1000}", allowed: str = "a short printable text") -
 
     def check(value: Any, name: str) -> str:
         if not isinstance(value, str) or not compiled.fullmatch(value) or not value.isprintable():
-            raise wrong(name, value, allowed)
+            raise invalid(name, value, allowed)
         return value
 
     return check
@@ -149,7 +149,7 @@ SHA256 = text(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")
 def one_of(*allowed: Any) -> Check:
     def check(value: Any, name: str) -> Any:
         if not any(type(value) is type(known) and value == known for known in allowed):
-            raise wrong(name, value, f"one of {', '.join(map(str, allowed))}")
+            raise invalid(name, value, f"one of {', '.join(map(str, allowed))}")
         return value
 
     return check
@@ -166,29 +166,29 @@ def relative_name(value: Any, name: str) -> str:
         or any(not part or part.strip(".") == "" or len(part.encode()) > 255 for part in value.split("/"))
         or PurePosixPath(value).is_absolute()
     ):
-        raise wrong(name, value, "the name of a file inside the folder")
+        raise invalid(name, value, "the name of a file inside the folder")
     return value
 
 
 def plain_name(value: Any, name: str) -> str:
     """A file's name without any folder."""
     if "/" in relative_name(value, name):
-        raise wrong(name, value, "the name of a file, without a folder")
+        raise invalid(name, value, "the name of a file, without a folder")
     return str(value)
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
     """A JSON object, its values unchecked."""
     if not isinstance(value, dict):
-        raise wrong(name, value, "an object")
+        raise invalid(name, value, "an object")
     return value
 
 
 def mapping_of(check: Check, most: int = 10_000) -> Check:
     def checked(value: Any, name: str) -> dict[str, Any]:
         if len(mapping(value, name)) > most:
-            raise wrong(name, f"an object of {len(value)} entries", f"one of at most {most}")
-        return {key: check(entry, f"{name}.{shown(key)[1:-1]}") for key, entry in value.items()}
+            raise invalid(name, f"an object of {len(value)} entries", f"one of at most {most}")
+        return {key: check(entry, f"{name}.{short_repr(key)[1:-1]}") for key, entry in value.items()}
 
     return checked
 
@@ -199,13 +199,13 @@ def list_of(check: Check, least: int = 0, most: int = 10_000) -> Check:
     def checked(value: Any, name: str) -> tuple[Any, ...]:
         if not isinstance(value, list) or not least <= len(value) <= most:
             found = f"a list of {len(value)}" if isinstance(value, list) else value
-            raise wrong(name, found, f"a list of {least} to {most} values")
+            raise invalid(name, found, f"a list of {least} to {most} values")
         return tuple(check(entry, f"{name}[{index}]") for index, entry in enumerate(value))
 
     return checked
 
 
-def record(kind: type[T], **checks: Check) -> Check:
+def dataclass_of(kind: type[T], **checks: Check) -> Check:
     """A JSON object with exactly the fields of a dataclass, each checked, as an instance of it."""
     names = tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
     assert set(names) == set(checks), f"{kind.__name__}: every field has a check"
@@ -223,5 +223,5 @@ def fields(value: Any, name: str, checks: Mapping[str, Check]) -> dict[str, Any]
     for missing in (field for field in checks if field not in found):
         raise ValueError(f"the field '{missing}'{f' of {name}' if name else ''} is missing")
     for surprise in (field for field in found if field not in checks):
-        raise ValueError(f"the field {shown(surprise)}{f' of {name}' if name else ''} is unknown")
+        raise ValueError(f"the field {short_repr(surprise)}{f' of {name}' if name else ''} is unknown")
     return {field: check(found[field], prefix + field) for field, check in checks.items()}

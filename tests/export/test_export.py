@@ -19,7 +19,7 @@ from nemostream.bundle import Bundle, Manifest, sha256
 from nemostream.errors import CheckpointError, OptionError, ParityError
 from nemostream.export import export_checkpoint
 from nemostream.export.checkpoint import check_config, open_checkpoint, read_config
-from nemostream.export.parity import LEAST_STEPS, TOLERANCE, measure_parity
+from nemostream.export.parity import MIN_STEPS, TOLERANCE, measure_parity
 
 pytestmark = pytest.mark.nemo
 
@@ -53,7 +53,7 @@ def test_every_supported_variant_equals_nemo(changes: dict[str, Any], tmp_path: 
     bundle = export_checkpoint(checkpoint, tmp_path / "bundle")
     for chunk in bundle.manifest.chunks:
         figures = bundle.manifest.parity[f"{chunk.ms}ms"]
-        assert figures["steps"] >= LEAST_STEPS
+        assert figures["steps"] >= MIN_STEPS
         assert 0 < figures["encoder"] <= TOLERANCE
         assert figures["features"] <= 1e-5
 
@@ -207,7 +207,7 @@ def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
     assert 2.3e9 < weights < 2.6e9
     assert on_disk <= 1.15 * weights
     for ms in (80, 160, 560, 1120):
-        assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= LEAST_STEPS
+        assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= MIN_STEPS
 
 
 def test_a_name_is_asked_of_nemo(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
