@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
-from nemostream.untrusted import MIB, open_regular, parse_json, shown
+from nemostream.untrusted import MIB, open_regular, parse_json, short_repr
 
 VERSION = 2
 SECONDS = 30.0  # of work between two savings
@@ -72,7 +72,7 @@ def saved_counts(state: Arrays, name: str, size: int | None = None) -> list[int]
     """Counters of a saved state: whole numbers from 0 on. Raises `ValueError` for anything else."""
     counts: list[int] = saved_array(state, name, np.int64, size).tolist()
     if counts and not 0 <= min(counts) <= max(counts) < 1 << 53:
-        raise ValueError(f"{name} are {shown(counts)}; no counter is negative or above 2 ** 53")
+        raise ValueError(f"{name} are {short_repr(counts)}; no counter is negative or above 2 ** 53")
     return counts
 
 
@@ -131,7 +131,7 @@ class Checkpointer:
             raise self._refusal("is damaged, or no such file at all") from error
         for name, value in self._about.items():
             if about.get(name) != value:
-                raise self._refusal(f"was written with {name} {shown(about.get(name), 300)}, not {value!r}")
+                raise self._refusal(f"was written with {name} {short_repr(about.get(name), 300)}, not {value!r}")
         parts: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in arrays.items():
             part, _, rest = name.partition(".")
