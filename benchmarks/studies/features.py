@@ -162,7 +162,7 @@ def _host(bundle: Bundle, spoken: Sequence[Emissions], ms: int, batch: int) -> d
         sides = {}
         for name, (_, endpoint) in HOST.items():
             model = stack.enter_context(Model(bundle, cast(Backend, Replay(spoken, batch)), ms))
-            sides[name] = model, [StreamSession(model, 16000, 1, endpoint=endpoint) for _ in range(batch)]
+            sides[name] = model, [model.open_session(16000, 1, endpoint=endpoint) for _ in range(batch)]
         for step in range(len(spoken)):
             names = list(HOST)
             shuffle.shuffle(names)

@@ -104,7 +104,7 @@ def test_a_looping_stream_is_reset_at_the_same_place_whatever_the_pushes(bundle,
             for at in range(0, len(audio), size):
                 stream.push(audio[at : at + size])
             result = stream.finish()
-        found.append((backend.forgotten, [token.id for token in result.tokens]))
+        found.append((backend.decoder_resets, [token.id for token in result.tokens]))
     assert found[1:] == found[:1] * 3
     ((_, frame),) = found[0][0]
     assert 192 < frame <= 192 + 2 * (ms // 80)
