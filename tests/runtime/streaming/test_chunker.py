@@ -129,7 +129,7 @@ def test_a_new_chunk_size_applies_to_the_chunk_being_filled(manifest):
     assert chunker.queued == 1
 
 
-# -- filters and forced ends of utterances ------------------------------------------------------------------------------
+# -- filters and forced ends of utterances -----------------------------------------------------------------------------
 
 
 class ScriptedFilter:

@@ -257,7 +257,7 @@ def test_memory_does_not_depend_on_the_duration(bundle, fake, tmp_path):
     assert peaks[2] < 1.5 * peaks[1] < 20e6
 
 
-# -- many recordings ----------------------------------------------------------------------------------------------------
+# -- many recordings ---------------------------------------------------------------------------------------------------
 
 
 def test_many_recordings_keep_their_order_and_fail_independently(bundle, fake, tmp_path):
@@ -312,7 +312,7 @@ def test_leaving_the_iterator_cancels_the_remaining_recordings(bundle, fake):
         assert len(opened) <= 5
 
 
-# -- malformed snapshots ------------------------------------------------------------------------------------------------
+# -- malformed snapshots -----------------------------------------------------------------------------------------------
 
 
 def edited_snapshot(data: bytes, change) -> bytes:
