@@ -20,7 +20,7 @@ import numpy as np
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import AudioError, NemostreamError, OptionError, TruncatedAudioError
-from nemostream.runtime.audio.sources import AudioSource, Content, Source, opened
+from nemostream.runtime.audio.sources import AudioSource, Content, SourceLike, open_source
 from nemostream.runtime.audio.spool import is_file_content
 from nemostream.runtime.backends.base import Backend, at_least_one
 from nemostream.runtime.decoding.boosting import Boosting
@@ -90,7 +90,7 @@ class Model:
 
     @with_options
     def listen(
-        self, source: Source, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
+        self, source: SourceLike, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
     ) -> Listening:
         """The events of a source, to be iterated over once, with `for` or with `async for`.
 
@@ -180,7 +180,7 @@ class Model:
             raise OptionError(f"resume is {resume!r}; it must be the path of a file.")
         result = None
         try:
-            with opened(source, sample_rate, 1) as sound:
+            with open_source(source, sample_rate, 1) as sound:
                 checkpointer = None if resume is None else Checkpointer(resume, self._about(sound, options))
                 session = StreamSession(
                     self,
@@ -206,7 +206,7 @@ class Model:
 
     def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str]) -> Boosting:
         """Phrases as any number of streams can take them (option `phrases`). Raises `OptionError` as `stream` does."""
-        return Boosting.of(phrases, self._tokenizer)
+        return Boosting.from_phrases(phrases, self._tokenizer)
 
     def _about(self, sound: AudioSource, options: Options) -> dict[str, Any]:
         """What a state that is to be resumed must have in common with this."""
@@ -275,7 +275,7 @@ def _outcome(job: Future[Result]) -> Result | NemostreamError:
 class Listening:
     """The events of a source; see `Model.listen`."""
 
-    def __init__(self, model: Model, source: Source, sample_rate: int, channels: int, options: Options) -> None:
+    def __init__(self, model: Model, source: SourceLike, sample_rate: int, channels: int, options: Options) -> None:
         self._model, self._source, self._options = model, source, options
         self._sample_rate, self._channels = sample_rate, channels
 
@@ -285,7 +285,7 @@ class Listening:
         whole = isinstance(source, np.ndarray | str | os.PathLike) or is_file_content(source)
         backlog = BACKLOG if whole else 0
         with (
-            opened(source, self._sample_rate, self._channels) as sound,
+            open_source(source, self._sample_rate, self._channels) as sound,
             closing(StreamSession(self._model, sound.sample_rate, sound.channels, **options)) as session,
         ):
             for block in sound.blocks:

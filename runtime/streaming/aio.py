@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from nemostream.runtime.audio.sources import Source, opened
+from nemostream.runtime.audio.sources import SourceLike, open_source
 from nemostream.runtime.streaming.session import Options, Pcm, StreamSession
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
@@ -126,7 +126,7 @@ class AsyncLiveStream:
 
 
 async def listen(
-    model: Model, source: Source, sample_rate: int, channels: int, options: Options
+    model: Model, source: SourceLike, sample_rate: int, channels: int, options: Options
 ) -> AsyncIterator[Event]:
     """`Model.listen` for `async for`. Files are read, and other sources waited for, on a thread."""
     if isinstance(source, AsyncIterable):
@@ -137,7 +137,7 @@ async def listen(
             for event in await stream.finish_events():
                 yield event
         return
-    with opened(source, sample_rate, channels) as sound:
+    with open_source(source, sample_rate, channels) as sound:
         async with model.astream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
             turn = iter(sound.blocks)
             while rest := await _on_thread(lambda: [*itertools.islice(turn, 1)]):

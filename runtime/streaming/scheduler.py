@@ -30,7 +30,7 @@ from nemostream.errors import BackendError, CapacityError, NemostreamError, Stre
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.streaming.chunker import Chunker, Floats, WorkItem
 from nemostream.runtime.streaming.state import BackendCall, InFlightStep, StepOutput, StreamState
-from nemostream.runtime.text.endpointing import End
+from nemostream.runtime.text.endpointing import UtteranceEnd
 
 T = TypeVar("T")
 
@@ -211,15 +211,15 @@ class Scheduler:
 
     def _hear(self, state: StreamState, item: WorkItem, tokens: list[int], sample_positions: list[int]) -> None:
         """A piece is done, and its tokens are in the hypothesis."""
-        count, ends = len(state.chunker.hypothesis.tokens), cast(Sequence[End], ())
+        count, ends = len(state.chunker.hypothesis.tokens), cast(Sequence[UtteranceEnd], ())
         if item.kind == "end_of_utterance":
-            ends = [End(count, item.end_sample, "forced")]
+            ends = [UtteranceEnd(count, item.end_sample, "forced")]
         if pointer := state.endpointer:
             if item.kind == "end_of_utterance":
                 pointer.reset()
             else:
                 ends = pointer.step(tokens, sample_positions, item.end_sample)
-                if ends and pointer.forgets and pointer.between and state.slot is not None:
+                if ends and pointer.resets_decoder and pointer.between_utterances and state.slot is not None:
                     self._forgets.add(state.slot)
         if (guard := state.guard) and item.kind == "run":
             said = state.chunker.hypothesis

@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError, StreamError
+from nemostream.runtime.audio.preprocessor import BLOCK, AudioPreprocessor
 from nemostream.runtime.audio.silence import SilenceSplitter
-from nemostream.runtime.audio.sources import BLOCK, AudioPreprocessor
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.snapshot import Checkpointer, Digest, Stateful, StreamSnapshot
 from nemostream.runtime.streaming.state import StepOutput
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard
-from nemostream.runtime.text.events import Event, Utterances
+from nemostream.runtime.text.events import Event, EventBuilder
 from nemostream.runtime.text.tokenizer import Detokenizer
 from nemostream.runtime.text.words import Result, Token
 
@@ -119,7 +119,7 @@ class StreamSession:
         sure = confidence or model.confidence
         self.preprocessor = AudioPreprocessor(sample_rate, channels, manifest.features.sample_rate)
         self._scheduler, self._manifest, self._tokenizer = model._scheduler, manifest, tokenizer
-        self._sure = sure.of_tokens(manifest.decoder.vocabulary + 1)
+        self._sure = sure.token_measure(manifest.decoder.vocabulary + 1)
         self._aggregation = sure.aggregation
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self._late = model.delay_ms * self._rate // 1000  # samples taken off every token's place
@@ -127,14 +127,16 @@ class StreamSession:
         self._untold: deque[StepOutput] = deque()
         self._shown = 0  # tokens in `_text`
         self._text = Detokenizer(tokenizer)
-        self._utterances = Utterances(tokenizer, sure.aggregation, self._rate)
+        self._utterances = EventBuilder(tokenizer, sure.aggregation, self._rate)
         self._ended = self._over = False
         self._end_sample = 0  # samples
         self.steps = 0  # that were told of
         self.chunk_ms = chunk.ms  # of the last of them
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=sure.aggregation)
         self._gate = model._gate() if vad else None
-        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins, tokenizer.closes) if endpoint else None
+        self._endpointer = (
+            Endpointer(endpoint, manifest, tokenizer.word_starts, tokenizer.closing_punctuation) if endpoint else None
+        )
         self._guard = RepetitionGuard(manifest)
         self._silence = SilenceSplitter(self.preprocessor.sample_rate)
         stream = Chunker(manifest, chunk, self._gate)
@@ -142,7 +144,9 @@ class StreamSession:
         self._saved = (
             checkpointer.load() if checkpointer else None
         )  # until the audio that it was saved of was fed again
-        boosting = phrases if phrases is None or isinstance(phrases, Boosting) else Boosting.of(phrases, tokenizer)
+        boosting = (
+            phrases if phrases is None or isinstance(phrases, Boosting) else Boosting.from_phrases(phrases, tokenizer)
+        )
         if checkpointer and self._saved:
             nodes = len(boosting.fail) if boosting else 1
             checkpointer.restore(self._saved, self._parts(stream), manifest.decoder.vocabulary, nodes)
@@ -229,7 +233,7 @@ class StreamSession:
         if self._heard_before(block):
             return
         if self._gate:
-            self._gate.push_events(block)  # here and not at the scheduler, where others would wait for it
+            self._gate.push(block)  # here and not at the scheduler, where others would wait for it
         self._scheduler.accept(self._state, block)
 
     def _pass_over(self, samples: int) -> None:
@@ -242,7 +246,7 @@ class StreamSession:
         if self._heard_before(silence):
             return
         if self._gate:
-            self._gate.push_events(silence)
+            self._gate.push(silence)
         self._scheduler.pass_over(self._state, count)
 
     # -- waiting -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
-from nemostream.runtime.text.endpointing import End, Endpointer, RepetitionGuard
+from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard, UtteranceEnd
 
 State = Mapping[str, NDArray[Any]]
 
@@ -25,7 +25,7 @@ class StepOutput:
 
     item: WorkItem
     count: int  # tokens in the hypothesis after it
-    ends: Sequence[End] = ()  # of utterances, with it
+    ends: Sequence[UtteranceEnd] = ()  # of utterances, with it
 
 
 @dataclass(eq=False)
@@ -52,9 +52,9 @@ class StreamState:
     def alone(self) -> bool:
         """Whether what is next must wait for the step under way: its result may change the slot, or come before it."""
         head = self.chunker.head
-        if head.kind != "run" or head.fresh or (self.guard is not None and self.guard.suspects):
+        if head.kind != "run" or head.fresh or (self.guard is not None and self.guard.loop_suspected):
             return True
-        return self.endpointer is not None and self.endpointer.forgets
+        return self.endpointer is not None and self.endpointer.resets_decoder
 
 
 @dataclass(frozen=True)
