@@ -20,7 +20,7 @@ import numpy as np
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import AudioError, NemostreamError, OptionError, TruncatedAudioError
-from nemostream.runtime.audio.sources import AudioSource, Content, Source, opened
+from nemostream.runtime.audio.sources import AudioSource, Content, SourceLike, open_source
 from nemostream.runtime.audio.spool import is_file_content
 from nemostream.runtime.backends.base import Backend, at_least_one
 from nemostream.runtime.decoding.boosting import Boosting
@@ -93,7 +93,7 @@ class Model:
 
     @with_options
     def listen(
-        self, source: Source, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
+        self, source: SourceLike, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]
     ) -> EventStream:
         """Return the events of a source, an iterable for `for` or `async for`.
 
@@ -190,7 +190,7 @@ class Model:
             raise OptionError(f"resume is {resume!r}; it must be the path of a file.")
         result = None
         try:
-            with opened(source, sample_rate, 1) as audio:
+            with open_source(source, sample_rate, 1) as audio:
                 checkpointer = None if resume is None else Checkpointer(resume, self._identity(audio, options))
                 session = self.open_session(
                     audio.sample_rate, audio.channels, checkpointer=checkpointer, block=stop is not None, **options
@@ -241,7 +241,7 @@ class Model:
 
     def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str]) -> Boosting:
         """Compile phrases once for use in many streams (option `phrases`). Raises `OptionError` as `stream` does."""
-        return Boosting.of(phrases, self._tokenizer)
+        return Boosting.from_phrases(phrases, self._tokenizer)
 
     def watch(
         self,

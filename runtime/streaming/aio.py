@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
 from typing import TypeVar
 
-from nemostream.runtime.audio.sources import Source, opened
+from nemostream.runtime.audio.sources import SourceLike, open_source
 from nemostream.runtime.streaming.session import OpenSession, Pcm, StreamSession
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
@@ -128,7 +128,9 @@ class AsyncLiveStream:
             self._loop.call_soon_threadsafe(self._progress.set)
 
 
-async def events_of(open_session: OpenSession, source: Source, sample_rate: int, channels: int) -> AsyncIterator[Event]:
+async def events_of(
+    open_session: OpenSession, source: SourceLike, sample_rate: int, channels: int
+) -> AsyncIterator[Event]:
     """Yield the events of a source (`EventStream`). Sources that are not asynchronous are read on a thread."""
 
     def open_stream(sample_rate: int, channels: int) -> AsyncLiveStream:
@@ -142,7 +144,7 @@ async def events_of(open_session: OpenSession, source: Source, sample_rate: int,
             for event in await stream.finish_events():
                 yield event
         return
-    with opened(source, sample_rate, channels) as audio:
+    with open_source(source, sample_rate, channels) as audio:
         async with open_stream(audio.sample_rate, audio.channels) as stream:
             blocks = iter(audio.blocks)
             while next_block := await _on_thread(lambda: list(itertools.islice(blocks, 1))):

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import numpy as np
 
-from nemostream.runtime.audio.sources import Source, opened
+from nemostream.runtime.audio.sources import SourceLike, open_source
 from nemostream.runtime.audio.spool import is_file_content
 from nemostream.runtime.streaming.offline import BACKLOG
 from nemostream.runtime.streaming.session import OpenSession, Pcm, StreamSession
@@ -106,7 +106,7 @@ class EventStream:
     a source that does not define its own.
     """
 
-    def __init__(self, open_session: OpenSession, source: Source, sample_rate: int, channels: int) -> None:
+    def __init__(self, open_session: OpenSession, source: SourceLike, sample_rate: int, channels: int) -> None:
         self._open_session, self._source = open_session, source
         self._sample_rate, self._channels = sample_rate, channels
 
@@ -115,7 +115,7 @@ class EventStream:
         recorded = isinstance(source, np.ndarray | str | os.PathLike) or is_file_content(source)
         backlog = BACKLOG if recorded else 0  # of a recording, the next block is read while the model processes
         with (
-            opened(source, self._sample_rate, self._channels) as audio,
+            open_source(source, self._sample_rate, self._channels) as audio,
             closing(self._open_session(audio.sample_rate, audio.channels)) as session,
         ):
             for block in audio.blocks:

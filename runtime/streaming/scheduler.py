@@ -30,7 +30,7 @@ from nemostream.errors import BackendError, CapacityError, NemostreamError, Stre
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.streaming.chunker import Chunker, Floats, WorkItem
 from nemostream.runtime.streaming.state import BackendCall, InFlightStep, StepOutput, StreamState
-from nemostream.runtime.text.endpointing import End
+from nemostream.runtime.text.endpointing import UtteranceEnd
 
 T = TypeVar("T")
 
@@ -215,15 +215,15 @@ class Scheduler:
     def _record_output(self, stream: StreamState, item: WorkItem, tokens: list[int], positions: list[int]) -> None:
         """Record the output of an item that is done. Its tokens are already in the hypothesis."""
         hypothesis = stream.hypothesis
-        ends: list[End] = []
+        ends: list[UtteranceEnd] = []
         count = len(hypothesis.tokens)
         if item.kind == "end_of_utterance":
-            ends = [End(count, item.end_sample, "forced")]
+            ends = [UtteranceEnd(count, item.end_sample, "forced")]
             if stream.endpointer:
                 stream.endpointer.reset()
         elif endpointer := stream.endpointer:
             ends = endpointer.step(tokens, positions, item.end_sample)
-            if ends and endpointer.forgets and endpointer.between:
+            if ends and endpointer.resets_decoder and endpointer.between_utterances:
                 self._reset_decoder_of(stream)
         if (guard := stream.guard) and item.kind == "run":
             if item.reset_slot:

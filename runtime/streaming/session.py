@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import OptionError, StreamError
+from nemostream.runtime.audio.preprocessor import BLOCK, AudioPreprocessor
 from nemostream.runtime.audio.silence import SilenceSplitter
-from nemostream.runtime.audio.sources import BLOCK, AudioPreprocessor
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.streaming.chunker import Chunker
@@ -28,7 +28,7 @@ from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.streaming.snapshot import Checkpointer, Digest, Stateful, StreamSnapshot
 from nemostream.runtime.streaming.state import Hypothesis, StepOutput
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard
-from nemostream.runtime.text.events import Event, Utterances
+from nemostream.runtime.text.events import Event, EventBuilder
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Result, Token
 
@@ -153,10 +153,12 @@ class StreamSession:
         self._detokenizer = Detokenizer(tokenizer)
         self._text_tokens = 0  # tokens in the detokenizer's text
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=confidence.aggregation)
-        self._utterances = Utterances(tokenizer, confidence.aggregation, self._rate)
+        self._event_builder = EventBuilder(tokenizer, confidence.aggregation, self._rate)
         self._end_reported = False  # whether `events` returned the stream's last event
         # State, restored from a snapshot if there is one
-        self._endpointer = Endpointer(endpoint, manifest, tokenizer.begins, tokenizer.closes) if endpoint else None
+        self._endpointer = (
+            Endpointer(endpoint, manifest, tokenizer.word_starts, tokenizer.closing_punctuation) if endpoint else None
+        )
         self._guard = RepetitionGuard(manifest)
         hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad)
         self._checkpointer, self._digest = checkpointer, Digest()
@@ -226,7 +228,7 @@ class StreamSession:
         if self._in_snapshot(block):
             return
         if self._vad:
-            self._vad.push_events(block)  # on this thread: on the scheduler's it would delay other streams
+            self._vad.push(block)  # on this thread: on the scheduler's it would delay other streams
         self._scheduler.accept(self._stream, block)
 
     def _pass_over(self, samples: int) -> None:
@@ -239,7 +241,7 @@ class StreamSession:
         if self._in_snapshot(silence):
             return
         if self._vad:
-            self._vad.push_events(silence)
+            self._vad.push(silence)
         self._scheduler.pass_over(self._stream, count)
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
@@ -348,10 +350,10 @@ class StreamSession:
         events: list[Event] = []
         while self._pending_outputs:
             output = self._next_output()
-            events += self._utterances.step(tokens, output.count, output.ends, seconds, self.chunk_ms)
+            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms)
         if done and not self._end_reported:
             self._end_reported = True
-            events += self._utterances.finish(tokens, self._stream.chunker.samples, seconds, self.chunk_ms)
+            events += self._event_builder.finish(tokens, self._stream.chunker.samples, seconds, self.chunk_ms)
         return events
 
     def final(self) -> Result:
@@ -426,7 +428,7 @@ class _TokenList:
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self._delay = delay_ms * self._rate // 1000  # samples
         self._piece = tokenizer.piece
-        self._confidence_of = confidence.of_tokens(manifest.decoder.vocabulary + 1)
+        self._confidence_of = confidence.token_measure(manifest.decoder.vocabulary + 1)
 
     def extend(self, hypothesis: Hypothesis, count: int) -> None:
         """Append the tokens of the hypothesis up to the first `count`."""

@@ -16,7 +16,7 @@ from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
-from nemostream.runtime.text.endpointing import End, Endpointer, RepetitionGuard
+from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard, UtteranceEnd
 
 SavedArrays = Mapping[str, NDArray[Any]]
 
@@ -66,7 +66,7 @@ class StepOutput:
 
     item: WorkItem
     count: int  # tokens in the stream's hypothesis after the item
-    ends: Sequence[End] = ()  # ends of utterances found with it
+    ends: Sequence[UtteranceEnd] = ()  # ends of utterances found with it
 
 
 @dataclass(eq=False)
@@ -95,9 +95,9 @@ class StreamState:
     def must_wait(self) -> bool:
         """Whether the next item must wait for the step in flight: its result may change the slot or must come first."""
         head = self.chunker.head
-        if head.kind != "run" or head.reset_slot or (self.guard is not None and self.guard.suspects):
+        if head.kind != "run" or head.reset_slot or (self.guard is not None and self.guard.loop_suspected):
             return True
-        return self.endpointer is not None and self.endpointer.forgets
+        return self.endpointer is not None and self.endpointer.resets_decoder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import nemostream
 from nemostream.cli.main import main
 from nemostream.clips import CLIP_TEXT
 from nemostream.errors import AudioError
-from nemostream.runtime.audio.sources import Recording
+from nemostream.runtime.audio.files import AudioFile
 
 COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 CLIP = str(nemostream.demo_clip())
@@ -189,14 +189,14 @@ def test_an_unexpected_failure_concerns_one_file(run: Run, monkeypatch: pytest.M
     """A fault of a library, too: the traceback is shown and the other files go on."""
     bad = tmp_path / "bad.flac"
     shutil.copyfile(CLIP, bad)
-    opens = Recording._open
+    opens = AudioFile._open
 
-    def fails(recording: Recording, part: Any) -> Any:
+    def fails(recording: AudioFile, part: Any) -> Any:
         if recording.path == bad:
             raise RuntimeError("out of luck")
         return opens(recording, part)
 
-    monkeypatch.setattr(Recording, "_open", fails)
+    monkeypatch.setattr(AudioFile, "_open", fails)
     code, out, err = run(CLIP, bad, CLIP)
     assert (code, out) == (1, f"{CLIP}: {CLIP_TEXT}\n" * 2)
     assert err.splitlines()[-1] == f"nemostream: {bad}: unexpected RuntimeError: out of luck"
@@ -266,12 +266,12 @@ def test_the_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.Monke
     scratch.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), Recording(fifo) as recording:
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), AudioFile(fifo) as recording:
         assert sum(map(len, recording.blocks())) == soundfile.info(CLIP).frames
         assert list(scratch.iterdir()) == []  # it has no name
     assert list(scratch.iterdir()) == []
     with subprocess.Popen(["sh", "-c", 'echo no audio > "$0"', fifo]), pytest.raises(AudioError, match="fifo cannot"):
-        Recording(fifo)
+        AudioFile(fifo)
     assert list(scratch.iterdir()) == []
 
 

@@ -58,7 +58,7 @@ class Output:
                 self._folder = Path(out)
             else:
                 self._path = Path(out)
-        if format.alone and len(names) > 1 and self._folder is None:
+        if format.one_per_file and len(names) > 1 and self._folder is None:
             raise OptionError(f"--format {format} makes a file for each recording: give --out FOLDER/ for several.")
         if self._folder is not None:
             _check_folder(self._folder)

@@ -22,7 +22,7 @@ from nemostream.extras import install_command
 from nemostream.runtime.text.formats import Format
 
 if TYPE_CHECKING:
-    from nemostream.runtime.audio.sources import Recording
+    from nemostream.runtime.audio.files import AudioFile
     from nemostream.runtime.model import LiveStream, Model
     from nemostream.runtime.streaming.session import Options
     from nemostream.runtime.text.events import Event
@@ -272,14 +272,14 @@ class _Job:
             return _Transcribed(said, duration, cut, _mixed_down(file) if file.cancels else "", truncated)
 
     def _standard_input(self, speech: _Speech) -> _Transcribed:
-        from nemostream.runtime.audio.sources import piped
+        from nemostream.runtime.audio.sources import open_pipe
 
         self.opened = True
         self._captions.begins(self._index, 0.0)
         truncated = None
         try:
             with (
-                piped(standard_input(self._stop), STDIN_RATE) as sound,
+                open_pipe(standard_input(self._stop), STDIN_RATE) as sound,
                 self._model.stream(sample_rate=sound.sample_rate, channels=sound.channels, **self._options) as stream,
             ):
                 speech.follow(stream, self._until_stopped(sound.blocks), sound.sample_rate)
@@ -294,15 +294,15 @@ class _Job:
             if not self._stop.is_set():
                 raise
 
-    def _recording(self, file: Recording, speech: _Speech) -> tuple[Sequence[Result | Event], float]:
-        from nemostream.runtime.audio.sources import truncation_last
+    def _recording(self, file: AudioFile, speech: _Speech) -> tuple[Sequence[Result | Event], float]:
+        from nemostream.runtime.audio.sources import defer_truncation
 
         model, options, captions, index = self._model, self._options, self._captions, self._index
         source: Any = file
         if self._realtime:
             stream = model.stream(sample_rate=file.sample_rate, channels=file.channels, **options)
             with (
-                truncation_last(file.blocks()) as there,
+                defer_truncation(file.blocks()) as there,
                 stream,
                 closing(_paced(there, file.sample_rate, self._stop)) as blocks,
             ):
@@ -334,10 +334,10 @@ class _Job:
 def _stoppable(name: str, channel: int | None, stop: Stop, saves: bool) -> Any:
     """The file, which seems to end once `stop` is set (then it is `cut`); a transcription that `saves` its state is
     made to do so."""
-    from nemostream.runtime.audio.sources import Recording
+    from nemostream.runtime.audio.files import AudioFile
     from nemostream.runtime.streaming.offline import SourceStopped
 
-    class Stoppable(Recording):
+    class Stoppable(AudioFile):
         cut = False
 
         def blocks(self) -> Generator[Any]:
@@ -352,7 +352,7 @@ def _stoppable(name: str, channel: int | None, stop: Stop, saves: bool) -> Any:
     return Stoppable(name, channel=channel)
 
 
-def _mixed_down(file: Recording) -> str:
+def _mixed_down(file: AudioFile) -> str:
     return (
         f"its {file.channels} channels cancel out when they are mixed to one, as those in opposite phase do, so speech "
         "may be missing; transcribe one of them with --channel 1."

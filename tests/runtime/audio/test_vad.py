@@ -32,7 +32,7 @@ class Script:
     spans: list[tuple[int, int]]
     lead_ms: int = 80
 
-    def push_events(self, samples):
+    def push(self, samples):
         pass
 
     def passes(self, begin, end):
@@ -182,7 +182,7 @@ def test_the_gate_is_its_definition_whatever_the_pushes(silero, net, spoken, siz
     turn = itertools.cycle(sizes)
     while at < len(audio):
         size = next(turn)
-        gate.push_events(audio[at : at + size])
+        gate.push(audio[at : at + size])
         at += size
         while chunks and chunks[0][1] <= min(at, len(audio)):
             begin, end = chunks.pop(0)

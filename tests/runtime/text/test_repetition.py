@@ -55,7 +55,7 @@ def test_a_guard_goes_on_as_the_one_that_was_saved(manifest):
         one, other = guards
         other.load(one.save())
         found = [guard.step(tokens[:count], sample_positions[:count], FRAME * count) for guard in guards]
-        assert found[0] == found[1] and one.suspects == other.suspects
+        assert found[0] == found[1] and one.loop_suspected == other.loop_suspected
     one.restart(396)
     assert not one.step(tokens, sample_positions, FRAME * 400)
 
