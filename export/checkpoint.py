@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig
 from nemostream.errors import CheckpointError
-from nemostream.untrusted import MIB, open_regular, shown
+from nemostream.untrusted import MIB, open_regular, short_repr
 
 _WEIGHTS, _CONFIG, _TOKENIZER = "model_weights.ckpt", "model_config.yaml", "tokenizer.model"
 _REQUIRED = object()
@@ -86,7 +86,7 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
     config = read_config(path)
     features, encoder, decoder, chunks, extra = check_config(config)
     if not path.stem.isprintable():
-        raise CheckpointError(f"{shown(path.name)} has characters that cannot be printed; rename the checkpoint.")
+        raise CheckpointError(f"{short_repr(path.name)} has characters that cannot be printed; rename the checkpoint.")
     found = _unpack(path, workdir, _tokenizer_name(config))
     if _WEIGHTS not in found:
         raise CheckpointError(f"{path} holds no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
@@ -167,7 +167,7 @@ def _members(path: Path, archive: tarfile.TarFile, most: int) -> Iterator[tuple[
     """
     seen: set[str] = set()
     for member in archive:
-        where = f"{path} is not a checkpoint that NeMo wrote: its member {shown(member.name)}"
+        where = f"{path} is not a checkpoint that NeMo wrote: its member {short_repr(member.name)}"
         if len(seen) >= _MOST_MEMBERS:
             raise CheckpointError(f"{path} has more than {_MOST_MEMBERS} members, so it is not a .nemo checkpoint.")
         if member.size < 0 or member.offset_data + member.size > most:
@@ -191,13 +191,13 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, most
     assert file is not None, "a regular file"
     content = b"".join(iter(lambda: file.read(MIB), b""))
     if len(content) != member.size:
-        raise CheckpointError(f"{path} is truncated: it has not all of {shown(member.name)}.")
+        raise CheckpointError(f"{path} is truncated: it has not all of {short_repr(member.name)}.")
     return content
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, most: int) -> None:
     if member.size > most:
-        raise CheckpointError(f"{path}: {shown(member.name)} has {member.size} bytes; at most {most} are allowed.")
+        raise CheckpointError(f"{path}: {short_repr(member.name)} has {member.size} bytes; at most {most} are allowed.")
 
 
 def _unpack(path: Path, workdir: Path, tokenizer: str) -> dict[str, Path]:
@@ -220,7 +220,7 @@ def _unpack(path: Path, workdir: Path, tokenizer: str) -> dict[str, Path]:
             with source, target.open("xb") as copy:
                 shutil.copyfileobj(source, copy, MIB)
             if target.stat().st_size != member.size:
-                raise CheckpointError(f"{path} is truncated: it has not all of {shown(member.name)}.")
+                raise CheckpointError(f"{path} is truncated: it has not all of {short_repr(member.name)}.")
             found[name] = target
     return found
 
@@ -472,4 +472,4 @@ def _expect(
 
 
 def _refuse(path: str, value: Any, supported: str) -> NoReturn:
-    raise CheckpointError(f"not supported: {path} is {shown(value, 300)}; nemostream supports {supported}.")
+    raise CheckpointError(f"not supported: {path} is {short_repr(value, 300)}; nemostream supports {supported}.")

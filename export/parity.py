@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.clips import read_clip
 from nemostream.errors import CheckpointError, ParityError
+from nemostream.step_loop import padded_chunks, run_steps
 
 TOLERANCE = 1e-4  # fp32, largest absolute difference
-LEAST_STEPS = 12
+MIN_STEPS = 12
 
 Floats = NDArray[np.float32]
 
@@ -64,52 +65,21 @@ def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], N
 
 
 def stream_encoder(bundle: Bundle, chunk: ChunkConfig, audio: Floats) -> tuple[Floats, Floats, int]:
-    """Run one stream through the graphs as plainly as possible: all its mel frames, encoder frames, and the steps.
-
-    This is the contract of the step graphs in executable form; the runtime does the same for many streams at once.
-    """
-    manifest, spec = bundle.manifest, bundle.manifest.encoder
-    features = _session(bundle, f"features-{chunk.ms}ms")
-    encoder = _session(bundle, f"encoder-{chunk.ms}ms")
-    state = {
-        t.name: np.zeros([1 if axis == "B" else int(axis) for axis in t.shape], np.float32)
-        for t in bundle.manifest.graphs[f"encoder-{chunk.ms}ms"].inputs
-        if "cache" in t.name
-    }
-    tail = np.zeros((1, manifest.features.tail), np.float32)
-    total = manifest.encoder_frames(len(audio))
-    steps = -(-total // chunk.frames)
-    padded = np.zeros(steps * chunk.samples, np.float32)
-    padded[manifest.lead :][: len(audio)] = audio[: len(padded) - manifest.lead]
+    """Run a recording [N] through the graphs; return its mel frames [F, M], encoder frames [T, D] and the steps run."""
+    manifest, subsampling = bundle.manifest, bundle.manifest.encoder.subsampling
+    features, encoder = (_session(bundle, f"{kind}-{chunk.ms}ms") for kind in ("features", "encoder"))
     mels, frames = [], []
-    for step in range(steps):
-        position, start = step * chunk.frames, step * chunk.samples
-        length = min(chunk.samples, manifest.lead + len(audio) - start)
-        valid = manifest.mel_frames(start - manifest.lead + length) - spec.subsampling * (position - 2)
-        valid = min(valid, spec.mel_cache + spec.subsampling * chunk.frames)
-        mel, tail = features.run(
-            ["mel", "audio_tail_next"],
-            {"audio": padded[None, start:][:, : chunk.samples], "audio_tail": tail, "lengths": np.array([length])},
-        )
-        inputs = {"mel": mel, "position": np.array([position]), "valid": np.array([valid]), **state}
-        encoded, state["mel_cache"], k_new, v_new, conv = encoder.run(
-            ["encoded", "mel_cache_next", "k_new", "v_new", "conv_next"], inputs
-        )
-        ring = (position + np.arange(chunk.frames)) % spec.cache
-        for layer in range(spec.layers):
-            state[f"k_cache.{layer}"][:, :, ring] = k_new[layer]
-            state[f"v_cache.{layer}"][:, :, ring] = v_new[layer]
-            state[f"conv_cache.{layer}"] = conv[layer]
-        mels.append(mel[0])
-        frames.append(encoded[0])
+    for outputs in run_steps(manifest, chunk, padded_chunks(manifest, chunk, audio), features, encoder):
+        mels.append(outputs["mel"][0])
+        frames.append(outputs["encoded"][0])
     # The first step's window begins 7 frames (of 8) before the stream.
-    mel = np.concatenate(mels)[spec.subsampling - 1 :][: manifest.mel_frames(len(audio))]
-    return mel, np.concatenate(frames)[:total], steps
+    mel = np.concatenate(mels)[subsampling - 1 :][: manifest.mel_frames(len(audio))]
+    return mel, np.concatenate(frames)[: manifest.encoder_frames(len(audio))], len(frames)
 
 
 def _speech(manifest: Manifest) -> Floats:
     audio = read_clip("speech", manifest.features.sample_rate)
-    needed = LEAST_STEPS * max(chunk.samples for chunk in manifest.chunks)
+    needed = MIN_STEPS * max(chunk.samples for chunk in manifest.chunks)
     return np.tile(audio, -(-needed // len(audio)))
 
 
@@ -139,7 +109,7 @@ def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, f
 
     spec = bundle.manifest.decoder
     decoder, joint = _session(bundle, "decoder"), _session(bundle, "joint")
-    tokens = [spec.blank, *np.random.default_rng(0).integers(0, spec.vocabulary, LEAST_STEPS)]
+    tokens = [spec.blank, *np.random.default_rng(0).integers(0, spec.vocabulary, MIN_STEPS)]
     h = c = np.zeros((1, spec.layers, spec.hidden), np.float32)
     state, predictions, logits = None, [], []
     projected = model.joint.project_encoder(torch.from_numpy(encoded[None])).numpy()[0]

@@ -22,6 +22,7 @@ CONTRACT = {
     "nemostream.errors",
     "nemostream.extras",
     "nemostream.plans",
+    "nemostream.step_loop",
     "nemostream.untrusted",
 }
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}

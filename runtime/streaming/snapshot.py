@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
-from nemostream.untrusted import MIB, open_regular, parse_json, shown
+from nemostream.untrusted import MIB, open_regular, parse_json, short_repr
 
 VERSION = 3
 SECONDS = 30.0  # between two snapshots
@@ -75,7 +75,7 @@ def saved_counts(state: Arrays, name: str, size: int | None = None) -> list[int]
     """Return the counters in an array of a saved state. Raises `ValueError` unless all are from 0 to 2 ** 53."""
     counts: list[int] = saved_array(state, name, np.int64, size).tolist()
     if counts and not 0 <= min(counts) <= max(counts) < 1 << 53:
-        raise ValueError(f"{name} are {shown(counts)}; a counter must be from 0 to 2 ** 53")
+        raise ValueError(f"{name} are {short_repr(counts)}; a counter must be from 0 to 2 ** 53")
     return counts
 
 
@@ -138,7 +138,7 @@ class Checkpointer:
             raise self._error("is damaged or not a snapshot file") from error
         for name, value in self._about.items():
             if about.get(name) != value:
-                raise self._error(f"was written with {name} {shown(about.get(name), 300)}, not {value!r}")
+                raise self._error(f"was written with {name} {short_repr(about.get(name), 300)}, not {value!r}")
         parts: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in arrays.items():
             part, _, rest = name.partition(".")

@@ -19,7 +19,7 @@ from nemostream.bundle import Bundle, Manifest, sha256
 from nemostream.errors import CheckpointError, OptionError, ParityError
 from nemostream.export import export_checkpoint
 from nemostream.export.checkpoint import check_config, open_checkpoint, read_config
-from nemostream.export.parity import LEAST_STEPS, TOLERANCE, measure_parity
+from nemostream.export.parity import MIN_STEPS, TOLERANCE, measure_parity
 
 pytestmark = pytest.mark.nemo
 
@@ -53,7 +53,7 @@ def test_every_supported_variant_equals_nemo(changes: dict[str, Any], tmp_path: 
     bundle = export_checkpoint(checkpoint, tmp_path / "bundle")
     for chunk in bundle.manifest.chunks:
         figures = bundle.manifest.parity[f"{chunk.ms}ms"]
-        assert figures["steps"] >= LEAST_STEPS
+        assert figures["steps"] >= MIN_STEPS
         assert 0 < figures["encoder"] <= TOLERANCE
         assert figures["features"] <= 1e-5
 
@@ -197,9 +197,9 @@ def test_an_older_bundle_is_replaced(tiny_checkpoint: Path, tiny_bundle: Bundle,
 @pytest.mark.slow
 def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
     """The 0.6B shape: at most 16 GB of memory, at most 1.15 times its fp32 weights on disk, parity everywhere."""
-    peak, before = full_export.peak_kib, full_export.making_kib
+    peak, before = full_export.peak_kib, full_export.checkpoint_peak_kib
     assert peak < 16e9 / 1024, f"peak {peak / 1e6:.1f} GB (making the checkpoint: {before / 1e6:.1f} GB)"
-    assert "comparing 1120 ms with NeMo" in full_export.said
+    assert "comparing 1120 ms with NeMo" in full_export.stderr
     bundle = Bundle.open(full_export.bundle)
     source = open_checkpoint(full_export.checkpoint, tmp_path / "unpacked")
     weights = sum(tensor.numel() * 4 for tensor in source.state.values())
@@ -207,7 +207,7 @@ def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
     assert 2.3e9 < weights < 2.6e9
     assert on_disk <= 1.15 * weights
     for ms in (80, 160, 560, 1120):
-        assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= LEAST_STEPS
+        assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= MIN_STEPS
 
 
 def test_a_name_is_asked_of_nemo(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
