@@ -75,7 +75,7 @@ RULES = {
         only={
             "nemostream.runtime.audio.files": frozenset({"soundfile", "soxr"}),
             "nemostream.runtime.audio.libav": frozenset({"av"}),
-            "nemostream.runtime.audio.sources": frozenset({"soxr"}),
+            "nemostream.runtime.audio.preprocessor": frozenset({"soxr"}),
             "nemostream.runtime.audio.vad": frozenset({"onnxruntime"}),
             "nemostream.runtime.backends.cpu": frozenset({"onnxruntime"}),
             "nemostream.runtime.backends.gpu.cuda": frozenset({"cuda"}),

@@ -27,7 +27,8 @@ import numpy as np
 
 from nemostream.errors import AudioError, NemostreamError, TruncatedAudioError
 from nemostream.runtime.audio.containers import container_of
-from nemostream.runtime.audio.sources import AudioPreprocessor, Recording
+from nemostream.runtime.audio.files import AudioFile
+from nemostream.runtime.audio.preprocessor import AudioPreprocessor
 
 MAX_MEMORY = 512 << 20  # bytes that decoding may add to the address space
 CPU_SECONDS = 300.0  # for one recording
@@ -68,7 +69,7 @@ def _decode(connection: socket.socket, request: dict[str, Any], file: int) -> No
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         _check_format(file, request["name"])
-        with Recording(f"/dev/fd/{file}", request["name"]) as recording:
+        with AudioFile(f"/dev/fd/{file}", request["name"]) as recording:
             if recording.duration > request["max_seconds"]:
                 raise _too_long(request, recording.duration)
             _send(connection, b"h", {"duration": recording.duration})
@@ -99,7 +100,7 @@ def _check_format(file: int, name: str) -> None:
         raise AudioError(f"{name} is {kind}; send {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]}.")
 
 
-def _samples(recording: Recording, request: dict[str, Any]) -> Iterator[Any]:
+def _samples(recording: AudioFile, request: dict[str, Any]) -> Iterator[Any]:
     """Yield blocks of samples, and at the end a dict: the duration in seconds, a warning if the file was cut short."""
     preprocessor, warning = AudioPreprocessor(recording.sample_rate, recording.channels, request["rate"]), ""
     try:

@@ -19,7 +19,7 @@ import nemostream
 from nemostream.cli.main import main
 from nemostream.clips import CLIP_TEXT
 from nemostream.errors import AudioError
-from nemostream.runtime.audio.sources import Recording
+from nemostream.runtime.audio.files import AudioFile
 
 COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 CLIP = str(nemostream.demo_clip())
@@ -191,14 +191,14 @@ def test_unexpected_error_does_not_affect_other_files(
     """The traceback is printed, and the other files are transcribed."""
     bad = tmp_path / "bad.flac"
     shutil.copyfile(CLIP, bad)
-    open_recording = Recording._open
+    open_recording = AudioFile._open
 
-    def fail(recording: Recording, part: Any) -> Any:
+    def fail(recording: AudioFile, part: Any) -> Any:
         if recording.path == bad:
             raise RuntimeError("out of luck")
         return open_recording(recording, part)
 
-    monkeypatch.setattr(Recording, "_open", fail)
+    monkeypatch.setattr(AudioFile, "_open", fail)
     code, out, err = run(CLIP, bad, CLIP)
     assert (code, out) == (1, f"{CLIP}: {CLIP_TEXT}\n" * 2)
     assert err.splitlines()[-1] == f"nemostream: {bad}: unexpected RuntimeError: out of luck"
@@ -260,7 +260,7 @@ def test_fifo(run: Run, tmp_path: Path) -> None:
         assert run(fifo, "--realtime") == (0, CLIP_TEXT + "\n", "")
     with subprocess.Popen(["sh", "-c", ': > "$0"', fifo]):
         code, out, err = run(fifo)
-    assert (code, out) == (3, "") and "pipe that nothing came through" in err
+    assert (code, out) == (3, "") and "the pipe was closed without any data" in err
 
 
 def test_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,12 +268,12 @@ def test_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     scratch.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), Recording(fifo) as recording:
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), AudioFile(fifo) as recording:
         assert sum(map(len, recording.blocks())) == soundfile.info(CLIP).frames
         assert list(scratch.iterdir()) == []  # the copy is an unnamed file
     assert list(scratch.iterdir()) == []
     with subprocess.Popen(["sh", "-c", 'echo no audio > "$0"', fifo]), pytest.raises(AudioError, match="fifo cannot"):
-        Recording(fifo)
+        AudioFile(fifo)
     assert list(scratch.iterdir()) == []
 
 

@@ -27,6 +27,7 @@ from nemostream.external_data import external_files
 from nemostream.plans import PlanStore, Recipe
 from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.snapshot import Checkpointer, StreamSnapshot
+from nemostream.runtime.streaming.state import Hypothesis
 
 fuzz = settings(settings.get_profile("fuzz"))
 
@@ -229,10 +230,11 @@ def make_snapshot() -> StreamSnapshot:
     covered = 0
     while stream.queued:
         covered += stream.take().chunk.frames
-    stream.hypothesis.extend([5, 6], [1280, 2560], [-0.5, -0.25], [1.5, 1.25])
+    hypothesis = Hypothesis()
+    hypothesis.extend([5, 6], [1280, 2560], [-0.5, -0.25], [1.5, 1.25])
     slot = {"position": np.array(covered), "node": np.array(0), "h": np.zeros((1, 4), np.float32)}
     guard = {"counts": np.array([0, 0], np.int64)}
-    parts = {"stream": stream.save(), "hypothesis": stream.hypothesis.save(), "guard": guard, "slot": slot}
+    parts = {"chunker": stream.save(), "hypothesis": hypothesis.save(), "guard": guard, "slot": slot}
     return StreamSnapshot(parts, 20_000, "ab" * 16)
 
 
@@ -246,15 +248,15 @@ class Guard:
     def load(self, state: Any) -> None: ...
 
 
-def restore(path: Path) -> Chunker | None:
+def restore(path: Path) -> tuple[Chunker, Hypothesis] | None:
     """Restore a stream from a snapshot file."""
     checkpointer = Checkpointer(path, ABOUT)
     snapshot = checkpointer.load()
     if snapshot is None:
         return None
-    stream = Chunker(DEMO, DEMO.chunk(560))
-    checkpointer.restore(snapshot, {"stream": stream, "hypothesis": stream.hypothesis, "guard": Guard()}, 896, 1)
-    return stream
+    chunker, hypothesis = Chunker(DEMO, DEMO.chunk(560)), Hypothesis()
+    checkpointer.restore(snapshot, {"chunker": chunker, "hypothesis": hypothesis, "guard": Guard()}, 896, 1)
+    return chunker, hypothesis
 
 
 def write(path: Path, snapshot: StreamSnapshot) -> bytes:
@@ -265,8 +267,10 @@ def write(path: Path, snapshot: StreamSnapshot) -> bytes:
 
 def test_the_original_snapshot_is_valid(tmp_path: Path) -> None:
     write(tmp_path / "state", SNAPSHOT)
-    stream = restore(tmp_path / "state")
-    assert stream is not None and stream.hypothesis.tokens == [5, 6] and stream.samples == 20_000
+    restored = restore(tmp_path / "state")
+    assert restored is not None
+    chunker, hypothesis = restored
+    assert hypothesis.tokens == [5, 6] and chunker.samples == 20_000
 
 
 ARRAYS = [(part, name) for part, arrays in SNAPSHOT.parts.items() for name in arrays]
@@ -307,14 +311,16 @@ def test_snapshots_with_mutated_arrays(data: st.DataObject, tmp_path: Path) -> N
         tmp_path / "state", StreamSnapshot(parts, samples, data.draw(st.sampled_from(["ab" * 16, "", "é", "x" * 1000])))
     )
     try:
-        stream = restore(tmp_path / "state")
+        restored = restore(tmp_path / "state")
     except NemostreamError as error:
         check_message(error)
         return
-    assert stream is not None and stream.samples == 20_000
+    assert restored is not None
+    stream, hypothesis = restored
+    assert stream.samples == 20_000
     stream.accept(np.zeros(30_000, np.float32))  # an accepted stream can continue and finish
     stream.finish()
-    assert stream.queued < 100 and all(0 <= token < 896 for token in stream.hypothesis.tokens)
+    assert stream.queued < 100 and all(0 <= token < 896 for token in hypothesis.tokens)
 
 
 @fuzz
@@ -335,7 +341,7 @@ def test_snapshots_with_random_bytes(data: st.DataObject, tmp_path: Path) -> Non
 @given(header=st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("latin1", "replace")), doc=VALUES)
 def test_snapshots_with_malformed_headers(header: bytes, doc: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "state", "w") as archive:
-        archive.writestr("stream.counts.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        archive.writestr("chunker.counts.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
         document = io.BytesIO()
         np.save(document, np.frombuffer(as_json(doc).encode() or b"0", np.uint8))
         archive.writestr("document.npy", document.getvalue())

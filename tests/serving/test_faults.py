@@ -240,7 +240,7 @@ def test_audio_that_comes_faster_than_it_is_served_waits_with_the_client(serve_h
 
         def slow(batch: Any) -> Any:
             time.sleep(0.05)
-            waiting.append(max(seat.stream.queued for seat in running.service.model._scheduler._seats.values()))
+            waiting.append(max(stream.chunker.queued for stream in running.service.model._scheduler._streams.values()))
             return submit(batch)
 
         backend.submit = slow
@@ -312,7 +312,7 @@ def test_a_poisoned_stream_never_reaches_its_neighbours(serve_here: Any, spoken:
                 socket.send(spoken[0].pcm[:HALF])
             eventually(lambda: running.metric("nemostream_audio_seconds_total") == 4 * HALF / 32000)
             (session,) = [s for s in running.service.sessions if s is newest(running)]
-            model._scheduler._backend._state.v[:, session._stream._recognition._seat.slot] = np.nan
+            model._scheduler._backend._state.v[:, session._stream._session._stream.slot] = np.nan
             for socket in (*well, sick):
                 socket.send(spoken[0].pcm[HALF:])
             assert "not finite" in failure(sick)["message"]

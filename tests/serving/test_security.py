@@ -190,13 +190,14 @@ async def samples(decoders: DecoderPool, path: Path) -> Any:
 
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1)])
 def test_a_decoder_process_gives_what_the_library_reads(pool: Any, tmp_path: Path, rate: int, channels: int) -> None:
-    from nemostream.runtime.audio.sources import AudioPreprocessor, Recording
+    from nemostream.runtime.audio.files import AudioFile
+    from nemostream.runtime.audio.preprocessor import AudioPreprocessor
 
     noise = np.random.default_rng(1).uniform(-0.5, 0.5, (rate * 9, channels)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", noise, rate)
     found, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
     intake = AudioPreprocessor(rate, channels, 16000)
-    with Recording(tmp_path / "a.flac") as recording:
+    with AudioFile(tmp_path / "a.flac") as recording:
         wanted = [block for part in recording.blocks() for block in intake.push(part)]
     np.testing.assert_array_equal(found, np.concatenate([*wanted, intake.finish()]))
     assert seconds == 9.0
@@ -556,7 +557,7 @@ def test_phrases_are_checked_before_they_are_tokenised(demo_bundle: Any, monkeyp
         {"a": "x" * 10**6},
     ):
         with pytest.raises(OptionError) as error:
-            Boosting.of(phrases, tokenizer)  # type: ignore[arg-type]
+            Boosting.from_phrases(phrases, tokenizer)  # type: ignore[arg-type]
         assert len(str(error.value)) < 400
     assert not encoded
 

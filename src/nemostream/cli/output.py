@@ -62,7 +62,7 @@ class Output:
                 self._folder = Path(out)
             else:
                 self._path = Path(out)
-        if format.alone and len(names) > 1 and self._folder is None:
+        if format.one_per_file and len(names) > 1 and self._folder is None:
             raise OptionError(
                 f"--format {format} needs one file per recording: for several recordings give --out FOLDER/."
             )

@@ -21,7 +21,7 @@ from nemostream.extras import install_command
 from nemostream.runtime.text.formats import Format
 
 if TYPE_CHECKING:
-    from nemostream.runtime.audio.sources import Recording
+    from nemostream.runtime.audio.files import AudioFile
     from nemostream.runtime.model import LiveStream, Model
     from nemostream.runtime.streaming.session import Options
     from nemostream.runtime.text.events import Event
@@ -213,14 +213,14 @@ class _InputJob:
         return self._run_standard_input(collector) if self.name == STDIN else self._run_file(collector)
 
     def _run_standard_input(self, collector: _EventCollector) -> _Transcription:
-        from nemostream.runtime.audio.sources import piped
+        from nemostream.runtime.audio.sources import open_pipe
 
         self.opened = True
         self._captions.start(self._index, 0.0)
         truncated = None
         try:
             with (
-                piped(standard_input(self._stop), STDIN_RATE) as source,
+                open_pipe(standard_input(self._stop), STDIN_RATE) as source,
                 self._model.stream(sample_rate=source.sample_rate, channels=source.channels, **self._options) as stream,
             ):
                 collector.run(stream, self._ignore_errors_when_stopped(source.blocks), source.sample_rate)
@@ -255,7 +255,7 @@ class _InputJob:
             warning = _cancelling_channels(file) if file.cancels else ""
             return _Transcription(parts, duration, stopped, warning, truncated)
 
-    def _transcribe(self, file: Recording, collector: _EventCollector) -> tuple[Sequence[Result | Event], float]:
+    def _transcribe(self, file: AudioFile, collector: _EventCollector) -> tuple[Sequence[Result | Event], float]:
         if self._realtime:
             return self._stream_in_real_time(file, collector)
         if self._options.get("endpoint"):
@@ -265,19 +265,19 @@ class _InputJob:
             return collector.finals, collector.duration
         return self._transcribe_whole(file)
 
-    def _stream_in_real_time(self, file: Recording, collector: _EventCollector) -> tuple[Sequence[Event], float]:
-        from nemostream.runtime.audio.sources import truncation_last
+    def _stream_in_real_time(self, file: AudioFile, collector: _EventCollector) -> tuple[Sequence[Event], float]:
+        from nemostream.runtime.audio.sources import defer_truncation
 
         stream = self._model.stream(sample_rate=file.sample_rate, channels=file.channels, **self._options)
         with (
-            truncation_last(file.blocks()) as available,
+            defer_truncation(file.blocks()) as available,
             stream,
             closing(_pace(available, file.sample_rate, self._stop)) as blocks,
         ):
             collector.run(stream, blocks, file.sample_rate)
         return collector.finals, collector.duration
 
-    def _transcribe_whole(self, file: Recording) -> tuple[Sequence[Result], float]:
+    def _transcribe_whole(self, file: AudioFile) -> tuple[Sequence[Result], float]:
         captions, index = self._captions, self._index
         source: Any = file  # accepted, although the public type of `transcribe` does not include recordings
         try:
@@ -303,10 +303,10 @@ def _open_stoppable(name: str, channel: int | None, stop: StopRequest, saves_sta
 
     With `saves_state`, the blocks end with `SourceStopped`, so that the transcription saves its state.
     """
-    from nemostream.runtime.audio.sources import Recording
+    from nemostream.runtime.audio.files import AudioFile
     from nemostream.runtime.streaming.offline import SourceStopped
 
-    class StoppableRecording(Recording):
+    class StoppableFile(AudioFile):
         stopped = False
 
         def blocks(self) -> Generator[Any]:
@@ -318,10 +318,10 @@ def _open_stoppable(name: str, channel: int | None, stop: StopRequest, saves_sta
                     return
                 yield block
 
-    return StoppableRecording(name, channel=channel)
+    return StoppableFile(name, channel=channel)
 
 
-def _cancelling_channels(file: Recording) -> str:
+def _cancelling_channels(file: AudioFile) -> str:
     return (
         f"its {file.channels} channels cancel out when they are mixed to mono (opposite phase), so speech may be "
         "missing; transcribe a single channel with --channel 1."
