@@ -40,6 +40,9 @@ format: $(VENV)/.tools
 bundle: $(VENV)/.package
 	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo src/nemostream/demo
 
+docs: $(VENV)/.package $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info src/*.egg-info
 
@@ -69,6 +72,11 @@ $(VENV)/.tools: pyproject.toml Makefile
 	@# Triton, in a folder of its own: its Python backend was built for an older numpy. Without it its tests are left out.
 	-$(VENV)/bin/python $(PIP) --no-deps --target $(VENV)/triton nvidia-pytriton==0.7.0 numpy==1.26.4
 	@rm -rf build
+	@touch $@
+
+# The documentation's own tools.
+$(VENV)/.docs: $(VENV)/.tools
+	$(VENV)/bin/python $(PIP) --group docs
 	@touch $@
 
 define have_python

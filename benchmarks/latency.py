@@ -44,7 +44,6 @@ from nemostream.runtime.backends.base import Backend, Batch
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.session import StreamSession
 
 PARTS = ("features", "encoder", "decode", "copies", "host")
 _WARM_UP = 5
@@ -142,7 +141,7 @@ def _measure(
 def push_times(model: Model, feed: Feed, chunk: ChunkConfig, before: int, repeats: int) -> list[float]:
     """Milliseconds of every stream and chunk from push to result, of `repeats` chunks after as many as `before`."""
     lead, rate, found = model.manifest.lead, model.manifest.features.sample_rate, []
-    streams = [StreamSession(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
+    streams = [model.open_session(rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
     for step in range(before + repeats):
         begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
         pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)

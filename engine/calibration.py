@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.precision import quantisable, read_encoder
+from nemostream.step_loop import padded_chunks, run_steps
 
 
 def measure_ranges(
@@ -26,7 +27,7 @@ def measure_ranges(
 
     `progress` hears the share that is done.
     """
-    manifest, spec = bundle.manifest, bundle.manifest.encoder
+    manifest = bundle.manifest
     model = read_encoder(bundle, chunk)
     names = quantisable(model)
     for weight, x in names.items():
@@ -39,34 +40,13 @@ def measure_ranges(
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     encoder = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     features = ort.InferenceSession(bundle.file(f"features-{chunk.ms}ms"), providers=["CPUExecutionProvider"])
-    outputs = [output.name for output in encoder.get_outputs()]
     found = dict.fromkeys(names, 0.0)
     total, done = sum(map(len, clips)), 0
     for clip in clips:
-        state = {
-            tensor.name: np.zeros([1 if axis == "B" else int(axis) for axis in tensor.shape], np.float32)
-            for tensor in manifest.graphs[f"encoder-{chunk.ms}ms"].inputs
-            if "cache" in tensor.name
-        }
-        tail = np.zeros((1, manifest.features.tail), np.float32)
-        samples = np.concatenate([np.zeros(manifest.lead, np.float32), clip])
-        for step in range(len(samples) // chunk.samples):
-            position, start = step * chunk.frames, step * chunk.samples
-            audio = samples[None, start : start + chunk.samples]
-            mel, tail = features.run(
-                ["mel", "audio_tail_next"], {"audio": audio, "audio_tail": tail, "lengths": np.array([chunk.samples])}
-            )
-            valid = np.array([spec.mel_cache + spec.subsampling * chunk.frames])
-            inputs = {"mel": mel, "position": np.array([position]), "valid": valid, **state}
-            values = dict(zip(outputs, encoder.run(outputs, inputs), strict=True))
+        steps = [step for step in padded_chunks(manifest, chunk, clip) if step.length == chunk.samples]
+        for index, values in enumerate(run_steps(manifest, chunk, steps, features, encoder)):
             for weight in names:
                 found[weight] = max(found[weight], float(values[f"{weight}:range"]))
-            ring = (position + np.arange(chunk.frames)) % spec.cache
-            state["mel_cache"] = values["mel_cache_next"]
-            for layer in range(spec.layers):
-                state[f"k_cache.{layer}"][:, :, ring] = values["k_new"][layer]
-                state[f"v_cache.{layer}"][:, :, ring] = values["v_new"][layer]
-                state[f"conv_cache.{layer}"] = values["conv_next"][layer]
-            progress((done + start) / total)
+            progress((done + index * chunk.samples) / total)
         done += len(clip)
     return found

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import EngineValidationError
 from nemostream.runtime.backends.base import Backend, Batch
+from nemostream.step_loop import padded_chunks
 
 Floats = NDArray[np.float32]
 
@@ -64,7 +65,8 @@ def validate_engine(
         scores: list[float] = []
         for backend in both:
             backend.reset(np.array([0, 1]))
-        for batch in _batches(manifest, chunk, clip):
+        for step in padded_chunks(manifest, chunk, clip):
+            batch = Batch(chunk, np.array([0]), step.audio[None], np.array([step.length]))
             (got, counts), (wanted, _) = (backend.encode(batch) for backend in both)
             got, wanted = got[0, : counts[0]], wanted[0, : counts[0]]
             if not np.isfinite(got).all():
@@ -92,24 +94,6 @@ def validate_engine(
         )
     seconds = round(total / manifest.features.sample_rate, 2)
     return {"steps": steps, "cosine": least, "tokens": compared, "seconds": seconds}
-
-
-def _batches(manifest: Manifest, chunk: ChunkConfig, clip: Floats) -> list[Batch]:
-    """A recording as the steps of one stream, its end included."""
-    audio = np.concatenate([np.zeros(manifest.lead, np.float32), clip])
-    steps = -(-manifest.encoder_frames(len(clip)) // chunk.frames)
-    padded = np.zeros(max(steps * chunk.samples, len(audio)), np.float32)
-    padded[: len(audio)] = audio
-    starts = range(0, steps * chunk.samples, chunk.samples)
-    return [
-        Batch(
-            chunk,
-            np.array([0]),
-            padded[None, start : start + chunk.samples],
-            np.array([min(chunk.samples, max(len(audio) - start, 0))]),
-        )
-        for start in starts
-    ]
 
 
 def _cosines(got: Floats, wanted: Floats) -> NDArray[np.float64]:

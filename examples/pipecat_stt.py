@@ -2,8 +2,8 @@
 
     pipeline = Pipeline([transport.input(), vad, NemostreamSTTService(), context.user(), llm, tts, transport.output()])
 
-Words come as `InterimTranscriptionFrame` while they are spoken and as `TranscriptionFrame` when an utterance is over:
-after a silence, or at once when the pipeline's VAD says that the user stopped. Needs `pip install pipecat-ai`.
+Pushes an `InterimTranscriptionFrame` while words are spoken and a `TranscriptionFrame` when an utterance ends: after a
+silence, or at once when the pipeline's VAD detects that the user stopped speaking. Needs `pip install pipecat-ai`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NemostreamSTTService(WebsocketSTTService):
     def __init__(
         self, url: str = "ws://127.0.0.1:8000", *, chunk_ms: int = 160, api_key: str | None = None, **options: Any
     ) -> None:
-        # The server ends a stream that is silent for 30 s; a pipeline may be, while the bot speaks.
+        # The server ends a stream that sends nothing for 30 s, as a pipeline may while the bot speaks.
         options.setdefault("keepalive_timeout", 10)
         options.setdefault("settings", STTSettings(model="nemostream", language=Language.EN))
         super().__init__(**options)
@@ -62,13 +62,13 @@ class NemostreamSTTService(WebsocketSTTService):
     async def _connect(self) -> None:
         await self._connect_websocket()
         await super()._connect()
-        self._listening = self.create_task(self._receive_task_handler(self._report_error))
+        self._receiver = self.create_task(self._receive_task_handler(self._report_error))
 
     async def _disconnect(self) -> None:
         await super()._disconnect()
-        if listening := getattr(self, "_listening", None):
-            self._listening = None
-            await self.cancel_task(listening)
+        if receiver := getattr(self, "_receiver", None):
+            self._receiver = None
+            await self.cancel_task(receiver)
         await self._disconnect_websocket()
 
     async def _connect_websocket(self) -> None:

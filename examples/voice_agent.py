@@ -1,4 +1,4 @@
-"""The ears of a voice agent: what a person says, a turn at a time.
+"""Minimal streaming client for a voice agent: prints the transcript of each utterance.
 
 $ pip install websockets
 $ nemostream serve &
@@ -15,15 +15,15 @@ from websockets.asyncio.client import connect
 async def main(url: str = "ws://127.0.0.1:8000/v1/stream?chunk_ms=160") -> None:
     async with connect(url) as socket, asyncio.TaskGroup() as tasks:
 
-        async def listen() -> None:
+        async def send_audio() -> None:
             while pcm := await asyncio.to_thread(sys.stdin.buffer.read, 3200):
                 await socket.send(pcm)
             await socket.send(json.dumps({"type": "finish"}))
 
-        tasks.create_task(listen())
+        tasks.create_task(send_audio())
         async for message in socket:
             event = json.loads(message)
-            if event["type"] == "final":  # a turn is over: here the agent would answer
+            if event["type"] == "final":  # the utterance is over: the agent would respond here
                 print(event["text"], flush=True)
 
 

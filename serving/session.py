@@ -1,10 +1,10 @@
-"""A client's conversation with the model: bytes in, events out. Knows no transport.
+"""One client's stream: bytes in, events out. Independent of the protocol.
 
-The events are the stream's own (`runtime/text/events.py`): ``(partial* final? end)*``. An utterance ends by itself after
-a silence, when the client says so (`commit`) or with the session (`finish`).
+The events are those of the stream (`runtime/text/events.py`): ``(partial* final? end)*``. An utterance ends after a
+silence, on the client's request (`commit`) or with the session (`finish`).
 
-`push` returns when the audio that it was given is decoded, so a transport that awaits it before it reads on holds a
-client back to what the machine can do, and keeps at most one message of its audio waiting.
+`push` returns when its audio is decoded. A protocol that awaits it before it reads the next message slows a client down
+to the speed of the machine, and keeps at most one message of its audio waiting.
 """
 
 from __future__ import annotations
@@ -14,50 +14,62 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
+from nemostream.errors import AudioError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.audio.containers import WavStream, container_of, undecided
+from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.events import Event
-from nemostream.serving.network.access import Client
+from nemostream.serving.client import Client
+from nemostream.serving.errors import Expired
 from nemostream.serving.normalizer import Normalizer
+from nemostream.serving.settings import Limits
 
-if TYPE_CHECKING:
-    from nemostream.serving.service import Service
-
-_LIVE = 1.5  # seconds: who sends more at once is not talking live
-_LEAST_BYTES = 2048  # that a message counts as
-_SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # of a message, handled without a turn of other tasks
-_BURST = 2.0  # seconds' worth of bytes that may come at once before a client is slowed down
+_MAX_LIVE_SECONDS = 1.5  # audio per message; a client that sends more at once is not live and has no latency
+_MIN_MESSAGE_BYTES = 2048  # that a message counts as in the rate limit
+_SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # audio of a message that is processed before other tasks run
+_BURST_SECONDS = 2.0  # of bytes at the maximum rate that may arrive at once before a client is slowed down
 
 
-class Draining(CapacityError):
-    """The server is about to stop and takes no new streams."""
+class SessionObserver(Protocol):
+    """Receives what happens in a session (`Service`)."""
 
+    def record_audio(self, seconds: float) -> None:
+        """Audio was received."""
 
-class Expired(StreamError):
-    """A client that said nothing, read nothing, or stayed, for too long."""
+    def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
+        """A message was decoded in `seconds`; on time is up to `budget` seconds."""
 
-    unread = False  # whether it is the one that reads nothing
+    def record_utterance(self, session: Session, event: Event) -> None:
+        """An utterance is final."""
+
+    def session_closed(self, session: Session) -> None:
+        """The session was closed; may be called more than once."""
 
 
 class Session:
-    """One client's stream; made by `Service.open`. For one task at a time; an asynchronous context manager."""
+    """One client's stream; opened by `Service.open`. For one task at a time; an asynchronous context manager.
+
+    `requested_ms` is the chunk size that the client requested; the stream starts with that of `options`, which overload
+    may make larger.
+    """
 
     def __init__(
         self,
-        service: Service,
+        model: Model,
+        limits: Limits,
+        observer: SessionObserver,
         *,
         transport: str,
         sample_rate: int,
         channels: int,
         encoding: str,
-        chunk_ms: int,
+        requested_ms: int,
         options: Options,
         client: Client,
         upload: bool = False,
@@ -65,106 +77,108 @@ class Session:
     ) -> None:
         self.id = secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
-        self.wanted_ms = chunk_ms
+        self.requested_ms = requested_ms
         self.audio = 0.0  # seconds received
         self.error: str | None = None
-        self._service, self._limits = service, service.settings
+        self._model, self._limits, self._observer = model, limits, observer
         self._normalizer = normalizer
-        self._decode = _Decoder(encoding, channels, sample_rate)
+        self._decode = _AudioDecoder(encoding, channels, sample_rate)
         self._rate, self._channels, self._options = sample_rate, channels, options
-        options["chunk_ms"] = service.chunk_now(chunk_ms)
-        self._stream: AsyncLiveStream = service.model.astream(sample_rate=sample_rate, channels=channels, **options)
-        self._began = time.monotonic()
-        self._bytes, self._bytes_at = 0.0, self._began
+        self._stream: AsyncLiveStream = model.astream(sample_rate=sample_rate, channels=channels, **options)
+        self._opened_at = time.monotonic()
+        self._pending_bytes, self._pending_at = 0.0, self._opened_at  # leaky bucket of `pace`
         self._texts: list[str] = []
         self._ended = False
 
     @property
     def text(self) -> str:
-        """All that was said, once the session is finished."""
+        """The text of all final utterances."""
         return " ".join(self._texts)
 
-    # -- what a transport calls ----------------------------------------------------------------------------------------
+    # -- for protocols -------------------------------------------------------------------------------------------------
 
     async def push(self, data: bytes) -> list[Event]:
-        """Take in audio; what it made known. Raises `AudioError`, `StreamError`, `BackendError` as a stream does."""
+        """Process audio in the session's encoding and return new events.
+
+        Raises `AudioError`, `StreamError` and `BackendError`, as a stream does.
+        """
         await self.pace(len(data))
-        pcm = self._decoded(data)
-        began, steps = time.perf_counter(), self._stream.steps
+        pcm = self._samples(data)
+        start, steps = time.perf_counter(), self._stream.steps
         events = await self.push_pcm(pcm)
         seconds = len(pcm) / self._rate
-        if self._stream.steps > steps and seconds <= _LIVE:
-            # Of a message of several chunks no result can be sooner than all of them are.
-            due = max(self._stream.chunk_ms / 1000, seconds)
-            self._service.heard(self._stream.chunk_ms, time.perf_counter() - began, due)
+        if self._stream.steps > steps and seconds <= _MAX_LIVE_SECONDS:
+            # The results of a message of several chunks can only come after all of them were received.
+            budget = max(self._stream.chunk_ms / 1000, seconds)
+            self._observer.record_latency(self._stream.chunk_ms, time.perf_counter() - start, budget)
         return events
 
     async def push_pcm(self, pcm: NDArray[Any]) -> list[Event]:
-        """As `push`, of samples [N] or [N, channels], and as fast as they come."""
-        if self._ended:
-            raise StreamError("the stream was finished; open a new one for more audio.")
-        self._stream.check(pcm)  # all of it, before any of it is taken
+        """Process samples [N] or [N, channels], without a rate limit, and return new events."""
+        self._check_open()
+        self._stream.check(pcm)  # the whole message, before any of it is processed
         events: list[Event] = []
-        # A slice at a time: a message of minutes of audio must not keep the event loop from other streams.
-        step = max(1, min(round(_SLICE_SECONDS * self._rate), _SLICE_VALUES // (pcm.shape[1] if pcm.ndim == 2 else 1)))
-        for start in range(0, len(pcm), step):
-            piece = pcm[start : start + step]
-            seconds = len(piece) / self._rate
+        # One slice at a time: a message with minutes of audio must not block the event loop.
+        size = max(1, min(round(_SLICE_SECONDS * self._rate), _SLICE_VALUES // (pcm.shape[1] if pcm.ndim == 2 else 1)))
+        for start in range(0, len(pcm), size):
+            samples = pcm[start : start + size]
+            seconds = len(samples) / self._rate
             self.audio += seconds
-            self._service.metrics.audio.inc(seconds)
-            events += await self._told(await self._stream.push_events(piece))
-            if start + step < len(pcm):
+            self._observer.record_audio(seconds)
+            events += await self._record(await self._stream.push_events(samples))
+            if start + size < len(pcm):
                 await asyncio.sleep(0)
                 if self._ended:
                     break
         return events
 
     async def commit(self) -> list[Event]:
-        """End the utterance here: everything up to now is decoded and final, what follows begins anew."""
+        """End the utterance: decode all audio received and return the events. A new utterance begins."""
         if self._ended:
             return []
-        events = await self.push_pcm(self._decoded(b"", last=True))
+        events = await self.push_pcm(self._samples(b"", last=True))
         self._decode.reset()
-        return events + await self._told(await self._stream.end_utterance())
+        return events + await self._record(await self._stream.end_utterance())
 
     async def clear(self) -> None:
-        """Forget the utterance that is not final yet; what follows begins anew."""
+        """Discard the current utterance. A new one begins."""
         if not self._ended:
             self._decode.reset()
             await self._stream.end_utterance()
 
     async def finish(self) -> list[Event]:
-        """No more audio comes. The last utterance's final event, if there is one, and the end."""
+        """End the stream: decode all audio received, return the last events, and close the session."""
         if self._ended:
             return []
-        events = await self.push_pcm(self._decoded(b"", last=True))
+        events = await self.push_pcm(self._samples(b"", last=True))
         self._ended = True
-        events += await self._told(await self._stream.finish_events())
+        events += await self._record(await self._stream.finish_events())
         self.close()
         return events
 
     def close(self, error: str | None = None) -> None:
-        """Give back what the session holds. Does nothing the second time."""
+        """Release the stream. Later calls have no effect."""
         self._ended = True
         self.error = self.error or error
         self._stream.close()
-        self._service.closed(self)
+        self._observer.session_closed(self)
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:
-        """Around waiting for the client. Raises `Expired` if it sends nothing, or stays, for too long."""
-        limits, left = self._limits, self._limits.max_seconds - (time.monotonic() - self._began)
+        """Limit the time of waiting for the client. Raises `Expired` after the idle or the maximum-duration timeout."""
+        limits = self._limits
+        remaining = limits.max_seconds - (time.monotonic() - self._opened_at)
         try:
-            async with asyncio.timeout(min(limits.idle_seconds, left)):
+            async with asyncio.timeout(min(limits.idle_seconds, remaining)):
                 yield
         except TimeoutError:
-            if left <= limits.idle_seconds:
+            if remaining <= limits.idle_seconds:
                 raise Expired(f"the stream was open for {limits.max_seconds:.0f} s, the longest allowed.") from None
-            raise Expired(f"nothing came for {limits.idle_seconds:.0f} s; open a new stream.") from None
+            raise Expired(f"nothing was received for {limits.idle_seconds:.0f} s; open a new stream.") from None
 
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[None]:
-        """Around sending to the client. Raises `Expired` if it does not read."""
+        """Limit the time of sending to the client. Raises `Expired` if it does not read."""
         try:
             async with asyncio.timeout(self._limits.send_seconds):
                 yield
@@ -174,63 +188,68 @@ class Session:
             raise error from None
 
     def set_chunk_ms(self, chunk_ms: int) -> None:
-        """Go on in chunks of this size."""
+        """Set the chunk size of the stream from the next chunk on."""
         self._stream.set_chunk_ms(chunk_ms)
+
+    async def pace(self, size: int, max_bytes: int | None = None) -> None:
+        """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
+
+        Every message counts as at least `_MIN_MESSAGE_BYTES`, so that many small ones cannot bypass the limit. Raises
+        `AudioError` for a message of more than `max_bytes` (None: `max_message_bytes`).
+        """
+        limits, now = self._limits, time.monotonic()
+        max_bytes = limits.max_message_bytes if max_bytes is None else max_bytes
+        if size > max_bytes:
+            raise AudioError(f"a message has {size} bytes; the maximum is {max_bytes}: send smaller messages.")
+        rate = limits.max_bytes_per_second
+        self._pending_bytes = max(0.0, self._pending_bytes - rate * (now - self._pending_at))
+        self._pending_bytes += max(size, _MIN_MESSAGE_BYTES)
+        self._pending_at = now
+        await asyncio.sleep(max(0.0, self._pending_bytes / rate - _BURST_SECONDS))
 
     async def __aenter__(self) -> Session:
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.close(str(error) if isinstance(error, NemostreamError) else "cut off" if error else None)
+        self.close(str(error) if isinstance(error, NemostreamError) else "cancelled" if error else None)
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- private -------------------------------------------------------------------------------------------------------
 
-    def _decoded(self, data: bytes, last: bool = False) -> NDArray[Any]:
-        """The samples of a client's bytes; a WAV header among them sets the stream's rate and channels."""
+    def _check_open(self) -> None:
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
+
+    def _samples(self, data: bytes, last: bool = False) -> NDArray[Any]:
+        """Decode a client's bytes. A WAV header among them sets the stream's sample rate and channels."""
+        self._check_open()
         pcm, decode = self._decode(data, last), self._decode
         if (decode.sample_rate, decode.channels) != (self._rate, self._channels):
             if self.audio:
                 raise AudioError(
-                    f"a WAV file of {decode.sample_rate} Hz and {decode.channels} channel(s) came to a stream of "
-                    f"{self._rate} Hz and {self._channels}; open a new one for it."
+                    f"a WAV file of {decode.sample_rate} Hz and {decode.channels} channel(s) was received on a stream "
+                    f"of {self._rate} Hz and {self._channels}; open a new stream for it."
                 )
             self._stream.close()
             self._rate, self._channels = decode.sample_rate, decode.channels
-            self._stream = self._service.model.astream(sample_rate=self._rate, channels=self._channels, **self._options)
+            self._stream = self._model.astream(sample_rate=self._rate, channels=self._channels, **self._options)
         return pcm
 
-    async def _told(self, events: list[Event]) -> list[Event]:
+    async def _record(self, events: list[Event]) -> list[Event]:
+        """Normalize and record final events."""
         for index, event in enumerate(events):
             if event.kind == "final":
                 if self._normalizer is not None:
                     event = events[index] = await self._normalizer.rewrite(event)
                 self._texts.append(event.text)
-                self._service.said(self, event)
+                self._observer.record_utterance(self, event)
         return events
-
-    async def pace(self, size: int, most: int | None = None) -> None:
-        """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
-
-        Every message counts as `_LEAST_BYTES` at least, so that many small ones are no way around the limit. Raises
-        `AudioError` for a message of more than `most` bytes (None: `max_message_bytes`).
-        """
-        limits, now = self._limits, time.monotonic()
-        most = limits.max_message_bytes if most is None else most
-        if size > most:
-            raise AudioError(f"a message of {size} bytes came; the most is {most}: send less at once.")
-        rate = limits.max_bytes_per_second
-        self._bytes = max(0.0, self._bytes - rate * (now - self._bytes_at)) + max(size, _LEAST_BYTES)
-        self._bytes_at = now
-        await asyncio.sleep(max(0.0, self._bytes / rate - _BURST))
 
 
 # -- encodings ---------------------------------------------------------------------------------------------------------
 
 
 def _g711(law: str) -> NDArray[np.int16]:
-    """What each byte of G.711 stands for, 16 bit (ITU-T G.711)."""
+    """Return the 16-bit sample of each byte of G.711 (ITU-T G.711), shape [256]."""
     code = np.arange(256)
     if law == "mulaw":
         code = ~code & 0xFF
@@ -250,30 +269,30 @@ ENCODINGS: dict[str, tuple[str, NDArray[np.int16] | None]] = {
 }
 
 
-class _Decoder:
-    """Bytes of an encoding to samples [N] or [N, channels]; keeps the bytes of a sample that is not whole yet.
+class _AudioDecoder:
+    """Decodes the bytes of an encoding to samples [N] or [N, channels]; buffers incomplete samples.
 
-    The first bytes, and the first after `reset`, may be a WAV file's: then its samples are decoded as its header
-    states, and the bytes around them are dropped. Raises `AudioError` for another container.
+    The first bytes, and the first ones after `reset`, may be a WAV file: its samples are decoded as its header states,
+    and the bytes around them are discarded. Raises `AudioError` for another container.
     """
 
     def __init__(self, encoding: str, channels: int, sample_rate: int) -> None:
         if encoding not in ENCODINGS:
             raise OptionError(f"encoding is {encoding!r}; it must be one of {', '.join(ENCODINGS)}.")
         self.sample_rate, self.channels, self._encoding = sample_rate, channels, encoding
-        self._rest = b""
-        self._begin: bytes | None = b""  # what came while it may be the beginning of a container
+        self._rest = b""  # bytes of an incomplete sample
+        self._start: bytes | None = b""  # bytes received while they may be the start of a container
         self._wav: WavStream | None = None
 
     def __call__(self, data: bytes, last: bool = False) -> NDArray[Any]:
-        """`last`: no more bytes come, so the beginning is complete."""
-        if self._begin is not None:
-            data = self._begin + data
+        """Decode `data`; with `last` no more bytes follow."""
+        if self._start is not None:
+            data = self._start + data
             if undecided(data) and not last:
-                self._begin = data
+                self._start = data
                 data = b""
             else:
-                self._begin = None
+                self._start = None
                 if container := container_of(data):
                     self._unwrap(container)
         if self._wav:
@@ -281,27 +300,27 @@ class _Decoder:
             if header := self._wav.header:
                 self.sample_rate, self.channels = header.sample_rate, header.channels
                 self._encoding = header.encoding
-        name, table = ENCODINGS[self._encoding]
-        type_ = np.dtype(name)
+        dtype_name, table = ENCODINGS[self._encoding]
+        dtype = np.dtype(dtype_name)
         if self._rest:
             data = self._rest + data
-        size = type_.itemsize * self.channels
-        whole = len(data) - len(data) % size
-        self._rest = data[whole:]
-        samples: NDArray[Any] = np.frombuffer(data, type_, whole // type_.itemsize)
+        complete = len(data) - len(data) % (dtype.itemsize * self.channels)
+        self._rest = data[complete:]
+        samples: NDArray[Any] = np.frombuffer(data, dtype, complete // dtype.itemsize)
         if table is not None:
             samples = table[samples]
         return samples if self.channels == 1 else samples.reshape(-1, self.channels)
 
     def reset(self) -> None:
-        self._rest, self._begin = b"", b""
+        """Discard incomplete samples; the next bytes may be a new WAV file."""
+        self._rest, self._start = b"", b""
         if self._wav and self._wav.complete:
             self._wav = None
 
     def _unwrap(self, container: str) -> None:
         if container != "WAV":
             raise AudioError(
-                f"the audio begins as a file of the kind {container}; a stream takes samples ({', '.join(ENCODINGS)}) "
+                f"the audio is a file of type {container}; a stream accepts samples ({', '.join(ENCODINGS)}) "
                 "or WAV. Send the file to POST /v1/audio/transcriptions or Riva's Recognize, or decode it first: "
                 "ffmpeg -i FILE -f s16le -ac 1 -ar 16000 -."
             )

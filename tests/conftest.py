@@ -1,4 +1,4 @@
-"""What tests share: a tiny checkpoint of random weights, the bundle made of it, real speech, and NeMo as the oracle."""
+"""Shared fixtures: a tiny checkpoint with random weights, its bundle, recorded speech, and NeMo as the oracle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 
 def tiny_sizes(**changes: Any) -> dict[str, Any]:
-    """Two small layers: every mechanism, little arithmetic."""
+    """Return the sizes of a two-layer model that uses every mechanism with little arithmetic."""
     sizes = {
         "n_layers": 2,
         "d_model": 64,
@@ -41,7 +41,7 @@ def tiny_sizes(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def make_device(request: pytest.FixtureRequest) -> Any:
-    """Makes the device that a test of the GPU backend runs on: a CPU that plays one (its options), or the GPU here."""
+    """Factory of the device under test: a CPU emulation of a GPU (takes options), or the GPU of this machine."""
     if request.param == "cpu":
         from cuda_on_cpu import MISSING
         from host_device import HostDevice
@@ -60,8 +60,8 @@ def make_device(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
-def talker(request: pytest.FixtureRequest) -> Bundle:
-    """A bundle that says much: random weights where NeMo can make them, the embedded model elsewhere."""
+def small_bundle(request: pytest.FixtureRequest) -> Bundle:
+    """A small bundle that emits many tokens: random weights if NeMo is installed, else the demo model."""
     from importlib.util import find_spec
 
     return request.getfixturevalue("tiny_bundle" if find_spec("nemo") else "demo_bundle")
@@ -83,13 +83,13 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @dataclass(frozen=True)
 class FullExport:
-    """The 0.6B shape with random weights, made and exported by other processes."""
+    """A model of the 0.6B sizes with random weights, created and exported in child processes."""
 
     checkpoint: Path
     bundle: Path
-    said: str  # while exporting, on standard error
-    peak_kib: int  # memory of the larger of the two processes
-    making_kib: int  # of the one that made the checkpoint
+    stderr: str  # of the export
+    peak_kib: int  # largest resident set of the two processes
+    checkpoint_peak_kib: int  # of the process that created the checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -98,10 +98,11 @@ def full_export(tmp_path_factory: pytest.TempPathFactory) -> FullExport:
     checkpoint, bundle = folder / "full.nemo", folder / "bundle"
     synthetic = [sys.executable, "-m", "nemostream.benchmarks.harness.synthetic", str(checkpoint)]
     subprocess.run(synthetic, check=True, capture_output=True, text=True)
-    making = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    checkpoint_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     export = [sys.executable, "-m", "nemostream", "export", str(checkpoint), str(bundle)]
-    made = subprocess.run(export, check=True, capture_output=True, text=True)
-    return FullExport(checkpoint, bundle, made.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, making)
+    exported = subprocess.run(export, check=True, capture_output=True, text=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return FullExport(checkpoint, bundle, exported.stderr, peak, checkpoint_peak)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +117,7 @@ def demo_bundle() -> Bundle:
 
 @pytest.fixture(scope="session")
 def clips() -> dict[str, Floats]:
-    """Every human clip, 16 kHz mono float32, by name."""
+    """All recordings of human speech by name, 16 kHz mono float32."""
     rows = [json.loads(line) for line in (SPEECH / "human.jsonl").read_text().splitlines()]
     found = {}
     for row in rows:
@@ -128,14 +129,14 @@ def clips() -> dict[str, Floats]:
 
 @pytest.fixture(scope="session")
 def heldout() -> list[Floats]:
-    """The demo model's test recordings: sentences and digits by many voices, 16 kHz mono float32."""
+    """The demo model's held-out recordings (sentences and digits, many voices), 16 kHz mono float32."""
     folder = ROOT / "examples" / "demo_model" / "heldout"
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
     return [soundfile.read(folder / row["audio_filepath"], dtype="float32")[0] for row in rows]
 
 
 class NemoOracle:
-    """NeMo itself: the offline forward with a chunk size's mask, and NeMo's greedy decoding of it."""
+    """NeMo as the reference: offline forward with the attention mask of a chunk size, and greedy decoding."""
 
     def __init__(self, checkpoint: Path) -> None:
         from nemo.collections.asr.models import ASRModel
@@ -143,7 +144,7 @@ class NemoOracle:
         self.model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval()
 
     def features(self, audio: Floats, exact: bool = False) -> Floats:
-        """Log-mel [F, M] as NeMo computes it; `exact`, with its own code in fp64."""
+        """Return NeMo's log-mel [F, M]; with `exact`, NeMo's code runs in fp64."""
         import torch
 
         featurizer = self.model.preprocessor.featurizer
@@ -166,7 +167,7 @@ class NemoOracle:
         return mel[0, :, : int(length[0])].T.float().numpy()
 
     def encode(self, mel: Floats, chunk: ChunkConfig) -> Floats:
-        """[T, D] encoder frames."""
+        """Return encoder frames [T, D] of log-mel frames [F, M]."""
         import torch
 
         self.model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
@@ -177,7 +178,7 @@ class NemoOracle:
         return encoded[0, :, : int(length[0])].T.numpy()
 
     def tokens(self, audio: Floats, chunk: ChunkConfig) -> list[int]:
-        """NeMo from end to end: its own fp32 features, encoder and batched greedy decoding."""
+        """Return the tokens of NeMo end to end: fp32 features, encoder, batched greedy decoding."""
         import torch
 
         encoded = torch.from_numpy(self.encode(self.features(audio), chunk).T[None].copy())
@@ -199,7 +200,7 @@ def demo_oracle() -> NemoOracle:
 
 
 def cut(manifest: Manifest, chunk: ChunkConfig, audio: Floats) -> list[tuple[Floats, int]]:
-    """The chunks of a whole recording, worked out from the contract alone: (samples, how many are the stream's)."""
+    """Return the chunks of a recording as (samples, zero-padded; valid length), derived from the contract alone."""
     frames = manifest.encoder_frames(len(audio))
     padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
     chunks = []

@@ -18,7 +18,7 @@ import soxr
 
 import nemostream
 from nemostream.errors import AudioError, OptionError
-from nemostream.runtime.text.formats import Transcript, as_json, ctm, srt, vtt
+from nemostream.runtime.text.formats import Transcript, ctm, srt, transcript_to_dict, vtt
 
 RATE = 16000
 
@@ -245,7 +245,7 @@ def test_words_end_within_the_recording(model: nemostream.Model, clip: np.ndarra
         if not result.words:
             continue
         transcript = Transcript("a.wav", result.text, list(result.words), end, list(result.tokens), ms)
-        assert as_json(transcript)["words"][-1]["end"] <= end + 0.0005
+        assert transcript_to_dict(transcript)["words"][-1]["end"] <= end + 0.0005
         *_, start, length, _, _ = ctm(result.words, "a.wav").splitlines()[-1].split()
         assert float(start) + float(length) <= end + 0.001
         for text in (srt(result.words, end), vtt(result.words, end)):

@@ -66,7 +66,7 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
 
     before = {path: path.stat().st_mtime_ns for path in engines.iterdir()}
     code, again, err = build("--backend", "onnxruntime", "--precision", "int8")
-    assert (code, again, err.count("was there")) == (0, out, 4)
+    assert (code, again, err.count("already built")) == (0, out, 4)
     assert {path: path.stat().st_mtime_ns for path in engines.iterdir()} == before
 
     damaged = Path(out.splitlines()[1])
@@ -74,7 +74,7 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
     with pytest.raises(BackendError, match="missing or damaged"):
         nemostream.load(precision="int8", engines=engines)
     code, _, err = build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 160, "--chunk-ms", 80)
-    assert (code, err.count("built in"), err.count("was there")) == (0, 1, 1)
+    assert (code, err.count("built in"), err.count("already built")) == (0, 1, 1)
     nemostream.load(precision="int8", engines=engines).close()
 
 
@@ -292,9 +292,9 @@ def test_for_a_gpu_that_is_elsewhere(build: Callable[..., Any], tmp_path: Path) 
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     code, out, err = build("--target", "sm89", "--chunk-ms", 80, "--max-batch", 2)
     assert code == 0, err
-    assert "not yet run: it will be compared with fp32 where it is loaded" in err
+    assert "not validated yet: it will be compared with fp32 when it is loaded" in err
     code, both, err = build("--target", "sm89", "--chunk-ms", 80, "--chunk-ms", 160, "--max-batch", 2)
-    assert (code, both.splitlines()[0], err.count("was there"), err.count("built in")) == (0, out.strip(), 1, 1)
+    assert (code, both.splitlines()[0], err.count("already built"), err.count("built in")) == (0, out.strip(), 1, 1)
     for plan in PlanStore(tmp_path / "engines").all():
         assert (plan.recipe.device, plan.recipe.backend, plan.recipe.cache_dtype) == ("sm89", "tensorrt-rtx", "float16")
         assert dict(plan.gate) == {} and plan.path.suffix == ".engine"

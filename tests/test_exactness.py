@@ -189,7 +189,7 @@ def test_a_poisoned_stream_fails_alone(tiny_bundle: Bundle, tiny_model: Model, c
         half = len(audio) // 2
         sick.push(audio[:half])
         well.push(audio[:half])
-        backend._state.v[:, sick._recognition._seat.slot] = np.nan
+        backend._state.v[:, sick._session._stream.slot] = np.nan
         with pytest.raises(StreamError, match="not finite"):
             sick.push(audio[half:])
             sick.finish()

@@ -22,6 +22,7 @@ CONTRACT = {
     "nemostream.errors",
     "nemostream.extras",
     "nemostream.plans",
+    "nemostream.step_loop",
     "nemostream.untrusted",
 }
 TRAINING = {"torch", "nemo", "lightning", "omegaconf", "transformers"}
@@ -48,7 +49,14 @@ RULES = {
     ),
     "nemostream.cli": Rule(
         frozenset({"numpy", "nemostream.runtime.text.formats"}),
-        only={"nemostream.cli.main": frozenset({"typer"}), "nemostream.cli.doctor": frozenset({"rich"})},
+        only={
+            "nemostream.cli.main": frozenset({"typer"}),
+            "nemostream.cli.options": frozenset({"typer"}),
+            "nemostream.cli.transcribe": frozenset({"typer"}),
+            "nemostream.cli.models": frozenset({"typer"}),
+            "nemostream.cli.info": frozenset({"rich"}),
+            "nemostream.cli.doctor": frozenset({"rich"}),
+        },
         at_import=True,
     ),
     "nemostream.export": Rule(
@@ -67,7 +75,7 @@ RULES = {
         only={
             "nemostream.runtime.audio.files": frozenset({"soundfile", "soxr"}),
             "nemostream.runtime.audio.libav": frozenset({"av"}),
-            "nemostream.runtime.audio.sources": frozenset({"soxr"}),
+            "nemostream.runtime.audio.preprocessor": frozenset({"soxr"}),
             "nemostream.runtime.audio.vad": frozenset({"onnxruntime"}),
             "nemostream.runtime.backends.cpu": frozenset({"onnxruntime"}),
             "nemostream.runtime.backends.gpu.cuda": frozenset({"cuda"}),
@@ -88,7 +96,11 @@ RULES = {
             "nemostream.serving.server": frozenset({"grpc", "uvicorn"}),
             "nemostream.serving.network.access": frozenset({"starlette"}),
             "nemostream.serving.network.connections": frozenset({"h11", "uvicorn", "websockets"}),
-            "nemostream.serving.protocols.http": frozenset({"fastapi", "pydantic", "starlette"}),
+            "nemostream.serving.network.responses": frozenset({"starlette"}),
+            "nemostream.serving.protocols.dependencies": frozenset({"fastapi", "pydantic", "starlette"}),
+            "nemostream.serving.protocols.http": frozenset({"fastapi", "starlette"}),
+            "nemostream.serving.protocols.sockets": frozenset({"starlette"}),
+            "nemostream.serving.protocols.transcriptions": frozenset({"fastapi"}),
             "nemostream.serving.protocols.websocket": frozenset({"starlette"}),
             "nemostream.serving.protocols.realtime": frozenset({"starlette"}),
             "nemostream.serving.protocols.riva": frozenset({"grpc", "riva"}),
@@ -308,7 +320,7 @@ def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
 
 def test_recognising_loads_neither_torch_nor_nemo() -> None:
     found = loaded(
-        "import nemostream, nemostream.cli.main, nemostream.cli.doctor\n"
+        "import nemostream, nemostream.cli.main, nemostream.cli.info, nemostream.cli.doctor\n"
         "with nemostream.load() as model:\n    model.transcribe(nemostream.demo_clip())"
     )
     assert "onnxruntime" in found

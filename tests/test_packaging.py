@@ -1,4 +1,4 @@
-"""What users install: the wheel holds the tree, no more and no less, and runs where only its own requirements are."""
+"""The wheel contains exactly the files of the tree, and runs with only its declared requirements installed."""
 
 from __future__ import annotations
 
@@ -21,24 +21,29 @@ import nemostream
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
+SOURCE = ROOT / "src"
 
 
-def files(folder: Path) -> set[str]:
-    """Everything in a folder of the package that a user needs: all but what Python and people leave there."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    left_out = {"__pycache__", "results"}
-    return {p.as_posix() for p in found if not left_out.intersection(p.parts) and p.suffix not in (".md", ".pyc")}
+def package_files() -> dict[str, Path]:
+    """Return every file that a wheel must contain by its name in the wheel; links to folders are followed."""
+    found = {}
+    for folder, subfolders, names in os.walk(SOURCE / "nemostream", followlinks=True):
+        subfolders[:] = [name for name in subfolders if name not in ("__pycache__", "results")]
+        paths = (Path(folder, name) for name in names if not name.endswith((".md", ".pyc")))
+        found |= {path.relative_to(SOURCE).as_posix(): path for path in paths}
+    return found
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As a release is made: from the source distribution, of a copy that has no `build/` from earlier days."""
+    """Build as for a release, from the source distribution of a copy without an old `build/`."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, tree)
-    for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    links = [path.name for path in (SOURCE / "nemostream").iterdir() if path.is_symlink()]
+    for folder in ("src", *links):
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore)
     command = [sys.executable, "-m", "build", "--outdir", str(out), str(tree)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,32 +58,40 @@ def metadata(wheel: Path) -> Message:
         return message_from_bytes(archive.read(name))
 
 
-def test_the_wheel_holds_the_tree(wheel: Path) -> None:
+def test_the_wheel_contains_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
-        # Empty or another file of the same name would be in the list all the same.
+        # The sizes reveal a file that is empty, or another one of the same name.
         sizes = {info.filename: info.file_size for info in archive.infolist()}
-    expected = {
-        f"{package.replace('.', '/')}/{name}": ROOT / folder / name
-        for package, folder in FOLDERS.items()
-        for name in files(ROOT / folder)
-    }
+    expected = package_files()
     assert shipped == expected.keys()
     assert {name: sizes[name] for name in shipped} == {name: path.stat().st_size for name, path in expected.items()}
-    needed = {"py.typed", "clip.flac", "demo/manifest.json", "demo/weights.bin", "speech.flac"}
+    needed = {
+        "py.typed",
+        "clip.flac",
+        "demo/manifest.json",
+        "demo/weights.bin",
+        "speech.flac",
+        "runtime/backends/gpu/kernels/greedy.cu",
+        "serving/protocols/page.html",
+    }
     assert {f"nemostream/{name}" for name in needed} <= shipped
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    packages = {f"nemostream.{folder.parent.name}" for folder in ROOT.glob("*/__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages | {"nemostream"} == set(FOLDERS)
+    """`packages.find` skips folders without `__init__.py`, and all below them."""
+    files = package_files()
+    folders = {parent for name in files if name.endswith(".py") for parent in Path(name).parents} - {Path(".")}
+    assert {folder.as_posix() for folder in folders if f"{folder.as_posix()}/__init__.py" not in files} == set()
+    assert len(folders) > 15
+    assert PROJECT["tool"]["setuptools"]["packages"]["find"]["where"] == ["src"]
 
 
-def test_what_the_wheel_asks_for(metadata: Message) -> None:
+def test_the_requirements_of_the_wheel(metadata: Message) -> None:
     needs = metadata.get_all("Requires-Dist", [])
     base = {re.split(r"[^\w-]", need)[0] for need in needs if "extra ==" not in need}
     assert base == {"numpy", "onnxruntime", "soundfile", "soxr", "sentencepiece", "typer", "rich"}
-    assert all(">=" in need or need.startswith("nemostream[") for need in needs)  # what nobody bounded is what breaks
+    assert all(">=" in need or need.startswith("nemostream[") for need in needs)  # every requirement has a lower bound
     extras = {
         "export",
         "build",
@@ -103,16 +116,16 @@ def test_what_the_wheel_asks_for(metadata: Message) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Runs a command of a new environment that has the wheel and nothing that it did not ask for."""
-    place = tmp_path_factory.mktemp("fresh")
-    venv.create(place / "venv", with_pip=True)
-    scripts = place / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    """Return a function that runs a command of a new environment with only the wheel and its requirements."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder / "venv", with_pip=True)
+    scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
     def run(command: str, *arguments: str) -> str:
-        # Elsewhere than the checkout, whose folders could be imported by accident.
+        # Outside the checkout, whose folders could be imported by accident.
         done = subprocess.run(
-            [str(scripts / command), *arguments], cwd=place, capture_output=True, text=True, env=environment
+            [str(scripts / command), *arguments], cwd=folder, capture_output=True, text=True, env=environment
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -146,6 +159,6 @@ def test_a_fresh_install_runs(fresh: Callable[..., str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_install_says_what_exporting_needs(fresh: Callable[..., str]) -> None:
+def test_export_in_a_fresh_install_names_the_missing_extra(fresh: Callable[..., str]) -> None:
     script = "import nemostream.cli.main; nemostream.cli.main._run(['export', 'a.nemo', 'out']) == 7 or exit(1)"
     assert fresh("python", "-c", script) == ""

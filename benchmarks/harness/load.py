@@ -127,7 +127,7 @@ class _Caller:
         self._clip = clip % len(self._clips)
         self._audio, self._sent, self._began = self._clips[self._clip], 0, moment
         self._spoken.clear()
-        self._stream = StreamSession(self._model, self._rate, 1, self._listen, chunk_ms=self.chunk_ms)
+        self._stream = self._model.open_session(self._rate, 1, self._listen, chunk_ms=self.chunk_ms)
         self.done.clear()
         return moment + PACKET
 

@@ -77,7 +77,7 @@ def measure_boosting(
             for weight in (0.0, *weights):
                 say(f"{_noise(ratio)}, {name}, weight {weight}")
                 spelled = dict.fromkeys((plainly[phrase] for phrase in phrases), weight)
-                boosting = Boosting.of(spelled, tokenizer) if weight else None
+                boosting = Boosting.from_phrases(spelled, tokenizer) if weight else None
                 if boosting or unboosted is None:
                     tokens = decode(bundle, bundle.manifest.chunk(ms), noisy, boosting)
                     got = [plain(tokenizer.decode(row)) for row in tokens]

@@ -41,7 +41,7 @@ from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.backends.cpu import Done, OrtBackend
 from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.decoding.greedy import Floats, Ints, Labels, Predictions, label_looping
+from nemostream.runtime.decoding.greedy import DecoderState, Floats, Ints, Labels, label_looping
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import StreamSession
 from nemostream.runtime.text.endpointing import Endpoint
@@ -58,12 +58,12 @@ class Moment:
     net: Any
     encoded: Floats
     counts: Ints
-    state: Predictions
+    state: DecoderState
     boosts: Sequence[Boosting]  # for every row
 
 
 def _scores_alone(logits: Floats, largest: Ints) -> tuple[Any, Any]:
-    """`greedy.confidence` as it would be if tokens had a score only."""
+    """`greedy.label_scores` as it would be if tokens had a score only."""
     about = logits.astype(np.float64)
     about -= about[np.arange(len(about)), largest, None]
     score = -np.log(np.exp(about).sum(axis=1))
@@ -77,7 +77,7 @@ def _decode(moment: Moment, boosted: float) -> list[Labels]:
 
 
 def _plain(moment: Moment) -> list[Labels]:
-    with mock.patch.object(greedy, "confidence", _scores_alone):
+    with mock.patch.object(greedy, "label_scores", _scores_alone):
         return _decode(moment, 0)
 
 
@@ -162,7 +162,7 @@ def _host(bundle: Bundle, spoken: Sequence[Emissions], ms: int, batch: int) -> d
         sides = {}
         for name, (_, endpoint) in HOST.items():
             model = stack.enter_context(Model(bundle, cast(Backend, Replay(spoken, batch)), ms))
-            sides[name] = model, [StreamSession(model, 16000, 1, endpoint=endpoint) for _ in range(batch)]
+            sides[name] = model, [model.open_session(16000, 1, endpoint=endpoint) for _ in range(batch)]
         for step in range(len(spoken)):
             names = list(HOST)
             shuffle.shuffle(names)
@@ -220,8 +220,8 @@ def measure_features(
     if random_weights:
         net = Lifelike(net, manifest.features.sample_rate / manifest.samples_per_frame)
     backend.reset(np.arange(batch))
-    start = Predictions.start(net, manifest.decoder.layers, manifest.decoder.hidden)
-    state, shuffle, others = start.repeated(batch), random.Random(0), OtherWork()
+    start = DecoderState.initial(net, manifest.decoder.layers, manifest.decoder.hidden)
+    state, shuffle, others = start.repeat(batch), random.Random(0), OtherWork()
     times: dict[str, list[float]] = {"encode": [], **{name: [] for name in CASES}}
     labels = dict.fromkeys(CASES, 0)
     heard: list[int] = []
@@ -244,7 +244,7 @@ def measure_features(
         shuffle.shuffle(names)
         ends = {}
         for name in names:
-            ends[name] = Predictions(*(part.copy() for part in vars(state).values()))
+            ends[name] = DecoderState(*(part.copy() for part in vars(state).values()))
             moment = Moment(net, encoded, counts, ends[name], boosts)
             began = time.perf_counter()
             said = CASES[name](moment)

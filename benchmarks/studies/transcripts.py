@@ -43,7 +43,7 @@ from nemostream.errors import AudioError
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.model import Model
 from nemostream.runtime.text.endpointing import Endpoint
-from nemostream.runtime.text.words import words_of
+from nemostream.runtime.text.words import group_words
 
 VOICES = ("slt", "rms", "awb", "kal16")
 DECIBELS, NOISES = (20, 15, 10, 5), 4
@@ -168,13 +168,13 @@ def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], sa
         heard.append((result, _hits([plain(word) for word in text.split()], got)))
     rows = []
     for measure in MEASURES:
-        sure, found = measure.of_tokens(vocabulary), []
+        sure, found = measure.token_measure(vocabulary), []
         for result, hits in heard:
             tokens = [
                 replace(token, confidence=sure(token.score, _power(token.confidence, with_power.alpha, vocabulary)))
                 for token in result.tokens
             ]
-            words = words_of(tokens, measure.aggregation)
+            words = group_words(tokens, measure.aggregation)
             found += [(word.confidence, hit) for word, hit in zip(words, hits, strict=True)]
         case = {"what": "confidence", "measure": measure.measure, "norm": measure.norm, "alpha": measure.alpha}
         rows.append(records.row(case, {}, calibration(found)))

@@ -23,7 +23,7 @@ import soxr
 from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, TruncatedAudioError
-from nemostream.runtime.audio.parts import Part, parts_of
+from nemostream.runtime.audio.parts import AudioPart, find_parts
 
 Floats = NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def truncated(name: str, missing: float, seconds: float) -> TruncatedAudioError:
     )
 
 
-class Recording:
+class AudioFile:
     """An audio file, read in blocks of bounded size. A context manager.
 
     A file of several streams one after the other (chained Ogg, joined MP3 or FLAC files) is read to its end; later
@@ -109,7 +109,7 @@ class Recording:
             if self._bytes is not opened:
                 self.path = None
             try:
-                self._parts = parts_of(self._bytes)
+                self._parts = find_parts(self._bytes)
             except AudioError as error:
                 raise AudioError(f"{self._name} cannot be read as audio: {error}") from error
             self._reader = self._open(self._parts[0])
@@ -138,7 +138,7 @@ class Recording:
     def __fspath__(self) -> str:
         return str(self.path or self._name)
 
-    def __enter__(self) -> Recording:
+    def __enter__(self) -> AudioFile:
         return self
 
     def __exit__(
@@ -190,7 +190,7 @@ class Recording:
             yield block
         reader.check(read)
 
-    def _open(self, part: Part) -> Reader:
+    def _open(self, part: AudioPart) -> Reader:
         assert self._bytes is not None
         section = cast(BinaryIO, _Section(self._bytes, part))
         whole = len(self._parts) == 1 and not part.patches and not part.prefix and self.path is not None
@@ -213,7 +213,7 @@ class Recording:
             )
         return reader
 
-    def _open_with_av(self, section: BinaryIO, part: Part, why: str) -> Reader:
+    def _open_with_av(self, section: BinaryIO, part: AudioPart, why: str) -> Reader:
         from nemostream.runtime.audio.libav import AvReader, Unreadable  # needs an extra
 
         try:
@@ -247,7 +247,7 @@ def _converted(blocks: Iterable[Floats], rate: int, wanted: int, channels: int) 
 class _Section(io.RawIOBase):
     """The bytes of a part, as a file."""
 
-    def __init__(self, file: BinaryIO, part: Part) -> None:
+    def __init__(self, file: BinaryIO, part: AudioPart) -> None:
         self._file, self._part, self._at = file, part, 0
         self._shift = part.start - len(part.prefix)  # from here to the file's offsets
 
@@ -287,7 +287,7 @@ class _Section(io.RawIOBase):
 class _Sndfile:
     """libsndfile's decoders."""
 
-    def __init__(self, file: Path | BinaryIO, part: Part, name: str) -> None:
+    def __init__(self, file: Path | BinaryIO, part: AudioPart, name: str) -> None:
         if isinstance(file, Path):  # as bytes where paths are bytes: a name need not be text
             self._file = soundfile.SoundFile(str(file) if os.name == "nt" else os.fsencode(file))
         else:
@@ -362,7 +362,7 @@ def _seekable(file: BinaryIO, name: str) -> BinaryIO:
             return file
     except OSError:  # it has no descriptor
         pass
-    copy: BinaryIO = tempfile.TemporaryFile(prefix="nemostream-")  # noqa: SIM115 (the `Recording` closes it)
+    copy: BinaryIO = tempfile.TemporaryFile(prefix="nemostream-")  # noqa: SIM115 (the `AudioFile` closes it)
     shutil.copyfileobj(file, copy)
     file.close()
     if not copy.tell():

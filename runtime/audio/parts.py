@@ -21,7 +21,7 @@ _RESYNC = 1 << 22  # bytes searched for the next MPEG frame
 
 
 @dataclass(frozen=True)
-class Part:
+class AudioPart:
     """One stream of a file: some files are several, one after the other."""
 
     container: str | None
@@ -33,13 +33,13 @@ class Part:
     promise: bool = True  # whether the header knows the length
 
 
-def parts_of(file: BinaryIO) -> list[Part]:
+def find_parts(file: BinaryIO) -> list[AudioPart]:
     """Return the streams of a file, in order; bytes after the last one belong to no stream. Raises `AudioError`."""
     size = file.seek(0, io.SEEK_END)
     if not size:
-        return [Part(None, 0, 0)]
+        return [AudioPart(None, 0, 0)]
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        parts: list[Part] = []
+        parts: list[AudioPart] = []
         at = 0
         while at < size:
             begin = data[at : at + 4096]
@@ -57,7 +57,7 @@ def parts_of(file: BinaryIO) -> list[Part]:
         return parts
 
 
-def _walk(container: str | None, file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Iterator[Part]:
+def _walk(container: str | None, file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Iterator[AudioPart]:
     """The part at `at`, or several where the container shows their borders."""
     if container == "WAV":
         yield _wav_part(file, data, at, size)
@@ -80,7 +80,7 @@ def _walk(container: str | None, file: BinaryIO, data: mmap.mmap, at: int, size:
             end = _joined(data, at + start + length, size) if length != 0xFFFFFFFF else size
         elif container == "CAF":
             end = _caf_end(data, at, size)
-        yield Part(container, at, end)
+        yield AudioPart(container, at, end)
 
 
 def _joined(data: mmap.mmap, end: int, size: int) -> int:
@@ -91,10 +91,10 @@ def _joined(data: mmap.mmap, end: int, size: int) -> int:
     return size
 
 
-def _wav_part(file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Part:
+def _wav_part(file: BinaryIO, data: mmap.mmap, at: int, size: int) -> AudioPart:
     header = wav_header(file, at)
     if header is None:
-        return Part("WAV", at, size)
+        return AudioPart("WAV", at, size)
     if header.end is not None:
         end = _joined(data, header.end, size)
     else:
@@ -104,9 +104,9 @@ def _wav_part(file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Part:
     there = max(0, end - header.start)
     if header.claimed is not None:
         missing = (header.claimed - there) / max(header.bytes_per_second, 1)
-        return Part("WAV", at, end, missing=max(0.0, missing))
+        return AudioPart("WAV", at, end, missing=max(0.0, missing))
     if not there or _only_chunks(data, header, end):
-        return Part("WAV", at, end)
+        return AudioPart("WAV", at, end)
     # The program that wrote it was killed, or wrote into a pipe: the samples go on to the end of the file.
     order = "big" if header.order == ">" else "little"
     values = (end - at - 8, there)
@@ -114,7 +114,7 @@ def _wav_part(file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Part:
         offset: min(value, 256**width - 1).to_bytes(width, order)
         for (offset, width), value in zip(header.sizes.items(), values, strict=True)
     }
-    return Part("WAV", at, end, patches, promise=False)
+    return AudioPart("WAV", at, end, patches, promise=False)
 
 
 def _only_chunks(data: mmap.mmap, header: WavHeader, end: int) -> bool:
@@ -129,7 +129,7 @@ def _only_chunks(data: mmap.mmap, header: WavHeader, end: int) -> bool:
     return at in (end, end + 1)
 
 
-def _flac_part(data: mmap.mmap, at: int, size: int) -> Part:
+def _flac_part(data: mmap.mmap, at: int, size: int) -> AudioPart:
     begin = audio = data.find(b"fLaC", at)  # after an ID3 tag, in some files
     last, audio = False, audio + 4
     while not last and audio + 4 <= size:
@@ -141,8 +141,8 @@ def _flac_part(data: mmap.mmap, at: int, size: int) -> Part:
     unknown = end > samples + 5 and not data[samples] & 0x0F and not any(data[samples + 1 : samples + 5])
     if unknown and (total := _flac_samples(data, begin, end)):  # libsndfile does not read 0
         high, low = bytes([data[samples] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
-        return Part("FLAC", at, end, {samples: high + low})
-    return Part("FLAC", at, end)
+        return AudioPart("FLAC", at, end, {samples: high + low})
+    return AudioPart("FLAC", at, end)
 
 
 _LARGEST_FRAME = 1 << 17  # bytes of a FLAC frame; more than any encoder writes of two channels
@@ -249,7 +249,7 @@ _TABLE = re.compile(rb"\xff[\xe2-\xff].{11}(?:.{8}|.{23})?(Xing|Info|VBRI)", re.
 _FEWEST = 4  # frames; fewer are no stream of their own
 
 
-def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[Part]:
+def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[AudioPart]:
     """A new stream begins at a frame with a table of its length (Xing, VBRI), at another format, after as many frames
     as the table states, and after bytes that are no frame.
 
@@ -258,9 +258,9 @@ def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[Part]:
     heads = _mp3_heads(data, at, size)
     start, first, frames, key, promised = at, at, 0, -1, 0
 
-    def part(end: int) -> Part:
+    def part(end: int) -> AudioPart:
         table = b"" if promised or not frames else _xing(data[first : first + 4], frames)
-        return Part("MP3", first if table else start, end, prefix=table, promise=promised > 0)
+        return AudioPart("MP3", first if table else start, end, prefix=table, promise=promised > 0)
 
     while True:
         entry = None

@@ -21,14 +21,14 @@ class Readable(Protocol):
 
 
 def is_file_content(source: object) -> TypeGuard[bytes | bytearray | memoryview | Readable]:
-    """Whether `spooled` takes it."""
+    """Whether `spool` takes it."""
     if isinstance(source, bytes | bytearray | memoryview):
         return True
     return callable(getattr(source, "read", None)) and not isinstance(source, os.PathLike | AsyncIterable)
 
 
 @contextmanager
-def spooled(source: bytes | bytearray | memoryview | Readable) -> Iterator[tuple[Path, str]]:
+def spool(source: bytes | bytearray | memoryview | Readable) -> Iterator[tuple[Path, str]]:
     """The path of a temporary file with the content, and its name in errors.
 
     A file object is read from its position to its end and stays open. Raises `AudioError` if there is nothing, or if

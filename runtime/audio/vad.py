@@ -58,7 +58,7 @@ class Silero:
 
 
 class VadFilter:
-    """One stream's `Gate`. `push_events` takes the audio in, before the stream does."""
+    """One stream's `Gate`. `push` takes the audio in, before the stream does."""
 
     lead_ms = LEAD_MS
 
@@ -71,7 +71,7 @@ class VadFilter:
         self._judged = 0  # windows that were
         self._spoke = 0  # sample after the last one of speech
 
-    def push_events(self, samples_N: Floats) -> None:
+    def push(self, samples_N: Floats) -> None:
         """Take in audio at 16 kHz."""
         audio = np.concatenate([self._audio, samples_N])
         while len(audio) >= CONTEXT + WINDOW:

@@ -25,7 +25,7 @@ from nemostream.plans import Plan, no_engine
 from nemostream.runtime.backends.base import Batch, Emissions, at_least_one, check_state
 from nemostream.runtime.backends.cpus import default_threads
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
-from nemostream.runtime.decoding.greedy import Predictions, label_looping
+from nemostream.runtime.decoding.greedy import DecoderState, label_looping
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -65,7 +65,7 @@ class OrtBackend:
         if cells not in (["float32"], ["float16"]):
             raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(cells)}.")
         self._state = _Arena(bundle, capacity, np.dtype(cells[0]))
-        self._start = Predictions.start(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
+        self._start = DecoderState.initial(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
         self._boosts: list[Boosting | None] = [None] * capacity
         # Rows of slots that are not neighbours are copied together. Untouched pages of zeros cost no memory.
         self._staged = [
@@ -119,7 +119,7 @@ class OrtBackend:
         encoded, counts = self.encode(batch)
         slots, state = batch.slots, self._state
         start = state.position[slots] - batch.chunk.frames
-        rows = Predictions(state.predicted[slots], state.h[slots], state.c[slots], state.node[slots])
+        rows = DecoderState(state.predicted[slots], state.h[slots], state.c[slots], state.node[slots])
         boosts = [self._boosts[slot] for slot in slots.tolist()]
         said, failed = label_looping(
             self._transducer, encoded, counts, rows, boosts if boosts.count(None) < len(boosts) else ()
@@ -196,7 +196,7 @@ class _Arena:
         for rows in (self.audio_tail, self.mel_cache, self.position):
             rows[slots] = 0
 
-    def place(self, slots: Ints, rows: Predictions) -> None:
+    def place(self, slots: Ints, rows: DecoderState) -> None:
         """Give slots the decoder's state of `rows`, one each, or one for all."""
         self.predicted[slots], self.h[slots], self.c[slots] = rows.predicted, rows.h, rows.c
         self.node[slots] = rows.node

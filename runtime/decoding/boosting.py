@@ -29,10 +29,10 @@ from nemostream.runtime.text.tokenizer import Tokenizer
 
 WEIGHT = 1.0  # of phrases given without one: NeMo's `context_score`
 DEPTH_SCALING = 2.0  # NeMo's for transducers
-MOST_PHRASES = 1000
-MOST_CHARACTERS = 1000  # of one phrase, checked before it is tokenised: no token of a speech model is longer than 15
-MOST_TOKENS = 64  # of one phrase: as deep as the automaton may be
-MOST_WEIGHT = 100.0  # beyond it, fp32 would begin to lose the logits in the sum
+MAX_PHRASES = 1000
+MAX_CHARACTERS = 1000  # of one phrase, checked before it is tokenised: no token of a speech model is longer than 15
+MAX_TOKENS = 64  # of one phrase: as deep as the automaton may be
+MAX_WEIGHT = 100.0  # beyond it, fp32 would begin to lose the logits in the sum
 
 NO_PHRASES = np.zeros(32, np.uint8)  # what stands for the digest of none
 
@@ -48,8 +48,8 @@ class Boosting:
     """
 
     def __init__(self, phrases: Sequence[tuple[Sequence[int], float]], vocabulary: int) -> None:
-        """`phrases` are their tokens, of `vocabulary` (blank left out), and weights; `of` makes them from text."""
-        assert all(0 < len(tokens) <= MOST_TOKENS for tokens, _ in phrases)
+        """`phrases` are their tokens, of `vocabulary` (blank left out), and weights; `from_phrases` makes them from text."""
+        assert all(0 < len(tokens) <= MAX_TOKENS for tokens, _ in phrases)
         # The heaviest first: what is shared then has the largest weight, whatever the order in which they were given.
         children: list[dict[int, int]] = [{}]
         scores, totals, complete = [0.0], [0.0], [False]
@@ -97,33 +97,33 @@ class Boosting:
         _kept(self._root)
 
     @classmethod
-    def of(cls, phrases: Mapping[str, float] | Sequence[str], tokenizer: Tokenizer) -> Boosting:
+    def from_phrases(cls, phrases: Mapping[str, float] | Sequence[str], tokenizer: Tokenizer) -> Boosting:
         """Phrases, each with its weight (or all with `WEIGHT`), as the model would write them: case and all.
 
         A phrase is split as SentencePiece splits text, from a word's start. Raises `OptionError` for no phrase or too
         many, a phrase that is empty, too long, or has characters the model does not know, and weights that are not in
-        (0, `MOST_WEIGHT`].
+        (0, `MAX_WEIGHT`].
         """
         if isinstance(phrases, str | bytes) or not isinstance(phrases, Mapping | Sequence):
             raise OptionError(f"phrases is {_short(phrases)}; give a list of phrases, or weights by phrase.")
-        if len(phrases) > MOST_PHRASES:
-            raise OptionError(f"{len(phrases)} phrases are too many; a stream can have {MOST_PHRASES}.")
+        if len(phrases) > MAX_PHRASES:
+            raise OptionError(f"{len(phrases)} phrases are too many; a stream can have {MAX_PHRASES}.")
         for phrase in phrases:
             if not isinstance(phrase, str):
                 raise OptionError(f"the phrase {_short(phrase)} is not a text.")
-            if len(phrase) > MOST_CHARACTERS:
+            if len(phrase) > MAX_CHARACTERS:
                 raise OptionError(
-                    f"the phrase {_short(phrase)} has {len(phrase)} characters; it may have {MOST_CHARACTERS}."
+                    f"the phrase {_short(phrase)} has {len(phrase)} characters; it may have {MAX_CHARACTERS}."
                 )
         weights = dict(phrases) if isinstance(phrases, Mapping) else dict.fromkeys(phrases, WEIGHT)
         if not weights:
             raise OptionError("phrases is empty; give at least one, or none at all.")
         found: list[tuple[list[int], float]] = []
         for phrase, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight <= MOST_WEIGHT:
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight <= MAX_WEIGHT:
                 raise OptionError(
                     f"the phrase {_short(phrase)} has weight {_short(weight)}; it must be above 0 and at most "
-                    f"{MOST_WEIGHT:g}."
+                    f"{MAX_WEIGHT:g}."
                 )
             if any("\ud800" <= letter <= "\udfff" for letter in phrase):  # half a pair, as JSON can spell it
                 raise OptionError(f"the phrase {_short(phrase)} is not Unicode text.")
@@ -132,8 +132,8 @@ class Boosting:
                 raise OptionError(f"the phrase {_short(phrase)} is empty; leave it out.")
             if tokenizer.unknown in tokens:
                 raise OptionError(f"the phrase {_short(phrase)} has characters that the model never writes.")
-            if len(tokens) > MOST_TOKENS:
-                raise OptionError(f"the phrase {_short(phrase)} has {len(tokens)} tokens; it may have {MOST_TOKENS}.")
+            if len(tokens) > MAX_TOKENS:
+                raise OptionError(f"the phrase {_short(phrase)} has {len(tokens)} tokens; it may have {MAX_TOKENS}.")
             found.append((tokens, float(weight)))
         return cls(found, tokenizer.vocabulary)
 
@@ -162,7 +162,7 @@ class Boosting:
             gained, node = gained + self.penalty[node], self._fails[node]
         return gained, np.concatenate(tokens[::-1]).astype(np.intp), np.concatenate(biases[::-1])
 
-    def after(self, node: int, token: int) -> int:
+    def next_node(self, node: int, token: int) -> int:
         """The node after a token."""
         return self._step(self._fails, node, token)
 

@@ -56,7 +56,7 @@ class Confidence:
         if self.measure != "max_prob" and self.alpha != ALPHA:
             raise OptionError(f"alpha is {self.alpha}; the entropies have {ALPHA} only, max_prob takes any.")
 
-    def of_tokens(self, vocabulary: int) -> Callable[[float, float], float]:
+    def token_measure(self, vocabulary: int) -> Callable[[float, float], float]:
         """A token's confidence from its score, log p, and its power, the sum of every p**0.33 of the `vocabulary`
         (blank included) that it was chosen from."""
         size, alpha = float(vocabulary), self.alpha

@@ -49,7 +49,7 @@ class Transducer(Protocol):
 
 
 @dataclass
-class Predictions:
+class DecoderState:
     """What a stream carries from chunk to chunk: the prediction *after* its last label, the LSTM's state, and its node.
 
     Carrying the prediction itself matters: recomputing it from the advanced state would step the LSTM twice.
@@ -61,15 +61,15 @@ class Predictions:
     node: Ints  # [B] of the automaton of what a row is boosted by; 0 where nothing is
 
     @classmethod
-    def start(cls, net: Transducer, layers: int, hidden: int) -> Predictions:
+    def initial(cls, net: Transducer, layers: int, hidden: int) -> DecoderState:
         """One row that has said nothing: the LSTM has taken one step on blank, whose embedding is zero."""
         zeros = np.zeros((1, layers, hidden), np.float32)
         return cls(*net.predict(np.array([net.blank]), zeros, zeros), np.zeros(1, np.int64))
 
-    def repeated(self, rows: int) -> Predictions:
+    def repeat(self, rows: int) -> DecoderState:
         """One row, so many times."""
         h, c = np.repeat(self.h, rows, axis=0), np.repeat(self.c, rows, axis=0)
-        return Predictions(np.repeat(self.predicted, rows, axis=0), h, c, np.repeat(self.node, rows))
+        return DecoderState(np.repeat(self.predicted, rows, axis=0), h, c, np.repeat(self.node, rows))
 
 
 @dataclass
@@ -92,7 +92,7 @@ def label_looping(
     net: Transducer,
     encoded: Floats,
     counts: Ints,
-    state: Predictions,
+    state: DecoderState,
     boosts: Sequence[Boosting | None] = (),
 ) -> tuple[list[Labels], NDArray[np.bool_]]:
     """Decode the first `counts[b]` of the T frames `encoded` [B, T, J] of each row; `state` is advanced in place.
@@ -128,7 +128,7 @@ def label_looping(
         if not active.size:
             break
         labels, where = best[hit], pair_frame[hit]
-        scores, sum_p_alpha = confidence(logits[hit], labels)
+        scores, sum_p_alpha = label_scores(logits[hit], labels)
         if boosts:
             for index, row in enumerate(active.tolist()):
                 if (boosting := boosts[row]) is not None:
@@ -137,7 +137,7 @@ def label_looping(
                     # log p of the label: so much less than that of the largest
                     scores[index] += float(plain[label]) - float(plain[labels[index]])
                     labels[index] = label
-                    state.node[row] = boosting.after(node, label)
+                    state.node[row] = boosting.next_node(node, label)
         for row, label, frame, score, total in zip(
             active.tolist(), labels.tolist(), where.tolist(), scores.tolist(), sum_p_alpha.tolist(), strict=True
         ):
@@ -150,7 +150,7 @@ def label_looping(
     return said, failed
 
 
-def confidence(logits: Floats, largest: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def label_scores(logits: Floats, largest: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Of logits [B, V] whose largest have the ids [B]: the logarithm of its probability, and the sum of p ** ALPHA."""
     about = logits.astype(np.float64)
     about -= about[np.arange(len(about)), largest, None]
@@ -159,7 +159,7 @@ def confidence(logits: Floats, largest: Ints) -> tuple[NDArray[np.float64], NDAr
     return score, sum_p_alpha * np.exp(ALPHA * score)
 
 
-def greedy_reference(net: Transducer, encoded: Floats, state: Predictions, boosting: Boosting | None = None) -> Labels:
+def greedy_reference(net: Transducer, encoded: Floats, state: DecoderState, boosting: Boosting | None = None) -> Labels:
     """The definition: one row of T frames `encoded` [T, J], `state` of one row advanced in place."""
     said = Labels()
     for frame in range(len(encoded)):
@@ -173,7 +173,7 @@ def greedy_reference(net: Transducer, encoded: Floats, state: Predictions, boost
             if boosting is not None:
                 node = int(state.node[0])
                 label = int((logits[: net.blank] + boosting.bias(node)).argmax())
-                state.node[0] = boosting.after(node, label)
+                state.node[0] = boosting.next_node(node, label)
             logs = logits - np.logaddexp.reduce(logits.astype(np.float64))
             said.append(label, frame, float(logs[label]), float(np.exp(ALPHA * logs).sum()))
             state.predicted, state.h, state.c = net.predict(np.array([label]), state.h, state.c)

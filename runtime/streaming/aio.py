@@ -1,4 +1,4 @@
-"""The live stream for asyncio. The only file that imports it."""
+"""Live streams for asyncio. The only module of the runtime that imports it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from nemostream.runtime.audio.sources import Source, opened
-from nemostream.runtime.streaming.session import Options, Pcm, StreamSession
+from nemostream.runtime.audio.sources import SourceLike, open_source
+from nemostream.runtime.streaming.session import OpenSession, Pcm, StreamSession
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
-
-if TYPE_CHECKING:
-    from nemostream.runtime.model import Model
-
 
 T = TypeVar("T")
 
 
 class AsyncLiveStream:
-    """`LiveStream` with `push` and `finish` awaited; the scheduler wakes the event loop, no thread waits.
+    """`LiveStream` for asyncio: the scheduler wakes the event loop, and no thread waits.
 
-    For one event loop, and one task at a time. A task cancelled in `push` or `finish` loses no audio: what it pushed
-    is decoded, and the next call's results tell it. An asynchronous context manager.
+    For one event loop, and one task at a time. If a task is cancelled in `push` or `finish`, its audio is processed
+    all the same and the results are returned by the next call. An asynchronous context manager.
+
+    `open_session` opens the session with the listener that it is called with.
     """
 
-    def __init__(self, open_: Callable[[Callable[[], None]], StreamSession]) -> None:
+    def __init__(self, open_session: Callable[[Callable[[], None]], StreamSession]) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress = asyncio.Event()
-        self._taking: asyncio.Task[None] | None = None  # what a thread is taking in
-        self._session = open_(self._wake)
+        self._feeding: asyncio.Task[None] | None = None  # the last call that `_feed` started on a thread
+        self._session = open_session(self._wake)
 
     @property
     def result(self) -> Result:
@@ -40,36 +38,36 @@ class AsyncLiveStream:
 
     @property
     def steps(self) -> int:
-        """Chunks decoded that a result or an event told of, or would have."""
+        """Number of chunks processed up to the last result or event returned."""
         return self._session.steps
 
     @property
     def chunk_ms(self) -> int:
-        """Size of the last of them."""
+        """Size of the last of these chunks, in milliseconds."""
         return self._session.chunk_ms
 
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
-        await self._take(self._session.feed, pcm)
-        await self._settle()
+        await self._feed(self._session.feed, pcm)
+        await self._wait()
         return self._session.collect()
 
     async def finish(self) -> Result:
         """As `LiveStream.finish`."""
-        await self._take(self._session.finish)
-        await self._settle()
+        await self._feed(self._session.finish)
+        await self._wait()
         return self._session.final()
 
     async def push_events(self, pcm: Pcm) -> list[Event]:
         """As `LiveStream.push_events`."""
-        await self._take(self._session.feed, pcm)
-        await self._settle()
+        await self._feed(self._session.feed, pcm)
+        await self._wait()
         return self._session.events()
 
     async def end_utterance(self) -> list[Event]:
-        """As `LiveStream.end_utterance`. A task cancelled in it has ended the utterance all the same."""
-        await self._take(self._session.end_utterance)
-        await self._settle()
+        """As `LiveStream.end_utterance`. A task that is cancelled in it has ended the utterance all the same."""
+        await self._feed(self._session.end_utterance)
+        await self._wait()
         return self._session.events()
 
     async def finish_events(self) -> list[Event]:
@@ -78,7 +76,7 @@ class AsyncLiveStream:
         return self._session.events()
 
     def check(self, pcm: Pcm) -> None:
-        """Raise `AudioError` if `pcm` is not audio that this stream takes; take nothing."""
+        """Raise `AudioError` if `push` would reject `pcm`."""
         self._session.preprocessor.check(pcm)
 
     def set_chunk_ms(self, chunk_ms: int) -> None:
@@ -97,73 +95,82 @@ class AsyncLiveStream:
     ) -> None:
         self.close()
 
-    async def _take(self, act: Callable[..., None], *what: Pcm) -> None:
-        """Hand something to the recognition. Looking for speech in it is work, and done on a thread: the loop has other
-        streams. Whatever becomes of the task, what it handed over is taken in, and in order."""
-        if not self._session.gated:
-            return act(*what)
-        self._taking = asyncio.get_running_loop().create_task(self._take_after(self._taking, act, *what))
-        self._taking.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may have no reader
-        await asyncio.shield(self._taking)
+    async def _feed(self, function: Callable[..., None], *args: Pcm) -> None:
+        """Call one of the session's functions that accept audio.
 
-    async def _take_after(self, before: asyncio.Task[None] | None, act: Callable[..., None], *what: Pcm) -> None:
-        if before:
-            await asyncio.wait([before])
-        await asyncio.to_thread(act, *what)
+        With VAD it runs on a thread, because it takes time. The calls keep their order, and one whose task is cancelled
+        is completed.
+        """
+        if not self._session.has_vad:
+            return function(*args)
+        self._feeding = asyncio.get_running_loop().create_task(self._feed_after(self._feeding, function, *args))
+        # If the task is cancelled, nothing else retrieves the exception.
+        self._feeding.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._feeding)
 
-    async def _settle(self) -> None:
+    async def _feed_after(self, previous: asyncio.Task[None] | None, function: Callable[..., None], *args: Pcm) -> None:
+        if previous:
+            await asyncio.wait([previous])
+        await asyncio.to_thread(function, *args)
+
+    async def _wait(self) -> None:
+        """Wait until every complete chunk is processed."""
         self._loop = asyncio.get_running_loop()
         while True:
-            self._progress.clear()  # before looking: what happens after the look sets it again
+            self._progress.clear()  # before the check: a change after the check sets it again
             if self._session.settled():
                 return
             await self._progress.wait()
 
     def _wake(self) -> None:
-        """On the scheduler's thread. Raises if the loop was closed: then the scheduler drops the stream."""
+        """Called on the scheduler's thread. Raises if the loop is closed; the scheduler then drops the stream."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._progress.set)
 
 
-async def listen(
-    model: Model, source: Source, sample_rate: int, channels: int, options: Options
+async def events_of(
+    open_session: OpenSession, source: SourceLike, sample_rate: int, channels: int
 ) -> AsyncIterator[Event]:
-    """`Model.listen` for `async for`. Files are read, and other sources waited for, on a thread."""
+    """Yield the events of a source (`EventStream`). Sources that are not asynchronous are read on a thread."""
+
+    def open_stream(sample_rate: int, channels: int) -> AsyncLiveStream:
+        return AsyncLiveStream(lambda listener: open_session(sample_rate, channels, listener))
+
     if isinstance(source, AsyncIterable):
-        async with model.astream(sample_rate=sample_rate, channels=channels, **options) as stream:
+        async with open_stream(sample_rate, channels) as stream:
             async for block in source:
                 for event in await stream.push_events(block):
                     yield event
             for event in await stream.finish_events():
                 yield event
         return
-    with opened(source, sample_rate, channels) as sound:
-        async with model.astream(sample_rate=sound.sample_rate, channels=sound.channels, **options) as stream:
-            turn = iter(sound.blocks)
-            while rest := await _on_thread(lambda: [*itertools.islice(turn, 1)]):
-                for event in await stream.push_events(rest[0]):
+    with open_source(source, sample_rate, channels) as audio:
+        async with open_stream(audio.sample_rate, audio.channels) as stream:
+            blocks = iter(audio.blocks)
+            while next_block := await _on_thread(lambda: list(itertools.islice(blocks, 1))):
+                for event in await stream.push_events(next_block[0]):
                     yield event
             for event in await stream.finish_events():
                 yield event
 
 
-async def _on_thread(call: Callable[[], T]) -> T:
-    """Run `call` on a thread. A task that is cancelled meanwhile goes on only when the thread is done with it.
+async def _on_thread(function: Callable[[], T]) -> T:
+    """Call a function on a thread. If the task is cancelled, wait for the thread before raising.
 
-    Otherwise the caller would close what the thread still reads, which ends the process if it belongs to a native
-    library (libsndfile).
+    Otherwise the caller could close a file that the thread still reads, which crashes the process if a native library
+    (libsndfile) reads it.
     """
-    work = asyncio.ensure_future(asyncio.to_thread(call))
+    future = asyncio.ensure_future(asyncio.to_thread(function))
     cancelled: asyncio.CancelledError | None = None
-    while not work.done():
+    while not future.done():
         try:
-            await asyncio.shield(work)
+            await asyncio.shield(future)
         except asyncio.CancelledError as error:
             cancelled = error
         except Exception:
             break
     if cancelled is not None:
-        if not work.cancelled():
-            work.exception()  # marks the exception as retrieved
+        if not future.cancelled():
+            future.exception()  # marks the exception as retrieved
         raise cancelled
-    return work.result()
+    return future.result()

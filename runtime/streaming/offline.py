@@ -1,4 +1,4 @@
-"""A whole recording, as fast as it goes: bounded memory, progress, a state that is saved as it goes."""
+"""Transcribe a whole recording as fast as possible: bounded memory, progress and snapshots."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from nemostream.runtime.streaming.session import Pcm, StreamSession
 from nemostream.runtime.streaming.snapshot import Checkpointer
 from nemostream.runtime.text.words import Result
 
-# Chunks that may wait at the scheduler while the next block is read: enough that it need not.
-BACKLOG = 2
+BACKLOG = 2  # chunks queued at the scheduler while the next block is read: enough to keep it busy
 
 
 class SourceStopped(Exception):
-    """Raised by the blocks of a recording that is to end early: the state is saved, the result is of what came."""
+    """Raised by the blocks of a recording to end it early. A snapshot is saved; the result covers the audio so far."""
 
 
 class Progress(float):
-    """Seconds of a recording that are decoded; it knows how many there are, and guesses how long the rest will take."""
+    """Seconds of a recording that are processed, with its duration and an estimate of the remaining time."""
 
-    duration: float  # seconds of the recording; 0 if nobody knows
-    remaining: float  # seconds of work still to come; NaN as long as nobody knows
+    duration: float  # seconds of the recording; 0 if unknown
+    remaining: float  # estimated seconds until the transcription is complete; NaN while unknown
 
     def __new__(cls, decoded: float, duration: float, remaining: float) -> Progress:
         self = super().__new__(cls, decoded)
@@ -38,11 +37,14 @@ def recognise(
     on_progress: Callable[[Progress], None] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> Result:
-    """Feed all of a recording, reading on while the model works; about a block of it waits in memory."""
-    began = first = math.nan
+    """Transcribe a recording and return its final result.
+
+    Reads ahead while the model processes; about one block is in memory. `duration` is in seconds, 0 if unknown.
+    """
+    start_time = start_decoded = math.nan
 
     def report() -> None:
-        nonlocal began, first
+        nonlocal start_time, start_decoded
         if on_partial:
             for partial in session.collect():
                 on_partial(partial)
@@ -50,16 +52,17 @@ def recognise(
             session.discard_results()
         if on_progress:
             now, decoded = time.monotonic(), session.decoded
-            if math.isnan(began):
-                began, first = now, decoded  # what was resumed took no time
-            pace = (now - began) / (decoded - first) if decoded > first else math.nan
-            on_progress(Progress(decoded, duration, pace * max(duration - decoded, 0.0)))
+            if math.isnan(start_time):
+                start_time, start_decoded = now, decoded  # audio from a snapshot took no time
+            advanced = decoded - start_decoded
+            time_per_second = (now - start_time) / advanced if advanced > 0 else math.nan
+            on_progress(Progress(decoded, duration, time_per_second * max(duration - decoded, 0.0)))
 
     try:
         for block in blocks:
-            behind = session.behind
+            replaying = session.replaying
             session.feed(block)
-            if behind:
+            if replaying:
                 continue
             session.wait(BACKLOG)
             report()
@@ -67,11 +70,11 @@ def recognise(
                 session.wait()
                 checkpointer.save(session.save())
     except SourceStopped:
-        if session.behind:  # what was saved is newer than what was fed
+        if session.replaying:  # the saved snapshot is ahead of the audio fed so far: keep it
             return session.final()
         session.wait()
-        if checkpointer and (saved := session.save()).samples:
-            checkpointer.save(saved)
+        if checkpointer and (snapshot := session.save()).samples:
+            checkpointer.save(snapshot)
     session.finish()
     session.wait()
     report()

@@ -1,15 +1,15 @@
-"""Who runs when: one thread owns the backend and runs the streams of all others in batches.
+"""Schedule the streams: one thread owns the backend and runs the chunks of all streams in batches.
 
-Each turn takes the stream that has been ready longest and every other ready one of its chunk size, oldest first: no
-chunk size can starve another. A stream with more audio waiting queues again behind all that are ready by then.
+Each step takes the stream that has been ready longest and every other ready stream with the same chunk size, oldest
+first, so no chunk size can starve another. A stream with more audio queued goes to the end of the queue.
 
-With overlap, step k is submitted before the results of step k-1 are waited for, so the host's work is hidden behind the
-device's; a stream may be in both, as its next step needs its state, which the backend keeps, not its results. Only
-where a result may change the state (a decoder that is reset at an utterance's end or in a repetition loop) does the
-stream wait for it. Without overlap (the plain twin, and better where `submit` itself does the work) each step's results
-are handled at once.
+With overlap, step k is submitted before the results of step k-1 are awaited, so the host's work is hidden behind the
+device's. A stream may be in both steps: its next step needs its state, which the backend keeps, not its results. A
+stream waits for its results only if they may change that state (a decoder reset at the end of an utterance or in a
+repetition loop). Without overlap, each step's results are processed at once. That is the reference implementation, and
+faster where `submit` itself does the work.
 
-What the module does not know: which backend, text, sample rates, asyncio.
+This module does not know the backend, text, sample rates or asyncio.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,242 +30,249 @@ from nemostream.errors import BackendError, CapacityError, NemostreamError, Stre
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.streaming.chunker import Chunker, Floats, WorkItem
 from nemostream.runtime.streaming.state import BackendCall, InFlightStep, StepOutput, StreamState
-from nemostream.runtime.text.endpointing import End
+from nemostream.runtime.text.endpointing import UtteranceEnd
 
 T = TypeVar("T")
 
 
 class Scheduler:
-    """Serves streams from any thread. `close` it; it closes the backend, on the thread that used it."""
+    """Runs streams for any number of threads.
+
+    `close` it when done; that also closes the backend, on the thread that used it.
+    """
 
     def __init__(self, manifest: Manifest, backend: Backend, overlap: bool = True) -> None:
         self._manifest, self._backend, self._overlap = manifest, backend, overlap
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)  # what the scheduler's thread waits on
-        self._room = threading.Condition(self._lock)  # what those wait on who want a slot
-        self._free = list(range(backend.capacity))  # a heap: the lowest first, so that slots in use are neighbours
-        self._states: dict[int, StreamState] = {}  # by slot
-        self._ready: dict[StreamState, None] = {}  # in the order they became ready
-        self._resets: set[int] = set()  # slots of new streams
-        self._forgets: set[int] = set()  # slots whose decoder is to start anew
+        self._work = threading.Condition(self._lock)  # the scheduler's thread waits on it for work
+        self._slot_released = threading.Condition(self._lock)  # `open(block=True)` waits on it for a slot
+        self._free = list(range(backend.capacity))  # a heap: the lowest slot first, so that used slots are contiguous
+        self._streams: dict[int, StreamState] = {}  # open streams by slot
+        self._ready: dict[StreamState, None] = {}  # streams with a chunk to run, in the order they became ready
+        self._slot_resets: set[int] = set()  # slots to reset before the next step
+        self._decoder_resets: set[int] = set()  # slots whose decoder to reset before the next step
         self._calls: deque[BackendCall] = deque()
         self._closed: NemostreamError | None = None  # why no stream can be opened any more
-        # Told of every step, on the scheduler's thread: its chunk, how many streams it had, seconds it took.
+        # Called on the scheduler's thread after each step, with its chunk, number of streams and duration in seconds.
         self.on_step: Callable[[ChunkConfig, int, float], None] | None = None
-        self.on_failure: Callable[[Exception], None] | None = None  # of every call that the backend failed in
+        self.on_failure: Callable[[Exception], None] | None = None  # called with each error raised by the backend
         self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
         self._thread.start()
 
-    # -- for the streams' threads; none of these but `wait` and `close` blocks -----------------------------------------
+    # -- called by the streams' threads; `wait`, `call`, `close` and `open(block=True)` block, the others do not ------
 
     def check_process(self) -> None:
-        """Raise `BackendError` in a forked child: threads are not copied, and a lock may have been held."""
+        """Raise `BackendError` in a forked child, which has no copy of the threads and maybe a held lock."""
         if os.getpid() != self._process:
             raise BackendError(
-                f"the model was loaded in process {self._process} and does not work in this one, a fork of it; "
+                f"the model was loaded in process {self._process} and cannot be used in a forked child process; "
                 "load the model in the child process."
             )
 
     def open(
-        self, stream: Chunker, listener: Callable[[], None] | None = None, block: bool = False, **about: Any
+        self, chunker: Chunker, listener: Callable[[], None] | None = None, block: bool = False, **fields: Any
     ) -> StreamState:
-        """A new stream; `about` is what a `StreamState` can have from the start. Blocks for a slot if `block`.
+        """Open a stream in a free slot; with `block`, wait for one.
 
-        `listener` is called after every change, on whichever thread made it; it must not block. Raises `CapacityError`
-        if every slot is taken and `StreamError` after `close`.
+        `listener` is called after every change, on the thread that made it, and must not block. `fields` are further
+        fields of the `StreamState`. Raises `CapacityError` if no slot is free and `StreamError` after `close`.
         """
         self.check_process()
         with self._lock:
             while block and not (self._free or self._closed):
-                self._room.wait()
+                self._slot_released.wait()
             if self._closed:
-                raise _again(self._closed)
+                raise _copy_of(self._closed)
             if not self._free:
                 raise CapacityError(
                     f"all {self._backend.capacity} slots are taken; finish or close a stream, or load the model with "
-                    "more of them: nemostream.load(capacity=...)."
+                    "more slots: nemostream.load(capacity=...)."
                 )
             slot = heapq.heappop(self._free)
-            state = StreamState(stream, slot, threading.Condition(self._lock), listener, **about)
-            self._states[slot] = state
-            self._resets.add(slot)
+            stream = StreamState(chunker, slot, threading.Condition(self._lock), listener, **fields)
+            self._streams[slot] = stream
+            self._slot_resets.add(slot)
             self._work.notify()
-            return state
+            return stream
 
-    def accept(self, state: StreamState, samples_N: Floats) -> None:
-        """Append audio to a stream (mono, at the model's rate). Raises what the stream died of."""
+    def accept(self, stream: StreamState, samples_N: Floats) -> None:
+        """Append audio (mono, at the model's rate). Raises the stream's error if it failed."""
         self.check_process()
         with self._lock:
-            if state.error:
-                raise _again(state.error)
-            state.chunker.accept(samples_N)
-            self._queue(state)
+            _raise_error(stream)
+            stream.chunker.accept(samples_N)
+            self._schedule(stream)
 
-    def pass_over(self, state: StreamState, samples: int) -> None:
-        """Append digital silence that is not run (`Chunker.pass_over`). Raises what the stream died of."""
+    def pass_over(self, stream: StreamState, samples: int) -> None:
+        """Append digital silence, which is not run (`Chunker.pass_over`). Raises the stream's error if it failed."""
         with self._lock:
-            if state.error:
-                raise _again(state.error)
-            state.chunker.pass_over(samples)
-            self._queue(state)
+            _raise_error(stream)
+            stream.chunker.pass_over(samples)
+            self._schedule(stream)
 
-    def finish(self, state: StreamState) -> None:
-        """No more audio comes. The slot is given back by itself when the last frame is out."""
+    def finish(self, stream: StreamState) -> None:
+        """End a stream's audio. Its slot is released after the last step. Raises the stream's error if it failed."""
         self.check_process()
         with self._lock:
-            if state.error:
-                raise _again(state.error)
-            state.chunker.finish()
-            self._queue(state)
-            self._give_back(state)
+            _raise_error(stream)
+            stream.chunker.finish()
+            self._schedule(stream)
+            self._release_if_finished(stream)
 
-    def end_utterance(self, state: StreamState) -> None:
-        """End the utterance: what was accepted is decoded, what follows is a stream of its own in the same slot."""
+    def end_utterance(self, stream: StreamState) -> None:
+        """End the utterance: process all accepted audio, then start anew in the same slot."""
         self.check_process()
         with self._lock:
-            if state.error:
-                raise _again(state.error)
-            state.chunker.end_utterance()
-            self._queue(state)
+            _raise_error(stream)
+            stream.chunker.end_utterance()
+            self._schedule(stream)
 
-    def settled(self, state: StreamState, backlog: int = 0) -> bool:
-        """Whether all but `backlog` pieces of a stream are done. Raises what the stream died of."""
+    def settled(self, stream: StreamState, backlog: int = 0) -> bool:
+        """Return whether all but `backlog` items of a stream are done. Raises the stream's error if it failed."""
         self.check_process()
         with self._lock:
-            return self._settled(state, backlog)
+            return self._settled(stream, backlog)
 
-    def wait(self, state: StreamState, backlog: int = 0) -> None:
+    def wait(self, stream: StreamState, backlog: int = 0) -> None:
         """Block until `settled`."""
         self.check_process()
         with self._lock:
-            while not self._settled(state, backlog):
-                state.progress.wait()
+            while not self._settled(stream, backlog):
+                stream.progress.wait()
 
-    def set_chunk(self, state: StreamState, chunk: ChunkConfig) -> None:
-        """Run a stream in chunks of another size from its next one on; the state at the backend serves every size."""
+    def set_chunk(self, stream: StreamState, chunk: ChunkConfig) -> None:
+        """Change a stream's chunk size from its next chunk on. The state at the backend is the same for all sizes."""
         self.check_process()
         with self._lock:
-            state.chunker.set_chunk(chunk)
+            stream.chunker.set_chunk(chunk)
 
-    def collect(self, state: StreamState) -> list[StepOutput]:
-        """What was done of a stream since the last call, in order."""
+    def collect(self, stream: StreamState) -> list[StepOutput]:
+        """Return a stream's outputs since the last call, in order."""
         self.check_process()
         with self._lock:
-            heard = list(state.heard)
-            state.heard.clear()
-            return heard
+            outputs = list(stream.outputs)
+            stream.outputs.clear()
+            return outputs
 
-    def call(self, act: Callable[[Backend], T]) -> T:
-        """Have the scheduler's thread do something with the backend, between two steps; blocks. Raises what it does."""
+    def call(self, function: Callable[[Backend], T]) -> T:
+        """Call a function with the backend on the scheduler's thread, between two steps. Blocks; raises its errors."""
         self.check_process()
-        call = BackendCall(act)
+        call = BackendCall(function)
         with self._lock:
             if self._closed:
-                raise _again(self._closed)
+                raise _copy_of(self._closed)
             self._calls.append(call)
             self._work.notify()
         call.done.wait()
         if call.error:
             raise call.error
-        return call.answer
+        return call.result
 
-    def cancel(self, state: StreamState) -> None:
-        """Drop a stream whatever its state; its slot is given back as soon as no step uses it."""
-        if os.getpid() != self._process:  # nothing here is this process's to give back
+    def cancel(self, stream: StreamState) -> None:
+        """Drop a stream in any state. Its slot is released as soon as no step uses it. Does nothing if it is done."""
+        if os.getpid() != self._process:  # the stream belongs to the parent process
             return
         with self._lock:
-            if state.slot is None or state.error:
+            if stream.slot is None or stream.error:
                 return
-            self._kill(state, StreamError("the stream was closed; open a new one for more audio."))
-        self._tell([state])
+            self._fail_stream(stream, StreamError("the stream was closed; open a new one for more audio."))
+        self._notify([stream])
 
     def close(self) -> None:
-        """Fail every stream that is not done, let the step under way end, close the backend. Does nothing if done,
-        and nothing in a forked child."""
+        """Fail all unfinished streams, wait for the step in flight and close the backend.
+
+        Does nothing if already closed, or in a forked child.
+        """
         if os.getpid() != self._process:
             return
-        self._shut(StreamError("the model was closed; load it again."))
+        self._shut_down(StreamError("the model was closed; load it again."))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    # -- under the lock ------------------------------------------------------------------------------------------------
+    # -- called with the lock held -------------------------------------------------------------------------------------
 
-    def _settled(self, state: StreamState, backlog: int) -> bool:
-        if state.error:
-            raise _again(state.error)
-        return state.chunker.queued + state.in_flight <= backlog
+    def _settled(self, stream: StreamState, backlog: int) -> bool:
+        _raise_error(stream)
+        return stream.chunker.queued + stream.in_flight <= backlog
 
-    def _queue(self, state: StreamState) -> None:
-        """See to what is next of a stream, as far as it can be done now."""
-        stream = state.chunker
-        if stream.queued and state.in_flight and state.alone:  # it may have been ready before the last result was known
-            self._ready.pop(state, None)
-        while stream.queued and not (state.in_flight and state.alone):
-            if stream.head.kind == "run":
-                if state not in self._ready:
-                    self._ready[state] = None
+    def _schedule(self, stream: StreamState) -> None:
+        """Process the stream's items up to the next chunk to run, and mark the stream ready to run it.
+
+        Stops where the next item must wait for the step in flight.
+        """
+        chunker = stream.chunker
+        if chunker.queued and stream.in_flight and stream.must_wait:  # may have been ready before the last result
+            self._ready.pop(stream, None)
+        while chunker.queued and not (stream.in_flight and stream.must_wait):
+            if chunker.head.kind == "run":
+                if stream not in self._ready:
+                    self._ready[stream] = None
                     self._work.notify()
                 return
-            self._hear(state, stream.take(), [], [])
+            self._record_output(stream, chunker.take(), [], [])
 
-    def _hear(self, state: StreamState, item: WorkItem, tokens: list[int], sample_positions: list[int]) -> None:
-        """A piece is done, and its tokens are in the hypothesis."""
-        count, ends = len(state.chunker.hypothesis.tokens), cast(Sequence[End], ())
+    def _record_output(self, stream: StreamState, item: WorkItem, tokens: list[int], positions: list[int]) -> None:
+        """Record the output of an item that is done. Its tokens are already in the hypothesis."""
+        hypothesis = stream.hypothesis
+        ends: list[UtteranceEnd] = []
+        count = len(hypothesis.tokens)
         if item.kind == "end_of_utterance":
-            ends = [End(count, item.end_sample, "forced")]
-        if pointer := state.endpointer:
-            if item.kind == "end_of_utterance":
-                pointer.reset()
-            else:
-                ends = pointer.step(tokens, sample_positions, item.end_sample)
-                if ends and pointer.forgets and pointer.between and state.slot is not None:
-                    self._forgets.add(state.slot)
-        if (guard := state.guard) and item.kind == "run":
-            said = state.chunker.hypothesis
-            if item.fresh:
+            ends = [UtteranceEnd(count, item.end_sample, "forced")]
+            if stream.endpointer:
+                stream.endpointer.reset()
+        elif endpointer := stream.endpointer:
+            ends = endpointer.step(tokens, positions, item.end_sample)
+            if ends and endpointer.resets_decoder and endpointer.between_utterances:
+                self._reset_decoder_of(stream)
+        if (guard := stream.guard) and item.kind == "run":
+            if item.reset_slot:
                 guard.restart(count - len(tokens))
-            if guard.step(said.tokens, said.sample_positions, item.end_sample) and state.slot is not None:
-                self._forgets.add(state.slot)
-        state.heard.append(StepOutput(item, count, ends))
+            if guard.step(hypothesis.tokens, hypothesis.sample_positions, item.end_sample):
+                self._reset_decoder_of(stream)
+        stream.outputs.append(StepOutput(item, count, ends))
 
-    def _give_back(self, state: StreamState) -> None:
-        if state.over and not state.in_flight and state.slot is not None:
-            del self._states[state.slot]
-            heapq.heappush(self._free, state.slot)
-            state.slot = None
-            self._room.notify()
+    def _reset_decoder_of(self, stream: StreamState) -> None:
+        if stream.slot is not None:
+            self._decoder_resets.add(stream.slot)
 
-    def _kill(self, state: StreamState, error: NemostreamError) -> None:
-        if state.error is None:
-            state.error = error
-        self._ready.pop(state, None)
-        self._give_back(state)
-        state.progress.notify_all()
+    def _release_if_finished(self, stream: StreamState) -> None:
+        if stream.finished and not stream.in_flight and stream.slot is not None:
+            del self._streams[stream.slot]
+            heapq.heappush(self._free, stream.slot)
+            stream.slot = None
+            self._slot_released.notify()
 
-    def _pick(self) -> tuple[list[StreamState], list[WorkItem]]:
-        """The seats of the next step, by slot, and the chunk of each, all of one size."""
+    def _fail_stream(self, stream: StreamState, error: NemostreamError) -> None:
+        if stream.error is None:
+            stream.error = error
+        self._ready.pop(stream, None)
+        self._release_if_finished(stream)
+        stream.progress.notify_all()
+
+    def _next_batch(self) -> tuple[list[StreamState], list[WorkItem]]:
+        """Return the streams of the next step, sorted by slot, and the chunk of each. All chunks have the same size."""
         chunk = next(iter(self._ready)).chunker.head.chunk
-        alike = (state for state in self._ready if state.chunker.head.chunk == chunk)
-        # By slot, because a backend can use neighbouring slots where they lie.
-        states = sorted(itertools.islice(alike, self._backend.max_batch), key=lambda state: state.slot or 0)
-        items = [state.chunker.take() for state in states]
-        for state, item in zip(states, items, strict=True):
-            if item.fresh and state.slot is not None:
-                self._resets.add(state.slot)
-                state.saved = None  # the slot's first reset may still be to come; what was saved is of earlier audio
-            state.in_flight += 1
-            del self._ready[state]
-            self._queue(state)
-        return states, items
+        same_size = (stream for stream in self._ready if stream.chunker.head.chunk == chunk)
+        # By slot, because a backend can use contiguous slots in place.
+        streams = sorted(itertools.islice(same_size, self._backend.max_batch), key=lambda stream: stream.slot or 0)
+        items = [stream.chunker.take() for stream in streams]
+        for stream, item in zip(streams, items, strict=True):
+            if item.reset_slot and stream.slot is not None:
+                self._slot_resets.add(stream.slot)
+                stream.saved_slot = None  # it belongs to audio before the reset
+            stream.in_flight += 1
+            del self._ready[stream]
+            self._schedule(stream)
+        return streams, items
 
-    # -- the scheduler's thread ----------------------------------------------------------------------------------------
+    # -- called on the scheduler's thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             self._loop()
-        except BaseException as error:  # a fault of ours: whoever waits must hear of it
-            self._shut(_failure(error, "the scheduler failed"))
+        except BaseException as error:  # an error in the scheduler itself: waiting threads must receive it
+            self._shut_down(_as_nemostream_error(error, "the scheduler failed"))
             raise
         finally:
             self._backend.close()
@@ -274,80 +281,80 @@ class Scheduler:
         running: InFlightStep | None = None
         while True:
             with self._lock:
-                while not (self._ready or self._resets or self._calls or running or self._closed):
+                while not (self._ready or self._slot_resets or self._calls or running or self._closed):
                     self._work.wait()
                 if self._closed:
                     break
-                picked = self._pick() if self._ready else None
-                resets, self._resets = sorted(self._resets), set()
-                forgets, self._forgets = sorted(self._forgets - set(resets)), set()
+                batch = self._next_batch() if self._ready else None
+                slot_resets, self._slot_resets = sorted(self._slot_resets), set()
+                decoder_resets, self._decoder_resets = sorted(self._decoder_resets - set(slot_resets)), set()
                 calls = list(self._calls)
                 self._calls.clear()
-            for slots, work in ((resets, self._reset), (forgets, self._forget)):
+            for slots, reset in ((slot_resets, self._reset_slots), (decoder_resets, self._reset_decoders)):
                 if slots:
-                    self._change(slots, work)
+                    try:
+                        reset(slots)
+                    except Exception as error:
+                        self._fail_step(list(self._owners(slots).values()), error, submitted=0)
             for call in calls:
                 call.run(self._backend)
-            step = self._submit(*picked) if picked else None
+            step = self._submit(*batch) if batch else None
             if running:
-                self._land(running)
+                self._complete(running)
             running = step
             if running and not self._overlap:
-                self._land(running)
+                self._complete(running)
                 running = None
         if running:
-            self._land(running)
+            self._complete(running)
 
-    def _change(self, slots: list[int], work: Callable[[list[int]], None]) -> None:
-        try:
-            work(slots)
-        except Exception as error:
-            self._fail(list(self._owners(slots).values()), error, steps=0)
-
-    def _reset(self, slots: list[int]) -> None:
+    def _reset_slots(self, slots: list[int]) -> None:
         self._backend.reset(np.array(slots, np.int64))
-        for slot, state in self._owners(slots).items():
+        for slot, stream in self._owners(slots).items():
             try:
-                if state.phrases:
-                    self._backend.set_phrases(slot, state.phrases)
-                if state.saved is not None:
-                    self._backend.load(slot, state.saved)
-                    state.saved = None
+                if stream.phrases:
+                    self._backend.set_phrases(slot, stream.phrases)
+                if stream.saved_slot is not None:
+                    self._backend.load(slot, stream.saved_slot)
+                    stream.saved_slot = None
             except Exception as error:
-                self._fail([state], error, steps=0)
+                self._fail_step([stream], error, submitted=0)
 
-    def _owners(self, slots: list[int]) -> dict[int, StreamState]:
-        """Whom a change of the slots was for, not who got one meanwhile, whose own reset is still to come."""
-        with self._lock:
-            return {slot: self._states[slot] for slot in slots if slot in self._states and slot not in self._resets}
-
-    def _forget(self, slots: list[int]) -> None:
+    def _reset_decoders(self, slots: list[int]) -> None:
         self._backend.reset_decoder(np.array(slots, np.int64))
 
-    def _submit(self, states: list[StreamState], items: list[WorkItem]) -> InFlightStep | None:
+    def _owners(self, slots: list[int]) -> dict[int, StreamState]:
+        """Return the streams that a reset of the slots was for, without those opened since, whose reset is pending."""
+        with self._lock:
+            return {
+                slot: self._streams[slot] for slot in slots if slot in self._streams and slot not in self._slot_resets
+            }
+
+    def _submit(self, streams: list[StreamState], items: list[WorkItem]) -> InFlightStep | None:
         started = time.perf_counter()
         try:
             batch = Batch(
                 items[0].chunk,
-                np.array([state.slot for state in states], np.int64),
+                np.array([stream.slot for stream in streams], np.int64),
                 np.stack([item.audio for item in items]),
                 np.array([item.length for item in items], np.int64),
             )
-            return InFlightStep(states, items, self._backend.submit(batch), started)
+            return InFlightStep(streams, items, self._backend.submit(batch), started)
         except Exception as error:
-            self._fail(states, error, steps=1)
+            self._fail_step(streams, error, submitted=1)
             return None
 
-    def _land(self, step: InFlightStep) -> None:
+    def _complete(self, step: InFlightStep) -> None:
+        """Wait for a step's results and pass them to its streams."""
         try:
             emissions = step.pending.result()
-            _check(emissions, len(step.states))
+            _check_rows(emissions, len(step.streams))
         except Exception as error:
-            self._fail(step.states, error, steps=1)
+            self._fail_step(step.streams, error, submitted=1)
             return
         frame = self._manifest.samples_per_frame
         rows = zip(
-            step.states,
+            step.streams,
             step.items,
             emissions.tokens,
             emissions.frames,
@@ -357,76 +364,84 @@ class Scheduler:
             strict=True,
         )
         with self._lock:
-            for state, item, tokens, frames, scores, sum_p_alpha, failed in rows:
-                state.in_flight -= 1
+            for stream, item, tokens_n, frames_n, scores_n, sum_p_alpha_n, failed in rows:
+                stream.in_flight -= 1
                 if failed:
-                    self._kill(
-                        state, StreamError("the model's numbers for this stream are not finite; open a new one.")
+                    self._fail_stream(
+                        stream, StreamError("the model's output for this stream is not finite; open a new one.")
                     )
-                elif not state.error:
-                    said, sample_positions = tokens.tolist(), (frames * frame + item.origin_sample).tolist()
-                    state.chunker.hypothesis.extend(said, sample_positions, scores.tolist(), sum_p_alpha.tolist())
-                    self._hear(state, item, said, sample_positions)
-                    self._queue(state)
-                self._give_back(state)
-                state.progress.notify_all()
+                elif not stream.error:
+                    tokens, positions = tokens_n.tolist(), (frames_n * frame + item.origin_sample).tolist()
+                    stream.hypothesis.extend(tokens, positions, scores_n.tolist(), sum_p_alpha_n.tolist())
+                    self._record_output(stream, item, tokens, positions)
+                    self._schedule(stream)
+                self._release_if_finished(stream)
+                stream.progress.notify_all()
         if self.on_step:
-            self.on_step(step.items[0].chunk, len(step.states), time.perf_counter() - step.started)
-        self._tell(step.states)
+            self.on_step(step.items[0].chunk, len(step.streams), time.perf_counter() - step.started)
+        self._notify(step.streams)
 
-    def _fail(self, states: list[StreamState], error: Exception, steps: int) -> None:
-        """End the streams of a call that raised; `steps` is how many steps of each it was."""
+    def _fail_step(self, streams: list[StreamState], error: Exception, submitted: int) -> None:
+        """Fail the streams of a backend call that raised; `submitted` is 1 if the call was a step, else 0."""
         with self._lock:
-            for state in states:
-                state.in_flight -= steps
-                self._kill(state, _failure(error, "the model failed"))
+            for stream in streams:
+                stream.in_flight -= submitted
+                self._fail_stream(stream, _as_nemostream_error(error, "the model failed"))
         if self.on_failure:
             self.on_failure(error)
-        self._tell(states)
+        self._notify(streams)
 
-    def _shut(self, error: NemostreamError) -> None:
+    # -- called on any thread, without the lock ------------------------------------------------------------------------
+
+    def _shut_down(self, error: NemostreamError) -> None:
+        """Fail all open streams and pending calls with `error`, and end the scheduler's thread."""
         with self._lock:
             self._closed = self._closed or error
-            states = list(self._states.values())  # a stream that is done has no seat any more
-            for state in states:
-                self._kill(state, error)
+            streams = list(self._streams.values())
+            for stream in streams:
+                self._fail_stream(stream, error)
             calls = list(self._calls)
             self._calls.clear()
             self._work.notify()
-            self._room.notify_all()
+            self._slot_released.notify_all()
         for call in calls:
-            call.fail(_again(error))
-        self._tell(states)
+            call.fail(_copy_of(error))
+        self._notify(streams)
 
-    def _tell(self, states: Iterable[StreamState]) -> None:
-        for state in states:
+    def _notify(self, streams: Iterable[StreamState]) -> None:
+        for stream in streams:
             try:
-                if state.listener:
-                    state.listener()
-            except Exception:  # its owner is gone (an event loop that was closed): nobody will ever collect
-                state.listener = None
-                self.cancel(state)
+                if stream.listener:
+                    stream.listener()
+            except Exception:  # for example a closed event loop: the outputs will never be collected
+                stream.listener = None
+                self.cancel(stream)
 
 
-def _check(emissions: Emissions, rows: int) -> None:
+def _raise_error(stream: StreamState) -> None:
+    if stream.error:
+        raise _copy_of(stream.error)
+
+
+def _check_rows(emissions: Emissions, rows: int) -> None:
     fields = (emissions.tokens, emissions.frames, emissions.scores, emissions.sum_p_alpha, emissions.failed)
     found = tuple(map(len, fields))
     if found != (rows,) * len(fields):
         raise BackendError(
-            f"the backend answered {found} rows of tokens, frames, scores, powers, failed to a batch of {rows}."
+            f"the backend returned {found} rows of tokens, frames, scores, sum_p_alpha, failed for a batch of {rows}."
         )
 
 
-def _failure(error: BaseException, what: str) -> NemostreamError:
+def _as_nemostream_error(error: BaseException, problem: str) -> NemostreamError:
     if isinstance(error, NemostreamError):
         return error
-    failure = BackendError(f"{what}: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+    wrapped = BackendError(f"{problem}: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
-def _again(error: NemostreamError) -> NemostreamError:
-    """A fresh copy: an exception raised twice, or by two threads, would mix their tracebacks."""
+def _copy_of(error: NemostreamError) -> NemostreamError:
+    """Return a copy: an exception raised twice, or by two threads, would mix their tracebacks."""
     copy = type(error)(*error.args)
     copy.__cause__ = error.__cause__
     return copy

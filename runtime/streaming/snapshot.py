@@ -1,10 +1,10 @@
-"""A transcription that outlives its process: all that a stream is, in a file that is whole or not there.
+"""Save and restore a stream, so that a transcription can be resumed after its process has ended.
 
-What is kept is the state of the slot, of the stream and of what was said, and a digest of the audio that went in. The
-recording itself is read again from the start, through the same resampler, which is cheap; the part of it that was heard
-is only compared with the digest. So the result is the one that an uninterrupted run gives, to the bit.
+A snapshot contains the state of the slot, of the stream and of its hypothesis, and a digest of the audio received so
+far. On resuming, the recording is read and resampled again from the start, which is cheap. The part that was already
+processed is compared with the digest and not run. The result is bit-identical to that of an uninterrupted run.
 
-The file is numpy's `.npz`, without pickles.
+The file is a NumPy `.npz` archive without pickles. It is replaced atomically.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
-from nemostream.untrusted import MIB, open_regular, parse_json, shown
+from nemostream.untrusted import MIB, open_regular, parse_json, short_repr
 
-VERSION = 2
-SECONDS = 30.0  # of work between two savings
+VERSION = 3
+SECONDS = 30.0  # between two snapshots
 
-# What a state file may have. Nothing in it is compressed, so it takes no more memory than it is long.
-MOST_BYTES = 4096 * MIB
-_MOST_ARRAYS = 64
-_MOST_DOCUMENT = MIB
-_WINDOW, _CONTEXT = 512, 64  # of `runtime.vad`, which cannot be imported without ONNX Runtime
+# Limits of a snapshot file. Its arrays are not compressed, so reading one takes no more memory than the file's size.
+_MAX_BYTES = 4096 * MIB
+_MAX_ARRAYS = 64
+_MAX_DOCUMENT_BYTES = MIB
+_WINDOW, _CONTEXT = 512, 64  # as in `runtime.audio.vad`, which cannot be imported without ONNX Runtime
 _NAME = re.compile(r"(document|[a-z]+\.[a-z_]+)\.npy")
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class Stateful(Protocol):
-    """Something that can be saved."""
+    """An object whose state can be saved."""
 
     def save(self) -> dict[str, NDArray[Any]]: ...
 
@@ -51,43 +51,46 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class StreamSnapshot:
-    """What a stream is; every part by the one that it belongs to."""
+    """The state of a stream: the arrays of each of its parts."""
 
-    parts: Mapping[str, Arrays]  # "slot", "stream", "hypothesis", "guard", "endpoint", "gate"
-    samples: int  # of audio that went in, at the model's rate
-    digest: str  # of that audio
+    parts: Mapping[str, Arrays]  # "slot", "chunker", "hypothesis", "guard", "endpoint", "vad"
+    samples: int  # audio received, in samples at the model's rate
+    digest: str  # `Digest.value` of that audio
 
 
 def saved_array(state: Arrays, name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
-    """An array of a saved state. Raises `ValueError` unless its type and shape are these; None is any length."""
+    """Return an array of a saved state.
+
+    Raises `ValueError` unless its type is `dtype` and its shape is `shape`, in which None matches any length.
+    """
     array = state[name] if name in state else np.empty(0, np.void)
     if array.dtype != np.dtype(dtype) or len(array.shape) != len(shape):
         raise ValueError(f"{name} is not an array of {len(shape)} dimensions of {np.dtype(dtype)}")
-    if any(wanted is not None and found != wanted for found, wanted in zip(array.shape, shape, strict=True)):
+    if any(expected is not None and found != expected for found, expected in zip(array.shape, shape, strict=True)):
         raise ValueError(f"{name} has the shape {array.shape}")
     return array
 
 
 def saved_counts(state: Arrays, name: str, size: int | None = None) -> list[int]:
-    """Counters of a saved state: whole numbers from 0 on. Raises `ValueError` for anything else."""
+    """Return the counters in an array of a saved state. Raises `ValueError` unless all are from 0 to 2 ** 53."""
     counts: list[int] = saved_array(state, name, np.int64, size).tolist()
     if counts and not 0 <= min(counts) <= max(counts) < 1 << 53:
-        raise ValueError(f"{name} are {shown(counts)}; no counter is negative or above 2 ** 53")
+        raise ValueError(f"{name} are {short_repr(counts)}; a counter must be from 0 to 2 ** 53")
     return counts
 
 
 def discard(path: Path) -> None:
-    """Delete a state, and what a process that was killed left of the next."""
-    for file in (path, _part(path)):
+    """Delete a snapshot file and an incomplete one that a killed process left behind."""
+    for file in (path, _part_file(path)):
         file.unlink(missing_ok=True)
 
 
-def _part(path: Path) -> Path:
+def _part_file(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
 class Digest:
-    """Of audio block by block; the blocks are the same when the same recording is read again."""
+    """A digest of audio, updated block by block. Reading the same recording again gives the same blocks."""
 
     def __init__(self) -> None:
         self.samples, self.value = 0, ""
@@ -95,28 +98,32 @@ class Digest:
     def add(self, block_N: NDArray[np.float32]) -> None:
         if not len(block_N):
             return
-        found = hashlib.blake2b(self.value.encode(), digest_size=16)
-        found.update(np.ascontiguousarray(block_N).data)
-        self.samples, self.value = self.samples + len(block_N), found.hexdigest()
+        digest = hashlib.blake2b(self.value.encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(block_N).data)
+        self.samples, self.value = self.samples + len(block_N), digest.hexdigest()
 
 
 class Checkpointer:
-    """The file. `about` says what it is the state of: model, engine, options; another's is refused, never mixed in.
+    """Saves and loads the snapshot file of one transcription.
 
-    Raises `OptionError` if there is no such folder, or the file is something else.
+    `about` identifies the transcription: model, engine, options. `load` rejects a file with other values.
+    Raises `OptionError` if the folder does not exist or the path is a folder.
     """
 
     def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
         self.path, self._about = Path(path), {"version": VERSION, **about}
-        self._part = _part(self.path)
-        self._next = time.monotonic() + SECONDS
+        self._part_file = _part_file(self.path)
+        self._next_save = time.monotonic() + SECONDS
         if not self.path.parent.is_dir():
             raise OptionError(f"resume is {self.path}, but there is no folder {self.path.parent}.")
         if self.path.is_dir():
-            raise OptionError(f"resume is {self.path}, which is a folder; give a file.")
+            raise OptionError(f"resume is {self.path}, which is a folder; it must be the path of a file.")
 
     def load(self) -> StreamSnapshot | None:
-        """What was saved; None if nothing was yet."""
+        """Return the saved snapshot, or None if there is no file.
+
+        Raises `OptionError` if the file is damaged or belongs to another transcription.
+        """
         if not self.path.exists():
             return None
         try:
@@ -124,14 +131,14 @@ class Checkpointer:
             document = parse_json(arrays.pop("document").tobytes())
             about, samples, digest = document["about"], document["samples"], document["digest"]
             if not isinstance(about, dict) or type(samples) is not int or not 0 <= samples < 1 << 53:
-                raise ValueError("the document's fields have other types")
+                raise ValueError("a field of the document has the wrong type")
             if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{0,32}", digest):
-                raise ValueError("the digest is none")
-        except Exception as error:  # zipfile and NumPy raise many kinds of damaged files, not all of them documented
-            raise self._refusal("is damaged, or no such file at all") from error
+                raise ValueError("the digest is not a hexadecimal string")
+        except Exception as error:  # zipfile and NumPy raise many kinds of errors, not all documented
+            raise self._error("is damaged or not a snapshot file") from error
         for name, value in self._about.items():
             if about.get(name) != value:
-                raise self._refusal(f"was written with {name} {shown(about.get(name), 300)}, not {value!r}")
+                raise self._error(f"was written with {name} {short_repr(about.get(name), 300)}, not {value!r}")
         parts: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in arrays.items():
             part, _, rest = name.partition(".")
@@ -139,63 +146,63 @@ class Checkpointer:
         return StreamSnapshot(parts, samples, digest)
 
     def restore(self, saved: StreamSnapshot, parts: Mapping[str, Stateful], vocabulary: int, nodes: int) -> None:
-        """Have each part of a stream go on from what was saved of it.
+        """Load each saved part into the part of the stream with the same name.
 
-        `vocabulary` and `nodes` are the sizes of the model's vocabulary and of the automaton of the stream's phrases.
-        Raises `OptionError` if what was saved cannot be of one stream.
+        `vocabulary` is the size of the model's vocabulary, `nodes` that of the automaton of the stream's phrases.
+        Raises `OptionError` if the saved parts are invalid or do not belong together.
         """
         try:
             if saved.parts.keys() != {*parts, "slot"}:
-                raise ValueError(f"it has the parts {', '.join(sorted(saved.parts))}")
+                raise ValueError(f"its parts are {', '.join(sorted(saved.parts))}")
             for name, part in parts.items():
                 part.load(saved.parts[name])
             _check_together(saved, vocabulary, nodes)
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-            raise self._refusal(f"is damaged ({error})") from error
+            raise self._error(f"is damaged ({error})") from error
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save again."""
-        return time.monotonic() >= self._next
+        """Whether the next snapshot should be saved."""
+        return time.monotonic() >= self._next_save
 
     def save(self, saved: StreamSnapshot) -> None:
-        """Put a new file in the place of the old one, at once: whoever is killed leaves one of the two."""
+        """Replace the file atomically: a process that is killed leaves the old file or the new one."""
         document = {"about": self._about, "samples": saved.samples, "digest": saved.digest}
         arrays = {f"{part}.{name}": array for part, rows in saved.parts.items() for name, array in rows.items()}
         data = io.BytesIO()
         np.savez(data, allow_pickle=False, document=np.frombuffer(json.dumps(document).encode(), np.uint8), **arrays)
-        self._part.unlink(missing_ok=True)
-        # A new file, for this user only: an existing link is not followed. It contains transcripts.
+        self._part_file.unlink(missing_ok=True)
+        # The file contains a transcript: it is created anew, readable by this user only, and links are not followed.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-        with open(os.open(self._part, flags, 0o600), "wb") as file:
+        with open(os.open(self._part_file, flags, 0o600), "wb") as file:
             file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self._part, self.path)
-        self._next = time.monotonic() + SECONDS
+        os.replace(self._part_file, self.path)
+        self._next_save = time.monotonic() + SECONDS
 
-    def refuse_audio(self) -> OptionError:
-        """The recording is not the one that the file began with."""
-        return self._refusal("was written of another recording")
+    def wrong_recording(self) -> OptionError:
+        """Return the error for a recording that is not the one that the file was written for."""
+        return self._error("was written for another recording")
 
     def done(self) -> None:
-        """There is nothing to resume any more."""
+        """Delete the file. Called when the transcription is complete."""
         discard(self.path)
 
-    def _refusal(self, why: str) -> OptionError:
-        return OptionError(f"resume: {self.path} {why}; delete it to begin anew, or give another file.")
+    def _error(self, problem: str) -> OptionError:
+        return OptionError(f"resume: {self.path} {problem}; delete it to start over, or use another file.")
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an `.npz` file that `Checkpointer.save` may have written. Raises many kinds of error for any other."""
+    """Return the arrays of a file written by `Checkpointer.save`. Raises many kinds of errors for other files."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         size, members = os.fstat(file.fileno()).st_size, archive.infolist()
         names = [member.filename for member in members]
-        if len(members) > _MOST_ARRAYS or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
-            raise ValueError("it holds other files than saved arrays")
+        if len(members) > _MAX_ARRAYS or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
+            raise ValueError("it contains files that are not saved arrays")
         if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
             raise ValueError("an array is compressed")
-        if size > MOST_BYTES or sum(member.file_size for member in members) > size:
+        if size > _MAX_BYTES or sum(member.file_size for member in members) > size:
             raise ValueError("its arrays are larger than the file")
         return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
 
@@ -203,40 +210,40 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(member) as stream:
         if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("an array is of another version")
+            raise ValueError("an array has an unsupported .npy version")
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        # Compared before anything of that size is allocated. Objects are pickles, and have no size of their own.
+        # Checked before that size is allocated. Arrays of objects are rejected: they are pickles.
         if dtype.kind not in "biuf" or prod(shape) * dtype.itemsize != member.file_size - stream.tell():
-            raise ValueError("an array is not as large as its header states")
-        if member.filename == "document.npy" and member.file_size > _MOST_DOCUMENT:
+            raise ValueError("the size of an array differs from its header")
+        if member.filename == "document.npy" and member.file_size > _MAX_DOCUMENT_BYTES:
             raise ValueError("the document is too large")
     with archive.open(member) as stream:
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-        stream.read(1)  # at its end, so that its checksum is compared
+        stream.read(1)  # reading to the end verifies the checksum
     return array
 
 
 def _check_together(saved: StreamSnapshot, vocabulary: int, nodes: int) -> None:
-    """Raise `ValueError` unless all parts that were saved can be of one stream."""
+    """Raise `ValueError` unless all saved parts are consistent with each other."""
     parts = saved.parts
-    samples, *_ = parts["stream"]["counts"].tolist()
+    samples, _, _, run_frames, *_ = parts["chunker"]["counts"].tolist()
     if samples != saved.samples:
-        raise ValueError(f"the stream has {samples} samples, and {saved.samples} went in")
+        raise ValueError(f"the chunker has {samples} samples, but {saved.samples} were received")
     tokens = parts["hypothesis"]["tokens"]
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-        raise ValueError(f"a token is not in the vocabulary of {vocabulary}")
+        raise ValueError(f"a token is not in the vocabulary of {vocabulary} tokens")
     if parts["guard"]["counts"][0] > len(tokens):
-        raise ValueError("the repetition guard counts more tokens than the stream has")
+        raise ValueError("the repetition guard has more tokens than the stream")
     if "endpoint" in parts and parts["endpoint"]["counts"][0] != len(tokens):
-        raise ValueError("the utterances have another number of tokens than the stream")
-    if "gate" in parts:
-        gate, (judged, *_) = parts["gate"], parts["gate"]["counts"].tolist()
-        if (judged + len(gate["windows"])) * _WINDOW + len(gate["audio"]) - _CONTEXT != samples:
-            raise ValueError("the search for speech has got other audio than the stream")
+        raise ValueError("the endpointer and the stream differ in their number of tokens")
+    if "vad" in parts:
+        vad, (judged_windows, *_) = parts["vad"], parts["vad"]["counts"].tolist()
+        if (judged_windows + len(vad["windows"])) * _WINDOW + len(vad["audio"]) - _CONTEXT != samples:
+            raise ValueError("the VAD and the stream differ in the audio received")
     slot = parts["slot"]
-    # The automaton is indexed with the node, on a GPU without a check; `check_state` compares types and shapes.
+    # The node is an index into the automaton, unchecked on a GPU. `check_state` compares types and shapes only.
     if "node" in slot and not 0 <= int(slot["node"]) < nodes:
-        raise ValueError(f"it stands at node {int(slot['node'])} of {nodes}")
-    _, fresh = parts["stream"]["flags"].tolist()
-    if "position" in slot and not fresh and int(slot["position"]) != parts["stream"]["counts"][3]:
-        raise ValueError("the model stands at another frame than the stream")
+        raise ValueError(f"its node is {int(slot['node'])}; the automaton has {nodes} nodes")
+    _, reset_slot = parts["chunker"]["flags"].tolist()
+    if "position" in slot and not reset_slot and int(slot["position"]) != run_frames:
+        raise ValueError("the slot and the chunker differ in the number of frames run")

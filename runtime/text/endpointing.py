@@ -53,7 +53,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class End:
+class UtteranceEnd:
     count: int  # tokens of the stream up to there
     at: int  # sample of the stream
     reason: Reason
@@ -70,7 +70,7 @@ class Endpointer:
         self, rule: Endpoint, manifest: Manifest, begins: Sequence[bool], closes: Sequence[bool] | None = None
     ) -> None:
         rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
-        self.forgets = rule.decoder == "reset"
+        self.resets_decoder = rule.decoder == "reset"
         # Samples from the last token's place to where the rule has its say: NeMo's `millisecond_to_frames`, one frame
         # more than that, and the token's own.
         self._silence = self._longest = _NEVER
@@ -85,13 +85,13 @@ class Endpointer:
         self._last = 0  # and its last one
 
     @property
-    def between(self) -> bool:
+    def between_utterances(self) -> bool:
         """Whether no utterance is under way."""
         return self._first is None
 
-    def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> list[End]:
+    def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> list[UtteranceEnd]:
         """Take in a step: its tokens, the sample that each stands at, and how far the model has heard with it."""
-        ends: list[End] = []
+        ends: list[UtteranceEnd] = []
         for token, sample_pos in zip(tokens, sample_positions, strict=True):
             self._end_before(sample_pos, ends)
             closes = self._closes[token]
@@ -124,7 +124,7 @@ class Endpointer:
         """The client ended the utterance."""
         self._first, self._any = None, True
 
-    def _end_before(self, sample_pos: int, ends: list[End]) -> None:
+    def _end_before(self, sample_pos: int, ends: list[UtteranceEnd]) -> None:
         """End the utterance if a rule says so of the silence from its last token up to `sample_pos`."""
         if self._first is None:
             return
@@ -133,9 +133,9 @@ class Endpointer:
         if sample_pos >= min(silent, whole):
             self._end(min(silent, whole), "length" if whole < silent else "silence", ends)
 
-    def _end(self, at: int, reason: Reason, ends: list[End]) -> None:
+    def _end(self, at: int, reason: Reason, ends: list[UtteranceEnd]) -> None:
         self._first = None
-        ends.append(End(self._count, at, reason))
+        ends.append(UtteranceEnd(self._count, at, reason))
 
 
 class RepetitionGuard:
@@ -156,29 +156,29 @@ class RepetitionGuard:
     def __init__(self, manifest: Manifest) -> None:
         self._pause = self.PAUSE_MS * manifest.features.sample_rate // 1000
         self._since = 0  # tokens before the last reset
-        self.suspects = False  # whether the last step ended in a repetition
+        self.loop_suspected = False  # whether the last step ended in a repetition
 
     def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
         """Return whether the decoder must be reset after a step up to the sample `end_sample`; given all tokens so far."""
         loops = self._repeats(tokens, sample_positions, end_sample)
-        reset, self.suspects = loops and self.suspects, loops and not self.suspects
+        reset, self.loop_suspected = loops and self.loop_suspected, loops and not self.loop_suspected
         if reset:
             self._since = len(tokens)
         return reset
 
     def restart(self, count: int) -> None:
         """The decoder was reset after `count` tokens."""
-        self._since, self.suspects = count, False
+        self._since, self.loop_suspected = count, False
 
     def save(self) -> dict[str, NDArray[Any]]:
-        return {"counts": np.array([self._since, self.suspects], np.int64)}
+        return {"counts": np.array([self._since, self.loop_suspected], np.int64)}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
         since, suspects = saved_counts(state, "counts", 2)
         if suspects > 1:
             raise ValueError(f"the repetition guard's counts are {[since, suspects]}")
-        self._since, self.suspects = since, bool(suspects)
+        self._since, self.loop_suspected = since, bool(suspects)
 
     def _repeats(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
         if len(tokens) - self._since < self.WINDOW or end_sample - sample_positions[-1] > self._pause:

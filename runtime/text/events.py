@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemostream.runtime.text.endpointing import End, Reason
+from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
-from nemostream.runtime.text.words import Grouping, Token, Word
+from nemostream.runtime.text.words import Token, Word, WordGrouper
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Event:
     chunk_ms: int
     tokens: tuple[Token, ...] = field(repr=False)
     reason: Reason | None = None  # of an end
-    grouping: Grouping = field(default_factory=lambda: Grouping("min"), repr=False, compare=False)
+    grouper: WordGrouper = field(default_factory=lambda: WordGrouper("min"), repr=False, compare=False)
     text_from: int = field(default=0, repr=False)  # characters of `text` that the utterance's previous event had
     tokens_from: int = field(default=0, repr=False)  # tokens that are as in the previous event
 
@@ -56,7 +56,7 @@ class Event:
         if (rewritten := self.__dict__.get("_rewritten")) is not None:
             return rewritten
         tokens, count = self._said()
-        return self.grouping.words(tokens, self.kind == "final", count)
+        return self.grouper.words(tokens, self.kind == "final", count)
 
     @property
     def words_from(self) -> int:
@@ -93,7 +93,7 @@ class Event:
 
     def _new_words(self) -> tuple[int, tuple[Word, ...]]:
         tokens, count = self._said()
-        return self.grouping.since(tokens, self.tokens_from, count, self.kind == "final")
+        return self.grouper.since(tokens, self.tokens_from, count, self.kind == "final")
 
     def with_words(self, words: Sequence[Word]) -> Event:
         """Return this final event with other words, and their text; the tokens stay."""
@@ -108,7 +108,7 @@ class Event:
     if not TYPE_CHECKING:  # a type checker would take any name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            """The fields that an event of `Utterances` does not hold itself."""
+            """The fields that an event of `EventBuilder` does not hold itself."""
             shared = self.__dict__.get("_shared")
             if shared is None or name not in ("text", "stable", "tokens"):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -140,7 +140,7 @@ class _Utterance:
 
     def __init__(self, tokenizer: Tokenizer, aggregation: str) -> None:
         self.shared = _Shared([], [])
-        self.grouping = Grouping(aggregation)
+        self.grouper = WordGrouper(aggregation)
         self.told_text = self.told_tokens = self.told_parts = 0  # of the event before
         self.length = 0  # characters
         self.stable = 0  # of them, before the last word and the space before it
@@ -179,7 +179,7 @@ class _Utterance:
         self._space = began + len(said) if len(said) < len(text) else None
 
 
-class Utterances:
+class EventBuilder:
     """Makes the events of one stream, of its tokens and of the ends that were decided."""
 
     def __init__(self, tokenizer: Tokenizer, aggregation: str, rate: int) -> None:
@@ -192,7 +192,7 @@ class Utterances:
         self._now = _Utterance(tokenizer, aggregation)
 
     def step(
-        self, tokens: Sequence[Token], count: int, ends: Sequence[End], audio: float, chunk_ms: int
+        self, tokens: Sequence[Token], count: int, ends: Sequence[UtteranceEnd], audio: float, chunk_ms: int
     ) -> list[Event]:
         """What a step made known: after it the stream has the first `count` of `tokens`."""
         events: list[Event] = []
@@ -204,7 +204,7 @@ class Utterances:
 
     def finish(self, tokens: Sequence[Token], at: int, audio: float, chunk_ms: int) -> list[Event]:
         """The stream is over, at this sample."""
-        return self._end(tokens, End(len(tokens), at, "finish"), audio, chunk_ms)
+        return self._end(tokens, UtteranceEnd(len(tokens), at, "finish"), audio, chunk_ms)
 
     def _read(self, tokens: Sequence[Token], count: int) -> bool:
         """Whether the first `count` tokens of the stream add to the utterance.
@@ -212,7 +212,7 @@ class Utterances:
         Punctuation after the end of an utterance belongs to that one, whose final is out: it is in no utterance.
         """
         first = self._known
-        while self._between and first < count and self._tokenizer.closes[tokens[first].id]:
+        while self._between and first < count and self._tokenizer.closing_punctuation[tokens[first].id]:
             first += 1
         if self._between:
             self._begin = first
@@ -223,7 +223,7 @@ class Utterances:
         self._now.add(tokens[first:count])
         return True
 
-    def _end(self, tokens: Sequence[Token], end: End, audio: float, chunk_ms: int) -> list[Event]:
+    def _end(self, tokens: Sequence[Token], end: UtteranceEnd, audio: float, chunk_ms: int) -> list[Event]:
         self._read(tokens, end.count)
         # The last frames of a recording stand a little after its end, and so may an utterance's.
         self._at = max(self._at, end.at)
@@ -250,7 +250,7 @@ class Utterances:
             audio=audio,
             chunk_ms=chunk_ms,
             reason=None,
-            grouping=now.grouping,
+            grouper=now.grouper,
             text_from=now.told_text,
             tokens_from=now.told_tokens,
             _shared=shared,

@@ -88,22 +88,22 @@ class Format(StrEnum):
         return {"text": ".txt", "manifest": ".json"}.get(self, f".{self}")
 
     @property
-    def alone(self) -> bool:
+    def one_per_file(self) -> bool:
         """Whether a file of it tells of one recording only."""
         return self in (Format.srt, Format.vtt)
 
 
 def render(transcript: Transcript, format: Format, *, ascii: bool = False) -> str:
     """The transcript in a format, to its last newline; those of several recordings may follow each other, if it is not
-    `alone`. With `ascii`, JSON escapes all other characters."""
+    `one_per_file`. With `ascii`, JSON escapes all other characters."""
     if format is Format.text and transcript.utterances is not None:
         return "".join(utterance.text + "\n" for utterance in transcript.utterances)
     if format is Format.text:
         return transcript.text + "\n"
     if format is Format.json:
-        return json.dumps(as_json(transcript), ensure_ascii=ascii) + "\n"
+        return json.dumps(transcript_to_dict(transcript), ensure_ascii=ascii) + "\n"
     if format is Format.manifest:
-        return json.dumps(as_manifest(transcript)) + "\n"  # ASCII: NeMo reads it in whatever the locale is
+        return json.dumps(manifest_entry(transcript)) + "\n"  # ASCII: NeMo reads it in whatever the locale is
     if format is Format.ctm:
         return ctm(transcript.words, transcript.file, str(transcript.channel or 1))
     return (srt if format is Format.srt else vtt)(transcript.words, transcript.duration)
@@ -112,7 +112,7 @@ def render(transcript: Transcript, format: Format, *, ascii: bool = False) -> st
 # -- for programs ------------------------------------------------------------------------------------------------------
 
 
-def as_json(transcript: Transcript) -> dict[str, Any]:
+def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
     """`file`, `duration`, `text`, `words`, `tokens`, `chunk_ms`; `utterances` if they are kept apart, `spoken` if the
     text was normalised, `channel` if one was chosen."""
     body: dict[str, Any] = {
@@ -151,7 +151,7 @@ def as_json(transcript: Transcript) -> dict[str, Any]:
     return body
 
 
-def as_manifest(transcript: Transcript) -> dict[str, Any]:
+def manifest_entry(transcript: Transcript) -> dict[str, Any]:
     """A line of NeMo's manifest, as its `transcribe_speech.py` writes it with `timestamps=true` and confidence
     (nemo/collections/asr/parts/utils/transcribe_utils.py: write_transcription).
 

@@ -48,9 +48,11 @@ class Tokenizer:
             LookupError,
         ) as error:  # ValueError: not UTF-8
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
-        self.begins = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
+        self.word_starts = tuple(text[:1] == " " for text in self._texts)  # of each id, whether a word begins with it
         # Of each id, whether it is mere punctuation that belongs to the word before it, after a space too.
-        self.closes = tuple(bool(text.strip()) and _CLOSING.issuperset(text.strip()) for text in self._texts)
+        self.closing_punctuation = tuple(
+            bool(text.strip()) and _CLOSING.issuperset(text.strip()) for text in self._texts
+        )
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE.fullmatch(p))}
 
     def encode(self, text: str) -> list[int]:

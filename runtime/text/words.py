@@ -59,21 +59,21 @@ class Result:
     @cached_property
     def words(self) -> tuple[Word, ...]:
         """The words of `text`, grouped when first asked for. The last one may still grow while the stream goes on."""
-        return words_of(self.tokens, self.aggregation, self.final)
+        return group_words(self.tokens, self.aggregation, self.final)
 
 
-def words_of(tokens: Sequence[Token], aggregation: str = "min", final: bool = True) -> tuple[Word, ...]:
+def group_words(tokens: Sequence[Token], aggregation: str = "min", final: bool = True) -> tuple[Word, ...]:
     """Group tokens into words (as NeMo's `get_words_offsets`), in time proportional to them.
 
     A word begins where the text has a space, be that a token's first character or a token of its own, and takes in
     punctuation that stands apart. `aggregation` makes its confidence of its tokens'. Unless `final`, bytes of a
     character that is not complete at the end are left out, as they are of the text.
     """
-    return Grouping(aggregation).words(tokens, final)
+    return WordGrouper(aggregation).words(tokens, final)
 
 
-class Grouping:
-    """`words_of` for tokens that keep coming: only the last words, which may still change, are grouped again.
+class WordGrouper:
+    """`group_words` for tokens that keep coming: only the last words, which may still change, are grouped again.
 
     Every call is about the beginning of the same tokens. Threads may share it.
     """
@@ -124,8 +124,8 @@ class Grouping:
         # The last frame may stand behind the recording's end, where its tokens end.
         return Word(text, min(tokens[first].time, end), end, sure)
 
-    def __reduce__(self) -> tuple[type[Grouping], tuple[str]]:
-        return Grouping, (self._aggregation,)
+    def __reduce__(self) -> tuple[type[WordGrouper], tuple[str]]:
+        return WordGrouper, (self._aggregation,)
 
 
 def _groups(tokens: Sequence[Token], final: bool) -> list[tuple[str, int, int]]:

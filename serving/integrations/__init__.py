@@ -1,1 +1,1 @@
-"""Servers of others that run the engine: Ray Serve, Triton."""
+"""Integrations into other servers: Ray Serve, Triton."""

@@ -1,9 +1,9 @@
-"""Scale-out on Ray Serve: a replica is one engine, a stream stays with its replica.
+"""Scale-out on Ray Serve: a replica has one engine, a stream stays with its replica.
 
-`serve run nemostream.serving.integrations.ray_app:build bundle=/models/bundle device=cuda` on a Ray cluster; for Kubernetes see
-`deploy/rayservice.yaml`. Ray's proxy takes connections in, balances them over the replicas by how many streams each
-has, adds and removes replicas, lets one finish its streams before it goes, and replaces one that died.
-Riva's gRPC is not served: Ray's gRPC proxy does not carry streams in both directions.
+`serve run nemostream.serving.integrations.ray_app:build bundle=/models/bundle device=cuda` on a Ray cluster; for
+Kubernetes see `deploy/rayservice.yaml`. Ray's proxy accepts connections, balances them by the number of streams per
+replica, adds and removes replicas, drains a replica before it removes it, and replaces one that died. Riva's gRPC is
+not available: Ray's gRPC proxy does not support bidirectional streams.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from nemostream.serving.server import log_to_stderr
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
-_FILL = 0.7  # of a replica's streams; beyond it another replica is started
-_RAYS = ("host", "port", "grpc_port", "tls_cert", "tls_key")
-_SHARED_SECONDS = 5.0
+_TARGET_LOAD = 0.7  # share of a replica's streams above which another replica is started
+_RAY_OPTIONS = ("host", "port", "grpc_port", "tls_cert", "tls_key")  # set by Ray, not by the application
+_METRICS_SECONDS = 5.0  # between two exports of metrics
 
 
 class Replica:
@@ -35,13 +35,13 @@ class Replica:
         log_to_stderr(settings.log_format == "text")
         self._service = Service(settings)
         await asyncio.to_thread(self._service.start)
-        self._tasks = [asyncio.create_task(self._service.watch()), asyncio.create_task(self._share())]
+        self._tasks = [asyncio.create_task(self._service.monitor()), asyncio.create_task(self._export_metrics())]
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:  # what Ray calls for the application, after the constructor
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # called by Ray after the constructor
         return create_app(self._service)
 
     async def check_health(self) -> None:
-        """Ray asks every few seconds, and replaces a replica that raises."""
+        """Raise if the replica must be replaced. Called by Ray every few seconds."""
         if self._service.state != "ready" or any(task.done() for task in self._tasks):
             raise BackendError(f"the engine is {self._service.state}.")
 
@@ -50,8 +50,8 @@ class Replica:
             task.cancel()
         await asyncio.to_thread(self._service.close)
 
-    async def _share(self) -> None:
-        """Give Ray our counters and gauges: behind its proxy `/metrics` answers for any one of the replicas."""
+    async def _export_metrics(self) -> None:
+        """Export counters and gauges to Ray: behind its proxy `/metrics` is that of an arbitrary replica."""
         gauges: dict[str, ray_metrics.Gauge] = {}
         while True:
             for family in self._service.metrics.registry.collect():
@@ -61,36 +61,36 @@ class Replica:
                     if sample.name not in gauges:
                         gauges[sample.name] = ray_metrics.Gauge(sample.name, family.documentation, tuple(sample.labels))
                     gauges[sample.name].set(sample.value, sample.labels)
-            await asyncio.sleep(_SHARED_SECONDS)
+            await asyncio.sleep(_METRICS_SECONDS)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application, of the options of `nemostream serve` (by name, as in its file), and two more.
+    """Return the application. `args` are options of `nemostream serve` (by name, as in its file), and two more.
 
-    `min_replicas` and `max_replicas` (1 and 8) bound what autoscaling does; a replica has one GPU, or `threads` (1) of
-    a CPU. Addresses and TLS are Ray's (`http_options`, an ingress). Raises `OptionError` for what cannot be used.
+    `min_replicas` and `max_replicas` (1 and 8) limit autoscaling. A replica uses one GPU, or `threads` (1) CPUs.
+    Addresses and TLS are configured in Ray (`http_options`, an ingress). Raises `OptionError` for invalid options.
     """
-    given = dict(args)
-    least, most = int(given.pop("min_replicas", 1)), int(given.pop("max_replicas", 8))
-    if foreign := [name for name in _RAYS if name in given]:
-        raise OptionError(f"{foreign[0]} is not an option here: Ray's proxy listens, see Ray's http_options.")
-    settings = read_settings([_flag(name, value) for name, value in given.items()])
-    settings.host = "0.0.0.0"  # where Ray's proxy listens, which decides the addresses that clients may name
+    options = dict(args)
+    min_replicas, max_replicas = int(options.pop("min_replicas", 1)), int(options.pop("max_replicas", 8))
+    if unsupported := [name for name in _RAY_OPTIONS if name in options]:
+        raise OptionError(f"{unsupported[0]} is not supported with Ray Serve: set it in Ray's http_options.")
+    settings = read_settings([_flag(name, value) for name, value in options.items()])
+    settings.host = "0.0.0.0"  # the address of Ray's proxy: clients may use literal addresses in the Host header
     if settings.device == "cpu" and settings.threads is None:
-        settings.threads = 1  # or the replicas of a machine fight for its cores
+        settings.threads = 1  # replicas on one machine share its cores
     resources = {"num_gpus": 1} if settings.device != "cpu" else {"num_cpus": settings.threads}
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="nemostream",
         ray_actor_options=resources,
-        # Whether a stream is let in is the replica's to say, which measured itself: no queue before it.
+        # The replica, which measured its throughput, admits streams; there is no queue in front of it.
         max_ongoing_requests=2 * settings.max_streams,
         autoscaling_config={
-            "min_replicas": least,
-            "max_replicas": most,
-            "initial_replicas": least,
-            "target_ongoing_requests": _FILL * settings.max_streams,
-            # Streams last for minutes: look at now, add soon, take away late.
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas,
+            "initial_replicas": min_replicas,
+            "target_ongoing_requests": _TARGET_LOAD * settings.max_streams,
+            # Streams last for minutes: use recent load, scale up soon, scale down late.
             "metrics_interval_s": 2,
             "look_back_period_s": 6,
             "upscale_delay_s": 5,
@@ -103,8 +103,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     return deployment.bind(settings)
 
 
-class Goodbye:
-    """Around Ray's proxy: a WebSocket whose replica died is closed with 1012 and a reason, not cut off."""
+class CloseOnReplicaFailure:
+    """Middleware of Ray's proxy that closes a WebSocket with 1012 and a reason when its replica died."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -112,30 +112,34 @@ class Goodbye:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "websocket":
             return await self._app(scope, receive, send)
-        open_ = False
+        is_open = False
 
-        async def received() -> Message:
-            nonlocal open_
+        async def receive_tracked() -> Message:
+            nonlocal is_open
             message = await receive()
-            open_ = open_ and message["type"] != "websocket.disconnect"
+            is_open = is_open and message["type"] != "websocket.disconnect"
             return message
 
-        async def sent(message: Message) -> None:
-            nonlocal open_
+        async def send_tracked(message: Message) -> None:
+            nonlocal is_open
             await send(message)
-            open_ = (open_ or message["type"] == "websocket.accept") and message["type"] != "websocket.close"
+            is_open = (is_open or message["type"] == "websocket.accept") and message["type"] != "websocket.close"
 
         try:
-            await self._app(scope, received, sent)
+            await self._app(scope, receive_tracked, send_tracked)
         finally:
-            if open_:
-                reason = "the engine of this stream is gone; connect again for another one."
+            if is_open:
+                reason = "the engine of this stream is gone; connect again."
                 await send({"type": "websocket.close", "code": 1012, "reason": reason})
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """For the nodes' environment, as `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: module, colon, this name."""
-    return [Middleware(Goodbye)]
+    """Return the middlewares of Ray's proxy.
+
+    Ray loads them if `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` is
+    `nemostream.serving.integrations.ray_app:proxy_middlewares` in the environment of every node.
+    """
+    return [Middleware(CloseOnReplicaFailure)]
 
 
 def _flag(name: str, value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The model inside NVIDIA's Triton Inference Server: a Python backend whose sequences are live streams.
+"""NVIDIA's Triton Inference Server: a Python backend whose sequences are live streams.
 
-Triton's sequence batcher gathers what many clients sent and keeps a client's requests in order and on one engine. The
-repository that `write_repository` makes needs nothing but nemostream in Triton's Python.
+Triton's sequence batcher batches the requests of many clients, and keeps a client's requests in order and on one
+engine. The model repository of `write_repository` needs only nemostream in Triton's Python.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nemostream.runtime.text.words import Result
 NAME = "nemostream"
 _MODEL = '''"""Written by `nemostream export --triton`."""
 
-# Triton's Python needs nemostream. The installation that wrote this file is repeated by: {install}
+# Triton's Python needs nemostream. To install the version that wrote this file: {install}
 
 from nemostream.serving.integrations.triton import TritonPythonModel  # noqa: F401
 '''
 _CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first
-# piece, END with the last one, which may be empty. The parameter chunk_ms of the first one chooses the chunk size.
+# request, END with the last one, whose audio may be empty. The parameter chunk_ms of the first one sets the chunk size.
 name: "{name}"
 backend: "python"
 max_batch_size: {streams}
@@ -37,7 +37,7 @@ input [
   {{ name: "AUDIO" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }}
 ]
 output [
-  {{ name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }}, # all that was said so far; never taken back
+  {{ name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }}, # the whole transcript so far; only appended to
   {{ name: "WORD_STARTS" data_type: TYPE_FP32 dims: [ -1 ] }} # seconds
 ]
 sequence_batching {{
@@ -48,28 +48,28 @@ sequence_batching {{
   ]
   oldest {{ max_candidate_sequences: {streams} max_queue_delay_microseconds: 2000 }}
 }}
-instance_group [ {{ kind: KIND_CPU count: 1 }} ] # one engine; `device` says where it computes
+instance_group [ {{ kind: KIND_CPU count: 1 }} ] # one engine, on `device`
 parameters [
   {{ key: "chunk_ms" value: {{ string_value: "{chunk_ms}" }} }},
   {{ key: "device" value: {{ string_value: "cpu" }} }}, # cpu, or cuda
-  {{ key: "precision" value: {{ string_value: "" }} }}, # of the engines `nemostream build` made; empty: the default
+  {{ key: "precision" value: {{ string_value: "" }} }}, # of engines built by `nemostream build`; empty: the default
   {{ key: "engines" value: {{ string_value: "" }} }}, # their folder; empty: ~/.cache/nemostream/engines
   {{ key: "threads" value: {{ string_value: "" }} }} # of ONNX Runtime on a CPU; empty: every core
 ]
 """
 _IDLE_SECONDS = 30
-_SPARE = 16  # slots for sequences that Triton gave up and we have not heard of yet
+_SPARE_SLOTS = 16  # for sequences that Triton ended without notice
 
 
 def bundle_in(repository: Path) -> Path:
-    """Where the bundle lies in a model repository."""
+    """Return the path of the bundle in a model repository."""
     return repository / NAME / "1" / "bundle"
 
 
 def write_repository(repository: Path, *, chunk_ms: int = 560, streams: int = 256) -> None:
-    """Make a model repository of a folder that has a bundle at `bundle_in(repository)`.
+    """Turn a folder with a bundle at `bundle_in(repository)` into a model repository.
 
-    A `config.pbtxt` that is there already is somebody's, and stays. Raises `BundleError` if there is no bundle.
+    An existing `config.pbtxt` is kept. Raises `BundleError` if there is no bundle.
     """
     version = bundle_in(repository).parent
     Bundle.open(bundle_in(repository)).manifest.chunk(chunk_ms)
@@ -81,61 +81,60 @@ def write_repository(repository: Path, *, chunk_ms: int = 560, streams: int = 25
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls. Requests of one call belong to different sequences and share steps."""
+    """The interface of Triton's Python backend. Requests of one call belong to different sequences and share steps."""
 
     def initialize(self, args: dict[str, Any]) -> None:
         config = json.loads(args["model_config"])
-        given = {name: value["string_value"] for name, value in config["parameters"].items()}
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._model = nemostream.load(
             bundle,
-            int(given["chunk_ms"]),
-            capacity=config["max_batch_size"] + _SPARE,
-            device=given["device"],
-            precision=given["precision"] or None,
-            engines=given["engines"] or None,
-            threads=int(given["threads"]) if given["threads"] else None,
+            int(parameters["chunk_ms"]),
+            capacity=config["max_batch_size"] + _SPARE_SLOTS,
+            device=parameters["device"],
+            precision=parameters["precision"] or None,
+            engines=parameters["engines"] or None,
+            threads=int(parameters["threads"]) if parameters["threads"] else None,
         )
-        self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # and when they were heard last
+        self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # with the time of their last request
         self._loop = asyncio.new_event_loop()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self._loop.run_until_complete(self._all(requests))
+        return self._loop.run_until_complete(self._execute(requests))
 
     def finalize(self) -> None:
         self._model.close()
         self._loop.close()
 
-    async def _all(self, requests: list[Any]) -> list[Any]:
+    async def _execute(self, requests: list[Any]) -> list[Any]:
         now = time.monotonic()
-        for name, (stream, heard) in list(self._streams.items()):
-            if now - heard > 2 * _IDLE_SECONDS:  # Triton let it go without an END
+        for name, (stream, last_request) in list(self._streams.items()):
+            if now - last_request > 2 * _IDLE_SECONDS:  # Triton ended the sequence without END
                 stream.close()
                 del self._streams[name]
-        return await asyncio.gather(*(self._one(request) for request in requests))
+        return await asyncio.gather(*(self._respond(request) for request in requests))
 
-    async def _one(self, request: Any) -> Any:
+    async def _respond(self, request: Any) -> Any:
         import triton_python_backend_utils as pb_utils  # only inside Triton
 
-        def given(name: str) -> Any:
+        def tensor(name: str) -> Any:
             return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
         name = str(request.correlation_id())  # not a control input: Triton 2.x fails to batch those of strings
         try:
-            result = await self._heard(
+            result = await self._process(
                 name,
-                given("AUDIO").reshape(-1),
-                bool(given("START").flat[0]),
-                bool(given("END").flat[0]),
+                tensor("AUDIO").reshape(-1),
+                bool(tensor("START").flat[0]),
+                bool(tensor("END").flat[0]),
                 json.loads(request.parameters() or "{}"),
             )
-        except Exception as error:  # of this stream alone; the others of the call go on
+        except Exception as error:  # of this stream only; the other requests of the call continue
             if stream := self._streams.pop(name, None):
                 stream[0].close()
-            known = isinstance(error, NemostreamError)
-            return pb_utils.InferenceResponse(
-                [], pb_utils.TritonError(str(error) if known else f"the stream failed ({error!r}); begin it anew.")
-            )
+            expected = isinstance(error, NemostreamError)
+            message = str(error) if expected else f"the stream failed ({error!r}); start a new sequence."
+            return pb_utils.InferenceResponse([], pb_utils.TritonError(message))
         starts = [word.start for word in result.words]
         return pb_utils.InferenceResponse(
             [
@@ -144,7 +143,7 @@ class TritonPythonModel:
             ]
         )
 
-    async def _heard(
+    async def _process(
         self, name: str, audio: np.ndarray[Any, Any], start: bool, end: bool, options: dict[str, Any]
     ) -> Result:
         if start:
@@ -152,7 +151,7 @@ class TritonPythonModel:
                 old[0].close()
             self._streams[name] = self._model.astream(chunk_ms=options.get("chunk_ms")), time.monotonic()
         elif name not in self._streams:
-            raise OptionError("the sequence is not open: it failed, or was idle for too long; begin it anew.")
+            raise OptionError("the sequence is not open: it failed, or was idle for too long; start a new one.")
         stream = self._streams[name][0]
         self._streams[name] = stream, time.monotonic()
         if len(audio):

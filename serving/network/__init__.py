@@ -1,1 +1,1 @@
-"""Connections, access control and trusted proxies."""
+"""Connections, access control, trusted proxies and error responses."""

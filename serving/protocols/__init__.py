@@ -1,1 +1,1 @@
-"""The protocols of the server: HTTP, WebSocket, OpenAI Realtime, Riva gRPC."""
+"""Protocols of the server: HTTP, WebSocket, OpenAI Realtime, Riva gRPC."""

@@ -1,10 +1,10 @@
 """NVIDIA Riva's speech recognition over gRPC: `RivaSpeechRecognition` and gRPC's health service.
 
-The messages are those of NVIDIA's own package, `nvidia-riva-client`. Its clients send files with their headers, also
-to `StreamingRecognize`: a session (`session.py`) takes WAV, other containers are for `Recognize`.
+The messages are those of NVIDIA's package `nvidia-riva-client`. Its clients send files with their headers, also to
+`StreamingRecognize`: a session (`session.py`) accepts WAV, other containers need `Recognize`.
 
-Every field of the messages is supported, rejected by name or ignored; docs/protocols.md lists them. Riva advises a
-boost of 20 to 100 for phrases; 20 is NeMo's usual weight, 1.
+Every field of the messages is supported, rejected by name or ignored; docs/protocols.md lists them. Riva recommends a
+boost of 20 to 100 for phrases; a boost of 20 is a weight of 1, NeMo's usual weight.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_as
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.audio.containers import container_of
 from nemostream.runtime.text.events import Event
-from nemostream.serving.network.access import Client, given_key, key_number, keys_of, shown
+from nemostream.serving.client import Client, shorten
+from nemostream.serving.errors import Expired, status_of
+from nemostream.serving.network.access import key_number, keys_of, request_key
 from nemostream.serving.network.proxies import TrustedProxies
 from nemostream.serving.service import Service
-from nemostream.serving.session import Draining, Expired, Session
+from nemostream.serving.session import Session
 from nemostream.serving.uploads.upload import Upload
 
 log = logging.getLogger("nemostream.serving")
@@ -37,16 +39,17 @@ _ENCODINGS = {
     riva_audio_pb2.AudioEncoding.MULAW: "mulaw",
     riva_audio_pb2.AudioEncoding.ALAW: "alaw",
 }
-_FIRST_SECONDS = 10.0  # for the first message of a stream
-_CLIENT: ContextVar[Client] = ContextVar("client")  # of the call that this task handles
-_BOOST = 20.0  # of Riva's, that is a weight of 1
-_CUSTOM = ("chunk_ms", "itn")  # keys of custom_configuration
+_FILE_ENCODINGS = (riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncoding.OGGOPUS)
+_CONFIG_SECONDS = 10.0  # for the first message of a stream
+_CLIENT: ContextVar[Client] = ContextVar("client")  # of the call that the current task handles
+_UNIT_BOOST = 20.0  # Riva's boost for a weight of 1
+_CUSTOM_KEYS = ("chunk_ms", "itn")  # of custom_configuration
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def add_to(server: grpc.aio.Server, service: Service) -> None:
-    """Serve Riva's recognition, and gRPC's health."""
-    riva_asr_pb2_grpc.add_RivaSpeechRecognitionServicer_to_server(_Riva(service), server)
+    """Add Riva's recognition and gRPC's health service to a server."""
+    riva_asr_pb2_grpc.add_RivaSpeechRecognitionServicer_to_server(_Recognizer(service), server)
     health_pb2_grpc.add_HealthServicer_to_server(_Health(service), server)
 
 
@@ -55,16 +58,16 @@ class _Health(health_pb2_grpc.HealthServicer):
         self._service = service
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        kinds = health_pb2.HealthCheckResponse.ServingStatus
+        statuses = health_pb2.HealthCheckResponse.ServingStatus
         serving = self._service.state == "ready"
-        return health_pb2.HealthCheckResponse(status=kinds.SERVING if serving else kinds.NOT_SERVING)
+        return health_pb2.HealthCheckResponse(status=statuses.SERVING if serving else statuses.NOT_SERVING)
 
 
-class Admission(grpc.aio.ServerInterceptor):
-    """Rejects a call before its first message is read: without a key, and where there is no place for a recording.
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Rejects calls before their first message is read: those without a valid key, and recordings above the limits.
 
     gRPC reads the message of a unary call before it calls the handler, whatever its size. The handlers returned here
-    have the streaming kind, which is the same on the wire, and read when they ask for it.
+    are of the streaming kind, which is the same on the wire, and read the message themselves.
     """
 
     def __init__(self, service: Service) -> None:
@@ -76,32 +79,47 @@ class Admission(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc.health."):
             return handler
-        sent = {name: _text(value) for name, value in details.invocation_metadata or ()}
-        sent.setdefault("authorization", sent.get("authorization-bin", ""))  # gRPC's way to send a key beyond ASCII
-        number = key_number(given_key(sent), self._keys) if self._keys else None
+        metadata = {name: _text(value) for name, value in details.invocation_metadata or ()}
+        # authorization-bin is gRPC's way to send a key that is not ASCII.
+        metadata.setdefault("authorization", metadata.get("authorization-bin", ""))
+        number = key_number(request_key(metadata), self._keys) if self._keys else None
         if self._keys and number is None:
             return grpc.stream_stream_rpc_method_handler(self._deny)
         key = "" if number is None else f"key {number}"
-        if not handler.unary_unary:
-            return grpc.stream_stream_rpc_method_handler(
-                self._with_client(handler.stream_stream, key), handler.request_deserializer, handler.response_serializer
+        if handler.unary_unary:
+            is_recording = details.method.endswith("/Recognize")
+            return grpc.stream_unary_rpc_method_handler(
+                self._unary(handler.unary_unary, key, is_recording),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
+        return grpc.stream_stream_rpc_method_handler(
+            self._streaming(handler.stream_stream, key), handler.request_deserializer, handler.response_serializer
+        )
 
+    def _streaming(self, handler: Any, key: str) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            _CLIENT.set(self._client(context, key))
+            await handler(requests, context)
+
+        return handle
+
+    def _unary(self, handler: Any, key: str, is_recording: bool) -> Any:
         async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
             _CLIENT.set(self._client(context, key))
-            if details.method.endswith("/Recognize"):
-                try:
-                    place = self._service.uploads.admit(None, _CLIENT.get())
-                except CapacityError as error:
-                    await _abort(context, error)
-                with place:
-                    return await handler.unary_unary(await self._first(requests, context), context)
-            return await handler.unary_unary(await self._first(requests, context), context)
+            if not is_recording:
+                return await handler(await self._receive_one(requests, context), context)
+            try:
+                admission = self._service.uploads.admit(None, _CLIENT.get())
+            except CapacityError as error:
+                await _abort(context, error)
+            with admission:
+                return await handler(await self._receive_one(requests, context), context)
 
-        return grpc.stream_unary_rpc_method_handler(handle, handler.request_deserializer, handler.response_serializer)
+        return handle
 
-    async def _first(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
-        """The one message of a unary call."""
+    async def _receive_one(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+        """Return the message of a unary call."""
         try:
             async with asyncio.timeout(self._service.settings.body_seconds):
                 return await anext(requests)
@@ -110,23 +128,16 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _deny(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         self._service.metrics.denied.labels("key").inc()
-        log.warning("denied", extra={"why": "key", "peer": self._client(context, "").address})
+        log.warning("request denied", extra={"reason": "key", "peer": self._client(context, "").address})
         await context.abort(
             grpc.StatusCode.UNAUTHENTICATED, "an API key is required: send authorization: Bearer KEY in the metadata."
         )
 
-    def _with_client(self, handler: Any, key: str) -> Any:
-        async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-            _CLIENT.set(self._client(context, key))
-            await handler(requests, context)
-
-        return handle
-
     def _client(self, context: grpc.aio.ServicerContext, key: str) -> Client:
         kind, _, rest = str(context.peer()).partition(":")
         peer = unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else str(context.peer())
-        sent = [_text(value) for name, value in context.invocation_metadata() or () if name == "x-forwarded-for"]
-        address = self._proxies.client(peer, ",".join(sent))
+        forwarded = [_text(value) for name, value in context.invocation_metadata() or () if name == "x-forwarded-for"]
+        address = self._proxies.client(peer, ",".join(forwarded))
         return Client(key or address, address)
 
 
@@ -134,7 +145,7 @@ def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else value.decode("latin-1")
 
 
-class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
+class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
 
@@ -143,15 +154,15 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             await self._stream(requests, context)
         except NemostreamError as error:
             if isinstance(error, Expired):
-                self._service.metrics.dropped.inc()
+                self._service.metrics.timeouts.inc()
             await _abort(context, error)
 
     async def Recognize(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            answer = await self._recognize(request)
+            response = await self._recognize(request)
             if request.HasField("id"):
-                answer.id.CopyFrom(request.id)
-            return answer
+                response.id.CopyFrom(request.id)
+            return response
         except NemostreamError as error:
             await _abort(context, error)
 
@@ -162,9 +173,9 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             await _abort(context, error)
         if request.model_name not in ("", manifest.name):
             await _abort(
-                context, OptionError(f"there is no model {shown(request.model_name)!r}, only {manifest.name!r}.")
+                context, OptionError(f"there is no model {shorten(request.model_name)!r}, only {manifest.name!r}.")
             )
-        answer = riva_asr_pb2.RivaSpeechRecognitionConfigResponse
+        response = riva_asr_pb2.RivaSpeechRecognitionConfigResponse
         parameters = {
             "language_code": "en-US",
             "sample_rate": str(manifest.features.sample_rate),
@@ -174,24 +185,24 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             "chunk_ms": str(self._service.settings.chunk_ms),
             "chunks_ms": ",".join(map(str, self._service.chunks)),
         }
-        return answer(model_config=[answer.Config(model_name=manifest.name, parameters=parameters)])
+        return response(model_config=[response.Config(model_name=manifest.name, parameters=parameters)])
 
     async def _stream(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-        """Take in a client's audio, and write what it says."""
+        """Transcribe a stream. Raises `NemostreamError`."""
         try:
-            async with asyncio.timeout(min(_FIRST_SECONDS, self._service.settings.idle_seconds)):
+            async with asyncio.timeout(min(_CONFIG_SECONDS, self._service.settings.idle_seconds)):
                 first = await anext(aiter(requests), None)
         except TimeoutError:
-            raise Expired(f"no streaming_config came in {_FIRST_SECONDS:.0f} s.") from None
+            raise Expired(f"no streaming_config was received in {_CONFIG_SECONDS:.0f} s.") from None
         if first is None or not first.HasField("streaming_config"):
             raise OptionError("the first message of a stream must be its streaming_config.")
-        wanted = first.streaming_config
-        _forced(first)
-        request_id = first.id if first.HasField("id") else None
-        options = await self._options(wanted.config)
+        _force_eou(first)
+        config = first.streaming_config
+        writer = _ResponseWriter(context, config, first.id if first.HasField("id") else None)
+        options = await self._options(config.config)
         session: Session | None = None
         try:
-            session = self._open(wanted.config, options)
+            session = self._open(config.config, options)
             while True:
                 async with session.receiving():
                     request = await anext(aiter(requests), None)
@@ -199,18 +210,18 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
                     break
                 if request.HasField("streaming_config"):
                     raise OptionError("streaming_config can only be in the first message of a stream.")
-                await _write(context, session, wanted, request_id, await session.push(request.audio_content))
-                if _forced(request):  # the end of the utterance is after the audio of its message
-                    await _write(context, session, wanted, request_id, await session.commit())
-            await _write(context, session, wanted, request_id, await session.finish())
+                await writer.write(session, await session.push(request.audio_content))
+                if _force_eou(request):  # the utterance ends after the audio of its message
+                    await writer.write(session, await session.commit())
+            await writer.write(session, await session.finish())
         except BaseException as error:
             if session:
-                session.close(str(error) if isinstance(error, NemostreamError) else "the client hung up")
+                session.close(str(error) if isinstance(error, NemostreamError) else "the client disconnected")
             raise
         session.close()
 
     async def _options(self, config: Any) -> dict[str, Any]:
-        """The options of `Service.open`; phrases are compiled on a thread."""
+        """Return the options for `Service.open`; phrases are compiled on a thread."""
         options = _options(config)
         return options | {
             "phrases": await self._service.compile_phrases(options.get("phrases")),
@@ -222,12 +233,11 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         if encoding is None:
             names = {number: name for name, number in riva_audio_pb2.AudioEncoding.items()}
             name = names.get(config.encoding, f"encoding {config.encoding}")
-            raise OptionError(f"a stream of {name} cannot be read; send LINEAR_PCM, MULAW or ALAW, or use Recognize.")
-        rate, channels = config.sample_rate_hertz or 16000, config.audio_channel_count or 1
+            raise OptionError(f"streams of {name} are not supported; send LINEAR_PCM, MULAW or ALAW, or use Recognize.")
         return self._service.open(
             "riva",
-            sample_rate=rate,
-            channels=channels,
+            sample_rate=config.sample_rate_hertz or 16000,
+            channels=config.audio_channel_count or 1,
             encoding=encoding,
             upload=upload,
             client=_CLIENT.get(),
@@ -235,57 +245,68 @@ class _Riva(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         )
 
     async def _recognize(self, request: Any) -> Any:
+        """Transcribe a recording. Raises `NemostreamError`."""
         config, options = request.config, await self._options(request.config)
-        files = riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncoding.OGGOPUS
-        if container_of(request.audio) or config.encoding in files:
-            with tempfile.TemporaryFile(prefix="nemostream-", buffering=0) as file:
-                file.write(request.audio)
-                upload = Upload(self._service, "riva", file.fileno(), "the audio", client=_CLIENT.get(), **options)
-                events = [event async for event in upload if event and event.kind == "final"]
-                seconds = upload.seconds
+        if container_of(request.audio) or config.encoding in _FILE_ENCODINGS:
+            events, seconds = await self._recognize_file(request.audio, options)
         else:
-            block = self._service.settings.max_message_bytes
-            async with self._open(config, options, upload=True) as session:
-                most = self._service.settings.max_upload_seconds
-                events = []
-                for start in range(0, len(request.audio), block):
-                    events += await session.push(request.audio[start : start + block])
-                    if session.audio > most:
-                        raise AudioError(f"the audio lasts more than {most:.0f} s, the longest allowed.")
-                events = [event for event in [*events, *await session.finish()] if event.kind == "final"]
-                seconds = session.audio
+            events, seconds = await self._recognize_samples(request.audio, config, options)
         results = [
             riva_asr_pb2.SpeechRecognitionResult(
                 alternatives=[_alternative(event, config)], channel_tag=1, audio_processed=event.audio
             )
             for event in events
+            if event.kind == "final"
         ]
         if not results:
             results = [riva_asr_pb2.SpeechRecognitionResult(channel_tag=1, audio_processed=seconds)]
         return riva_asr_pb2.RecognizeResponse(results=results)
 
+    async def _recognize_file(self, audio: bytes, options: dict[str, Any]) -> tuple[list[Event], float]:
+        """Return the events and the duration in seconds of a file."""
+        with tempfile.TemporaryFile(prefix="nemostream-", buffering=0) as file:
+            file.write(audio)
+            upload = Upload(self._service, "riva", file.fileno(), "the audio", client=_CLIENT.get(), **options)
+            return [event async for event in upload if event], upload.seconds
 
-async def _write(
-    context: grpc.aio.ServicerContext, session: Session, wanted: Any, request_id: Any, events: Iterable[Event]
-) -> None:
-    for event in events:
-        if event.kind == "end" or (event.kind == "partial" and not wanted.interim_results):
-            continue
-        result = riva_asr_pb2.StreamingRecognitionResult(
-            alternatives=[_alternative(event, wanted.config)],
-            is_final=event.kind == "final",
-            stability=1.0,
-            channel_tag=1,
-            audio_processed=event.audio,
-        )
-        async with session.sending():
-            await context.write(riva_asr_pb2.StreamingRecognizeResponse(results=[result], id=request_id))
+    async def _recognize_samples(self, audio: bytes, config: Any, options: dict[str, Any]) -> tuple[list[Event], float]:
+        """Return the events and the duration in seconds of samples in the encoding of `config`."""
+        block, max_seconds = self._service.settings.max_message_bytes, self._service.settings.max_upload_seconds
+        async with self._open(config, options, upload=True) as session:
+            events = []
+            for start in range(0, len(audio), block):
+                events += await session.push(audio[start : start + block])
+                if session.audio > max_seconds:
+                    raise AudioError(f"the audio is longer than {max_seconds:.0f} s, the longest allowed.")
+            return events + await session.finish(), session.audio
+
+
+class _ResponseWriter:
+    """Writes the results of a stream."""
+
+    def __init__(self, context: grpc.aio.ServicerContext, config: Any, request_id: Any) -> None:
+        self._context, self._config, self._request_id = context, config, request_id
+
+    async def write(self, session: Session, events: Iterable[Event]) -> None:
+        for event in events:
+            if event.kind == "end" or (event.kind == "partial" and not self._config.interim_results):
+                continue
+            result = riva_asr_pb2.StreamingRecognitionResult(
+                alternatives=[_alternative(event, self._config.config)],
+                is_final=event.kind == "final",
+                stability=1.0,
+                channel_tag=1,
+                audio_processed=event.audio,
+            )
+            response = riva_asr_pb2.StreamingRecognizeResponse(results=[result], id=self._request_id)
+            async with session.sending():
+                await self._context.write(response)
 
 
 def _alternative(event: Event, config: Any) -> Any:
     words = event.words
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
-        # Clients join the results of a recording as they are, so a final one ends with a space, as Riva's do.
+        # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
         transcript=event.text + (" " if event.kind == "final" else ""),
         confidence=min((word.confidence for word in words), default=0.0),
         language_code=["en-US"],
@@ -305,30 +326,30 @@ def _alternative(event: Event, config: Any) -> Any:
 
 
 def _options(config: Any) -> dict[str, Any]:
-    """What `Service.open` is to know. Raises `OptionError` for what cannot be done."""
+    """Return the options of a recognition config. Raises `OptionError` for those that are not supported."""
     language = config.language_code.lower()
     if language and not language.startswith(("en", "multi")):
-        raise OptionError(f"language_code is {shown(config.language_code)!r}; this model knows English.")
-    for wanted, name in (
+        raise OptionError(f"language_code is {shorten(config.language_code)!r}; this model supports English only.")
+    for enabled, name in (
         (config.diarization_config.enable_speaker_diarization, "speaker diarization"),
         (config.enable_separate_recognition_per_channel, "separate recognition per channel"),
         (config.profanity_filter, "a profanity filter"),
     ):
-        if wanted:
-            raise OptionError(f"{name} is not available here.")
+        if enabled:
+            raise OptionError(f"{name} is not supported.")
     for key in config.custom_configuration:
-        if key not in _CUSTOM:
-            raise OptionError(f"custom_configuration has no {shown(key)!r}; its keys are {', '.join(_CUSTOM)}.")
+        if key not in _CUSTOM_KEYS:
+            raise OptionError(f"custom_configuration has no {shorten(key)!r}; its keys are {', '.join(_CUSTOM_KEYS)}.")
     options: dict[str, Any] = {}
-    if chunk := config.custom_configuration.get("chunk_ms"):
-        if not (chunk.isascii() and chunk.isdigit()):  # int() raises ValueError for digits such as "²"
-            raise OptionError(f"chunk_ms is {shown(chunk)!r}; it must be whole milliseconds.")
-        options["chunk_ms"] = int(chunk)
+    if chunk_ms := config.custom_configuration.get("chunk_ms"):
+        if not (chunk_ms.isascii() and chunk_ms.isdigit()):  # int() raises ValueError for digits such as "²"
+            raise OptionError(f"chunk_ms is {shorten(chunk_ms)!r}; it must be a whole number of milliseconds.")
+        options["chunk_ms"] = int(chunk_ms)
     if config.endpointing_config.stop_history:
         options["endpoint_ms"] = config.endpointing_config.stop_history
     if config.speech_contexts:
         options["phrases"] = {
-            phrase: context.boost / _BOOST if context.boost else 1.0
+            phrase: context.boost / _UNIT_BOOST if context.boost else 1.0
             for context in config.speech_contexts
             for phrase in context.phrases
         } or None
@@ -336,43 +357,35 @@ def _options(config: Any) -> dict[str, Any]:
 
 
 def _itn(config: Any) -> bool:
-    """Whether finals are wanted in written form. verbatim_transcripts is false for a client that does not set it, so
-    only its true has a meaning: no normalization."""
-    given = config.custom_configuration.get("itn", "false")
-    if given.lower() not in _FLAGS:
-        raise OptionError(f"itn is {shown(given)!r}; it must be true or false.")
-    wanted = _FLAGS[given.lower()]
-    if wanted and config.verbatim_transcripts:
+    """Return whether inverse text normalization is enabled. Raises `OptionError`.
+
+    verbatim_transcripts is false for clients that do not set it, so only true has a meaning: no normalization.
+    """
+    enabled = _flag("itn", config.custom_configuration.get("itn", "false"))
+    if enabled and config.verbatim_transcripts:
         raise OptionError("verbatim_transcripts and custom_configuration itn exclude each other; set one of them.")
-    return wanted
+    return enabled
 
 
-def _forced(request: Any) -> bool:
-    """Whether a message ends the utterance: runtime_config force_eou."""
+def _force_eou(request: Any) -> bool:
+    """Return whether a message ends the utterance (runtime_config force_eou). Raises `OptionError`."""
     for key in request.runtime_config:
         if key != "force_eou":
-            raise OptionError(f"runtime_config has no {shown(key)!r}; its only key is force_eou.")
-    given = request.runtime_config.get("force_eou", "false")
-    if given.lower() not in _FLAGS:
-        raise OptionError(f"force_eou is {shown(given)!r}; it must be true or false.")
-    return _FLAGS[given.lower()]
+            raise OptionError(f"runtime_config has no {shorten(key)!r}; its only key is force_eou.")
+    return _flag("force_eou", request.runtime_config.get("force_eou", "false"))
+
+
+def _flag(name: str, value: str) -> bool:
+    if value.lower() not in _FLAGS:
+        raise OptionError(f"{name} is {shorten(value)!r}; it must be true or false.")
+    return _FLAGS[value.lower()]
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: NemostreamError) -> NoReturn:
-    kinds = grpc.StatusCode
-    code, hint = kinds.INTERNAL, _hint()
-    if isinstance(error, Draining):
-        code, hint = kinds.UNAVAILABLE, _hint(5000)
-    elif isinstance(error, CapacityError):
-        code, hint = kinds.RESOURCE_EXHAUSTED, _hint(2000)
-    elif isinstance(error, OptionError | AudioError):
-        code = kinds.INVALID_ARGUMENT
-    elif isinstance(error, Expired):
-        code = kinds.DEADLINE_EXCEEDED
-    await context.abort(code, str(error), hint)
+    """End a call with the status for `error`, and when to retry as gRPC's own retries read it."""
+    status = status_of(error)
+    metadata: tuple[tuple[str, str], ...] = ()
+    if status.retry_seconds is not None:
+        metadata = (("grpc-retry-pushback-ms", str(1000 * status.retry_seconds)),)
+    await context.abort(grpc.StatusCode[status.grpc], str(error), metadata)
     raise AssertionError  # abort never returns
-
-
-def _hint(ms: int | None = None) -> tuple[tuple[str, str], ...]:
-    """When to try again, as gRPC's own retries read it."""
-    return () if ms is None else (("grpc-retry-pushback-ms", str(ms)),)

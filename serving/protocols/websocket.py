@@ -1,4 +1,4 @@
-"""`/v1/stream`: binary PCM up, JSON events down. Documented for clients in `docs/websocket.md`."""
+"""`/v1/stream`: binary PCM in, JSON events out. `docs/websocket.md` documents the protocol for clients."""
 
 from __future__ import annotations
 
@@ -7,43 +7,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from starlette.datastructures import QueryParams
-from starlette.responses import Response
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
+from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text.events import Event
-from nemostream.serving.network.access import shown
+from nemostream.runtime.text.words import Word
+from nemostream.serving.client import shorten
+from nemostream.serving.errors import Expired, status_of
+from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
 from nemostream.serving.service import Service
-from nemostream.serving.session import Draining, Expired, Session
+from nemostream.serving.session import Session
 
-PROTOCOL = "nemostream"
-LEAST_TEXT = 8192  # bytes of audio that a text message counts as: handling one costs about as much
-MOST_TEXT = 1 << 16  # characters of a message without audio: parsing one must not keep the event loop from others
-_CODES: tuple[tuple[type[NemostreamError], str, int], ...] = (
-    (Draining, "draining", 1012),
-    (CapacityError, "capacity", 1013),
-    (OptionError, "option", 1008),
-    (AudioError, "audio", 1007),
-    (Expired, "expired", 1008),
-    (NemostreamError, "model", 1011),
-)
-
-
-def name_of(error: NemostreamError) -> tuple[str, int]:
-    """An error's name in events, and the code that the socket is closed with."""
-    return next((name, code) for kind, name, code in _CODES if isinstance(error, kind))
-
-
-async def deny(socket: WebSocket, error: NemostreamError) -> None:
-    """Refuse a connection that is not accepted yet, as HTTP would."""
-    from nemostream.serving.protocols.http import refusal
-
-    response: Response = refusal(error)
-    await socket.send_denial_response(response)
+SUBPROTOCOL = "nemostream"
 
 
 async def serve(socket: WebSocket, service: Service) -> None:
-    """One connection."""
+    """Serve one connection."""
     try:
         options = _options(socket.query_params)
         words = options.pop("words")
@@ -51,74 +30,86 @@ async def serve(socket: WebSocket, service: Service) -> None:
         options["normalizer"] = await service.normalizer(options.pop("itn"))
         session = service.open("websocket", client=socket.scope["nemostream.client"], **options)
     except NemostreamError as error:
-        return await deny(socket, error)
+        return await reject(socket, error)
     async with session:
-        await socket.accept(PROTOCOL if PROTOCOL in socket.scope.get("subprotocols", ()) else None)
+        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None)
         try:
-            await _talk(socket, session, service, words)
+            await _Connection(socket, session, service, words).run()
         except NemostreamError as error:
             session.close(str(error))
             if isinstance(error, Expired):
-                service.metrics.dropped.inc()
-            await hang_up(socket, error, {"type": "error", "code": name_of(error)[0], "message": str(error)})
+                service.metrics.timeouts.inc()
+            event = {"type": "error", "code": status_of(error).code, "message": str(error)}
+            await close_with_error(socket, error, event)
         except WebSocketDisconnect:
-            session.close("the client hung up")
+            session.close("the client disconnected")
 
 
-async def hang_up(socket: WebSocket, error: NemostreamError, event: dict[str, Any]) -> None:
-    """Tell why, and close; a client that is gone does not matter."""
-    try:
-        unread = isinstance(error, Expired) and error.unread  # one more event would hang too
-        if socket.application_state == WebSocketState.CONNECTED and not unread:
-            await socket.send_text(json.dumps(event))
-        await socket.close(name_of(error)[1], str(error).encode()[:120].decode(errors="ignore"))
-    except (RuntimeError, WebSocketDisconnect):
-        pass
+class _Connection:
+    """An accepted connection. With `words`, events list words with times and confidence."""
 
+    def __init__(self, socket: WebSocket, session: Session, service: Service, words: bool) -> None:
+        self._socket, self._session, self._service, self._words = socket, session, service, words
 
-async def _talk(socket: WebSocket, session: Session, service: Service, words: bool) -> None:
-    await _send(
-        socket, session, {"type": "ready", "stream": session.id, "chunk_ms": session.wanted_ms, **_model(service)}
-    )
-    while True:
-        async with session.receiving():
-            message = await socket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1006))
-        if (data := message.get("bytes")) is not None:
-            await _tell(socket, session, await session.push(data), words)
-            continue
-        text = message.get("text") or "{}"
-        await session.pace(max(len(text), LEAST_TEXT))
-        kind, order = _order(text)
+    async def run(self) -> None:
+        """Process messages until the client finishes. Raises `NemostreamError` and `WebSocketDisconnect`."""
+        session = self._session
+        await self._send(
+            {
+                "type": "ready",
+                "stream": session.id,
+                "chunk_ms": session.requested_ms,
+                "model": self._service.model.manifest.name,
+            }
+        )
+        finished = False
+        while not finished:
+            async with session.receiving():
+                message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", 1006))
+            if (data := message.get("bytes")) is not None:
+                await self._send_events(await session.push(data))
+            else:
+                finished = await self._handle_text(message.get("text") or "{}")
+        await self._socket.close()
+
+    async def _handle_text(self, text: str) -> bool:
+        """Process a text message. Return whether the stream is finished."""
+        session = self._session
+        await session.pace(max(len(text), MIN_TEXT_BYTES))
+        kind, message = _parse(text)
         if kind == "commit":
-            await _tell(socket, session, await session.commit(), words)
-            await _send(socket, session, {"type": "committed", "audio": round(session.audio, 3)})
-        elif kind == "use":
-            service.set_chunk_ms(session, order.get("chunk_ms"))
+            await self._send_events(await session.commit())
+            await self._send({"type": "committed", "audio": round(session.audio, 3)})
+        elif kind == "configure":
+            self._service.set_chunk_ms(session, message.get("chunk_ms"))
         elif kind == "finish":
-            await _tell(socket, session, await session.finish(), words)
-            await _send(socket, session, {"type": "done", "text": session.text, "audio": round(session.audio, 3)})
-            await socket.close()
-            return
+            await self._send_events(await session.finish())
+            await self._send({"type": "done", "text": session.text, "audio": round(session.audio, 3)})
+            return True
         elif kind != "keepalive":
             raise OptionError(
-                f"there is no message of type {shown(kind)!r}; send commit, use, finish, keepalive, or audio."
+                f"there is no message of type {shorten(kind)!r}; send commit, configure, finish, keepalive, or audio."
             )
+        return False
+
+    async def _send_events(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if event.reason not in ("forced", "finish"):  # `committed` and `done` report these ends
+                await self._send(_event_message(event, self._words))
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        async with self._session.sending():
+            await self._socket.send_text(json.dumps(message))
 
 
-async def _tell(socket: WebSocket, session: Session, events: Iterable[Event], words: bool) -> None:
-    for event in events:
-        if event.reason not in ("forced", "finish"):  # these ends have answers of their own: committed, done
-            await _send(socket, session, _written(event, words))
-
-
-def _written(event: Event, words: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"type": event.kind, "utterance": event.utterance}
+def _event_message(event: Event, words: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"type": event.kind, "utterance": event.utterance}
     if event.kind == "end":
-        found |= {"reason": event.reason, "time": round(event.end, 3)}
-        return found | {"audio": round(event.audio, 3), "chunk_ms": event.chunk_ms}
-    found |= {
+        message |= {"reason": event.reason, "time": round(event.end, 3)}
+        return message | {"audio": round(event.audio, 3), "chunk_ms": event.chunk_ms}
+    message |= {
         "text": event.text,
         "stable": event.stable,
         "start": round(event.start, 3),
@@ -127,64 +118,45 @@ def _written(event: Event, words: bool) -> dict[str, Any]:
         "chunk_ms": event.chunk_ms,
     }
     if words:
-        # Of a partial only what is new: all words in each would add up to the square of an utterance's length.
+        # A partial has only its new words: all words in each would add up to the square of an utterance's length.
         partial = event.kind == "partial"
-        found["words_from"] = event.words_from if partial else 0
-        found["words"] = [
-            {
-                "text": word.text,
-                "start": round(word.start, 3),
-                "end": round(word.end, 3),
-                "confidence": round(word.confidence, 4),
-            }
-            for word in (event.new_words if partial else event.words)
-        ]
-    return found
+        message["words_from"] = event.words_from if partial else 0
+        message["words"] = [_word(word) for word in (event.new_words if partial else event.words)]
+    return message
 
 
-async def _send(socket: WebSocket, session: Session, event: dict[str, Any]) -> None:
-    async with session.sending():
-        await socket.send_text(json.dumps(event))
+def _word(word: Word) -> dict[str, Any]:
+    return {
+        "text": word.text,
+        "start": round(word.start, 3),
+        "end": round(word.end, 3),
+        "confidence": round(word.confidence, 4),
+    }
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {"model": service.model.manifest.name}
-
-
-def _order(text: str) -> tuple[str, dict[str, Any]]:
-    if len(text) > MOST_TEXT:
-        raise OptionError(f"a text message has {len(text)} characters; the most is {MOST_TEXT}.")
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the type and the fields of a text message. Raises `OptionError`."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise OptionError(f"a text message has {len(text)} characters; the maximum is {MAX_TEXT_CHARACTERS}.")
     try:
-        order = json.loads(text)
+        message = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"a text message must be JSON ({error}); audio goes into binary messages.") from error
-    if not isinstance(order, dict):
+        raise OptionError(f"a text message must be JSON ({error}); send audio in binary messages.") from error
+    if not isinstance(message, dict):
         raise OptionError('a text message must be a JSON object such as {"type": "finish"}.')
-    return str(order.get("type")), order
+    return str(message.get("type")), message
 
 
 def _options(query: QueryParams) -> dict[str, Any]:
-    known: dict[str, Callable[[str], Any]] = {
-        "sample_rate": int,
-        "channels": int,
-        "encoding": str,
-        "chunk_ms": int,
-        "endpoint_ms": int,
-        "max_utterance_ms": int,
-        "decoder": str,
-        "phrases": _phrases,
-        "vad": _flag,
-        "words": _flag,
-        "itn": _flag,
-    }
+    """Return the options of a query string, for `Service.open` and `serve`. Raises `OptionError`."""
     options: dict[str, Any] = {"words": False, "itn": False}
     for name, value in query.items():
-        if name not in known:
-            raise OptionError(f"there is no option {shown(name)!r}; there are {', '.join(known)}.")
+        if name not in _OPTION_PARSERS:
+            raise OptionError(f"there is no option {shorten(name)!r}; the options are {', '.join(_OPTION_PARSERS)}.")
         try:
-            options[name] = known[name](value)
+            options[name] = _OPTION_PARSERS[name](value)
         except ValueError as error:
-            raise OptionError(f"{name} is {shown(value)!r}, which is not a value that it takes.") from error
+            raise OptionError(f"{name} has an invalid value: {shorten(value)!r}.") from error
     if options.get("endpoint_ms") == -1:
         options["endpoint_ms"] = None
     return options
@@ -204,3 +176,18 @@ def _flag(value: str) -> bool:
     if value.lower() not in ("0", "1", "true", "false"):
         raise ValueError
     return value.lower() in ("1", "true")
+
+
+_OPTION_PARSERS: dict[str, Callable[[str], Any]] = {
+    "sample_rate": int,
+    "channels": int,
+    "encoding": str,
+    "chunk_ms": int,
+    "endpoint_ms": int,
+    "max_utterance_ms": int,
+    "decoder": str,
+    "phrases": _phrases,
+    "vad": _flag,
+    "words": _flag,
+    "itn": _flag,
+}

@@ -1,1 +1,1 @@
-"""Uploaded recordings: admission, and decoding in worker processes."""
+"""Uploaded recordings: admission, decoding in separate processes, and transcription."""

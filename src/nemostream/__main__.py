@@ -1,4 +1,4 @@
-"""The entry point of `nemostream` and of `python -m nemostream`."""
+"""Entry point of `nemostream` and `python -m nemostream`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from nemostream.cli.interrupt import exit_on_signals
 
 
 def main() -> None:
-    exit_on_signals()  # before the imports, which take a second: Ctrl-C must not print where they are
+    """Run the command line."""
+    exit_on_signals()  # before the imports, which take a second: Ctrl-C must not print a traceback
     from nemostream.cli.main import main
 
     main()

@@ -1,26 +1,26 @@
-"""The contract between the folders: what a bundle holds and what the numbers in it mean.
+"""Model bundles: file layout, manifest, and the definitions of shapes and times that all packages share.
 
-`export` writes a bundle, `engine` and `runtime` read it; none of them imports another, all of them import this.
-A bundle is a folder::
+`nemostream.export` writes bundles; `nemostream.engine` and `nemostream.runtime` read them. These packages import this
+module, not each other. A bundle is a folder::
 
     manifest.json            this module's `Manifest`
-    weights.bin              every weight of every graph, once
-    features-{ms}ms.onnx     PCM -> log-mel, one graph per chunk size
-    encoder-{ms}ms.onnx      the encoder step, one graph per chunk size
-    decoder.onnx             prediction net: one LSTM step
-    joint.onnx               joint: logits of one (frame, prediction) pair
-    tokenizer.model          SentencePiece
+    weights.bin              the weights of all graphs, each stored once
+    features-{ms}ms.onnx     front end, PCM to log-mel: one graph per chunk size
+    encoder-{ms}ms.onnx      encoder step: one graph per chunk size
+    decoder.onnx             prediction network: one LSTM step
+    joint.onnx               joint network: logits of one (frame, prediction) pair
+    tokenizer.model          SentencePiece model
 
-Shape letters used all over the project: B batch row, T encoder frames of a step, F mel frames, M mel bins, N samples,
-L encoder layer, C cached frames (the ring), D model width, K cached convolution frames, P prediction-net width,
-R prediction-net layer, J joint width, V vocabulary with blank.
+Shape letters in all docstrings: B batch rows, S samples of a step, N samples, F mel frames, M mel bins, T encoder
+frames of a step, D encoder width, L encoder layers, C cached frames of K and V (the ring), K cached convolution frames,
+P prediction-network width, R prediction-network layers, J joint width, V vocabulary with blank.
 
-Time. An encoder frame lasts `samples_per_frame` samples (1280, 80 ms). A stream's frame i is aligned with mel frame
-8i, centred on sample 1280i (offline-aligned, as NeMo's own streaming script and Hugging Face). Step k of a stream
-consumes the samples [1280Tk - lead, 1280T(k+1) - lead), so a stream's audio starts with `lead` samples of silence
-that are not part of it, and every step eats exactly 1280T samples whatever its number.
+Time axis: an encoder frame lasts `samples_per_frame` samples (1280, 80 ms). Frame i of a stream is aligned with mel
+frame 8i, which is centred on sample 1280i: the alignment of an offline forward, as in NeMo's streaming script and
+Hugging Face. Step k consumes the samples [1280Tk - lead, 1280T(k+1) - lead), so `lead` samples of silence precede the
+audio of a stream, and every step consumes exactly 1280T samples.
 
-What the module does not know: ONNX, torch, devices, files other than the manifest and its hashes.
+The module knows neither ONNX nor torch nor devices, only the manifest and the hashes of the files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ from nemostream.untrusted import (
     MIB,
     SHA256,
     Check,
+    dataclass_of,
     fields,
+    integer,
+    invalid,
     list_of,
     mapping,
     mapping_of,
@@ -52,25 +55,22 @@ from nemostream.untrusted import (
     open_regular,
     parse_json,
     read_regular,
-    record,
     regular_inside,
     relative_name,
-    shown,
+    short_repr,
     text,
-    whole,
-    wrong,
 )
 
 FORMAT = "nemostream-bundle"
 VERSION = 2
 MANIFEST_NAME = "manifest.json"
-MOST_MANIFEST = 16 * MIB
-MOST_GRAPH = 2048 * MIB  # protobuf's own limit
+MAX_MANIFEST_BYTES = 16 * MIB
+MAX_GRAPH_BYTES = 2048 * MIB  # protobuf's own limit
 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The mel front end (NeMo `AudioToMelSpectrogramPreprocessor`, `normalize: NA`)."""
+    """Mel front end (NeMo's `AudioToMelSpectrogramPreprocessor` with `normalize: NA`)."""
 
     sample_rate: int  # Hz
     mels: int  # M
@@ -81,75 +81,80 @@ class FeatureConfig:
 
     @property
     def tail(self) -> int:
-        """Samples of old audio a step needs before its new ones: 239 for a 400/160 front end.
+        """Samples before the new ones that a step needs: 239 for a window of 400 and a hop of 160.
 
-        Mel frame t reads samples [hop*t - window/2, hop*t + window/2 - 2] (the Hann window's ends are zero and
-        pre-emphasis reaches one sample back); consecutive frames are `hop` apart.
+        Mel frame t reads the samples hop*t - window/2 to hop*t + window/2 - 2, both included: the ends of the Hann
+        window are zero, and pre-emphasis reads one sample more before it. Consecutive frames are `hop` samples apart.
         """
         return self.window - 1 - self.hop
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The cache-aware FastConformer's sizes, as far as whoever keeps its state must know them."""
+    """Sizes of the cache-aware FastConformer that define the state of a stream."""
 
     layers: int  # L
     d_model: int  # D
     heads: int
     subsampling: int  # mel frames per encoder frame, 8
-    cache: int  # C: encoder frames kept of K and V, a ring
-    conv_cache: int  # K: frames kept of the depthwise convolution's input
+    cache: int  # C: rows of the K and V rings, in encoder frames
+    conv_cache: int  # K: cached input frames of the depthwise convolution
 
     @property
     def mel_cache(self) -> int:
-        """Mel frames of history a step needs (NeMo's `pre_encode_cache_size`): 9."""
+        """Mel frames before the new ones that a step needs (NeMo's `pre_encode_cache_size`): 9."""
         return self.subsampling + 1
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Prediction net and joint."""
+    """Prediction network and joint."""
 
     layers: int  # R
     hidden: int  # P
     joint: int  # J
-    vocabulary: int  # without blank; blank is the last id
+    vocabulary: int  # tokens without blank
     max_symbols: int  # per encoder frame
     activation: str  # of the joint: "relu", "sigmoid" or "tanh"
 
     @property
     def blank(self) -> int:
+        """Id of blank, the last one."""
         return self.vocabulary
 
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """One chunk size the model was trained for."""
+    """A chunk size that the model was trained for."""
 
-    ms: int
+    ms: int  # duration of a chunk
     frames: int  # T: encoder frames per step
     left: int  # encoder frames of attention context before the chunk
-    samples: int  # new samples per step
+    samples: int  # S: new samples per step
 
 
 @dataclass(frozen=True)
 class Tensor:
+    """An input or output of a graph."""
+
     name: str
     dtype: str
-    shape: tuple[int | str, ...]  # a name marks a free axis ("B")
+    shape: tuple[int | str, ...]  # a string names a dynamic axis ("B")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where in `weights.bin` an array lies, for who computes with it outside the graphs (the GPU runtime's kernels)."""
+    """Location of an array in `weights.bin`, for code that uses it outside the graphs (the GPU kernels)."""
 
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # bytes
+    offset: int  # bytes from the start of the file
 
 
 @dataclass(frozen=True)
 class Graph:
+    """An ONNX graph of the bundle."""
+
     file: str
     sha256: str
     inputs: tuple[Tensor, ...]
@@ -158,6 +163,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class File:
+    """A file of the bundle, or of an engine, with its SHA-256 and size."""
+
     file: str
     sha256: str
     bytes: int
@@ -165,7 +172,7 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says of itself. `Manifest.load` checks it, `Bundle.verify` checks the files against it."""
+    """Description of a bundle. `from_json` validates it; `Bundle.verify` compares the files with it."""
 
     name: str
     features: FeatureConfig
@@ -174,32 +181,33 @@ class Manifest:
     chunks: tuple[ChunkConfig, ...]
     graphs: Mapping[str, Graph]  # "features-80ms", "encoder-80ms", ..., "decoder", "joint"
     weights: File
-    tensors: Mapping[str, Weight]  # of front end, prediction net and joint, by name
+    tensors: Mapping[str, Weight]  # by name: front end, prediction network, joint
     tokenizer: File
     checkpoint: Mapping[str, Any] = field(default_factory=dict)  # source, sha256, config excerpt
-    parity: Mapping[str, Any] = field(default_factory=dict)  # measured while exporting, per chunk size
-    versions: Mapping[str, str] = field(default_factory=dict)  # libraries that made the bundle
+    parity: Mapping[str, Any] = field(default_factory=dict)  # largest differences from NeMo, measured at export
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries used for the export
 
-    # -- time ------------------------------------------------------------------------------------------------------
+    # -- time axis -----------------------------------------------------------------------------------------------------
 
     @property
     def samples_per_frame(self) -> int:
+        """Samples per encoder frame (1280)."""
         return self.features.hop * self.encoder.subsampling
 
     @property
     def lead(self) -> int:
-        """Silent samples before a stream's first one, so that every step eats the same number (1081)."""
+        """Samples of silence before the audio of a stream, so that all steps consume equally many samples (1081)."""
         return self.samples_per_frame - (self.features.window // 2 - 1)
 
     def mel_frames(self, samples: int) -> int:
-        """Mel frames NeMo computes for a recording of so many samples (`FilterbankFeatures.get_seq_len`)."""
+        """Return the number of mel frames that NeMo computes for a recording (`FilterbankFeatures.get_seq_len`)."""
         return max(samples, 0) // self.features.hop
 
     def encoder_frames(self, samples: int) -> int:
-        """Encoder frames NeMo's offline forward emits for a recording of so many samples.
+        """Return the number of encoder frames of NeMo's offline forward for a recording.
 
-        Each stride-2 convolution with NeMo's causal padding makes n // 2 + 1 of n frames
-        (`nemo/collections/asr/parts/submodules/subsampling.py`). Under one mel frame of audio there is nothing to say.
+        A stride-2 convolution with NeMo's causal padding turns n frames into n // 2 + 1
+        (`nemo/collections/asr/parts/submodules/subsampling.py`). Without a whole mel frame there are none.
         """
         frames = self.mel_frames(samples)
         if frames == 0:
@@ -209,29 +217,30 @@ class Manifest:
         return frames
 
     def seconds(self, frame: int) -> float:
-        """Where encoder frame `frame` stands in the stream's audio, in seconds."""
+        """Return the position of an encoder frame in the audio of the stream, in seconds."""
         return frame * self.samples_per_frame / self.features.sample_rate
 
     def chunk(self, ms: int) -> ChunkConfig:
-        """The chunk of `ms` milliseconds; `OptionError` names the ones there are."""
+        """Return the chunk size of `ms` milliseconds. Raises `OptionError` listing the available ones."""
         for chunk in self.chunks:
             if chunk.ms == ms:
                 return chunk
         known = ", ".join(str(chunk.ms) for chunk in self.chunks)
-        raise OptionError(f"chunk size {ms!r} ms is not one this model was trained for; choose one of {known}.")
+        raise OptionError(f"chunk size {ms!r} ms is not supported by this model; choose one of {known}.")
 
-    # -- the file --------------------------------------------------------------------------------------------------
+    # -- serialization -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
+        """Return the content of `manifest.json`."""
         document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         return json.dumps(document, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
-        """Parse and check a manifest. Raises `BundleError` naming the field that is wrong."""
-        if len(text) > MOST_MANIFEST:
+        """Parse and validate a manifest. Raises `BundleError` naming the invalid field; `where` names the file."""
+        if len(text) > MAX_MANIFEST_BYTES:
             raise BundleError(
-                f"{where} is larger than the limit of {MOST_MANIFEST} bytes; export the checkpoint again."
+                f"{where} is larger than the limit of {MAX_MANIFEST_BYTES} bytes; export the checkpoint again."
             )
         try:
             document = parse_json(text)
@@ -242,7 +251,7 @@ class Manifest:
         version = document.get("version")
         if type(version) is not int or version != VERSION:
             raise BundleError(
-                f"{where} is a bundle of version {shown(version)}, this nemostream reads version {VERSION}; "
+                f"{where} has bundle version {short_repr(version)}, but this nemostream reads version {VERSION}; "
                 "export the checkpoint again with this nemostream."
             )
         try:
@@ -257,24 +266,25 @@ class Manifest:
         return manifest
 
 
-# -- what a manifest may say -------------------------------------------------------------------------------------------
+# -- validation of a manifest ------------------------------------------------------------------------------------------
 
 _NAME = text(r".{1,500}", "a printable text of 1 to 500 characters")
 _AXIS = text(r"[A-Za-z_]\w{0,63}", "the name of an axis or a positive number")
-_DIMENSION = whole(1, 1 << 24)
-_MOST_BYTES = 1 << 42  # of any file
-_MOST_STATE = 1 << 28  # values of one stream's caches; the 0.6B model has 3.6 million
-_INPUTS = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
-# Numpy reads these from a file as they are; an object's would be taken for addresses.
-_WEIGHTS = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_DIMENSION = integer(1, 1 << 24)
+_MAX_FILE_BYTES = 1 << 42
+_MAX_STATE = 1 << 28  # values in the caches of a stream; the 0.6B model has 3.6 million
+_TENSOR_DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+# Types that NumPy can map from a file; the bytes of an object array would be used as addresses.
+_WEIGHT_DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def _axis(value: Any, name: str) -> int | str:
+    """Accept the size of an axis, or the name of a dynamic one."""
     return _AXIS(value, name) if isinstance(value, str) else _DIMENSION(value, name)
 
 
 def _parity(value: Any, name: str) -> dict[str, Any]:
-    """Differences from NeMo: numbers, or for a chunk size an object of numbers."""
+    """Accept differences from NeMo: a number each, or for a chunk size an object of numbers."""
     figure = number(0, 1e12)
     return {
         key: mapping_of(figure)(entry, f"{name}.{key}") if isinstance(entry, dict) else figure(entry, f"{name}.{key}")
@@ -282,55 +292,57 @@ def _parity(value: Any, name: str) -> dict[str, Any]:
     }
 
 
-_FILE = record(File, file=relative_name, sha256=SHA256, bytes=whole(1, _MOST_BYTES))
+_FILE = dataclass_of(File, file=relative_name, sha256=SHA256, bytes=integer(1, _MAX_FILE_BYTES))
 _TENSORS = list_of(
-    record(Tensor, name=_NAME, dtype=one_of(*_INPUTS), shape=list_of(_axis, 0, 8)),
-    most=10_000,
+    dataclass_of(Tensor, name=_NAME, dtype=one_of(*_TENSOR_DTYPES), shape=list_of(_axis, 0, 8)),
+    max_length=10_000,
 )
 _MANIFEST: dict[str, Check] = {
     "name": _NAME,
-    "features": record(
+    "features": dataclass_of(
         FeatureConfig,
-        sample_rate=whole(1000, 384_000),
-        mels=whole(1, 4096),
-        window=whole(2, 1 << 16),
-        hop=whole(1, 1 << 16),
-        n_fft=whole(2, 1 << 17),
+        sample_rate=integer(1000, 384_000),
+        mels=integer(1, 4096),
+        window=integer(2, 1 << 16),
+        hop=integer(1, 1 << 16),
+        n_fft=integer(2, 1 << 17),
         preemphasis=number(0, 1),
     ),
-    "encoder": record(
+    "encoder": dataclass_of(
         EncoderConfig,
-        layers=whole(1, 1000),
-        d_model=whole(1, 1 << 16),
-        heads=whole(1, 1024),
+        layers=integer(1, 1000),
+        d_model=integer(1, 1 << 16),
+        heads=integer(1, 1024),
         subsampling=one_of(1, 2, 4, 8, 16, 32),
-        cache=whole(1, 1 << 16),
-        conv_cache=whole(0, 4096),
+        cache=integer(1, 1 << 16),
+        conv_cache=integer(0, 4096),
     ),
-    "decoder": record(
+    "decoder": dataclass_of(
         DecoderConfig,
-        layers=whole(1, 100),
-        hidden=whole(1, 1 << 16),
-        joint=whole(1, 1 << 16),
-        vocabulary=whole(1, 1 << 20),
-        max_symbols=whole(1, 10_000),
+        layers=integer(1, 100),
+        hidden=integer(1, 1 << 16),
+        joint=integer(1, 1 << 16),
+        vocabulary=integer(1, 1 << 20),
+        max_symbols=integer(1, 10_000),
         activation=one_of("relu", "sigmoid", "tanh"),
     ),
     "chunks": list_of(
-        record(
+        dataclass_of(
             ChunkConfig,
-            ms=whole(1, 600_000),
-            frames=whole(1, 10_000),
-            left=whole(0, 1 << 16),
-            samples=whole(1, 1 << 24),
+            ms=integer(1, 600_000),
+            frames=integer(1, 10_000),
+            left=integer(0, 1 << 16),
+            samples=integer(1, 1 << 24),
         ),
         1,
         64,
     ),
-    "graphs": mapping_of(record(Graph, file=relative_name, sha256=SHA256, inputs=_TENSORS, outputs=_TENSORS)),
+    "graphs": mapping_of(dataclass_of(Graph, file=relative_name, sha256=SHA256, inputs=_TENSORS, outputs=_TENSORS)),
     "weights": _FILE,
     "tensors": mapping_of(
-        record(Weight, dtype=one_of(*_WEIGHTS), shape=list_of(_DIMENSION, 0, 8), offset=whole(0, _MOST_BYTES))
+        dataclass_of(
+            Weight, dtype=one_of(*_WEIGHT_DTYPES), shape=list_of(_DIMENSION, 0, 8), offset=integer(0, _MAX_FILE_BYTES)
+        )
     ),
     "tokenizer": _FILE,
     "checkpoint": mapping,
@@ -340,45 +352,47 @@ _MANIFEST: dict[str, Check] = {
 
 
 def _check_sizes(manifest: Manifest) -> None:
-    """Raise `ValueError` unless the numbers of a manifest go together."""
+    """Raise `ValueError` if sizes of the model contradict each other."""
     front, encoder = manifest.features, manifest.encoder
     if front.window % 2 or not front.hop < front.window <= front.n_fft:
-        raise wrong("features.window", front.window, "even, larger than hop and at most n_fft")
+        raise invalid("features.window", front.window, "even, larger than hop and at most n_fft")
     if encoder.d_model % encoder.heads:
-        raise wrong("encoder.d_model", encoder.d_model, f"a multiple of heads, which is {encoder.heads}")
+        raise invalid("encoder.d_model", encoder.d_model, f"a multiple of heads, which is {encoder.heads}")
     state = encoder.layers * encoder.d_model * (2 * encoder.cache + encoder.conv_cache)
-    if state > _MOST_STATE:
-        raise ValueError(f"its caches have {state} values for each stream; at most {_MOST_STATE} are allowed")
+    if state > _MAX_STATE:
+        raise ValueError(f"its caches have {state} values for each stream; at most {_MAX_STATE} are allowed")
     if not 0 <= manifest.lead < manifest.samples_per_frame:
-        raise wrong("features.window", front.window, f"at most {2 * manifest.samples_per_frame} samples, two frames")
+        raise invalid("features.window", front.window, f"at most {2 * manifest.samples_per_frame} samples, two frames")
     seen: set[int] = set()
     for index, chunk in enumerate(manifest.chunks):
         name = f"chunks[{index}]"
         if chunk.ms in seen:
-            raise wrong(f"{name}.ms", chunk.ms, "different from the other chunks'")
+            raise invalid(f"{name}.ms", chunk.ms, "different from the other chunks'")
         seen.add(chunk.ms)
         if chunk.samples != chunk.frames * manifest.samples_per_frame:
-            raise wrong(f"{name}.samples", chunk.samples, f"frames times {manifest.samples_per_frame}")
+            raise invalid(f"{name}.samples", chunk.samples, f"frames times {manifest.samples_per_frame}")
         if chunk.ms != round(1000 * chunk.samples / front.sample_rate):
-            raise wrong(f"{name}.ms", chunk.ms, f"the duration of {chunk.samples} samples")
+            raise invalid(f"{name}.ms", chunk.ms, f"the duration of {chunk.samples} samples")
         if chunk.left > encoder.cache:
-            raise wrong(f"{name}.left", chunk.left, f"at most encoder.cache, which is {encoder.cache}")
+            raise invalid(f"{name}.left", chunk.left, f"at most encoder.cache, which is {encoder.cache}")
 
 
 def _check_graphs(manifest: Manifest) -> None:
-    """Raise `ValueError` unless there are all graphs, of inputs and outputs that can be allocated."""
-    wanted = {f"{kind}-{chunk.ms}ms" for chunk in manifest.chunks for kind in ("features", "encoder")}
-    wanted |= {"decoder", "joint"}
-    if missing := sorted(wanted - manifest.graphs.keys()):
+    """Raise `ValueError` if a graph is missing, or an input or output of one is too large to allocate."""
+    required = {f"{kind}-{chunk.ms}ms" for chunk in manifest.chunks for kind in ("features", "encoder")}
+    required |= {"decoder", "joint"}
+    if missing := sorted(required - manifest.graphs.keys()):
         raise ValueError(f"it has no graph '{missing[0]}'")
     for name, graph in manifest.graphs.items():
         for tensor in (*graph.inputs, *graph.outputs):
-            if prod(axis for axis in tensor.shape if isinstance(axis, int)) > _MOST_STATE:
-                raise wrong(f"graphs.{shown(name)[1:-1]}: the shape of {tensor.name}", list(tensor.shape), "smaller")
+            if prod(axis for axis in tensor.shape if isinstance(axis, int)) > _MAX_STATE:
+                raise invalid(
+                    f"graphs.{short_repr(name)[1:-1]}: the shape of {tensor.name}", list(tensor.shape), "smaller"
+                )
 
 
 def _check_tensors(manifest: Manifest) -> None:
-    """Raise `ValueError` unless every weight lies within `weights.bin`, and those known by name have their shape."""
+    """Raise `ValueError` if a weight is outside `weights.bin`, or a known one does not have the model's shape."""
     net, front = manifest.decoder, manifest.features
     known: dict[str, tuple[int, ...]] = {
         "features.filters": (front.n_fft // 2 + 1, front.mels),
@@ -394,35 +408,36 @@ def _check_tensors(manifest: Manifest) -> None:
         known[f"decoder.lstm.{layer}.weight"] = (2 * net.hidden, 4 * net.hidden)
         known[f"decoder.lstm.{layer}.bias"] = (4 * net.hidden,)
     for name, weight in manifest.tensors.items():
-        where = f"tensors.{shown(name)[1:-1]}"
+        where = f"tensors.{short_repr(name)[1:-1]}"
         if weight.shape != (expected := known.get(name, weight.shape)):
-            raise wrong(f"{where}.shape", list(weight.shape), f"{list(expected)}, by the sizes of the model")
+            raise invalid(f"{where}.shape", list(weight.shape), f"{list(expected)}, given the sizes of the model")
         end = weight.offset + prod(weight.shape) * np.dtype(weight.dtype).itemsize
         if end > manifest.weights.bytes:
             raise ValueError(
-                f"{where} ends at byte {end} of {shown(manifest.weights.file)}, which has {manifest.weights.bytes}"
+                f"{where} ends at byte {end} of {short_repr(manifest.weights.file)}, of {manifest.weights.bytes} bytes"
             )
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder with its manifest."""
+    """A bundle folder and its manifest."""
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Bundle:
-        """Read the manifest in `path` and check every file against its hash.
+        """Open the bundle folder `path`; with `verify`, compare every file with its hash.
 
-        Raises `BundleError` for a folder that is no bundle, one of another version, or a missing or damaged file.
+        Raises `BundleError` if the folder is not a bundle, its version is not supported, or a file is missing or
+        damaged.
         """
         path = Path(path)
         if not path.is_dir():
             raise BundleError(f"{path} is not a folder; give the folder that `nemostream export` wrote.")
         try:
             regular_inside(path, MANIFEST_NAME)
-            content = read_regular(path / MANIFEST_NAME, MOST_MANIFEST).decode()
+            content = read_regular(path / MANIFEST_NAME, MAX_MANIFEST_BYTES).decode()
         except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise BundleError(f"{path} has no readable {MANIFEST_NAME} ({error}), so it is not a bundle.") from error
         bundle = cls(path, Manifest.from_json(content, str(path / MANIFEST_NAME)))
@@ -431,10 +446,10 @@ class Bundle:
         return bundle
 
     def verify(self) -> None:
-        """Raise `BundleError` naming the first file that is missing or is not the one that was exported.
+        """Raise `BundleError` naming the first file that is missing, or differs from the exported one.
 
-        A graph is also refused if it reads weights from another file than the bundle's; one that is no graph is a
-        `BackendError`.
+        Graphs must read their weights from the bundle's weights file. Raises `BackendError` for a graph that is not a
+        serialized ONNX model.
         """
         manifest = self.manifest
         entries: list[Graph | File] = [*manifest.graphs.values(), manifest.tokenizer, manifest.weights]
@@ -443,29 +458,29 @@ class Bundle:
             size = file.stat().st_size
             if isinstance(entry, File) and size != entry.bytes:
                 raise BundleError(
-                    f"{file} is damaged (it has {size} bytes, not the manifest's {entry.bytes}); "
+                    f"{file} is damaged (it has {size} bytes; the manifest states {entry.bytes}); "
                     "copy or export it again."
                 )
             if sha256(file) != entry.sha256:
-                raise BundleError(f"{file} is damaged (its hash is not the manifest's); copy or export it again.")
+                raise BundleError(f"{file} is damaged (its hash differs from the manifest); copy or export it again.")
             if isinstance(entry, Graph):
                 self._check_external_data(file)
 
     def weight(self, name: str) -> NDArray[Any]:
-        """One of the manifest's `tensors`, mapped from the file, read-only. Raises `BundleError` if there is none."""
+        """Return a tensor of the manifest, memory-mapped read-only. Raises `BundleError` if it does not exist."""
         try:
-            where = self.manifest.tensors[name]
+            weight = self.manifest.tensors[name]
         except KeyError as error:
             raise BundleError(f"{self.path} has no tensor '{name}'; export the checkpoint again.") from error
         file = self._inside(self.manifest.weights.file)
-        return np.memmap(file, where.dtype, "r", where.offset, where.shape)
+        return np.memmap(file, weight.dtype, "r", weight.offset, weight.shape)
 
     def file(self, graph: str) -> Path:
-        """Path of a graph by its name in the manifest ("decoder"). Raises `BundleError` if there is none."""
+        """Return the path of a graph by its name ("decoder"). Raises `BundleError` if it does not exist."""
         return self.path / self.graph(graph).file
 
     def graph(self, name: str) -> Graph:
-        """A graph's description by its name. Raises `BundleError` if there is none."""
+        """Return the description of a graph by its name. Raises `BundleError` if it does not exist."""
         try:
             return self.manifest.graphs[name]
         except KeyError as error:
@@ -475,26 +490,26 @@ class Bundle:
         try:
             return regular_inside(self.path, name)
         except ValueError as error:
-            found = self.path / name
-            if not found.exists():
-                raise BundleError(f"{found} is missing from the bundle; copy or export it again.") from error
+            path = self.path / name
+            if not path.exists():
+                raise BundleError(f"{path} is missing from the bundle; copy or export it again.") from error
             raise BundleError(
-                f"{found} {error}; a bundle is a folder of its own files: copy them into it (cp --dereference)."
+                f"{path} {error}; files of a bundle must be inside its folder: copy them into it (cp --dereference)."
             ) from error
 
     def _check_external_data(self, graph: Path) -> None:
         try:
-            names = external_files(read_regular(graph, MOST_GRAPH))
-        except (OSError, ValueError) as error:  # as if the library had met it, which it would
+            names = external_files(read_regular(graph, MAX_GRAPH_BYTES))
+        except (OSError, ValueError) as error:  # the error that loading the graph would raise
             raise BackendError(f"the runtime cannot load {graph}: {error}; export the checkpoint again.") from error
-        if strange := sorted(names - {self.manifest.weights.file}):
+        if others := sorted(names - {self.manifest.weights.file}):
             raise BundleError(
-                f"{graph} reads weights from {shown(strange[0])}; a bundle's graphs read them from "
-                f"{self.manifest.weights.file} only: export the checkpoint again."
+                f"{graph} reads weights from {short_repr(others[0])}; the graphs of a bundle may read them only from "
+                f"{self.manifest.weights.file}: export the checkpoint again."
             )
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a regular file, in hexadecimal."""
+    """Return the SHA-256 of a regular file in hexadecimal."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

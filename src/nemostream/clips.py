@@ -1,4 +1,4 @@
-"""The recordings that come with the package, as every room reads them."""
+"""The recordings that the package contains."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-CLIP_TEXT = "After the tone, say your busy message and then press the pound key."  # what the voice of "clip" says
+CLIP_TEXT = "After the tone, say your busy message and then press the pound key."  # transcript of "clip"
 
 
 def read_clip(name: str, sample_rate: int) -> NDArray[np.float32]:
-    """A packaged recording [N] at `sample_rate`: "speech" is 18 s of English, "clip" a voice that the demo model
-    understands."""
+    """Return a recording [N] of the package at `sample_rate` Hz.
+
+    "speech" is 18 s of English; "clip" is one sentence that the demo model recognises.
+    """
     import soundfile
     import soxr
 

@@ -1,7 +1,24 @@
-"""Every error nemostream raises on purpose.
+"""The errors that nemostream raises deliberately, and their exit codes.
 
-Each one is a sentence its reader can act on, inherits :class:`NemostreamError` (catch one thing) and the builtin it
-would otherwise have been (code that knows nothing of us still behaves), and maps to one exit code of the command line.
+Every error inherits :class:`NemostreamError`, so one `except` catches all, and the built-in exception that fits it, so
+that code without knowledge of nemostream handles it too. Its message is one sentence that names the problem, the value
+and the remedy. The command line exits with the `exit_code` of the error:
+
+==== ==============================
+code error
+==== ==============================
+1    `NemostreamError`
+2    `OptionError`
+3    `AudioError`
+4    `BundleError`
+5    `CheckpointError`
+6    `ParityError`
+7    `BackendError`
+8    `CapacityError`
+9    `StreamError`
+10   `EngineValidationError`
+11   `TruncatedAudioError`
+==== ==============================
 """
 
 from __future__ import annotations
@@ -10,67 +27,70 @@ from typing import Any
 
 
 class NemostreamError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors that nemostream raises deliberately. Exit code 1."""
 
     exit_code = 1
 
 
 class OptionError(NemostreamError, ValueError):
-    """An option has a value that cannot work (an unknown chunk size, a negative rate)."""
+    """An option has an invalid value, for example an unknown chunk size or a negative sample rate. Exit code 2."""
 
     exit_code = 2
 
 
 class AudioError(NemostreamError, ValueError):
-    """Audio that cannot be read or used: missing, truncated, not audio, empty, NaN."""
+    """Audio cannot be read or used: the file is missing, truncated, empty or not audio, or has NaN. Exit code 3."""
 
     exit_code = 3
 
 
 class TruncatedAudioError(AudioError):
-    """A WAV file that ends before its header promises. All that is there was processed: `result` is what came of it."""
+    """A WAV file ends before the length in its header. Exit code 11.
+
+    The samples before the end were processed; `result` holds their transcript.
+    """
 
     exit_code = 11
     result: Any = None
 
 
 class BundleError(NemostreamError, ValueError):
-    """A bundle that cannot be used: not a bundle, another version, damaged files."""
+    """A bundle cannot be used: not a bundle, an unsupported version, or missing or damaged files. Exit code 4."""
 
     exit_code = 4
 
 
 class CheckpointError(NemostreamError, ValueError):
-    """A checkpoint the exporter does not support, or cannot read."""
+    """A checkpoint cannot be read, or the exporter does not support it. Exit code 5."""
 
     exit_code = 5
 
 
 class ParityError(NemostreamError, ArithmeticError):
-    """An exported graph that does not compute what NeMo computes."""
+    """The output of an exported graph differs from NeMo's. Exit code 6."""
 
     exit_code = 6
 
 
 class BackendError(NemostreamError, RuntimeError):
-    """A backend that cannot run here, or that failed while running."""
+    """A backend is not available on this machine, or failed while running. Exit code 7."""
 
     exit_code = 7
 
 
-class EngineValidationError(NemostreamError, ArithmeticError):
-    """An engine that does not say what fp32 says."""
-
-    exit_code = 10
-
-
 class CapacityError(NemostreamError, RuntimeError):
-    """No slot is free: the model already serves as many streams as it was made for."""
+    """No slot is free: the maximum number of streams is open. Exit code 8."""
 
     exit_code = 8
 
 
 class StreamError(NemostreamError, RuntimeError):
-    """A stream used after its end, or one that the model could not go on with."""
+    """A stream was used after its end, or its state became unusable. Exit code 9."""
 
     exit_code = 9
+
+
+class EngineValidationError(NemostreamError, ArithmeticError):
+    """The output of an engine differs from that of fp32. Exit code 10."""
+
+    exit_code = 10

@@ -1,18 +1,18 @@
-"""Which files an ONNX graph reads its weights from, without the `onnx` package, which the base install does not have.
+"""List the files that an ONNX graph reads its weights from, without the `onnx` package (not in the base install).
 
-ONNX Runtime checks that these files lie beside the graph in recent versions only (1.32 does, 1.22 reads any path that
-it is given), so a bundle is checked before a graph of it is loaded. This reads protobuf's wire format just far enough:
-`ModelProto.graph`, its tensors wherever they may be (initializers, sparse ones, attributes, subgraphs, functions,
-training graphs), and of a tensor `external_data`. The field numbers are those of `onnx.proto`.
+Only recent versions of ONNX Runtime reject files outside the graph's folder (1.32 does, 1.22 reads any path), so a
+bundle is checked before its graphs are loaded. The parser reads as much of protobuf's wire format as this needs:
+`ModelProto.graph`, its tensors wherever they occur (initializers, sparse initializers, attributes, subgraphs,
+functions, training graphs), and the `external_data` of each tensor. The field numbers are those of `onnx.proto`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-_MOST_DEPTH = 64  # of graphs within graphs, which each take two of it
+_MAX_DEPTH = 64  # of nested messages; a nested graph adds two levels
 
-# Message -> {field number: the message in it}. Every other field is skipped.
+# Message -> {field number: type of its message}. All other fields are skipped.
 _FIELDS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
@@ -27,13 +27,13 @@ _FIELDS: dict[str, dict[int, str]] = {
 
 
 def external_files(model: bytes) -> set[str]:
-    """The `location` of every tensor of a serialized model that lies outside of it. Raises `ValueError` if damaged."""
+    """Return the `location` of every external tensor of a serialized model. Raises `ValueError` if it is damaged."""
     found: set[str] = set()
-    waiting: list[tuple[str, memoryview, int]] = [("Model", memoryview(model), 0)]
-    while waiting:
-        kind, message, depth = waiting.pop()
-        if depth > _MOST_DEPTH:
-            raise ValueError(f"its graphs are nested more than {_MOST_DEPTH // 2} deep")
+    pending: list[tuple[str, memoryview, int]] = [("Model", memoryview(model), 0)]
+    while pending:
+        kind, message, depth = pending.pop()
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"its graphs are nested more than {_MAX_DEPTH // 2} deep")
         if kind == "Entry":
             entry = {number: bytes(value) for number, value in _fields(message) if number in (1, 2)}
             if entry.get(1) == b"location":
@@ -43,40 +43,41 @@ def external_files(model: bytes) -> set[str]:
                     raise ValueError("it names a file that is not UTF-8") from error
             continue
         inner = _FIELDS[kind]
-        waiting += [(inner[number], value, depth + 1) for number, value in _fields(message) if number in inner]
+        pending += [(inner[number], value, depth + 1) for number, value in _fields(message) if number in inner]
     return found
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The length-delimited fields of a message: number and content."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _varint(message, at)
+    """Yield number and content of the length-delimited fields of a message."""
+    offset, end = 0, len(message)
+    while offset < end:
+        tag, offset = _varint(message, offset)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
-            _, at = _varint(message, at)
+            _, offset = _varint(message, offset)
         elif wire in (1, 5):
-            at += 8 if wire == 1 else 4
+            offset += 8 if wire == 1 else 4
         elif wire == 2:
-            size, at = _varint(message, at)
-            if size > end - at:
+            size, offset = _varint(message, offset)
+            if size > end - offset:
                 break
-            yield number, message[at : at + size]
-            at += size
+            yield number, message[offset : offset + size]
+            offset += size
         else:
             raise ValueError("it is not a serialized ONNX model")
-    if at != end:
-        raise ValueError("it is not a whole ONNX model")
+    if offset != end:
+        raise ValueError("it is a truncated ONNX model")
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _varint(message: memoryview, offset: int) -> tuple[int, int]:
+    """Return the variable-length integer at `offset`, and the offset after it."""
     value = 0
     for shift in range(0, 70, 7):
-        if at >= len(message):
+        if offset >= len(message):
             break
-        byte = message[at]
+        byte = message[offset]
         value |= (byte & 0x7F) << shift
-        at += 1
+        offset += 1
         if byte < 0x80:
-            return value, at
-    raise ValueError("it is not a whole ONNX model")
+            return value, offset
+    raise ValueError("it is a truncated ONNX model")

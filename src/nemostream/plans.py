@@ -23,14 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemostream.bundle import MOST_GRAPH, Bundle, File, sha256
+from nemostream.bundle import MAX_GRAPH_BYTES, Bundle, File, sha256
 from nemostream.errors import BackendError
 from nemostream.external_data import external_files
 from nemostream.untrusted import (
     MIB,
     SHA256,
     Check,
+    dataclass_of,
     fields,
+    integer,
     list_of,
     mapping_of,
     number,
@@ -38,11 +40,9 @@ from nemostream.untrusted import (
     parse_json,
     plain_name,
     read_regular,
-    record,
     regular_inside,
-    shown,
+    short_repr,
     text,
-    whole,
 )
 
 FORMAT = "nemostream-plan"
@@ -101,7 +101,7 @@ _WORD = text(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", "a name of letters, digits and
 _PLAN: dict[str, Check] = {
     "format": one_of(FORMAT),
     "version": one_of(VERSION),
-    "recipe": record(
+    "recipe": dataclass_of(
         Recipe,
         graph=_WORD,
         graph_sha256=SHA256,
@@ -110,10 +110,10 @@ _PLAN: dict[str, Check] = {
         library=_WORD,
         precision=one_of(*PRECISIONS),
         device=text(r"[a-z0-9_]+(, not gated)?", "a device"),
-        max_batch=whole(0, 1 << 20),
+        max_batch=integer(0, 1 << 20),
         cache_dtype=one_of("float32", "float16", "bfloat16"),
     ),
-    "files": list_of(record(File, file=plain_name, sha256=SHA256, bytes=whole(0, 1 << 42)), 1, 16),
+    "files": list_of(dataclass_of(File, file=plain_name, sha256=SHA256, bytes=integer(0, 1 << 42)), 1, 16),
     "seconds": number(0, 1e9),
     "gate": mapping_of(number(-1e12, 1e12)),
 }
@@ -147,13 +147,17 @@ class PlanStore:
             try:
                 regular_inside(self.folder, file.file)
                 intact = path.stat().st_size == file.bytes and sha256(path) == file.sha256
-                read = external_files(read_regular(path, MOST_GRAPH)) if intact and path.suffix == ".onnx" else set()
+                read = (
+                    external_files(read_regular(path, MAX_GRAPH_BYTES)) if intact and path.suffix == ".onnx" else set()
+                )
             except (OSError, ValueError):
                 intact = False
             if not intact:
                 raise BackendError(f"{path} is missing or damaged; build the engine again.")
             if strange := sorted(read - {other.file for other in plan.files}):
-                raise BackendError(f"{path} reads {shown(strange[0])}, which is not of it; build the engine again.")
+                raise BackendError(
+                    f"{path} reads {short_repr(strange[0])}, which is not of it; build the engine again."
+                )
         return plan
 
     def all(self) -> list[Plan]:

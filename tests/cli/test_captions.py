@@ -1,4 +1,4 @@
-"""Captions and progress as they are seen: on a pseudo terminal, through the emulator `pyte`."""
+"""Captions and progress on a pseudo terminal, read through the terminal emulator `pyte`."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 
 
 class Screen(pyte.Screen):
-    """A screen that tells dim characters: pyte does not know them, so they are italic here, which we use nowhere."""
+    """A screen that records dim characters as italic, because pyte does not support dim. Italic is not used."""
 
     def select_graphic_rendition(self, *attributes: int, **kinds: object) -> None:
         for number in attributes or (0,):
             super().select_graphic_rendition({2: 3, 22: 23}.get(number, number))
 
     def text(self) -> list[str]:
-        """The lines, down to the last that is not empty."""
+        """Return the lines down to the last one that is not empty."""
         return "\n".join(line.rstrip() for line in self.display).rstrip().split("\n")
 
     def dim(self) -> str:
-        """What is dim, lines after each other."""
+        """Return the dim characters of all lines, concatenated."""
         return "".join(
             self.buffer[row][column].data
             for row in range(self.lines)
@@ -53,51 +53,53 @@ class Screen(pyte.Screen):
 
 class Terminal:
     def __init__(self, columns: int = 80, lines: int = 8) -> None:
-        self.ours, self.theirs = pty.openpty()
+        self.controller, self.tty = pty.openpty()
         self.screen = Screen(columns, lines)
         self._stream = pyte.ByteStream(self.screen)
         self.resize(columns)
-        os.write(self.theirs, b"$ nemostream\n")
+        os.write(self.tty, b"$ nemostream\n")
 
     def resize(self, columns: int) -> None:
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", self.screen.lines, columns, 0, 0))
+        fcntl.ioctl(self.tty, termios.TIOCSWINSZ, struct.pack("HHHH", self.screen.lines, columns, 0, 0))
         self.screen.resize(columns=columns)
 
     def read(self) -> bool:
-        """Show what came; whether more may come."""
-        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
-            if data := os.read(self.ours, 65536):
+        """Process the available output. Return False if the other end is closed."""
+        with contextlib.suppress(OSError):  # raised by Linux if the other end is closed
+            if data := os.read(self.controller, 65536):
                 self._stream.feed(data)
                 return True
         return False
 
-    def settle(self, seconds: float = 0.05) -> None:
-        """Show all that was written: until nothing has come for so long."""
-        while select.select([self.ours], [], [], seconds)[0] and self.read():
+    def read_all(self, seconds: float = 0.05) -> None:
+        """Process output until none has arrived for `seconds`."""
+        while select.select([self.controller], [], [], seconds)[0] and self.read():
             pass
 
     def close(self) -> None:
-        for end in (self.ours, self.theirs):
+        for descriptor in (self.controller, self.tty):
             with contextlib.suppress(OSError):
-                os.close(end)
+                os.close(descriptor)
 
 
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
-    made = Terminal()
-    yield made
-    made.close()
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
 
 
-def watch(terminal: Terminal, *arguments: object, stdout: bool = False) -> tuple[list[list[str]], list[str], str]:
-    """Run the command on a terminal: what was there after each drawing, what of it was dim, and its standard output."""
+def run_in_terminal(
+    terminal: Terminal, *arguments: object, stdout: bool = False
+) -> tuple[list[list[str]], list[str], str]:
+    """Run the command. Return the screen and its dim text after each redraw, and standard output."""
     command = subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        stdout=terminal.theirs if stdout else subprocess.PIPE,
-        stderr=terminal.theirs,
+        stdout=terminal.tty if stdout else subprocess.PIPE,
+        stderr=terminal.tty,
         env=os.environ | {"TERM": "xterm"},
     )
-    os.close(terminal.theirs)
+    os.close(terminal.tty)
     frames, dim = [], []
     while terminal.read():
         frames.append(terminal.screen.text())
@@ -116,8 +118,8 @@ def text() -> str:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_progress_while_results_go_to_a_pipe(terminal: Terminal, text: str) -> None:
-    frames, _, out = watch(terminal, nemostream.demo_clip(), "--realtime")
+def test_progress_with_output_to_a_pipe(terminal: Terminal, text: str) -> None:
+    frames, _, out = run_in_terminal(terminal, nemostream.demo_clip(), "--realtime")
     assert out == text + "\n"
     shown = [frame[1] for frame in frames if len(frame) > 1]
     assert all(len(frame) <= 2 for frame in frames)
@@ -126,17 +128,17 @@ def test_progress_while_results_go_to_a_pipe(terminal: Terminal, text: str) -> N
     assert any(match and len(match[1].split()) > 2 for match in found)
     shares = [int(line.split("%")[0]) for line in shown]
     assert shares == sorted(shares) and shares[-1] > 60
-    assert terminal.screen.text() == ["$ nemostream"]  # nothing is left of it in the end
+    assert terminal.screen.text() == ["$ nemostream"]  # the progress line is removed at the end
     assert (terminal.screen.cursor.y, terminal.screen.cursor.x) == (1, 0)
 
 
 def test_live_captions(terminal: Terminal, text: str) -> None:
-    frames, dim, out = watch(terminal, nemostream.demo_clip(), "--realtime", "--live", "--chunk-ms", 80)
+    frames, dim, out = run_in_terminal(terminal, nemostream.demo_clip(), "--realtime", "--live", "--chunk-ms", 80)
     assert out == text + "\n"
     shown = [" ".join(frame[1:]) for frame in frames if len(frame) > 1]
     assert all(text.startswith(line) for line in shown), shown
     assert len(set(shown)) > 5
-    # Only the last word may change; it is dim, and nothing else is.
+    # Only the last word may change; only that word is dim.
     changing = [
         (line.split()[-1], part) for line, part in zip((" ".join(f[1:]) for f in frames), dim, strict=True) if part
     ]
@@ -146,52 +148,52 @@ def test_live_captions(terminal: Terminal, text: str) -> None:
 
 def test_captions_wrap_between_words(text: str) -> None:
     terminal = Terminal(columns=16)
-    frames, _, _ = watch(terminal, nemostream.demo_clip(), "--realtime", "--live", "--chunk-ms", 80)
+    frames, _, _ = run_in_terminal(terminal, nemostream.demo_clip(), "--realtime", "--live", "--chunk-ms", 80)
     terminal.close()
     lines = [line for frame in frames for line in frame[1:]]
     assert {len(frame) for frame in frames} >= {2, 3}
     assert max(len(frame) for frame in frames) == 3  # the prompt and two lines
     full = textwrap.wrap(text, 15)
-    assert len(full) > 2 and all(line in lines for line in full[:-1])  # the last one may be known at the end only
+    assert len(full) > 2 and all(line in lines for line in full[:-1])  # the last line may be complete only at the end
     assert all(line == "" or f" {text}".find(f" {line}") >= 0 for line in lines)
     assert terminal.screen.text() == ["$ nemostream"]
 
 
-def test_results_stay_where_captions_went(terminal: Terminal, text: str) -> None:
-    """Both on one terminal."""
-    watch(terminal, nemostream.demo_clip(), "--realtime", "--live", stdout=True)
+def test_result_replaces_captions(terminal: Terminal, text: str) -> None:
+    """Standard output and standard error are the same terminal."""
+    run_in_terminal(terminal, nemostream.demo_clip(), "--realtime", "--live", stdout=True)
     assert terminal.screen.text() == ["$ nemostream", text]
 
 
 @pytest.mark.parametrize("dumb", [False, True])
-def test_lines_where_lines_cannot_be_drawn_over(text: str, dumb: bool) -> None:
+def test_captions_without_cursor_movement(text: str, dumb: bool) -> None:
     terminal = Terminal()
     environment = os.environ | {"TERM": "dumb"}
     command = [*COMMAND, nemostream.demo_clip(), "--realtime", "--live"]
     if dumb:
-        done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal.theirs, env=environment)
-        os.close(terminal.theirs)
+        done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal.tty, env=environment)
+        os.close(terminal.tty)
         err = b""
         with contextlib.suppress(OSError):
-            while data := os.read(terminal.ours, 4096):
+            while data := os.read(terminal.controller, 4096):
                 err += data
         out, _ = done.communicate()
-        said = err.decode().replace("\r\n", "\n").removeprefix("$ nemostream\n")
+        shown = err.decode().replace("\r\n", "\n").removeprefix("$ nemostream\n")
     else:
-        ran = subprocess.run(command, capture_output=True)
-        out, said = ran.stdout, ran.stderr.decode()
+        completed = subprocess.run(command, capture_output=True)
+        out, shown = completed.stdout, completed.stderr.decode()
     terminal.close()
-    assert (out.decode(), said) == (text + "\n", text + "\n")
+    assert (out.decode(), shown) == (text + "\n", text + "\n")
 
 
 def test_live_on_standard_input(terminal: Terminal, text: str) -> None:
-    """The second half comes when the first one was read on the screen."""
+    """The second half is sent after the captions of the first half have appeared."""
     pcm, rate = soundfile.read(nemostream.demo_clip(), dtype="int16")
     assert rate == 16000
     with subprocess.Popen(
-        [*COMMAND, "-", "--live"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal.theirs
+        [*COMMAND, "-", "--live"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal.tty
     ) as command:
-        os.close(terminal.theirs)
+        os.close(terminal.tty)
         assert command.stdin and command.stdout
         command.stdin.write(pcm[: len(pcm) // 2].tobytes())
         command.stdin.flush()
@@ -207,8 +209,8 @@ def test_live_on_standard_input(terminal: Terminal, text: str) -> None:
     assert terminal.screen.text() == ["$ nemostream"]
 
 
-def test_utterances_take_the_place_of_their_captions(terminal: Terminal) -> None:
-    """Standard output on the same terminal, two utterances with silence between."""
+def test_utterances_replace_their_captions(terminal: Terminal) -> None:
+    """Two utterances separated by silence; standard output and standard error are the same terminal."""
     pcm, rate = soundfile.read(nemostream.demo_clip(), dtype="int16")
     audio = np.concatenate([pcm, np.zeros(2 * rate, np.int16), pcm])
     with nemostream.load() as model:
@@ -217,11 +219,11 @@ def test_utterances_take_the_place_of_their_captions(terminal: Terminal) -> None
     with subprocess.Popen(
         [*COMMAND, "-", "--live", "--endpoint-ms", "800"],
         stdin=subprocess.PIPE,
-        stdout=terminal.theirs,
-        stderr=terminal.theirs,
+        stdout=terminal.tty,
+        stderr=terminal.tty,
         env=os.environ | {"TERM": "xterm"},
     ) as command:
-        os.close(terminal.theirs)
+        os.close(terminal.tty)
         assert command.stdin
         command.stdin.write(audio.tobytes())
         command.stdin.close()
@@ -230,18 +232,18 @@ def test_utterances_take_the_place_of_their_captions(terminal: Terminal) -> None
     assert terminal.screen.text() == ["$ nemostream", *finals]
 
 
-# -- the view ----------------------------------------------------------------------------------------------------------
+# -- the class ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def view(terminal: Terminal, live: bool, names: tuple[str, ...] = ("a",)) -> Iterator[Captions]:
-    """Captions in this process, drawn at every call."""
+def captions_on(terminal: Terminal, live: bool, names: tuple[str, ...] = ("a",)) -> Iterator[Captions]:
+    """Captions in this process, redrawn at every call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stderr", io.TextIOWrapper(os.fdopen(os.dup(terminal.theirs), "wb", 0), write_through=True))
-        patch.setattr(captions, "_PAUSE", 0.0)
+        patch.setattr(sys, "stderr", io.TextIOWrapper(os.fdopen(os.dup(terminal.tty), "wb", 0), write_through=True))
+        patch.setattr(captions, "_REDRAW_SECONDS", 0.0)
         patch.setenv("TERM", "xterm")
-        with Captions(names, live) as made:
-            yield made
+        with Captions(names, live) as shown:
+            yield shown
         sys.stderr.close()
 
 
@@ -251,108 +253,108 @@ WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=14), min_size=1, max_s
 @settings(max_examples=25, deadline=None)
 @given(WORDS, st.integers(15, 60))
 def test_two_lines_of_any_text(words: list[str], columns: int) -> None:
-    """The same lines as `textwrap` makes, the last two of them, however the text grew."""
+    """The last two lines are those of `textwrap`, for any growth of the text."""
     text, terminal = " ".join(words), Terminal(columns)
-    with view(terminal, live=True) as shown:
+    with captions_on(terminal, live=True) as shown:
         for end in range(1, len(text) + 1):
-            shown.said(0, text[:end], text[:end].rfind(" ") + 1)
-            shown.heard(0, 0.0)
-            terminal.settle(0)  # or the pseudo terminal is full
-        terminal.settle()
+            shown.set_text(0, text[:end], text[:end].rfind(" ") + 1)
+            shown.set_progress(0, 0.0)
+            terminal.read_all(0)  # keeps the pseudo terminal's buffer from filling up
+        terminal.read_all()
         assert terminal.screen.text()[1:] == textwrap.wrap(text, columns - 1)[-2:]
-        shown.over(0)
-    terminal.settle()
+        shown.finish(0)
+    terminal.read_all()
     assert terminal.screen.text() == ["$ nemostream"]
     terminal.close()
 
 
 def test_a_word_longer_than_the_screen() -> None:
     terminal = Terminal(columns=11)
-    with view(terminal, live=True) as shown:
-        shown.said(0, "a " + "0123456789" * 2 + "x", 0)
-        shown.heard(0, 0.0)
-        terminal.settle()
+    with captions_on(terminal, live=True) as shown:
+        shown.set_text(0, "a " + "0123456789" * 2 + "x", 0)
+        shown.set_progress(0, 0.0)
+        terminal.read_all()
         assert terminal.screen.text()[-2:] == ["0123456789", "x"]
     terminal.close()
 
 
 def test_wide_characters_and_control_characters() -> None:
     terminal = Terminal(columns=13)  # twelve cells, six of these characters
-    with view(terminal, live=True) as shown:
-        shown.said(0, "東京大阪京都神戸 \x1b[2Jab", 0)
-        shown.heard(0, 0.0)
-        terminal.settle()
+    with captions_on(terminal, live=True) as shown:
+        shown.set_text(0, "東京大阪京都神戸 \x1b[2Jab", 0)
+        shown.set_progress(0, 0.0)
+        terminal.read_all()
         assert [line.replace(" ", "") for line in terminal.screen.text()[1:]] == ["東京大阪京都", "神戸?[2Jab"]
     terminal.close()
 
 
-def test_what_was_printed_is_shown_no_more(terminal: Terminal) -> None:
-    """Utterances on the same terminal: the caption goes when its text is printed for good."""
-    with view(terminal, live=True) as shown:
+def test_printed_utterances_are_removed(terminal: Terminal) -> None:
+    """The caption disappears when its text has been printed to the same terminal."""
+    with captions_on(terminal, live=True) as shown:
         for text in ("one two", "three"):
-            shown.said(0, text, len(text))
-            shown.heard(0, 0.0)
-            terminal.settle()
+            shown.set_text(0, text, len(text))
+            shown.set_progress(0, 0.0)
+            terminal.read_all()
             assert terminal.screen.text()[-1] == text
-            with shown.aside():
-                os.write(terminal.theirs, f"{text}.\n".encode())
-            shown.afresh(0)
-        shown.said(0, "four", 0)
-        shown.heard(0, 0.0)
-        terminal.settle()
+            with shown.hidden():
+                os.write(terminal.tty, f"{text}.\n".encode())
+            shown.clear_text(0)
+        shown.set_text(0, "four", 0)
+        shown.set_progress(0, 0.0)
+        terminal.read_all()
         assert terminal.screen.text() == ["$ nemostream", "one two.", "three.", "four"]
-        shown.over(0)
-    terminal.settle()
+        shown.finish(0)
+    terminal.read_all()
     assert terminal.screen.text() == ["$ nemostream", "one two.", "three."]
 
 
-def test_a_terminal_that_changes_its_width() -> None:
+def test_resized_terminal() -> None:
     terminal = Terminal(columns=40)
     text = "one two three four five six seven eight nine ten eleven twelve"
-    with view(terminal, live=True) as shown:
+    with captions_on(terminal, live=True) as shown:
         for columns, end in ((40, 30), (20, 45), (60, len(text))):
             terminal.resize(columns)
-            shown.said(0, text[:end], 0)
-            shown.heard(0, 0.0)
-            terminal.settle()
+            shown.set_text(0, text[:end], 0)
+            shown.set_progress(0, 0.0)
+            terminal.read_all()
             *_, last = terminal.screen.text()
             assert text[:end].rstrip().endswith(last.strip()) and len(last) < columns
-        shown.over(0)
-    terminal.settle()
+        shown.finish(0)
+    terminal.read_all()
     assert terminal.screen.text()[0] == "$ nemostream"
     terminal.close()
 
 
-def test_what_is_left(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two files of 100 s: 20 s took 10 s, so the 180 s that are left take 90."""
+def test_time_left(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files of 100 s: 20 s took 10 s, so the remaining 180 s take 90 s."""
     now = [1000.0]
     monkeypatch.setattr(captions.time, "monotonic", lambda: now[0])
-    with view(terminal, live=False, names=("x/a.wav", "b.wav")) as shown:
-        shown.begins(0, 100.0)
-        shown.heard(0, 0.0)
-        terminal.settle()
+    with captions_on(terminal, live=False, names=("x/a.wav", "b.wav")) as shown:
+        shown.start(0, 100.0)
+        shown.set_progress(0, 0.0)
+        terminal.read_all()
         assert terminal.screen.text()[1] == "  0 % a.wav:"
         now[0] += 10
-        shown.said(0, "hello", 5)
-        shown.heard(0, 20.0)
-        terminal.settle()
-        assert terminal.screen.text()[1] == " 10 % 1:30 left a.wav: hello"  # the other one is taken to be as long
-        shown.begins(1, 7100.0)
-        shown.heard(0, 20.0)
-        terminal.settle()
+        shown.set_text(0, "hello", 5)
+        shown.set_progress(0, 20.0)
+        terminal.read_all()
+        assert terminal.screen.text()[1] == " 10 % 1:30 left a.wav: hello"  # the other file counts as equally long
+        shown.start(1, 7100.0)
+        shown.set_progress(0, 20.0)
+        terminal.read_all()
         assert terminal.screen.text()[1] == "  0 % 59:50 left a.wav: hello"
-        shown.over(0)  # it failed: nothing of it is left
-        shown.heard(1, 0.0)
-        terminal.settle()
+        shown.finish(0)  # failed: no time left for it
+        shown.set_progress(1, 0.0)
+        terminal.read_all()
         assert terminal.screen.text()[1].startswith("  1 % 11:50 left b.wav:")
-    terminal.settle()
+    terminal.read_all()
     assert terminal.screen.text() == ["$ nemostream"]
 
 
-def test_neither_a_terminal_nor_live_is_silence(capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_output_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     with Captions(["a"]) as shown:
-        shown.begins(0, 1.0)
-        shown.said(0, "one", 3)
-        shown.heard(0, np.float64(0.5))
-        shown.over(0)
+        shown.start(0, 1.0)
+        shown.set_text(0, "one", 3)
+        shown.set_progress(0, np.float64(0.5))
+        shown.finish(0)
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Standard streams, pipes and files as they are found: closed, full, not UTF-8, unreadable, named twice."""
+"""Standard streams, pipes and files in unusual states: closed, full, not UTF-8, unreadable, given twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import nemostream
 from nemostream.cli.main import main
 from nemostream.clips import CLIP_TEXT
 from nemostream.errors import AudioError
-from nemostream.runtime.audio.sources import Recording
+from nemostream.runtime.audio.files import AudioFile
 
 COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 CLIP = str(nemostream.demo_clip())
@@ -28,19 +28,19 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, standard output, standard error."""
+    """Run `transcribe`; return its exit code, standard output and standard error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        with pytest.raises(SystemExit) as leaving:
+        with pytest.raises(SystemExit) as exited:
             main(["transcribe", *map(str, arguments)])
-        assert isinstance(leaving.value.code, int)
-        return (leaving.value.code, *capfd.readouterr())
+        assert isinstance(exited.value.code, int)
+        return (exited.value.code, *capfd.readouterr())
 
     return call
 
 
-def closed(*descriptors: int) -> Callable[[], None]:
+def close(*descriptors: int) -> Callable[[], None]:
     return lambda: [os.close(descriptor) for descriptor in descriptors] and None
 
 
@@ -48,38 +48,38 @@ def closed(*descriptors: int) -> Callable[[], None]:
 
 
 def test_closed_standard_output(tmp_path: Path) -> None:
-    """No traceback, and no message in the file that would otherwise become descriptor 1."""
+    """No traceback, and no message in the output file, which would otherwise become descriptor 1."""
     out = tmp_path / "out.txt"
     done = subprocess.run(
-        [*COMMAND, CLIP, "missing.wav", "--out", out], preexec_fn=closed(1), stderr=subprocess.PIPE, text=True
+        [*COMMAND, CLIP, "missing.wav", "--out", out], preexec_fn=close(1), stderr=subprocess.PIPE, text=True
     )
     assert (done.returncode, done.stderr) == (3, "nemostream: missing.wav does not exist.\n")
     assert out.read_text() == f"{CLIP}: {CLIP_TEXT}\n"
-    done = subprocess.run([*COMMAND, CLIP], preexec_fn=closed(1), stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*COMMAND, CLIP], preexec_fn=close(1), stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "nemostream: standard output is closed: give --out FILE.\n")
 
 
 def test_all_streams_closed(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     arguments = [*COMMAND, CLIP, "missing.wav", "--out", str(out)]
-    assert subprocess.run(arguments, preexec_fn=closed(0, 1, 2)).returncode == 3
+    assert subprocess.run(arguments, preexec_fn=close(0, 1, 2)).returncode == 3
     assert out.read_text() == f"{CLIP}: {CLIP_TEXT}\n"
 
 
 def test_closed_standard_error() -> None:
-    """Messages do not go to standard output instead."""
-    done = subprocess.run([*COMMAND, CLIP, "missing.wav"], preexec_fn=closed(2), stdout=subprocess.PIPE, text=True)
+    """Messages do not go to standard output."""
+    done = subprocess.run([*COMMAND, CLIP, "missing.wav"], preexec_fn=close(2), stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (3, f"{CLIP}: {CLIP_TEXT}\n")
 
 
 def test_closed_standard_input() -> None:
-    done = subprocess.run([*COMMAND, "-"], preexec_fn=closed(0), capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "-"], preexec_fn=close(0), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and "standard input is closed" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["info", "doctor"])
 def test_other_commands_with_closed_standard_output(command: str) -> None:
-    done = subprocess.run([*COMMAND[:-1], command], preexec_fn=closed(1), stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*COMMAND[:-1], command], preexec_fn=close(1), stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -92,8 +92,8 @@ def test_standard_input_twice(run: Run) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "utf-8"])
-def test_machine_formats_do_not_follow_the_locale(encoding: str, tmp_path: Path) -> None:
-    """JSON is JSON and WebVTT is UTF-8; the name has a letter that Latin-1 has, and one that it has not."""
+def test_json_and_webvtt_ignore_the_locale(encoding: str, tmp_path: Path) -> None:
+    """JSON is valid and WebVTT is UTF-8. The file name has one character in Latin-1 and one outside it."""
     name = str(tmp_path / "é😀.flac")
     shutil.copyfile(CLIP, name)
     environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -112,7 +112,7 @@ def test_out_is_standard_output(run: Run, out: str, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_standard_output_that_is_appended_to(tmp_path: Path) -> None:
+def test_appending_to_standard_output(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("before\n")
     with log.open("ab") as file:
@@ -120,8 +120,8 @@ def test_standard_output_that_is_appended_to(tmp_path: Path) -> None:
     assert log.read_text() == f"before\n{CLIP_TEXT}\n"
 
 
-def test_a_pipe_that_does_not_block() -> None:
-    """As a program of Node.js leaves it; it is full when the transcript is to be written."""
+def test_full_non_blocking_pipe() -> None:
+    """Node.js passes such pipes to subprocesses."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     filled = os.write(write, bytes(1 << 20))
@@ -133,15 +133,15 @@ def test_a_pipe_that_does_not_block() -> None:
         assert command.wait() == 0
 
 
-# -- one failure concerns one file -------------------------------------------------------------------------------------
+# -- failures of single files ------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """Each transcript is one sentence, the exit code is the first's, and what comes later is tried."""
-    for where, stdout in ((["--out", "/dev/full"], subprocess.PIPE), ([], "/dev/full")):
+def test_full_disk(tmp_path: Path) -> None:
+    """Each failed write prints one line, later files are tried, and the exit code is that of the first failure."""
+    for options, stdout in ((["--out", "/dev/full"], subprocess.PIPE), ([], "/dev/full")):
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
-                [*COMMAND, CLIP, "missing.wav", CLIP, *where],
+                [*COMMAND, CLIP, "missing.wav", CLIP, *options],
                 stdout=full if stdout == "/dev/full" else stdout,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -153,7 +153,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("realtime", [False, True])
-def test_an_utterance_that_cannot_be_written_is_not_an_audio_error(realtime: bool) -> None:
+def test_failed_write_of_an_utterance_is_not_an_audio_error(realtime: bool) -> None:
     done = subprocess.run(
         [*COMMAND, CLIP, "--endpoint-ms", "400", "--out", "/dev/full", *["--realtime"] * realtime],
         capture_output=True,
@@ -166,43 +166,45 @@ def test_an_utterance_that_cannot_be_written_is_not_an_audio_error(realtime: boo
 
 
 def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
-    """Two recordings of one name, one that would be written over, one whose output is a folder: the others go on."""
+    """Two recordings of the same name, one that would be overwritten, one whose output is a folder; others succeed."""
     folder, other = tmp_path / "folder", tmp_path / "other"
     for path in (folder / "b.txt", other):
         path.mkdir(parents=True)
     for name in ("a.flac", "b.flac", "c.flac"):
         shutil.copyfile(CLIP, tmp_path / name)
     shutil.copyfile(CLIP, other / "a.flac")
-    shutil.copyfile(CLIP, folder / "d.txt")  # content tells what a recording is, and not its name
+    shutil.copyfile(CLIP, folder / "d.txt")  # recordings are recognised by content, not by name
     names = [tmp_path / "a.flac", other / "a.flac", tmp_path / "b.flac", folder / "d.txt", tmp_path / "c.flac"]
     code, out, err = run(*names, "--out", folder)
     assert (code, out) == (2, "")
-    same, is_folder, over = err.splitlines()
-    assert f"{other / 'a.flac'} would both be" in same
+    same, is_folder, overwritten = err.splitlines()
+    assert f"{other / 'a.flac'} would both be written to" in same
     assert f"{folder / 'b.txt'} is a folder" in is_folder
-    assert f"would write over {folder / 'd.txt'}" in over
+    assert f"would overwrite {folder / 'd.txt'}" in overwritten
     assert (folder / "a.txt").read_text() == (folder / "c.txt").read_text() == CLIP_TEXT + "\n"
     assert (folder / "d.txt").read_bytes() == Path(CLIP).read_bytes()
 
 
-def test_an_unexpected_failure_concerns_one_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fault of a library, too: the traceback is shown and the other files go on."""
+def test_unexpected_error_does_not_affect_other_files(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The traceback is printed, and the other files are transcribed."""
     bad = tmp_path / "bad.flac"
     shutil.copyfile(CLIP, bad)
-    opens = Recording._open
+    open_recording = AudioFile._open
 
-    def fails(recording: Recording, part: Any) -> Any:
+    def fail(recording: AudioFile, part: Any) -> Any:
         if recording.path == bad:
             raise RuntimeError("out of luck")
-        return opens(recording, part)
+        return open_recording(recording, part)
 
-    monkeypatch.setattr(Recording, "_open", fails)
+    monkeypatch.setattr(AudioFile, "_open", fail)
     code, out, err = run(CLIP, bad, CLIP)
     assert (code, out) == (1, f"{CLIP}: {CLIP_TEXT}\n" * 2)
     assert err.splitlines()[-1] == f"nemostream: {bad}: unexpected RuntimeError: out of luck"
 
 
-def test_everything_is_checked_before_the_model_is_loaded(
+def test_options_are_checked_before_the_model_is_loaded(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(nemostream, "load", None)
@@ -237,45 +239,45 @@ def clip(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_container_through_a_pipe(clip: Path) -> None:
-    """As /dev/stdin, and as a shell's <(...) among files: what the file itself gives."""
+def test_audio_file_through_a_pipe(clip: Path) -> None:
+    """As /dev/stdin, and as a shell's <(...) among files: the same text as from the file itself."""
     with nemostream.load() as model:
-        wanted = model.transcribe(clip).text
+        expected = model.transcribe(clip).text
     done = subprocess.run([*COMMAND, "/dev/stdin"], input=clip.read_bytes(), capture_output=True)
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, wanted + "\n", b"")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected + "\n", b"")
     with subprocess.Popen(["cat", clip], stdout=subprocess.PIPE) as cat:
         assert cat.stdout
         inherited = cat.stdout.fileno()
         done = subprocess.run([*COMMAND, CLIP, f"/dev/fd/{inherited}", CLIP], pass_fds=[inherited], capture_output=True)
     texts = [line.partition(": ")[2] for line in done.stdout.decode().splitlines()]
-    assert (done.returncode, texts, done.stderr) == (0, [CLIP_TEXT, wanted, CLIP_TEXT], b"")
+    assert (done.returncode, texts, done.stderr) == (0, [CLIP_TEXT, expected, CLIP_TEXT], b"")
 
 
-def test_a_fifo(run: Run, tmp_path: Path) -> None:
+def test_fifo(run: Run, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]):
         assert run(fifo, "--realtime") == (0, CLIP_TEXT + "\n", "")
     with subprocess.Popen(["sh", "-c", ': > "$0"', fifo]):
         code, out, err = run(fifo)
-    assert (code, out) == (3, "") and "pipe that nothing came through" in err
+    assert (code, out) == (3, "") and "the pipe was closed without any data" in err
 
 
-def test_the_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch, fifo = tmp_path / "scratch", tmp_path / "fifo"
     scratch.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), Recording(fifo) as recording:
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', CLIP, fifo]), AudioFile(fifo) as recording:
         assert sum(map(len, recording.blocks())) == soundfile.info(CLIP).frames
-        assert list(scratch.iterdir()) == []  # it has no name
+        assert list(scratch.iterdir()) == []  # the copy is an unnamed file
     assert list(scratch.iterdir()) == []
     with subprocess.Popen(["sh", "-c", 'echo no audio > "$0"', fifo]), pytest.raises(AudioError, match="fifo cannot"):
-        Recording(fifo)
+        AudioFile(fifo)
     assert list(scratch.iterdir()) == []
 
 
-def test_a_device(run: Run) -> None:
+def test_device(run: Run) -> None:
     code, out, err = run("/dev/null")
     assert (code, out) == (3, "") and "/dev/null is a device" in err
 
@@ -285,9 +287,9 @@ def test_permission_denied(tmp_path: Path) -> None:
     shutil.copyfile(CLIP, secret)
     secret.chmod(0)
     command = [*COMMAND, CLIP, str(secret), CLIP]
-    if os.geteuid() == 0:  # root reads everything, unless it loses that capability
+    if os.geteuid() == 0:  # root can read every file unless it drops that capability
         if not shutil.which("setpriv"):
-            pytest.skip("needs setpriv to be somebody who may not read a file")
+            pytest.skip("needs setpriv to drop the permission to read every file")
         command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == f"nemostream: {secret} cannot be read: Permission denied.\n"
@@ -297,8 +299,8 @@ def test_permission_denied(tmp_path: Path) -> None:
 # -- messages of libraries ---------------------------------------------------------------------------------------------
 
 
-def test_messages_of_the_mp3_decoder(tmp_path: Path) -> None:
-    """What libmpg123 writes about this file by itself is not shown."""
+def test_messages_of_the_mp3_decoder_are_suppressed(tmp_path: Path) -> None:
+    """libmpg123 prints messages about this file to standard error."""
     path = tmp_path / "damaged.mp3"
     soundfile.write(path, *soundfile.read(CLIP, dtype="float32"))
     path.write_bytes(path.read_bytes() + bytes(5000))
@@ -306,23 +308,23 @@ def test_messages_of_the_mp3_decoder(tmp_path: Path) -> None:
         [sys.executable, "-c", f"import soundfile; soundfile.read({str(path)!r})"], capture_output=True, text=True
     )
     if not plain.stderr.strip():
-        pytest.skip("this libsndfile is quiet")
+        pytest.skip("this libsndfile prints no messages")
     done = subprocess.run([*COMMAND, path], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "busy message" in done.stdout
 
 
-def test_other_messages_are_passed_on() -> None:
+def test_other_messages_are_forwarded() -> None:
     code = (
-        "import os, sys\nfrom nemostream.cli.standard_streams import decoder_messages_dropped\n"
-        "with decoder_messages_dropped():\n"
+        "import os, sys\nfrom nemostream.cli.standard_streams import suppress_decoder_messages\n"
+        "with suppress_decoder_messages():\n"
         "    os.write(2, b'one\\n[src/libmpg123/a.c:f():1] error: x\\nNote: y\\n\\n')\n"
         "    os.write(2, b'Warning: Xing z\\nWarning: two\\nthr')\n"
         "    os.write(2, b'ee')\n    print('ours', file=sys.stderr)\n"
         "print('after', file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # Ours are not part of the pipe, so they may come before the others.
+    # Python's own messages bypass the pipe, so they may appear before the others.
     lines = done.stderr.replace("three", "three\n").splitlines()
     assert set(lines) == {"one", "Warning: two", "three", "ours", "after"}
 
@@ -330,8 +332,8 @@ def test_other_messages_are_passed_on() -> None:
 # -- channels ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_channel_of_a_call(run: Run, tmp_path: Path) -> None:
-    """Two parties, each on a channel: each alone is what it is as a file of its own."""
+def test_channel_option(run: Run, tmp_path: Path) -> None:
+    """Two parties, one per channel: each gives the same text as in a mono file."""
     audio, rate = soundfile.read(CLIP, dtype="int16")
     path = tmp_path / "call.wav"
     soundfile.write(path, np.stack([audio, audio[::-1]], axis=1), rate)
@@ -360,16 +362,16 @@ def test_channels_that_cancel_out(run: Run, tmp_path: Path, gain: float, options
 
 
 def test_channels_that_do_not_cancel_out(run: Run, tmp_path: Path) -> None:
-    """The same twice, one of them silent, a quieter inverse, unrelated ones, many of which one speaks, and silence."""
+    """Equal channels, a silent one, a quieter inverse, unrelated ones, speech in one of many, and silence."""
     audio, rate = soundfile.read(CLIP, dtype="float32")
-    nothing = np.zeros_like(audio)
+    silence = np.zeros_like(audio)
     for channels in (
         [audio, audio],
-        [audio, nothing],
+        [audio, silence],
         [audio, -0.4 * audio],
         [audio, audio[::-1]],
-        [audio, *[nothing] * 7],
-        [nothing, nothing],
+        [audio, *[silence] * 7],
+        [silence, silence],
     ):
         path = tmp_path / "stereo.wav"
         soundfile.write(path, np.stack(channels, axis=1), rate, subtype="FLOAT")

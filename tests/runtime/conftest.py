@@ -1,4 +1,4 @@
-"""Shared by the runtime's tests: a manifest with the real model's numbers, a tokenizer made here, the fake backend."""
+"""Fixtures of the runtime's tests: a manifest with the real model's sizes, a trained tokenizer, the fake backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig,
 
 @pytest.fixture(scope="session")
 def fake():
-    """The module `fake_backend.py`, which importlib mode keeps off `sys.path`."""
+    """The module `fake_backend.py`, which is not on `sys.path` in pytest's importlib mode."""
     name = "nemostream_tests_fake_backend"
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fake_backend.py"))
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +26,7 @@ def fake():
 
 @pytest.fixture(scope="session")
 def tokenizer_model() -> bytes:
-    """A SentencePiece model with byte fallback: the hardest case for text that comes bit by bit."""
+    """A SentencePiece model with byte fallback, the hardest case for incremental text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog again and again"] * 20),

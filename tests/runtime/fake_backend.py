@@ -1,9 +1,9 @@
-"""A backend whose tokens prove what it heard.
+"""A backend whose tokens are a checksum of the audio it received.
 
-The tokens of frame i spell a checksum of every sample its slot got up to and including that frame: one sample lost,
-doubled, moved, in another slot, or a slot not reset, and all later tokens differ. It says nothing of recognition.
-A stream that is saved and loaded goes on with its checksum. It also checks what the seam promises a backend, and fails
-the batch if a promise is broken.
+The tokens of frame i encode a checksum of every sample that the slot received up to and including that frame. If one
+sample is lost, doubled, moved or in another slot, or if a slot is not reset, all later tokens differ. A stream that is
+saved and loaded continues with its checksum. The backend also checks the conditions that `backends.base` guarantees to
+a backend, and fails the batch if one is violated.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ DIGITS = 3
 
 
 def spell(checksum: int, vocabulary: int) -> list[int]:
+    """Return the tokens of a checksum: its digits in base `vocabulary`, lowest first."""
     return [checksum // vocabulary**k % vocabulary for k in range(DIGITS)]
 
 
 def encoder_frames(samples: int) -> int:
-    """By counting the windows of three convolutions (kernel 3, stride 2, two zeros before, one after)."""
+    """Count the windows of three convolutions (kernel 3, stride 2, two zeros before, one after)."""
     frames = samples // 160
     for _ in range(3 if frames else 0):
         frames = sum(1 for start in range(0, 2 + frames + 1, 2) if start + 3 <= 2 + frames + 1)
@@ -36,20 +37,20 @@ def encoder_frames(samples: int) -> int:
 
 
 def expected(audio_N: np.ndarray, vocabulary: int) -> tuple[list[int], list[int]]:
-    """Tokens and frames of a whole recording at 16 kHz, straight from the definition."""
+    """Return the tokens and frames of a whole recording at 16 kHz, computed from the definition."""
     frames = encoder_frames(len(audio_N))
-    heard = np.zeros(frames * 1280, np.float32)
+    padded = np.zeros(frames * 1280, np.float32)
     part = audio_N[: max(frames * 1280 - 1081, 0)]
-    heard[1081 : 1081 + len(part)] = part
+    padded[1081 : 1081 + len(part)] = part
     checksum, tokens = 0, []
-    for row in heard.reshape(-1, 1280):
+    for row in padded.reshape(-1, 1280):
         checksum = zlib.crc32(row.tobytes(), checksum)
         tokens += spell(checksum, vocabulary)
     return tokens, [i for i in range(frames) for _ in range(DIGITS)]
 
 
 @dataclass
-class Step:
+class FakeStep:
     backend: FakeBackend
     batch: Batch
     emissions: Emissions
@@ -63,7 +64,7 @@ class Step:
         return self.emissions
 
 
-def nothing(batch: Batch) -> None: ...
+def do_nothing(batch: Batch) -> None: ...
 
 
 class FakeBackend:
@@ -74,15 +75,15 @@ class FakeBackend:
         self.position: dict[int, int] = {}
         self.checksum: dict[int, int] = {}
         self.phrases: dict[int, Boosting | None] = {}
-        self.forgotten: list[tuple[int, int]] = []  # slot, and the frame it stood at
+        self.decoder_resets: list[tuple[int, int]] = []  # slot, and its position in frames
         self.in_flight = dict.fromkeys(range(capacity), 0)
-        self.batches: list[tuple[int, list[int]]] = []  # chunk, slots
-        self.most_in_flight = 0
+        self.batches: list[tuple[int, list[int]]] = []  # chunk size in ms, slots
+        self.max_in_flight = 0
         self.closed = False
         self.on_reset: Callable[[list[int]], None] = lambda slots: None
-        self.on_boost: Callable[[int, Boosting | None], None] = lambda slot, phrases: None
-        self.on_submit: Callable[[Batch], None] = nothing
-        self.on_result: Callable[[Batch], None] = nothing
+        self.on_phrases: Callable[[int, Boosting | None], None] = lambda slot, phrases: None
+        self.on_submit: Callable[[Batch], None] = do_nothing
+        self.on_result: Callable[[Batch], None] = do_nothing
         self.fails: Callable[[int, int], bool] = lambda slot, position: False
         self.thread: int | None = None
 
@@ -96,11 +97,11 @@ class FakeBackend:
 
     def reset_decoder(self, slots: np.ndarray) -> None:
         self._on_one_thread()
-        self.forgotten += [(slot, self.position[slot]) for slot in slots.tolist()]
+        self.decoder_resets += [(slot, self.position[slot]) for slot in slots.tolist()]
 
     def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
         self._on_one_thread()
-        self.on_boost(slot, phrases)
+        self.on_phrases(slot, phrases)
         self.phrases[slot] = phrases
 
     def save(self, slot: int) -> dict[str, np.ndarray]:
@@ -116,7 +117,7 @@ class FakeBackend:
         check_state(state, self.save(slot))
         self.position[slot], self.checksum[slot] = int(state["position"]), int(state["checksum"])
 
-    def submit(self, batch: Batch) -> Step:
+    def submit(self, batch: Batch) -> FakeStep:
         self._on_one_thread()
         slots = batch.slots.tolist()
         self.batches.append((batch.chunk.ms, slots))
@@ -136,10 +137,12 @@ class FakeBackend:
             frames.append(start + np.arange(len(row), dtype=np.int64) // DIGITS)
             failed.append(self.fails(slot, start))
             self.position[slot] = start + batch.chunk.frames
-        self.most_in_flight = max(self.most_in_flight, sum(self.in_flight.values()))
+        self.max_in_flight = max(self.max_in_flight, sum(self.in_flight.values()))
         scores = tuple(-np.arange(len(row), dtype=np.float32) for row in tokens)
         sum_p_alpha = tuple(1 + np.arange(len(row), dtype=np.float32) for row in tokens)
-        return Step(self, batch, Emissions(tuple(tokens), tuple(frames), scores, sum_p_alpha, np.array(failed, bool)))
+        return FakeStep(
+            self, batch, Emissions(tuple(tokens), tuple(frames), scores, sum_p_alpha, np.array(failed, bool))
+        )
 
     def close(self) -> None:
         self._on_one_thread()

@@ -1,4 +1,4 @@
-"""Models and streams over the fake backend: what was pushed is what was heard, in every way there is to push it."""
+"""Models and streams with the fake backend: the backend receives the audio that was pushed, in every mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, BackendError, BundleError, CapacityError, OptionError, StreamError
 from nemostream.runtime.model import Model
 
-WAIT = 20
+TIMEOUT = 20  # seconds after which a hanging test fails
 
 
 def noise(seed: int, samples: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def backend(manifest, fake):
     return fake.FakeBackend(manifest, capacity=3, max_batch=2)
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "overlap"])
+@pytest.fixture(params=[False, True], ids=["no overlap", "overlap"])
 def model(request, bundle, backend):
     backend.asynchronous = request.param
     with Model(bundle, backend) as model:
@@ -39,7 +39,7 @@ def model(request, bundle, backend):
 
 @pytest.fixture
 def check(manifest, fake, tokenizer_model):
-    """Asserts that a final result is what the fake says of audio at 16 kHz; text by SentencePiece itself."""
+    """Asserts that a final result is the one expected for audio at 16 kHz; the reference for text is SentencePiece."""
     oracle = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
 
     def check(result, audio, seconds=None, chunk_ms=560):
@@ -55,7 +55,7 @@ def check(manifest, fake, tokenizer_model):
 
 @pytest.mark.parametrize("samples", [0, 159, 160, 7878, 7879, 30_000])
 @pytest.mark.parametrize("size", [333, 8960, 10**6])
-def test_a_live_stream_says_every_step_and_then_all(model, check, samples, size):
+def test_a_live_stream_returns_a_partial_per_step_and_a_final_result(model, check, samples, size):
     audio = noise(samples, samples)
     with model.stream() as stream:
         partials = []
@@ -74,7 +74,7 @@ def test_a_live_stream_says_every_step_and_then_all(model, check, samples, size)
     assert [len(p.tokens) for p in partials] == [21 * (i + 1) for i in range(len(partials))]
 
 
-def test_pushes_after_finish_or_close_are_refused(model, check):
+def test_pushes_after_finish_or_close_are_rejected(model, check):
     stream = model.stream()
     final = stream.finish()
     check(final, noise(0, 0))
@@ -82,24 +82,24 @@ def test_pushes_after_finish_or_close_are_refused(model, check):
         stream.push(noise(0, 10))
     stream.close()
     assert stream.finish() is final
-    left = model.stream()
-    left.close()
+    closed = model.stream()
+    closed.close()
     for _ in range(2):
         with pytest.raises(StreamError, match="was closed; open a new one"):
-            left.push(noise(0, 10))
+            closed.push(noise(0, 10))
     for _ in range(2):
         with pytest.raises(StreamError, match="was closed"):
-            left.finish()
+            closed.finish()
 
 
-def test_a_push_that_is_no_audio_leaves_the_stream_unharmed(model, check):
+def test_a_rejected_push_leaves_the_stream_unchanged(model, check):
     audio = noise(1, 40_000)
     with model.stream(sample_rate=48000, channels=2) as stream:
         stereo = np.stack([audio, audio], axis=1)
         stream.push(stereo[:10_000])
-        hurt = stereo[10_000:].copy()
-        hurt[-1, 1] = np.nan
-        for bad in (hurt, audio, audio.tobytes(), stereo.astype(np.int64)):
+        damaged = stereo[10_000:].copy()
+        damaged[-1, 1] = np.nan
+        for bad in (damaged, audio, audio.tobytes(), stereo.astype(np.int64)):
             before = stream.result
             with pytest.raises(AudioError):
                 stream.push(bad)
@@ -108,7 +108,7 @@ def test_a_push_that_is_no_audio_leaves_the_stream_unharmed(model, check):
         check(stream.finish(), soxr.resample(audio, 48000, 16000), 40_000 / 48000)
 
 
-def test_a_callers_buffer_may_be_used_again(model, check):
+def test_the_callers_buffer_can_be_reused(model, check):
     audio, buffer = noise(2, 20_000), np.zeros(500, np.float32)
     with model.stream() as stream:
         for at in range(0, 20_000, 500):
@@ -118,7 +118,7 @@ def test_a_callers_buffer_may_be_used_again(model, check):
         check(stream.finish(), audio)
 
 
-def test_options_that_cannot_be_cost_no_slot(model, bundle, backend):
+def test_invalid_options_do_not_take_a_slot(model, bundle, backend):
     for options in ({"chunk_ms": 100}, {"chunk_ms": 0}, {"sample_rate": 0}, {"channels": 0}):
         for open_ in (model.stream, model.astream, lambda **o: model.transcribe(noise(0, 9), **o)):
             if open_ in (model.stream, model.astream) or "channels" not in options:
@@ -135,7 +135,7 @@ def test_options_that_cannot_be_cost_no_slot(model, bundle, backend):
         Model(bundle, backend, chunk_ms=100)
 
 
-def test_a_bundle_with_a_damaged_tokenizer(tmp_path, manifest, backend):
+def test_a_damaged_tokenizer_is_a_bundle_error(tmp_path, manifest, backend):
     (tmp_path / "tokenizer.model").write_bytes(b"junk")
     with pytest.raises(BundleError, match="not a SentencePiece model"):
         Model(Bundle(tmp_path, manifest), backend)
@@ -151,24 +151,24 @@ def test_streams_of_two_chunk_sizes_and_rates_side_by_side(model, check):
     check(other.finish(), soxr.resample(audio, 8000, 16000), 3.0, 1120)
 
 
-def test_a_row_that_fails_ends_its_stream_and_keeps_what_was_said(model, backend, check):
+def test_a_failed_row_fails_its_stream_and_keeps_the_result(model, backend, check):
     backend.fails = lambda slot, position: slot == 0 and position >= 7
-    hurt, well = model.stream(), model.stream()
+    failing, other = model.stream(), model.stream()
     audio = noise(4, 30_000)
-    first = hurt.push(audio[:8000])[-1]
+    first = failing.push(audio[:8000])[-1]
     with pytest.raises(StreamError, match="not finite"):
-        hurt.push(audio)
-    assert hurt.result.tokens == first.tokens
+        failing.push(audio)
+    assert failing.result.tokens == first.tokens
     with pytest.raises(StreamError, match="not finite"):
-        hurt.finish()
-    well.push(audio)
-    check(well.finish(), audio)
+        failing.finish()
+    other.push(audio)
+    check(other.finish(), audio)
 
 
 # -- recordings --------------------------------------------------------------------------------------------------------
 
 
-def test_transcribe_an_array_or_a_file_at_any_rate_and_channels(model, check, tmp_path):
+def test_transcribe_arrays_and_files_at_any_rate_and_channels(model, check, tmp_path):
     audio = noise(5, 200_001)
     check(model.transcribe(audio), audio)
     stereo = np.stack([audio, audio], axis=1)
@@ -181,7 +181,7 @@ def test_transcribe_an_array_or_a_file_at_any_rate_and_channels(model, check, tm
     check(model.transcribe(pcm, sample_rate=44100), want, len(pcm) / 44100)
 
 
-def test_transcribe_tells_partials_and_progress_on_the_callers_thread(model, check):
+def test_transcribe_calls_back_on_the_callers_thread(model, check):
     audio, partials, progress, threads = noise(6, 200_000), [], [], set()
 
     def partial(result):
@@ -204,45 +204,45 @@ def test_concurrent_transcribes_share_batches(model, backend, check):
     assert {slot for _, slots in backend.batches for slot in slots} <= {0, 1, 2}
 
 
-def test_transcribe_refuses_by_a_sentence_and_gives_its_slot_back(model, check, tmp_path):
-    hurt = noise(7, 100_000)
-    hurt[99_000] = np.nan
-    soundfile.write(tmp_path / "nan.wav", hurt, 16000, subtype="FLOAT")
+def test_transcribe_raises_for_invalid_audio_and_releases_its_slot(model, check, tmp_path):
+    damaged = noise(7, 100_000)
+    damaged[99_000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", damaged, 16000, subtype="FLOAT")
 
-    def leave(result):
+    def interrupt(result):
         raise KeyboardInterrupt
 
     for _ in range(4):  # more often than there are slots
-        for source, sentence in (
+        for source, message in (
             (np.zeros(0, np.float32), "the audio is empty"),
             (np.zeros(9, np.int64), "not int64"),
-            (hurt, "NaN or infinity at sample 99000"),
+            (damaged, "NaN or infinity at sample 99000"),
             (tmp_path / "nan.wav", "nan.wav holds NaN"),
             (tmp_path / "no.wav", "no.wav does not exist"),
-            ([0.0], "takes a path or a numpy array, not list"),
+            ([0.0], "must be a path, a numpy array, .* not list"),
         ):
-            with pytest.raises(AudioError, match=sentence):
+            with pytest.raises(AudioError, match=message):
                 model.transcribe(source)
         with pytest.raises(KeyboardInterrupt):
-            model.transcribe(noise(0, 9000), on_partial=leave)
+            model.transcribe(noise(0, 9000), on_partial=interrupt)
     audio = noise(8, 5000)
     streams = [model.stream() for _ in range(2)]
     check(model.transcribe(audio), audio)
     assert len(streams) == 2
 
 
-def test_a_backend_that_fails_is_heard_and_the_next_recording_runs(model, backend, check, fake):
+def test_a_backend_error_is_raised_and_the_next_recording_works(model, backend, check, fake):
     def fail(batch):
         raise RuntimeError("out of memory")
 
     backend.on_submit = fail
     with pytest.raises(BackendError, match="the model failed: RuntimeError: out of memory"):
         model.transcribe(noise(0, 9000))
-    backend.on_submit = fake.nothing
+    backend.on_submit = fake.do_nothing
     check(model.transcribe(noise(0, 9000)), noise(0, 9000))
 
 
-def test_close_ends_streams_and_is_final(bundle, backend):
+def test_close_fails_streams_and_is_final(bundle, backend):
     with Model(bundle, backend) as model:
         stream = model.stream()
         stream.push(noise(0, 9000))
@@ -257,7 +257,7 @@ def test_close_ends_streams_and_is_final(bundle, backend):
 
 
 def test_async_streams_run_together(model, check):
-    async def speak(seed: int):
+    async def transcribe(seed: int):
         audio = noise(seed, 20_000 + seed)
         async with model.astream(chunk_ms=160) as stream:
             partials = []
@@ -272,42 +272,42 @@ def test_async_streams_run_together(model, check):
 
     async def main():
         for _ in range(2):
-            await asyncio.wait_for(asyncio.gather(*(speak(i) for i in range(3))), WAIT)
+            await asyncio.wait_for(asyncio.gather(*(transcribe(i) for i in range(3))), TIMEOUT)
 
     asyncio.run(main())
 
 
-class ChunkFilter:
-    """Holds the scheduler's thread inside a step."""
+class BlockingCall:
+    """Blocks the scheduler's thread inside a step until the test sets `released`."""
 
     def __init__(self) -> None:
-        self.entered, self.opened = threading.Event(), threading.Event()
+        self.entered, self.released = threading.Event(), threading.Event()
 
     def __call__(self, *_: object) -> None:
         self.entered.set()
-        assert self.opened.wait(WAIT)
+        assert self.released.wait(TIMEOUT)
 
 
-@pytest.mark.parametrize("verb", ["push", "finish"])
-def test_a_cancelled_task_loses_no_audio_and_hurts_nobody(model, backend, check, verb):
+@pytest.mark.parametrize("method", ["push", "finish"])
+def test_a_cancelled_task_loses_no_audio(model, backend, check, method):
     audio = noise(9, 30_000)
 
     async def main():
-        backend.on_result = gate = ChunkFilter()
+        backend.on_result = block = BlockingCall()
         stream, other = model.astream(), model.astream()
-        if verb == "finish":
-            gate.opened.set()
+        if method == "finish":
+            block.released.set()
             await stream.push(audio)
-            gate.opened.clear()
-        gate.entered.clear()
-        task = asyncio.create_task(stream.push(audio) if verb == "push" else stream.finish())
-        await asyncio.to_thread(gate.entered.wait, WAIT)
+            block.released.clear()
+        block.entered.clear()
+        task = asyncio.create_task(stream.push(audio) if method == "push" else stream.finish())
+        await asyncio.to_thread(block.entered.wait, TIMEOUT)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        gate.opened.set()
-        if verb == "push":
-            assert len(await stream.push(noise(0, 0))) == 3  # what the cancelled push would have told
+        block.released.set()
+        if method == "push":
+            assert len(await stream.push(noise(0, 0))) == 3  # the results of the cancelled push
         check(await stream.finish(), audio)
         await other.push(audio)
         check(await other.finish(), audio)
@@ -315,20 +315,20 @@ def test_a_cancelled_task_loses_no_audio_and_hurts_nobody(model, backend, check,
     asyncio.run(main())
 
 
-def test_an_abandoned_async_stream_frees_its_slot(model, backend, check):
+def test_an_abandoned_async_stream_releases_its_slot(model, backend, check):
     async def main():
-        backend.on_result = gate = ChunkFilter()
+        backend.on_result = block = BlockingCall()
         async with model.astream() as stream:
             task = asyncio.create_task(stream.push(noise(0, 30_000)))
-            await asyncio.to_thread(gate.entered.wait, WAIT)
+            await asyncio.to_thread(block.entered.wait, TIMEOUT)
             task.cancel()
-        gate.opened.set()
+        block.released.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(main())
     streams = []
-    for _ in range(1000):  # the last step ends soon, but after the loop's end
+    for _ in range(1000):  # the last step ends after the event loop
         try:
             streams.append(model.stream())
         except CapacityError:
@@ -338,7 +338,7 @@ def test_an_abandoned_async_stream_frees_its_slot(model, backend, check):
     assert len(streams) == 3
 
 
-def test_errors_reach_an_awaiting_task(model, backend):
+def test_errors_are_raised_in_the_awaiting_task(model, backend):
     def fail(batch):
         raise RuntimeError("gone")
 
@@ -349,17 +349,17 @@ def test_errors_reach_an_awaiting_task(model, backend):
                 await stream.push(np.zeros(3, np.int64))
             backend.on_submit = fail
             with pytest.raises(BackendError, match="gone"):
-                await asyncio.wait_for(stream.push(noise(0, 9000)), WAIT)
+                await asyncio.wait_for(stream.push(noise(0, 9000)), TIMEOUT)
 
     asyncio.run(main())
 
 
-def test_asyncio_is_imported_by_those_who_use_it_only():
+def test_asyncio_is_imported_only_when_used():
     code = "import sys, nemostream.runtime.model as r; print('nemostream.runtime.streaming.aio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_a_models_delay_is_taken_off_every_time(bundle, fake):
+def test_the_models_delay_is_subtracted_from_all_times(bundle, fake):
     audio = noise(1, 30_000)
     with Model(bundle, fake.FakeBackend(bundle.manifest)) as model:
         wanted = model.transcribe(audio)
@@ -367,8 +367,8 @@ def test_a_models_delay_is_taken_off_every_time(bundle, fake):
         found = model.transcribe(audio)
         events = list(model.listen(audio))
     assert found.text == wanted.text and found.duration == wanted.duration
-    for late, token in zip(wanted.tokens, found.tokens, strict=True):
-        assert token.time == pytest.approx(max(late.time - 0.1, 0))
+    for undelayed, token in zip(wanted.tokens, found.tokens, strict=True):
+        assert token.time == pytest.approx(max(undelayed.time - 0.1, 0))
         assert token.end == pytest.approx(min(token.time + 0.08, wanted.duration))
     assert events[-2].tokens == found.tokens and events[-2].start == 0.0
     for delay in (-1, 5001, 0.1, True):

@@ -180,7 +180,7 @@ def updates(number: int) -> bytes:
 
 FLOODS = (
     ("/v1/stream", frame(1, b'{"type":"keepalive"}') * 500),
-    ("/v1/stream", frame(1, b'{"type":"use","chunk_ms":80}') * 500),
+    ("/v1/stream", frame(1, b'{"type":"configure","chunk_ms":80}') * 500),
     ("/v1/stream", (frame(2, b"ab") + frame(1, b'{"type":"commit"}')) * 100),
     ("/v1/stream", frame(1, b'{"type":"keepalive","x":[' + b"{}," * 300_000 + b"{}]}")),
     ("/v1/stream", frame(9, b"p" * 125) * 300),

@@ -53,24 +53,42 @@ def test_the_image_is_what_the_server_is() -> None:
     assert extras and all(f"\n{extra} = [" in project for group in extras for extra in group.split(","))
 
 
-def sent() -> set[Path]:
-    """The files that `docker build` would be given: what Dockerfile.dockerignore excepts from leaving all out."""
-    all_, *rules = [
+def build_context() -> set[Path]:
+    """Return the files and links of the build context, relative to the root: the exceptions of Dockerfile.dockerignore
+    minus what it excludes again."""
+    first, *rules = [
         line for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if not line.startswith("#")
     ]
-    assert all_ == "*" and rules.pop() == "**/__pycache__" and all(rule.startswith("!") for rule in rules)
-    roots = [path for rule in rules for path in ROOT.glob(rule.removeprefix("!"))]
-    files = {file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()}
-    return {file.relative_to(ROOT) for file in files if "__pycache__" not in file.parts}
+    assert first == "*"
+    included = list(itertools.takewhile(lambda rule: rule.startswith("!"), rules))
+    excluded = rules[len(included) :]
+    assert excluded == ["benchmarks/results", "**/__pycache__"]
+    roots = [path for rule in included for path in ROOT.glob(rule.removeprefix("!"))]
+    paths = {path for root in roots for path in (root, *root.rglob("*")) if path.is_file() or path.is_symlink()}
+    relative = {path.relative_to(ROOT) for path in paths}
+    return {
+        path for path in relative if "__pycache__" not in path.parts and path.parts[:2] != ("benchmarks", "results")
+    }
+
+
+def test_the_build_context_contains_the_package() -> None:
+    context = build_context()
+    for link in (path for path in (ROOT / "src" / "nemostream").iterdir() if path.is_symlink()):
+        assert link.relative_to(ROOT) in context
+        code = {path.relative_to(ROOT) for path in (ROOT / link.name).rglob("*.py")}
+        assert code and code <= context
+    needed = {"runtime/backends/gpu/kernels/greedy.cu", "serving/protocols/page.html", "src/nemostream/clip.flac"}
+    assert {Path(name) for name in needed} <= context
+    assert all(path.parts[0] not in ("tests", "docs", ".git") for path in context)
 
 
 @pytest.mark.slow
 def test_the_images_steps_make_a_server(tmp_path: Path) -> None:
     """Its commands in folders of this machine, from the files that it is given; then what a container would run."""
     context, image = tmp_path / "context", tmp_path / "image"
-    for name in sent():
+    for name in build_context():
         (context / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, context / name)
+        shutil.copy(ROOT / name, context / name, follow_symlinks=False)
     assert not (context / "tests").exists()
     variables = dict(os.environ, EXTRAS="serve", PIP_DISABLE_PIP_VERSION_CHECK="1")
     found = instructions()
@@ -78,7 +96,7 @@ def test_the_images_steps_make_a_server(tmp_path: Path) -> None:
     for name, rest in found[:last]:
         if name == "COPY":
             assert rest == ". /src"
-            shutil.copytree(context, image / "src")
+            shutil.copytree(context, image / "src", symlinks=True)
         elif name == "RUN":
             command = rest.replace("/opt/", f"{image}/opt/").replace('"/src', f'"{image}/src')
             command = command.replace("python -m venv", f"{sys.executable} -m venv")
@@ -285,7 +303,7 @@ def test_the_image_pins_every_package_that_it_installs() -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     assert '--constraint "/src/deploy/constraints.txt"' in dockerfile
     assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", dockerfile, re.MULTILINE), "the base image has a version"
-    assert Path("deploy/constraints.txt") in sent()
+    assert Path("deploy/constraints.txt") in build_context()
 
 
 # -- docs/deploy.md ----------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from websockets.sync.client import ClientConnection, connect
 import nemostream
 from nemostream.errors import CapacityError
 from nemostream.serving import server
+from nemostream.serving.client import Client
 from nemostream.serving.network import connections
-from nemostream.serving.network.access import Client
 
 HALF = 2 * 16000 * 2
 
@@ -147,7 +147,7 @@ def test_a_silent_client_and_one_that_stays_too_long(serve_here: Any, spoken: An
                 alive.send(json.dumps({"type": "keepalive"}))
                 time.sleep(0.2)
         assert "longest allowed" in failure(alive)["message"]
-        assert running.metric("nemostream_dropped_total") == 2
+        assert running.metric("nemostream_timeouts_total") == 2
         eventually(lambda: free(running) == slots(running))
 
 
@@ -177,7 +177,7 @@ def test_a_client_that_does_not_read_is_cut_off(serve_here: Any, spoken: Any, mo
         with pytest.raises(ConnectionError):  # nor is it left open, to hold memory
             while True:
                 bare.sendall(frame * 1000)
-        assert running.metric("nemostream_dropped_total") == 1
+        assert running.metric("nemostream_timeouts_total") == 1
         well.send(spoken[0].pcm[HALF:])
         assert done(well) == spoken[0].text
 
@@ -240,7 +240,7 @@ def test_audio_that_comes_faster_than_it_is_served_waits_with_the_client(serve_h
 
         def slow(batch: Any) -> Any:
             time.sleep(0.05)
-            waiting.append(max(seat.stream.queued for seat in running.service.model._scheduler._seats.values()))
+            waiting.append(max(stream.chunker.queued for stream in running.service.model._scheduler._streams.values()))
             return submit(batch)
 
         backend.submit = slow
@@ -312,7 +312,7 @@ def test_a_poisoned_stream_never_reaches_its_neighbours(serve_here: Any, spoken:
                 socket.send(spoken[0].pcm[:HALF])
             eventually(lambda: running.metric("nemostream_audio_seconds_total") == 4 * HALF / 32000)
             (session,) = [s for s in running.service.sessions if s is newest(running)]
-            model._scheduler._backend._state.v[:, session._stream._recognition._seat.slot] = np.nan
+            model._scheduler._backend._state.v[:, session._stream._session._stream.slot] = np.nan
             for socket in (*well, sick):
                 socket.send(spoken[0].pcm[HALF:])
             assert "not finite" in failure(sick)["message"]
@@ -324,7 +324,7 @@ def test_a_poisoned_stream_never_reaches_its_neighbours(serve_here: Any, spoken:
 
 
 def newest(running: Any) -> Any:
-    return max(running.service.sessions, key=lambda session: session._began)
+    return max(running.service.sessions, key=lambda session: session._opened_at)
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------
@@ -422,30 +422,30 @@ def test_no_more_streams_than_admitted(serve_here: Any, spoken: Any) -> None:
 
 def test_admission_is_measured(serve_here: Any) -> None:
     with serve_here(max_streams=100) as running:
-        assert 1 <= running.service.admitted <= 100
-        assert running.service.describe()["admitted"] == running.metric("nemostream_streams_admitted")
+        assert 1 <= running.service.max_streams <= 100
+        assert running.service.describe()["max_streams"] == running.metric("nemostream_max_streams")
 
 
 def alone(running: Any) -> Callable[[float], None]:
-    """`judge` for a test that passes seconds itself: those of the clock do not count."""
-    judge: Callable[[float], None] = running.service.judge
-    running.service.judge = lambda late: None
-    return judge
+    """`update_load` for a test that passes seconds itself: those of the clock do not count."""
+    update_load: Callable[[float], None] = running.service.update_load
+    running.service.update_load = lambda latency: None
+    return update_load
 
 
 def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, degrade=True, chunk_ms=80) as running:
-        service, judge = running.service, alone(running)
+        service, update_load = running.service, alone(running)
         socket = opened(running, "chunk_ms=160")
         large = opened(running, "chunk_ms=1120")
-        assert not service.overloaded and service.level == 0
-        judge(1.5)
-        judge(0.1)  # a single good second
-        judge(1.5)
-        assert service.level == 0
-        judge(1.5)
-        judge(1.5)
-        assert service.level == 1  # three bad ones in a row
+        assert not service.overloaded and service.degradation_level == 0
+        update_load(1.5)
+        update_load(0.1)  # a single good second
+        update_load(1.5)
+        assert service.degradation_level == 0
+        update_load(1.5)
+        update_load(1.5)
+        assert service.degradation_level == 1  # three bad ones in a row
         socket.send(spoken[0].pcm)
         large.send(spoken[0].pcm)
         socket.send(json.dumps({"type": "finish"}))
@@ -454,10 +454,10 @@ def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any
         with nemostream.load(chunk_ms=1120) as model:
             assert done(large) == model.transcribe(spoken[0].path).text  # there is no larger one
         for _ in range(9):
-            judge(0.1)
-        assert service.level == 1
-        judge(0.1)
-        assert service.level == 0
+            update_load(0.1)
+        assert service.degradation_level == 1
+        update_load(0.1)
+        assert service.degradation_level == 0
         again = opened(running, "chunk_ms=160")
         again.send(spoken[0].pcm)
         again.send(json.dumps({"type": "finish"}))
@@ -466,13 +466,13 @@ def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any
 
 def test_an_overloaded_machine_takes_nobody(serve_here: Any) -> None:
     with serve_here(measure=False) as running:
-        service, judge = running.service, alone(running)
+        service, update_load = running.service, alone(running)
         for _ in range(3):
-            judge(2.0)
-        with pytest.raises(CapacityError, match="behind"):
+            update_load(2.0)
+        with pytest.raises(CapacityError, match="overloaded"):
             service.open("test")
-        assert service.level == 0  # nothing is degraded unless that was asked for
-        judge(0.2)
+        assert service.degradation_level == 0  # nothing is degraded unless that was asked for
+        update_load(0.2)
         service.open("test").close()
 
 

@@ -38,10 +38,10 @@ import nemostream
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.serving import server as server_module
 from nemostream.serving import service
+from nemostream.serving.errors import Draining
 from nemostream.serving.network.access import key_number
 from nemostream.serving.protocols.http import create_app
 from nemostream.serving.service import DEMO_NOTE
-from nemostream.serving.session import Draining
 from nemostream.serving.settings import Settings, read_settings
 
 
@@ -55,25 +55,25 @@ def test_health_and_readiness(server: Any) -> None:
     assert server.get("/healthz") == (200, '{"status":"alive"}')
     status, body = server.get("/readyz")
     found = json.loads(body)
-    assert status == 200 and found["status"] == "ready" and found["admitted"] == 64
+    assert status == 200 and found["status"] == "ready" and found["max_streams"] == 64
     assert found["http_port"] == server.http and found["grpc_port"] == server.grpc
 
 
 def test_it_is_ready_only_when_every_engine_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[int] = []
     seen: list[tuple[str, int, int]] = []
-    warm = service.warm
+    warm_up = service.warm_up
 
     def slowly(model: Any, chunk_ms: int) -> None:
         warmed.append(chunk_ms)
         seen.append((here.state, *asked("/readyz", "/healthz")))
-        warm(model, chunk_ms)
+        warm_up(model, chunk_ms)
 
     def asked(*paths: str) -> list[int]:
         with TestClient(create_app(here, {"http_port": 1})) as client:
             return [client.get(path).status_code for path in paths]
 
-    monkeypatch.setattr(service, "warm", slowly)
+    monkeypatch.setattr(service, "warm_up", slowly)
     here = service.Service(Settings(chunks=[80, 560], measure=False))
     with pytest.raises(Draining):
         here.open("test")
@@ -102,12 +102,12 @@ def test_only_measure_measures(monkeypatch: pytest.MonkeyPatch, measure: bool) -
         model.watch(lambda chunk, rows, seconds: steps.update({chunk.ms: steps.get(chunk.ms, 0) + rows}), print)
         return model
 
-    monkeypatch.setattr(service, "throughput", throughput)
+    monkeypatch.setattr(service, "measure_throughput", throughput)
     monkeypatch.setattr(service.nemostream, "load", loaded)
     here = service.Service(Settings(measure=measure, max_streams=100))
     here.start()
     try:
-        assert measured == ([560] if measure else []) and here.admitted == (10 if measure else 100)
+        assert measured == ([560] if measure else []) and here.max_streams == (10 if measure else 100)
         assert steps == dict.fromkeys(here.chunks, 1)  # every engine is warm
     finally:
         here.close()
@@ -269,7 +269,9 @@ def test_a_terminal_gets_plain_text() -> None:
     assert re.search(r"^Ready: model demo, at most 256 streams", shown, re.MULTILINE)
     assert "recognises English numbers" in shown and "--bundle" in shown
     assert re.search(
-        r"^\d\d:\d\d:\d\d warning denied why=origin peer=127\.0\.0\.1 path=/v1/models\s*$", shown, re.MULTILINE
+        r"^\d\d:\d\d:\d\d warning request denied reason=origin peer=127\.0\.0\.1 path=/v1/models\s*$",
+        shown,
+        re.MULTILINE,
     )
     assert "{" not in shown and "\x1b" not in shown
 
@@ -281,14 +283,16 @@ def test_the_log_format_is_an_option(serve_process: Any) -> None:
     with serve_process("--no-measure", "--log-format", "text") as running:  # not a terminal
         pass
     text = "".join(line["event"] for line in running.log)
-    assert f"Page:  {running.url}/" in text and "ready seconds=" in text
+    assert f"Page:  {running.url}/" in text and "ready load_seconds=" in text
     with serve_process("--no-measure") as running:
         pass
     assert "time" in running.log[0] and next(line["demo"] for line in running.log if line["event"] == "ready") is True
 
 
 def test_a_text_line_shows_control_characters_escaped() -> None:
-    record = logging.makeLogRecord({"msg": "denied", "path": "/a b\x1b[2J\n00:00:00 info ready", "levelname": "INFO"})
+    record = logging.makeLogRecord(
+        {"msg": "request denied", "path": "/a b\x1b[2J\n00:00:00 info ready", "levelname": "INFO"}
+    )
     line = server_module._TextLines().format(record)
     assert line.isprintable() and json.loads(line.partition("path=")[2]) == "/a b\x1b[2J\n00:00:00 info ready"
 
@@ -325,11 +329,11 @@ def test_every_log_line_about_a_client_has_its_address(serve_process: Any, spoke
     general = {"ready", "draining", "stopped", DEMO_NOTE}
     found = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
     assert found == {
-        "opened": "192.0.2.7",
-        "said": "192.0.2.7",
-        "closed": "192.0.2.7",
-        "refused": "192.0.2.7",
-        "denied": "192.0.2.7",
+        "stream opened": "192.0.2.7",
+        "utterance": "192.0.2.7",
+        "stream closed": "192.0.2.7",
+        "stream rejected": "192.0.2.7",
+        "request denied": "192.0.2.7",
         "Invalid HTTP request received.": "127.0.0.1",
     }
 
@@ -345,9 +349,9 @@ def test_a_wrong_key_is_counted_and_logged_on_every_interface(serve_process: Any
                 b"", riva.client.RecognitionConfig()
             )
         lines = running.get("/metrics", Authorization="Bearer k")[1].splitlines()
-        assert 'nemostream_denied_total{reason="key"} 4.0' in lines
-    denied = [line for line in running.log if line["event"] == "denied"]
-    assert [(line["why"], line["peer"]) for line in denied] == [("key", "127.0.0.1")] * 4
+        assert 'nemostream_requests_denied_total{reason="key"} 4.0' in lines
+    denied = [line for line in running.log if line["event"] == "request denied"]
+    assert [(line["reason"], line["peer"]) for line in denied] == [("key", "127.0.0.1")] * 4
 
 
 def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
@@ -360,8 +364,11 @@ def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
             assert finish(socket)["text"] and running.metric("nemostream_streams_opened_total") == 1
         with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream?chunk_ms=1"):
             pass
-        assert running.metric("nemostream_streams") == 0 and running.metric("nemostream_streams_admitted") == 2
-        assert running.metric("nemostream_rejected_total") == 1 and running.metric("nemostream_utterances_total") == 1
+        assert running.metric("nemostream_streams") == 0 and running.metric("nemostream_max_streams") == 2
+        assert (
+            running.metric("nemostream_streams_rejected_total") == 1
+            and running.metric("nemostream_utterances_total") == 1
+        )
         assert running.metric("nemostream_audio_seconds_total") == pytest.approx(spoken[0].seconds, abs=1e-3)
         lines, name = running.get("/metrics")[1].splitlines(), 'nemostream_step_seconds_count{chunk_ms="160"'
         chunks = float(next(line.split()[-1] for line in lines if line.startswith(name)))
@@ -390,25 +397,25 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         families = {family.name: family for family in found if not family.name.endswith("_created")}
     assert {name.removeprefix("nemostream_"): family.type for name, family in families.items()} == {
         "streams": "gauge",
-        "streams_admitted": "gauge",
+        "max_streams": "gauge",
         "streams_opened": "counter",
         "streams_failed": "counter",
-        "rejected": "counter",
-        "dropped": "counter",
+        "streams_rejected": "counter",
+        "timeouts": "counter",
         "audio_seconds": "counter",
         "utterances": "counter",
         "step_seconds": "histogram",
         "step_streams": "histogram",
         "latency_seconds": "histogram",
         "real_time_factor": "gauge",
-        "degraded": "gauge",
-        "denied": "counter",
+        "degradation_level": "gauge",
+        "requests_denied": "counter",
         "uploads": "gauge",
     }
-    (rejected,) = (s for s in families["nemostream_rejected"].samples if s.name.endswith("_total"))
+    (rejected,) = (s for s in families["nemostream_streams_rejected"].samples if s.name.endswith("_total"))
     assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
-    (dropped,) = (s for s in families["nemostream_dropped"].samples if s.name.endswith("_total"))
-    assert dropped.value == 1
+    (timeouts,) = (s for s in families["nemostream_timeouts"].samples if s.name.endswith("_total"))
+    assert timeouts.value == 1
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     assert all(f"`{name}" in page for name in families)
 
@@ -424,11 +431,11 @@ def test_logs_have_a_stream_id_and_no_words_unless_asked(serve_process: Any, spo
                 pass
             time.sleep(0.2)
         lines = [line for line in running.log if line.get("stream") == stream]
-        assert [line["event"] for line in lines] == ["opened", *(["said"] if told else []), "closed"]
+        assert [line["event"] for line in lines] == ["stream opened", *(["utterance"] if told else []), "stream closed"]
         assert all(line["time"].endswith("Z") and line["level"] == "info" for line in lines)
         assert (spoken[0].text in json.dumps(running.log)) == told
-        (refused,) = (line for line in running.log if line["event"] == "refused")
-        assert "chunk_ms" in refused["why"] and all(line["level"] == "info" for line in running.log)
+        (refused,) = (line for line in running.log if line["event"] == "stream rejected")
+        assert "chunk_ms" in refused["reason"] and all(line["level"] == "info" for line in running.log)
 
 
 def test_keys(serve_here: Any, spoken: Any) -> None:

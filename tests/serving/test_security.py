@@ -190,13 +190,14 @@ async def samples(decoders: DecoderPool, path: Path) -> Any:
 
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1)])
 def test_a_decoder_process_gives_what_the_library_reads(pool: Any, tmp_path: Path, rate: int, channels: int) -> None:
-    from nemostream.runtime.audio.sources import AudioPreprocessor, Recording
+    from nemostream.runtime.audio.files import AudioFile
+    from nemostream.runtime.audio.preprocessor import AudioPreprocessor
 
     noise = np.random.default_rng(1).uniform(-0.5, 0.5, (rate * 9, channels)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", noise, rate)
     found, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
     intake = AudioPreprocessor(rate, channels, 16000)
-    with Recording(tmp_path / "a.flac") as recording:
+    with AudioFile(tmp_path / "a.flac") as recording:
         wanted = [block for part in recording.blocks() for block in intake.push(part)]
     np.testing.assert_array_equal(found, np.concatenate([*wanted, intake.finish()]))
     assert seconds == 9.0
@@ -261,14 +262,14 @@ def test_decoding_has_limits_of_time_memory_and_duration(
 
 def limited(code: str) -> subprocess.CompletedProcess[str]:
     """A process with a decoder's limits."""
-    head = "import signal, numpy as np\nfrom nemostream.serving import decoder_process as d\nd._limit()\n"
+    head = "import signal, numpy as np\nfrom nemostream.serving.uploads import decoder_process as d\nd._set_limits()\n"
     return subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)
 
 
 def test_a_decoder_process_has_the_limits_of_the_page(tmp_path: Path) -> None:
-    beyond = limited(f"np.ones(({decoder_process.MEMORY} + (64 << 20)) // 8)")
+    beyond = limited(f"np.ones(({decoder_process.MAX_MEMORY} + (64 << 20)) // 8)")
     assert beyond.returncode == 1 and "MemoryError" in beyond.stderr
-    assert limited(f"np.ones({decoder_process.MEMORY} // 16)").returncode == 0
+    assert limited(f"np.ones({decoder_process.MAX_MEMORY} // 16)").returncode == 0
     written = limited(f"open({str(tmp_path / 'file')!r}, 'wb', 0).write(b'x')")
     assert "File too large" in written.stderr
     busy = limited("signal.setitimer(signal.ITIMER_PROF, 0.2)\nwhile True: pass")
@@ -379,7 +380,9 @@ def test_health_is_answered_with_few_file_descriptors(serve_process: Any, idle: 
 
 
 def test_connections_are_bounded_by_the_descriptors_there_are(tmp_path: Path) -> None:
-    code = "from nemostream.serving.network.connections import connections_for; print(connections_for(1024))"
+    code = (
+        "from nemostream.serving.network.connections import available_connections; print(available_connections(1024))"
+    )
     limits = (128, 128)
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -478,7 +481,7 @@ def updates(number: int) -> bytes:
 
 FLOODS = {
     "keepalive": ("/v1/stream", frame(1, b'{"type":"keepalive"}') * 2000),
-    "use": ("/v1/stream", frame(1, b'{"type":"use","chunk_ms":80}') * 2000),
+    "configure": ("/v1/stream", frame(1, b'{"type":"configure","chunk_ms":80}') * 2000),
     "commit": ("/v1/stream", frame(1, b'{"type":"commit"}') * 500),
     "sample and commit": ("/v1/stream", (frame(2, b"ab") + frame(1, b'{"type":"commit"}')) * 200),
     "large JSON": ("/v1/stream", frame(1, b'{"type":"keepalive","x":[' + b"{}," * 349_000 + b"{}]}")),
@@ -554,7 +557,7 @@ def test_phrases_are_checked_before_they_are_tokenised(demo_bundle: Any, monkeyp
         {"a": "x" * 10**6},
     ):
         with pytest.raises(OptionError) as error:
-            Boosting.of(phrases, tokenizer)  # type: ignore[arg-type]
+            Boosting.from_phrases(phrases, tokenizer)  # type: ignore[arg-type]
         assert len(str(error.value)) < 400
     assert not encoded
 
@@ -629,18 +632,18 @@ def test_an_upload_has_one_file_and_few_fields(serve_here: Any, spoken: Any) -> 
 
 def test_recordings_wait_while_live_streams_are_late(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False) as running:
-        running.service.judge = lambda late: None
+        running.service.update_load = lambda latency: None
         body = form(spoken[0].path.read_bytes(), "a.flac", response_format="text")
         with connect(f"{running.socket}/v1/stream") as live:
             live.recv()
-            running.service._lately.append(2.0)
+            running.service._latency_history.append(2.0)
             with bare(running) as client:
                 client.sendall(upload_head(len(body)) + body)
                 eventually(lambda: len(running.service.sessions) == 2)
                 client.settimeout(1)
                 with pytest.raises(TimeoutError):
                     client.recv(100)
-                running.service._lately.clear()
+                running.service._latency_history.clear()
                 client.settimeout(30)
                 assert spoken[0].text.encode() in answer(client)
             live.send(json.dumps({"type": "finish"}))
@@ -729,7 +732,7 @@ def test_an_unknown_host_is_denied(serve_here: Any, path: str) -> None:
                 b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
             )
             assert b" 403 " in answer(client)
-        assert running.metric("nemostream_denied_total") == 2
+        assert running.metric("nemostream_requests_denied_total") == 2
 
 
 def test_which_hosts_are_known() -> None:
@@ -811,8 +814,8 @@ def test_denials_are_logged_with_the_address_and_counted(serve_process: Any) -> 
             stub = calls.RivaSpeechRecognitionStub(channel)
             request = messages.RivaSpeechRecognitionConfigRequest()
             assert code_of(lambda: stub.GetRivaSpeechRecognitionConfig(request)) is grpc.StatusCode.UNAUTHENTICATED
-        eventually(lambda: sum(line.get("event") == "denied" for line in running.log) == 2)
-    assert {line["peer"] for line in running.log if line.get("event") == "denied"} == {"127.0.0.1"}
+        eventually(lambda: sum(line.get("event") == "request denied" for line in running.log) == 2)
+    assert {line["peer"] for line in running.log if line.get("event") == "request denied"} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("end", ["reset", "close"])

@@ -1,1 +1,1 @@
-"""The command line: `nemostream transcribe`, `serve`, `export`, `build`, `bench`, `info`, `doctor`."""
+"""The command line: `nemostream transcribe`, `serve`, `export`, `build`, `info`, `doctor` and `bench`."""

@@ -1,7 +1,7 @@
-"""The last lines of a terminal while speech is decoded: how far it is and what was said so far, or live captions.
+"""The last lines of a terminal during transcription: progress and the text so far, or live captions.
 
-They go to standard error; `aside` takes them away while something else is printed. Where that is no terminal, progress
-is not shown, and captions come line by line, each when it is full.
+They are drawn on standard error; `hidden` removes them while something else is printed. If standard error is not a
+terminal, progress is not shown and captions are printed line by line, each line once it is full.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-_PAUSE = 0.05  # seconds between two drawings: more often nobody can read it
-_PATIENCE = 2.0  # seconds of work before what is left can be told
-_LINES = 2  # of live captions
-_PLAIN_WIDTH = 79  # of a line that goes to a file
+_REDRAW_SECONDS = 0.05  # minimum time between two redraws
+_MIN_ETA_SECONDS = 2.0  # minimum elapsed time before the remaining time is estimated
+_CAPTION_LINES = 2
+_FILE_WIDTH = 79  # columns of a line if standard error is not a terminal
 
 
 @dataclass
 class _Row:
     name: str
     text: str = ""
-    settled: int = 0  # characters of the text that will not change
-    heard: float = 0.0
-    duration: float | None = None  # None until it begins, 0 if nobody knows
+    stable: int = 0  # characters of the text that will not change
+    processed: float = 0.0  # seconds
+    duration: float | None = None  # seconds; None until the input starts, 0 if unknown
 
 
 class Captions:
-    """One row per input, of which the first unfinished one is shown. Threads may share it.
+    """One row per input; the first unfinished input is shown. Thread-safe.
 
-    `live` shows two lines of words, as a television does: full lines roll up, and what may still change is dim.
+    With `live`, shows two lines of text in the way of television captions: full lines scroll up, and text that may
+    still change is dim.
     """
 
     def __init__(self, names: Sequence[str], live: bool = False) -> None:
         self._rows = [_Row(name) for name in names]
-        self._turn = 0
+        self._current = 0  # index of the row that is shown
         self._live = live
         terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._plain = live and (not terminal or os.environ.get("TERM") == "dumb")  # it cannot go up a line
-        self._shown = (terminal or live) and sys.stderr is not None
-        self._drawn = 0.0  # when
-        self._height = 0  # lines that are drawn now
-        self._top = 0  # where in the text the first line of live captions begins
-        self._began: tuple[float, float] | None = None  # when, with how much heard
+        self._line_by_line = live and (not terminal or os.environ.get("TERM") == "dumb")  # no cursor movement
+        self._enabled = (terminal or live) and sys.stderr is not None
+        self._drawn_at = 0.0
+        self._height = 0  # number of lines on the screen
+        self._caption_start = 0  # offset in the text of the first caption line
+        self._started: tuple[float, float] | None = None  # time and processed seconds at the first update
         self._lock = threading.Lock()
 
     def __enter__(self) -> Captions:
@@ -56,44 +57,45 @@ class Captions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.aside():
-            self._shown = False  # a thread that still decodes must not draw over the shell's prompt
+        with self.hidden():
+            self._enabled = False  # a thread that still decodes must not draw over the shell's prompt
 
-    def begins(self, index: int, duration: float) -> None:
+    def start(self, index: int, duration: float) -> None:
+        """Set the duration of input `index` in seconds, 0 if unknown."""
         self._rows[index].duration = duration
 
-    def said(self, index: int, text: str, settled: int) -> None:
-        """The text so far, of which so many characters will not change; shown with the next `heard`."""
-        self._rows[index].text, self._rows[index].settled = text, settled
+    def set_text(self, index: int, text: str, stable: int) -> None:
+        """Set the text so far; its first `stable` characters will not change. Drawn at the next `set_progress`."""
+        self._rows[index].text, self._rows[index].stable = text, stable
 
-    def heard(self, index: int, seconds: float) -> None:
-        """How much of the audio is decoded."""
-        self._rows[index].heard = seconds
-        if self._began is None:
-            self._began = time.monotonic(), sum(row.heard for row in self._rows)
+    def set_progress(self, index: int, seconds: float) -> None:
+        """Set the seconds of audio processed so far and redraw."""
+        self._rows[index].processed = seconds
+        if self._started is None:
+            self._started = time.monotonic(), sum(row.processed for row in self._rows)
         self._draw()
 
-    def afresh(self, index: int) -> None:
-        """What was said was printed, and need not be shown any more."""
+    def clear_text(self, index: int) -> None:
+        """Remove the text, because it has been printed to the output."""
         row = self._rows[index]
         with self._lock:
-            if self._plain and self._shown:
-                self._roll(row, rest=True)
-            row.text, row.settled, self._top = "", 0, 0
+            if self._line_by_line and self._enabled:
+                self._print_lines(row, all_lines=True)
+            row.text, row.stable, self._caption_start = "", 0, 0
 
-    def over(self, index: int) -> None:
-        """Input `index` is done or has failed, and its result is about to be printed; the next one is on."""
+    def finish(self, index: int) -> None:
+        """Mark input `index` as done or failed, before its result is printed, and show the next one."""
         row = self._rows[index]
-        row.heard = row.duration or 0.0
-        row.settled = len(row.text)
+        row.processed = row.duration or 0.0
+        row.stable = len(row.text)
         with self._lock:
-            if self._plain and self._shown:
-                self._roll(row, rest=True)
-            self._turn, self._top = index + 1, 0
+            if self._line_by_line and self._enabled:
+                self._print_lines(row, all_lines=True)
+            self._current, self._caption_start = index + 1, 0
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The lines are empty meanwhile."""
+    def hidden(self) -> Iterator[None]:
+        """Clear the lines and draw nothing within the context."""
         with self._lock:
             if self._height:
                 blank = " " * _width()
@@ -103,19 +105,19 @@ class Captions:
 
     def _draw(self) -> None:
         with self._lock:
-            if not self._shown or time.monotonic() - self._drawn < _PAUSE:
+            if not self._enabled or time.monotonic() - self._drawn_at < _REDRAW_SECONDS:
                 return
-            row = self._rows[min(self._turn, len(self._rows) - 1)]
-            if self._plain:
-                self._roll(row)
+            row = self._rows[min(self._current, len(self._rows) - 1)]
+            if self._line_by_line:
+                self._print_lines(row)
             else:
-                lines = self._captions(row, _width()) if self._live else [self._status(row, _width())]
+                lines = self._caption_lines(row, _width()) if self._live else [self._status_line(row, _width())]
                 self._write(self._home() + "\n".join(lines))
                 self._height = len(lines)
-            self._drawn = time.monotonic()
+            self._drawn_at = time.monotonic()
 
     def _home(self) -> str:
-        """To the begin of the first line that is drawn."""
+        """Return the control codes that move the cursor to the start of the first drawn line."""
         return "\r" + "\x1b[A" * max(0, self._height - 1)
 
     def _write(self, text: str) -> None:
@@ -124,84 +126,87 @@ class Captions:
 
     # -- live captions -------------------------------------------------------------------------------------------------
 
-    def _captions(self, row: _Row, width: int) -> list[str]:
+    def _caption_lines(self, row: _Row, width: int) -> list[str]:
         from rich.cells import cell_len
 
-        text, settled = _printable(row.text[self._top :]), row.settled - self._top
-        bounds = _wrapped(text, width)[-_LINES:]
+        text, stable = _printable(row.text[self._caption_start :]), row.stable - self._caption_start
+        bounds = _wrap(text, width)[-_CAPTION_LINES:]
         lines = []
-        for begin, end in bounds:
-            firm = max(begin, min(settled, end))
-            dim = f"\x1b[2m{text[firm:end]}\x1b[22m" if firm < end else ""
-            # Spaces rub out what was there on every terminal.
-            lines.append(text[begin:firm] + dim + " " * (width - cell_len(text[begin:end])))
+        for start, end in bounds:
+            split = max(start, min(stable, end))
+            dim = f"\x1b[2m{text[split:end]}\x1b[22m" if split < end else ""
+            # Trailing spaces erase the previous text on every terminal.
+            lines.append(text[start:split] + dim + " " * (width - cell_len(text[start:end])))
         if bounds:
-            self._top += bounds[0][0]  # what has rolled up is gone: lines do not break anew while they are read
-        return lines + [" " * width] * (_LINES - len(lines))
+            self._caption_start += bounds[0][0]  # drop lines that scrolled off, so that line breaks stay stable
+        return lines + [" " * width] * (_CAPTION_LINES - len(lines))
 
-    def _roll(self, row: _Row, rest: bool = False) -> None:
-        """Write out the lines that are full, or all."""
-        text = _printable(row.text[self._top : row.settled])
-        bounds = _wrapped(text, _PLAIN_WIDTH)
-        if not rest:
+    def _print_lines(self, row: _Row, all_lines: bool = False) -> None:
+        """Print the lines that are full, or all lines."""
+        text = _printable(row.text[self._caption_start : row.stable])
+        bounds = _wrap(text, _FILE_WIDTH)
+        if not all_lines:
             del bounds[-1:]
-        for begin, end in bounds:
-            self._write(text[begin:end] + "\n")
-        self._top += bounds[-1][1] if bounds else 0
+        for start, end in bounds:
+            self._write(text[start:end] + "\n")
+        self._caption_start += bounds[-1][1] if bounds else 0
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
-    def _status(self, row: _Row, width: int) -> str:
+    def _status_line(self, row: _Row, width: int) -> str:
         from rich.cells import cell_len, set_cell_size
 
         head = self._progress()
         if len(self._rows) > 1:
             head += f"{os.path.basename(row.name)}: "
         room, text = width - cell_len(head), row.text[-width:]
-        if len(text) < len(row.text) or cell_len(text) > room:  # the newest words matter most
+        if len(text) < len(row.text) or cell_len(text) > room:  # keep the newest words
             while cell_len(text) >= room and text:
                 text = text[1:]
             text = f"…{text}"
         return set_cell_size(_printable(head + text), width)
 
     def _progress(self) -> str:
-        """What part is done, and what time is left at the pace so far; a file not begun is as long as others."""
-        known = [row.duration for row in self._rows if row.duration]
-        if not known:
+        """Return the processed share in percent and the estimated time left.
+
+        Inputs that have not started count with the mean duration of the others.
+        """
+        durations = [row.duration for row in self._rows if row.duration]
+        if not durations:
             return ""
-        waiting = sum(row.duration is None for row in self._rows)
-        total = sum(known) * (1 + waiting / len(known))
-        heard = sum(row.heard for row in self._rows if row.duration)
-        head = f"{100 * heard / total:3.0f} % "
-        assert self._began is not None
-        began, then = self._began
-        passed = time.monotonic() - began
-        if passed >= _PATIENCE and heard > then:
-            left = round((total - heard) * passed / (heard - then))
+        not_started = sum(row.duration is None for row in self._rows)
+        total = sum(durations) * (1 + not_started / len(durations))
+        processed = sum(row.processed for row in self._rows if row.duration)
+        head = f"{100 * processed / total:3.0f} % "
+        assert self._started is not None
+        start_time, start_processed = self._started
+        elapsed = time.monotonic() - start_time
+        if elapsed >= _MIN_ETA_SECONDS and processed > start_processed:
+            left = round((total - processed) * elapsed / (processed - start_processed))
             hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
             head += f"{hours}:{minutes:02}:{seconds:02} left " if hours else f"{minutes}:{seconds:02} left "
         return head
 
 
-def _wrapped(text: str, width: int) -> list[tuple[int, int]]:
-    """Where the lines of a text begin and end, broken between words; a word longer than a line is broken too."""
+def _wrap(text: str, width: int) -> list[tuple[int, int]]:
+    """Return the start and end of every line, broken between words; a word longer than a line is broken too."""
     from rich.cells import cell_len
 
     lines: list[tuple[int, int]] = []
-    begin = end = 0
+    start = end = 0
     for word in re.finditer(r"\S+", text):
-        if end and cell_len(text[begin : word.end()]) > width:
-            lines.append((begin, end))
+        if end and cell_len(text[start : word.end()]) > width:
+            lines.append((start, end))
             end = 0
-        begin = begin if end else word.start()
+        start = start if end else word.start()
         end = word.end()
-        while cell_len(text[begin:end]) > width:
-            cut = begin + 1
-            while cell_len(text[begin : cut + 1]) <= width:
+        while cell_len(text[start:end]) > width:
+            cut = start + 1
+            while cell_len(text[start : cut + 1]) <= width:
                 cut += 1
-            lines.append((begin, cut))
-            begin = cut
-    return [*lines, (begin, end)] if end else lines
+            lines.append((start, cut))
+            start = cut
+    return [*lines, (start, end)] if end else lines
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Where the transcripts of `nemostream transcribe` go: standard output, a file, or a folder with many."""
+"""The output of `nemostream transcribe`: standard output, one file, or a folder with one file per input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from nemostream.cli.standard_streams import write_all, write_whole
+from nemostream.cli.standard_streams import write_all, write_unbuffered
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text.formats import Format, Transcript, Utterance, Word, render
 
@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from nemostream.runtime.text.itn import InverseNormalizer
     from nemostream.runtime.text.words import Result
 
-STDIN, MICROPHONE = "-", "microphone"  # names of what is no file
+STDIN, MICROPHONE = "-", "microphone"  # names of the inputs that are not files
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 class Output:
-    """Transcripts in a format. `out` is a folder if it is one or ends as one does, and "-" is standard output; `itn`
-    writes numbers as numbers, `channel` is the one that was chosen of each recording.
+    """Writes transcripts in one format. A context manager.
 
-    `apart` keeps utterances apart: as lines of text, or in JSON as `utterances`. Everything that would fail after hours
-    is tried at once: raises `OptionError` if nothing can be written there. What keeps single recordings from being
-    written is in `refused`, by their index in `names`. A context manager.
+    names: the inputs, in order.
+    out: a file; a folder, if it exists as one or ends with a slash; "-" or None for standard output.
+    split_utterances: write each utterance as a line of text, or in JSON under `utterances`.
+    itn: the inverse normalizer to apply (default: none).
+    channel: the channel that is transcribed, from 1, if one was selected.
+
+    The output is checked before transcription starts: raises `OptionError` if nothing can be written there. `errors`
+    holds errors that concern a single input, by its index in `names`.
     """
 
     def __init__(
@@ -41,103 +45,108 @@ class Output:
         format: Format,
         out: str | None = None,
         *,
-        apart: bool = False,
+        split_utterances: bool = False,
         itn: InverseNormalizer | None = None,
         channel: int | None = None,
     ) -> None:
-        self.format, self._apart, self.itn, self._channel = format, apart, itn, channel
-        self._label = sum(name != MICROPHONE for name in names) > 1
-        self._told: dict[str, int] = {}  # utterances that were written already
+        self.format, self._split_utterances, self.itn, self._channel = format, split_utterances, itn, channel
+        self._prefix_names = sum(name != MICROPHONE for name in names) > 1
+        self._written: dict[str, int] = {}  # utterances already written, by input
         self._file: io.FileIO | None = None
         self._path: Path | None = None
         self._folder: Path | None = None
-        self._encoder: codecs.IncrementalEncoder | None = None  # of text on standard output
-        self.refused: dict[int, OptionError] = {}
+        self._encoder: codecs.IncrementalEncoder | None = None  # for text on standard output
+        self.errors: dict[int, OptionError] = {}
         if out is not None and out not in _STDOUT:
             if out.endswith(("/", os.sep)) or os.path.isdir(out):
                 self._folder = Path(out)
             else:
                 self._path = Path(out)
-        if format.alone and len(names) > 1 and self._folder is None:
-            raise OptionError(f"--format {format} makes a file for each recording: give --out FOLDER/ for several.")
+        if format.one_per_file and len(names) > 1 and self._folder is None:
+            raise OptionError(
+                f"--format {format} needs one file per recording: for several recordings give --out FOLDER/."
+            )
         if self._folder is not None:
             _check_folder(self._folder)
             self._check_targets(names, self._folder)
         elif self._path is not None:
             if not self._path.absolute().parent.is_dir():
                 raise OptionError(f"--out: there is no folder {self._path.parent} for {self._path.name}.")
-            if recording := self._recordings(names).get(_identity(self._path)):
-                raise OptionError(f"--out would write over {recording}.")
+            if recording := self._recordings(names).get(_inode(self._path)):
+                raise OptionError(f"--out would overwrite {recording}.")
             check_writable(self._path, "--out")
         elif sys.stdout is None:
             raise OptionError("standard output is closed: give --out FILE.")
 
-    def tell(self, name: str, utterance: Event) -> bool:
-        """Write an utterance of a recording that goes on; whether it can be written before the others.
+    def write_utterance(self, name: str, utterance: Event) -> bool:
+        """Write an utterance before its recording ends. Return False if the format or target does not allow it.
 
         Raises `NemostreamError` if it cannot be written.
         """
-        if not self._apart or self.format is not Format.text or self._label or self._folder is not None:
+        if (
+            not self._split_utterances
+            or self.format is not Format.text
+            or self._prefix_names
+            or self._folder is not None
+        ):
             return False
-        text, _ = self._written(utterance)
-        self._put(name, text + "\n")
-        self._told[name] = self._told.get(name, 0) + 1
+        text, _ = self._normalize(utterance)
+        self._write_text(name, text + "\n")
+        self._written[name] = self._written.get(name, 0) + 1
         return True
 
-    def write(self, name: str, said: Sequence[Result | Event], duration: float, chunk_ms: int) -> None:
-        """Write what was said in a recording: its utterances, or one for all.
+    def write(self, name: str, parts: Sequence[Result | Event], duration: float, chunk_ms: int) -> None:
+        """Write the transcript of a recording: one part per utterance, or a single part.
 
-        Raises `NemostreamError` if it cannot be written, `BrokenPipeError` if nobody reads it.
+        Raises `NemostreamError` if it cannot be written, `BrokenPipeError` if standard output was closed by its reader.
         """
-        written = [self._written(one) for one in said]
-        text = " ".join(text for text, _ in written if text)
-        spoken = " ".join(one.text for one in said if one.text)
+        if self.format is Format.text and (written := self._written.get(name, 0)):
+            assert written == len(parts)  # `write_utterance` has written all of them
+            return
+        normalized = [self._normalize(part) for part in parts]
         utterances = (
             tuple(
-                Utterance(text, one.words[0].start, one.words[-1].end)
-                for (text, _), one in zip(written, said, strict=True)
-                if one.words  # a piece of a word that is nothing but a space makes none
+                Utterance(text, part.words[0].start, part.words[-1].end)
+                for (text, _), part in zip(normalized, parts, strict=True)
+                if part.words  # a token that is only a space makes no word
             )
-            if self._apart
+            if self._split_utterances
             else None
         )
         transcript = Transcript(
-            # NeMo looks for what has no folder in the manifest's own.
+            # NeMo resolves relative names against the manifest's folder.
             os.path.abspath(name) if self.format is Format.manifest and name not in (STDIN, MICROPHONE) else name,
-            text,
-            [word for _, words in written for word in words],
+            " ".join(text for text, _ in normalized if text),
+            [word for _, words in normalized for word in words],
             duration,
-            [token for one in said for token in one.tokens],
+            [token for part in parts for token in part.tokens],
             chunk_ms,
             utterances,
-            spoken if self.itn else None,
+            " ".join(part.text for part in parts if part.text) if self.itn else None,
             self._channel,
         )
-        if self.format is Format.text and (told := self._told.get(name, 0)):
-            assert told == len(said)  # as they were final
-            return
-        # JSON is UTF-8 (RFC 8259), wherever a terminal or locale has another encoding.
+        # JSON is UTF-8 (RFC 8259); on a standard output with another encoding, escape what is not ASCII.
         ascii = self._folder is None and self._path is None and not _is_utf8(getattr(sys.stdout, "encoding", None))
-        self._put(name, render(transcript, self.format, ascii=ascii))
+        self._write_text(name, render(transcript, self.format, ascii=ascii))
 
-    def _written(self, one: Result | Event) -> tuple[str, Sequence[Word]]:
+    def _normalize(self, part: Result | Event) -> tuple[str, Sequence[Word]]:
         if self.itn is None:
-            return one.text, one.words
-        words = self.itn(one.words)
+            return part.text, part.words
+        words = self.itn(part.words)
         return " ".join(word.text for word in words), words
 
-    def _put(self, name: str, text: str) -> None:
-        where = "standard output" if self._path is None else str(self._path)
-        if self._folder is None and self.format is Format.text and self._label and name != MICROPHONE:
+    def _write_text(self, name: str, text: str) -> None:
+        target = "standard output" if self._path is None else str(self._path)
+        if self._folder is None and self.format is Format.text and self._prefix_names and name != MICROPHONE:
             text = "".join(f"{name}: {line}\n" for line in text.splitlines() or [""])
         try:
             if self._folder is not None:
-                where = str(self._target(name, self._folder))
-                with open(where, "wb", buffering=0) as file:
+                target = str(self._target(name, self._folder))
+                with open(target, "wb", buffering=0) as file:
                     write_all(file, _utf8(text))
             elif self._path is not None:
                 if self._file is None:
-                    # Not before: what was there is lost to something.
+                    # Opened at the first write: without a transcript, an existing file is not overwritten.
                     self._file = io.FileIO(self._path, "w")
                 _append(self._file, _utf8(text))
             else:
@@ -146,30 +155,30 @@ class Output:
             raise
         except OSError as error:
             raise NemostreamError(
-                f"the transcript of {name} cannot be written to {where}: {error.strerror or error}."
+                f"the transcript of {name} cannot be written to {target}: {error.strerror or error}."
             ) from error
 
     def _print(self, text: str) -> None:
-        if not hasattr(sys.stdout, "buffer"):  # a text stream without bytes under it
+        if not hasattr(sys.stdout, "buffer"):  # a text stream without a binary buffer
             print(text, end="", flush=True)
         elif self.format is Format.text:
-            if self._encoder is None:  # it remembers whether a byte order mark was written
+            if self._encoder is None:  # incremental, so that a byte order mark is written only once
                 self._encoder = codecs.getincrementalencoder(sys.stdout.encoding)("backslashreplace")
-            write_whole(sys.stdout, self._encoder.encode(text))
+            write_unbuffered(sys.stdout, self._encoder.encode(text))
         else:
-            write_whole(sys.stdout, _utf8(text))
+            write_unbuffered(sys.stdout, _utf8(text))
 
     def _target(self, name: str, folder: Path) -> Path:
         return folder / f"{'stdin' if name == STDIN else Path(name).stem}{self.format.suffix}"
 
     @staticmethod
     def _recordings(names: Sequence[str]) -> dict[tuple[int, int] | None, str]:
-        found = {_identity(Path(name)): name for name in names if name not in (STDIN, MICROPHONE)}
-        found.pop(None, None)
-        return found
+        recordings = {_inode(Path(name)): name for name in names if name not in (STDIN, MICROPHONE)}
+        recordings.pop(None, None)
+        return recordings
 
     def _check_targets(self, names: Sequence[str], folder: Path) -> None:
-        """Find the recordings that cannot be written; the others are not concerned."""
+        """Record an error for each input whose transcript cannot be written into `folder`."""
         recordings = self._recordings(names)
         owners: dict[Path, str] = {}
         for index, name in enumerate(names):
@@ -177,17 +186,17 @@ class Output:
             try:
                 if target in owners:
                     raise OptionError(
-                        f"{owners[target]} and {name} would both be {target}; name another folder for {name}."
+                        f"{owners[target]} and {name} would both be written to {target}; use another folder for {name}."
                     )
-                if recording := recordings.get(_identity(target)):
-                    raise OptionError(f"--out would write over {recording}.")
+                if recording := recordings.get(_inode(target)):
+                    raise OptionError(f"--out would overwrite {recording}.")
                 if target.exists():
                     check_writable(target, "--out")
                 owners[target] = name
             except OptionError as error:
-                self.refused[index] = error
+                self.errors[index] = error
             except OSError as error:
-                self.refused[index] = OptionError(f"--out: {target} cannot be written: {error.strerror or error}.")
+                self.errors[index] = OptionError(f"--out: {target} cannot be written: {error.strerror or error}.")
 
     def __enter__(self) -> Output:
         return self
@@ -200,7 +209,7 @@ class Output:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise `OptionError` if this file cannot be written. It is opened and kept."""
+    """Raise `OptionError` if the file cannot be written. An existing file keeps its content."""
     try:
         if path.is_dir():
             raise OptionError(f"{option}: {path} is a folder; give a file.")
@@ -208,7 +217,7 @@ def check_writable(path: Path, option: str) -> None:
         if not os.access(path if existed else path.absolute().parent, os.W_OK):
             raise OptionError(f"{option}: {path} cannot be written: permission denied.")
         if existed and not path.is_file():
-            return  # opening a pipe has effects
+            return  # opening a pipe has side effects
         with open(path, "ab"):
             pass
         if not existed:
@@ -223,10 +232,10 @@ def _check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OptionError(f"--out: nothing can be written into {folder}: {error.strerror or error}.") from error
+        raise OptionError(f"--out: cannot write into {folder}: {error.strerror or error}.") from error
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _inode(path: Path) -> tuple[int, int] | None:
     with suppress(OSError, ValueError):
         status = path.stat()
         return status.st_dev, status.st_ino
@@ -234,7 +243,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _utf8(text: str) -> bytes:
-    # A file's name, which is in some formats, need not be text.
+    # Some formats contain the file's name, which may have bytes that are not text.
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -246,13 +255,13 @@ def _is_utf8(encoding: str | None) -> bool:
 
 
 def _append(file: io.FileIO, data: bytes) -> None:
-    """Write all or, where a disk is full, nothing. Raises `OSError`."""
-    before = file.tell() if file.seekable() else None
+    """Write all of `data`, or nothing if the disk is full. Raises `OSError`."""
+    start = file.tell() if file.seekable() else None
     try:
         write_all(file, data)
     except OSError:
-        if before is not None:
+        if start is not None:
             with suppress(OSError):
-                file.truncate(before)
-                file.seek(before)
+                file.truncate(start)
+                file.seek(start)
         raise

@@ -1,6 +1,6 @@
-"""`nemostream serve --help` without the `serve` extra: the options as `serving/settings.py` declares them.
+"""`nemostream serve --help` without the `serve` extra: the options declared in `serving/settings.py`.
 
-That module needs pydantic, so its source is read and not imported.
+That module needs pydantic, so its source is parsed instead of imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nemostream.extras import install_command
 
 
 def serve_help() -> str:
-    """The options of the server with their defaults, and how to install it."""
+    """Return the server's options with their defaults, and the command that installs the server."""
     lines = ["usage: nemostream serve [OPTIONS]", ""]
     for name, default, description in _options():
         lines.append(f"  --{name.replace('_', '-')} (default: {default})")
@@ -23,18 +23,18 @@ def serve_help() -> str:
 
 
 def _options() -> list[tuple[str, str, str]]:
-    """Name, default and description of every `name: type = Field(default, description=...)`."""
+    """Return the name, default and description of every `name: type = Field(default, description=...)`."""
     module = find_spec("nemostream.serving.settings")
     if module is None or module.origin is None:
         return []
-    found = []
+    options = []
     for node in ast.walk(ast.parse(Path(module.origin).read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         if not (isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "Field" and node.value.args):
             continue
-        words = {keyword.arg: keyword.value for keyword in node.value.keywords}
-        description = words.get("description")
+        keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
+        description = keywords.get("description")
         text = description.value if isinstance(description, ast.Constant) else ""
-        found.append((node.target.id, ast.unparse(node.value.args[0]), str(text)))
-    return found
+        options.append((node.target.id, ast.unparse(node.value.args[0]), str(text)))
+    return options

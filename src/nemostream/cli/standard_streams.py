@@ -1,4 +1,4 @@
-"""Standard input, output and error as they really are: closed, pipes that block, written to by libraries in C."""
+"""Standard input, output and error in practice: closed, non-blocking, or written to by C libraries."""
 
 from __future__ import annotations
 
@@ -14,90 +14,98 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 if TYPE_CHECKING:
-    from nemostream.cli.interrupt import Stop
+    from nemostream.cli.interrupt import StopRequest
 
-# What libmpg123, inside libsndfile, writes about damaged or unusual MP3 files; it cannot be turned off there.
+# Messages of libmpg123 (inside libsndfile) about damaged or unusual MP3 files. libsndfile cannot disable them.
 _DECODER_MESSAGE = re.compile(rb"\[src/libmpg123/|Note: |Warning: .*(Xing|Frankenstein)|\s*$")
 
-# After a signal, what a pipe still holds is read: as much as Linux lets one hold, and not for long.
-_LEFT_OVER_BYTES, _LEFT_OVER_SECONDS = 1 << 20, 0.2
+# After a signal, standard input is drained up to these limits; Linux pipes hold at most 1 MiB.
+_MAX_DRAIN_BYTES, _MAX_DRAIN_SECONDS = 1 << 20, 0.2
+
+
+def print_message(message: str) -> None:
+    """Print a one-line message to standard error."""
+    with suppress(OSError):  # the reader has closed it
+        print(f"nemostream: {message}", file=sys.stderr, flush=True)
 
 
 def open_closed_streams() -> None:
     """Open closed standard descriptors on the null device.
 
-    Otherwise the next file that is opened would become standard output, and messages would be written into it.
-    `sys.stdin` and `sys.stdout` stay None, so that a command can tell.
+    Otherwise the next opened file would become standard output, and messages would be written into it. `sys.stdin` and
+    `sys.stdout` stay None, so that a command can detect that they are closed.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - `print` would use standard output
 
 
 @contextmanager
-def decoder_messages_dropped() -> Iterator[None]:
-    """Meanwhile libmpg123's messages do not reach standard error.
+def suppress_decoder_messages() -> Iterator[None]:
+    """Within the context, keep libmpg123's messages out of standard error.
 
-    Descriptor 2 is a pipe whose lines are passed on unless they are such messages; Python's own standard error is not
-    part of it, so nothing that we write is delayed or lost.
+    Descriptor 2 becomes a pipe; a thread forwards all lines except those messages. `sys.stderr` bypasses the pipe, so
+    nothing that Python writes is delayed or lost.
     """
     try:
-        replaced = sys.stderr if sys.stderr.fileno() == 2 else None
+        original = sys.stderr if sys.stderr.fileno() == 2 else None
     except (OSError, ValueError, AttributeError):  # not a file
-        replaced = None
-    kept = os.dup(2)
-    read, write = os.pipe()
-    relay = threading.Thread(target=_relay, args=(read, kept), name="nemostream-stderr", daemon=True)
+        original = None
+    stderr_copy = os.dup(2)
+    read_end, write_end = os.pipe()
+    relay = threading.Thread(target=_relay, args=(read_end, stderr_copy), name="nemostream-stderr", daemon=True)
     relay.start()
-    if replaced is not None:
-        replaced.flush()
-        sys.stderr = open(os.dup(kept), "w", buffering=1, encoding=replaced.encoding, errors=replaced.errors)  # noqa: SIM115
-    os.dup2(write, 2)
-    os.close(write)
+    if original is not None:
+        original.flush()
+        sys.stderr = open(  # noqa: SIM115
+            os.dup(stderr_copy), "w", buffering=1, encoding=original.encoding, errors=original.errors
+        )
+    os.dup2(write_end, 2)
+    os.close(write_end)
     try:
         yield
     finally:
-        os.dup2(kept, 2)  # the pipe's last writer is gone, which ends the thread
-        if replaced is not None:
+        os.dup2(stderr_copy, 2)  # closes the pipe's last write end, which ends the thread
+        if original is not None:
             sys.stderr.close()
-            sys.stderr = replaced
-        relay.join(1.0)  # a child process may hold the pipe open
+            sys.stderr = original
+        relay.join(1.0)  # a child process may keep the pipe open
 
 
-def _relay(read: int, to: int) -> None:
-    with open(read, "rb", buffering=0) as pipe, open(to, "wb", buffering=0) as out:
+def _relay(source: int, target: int) -> None:
+    with open(source, "rb", buffering=0) as pipe, open(target, "wb", buffering=0) as out:
         rest = b""
         while data := pipe.read(1 << 16):
             *lines, rest = (rest + data).split(b"\n")
-            _pass_on([line + b"\n" for line in lines], out)
-        _pass_on([rest], out)
+            _forward([line + b"\n" for line in lines], out)
+        _forward([rest], out)
 
 
-def _pass_on(lines: list[bytes], out: BinaryIO | io.FileIO) -> None:
-    kept = b"".join(line for line in lines if not _DECODER_MESSAGE.match(line))
+def _forward(lines: list[bytes], out: BinaryIO | io.FileIO) -> None:
+    data = b"".join(line for line in lines if not _DECODER_MESSAGE.match(line))
     with suppress(OSError):
-        if kept:
-            out.write(kept)
+        if data:
+            out.write(data)
 
 
-def standard_input(stop: Stop) -> BinaryIO:
-    """Standard input as a binary stream that ends when `stop` is set, with what had arrived until then."""
+def standard_input(stop: StopRequest) -> BinaryIO:
+    """Return standard input as a binary stream. When `stop` is set, it ends after the data received so far."""
     try:
         descriptor = sys.stdin.fileno()
     except (OSError, ValueError):  # not a file
         return sys.stdin.buffer
-    return io.BufferedReader(_Stoppable(descriptor, stop), 1 << 17)
+    return io.BufferedReader(_StoppableInput(descriptor, stop), 1 << 17)
 
 
-class _Stoppable(io.RawIOBase):
-    def __init__(self, descriptor: int, stop: Stop) -> None:
+class _StoppableInput(io.RawIOBase):
+    def __init__(self, descriptor: int, stop: StopRequest) -> None:
         self._descriptor, self._stop = descriptor, stop
-        self._left_over = _LEFT_OVER_BYTES
-        self._until: float | None = None
+        self._drain_bytes = _MAX_DRAIN_BYTES
+        self._drain_deadline: float | None = None
 
     def readable(self) -> bool:
         return True
@@ -110,23 +118,23 @@ class _Stoppable(io.RawIOBase):
                 if self._descriptor not in ready:
                     continue
             else:
-                self._until = self._until or time.monotonic() + _LEFT_OVER_SECONDS
-                left = max(0.0, self._until - time.monotonic())
-                if not self._left_over or not select.select([self._descriptor], [], [], left)[0]:
+                self._drain_deadline = self._drain_deadline or time.monotonic() + _MAX_DRAIN_SECONDS
+                timeout = max(0.0, self._drain_deadline - time.monotonic())
+                if not self._drain_bytes or not select.select([self._descriptor], [], [], timeout)[0]:
                     return 0
-                view = view[: self._left_over]
+                view = view[: self._drain_bytes]
             try:
                 data = os.read(self._descriptor, len(view))
-            except BlockingIOError:  # somebody else was faster
+            except BlockingIOError:  # another process has read the data
                 continue
             if self._stop.is_set():
-                self._left_over -= len(data)
+                self._drain_bytes -= len(data)
             view[: len(data)] = data
             return len(data)
 
 
-def write_whole(stream: TextIO, data: bytes) -> None:
-    """Write bytes to a text stream's file, unbuffered: what could not be written is not tried again later.
+def write_unbuffered(stream: TextIO, data: bytes) -> None:
+    """Write bytes to the file under a text stream without buffering: a failed write is not retried later.
 
     Raises `OSError`.
     """
@@ -140,7 +148,7 @@ def write_all(file: Any, data: bytes) -> None:
     rest = memoryview(data)
     while len(rest):
         written = file.write(rest)
-        if written is None:  # a pipe that does not block, and is full
+        if written is None:  # a full non-blocking pipe
             select.select([], [file], [])
             continue
         rest = rest[written:]

@@ -54,7 +54,7 @@ def test_hits_are_as_many_as_jiwers() -> None:
 def test_the_power_of_a_token_is_had_again_from_its_entropy() -> None:
     measure = nemostream.Confidence("renyi", "lin")
     for sum_p_alpha in (1.0, 1.7, 4.2):
-        sure = measure.of_tokens(12)(-0.1, sum_p_alpha)
+        sure = measure.token_measure(12)(-0.1, sum_p_alpha)
         assert transcripts._power(sure, measure.alpha, 12) == pytest.approx(sum_p_alpha)
 
 

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from nemostream.errors import AudioError, OptionError, TruncatedAudioError
 from nemostream.runtime.audio import files
 from nemostream.runtime.audio.containers import WavStream, container_of, undecided
-from nemostream.runtime.audio.parts import parts_of
-from nemostream.runtime.audio.sources import AudioPreprocessor, Recording, opened, piped, read_pcm16
+from nemostream.runtime.audio.files import AudioFile
+from nemostream.runtime.audio.parts import find_parts
+from nemostream.runtime.audio.preprocessor import AudioPreprocessor
+from nemostream.runtime.audio.sources import open_pipe, open_source, read_pcm16
 
 RNG = np.random.default_rng(5)
 # Noise that rises and falls: the encoders of MP3 and Opus write frames of many sizes.
@@ -102,7 +104,7 @@ def moov_first(mp4: bytes) -> bytes:
 
 
 def read(path: Path) -> np.ndarray:
-    with Recording(path) as recording:
+    with AudioFile(path) as recording:
         return np.concatenate(list(recording.blocks()))
 
 
@@ -245,7 +247,7 @@ def test_files_one_after_the_other_are_read_to_the_end(tmp_path: Path, kind: str
         encoded(kind, NOISE[start : start + 20_000 + 1000 * start // 9000]) for start in range(0, 9000 * times, 9000)
     ]
     wanted = np.concatenate([decoded(piece) for piece in pieces])
-    with Recording(saved(tmp_path, b"".join(pieces))) as recording:
+    with AudioFile(saved(tmp_path, b"".join(pieces))) as recording:
         assert recording.duration == pytest.approx(len(wanted) / 16000)
         got = np.concatenate(list(recording.blocks()))
     assert_same(got, wanted, kind)
@@ -305,7 +307,7 @@ def test_a_flac_that_does_not_know_its_length(tmp_path: Path) -> None:
     wanted = decoded(bytes(data))
     data[21] &= 0xF0  # STREAMINFO's number of samples, as ffmpeg writes it into a pipe
     data[22:26] = bytes(4)
-    with Recording(saved(tmp_path, data)) as recording:
+    with AudioFile(saved(tmp_path, data)) as recording:
         assert recording.duration == 3.0
         assert np.array_equal(np.concatenate(list(recording.blocks())), wanted)
     assert np.array_equal(read(saved(tmp_path, bytes(data) * 2)), np.concatenate([wanted, wanted]))
@@ -322,7 +324,7 @@ def test_many_links_are_walked_in_time_and_memory(tmp_path: Path) -> None:
     data = encoded("opus", NOISE[:1600])
     path = saved(tmp_path, data * 300)
     with path.open("rb") as file:
-        parts = parts_of(file)
+        parts = find_parts(file)
     assert [part.start for part in parts] == list(range(0, len(data) * 300, len(data)))
     assert len(read(path)) == 300 * len(decoded(data))
 
@@ -352,7 +354,7 @@ TAIL = b"LIST" + struct.pack("<I", 4000) + b"INFO" + RNG.bytes(3996)
 def test_a_size_that_was_never_filled_in_means_the_end_of_the_file(tmp_path: Path, size: int, riff: int) -> None:
     path = saved(tmp_path, wav(PCM.tobytes(), size, riff=riff))
     assert np.array_equal(read(path)[:, 0], PCM / np.float32(32768))
-    with Recording(path) as recording:
+    with AudioFile(path) as recording:
         assert recording.duration == 2.0
 
 
@@ -397,13 +399,13 @@ def test_a_size_a_few_milliseconds_too_large_is_tolerated(tmp_path: Path, too_ma
 def test_a_larger_gap_is_an_error_after_all_that_is_there(tmp_path: Path) -> None:
     path = saved(tmp_path, wav(PCM.tobytes(), 5 * len(PCM)))
     blocks = []
-    with Recording(path) as recording, pytest.raises(TruncatedAudioError) as caught:
+    with AudioFile(path) as recording, pytest.raises(TruncatedAudioError) as caught:
         for block in recording.blocks():
             blocks.append(block)
     assert np.array_equal(np.concatenate(blocks)[:, 0], PCM / np.float32(32768))
     assert "3.00 s of the 5.00 s" in str(caught.value) and str(path) in str(caught.value)
     assert isinstance(caught.value, AudioError) and caught.value.exit_code == 11 != AudioError.exit_code
-    with pytest.raises(TruncatedAudioError), opened(path, 16000, 1) as sound:  # raised at the very end
+    with pytest.raises(TruncatedAudioError), open_source(path, 16000, 1) as sound:  # raised at the very end
         assert sum(len(block) for block in sound.blocks) == len(PCM)
 
 
@@ -468,7 +470,7 @@ class Pipe(io.RawIOBase):
 
 
 def from_pipe(data: bytes, size: int = 1000, channels: int = 1) -> tuple[int, np.ndarray]:
-    with piped(Pipe(data, size), 16000, channels) as sound:
+    with open_pipe(Pipe(data, size), 16000, channels) as sound:
         return sound.sample_rate, np.concatenate(list(sound.blocks))
 
 
@@ -498,7 +500,7 @@ def test_a_wav_on_standard_input_is_processed_as_it_arrives() -> None:
         def read1(self, size: int) -> bytes:
             return super().read1(size) or PCM[:1000].tobytes()
 
-    with piped(Endless(wav(b"", 0xFFFFFFFF), 100), 16000) as sound:
+    with open_pipe(Endless(wav(b"", 0xFFFFFFFF), 100), 16000) as sound:
         blocks = iter(sound.blocks)
         assert [len(next(blocks)) for _ in range(20)] == [1000] * 20
 
@@ -507,7 +509,7 @@ def test_a_wav_on_standard_input_that_ends_early() -> None:
     blocks = []
     cut = Pipe(wav(PCM.tobytes(), 4 * len(PCM)), 1000)
     sentence = r"standard input is cut short: 2\.00 s of the 4\.00 s"
-    with pytest.raises(TruncatedAudioError, match=sentence), piped(cut, 16000) as sound:
+    with pytest.raises(TruncatedAudioError, match=sentence), open_pipe(cut, 16000) as sound:
         blocks.extend(sound.blocks)
     assert sum(map(len, blocks)) == len(PCM)
     assert len(from_pipe(wav(PCM.tobytes(), 2 * len(PCM) + 64))[1]) == len(PCM)
@@ -526,7 +528,7 @@ def test_raw_pcm_readers_reject_files(kind: str) -> None:
 @pytest.mark.parametrize("name", PYAV)
 def test_files_of_browsers_and_phones_are_decoded(tmp_path: Path, name: str) -> None:
     data = muxed(name)
-    with Recording(saved(tmp_path, data, name)) as recording:
+    with AudioFile(saved(tmp_path, data, name)) as recording:
         assert recording.sample_rate == (48000 if name == "a.webm" else 16000) and recording.channels == 1
         assert recording.duration == pytest.approx(3.0, abs=0.15)
         got = np.concatenate(list(recording.blocks()))[:, 0]
@@ -629,7 +631,7 @@ def test_without_pyav_the_error_names_the_extra(tmp_path: Path, monkeypatch: pyt
 
 def test_memory_is_bounded_for_long_compressed_files(tmp_path: Path) -> None:
     path = saved(tmp_path, muxed("alac.m4a", np.zeros(1_000_000, np.float32)))
-    with Recording(path) as recording:
+    with AudioFile(path) as recording:
         assert max(len(block) for block in recording.blocks()) <= 2 * files.BLOCK
 
 
@@ -679,7 +681,7 @@ def test_a_float_file_on_the_scale_of_integers_is_rejected_by_name(tmp_path: Pat
 def test_a_rate_that_is_no_number(rate: Any) -> None:
     with pytest.raises(OptionError, match="sample_rate is "):
         AudioPreprocessor(rate, 1, 16000)
-    with pytest.raises(OptionError, match="sample_rate is "), opened(NOISE, rate, 1):
+    with pytest.raises(OptionError, match="sample_rate is "), open_source(NOISE, rate, 1):
         pass
 
 
@@ -697,7 +699,7 @@ def test_numpys_numbers_are_numbers(rate: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 5), (2, 3, 4)])
 def test_arrays_that_are_no_audio(shape: tuple[int, ...]) -> None:
-    with pytest.raises(AudioError, match="must be \\[N\\]"), opened(np.zeros(shape, np.float32), 16000, 1):
+    with pytest.raises(AudioError, match="must be \\[N\\]"), open_source(np.zeros(shape, np.float32), 16000, 1):
         pass
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.audio import sources
-from nemostream.runtime.audio.sources import AudioPreprocessor, Recording, read_pcm16
+from nemostream.runtime.audio.files import AudioFile
+from nemostream.runtime.audio.preprocessor import AudioPreprocessor
+from nemostream.runtime.audio.sources import read_pcm16
 
 RNG = np.random.default_rng(3)
 NOISE = (RNG.standard_normal(200_000) * 0.1).astype(np.float32)
@@ -140,7 +142,7 @@ def make(path, format_="WAV", subtype="PCM_16", seconds=3, rate=16000, channels=
 
 
 def read(path) -> np.ndarray:
-    with Recording(path) as recording:
+    with AudioFile(path) as recording:
         return np.concatenate(list(recording.blocks()))
 
 
@@ -148,7 +150,7 @@ def read(path) -> np.ndarray:
 def test_every_format_gives_all_it_promises(tmp_path, suffix, format_, subtype):
     path = tmp_path / f"a.{suffix}"
     pcm = make(path, format_, subtype)
-    with Recording(path) as recording:
+    with AudioFile(path) as recording:
         assert (recording.sample_rate, recording.channels, recording.duration) == (16000, 1, 3.0)
     got = read(path)
     assert got.shape == pcm.shape

@@ -32,7 +32,7 @@ class Script:
     spans: list[tuple[int, int]]
     lead_ms: int = 80
 
-    def push_events(self, samples):
+    def push(self, samples):
         pass
 
     def passes(self, begin, end):
@@ -91,7 +91,7 @@ def test_what_is_said_is_what_the_model_says_of_the_audio_let_through(
     backend.asynchronous = overlap
     audio = (np.random.default_rng(samples).standard_normal(samples) * 0.1).astype(np.float32)
     with Model(bundle, backend) as model:
-        monkeypatch.setattr(model, "_gate", lambda: script)
+        monkeypatch.setattr(model, "_new_vad_filter", lambda: script)
         with model.stream(chunk_ms=ms, vad=True) as stream:
             for at in range(0, samples, size):
                 stream.push(audio[at : at + size])
@@ -110,7 +110,7 @@ def test_silence_that_is_passed_over_ends_utterances_all_the_same(bundle, fake, 
     backend = fake.FakeBackend(bundle.manifest, 2, 2)
     audio = np.ones(160_000, np.float32)
     with Model(bundle, backend) as model:
-        monkeypatch.setattr(model, "_gate", lambda: Script([(0, 1), (120_000, 121_000)]))
+        monkeypatch.setattr(model, "_new_vad_filter", lambda: Script([(0, 1), (120_000, 121_000)]))
         events = list(model.listen(audio, chunk_ms=80, vad=True, endpoint=Endpoint(decoder="reset")))
     ends = [(event.reason, round(event.end, 6)) for event in events if event.kind == "end"]
     # The fake speaks in every frame it hears: one at 0 s, two loud ones and the one before them, from 7.44 s on.
@@ -182,7 +182,7 @@ def test_the_gate_is_its_definition_whatever_the_pushes(silero, net, spoken, siz
     turn = itertools.cycle(sizes)
     while at < len(audio):
         size = next(turn)
-        gate.push_events(audio[at : at + size])
+        gate.push(audio[at : at + size])
         at += size
         while chunks and chunks[0][1] <= min(at, len(audio)):
             begin, end = chunks.pop(0)
@@ -290,6 +290,6 @@ def test_another_sample_rate_is_refused(bundle, fake):
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, features=features))
     with (
         Model(other, fake.FakeBackend(other.manifest)) as model,
-        pytest.raises(OptionError, match="vad works with models of 16000 Hz only"),
+        pytest.raises(OptionError, match="vad requires a model with a sample rate of 16000 Hz, not 8000 Hz"),
     ):
         model.stream(vad=True)

@@ -38,12 +38,12 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def both(talker: Bundle, device: Any) -> Iterator[tuple[Model, Model]]:
+def both(small_bundle: Bundle, device: Any) -> Iterator[tuple[Model, Model]]:
     """A model on the CPU, and one on a GPU."""
-    encoders = {ms: OrtEncoder(talker, talker.manifest.chunk(ms), device) for ms in CHUNKS}
-    gpu = GpuBackend(talker, device, encoders, capacity=3)
+    encoders = {ms: OrtEncoder(small_bundle, small_bundle.manifest.chunk(ms), device) for ms in CHUNKS}
+    gpu = GpuBackend(small_bundle, device, encoders, capacity=3)
     assert gpu.asynchronous
-    with Model(talker, OrtBackend(talker, capacity=3, threads=1)) as cpu, Model(talker, gpu) as ours:
+    with Model(small_bundle, OrtBackend(small_bundle, capacity=3, threads=1)) as cpu, Model(small_bundle, gpu) as ours:
         yield cpu, ours
 
 

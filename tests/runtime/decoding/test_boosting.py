@@ -16,7 +16,7 @@ from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.cpu import OrtBackend
-from nemostream.runtime.decoding.boosting import MOST_PHRASES, MOST_TOKENS, Boosting
+from nemostream.runtime.decoding.boosting import MAX_PHRASES, MAX_TOKENS, Boosting
 from nemostream.runtime.text.tokenizer import Tokenizer
 
 Phrases = list[tuple[list[int], float]]
@@ -35,19 +35,19 @@ def test_by_hand() -> None:
     boosting = Boosting([([1, 2, 3], 1.0), ([2, 4], 2.0)], 5)
     second, third = 2 + math.log(2), 2 + math.log(3)
     np.testing.assert_allclose(boosting.bias(0), [0, 1, 2, 0, 0])
-    one = boosting.after(0, 1)
+    one = boosting.next_node(0, 1)
     # Off the path the 1.0 that token 1 got is given back; on it there is more to get.
     np.testing.assert_allclose(boosting.bias(one), [-1, 0, second, -1, -1], rtol=1e-6)
-    two = boosting.after(one, 2)
+    two = boosting.next_node(one, 2)
     # 1 2 got 1 + second; its suffix 2 would have got 2, so going on as 2 4 costs the difference.
     back = 2 - (1 + second)
     np.testing.assert_allclose(
         boosting.bias(two), [back - 2, back - 2 + 1, back - 2 + 2, third, back + 4 + math.log(2)], rtol=1e-6
     )
     # A complete phrase keeps what it got: whatever comes next costs nothing.
-    np.testing.assert_allclose(boosting.bias(boosting.after(two, 3)), boosting.bias(0))
-    assert boosting.after(two, 4) == boosting.after(boosting.after(0, 2), 4) != 0
-    assert boosting.after(two, 0) == 0
+    np.testing.assert_allclose(boosting.bias(boosting.next_node(two, 3)), boosting.bias(0))
+    assert boosting.next_node(two, 4) == boosting.next_node(boosting.next_node(0, 2), 4) != 0
+    assert boosting.next_node(two, 0) == 0
     assert len(boosting) == 6
 
 
@@ -99,7 +99,7 @@ def test_equals_the_definition(seed: int) -> None:
     for _ in range(12):
         np.testing.assert_allclose(boosting.bias(node), plain_bias(phrases, said, vocabulary), atol=1e-4)
         said.append(int(rng.integers(vocabulary)))
-        node = boosting.after(node, said[-1])
+        node = boosting.next_node(node, said[-1])
 
 
 def nemo_tree(phrases: Phrases, vocabulary: int) -> Any:
@@ -129,7 +129,7 @@ def test_equals_nemos_tree_to_the_bit() -> None:
                 wanted, following = tree.advance(state)
                 np.testing.assert_array_equal(boosting.bias(node), wanted[0].detach().numpy())
                 token = int(rng.integers(vocabulary))
-                node, state = boosting.after(node, token), following[:, token]
+                node, state = boosting.next_node(node, token), following[:, token]
                 met.add(node)
     assert len(met) > 30
 
@@ -221,7 +221,7 @@ def test_phrases_are_split_and_weighed_as_nemo_does_it(demo_oracle: Any, tokeniz
     tree = GPUBoostingTreeModel.from_config(
         BoostingTreeModelConfig(key_phrases_list=phrases, use_triton=False), demo_oracle.model.tokenizer
     )
-    boosting = Boosting.of(phrases, tokenizer)
+    boosting = Boosting.from_phrases(phrases, tokenizer)
     rng, likely = np.random.default_rng(1), sorted({token for phrase in phrases for token in tokenizer.encode(phrase)})
     for _ in range(20):
         node, state = 0, tree.get_init_states(1)
@@ -229,7 +229,7 @@ def test_phrases_are_split_and_weighed_as_nemo_does_it(demo_oracle: Any, tokeniz
             wanted, following = tree.advance(state)
             np.testing.assert_array_equal(boosting.bias(node), wanted[0].detach().numpy())
             token = int(rng.choice(likely))
-            node, state = boosting.after(node, token), following[:, token]
+            node, state = boosting.next_node(node, token), following[:, token]
 
 
 def nemo_measure(score: np.ndarray, sum_p_alpha: np.ndarray, method: dict[str, Any], v: int) -> np.ndarray:
@@ -315,31 +315,37 @@ def test_confidence_is_nemos(
 )
 def test_phrases_that_cannot_be(phrases: Any, words: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(OptionError, match=words):
-        Boosting.of(phrases, tokenizer)
+        Boosting.from_phrases(phrases, tokenizer)
 
 
 def test_the_most_there_can_be(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    phrases = {" ".join(rng.choice(names, MOST_TOKENS)): 100.0 for _ in range(MOST_PHRASES)}
-    boosting = Boosting.of(phrases, tokenizer)
+    phrases = {" ".join(rng.choice(names, MAX_TOKENS)): 100.0 for _ in range(MAX_PHRASES)}
+    boosting = Boosting.from_phrases(phrases, tokenizer)
     assert len(boosting) > 60_000
     assert np.isfinite(boosting.penalty).all()
 
 
 def test_the_order_of_phrases_does_not_matter(tokenizer: Tokenizer) -> None:
     phrases = {"one two": 2.0, "one two three": 1.0, "two": 0.5}
-    one, other = Boosting.of(phrases, tokenizer), Boosting.of(dict(reversed(phrases.items())), tokenizer)
+    one, other = (
+        Boosting.from_phrases(phrases, tokenizer),
+        Boosting.from_phrases(dict(reversed(phrases.items())), tokenizer),
+    )
     assert one.digest.tobytes() == other.digest.tobytes()
-    assert one.digest.tobytes() == Boosting.of({**phrases, "two": np.float32(0.5)}, tokenizer).digest.tobytes()
-    assert one.digest.tobytes() != Boosting.of({**phrases, "two": 0.6}, tokenizer).digest.tobytes()
     assert (
-        Boosting.of(["one", "one"], tokenizer).digest.tobytes() == Boosting.of({"one": 1}, tokenizer).digest.tobytes()
+        one.digest.tobytes() == Boosting.from_phrases({**phrases, "two": np.float32(0.5)}, tokenizer).digest.tobytes()
+    )
+    assert one.digest.tobytes() != Boosting.from_phrases({**phrases, "two": 0.6}, tokenizer).digest.tobytes()
+    assert (
+        Boosting.from_phrases(["one", "one"], tokenizer).digest.tobytes()
+        == Boosting.from_phrases({"one": 1}, tokenizer).digest.tobytes()
     )
 
 
 def test_nobody_changes_what_streams_share(tokenizer: Tokenizer) -> None:
-    boosting = Boosting.of(["one two"], tokenizer)
+    boosting = Boosting.from_phrases(["one two"], tokenizer)
     for array in (boosting.first, boosting.token, boosting.score, boosting.fail, boosting.penalty, boosting.bias(0)):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
@@ -351,10 +357,10 @@ def test_a_phrase_begins_a_word(tmp_path: Path, tokenizer_model: bytes) -> None:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_proto=tokenizer_model)
-    boosting = Boosting.of({"quick dog": 3}, Tokenizer(tmp_path / "tokenizer.model", model.get_piece_size()))
+    boosting = Boosting.from_phrases({"quick dog": 3}, Tokenizer(tmp_path / "tokenizer.model", model.get_piece_size()))
     tokens = model.encode("the quick dog")[len(model.encode("the")) :]
     node = 0
     for depth, token in enumerate(tokens):
         assert boosting.bias(node)[token] == pytest.approx(3 if depth == 0 else 6 + math.log(depth + 1))
-        node = boosting.after(node, token)
+        node = boosting.next_node(node, token)
     assert node == len(boosting) - 1

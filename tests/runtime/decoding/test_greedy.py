@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.decoding.greedy import Predictions, greedy_reference, label_looping
+from nemostream.runtime.decoding.greedy import DecoderState, greedy_reference, label_looping
 
 J = 4
 
@@ -47,8 +47,8 @@ class TableNet:
 def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts=()):  # type: ignore[no-untyped-def]
     """Batched in chunks of the sizes `splits`, and row by row in one go."""
     net, rows = TableNet(table), len(table)
-    start = Predictions.start(net, 1, 1)
-    state = start.repeated(rows)
+    start = DecoderState.initial(net, 1, 1)
+    state = start.repeat(rows)
     tokens: list[list[int]] = [[] for _ in range(rows)]
     frames: list[list[int]] = [[] for _ in range(rows)]
     scores: list[list[float]] = [[] for _ in range(rows)]
@@ -66,7 +66,7 @@ def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts
         begin += size
     wanted = []
     for row in range(rows):
-        alone = Predictions.start(net, 1, 1)
+        alone = DecoderState.initial(net, 1, 1)
         boosting = boosts[row] if boosts else None
         definition = greedy_reference(net, net.frames()[row, : counts[row]], alone, boosting)
         wanted.append((definition.tokens, definition.frames))
@@ -121,8 +121,8 @@ def test_a_number_that_is_not_one_stays_in_its_row(bad: float) -> None:
     clean, _ = decode_both(table, np.full(3, 8), [8])
     table[1, 4, :, 2] = bad
     net = TableNet(table)
-    start = Predictions.start(net, 1, 1)
-    said, failed = label_looping(net, net.frames(), np.full(3, 8), start.repeated(3))
+    start = DecoderState.initial(net, 1, 1)
+    said, failed = label_looping(net, net.frames(), np.full(3, 8), start.repeat(3))
     assert failed.tolist() == [False, True, False]
     assert [(said[row].tokens, said[row].frames) for row in (0, 2)] == [clean[0], clean[2]]
     assert all(frame < 4 for frame in said[1].frames)
@@ -131,10 +131,10 @@ def test_a_number_that_is_not_one_stays_in_its_row(bad: float) -> None:
 def test_frames_that_are_not_numbers_are_seen_before_decoding() -> None:
     net = TableNet(np.zeros((2, 3, 9, 4), np.float32))
     net.table[..., 1] = 1.0
-    start = Predictions.start(net, 1, 1)
+    start = DecoderState.initial(net, 1, 1)
     encoded = net.frames()
     encoded[0, 2, 3] = np.nan
-    said, failed = label_looping(net, encoded, np.array([3, 3]), start.repeated(2))
+    said, failed = label_looping(net, encoded, np.array([3, 3]), start.repeat(2))
     assert failed.tolist() == [True, False]
     assert not said[0].tokens
     assert len(said[1].tokens) == 3 * net.max_symbols

@@ -1,5 +1,4 @@
-"""A live stream that changes its chunk size goes on as one that had the same context: NeMo's own encoder is told to
-change too, its caches kept, and says the same."""
+"""A live stream that changes its chunk size, against NeMo's encoder with the same changes and its caches kept."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ CHUNKS = (80, 160, 560, 1120)
 
 
 def steps_of(manifest: Manifest, samples: int, sizes: list[int]) -> list[ChunkConfig]:
-    """The chunks of a recording, sizes in turn, the last one again and again."""
+    """Return the chunks of a recording: the sizes in order, then the last one repeatedly."""
     frames, found = manifest.encoder_frames(samples), []
     while sum(chunk.frames for chunk in found) < frames:
         found.append(manifest.chunk(sizes[min(len(found), len(sizes) - 1)]))
@@ -33,7 +32,7 @@ def steps_of(manifest: Manifest, samples: int, sizes: list[int]) -> list[ChunkCo
 
 
 def nemo_frames(oracle: Any, mel: Floats, steps: list[ChunkConfig], frames: int) -> Floats:
-    """[T, D] of NeMo's encoder, stepped with its caches over the windows that each chunk's frames need."""
+    """Return [T, D] of NeMo's encoder, run step by step with its caches over the window of each chunk."""
     import torch
 
     encoder = oracle.model.encoder
@@ -58,7 +57,7 @@ def nemo_frames(oracle: Any, mel: Floats, steps: list[ChunkConfig], frames: int)
 
 
 def our_frames(bundle: Bundle, audio: Floats, steps: list[ChunkConfig]) -> Floats:
-    """[T, J], projected for the joint, by the backend alone; the chunks are cut here."""
+    """Return [T, J] of the backend's encoder, projected for the joint. The chunks are cut here."""
     manifest, backend, found = bundle.manifest, OrtBackend(bundle, capacity=1), []
     backend.reset(np.array([0]))
     padded = np.concatenate([np.zeros(manifest.lead, np.float32), audio])
@@ -73,14 +72,14 @@ def our_frames(bundle: Bundle, audio: Floats, steps: list[ChunkConfig]) -> Float
 
 
 @pytest.fixture(scope="module", params=["tiny", "demo"])
-def side(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Bundle, Any]]:
+def models(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Bundle, Any]]:
     bundle = request.getfixturevalue(f"{request.param}_bundle")
     with nemostream.load(bundle.path, capacity=2) as model:
         yield model, bundle, request.getfixturevalue(f"{request.param}_oracle")
 
 
-# From a step of one frame NeMo goes on wrongly: it takes frames before the stream's start for silence that is part of
-# it (`tests/test_exactness.py` has 80 ms from the start, against NeMo's offline forward).
+# The first chunk has more than one frame: after a first step of one frame, NeMo treats the frames before the stream's
+# start as silence of the stream. `tests/test_exactness.py` compares 80 ms from the start with NeMo's offline forward.
 SIZES = st.tuples(st.sampled_from(CHUNKS[1:]), st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=60)).map(
     lambda pair: [pair[0], *pair[1]]
 )
@@ -88,12 +87,12 @@ SIZES = st.tuples(st.sampled_from(CHUNKS[1:]), st.lists(st.sampled_from(CHUNKS),
 
 @given(sizes=SIZES, begin=st.integers(0, 40_000), length=st.integers(30_000, 110_000))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_stream_that_switches_says_what_nemo_says_when_it_switches(
-    side: tuple[Model, Bundle, Any], clips: dict[str, Floats], sizes: list[int], begin: int, length: int
+def test_a_stream_that_changes_its_chunk_size_equals_nemo(
+    models: tuple[Model, Bundle, Any], clips: dict[str, Floats], sizes: list[int], begin: int, length: int
 ) -> None:
     import torch
 
-    model, bundle, oracle = side
+    model, bundle, oracle = models
     speech = np.concatenate([clips["librivox-sense-0870"], clips["cards-002"], clips["cards-001"]])
     audio = speech[begin : begin + length]
     manifest = bundle.manifest
@@ -106,7 +105,7 @@ def test_a_stream_that_switches_says_what_nemo_says_when_it_switches(
             torch.from_numpy(nemo.T[None].copy()), torch.tensor([frames]), return_hypotheses=True
         )[0]
     np.testing.assert_allclose(our_frames(bundle, audio, steps), projected, rtol=0, atol=2e-4)
-    # And through a live stream that is told to change as it goes, in pushes that end where they like.
+    # The same changes in a live stream, with pushes of any size.
     at, edge, rng = 0, -manifest.lead, np.random.default_rng(length)
     with model.stream(chunk_ms=steps[0].ms) as stream:
         for number, chunk in enumerate(steps):
@@ -124,10 +123,10 @@ def test_a_stream_that_switches_says_what_nemo_says_when_it_switches(
 
 @given(sizes=st.lists(st.sampled_from(CHUNKS), min_size=2, max_size=40), data=st.data())
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_switching_is_no_matter_of_when_it_is_said(
+def test_the_moment_of_set_chunk_ms_within_a_chunk_does_not_matter(
     tiny_bundle: Bundle, clips: dict[str, Floats], sizes: list[int], data: st.DataObject
 ) -> None:
-    """`set_chunk_ms` said anywhere within the chunk before is the same switch; what is said is what the backend alone says."""
+    """`set_chunk_ms` anywhere within the previous chunk has the same effect; the reference is the backend alone."""
     audio = clips["librivox-sense-0870"][:90_000]
     manifest = tiny_bundle.manifest
     steps = steps_of(manifest, len(audio), sizes)
@@ -144,11 +143,11 @@ def test_switching_is_no_matter_of_when_it_is_said(
         at, edge = 0, -manifest.lead
         for number, chunk in enumerate(steps):
             edge += chunk.samples
-            # A chunk may still become another one as long as it holds less than that one would: later is too late.
-            least = edge - (chunk.samples - steps[number + 1].samples if number + 1 < len(steps) else 0)
-            said = edge if least > edge else data.draw(st.integers(max(least, at), max(edge, at)))
-            stream.push(audio[at : max(said, at)])
-            at = max(at, min(said, len(audio)))
+            # The chunk being filled changes its size too, unless it already contains more samples.
+            earliest = edge - (chunk.samples - steps[number + 1].samples if number + 1 < len(steps) else 0)
+            change = edge if earliest > edge else data.draw(st.integers(max(earliest, at), max(edge, at)))
+            stream.push(audio[at : max(change, at)])
+            at = max(at, min(change, len(audio)))
             if number + 1 < len(steps):
                 stream.set_chunk_ms(steps[number + 1].ms)
             stream.push(audio[at : max(edge, at)])

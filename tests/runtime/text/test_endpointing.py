@@ -82,9 +82,9 @@ def test_by_hand(manifest):
 
 def test_a_cut_begins_anew(manifest):
     pointer = Endpointer(Endpoint(), manifest, BEGINS)
-    assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between
+    assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between_utterances
     pointer.reset()
-    assert pointer.between and pointer.step([], [], 50 * FRAME) == []
+    assert pointer.between_utterances and pointer.step([], [], 50 * FRAME) == []
     (end,) = pointer.step([0, 1], [50 * FRAME, 51 * FRAME], 100 * FRAME)
     assert (end.count, end.at, end.reason) == (3, 63 * FRAME, "silence")
 

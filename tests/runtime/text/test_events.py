@@ -13,10 +13,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemostream.runtime.text.endpointing import End, Endpoint, Endpointer
-from nemostream.runtime.text.events import Event, Utterances
+from nemostream.runtime.text.endpointing import Endpoint, Endpointer, UtteranceEnd
+from nemostream.runtime.text.events import Event, EventBuilder
 from nemostream.runtime.text.tokenizer import Tokenizer
-from nemostream.runtime.text.words import Token, words_of
+from nemostream.runtime.text.words import Token, group_words
 
 FRAME = 1280
 
@@ -66,7 +66,7 @@ def collect(events: list[Event]) -> None:
         words = words[: event.words_from] + event.new_words
         assert (text, tokens, words) == (event.text, event.tokens, event.words)
         assert [token.end for token in tokens] == [token.end for token in event.tokens]
-        assert words == words_of(tokens, final=event.kind == "final")
+        assert words == group_words(tokens, final=event.kind == "final")
         stable = text if event.kind == "final" else (text.rsplit(maxsplit=1)[:-1] or [""])[0]
         assert event.stable == stable and event.stable_length == len(stable)
 
@@ -83,9 +83,9 @@ def test_increments_add_up_to_the_whole(tokenizer, data):
         last = dataclasses.replace(tokens[-1], end=tokens[-1].time + 0.01)
         clipped = [*tokens[:-1], last]
     order = data.draw(st.sampled_from(["now", "late", "backwards"]))
-    makes, count, events = Utterances(tokenizer, "min", 16000), 0, []
+    makes, count, events = EventBuilder(tokenizer, "min", 16000), 0, []
     for number, step in enumerate(steps):
-        cut = [End(count, FRAME * count, "forced")] if number in ends else []
+        cut = [UtteranceEnd(count, FRAME * count, "forced")] if number in ends else []
         count += len(step)
         events += makes.step(tokens, count, cut, 0.0, 80)
         if order == "now":
@@ -93,7 +93,7 @@ def test_increments_add_up_to_the_whole(tokenizer, data):
     events += makes.finish(clipped or tokens, FRAME * count, 0.0, 80)
     if order == "backwards":
         for event in reversed(events):
-            assert event.words == words_of(event.tokens, final=event.kind == "final")
+            assert event.words == group_words(event.tokens, final=event.kind == "final")
     collect(events)
     finals = [event for event in events if event.kind == "final"]
     assert [token for event in finals for token in event.tokens] == tokens
@@ -114,7 +114,7 @@ def test_an_event_made_by_hand_is_all_new(tokenizer):
     tokens = tuple(tokens_of(tokenizer, tokenizer.encode("the quick fox")))
     event = Event("partial", 0, "the quick fox", "the quick", 0.0, 1.0, 1.0, 80, tokens)
     assert (event.new_text, event.new_tokens, event.words_from) == (event.text, tokens, 0)
-    assert event.new_words == event.words == words_of(tokens) and event.stable_length == 9
+    assert event.new_words == event.words == group_words(tokens) and event.stable_length == 9
 
 
 def test_an_hours_utterance_takes_memory_and_increments_in_proportion_to_it(tokenizer):
@@ -123,7 +123,7 @@ def test_an_hours_utterance_takes_memory_and_increments_in_proportion_to_it(toke
 
     def keep(count: int) -> tuple[int, list[Event]]:
         tokens = tokens_of(tokenizer, (ids * (count // len(ids) + 1))[:count])
-        makes, events = Utterances(tokenizer, "min", 16000), []
+        makes, events = EventBuilder(tokenizer, "min", 16000), []
         tracemalloc.start()
         for number in range(1, count + 1):
             events += makes.step(tokens, number, [], 0.0, 80)
@@ -139,7 +139,7 @@ def test_an_hours_utterance_takes_memory_and_increments_in_proportion_to_it(toke
     assert sum(len(event.new_tokens) for event in events) == len(last.tokens) == 12600
     assert sum(len(event.new_words) for event in events) <= 2 * len(events)
     collect(events[:300])
-    assert last.words == words_of(last.tokens, final=False)
+    assert last.words == group_words(last.tokens, final=False)
 
 
 # -- punctuation -------------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def test_an_hours_utterance_takes_memory_and_increments_in_proportion_to_it(toke
 
 def run(tokenizer, manifest, said, frames, steps, rule):
     """Events of tokens given by frame, through the rule and the events, in steps of so many frames."""
-    pointer = Endpointer(rule, manifest, tokenizer.begins, tokenizer.closes)
-    makes, events, tokens, at = Utterances(tokenizer, "min", 16000), [], [], 0
+    pointer = Endpointer(rule, manifest, tokenizer.word_starts, tokenizer.closing_punctuation)
+    makes, events, tokens, at = EventBuilder(tokenizer, "min", 16000), [], [], 0
     for step in range(1000):
         upto = min(at + steps[step % len(steps)], frames)
         new = [(piece, frame) for frame in range(at, upto) for piece in said.get(frame, [])]
@@ -201,9 +201,9 @@ def test_marks_that_open_and_first_ones_start_an_utterance(punctuated, manifest)
 
 def test_punctuation_after_a_forced_end_starts_no_utterance(punctuated):
     tokens = tokens_of(punctuated, [punctuated._model.piece_to_id(piece) for piece in ("\u2581yes", ".", "\u2581no")])
-    makes = Utterances(punctuated, "min", 16000)
+    makes = EventBuilder(punctuated, "min", 16000)
     events = makes.step(tokens, 1, [], 0.0, 80)
-    events += makes.step(tokens, 1, [End(1, FRAME, "forced")], 0.0, 80)
+    events += makes.step(tokens, 1, [UtteranceEnd(1, FRAME, "forced")], 0.0, 80)
     events += makes.step(tokens, 2, [], 0.0, 80)
     assert [event.kind for event in events] == ["partial", "final", "end"]
     events += makes.step(tokens, 3, [], 0.0, 80) + makes.finish(tokens, 3 * FRAME, 0.0, 80)

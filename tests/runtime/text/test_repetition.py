@@ -55,7 +55,7 @@ def test_a_guard_goes_on_as_the_one_that_was_saved(manifest):
         one, other = guards
         other.load(one.save())
         found = [guard.step(tokens[:count], sample_positions[:count], FRAME * count) for guard in guards]
-        assert found[0] == found[1] and one.suspects == other.suspects
+        assert found[0] == found[1] and one.loop_suspected == other.loop_suspected
     one.restart(396)
     assert not one.step(tokens, sample_positions, FRAME * 400)
 
@@ -104,7 +104,7 @@ def test_a_looping_stream_is_reset_at_the_same_place_whatever_the_pushes(bundle,
             for at in range(0, len(audio), size):
                 stream.push(audio[at : at + size])
             result = stream.finish()
-        found.append((backend.forgotten, [token.id for token in result.tokens]))
+        found.append((backend.decoder_resets, [token.id for token in result.tokens]))
     assert found[1:] == found[:1] * 3
     ((_, frame),) = found[0][0]
     assert 192 < frame <= 192 + 2 * (ms // 80)

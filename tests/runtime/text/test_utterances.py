@@ -195,11 +195,11 @@ def test_a_decoder_that_forgets_does_so_at_the_same_frames_with_overlap_and_with
         model, backend = serve(overlap)
         with model.stream(chunk_ms=ms, endpoint=rule) as stream:
             events = follow(stream, audio, sizes)
-        found.append((utterances(events), backend.forgotten))
+        found.append((utterances(events), backend.decoder_resets))
         # At the end of a step with nothing under way any more; once for each utterance that a step ended on.
         frames = ms // 80
         last = -(-fake.encoder_frames(len(audio)) // frames) * frames  # after it nobody cares
-        assert all(position % frames == 0 for _, position in backend.forgotten)
+        assert all(position % frames == 0 for _, position in backend.decoder_resets)
         ends = [e for e in events if e.reason == "silence"]
         first = [e.start for e in events if e.kind == "final"]
         wanted = []
@@ -208,7 +208,7 @@ def test_a_decoder_that_forgets_does_so_at_the_same_frames_with_overlap_and_with
             following = first[number + 1] if number + 1 < len(first) else np.inf
             if following >= edge * 0.08 - 1e-9 and edge < last:
                 wanted.append(edge)
-        assert [position for _, position in backend.forgotten] == wanted
+        assert [position for _, position in backend.decoder_resets] == wanted
     assert found[0] == found[1]
 
 
@@ -382,7 +382,7 @@ def test_a_source_that_cannot_be_is_refused_by_a_sentence(serve):
 def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
     model, backend = serve(capacity=2)
     boosts = []
-    backend.on_boost = lambda slot, phrases: boosts.append((slot, backend.position[slot], phrases))
+    backend.on_phrases = lambda slot, phrases: boosts.append((slot, backend.position[slot], phrases))
     with model.stream(chunk_ms=80, phrases=["the fox", "dog"]) as stream, model.stream() as other:
         stream.push(speech(1, [(3, 0)]))
         other.push(speech(1, [(9, 0)]))
@@ -411,11 +411,11 @@ def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
     def full(slot, phrases):
         raise CapacityError("there is no room for more phrases.")
 
-    backend.on_boost = full
+    backend.on_phrases = full
     with model.stream(phrases=["fox"]) as stream, pytest.raises(CapacityError, match="no room for more phrases"):
         stream.push(np.ones(30_000, np.float32))
         stream.finish()
-    backend.on_boost = lambda slot, phrases: None
+    backend.on_phrases = lambda slot, phrases: None
     for _ in range(1000):  # its slot comes back when the step is over that it was in
         try:
             model.transcribe(np.ones(3000, np.float32), phrases=["fox"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nemostream.errors import OptionError
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.text.tokenizer import Tokenizer
-from nemostream.runtime.text.words import Grouping, Result, Token, Word, words_of
+from nemostream.runtime.text.words import Result, Token, Word, WordGrouper, group_words
 
 
 def said(*pieces: str) -> list[Token]:
@@ -20,7 +20,7 @@ def said(*pieces: str) -> list[Token]:
 
 def spans(*pieces: str) -> list[tuple[str, int, int]]:
     """Words as text, first token, last token."""
-    return [(word.text, round(word.start / 0.08), round(word.end / 0.08) - 1) for word in words_of(said(*pieces))]
+    return [(word.text, round(word.start / 0.08), round(word.end / 0.08) - 1) for word in group_words(said(*pieces))]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_character_that_is_not_complete_waits_until_the_result_is_final():
 
 @pytest.mark.parametrize(("aggregation", "wanted"), [("min", 0.5), ("max", 0.52), ("mean", 0.51), ("prod", 0.13260)])
 def test_a_words_confidence_is_made_of_its_tokens(aggregation, wanted):
-    (word,) = words_of(said(" a", "b", "c"), aggregation)
+    (word,) = group_words(said(" a", "b", "c"), aggregation)
     assert word == Word("abc", 0.0, 0.24, pytest.approx(wanted))
 
 
@@ -80,16 +80,16 @@ def test_words_are_those_of_sentencepieces_text(bundle, oracle, pieces):
     tokenizer = Tokenizer(bundle.path / "tokenizer.model", bundle.manifest.decoder.vocabulary)
     ids = [oracle.piece_to_id(piece) for group in pieces for piece in group]
     text = oracle.decode(ids)
-    words = words_of(said(*map(tokenizer.piece, ids)))
+    words = group_words(said(*map(tokenizer.piece, ids)))
     # Punctuation that stands apart is the one difference that is meant; these pieces spell some by chance.
     assert "".join(word.text for word in words) == "".join(text.split())
     if not set(text) & set(".,?!:;"):
         assert [word.text for word in words] == text.split()
     # And the same bit by bit, with a look back at any of it.
-    tokens, grouping = said(*map(tokenizer.piece, ids)), Grouping("min")
+    tokens, grouper = said(*map(tokenizer.piece, ids)), WordGrouper("min")
     for count in [*range(len(ids) + 1), len(ids) // 2]:
-        assert grouping.words(tokens[:count], False) == words_of(tokens[:count], final=False)
-    assert grouping.words(tokens, True) == words
+        assert grouper.words(tokens[:count], False) == group_words(tokens[:count], final=False)
+    assert grouper.words(tokens, True) == words
     starts, ends = [word.start for word in words], [word.end for word in words]
     assert starts == sorted(starts) and ends == sorted(ends) and all(a < b for a, b in zip(starts, ends, strict=True))
 

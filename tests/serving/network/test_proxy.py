@@ -233,7 +233,7 @@ def test_grpc_behind_nginx(proxied: Proxy, spoken: Any, caplog: pytest.LogCaptur
         if result.is_final
     ]
     assert " ".join(text.strip() for text in heard) == spoken[0].text
-    peers = {record.peer for record in caplog.records if record.getMessage() == "opened"}  # type: ignore[attr-defined]
+    peers = {record.peer for record in caplog.records if record.getMessage() == "stream opened"}  # type: ignore[attr-defined]
     assert peers == {"192.0.2.7"}
 
 
@@ -256,7 +256,7 @@ def test_limits_count_the_clients_behind_nginx(
                     assert caught.value.response.status_code == 429
 
         asyncio.run(clients())
-        opened = [record.peer for record in caplog.records if record.getMessage() == "opened"]  # type: ignore[attr-defined]
+        opened = [record.peer for record in caplog.records if record.getMessage() == "stream opened"]  # type: ignore[attr-defined]
         assert sorted(opened) == ["127.0.0.2", "127.0.0.3"]
     with (
         serve_here(hosts=[NAME], measure=False, max_connections_per_client=2) as server,
@@ -332,7 +332,7 @@ def test_headers_of_others_than_trusted_proxies_are_ignored(serve_here: Any, cap
                 calls.RivaSpeechRecognitionStub(channel).GetRivaSpeechRecognitionConfig(
                     messages.RivaSpeechRecognitionConfigRequest(), metadata=[("x-forwarded-for", "192.0.2.7")]
                 )
-        denied = [record.peer for record in caplog.records if record.getMessage() == "denied"]  # type: ignore[attr-defined]
+        denied = [record.peer for record in caplog.records if record.getMessage() == "request denied"]  # type: ignore[attr-defined]
         assert denied == [address] * (4 if status == 403 else 3)
 
 

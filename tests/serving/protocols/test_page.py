@@ -113,4 +113,4 @@ def test_no_room_is_told(page: Any, server: Any) -> None:
     page.evaluate("chunk = 33")  # refused, as if there were no room
     page.click("#mic")
     page.wait_for_selector("#status.bad", timeout=10_000)
-    assert "taken" in page.inner_text("#status")
+    assert "in use" in page.inner_text("#status")

@@ -58,7 +58,9 @@ def test_utterances_end_by_silence_and_say_where(server: Any, spoken: Any) -> No
     with nemostream.load() as model:
         rule = nemostream.Endpoint(silence_ms=960, max_utterance_ms=2600, decoder="reset")
         wanted = [event for event in model.listen(audio, chunk_ms=160, endpoint=rule) if event.kind != "partial"]
-    with connect(f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&max_utterance_ms=2600&decoder=reset") as socket:
+    with connect(
+        f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&max_utterance_ms=2600&decoder=reset"
+    ) as socket:
         *events, _ = talk(socket, audio.tobytes(), 2222)
     for event in events:
         assert event["type"] == "end" or event["text"].startswith(event["stable"])
@@ -114,7 +116,7 @@ def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) ->
     with connect(f"{server.socket}/v1/stream?chunk_ms=80") as socket:
         socket.recv()
         socket.send(spoken[0].pcm[:half])
-        socket.send(json.dumps({"type": "use", "chunk_ms": 1120}))
+        socket.send(json.dumps({"type": "configure", "chunk_ms": 1120}))
         socket.send(spoken[0].pcm[half:])
         socket.send(json.dumps({"type": "finish"}))
         events = [json.loads(event) for event in socket]
@@ -157,8 +159,8 @@ def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> 
         ("{", 1008, "option"),
         ("[]", 1008, "option"),
         ('{"type": "sing"}', 1008, "option"),
-        ('{"type": "use", "chunk_ms": [1]}', 1008, "option"),
-        ('{"type": "use"}', 1008, "option"),
+        ('{"type": "configure", "chunk_ms": [1]}', 1008, "option"),
+        ('{"type": "configure"}', 1008, "option"),
     ],
 )
 def test_a_bad_message_ends_the_stream_with_a_sentence(server: Any, message: str, code: int, name: str) -> None:
@@ -202,7 +204,7 @@ messages = st.one_of(
     st.binary(max_size=4000),
     st.text(max_size=50),
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["commit", "use", "keepalive", "finish", "x"])},
+        {"type": st.sampled_from(["commit", "configure", "keepalive", "finish", "x"])},
         optional={"chunk_ms": st.one_of(st.sampled_from([80, 560]), st.integers(), st.text(max_size=3), st.none())},
     ).map(json.dumps),
 )

@@ -77,7 +77,7 @@ def test_a_container_in_a_socket_is_rejected_by_name(server: Any, spoken: Any, c
     data = file_of(spoken[0], container)[: 3000 * size]
     last = streamed(server, pieces(data[:6400], size) if size < 1000 else pieces(data, size))
     assert last["type"] == "error" and last["code"] == "audio"
-    assert f"of the kind {SHOWN.get(container, container)}" in last["message"]
+    assert f"of type {SHOWN.get(container, container)}" in last["message"]
 
 
 @pytest.mark.parametrize("magic", [b"\x1a\x45\xdf\xa3", b"\0\0\0\x20ftypisom", b"#!AMR\n", b"caff\0\1\0\0"])
@@ -86,7 +86,7 @@ def test_what_a_browser_records_is_rejected_in_every_encoding(
     server: Any, spoken: Any, magic: bytes, encoding: str
 ) -> None:
     last = streamed(server, pieces(magic + spoken[0].pcm, 3200), f"encoding={encoding}")
-    assert (last["type"], last["code"]) == ("error", "audio") and "begins as a file" in last["message"]
+    assert (last["type"], last["code"]) == ("error", "audio") and "is a file of type" in last["message"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_files_in_a_realtime_session(server: Any, spoken: Any, tmp_path: Path, s
     assert realtime(server, data, size).get("transcript", "").strip() == offline(data, tmp_path)
     for container in ("FLAC", "OGG", "MP3"):
         event = realtime(server, file_of(spoken[1], container), size)
-        assert event["type"] == "error" and "of the kind" in event["error"]["message"]
+        assert event["type"] == "error" and "of type" in event["error"]["message"]
 
 
 def test_bytes_after_the_samples_of_a_wav_over_riva(server: Any, spoken: Any) -> None:
@@ -196,7 +196,7 @@ def test_riva_recognizes_every_container_whatever_the_config_says(
         assert text == spoken[0].text
     if container != "WAV":
         live = riva.StreamingRecognitionConfig(config=config)
-        with pytest.raises(Exception, match="of the kind"):
+        with pytest.raises(Exception, match="of type"):
             list(service.streaming_response_generator(pieces(data, 3200), live))
 
 

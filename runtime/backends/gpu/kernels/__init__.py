@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Bundle, Manifest
 from nemostream.errors import BackendError
-from nemostream.runtime.decoding.boosting import MOST_TOKENS, Boosting
+from nemostream.runtime.decoding.boosting import MAX_TOKENS, Boosting
 from nemostream.runtime.decoding.greedy import ALPHA
 
 SOURCES = ("tile.cu", "features.cu", "slots.cu", "boosting.cu", "greedy.cu")
@@ -133,7 +133,7 @@ def source() -> str:
         "#endif\n"
         f"#define BLOCK {BLOCK}\n#define PIECES {PIECES}\n"
         f"#define TILE_ROWS {TILE_ROWS}\n#define TILE_COLUMNS {TILE_COLUMNS}\n"
-        f"#define ALPHA {ALPHA}f\n#define DEEPEST {MOST_TOKENS}\n"
+        f"#define ALPHA {ALPHA}f\n#define DEEPEST {MAX_TOKENS}\n"
         f"enum {{ {', '.join(CONTROL)} }};\n"
         "struct Record { int row, token, frame; float score, power; };\n"
         f"struct Step {{\n{fields}}};\n"

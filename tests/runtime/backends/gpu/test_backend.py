@@ -75,22 +75,22 @@ def some_phrases(rng: np.random.Generator, bundle: Bundle) -> Boosting:
 
 
 @pytest.fixture
-def talking(talker: Bundle, make_device: Any) -> Iterator[GpuBackend]:
-    backend = make_backend(talker, [80, 560], make_device())
+def talking(small_bundle: Bundle, make_device: Any) -> Iterator[GpuBackend]:
+    backend = make_backend(small_bundle, [80, 560], make_device())
     yield backend
     backend.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_batches_of_any_streams(
-    seed: int, talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]
+    seed: int, talking: GpuBackend, small_bundle: Bundle, clips: dict[str, np.ndarray]
 ) -> None:
     """Random subsets of five streams, chunk sizes mixed, streams that end and begin, two steps in flight.
 
     Now and then one is boosted or no longer, forgets what it said, or goes back to what it once was.
     """
     rng = np.random.default_rng(seed)
-    ours, cpu, talk = talking, OrtBackend(talker, capacity=CAPACITY, threads=1), Talk(talker, clips)
+    ours, cpu, talk = talking, OrtBackend(small_bundle, capacity=CAPACITY, threads=1), Talk(small_bundle, clips)
     pending: list[tuple[Any, Emissions]] = []
     boosts: dict[int, Boosting | None] = dict.fromkeys(range(CAPACITY))
     saved: dict[int, Any] = dict.fromkeys(range(CAPACITY))
@@ -110,7 +110,7 @@ def test_any_batches_of_any_streams(
                 boosts[slot], saved[slot] = None, None
         slot, what = int(rng.integers(CAPACITY)), rng.choice(["boost", "forget", "save", "load", "nothing"])
         if what == "boost":
-            boosts[slot], saved[slot] = some_phrases(rng, talker) if rng.random() < 0.7 else None, None
+            boosts[slot], saved[slot] = some_phrases(rng, small_bundle) if rng.random() < 0.7 else None, None
         for index, backend in enumerate((ours, cpu)):
             if what == "boost":
                 backend.set_phrases(slot, boosts[slot])
@@ -120,7 +120,7 @@ def test_any_batches_of_any_streams(
                 backend.load(slot, saved[slot][index])
         if what == "save":
             saved[slot] = (ours.save(slot), cpu.save(slot))
-        chunk = talker.manifest.chunk(int(rng.choice([80, 560])))
+        chunk = small_bundle.manifest.chunk(int(rng.choice([80, 560])))
         slots = np.sort(rng.choice(CAPACITY, rng.integers(1, CAPACITY + 1), replace=False)).tolist()
         batch = talk.batch(chunk, slots)
         pending.append((ours.submit(batch), cpu.submit(batch).result()))
@@ -186,17 +186,17 @@ def test_what_a_device_cannot_do_is_done_otherwise(
     asked: str,
     launches: int | None,
     make_device: Any,
-    talker: Bundle,
+    small_bundle: Bundle,
     clips: Any,
 ) -> None:
     device = make_device(**options)
     if options and not isinstance(device, HostDevice):
         pytest.skip("a real device can")
-    ours = make_backend(talker, [560], device, capturable, capacity=2, loop=asked)
+    ours = make_backend(small_bundle, [560], device, capturable, capacity=2, loop=asked)
     assert ours.loop == loop
     cpu, talk, chunk = (
-        OrtBackend(talker, capacity=2, threads=1),
-        Talk(talker, clips),
+        OrtBackend(small_bundle, capacity=2, threads=1),
+        Talk(small_bundle, clips),
         ours.manifest.chunk(560),
     )
     cpu.reset(np.arange(2))
@@ -213,7 +213,7 @@ def test_what_a_device_cannot_do_is_done_otherwise(
         assert seen(step.result()) == seen(wanted)
         most = max(most, *map(len, wanted.tokens))
     assert (
-        most >= UNROLLED or talker.manifest.name == "demo"
+        most >= UNROLLED or small_bundle.manifest.name == "demo"
     )  # labels and a verdict: more than an unrolled loop comes to in one launch
     ours.close()
 
@@ -224,22 +224,24 @@ def test_a_loop_nobody_knows(demo_bundle: Bundle) -> None:
         make_backend(demo_bundle, [80], HostDevice(), loop="forever")
 
 
-def test_the_encoder_agrees_frame_by_frame(talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]) -> None:
-    ours, cpu, talk = talking, OrtBackend(talker, capacity=CAPACITY, threads=1), Talk(talker, clips)
+def test_the_encoder_agrees_frame_by_frame(
+    talking: GpuBackend, small_bundle: Bundle, clips: dict[str, np.ndarray]
+) -> None:
+    ours, cpu, talk = talking, OrtBackend(small_bundle, capacity=CAPACITY, threads=1), Talk(small_bundle, clips)
     for slot in range(CAPACITY):
         talk.start(slot, slot)
     for backend in (ours, cpu):
         backend.reset(np.arange(CAPACITY))
     for step, slots in enumerate([[0, 1, 2], [1, 3], [4], [0, 1, 2, 3, 4], [2, 4], [3], [0, 4]]):
-        batch = talk.batch(talker.manifest.chunk((80, 560)[step % 2]), slots)
+        batch = talk.batch(small_bundle.manifest.chunk((80, 560)[step % 2]), slots)
         (mine, counts), (theirs, wanted) = ours.encode(batch), cpu.encode(batch)
         assert counts.tolist() == wanted.tolist()
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
-def test_the_features_are_the_graphs(talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]) -> None:
+def test_the_features_are_the_graphs(talking: GpuBackend, small_bundle: Bundle, clips: dict[str, np.ndarray]) -> None:
     """fp64 as in ONNX: to the last bits of fp32, a stream's end and silence included."""
-    chunk = talker.manifest.chunk(560)
+    chunk = small_bundle.manifest.chunk(560)
     rng = np.random.default_rng(0)
     speech = max(clips.values(), key=len)
     rows = [
@@ -252,8 +254,8 @@ def test_the_features_are_the_graphs(talking: GpuBackend, talker: Bundle, clips:
     lengths = np.array([chunk.samples, chunk.samples, 5000, 3111])
     for row, length in zip(audio, lengths, strict=True):
         row[length:] = 0
-    session = onnxruntime.InferenceSession(talker.file("features-560ms"), providers=["CPUExecutionProvider"])
-    tail = np.zeros((4, talker.manifest.features.tail), np.float32)
+    session = onnxruntime.InferenceSession(small_bundle.file("features-560ms"), providers=["CPUExecutionProvider"])
+    tail = np.zeros((4, small_bundle.manifest.features.tail), np.float32)
     talking.reset(np.arange(4))
     for _ in range(2):  # the second time with the first one's tail
         wanted, tail = session.run(["mel", "audio_tail_next"], {"audio": audio, "audio_tail": tail, "lengths": lengths})
@@ -265,11 +267,11 @@ def test_the_features_are_the_graphs(talking: GpuBackend, talker: Bundle, clips:
 
 @pytest.mark.parametrize("slots", [[0], [2], [1, 3], [0, 1, 2, 3]])
 def test_streams_that_are_not_in_the_batch_are_left_alone(
-    slots: list[int], make_device: Any, talker: Bundle, clips: Any
+    slots: list[int], make_device: Any, small_bundle: Bundle, clips: Any
 ) -> None:
     """Byte for byte, in place or gathered, idle rows included."""
-    ours, talk = make_backend(talker, [80], make_device()), Talk(talker, clips)
-    chunk = talker.manifest.chunk(80)
+    ours, talk = make_backend(small_bundle, [80], make_device()), Talk(small_bundle, clips)
+    chunk = small_bundle.manifest.chunk(80)
     for slot in range(CAPACITY):
         talk.start(slot, slot)
     for _ in range(3):
@@ -295,10 +297,10 @@ def state_of(backend: GpuBackend) -> list[bytes]:
     return found
 
 
-def test_a_slot_begins_again(make_device: Any, talker: Bundle, clips: Any) -> None:
+def test_a_slot_begins_again(make_device: Any, small_bundle: Bundle, clips: Any) -> None:
     """A reset leaves nothing of the stream before, not even what was not finite."""
-    ours, talk = make_backend(talker, [80], make_device()), Talk(talker, clips)
-    chunk = talker.manifest.chunk(80)
+    ours, talk = make_backend(small_bundle, [80], make_device()), Talk(small_bundle, clips)
+    chunk = small_bundle.manifest.chunk(80)
     fresh = state_of(ours)
     talk.start(2, 0)
     poison = Batch(chunk, np.array([2]), np.full((1, chunk.samples), np.nan, np.float32), np.array([chunk.samples]))
@@ -309,10 +311,10 @@ def test_a_slot_begins_again(make_device: Any, talker: Bundle, clips: Any) -> No
     ours.close()
 
 
-def test_a_poisoned_stream_harms_no_other(make_device: Any, talker: Bundle, clips: Any) -> None:
-    ours, cpu = make_backend(talker, [560], make_device()), OrtBackend(talker, CAPACITY)
-    talk = Talk(talker, clips)
-    chunk, said = talker.manifest.chunk(560), 0
+def test_a_poisoned_stream_harms_no_other(make_device: Any, small_bundle: Bundle, clips: Any) -> None:
+    ours, cpu = make_backend(small_bundle, [560], make_device()), OrtBackend(small_bundle, CAPACITY)
+    talk = Talk(small_bundle, clips)
+    chunk, said = small_bundle.manifest.chunk(560), 0
     cpu.reset(np.arange(CAPACITY))
     for slot in range(CAPACITY):
         talk.start(slot, slot)

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from host_device import HostDevice
 
-from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, FeatureConfig, File, Manifest, EncoderConfig, Weight
+from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, File, Manifest, Weight
 from nemostream.errors import BackendError
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.backend import GpuBackend, buckets
-from nemostream.runtime.decoding.boosting import MOST_TOKENS, Boosting
-from nemostream.runtime.decoding.greedy import Labels, Predictions, greedy_reference
+from nemostream.runtime.decoding.boosting import MAX_TOKENS, Boosting
+from nemostream.runtime.decoding.greedy import DecoderState, Labels, greedy_reference
 
 LAYERS, HIDDEN, JOINT, VOCABULARY, MOST = 2, 16, 40, 37, 3
 CHUNK = ChunkConfig(ms=400, frames=5, left=8, samples=6400)
@@ -164,8 +164,8 @@ def test_decoding_equals_the_definition(kind: str, cache_dtype: str, make_device
     backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
     assert backend.loop == "while"
 
-    start = Predictions.start(net, LAYERS, HIDDEN)
-    states = [start.repeated(1) for _ in range(ROWS)]
+    start = DecoderState.initial(net, LAYERS, HIDDEN)
+    states = [start.repeat(1) for _ in range(ROWS)]
     boosts = [some_phrases(rng) if row % 3 else None for row in range(ROWS)]
     for row, phrases in enumerate(boosts):
         backend.set_phrases(row, phrases)
@@ -206,11 +206,11 @@ def some_phrases(rng: np.random.Generator) -> Boosting:
     """Over few tokens, so that phrases are met, overlap, and are suffixes of one another."""
     few = rng.choice(VOCABULARY, 5, replace=False)
     phrases = [(rng.choice(few, rng.integers(1, 7)).tolist(), float(rng.choice([0.5, 2, 6]))) for _ in range(12)]
-    return Boosting([*phrases, ([int(few[0])] * MOST_TOKENS, 1.0)], VOCABULARY)
+    return Boosting([*phrases, ([int(few[0])] * MAX_TOKENS, 1.0)], VOCABULARY)
 
 
 def _definition(
-    net: Net, frames: np.ndarray, count: int, state: Predictions, alive: bool, boosting: Boosting | None = None
+    net: Net, frames: np.ndarray, count: int, state: DecoderState, alive: bool, boosting: Boosting | None = None
 ) -> tuple[Labels, bool, int]:
     """What the definition says of a row up to where a number is not one; still alive; labels that boosting changed."""
     said, twisted = Labels(), 0
@@ -228,7 +228,7 @@ def _definition(
                 if boosting:
                     node = int(state.node[0])
                     label = int((logits[: net.blank] + boosting.bias(node)).argmax())
-                    state.node[0] = boosting.after(node, label)
+                    state.node[0] = boosting.next_node(node, label)
                 logs = logits - np.logaddexp.reduce(logits)
                 said.append(label, frame, logs[label], np.exp(0.33 * logs).sum())
                 twisted += label != plain
@@ -241,7 +241,7 @@ def test_the_definition_here_is_the_definition(boosted: bool) -> None:
     rng = np.random.default_rng(5)
     net = Net(make_weights(rng, "random"), "float32")
     frames = rng.standard_normal((30, JOINT)).astype(np.float32)
-    one, other = (Predictions.start(net, LAYERS, HIDDEN) for _ in range(2))
+    one, other = (DecoderState.initial(net, LAYERS, HIDDEN) for _ in range(2))
     boosting = some_phrases(rng) if boosted else None
     said, alive, twisted = _definition(net, frames, 30, one, True, boosting)
     wanted = greedy_reference(net, frames, other, boosting)

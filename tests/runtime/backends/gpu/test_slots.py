@@ -29,12 +29,12 @@ def on_gpu(bundle: Bundle, device: Any, capacity: int = 3, loop: str = "while") 
 @pytest.fixture(
     params=["cpu", pytest.param("kernels", marks=needs_compiler), pytest.param("gpu", marks=pytest.mark.gpu)]
 )
-def make(request: pytest.FixtureRequest, talker: Bundle) -> Any:
+def make(request: pytest.FixtureRequest, small_bundle: Bundle) -> Any:
     """Makes a backend for so many streams."""
     if request.param == "cpu":
-        return lambda capacity: OrtBackend(talker, capacity=capacity, threads=1)
+        return lambda capacity: OrtBackend(small_bundle, capacity=capacity, threads=1)
     if request.param == "kernels":
-        return lambda capacity: on_gpu(talker, HostDevice(), capacity)
+        return lambda capacity: on_gpu(small_bundle, HostDevice(), capacity)
     from nemostream.errors import BackendError
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
@@ -42,7 +42,7 @@ def make(request: pytest.FixtureRequest, talker: Bundle) -> Any:
         CudaDevice().close()
     except BackendError as error:
         pytest.skip(str(error))
-    return lambda capacity: on_gpu(talker, CudaDevice(), capacity)
+    return lambda capacity: on_gpu(small_bundle, CudaDevice(), capacity)
 
 
 def phrases_of(bundle: Bundle, seed: int = 0) -> Boosting:
@@ -63,17 +63,19 @@ def step(backend: Backend, bundle: Bundle, part: tuple[np.ndarray, int], slot: i
 
 
 @pytest.mark.parametrize("boosted", [False, True])
-def test_a_stream_goes_on_elsewhere(boosted: bool, make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+def test_a_stream_goes_on_elsewhere(
+    boosted: bool, make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any
+) -> None:
     """Cut anywhere, on in another slot or in another backend of another size: the same to the bit."""
-    parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["librivox-sense-0870"][:64000])
-    phrases = phrases_of(talker) if boosted else None
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(80), clips["librivox-sense-0870"][:64000])
+    phrases = phrases_of(small_bundle) if boosted else None
     here, there = make(3), make(2)
     here.reset(np.arange(3))
     here.set_phrases(1, phrases)
     whole, saved = [], []
     for part in parts:
         saved.append(here.save(1))
-        whole.append(step(here, talker, part, 1, 80))
+        whole.append(step(here, small_bundle, part, 1, 80))
     assert sum(map(len, whole)) > 4
     if boosted:
         assert any(state["node"] != 0 for state in saved)
@@ -81,29 +83,29 @@ def test_a_stream_goes_on_elsewhere(boosted: bool, make: Any, talker: Bundle, cl
     for cut in (0, 7, len(parts) // 2, len(parts) - 1):
         for backend, slot in ((here, 2), (there, 0)):
             backend.reset(np.array([slot]))
-            step(backend, talker, parts[-2], slot, 80)  # whatever was there before
+            step(backend, small_bundle, parts[-2], slot, 80)  # whatever was there before
             backend.set_phrases(slot, phrases)
             backend.load(slot, saved[cut])
-            assert [step(backend, talker, part, slot, 80) for part in parts[cut:]] == whole[cut:]
+            assert [step(backend, small_bundle, part, slot, 80) for part in parts[cut:]] == whole[cut:]
             end = backend.save(slot)
             assert end.keys() == last.keys()
             assert all(end[name].tobytes() == last[name].tobytes() for name in last)
 
 
-def test_a_saved_state_is_a_copy(make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
-    parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["cards-001"])
+def test_a_saved_state_is_a_copy(make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(80), clips["cards-001"])
     backend = make(2)
     backend.reset(np.arange(2))
-    step(backend, talker, parts[0], 0, 80)
+    step(backend, small_bundle, parts[0], 0, 80)
     saved = backend.save(0)
     before = {name: array.tobytes() for name, array in saved.items()}
-    step(backend, talker, parts[1], 0, 80)
+    step(backend, small_bundle, parts[1], 0, 80)
     backend.load(1, saved)
-    step(backend, talker, parts[2], 1, 80)
+    step(backend, small_bundle, parts[2], 1, 80)
     assert {name: array.tobytes() for name, array in saved.items()} == before
 
 
-def test_a_state_that_does_not_fit(make: Any, talker: Bundle) -> None:
+def test_a_state_that_does_not_fit(make: Any, small_bundle: Bundle) -> None:
     backend = make(2)
     backend.reset(np.arange(2))
     good = backend.save(0)
@@ -119,12 +121,12 @@ def test_a_state_that_does_not_fit(make: Any, talker: Bundle) -> None:
             OptionError, match=f"another model, or of another kind .*{words.split()[0]}.* {words.split()[1]} not"
         ):
             backend.load(1, state)
-    backend.set_phrases(0, phrases_of(talker))
+    backend.set_phrases(0, phrases_of(small_bundle))
     with pytest.raises(OptionError, match="listening for other phrases"):
         backend.load(1, backend.save(0))
     with pytest.raises(OptionError, match="listening for other phrases"):
         backend.load(0, good)
-    backend.set_phrases(1, phrases_of(talker, seed=1))
+    backend.set_phrases(1, phrases_of(small_bundle, seed=1))
     with pytest.raises(OptionError, match="listening for other phrases"):
         backend.load(1, backend.save(0))
     backend.set_phrases(1, None)
@@ -132,8 +134,8 @@ def test_a_state_that_does_not_fit(make: Any, talker: Bundle) -> None:
 
 
 @needs_compiler
-def test_a_state_of_another_kind_of_backend(talker: Bundle) -> None:
-    cpu, gpu = OrtBackend(talker, capacity=1), on_gpu(talker, HostDevice(), 1)
+def test_a_state_of_another_kind_of_backend(small_bundle: Bundle) -> None:
+    cpu, gpu = OrtBackend(small_bundle, capacity=1), on_gpu(small_bundle, HostDevice(), 1)
     with pytest.raises(OptionError, match="another kind of backend"):
         cpu.load(0, gpu.save(0))
     with pytest.raises(OptionError, match="another kind of backend"):
@@ -142,12 +144,12 @@ def test_a_state_of_another_kind_of_backend(talker: Bundle) -> None:
 
 @pytest.mark.parametrize("boosted", [False, True])
 def test_forgetting_is_to_have_said_nothing(
-    boosted: bool, make: Any, talker: Bundle, clips: Any, cut_chunks: Any
+    boosted: bool, make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any
 ) -> None:
     """From there on it is a stream whose encoder has heard everything, and whose decoder begins."""
-    parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["librivox-sense-0870"][:64000])
-    phrases, slots, said, remembered = phrases_of(talker) if boosted else None, np.array([0]), 0, 0
-    chunk = talker.manifest.chunk(80)
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(80), clips["librivox-sense-0870"][:64000])
+    phrases, slots, said, remembered = phrases_of(small_bundle) if boosted else None, np.array([0]), 0, 0
+    chunk = small_bundle.manifest.chunk(80)
     backend, fresh = make(1), make(1)
     for cut in (5, 20):
         for one in (backend, fresh):
@@ -155,28 +157,28 @@ def test_forgetting_is_to_have_said_nothing(
             one.set_phrases(0, phrases)
         for samples, length in parts[:cut]:
             fresh.encode(Batch(chunk, slots, samples[None], np.array([length])))
-            step(backend, talker, (samples, length), 0, 80)
+            step(backend, small_bundle, (samples, length), 0, 80)
         kept = backend.save(0)
         backend.reset_decoder(slots)
-        got = [step(backend, talker, part, 0, 80) for part in parts[cut:]]
-        assert got == [step(fresh, talker, part, 0, 80) for part in parts[cut:]]
+        got = [step(backend, small_bundle, part, 0, 80) for part in parts[cut:]]
+        assert got == [step(fresh, small_bundle, part, 0, 80) for part in parts[cut:]]
         backend.load(0, kept)
-        remembered += got != [step(backend, talker, part, 0, 80) for part in parts[cut:]]
+        remembered += got != [step(backend, small_bundle, part, 0, 80) for part in parts[cut:]]
         said += sum(map(len, got))
     assert said > 4
     assert remembered, "had it not forgotten, it would have gone on otherwise"
 
 
-def test_phrases_from_the_next_step_on(make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+def test_phrases_from_the_next_step_on(make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
     """Given, changed, taken away; a reset takes them too."""
-    parts = cut_chunks(talker.manifest, talker.manifest.chunk(560), clips["librivox-sense-0870"])
-    one, other = phrases_of(talker, 0), phrases_of(talker, 1)
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(560), clips["librivox-sense-0870"])
+    one, other = phrases_of(small_bundle, 0), phrases_of(small_bundle, 1)
 
     def run(backend: Backend, boosts: list[Boosting | None]) -> list[Any]:
         said = []
         for part, boosting in zip(parts, boosts, strict=True):
             backend.set_phrases(1, boosting)
-            said.append(step(backend, talker, part, 1, 560))
+            said.append(step(backend, small_bundle, part, 1, 560))
         return said
 
     backend, found = make(2), []
@@ -189,7 +191,7 @@ def test_phrases_from_the_next_step_on(make: Any, talker: Bundle, clips: Any, cu
     assert changed[6:] != back[6:]
     backend.set_phrases(1, one)
     backend.reset(np.array([0, 1]))
-    assert [step(backend, talker, part, 1, 560) for part in parts] == plain
+    assert [step(backend, small_bundle, part, 1, 560) for part in parts] == plain
 
 
 # -- the kernels' own --------------------------------------------------------------------------------------------------
@@ -197,10 +199,14 @@ def test_phrases_from_the_next_step_on(make: Any, talker: Bundle, clips: Any, cu
 
 @needs_compiler
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_step_under_way_does_not_notice(loop: str, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+def test_a_step_under_way_does_not_notice(loop: str, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
     """Everything is done in the order in which it was asked for, also where the host has a part in the loop."""
-    parts = cut_chunks(talker.manifest, talker.manifest.chunk(560), clips["librivox-sense-0870"])[:8]
-    ours, cpu, chunk = on_gpu(talker, HostDevice(), loop=loop), OrtBackend(talker, 3), talker.manifest.chunk(560)
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(560), clips["librivox-sense-0870"])[:8]
+    ours, cpu, chunk = (
+        on_gpu(small_bundle, HostDevice(), loop=loop),
+        OrtBackend(small_bundle, 3),
+        small_bundle.manifest.chunk(560),
+    )
     assert ours.loop == loop
     cpu.reset(np.arange(3))
     pending, wanted, saved = [], [], [[], []]
@@ -211,7 +217,7 @@ def test_a_step_under_way_does_not_notice(loop: str, talker: Bundle, clips: Any,
         for backend, states in zip((ours, cpu), saved, strict=True):
             if turn % 4 == 1:
                 states.append(backend.save(2))
-            backend.set_phrases(0, phrases_of(talker, turn))
+            backend.set_phrases(0, phrases_of(small_bundle, turn))
             if turn % 3 == 2:
                 backend.reset_decoder(np.array([0, 2]))
             if turn % 4 == 3:
@@ -226,16 +232,16 @@ def test_a_step_under_way_does_not_notice(loop: str, talker: Bundle, clips: Any,
 
 
 @needs_compiler
-def test_the_pool_of_phrases(talker: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_of_phrases(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists are shared, kept as long as a slot has them, and refused when there is no room."""
-    lists = [phrases_of(talker, seed) for seed in range(4)]
+    lists = [phrases_of(small_bundle, seed) for seed in range(4)]
     sizes = [4 * (2 + 5 * len(phrases)) for phrases in lists]
     room = max(sizes[0] + sizes[1], sizes[0] + sizes[2], sizes[2] + sizes[1]) + 16
     monkeypatch.setattr(arena, "POOL", room)
-    backend = on_gpu(talker, HostDevice(), capacity=4)
+    backend = on_gpu(small_bundle, HostDevice(), capacity=4)
     backend.set_phrases(0, lists[0])
     backend.set_phrases(1, lists[0])
-    backend.set_phrases(2, phrases_of(talker, 0))  # the same phrases, another time
+    backend.set_phrases(2, phrases_of(small_bundle, 0))  # the same phrases, another time
     backend.set_phrases(3, lists[1])
     assert len(backend._memory._pool) == 2
     with pytest.raises(CapacityError, match=rf"need {sizes[2]} bytes of the {room} .* {sizes[0] + sizes[1]} are taken"):
@@ -254,19 +260,19 @@ def test_the_pool_of_phrases(talker: Bundle, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_compiler
-def test_other_phrases_do_not_move_those_that_are_there(talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+def test_other_phrases_do_not_move_those_that_are_there(small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
     """Lists come and go around a stream that keeps its own."""
-    parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["librivox-sense-0880"])
-    backend, mine = on_gpu(talker, HostDevice(), capacity=3), phrases_of(talker, 9)
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(80), clips["librivox-sense-0880"])
+    backend, mine = on_gpu(small_bundle, HostDevice(), capacity=3), phrases_of(small_bundle, 9)
     found = []
     for busy in (False, True):
         backend.reset(np.arange(3))
-        backend.set_phrases(0, phrases_of(talker, 1) if busy else None)
+        backend.set_phrases(0, phrases_of(small_bundle, 1) if busy else None)
         backend.set_phrases(1, mine)
         said = []
         for turn, part in enumerate(parts):
             if busy:
-                backend.set_phrases(2 * (turn % 2), phrases_of(talker, turn) if turn % 3 else None)
-            said.append(step(backend, talker, part, 1, 80))
+                backend.set_phrases(2 * (turn % 2), phrases_of(small_bundle, turn) if turn % 3 else None)
+            said.append(step(backend, small_bundle, part, 1, 80))
         found.append(said)
     assert found[0] == found[1]

@@ -1,0 +1,55 @@
+"""Errors of the server, and how every protocol reports an error: the only exception-to-status table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
+
+
+class Draining(CapacityError):
+    """The server is starting or stopping and accepts no new streams."""
+
+
+class Expired(StreamError):
+    """A client exceeded the idle, slow-reader or maximum-duration timeout."""
+
+    unread = False  # whether the client does not read its results
+
+
+@dataclass(frozen=True)
+class ErrorStatus:
+    """How the protocols report one class of errors."""
+
+    error: type[NemostreamError]
+    code: str  # in events of `/v1/stream` and in OpenAI's error objects
+    http: int
+    type: str  # in OpenAI's error objects
+    grpc: str  # name of a `grpc.StatusCode`
+    close: int  # WebSocket close code (RFC 6455)
+    retry_seconds: int | None = None  # when the client may retry: Retry-After, grpc-retry-pushback-ms
+    realtime_code: str | None = None  # in events of `/v1/realtime`, where OpenAI's API has a code of its own
+
+
+# The first matching row applies; the last one matches every error.
+_STATUSES = (
+    ErrorStatus(Draining, "draining", 503, "server_error", "UNAVAILABLE", 1012, retry_seconds=5),
+    ErrorStatus(CapacityError, "capacity", 429, "rate_limit_error", "RESOURCE_EXHAUSTED", 1013, retry_seconds=2),
+    ErrorStatus(OptionError, "option", 400, "invalid_request_error", "INVALID_ARGUMENT", 1008),
+    ErrorStatus(AudioError, "audio", 400, "invalid_request_error", "INVALID_ARGUMENT", 1007),
+    ErrorStatus(
+        Expired, "expired", 408, "invalid_request_error", "DEADLINE_EXCEEDED", 1008, realtime_code="session_expired"
+    ),
+    ErrorStatus(NemostreamError, "model", 500, "server_error", "INTERNAL", 1011),
+)
+
+
+def status_of(error: NemostreamError) -> ErrorStatus:
+    """Return how an error is reported."""
+    return next(status for status in _STATUSES if isinstance(error, status.error))
+
+
+def openai_error(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """Return an error object of OpenAI's API."""
+    return {"message": message, "type": type, "code": code, "param": param}

@@ -1,0 +1,66 @@
+"""Admission of uploaded recordings: how many, from whom and how large."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from nemostream.errors import CapacityError
+from nemostream.serving.client import Client
+from nemostream.serving.metrics import Metrics
+from nemostream.serving.settings import Settings
+
+log = logging.getLogger("nemostream.serving")
+
+
+class UploadAdmission:
+    """Limits concurrent recordings, separately from live streams and before a request's body is read."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._bytes = 0  # reserved in memory and in temporary files
+        self._clients: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        """Number of recordings that are being received or transcribed."""
+        return self._clients.total()
+
+    def admit(self, size: int | None, client: Client) -> AbstractContextManager[None]:
+        """Admit a recording of `size` bytes (None: unknown) for as long as the returned context lasts.
+
+        Raises `CapacityError` if the limit of recordings, of recordings of this client, or of bytes is reached.
+        """
+        limits = self._settings
+        size = min(limits.max_upload_bytes if size is None else size, limits.max_upload_bytes)
+        reason = ""
+        if self.count >= limits.max_uploads:
+            reason = f"all {limits.max_uploads} slots for recordings are in use; try again in a few seconds."
+        elif limits.max_streams_per_client and self._clients[client.name] >= limits.max_streams_per_client:
+            reason = f"this client already sends {limits.max_streams_per_client} recordings, the maximum per client."
+        elif self.count and self._bytes + size > limits.max_upload_total_bytes:
+            reason = (
+                f"the recordings that are being received already have {self._bytes >> 20} MiB; try again in a few "
+                "seconds."
+            )
+        if reason:
+            self._metrics.rejected.labels("CapacityError").inc()
+            log.info("stream rejected", extra={"transport": "upload", "reason": reason, "peer": client.address})
+            raise CapacityError(reason)
+        return self._reserve(size, client.name)
+
+    @contextmanager
+    def _reserve(self, size: int, client: str) -> Iterator[None]:
+        self._clients[client] += 1
+        self._bytes += size
+        self._metrics.uploads.set(self.count)
+        try:
+            yield
+        finally:
+            self._bytes -= size
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
+            self._metrics.uploads.set(self.count)

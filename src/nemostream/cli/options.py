@@ -1,0 +1,16 @@
+"""Help panels and option types that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+INPUT, RECOGNITION, OUTPUT, ENGINE = "Input", "Recognition", "Output", "Model and engine"
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+EnginesOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of engines. Default: ~/.cache/nemostream/engines.", rich_help_panel=ENGINE),
+]
