@@ -96,7 +96,7 @@ def _resolve(checkpoint: str | Path, report: Callable[[str], None]) -> Path:
     report(f"fetching {checkpoint} with NeMo")
     try:
         return Path(ASRModel.from_pretrained(str(checkpoint), return_model_file=True, map_location="cpu"))
-    except Exception as error:  # NeMo and the hub raise many classes
+    except Exception as error:  # NeMo and the hub raise many types of exceptions
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{checkpoint} is neither a file nor a model that NeMo could fetch ({type(error).__name__}: {reason})."

@@ -96,7 +96,7 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
         raise CheckpointError(f"{path} contains no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
     try:
         state = torch.load(found[_WEIGHTS], map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile raise many classes
+    except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
@@ -298,15 +298,18 @@ def check_config(
     _expect(config, "adapters", (None, {}), None)
     features, log_guard = _features(config)
     encoder, chunks = _encoder(config, features)
-    labels = _get(config, "joint.vocabulary", None)
-    if labels is not None and not isinstance(labels, list):
-        _reject("joint.vocabulary", labels, "a list of tokens")
-    vocabulary = len(labels) if labels else 0
-    for field in ("decoder.vocab_size", "joint.num_classes"):
-        if not vocabulary and (stated := _get(config, field, None)) is not None:
-            vocabulary = max(_integer(config, field, stated, -1, 1 << 20), 0)
-    if not 0 < vocabulary <= 1 << 20:
-        _reject("joint.num_classes", vocabulary, "a positive number of tokens")
+    decoder = _decoder(config)
+    _expect(config, "encoder.xscaling", (True, False), True)
+    scaled = _get(config, "encoder.xscaling", True)
+    extra = {
+        "log_guard": log_guard,
+        "conv_norm": _get(config, "encoder.conv_norm_type", "batch_norm"),
+        "input_scale": float(np.sqrt(encoder.d_model)) if scaled else 1.0,
+    }
+    return features, encoder, decoder, chunks, extra
+
+
+def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
     _expect(config, "decoder._target_", ("RNNTDecoder",), class_name=True)
     _expect(config, "decoder.normalization_mode", (None,), None)
     _expect(config, "decoder.blank_as_pad", (True,), True)
@@ -316,22 +319,28 @@ def check_config(
     _expect(config, "joint.num_extra_outputs", (0, None), 0)
     _expect(config, "joint.jointnet.activation", ("relu", "sigmoid", "tanh"))
     _expect(config, "tokenizer.type", ("bpe",))
-    decoder = DecoderConfig(
+    return DecoderConfig(
         layers=_integer(config, "decoder.prednet.pred_rnn_layers", 1, 1, 100),
         hidden=hidden,
         joint=_integer(config, "joint.jointnet.joint_hidden", _REQUIRED, 1, 1 << 16),
-        vocabulary=vocabulary,
+        vocabulary=_vocabulary(config),
         max_symbols=_max_symbols(config),
         activation=_get(config, "joint.jointnet.activation"),
     )
-    _expect(config, "encoder.xscaling", (True, False), True)
-    scaled = _get(config, "encoder.xscaling", True)
-    extra = {
-        "log_guard": log_guard,
-        "conv_norm": _get(config, "encoder.conv_norm_type", "batch_norm"),
-        "input_scale": float(np.sqrt(encoder.d_model)) if scaled else 1.0,
-    }
-    return features, encoder, decoder, chunks, extra
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    """Return the number of tokens, without blank."""
+    labels = _get(config, "joint.vocabulary", None)
+    if labels is not None and not isinstance(labels, list):
+        _reject("joint.vocabulary", labels, "a list of tokens")
+    vocabulary = len(labels) if labels else 0
+    for field in ("decoder.vocab_size", "joint.num_classes"):
+        if not vocabulary and (stated := _get(config, field, None)) is not None:
+            vocabulary = max(_integer(config, field, stated, -1, 1 << 20), 0)
+    if not 0 < vocabulary <= 1 << 20:
+        _reject("joint.num_classes", vocabulary, "a positive number of tokens")
+    return vocabulary
 
 
 def _max_symbols(config: Mapping[str, Any]) -> int:

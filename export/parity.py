@@ -41,7 +41,7 @@ def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], N
     try:
         with torch.inference_mode():
             model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval().float()
-    except Exception as error:  # NeMo raises many classes
+    except Exception as error:  # NeMo raises many types of exceptions
         raise CheckpointError(f"NeMo cannot restore {checkpoint}: {error}") from error
     manifest = bundle.manifest
     audio = _test_audio(manifest)

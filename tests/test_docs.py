@@ -110,8 +110,8 @@ def run(code: str, where: str, namespace: dict[str, Any]) -> None:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def printed(page: str, folder: Path) -> str:
-    """The page with what its commands print, in a folder of recordings."""
+def with_outputs(page: str, folder: Path) -> str:
+    """Return the page with the output of its commands, run in a folder of recordings."""
 
     def block(match: re.Match[str]) -> str:
         commands = [line for line in match[1].splitlines() if line.startswith("$ ")]
@@ -123,13 +123,14 @@ def printed(page: str, folder: Path) -> str:
 
 
 def output(command: str, folder: Path) -> str:
+    """Run a command; return its standard output."""
     program, *arguments = shlex.split(command.removeprefix("$ "))
     assert program == "nemostream"
     done = subprocess.run(
         [sys.executable, "-m", "nemostream", *arguments], capture_output=True, text=True, cwd=folder, check=True
     )
-    shown = done.stdout.replace(f"{folder}{os.sep}", "/talks/")
-    return "".join(shortened(json.loads(line)) for line in shown.splitlines()) if "{" in shown else shown
+    text = done.stdout.replace(f"{folder}{os.sep}", "/talks/")
+    return "".join(shortened(json.loads(line)) for line in text.splitlines()) if "{" in text else text
 
 
 def shortened(row: dict[str, Any]) -> str:
@@ -147,12 +148,17 @@ def shortened(row: dict[str, Any]) -> str:
 def test_commands_print_the_output_shown(name: str, tmp_path: Path) -> None:
     """Numbers are compared with a tolerance, because confidences depend on the processor."""
     number = r"(-?\d+(?:\.\d+)?)"
-    shown, real = (re.split(number, text) for text in (PAGES[name], printed(PAGES[name], recordings(tmp_path))))
-    assert shown[::2] == real[::2]
-    assert [float(found) for found in shown[1::2]] == pytest.approx([float(found) for found in real[1::2]], abs=2e-3)
+    expected, actual = (
+        re.split(number, text) for text in (PAGES[name], with_outputs(PAGES[name], recordings(tmp_path)))
+    )
+    assert expected[::2] == actual[::2]
+    numbers = [float(found) for found in expected[1::2]]
+    assert numbers == pytest.approx([float(found) for found in actual[1::2]], abs=2e-3)
 
 
-def quoted(page: str) -> str:
+def with_tables(page: str) -> str:
+    """Return the page with the quoted paragraphs of the results."""
+
     def block(match: re.Match[str]) -> str:
         found = []
         for part in match[1].split(", "):
@@ -166,7 +172,7 @@ def quoted(page: str) -> str:
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if QUOTED.search(page)])
 def test_figures_equal_the_results(name: str) -> None:
-    assert quoted(PAGES[name]) == PAGES[name], "python tests/test_docs.py results"
+    assert with_tables(PAGES[name]) == PAGES[name], "python tests/test_docs.py results"
 
 
 if __name__ == "__main__":
@@ -174,7 +180,7 @@ if __name__ == "__main__":
 
     for name, page in PAGES.items():
         if QUOTED.search(page):
-            PAGES[name] = quoted(page)
+            PAGES[name] = with_tables(page)
             (ROOT / name).write_text(PAGES[name])
     if sys.argv[1:] == ["results"]:
         sys.exit()
@@ -182,4 +188,4 @@ if __name__ == "__main__":
         recordings(Path(scratch))
         for name, page in PAGES.items():
             if CONSOLE.search(page):
-                (ROOT / name).write_text(printed(page, Path(scratch)))
+                (ROOT / name).write_text(with_outputs(page, Path(scratch)))
