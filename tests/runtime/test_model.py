@@ -217,7 +217,7 @@ def test_transcribe_refuses_by_a_sentence_and_gives_its_slot_back(model, check, 
             (np.zeros(0, np.float32), "the audio is empty"),
             (np.zeros(9, np.int64), "not int64"),
             (hurt, "NaN or infinity at sample 99000"),
-            (tmp_path / "nan.wav", "nan.wav holds NaN"),
+            (tmp_path / "nan.wav", "nan.wav contains NaN"),
             (tmp_path / "no.wav", "no.wav does not exist"),
             ([0.0], "takes a path or a numpy array, not list"),
         ):
