@@ -373,5 +373,5 @@ def _make_seekable(file: BinaryIO, name: str) -> BinaryIO:
     file.close()
     if not copy.tell():
         copy.close()
-        raise AudioError(f"the pipe was closed without any data: {name}.")
+        raise AudioError(f"{name} is a pipe that was closed without any data.")
     return copy

@@ -125,7 +125,7 @@ def save(folder: Path, data: bytes, name: str = "a.bin") -> Path:
     return path
 
 
-# -- container detection ---------------------------------------------------------------------------------------------------
+# -- container detection ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -201,7 +201,7 @@ def test_silence_is_not_run_and_words_are_exact(silero, demo, spoken, ms):
         return begin - max([stop for stop in ends if stop <= begin], default=0) < 16000 or any(s > begin for s in ends)
 
     ranges = passed_ranges(len(spoken), ms, silero.LEAD_MS, loud)
-    passed_audio = np.concatenate([spoken[begin:end] for begin, end in passed])
+    passed_audio = np.concatenate([spoken[begin:end] for begin, end in ranges])
     expected = demo.transcribe(passed_audio, chunk_ms=ms)
     demo.watch(lambda chunk, rows, seconds: steps.append(rows))
     found = demo.transcribe(spoken, chunk_ms=ms, vad=True)

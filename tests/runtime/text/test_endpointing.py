@@ -21,7 +21,7 @@ def run(manifest, rule: Endpoint, said: dict[int, list[int]], frames: int, steps
         new = [(token, frame * FRAME) for frame in range(at, upto) for token in said.get(frame, [])]
         ends += pointer.step([token for token, _ in new], [sample_pos for _, sample_pos in new], upto * FRAME)
         at, step = upto, step + 1
-    return [(end.count, end.at / FRAME, end.reason) for end in ends]
+    return [(end.token_count, end.end_sample / FRAME, end.reason) for end in ends]
 
 
 def reference(rule: Endpoint, said: dict[int, list[int]], frames: int):
@@ -86,7 +86,7 @@ def test_a_cut_begins_anew(manifest):
     pointer.reset()
     assert pointer.between_utterances and pointer.step([], [], 50 * FRAME) == []
     (end,) = pointer.step([0, 1], [50 * FRAME, 51 * FRAME], 100 * FRAME)
-    assert (end.count, end.at, end.reason) == (3, 63 * FRAME, "silence")
+    assert (end.token_count, end.end_sample, end.reason) == (3, 63 * FRAME, "silence")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_truncated_model(tmp_path, tokenizer_model):
 
 def test_another_models_vocabulary(bundle, manifest):
     size = manifest.decoder.vocabulary
-    with pytest.raises(BundleError, match=f"has {size} pieces, the manifest says {size + 1}"):
+    with pytest.raises(BundleError, match=f"has {size} pieces, but the manifest states {size + 1}"):
         Tokenizer(bundle.path / "tokenizer.model", size + 1)
 
 

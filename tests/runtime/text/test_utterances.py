@@ -242,7 +242,7 @@ def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overl
     model, _ = serve(overlap, capacity=2)
     events, wanted, began = [], [], 0
     with model.stream(sample_rate=rate, chunk_ms=parts[0][1], endpoint=Endpoint()) as stream:
-        slot = stream._recognition._seat.slot
+        slot = stream._session._state.slot
         for number, (samples, ms) in enumerate(parts):
             audio = np.random.default_rng(number).standard_normal(samples).astype(np.float32) * 0.1
             stream.set_chunk_ms(ms)
@@ -253,8 +253,8 @@ def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overl
             new = stream.end_utterance() if number < len(parts) - 1 else stream.finish_events()
             wanted.append((last, began))
             events.append(new)
-            began = stream._recognition._seat.stream.samples
-        assert stream._recognition._seat.slot in (slot, None)
+            began = stream._session._state.chunker.samples
+        assert stream._session._state.slot in (slot, None)
     for number, ((alone, began), new) in enumerate(zip(wanted, events, strict=True)):
         assert [e.kind for e in new][-2:] == [e.kind for e in alone][-2:]
         assert new[-1].reason == ("forced" if number < len(parts) - 1 else "finish")
@@ -363,7 +363,7 @@ def test_a_source_that_cannot_be_is_refused_by_a_sentence(serve):
 
     for one, sentence in (
         (source(), "an asynchronous source needs `async for`"),
-        (7, "a source is a path, a numpy array, or gives arrays; int is none"),
+        (7, "unsupported audio source of type int; pass a path, a numpy array"),
         ([0.5], "audio must be a numpy array, not float"),
         (np.zeros(0, np.float32), "the audio is empty"),
         ("no.wav", "no.wav does not exist"),
@@ -400,7 +400,7 @@ def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
     model, backend = serve(capacity=1)
     for phrases, sentence in (
         ([], "phrases is empty"),
-        ("fox", "give a list of phrases"),
+        ("fox", "pass a list of phrases"),
         ([""], "is empty"),
         ({"fox": -1.0}, "'fox' has weight -1.0"),
     ):

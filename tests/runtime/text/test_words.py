@@ -100,7 +100,7 @@ def test_words_are_those_of_sentencepieces_text(bundle, oracle, pieces):
         ({"measure": "gibbs"}, "measure is 'gibbs'; choose one of max_prob, tsallis, renyi"),
         ({"norm": "log"}, "norm is 'log'"),
         ({"aggregation": "median"}, "aggregation is 'median'"),
-        ({"alpha": 0.5}, "alpha is 0.5; the entropies have 0.33 only"),
+        ({"alpha": 0.5}, "alpha is 0.5; tsallis and renyi support 0.33 only"),
         ({"measure": "max_prob", "alpha": 0}, "alpha is 0; it must be above 0"),
         ({"measure": "max_prob", "alpha": float("nan")}, "alpha is nan"),
     ],
