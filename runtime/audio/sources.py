@@ -44,9 +44,9 @@ class AudioSource:
 def open_source(source: SourceLike, sample_rate: int, channels: int) -> Iterator[AudioSource]:
     """Open a source. A context manager.
 
-    `sample_rate` (Hz) and `channels` describe sources that do not state them: arrays and iterables of arrays. Raises
-    `AudioError` for an unsupported or unreadable source. On exit, raises `TruncatedAudioError` if all of a file was
-    read and its header announces more audio.
+    `sample_rate` (Hz) applies to arrays and iterables of arrays, `channels` to iterables; other sources state both.
+    Raises `AudioError` for an unsupported or unreadable source. On exit, raises `TruncatedAudioError` if all of a file
+    was read and its header announces more audio.
     """
     if isinstance(source, np.ndarray):
         if not source.size:
@@ -55,8 +55,8 @@ def open_source(source: SourceLike, sample_rate: int, channels: int) -> Iterator
             raise AudioError(f"audio has shape {list(source.shape)}; it must be [N] or [N, channels].")
         rate = checked_rate(sample_rate)
         channels = source.shape[1] if source.ndim == 2 else 1
-        blocks = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
-        yield AudioSource(rate, channels, blocks, len(source) / rate)
+        parts = (source[start : start + BLOCK] for start in range(0, len(source), BLOCK))
+        yield AudioSource(rate, channels, parts, len(source) / rate)
     elif isinstance(source, AudioFile):  # the caller closes it
         with defer_truncation(source.blocks()) as blocks:
             yield AudioSource(source.sample_rate, source.channels, blocks, source.duration)
