@@ -327,7 +327,7 @@ def _verbose(recording: Upload, finals: list[Event], words: list[Word], wanted: 
         "usage": {"type": "duration", "seconds": round(recording.seconds)},
     }
     if "word" in wanted:
-        body["words"] = [{"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in words]
+        body["words"] = [{"word": word.text, **formats.time_span(word)} for word in words]
     if "segment" in wanted:
         body["segments"] = [
             {

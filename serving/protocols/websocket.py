@@ -12,6 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.formats import word_to_dict
 from nemostream.serving.network.access import shown
 from nemostream.serving.service import Service
 from nemostream.serving.session import Draining, Expired, Session
@@ -130,15 +131,7 @@ def _written(event: Event, words: bool) -> dict[str, Any]:
         # Of a partial only what is new: all words in each would add up to the square of an utterance's length.
         partial = event.kind == "partial"
         found["words_from"] = event.words_from if partial else 0
-        found["words"] = [
-            {
-                "text": word.text,
-                "start": round(word.start, 3),
-                "end": round(word.end, 3),
-                "confidence": round(word.confidence, 4),
-            }
-            for word in (event.new_words if partial else event.words)
-        ]
+        found["words"] = [word_to_dict(word) for word in (event.new_words if partial else event.words)]
     return found
 
 
