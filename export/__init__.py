@@ -1,7 +1,7 @@
-"""From a NeMo checkpoint to a bundle. Needs the `export` extra; nothing here is imported at run time.
+"""Export of a NeMo checkpoint to a bundle. Needs the `export` extra; the runtime does not import this package.
 
-`checkpoint` reads and refuses, `features`, `encoder` and `decoder` write one kind of graph each through `graph`,
-`parity` measures them against NeMo, `bundle` does it all in order.
+`checkpoint` reads and validates the checkpoint; `features`, `encoder` and `decoder` write the graphs with `graph`;
+`parity` compares the graphs with NeMo; `bundle` runs these steps.
 """
 
 from nemostream.export.bundle import export_checkpoint

@@ -1,4 +1,4 @@
-"""Writing a bundle: every graph, the weights once, the tokenizer, and the manifest that vouches for them."""
+"""Write a bundle: graphs, weights (each once), tokenizer and manifest."""
 
 from __future__ import annotations
 
@@ -25,45 +25,46 @@ _LIBRARIES = ("nemostream", "nemo_toolkit", "torch", "onnx", "onnxruntime", "num
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callable[[str], None] | None = None) -> Bundle:
-    """Export a `.nemo` file, or a model NeMo knows by name, into the bundle folder `out`.
+    """Export a `.nemo` file, or a pretrained model by its NeMo name, into the bundle folder `out`.
 
-    The bundle appears at `out` only when it is whole and its parity with NeMo was measured: at most 1e-4 apart in fp32
-    over at least 12 consecutive steps of real speech, for each chunk size. A bundle already there is replaced.
+    The graphs are compared with NeMo before the bundle appears at `out`: for each chunk size they may differ by at most
+    1e-4 in fp32 over at least 12 consecutive steps of recorded speech. An existing bundle is replaced. `progress` is
+    called with a message before each step.
 
-    Raises `CheckpointError` for what is not supported (before any work is done), `ParityError` if a graph computes
-    something else than NeMo, `OptionError` if `out` holds something that is not a bundle.
+    Raises `CheckpointError` if the checkpoint is not supported (before any work is done), `ParityError` if the output
+    of a graph differs from NeMo's, `OptionError` if `out` exists and is not a bundle.
     """
-    say = progress or (lambda message: None)
+    report = progress or (lambda message: None)
     out = Path(out)
     if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"{out} exists and is not a bundle; choose a new folder.")
-    path = _resolve(checkpoint, say)
+        raise OptionError(f"{out} exists and is not a bundle; choose another folder.")
+    path = _resolve(checkpoint, report)
     check_config(read_config(path))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder, unpacked = Path(temporary) / "bundle", Path(temporary) / "checkpoint"
         folder.mkdir()
-        say(f"reading {path}")
+        report(f"reading {path}")
         source = open_checkpoint(path, unpacked)
         origin = {"source": str(checkpoint), "sha256": sha256(path), "bytes": path.stat().st_size}
-        bundle = write_bundle(source, folder, origin, say)
-        del source  # its memory map is on the folder that goes away now
+        bundle = write_bundle(source, folder, origin, report)
+        del source  # it maps files of the folder that is removed next
         shutil.rmtree(unpacked)
-        manifest = measure_parity(bundle, path, say)
+        manifest = measure_parity(bundle, path, report)
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
-    say(f"wrote {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
+    report(f"wrote {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
     return Bundle(out, manifest)
 
 
 def write_bundle(
-    source: Checkpoint, folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = lambda message: None
+    source: Checkpoint, folder: Path, origin: Mapping[str, Any], report: Callable[[str], None] = lambda message: None
 ) -> Bundle:
-    """Write graphs, weights, tokenizer and manifest into an empty folder; nothing is compared with anything."""
-    graphs, weights, tensors = _write_graphs(source, folder, say)
+    """Write graphs, weights, tokenizer and manifest into an empty folder, without comparing them with NeMo."""
+    graphs, weights, tensors = _write_graphs(source, folder, report)
     tokenizer = folder / "tokenizer.model"
     shutil.copyfile(source.tokenizer, tokenizer)
     manifest = Manifest(
@@ -83,18 +84,19 @@ def write_bundle(
     return Bundle(folder, manifest)
 
 
-def _resolve(checkpoint: str | Path, say: Callable[[str], None]) -> Path:
+def _resolve(checkpoint: str | Path, report: Callable[[str], None]) -> Path:
+    """Return the path of a checkpoint; fetch it with NeMo if it is the name of a pretrained model."""
     path = Path(checkpoint)
     if path.is_file():
         return path
     if path.suffix == ".nemo" or path.is_dir() or str(checkpoint).count("/") > 1:
-        raise CheckpointError(f"{checkpoint} is not a file; give a .nemo checkpoint or the name of a model NeMo knows.")
+        raise CheckpointError(f"{checkpoint} is not a file; give a .nemo checkpoint or the name of a NeMo model.")
     from nemo.collections.asr.models import ASRModel
 
-    say(f"asking NeMo for {checkpoint}")
+    report(f"fetching {checkpoint} with NeMo")
     try:
         return Path(ASRModel.from_pretrained(str(checkpoint), return_model_file=True, map_location="cpu"))
-    except Exception as error:  # NeMo and the hub raise many kinds; the user needs one sentence
+    except Exception as error:  # NeMo and the hub raise many types of exceptions
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{checkpoint} is neither a file nor a model that NeMo could fetch ({type(error).__name__}: {reason})."
@@ -102,18 +104,18 @@ def _resolve(checkpoint: str | Path, say: Callable[[str], None]) -> Path:
 
 
 def _write_graphs(
-    source: Checkpoint, folder: Path, say: Callable[[str], None]
+    source: Checkpoint, folder: Path, report: Callable[[str], None]
 ) -> tuple[dict[str, Graph], Path, dict[str, Weight]]:
     store = WeightStore(folder / "weights.bin")
     graphs = {}
     try:
         for chunk in source.chunks:
             for kind, write in (("features", write_features), ("encoder", write_encoder)):
-                say(f"writing {kind}-{chunk.ms}ms")
+                report(f"writing {kind}-{chunk.ms}ms")
                 name = f"{kind}-{chunk.ms}ms"
                 graphs[name] = _save(write(source, chunk, store), folder / f"{name}.onnx")
         for name, write_net in (("decoder", write_decoder), ("joint", write_joint)):
-            say(f"writing {name}")
+            report(f"writing {name}")
             graphs[name] = _save(write_net(source, store), folder / f"{name}.onnx")
     finally:
         store.close()

@@ -1,8 +1,8 @@
-"""Reading a `.nemo` checkpoint: its configuration checked, its weights as numpy arrays.
+"""Read a `.nemo` checkpoint: validate its configuration, and return its weights as NumPy arrays.
 
-A `.nemo` file is a tar of `model_config.yaml`, `model_weights.ckpt` (a PyTorch state dict) and the tokenizer. The
-configuration decides everything; a field we do not support is refused by its name before any work is done. Defaults of
-absent fields are NeMo's own (`collections/asr/modules/conformer_encoder.py`, `rnnt.py`, `audio_preprocessing.py`).
+A `.nemo` file is a tar archive of `model_config.yaml`, `model_weights.ckpt` (a PyTorch state dict) and the tokenizer.
+The configuration defines the model; unsupported values are rejected by field name before any work is done. Absent
+fields have NeMo's defaults (`collections/asr/modules/conformer_encoder.py`, `rnnt.py`, `audio_preprocessing.py`).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from nemostream.untrusted import MIB, open_regular, short_repr
 
 _WEIGHTS, _CONFIG, _TOKENIZER = "model_weights.ckpt", "model_config.yaml", "tokenizer.model"
 _REQUIRED = object()
-# Of what is read from an archive. The largest published checkpoint of this kind has 2.5 GB of weights and 220 kB of
-# configuration, most of it the vocabulary.
-_MOST_CONFIG = 4 * MIB
-_MOST_TOKENIZER = 64 * MIB
-_MOST_WEIGHTS = 65536 * MIB
-_MOST_MEMBERS = 10_000
-_MOST_RATIO = 200  # of a compressed archive's contents to the archive; weights hardly compress
-_LEAST_LIMIT = 64 * MIB  # whatever the ratio, as zeros compress well
-_MOST_READ = 16 * MIB  # at once; a header of an archive that is larger is read as a whole
-_MOST_ALIASES = 100  # in a configuration; NeMo's own have none
-_MOST_DEPTH = 50
+# Limits for archives. The largest published checkpoint of this kind has 2.5 GB of weights and 220 kB of configuration,
+# most of it the vocabulary.
+_MAX_CONFIG_BYTES = 4 * MIB
+_MAX_TOKENIZER_BYTES = 64 * MIB
+_MAX_WEIGHTS_BYTES = 65536 * MIB
+_MAX_MEMBERS = 10_000
+_MAX_RATIO = 200  # size of the contents of a compressed archive / size of the archive; weights hardly compress
+_MIN_CONTENT_LIMIT = 64 * MIB  # contents allowed at any ratio, because zeros compress well
+_MAX_READ_BYTES = 16 * MIB  # per call: tarfile reads an extended header in one call
+_MAX_ALIASES = 100  # in a configuration; those of NeMo have none
+_MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An unpacked checkpoint that the exporter supports. Weights stay memory-mapped until `array` is asked for one."""
+    """An unpacked checkpoint that the exporter supports. Weights stay memory-mapped until `array` returns them."""
 
     name: str
     features: FeatureConfig
@@ -55,44 +55,48 @@ class Checkpoint:
     log_guard: float  # added to mel energies before the logarithm
     conv_norm: str  # "layer_norm" or "batch_norm"
     input_scale: float  # sqrt(d_model) with xscaling, else 1
-    joint_output: str  # the joint's last layer in the state dict, "joint.joint_net.2"
+    joint_output: str  # name of the joint's last layer in the state dict, "joint.joint_net.2"
     tokenizer: Path
     state: Mapping[str, Any]  # name -> torch tensor
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor of the state dict as numpy, floating ones in fp32. Raises `CheckpointError` if it is not there."""
+        """Return a tensor as a NumPy array, floating-point ones in fp32. Raises `CheckpointError` if it is missing."""
         if name not in self.state:
-            raise CheckpointError(f"the checkpoint has no tensor '{name}', which its configuration promises.")
+            raise CheckpointError(f"the checkpoint has no tensor '{name}', which its configuration requires.")
         tensor = self.state[name]
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     def has(self, name: str) -> bool:
+        """Return whether the state dict has the tensor."""
         return name in self.state
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration inside a `.nemo` file, without touching its weights."""
-    with _opened(path) as (archive, most):
-        for member, name in _members(path, archive, most):
+    """Return the configuration of a `.nemo` file without reading its weights. Raises `CheckpointError`."""
+    with _open_archive(path) as (archive, limit):
+        for member, name in _members(path, archive, limit):
             if name == _CONFIG:
-                return _parse_config(path, _content(path, archive, member, _MOST_CONFIG))
-    raise CheckpointError(f"{path} is not a .nemo checkpoint: it holds no {_CONFIG}.")
+                return _parse_config(path, _content(path, archive, member, _MAX_CONFIG_BYTES))
+    raise CheckpointError(f"{path} is not a .nemo checkpoint: it contains no {_CONFIG}.")
 
 
 def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
-    """Check the configuration, then copy weights and tokenizer into `workdir` (as large as the checkpoint)."""
-    import torch  # here, so that a refusal costs no import
+    """Validate the configuration, then copy weights and tokenizer into `workdir` (as large as the checkpoint).
+
+    Raises `CheckpointError` if the checkpoint is damaged or not supported.
+    """
+    import torch  # not needed to reject a checkpoint by its configuration
 
     config = read_config(path)
     features, encoder, decoder, chunks, extra = check_config(config)
     if not path.stem.isprintable():
-        raise CheckpointError(f"{short_repr(path.name)} has characters that cannot be printed; rename the checkpoint.")
+        raise CheckpointError(f"{short_repr(path.name)} has unprintable characters; rename the checkpoint.")
     found = _unpack(path, workdir, _tokenizer_name(config))
     if _WEIGHTS not in found:
-        raise CheckpointError(f"{path} holds no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
+        raise CheckpointError(f"{path} contains no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
     try:
         state = torch.load(found[_WEIGHTS], map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile raise many kinds
+    except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
@@ -101,10 +105,10 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):
-        raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict, which is tensors by name.")
+        raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
     outputs = sorted(n.removesuffix(".weight") for n in state if n.startswith("joint.joint_net.") and "weight" in n)
     if not outputs:
-        raise CheckpointError(f"{path} has no joint network in its weights.")
+        raise CheckpointError(f"the weights of {path} contain no joint network.")
     return Checkpoint(
         name=path.stem,
         features=features,
@@ -121,20 +125,20 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
 # -- the archive -------------------------------------------------------------------------------------------------------
 
 
-class _Bounded:
-    """A file of which `most` bytes can be read, and little at once: `tarfile` allocates what a header declares."""
+class _BoundedFile:
+    """Limit a file to `max_bytes`, and each read to `_MAX_READ_BYTES`: `tarfile` allocates the size in a header."""
 
-    def __init__(self, file: BufferedReader | gzip.GzipFile, most: int) -> None:
-        self._file, self.most = file, most
+    def __init__(self, file: BufferedReader | gzip.GzipFile, max_bytes: int) -> None:
+        self._file, self._max_bytes = file, max_bytes
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MOST_READ:
-            raise OSError(f"a header of it has {size} bytes; at most {_MOST_READ} are allowed")
+        if not 0 <= size <= _MAX_READ_BYTES:
+            raise OSError(f"it has a header of {size} bytes; at most {_MAX_READ_BYTES} are allowed")
         return self._file.read(size)
 
     def seek(self, position: int, whence: int = 0) -> int:
-        if whence == 0 and position > self.most:
-            raise OSError(f"it ends before byte {position}, or has more than the {self.most} bytes that are allowed")
+        if whence == 0 and position > self._max_bytes:
+            raise OSError(f"it ends before byte {position}, or is larger than the limit of {self._max_bytes} bytes")
         return self._file.seek(position, whence)
 
     def tell(self) -> int:
@@ -142,85 +146,88 @@ class _Bounded:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, int]]:
-    """The archive, and how many bytes it may have. Damage, wherever it is met, is a `CheckpointError`."""
+def _open_archive(path: Path) -> Iterator[tuple[tarfile.TarFile, int]]:
+    """Open an archive; yield it and the limit of its uncompressed size. Raises `CheckpointError` if it is damaged."""
     try:
         with open_regular(path) as file:
             size = path.stat().st_size
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            most = min(max(size * _MOST_RATIO, _LEAST_LIMIT), 2 * _MOST_WEIGHTS) if compressed else size
-            bounded: Any = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, most)
+            limit = min(max(size * _MAX_RATIO, _MIN_CONTENT_LIMIT), 2 * _MAX_WEIGHTS_BYTES) if compressed else size
+            bounded: Any = _BoundedFile(gzip.GzipFile(fileobj=file) if compressed else file, limit)
             with tarfile.open(fileobj=bounded, mode="r:") as archive:
-                yield archive, most
+                yield archive, limit
     except CheckpointError:
         raise
     except (OSError, EOFError, ValueError, LookupError, tarfile.TarError, zlib.error, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as a .nemo checkpoint: {error}.") from error
 
 
-def _members(path: Path, archive: tarfile.TarFile, most: int) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """The regular files of an archive and their names without folders.
+def _members(path: Path, archive: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield the regular files of an archive and their names without folders.
 
-    Raises `CheckpointError` for what NeMo never writes: links, devices, FIFOs, sparse files, names that lead out of the
-    folder, and two members of one name. NeMo reads the same archive when parity is measured, and extracts all of it.
+    Raises `CheckpointError` for members that NeMo never writes: links, devices, FIFOs, sparse files, names outside the
+    folder, and duplicate names. These are rejected because NeMo extracts the whole archive when parity is measured.
     """
     seen: set[str] = set()
     for member in archive:
-        where = f"{path} is not a checkpoint that NeMo wrote: its member {short_repr(member.name)}"
-        if len(seen) >= _MOST_MEMBERS:
-            raise CheckpointError(f"{path} has more than {_MOST_MEMBERS} members, so it is not a .nemo checkpoint.")
-        if member.size < 0 or member.offset_data + member.size > most:
-            raise CheckpointError(f"{where} has {member.size} bytes, more than the archive can hold.")
+        where = f"{path} is not a valid .nemo checkpoint: its member {short_repr(member.name)}"
+        if len(seen) >= _MAX_MEMBERS:
+            raise CheckpointError(f"{path} is not a .nemo checkpoint: it has more than {_MAX_MEMBERS} members.")
+        if member.size < 0 or member.offset_data + member.size > max_bytes:
+            raise CheckpointError(f"{where} has {member.size} bytes, more than the archive contains.")
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
             raise CheckpointError(f"{where} is not inside the archive's folder.")
         if str(name) in seen:
-            raise CheckpointError(f"{where} is there twice.")
+            raise CheckpointError(f"{where} occurs twice.")
         seen.add(str(name))
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise CheckpointError(f"{where} is a link, a device or a sparse file; only regular files are read.")
+            raise CheckpointError(f"{where} is a link, a device or a sparse file; only regular files are allowed.")
         yield member, name.name
 
 
-def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
-    _check_member(path, member, most)
+def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int) -> bytes:
+    """Return the content of a regular member. Raises `CheckpointError` if it is too large or truncated."""
+    _check_member(path, member, max_bytes)
     file = archive.extractfile(member)
     assert file is not None, "a regular file"
     content = b"".join(iter(lambda: file.read(MIB), b""))
     if len(content) != member.size:
-        raise CheckpointError(f"{path} is truncated: it has not all of {short_repr(member.name)}.")
+        raise CheckpointError(f"{path} is truncated: {short_repr(member.name)} is incomplete.")
     return content
 
 
-def _check_member(path: Path, member: tarfile.TarInfo, most: int) -> None:
-    if member.size > most:
-        raise CheckpointError(f"{path}: {short_repr(member.name)} has {member.size} bytes; at most {most} are allowed.")
+def _check_member(path: Path, member: tarfile.TarInfo, max_bytes: int) -> None:
+    if member.size > max_bytes:
+        name = short_repr(member.name)
+        raise CheckpointError(f"{path}: {name} has {member.size} bytes; at most {max_bytes} are allowed.")
 
 
 def _unpack(path: Path, workdir: Path, tokenizer: str) -> dict[str, Path]:
-    """Copy weights and tokenizer of an archive into a folder; nothing else of it reaches the disk.
+    """Copy only weights and tokenizer of an archive into a folder.
 
-    `tokenizer` is the name of the tokenizer's file; empty for the first that ends with "tokenizer.model". Returns the
-    files by their name in the archive, without its folder. Of equal names in different folders the first counts.
+    `tokenizer` is the file name of the tokenizer; if empty, the first name that ends with "tokenizer.model" is used.
+    Returns the copies by their names in the archive, without folders. If a name occurs in several folders, the first
+    member is used.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     found: dict[str, Path] = {}
-    with _opened(path) as (archive, most):
-        for member, name in _members(path, archive, most):
+    with _open_archive(path) as (archive, limit):
+        for member, name in _members(path, archive, limit):
             is_tokenizer = name == tokenizer or (not tokenizer and name.endswith(_TOKENIZER))
             if name in found or not (name == _WEIGHTS or is_tokenizer):
                 continue
-            _check_member(path, member, _MOST_WEIGHTS if name == _WEIGHTS else _MOST_TOKENIZER)
+            _check_member(path, member, _MAX_WEIGHTS_BYTES if name == _WEIGHTS else _MAX_TOKENIZER_BYTES)
             target = workdir / (_WEIGHTS if name == _WEIGHTS else f"tokenizer-{len(found)}.model")
             source = archive.extractfile(member)
             assert source is not None, "a regular file"
             with source, target.open("xb") as copy:
                 shutil.copyfileobj(source, copy, MIB)
             if target.stat().st_size != member.size:
-                raise CheckpointError(f"{path} is truncated: it has not all of {short_repr(member.name)}.")
+                raise CheckpointError(f"{path} is truncated: {short_repr(member.name)} is incomplete.")
             found[name] = target
     return found
 
@@ -229,7 +236,7 @@ def _unpack(path: Path, workdir: Path, tokenizer: str) -> dict[str, Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values only, of bounded depth, with few aliases: nine of them nested are a billion values."""
+    """Load plain YAML values with limits on depth and aliases (nine nested levels can expand to a billion values)."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -238,11 +245,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             self._aliases += 1
-            if self._aliases > _MOST_ALIASES:
-                raise yaml.composer.ComposerError(None, None, f"it has more than {_MOST_ALIASES} aliases", None)
+            if self._aliases > _MAX_ALIASES:
+                raise yaml.composer.ComposerError(None, None, f"it has more than {_MAX_ALIASES} aliases", None)
         self._depth += 1
-        if self._depth > _MOST_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MOST_DEPTH} deep", None)
+        if self._depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MAX_DEPTH} deep", None)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -250,7 +257,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
-    """A configuration. Raises `CheckpointError` for anything but an object of plain values of bounded size."""
+    """Parse a configuration. Raises `CheckpointError` if it is not a mapping of plain values of limited size."""
     try:
         config = yaml.load(content, _Loader)
         _check_size(config)
@@ -258,29 +265,32 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
         reason = re.sub(r"\s+", " ", str(error)).strip()
         raise CheckpointError(f"{path} cannot be read as a .nemo checkpoint: {_CONFIG}: {reason[:300]}.") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a .nemo checkpoint: its {_CONFIG} is no mapping of fields.")
+        raise CheckpointError(f"{path} is not a .nemo checkpoint: its {_CONFIG} is not a mapping.")
     return config
 
 
-def _check_size(config: Any, most: int = 1_000_000) -> None:
-    """Raise `ValueError` for a configuration that aliases make larger than its text, or that contains itself."""
-    waiting, count = [config], 0
-    while waiting:
-        value = waiting.pop()
+def _check_size(config: Any, max_values: int = 1_000_000) -> None:
+    """Raise `ValueError` if a configuration with expanded aliases has too many values, or contains itself."""
+    pending, count = [config], 0
+    while pending:
+        value = pending.pop()
         count += 1
-        if count > most:
-            raise ValueError(f"it has more than {most} values")
+        if count > max_values:
+            raise ValueError(f"it has more than {max_values} values")
         if isinstance(value, dict):
-            waiting += value.values()
+            pending += value.values()
         elif isinstance(value, list):
-            waiting += value
+            pending += value
 
 
 def check_config(
     config: Mapping[str, Any],
 ) -> tuple[FeatureConfig, EncoderConfig, DecoderConfig, tuple[ChunkConfig, ...], dict[str, Any]]:
-    """Read the sizes, refuse what is not supported. Raises `CheckpointError` naming the field and its value."""
-    _expect(config, "target", ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel"), cut=True)
+    """Return the sizes of the model. Raises `CheckpointError` naming the first unsupported field and its value.
+
+    The last item is a dictionary of the other fields of `Checkpoint` that the configuration determines.
+    """
+    _expect(config, "target", ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel"), class_name=True)
     for field in ("loss.loss_name", "decoding.model_type"):
         _expect(config, field, ("rnnt", "default", "warprnnt_numba", "warprnnt", None), None)
     for field in ("model_defaults.tdt_durations", "decoding.durations", "model_defaults.initialize_prompt_feature"):
@@ -288,32 +298,7 @@ def check_config(
     _expect(config, "adapters", (None, {}), None)
     features, log_guard = _features(config)
     encoder, chunks = _encoder(config, features)
-    labels = _get(config, "joint.vocabulary", None)
-    if labels is not None and not isinstance(labels, list):
-        _refuse("joint.vocabulary", labels, "a list of tokens")
-    vocabulary = len(labels) if labels else 0
-    for field in ("decoder.vocab_size", "joint.num_classes"):
-        if not vocabulary and (stated := _get(config, field, None)) is not None:
-            vocabulary = max(_whole(config, field, stated, -1, 1 << 20), 0)
-    if not 0 < vocabulary <= 1 << 20:
-        _refuse("joint.num_classes", vocabulary, "a positive number of tokens")
-    _expect(config, "decoder._target_", ("RNNTDecoder",), cut=True)
-    _expect(config, "decoder.normalization_mode", (None,), None)
-    _expect(config, "decoder.blank_as_pad", (True,), True)
-    hidden = _whole(config, "decoder.prednet.pred_hidden", _REQUIRED, 1, 1 << 16)
-    _expect(config, "decoder.prednet.rnn_hidden_size", (None, -1, 0, hidden), -1)
-    _expect(config, "joint._target_", ("RNNTJoint",), cut=True)
-    _expect(config, "joint.num_extra_outputs", (0, None), 0)
-    _expect(config, "joint.jointnet.activation", ("relu", "sigmoid", "tanh"))
-    _expect(config, "tokenizer.type", ("bpe",))
-    decoder = DecoderConfig(
-        layers=_whole(config, "decoder.prednet.pred_rnn_layers", 1, 1, 100),
-        hidden=hidden,
-        joint=_whole(config, "joint.jointnet.joint_hidden", _REQUIRED, 1, 1 << 16),
-        vocabulary=vocabulary,
-        max_symbols=_max_symbols(config),
-        activation=_get(config, "joint.jointnet.activation"),
-    )
+    decoder = _decoder(config)
     _expect(config, "encoder.xscaling", (True, False), True)
     scaled = _get(config, "encoder.xscaling", True)
     extra = {
@@ -324,18 +309,52 @@ def check_config(
     return features, encoder, decoder, chunks, extra
 
 
+def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
+    _expect(config, "decoder._target_", ("RNNTDecoder",), class_name=True)
+    _expect(config, "decoder.normalization_mode", (None,), None)
+    _expect(config, "decoder.blank_as_pad", (True,), True)
+    hidden = _integer(config, "decoder.prednet.pred_hidden", _REQUIRED, 1, 1 << 16)
+    _expect(config, "decoder.prednet.rnn_hidden_size", (None, -1, 0, hidden), -1)
+    _expect(config, "joint._target_", ("RNNTJoint",), class_name=True)
+    _expect(config, "joint.num_extra_outputs", (0, None), 0)
+    _expect(config, "joint.jointnet.activation", ("relu", "sigmoid", "tanh"))
+    _expect(config, "tokenizer.type", ("bpe",))
+    return DecoderConfig(
+        layers=_integer(config, "decoder.prednet.pred_rnn_layers", 1, 1, 100),
+        hidden=hidden,
+        joint=_integer(config, "joint.jointnet.joint_hidden", _REQUIRED, 1, 1 << 16),
+        vocabulary=_vocabulary(config),
+        max_symbols=_max_symbols(config),
+        activation=_get(config, "joint.jointnet.activation"),
+    )
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    """Return the number of tokens, without blank."""
+    labels = _get(config, "joint.vocabulary", None)
+    if labels is not None and not isinstance(labels, list):
+        _reject("joint.vocabulary", labels, "a list of tokens")
+    vocabulary = len(labels) if labels else 0
+    for field in ("decoder.vocab_size", "joint.num_classes"):
+        if not vocabulary and (stated := _get(config, field, None)) is not None:
+            vocabulary = max(_integer(config, field, stated, -1, 1 << 20), 0)
+    if not 0 < vocabulary <= 1 << 20:
+        _reject("joint.num_classes", vocabulary, "a positive number of tokens")
+    return vocabulary
+
+
 def _max_symbols(config: Mapping[str, Any]) -> int:
-    """As `rnnt_decoding.py` reads it: by its newer name, else by its older one."""
+    """Return the limit of symbols per frame: as in `rnnt_decoding.py`, the newer field takes precedence."""
     for field in ("decoding.greedy.max_symbols", "decoding.greedy.max_symbols_per_step"):
-        if (most := _get(config, field, None)) is not None:
-            if type(most) is not int or not 1 <= most <= 10_000:
-                _refuse(field, most, "a number from 1 to 10000")
-            return most
-    _refuse("decoding.greedy.max_symbols", None, "a number; without one NeMo never stops at a frame")
+        if (max_symbols := _get(config, field, None)) is not None:
+            if type(max_symbols) is not int or not 1 <= max_symbols <= 10_000:
+                _reject(field, max_symbols, "a number from 1 to 10000")
+            return max_symbols
+    _reject("decoding.greedy.max_symbols", None, "a number; without a limit decoding may never leave a frame")
 
 
 def _features(config: Mapping[str, Any]) -> tuple[FeatureConfig, float]:
-    _expect(config, "preprocessor._target_", ("AudioToMelSpectrogramPreprocessor",), cut=True)
+    _expect(config, "preprocessor._target_", ("AudioToMelSpectrogramPreprocessor",), class_name=True)
     _expect(config, "preprocessor.normalize", ("NA", None), "per_feature")
     _expect(config, "preprocessor.window", ("hann",), "hann")
     _expect(config, "preprocessor.log", (True,), True)
@@ -343,32 +362,32 @@ def _features(config: Mapping[str, Any]) -> tuple[FeatureConfig, float]:
     _expect(config, "preprocessor.mag_power", (2.0,), 2.0)
     for field, value in (("exact_pad", False), ("frame_splicing", 1)):
         _expect(config, f"preprocessor.{field}", (value,), value)
-    rate = _whole(config, "preprocessor.sample_rate", 16000, 1000, 384_000)
+    rate = _integer(config, "preprocessor.sample_rate", 16000, 1000, 384_000)
     guard = _number(config, "preprocessor.log_zero_guard_value", 2**-24, 0, 1)
     window = round(rate * _number(config, "preprocessor.window_size", 0.02, 0.001, 1))
     n_fft = 2 ** math.ceil(math.log2(max(window, 1)))
     if _get(config, "preprocessor.n_fft", None) is not None:
-        n_fft = _whole(config, "preprocessor.n_fft", None, 0, 1 << 17) or n_fft
+        n_fft = _integer(config, "preprocessor.n_fft", None, 0, 1 << 17) or n_fft
     preemphasis = 0.0
     if _get(config, "preprocessor.preemph", 0.97) is not None:
         preemphasis = _number(config, "preprocessor.preemph", 0.97, 0, 1)
     features = FeatureConfig(
         sample_rate=rate,
-        mels=_whole(config, "preprocessor.features", 64, 1, 4096),
+        mels=_integer(config, "preprocessor.features", 64, 1, 4096),
         window=window,
         hop=round(rate * _number(config, "preprocessor.window_stride", 0.01, 0.001, 1)),
         n_fft=n_fft,
         preemphasis=preemphasis,
     )
     if n_fft < window:
-        _refuse("preprocessor.n_fft", n_fft, f"at least the window of {window} samples")
+        _reject("preprocessor.n_fft", n_fft, f"at least the window of {window} samples")
     if features.window % 2 or features.window <= features.hop:
-        _refuse("preprocessor.window_size", features.window, "an even number of samples, more than the stride")
+        _reject("preprocessor.window_size", features.window, "an even number of samples, more than the stride")
     return features, guard
 
 
 def _encoder(config: Mapping[str, Any], features: FeatureConfig) -> tuple[EncoderConfig, tuple[ChunkConfig, ...]]:
-    _expect(config, "encoder._target_", ("ConformerEncoder",), cut=True)
+    _expect(config, "encoder._target_", ("ConformerEncoder",), class_name=True)
     _expect(config, "encoder.att_context_style", ("chunked_limited",), "regular")
     _expect(config, "encoder.subsampling", ("dw_striding",), "striding")
     _expect(config, "encoder.subsampling_factor", (4, 8), 4)
@@ -377,11 +396,11 @@ def _encoder(config: Mapping[str, Any], features: FeatureConfig) -> tuple[Encode
     _expect(config, "encoder.conv_norm_type", ("layer_norm", "batch_norm"), "batch_norm")
     _expect(config, "encoder.conv_context_style", ("regular",), "regular")
     _expect(config, "encoder.reduction", (None,), None)
-    d_model = _whole(config, "encoder.d_model", _REQUIRED, 1, 1 << 16)
-    kernel = _whole(config, "encoder.conv_kernel_size", 31, 1, 4096)
-    heads = _whole(config, "encoder.n_heads", 4, 1, 1024)
+    d_model = _integer(config, "encoder.d_model", _REQUIRED, 1, 1 << 16)
+    kernel = _integer(config, "encoder.conv_kernel_size", 31, 1, 4096)
+    heads = _integer(config, "encoder.n_heads", 4, 1, 1024)
     if d_model % heads:
-        _refuse("encoder.d_model", d_model, f"a multiple of n_heads, which is {heads}")
+        _reject("encoder.d_model", d_model, f"a multiple of n_heads, which is {heads}")
     _expect(config, "encoder.feat_out", (None, -1, 0, d_model), -1)
     _expect(config, "encoder.feat_in", (features.mels,))
     _expect(config, "encoder.conv_context_size", ("causal", [kernel - 1, 0]), None)
@@ -391,21 +410,21 @@ def _encoder(config: Mapping[str, Any], features: FeatureConfig) -> tuple[Encode
     if isinstance(contexts, list) and contexts and type(contexts[0]) is int:
         contexts = [contexts]
     if not isinstance(contexts, list) or not 0 < len(contexts) <= 64:
-        _refuse("encoder.att_context_size", contexts, "a list of [left, right] pairs")
+        _reject("encoder.att_context_size", contexts, "a list of [left, right] pairs")
     chunks: dict[int, ChunkConfig] = {}
     for pair in contexts:
         if not isinstance(pair, list) or len(pair) != 2 or any(type(size) is not int for size in pair):
-            _refuse("encoder.att_context_size", pair, "[left, right] pairs of whole numbers")
+            _reject("encoder.att_context_size", pair, "[left, right] pairs of whole numbers")
         left, right = pair
         frames = right + 1
         if not 1 <= left <= 1 << 16 or not 0 <= right < 10_000 or left % frames:
-            _refuse("encoder.att_context_size", [left, right], "limited contexts with left a multiple of right + 1")
+            _reject("encoder.att_context_size", [left, right], "limited contexts with left a multiple of right + 1")
         ms = round(frames * frame_ms)
         if ms in chunks:
-            _refuse("encoder.att_context_size", contexts, "one left context per chunk size")
+            _reject("encoder.att_context_size", contexts, "one left context per chunk size")
         chunks[ms] = ChunkConfig(ms, frames, left, frames * factor * features.hop)
     encoder = EncoderConfig(
-        layers=_whole(config, "encoder.n_layers", _REQUIRED, 1, 1000),
+        layers=_integer(config, "encoder.n_layers", _REQUIRED, 1, 1000),
         d_model=d_model,
         heads=heads,
         subsampling=factor,
@@ -416,40 +435,41 @@ def _encoder(config: Mapping[str, Any], features: FeatureConfig) -> tuple[Encode
 
 
 def _tokenizer_name(config: Mapping[str, Any]) -> str:
-    """The name of the tokenizer's file in the archive; empty if the configuration does not state it."""
-    wanted = _get(config, "tokenizer.model_path", None)
-    if wanted is None:
+    """Return the file name of the tokenizer in the archive; empty if the configuration has none."""
+    path = _get(config, "tokenizer.model_path", None)
+    if path is None:
         return ""
-    if not isinstance(wanted, str):
-        _refuse("tokenizer.model_path", wanted, "the name of a file")
-    return wanted.removeprefix("nemo:")
+    if not isinstance(path, str):
+        _reject("tokenizer.model_path", path, "the name of a file")
+    return path.removeprefix("nemo:")
 
 
 def _tokenizer(config: Mapping[str, Any], found: Mapping[str, Path]) -> Path:
     for name, file in found.items():
         if name != _WEIGHTS:
             return file
-    wanted = _tokenizer_name(config)
-    raise CheckpointError(f"the checkpoint does not hold its SentencePiece model (tokenizer.model_path is {wanted!r}).")
+    name = _tokenizer_name(config)
+    raise CheckpointError(f"the checkpoint does not contain its SentencePiece model (tokenizer.model_path: {name!r}).")
 
 
-def _whole(config: Mapping[str, Any], path: str, default: Any, least: int, most: int) -> int:
-    """A whole number of the configuration, or `default` if it has none. Raises `CheckpointError` for another value."""
+def _integer(config: Mapping[str, Any], path: str, default: Any, minimum: int, maximum: int) -> int:
+    """Return an integer field, or `default` if it is absent. Raises `CheckpointError` for other values."""
     value = _get(config, path, default)
-    if type(value) is not int or not least <= value <= most:
-        _refuse(path, value, f"a whole number from {least} to {most}")
+    if type(value) is not int or not minimum <= value <= maximum:
+        _reject(path, value, f"a whole number from {minimum} to {maximum}")
     return value
 
 
-def _number(config: Mapping[str, Any], path: str, default: float, least: float, most: float) -> float:
-    """As `_whole`, for any finite number."""
+def _number(config: Mapping[str, Any], path: str, default: float, minimum: float, maximum: float) -> float:
+    """Return a finite number field, or `default` if it is absent. Raises `CheckpointError` for other values."""
     value = _get(config, path, default)
-    if type(value) not in (int, float) or not least <= value <= most or not math.isfinite(value):
-        _refuse(path, value, f"a number from {least:g} to {most:g}")
+    if type(value) not in (int, float) or not minimum <= value <= maximum or not math.isfinite(value):
+        _reject(path, value, f"a number from {minimum:g} to {maximum:g}")
     return float(value)
 
 
 def _get(config: Mapping[str, Any], path: str, default: Any = _REQUIRED) -> Any:
+    """Return a field by its dotted path. Raises `CheckpointError` if it is absent and has no default."""
     value: Any = config
     for key in path.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -461,15 +481,15 @@ def _get(config: Mapping[str, Any], path: str, default: Any = _REQUIRED) -> Any:
 
 
 def _expect(
-    config: Mapping[str, Any], path: str, supported: Iterable[Any], default: Any = _REQUIRED, cut: bool = False
+    config: Mapping[str, Any], path: str, supported: Iterable[Any], default: Any = _REQUIRED, class_name: bool = False
 ) -> None:
-    """Refuse the field unless its value is a supported one. `cut` compares the last part of a dotted class name."""
+    """Reject a field whose value is not supported. With `class_name`, only the last part of a dotted name counts."""
     value = _get(config, path, default)
-    seen = str(value).rpartition(".")[2] if cut else value
+    compared = str(value).rpartition(".")[2] if class_name else value
     supported = tuple(supported)
-    if not any(seen == known and isinstance(seen, bool) == isinstance(known, bool) for known in supported):
-        _refuse(path, value, " or ".join(repr(known) for known in supported if known is not None) or "leaving it out")
+    if not any(compared == known and isinstance(compared, bool) == isinstance(known, bool) for known in supported):
+        _reject(path, value, " or ".join(repr(known) for known in supported if known is not None) or "null")
 
 
-def _refuse(path: str, value: Any, supported: str) -> NoReturn:
+def _reject(path: str, value: Any, supported: str) -> NoReturn:
     raise CheckpointError(f"not supported: {path} is {short_repr(value, 300)}; nemostream supports {supported}.")

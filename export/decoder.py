@@ -1,8 +1,8 @@
-"""Prediction net and joint as graphs.
+"""Graphs of the prediction network and the joint.
 
-Source: NeMo `collections/asr/modules/rnnt.py`, `RNNTDecoder` (embedding, LSTM) and `RNNTJoint`. The joint's two input
-projections move to where their inputs are made: the encoder step ends with its own, the prediction net with its own,
-so what greedy decoding repeats per symbol is an addition, an activation and one product.
+Source: NeMo `collections/asr/modules/rnnt.py`, `RNNTDecoder` (embedding, LSTM) and `RNNTJoint`. The two input
+projections of the joint are moved: one to the end of the encoder step, one to the end of the prediction network. Greedy
+decoding then repeats only an addition, an activation and one matrix product per symbol.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
 def write_decoder(checkpoint: Checkpoint, store: WeightStore) -> onnx.ModelProto:
-    """One step of the prediction net.
+    """Return the graph of one step of the prediction network.
 
-    Inputs: `token` [B] int64 (blank to start), `h`, `c` [B, R, P] float32. Outputs: `predicted` [B, J], already
-    projected for the joint, `h_next`, `c_next`. The LSTM is written out: an LSTM node becomes a loop in TensorRT, which
-    a CUDA graph cannot capture.
+    Inputs: `token` [B] int64 (blank for the first step), `h` and `c` [B, R, P] float32. Outputs: `predicted` [B, J],
+    projected for the joint; `h_next` and `c_next` [B, R, P]. The LSTM is written as elementary operations, because
+    TensorRT turns an LSTM node into a loop, which a CUDA graph cannot capture.
     """
     spec = checkpoint.decoder
     g = GraphWriter("decoder", store)
@@ -51,7 +51,7 @@ def write_decoder(checkpoint: Checkpoint, store: WeightStore) -> onnx.ModelProto
         gates = g.linear(
             joined, g.weight(f"decoder.lstm.{layer}.weight", weight), g.weight(f"decoder.lstm.{layer}.bias", bias)
         )
-        i, f, cell, o = g.split(gates, [spec.hidden] * 4, 1)  # PyTorch's order of gates
+        i, f, cell, o = g.split(gates, [spec.hidden] * 4, 1)  # the order of PyTorch
         kept = g.op("Mul", g.op("Sigmoid", f), squeeze(c, layer))
         new = g.op("Add", kept, g.op("Mul", g.op("Sigmoid", i), g.op("Tanh", cell)))
         x = g.op("Mul", g.op("Sigmoid", o), g.op("Tanh", new))
@@ -70,20 +70,20 @@ def write_decoder(checkpoint: Checkpoint, store: WeightStore) -> onnx.ModelProto
 
 
 def write_joint(checkpoint: Checkpoint, store: WeightStore) -> onnx.ModelProto:
-    """Logits of B (encoder frame, prediction) pairs.
+    """Return the graph of the joint, for B pairs of an encoder frame and a prediction.
 
-    Inputs: `encoded_joint`, `predicted` [B, J] float32, both projected. Output: `logits` [B, V], blank last.
+    Inputs: `encoded_joint` and `predicted` [B, J] float32, both projected. Output: `logits` [B, V], blank last.
     """
     spec = checkpoint.decoder
     g = GraphWriter("joint", store)
     encoded = g.input("encoded_joint", TensorProto.FLOAT, ["B", spec.joint])
     predicted = g.input("predicted", TensorProto.FLOAT, ["B", spec.joint])
     x = g.op(_ACTIVATIONS[spec.activation], g.op("Add", encoded, predicted))
-    last = checkpoint.joint_output
+    layer = checkpoint.joint_output
     logits = g.linear(
         x,
-        g.weight("joint.out.weight", lambda: checkpoint.array(f"{last}.weight").T),
-        g.weight("joint.out.bias", lambda: checkpoint.array(f"{last}.bias")),
+        g.weight("joint.out.weight", lambda: checkpoint.array(f"{layer}.weight").T),
+        g.weight("joint.out.bias", lambda: checkpoint.array(f"{layer}.bias")),
     )
     g.output("logits", logits, TensorProto.FLOAT, ["B", spec.vocabulary + 1])
     return g.finish()

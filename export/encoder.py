@@ -1,18 +1,20 @@
-"""The encoder step as a graph: T new frames of B streams of any age, state in and out.
+"""Graph of the encoder step: T new frames of B streams at any positions, with the state as inputs and outputs.
 
 Source: NeMo `collections/asr/modules/conformer_encoder.py` and `parts/submodules/`; the papers are Rekesh et al. 2023
 (Fast Conformer), Noroozi et al. 2023 (cache-aware streaming) and Dai et al. 2019 (relative positions).
 
-What differs from NeMo, all of it mathematically the same:
+Deviations from NeMo, all mathematically equivalent:
 
-* K and V are cached after their projections, so old frames are never projected again, and in a *ring*: row r of the
-  cache holds the encoder frame congruent to r modulo C. The graph only reads it and returns the T new rows; nobody
-  shifts anything. Masks and relative positions are computed from the stream's `position`.
-* First, steady and last steps are one graph: `position` tells how much of the window lies before the stream,
-  `valid` where the stream ends, and everything outside is zeroed where NeMo would have padded with zeros.
-* The projected relative positions are constants, kept once for the longest chunk; shorter ones use a run of its rows.
-* 1/sqrt(d_k) is in W_q and the position biases, the macaron half in the second feed-forward matrix, xscaling in the
-  subsampling's last matrix, batch norm in the depthwise convolution; Q, K and V are one product.
+* K and V are cached after their projections, so frames are projected only once, and in a *ring*: row r of the cache
+  holds the encoder frame that is congruent to r modulo C. The graph reads the ring and returns the T new rows; nothing
+  is shifted. Masks and relative positions are computed from the stream's `position`.
+* One graph serves first, steady and last steps: `position` determines how much of the window precedes the stream,
+  `valid` where the stream ends. Everything outside is set to zero where NeMo pads with zeros.
+* The projected relative positions are constants, stored once for the longest chunk; shorter chunks use a range of the
+  rows.
+* Folded into weights: 1/sqrt(d_k) into W_q and the position biases, the factor 1/2 of the macaron feed-forward into its
+  second matrix, xscaling into the last matrix of the subsampling, batch norm into the depthwise convolution. Q, K and V
+  are one matrix product.
 """
 
 from __future__ import annotations
@@ -28,21 +30,21 @@ from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.graph import Array, GraphWriter, Shape, WeightStore
 
 FLOAT = TensorProto.FLOAT
-_MASKED = -10000.0  # NeMo's INF_VAL: finite, so a row that sees nothing still sums to one; exp of it is 0 in fp32
+_MASKED = -10000.0  # NeMo's INF_VAL: finite, so the softmax of a fully masked row sums to one; exp(-10000) is 0 in fp32
 
 
 def write_encoder(checkpoint: Checkpoint, chunk: ChunkConfig, store: WeightStore) -> onnx.ModelProto:
-    """One streaming step.
+    """Return the graph of one encoder step of B streams.
 
-    Inputs, rows of B streams:
-        `mel` [B, F, M] new log-mel frames, `mel_cache` [B, 9, M] the frames before them (9 with subsampling 8);
-        `position` [B] int64, encoder frames the stream has emitted so far;
-        `valid` [B] int64, frames of the window (cache and new ones together) before the end of the stream;
-        `k_cache.l`, `v_cache.l` [B, heads, C, d_k] rings, `conv_cache.l` [B, D, K], for each layer l.
+    Inputs:
+        `mel` [B, F, M], new log-mel frames; `mel_cache` [B, 9, M], the frames before them (9 with subsampling 8);
+        `position` [B] int64, encoder frames before this step;
+        `valid` [B] int64, mel frames of the window (cache and new frames) before the end of the stream;
+        `k_cache.l`, `v_cache.l` [B, heads, C, d_k], rings; `conv_cache.l` [B, D, K]; for each layer l.
     Outputs:
-        `encoded` [B, T, D]; `encoded_joint` [B, T, J], the same after the joint's projection;
-        `mel_cache_next`, `conv_next` [L, B, D, K];
-        `k_new`, `v_new` [L, B, heads, T, d_k]: rows for ring positions (position + t) mod C.
+        `encoded` [B, T, D]; `encoded_joint` [B, T, J], `encoded` after the joint's projection;
+        `mel_cache_next` [B, 9, M]; `conv_next` [L, B, D, K];
+        `k_new`, `v_new` [L, B, heads, T, d_k], the new rows: row t belongs at ring row (position + t) mod C.
     """
     return _EncoderWriter(checkpoint, chunk, store).write()
 
@@ -81,7 +83,7 @@ class _EncoderWriter:
         )
         x, new_valid = self._subsample(window, position, valid)
         g.scope("masks")
-        alive = self._frame_mask(new_valid)
+        frame_mask = self._frame_mask(new_valid)
         bias, index = self._attention_geometry(position, new_valid)
 
         k_new: list[str] = []
@@ -92,7 +94,7 @@ class _EncoderWriter:
             x = g.op("Add", x, self._feed_forward(x, layer, 1))
             attended, k, v = self._attention(x, layer, k_cache, v_cache, bias, index)
             x = g.op("Add", x, attended)
-            convolved, state = self._convolution(x, layer, conv_cache, alive)
+            convolved, state = self._convolution(x, layer, conv_cache, frame_mask)
             x = g.op("Add", x, convolved)
             x = g.op("Add", x, self._feed_forward(x, layer, 2))
             x = self._layer_norm(x, f"encoder.layers.{layer}.norm_out")
@@ -111,29 +113,29 @@ class _EncoderWriter:
     # -- subsampling ------------------------------------------------------------------------------------------------
 
     def _subsample(self, window: str, position: str, valid: str) -> tuple[str, str]:
-        """[B, 9 + 8T, M] mel frames to [B, T, D] encoder frames and [B] how many of them the stream has.
+        """Subsample the window [B, 9 + 8T, M] to encoder frames [B, T, D]; also return the valid frames per row [B].
 
-        The window starts at mel frame 8 (position - 2), a multiple of 8, so a frame of the window stands at the same
-        phase at every stage. `low` and `high` bound the part of it that belongs to the stream.
+        The window starts at mel frame 8 (position - 2), a multiple of 8, so its phase is the same at every stage.
+        `low` and `high` bound the frames of the window that belong to the stream.
         """
         g, spec, frames = self.g, self.spec, self.chunk.frames
         factor, stages = spec.subsampling, spec.subsampling.bit_length() - 1
-        early = g.op("Sub", g.const(2 * factor), g.op("Mul", position, g.const(factor)))
-        low, high = g.op("Max", early, g.const(0)), valid
+        before_stream = g.op("Sub", g.const(2 * factor), g.op("Mul", position, g.const(factor)))
+        low, high = g.op("Max", before_stream, g.const(0)), valid
         length, width = spec.mel_cache + frames * factor, self.ckpt.features.mels
         x = g.unsqueeze(window, 1)
         for stage in range(stages):
             x = g.op("Mul", x, self._inside(low, high, length))
             name = f"encoder.pre_encode.conv.{0 if stage == 0 else 3 * stage - 1}"
             channels = self.ckpt.array(f"{name}.bias").shape[0]
-            # CausalConv2D: two frames and bins of zeros before, one after.
+            # CausalConv2D pads with zeros: two frames and bins before, one after.
             x = self._conv(x, name, pads=[2, 2, 1, 1], strides=[2, 2], group=1 if stage == 0 else channels)
             if stage:
                 x = self._conv(x, f"encoder.pre_encode.conv.{3 * stage}")
             x = g.op("Relu", x)
             low, high = g.op("Div", low, g.const(2)), g.op("Add", g.op("Div", high, g.const(2)), g.const(1))
             length, width = length // 2 + 1, width // 2 + 1
-        # The first two frames saw the window's edge instead of the frames before it.
+        # The first two frames were computed from padding instead of the frames before the window: drop them.
         x = g.op("Mul", x, self._inside(low, high, length))
         x = g.slice(x, 2, 2 + frames, 2)
         x = g.reshape(g.transpose(x, 0, 2, 1, 3), 0, 0, -1)
@@ -147,35 +149,35 @@ class _EncoderWriter:
         return g.op("Conv", x, weight, g.weight(f"{name}.bias", lambda: ckpt.array(f"{name}.bias")), **attributes)
 
     def _inside(self, low: str, high: str, length: int) -> str:
-        """[B, 1, length, 1]: 1 for positions in [low, high), else 0."""
+        """Return a mask [B, 1, length, 1]: 1 for indices in [low, high), else 0."""
         g = self.g
-        at = g.const(np.arange(length)[None])
-        not_before = g.op("GreaterOrEqual", at, g.unsqueeze(low, 1))
-        inside = g.op("And", not_before, g.op("Less", at, g.unsqueeze(high, 1)))
+        index = g.const(np.arange(length)[None])
+        not_before = g.op("GreaterOrEqual", index, g.unsqueeze(low, 1))
+        inside = g.op("And", not_before, g.op("Less", index, g.unsqueeze(high, 1)))
         return g.unsqueeze(g.op("Cast", inside, to=FLOAT), 1, 3)
 
     # -- masks and positions ----------------------------------------------------------------------------------------
 
     def _frame_mask(self, new_valid: str) -> str:
-        """[B, 1, T]: 1 for new frames of the stream, 0 past its end."""
+        """Return a mask [B, 1, T]: 1 for new frames of the stream, 0 after its end."""
         g = self.g
         inside = g.op("Less", g.const(np.arange(self.chunk.frames)[None]), g.unsqueeze(new_valid, 1))
         return g.unsqueeze(g.op("Cast", inside, to=FLOAT), 1)
 
     def _attention_geometry(self, position: str, new_valid: str) -> tuple[str, str]:
-        """Additive mask [B, 1, 1, C + T] and columns of the position scores [B, heads, T, C + T] for every key.
+        """Return an additive mask [B, 1, 1, C + T] and the position-score column of every key [B, heads, T, C + T].
 
-        Ring row r holds the frame of age (position - 1 - r) mod C + 1: 1 for the newest, C for the oldest. It may be
-        seen if it was ever written and is no older than the chunk's left context. Query i stands i + age frames after
-        it and i - t frames after new key t; distance d is column C + T - 1 - d of the position scores.
+        Ring row r holds the frame of age (position - 1 - r) mod C + 1: 1 for the newest, C for the oldest. It is
+        visible if it was written before and its age is within the chunk's left context. Query i is i + age frames after
+        that frame, and i - t frames after new key t; distance d is column C + T - 1 - d of the position scores.
         """
         g, cache, frames = self.g, self.spec.cache, self.chunk.frames
         row = g.const(np.arange(cache)[None])
         newest = g.op("Sub", g.unsqueeze(position, 1), g.const(1))
         age = g.op("Add", g.op("Mod", g.op("Sub", newest, row), g.const(cache)), g.const(1))
-        seen = g.op("LessOrEqual", age, g.op("Min", g.unsqueeze(position, 1), g.const(self.chunk.left)))
+        old = g.op("LessOrEqual", age, g.op("Min", g.unsqueeze(position, 1), g.const(self.chunk.left)))
         new = g.op("Less", g.const(np.arange(frames)[None]), g.unsqueeze(new_valid, 1))
-        visible = g.concat(seen, new, axis=1)
+        visible = g.concat(old, new, axis=1)
         bias = g.op("Where", visible, g.const(0, np.float32), g.const(_MASKED, np.float32))
 
         query = np.arange(frames)
@@ -188,7 +190,7 @@ class _EncoderWriter:
         return g.unsqueeze(bias, 1, 2), g.op("Expand", index, shape)
 
     def _positions(self, layer: int) -> str:
-        """[1, heads, d_k, C + 2T - 1]: projected sinusoids of the distances C + T - 1 down to 1 - T."""
+        """Return [1, heads, d_k, C + 2T - 1]: projected sinusoids of the distances C + T - 1 down to 1 - T."""
         spec, ckpt = self.spec, self.ckpt
         longest = max(chunk.frames for chunk in ckpt.chunks)
         offset, rows = longest - self.chunk.frames, spec.cache + 2 * self.chunk.frames - 1
@@ -207,11 +209,13 @@ class _EncoderWriter:
     # -- the conformer layer ----------------------------------------------------------------------------------------
 
     def _feed_forward(self, x: str, layer: int, which: int) -> str:
+        """Return half of feed-forward module 1 or 2, x [B, T, D]."""
         name = f"encoder.layers.{layer}.feed_forward{which}"
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_feed_forward{which}")
         return self._linear(self.g.silu(self._linear(x, f"{name}.linear1")), f"{name}.linear2", scale=0.5)
 
     def _attention(self, x: str, layer: int, k_cache: str, v_cache: str, bias: str, index: str) -> tuple[str, str, str]:
+        """Return the attention output [B, T, D], and the new K and V [B, heads, T, d_k]."""
         g, ckpt, heads, d_k = self.g, self.ckpt, self.spec.heads, self.d_k
         name, width, scale = f"encoder.layers.{layer}.self_attn", self.spec.d_model, self.d_k**-0.5
 
@@ -244,13 +248,14 @@ class _EncoderWriter:
         context = g.reshape(g.transpose(context, 0, 2, 1, 3), 0, 0, width)
         return self._linear(context, f"{name}.linear_out"), k, v
 
-    def _convolution(self, x: str, layer: int, cache: str, alive: str) -> tuple[str, str]:
+    def _convolution(self, x: str, layer: int, cache: str, frame_mask: str) -> tuple[str, str]:
+        """Return the output of the convolution module [B, T, D], and its next cache [B, D, K]."""
         g, spec, frames = self.g, self.spec, self.chunk.frames
         name = f"encoder.layers.{layer}.conv"
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_conv")
         value, gate = g.split(self._linear(x, f"{name}.pointwise_conv1"), [spec.d_model] * 2, 2)
         x = g.op("Mul", value, g.op("Sigmoid", gate))
-        x = g.op("Mul", g.transpose(x, 0, 2, 1), alive)
+        x = g.op("Mul", g.transpose(x, 0, 2, 1), frame_mask)
         x = g.concat(cache, x, axis=2)
         state = g.slice(x, frames, frames + spec.conv_cache, 2)
         weight, bias = self._depthwise(name)
@@ -261,7 +266,7 @@ class _EncoderWriter:
         return self._linear(g.silu(x), f"{name}.pointwise_conv2"), state
 
     def _depthwise(self, name: str) -> tuple[str, str | None]:
-        """Weight [D, 1, K + 1] and bias [D], with a batch norm's running statistics folded in."""
+        """Return weight [D, 1, K + 1] and bias [D], with the running statistics of a batch norm folded in."""
         g, ckpt = self.g, self.ckpt
         has_bias = ckpt.has(f"{name}.depthwise_conv.bias")
         if ckpt.conv_norm == "layer_norm":
@@ -284,10 +289,10 @@ class _EncoderWriter:
         weight = g.weight(f"{name}.depthwise_conv.folded.weight", lambda: fold()[0])
         return weight, g.weight(f"{name}.depthwise_conv.folded.bias", lambda: fold()[1])
 
-    # -- the small things -------------------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _linear(self, x: str, name: str, scale: float = 1.0) -> str:
-        """x W^T + b of a Linear or a pointwise convolution, both times `scale`."""
+        """Return scale * (x W^T + b), for a Linear or a pointwise convolution."""
         g, ckpt = self.g, self.ckpt
 
         def weight() -> Array:

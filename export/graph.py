@@ -1,8 +1,8 @@
-"""Writing ONNX graphs whose weights all live in one external file.
+"""Write ONNX graphs whose weights are stored in one external file.
 
-A graph is written node by node with `onnx.helper` instead of being traced out of PyTorch: the step is our own
-arrangement of the checkpoint's numbers (fused projections, a ring instead of a shifted cache), so there is no module
-to trace, tracing 0.6B parameters four times costs minutes and gigabytes, and here every node is one we meant.
+Graphs are built node by node with `onnx.helper` instead of traced from PyTorch. There is no module to trace, because
+the step arranges the checkpoint's weights differently (fused projections, a ring instead of a shifted cache). Tracing
+0.6B parameters four times would also take minutes and gigabytes, and add nodes that are not needed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from onnx import TensorProto, helper
 
 from nemostream.bundle import Weight
 
-OPSET = 20  # the newest that TensorRT 11, TensorRT for RTX and ONNX Runtime all read, with LayerNormalization
+OPSET = 20  # newest opset that TensorRT 11, TensorRT for RTX and ONNX Runtime all support; has LayerNormalization
 IR_VERSION = 10
-ALIGNMENT = 64  # bytes: whole cache lines, and enough for any vector load from the memory-mapped file
+ALIGNMENT = 64  # bytes: a cache line, sufficient for vector loads from the memory-mapped file
 
 Shape = Sequence[int | str]
 Array = NDArray[np.generic]
 
 
 class WeightStore:
-    """The bundle's `weights.bin`. A weight is written when a graph first names it, and shared by name afterwards.
+    """Writer of `weights.bin`. A weight is written when a graph first uses it; later uses share it by name.
 
-    Weights are given as functions, so the folded copy of a tensor exists only while it is written: exporting needs
-    memory for one tensor at a time beside the memory-mapped checkpoint.
+    Weights are passed as functions, so that the transformed copy of a tensor exists only while it is written: besides
+    the memory-mapped checkpoint, export needs memory for one tensor at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +41,7 @@ class WeightStore:
         self._entries: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
 
     def add(self, name: str, make: Callable[[], Array]) -> None:
+        """Write the array that `make` returns, unless `name` was written before."""
         if name in self._entries:
             return
         array = np.ascontiguousarray(make())
@@ -51,7 +52,7 @@ class WeightStore:
         self.size += padding + array.nbytes
 
     def tensor(self, name: str, rows: slice | None = None) -> TensorProto:
-        """The initializer that refers to a stored weight, or to a run of its leading rows (which costs no bytes)."""
+        """Return an initializer that refers to a stored weight, or to a contiguous range of its rows (not copied)."""
         offset, dtype, shape = self._entries[name]
         if rows is not None:
             start, stop, _ = rows.indices(shape[0])
@@ -69,7 +70,7 @@ class WeightStore:
         return proto
 
     def tensors(self, *prefixes: str) -> dict[str, Weight]:
-        """Where the weights lie whose names begin so."""
+        """Return the locations of the weights whose names start with one of the prefixes."""
         return {
             name: Weight(dtype.name, shape, offset)
             for name, (offset, dtype, shape) in self._entries.items()
@@ -81,7 +82,7 @@ class WeightStore:
 
 
 class GraphWriter:
-    """One graph under construction. Values are names; every method that computes returns the name of its result."""
+    """Builder of one graph. Values are referred to by name; methods that add operations return the result's name."""
 
     def __init__(self, name: str, store: WeightStore) -> None:
         self.name = name
@@ -94,25 +95,28 @@ class GraphWriter:
         self._count = 0
 
     def scope(self, name: str) -> None:
-        """Prefix of the nodes that follow, so that profilers and error messages name the layer."""
+        """Set the name prefix of subsequent nodes, for profilers and error messages."""
         self._scope = f"{name}/" if name else ""
 
     def input(self, name: str, dtype: int, shape: Shape) -> str:
+        """Add a graph input; return its name."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, value: str, dtype: int, shape: Shape) -> None:
+        """Add a graph output that is equal to `value`."""
         self._nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
     def weight(self, name: str, make: Callable[[], Array], rows: slice | None = None) -> str:
+        """Add a weight of the store, or a range of its rows; return its name."""
         self._store.add(name, make)
         proto = self._store.tensor(name, rows)
         self._initializers[proto.name] = proto
         return proto.name
 
     def const(self, value: object, dtype: type = np.int64) -> str:
-        """A small constant, kept inside the graph."""
+        """Add a small constant that is stored in the graph; return its name."""
         array: Array = np.asarray(value, dtype=dtype)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
         name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{digest}"
@@ -121,23 +125,25 @@ class GraphWriter:
         return name
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output; return the name of the output."""
         return self.ops(kind, *inputs, outputs=1, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """Add a node; return the names of its outputs."""
         self._count += 1
         stem = f"{self._scope}{kind}_{self._count}"
         names = [f"{stem}:{i}" for i in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), names, name=stem, **attributes))
         return names
 
-    # -- the few phrases the graphs are made of ---------------------------------------------------------------------
+    # -- common operations -----------------------------------------------------------------------------------------
 
     def linear(self, x: str, weight: str, bias: str | None = None) -> str:
         y = self.op("MatMul", x, weight)
         return y if bias is None else self.op("Add", y, bias)
 
     def reshape(self, x: str, *shape: int) -> str:
-        """0 keeps an axis, -1 infers one."""
+        """Reshape; 0 keeps the size of an axis, -1 infers it."""
         return self.op("Reshape", x, self.const(shape))
 
     def transpose(self, x: str, *perm: int) -> str:
@@ -159,6 +165,7 @@ class GraphWriter:
         return self.op("Mul", x, self.op("Sigmoid", x))
 
     def finish(self) -> onnx.ModelProto:
+        """Return the finished model."""
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )

@@ -1,8 +1,8 @@
-"""Do the graphs compute what NeMo computes? Measured on real speech before a bundle is allowed to exist.
+"""Compare the exported graphs with NeMo on recorded speech. A bundle is written only if they agree.
 
-The oracle is NeMo's *offline* forward of the whole clip with the chunk size's attention mask, whose numbers a correct
-stream must reproduce frame by frame, first and last chunk included. The front end is compared with NeMo's own run in
-fp64, because NeMo's fp32 FFT is itself off by up to 2e-4 in quiet bins; NeMo's encoder gets those features.
+The reference is NeMo's *offline* forward of the whole clip with the attention mask of the chunk size. A correct stream
+reproduces it frame by frame, first and last chunk included. The front end is compared with NeMo's code run in fp64,
+because NeMo's fp32 FFT has errors of up to 2e-4 in quiet bins; the same features are the input of NeMo's encoder.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ Floats = NDArray[np.float32]
 
 
 def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], None]) -> Manifest:
-    """The manifest with the figures filled in. Raises `ParityError` naming the graph that is off, and where."""
+    """Return the manifest with the measured differences from NeMo.
+
+    `progress` is called with a message before each comparison. Raises `ParityError` naming the graph, frame and step
+    that differ by more than `TOLERANCE`, `CheckpointError` if NeMo cannot restore the checkpoint.
+    """
     import torch
     from nemo.collections.asr.models import ASRModel
 
-    progress("loading NeMo to compare with")
+    progress("loading the checkpoint in NeMo")
     try:
         with torch.inference_mode():
             model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval().float()
-    except Exception as error:  # whatever NeMo says about a file it cannot restore
-        raise CheckpointError(f"NeMo itself cannot restore {checkpoint}: {error}") from error
+    except Exception as error:  # NeMo raises many types of exceptions
+        raise CheckpointError(f"NeMo cannot restore {checkpoint}: {error}") from error
     manifest = bundle.manifest
-    audio = _speech(manifest)
+    audio = _test_audio(manifest)
     figures: dict[str, Any] = {"audio_seconds": round(len(audio) / manifest.features.sample_rate, 2)}
     with torch.inference_mode():
         mel = _nemo_features(model, audio)
@@ -59,13 +63,13 @@ def measure_parity(bundle: Bundle, checkpoint: Path, progress: Callable[[str], N
                 ),
                 "encoder": _compare(f"encoder-{chunk.ms}ms", got, wanted, chunk.frames),
             }
-        progress("comparing prediction net and joint with NeMo")
+        progress("comparing prediction network and joint with NeMo")
         figures |= _compare_decoder(bundle, model, wanted)
     return dataclasses.replace(manifest, parity=figures)
 
 
 def stream_encoder(bundle: Bundle, chunk: ChunkConfig, audio: Floats) -> tuple[Floats, Floats, int]:
-    """Run a recording [N] through the graphs; return its mel frames [F, M], encoder frames [T, D] and the steps run."""
+    """Run a recording [N] through the graphs; return mel frames [F, M], encoder frames [T, D] and number of steps."""
     manifest, subsampling = bundle.manifest, bundle.manifest.encoder.subsampling
     features, encoder = (_session(bundle, f"{kind}-{chunk.ms}ms") for kind in ("features", "encoder"))
     mels, frames = [], []
@@ -77,14 +81,15 @@ def stream_encoder(bundle: Bundle, chunk: ChunkConfig, audio: Floats) -> tuple[F
     return mel, np.concatenate(frames)[: manifest.encoder_frames(len(audio))], len(frames)
 
 
-def _speech(manifest: Manifest) -> Floats:
+def _test_audio(manifest: Manifest) -> Floats:
+    """Return recorded speech [N] of at least `MIN_STEPS` steps of the longest chunk, repeated if necessary."""
     audio = read_clip("speech", manifest.features.sample_rate)
     needed = MIN_STEPS * max(chunk.samples for chunk in manifest.chunks)
     return np.tile(audio, -(-needed // len(audio)))
 
 
 def _nemo_features(model: Any, audio: Floats) -> Floats:
-    """NeMo's log-mel [F, M] of the clip, computed in fp64."""
+    """Return NeMo's log-mel [F, M] of a clip, computed in fp64."""
     import torch
 
     featurizer = copy.deepcopy(model.preprocessor.featurizer).double()
@@ -104,7 +109,7 @@ def _nemo_features(model: Any, audio: Floats) -> Floats:
 
 
 def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, float]:
-    """Follow 12 tokens through the prediction net, and join each prediction with an encoder frame."""
+    """Run blank and 12 random tokens through the prediction network, and join each prediction with an encoder frame."""
     import torch
 
     spec = bundle.manifest.decoder
@@ -116,12 +121,12 @@ def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, f
     for step, token in enumerate(tokens):
         predicted, h, c = decoder.run(["predicted", "h_next", "c_next"], {"token": np.array([token]), "h": h, "c": c})
         output, state = model.decoder.predict(torch.tensor([[int(token)]]), state, add_sos=False)
-        theirs = model.joint.project_prednet(output)
-        predictions.append((predicted[0], theirs[0, 0].numpy()))
+        nemo_predicted = model.joint.project_prednet(output)
+        predictions.append((predicted[0], nemo_predicted[0, 0].numpy()))
         frame = projected[step % len(projected)][None]
         (joined,) = joint.run(["logits"], {"encoded_joint": frame, "predicted": predicted})
-        with_nemo = model.joint.joint_after_projection(torch.from_numpy(frame[None]), theirs)
-        logits.append((_log_softmax(joined[0]), _log_softmax(with_nemo.reshape(-1).numpy())))
+        nemo_joined = model.joint.joint_after_projection(torch.from_numpy(frame[None]), nemo_predicted)
+        logits.append((_log_softmax(joined[0]), _log_softmax(nemo_joined.reshape(-1).numpy())))
     figures = {}
     for name, pairs in (("decoder", predictions), ("joint", logits)):
         got, wanted = (np.stack(side) for side in zip(*pairs, strict=True))
@@ -130,20 +135,22 @@ def _compare_decoder(bundle: Bundle, model: Any, encoded: Floats) -> dict[str, f
 
 
 def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max()  # NeMo's joint normalises on a CPU and does not on a GPU; compare what both mean
+    """Normalise logits [V]: NeMo's joint returns normalised values on a CPU, but not on a GPU."""
+    shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def _compare(graph: str, got: Floats, wanted: Floats, per_step: int) -> float:
+def _compare(graph: str, got: Floats, wanted: Floats, frames_per_step: int) -> float:
+    """Return the largest absolute difference. Raises `ParityError` if it exceeds `TOLERANCE`."""
     if got.shape != wanted.shape:
-        raise ParityError(f"{graph} gives {got.shape} numbers where NeMo gives {wanted.shape}.")
+        raise ParityError(f"the output of {graph} has the shape {got.shape}; NeMo's has {wanted.shape}.")
     difference = np.abs(got - wanted)
     worst = float(difference.max(initial=0.0))
     if not worst <= TOLERANCE:
         frame = int(np.unravel_index(np.nanargmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)[0])
         raise ParityError(
-            f"{graph} is {worst:.2g} away from NeMo (allowed: {TOLERANCE}), worst at frame {frame}, step "
-            f"{frame // per_step}; the bundle was not written."
+            f"{graph} differs from NeMo by {worst:.2g} (allowed: {TOLERANCE}), most at frame {frame}, step "
+            f"{frame // frames_per_step}; the bundle was not written."
         )
     return worst
 

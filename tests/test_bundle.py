@@ -1,4 +1,4 @@
-"""The contract: what a manifest says comes back as it was, damage is named, and the formulas of time are NeMo's."""
+"""Bundles: serialization, damaged and malformed files, and the formulas of the time axis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHUNKS = tuple(ChunkConfig(ms=80 * frames, frames=frames, left=70, samples=1280 
 
 
 def graphs(sha256: str) -> dict[str, Graph]:
-    """One of every graph that a bundle has, described as if each were a joint."""
+    """Return all graphs of a bundle, each with the inputs and outputs of the joint."""
     inputs = (Tensor("encoded_joint", "float32", ("B", 640)), Tensor("predicted", "float32", ("B", 640)))
     outputs = (Tensor("logits", "float32", ("B", 1025)),)
     names = [f"{kind}-{chunk.ms}ms" for chunk in CHUNKS for kind in ("features", "encoder")]
@@ -59,20 +59,20 @@ def make_manifest(**changes: Any) -> Manifest:
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A length-delimited field of protobuf's wire format, of less than 128 bytes."""
+    """Encode a length-delimited protobuf field of less than 128 bytes."""
     assert len(content) < 128
     return bytes([number << 3 | 2, len(content)]) + content
 
 
 def model_reading(location: str) -> bytes:
-    """A serialized ONNX model with one initializer, whose values are in the file `location`."""
+    """Return a serialized ONNX model with one initializer stored in the file `location`."""
     entry = field(1, b"location") + field(2, location.encode())
     return b"\x08\x09" + field(7, field(5, b"\x10\x01" + field(13, entry)))
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A whole bundle as far as the contract can tell: three files and a manifest with their hashes."""
+    """A minimal bundle: three files, and a manifest with their hashes."""
     contents = {"joint.onnx": model_reading("weights.bin"), "weights.bin": bytes(range(205)) * 20}
     contents["tokenizer.model"] = b"piece"
     for name, content in contents.items():
@@ -86,19 +86,19 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle(tmp_path, manifest)
 
 
-# -- the file ----------------------------------------------------------------------------------------------------------
+# -- serialization -----------------------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
     manifest = make_manifest()
     again = Manifest.from_json(manifest.to_json())
     assert again == manifest
-    # Equal is not enough: JSON's lists must be tuples again, or a frozen manifest could be changed.
+    # Lists of JSON must become tuples, so that the manifest is immutable.
     assert isinstance(again.chunks, tuple) and isinstance(again.graphs["joint"].inputs, tuple)
     assert again.graphs["joint"].inputs[0].shape == ("B", 640)
 
 
-def test_round_trip_of_what_the_exporter_wrote(demo_bundle: Bundle) -> None:
+def test_round_trip_of_an_exported_manifest(demo_bundle: Bundle) -> None:
     manifest = demo_bundle.manifest
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.chunks == tuple(sorted(CHUNKS, key=lambda chunk: chunk.ms))
@@ -110,13 +110,14 @@ def test_round_trip_of_what_the_exporter_wrote(demo_bundle: Bundle) -> None:
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> str:
+    """Return a serialized manifest after `change`."""
     document = json.loads(make_manifest().to_json())
     change(document)
     return json.dumps(document)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{", "not JSON"),
         ("[]", "not a nemostream manifest"),
@@ -126,19 +127,19 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
         (edited(lambda d: d.pop("version")), "version None"),
         (edited(lambda d: d.pop("chunks")), "'chunks'"),
         (edited(lambda d: d["encoder"].pop("layers")), "layers"),
-        (edited(lambda d: d["encoder"].update(surprise=1)), "surprise"),
+        (edited(lambda d: d["encoder"].update(extra=1)), "extra"),
         (edited(lambda d: d["graphs"]["joint"].pop("sha256")), "'sha256'"),
         (edited(lambda d: d.update(graphs=[])), "export the checkpoint again"),
     ],
 )
-def test_a_manifest_that_is_none_says_why(text: str, says: str) -> None:
+def test_invalid_manifests(text: str, message: str) -> None:
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(text, "somewhere/manifest.json")
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("somewhere/manifest.json ")
 
 
-def test_open_checks_every_file(bundle: Bundle) -> None:
+def test_open_verifies_every_file(bundle: Bundle) -> None:
     opened = Bundle.open(bundle.path)
     assert opened == bundle
     assert opened.file("joint") == bundle.path / "joint.onnx"
@@ -168,14 +169,14 @@ def test_not_a_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_an_unknown_chunk_size_names_the_known_ones() -> None:
+def test_an_unknown_chunk_size_lists_the_available_ones() -> None:
     manifest = make_manifest()
     assert [manifest.chunk(chunk.ms) for chunk in CHUNKS] == list(CHUNKS)
     with pytest.raises(OptionError, match=r"chunk size 100 ms .* one of 80, 160, 560, 1120"):
         manifest.chunk(100)
 
 
-def test_errors_are_what_they_replace_and_have_their_own_exit_codes() -> None:
+def test_errors_inherit_builtins_and_have_unique_exit_codes() -> None:
     kinds = NemostreamError.__subclasses__()
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
@@ -183,10 +184,10 @@ def test_errors_are_what_they_replace_and_have_their_own_exit_codes() -> None:
     assert all(len(kind.__bases__) == 2 and kind.__bases__[1].__module__ == "builtins" for kind in kinds)
 
 
-# -- time --------------------------------------------------------------------------------------------------------------
+# -- time axis---------------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_of_a_400_160_front_end() -> None:
+def test_constants_of_a_400_160_front_end() -> None:
     manifest = make_manifest()
     assert manifest.features.tail == 239
     assert manifest.encoder.mel_cache == 9
@@ -201,7 +202,7 @@ def test_the_numbers_of_a_400_160_front_end() -> None:
     [
         (-1, 0, 0),
         (0, 0, 0),
-        (159, 0, 0),  # less than one mel frame: nothing to say
+        (159, 0, 0),  # less than one mel frame
         (160, 1, 1),  # 1 -> 1 -> 1 -> 1
         (319, 1, 1),
         (320, 2, 2),  # 2 -> 2 -> 2 -> 2
@@ -219,7 +220,7 @@ def test_frames_of_a_recording(samples: int, mel: int, encoder: int) -> None:
 
 @given(samples=st.integers(160, 10**9), subsampling=st.sampled_from([2, 4, 8, 16]))
 def test_encoder_frames_are_those_of_strided_convolutions(samples: int, subsampling: int) -> None:
-    """Kernel 3, stride 2, two frames of padding before and one after: NeMo's causal convolution, counted by hand."""
+    """NeMo's causal convolution: kernel 3, stride 2, two frames of padding before and one after."""
     encoder = dataclasses.replace(make_manifest().encoder, subsampling=subsampling)
     manifest = make_manifest(encoder=encoder)
     frames, factor = manifest.mel_frames(samples), subsampling
@@ -230,8 +231,8 @@ def test_encoder_frames_are_those_of_strided_convolutions(samples: int, subsampl
 
 
 @given(samples=st.integers(160, 10**8), chunk=st.sampled_from(CHUNKS))
-def test_the_steps_of_a_recording_hear_all_of_it(samples: int, chunk: ChunkConfig) -> None:
-    """The last step ends after the last sample that the last mel frame reads: 198 past its centre."""
+def test_the_steps_cover_the_whole_recording(samples: int, chunk: ChunkConfig) -> None:
+    """The last step ends after the last sample of the last mel frame, which is 198 after its centre."""
     manifest = make_manifest()
     steps = -(-manifest.encoder_frames(samples) // chunk.frames)
     last = 160 * (manifest.mel_frames(samples) - 1) + 198
@@ -241,8 +242,8 @@ def test_the_steps_of_a_recording_hear_all_of_it(samples: int, chunk: ChunkConfi
 # -- malformed ---------------------------------------------------------------------------------------------------------
 
 
-def at(path: str, value: Any) -> str:
-    """A manifest with one value replaced: "encoder/layers", "chunks/0/ms"."""
+def with_value(path: str, value: Any) -> str:
+    """Return a serialized manifest with the value at a path ("encoder/layers", "chunks/0/ms") replaced."""
 
     def change(document: Any) -> None:
         *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
@@ -286,9 +287,9 @@ def at(path: str, value: Any) -> str:
         ("version", 2.0),
     ],
 )
-def test_a_malformed_field_is_one_sentence(path: str, value: Any) -> None:
+def test_malformed_fields_raise_one_sentence(path: str, value: Any) -> None:
     with pytest.raises(BundleError, match="export the checkpoint again") as caught:
-        Manifest.from_json(at(path, value), "manifest.json")
+        Manifest.from_json(with_value(path, value), "manifest.json")
     assert len(str(caught.value)) < 500
 
 
@@ -297,7 +298,7 @@ def test_a_malformed_field_is_one_sentence(path: str, value: Any) -> None:
     ["[" * 100_000, '{"a":' * 100_000, '{"format": "\\ud800"}', " " * (16 * 2**20 + 1), "9" * 5000, "NaN"],
     ids=["lists", "objects", "surrogate", "large", "digits", "NaN"],
 )
-def test_json_beyond_measure_is_one_sentence(text: str) -> None:
+def test_excessive_json_raises_one_sentence(text: str) -> None:
     with pytest.raises(BundleError, match=r"export the checkpoint again|not a nemostream manifest"):
         Manifest.from_json(text)
 
@@ -331,7 +332,7 @@ def test_a_link_inside_the_bundle_is_followed(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd", "other.bin", "./weights.bin", ""])
-def test_a_graph_reads_the_bundles_weights_only(bundle: Bundle, location: str) -> None:
+def test_graphs_may_only_read_the_weights_file(bundle: Bundle, location: str) -> None:
     (bundle.path / "joint.onnx").write_bytes(model_reading(location))
     manifest = dataclasses.replace(bundle.manifest, graphs=graphs(sha256(bundle.path / "joint.onnx")))
     (bundle.path / "manifest.json").write_text(manifest.to_json())
@@ -339,15 +340,15 @@ def test_a_graph_reads_the_bundles_weights_only(bundle: Bundle, location: str) -
         Bundle.open(bundle.path)
 
 
-def test_external_files_are_those_that_onnx_finds(tmp_path: Path) -> None:
-    """Wherever a tensor may be: initializers, attributes, subgraphs, functions, sparse tensors."""
+def test_external_files_of_all_kinds_of_tensors(tmp_path: Path) -> None:
+    """Tensors in initializers, attributes, subgraphs, functions and sparse tensors are found."""
     onnx = pytest.importorskip("onnx", reason="needs onnx")
 
     def tensor(name: str) -> Any:
-        made = onnx.TensorProto(name=name, data_type=1, dims=[4], data_location=1)
-        made.external_data.add(key="offset", value="0")
-        made.external_data.add(key="location", value=name)
-        return made
+        proto = onnx.TensorProto(name=name, data_type=1, dims=[4], data_location=1)
+        proto.external_data.add(key="offset", value="0")
+        proto.external_data.add(key="location", value=name)
+        return proto
 
     inner = onnx.helper.make_graph([], "inner", [], [], [tensor("subgraph")])
     node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)

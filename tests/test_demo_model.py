@@ -1,4 +1,4 @@
-"""The demo model's recipe and what it promises."""
+"""The demo model: its training recipe, its figures, and the packaged bundle."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def recipe(name: str) -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.nemo
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_loss_is_the_sum_over_all_paths_in_the_band(whole: bool) -> None:
-    """Against Graves' definition itself: every alignment of a small lattice, one by one."""
+@pytest.mark.parametrize("whole_lattice", [True, False])
+def test_the_loss_is_the_sum_over_all_paths_in_the_band(whole_lattice: bool) -> None:
+    """Compare with Graves' definition: enumerate all alignments of a small lattice."""
     import torch
 
     recipe_loss = recipe("rnnt_loss")
     rng = np.random.default_rng(0)
     frames, labels = [5, 3, 1], [3, 0, 2]
-    times = [[-1] * count for count in labels] if whole else [[1, 1, 3], [], [0, 0]]
+    times = [[-1] * count for count in labels] if whole_lattice else [[1, 1, 3], [], [0, 0]]
     first, cells = recipe_loss.band(times, frames, early=0, late=2)
     width = int(cells.max())
     stay, emit = (torch.from_numpy(rng.uniform(-3, -0.1, (3, 5, width))).requires_grad_(True) for _ in range(2))
@@ -66,21 +66,21 @@ def test_the_loss_is_the_sum_over_all_paths_in_the_band(whole: bool) -> None:
     def of(stay: torch.Tensor, emit: torch.Tensor) -> torch.Tensor:
         return recipe_loss.band_loss(stay, emit, first, cells, torch.tensor(frames), torch.tensor(labels))
 
-    assert torch.autograd.gradcheck(of, (stay, emit)), "the gradient is that of differences"
+    assert torch.autograd.gradcheck(of, (stay, emit)), "the gradient equals finite differences"
     loss.sum().backward()
-    assert float(stay.grad[2, 1:].abs().sum()) == 0, "frames past a row's end have no part in its loss"
+    assert float(stay.grad[2, 1:].abs().sum()) == 0, "frames after the end of a row do not contribute to its loss"
 
 
 @pytest.mark.nemo
-def test_a_label_may_come_when_its_word_is_over_and_a_little_later() -> None:
+def test_the_band_starts_at_the_end_of_a_word() -> None:
     first, cells = recipe("rnnt_loss").band([[2, 4]], [8], early=0, late=2)
-    # Label counts reachable at each frame: none before its time, and each said at the latest two frames after it.
+    # Label counts allowed at each frame: a label is emitted at its time, or up to two frames later.
     low, high = first[0].tolist(), (first + cells - 1)[0].tolist()
     assert low == [0, 0, 0, 0, 0, 1, 1, 2]
     assert high == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
-def test_numbers_are_said_as_people_say_them() -> None:
+def test_numbers_are_spelled_out() -> None:
     inflect = pytest.importorskip("inflect").engine()
     sentences = recipe("sentences")
     for n in [*range(131), 199, 200, 342, 1000, 1001, 20_015, 999_999, 1_000_000, 6_310_402]:
@@ -96,30 +96,32 @@ def test_numbers_are_said_as_people_say_them() -> None:
     ]
 
 
-def test_what_is_for_testing_does_not_depend_on_case_or_punctuation() -> None:
+def test_held_out_texts_do_not_depend_on_case_or_punctuation() -> None:
     texts = recipe("texts")
-    said = [f"Press {a} to call {b}." for a in ("one", "two", "nine", "star") for b in ("Anna", "Bob", "me", "Rome")]
-    held_out = [texts.is_held_out(text) for text in said]
-    assert held_out == [texts.is_held_out(text.upper().replace(".", "!")) for text in said]
+    sentences = [
+        f"Press {a} to call {b}." for a in ("one", "two", "nine", "star") for b in ("Anna", "Bob", "me", "Rome")
+    ]
+    held_out = [texts.is_held_out(text) for text in sentences]
+    assert held_out == [texts.is_held_out(text.upper().replace(".", "!")) for text in sentences]
     spread = sum(texts.is_held_out(str(n) + " " + chr(97 + n % 26) * (n // 26 + 1)) for n in range(2000)) / 2000
     assert 1 / 16 * 0.6 < spread < 1 / 16 * 1.4
 
 
-def test_the_grammar_says_words_alone() -> None:
-    """No rule, option or list of the grammar is left in a sentence."""
+def test_grammar_sentences_consist_of_words() -> None:
+    """No unexpanded rule, option or alternative remains in a sentence."""
     sentences = recipe("sentences")
     if not recipe("texts").WORDNET.is_dir():
         pytest.skip("needs Debian's wordnet-base")
     grammar = sentences.Grammar(FOLDER / "grammar.txt", random.Random(4))
     for rule in ("prompt", "command", "everyday"):
         for _ in range(800):
-            said = sentences.tidy(grammar.say(rule), True)
-            assert re.fullmatch(r"[A-Za-z',.?! ]+", said), said
-            assert not re.search(r"\b[A-Z]{2,}\b", said), said
+            sentence = sentences.tidy(grammar.expand(rule), True)
+            assert re.fullmatch(r"[A-Za-z',.?! ]+", sentence), sentence
+            assert not re.search(r"\b[A-Z]{2,}\b", sentence), sentence
 
 
 @pytest.mark.nemo
-def test_a_token_may_come_when_its_letters_are_over() -> None:
+def test_token_times_are_proportional_to_letters() -> None:
     pieces = ["▁Wash", "ing", "▁up", "."]
 
     class Pieces:
@@ -135,8 +137,8 @@ def test_a_token_may_come_when_its_letters_are_over() -> None:
 
 
 @pytest.mark.nemo
-def test_what_is_measured_is_heard_through_the_runtime() -> None:
-    """Rates of the recipe's last step against jiwer's."""
+def test_word_error_rates_equal_jiwers() -> None:
+    """The rates of `evaluate.py`, which runs nemostream, equal those of jiwer."""
     jiwer = pytest.importorskip("jiwer", reason="needs the bench extra")
     import soundfile
 
@@ -146,19 +148,22 @@ def test_what_is_measured_is_heard_through_the_runtime() -> None:
         evaluate.Scored(soundfile.read(FOLDER / "heldout" / row["audio_filepath"], dtype="float32")[0], row["text"], "")
         for row in rows
     ]
-    clips[0].text += " and more"  # which nobody said
+    clips[0].text += " and more"  # at least two errors
     with nemostream.load(threads=1, capacity=8) as model:
-        results = evaluate.push_events(model, clips, 560)
-    found, said = evaluate.rate(clips, results), [re.sub("[.,?!]", "", result.text.lower()) for result in results]
-    wanted = jiwer.wer([re.sub("[.,?!]", "", clip.text.lower()) for clip in clips], said)
+        results = evaluate.transcribe(model, clips, 560)
+    found, transcripts = (
+        evaluate.rate(clips, results),
+        [re.sub("[.,?!]", "", result.text.lower()) for result in results],
+    )
+    wanted = jiwer.wer([re.sub("[.,?!]", "", clip.text.lower()) for clip in clips], transcripts)
     assert 0 < wanted == pytest.approx(found["wer"], abs=1e-4)
-    assert found["clips"] == 4 and found["right_to_the_last_comma"] <= 0.75
+    assert found["clips"] == 4 and found["exact_match"] <= 0.75
     tokens = sum(len(result.tokens) for result in results)
     seconds = sum(len(clip.audio) for clip in clips) / 16000
-    assert evaluate.manner(clips, results)["tokens_per_second"] == pytest.approx(tokens / seconds, abs=1e-3)
+    assert evaluate.emission(clips, results)["tokens_per_second"] == pytest.approx(tokens / seconds, abs=1e-3)
 
 
-def test_the_package_carries_this_checkpoint(demo_bundle: Bundle) -> None:
+def test_the_packaged_bundle_is_of_this_checkpoint(demo_bundle: Bundle) -> None:
     checkpoint = FOLDER / "demo.nemo"
     assert demo_bundle.manifest.checkpoint["sha256"] == sha256(checkpoint)
     bundled = sum(file.stat().st_size for file in demo_bundle.path.iterdir())
@@ -167,7 +172,7 @@ def test_the_package_carries_this_checkpoint(demo_bundle: Bundle) -> None:
     assert demo_bundle.manifest.features.mels == 128
 
 
-def test_the_card_tells_what_was_measured() -> None:
+def test_the_model_card_has_the_measured_figures() -> None:
     figures = json.loads((FOLDER / "demo.json").read_text())
     card = (FOLDER / "model_card.md").read_text()
     sets = {"held_out": 500, "free": 200, "digits": 80, "prompts": 90, "people": 5}
@@ -180,12 +185,12 @@ def test_the_card_tells_what_was_measured() -> None:
         assert f"| {chunk} | {rates} |" in card
 
 
-def test_the_clip_is_heard() -> None:
+def test_the_clip_is_transcribed_without_error() -> None:
     with nemostream.load() as model:
         assert model.transcribe(nemostream.demo_clip()).text == CLIP_TEXT
 
 
-def test_silence_and_noise_have_no_words() -> None:
+def test_no_words_are_emitted_for_silence_and_noise() -> None:
     rng = np.random.default_rng(5)
     with nemostream.load() as model:
         for level in (0.0, 1e-4, 1e-2):

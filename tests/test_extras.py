@@ -1,4 +1,4 @@
-"""The command that installs an extra works where this copy came from."""
+"""The command that installs an extra names the source of this copy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[1]
         (None, "in a checkout of nemostream, pip install '.[serve,vad]'"),
     ],
 )
-def test_where_it_came_from(recorded: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_of_the_installation(
+    recorded: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a b.whl").write_bytes(b"")
     text = None if recorded is None else json.dumps(recorded).replace("FOLDER", str(tmp_path))
     monkeypatch.setattr("nemostream.extras.distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
@@ -47,8 +49,8 @@ def test_without_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     assert install_command("mic").endswith("pip install '.[mic]'")
 
 
-def test_pip_takes_the_command_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the installing, which `--dry-run` leaves out; nothing is downloaded without an extra."""
+def test_pip_accepts_the_command_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run with `--dry-run`; without an extra nothing is downloaded."""
     text = json.dumps({"url": ROOT.as_uri(), "dir_info": {}})
     monkeypatch.setattr("nemostream.extras.distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
     program, *arguments = shlex.split(install_command())
@@ -58,12 +60,12 @@ def test_pip_takes_the_command_of_a_checkout(monkeypatch: pytest.MonkeyPatch) ->
     assert done.returncode == 0 and "Would install nemostream-" in done.stdout, done.stderr
 
 
-def test_no_page_and_no_hint_names_an_index_that_does_not_have_it() -> None:
-    """`pip install nemostream` finds nothing: the package is on no index."""
+def test_no_text_suggests_installing_from_an_index() -> None:
+    """The package is on no index, so `pip install nemostream` fails."""
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]
-    folders = ("src", "runtime", "engine", "export", "benchmarks")
+    folders = ("src", "runtime", "engine", "export", "serving", "benchmarks")
     code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    wrong = re.compile(r"pip install (?:-\S+ )*'?nemostream(?!\[.*\] @|\{)")
-    found = {str(path.relative_to(ROOT)): wrong.findall(path.read_text("utf-8")) for path in [*pages, *code]}
+    from_index = re.compile(r"pip install (?:-\S+ )*'?nemostream(?!\[.*\] @|\{)")
+    found = {str(path.relative_to(ROOT)): from_index.findall(path.read_text("utf-8")) for path in [*pages, *code]}
     found.pop("src/nemostream/extras.py")
     assert {name: lines for name, lines in found.items() if lines} == {}

@@ -1,4 +1,4 @@
-"""What people give the command line: files in parts, files on standard input, files that end early, phones' files."""
+"""Inputs of `nemostream transcribe`: chained files, standard input, truncated files, files of phones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def text() -> str:
 
 
 @pytest.mark.parametrize(("container", "subtype"), [("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("FLAC", "PCM_16")])
-def test_a_file_in_two_parts_is_transcribed_to_its_end(tmp_path: Path, container: str, subtype: str) -> None:
+def test_chained_files_are_transcribed_completely(tmp_path: Path, container: str, subtype: str) -> None:
     path = tmp_path / "two"
     path.write_bytes(encoded(container, subtype) * 2)
     done = run(path, "--format", "json")
@@ -76,10 +76,10 @@ def test_raw_samples_on_standard_input(text: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
-def test_a_recorder_that_was_killed(tmp_path: Path, text: str, size: int) -> None:
+def test_wav_files_of_an_interrupted_recorder(tmp_path: Path, text: str, size: int) -> None:
     data = bytearray(encoded("WAV", "PCM_16"))
-    at = data.index(b"data") + 4
-    data[at : at + 4], data[4:8] = struct.pack("<I", size), struct.pack("<I", 36)
+    offset = data.index(b"data") + 4
+    data[offset : offset + 4], data[4:8] = struct.pack("<I", size), struct.pack("<I", 36)
     path = tmp_path / "a.wav"
     path.write_bytes(data)
     for done in (run(path), run("-", data=bytes(data))):
@@ -87,10 +87,10 @@ def test_a_recorder_that_was_killed(tmp_path: Path, text: str, size: int) -> Non
 
 
 @pytest.mark.parametrize("options", [[], ["--realtime"], ["--endpoint-ms", "800"], ["stdin"]])
-def test_a_wav_that_ends_early_is_transcribed_and_reported(tmp_path: Path, text: str, options: list[str]) -> None:
+def test_a_truncated_wav_is_transcribed_and_reported(tmp_path: Path, text: str, options: list[str]) -> None:
     data = bytearray(encoded("WAV", "PCM_16"))
-    at = data.index(b"data") + 4
-    data[at : at + 4] = struct.pack("<I", 2 * len(SPEECH) + 2 * RATE * 3)
+    offset = data.index(b"data") + 4
+    data[offset : offset + 4] = struct.pack("<I", 2 * len(SPEECH) + 2 * RATE * 3)
     path = tmp_path / "cut.wav"
     path.write_bytes(data)
     stdin = options == ["stdin"]
@@ -101,7 +101,7 @@ def test_a_wav_that_ends_early_is_transcribed_and_reported(tmp_path: Path, text:
     assert done.returncode == nemostream.TruncatedAudioError.exit_code != nemostream.AudioError.exit_code
 
 
-def test_a_wav_that_ends_early_does_not_end_the_run(tmp_path: Path, text: str) -> None:
+def test_a_truncated_wav_does_not_stop_the_run(tmp_path: Path, text: str) -> None:
     data = encoded("WAV", "PCM_16")
     whole, cut = tmp_path / "whole.wav", tmp_path / "cut.wav"
     whole.write_bytes(data)
@@ -112,13 +112,13 @@ def test_a_wav_that_ends_early_does_not_end_the_run(tmp_path: Path, text: str) -
     assert rows[1]["text"] == text and text.startswith(rows[0]["text"][:20]) and done.returncode == 11
 
 
-def test_python_has_the_result_of_what_is_there(tmp_path: Path) -> None:
+def test_the_error_has_the_partial_result(tmp_path: Path) -> None:
     data = encoded("WAV", "PCM_16")
     cut = tmp_path / "cut.wav"
     cut.write_bytes(data[: len(data) // 2])
-    there = np.frombuffer(data[44 : len(data) // 2], "<i2")
+    partial = np.frombuffer(data[44 : len(data) // 2], "<i2")
     with nemostream.load() as model:
-        wanted = model.transcribe(there)
+        wanted = model.transcribe(partial)
         with pytest.raises(nemostream.TruncatedAudioError) as caught:
             model.transcribe(cut)
         assert caught.value.result == wanted and wanted.final
@@ -129,7 +129,7 @@ def test_python_has_the_result_of_what_is_there(tmp_path: Path) -> None:
             for event in model.listen(cut):
                 events.append(event)
         assert [event.text for event in events if event.kind == "final"] == [wanted.text]
-        with pytest.raises(nemostream.TruncatedAudioError):  # the state is of no use any more
+        with pytest.raises(nemostream.TruncatedAudioError):  # no checkpoint is written
             model.transcribe(cut, resume=tmp_path / "state")
     assert not (tmp_path / "state").exists()
 
@@ -137,18 +137,18 @@ def test_python_has_the_result_of_what_is_there(tmp_path: Path) -> None:
 def test_implausible_arrays(text: str) -> None:
     big = SPEECH * 32768
     with nemostream.load() as model:
-        for use in (
+        for call in (
             lambda: model.transcribe(big),
             lambda: list(model.listen(big)),
             lambda: model.stream().push(big),
             lambda: list(model.listen(iter([big]))),
         ):
             with pytest.raises(nemostream.AudioError, match="divide by 32768"):
-                use()
+                call()
         assert model.transcribe(SPEECH * 8).text  # a recording that clips
-        for wrong in (np.array(0.5), np.zeros((2, 3, 4), np.float32)):
+        for invalid in (np.array(0.5), np.zeros((2, 3, 4), np.float32)):
             with pytest.raises(nemostream.AudioError):
-                model.transcribe(wrong)
+                model.transcribe(invalid)
         for rate in ("16000", 0, 10**7, None):
             with pytest.raises(nemostream.OptionError, match="sample_rate"):
                 model.transcribe(SPEECH, sample_rate=rate)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_implausible_arrays(text: str) -> None:
             model.transcribe(data)
 
 
-def test_a_phones_file(tmp_path: Path, text: str) -> None:
+def test_a_file_of_a_phone(tmp_path: Path, text: str) -> None:
     av = pytest.importorskip("av", reason="needs the av extra")
     path = tmp_path / "memo.m4a"
     with av.open(str(path), "w", format="mp4") as output:

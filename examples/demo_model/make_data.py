@@ -1,11 +1,11 @@
-"""Speak the sentences: synthetic voices with the time of every word and sound, and the human recordings.
+"""Create the audio data: synthetic speech with the times of all words and sounds, and the human recordings.
 
     python make_data.py --sentences sentences.jsonl --out WORK --piper VOICE --kokoro VOICES [--speech SPEECH]
 
-Writes shards, each `NAME.i16` (16 kHz mono samples end to end) and `NAME.jsonl` (one row a clip: start, length, text,
-kind, voice, and where known word times and sounds). A shard's rows file comes last, so a shard is whole or absent, and
-a rerun goes on where it stopped. `test-*` are for testing: held-out sentences, the left-out human speaker's digits and
-the left-out prompts.
+Writes shards of two files: `NAME.i16` (concatenated 16 kHz mono samples) and `NAME.jsonl` (one row per clip: start,
+length, text, kind, voice, and word times and sounds if known). The rows file is written last, so a shard is complete or
+absent, and a rerun continues where it stopped. The shards `test-*` are for testing: held-out sentences, the digits of
+the held-out human speaker, and the held-out prompts.
 """
 
 from __future__ import annotations
@@ -23,82 +23,87 @@ import soxr
 from kokoro import Kokoro
 from piper import Piper
 from texts import is_test_prompt, prompt_text
-from voices import RATE, Espeak, Festival, Flite, Spoken, Unspeakable
+from voices import RATE, Espeak, Festival, Flite, SynthesisError, Utterance
 
-TEST_SPEAKER = "yweweler"  # the human speaker no training step hears
+TEST_SPEAKER = "yweweler"  # human speaker who is not in the training data
 SHARES = {"flite": 0.27, "espeak": 0.25, "festival": 0.18, "piper": 0.3}
 PER_SHARD = 400
-KOKORO_SHARDS, PER_KOKORO_SHARD = 60, 100  # the slowest voice by far: 3 times real time on a core
+KOKORO_SHARDS, PER_KOKORO_SHARD = 60, 100  # slowest voice: 3 times real time on a core
 
 
 class Shard:
+    """Writer of a shard."""
+
     def __init__(self, folder: Path, name: str) -> None:
         self.rows_path, self.audio_path = folder / f"{name}.jsonl", folder / f"{name}.i16"
         self.rows: list[str] = []
         self.pieces: list[np.ndarray] = []
-        self.at = 0
+        self.length = 0  # samples
 
-    def add(self, audio: np.ndarray, row: dict, spoken: Spoken | None = None) -> None:
+    def add(self, audio: np.ndarray, row: dict, utterance: Utterance | None = None) -> None:
+        """Append a clip, normalised to a peak of 0.9."""
         peak = float(np.abs(audio).max()) if len(audio) else 0.0
         samples = np.round(audio * (0.9 / max(peak, 0.05)) * 32767).astype(np.int16)
-        row = row | {"start": self.at, "length": len(samples)}
-        if spoken:
+        row = row | {"start": self.length, "length": len(samples)}
+        if utterance:
             row |= {
-                "starts": [round(t, 3) for t in spoken.starts],
-                "ends": [round(t, 3) for t in spoken.ends],
-                "set": spoken.phone_set,
-                "phones": [symbol for symbol, _ in spoken.phones],
-                "until": [round(float(t), 3) for _, t in spoken.phones],
+                "starts": [round(t, 3) for t in utterance.starts],
+                "ends": [round(t, 3) for t in utterance.ends],
+                "set": utterance.phone_set,
+                "phones": [symbol for symbol, _ in utterance.phones],
+                "until": [round(float(t), 3) for _, t in utterance.phones],
             }
         self.rows.append(json.dumps(row, ensure_ascii=False))
         self.pieces.append(samples)
-        self.at += len(samples)
+        self.length += len(samples)
 
     def write(self) -> float:
+        """Write the files; return the duration in minutes."""
         np.concatenate(self.pieces).tofile(self.audio_path)
         partial = self.rows_path.with_suffix(".partial")
         partial.write_text("\n".join(self.rows) + "\n")
         partial.rename(self.rows_path)
-        return self.at / RATE / 60
+        return self.length / RATE / 60
 
 
-def speak(folder: Path, name: str, rows: list[dict], seed: int, piper: Path | None) -> str:
-    """One shard. Each sentence gets one voice; what a voice cannot time is left out."""
+def synthesize_shard(folder: Path, name: str, rows: list[dict], seed: int, piper: Path | None) -> str:
+    """Synthesise one shard, each sentence by one voice; skip sentences without reliable word times."""
     rng = random.Random(seed)
     shares = {tool: share for tool, share in SHARES.items() if piper or tool != "piper"}
     espeak = Espeak()
-    says = {"flite": Flite().say, "espeak": espeak.say}
+    synthesizers = {"flite": Flite().synthesize, "espeak": espeak.synthesize}
     if piper:
-        says["piper"] = Piper(piper, espeak).say
+        synthesizers["piper"] = Piper(piper, espeak).synthesize
     tools = rng.choices(list(shares), list(shares.values()), k=len(rows))
     slow = [row for row, tool in zip(rows, tools, strict=True) if tool == "festival"]
-    festival = iter(Festival().say_all([row["text"] for row in slow], rng))
-    shard, lost = Shard(folder, name), 0
+    festival = iter(Festival().synthesize_all([row["text"] for row in slow], rng))
+    shard, skipped = Shard(folder, name), 0
     for row, tool in zip(rows, tools, strict=True):
         try:
-            spoken = next(festival) if tool == "festival" else says[tool](row["text"], rng)
-        except Unspeakable:
-            spoken = None
-        if spoken is None:
-            lost += 1
+            utterance = next(festival) if tool == "festival" else synthesizers[tool](row["text"], rng)
+        except SynthesisError:
+            utterance = None
+        if utterance is None:
+            skipped += 1
             continue
-        shard.add(spoken.audio, {"text": row["text"], "kind": row["kind"], "voice": spoken.voice}, spoken)
-    return f"{name}: {shard.write():.1f} minutes, {lost} sentences left out"
+        shard.add(utterance.audio, {"text": row["text"], "kind": row["kind"], "voice": utterance.voice}, utterance)
+    return f"{name}: {shard.write():.1f} minutes, {skipped} sentences skipped"
 
 
-def speak_slowly(folder: Path, name: str, rows: list[dict], seed: int, kokoro: Path) -> str:
-    """A shard by Kokoro's voices."""
-    rng, say, shard = random.Random(seed), Kokoro(kokoro, Espeak()).say, Shard(folder, name)
+def synthesize_kokoro_shard(folder: Path, name: str, rows: list[dict], seed: int, kokoro: Path) -> str:
+    """Synthesise one shard with Kokoro."""
+    rng, synthesize, shard = random.Random(seed), Kokoro(kokoro, Espeak()).synthesize, Shard(folder, name)
     for row in rows:
         try:
-            spoken = say(row["text"], rng)
-        except Unspeakable:
+            utterance = synthesize(row["text"], rng)
+        except SynthesisError:
             continue
-        shard.add(spoken.audio, {"text": row["text"], "kind": row["kind"], "voice": spoken.voice}, spoken)
+        shard.add(utterance.audio, {"text": row["text"], "kind": row["kind"], "voice": utterance.voice}, utterance)
     return f"{name}: {shard.write():.1f} minutes"
 
 
-def human(folder: Path, speech: Path) -> None:
+def write_human_shards(folder: Path, speech: Path) -> None:
+    """Write the shards of human digits and prompts."""
     shards = {name: Shard(folder, name) for name in ("human-digits", "human-prompts", "test-digits", "test-prompts")}
     for manifest in sorted((speech / "digits").glob("*.jsonl")):
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -120,7 +125,7 @@ def human(folder: Path, speech: Path) -> None:
 
 
 def trim(audio: np.ndarray) -> np.ndarray:
-    """Cut silence off both ends, 30 dB under the loudest 10 ms."""
+    """Remove silence at both ends: less than 30 dB below the loudest 10 ms is speech."""
     frames = audio[: len(audio) // 160 * 160].reshape(-1, 160)
     power = (frames**2).mean(axis=1)
     loud = np.flatnonzero(power > power.max() * 1e-3)
@@ -135,34 +140,41 @@ def main() -> None:
     parser.add_argument("--kokoro", type=Path, help="folder of kokoro.onnx, vocab.json and voices/*.bin")
     parser.add_argument("--speech", type=Path, help="folder of digits/*.jsonl and prompts.jsonl")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--tag", help="ignored: a word to find the process by")
+    parser.add_argument("--tag", help="ignored; identifies the process in a list")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.speech and not (options.out / "test-prompts.jsonl").is_file():
-        human(options.out, options.speech)
+        write_human_shards(options.out, options.speech)
     rows = [json.loads(line) for line in options.sentences.read_text().splitlines()]
     held_out = [row for row in rows if row["held_out"]]
     training = [row for row in rows if not row["held_out"]]
-    jobs = [(speak, f"test-{n:03}", part, 10_000 + n, options.piper) for n, part in _parts(held_out[:1200], PER_SHARD)]
-    many = [(speak, f"train-{n:03}", part, n, options.piper) for n, part in _parts(training, PER_SHARD)]
+    jobs = [
+        (synthesize_shard, f"test-{n:03}", part, 10_000 + n, options.piper)
+        for n, part in _parts(held_out[:1200], PER_SHARD)
+    ]
+    fast = [(synthesize_shard, f"train-{n:03}", part, n, options.piper) for n, part in _parts(training, PER_SHARD)]
     if options.kokoro:
-        few = held_out[1200 : 1200 + 2 * PER_KOKORO_SHARD]
+        selected = held_out[1200 : 1200 + 2 * PER_KOKORO_SHARD]
         jobs += [
-            (speak_slowly, f"test-kokoro-{n:03}", part, 30_000 + n, options.kokoro)
-            for n, part in _parts(few, PER_KOKORO_SHARD)
+            (synthesize_kokoro_shard, f"test-kokoro-{n:03}", part, 30_000 + n, options.kokoro)
+            for n, part in _parts(selected, PER_KOKORO_SHARD)
         ]
-        few = training[::-1][: KOKORO_SHARDS * PER_KOKORO_SHARD]
+        selected = training[::-1][: KOKORO_SHARDS * PER_KOKORO_SHARD]
         slow = [
-            (speak_slowly, f"train-kokoro-{n:03}", part, 20_000 + n, options.kokoro)
-            for n, part in _parts(few, PER_KOKORO_SHARD)
+            (synthesize_kokoro_shard, f"train-kokoro-{n:03}", part, 20_000 + n, options.kokoro)
+            for n, part in _parts(selected, PER_KOKORO_SHARD)
         ]
-        while slow:  # in turns, so that training can begin with some of everything
-            jobs += [*many[:2], slow.pop(0)]
-            many = many[2:]
-    jobs = [(say, options.out, *job) for say, *job in jobs + many if not (options.out / f"{job[0]}.jsonl").is_file()]
-    # A process a shard: flite and espeak-ng keep state, and a crash in C code should cost one shard.
+        while slow:  # interleaved, so that training can start with all voices
+            jobs += [*fast[:2], slow.pop(0)]
+            fast = fast[2:]
+    jobs = [
+        (function, options.out, *job)
+        for function, *job in jobs + fast
+        if not (options.out / f"{job[0]}.jsonl").is_file()
+    ]
+    # One process per shard: flite and espeak-ng have global state, and a crash in C code loses only one shard.
     with get_context("fork").Pool(options.processes, maxtasksperchild=1) as pool:
-        for line in pool.imap(_speak, jobs, chunksize=1):
+        for line in pool.imap(_run_job, jobs, chunksize=1):
             print(line, flush=True)
 
 
@@ -170,9 +182,9 @@ def _parts(rows: list[dict], size: int) -> list[tuple[int, list[dict]]]:
     return [(number, rows[first : first + size]) for number, first in enumerate(range(0, len(rows), size))]
 
 
-def _speak(job: tuple) -> str:
-    say, *rest = job
-    return say(*rest)
+def _run_job(job: tuple) -> str:
+    function, *arguments = job
+    return function(*arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Training batches: clips joined, stretched and spoiled, with the frame of every label and the sound of every frame.
+"""Training batches: clips joined, stretched and augmented, with the frame of each label and the sound of each frame.
 
-A block of batches is a function of the data, the seed and the block's number alone, so a run that resumes goes on as
-it would have, and blocks can be made by any number of worker processes.
+A block of batches depends only on the data, the seed and the number of the block. A resumed run therefore continues
+identically, and any number of worker processes can create blocks.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from model import FRAME
 from scipy import fft
 
 RATE = 16000
-POOL = 120  # examples of a block, sorted by length into batches
+POOL = 120  # examples per block, sorted by length into batches
 BATCH_SECONDS = 40.0
-LONGEST = 13.0
-# How often each kind of voice speaks: the more human ones more often than there is of them, but a voice with few clips
-# must not say them all day.
+MAX_SECONDS = 13.0
+# Sampling weights of the voices. Natural ones have more weight than their share of the data; below ENOUGH clips the
+# weight of a voice is reduced, so that its clips are not repeated too often.
 WEIGHTS = {"flite": 0.2, "espeak": 0.17, "festival": 0.13, "piper": 0.22, "kokoro": 0.28}
 ENOUGH = 1500
-# How often each kind of sentence is heard: what has many words more often than what has few.
+# Sampling weights of the kinds of sentences; kinds with large vocabularies have more weight.
 KINDS = {"digits": 0.11, "numbers": 0.08, "dates": 0.09, "prompt": 0.18, "command": 0.21}
 KINDS |= {"everyday": 0.21, "text": 0.12}
 
 
 @dataclass
 class Clip:
+    """A recording of a shard, with its labels."""
+
     shard: int
     start: int
     length: int
@@ -40,28 +42,30 @@ class Clip:
     kind: str
     text: str
     tokens: list[int]
-    times: np.ndarray  # seconds after which each token may be said; empty if nobody knows
-    phones: np.ndarray  # sound numbers
-    until: np.ndarray  # the end of each, seconds
+    times: np.ndarray  # earliest emission of each token, in seconds; empty if unknown
+    phones: np.ndarray  # ids of the sounds
+    until: np.ndarray  # end of each sound, in seconds
     phone_set: int
 
 
 @dataclass
 class Batch:
+    """Augmented audio and its labels."""
+
     audio: torch.Tensor  # [B, samples]
     length: torch.Tensor  # [B]
     tokens: list[list[int]]
-    frames: list[list[int]]  # encoder frame of each token; [-1, ...] if nobody knows
-    sounds: torch.Tensor  # [B, T, 2] sound numbers of each half frame, -100 where unknown
-    sets: torch.Tensor  # [B] whose sounds
+    frames: list[list[int]]  # encoder frame of each token; [-1, ...] if unknown
+    sounds: torch.Tensor  # [B, T, 2] id of the sound in each half frame, -100 if unknown
+    sets: torch.Tensor  # [B] index of the set of sounds
 
 
 class Sounds:
-    """Numbers for the synthesisers' sound symbols; 0 is silence. Sets differ: nobody need map one to another."""
+    """Ids of the synthesisers' sound symbols; 0 is silence. Each set of symbols has its own ids."""
 
     SETS = ("us", "ipa", "piper", "kokoro")
-    PLACES = 63  # of each set
-    SIZE = 1 + len(SETS) * PLACES
+    SET_SIZE = 63  # ids per set
+    SIZE = 1 + len(SETS) * SET_SIZE
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[str, str], int] = {}
@@ -69,17 +73,17 @@ class Sounds:
     def number(self, phone_set: str, symbol: str) -> int:
         if not symbol:
             return 0
-        # A fixed place, so that it does not depend on the order of the clips.
+        # A hash, so that the id does not depend on the order of the clips. Collisions do little harm.
         key = (phone_set, symbol)
         if key not in self.numbers:
-            base = 1 + self.SETS.index(phone_set) * self.PLACES
-            place = sum(ord(c) * (i * 31 + 1) for i, c in enumerate(symbol)) % self.PLACES
-            self.numbers[key] = base + place  # two symbols may share a place; little harm
+            base = 1 + self.SETS.index(phone_set) * self.SET_SIZE
+            index = sum(ord(c) * (i * 31 + 1) for i, c in enumerate(symbol)) % self.SET_SIZE
+            self.numbers[key] = base + index
         return self.numbers[key]
 
 
 class Clips:
-    """All shards of the given prefixes in a folder. `refresh` takes in those that came since."""
+    """All shards with the given prefixes in a folder; `refresh` adds new ones."""
 
     def __init__(self, folder: Path, tokenizer: Path, prefixes: tuple[str, ...]) -> None:
         self.folder, self.prefixes = folder, prefixes
@@ -89,7 +93,7 @@ class Clips:
         self.audio: list[np.ndarray] = []
         self.seen: set[Path] = set()
         self.by_voice: dict[str, list[int]] = {}
-        self.by_kind: dict[tuple[str, str], list[int]] = {}  # of a kind of voice and of sentence
+        self.by_kind: dict[tuple[str, str], list[int]] = {}  # by kind of voice and kind of sentence
         self.refresh()
 
     def refresh(self) -> None:
@@ -112,8 +116,8 @@ class Clips:
         symbols, until = [], []
         for symbol, end in zip(row.get("phones", ()), row.get("until", ()), strict=True):
             if symbol in ("ː", "ˑ") and until:
-                until[-1] = end  # a length mark: part of the sound before it
-            elif symbol not in ("ˈ", "ˌ"):  # a stress mark: its time goes to the sound after it
+                until[-1] = end  # a length mark belongs to the previous sound
+            elif symbol not in ("ˈ", "ˌ"):  # the time of a stress mark belongs to the next sound
                 symbols.append(self.sounds.number(row["set"], symbol))
                 until.append(end)
         return Clip(
@@ -131,7 +135,7 @@ class Clips:
         )
 
     def tokens(self, text: str, starts: list[float] | None, ends: list[float] | None) -> tuple[list[int], np.ndarray]:
-        """A word of several pieces says each when its letters are over."""
+        """Return token ids and their times: the time of a word is divided among its pieces by their letters."""
         pieces = self.pieces.encode(text, out_type=str)
         tokens = self.pieces.encode(text)
         if ends is None or starts is None:
@@ -151,6 +155,8 @@ class Clips:
 
 
 class Mixer:
+    """Data set of blocks of batches."""
+
     def __init__(self, folder: Path, tokenizer: Path, seed: int, with_prompts_from: int) -> None:
         self.clips = Clips(folder, tokenizer, ("train", "human"))
         self.seed, self.with_prompts_from = seed, with_prompts_from
@@ -159,14 +165,14 @@ class Mixer:
     def __getitem__(self, block: int) -> list[Batch]:
         self.clips.refresh()
         rng = np.random.default_rng([self.seed, block])
-        made = sorted((self._example(rng, block) for _ in range(POOL)), key=lambda e: len(e[0]))
+        examples = sorted((self._example(rng, block) for _ in range(POOL)), key=lambda e: len(e[0]))
         batches: list[list] = [[]]
-        for example in made:
+        for example in examples:
             if batches[-1] and len(example[0]) * (len(batches[-1]) + 1) > BATCH_SECONDS * RATE:
                 batches.append([])
             batches[-1].append(example)
         rng.shuffle(batches)
-        return [self._batch(examples) for examples in batches]
+        return [self._batch(batch) for batch in batches]
 
     def _example(self, rng: np.random.Generator, block: int) -> tuple:
         kind = rng.random()
@@ -181,16 +187,16 @@ class Mixer:
             parts = [self._synthetic(rng)]
             if rng.random() < 0.25:
                 second = self._synthetic(rng)
-                short = parts[0].length + second.length < 0.8 * LONGEST * RATE
+                short = parts[0].length + second.length < 0.8 * MAX_SECONDS * RATE
                 if short and second.phone_set == parts[0].phone_set:
                     parts.append(second)
         digits = len(parts) > 1 and parts[0].voice.startswith("human")
         silence = rng.uniform(0.0, 0.8) if parts else rng.uniform(1.0, 6.0)
         pieces, at = [np.zeros(int(silence * RATE), np.float32)], int(silence * RATE) / RATE
         tokens, times, sounds, until = [], [], [0], [at]
-        # There are few people, so they come at every speed (and with it, as higher and lower voices).
-        often = 0.85 if parts and parts[0].voice.startswith("human") else 0.5
-        factor = float(rng.uniform(0.88, 1.14)) if rng.random() < often else 1.0
+        # There are few human speakers, so their speed (and pitch) is changed more often.
+        probability = 0.85 if parts and parts[0].voice.startswith("human") else 0.5
+        factor = float(rng.uniform(0.88, 1.14)) if rng.random() < probability else 1.0
         known = True
         for part in parts:
             audio = self.clips.samples(part) * float(rng.uniform(0.5, 1.0))
@@ -208,12 +214,12 @@ class Mixer:
             at += int(gap * RATE) / RATE
             sounds.append(0 if len(part.phones) else -1)
             until.append(at)
-        audio = self._spoil(np.concatenate(pieces)[: int(LONGEST * RATE)], rng)
+        audio = self._augment(np.concatenate(pieces)[: int(MAX_SECONDS * RATE)], rng)
         frames = [int(t / FRAME) + 1 for t in times] if known else [-1] * len(tokens)
-        # Half frames' middles, one frame late: encoder frame f has heard the audio up to FRAME * f and no more.
+        # Middles of the half frames, one frame later: encoder frame f depends on the audio before FRAME * f.
         grid = (np.arange(int(at / FRAME * 2) + 2) * 2 - 3) * FRAME / 4
-        place = np.searchsorted(np.array(until), grid)
-        numbers = np.array([*sounds, 0])[np.minimum(place, len(sounds))]
+        index = np.searchsorted(np.array(until), grid)
+        numbers = np.array([*sounds, 0])[np.minimum(index, len(sounds))]
         if parts and not len(parts[0].phones):
             numbers = np.full(len(grid), -100)
         return audio, tokens, frames, numbers, parts[0].phone_set if parts else 0
@@ -227,7 +233,7 @@ class Mixer:
             if not pool:
                 continue
             clip = self.clips.clips[pool[int(rng.integers(len(pool)))]]
-            if len(clip.times) and clip.length < 0.8 * LONGEST * RATE:
+            if len(clip.times) and clip.length < 0.8 * MAX_SECONDS * RATE:
                 return clip
 
     def _human_digits(self, rng: np.random.Generator) -> list[Clip]:
@@ -241,7 +247,7 @@ class Mixer:
         return parts
 
     def _noises(self, rng: np.random.Generator) -> np.ndarray:
-        """Half a minute each of noise whose power falls as 1, 1/f, 1/f^2 and between, level 1."""
+        """Return 30 s each of noise with power 1, 1/f, 1/f^2 and between, with standard deviation 1."""
         count = 30 * RATE
         frequency = np.maximum(np.arange(count // 2 + 1) * RATE / count, 20.0)
         noises = []
@@ -251,21 +257,21 @@ class Mixer:
             noises.append(noise / noise.std())
         return np.array(noises, np.float32)
 
-    def _spoil(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A room, a telephone or a microphone, noise, and a level. Filters are applied in one go, as a spectrum."""
+    def _augment(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Apply a random room, microphone, telephone band, noise and level; filters are multiplied as one spectrum."""
         level = float(np.sqrt(np.mean(audio**2)))
-        if level == 0:  # nobody speaks, and the noise may be as loud as it likes
+        if level == 0:  # no speech: noise of any level
             noise = self.noises[rng.integers(len(self.noises))][: len(audio)]
-            loud = 10 ** (rng.uniform(-70, -12) / 20)
-            return np.clip(np.roll(noise, int(rng.integers(len(noise)))) * loud, -1, 1).astype(np.float32)
+            gain = 10 ** (rng.uniform(-70, -12) / 20)
+            return np.clip(np.roll(noise, int(rng.integers(len(noise)))) * gain, -1, 1).astype(np.float32)
         count = fft.next_fast_len(len(audio) + RATE // 4, real=True)
         frequency = np.linspace(0, RATE / 2, count // 2 + 1, dtype=np.float32)
         noise = self.noises[rng.integers(len(self.noises))]
         offset = int(rng.integers(len(noise) - len(audio)))
-        spoiled = rng.random() < 0.6  # the others are clean: a small model learns little from noise alone
-        ratio = rng.uniform(10, 40) if spoiled and rng.random() < 0.75 else rng.uniform(40, 70)
+        degraded = rng.random() < 0.6  # the others stay clean: a small model learns little from noisy speech only
+        ratio = rng.uniform(10, 40) if degraded and rng.random() < 0.75 else rng.uniform(40, 70)
         noise = noise[offset : offset + len(audio)] * (max(level, 3e-3) * 10 ** (-ratio / 20))
-        if spoiled:
+        if degraded:
             spectrum = fft.rfft(audio, count)
             if rng.random() < 0.3:
                 room = np.zeros(int(rng.uniform(0.05, 0.3) * RATE), np.float32)
@@ -274,7 +280,7 @@ class Mixer:
                 room[0] = 1.0
                 spectrum *= fft.rfft(room, count)
             response = np.ones_like(frequency)
-            if rng.random() < 0.5:  # a coloured microphone: a few decibels up and down
+            if rng.random() < 0.5:  # frequency response of a microphone: a few decibels
                 points = np.log2([60, 200, 500, 1000, 2000, 4000, 8100])
                 decibels = np.interp(np.log2(frequency + 60), points, rng.uniform(-6, 6, 7))
                 response *= (10 ** (decibels / 20)).astype(np.float32)
@@ -284,7 +290,7 @@ class Mixer:
                 response *= 1 / (1 + (low / (frequency + 1)) ** 6) / (1 + (frequency / high) ** 24)
             elif kind < 0.5:
                 response *= 1 / (1 + (frequency / rng.uniform(3800, 7500)) ** 12)
-            if rng.random() < 0.5:  # the noise came before the telephone
+            if rng.random() < 0.5:  # noise before the telephone
                 spectrum += fft.rfft(noise, count)
                 noise = noise * 0.02
             audio = fft.irfft(spectrum * response, count)[: len(audio)]
@@ -315,6 +321,6 @@ class Mixer:
 
 
 def seed_everything(seed: int) -> None:
-    """NeMo draws a batch's context from `random`."""
+    """Seed all generators; NeMo draws the attention context of a batch from `random`."""
     random.seed(seed)
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""The demo model: nemotron-speech-streaming's architecture, small enough to ship inside a Python package.
+"""The demo model: the architecture of nemotron-speech-streaming, small enough to ship in a Python package.
 
-The configuration is the big model's with other sizes (3.6 M parameters); the tokenizer has nearly as many pieces as the
-big model's, so that tokens come at about its rate.
+The configuration is that of the large model with smaller sizes (3.6 M parameters). The tokenizer has nearly as many
+pieces, so that tokens are emitted at a similar rate.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from omegaconf import OmegaConf
 from torch.nn import functional
 
 CONTEXTS = [[70, 13], [70, 6], [70, 1], [70, 0]]  # 1120, 560, 160 and 80 ms
-CONTEXT_PROBABILITIES = [0.2, 0.25, 0.2, 0.35]  # the short ones are harder, and must not fall behind
-D_MODEL, LAYERS, HIDDEN, PIECES = 128, 8, 128, 896  # with the bundle 23.8 MB
-FRAME = 0.08  # seconds an encoder frame covers
+CONTEXT_PROBABILITIES = [0.2, 0.25, 0.2, 0.35]  # short contexts are harder, so the shortest is the most frequent
+D_MODEL, LAYERS, HIDDEN, PIECES = 128, 8, 128, 896  # checkpoint and bundle have 23.8 MB
+FRAME = 0.08  # seconds per encoder frame
 
 
 def make_tokenizer(folder: Path, sentences: list[str]) -> Path:
-    """A SentencePiece BPE of the training sentences: common words are one piece each."""
+    """Train a SentencePiece BPE model on the training sentences: common words become one piece."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "sentences.txt"
     text.write_text("\n".join(sentences))
@@ -36,7 +36,7 @@ def make_tokenizer(folder: Path, sentences: list[str]) -> Path:
         bos_id=-1,
         eos_id=-1,
         unk_id=0,
-        normalization_rule_name="identity",  # its table of Unicode would be a quarter of a megabyte, twice
+        normalization_rule_name="identity",  # the table of other rules would add 2 x 0.25 MB
         minloglevel=2,
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -46,6 +46,7 @@ def make_tokenizer(folder: Path, sentences: list[str]) -> Path:
 
 
 def make_model(tokenizer: Path) -> EncDecRNNTBPEModel:
+    """Create the untrained model."""
     asr = "nemo.collections.asr.modules"
     config = {
         "sample_rate": 16000,
@@ -120,16 +121,16 @@ def make_model(tokenizer: Path) -> EncDecRNNTBPEModel:
     model = EncDecRNNTBPEModel(cfg=OmegaConf.create(config))
     first = model.encoder.pre_encode.conv[0]
     with torch.no_grad():
-        # Log-mel is about -10 +- 5 with `normalize: NA`: let the first convolution see (x + 10) / 5.
+        # Log-mel values are about -10 +- 5 with `normalize: NA`: initialise the first convolution for (x + 10) / 5.
         first.bias += 2.0 * first.weight.sum(dim=(1, 2, 3))
         first.weight /= 5.0
     return model
 
 
 def save(model: EncDecRNNTBPEModel, path: Path) -> None:
-    """A .nemo file with the weights as float16, half the size; `restore_from` reads them into float32.
+    """Write a .nemo file with float16 weights, half the size; `restore_from` converts them to float32.
 
-    The model's own weights are rounded too, so that what is tested and exported is what is in the file.
+    The weights of `model` are rounded in place, so that tests and exports use the values of the file.
     """
     half = {}
     with torch.no_grad():
@@ -154,8 +155,10 @@ def save(model: EncDecRNNTBPEModel, path: Path) -> None:
 
 
 def convolve_fast(model: EncDecRNNTBPEModel) -> None:
-    """On a CPU, PyTorch's backward of a depthwise convolution loops over the channels unless the memory is channels
-    last and float32 (measured: 4 times faster; see README.md)."""
+    """Run depthwise convolutions in channels-last float32, four times faster on a CPU (README.md).
+
+    Otherwise PyTorch's backward of a depthwise convolution loops over the channels.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d) and (module.weight.dim() == 4 or module.groups > 1):
             module._conv_forward = _channels_last.__get__(module)

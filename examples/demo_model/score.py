@@ -1,4 +1,4 @@
-"""Words right and wrong: what is scored, and the small set that training follows, decoded by NeMo as if streamed."""
+"""Word error rates during training: the validation set, decoded by NeMo with the attention mask of streaming."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ RATE = 16000
 
 @dataclass
 class Scored:
+    """A recording with its reference text."""
+
     audio: np.ndarray  # float32
     text: str
     kind: str
     voice: str = ""
-    ends: list[float] | None = None  # when each word is over, seconds
+    ends: list[float] | None = None  # of each word, in seconds
 
 
 def read_shard(folder: Path, name: str) -> list[Scored]:
+    """Read all clips of a shard."""
     samples = np.memmap(folder / f"{name}.i16", np.int16, "r")
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     return [
@@ -38,17 +41,17 @@ def read_shard(folder: Path, name: str) -> list[Scored]:
 
 
 def dev_clips(folder: Path) -> list[Scored]:
-    """The small set the log follows, from a test shard that the final figures do not use."""
+    """Return the validation set, from a test shard that the final figures do not use."""
     return read_shard(folder, "test-002")[:140]
 
 
 def words(text: str) -> list[str]:
-    """What is scored: lower case, no punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.sub(r"[^a-z' ]", " ", text.lower().replace("-", " ")).split()
 
 
 def errors(wanted: list[str], got: list[str]) -> int:
-    """Word edit distance (Levenshtein)."""
+    """Return the edit distance of two word sequences (Levenshtein)."""
     row = list(range(len(got) + 1))
     for i, word in enumerate(wanted, 1):
         previous, row[0] = row[0], i
@@ -59,6 +62,7 @@ def errors(wanted: list[str], got: list[str]) -> int:
 
 @torch.inference_mode()
 def transcribe(model, clips: list[np.ndarray], context: list[int]) -> list[str]:
+    """Transcribe clips with NeMo, in batches of similar length, with the attention context of a chunk size."""
     model.eval()
     model.encoder.set_default_att_context_size(context)
     device = next(model.parameters()).device
@@ -78,12 +82,13 @@ def transcribe(model, clips: list[np.ndarray], context: list[int]) -> list[str]:
 
 
 def word_errors(model, clips: list[Scored], context: list[int]) -> dict[str, float]:
+    """Return the word error rate of each kind of sentence, and of all."""
     got = transcribe(model, [clip.audio for clip in clips], context)
     wrong: dict[str, int] = {}
-    said: dict[str, int] = {}
+    total: dict[str, int] = {}
     for clip, text in zip(clips, got, strict=True):
         count = errors(words(clip.text), words(text))
         for kind in ("all", clip.kind):
             wrong[kind] = wrong.get(kind, 0) + count
-            said[kind] = said.get(kind, 0) + len(words(clip.text))
-    return {kind: wrong[kind] / max(said[kind], 1) for kind in sorted(said)}
+            total[kind] = total.get(kind, 0) + len(words(clip.text))
+    return {kind: wrong[kind] / max(total[kind], 1) for kind in sorted(total)}

@@ -1,11 +1,11 @@
-"""The sentences the demo model is taught and tested on: a grammar's, and sentences of freely licensed text.
+"""Generate the sentences for training and testing: from a grammar, and from freely licensed texts.
 
     python sentences.py --texts TEXTS --out sentences.jsonl [--count 60000]
 
-Numbers are spelled out, since that is what a voice says; sentences have case and punctuation. Every row carries its
-kind (`KINDS`) and whether it is for testing: one text in sixteen, by the hash of its words (`is_held_out`), so the
-rule holds for every voice and every rerun. TEXTS holds what nobody has at hand (README.md says where each comes from
-and under which licence); a source that is missing is left out and said so.
+Numbers are written as words, as they are spoken; sentences have case and punctuation. Each row has its kind (`KINDS`)
+and whether it is held out for testing: one text in sixteen, by the hash of its words (`is_held_out`), so the split is
+the same for all voices and reruns. TEXTS contains the downloaded texts (README.md lists sources and licences); missing
+ones are skipped.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ SURNAMES = [
 
 
 def cardinal(n: int, joiner: str = "") -> str:
-    """`joiner` is the British "and" after hundreds."""
+    """Return a number as words; `joiner` is the British "and" after hundreds."""
     if n < 20:
         return ONES[n]
     if n < 100:
@@ -181,12 +181,14 @@ def cardinal(n: int, joiner: str = "") -> str:
 
 
 def ordinal(n: int) -> str:
+    """Return an ordinal as words."""
     *head, last = cardinal(n).split()
     last = ORDINAL.get(last) or (last[:-1] + "ieth" if last.endswith("y") else last + "th")
     return " ".join([*head, last])
 
 
 def year(n: int) -> str:
+    """Return a year as it is spoken."""
     if 2000 <= n < 2010:
         return cardinal(n)
     low = f"oh {ONES[n % 100]}" if 0 < n % 100 < 10 else cardinal(n % 100) if n % 100 else "hundred"
@@ -195,7 +197,8 @@ def year(n: int) -> str:
 
 @cache
 def wordnet(kinds: tuple[str, ...], files: tuple[int, ...] | None = None) -> list[str]:
-    """Words whose commonest sense is of these kinds (1 noun, 2 verb, 3 and 5 adjective) and lexicographer files."""
+    """Return words whose most frequent sense has one of these kinds (1 noun, 2 verb, 3 and 5 adjective) and
+    lexicographer files."""
     words = []
     for line in (WORDNET / "cntlist.rev").read_text().splitlines():
         key, sense, count = line.split()
@@ -226,15 +229,18 @@ def past(verb: str) -> str:
 
 
 class Grammar:
+    """Generator of random sentences from a grammar file."""
+
     def __init__(self, path: Path, rng: random.Random) -> None:
         rows = [line.split(" = ", 1) for line in path.read_text().splitlines() if " = " in line and line[0] != "#"]
         self.rules = {name: body.split(" | ") for name, body in rows}
         self.rng = rng
 
-    def say(self, rule: str) -> str:
+    def expand(self, rule: str) -> str:
+        """Return a random expansion of a rule."""
         text = self.rng.choice(self.rules[rule])
         text = re.sub(r"\[(.*?)\]", lambda m: m[1] if self.rng.random() < 0.5 else "", text)
-        text = re.sub(r"<(\w+)>", lambda m: self.say(m[1]), text)
+        text = re.sub(r"<(\w+)>", lambda m: self.expand(m[1]), text)
         return re.sub(r"\b[A-Z]{4,}\b", lambda m: self.terminal(m[0]), text)
 
     def number(self) -> str:
@@ -242,7 +248,7 @@ class Grammar:
 
     def terminal(self, name: str) -> str:
         rng = self.rng
-        made = {
+        terminals = {
             "NAME": self.name,
             "DIGIT": lambda: rng.choice(ONES[:10]),
             "DIGITS": lambda: " ".join(rng.choices(ONES[:10], k=rng.randint(2, 7))),
@@ -264,12 +270,13 @@ class Grammar:
             "DATE": self.date,
             "TIME": self.time,
             "MONEY": self.money,
-        }.get(name)
-        return made() if made else name
+        }
+        terminal = terminals.get(name)
+        return terminal() if terminal else name
 
     def name(self) -> str:
         if self.rng.random() < 0.7:
-            return self.rng.choice(NAMES[:-3])  # not a title alone
+            return self.rng.choice(NAMES[:-3])  # without the titles
         return f"{self.rng.choice(NAMES)} {self.rng.choice(SURNAMES)}"
 
     def date(self) -> str:
@@ -350,17 +357,18 @@ class Grammar:
 
 
 def make(texts: Path, speech: Path | None, count: int, seed: int) -> list[dict]:
+    """Return `count` random sentences, without duplicates of held-out ones."""
     rng = random.Random(seed)
     grammar = Grammar(Path(__file__).with_name("grammar.txt"), rng)
     free = quoted_texts(texts)
     rng.shuffle(free)
-    says = {
+    generators = {
         "digits": grammar.digits,
         "numbers": grammar.spoken_number,
         "dates": grammar.date_or_time,
-        "prompt": lambda: tidy(grammar.say("prompt"), True),
-        "command": lambda: tidy(grammar.say("command"), True),
-        "everyday": lambda: tidy(grammar.say("everyday"), True),
+        "prompt": lambda: tidy(grammar.expand("prompt"), True),
+        "command": lambda: tidy(grammar.expand("command"), True),
+        "everyday": lambda: tidy(grammar.expand("everyday"), True),
         "text": lambda: free.pop(),
     }
     rows, seen = [], set()
@@ -369,7 +377,7 @@ def make(texts: Path, speech: Path | None, count: int, seed: int) -> list[dict]:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "text" and not free:
             kind = "everyday"
-        text = rng.choice(recorded) if kind == "prompt" and recorded and rng.random() < 0.15 else says[kind]()
+        text = rng.choice(recorded) if kind == "prompt" and recorded and rng.random() < 0.15 else generators[kind]()
         held_out = is_held_out(text)
         if not 1 <= len(text.split()) <= 18 or (held_out and text in seen):
             continue

@@ -1,4 +1,4 @@
-"""Sentences that others wrote and gave away, and the words of the recorded prompts; what of them is for testing."""
+"""Sentences of freely licensed texts, the text of the recorded prompts, and the selection of test data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ FIGURES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def is_held_out(text: str) -> bool:
+    """Return whether a text is for testing: one in sixteen, by the hash of its words."""
     words = " ".join(re.findall(r"[a-z']+", text.lower()))
     return hashlib.sha256(words.encode()).digest()[0] % 16 == 0
 
 
 def tidy(text: str, sentence: bool) -> str:
+    """Normalise spaces and punctuation, and a/an; capitalise a sentence."""
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"\s+([.,?!])", r"\1", text)
     text = re.sub(r"([.?!])\.$", r"\1", text)
@@ -26,7 +28,7 @@ def tidy(text: str, sentence: bool) -> str:
 
 
 def quoted_texts(texts: Path) -> list[str]:
-    """Sentences of the free sources, 3 to 16 words of plain letters, each word common enough to be learnable."""
+    """Return sentences of 3 to 16 words with plain letters, in which each word occurs in at least four sentences."""
     found: list[str] = []
     for file in ("noun", "verb", "adj", "adv"):
         for line in (WORDNET / f"data.{file}").read_text().splitlines():
@@ -59,7 +61,7 @@ def quoted_texts(texts: Path) -> list[str]:
 
 
 def prompts(speech: Path | None) -> list[str]:
-    """The recorded prompts' own words, for the synthesisers too: those for training alone."""
+    """Return the texts of the training prompts, which are also synthesised."""
     if speech is None:
         return []
     rows = [json.loads(line) for line in (speech / "prompts.jsonl").read_text().splitlines()]
@@ -69,12 +71,12 @@ def prompts(speech: Path | None) -> list[str]:
 
 
 def is_test_prompt(name: str) -> bool:
-    """A fifth of the human prompts, by the hash of the file's name, is for testing."""
+    """Return whether a human prompt is for testing: one in five, by the hash of the file name."""
     return hashlib.sha256(Path(name).name.encode()).digest()[0] % 5 == 0
 
 
 def prompt_text(text: str) -> str:
-    """What is said: figures as words. Empty for a row that is no speech, or whose words its text does not tell."""
+    """Return the spoken text, with digits as words; empty if the row is not speech or its text is incomplete."""
     text = re.sub(r"\b(\d)\b", lambda m: FIGURES[int(m[1])], text)
     text = re.sub(r"\s*\[[^\]]*\]", "", text).replace("...", "").strip()
     return "" if re.search(r"[<>\d]", text) or not re.search("[A-Za-z]{2}", text) else text

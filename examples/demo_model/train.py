@@ -2,17 +2,18 @@
 
     python train.py --data WORK --sentences sentences.jsonl --out demo.nemo [--steps 40000]
 
-A transducer of this size trained from scratch sits on its blank plateau for hours. What gets it off within minutes:
+A transducer of this size that is trained from scratch emits only blank for hours. Two measures reduce this to minutes:
 
-1. *Sounds.* A classifier on a middle layer names the sound of every half frame, from the synthesisers' own timings.
-2. *A narrow band.* The transducer loss looks only at the lattice around each label's known time: at first a label may
-   come in its own frame or the two after it; after `NARROW_STEPS` a little sooner or half a second later.
+1. *Sounds.* A classifier on a middle layer predicts the sound of each half frame; the targets are the timings of the
+   synthesisers.
+2. *A narrow band.* The transducer loss covers only the lattice around the known time of each label. At first a label
+   may be emitted in its frame or one of the next two; after `NARROW_STEPS` slightly earlier, or half a second later.
 
-The rate warms up, stays, and decays over the last three quarters of `--steps`; a finished run can be resumed with more.
-A moving average of the weights is what is evaluated and saved. `--processes` copies, one thread each, take a batch each
-at every step and average their gradients: on a CPU that does more than as many threads. Resumes from `WORK/state.pt`,
-also after SIGTERM; every step's randomness follows from the seed and its number. Time spent waiting does not matter:
-nothing here looks at a clock but the log.
+The learning rate warms up, stays constant, and decays over the last three quarters of `--steps`; a finished run can be
+resumed with more steps. A moving average of the weights is evaluated and saved. `--processes` copies with one thread
+each process one batch per step and average their gradients, which is faster on a CPU than as many threads. Training
+resumes from `WORK/state.pt`, also after SIGTERM; the randomness of a step depends on the seed and its number. Only the
+log uses the clock.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ from torch.utils.data import DataLoader
 
 SEED = 7
 NARROW_STEPS = 4000
-PROMPTS_FROM_BLOCK = 500  # clips without word times wait until the model can align them
+PROMPTS_FROM_BLOCK = 500  # clips without word times are used when the model can align them
 RATE = 1.2e-3
-MISLED, UNTOLD = 0.25, 0.4  # of labels, and of rows, less as the rate decays: see `Trainer.losses`
+# Shares of labels and of rows; they decay with the learning rate. See `Trainer.losses`.
+WRONG_HISTORY, NO_HISTORY = 0.25, 0.4
 AVERAGE = 0.9995
 REPORT_STEPS = 2500
 SOUNDS_LAYER = LAYERS // 2
 
 
 class Trainer:
+    """Training state: model, optimizer, average and progress."""
+
     def __init__(
         self,
         data: Path,
@@ -60,7 +64,7 @@ class Trainer:
         seed_everything(SEED)
         if threads:
             torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)  # vanishing gradients would make a CPU crawl
+        torch.set_flush_denormal(True)  # denormal gradients are slow on a CPU
         self.data, self.out, self.workers = data, out, workers
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if not (data / "tokenizer" / "tokenizer.model").is_file():
@@ -73,18 +77,18 @@ class Trainer:
         self.model.encoder.layers[SOUNDS_LAYER].register_forward_hook(self._middle)
         self.middle: torch.Tensor | None = None
         self.sounds = torch.nn.Linear(self.model.encoder.d_model, 2 * Sounds.SIZE).to(self.device)
-        own = torch.full((len(Sounds.SETS), Sounds.SIZE), -1e4)
-        own[:, 0] = 0.0
+        set_mask = torch.full((len(Sounds.SETS), Sounds.SIZE), -1e4)
+        set_mask[:, 0] = 0.0
         for number in range(len(Sounds.SETS)):
-            own[number, 1 + number * Sounds.PLACES : 1 + (number + 1) * Sounds.PLACES] = 0.0
-        self.own = own.to(self.device)
+            set_mask[number, 1 + number * Sounds.SET_SIZE : 1 + (number + 1) * Sounds.SET_SIZE] = 0.0
+        self.set_mask = set_mask.to(self.device)
         self.blank = self.model.decoder.blank_idx
         self.parameters = [*self.model.parameters(), *self.sounds.parameters()]
         matrices = [p for p in self.parameters if p.dim() > 1]
         others = [p for p in self.parameters if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
-        # All gradients lie end to end in one tensor: one norm, one message between processes.
+        # All gradients are in one tensor: one norm, one message between processes.
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters) + 1, device=self.device)
         for parameter, part in zip(
             self.parameters, self.gradients[:-1].split([p.numel() for p in self.parameters]), strict=True
@@ -98,15 +102,16 @@ class Trainer:
             self.sounds.load_state_dict(saved["sounds"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for group in self.optimizer.param_groups:
-                group["fused"] = True  # a state remembers its own way
+                group["fused"] = True  # the loaded state has its own value
             self.average = saved["average"]
             self.step, self.block, self.seen_seconds = saved["step"], saved["block"], saved["seen_seconds"]
-            print(f"resuming at step {self.step}, {self.seen_seconds / 3600:.0f} hours heard", flush=True)
+            print(f"resuming at step {self.step}, {self.seen_seconds / 3600:.0f} hours of audio", flush=True)
 
     def _middle(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.middle = output[0] if isinstance(output, tuple) else output
 
     def losses(self, batch: Batch, decay: float) -> dict[str, torch.Tensor]:
+        """Return the losses of a batch; `decay` scales the corruption of the label history."""
         model, device = self.model, self.device
         with torch.no_grad():
             mel, mel_length = model.preprocessor(input_signal=batch.audio.to(device), length=batch.length.to(device))
@@ -117,18 +122,20 @@ class Trainer:
             for row, tokens in enumerate(batch.tokens):
                 targets[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
             targets = targets.to(device)
-            # What was said before tells a small model so much that it stops listening, and what it then gets wrong
-            # leads it further astray: let it be wrong now and then, and for some rows unknown. Less and less: whether
-            # the second of two like words is a second one, only what was said before can tell.
-            wrong = torch.rand(targets.shape, device=device) < MISLED * decay
-            told = torch.where(wrong, torch.randint_like(targets, self.blank), targets)
-            predicted, _, _ = model.decoder(targets=told, target_length=labels)
-            predicted = predicted * (torch.rand(len(labels), 1, 1, device=device) >= UNTOLD * decay)
+            # A small model relies on the previous labels more than on the audio, and then errors propagate. So some
+            # labels of the history are replaced, and for some rows it is removed. Both decrease during training,
+            # because only the history can distinguish a repeated word.
+            wrong = torch.rand(targets.shape, device=device) < WRONG_HISTORY * decay
+            history = torch.where(wrong, torch.randint_like(targets, self.blank), targets)
+            predicted, _, _ = model.decoder(targets=history, target_length=labels)
+            predicted = predicted * (torch.rand(len(labels), 1, 1, device=device) >= NO_HISTORY * decay)
             from_encoder = model.joint.project_encoder(encoded.transpose(1, 2))
             from_labels = model.joint.project_prednet(predicted.transpose(1, 2))
-            heard = self.sounds(self.middle).float()
-        steps = min(heard.shape[1], batch.sounds.shape[1])
-        logits = heard[:, :steps].unflatten(2, (2, Sounds.SIZE)) + self.own[batch.sets.to(device)][:, None, None]
+            sound_logits = self.sounds(self.middle).float()
+        steps = min(sound_logits.shape[1], batch.sounds.shape[1])
+        logits = (
+            sound_logits[:, :steps].unflatten(2, (2, Sounds.SIZE)) + self.set_mask[batch.sets.to(device)][:, None, None]
+        )
         wanted = batch.sounds[:, :steps].to(device)
         loss = {"sounds": functional.cross_entropy(logits.flatten(0, 2), wanted.flatten(), ignore_index=-100)}
         early, late = (0, 2) if self.step < NARROW_STEPS else (2, 6)
@@ -155,7 +162,7 @@ class Trainer:
         row = torch.tensor(rows, device=device)
         steps = first.shape[1]
         both = from_encoder[row, :steps, None] + from_labels[row[:, None, None], u]
-        # The band's corners that no path visits need no logits: a third of them.
+        # The corners of the band that no path visits (a third of the cells) need no logits.
         inside = torch.arange(width, device=device) < cells[..., None]
         inside &= torch.arange(steps, device=device)[None, :, None] < frames[row][:, None, None]
         with torch.autocast(device.type, torch.bfloat16):
@@ -170,6 +177,7 @@ class Trainer:
         return band_loss(stay, emit, first, cells, frames[row], labels[row])
 
     def batches(self) -> Iterator[Batch]:
+        """Yield the batches of this process."""
         mixer = Mixer(self.data, self.data / "tokenizer", SEED, PROMPTS_FROM_BLOCK)
         blocks = range(self.block + self.rank, 10**7, self.processes)
         loader = DataLoader(
@@ -185,7 +193,7 @@ class Trainer:
             self.block += self.processes
 
     def average_gradients(self, stop: bool) -> bool:
-        """Over all processes, in one message that also tells whether any of them was asked to stop."""
+        """Average the gradients over all processes; return whether any process received SIGTERM."""
         if self.processes > 1:
             self.gradients[-1] = float(stop)
             distributed.all_reduce(self.gradients)
@@ -194,10 +202,11 @@ class Trainer:
         return stop
 
     def run(self, steps: int) -> None:
+        """Train until `steps` or SIGTERM."""
         smooth: dict[str, float] = {}
-        begun, spent = time.monotonic(), time.process_time()
-        asked: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))  # a polite end keeps every step
+        start, cpu_start = time.monotonic(), time.process_time()
+        signals: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))  # finish the step, then save
         stop, reports = False, []
         for batch in self.batches():
             if self.step >= steps or stop:
@@ -212,29 +221,29 @@ class Trainer:
             total = loss["transducer"] + (1.0 if self.step < NARROW_STEPS else 0.5) * loss["sounds"].nan_to_num()
             self.gradients.zero_()
             total.backward()
-            stop = self.average_gradients(bool(asked))
-            size = self.gradients[:-1].norm()
-            if torch.isfinite(size):
-                self.gradients *= min(1.0, 2.0 / (float(size) + 1e-6))
+            stop = self.average_gradients(bool(signals))
+            norm = self.gradients[:-1].norm()
+            if torch.isfinite(norm):
+                self.gradients *= min(1.0, 2.0 / (float(norm) + 1e-6))
                 self.optimizer.step()
             self.step += 1
             self.seen_seconds += float(batch.length.sum()) / 16000 * self.processes
             if self.rank:
-                continue  # the first process keeps the average and the books
+                continue  # only the first process keeps the average and the log
             if self.step % 4 == 0:
-                keep = min(AVERAGE**4, 1 - 10 / (10 + self.step))
+                weight = min(AVERAGE**4, 1 - 10 / (10 + self.step))
                 with torch.no_grad():
                     for name, parameter in self.model.named_parameters():
-                        self.average[name].lerp_(parameter, 1 - keep)
+                        self.average[name].lerp_(parameter, 1 - weight)
             for key, value in loss.items():
-                now = float(value.detach().nan_to_num())
-                smooth[key] = 0.98 * smooth.get(key, now) + 0.02 * now
+                current = float(value.detach().nan_to_num())
+                smooth[key] = 0.98 * smooth.get(key, current) + 0.02 * current
             if self.step % 50 == 0:
                 figures = " ".join(f"{key} {value:.3f}" for key, value in smooth.items())
-                clock = f"{time.monotonic() - begun:.0f} s, {time.process_time() - spent:.0f} CPU s"
+                clock = f"{time.monotonic() - start:.0f} s, {time.process_time() - cpu_start:.0f} CPU s"
                 print(
-                    f"step {self.step} {self.seen_seconds / 3600:.1f} h heard, {clock}, lr {rate:.1e} "
-                    f"gradient {float(size):.2f} {figures}",
+                    f"step {self.step} {self.seen_seconds / 3600:.1f} h of audio, {clock}, lr {rate:.1e} "
+                    f"gradient {float(norm):.2f} {figures}",
                     flush=True,
                 )
             if self.step % 500 == 0:
@@ -249,13 +258,15 @@ class Trainer:
                 report.wait()
 
     def start_report(self) -> subprocess.Popen:
-        """In a process of its own: training goes on, and NeMo, which talks to all processes of a group when it saves,
-        is not in one."""
+        """Start a report in another process, so that training continues.
+
+        NeMo communicates with all processes of a group when it saves, and that process is in none.
+        """
         command = [sys.executable, __file__, "--report", "--data", self.data, "--sentences", "-", "--out", self.out]
         return subprocess.Popen([*map(str, command), "--threads", "1"])
 
     def report(self) -> None:
-        """WER of the averaged weights on the fixed small set, as streamed in 560 ms chunks, and the .nemo file."""
+        """Print the WER of the averaged weights on the validation set in 560 ms chunks, and write the .nemo file."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.average[name])
@@ -265,6 +276,7 @@ class Trainer:
         print(f"step {self.step} held-out WER at 560 ms: {wer}", flush=True)
 
     def save(self) -> None:
+        """Write the training state."""
         state = {
             "model": self.model.state_dict(),
             "sounds": self.sounds.state_dict(),
@@ -287,15 +299,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="only write OUT from the state, and its word error rate")
-    parser.add_argument("--tag", help="ignored: a word to find the process by")
+    parser.add_argument(
+        "--report", action="store_true", help="write OUT from the state and print its word error rate, without training"
+    )
+    parser.add_argument("--tag", help="ignored; identifies the process in a list")
     options = parser.parse_args()
     if options.report:
         Trainer(options.data, options.sentences, options.out, options.threads, 0).report()
     elif options.processes == 1:
         train(0, options)
     else:
-        (options.data / "meeting").unlink(missing_ok=True)
+        (options.data / "rendezvous").unlink(missing_ok=True)
         trainers = multiprocessing.spawn(train, (options,), options.processes, join=False)
         signal.signal(signal.SIGTERM, lambda number, _: [process.terminate() for process in trainers.processes])
         while not trainers.join():
@@ -304,8 +318,8 @@ def main() -> None:
 
 def train(rank: int, options: argparse.Namespace) -> None:
     if options.processes > 1:
-        meeting = f"file://{(options.data / 'meeting').absolute()}"
-        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+        rendezvous = f"file://{(options.data / 'rendezvous').absolute()}"
+        distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=options.processes)
     threads = options.threads or (1 if options.processes > 1 else None)
     trainer = Trainer(options.data, options.sentences, options.out, threads, options.workers, rank, options.processes)
     trainer.run(options.steps)

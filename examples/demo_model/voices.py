@@ -1,12 +1,12 @@
-"""Synthesisers that also say when each word and each sound was spoken.
+"""Speech synthesisers that return the times of all words and sounds.
 
-Those times are what makes a small transducer trainable in hours: they give frame-level targets and one good alignment.
-Every voice returns a `Spoken`; text is plain words with punctuation, and `ends` has one entry per space-separated word.
+With these times (frame-level targets and one good alignment), a small transducer can be trained in hours. All voices
+return an `Utterance`. Texts are plain words with punctuation; `ends` has one entry per space-separated word.
 
-- flite, through its C library (Debian libflite1), in process;
-- espeak-ng, through its C library (Debian libespeak-ng1): phoneme and word events;
-- festival (Debian festival and its voices), one process for a list of sentences;
-- Piper's "joe" is in piper.py.
+- flite: its C library (Debian libflite1), in this process;
+- espeak-ng: its C library (Debian libespeak-ng1), with phoneme and word events;
+- festival (Debian festival and its voices): one process per list of sentences;
+- Piper and Kokoro: piper.py and kokoro.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ RATE = 16000
 
 
 @dataclass
-class Spoken:
+class Utterance:
+    """Synthesised speech with the times of its words and sounds."""
+
     audio: np.ndarray  # float32, 16 kHz
     voice: str
     starts: list[float]  # seconds, one per word
@@ -35,18 +37,18 @@ class Spoken:
     phone_set: str
 
 
-class Unspeakable(Exception):
-    """The synthesiser's words could not be matched to the text's."""
+class SynthesisError(Exception):
+    """The words of the synthesiser do not match those of the text."""
 
 
 def _words_from_phones(ends: list[float], phones: list[tuple[str, float]]) -> list[float]:
-    """Word starts: the first sound after the word before it ended."""
-    starts, at = [], 0.0
+    """Return the start of each word: the first sound after the end of the previous word."""
+    starts, previous = [], 0.0
     edges = [(symbol, begin, end) for (symbol, end), begin in zip(phones, [0.0, *(e for _, e in phones)], strict=False)]
     for end in ends:
-        begin = next((b for symbol, b, e in edges if symbol and b >= at - 1e-3), at)
+        begin = next((b for symbol, b, e in edges if symbol and b >= previous - 1e-3), previous)
         starts.append(min(begin, end))
-        at = end
+        previous = end
     return starts
 
 
@@ -82,7 +84,7 @@ class Flite:
             register.restype = ctypes.c_void_p
             self.voices[name] = register(None)
 
-    def say(self, text: str, rng: random.Random) -> Spoken:
+    def synthesize(self, text: str, rng: random.Random) -> Utterance:
         lib, name = self.lib, rng.choices(self.NAMES, (3, 3, 3, 1.5, 0.5))[0]
         voice = self.voices[name]
         features = ctypes.c_void_p(ctypes.cast(voice, ctypes.POINTER(_Voice)).contents.features)
@@ -90,7 +92,7 @@ class Flite:
             lib.feat_set_float(features, feature.encode(), ctypes.c_float(value))
         utterance = ctypes.c_void_p(lib.flite_synth_text(text.encode(), ctypes.c_void_p(voice)))
         if not utterance:
-            raise Unspeakable(text)
+            raise SynthesisError(text)
         try:
             wave = ctypes.cast(lib.utt_wave(utterance), ctypes.POINTER(_Wave)).contents
             audio, rate = np.ctypeslib.as_array(wave.samples, (wave.count,)).astype(np.float32) / 32768, wave.rate
@@ -104,8 +106,8 @@ class Flite:
             lib.delete_utterance(utterance)
         phones = [("" if symbol == "pau" else symbol, end) for symbol, end in phones]
         if len(ends) != len(text.split()) or any(a >= b for a, b in zip([0.0, *ends], ends, strict=False)):
-            raise Unspeakable(text)
-        return Spoken(resampled(audio, rate), f"flite-{name}", _words_from_phones(ends, phones), ends, phones, "us")
+            raise SynthesisError(text)
+        return Utterance(resample(audio, rate), f"flite-{name}", _words_from_phones(ends, phones), ends, phones, "us")
 
     def _items(self, utterance: ctypes.c_void_p, relation: str):
         item = self.lib.relation_head(ctypes.c_void_p(self.lib.utt_relation(utterance, relation.encode())))
@@ -152,10 +154,10 @@ class Espeak:
         self.pieces: list[np.ndarray] = []
         self.events: list[tuple[int, int, int, str]] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-        self.callback = kind(self._heard)  # kept alive: the library holds only the address
+        self.callback = kind(self._on_audio)  # a reference: the library stores only the address
         self.lib.espeak_SetSynthCallback(self.callback)
 
-    def _heard(self, wave, count: int, events) -> int:
+    def _on_audio(self, wave, count: int, events) -> int:
         if count and wave:
             self.pieces.append(np.ctypeslib.as_array(wave, (count,)).copy())
         n = 0
@@ -167,11 +169,11 @@ class Espeak:
             n += 1
         return 0
 
-    def say(self, text: str, rng: random.Random) -> Spoken:
+    def synthesize(self, text: str, rng: random.Random) -> Utterance:
         accent, variant = rng.choice(self.ACCENTS), rng.choice(self.VARIANTS)
         voice = f"{accent}+{variant}" if variant else accent
         if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise Unspeakable(f"no espeak-ng voice {voice}")
+            raise SynthesisError(f"no espeak-ng voice {voice}")
         for parameter, value in ((1, rng.randint(110, 200)), (3, rng.randint(25, 75)), (4, rng.randint(30, 70))):
             self.lib.espeak_SetParameter(parameter, value, 0)
         self.pieces, self.events = [], []
@@ -188,37 +190,37 @@ class Espeak:
         edges = [*(begin for begin, _ in sounds[1:]), len(audio) / self.rate]
         symbols = ["" if set(symbol) <= set("_:|") else symbol for _, symbol in sounds]
         phones = list(zip(symbols, edges, strict=True))
-        # A word event comes before its sounds' events. Some short words ride with the word before ("of the").
-        groups: list[list] = []  # first word's number, start, last sound's end
-        heard = 0
+        # A word event precedes the events of its sounds. Some short words have no event ("of the").
+        groups: list[list] = []  # index of the first word, start, end of the last sound
+        index = 0
         for kind, position, sample, _ in self.events:
             if kind == 1:
                 number = max((i for i, offset in enumerate(offsets) if offset <= position - 1), default=0)
                 if not groups or number > groups[-1][0]:
                     groups.append([number, sample / self.rate, sample / self.rate])
             else:
-                symbol, end = phones[heard]
-                heard += 1
+                symbol, end = phones[index]
+                index += 1
                 if symbol and groups:
                     groups[-1][2] = end
         if not groups or groups[0][0] != 0:
-            raise Unspeakable(text)
+            raise SynthesisError(text)
         starts, ends = [], []
         words = text.split()
         for (first, begin, end), (after, limit, _) in zip(groups, [*groups[1:], [len(words), 1e9, 0.0]], strict=True):
-            share(words[first:after], begin, min(end, limit), starts, ends)
+            split_time(words[first:after], begin, min(end, limit), starts, ends)
         if any(a >= b for a, b in zip([0.0, *ends], ends, strict=False)):
-            raise Unspeakable(text)
-        return Spoken(resampled(audio, self.rate), f"espeak-{voice}", starts, ends, phones, "ipa")
+            raise SynthesisError(text)
+        return Utterance(resample(audio, self.rate), f"espeak-{voice}", starts, ends, phones, "ipa")
 
     def sounds(self, text: str, accent: str = "en-us") -> str:
-        """IPA, words apart by spaces, for other voices. Only the first clause comes back from one call, so loop."""
+        """Return IPA with spaces between words, for other voices. The library returns one clause per call."""
         self.lib.espeak_SetVoiceByName(accent.encode())
         self.lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
-        keep = ctypes.c_char_p(text.encode())  # the pointer below moves through it
-        left, parts = ctypes.c_void_p(ctypes.cast(keep, ctypes.c_void_p).value), []
-        while left.value:
-            part = self.lib.espeak_TextToPhonemes(ctypes.byref(left), 1, 2)
+        buffer = ctypes.c_char_p(text.encode())  # the pointer below advances through it
+        rest, parts = ctypes.c_void_p(ctypes.cast(buffer, ctypes.c_void_p).value), []
+        while rest.value:
+            part = self.lib.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2)
             parts.append((part or b"").decode())
         return " ".join(part for part in parts if part)
 
@@ -226,9 +228,9 @@ class Espeak:
 class Festival:
     NAMES = ("cmu_us_slt_arctic_hts", "kal_diphone", "ked_diphone")
 
-    def say_all(self, texts: list[str], rng: random.Random) -> list[Spoken | None]:
-        """Festival takes a second to start: one process says a whole list. None where it failed."""
-        spoken: list[Spoken | None] = []
+    def synthesize_all(self, texts: list[str], rng: random.Random) -> list[Utterance | None]:
+        """Synthesise a list in one process, because festival takes a second to start. None marks a failure."""
+        utterances: list[Utterance | None] = []
         with tempfile.TemporaryDirectory() as folder:
             script = [
                 "(define (dump utt) (mapcar (lambda (s)",
@@ -256,17 +258,17 @@ class Festival:
             for number, text in enumerate(texts):
                 lines = [line.split() for line in blocks.get(number, [])]
                 phones = [("" if p[1] == "pau" else p[1], float(p[2])) for p in lines if p[:1] == ["S"]]
-                # The Token relation's items are tokens, each followed by its words; words alone have an end.
+                # The items of the Token relation are tokens, each followed by its words; only words have an end.
                 times = [float(p[1]) for p in lines if p[:1] == ["T"]]
                 ends = [a for a, b in zip(times, [*times[1:], 0.0], strict=True) if a > 0 and b == 0]
-                good = len(ends) == len(text.split()) and all(a < b for a, b in zip([0.0, *ends], ends, strict=False))
-                if not good or not (Path(folder) / f"{number}.wav").is_file():
-                    spoken.append(None)
+                valid = len(ends) == len(text.split()) and all(a < b for a, b in zip([0.0, *ends], ends, strict=False))
+                if not valid or not (Path(folder) / f"{number}.wav").is_file():
+                    utterances.append(None)
                     continue
                 audio, rate = soundfile.read(Path(folder) / f"{number}.wav", dtype="float32")
-                spoken.append(
-                    Spoken(
-                        resampled(audio, rate),
+                utterances.append(
+                    Utterance(
+                        resample(audio, rate),
                         f"festival-{names[number]}",
                         _words_from_phones(ends, phones),
                         ends,
@@ -274,16 +276,17 @@ class Festival:
                         "us",
                     )
                 )
-        return spoken
+        return utterances
 
 
-def share(words: list[str], begin: float, end: float, starts: list[float], ends: list[float]) -> None:
-    """Words that were spoken as one share its time by their letters."""
+def split_time(words: list[str], begin: float, end: float, starts: list[float], ends: list[float]) -> None:
+    """Divide the time of words that were synthesised as one among them, by their letters."""
     letters = np.cumsum([len(word) for word in words])
     cuts = [float(begin + (end - begin) * n / letters[-1]) for n in letters]
     starts += [begin, *cuts[:-1]]
     ends += cuts
 
 
-def resampled(audio: np.ndarray, rate: int) -> np.ndarray:
+def resample(audio: np.ndarray, rate: int) -> np.ndarray:
+    """Convert to 16 kHz float32."""
     return audio.astype(np.float32) if rate == RATE else soxr.resample(audio, rate, RATE).astype(np.float32)

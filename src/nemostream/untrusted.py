@@ -211,7 +211,7 @@ def list_of(check: Check, min_length: int = 0, max_length: int = 10_000) -> Chec
 
 
 def dataclass_of(kind: type[T], **checks: Check) -> Check:
-    """Accept a JSON object with exactly the fields of a dataclass, each checked; return an instance of the dataclass."""
+    """Accept a JSON object with exactly the fields of a dataclass, each checked; return an instance of it."""
     names = tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
     assert set(names) == set(checks), f"{kind.__name__}: every field needs a check"
 

@@ -1,4 +1,4 @@
-"""Archives that NeMo did not write: nothing outside the folder, nothing beyond the limits, one sentence."""
+"""Malformed and hostile archives: no file outside the folder, no excessive memory, an error of one sentence."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def archive(path: Path, parts: list[tuple[tarfile.TarInfo, bytes]], mode: Any = 
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_the_wanted_members_are_copied_and_nothing_else(tmp_path: Path, mode: str) -> None:
+def test_only_weights_and_tokenizer_are_copied(tmp_path: Path, mode: str) -> None:
     more = [entry("./folder", type=tarfile.DIRTYPE), entry("./vocab.txt", b"x"), entry("./evil.py", b"import os")]
     path = archive(tmp_path / "good.nemo", members() + more, mode)
     found = checkpoint.open_checkpoint(path, tmp_path / "out")
@@ -111,7 +111,7 @@ def test_the_wanted_members_are_copied_and_nothing_else(tmp_path: Path, mode: st
     ],
     ids=lambda evil: evil[0].name,
 )
-def test_what_nemo_never_writes_is_refused(tmp_path: Path, evil: tuple[tarfile.TarInfo, bytes]) -> None:
+def test_members_that_nemo_never_writes_are_rejected(tmp_path: Path, evil: tuple[tarfile.TarInfo, bytes]) -> None:
     path = archive(tmp_path / "evil.nemo", [*members(), evil], format=tarfile.PAX_FORMAT)
     with pytest.raises(CheckpointError, match=r"evil\.nemo") as caught:
         checkpoint.open_checkpoint(path, tmp_path / "out")
@@ -119,17 +119,17 @@ def test_what_nemo_never_writes_is_refused(tmp_path: Path, evil: tuple[tarfile.T
     assert sorted(file.name for file in tmp_path.iterdir()) == ["evil.nemo", "out"]
 
 
-def test_sizes_are_limited_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_limited_before_the_content_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     declared = archive(tmp_path / "declared.nemo", members())
     data = bytearray(declared.read_bytes())
-    # The first header's size becomes 8 GiB - 1, its checksum right.
+    # Set the size in the first header to 8 GiB - 1, and correct its checksum.
     data[124:136] = b"77777777777\0"
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
     declared.write_bytes(data)
     config = archive(tmp_path / "config.nemo", members(**{"model_config.yaml": b"a: 1\n#" + b" " * 2**23}))
     bomb = archive(tmp_path / "bomb.nemo", members(**{"model_weights.ckpt": bytes(2**27)}), "w:gz")
-    pax = io.BytesIO()  # a header that is 100 MB
+    pax = io.BytesIO()  # an extended header of 100 MB
     with tarfile.open(fileobj=pax, mode="w") as file:
         for member, content in [entry("x", bytes(10**8), type=tarfile.XHDTYPE), *members()]:
             file.addfile(member, io.BytesIO(content))
@@ -144,13 +144,13 @@ def test_sizes_are_limited_before_anything_is_read(tmp_path: Path, monkeypatch: 
         tracemalloc.stop()
     truncated = archive(tmp_path / "truncated.nemo", members())
     truncated.write_bytes(truncated.read_bytes()[:-12_000])
-    monkeypatch.setattr(checkpoint, "_MOST_TOKENIZER", 5)
+    monkeypatch.setattr(checkpoint, "_MAX_TOKENIZER_BYTES", 5)
     for path in (truncated, archive(tmp_path / "tokenizer.nemo", members())):
         with pytest.raises(CheckpointError, match=path.name):
             checkpoint.open_checkpoint(path, tmp_path / f"out-{path.name}")
 
 
-LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+BILLION_LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
@@ -158,7 +158,7 @@ LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.mark.parametrize(
     "text",
     [
-        LAUGHS,
+        BILLION_LAUGHS,
         "[" * 100_000,
         "{a: " * 10_000,
         "- " * 10_000,
@@ -179,7 +179,7 @@ LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     ],
     ids=range(18),
 )
-def test_a_configuration_that_is_none_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_invalid_configurations_raise_one_sentence(tmp_path: Path, text: str) -> None:
     path = archive(tmp_path / "any.nemo", members(**{"model_config.yaml": text.encode("latin1")}))
     with pytest.raises(CheckpointError) as caught:
         checkpoint.check_config(checkpoint.read_config(path))
@@ -192,7 +192,7 @@ def test_a_few_aliases_are_read(tmp_path: Path) -> None:
     assert checkpoint.read_config(path) == CONFIG | {"x": {"a": 1}, "y": {"a": 1}, "z": [{"a": 1}] * 2}
 
 
-STRANGE = ["16", [], {}, float("nan"), float("inf"), -1, 10**30, True, [[]], 1.5]
+INVALID_VALUES = ["16", [], {}, float("nan"), float("inf"), -1, 10**30, True, [[]], 1.5]
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,14 @@ STRANGE = ["16", [], {}, float("nan"), float("inf"), -1, 10**30, True, [[]], 1.5
         "preprocessor.n_fft",
     ],
 )
-@pytest.mark.parametrize("value", STRANGE, ids=map(str, STRANGE))
-def test_a_strange_value_is_refused_by_its_fields_name(field: str, value: Any) -> None:
+@pytest.mark.parametrize("value", INVALID_VALUES, ids=map(str, INVALID_VALUES))
+def test_invalid_values_are_rejected_by_field_name(field: str, value: Any) -> None:
     config = yaml.safe_load(yaml.safe_dump(CONFIG))
     checkpoint.check_config(config)
-    place, (*path, last) = config, field.split(".")
+    section, (*path, last) = config, field.split(".")
     for key in path:
-        place = place[key]
-    place[last] = value
+        section = section[key]
+    section[last] = value
     with pytest.raises(CheckpointError) as caught:
         checkpoint.check_config(config)
     # `feat_in` must be the number of features.
@@ -230,20 +230,20 @@ def test_a_strange_value_is_refused_by_its_fields_name(field: str, value: Any) -
 
 @pytest.mark.parametrize("path", ["preprocessor", "encoder", "decoder", "joint", "decoding", "tokenizer"])
 @pytest.mark.parametrize("value", [None, [], "x", 5, {}])
-def test_a_section_that_is_none_is_refused(path: str, value: Any) -> None:
+def test_invalid_sections_are_rejected(path: str, value: Any) -> None:
     with pytest.raises(CheckpointError):
         checkpoint.check_config(CONFIG | {path: value})
 
 
 class Evil:
-    def __init__(self, act: Callable[..., Any], *args: Any) -> None:
-        self._made_by = act, args
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._call = function, args
 
     def __reduce__(self) -> Any:
-        return self._made_by
+        return self._call
 
 
-def test_weights_that_are_no_state_dict_are_refused_and_run_nothing(tmp_path: Path) -> None:
+def test_invalid_weights_are_rejected_and_run_no_code(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     for index, content in enumerate(
         (

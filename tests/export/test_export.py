@@ -1,4 +1,4 @@
-"""What the exporter takes, what it refuses, and what it writes. Exporting compares with NeMo or fails (`parity`)."""
+"""Export: supported and rejected checkpoints, and the files of a bundle. Every export is compared with NeMo."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_subsampling_by_four(tmp_path: Path) -> None:
     assert bundle.manifest.encoder.mel_cache == 5
 
 
-REFUSALS = [
+REJECTED = [
     ("target", "nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModelBPE"),
     ("target", "nemo.collections.asr.models.rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt"),
     ("loss.loss_name", "tdt"),
@@ -96,32 +96,32 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), REFUSALS, ids=[f"{f}={v}"[:60] for f, v in REFUSALS])
-def test_unsupported_is_refused_by_name(field: str, value: Any, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize(("field", "value"), REJECTED, ids=[f"{f}={v}"[:60] for f, v in REJECTED])
+def test_unsupported_values_are_rejected_by_field_name(field: str, value: Any, tiny_checkpoint: Path) -> None:
     config = read_config(tiny_checkpoint)
     check_config(config)
-    place = config
+    section = config
     *path, last = field.split(".")
     for key in path:
-        place = place.setdefault(key, {})
-    place[last] = value
-    with pytest.raises(CheckpointError) as refusal:
+        section = section.setdefault(key, {})
+    section[last] = value
+    with pytest.raises(CheckpointError) as rejected:
         check_config(config)
-    assert field in str(refusal.value)
-    offender = value[-1] if field == "encoder.att_context_size" else value  # of a list of contexts, the wrong one
-    assert repr(offender) in str(refusal.value)
-    assert "supports" in str(refusal.value)
+    assert field in str(rejected.value)
+    reported = value[-1] if field == "encoder.att_context_size" else value  # of several contexts, the invalid one
+    assert repr(reported) in str(rejected.value)
+    assert "supports" in str(rejected.value)
 
 
-def test_hybrid_with_rnnt_is_taken(tiny_checkpoint: Path) -> None:
+def test_hybrid_models_with_rnnt_are_supported(tiny_checkpoint: Path) -> None:
     config = read_config(tiny_checkpoint)
     config["target"] = "nemo.collections.asr.models.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
     *_, chunks, _ = check_config(config)
     assert [chunk.ms for chunk in chunks] == [80, 160, 560, 1120]
 
 
-def test_refusal_comes_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A refused checkpoint needs no weights at all: the archive here has none."""
+def test_unsupported_checkpoints_are_rejected_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The configuration is checked before the weights are read: this archive has none."""
     config = read_config(tiny_checkpoint)
     config["encoder"]["att_context_style"] = "regular"
     document = yaml.safe_dump(config).encode()
@@ -148,7 +148,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_wrong_graph_is_not_written(tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Change one number of one weight: parity must fail and say where."""
+    """If one element of a weight changes, the parity check fails and reports the location."""
     copy = tmp_path / "bundle"
     shutil.copytree(tiny_bundle.path, copy)
     model = onnx.load(copy / "encoder-560ms.onnx", load_external_data=False)
@@ -157,7 +157,7 @@ def test_a_wrong_graph_is_not_written(tiny_checkpoint: Path, tiny_bundle: Bundle
     with (copy / "weights.bin").open("r+b") as weights:
         weights.seek(offset)
         weights.write(np.float32(3.0).tobytes())
-    with pytest.raises(ParityError, match=r"encoder-80ms is .* away from NeMo .* worst at frame \d+, step \d+"):
+    with pytest.raises(ParityError, match=r"encoder-80ms differs from NeMo by .* most at frame \d+, step \d+"):
         measure_parity(Bundle(copy, tiny_bundle.manifest), tiny_checkpoint, lambda message: None)
 
 
@@ -176,9 +176,9 @@ def test_the_bundle(tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) 
                 assert [axis for axis in tensor.shape if isinstance(axis, str)] == ["B"], tensor
         for tensor in model.graph.initializer:
             if np.prod(tensor.dims) > 1024:
-                places = {entry.key: entry.value for entry in tensor.external_data}
-                assert places["location"] == manifest.weights.file, tensor.name
-    # Nothing but a change of the checkpoint changes the bundle.
+                external = {entry.key: entry.value for entry in tensor.external_data}
+                assert external["location"] == manifest.weights.file, tensor.name
+    # Export is deterministic.
     again = export_checkpoint(tiny_checkpoint, tmp_path / "again").manifest
     assert again.weights == manifest.weights
     assert again.graphs == manifest.graphs
@@ -196,9 +196,9 @@ def test_an_older_bundle_is_replaced(tiny_checkpoint: Path, tiny_bundle: Bundle,
 
 @pytest.mark.slow
 def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
-    """The 0.6B shape: at most 16 GB of memory, at most 1.15 times its fp32 weights on disk, parity everywhere."""
+    """Export of the 0.6B sizes: at most 16 GB of memory, at most 1.15 times the fp32 weights on disk, full parity."""
     peak, before = full_export.peak_kib, full_export.checkpoint_peak_kib
-    assert peak < 16e9 / 1024, f"peak {peak / 1e6:.1f} GB (making the checkpoint: {before / 1e6:.1f} GB)"
+    assert peak < 16e9 / 1024, f"peak {peak / 1e6:.1f} GB (creating the checkpoint: {before / 1e6:.1f} GB)"
     assert "comparing 1120 ms with NeMo" in full_export.stderr
     bundle = Bundle.open(full_export.bundle)
     source = open_checkpoint(full_export.checkpoint, tmp_path / "unpacked")
@@ -210,21 +210,23 @@ def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
         assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= MIN_STEPS
 
 
-def test_a_name_is_asked_of_nemo(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model NeMo knows by name: NeMo fetches the file, we export that. There is no network in the tests."""
+def test_pretrained_models_are_fetched_by_nemo(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Export by model name; `from_pretrained` is replaced, because the tests have no network."""
     from nemo.collections.asr.models import ASRModel
 
-    asked = []
+    calls = []
 
     def fetch(name: str, **options: Any) -> str:
-        asked.append((name, options["return_model_file"]))
+        calls.append((name, options["return_model_file"]))
         if "unknown" in name:
             raise FileNotFoundError("no such model on the hub")
         return str(tiny_checkpoint)
 
     monkeypatch.setattr(ASRModel, "from_pretrained", fetch)
     bundle = export_checkpoint("nvidia/nemotron-speech-streaming-en-0.6b", tmp_path / "bundle")
-    assert asked == [("nvidia/nemotron-speech-streaming-en-0.6b", True)]
+    assert calls == [("nvidia/nemotron-speech-streaming-en-0.6b", True)]
     assert bundle.manifest.checkpoint["source"] == "nvidia/nemotron-speech-streaming-en-0.6b"
     with pytest.raises(CheckpointError, match=r"nvidia/unknown is neither a file nor a model.*no such model"):
         export_checkpoint("nvidia/unknown", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""How many examples the fuzzing targets run: a few hundred in the normal run, more by hand."""
+"""Hypothesis profile of the fuzz tests; an environment variable raises the number of examples."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Parsers of what is read from disk, on valid documents that were changed and on any bytes: success, or our errors.
+"""Fuzz the parsers of files with mutated valid documents and random bytes: they succeed or raise nemostream's errors.
 
-`NEMOSTREAM_FUZZ_EXAMPLES` sets how many examples each runs (by default a few hundred).
+`NEMOSTREAM_FUZZ_EXAMPLES` sets the number of examples per test (300 by default).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nemostream.runtime.streaming.state import Hypothesis
 
 fuzz = settings(settings.get_profile("fuzz"))
 
-DEEP = "[" * 100_000
+NESTED = "[" * 100_000
 LEAVES: Any = (
     st.none()
     | st.booleans()
@@ -77,61 +77,61 @@ VALUES: Any = st.recursive(
 )
 
 
-def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a document."""
+def paths(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value in a document."""
     yield path
     items = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     )
     for key, value in items:
-        yield from places(value, (*path, key))
+        yield from paths(value, (*path, key))
 
 
 @st.composite
-def changed(draw: st.DrawFn, document: Any) -> Any:
-    """The document with one to three of its values replaced, removed, or joined by a new field."""
-    made = copy.deepcopy(document)
+def mutated(draw: st.DrawFn, document: Any) -> Any:
+    """Draw the document with one to three values replaced or removed, or fields added."""
+    result = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        *path, last = draw(st.sampled_from([place for place in places(made) if place] or [("a",)]))
-        spot = made
+        *path, last = draw(st.sampled_from([path for path in paths(result) if path] or [("a",)]))
+        parent = result
         for key in path:
-            spot = spot[key]
-        how = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
-        if how == "remove" and isinstance(spot, dict | list):
-            spot.pop(last)
-        elif how == "add" and isinstance(spot, dict):
-            spot[draw(st.text(max_size=8))] = draw(VALUES)
+            parent = parent[key]
+        change = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if change == "remove" and isinstance(parent, dict | list):
+            parent.pop(last)
+        elif change == "add" and isinstance(parent, dict):
+            parent[draw(st.text(max_size=8))] = draw(VALUES)
         else:
-            spot[last] = draw(VALUES)
-    return made
+            parent[last] = draw(VALUES)
+    return result
 
 
 def as_json(value: Any) -> str:
     try:
         return json.dumps(value)
     except (RecursionError, ValueError):
-        return DEEP
+        return NESTED
 
 
-def sentence(error: NemostreamError) -> None:
-    """One line that fits a terminal."""
+def check_message(error: NemostreamError) -> None:
+    """Check that the message has a reasonable length and no traceback."""
     assert 10 < len(str(error)) < 3000 and "Traceback" not in str(error)
 
 
 # -- manifests ---------------------------------------------------------------------------------------------------------
 
 MANIFEST = json.loads((nemostream.demo_bundle() / "manifest.json").read_text())
-MANIFEST["graphs"] = {  # as few as there may be, so that changes hit all parts of the document
+MANIFEST["graphs"] = {  # the minimum, so that mutations reach all parts of the document
     name: MANIFEST["graphs"][name] | {"inputs": MANIFEST["graphs"]["joint"]["inputs"]}
     for name in ("features-80ms", "encoder-80ms", "decoder", "joint")
 }
 for graph in MANIFEST["graphs"].values():
     graph["outputs"] = graph["outputs"][:1]
 MANIFEST["chunks"] = MANIFEST["chunks"][:1]
-TEXTS = changed(MANIFEST).map(as_json) | VALUES.map(as_json) | st.text() | st.just(DEEP) | st.just('{"a":' * 50_000)
+TEXTS = mutated(MANIFEST).map(as_json) | VALUES.map(as_json) | st.text() | st.just(NESTED) | st.just('{"a":' * 50_000)
 
 
-def test_the_manifest_that_is_changed_is_valid() -> None:
+def test_the_original_manifest_is_valid() -> None:
     assert Manifest.from_json(json.dumps(MANIFEST)).chunks[0].ms == 80
 
 
@@ -141,9 +141,9 @@ def test_manifests(text: str, tmp_path: Path) -> None:
     try:
         manifest = Manifest.from_json(text)
     except NemostreamError as error:
-        sentence(error)
+        check_message(error)
         return
-    # What is accepted can be used: written again, measured, and its files and weights are inside the folder.
+    # An accepted manifest is usable: it can be serialized, and its files and weights are inside the folder.
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.encoder_frames(16000) > 0 and math.isfinite(manifest.seconds(7))
     for weight in manifest.tensors.values():
@@ -156,11 +156,11 @@ def test_manifests(text: str, tmp_path: Path) -> None:
 
 @fuzz
 @given(content=st.binary(max_size=300) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_folders_with_any_manifest(content: bytes, tmp_path: Path) -> None:
+def test_folders_with_malformed_manifests(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(NemostreamError) as caught:
         Bundle.open(tmp_path)
-    sentence(caught.value)
+    check_message(caught.value)
 
 
 GRAPH = (nemostream.demo_bundle() / "joint.onnx").read_bytes()
@@ -169,7 +169,7 @@ GRAPH = (nemostream.demo_bundle() / "joint.onnx").read_bytes()
 @fuzz
 @given(data=st.data())
 def test_graphs(data: st.DataObject) -> None:
-    """Read as protobuf only as far as the files that they name."""
+    """The reader of external file names accepts a graph, or raises one of its errors."""
     graph = bytearray(GRAPH)
     for _ in range(data.draw(st.integers(0, 4))):
         graph[data.draw(st.integers(0, len(graph) - 1))] = data.draw(st.integers(0, 255))
@@ -205,26 +205,26 @@ PLAN = {
 
 
 @fuzz
-@given(content=(changed(PLAN).map(as_json) | VALUES.map(as_json) | st.just(DEEP)).map(str.encode) | st.binary())
-def test_descriptions_of_engines(content: bytes, tmp_path: Path) -> None:
+@given(content=(mutated(PLAN).map(as_json) | VALUES.map(as_json) | st.just(NESTED)).map(str.encode) | st.binary())
+def test_engine_descriptions(content: bytes, tmp_path: Path) -> None:
     store, recipe = PlanStore(tmp_path), Recipe(**RECIPE)
     (tmp_path / "a.engine").write_bytes(b"abc")
     (tmp_path / "any.json").write_bytes(content)
-    described = tmp_path / f"{recipe.stem}.json"
-    described.write_bytes(content)
+    description = tmp_path / f"{recipe.stem}.json"
+    description.write_bytes(content)
     assert all(plan.folder == tmp_path and plan.recipe.stem == recipe.stem for plan in store.all())
-    with pytest.raises(NemostreamError) as caught:  # no hash is right
+    with pytest.raises(NemostreamError) as caught:  # the hashes never match
         store.find(recipe)
-    sentence(caught.value)
+    check_message(caught.value)
 
 
-# -- saved states ------------------------------------------------------------------------------------------------------
+# -- snapshots ---------------------------------------------------------------------------------------------------------
 
 DEMO = Manifest.from_json((nemostream.demo_bundle() / "manifest.json").read_text())
 ABOUT = {"model": "demo", "chunk_ms": 560}
 
 
-def saved_stream() -> StreamSnapshot:
+def make_snapshot() -> StreamSnapshot:
     stream = Chunker(DEMO, DEMO.chunk(560))
     stream.accept(np.full(20_000, 0.1, np.float32))
     covered = 0
@@ -238,7 +238,7 @@ def saved_stream() -> StreamSnapshot:
     return StreamSnapshot(parts, 20_000, "ab" * 16)
 
 
-SAVED = saved_stream()
+SNAPSHOT = make_snapshot()
 
 
 class Guard:
@@ -248,105 +248,106 @@ class Guard:
     def load(self, state: Any) -> None: ...
 
 
-def restored(path: Path) -> tuple[Chunker, Hypothesis] | None:
-    """The stream that a file is the state of; it must be one that can go on."""
+def restore(path: Path) -> tuple[Chunker, Hypothesis] | None:
+    """Restore a stream's chunker and hypothesis from a snapshot file."""
     checkpointer = Checkpointer(path, ABOUT)
-    saved = checkpointer.load()
-    if saved is None:
+    snapshot = checkpointer.load()
+    if snapshot is None:
         return None
     chunker, hypothesis = Chunker(DEMO, DEMO.chunk(560)), Hypothesis()
-    checkpointer.restore(saved, {"chunker": chunker, "hypothesis": hypothesis, "guard": Guard()}, 896, 1)
+    checkpointer.restore(snapshot, {"chunker": chunker, "hypothesis": hypothesis, "guard": Guard()}, 896, 1)
     return chunker, hypothesis
 
 
-def write(path: Path, saved: StreamSnapshot) -> bytes:
-    Checkpointer(path, ABOUT).save(saved)
+def write(path: Path, snapshot: StreamSnapshot) -> bytes:
+    """Write a snapshot; return the content of the file."""
+    Checkpointer(path, ABOUT).save(snapshot)
     return path.read_bytes()
 
 
-def test_the_state_that_is_changed_is_valid(tmp_path: Path) -> None:
-    write(tmp_path / "state", SAVED)
-    found = restored(tmp_path / "state")
-    assert found is not None
-    chunker, hypothesis = found
+def test_the_original_snapshot_is_valid(tmp_path: Path) -> None:
+    write(tmp_path / "state", SNAPSHOT)
+    restored = restore(tmp_path / "state")
+    assert restored is not None
+    chunker, hypothesis = restored
     assert hypothesis.tokens == [5, 6] and chunker.samples == 20_000
 
 
-ARRAYS = [(part, name) for part, arrays in SAVED.parts.items() for name in arrays]
+ARRAYS = [(part, name) for part, arrays in SNAPSHOT.parts.items() for name in arrays]
 NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 2**53, 2**62, -(2**62)]) | st.integers(0, 40_000)
 
 
 @st.composite
-def arrays(draw: st.DrawFn, original: np.ndarray) -> np.ndarray:
-    """An array in place of the original: values changed, or another length, type or shape."""
-    how = draw(st.sampled_from(["values", "values", "length", "type", "shape", "nan"]))
-    made = original.copy()
-    if how == "values" and made.size and made.dtype.kind in "iu":
-        limits = np.iinfo(made.dtype)
-        made.flat[draw(st.integers(0, made.size - 1))] = np.clip(draw(NUMBERS), limits.min, limits.max)
-    elif how == "nan" and made.size and made.dtype.kind == "f":
-        made.flat[draw(st.integers(0, made.size - 1))] = draw(st.sampled_from([math.nan, math.inf, 1e30]))
-    elif how == "length":
-        made = np.resize(made, draw(st.integers(0, 12)))
-    elif how == "shape":
-        made = made.reshape((1, *made.shape))
+def mutated_array(draw: st.DrawFn, original: np.ndarray) -> np.ndarray:
+    """Draw the array with changed values, or another length, type or shape."""
+    change = draw(st.sampled_from(["values", "values", "length", "type", "shape", "nan"]))
+    array = original.copy()
+    if change == "values" and array.size and array.dtype.kind in "iu":
+        limits = np.iinfo(array.dtype)
+        array.flat[draw(st.integers(0, array.size - 1))] = np.clip(draw(NUMBERS), limits.min, limits.max)
+    elif change == "nan" and array.size and array.dtype.kind == "f":
+        array.flat[draw(st.integers(0, array.size - 1))] = draw(st.sampled_from([math.nan, math.inf, 1e30]))
+    elif change == "length":
+        array = np.resize(array, draw(st.integers(0, 12)))
+    elif change == "shape":
+        array = array.reshape((1, *array.shape))
     else:
-        made = made.astype(draw(st.sampled_from(["f8", "i8", "i4", "?", "u1", "S3", "c8", ">f4"])))
-    return made
+        array = array.astype(draw(st.sampled_from(["f8", "i8", "i4", "?", "u1", "S3", "c8", ">f4"])))
+    return array
 
 
 @fuzz
 @given(data=st.data())
-def test_states_with_other_arrays(data: st.DataObject, tmp_path: Path) -> None:
-    parts = {part: dict(arrays) for part, arrays in SAVED.parts.items()}
+def test_snapshots_with_mutated_arrays(data: st.DataObject, tmp_path: Path) -> None:
+    parts = {part: dict(arrays) for part, arrays in SNAPSHOT.parts.items()}
     for _ in range(data.draw(st.integers(1, 3))):
         part, name = data.draw(st.sampled_from(ARRAYS))
         if data.draw(st.integers(0, 4)) == 0:
             parts[part].pop(name, None)
         else:
-            parts[part][name] = data.draw(arrays(SAVED.parts[part][name]))
+            parts[part][name] = data.draw(mutated_array(SNAPSHOT.parts[part][name]))
     samples = data.draw(st.sampled_from([20_000, 20_000, 0, -1, 2**60]))
     write(
         tmp_path / "state", StreamSnapshot(parts, samples, data.draw(st.sampled_from(["ab" * 16, "", "é", "x" * 1000])))
     )
     try:
-        found = restored(tmp_path / "state")
+        restored = restore(tmp_path / "state")
     except NemostreamError as error:
-        sentence(error)
+        check_message(error)
         return
-    assert found is not None
-    stream, hypothesis = found
-    assert stream.samples == 20_000
-    stream.accept(np.zeros(30_000, np.float32))  # what was accepted goes on, and comes to its end
-    stream.finish()
-    assert stream.queued < 100 and all(0 <= token < 896 for token in hypothesis.tokens)
+    assert restored is not None
+    chunker, hypothesis = restored
+    assert chunker.samples == 20_000
+    chunker.accept(np.zeros(30_000, np.float32))  # an accepted stream can continue and finish
+    chunker.finish()
+    assert chunker.queued < 100 and all(0 <= token < 896 for token in hypothesis.tokens)
 
 
 @fuzz
 @given(data=st.data())
-def test_states_of_any_bytes(data: st.DataObject, tmp_path: Path) -> None:
-    content = bytearray(write(tmp_path / "state", SAVED))
+def test_snapshots_with_random_bytes(data: st.DataObject, tmp_path: Path) -> None:
+    content = bytearray(write(tmp_path / "state", SNAPSHOT))
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
     (tmp_path / "state").write_bytes(data.draw(st.just(bytes(content[:cut])) | st.binary(max_size=200)))
     try:
-        restored(tmp_path / "state")
+        restore(tmp_path / "state")
     except NemostreamError as error:
-        sentence(error)
+        check_message(error)
 
 
 @fuzz
 @given(header=st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("latin1", "replace")), doc=VALUES)
-def test_states_of_any_headers(header: bytes, doc: Any, tmp_path: Path) -> None:
+def test_snapshots_with_malformed_headers(header: bytes, doc: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "state", "w") as archive:
         archive.writestr("chunker.counts.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
         document = io.BytesIO()
         np.save(document, np.frombuffer(as_json(doc).encode() or b"0", np.uint8))
         archive.writestr("document.npy", document.getvalue())
     with pytest.raises(NemostreamError) as caught:
-        restored(tmp_path / "state")
-    sentence(caught.value)
+        restore(tmp_path / "state")
+    check_message(caught.value)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -404,16 +405,16 @@ CONFIG: dict[str, Any] = {
 
 
 @fuzz
-@given(config=changed(CONFIG))
+@given(config=mutated(CONFIG))
 def test_configurations(config: Any) -> None:
     checkpoint = pytest.importorskip("nemostream.export.checkpoint", reason="needs the export extra")
     checkpoint.check_config(CONFIG)
     try:
         features, encoder, decoder, chunks, _ = checkpoint.check_config(config)
     except NemostreamError as error:
-        sentence(error)
+        check_message(error)
         return
-    # What is accepted can be exported: every size is a whole number that is not too large to allocate.
+    # An accepted configuration can be exported: no size is too large to allocate.
     for spec in (features, encoder, decoder, *chunks):
         for name, value in vars(spec).items():
             assert isinstance(value, int | float | str) and not isinstance(value, bool), name
@@ -447,11 +448,11 @@ YAML = st.text(max_size=200) | st.sampled_from(
 
 
 @fuzz
-@given(content=st.binary(max_size=2000), text=YAML, whole=st.booleans(), name=st.text(max_size=30))
-def test_archives(content: bytes, text: str, whole: bool, name: str, tmp_path: Path) -> None:
+@given(content=st.binary(max_size=2000), text=YAML, valid_tar=st.booleans(), name=st.text(max_size=30))
+def test_archives(content: bytes, text: str, valid_tar: bool, name: str, tmp_path: Path) -> None:
     checkpoint = pytest.importorskip("nemostream.export.checkpoint", reason="needs the export extra")
     path = tmp_path / "any.nemo"
-    if whole:
+    if valid_tar:
         document = text.encode("utf-8", "surrogatepass")
         with tarfile.open(path, "w") as archive:
             member = tarfile.TarInfo("./model_config.yaml")
@@ -467,4 +468,4 @@ def test_archives(content: bytes, text: str, whole: bool, name: str, tmp_path: P
         config = checkpoint.read_config(path)
         checkpoint.check_config(config)
     except NemostreamError as error:
-        sentence(error)
+        check_message(error)

@@ -1,6 +1,6 @@
-"""Parsers of what clients send, on valid messages that were changed and on any bytes: they answer, or raise our errors.
+"""Fuzz the parsers of client data with valid and random messages: they succeed or raise nemostream's errors.
 
-`NEMOSTREAM_FUZZ_EXAMPLES` sets how many examples each runs (by default a few hundred).
+`NEMOSTREAM_FUZZ_EXAMPLES` sets the number of examples per test (300 by default).
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ TYPES = st.sampled_from(
         "input_audio_buffer.clear",
     ]
 )
-ORDERS = st.builds(lambda kind, rest: {**rest, "type": kind}, TYPES, st.dictionaries(KEYS, VALUES, max_size=6))
-TEXTS = ORDERS.map(json.dumps) | st.text() | VALUES.map(json.dumps) | st.just("[" * 100_000)
+MESSAGES = st.builds(lambda kind, rest: {**rest, "type": kind}, TYPES, st.dictionaries(KEYS, VALUES, max_size=6))
+TEXTS = MESSAGES.map(json.dumps) | st.text() | VALUES.map(json.dumps) | st.just("[" * 100_000)
 
 
 @fuzz
 @given(text=TEXTS)
-def test_messages_of_a_stream(text: str) -> None:
+def test_websocket_messages(text: str) -> None:
     try:
         kind, order = websocket._order(text)
     except NemostreamError as error:
@@ -112,7 +112,7 @@ PAIRS = st.tuples(
 
 @fuzz
 @given(pairs=st.lists(PAIRS, max_size=6))
-def test_options_of_a_stream(pairs: list[tuple[str, str]]) -> None:
+def test_websocket_options(pairs: list[tuple[str, str]]) -> None:
     try:
         options = websocket._options(QueryParams(pairs))
     except NemostreamError as error:
@@ -127,7 +127,7 @@ async def decoded(audio: Any) -> bytes:
 
 @fuzz
 @given(text=TEXTS | st.builds(lambda data: '{"type": "input_audio_buffer.append", "audio": "' + data + '"}', st.text()))
-def test_messages_of_a_realtime_session(text: str) -> None:
+def test_realtime_messages(text: str) -> None:
     try:
         order = realtime._json(text)
         if isinstance(audio := order.get("audio"), realtime._Span):
@@ -139,8 +139,8 @@ def test_messages_of_a_realtime_session(text: str) -> None:
 
 @fuzz
 @given(key=st.sampled_from(["audio", "x"]), size=st.integers(0, 100_000), tail=TEXTS)
-def test_long_messages_of_a_realtime_session_are_read_like_json(key: str, size: int, tail: str) -> None:
-    """Taking the audio out of a long message changes nothing but the time that it takes."""
+def test_long_realtime_messages_are_parsed_like_json(key: str, size: int, tail: str) -> None:
+    """The fast path that extracts the audio of a long message gives the same result as `json.loads`."""
     text = json.dumps({"type": "input_audio_buffer.append", key: "QUJD" * size, "event_id": tail[:1000]})
     try:
         order = realtime._json(text)
@@ -174,7 +174,7 @@ WAVS = st.builds(
 
 @fuzz
 @given(data=WAVS | st.binary(max_size=200), cut=st.integers(0, 300))
-def test_the_beginning_of_a_stream(data: bytes, cut: int) -> None:
+def test_container_detection(data: bytes, cut: int) -> None:
     for parts in ((data,), (data[:cut], data[cut:])):
         decoder = _Decoder("pcm_s16le", 1, 16000)
         try:
@@ -203,15 +203,15 @@ CONFIGS = st.builds(
 
 @fuzz
 @given(config=CONFIGS, data=st.binary(max_size=100))
-def test_the_configuration_of_a_grpc_call(config: Any, data: bytes) -> None:
+def test_grpc_configurations(config: Any, data: bytes) -> None:
     any_config = messages.RecognitionConfig()
     try:
         any_config.ParseFromString(data)
     except DecodeError:
         any_config = config
-    for found in (config, any_config):
+    for candidate in (config, any_config):
         try:
-            riva._options(found)
+            riva._options(candidate)
         except NemostreamError as error:
             assert len(str(error)) < 1000
 
@@ -221,7 +221,7 @@ LATIN = st.text(st.characters(max_codepoint=255), max_size=40)
 
 @fuzz
 @given(authorization=LATIN | st.text(max_size=10).map(lambda key: f"Bearer {key}"), protocol=LATIN, host=LATIN)
-def test_headers_of_access(authorization: str, protocol: str, host: str) -> None:
+def test_access_headers(authorization: str, protocol: str, host: str) -> None:
     headers = {"authorization": authorization, "sec-websocket-protocol": protocol}
     assert key_number(given_key(headers), [b"right \xff key", b"other"]) is None
     host_allowed(host, Settings())
@@ -231,10 +231,10 @@ def test_headers_of_access(authorization: str, protocol: str, host: str) -> None
 
 @fuzz
 @given(encoding=st.sampled_from(list(ENCODINGS)), channels=st.integers(1, 4), parts=st.lists(st.binary(max_size=50)))
-def test_samples_may_be_cut_anywhere(encoding: str, channels: int, parts: list[bytes]) -> None:
+def test_samples_may_be_split_anywhere(encoding: str, channels: int, parts: list[bytes]) -> None:
     decoder, whole = _Decoder(encoding, channels, 16000), _Decoder(encoding, channels, 16000)
     try:
         wanted = whole(b"".join(parts)).tobytes() + whole(b"", last=True).tobytes()
-    except NemostreamError:  # they begin a container
+    except NemostreamError:  # the data starts like a container
         return
     assert b"".join(decoder(part).tobytes() for part in [*parts]) + decoder(b"", last=True).tobytes() == wanted
