@@ -26,7 +26,7 @@ from nemostream.runtime.backends.base import Backend, at_least_one
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.streaming.live import EventStream, LiveStream
-from nemostream.runtime.streaming.offline import Progress, recognise
+from nemostream.runtime.streaming.offline import Progress, transcribe_recording
 from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.streaming.session import Options, Pcm, SessionContext, StreamSession, with_options
 from nemostream.runtime.streaming.snapshot import Checkpointer
@@ -201,7 +201,9 @@ class Model:
                     blocks = audio.blocks
                     if stop is not None:
                         blocks = itertools.takewhile(lambda _: not stop.is_set(), blocks)
-                    result = recognise(session, blocks, audio.duration, on_partial, on_progress, checkpointer)
+                    result = transcribe_recording(
+                        session, blocks, audio.duration, on_partial, on_progress, checkpointer
+                    )
                 if checkpointer and not keep_state:
                     checkpointer.done()
                 return result

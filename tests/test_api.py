@@ -1,4 +1,4 @@
-"""The Python API as a user meets it: names, help, what can be transcribed, errors, times within the recording."""
+"""The public Python API: names, help, kinds of sources, errors, times within the recording."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def content() -> bytes:
 # -- names and options -------------------------------------------------------------------------------------------------
 
 
-def test_dir_lists_the_public_names_only() -> None:
+def test_dir_lists_only_public_names() -> None:
     assert dir(nemostream) == sorted(nemostream.__all__)
     for name in dir(nemostream):
         assert getattr(nemostream, name) is not None
@@ -93,31 +93,31 @@ def test_an_unknown_option_lists_the_valid_ones(model: nemostream.Model, clip: n
         ("chunk_ms", "560"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named(
+def test_a_value_of_the_wrong_type_is_an_option_error(
     model: nemostream.Model, clip: np.ndarray, name: str, option: str, value: object
 ) -> None:
     with pytest.raises(OptionError, match=re.escape(repr(value))):
-        found = call(model, name, clip[:8000], **{option: value})
-        raise found[0]  # `transcribe_many` gives the error in place of the result
+        results = call(model, name, clip[:8000], **{option: value})
+        raise results[0]  # `transcribe_many` yields the error instead of the result
 
 
 @pytest.mark.parametrize("rate", [0, -1, 3999, 768_001, 10**30, float("nan"), float("inf"), 16000.5])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_sample_rate_out_of_range_is_refused(
+def test_a_sample_rate_out_of_range_is_rejected(
     model: nemostream.Model, clip: np.ndarray, name: str, rate: float
 ) -> None:
-    with pytest.raises(OptionError, match=r"sample_rate is .*; it must be whole Hz from 4000 to 768000"):
+    with pytest.raises(OptionError, match=r"sample_rate is .*; it must be an integer from 4000 to 768000 \(Hz\)"):
         raise call(model, name, clip[:8000], sample_rate=rate)[0]
 
 
 @pytest.mark.parametrize("option", ["capacity", "threads", "max_batch", "delay_ms", "chunk_ms"])
 @pytest.mark.parametrize("value", ["4", 2.5])
-def test_load_refuses_numbers_that_are_none(option: str, value: object) -> None:
+def test_load_rejects_options_that_are_not_numbers(option: str, value: object) -> None:
     with pytest.raises(OptionError, match=re.escape(repr(value))):
         nemostream.load(**{option: value})  # type: ignore[arg-type]
 
 
-def test_numbers_of_numpy_are_numbers(model: nemostream.Model, clip: np.ndarray) -> None:
+def test_numpy_numbers_are_accepted(model: nemostream.Model, clip: np.ndarray) -> None:
     result = model.transcribe(clip, sample_rate=np.int64(RATE), chunk_ms=np.int64(560))  # type: ignore[arg-type]
     assert result == model.transcribe(clip)
     with pytest.raises(OptionError, match="channels is '1'"):
@@ -129,7 +129,7 @@ def test_numbers_of_numpy_are_numbers(model: nemostream.Model, clip: np.ndarray)
 
 
 @pytest.mark.parametrize("audio", [np.array(0.5), np.float32(0.5), np.zeros((2, 2, 2), np.float32)])
-def test_an_array_that_is_no_recording_is_refused(model: nemostream.Model, audio: Any) -> None:
+def test_an_array_of_the_wrong_shape_is_rejected(model: nemostream.Model, audio: Any) -> None:
     for act in (model.transcribe, lambda audio: list(model.listen(audio))):
         with pytest.raises(AudioError):
             act(audio)
@@ -143,7 +143,7 @@ def test_an_array_that_is_no_recording_is_refused(model: nemostream.Model, audio
 
 
 class Pipe:
-    """A binary file object that can only be read, a little at a time."""
+    """A binary file object that can only be read, in small blocks, and not seeked."""
 
     def __init__(self, content: bytes) -> None:
         self._file = io.BytesIO(content)
@@ -171,7 +171,7 @@ def test_the_content_of_a_file_is_transcribed_like_the_file(model: nemostream.Mo
     assert finals == [wanted.text]
 
 
-def test_file_objects_are_read_from_their_place_and_stay_open(
+def test_file_objects_are_read_from_their_position_and_not_closed(
     model: nemostream.Model, content: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "two"
@@ -188,33 +188,33 @@ def test_file_objects_are_read_from_their_place_and_stay_open(
     thread.join()
 
 
-def test_content_that_cannot_be_read_is_refused(
+def test_unreadable_content_is_rejected(
     model: nemostream.Model, clip: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     pcm = (clip * 32767).astype("<i2").tobytes()
-    for source, sentence in (
+    for source, message in (
         (b"", "the audio given as bytes is empty"),
         (io.BytesIO(), "the file object is empty"),
         (pcm, "the audio given as bytes cannot be read as audio"),
         (io.BytesIO(pcm), "the file object cannot be read as audio"),
-        (io.StringIO("text"), "gives str, not bytes; open it with 'rb'"),
+        (io.StringIO("text"), "returns str, not bytes; open it with 'rb'"),
     ):
         for act in (model.transcribe, lambda source: list(model.listen(source))):
             if hasattr(source, "seek"):
                 source.seek(0)
-            with pytest.raises(AudioError, match=sentence):
+            with pytest.raises(AudioError, match=message):
                 act(source)
     assert not list(tmp_path.iterdir())  # temporary files
     for other in (7, None, [0.1, 0.2]):
-        with pytest.raises(AudioError, match=r"takes a path or a numpy array, not .*; of an audio file also its bytes"):
+        with pytest.raises(AudioError, match=r"must be a path, a numpy array, the bytes of an audio file .*, not"):
             model.transcribe(other)  # type: ignore[arg-type]
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
-def clock(stamp: str) -> float:
+def to_seconds(stamp: str) -> float:
     hours, minutes, seconds = stamp.replace(",", ".").split(":")
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
@@ -222,7 +222,7 @@ def clock(stamp: str) -> float:
 @pytest.mark.parametrize("ms", [80, 560])
 @pytest.mark.parametrize("rate", [RATE, 44100])
 def test_words_end_within_the_recording(model: nemostream.Model, clip: np.ndarray, ms: int, rate: int) -> None:
-    """Wherever the recording is cut, in a frame and behind a word."""
+    """Wherever the recording is cut, also within a frame and after a word."""
     clipped = 0
     for cut in range(RATE, len(clip), 3700):
         audio = clip[:cut] if rate == RATE else soxr.resample(clip[:cut], RATE, rate)
@@ -236,7 +236,7 @@ def test_words_end_within_the_recording(model: nemostream.Model, clip: np.ndarra
         for event in finals:
             assert event.start <= event.end <= end and all(word.end <= end for word in event.words)
             assert event.words == event.words[: event.words_from] + event.new_words
-        with model.stream(sample_rate=rate, chunk_ms=ms) as stream:  # cut by force, and nothing comes after
+        with model.stream(sample_rate=rate, chunk_ms=ms) as stream:  # a forced end, with no audio after it
             stream.push_events(audio)
             forced = stream.end_utterance()
             stream.finish_events()
@@ -249,7 +249,7 @@ def test_words_end_within_the_recording(model: nemostream.Model, clip: np.ndarra
         *_, start, length, _, _ = ctm(result.words, "a.wav").splitlines()[-1].split()
         assert float(start) + float(length) <= end + 0.001
         for text in (srt(result.words, end), vtt(result.words, end)):
-            assert max(clock(stamp) for stamp in re.findall(r"--> ([\d:.,]+)", text)) <= end + 0.001
+            assert max(to_seconds(stamp) for stamp in re.findall(r"--> ([\d:.,]+)", text)) <= end + 0.001
     assert clipped
 
 
@@ -258,7 +258,7 @@ def test_words_end_within_the_recording(model: nemostream.Model, clip: np.ndarra
 
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
 @pytest.mark.parametrize("rate", [RATE, 8000])
-def test_minutes_of_digital_silence_change_no_word(
+def test_minutes_of_digital_silence_change_no_words(
     model: nemostream.Model, clip: np.ndarray, ms: int, rate: int
 ) -> None:
     audio = clip if rate == RATE else soxr.resample(clip, RATE, rate)

@@ -1,4 +1,4 @@
-"""The tests that decide: streamed equals NeMo offline, whatever the pushes, neighbours and slots."""
+"""The central tests: streaming equals NeMo offline for any pushes, batches and slots."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def ids(result: nemostream.Result) -> list[int]:
 
 @pytest.mark.parametrize("ms", CHUNKS)
 @pytest.mark.parametrize("which", ["demo", "tiny"])
-def test_tokens_equal_nemos_for_every_human_clip(
+def test_tokens_equal_nemos_for_every_clip(
     which: str, ms: int, clips: dict[str, Floats], request: pytest.FixtureRequest
 ) -> None:
     model, oracle = request.getfixturevalue(f"{which}_model"), request.getfixturevalue(f"{which}_oracle")
-    chunk, spoken = model.manifest.chunk(ms), 0
+    chunk, total = model.manifest.chunk(ms), 0
     for name, audio in clips.items():
         wanted = oracle.tokens(audio, chunk)
         assert ids(model.transcribe(audio, chunk_ms=ms)) == wanted, name
-        spoken += len(wanted)
-    assert spoken > 20, "an oracle that says nothing proves nothing"
+        total += len(wanted)
+    assert total > 20, "too few reference tokens for a meaningful comparison"
 
 
 @pytest.mark.parametrize("ms", CHUNKS)
@@ -73,7 +73,7 @@ def test_encoder_and_features_equal_nemos(
         exact = oracle.features(audio, exact=True)
         np.testing.assert_allclose(mel, exact, rtol=0, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(encoded, oracle.encode(exact, chunk), rtol=0, atol=1e-4, err_msg=name)
-        # NeMo's own fp32 transform strays from what it means by its rounding, and we from it by no more than that.
+        # NeMo's fp32 transform differs from the exact one by its rounding; ours differs from it by no more than that.
         rounded = oracle.features(audio)
         assert np.abs(mel - rounded).max() <= np.abs(exact - rounded).max() + 1e-5
 
@@ -82,10 +82,10 @@ LENGTHS = [160, 161, 319, 320, 1279, 1280, 1281, 2560, 1478, 1480, 7879, 16838, 
 
 
 @pytest.mark.parametrize("ms", CHUNKS)
-def test_every_frame_of_the_offline_forward_comes_out(
+def test_all_frames_of_the_offline_forward_pass_are_emitted(
     ms: int, tiny_bundle: Bundle, tiny_oracle: Any, clips: Any
 ) -> None:
-    """Lengths at and around every edge: the last words of a short clip must not be lost, nor frames made up."""
+    """Lengths at and around every boundary: no frame at the end may be missing or added."""
     audio = clips["librivox-sense-0880"][4000:]
     for length in LENGTHS:
         _, encoded, _ = stream_encoder(tiny_bundle, tiny_bundle.manifest.chunk(ms), audio[:length])
@@ -94,11 +94,11 @@ def test_every_frame_of_the_offline_forward_comes_out(
         np.testing.assert_allclose(encoded, wanted, rtol=0, atol=1e-4, err_msg=str(length))
 
 
-# -- against itself ----------------------------------------------------------------------------------------------------
+# -- streaming against itself ------------------------------------------------------------------------------------------
 
 
-def test_rows_of_different_age_share_a_batch(tiny_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
-    """Streams that begin at different steps, in scattered slots that earlier streams dirtied, batched all together."""
+def test_streams_at_different_steps_share_a_batch(tiny_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """Streams that start at different steps, in scattered slots that earlier streams used, in one batch."""
     manifest, names = tiny_bundle.manifest, list(clips)[:5]
     for ms in CHUNKS:
         chunk = manifest.chunk(ms)
@@ -109,12 +109,12 @@ def test_rows_of_different_age_share_a_batch(tiny_bundle: Bundle, clips: Any, cu
         backend.reset(np.array(sorted(slots.values())))
         waiting = {name: cut_chunks(manifest, chunk, clips[name]) for name in names}
         tokens: dict[str, list[int]] = {name: [] for name in names}
-        turn = 0
+        step = 0
         while any(waiting.values()):
-            live = [n for i, n in enumerate(names) if waiting[n] and turn >= 2 * i]
+            live = [n for i, n in enumerate(names) if waiting[n] and step >= 2 * i]
             live.sort(key=slots.__getitem__)
             parts = [waiting[name].pop(0) for name in live]
-            turn += 1
+            step += 1
             if not live:
                 continue
             batch = Batch(
@@ -125,16 +125,18 @@ def test_rows_of_different_age_share_a_batch(tiny_bundle: Bundle, clips: Any, cu
             )
             emissions = backend.submit(batch).result()
             assert not emissions.failed.any()
-            for name, said in zip(live, emissions.tokens, strict=True):
-                tokens[name] += said.tolist()
+            for name, ids_n in zip(live, emissions.tokens, strict=True):
+                tokens[name] += ids_n.tolist()
         with nemostream.load(tiny_bundle.path, capacity=1) as alone:
             assert tokens == {name: ids(alone.transcribe(clips[name], chunk_ms=ms)) for name in names}
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_pushes_neighbours_and_slots_change_nothing(data: st.DataObject, tiny_model: Model, clips: Any) -> None:
-    """Streams of several chunk sizes start and end at random, pushed in pieces of any size, beside each other."""
+def test_results_do_not_depend_on_pushes_other_streams_and_slots(
+    data: st.DataObject, tiny_model: Model, clips: Any
+) -> None:
+    """Concurrent streams of several chunk sizes start and end at random, with pushes of any size."""
     jobs = data.draw(
         st.lists(
             st.tuples(st.sampled_from(sorted(clips)), st.sampled_from(CHUNKS), st.integers(0, 2**32 - 1)),
@@ -148,7 +150,7 @@ def test_pushes_neighbours_and_slots_change_nothing(data: st.DataObject, tiny_mo
         cuts = np.sort(np.random.default_rng(seed).integers(0, len(audio), 8))
         streams.append((audio, ms, np.diff(np.concatenate([[0], cuts, [len(audio)]])).tolist()))
     order = data.draw(st.permutations([i for i, (_, _, pieces) in enumerate(streams) for _ in range(len(pieces) + 1)]))
-    # All is drawn before a stream is opened: hypothesis may end an example at any draw, and slots are few.
+    # Draw everything before opening a stream: hypothesis may abort an example at any draw, and slots are limited.
     got, at = {}, [0] * len(streams)
     with contextlib.ExitStack() as stack:
         live = [stack.enter_context(tiny_model.stream(chunk_ms=ms)) for _, ms, _ in streams]
@@ -164,7 +166,7 @@ def test_pushes_neighbours_and_slots_change_nothing(data: st.DataObject, tiny_mo
         assert got[i] == ids(tiny_model.transcribe(audio, chunk_ms=ms)), jobs[i]
 
 
-def test_single_samples(tiny_model: Model, clips: Any) -> None:
+def test_pushes_of_single_samples(tiny_model: Model, clips: Any) -> None:
     audio = clips["cards-001"][:6000]
     with tiny_model.stream(chunk_ms=80) as stream:
         partials = [partial for sample in audio for partial in stream.push(sample[None])]
@@ -174,53 +176,53 @@ def test_single_samples(tiny_model: Model, clips: Any) -> None:
     assert all(final.tokens[: len(partial.tokens)] == partial.tokens for partial in partials), "a partial was revised"
 
 
-def test_int16_is_the_same_audio(tiny_model: Model, clips: Any) -> None:
+def test_int16_and_float_audio_give_the_same_tokens(tiny_model: Model, clips: Any) -> None:
     audio = clips["cards-002"]
     whole = np.round(audio * 32768).astype(np.int16)
     assert ids(tiny_model.transcribe(whole)) == ids(tiny_model.transcribe(whole.astype(np.float32) / 32768))
 
 
-def test_a_poisoned_stream_fails_alone(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
-    """NaN inside the state of one slot: its stream gets an error, its neighbour its words, the slot a clean start."""
+def test_a_stream_with_nan_state_fails_alone(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
+    """NaN in the state of one slot fails its stream, leaves the others unchanged and is removed by the next reset."""
     audio, backend = clips["cards-003"], tiny_model._scheduler._backend
     assert isinstance(backend, OrtBackend)
     wanted = ids(tiny_model.transcribe(audio))
-    with tiny_model.stream() as sick, tiny_model.stream() as well:
+    with tiny_model.stream() as failing, tiny_model.stream() as healthy:
         half = len(audio) // 2
-        sick.push(audio[:half])
-        well.push(audio[:half])
-        backend._state.v[:, sick._session._stream.slot] = np.nan
+        failing.push(audio[:half])
+        healthy.push(audio[:half])
+        backend._state.v[:, failing._session._stream.slot] = np.nan
         with pytest.raises(StreamError, match="not finite"):
-            sick.push(audio[half:])
-            sick.finish()
-        well.push(audio[half:])
-        assert ids(well.finish()) == wanted
+            failing.push(audio[half:])
+            failing.finish()
+        healthy.push(audio[half:])
+        assert ids(healthy.finish()) == wanted
     for _ in range(backend.capacity):
-        assert ids(tiny_model.transcribe(audio)) == wanted, "a poisoned slot was handed on"
+        assert ids(tiny_model.transcribe(audio)) == wanted, "a slot kept its NaN state after a reset"
 
 
-def test_position_far_into_a_stream(tiny_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
-    """A stream of a month goes on as one of a minute: only `position` differs, by whole turns of the ring."""
+def test_a_large_position(tiny_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """A stream continues after a month as after a minute: only `position` differs, by full turns of the ring."""
     chunk, spec = tiny_bundle.manifest.chunk(560), tiny_bundle.manifest.encoder
     audio = np.tile(clips["librivox-sense-0870"], 2)
     tokens = []
     for turns in (0, 460_000):  # 70 frames each: a month of audio
-        backend, said = OrtBackend(tiny_bundle, capacity=1), []
+        backend, emitted = OrtBackend(tiny_bundle, capacity=1), []
         backend.reset(np.array([0]))
         for step, (samples, length) in enumerate(cut_chunks(tiny_bundle.manifest, chunk, audio)):
-            if step == 12:  # the ring is full; from here on the position may be any congruent one
+            if step == 12:  # the ring is full; any congruent position is equivalent from here on
                 backend._state.position[0] += turns * spec.cache
             row = Batch(chunk, np.array([0]), samples[None], np.array([length]))
             emissions = backend.submit(row).result()
             offset = turns * spec.cache if step >= 12 else 0
-            said += list(zip(emissions.tokens[0].tolist(), (emissions.frames[0] - offset).tolist(), strict=True))
-        tokens.append(said)
+            emitted += list(zip(emissions.tokens[0].tolist(), (emissions.frames[0] - offset).tolist(), strict=True))
+        tokens.append(emitted)
     assert tokens[0] == tokens[1]
     assert len(tokens[0]) > 10
 
 
 def test_state_and_buffers_do_not_grow(tiny_bundle: Bundle, clips: Any) -> None:
-    """Ten minutes through one slot: the arena is the one allocated at the start, and every array keeps its size."""
+    """Ten minutes in one slot: no array of the state is reallocated or changes its size."""
     backend, chunk = OrtBackend(tiny_bundle, capacity=2), tiny_bundle.manifest.chunk(1120)
     backend.reset(np.array([0, 1]))
 
@@ -238,7 +240,7 @@ def test_state_and_buffers_do_not_grow(tiny_bundle: Bundle, clips: Any) -> None:
 
 
 def test_a_stream_that_changes_its_chunk_size(tiny_bundle: Bundle, tiny_model: Model, clips: Any) -> None:
-    """Pushed and told `set_chunk_ms` as it goes, or cut by hand and run by the backend alone: the same tokens."""
+    """A stream with `set_chunk_ms` between pushes equals chunks cut by hand and run by the backend alone."""
     manifest, audio = tiny_bundle.manifest, clips["librivox-sense-0870"]
     order = [560, 80, 80, 160, 1120, 560, 80, 560, 160]
     backend, tokens, at = OrtBackend(tiny_bundle, capacity=1), [], 0
@@ -259,44 +261,46 @@ def test_a_stream_that_changes_its_chunk_size(tiny_bundle: Bundle, tiny_model: M
     assert len(tokens) > 5
 
 
-def test_every_batch_size_has_the_same_memory(demo_bundle: Bundle) -> None:
-    """A server meets all of them; the large model's would add up to gigabytes."""
+def test_all_batch_sizes_share_memory(demo_bundle: Bundle) -> None:
+    """A server uses all batch sizes; separate buffers of the large model would add up to gigabytes."""
     backend, chunk = OrtBackend(demo_bundle, capacity=5, threads=1), demo_bundle.manifest.chunk(560)
     audio = np.random.default_rng(0).standard_normal((5, chunk.samples)).astype(np.float32) * 0.1
-    seen = []
+    encoded = []
     for rows in (5, 2, 3, 5):
         backend.reset(np.arange(5))
         batch = Batch(chunk, np.arange(rows), audio[:rows], np.full(rows, chunk.samples))
-        seen.append(backend.encode(batch)[0].copy())
+        encoded.append(backend.encode(batch)[0].copy())
     bound = backend._steps[560]._bound
     for name in ("k_new", "v_new", "conv_next", "mel", "encoded_joint", "audio"):
         assert all(np.shares_memory(bound[2][name], bound[rows][name]) for rows in (3, 5)), name
-    np.testing.assert_array_equal(seen[0], seen[3])
-    for few in seen[1:3]:
-        np.testing.assert_allclose(few, seen[0][: len(few)], atol=1e-4)
+    np.testing.assert_array_equal(encoded[0], encoded[3])
+    for part in encoded[1:3]:
+        np.testing.assert_allclose(part, encoded[0][: len(part)], atol=1e-4)
 
 
-def test_digital_silence_is_nemos_up_to_ten_seconds_and_spoils_words_in_nemo_after(
+def test_short_digital_silence_equals_nemo_and_long_silence_keeps_the_words(
     demo_model: Model, demo_oracle: Any, demo_bundle: Bundle, clips: Any
 ) -> None:
-    """Within the limit of `runtime/audio/silence.py` every token is NeMo's. The reason for the rule: NeMo's own words differ
-    after a minute of zeros; ours do not."""
+    """Within the limit of `runtime/audio/silence.py` all tokens equal NeMo's.
+
+    After a minute of zeros NeMo's words change, which is the reason for the rule; ours do not.
+    """
     speech, other = clips["cards-001"], clips["cards-002"]
     audio = np.concatenate([other, np.zeros(9 * 16000, np.float32), speech])
     for ms in CHUNKS:
         chunk = demo_bundle.manifest.chunk(ms)
         assert ids(demo_model.transcribe(audio, chunk_ms=ms)) == demo_oracle.tokens(audio, chunk)
-        late = np.concatenate([np.zeros(60 * 16000, np.float32), speech])
+        delayed = np.concatenate([np.zeros(60 * 16000, np.float32), speech])
         alone = demo_oracle.tokens(speech, chunk)
-        assert demo_oracle.tokens(late, chunk) != alone
-        assert ids(demo_model.transcribe(late, chunk_ms=ms)) == alone
+        assert demo_oracle.tokens(delayed, chunk) != alone
+        assert ids(demo_model.transcribe(delayed, chunk_ms=ms)) == alone
 
 
-# -- hearing -----------------------------------------------------------------------------------------------------------
+# -- accuracy ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_model_hears(demo_model: Model) -> None:
-    """WER over the packaged held-out recordings; the whole sets' figures are in the model card."""
+def test_the_demo_models_word_error_rate(demo_model: Model) -> None:
+    """WER on the packaged held-out recordings; the model card has the figures for the complete sets."""
     import json
 
     import soundfile
@@ -306,15 +310,15 @@ def test_the_demo_model_hears(demo_model: Model) -> None:
     wrong = words = 0
     for row in rows:
         audio, rate = soundfile.read(folder / row["audio_filepath"], dtype="int16")
-        said = demo_model.transcribe(audio, sample_rate=rate).text
-        got, wanted = (re.findall(r"[a-z']+", text.lower()) for text in (said, row["text"]))
+        transcript = demo_model.transcribe(audio, sample_rate=rate).text
+        got, wanted = (re.findall(r"[a-z']+", text.lower()) for text in (transcript, row["text"]))
         wrong, words = wrong + edits(wanted, got), words + len(wanted)
     assert len(rows) >= 24
-    assert wrong / words <= 0.45, f"{wrong} of {words} words"  # a third of the clips are free texts
+    assert wrong / words <= 0.45, f"{wrong} of {words} words"  # a third of the clips are unconstrained texts
 
 
 def edits(wanted: list[str], got: list[str]) -> int:
-    """Levenshtein distance."""
+    """Return the Levenshtein distance."""
     row = list(range(len(got) + 1))
     for i, word in enumerate(wanted, 1):
         previous, row[0] = row[0], i

@@ -1,7 +1,7 @@
-"""Audio containers by their bytes: which one begins here, what a WAV header states.
+"""Detect audio containers by their first bytes, and parse WAV headers.
 
-The magic numbers are long enough that raw samples do not match by chance; the two formats without one (MP3, AAC) need
-two consecutive frame headers that agree. What the module does not know: decoders, numpy.
+The signatures are long enough that raw samples do not match by chance. The two formats without one (MP3, AAC) require
+two consecutive frame headers that agree. This module does not depend on decoders or numpy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from nemostream.errors import AudioError
 
 _GUID_ASF = bytes.fromhex("3026b2758e66cf11")
 _GUID_W64 = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
-# Name, and the bytes at each offset.
-_MAGIC: tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...] = (
+# Container name, and its signature: the bytes at each offset.
+_SIGNATURES: tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...] = (
     *(("WAV", ((0, head), (8, b"WAVE"))) for head in (b"RIFF", b"RIFX", b"RF64", b"BW64")),
     ("AVI", ((0, b"RIFF"), (8, b"AVI "))),
     ("FLAC", ((0, b"fLaC"),)),
@@ -37,42 +37,42 @@ _MAGIC: tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...] = (
     ("SPHERE", ((0, b"NIST_1A\n"),)),
 )
 STREAMABLE = {(1, 16): "pcm_s16le", (3, 32): "pcm_f32le", (6, 8): "alaw", (7, 8): "mulaw"}  # (format tag, bits)
-_LONGEST_HEADER = 1 << 16  # of a WAV stream, before its samples
-# Programs that write into a pipe cannot know a size and state the largest one (sox, ffmpeg, arecord).
-_NO_SIZE = 0x7FFFF000
+_MAX_HEADER_SIZE = 1 << 16  # bytes before the samples of a WAV stream
+# Programs that write to a pipe do not know the size and state the largest one (sox, ffmpeg, arecord).
+_UNKNOWN_SIZE = 0x7FFFF000
 
 
-def container_of(begin: bytes) -> str | None:
-    """Return the container that these first bytes of a file or stream belong to; None if they are raw samples."""
-    for name, parts in _MAGIC:
-        if all(begin[at : at + len(magic)] == magic for at, magic in parts):
+def container_of(head: bytes) -> str | None:
+    """Return the container that a file or stream with these first bytes has; None if they are raw samples."""
+    for name, signature in _SIGNATURES:
+        if all(head[offset : offset + len(magic)] == magic for offset, magic in signature):
             return name
-    for name, frame in (("MP3", mpeg_frame), ("AAC", adts_frame)):
-        first = frame(begin[:7])
+    for name, parse_frame in (("MP3", mpeg_frame), ("AAC", adts_frame)):
+        first = parse_frame(head[:7])
         if first:
-            second = frame(begin[first[0] : first[0] + 7])
+            second = parse_frame(head[first[0] : first[0] + 7])
             if second and second[1] == first[1]:
                 return name
     return None
 
 
-def undecided(begin: bytes) -> bool:
-    """Whether `container_of` may find a container when more bytes follow these."""
-    if container_of(begin):
+def undecided(head: bytes) -> bool:
+    """Return whether `container_of` needs more bytes to exclude every container."""
+    if container_of(head):
         return False
-    for _, parts in _MAGIC:
-        if len(begin) < max(at + len(magic) for at, magic in parts) and all(
-            begin[at : at + len(magic)] == magic[: max(0, len(begin) - at)] for at, magic in parts
+    for _, signature in _SIGNATURES:
+        if len(head) < max(offset + len(magic) for offset, magic in signature) and all(
+            head[offset : offset + len(magic)] == magic[: max(0, len(head) - offset)] for offset, magic in signature
         ):
             return True
-    if len(begin) < 7:
-        return begin[:1] == b"\xff" and (len(begin) < 2 or begin[1] & 0xE0 == 0xE0)
-    return any(first and len(begin) < first[0] + 7 for first in (mpeg_frame(begin[:7]), adts_frame(begin[:7])))
+    if len(head) < 7:
+        return head[:1] == b"\xff" and (len(head) < 2 or head[1] & 0xE0 == 0xE0)
+    return any(first and len(head) < first[0] + 7 for first in (mpeg_frame(head[:7]), adts_frame(head[:7])))
 
 
 # -- MPEG frames -------------------------------------------------------------------------------------------------------
 
-_KBITS = {  # by (version 1, layer)
+_KBITS = {  # bit rates by (whether MPEG version 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -83,7 +83,7 @@ _KBITS = {  # by (version 1, layer)
 
 
 def _mpeg_sizes() -> dict[int, tuple[int, int]]:
-    """Second and third byte of a header -> bytes of the frame, and what all frames of a stream have in common."""
+    """Map bytes 1 and 2 of a header to the frame size and to the bits that all frames of a stream share."""
     sizes = {}
     for second in range(0xE0, 0x100):
         version, layer = second >> 3 & 3, 4 - (second >> 1 & 3)
@@ -107,15 +107,17 @@ MPEG = _mpeg_sizes()
 
 
 def mpeg_frame(header: bytes) -> tuple[int, int] | None:
-    """Bytes of the MPEG audio frame (ISO 11172-3, 13818-3) that these begin, and version, layer and rate in one number;
-    None if they begin none."""
-    if len(header) < 4 or header[0] != 0xFF or header[3] & 3 == 2:  # an emphasis that does not exist
+    """Parse the header of an MPEG audio frame (ISO 11172-3, 13818-3).
+
+    Return the frame size in bytes, and version, layer and sample rate as one number; None if it is not a frame.
+    """
+    if len(header) < 4 or header[0] != 0xFF or header[3] & 3 == 2:  # 2 is a reserved emphasis
         return None
     return MPEG.get(header[1] << 8 | header[2])
 
 
 def adts_frame(header: bytes) -> tuple[int, int] | None:
-    """As `mpeg_frame`, of AAC in ADTS (ISO 13818-7)."""
+    """As `mpeg_frame`, for AAC in ADTS (ISO 13818-7)."""
     if len(header) < 7 or header[0] != 0xFF or header[1] & 0xF6 != 0xF0 or header[2] >> 2 & 15 > 12:
         return None
     size = (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
@@ -127,46 +129,49 @@ def adts_frame(header: bytes) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class WavHeader:
-    """The bytes before the samples of a WAV file (RIFF, RIFX, RF64)."""
+    """The header of a WAV file (RIFF, RIFX, RF64). Offsets are bytes from the start of the file."""
 
-    tag: int  # of the format
-    bits: int
-    sample_rate: int
+    format_tag: int
+    bits: int  # per sample
+    sample_rate: int  # Hz
     channels: int
     bytes_per_second: int
-    start: int  # of the samples, from the file's first byte
-    claimed: int | None  # bytes of samples; None where the header does not know
-    end: int | None  # of the file as its header states it
-    sizes: dict[int, int] = field(default_factory=dict)  # where the sizes of the data and the file stand: bytes
-    order: str = "<"
+    data_start: int  # offset of the samples
+    data_size: int | None  # bytes of samples; None if the header does not state it
+    file_end: int | None  # end of the file according to the header; None if not stated
+    size_fields: dict[int, int] = field(default_factory=dict)  # offset -> width: the size of the file, of the data
+    byte_order: str = "<"  # as in `struct`
 
     @property
     def encoding(self) -> str:
-        """The name of the samples' encoding. Raises `AudioError` if these samples cannot be streamed."""
-        found = STREAMABLE.get((self.tag, self.bits)) if self.order == "<" else None
-        if found is None:
+        """The name of the samples' encoding. Raises `AudioError` if it cannot be streamed."""
+        encoding = STREAMABLE.get((self.format_tag, self.bits)) if self.byte_order == "<" else None
+        if encoding is None:
             raise AudioError(
-                f"WAV samples of format {self.tag} with {self.bits} bits cannot be streamed; send 16-bit PCM, "
+                f"WAV samples of format {self.format_tag} with {self.bits} bits cannot be streamed; send 16-bit PCM, "
                 "32-bit float, A-law or mu-law."
             )
-        return found
+        return encoding
 
 
 def wav_header(file: BinaryIO, at: int = 0) -> WavHeader | None:
-    """Read the WAV header that begins at byte `at`; None if the file ends before the samples. Raises `AudioError`."""
+    """Read the WAV header at offset `at`; return None if the file ends before the samples.
+
+    Raises `AudioError` if the header is invalid.
+    """
     file.seek(at)
     head = file.read(12)
     if len(head) < 12:
         return None
     order = ">" if head[:4] == b"RIFX" else "<"
     (riff,) = struct.unpack(order + "I", head[4:8])
-    shape, large, where = None, None, at + 12
+    sample_format, ds64, offset = None, None, at + 12
     while True:
-        file.seek(where)
-        part = file.read(8)
-        if len(part) < 8:
+        file.seek(offset)
+        chunk = file.read(8)
+        if len(chunk) < 8:
             return None
-        name, (size,) = part[:4], struct.unpack(order + "I", part[4:])
+        name, (size,) = chunk[:4], struct.unpack(order + "I", chunk[4:])
         if name == b"data":
             break
         if name == b"fmt ":
@@ -176,57 +181,56 @@ def wav_header(file: BinaryIO, at: int = 0) -> WavHeader | None:
             if size < 16:
                 raise AudioError(f"the WAV header's fmt chunk has {size} bytes; it must have 16 or more.")
             tag, channels, rate, per_second, _, bits = struct.unpack(order + "HHIIHH", body[:16])
-            if tag == 0xFFFE and size >= 26:  # extensible: the format is the first part of its GUID
+            if tag == 0xFFFE and size >= 26:  # extensible: the format tag is the first field of the GUID
                 (tag,) = struct.unpack(order + "H", body[24:26])
-            shape = tag, bits, rate, channels, per_second
+            sample_format = tag, bits, rate, channels, per_second
         elif name == b"ds64":
             body = file.read(16)
             if len(body) < 16:
                 return None
-            large = where + 8, *struct.unpack("<QQ", body)
-        where += 8 + size + size % 2
-    if shape is None:
+            ds64 = offset + 8, *struct.unpack("<QQ", body)
+        offset += 8 + size + size % 2
+    if sample_format is None:
         raise AudioError("the WAV header has no fmt chunk before its data chunk.")
-    sizes, limit = {at + 4: 4, where + 4: 4}, _NO_SIZE
-    if large and size == 0xFFFFFFFF:  # RF64 has its sizes elsewhere
-        riff, size, limit = large[1], large[2], 1 << 62
-        sizes = {large[0]: 8, large[0] + 8: 8}
+    size_fields, limit = {at + 4: 4, offset + 4: 4}, _UNKNOWN_SIZE
+    if ds64 and size == 0xFFFFFFFF:  # RF64 states its sizes in the ds64 chunk
+        riff, size, limit = ds64[1], ds64[2], 1 << 62
+        size_fields = {ds64[0]: 8, ds64[0] + 8: 8}
     known = 0 < size < limit
     return WavHeader(
-        *shape,
-        start=where + 8,
-        claimed=size if known else None,
-        order=order,
-        sizes=sizes,
-        end=at + 8 + riff + riff % 2 if known and 0 < riff < limit else None,
+        *sample_format,
+        data_start=offset + 8,
+        data_size=size if known else None,
+        file_end=at + 8 + riff + riff % 2 if known and 0 < riff < limit else None,
+        size_fields=size_fields,
+        byte_order=order,
     )
 
 
 class WavStream:
-    """A WAV file that arrives in pieces: takes its bytes, gives those of its samples.
+    """Incremental WAV parser: receives the bytes of a file and returns those of its samples.
 
-    Other chunks are left out wherever they stand. A second WAV file may follow the first. Raises `AudioError` for a
-    header that cannot be.
+    Other chunks are dropped. A second WAV file may follow the first. Raises `AudioError` for an invalid header.
     """
 
     def __init__(self) -> None:
-        self.header: WavHeader | None = None  # once all of it came
+        self.header: WavHeader | None = None  # set once it is complete
         self._buffer = b""
-        self._left: int | None = 0  # bytes of samples still to come; None: all bytes
-        self._skip = 0
+        self._left: int | None = 0  # bytes of samples still to be received; None: until the end
+        self._skip = 0  # bytes of other chunks still to be dropped
 
     @property
     def missing(self) -> float:
-        """Seconds that the header promises and that did not come yet."""
+        """Seconds of audio that the header announces and that have not been received."""
         return (self._left or 0) / max(self.header.bytes_per_second, 1) if self.header else 0.0
 
     @property
     def complete(self) -> bool:
-        """Whether all samples that the header promises came, and nothing that is not whole follows them."""
+        """Whether all announced samples have been received, and no incomplete chunk follows them."""
         return self.header is not None and self._left == 0 and not self._skip and not self._buffer
 
     def push(self, data: bytes) -> bytes:
-        """Take the next bytes; return those that are samples."""
+        """Process the next bytes; return those that are samples."""
         data, samples = self._buffer + data, []
         self._buffer = b""
         while data:
@@ -240,12 +244,12 @@ class WavStream:
             elif self.header is None or data[:4] == b"RIFF"[: len(data)]:
                 header = wav_header(io.BytesIO(data)) if data[8:12] in (b"", b"WAVE") else None
                 if header is None:
-                    if len(data) > _LONGEST_HEADER:
-                        raise AudioError(f"the WAV header is longer than {_LONGEST_HEADER >> 10} KiB.")
+                    if len(data) > _MAX_HEADER_SIZE:
+                        raise AudioError(f"the WAV header is longer than {_MAX_HEADER_SIZE >> 10} KiB.")
                     self._buffer = data
                     break
                 self._begin(header)
-                data = data[header.start :]
+                data = data[header.data_start :]
             elif len(data) < 8:
                 self._buffer = data
                 break
@@ -255,6 +259,7 @@ class WavStream:
         return b"".join(samples)
 
     def _begin(self, header: WavHeader) -> None:
+        """Start a WAV file, whose samples must have the same format as those of the file before."""
         old = self.header
         if old and (old.encoding, old.sample_rate, old.channels) != (
             header.encoding,
@@ -263,9 +268,9 @@ class WavStream:
         ):
             raise AudioError(
                 f"a WAV file of {header.sample_rate} Hz and {header.channels} channel(s) follows one of "
-                f"{old.sample_rate} Hz and {old.channels}; open a new stream for it."
+                f"{old.sample_rate} Hz and {old.channels} channel(s); open a new stream for it."
             )
-        self.header, self._left = header, header.claimed
-        # The byte that makes an odd chunk even is skipped with the next chunk's header: no format here has odd sizes
-        # but 8-bit ones, where `_skip` begins after the samples.
-        self._skip = (header.claimed or 0) % 2
+        self.header, self._left = header, header.data_size
+        # A data chunk of odd size (possible with 8-bit formats only) is followed by a padding byte, which is dropped
+        # after the samples.
+        self._skip = (header.data_size or 0) % 2

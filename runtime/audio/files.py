@@ -1,6 +1,6 @@
-"""Audio files: every container, decoded to float32 in blocks of bounded size.
+"""Audio files in any container, decoded to float32 in blocks of bounded size.
 
-libsndfile decodes WAV, FLAC, Ogg, MP3 and their like, PyAV (the extra `av`) the rest.
+libsndfile decodes WAV, FLAC, Ogg, MP3 and similar formats; PyAV (the `av` extra) decodes the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, NoReturn, Protocol, cast
 
 import numpy as np
 import soundfile
@@ -27,68 +27,69 @@ from nemostream.runtime.audio.parts import AudioPart, find_parts
 
 Floats = NDArray[np.float32]
 
-# Beyond these a rate is a mistake (kHz for Hz, samples for a rate), and soxr would make huge buffers of it.
+# Supported sample rates in Hz. Others are mistakes (kHz instead of Hz, a sample count), for which soxr would allocate
+# huge buffers.
 RATES = range(4_000, 768_001)
-CHANNELS = 64  # more is an array on its side
-BLOCK = 1 << 16  # samples of one channel handled at a time; bounds what a huge array or file costs beside itself
-# Floats beyond +-1 are a recording that clips; beyond this they are integers that were never divided.
-LOUDEST = 32.0
-TOLERATED = 0.02  # seconds that a WAV header may promise too much
+MAX_CHANNELS = 64  # more channels indicate a transposed array
+BLOCK = 1 << 16  # samples per channel processed at a time; bounds the extra memory for a huge array or file
+# Floats beyond +-1 come from a recording that clips; beyond this value they are integers that were not scaled.
+MAX_PEAK = 32.0
+TOLERANCE = 0.02  # seconds of audio that may be missing from a WAV file
 _SNDFILE = {"WAV", "FLAC", "MP3", "Ogg", "AIFF", "AU", "CAF", "W64", "VOC", "SPHERE"}
-_SHORT = re.compile(r"^\s*(?:SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
-_LARGEST_CLAIM = 0x7FFFF000  # of writers into a pipe, who cannot know the size
+_SHORTENED = re.compile(r"^\s*(?:SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_SIZE = 0x7FFFF000  # programs that write to a pipe do not know the size and state this or more
 
 
 class Reader(Protocol):
-    """A decoder of one stream of a file. Its errors name the file."""
+    """Decoder of one stream of a file. Its errors name the file."""
 
-    sample_rate: int
+    sample_rate: int  # Hz
     channels: int
-    frames: int  # that the header promises; 0 if it does not
+    frames: int  # samples per channel according to the header; 0 if unknown
 
     def read(self) -> Floats:
-        """Return about `BLOCK` samples as [n, channels], none at the end. Raises `AudioError` for damaged ones."""
+        """Return about `BLOCK` samples as [n, channels]; n is 0 at the end. Raises `AudioError` for damaged data."""
 
     def check(self, read: int) -> None:
-        """Raise `AudioError` if the stream should have had more than `read` samples."""
+        """Raise `AudioError` if the stream should have more than the `read` samples per channel."""
 
     def close(self) -> None: ...
 
 
-def implausible(block: NDArray[np.floating]) -> tuple[str, str] | None:
-    """What is wrong with floats that cannot be audio in [-1, 1], and what to do; None if nothing is."""
+def find_implausible(block: NDArray[np.floating]) -> tuple[str, str] | None:
+    """Return the fault of floats that cannot be audio in [-1, 1], and its remedy; None if there is no fault."""
     if not block.size:
         return None
     low, high = float(block.min()), float(block.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         return "NaN or infinity", ""
     peak = max(-low, high)
-    if peak <= LOUDEST:
+    if peak <= MAX_PEAK:
         return None
     scale = "int16 scale: divide by 32768" if peak <= 1 << 16 else "scale of larger integers: divide by 2**23 or 2**31"
     return f"the value {peak:.6g}", f" (floats must be in [-1, 1]; these seem to be on the {scale})"
 
 
 def truncated(name: str, missing: float, seconds: float) -> TruncatedAudioError:
-    """The error for a WAV file that has `seconds` and should have `missing` more."""
+    """Return the error for a WAV file that contains `seconds` of audio and lacks `missing` more."""
     return TruncatedAudioError(
-        f"{name} is cut short: {missing:.2f} s of the {seconds + missing:.2f} s its header promises are missing; "
-        "what is there was processed."
+        f"{name} is cut short: {missing:.2f} s of the {seconds + missing:.2f} s stated in its header are missing; "
+        "the audio before was processed."
     )
 
 
 class AudioFile:
     """An audio file, read in blocks of bounded size. A context manager.
 
-    A file of several streams one after the other (chained Ogg, joined MP3 or FLAC files) is read to its end; later
-    streams take the rate and the channels of the first one. `channel`, from 1, reads only that one of several. A file
-    that is no regular one is read into an anonymous temporary file first, and so is an open binary file without a
-    descriptor.
+    A file of several consecutive streams (chained Ogg, concatenated MP3 or FLAC files) is read to its end; later
+    streams are converted to the sample rate and channel count of the first. `channel` (from 1) selects a single
+    channel. A file that is not a regular file, or an open binary file without a descriptor, is first copied to an
+    anonymous temporary file.
 
-    Raises `AudioError` if it is missing, may not be read, is not audio, lacks the channel, is cut short, empty, or
-    holds NaN or values on the scale of integers; the last four may show only while reading. A WAV file that is cut
-    short raises `TruncatedAudioError`, and only after all blocks that are there. The error names the file: as `name`,
-    where its path is not what the user knows it by.
+    Raises `AudioError` if the file is missing, unreadable, not audio, lacks the channel, is cut short, is empty, or
+    contains NaN or values on an integer scale; the last four may be raised only while reading. A WAV file that is cut
+    short raises `TruncatedAudioError` after all available blocks. Errors refer to the file by `name` (default: its
+    path).
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class AudioFile:
         if isinstance(path, str | os.PathLike):
             self.path: Path | None = Path(path)
             self._name = name or str(path)
-            opened = _opened(self.path, self._name)
+            file = _open_path(self.path, self._name)
         else:
-            self.path, self._name, opened = None, name or "the audio", path
+            self.path, self._name, file = None, name or "the audio", path
         try:
-            self._bytes = _seekable(opened, self._name)
-            if self._bytes is not opened:
+            self._bytes = _make_seekable(file, self._name)
+            if self._bytes is not file:
                 self.path = None
             try:
                 self._parts = find_parts(self._bytes)
@@ -117,7 +118,7 @@ class AudioFile:
             if channel is not None and not 1 <= channel <= self._channels:
                 raise AudioError(f"{self._name} has {self._channels} channel(s); there is no channel {channel}.")
             self.channels = self._channels if channel is None else 1
-            self.duration = self._reader.frames / self.sample_rate  # seconds that the headers promise, 0 if they do not
+            self.duration = self._reader.frames / self.sample_rate  # seconds according to the headers; 0 if unknown
             for part in self._parts[1:]:
                 reader = self._open(part)
                 self.duration += reader.frames / reader.sample_rate
@@ -128,9 +129,9 @@ class AudioFile:
 
     @property
     def cancels(self) -> bool:
-        """Whether the channels read so far cancel out when they are mixed to one, as those in opposite phase do.
+        """Whether the channels read so far cancel out when mixed to mono, as channels in opposite phase do.
 
-        The mix of C unrelated channels has 1/C of their mean energy; this is less than a tenth of that.
+        The mix of C unrelated channels has 1/C of their mean energy. The criterion is less than a tenth of that.
         """
         audible = self._channel_energy > 1e-12
         return audible and self._mixed_energy * self.channels < 0.1 * self._channel_energy
@@ -147,14 +148,14 @@ class AudioFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file. Does nothing the second time."""
+        """Close the file. Later calls have no effect."""
         if self._reader:
             self._reader.close()
         if self._bytes:
             self._bytes.close()
 
     def blocks(self) -> Generator[Floats]:
-        """Yield all of it as [n, channels], n > 0."""
+        """Yield the audio as [n, channels], n > 0."""
         assert self._reader is not None
         seconds = 0.0
         for index, part in enumerate(self._parts):
@@ -162,9 +163,9 @@ class AudioFile:
                 self._reader.close()
                 self._reader = self._open(part)
             reader = self._reader
-            blocks = self._checked(reader, seconds)
+            blocks = self._read_checked(reader, seconds)
             if (reader.sample_rate, reader.channels) != (self.sample_rate, self._channels):
-                blocks = _converted(blocks, reader.sample_rate, self.sample_rate, self._channels)
+                blocks = _convert(blocks, reader.sample_rate, self.sample_rate, self._channels)
             for block in blocks:
                 if self._channel is not None:
                     block = block[:, self._channel - 1 : self._channel]
@@ -175,17 +176,18 @@ class AudioFile:
                 seconds += len(block) / self.sample_rate
                 yield block
         if not seconds:
-            raise AudioError(f"{self._name} holds no audio.")
-        if (missing := self._parts[-1].missing) > TOLERATED:
+            raise AudioError(f"{self._name} contains no audio.")
+        if (missing := self._parts[-1].missing) > TOLERANCE:
             raise truncated(self._name, missing, seconds)
 
-    def _checked(self, reader: Reader, before: float) -> Iterator[Floats]:
+    def _read_checked(self, reader: Reader, offset: float) -> Iterator[Floats]:
+        """Yield the blocks of a stream that begins at `offset` seconds. Raises `AudioError` for invalid samples."""
         read = 0
         while len(block := reader.read()):
-            if fault := implausible(block):
+            if fault := find_implausible(block):
                 what, remedy = fault
-                where = before + read / reader.sample_rate
-                raise AudioError(f"{self._name} holds {what} near {where:.2f} s{remedy}.")
+                seconds = offset + read / reader.sample_rate
+                raise AudioError(f"{self._name} contains {what} near {seconds:.2f} s{remedy}.")
             read += len(block)
             yield block
         reader.check(read)
@@ -195,16 +197,16 @@ class AudioFile:
         section = cast(BinaryIO, _Section(self._bytes, part))
         whole = len(self._parts) == 1 and not part.patches and not part.prefix and self.path is not None
         reader: Reader | None = None
-        why = ""
+        reason = ""  # why libsndfile cannot read it
         if part.container in _SNDFILE or part.container is None:
             try:
                 reader = _Sndfile(self.path if whole and self.path else section, part, self._name)
-            except TypeError as error:  # soundfile takes .raw for headerless audio and asks for its rate
-                raise AudioError(f"{self._name} has no header; feed raw 16-bit PCM through a pipe instead.") from error
+            except TypeError as error:  # soundfile treats .raw as headerless audio and requires its sample rate
+                raise AudioError(f"{self._name} has no header; send raw 16-bit PCM through a pipe instead.") from error
             except (soundfile.LibsndfileError, OSError) as error:
-                why = str(getattr(error, "error_string", error))  # without the path that soundfile puts before it
+                reason = str(getattr(error, "error_string", error))  # without the path that soundfile prepends
         if reader is None:
-            reader = self._open_with_av(section, part, why)
+            reader = self._open_with_av(section, part, reason)
         rate = reader.sample_rate
         if rate not in RATES:
             reader.close()
@@ -213,29 +215,31 @@ class AudioFile:
             )
         return reader
 
-    def _open_with_av(self, section: BinaryIO, part: AudioPart, why: str) -> Reader:
-        from nemostream.runtime.audio.libav import AvReader, Unreadable  # needs an extra
+    def _open_with_av(self, section: BinaryIO, part: AudioPart, reason: str) -> Reader:
+        from nemostream.runtime.audio.libav import AvReader, UnsupportedFormat  # an optional dependency
 
         try:
             return AvReader(section, self._name)
         except ImportError as error:
             if part.container is None or part.container in _SNDFILE:
-                missing = f"cannot be read as audio (damaged, not audio at all, or of a kind that needs PyAV): {why} "
+                problem = f"cannot be read as audio (damaged, not audio, or a format that needs PyAV): {reason} "
             else:
-                missing = f"is a file of the kind {part.container}, which needs PyAV. "
+                problem = f"is a {part.container} file, which needs PyAV. "
             raise AudioError(
-                f"{self._name} {missing}Install the extra `av` (pip install av), or convert it: "
+                f"{self._name} {problem}Install the `av` extra (pip install av), or convert the file: "
                 "ffmpeg -i RECORDING talk.flac."
             ) from error
-        except Unreadable as error:
+        except UnsupportedFormat as error:
             raise AudioError(
-                f"{self._name} cannot be read as audio (damaged, or not audio at all): {why or error}"
+                f"{self._name} cannot be read as audio (damaged, or not audio): {reason or error}"
             ) from error
 
 
-def _converted(blocks: Iterable[Floats], rate: int, wanted: int, channels: int) -> Iterator[Floats]:
-    """Samples at another rate, mixed down and given to every channel: a stream of them is mixed down all the same."""
-    resampler = soxr.ResampleStream(rate, wanted, 1, dtype="float32", quality="HQ") if rate != wanted else None
+def _convert(blocks: Iterable[Floats], rate: int, target_rate: int, channels: int) -> Iterator[Floats]:
+    """Resample to `target_rate` (Hz), mix down to mono, and copy it to every channel; the consumer mixes down again."""
+    resampler = None
+    if rate != target_rate:
+        resampler = soxr.ResampleStream(rate, target_rate, 1, dtype="float32", quality="HQ")
     for block in itertools.chain(blocks, [None]):
         mono = np.zeros(0, np.float32) if block is None else block.mean(axis=1, dtype=np.float32)
         if resampler:
@@ -245,11 +249,11 @@ def _converted(blocks: Iterable[Floats], rate: int, wanted: int, channels: int) 
 
 
 class _Section(io.RawIOBase):
-    """The bytes of a part, as a file."""
+    """The bytes of a part, as a read-only file object."""
 
     def __init__(self, file: BinaryIO, part: AudioPart) -> None:
-        self._file, self._part, self._at = file, part, 0
-        self._shift = part.start - len(part.prefix)  # from here to the file's offsets
+        self._file, self._part, self._position = file, part, 0
+        self._shift = part.start - len(part.prefix)  # add to a position to get an offset in the file
 
     def readable(self) -> bool:
         return True
@@ -258,37 +262,38 @@ class _Section(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.end - self._shift}[whence]
-        self._at = max(0, base + offset)
-        return self._at
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._part.end - self._shift}[whence]
+        self._position = max(0, base + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        data = self._part.prefix[self._at : self._at + len(view)]
+        data = self._part.prefix[self._position : self._position + len(view)]
         if not data:
-            at = self._at + self._shift
-            self._file.seek(at)
-            data = self._patched(at, self._file.read(max(0, min(len(view), self._part.end - at))))
+            start = self._position + self._shift
+            self._file.seek(start)
+            data = self._apply_patches(start, self._file.read(max(0, min(len(view), self._part.end - start))))
         view[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
-    def _patched(self, at: int, data: bytes) -> bytes:
+    def _apply_patches(self, start: int, data: bytes) -> bytes:
+        """Return `data`, read at the file offset `start`, with the part's patches applied."""
         for offset, patch in self._part.patches.items():
-            begin, end = max(offset, at), min(offset + len(patch), at + len(data))
+            begin, end = max(offset, start), min(offset + len(patch), start + len(data))
             if begin < end:
-                data = data[: begin - at] + patch[begin - offset : end - offset] + data[end - at :]
+                data = data[: begin - start] + patch[begin - offset : end - offset] + data[end - start :]
         return data
 
 
 class _Sndfile:
-    """libsndfile's decoders."""
+    """A stream decoded by libsndfile."""
 
     def __init__(self, file: Path | BinaryIO, part: AudioPart, name: str) -> None:
-        if isinstance(file, Path):  # as bytes where paths are bytes: a name need not be text
+        if isinstance(file, Path):  # as bytes on POSIX, where a file name need not be valid text
             self._file = soundfile.SoundFile(str(file) if os.name == "nt" else os.fsencode(file))
         else:
             self._file = soundfile.SoundFile(file)
@@ -308,64 +313,65 @@ class _Sndfile:
         try:
             block: Floats = self._file.read(BLOCK, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            where = f"{self._read / self.sample_rate:.2f} s"
-            raise AudioError(f"{self._name} is damaged or cut short after {where}; copy it again.") from error
+            seconds = self._read / self.sample_rate
+            raise AudioError(f"{self._name} is damaged or cut short after {seconds:.2f} s; copy it again.") from error
         self._read += len(block)
         return block
 
     def check(self, read: int) -> None:
-        if read < self.frames and self._part.promise:
-            self._cut_short(self.frames / self.sample_rate, read / self.sample_rate)
-        # Ogg promises no length: without its end-of-stream mark it is cut if it stops within a page, and a live rip if
-        # not. libsndfile logs this at opening (Vorbis) or while reading (Opus), and keeps only the newer lines.
+        if read < self.frames and self._part.length_known:
+            self._raise_cut_short(self.frames / self.sample_rate, read / self.sample_rate)
+        # Ogg states no length. A stream without an end-of-stream mark is cut short if it stops within a page, and a
+        # recorded live stream otherwise. libsndfile logs this when opening (Vorbis) or reading (Opus), and keeps only
+        # the latest lines.
         log = self._log + self._file.extra_info
         if "Junk after the last page" in log and "end-of-stream" in log.lower():
-            self._cut_short(0.0, read / self.sample_rate)
+            self._raise_cut_short(0.0, read / self.sample_rate)
 
     def close(self) -> None:
         self._file.close()
 
     def _check_header(self) -> None:
-        # Where the file's size shows that audio is missing, libsndfile corrects `frames` and only logs it.
-        for claimed, found in _SHORT.findall(self._log):
-            # Writers into a pipe cannot know the size and claim the most there is (sox, ffmpeg): no promise.
-            if int(found) < int(claimed) < _LARGEST_CLAIM and self._part.container != "WAV":
-                there = self.frames / self.sample_rate
-                self._cut_short(there * int(claimed) / max(int(found), 1), there)
+        """Raise `AudioError` if the file is shorter than its header states."""
+        # libsndfile corrects `frames` by the size of the file and only logs the difference.
+        for stated, actual in _SHORTENED.findall(self._log):
+            if int(actual) < int(stated) < _UNKNOWN_SIZE and self._part.container != "WAV":
+                seconds = self.frames / self.sample_rate
+                self._raise_cut_short(seconds * int(stated) / max(int(actual), 1), seconds)
 
-    def _cut_short(self, promised: float, found: float) -> None:
-        claim = f"of the {promised:.2f} s its header promises" if promised else "of a longer recording"
-        raise AudioError(f"{self._name} is cut short: {found:.2f} s {claim} are there; copy it again.")
+    def _raise_cut_short(self, stated: float, found: float) -> NoReturn:
+        total = f"of the {stated:.2f} s stated in its header" if stated else "of a longer recording"
+        raise AudioError(f"{self._name} is cut short: it contains {found:.2f} s {total}; copy it again.")
 
 
-def _opened(path: Path, name: str) -> BinaryIO:
+def _open_path(path: Path, name: str) -> BinaryIO:
     """Open a file or a pipe. Raises `AudioError`."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise AudioError(f"{name} is a folder, not an audio file.")
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise AudioError(f"{name} is a device or a socket; give an audio file or a pipe.")
+            raise AudioError(f"{name} is a device or a socket; use an audio file or a pipe.")
         return open(os.fsencode(path), "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AudioError(f"{name} does not exist.") from error
-    except (OSError, ValueError) as error:  # a name that the system cannot take is a ValueError
+    except (OSError, ValueError) as error:  # a path that the system does not support raises ValueError
         if isinstance(error, AudioError):
             raise
         raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def _seekable(file: BinaryIO, name: str) -> BinaryIO:
-    """The file itself if it is a regular one, else a temporary one with all that it gives."""
+def _make_seekable(file: BinaryIO, name: str) -> BinaryIO:
+    """Return the file if it is a regular file, else a temporary file with its content. Raises `AudioError` if empty."""
     try:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file
-    except OSError:  # it has no descriptor
+    except OSError:  # no descriptor
         pass
     copy: BinaryIO = tempfile.TemporaryFile(prefix="nemostream-")  # noqa: SIM115 (the `AudioFile` closes it)
     shutil.copyfileobj(file, copy)
     file.close()
     if not copy.tell():
         copy.close()
-        raise AudioError(f"{name} is a pipe that nothing came through.")
+        raise AudioError(f"{name} is a pipe that was closed without any data.")
     return copy

@@ -1,4 +1,4 @@
-"""FFmpeg's decoders through PyAV (the extra `av`): M4A, MP4, WebM, AAC, AMR, WMA and so on."""
+"""Decode M4A, MP4, WebM, AAC, AMR, WMA and other formats with FFmpeg, through PyAV (the `av` extra)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from numpy.typing import NDArray
 
 from nemostream.errors import AudioError
 
-_BLOCK = 1 << 16  # samples of one channel
-# Demuxers of single files. Playlists and the like open other files and addresses: whoever sends one chooses which.
+_BLOCK = 1 << 16  # samples per channel
+# Demuxers of self-contained files. Playlists and similar formats would let the sender of a file open other files and
+# addresses.
 _FORMATS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,g722,loas,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,"
     "mp3,mpeg,mpegts,nistsphere,ogg,rm,tak,tta,voc,w64,wav,wv"
 )
-_TOLERATED = 0.2  # seconds that a Matroska header may promise too much
+_TOLERANCE = 0.2  # seconds of audio that may be missing from a Matroska file
 
 
-class Unreadable(Exception):
-    """The file is in no format that FFmpeg knows."""
+class UnsupportedFormat(Exception):
+    """FFmpeg does not recognize the format of the file."""
 
 
 class AvReader:
-    """The first audio track of a file. Raises `ImportError` without PyAV, `Unreadable`, and `AudioError`."""
+    """Decoder of the first audio track of a file.
+
+    Raises `ImportError` if PyAV is not installed, `UnsupportedFormat` for an unknown format, and `AudioError` if the
+    file contains no audio.
+    """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         import av
@@ -37,17 +42,17 @@ class AvReader:
                 container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
             )
         except self._failure as error:
-            raise Unreadable(f"{error.strerror}.") from error
+            raise UnsupportedFormat(f"{error.strerror}.") from error
         try:
             if not self._file.streams.audio:
                 raise AudioError(f"{name} has no audio track.")
             self._stream = self._file.streams.audio[0]
-            self._reached = 0.0  # seconds, by the timestamps of its packets
+            self._end = 0.0  # seconds: the end of the latest packet, by its timestamp
             self._decoded = self._read = 0
             self._blocks = self._decode()
             self._first = next(self._blocks, None)
             if self._first is None:
-                raise AudioError(f"{name} holds no audio.")
+                raise AudioError(f"{name} contains no audio.")
         except BaseException:
             self._file.close()
             raise
@@ -56,13 +61,13 @@ class AvReader:
 
     @property
     def _duration(self) -> float | None:
-        """Seconds, as far as the file states them."""
+        """Duration in seconds, or None if the file does not state it."""
         if self._stream.duration is not None and self._stream.time_base is not None:
             return float(self._stream.duration * self._stream.time_base)
         return self._file.duration / 1e6 if self._file.duration is not None else None
 
     def read(self) -> NDArray[np.float32]:
-        """Return about a block of samples as [n, channels]; none at the end. Raises `AudioError` for damaged ones."""
+        """Return about `_BLOCK` samples as [n, channels]; n is 0 at the end. Raises `AudioError` for damaged data."""
         blocks, size = [], 0
         if self._first is not None:
             blocks, size, self._first = [self._first], len(self._first), None
@@ -72,14 +77,14 @@ class AvReader:
         return np.concatenate(blocks) if blocks else np.zeros((0, self.channels), np.float32)
 
     def check(self, read: int) -> None:
-        """Raise `AudioError` if the file promises more than the `read` samples that came."""
-        # Others' durations are estimates, or those of an edit; where samples are missing their demuxers fail.
+        """Raise `AudioError` if the header of a Matroska file states more audio than the file contains."""
+        # Other formats state an estimate or the duration of an edit; their demuxers fail if samples are missing.
         if "matroska" in self._file.format.name and not self._file.streams.video and self._file.duration is not None:
-            promised = self._file.duration / 1e6
-            if self._reached < promised - _TOLERATED:
+            stated = self._file.duration / 1e6
+            if self._end < stated - _TOLERANCE:
                 raise AudioError(
-                    f"{self._name} is cut short: {self._reached:.2f} s of the {promised:.2f} s its header promises are "
-                    "there; copy it again."
+                    f"{self._name} is cut short: it contains {self._end:.2f} s of the {stated:.2f} s stated in its "
+                    "header; copy it again."
                 )
 
     def close(self) -> None:
@@ -90,38 +95,38 @@ class AvReader:
         try:
             for packet in self._file.demux(self._stream):
                 if packet.is_corrupt:
-                    raise self._damaged()
+                    raise self._damaged_error()
                 if packet.pts is not None and packet.time_base is not None:
-                    self._reached = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    self._end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 for frame in packet.decode():
-                    samples = _floats(frame)
+                    samples = _to_float(frame)
                     if shape is None:
                         self.sample_rate: int = frame.sample_rate
                         shape = frame.sample_rate, samples.shape[1]
                     elif shape != (frame.sample_rate, samples.shape[1]):
                         raise AudioError(
                             f"{self._name} changes from {shape[0]} Hz and {shape[1]} channel(s) to {frame.sample_rate} "
-                            f"Hz and {samples.shape[1]} after {self._decoded / shape[0]:.2f} s; convert it: "
+                            f"Hz and {samples.shape[1]} channel(s) after {self._decoded / shape[0]:.2f} s; convert it: "
                             "ffmpeg -i RECORDING talk.flac."
                         )
                     self._decoded += len(samples)
                     if len(samples):
                         yield samples
         except self._failure as error:
-            raise self._damaged() from error
+            raise self._damaged_error() from error
 
-    def _damaged(self) -> AudioError:
-        where = f"{self._decoded / self.sample_rate:.2f} s" if self._decoded else "0.00 s"
-        return AudioError(f"{self._name} is damaged or cut short after {where}; copy it again.")
+    def _damaged_error(self) -> AudioError:
+        seconds = self._decoded / self.sample_rate if self._decoded else 0.0
+        return AudioError(f"{self._name} is damaged or cut short after {seconds:.2f} s; copy it again.")
 
 
-def _floats(frame: Any) -> NDArray[np.float32]:
-    """A frame's samples as [n, channels] in [-1, 1]."""
+def _to_float(frame: Any) -> NDArray[np.float32]:
+    """Return the samples of a frame as [n, channels] in [-1, 1]."""
     samples = frame.to_ndarray()
     samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
     if samples.dtype.kind == "f":
         return samples.astype(np.float32)
     scaled = samples.astype(np.float32)
-    if samples.dtype.kind == "u":  # 8 bits, silence in the middle
+    if samples.dtype.kind == "u":  # unsigned 8-bit: silence is 128
         return (scaled - 128) / 128
     return scaled * np.float32(2.0 ** (1 - 8 * samples.dtype.itemsize))

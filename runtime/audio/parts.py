@@ -1,6 +1,7 @@
-"""The streams of an audio file: some files are several, one after the other, and some do not state their length.
+"""Find the streams of an audio file: a file may contain several in sequence, and may not state its length.
 
-What the module does not know: decoders, numpy.
+This module does not depend on decoders or numpy. `at` is the offset at which a stream begins, `size` the size of the
+file, both in bytes.
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ from typing import BinaryIO
 from nemostream.errors import AudioError
 from nemostream.runtime.audio.containers import MPEG, WavHeader, container_of, mpeg_frame, wav_header
 
-_MOST_PARTS = 4096  # streams of one file: days of a radio station's, a stream a song
+_MAX_PARTS = 4096  # streams per file: days of an internet radio recording with one stream per song
 _RESYNC = 1 << 22  # bytes searched for the next MPEG frame
 
 
 @dataclass(frozen=True)
 class AudioPart:
-    """One stream of a file: some files are several, one after the other."""
+    """One stream of a file. Offsets are bytes from the start of the file."""
 
     container: str | None
     start: int
     end: int
-    patches: dict[int, bytes] = field(default_factory=dict)  # bytes to read in place of the file's, by offset
-    prefix: bytes = b""  # to read before the file's
-    missing: float = 0.0  # seconds that a WAV header promises beyond the end of the file
-    promise: bool = True  # whether the header knows the length
+    patches: dict[int, bytes] = field(default_factory=dict)  # bytes that replace those of the file, by offset
+    prefix: bytes = b""  # bytes inserted before `start`
+    missing: float = 0.0  # seconds of audio that a WAV header announces beyond the end of the file
+    length_known: bool = True  # whether the header states the length
 
 
 def find_parts(file: BinaryIO) -> list[AudioPart]:
-    """Return the streams of a file, in order; bytes after the last one belong to no stream. Raises `AudioError`."""
+    """Return the streams of a file in order; bytes after the last one belong to no stream.
+
+    Raises `AudioError` if there are too many.
+    """
     size = file.seek(0, io.SEEK_END)
     if not size:
         return [AudioPart(None, 0, 0)]
@@ -42,23 +46,23 @@ def find_parts(file: BinaryIO) -> list[AudioPart]:
         parts: list[AudioPart] = []
         at = 0
         while at < size:
-            begin = data[at : at + 4096]
-            container = container_of(begin)
-            if container == "MP3" and begin.startswith(b"ID3"):
+            head = data[at : at + 4096]
+            container = container_of(head)
+            if container == "MP3" and head.startswith(b"ID3"):
                 audio = _after_id3(data, at)
                 container = container_of(data[audio : audio + 4096]) or container
             if container is None and parts:
-                break  # tags, or nothing known
-            for part in _walk(container, file, data, at, size):
+                break  # tags or unknown data
+            for part in _parts_at(container, file, data, at, size):
                 parts.append(part)
-                if len(parts) > _MOST_PARTS:
-                    raise AudioError(f"it holds more than {_MOST_PARTS} streams one after the other.")
+                if len(parts) > _MAX_PARTS:
+                    raise AudioError(f"it contains more than {_MAX_PARTS} streams in sequence.")
             at = parts[-1].end
         return parts
 
 
-def _walk(container: str | None, file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Iterator[AudioPart]:
-    """The part at `at`, or several where the container shows their borders."""
+def _parts_at(container: str | None, file: BinaryIO, data: mmap.mmap, at: int, size: int) -> Iterator[AudioPart]:
+    """Yield the part at `at`, and the parts after it if the same pass over the container finds them."""
     if container == "WAV":
         yield _wav_part(file, data, at, size)
     elif container == "FLAC":
@@ -72,22 +76,22 @@ def _walk(container: str | None, file: BinaryIO, data: mmap.mmap, at: int, size:
         elif container == "MP4":
             end = _mp4_end(data, at, size)
         elif container == "AIFF":
-            end = _joined(data, at + 8 + int.from_bytes(data[at + 4 : at + 8], "big"), size)
+            end = _end_of_file(data, at + 8 + int.from_bytes(data[at + 4 : at + 8], "big"), size)
         elif container == "W64":
-            end = _joined(data, at + int.from_bytes(data[at + 16 : at + 24], "little"), size)
+            end = _end_of_file(data, at + int.from_bytes(data[at + 16 : at + 24], "little"), size)
         elif container == "AU":
             start, length = struct.unpack(">II", data[at + 4 : at + 12])
-            end = _joined(data, at + start + length, size) if length != 0xFFFFFFFF else size
+            end = _end_of_file(data, at + start + length, size) if length != 0xFFFFFFFF else size
         elif container == "CAF":
             end = _caf_end(data, at, size)
         yield AudioPart(container, at, end)
 
 
-def _joined(data: mmap.mmap, end: int, size: int) -> int:
-    """`end` if another file begins there, at an even byte or not; else all there is."""
-    for border in (end, end + end % 2):
-        if border < size and container_of(data[border : border + 4096]):
-            return border
+def _end_of_file(data: mmap.mmap, end: int, size: int) -> int:
+    """Return `end`, or the next even offset, if another file begins there; otherwise `size`."""
+    for boundary in (end, end + end % 2):
+        if boundary < size and container_of(data[boundary : boundary + 4096]):
+            return boundary
     return size
 
 
@@ -95,79 +99,89 @@ def _wav_part(file: BinaryIO, data: mmap.mmap, at: int, size: int) -> AudioPart:
     header = wav_header(file, at)
     if header is None:
         return AudioPart("WAV", at, size)
-    if header.end is not None:
-        end = _joined(data, header.end, size)
+    if header.file_end is not None:
+        end = _end_of_file(data, header.file_end, size)
     else:
         end = size
-        if (other := data.find(b"WAVEfmt ", header.start)) >= 0 and data[other - 8 : other - 4] in (b"RIFF", b"RF64"):
+        if (other := data.find(b"WAVEfmt ", header.data_start)) >= 0 and data[other - 8 : other - 4] in (
+            b"RIFF",
+            b"RF64",
+        ):
             end = other - 8
-    there = max(0, end - header.start)
-    if header.claimed is not None:
-        missing = (header.claimed - there) / max(header.bytes_per_second, 1)
+    available = max(0, end - header.data_start)
+    if header.data_size is not None:
+        missing = (header.data_size - available) / max(header.bytes_per_second, 1)
         return AudioPart("WAV", at, end, missing=max(0.0, missing))
-    if not there or _only_chunks(data, header, end):
+    if not available or _has_only_chunks(data, header, end):
         return AudioPart("WAV", at, end)
-    # The program that wrote it was killed, or wrote into a pipe: the samples go on to the end of the file.
-    order = "big" if header.order == ">" else "little"
-    values = (end - at - 8, there)
+    # The writing program was killed or wrote to a pipe: the samples extend to the end of the file.
+    order = "big" if header.byte_order == ">" else "little"
+    values = (end - at - 8, available)
     patches = {
         offset: min(value, 256**width - 1).to_bytes(width, order)
-        for (offset, width), value in zip(header.sizes.items(), values, strict=True)
+        for (offset, width), value in zip(header.size_fields.items(), values, strict=True)
     }
-    return AudioPart("WAV", at, end, patches, promise=False)
+    return AudioPart("WAV", at, end, patches, length_known=False)
 
 
-def _only_chunks(data: mmap.mmap, header: WavHeader, end: int) -> bool:
-    """Whether a data chunk of no bytes is followed by chunks that end where the file does: then it is empty."""
-    (claimed,) = (data[offset : offset + width] for offset, width in [list(header.sizes.items())[1]])
-    if any(claimed):
+def _has_only_chunks(data: mmap.mmap, header: WavHeader, end: int) -> bool:
+    """Return whether the data chunk is empty: its stated size is 0, and other chunks fill the file up to its end."""
+    offset, width = list(header.size_fields.items())[1]
+    if any(data[offset : offset + width]):
         return False
-    at = header.start
+    at = header.data_start
     while at + 8 <= end and data[at : at + 4].isascii() and data[at : at + 4].decode().isprintable():
-        size = int.from_bytes(data[at + 4 : at + 8], "big" if header.order == ">" else "little")
+        size = int.from_bytes(data[at + 4 : at + 8], "big" if header.byte_order == ">" else "little")
         at += 8 + size + size % 2
     return at in (end, end + 1)
 
 
 def _flac_part(data: mmap.mmap, at: int, size: int) -> AudioPart:
-    begin = audio = data.find(b"fLaC", at)  # after an ID3 tag, in some files
-    last, audio = False, audio + 4
-    while not last and audio + 4 <= size:
+    begin = data.find(b"fLaC", at)  # some files start with an ID3 tag
+    last, audio = False, begin + 4
+    while not last and audio + 4 <= size:  # metadata blocks
         last, audio = bool(data[audio] & 0x80), audio + 4 + int.from_bytes(data[audio + 1 : audio + 4], "big")
     # The next STREAMINFO: eight bytes that compressed audio does not contain by chance.
     found = [data.find(b"fLaC" + first + b"\0\0\x22", audio) for first in (b"\0", b"\x80")]
-    end = min((other for other in found if other >= 0), default=size)
-    samples = begin + 21  # 4 bits there and 32 that follow; 0: the program that wrote it into a pipe did not know
-    unknown = end > samples + 5 and not data[samples] & 0x0F and not any(data[samples + 1 : samples + 5])
-    if unknown and (total := _flac_samples(data, begin, end)):  # libsndfile does not read 0
-        high, low = bytes([data[samples] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
-        return AudioPart("FLAC", at, end, {samples: high + low})
+    end = min((offset for offset in found if offset >= 0), default=size)
+    total_field = (
+        begin + 21
+    )  # the number of samples: the low 4 bits of this byte and the 4 bytes after it; 0 if unknown
+    unknown = (
+        end > total_field + 5 and not data[total_field] & 0x0F and not any(data[total_field + 1 : total_field + 5])
+    )
+    if unknown and (total := _count_flac_samples(data, begin, end)):  # libsndfile does not accept 0
+        high, low = bytes([data[total_field] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
+        return AudioPart("FLAC", at, end, {total_field: high + low})
     return AudioPart("FLAC", at, end)
 
 
-_LARGEST_FRAME = 1 << 17  # bytes of a FLAC frame; more than any encoder writes of two channels
+_MAX_FLAC_FRAME = 1 << 17  # bytes; more than any encoder writes for two channels
 
 
-def _flac_samples(data: mmap.mmap, begin: int, end: int) -> int | None:
-    """Samples of a FLAC stream by its last frame (RFC 9639, 9.1); None if no whole frame ends where the stream does."""
-    at, largest, tries = end, int.from_bytes(data[begin + 10 : begin + 12], "big"), 16
-    while tries and (at := data.rfind(b"\xff", max(begin, end - _LARGEST_FRAME), at)) >= 0:
+def _count_flac_samples(data: mmap.mmap, begin: int, end: int) -> int | None:
+    """Return the number of samples per channel, from the header of the last frame (RFC 9639, 9.1).
+
+    Return None if no complete frame ends where the stream ends.
+    """
+    at, block_size, tries = end, int.from_bytes(data[begin + 10 : begin + 12], "big"), 16
+    while tries and (at := data.rfind(b"\xff", max(begin, end - _MAX_FLAC_FRAME), at)) >= 0:
         head = data[at : at + 16]
         if len(head) < 6 or head[1] & 0xFE != 0xF8:
             continue
-        length = max(1, 8 - (head[4] ^ 0xFF).bit_length())  # of a number written as UTF-8 writes one
+        length = max(1, 8 - (head[4] ^ 0xFF).bit_length())  # bytes of the frame or sample number, encoded like UTF-8
         number = head[4] & (0x7F >> length if length > 1 else 0x7F)
         for byte in head[5 : 4 + length]:
             number = number << 6 | byte & 0x3F
-        size_code, rate_code, rest = head[2] >> 4, head[2] & 15, 4 + length
+        size_code, rate_code, offset = head[2] >> 4, head[2] & 15, 4 + length
         extra = {6: 1, 7: 2}.get(size_code, 0)
-        size = int.from_bytes(head[rest : rest + extra], "big") + 1
+        size = int.from_bytes(head[offset : offset + extra], "big") + 1
         if not extra:
             size = 192 if size_code == 1 else 144 << size_code if size_code < 6 else 1 << size_code
-        rest += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-        if rest < len(head) and _crc(head[: rest + 1], 8) == 0:
+        offset += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+        if offset < len(head) and _crc(head[: offset + 1], 8) == 0:
             if _crc(data[at:end], 16) == 0:
-                return number * (1 if head[1] & 1 else largest) + size
+                return number * (1 if head[1] & 1 else block_size) + size
             tries -= 1
     return None
 
@@ -182,7 +196,7 @@ def _crc_table(bits: int, polynomial: int) -> list[int]:
     return table
 
 
-_CRC = {8: _crc_table(8, 0x07), 16: _crc_table(16, 0x8005)}  # of a frame's header, of a frame
+_CRC = {8: _crc_table(8, 0x07), 16: _crc_table(16, 0x8005)}  # of a FLAC frame's header, of the whole frame
 
 
 def _crc(data: bytes, bits: int) -> int:
@@ -193,25 +207,25 @@ def _crc(data: bytes, bits: int) -> int:
 
 
 def _ogg_end(data: mmap.mmap, at: int, size: int) -> int:
-    """Where the next link of a chain begins: at the first page of a stream after a page that is none."""
-    seen, before = False, at
+    """Return the offset of the next stream of a chain: the first beginning-of-stream page after other pages."""
+    begun, previous = False, at
     while at + 27 <= size:
-        if data[at : at + 4] != b"OggS":  # a page is damaged, or cut short before another link
-            at = data.find(b"OggS", before + 27)
+        if data[at : at + 4] != b"OggS":  # the previous page is damaged or cut short
+            at = data.find(b"OggS", previous + 27)
             if at < 0:
                 return size
-        before = at
+        previous = at
         first = bool(data[at + 5] & 2)
-        if first and seen:
+        if first and begun:
             return at
-        seen = seen or not first
+        begun = begun or not first
         segments = data[at + 26]
         at += 27 + segments + sum(data[at + 27 : at + 27 + segments])
     return size
 
 
 def _mp4_end(data: mmap.mmap, at: int, size: int) -> int:
-    """Where a second file begins among the boxes."""
+    """Return the offset of the box with which a second file begins, or `size`."""
     begun = False
     while at + 8 <= size:
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
@@ -237,30 +251,31 @@ def _caf_end(data: mmap.mmap, at: int, size: int) -> int:
 
 
 def _after_id3(data: mmap.mmap, at: int) -> int:
-    """What follows ID3v2 tags."""
+    """Return the offset after the ID3v2 tags at `at`."""
     while data[at : at + 3] == b"ID3" and len(head := data[at : at + 10]) == 10:
         at += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-        at += 10 * bool(head[5] & 0x10)  # a footer
+        at += 10 * bool(head[5] & 0x10)  # the footer
     return at
 
 
 _SYNC = re.compile(rb"\xff[\xe2-\xff][\x10-\xef]")
 _TABLE = re.compile(rb"\xff[\xe2-\xff].{11}(?:.{8}|.{23})?(Xing|Info|VBRI)", re.DOTALL)
-_FEWEST = 4  # frames; fewer are no stream of their own
+_MIN_FRAMES = 4  # of a stream
 
 
 def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[AudioPart]:
-    """A new stream begins at a frame with a table of its length (Xing, VBRI), at another format, after as many frames
-    as the table states, and after bytes that are no frame.
+    """Yield the MP3 streams from `at` on.
 
-    A stream without a table gets one: libsndfile estimates the length without, and reads no further.
+    A new stream begins at a frame with a length table (Xing, VBRI), where the format changes, after the number of
+    frames that the table states, and after bytes that are not a frame. A stream without a table is given one, because
+    libsndfile would estimate the length and stop there.
     """
-    heads = _mp3_heads(data, at, size)
-    start, first, frames, key, promised = at, at, 0, -1, 0
+    tables = _mp3_tables(data, at, size)
+    start, first, frames, key, stated = at, at, 0, -1, 0  # of the current stream; `stated`: frames by its table
 
     def part(end: int) -> AudioPart:
-        table = b"" if promised or not frames else _xing(data[first : first + 4], frames)
-        return AudioPart("MP3", first if table else start, end, prefix=table, promise=promised > 0)
+        table = b"" if stated or not frames else _make_xing_frame(data[first : first + 4], frames)
+        return AudioPart("MP3", first if table else start, end, prefix=table, length_known=stated > 0)
 
     while True:
         entry = None
@@ -274,23 +289,23 @@ def _mp3_parts(data: mmap.mmap, at: int, size: int) -> Iterator[AudioPart]:
             if found is None:
                 yield part(size)
                 return
-            if frames >= _FEWEST:
+            if frames >= _MIN_FRAMES:
                 yield part(at)
-                start, frames, promised = found, 0, 0
+                start, frames, stated = found, 0, 0
             at = found
             continue
-        over = promised and frames > promised and _run(data, at, size) >= _FEWEST
-        if frames >= _FEWEST and (at in heads or entry[1] != key or over):
+        over = stated and frames > stated and _count_frames(data, at) >= _MIN_FRAMES
+        if frames >= _MIN_FRAMES and (at in tables or entry[1] != key or over):
             yield part(at)
-            start, frames, promised = at, 0, 0
+            start, frames, stated = at, 0, 0
         if not frames:
-            first, key, promised = at, entry[1], heads.get(at, 0)
+            first, key, stated = at, entry[1], tables.get(at, 0)
         frames += 1
         at += entry[0]
 
 
-def _xing(header: bytes, frames: int) -> bytes:
-    """A frame of no audio that states how many frames follow; nothing for layers that have none."""
+def _make_xing_frame(header: bytes, frames: int) -> bytes:
+    """Return a frame without audio that states how many frames follow; empty for layers that do not support it."""
     mono, version_1 = header[3] >> 6 == 3, header[1] & 0x08
     side = (17 if mono else 32) if version_1 else (9 if mono else 17)
     table = b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big")
@@ -302,35 +317,37 @@ def _xing(header: bytes, frames: int) -> bytes:
     return b""
 
 
-def _mp3_heads(data: mmap.mmap, at: int, size: int) -> dict[int, int]:
-    """Frames that hold no audio but the length of the stream they begin: their offset, and the number of frames; 0
-    where libmpg123 does not read it."""
-    heads = {}
+def _mp3_tables(data: mmap.mmap, at: int, size: int) -> dict[int, int]:
+    """Return the offset of each frame that contains a length table, and the number of frames in it.
+
+    The number is 0 if libmpg123 does not read it.
+    """
+    tables = {}
     for found in _TABLE.finditer(data, at):
-        where = found.end() - 4
+        offset = found.end() - 4
         for distance in (36, 21, 13):  # after the frame's header and side information
-            begin = where - distance
+            begin = offset - distance
             if begin < at or not (frame := mpeg_frame(data[begin : begin + 4])):
                 continue
             following = begin + frame[0]
             if following >= size or mpeg_frame(data[following : following + 4]):
-                counted = found[1] != b"VBRI" and where + 12 <= size and data[where + 7] & 1
-                heads[begin] = int.from_bytes(data[where + 8 : where + 12], "big") if counted else 0
+                counted = found[1] != b"VBRI" and offset + 12 <= size and data[offset + 7] & 1
+                tables[begin] = int.from_bytes(data[offset + 8 : offset + 12], "big") if counted else 0
                 break
-    return heads
+    return tables
 
 
 def _resync(data: mmap.mmap, at: int, size: int) -> int | None:
-    """The next frame that another one like it follows."""
+    """Return the offset of the next frame that is followed by another one of its format; None if there is none."""
     for found in _SYNC.finditer(data, at, min(size, at + _RESYNC)):
-        if _run(data, found.start(), size, 2) == 2:
+        if _count_frames(data, found.start(), 2) == 2:
             return found.start()
     return None
 
 
-def _run(data: mmap.mmap, at: int, size: int, most: int = _FEWEST) -> int:
-    """How many frames of one format follow each other from here, up to `most`."""
+def _count_frames(data: mmap.mmap, at: int, limit: int = _MIN_FRAMES) -> int:
+    """Return the number of consecutive frames of one format from `at` on, up to `limit`."""
     count, key = 0, None
-    while count < most and (frame := mpeg_frame(data[at : at + 4])) and key in (None, frame[1]):
+    while count < limit and (frame := mpeg_frame(data[at : at + 4])) and key in (None, frame[1]):
         count, key, at = count + 1, frame[1], at + frame[0]
     return count

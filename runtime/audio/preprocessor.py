@@ -1,6 +1,6 @@
-"""From the samples a caller pushes to the model's input: mono float32 at the model's sample rate.
+"""Convert pushed audio to the model's input: mono float32 at the model's sample rate.
 
-Does not depend on chunks, streams or the model. N is the number of samples per channel.
+This module does not depend on chunks, streams or the model. N is the number of samples per channel.
 """
 
 from __future__ import annotations
@@ -15,61 +15,61 @@ from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.audio.containers import container_of, undecided
-from nemostream.runtime.audio.files import BLOCK, CHANNELS, LOUDEST, RATES, Floats, implausible
+from nemostream.runtime.audio.files import BLOCK, MAX_CHANNELS, MAX_PEAK, RATES, Floats, find_implausible
 
-_HEAD = 4096  # first samples of a stream that may be the bytes of a container
+_HEAD_SIZE = 4096  # leading samples, or bytes, of a stream that are searched for a container signature
 
 
 class AudioPreprocessor:
-    """One stream's audio on its way in: checked, scaled, mixed down and resampled.
+    """Validate, scale, mix down and resample the audio of one stream.
 
-    The output is the same however the input is cut into pushes. Raises `OptionError` for a rate or a number of channels
-    that cannot be.
+    The output does not depend on how the input is divided into pushes. Raises `OptionError` for an invalid
+    `sample_rate` (Hz, of the input) or `channels`.
     """
 
     def __init__(self, sample_rate: int, channels: int, model_rate: int) -> None:
         self.sample_rate = checked_rate(sample_rate)
-        if not _is_number(channels) or not 1 <= channels <= CHANNELS or channels != int(channels):
-            raise OptionError(f"channels is {channels!r}, not 1 to {CHANNELS}; arrays are [samples, channels].")
+        if not _is_number(channels) or not 1 <= channels <= MAX_CHANNELS or channels != int(channels):
+            raise OptionError(f"channels is {channels!r}, not 1 to {MAX_CHANNELS}; arrays are [samples, channels].")
         self.channels = int(channels)
         self.received = 0  # samples of one channel, at the input's rate
-        self._begin: dict[str, bytes] = {}  # first bytes, while they may be a container's
+        self._heads: dict[str, bytes] = {}  # leading bytes by view, while they may be a container's
         self._resampler = None
         if self.sample_rate != model_rate:
             self._resampler = soxr.ResampleStream(self.sample_rate, model_rate, 1, dtype="float32", quality="HQ")
 
     @property
     def seconds(self) -> float:
-        """Audio received so far."""
+        """Seconds of audio received so far."""
         return self.received / self.sample_rate
 
     def push(self, pcm: NDArray[np.generic]) -> Iterator[Floats]:
-        """Take in [N] or [N, channels] of int16, int32 (full scale) or float (in [-1, 1]); yield mono blocks.
+        """Process [N] or [N, channels] of int16, int32 (full scale) or float (in [-1, 1]); yield mono blocks.
 
-        All of `pcm` is checked before the first sample is taken: after an `AudioError` the stream is as it was. A block
-        may share memory with `pcm`.
+        All of `pcm` is validated first: an `AudioError` leaves the stream unchanged. A block may share memory with
+        `pcm`.
         """
         self.check(pcm)
-        if not self.received or self._begin:
+        if not self.received or self._heads:
             self._reject_container(pcm)
         self.received += len(pcm)
         return self._blocks(pcm)
 
     def finish(self) -> Floats:
-        """What the resampler still holds back."""
+        """Return the samples that the resampler still holds, [n]."""
         if self._resampler is None:
             return np.zeros(0, np.float32)
         return self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
     def flush(self) -> Floats:
-        """As `finish`; what is pushed then is resampled as another recording."""
-        rest = self.finish()
+        """As `finish`, and reset the resampler: audio pushed afterwards is resampled as a new recording."""
+        remainder = self.finish()
         if self._resampler is not None:
             self._resampler.clear()
-        return rest
+        return remainder
 
     def check(self, pcm: NDArray[np.generic]) -> None:
-        """Raise `AudioError` if `pcm` is not audio that this stream takes."""
+        """Raise `AudioError` if `pcm` is not valid audio for this stream."""
         if not isinstance(pcm, np.ndarray):
             raise AudioError(
                 f"audio must be a numpy array, not {type(pcm).__name__}; wrap raw 16-bit PCM with "
@@ -80,34 +80,34 @@ class AudioPreprocessor:
         channels = pcm.shape[1] if pcm.ndim == 2 else 1
         if pcm.ndim not in (1, 2) or channels != self.channels:
             raise AudioError(
-                f"audio of shape {list(pcm.shape)} came to a stream of {self.channels} channel(s); "
+                f"audio has shape {list(pcm.shape)}, but the stream has {self.channels} channel(s); "
                 f"push [samples{', ' + str(self.channels) if self.channels > 1 else ''}] or open it with channels=..."
             )
         if pcm.dtype.kind == "f":
             for start in range(0, len(pcm), BLOCK):
-                # Checked as float32: what overflows it is as useless as inf.
+                # Checked as float32: values that overflow it count as infinite.
                 block = _float32(pcm[start : start + BLOCK])
-                if fault := implausible(block):
+                if fault := find_implausible(block):
                     what, remedy = fault
-                    wrong = ~(np.abs(block) <= LOUDEST if what.startswith("the value") else np.isfinite(block))
-                    where = start + int(np.argmax(wrong if wrong.ndim == 1 else wrong.any(axis=1)))
-                    raise AudioError(f"audio has {what} at sample {where} of this push{remedy}; none of it was taken.")
+                    invalid = ~(np.abs(block) <= MAX_PEAK if what.startswith("the value") else np.isfinite(block))
+                    index = start + int(np.argmax(invalid if invalid.ndim == 1 else invalid.any(axis=1)))
+                    raise AudioError(f"audio has {what} at sample {index} of this push{remedy}; the push was rejected.")
 
     def _reject_container(self, pcm: NDArray[np.generic]) -> None:
         """Raise `AudioError` if the stream's first samples are the bytes of a file."""
-        first = pcm[:_HEAD]
-        views = {"as they are": first.tobytes()}
-        if first.dtype.kind == "f":  # int16 that became floats
+        first = pcm[:_HEAD_SIZE]
+        views = {"unscaled": first.tobytes()}
+        if first.dtype.kind == "f":  # int16 converted to float
             for scale in (32768, 32767):
                 samples = np.rint(np.clip(_float32(first) * np.float32(scale), -32768, 32767))
-                views[f"times {scale}"] = samples.astype("<i2").tobytes()
-        begin = {way: (self._begin.get(way, b"") + data)[:_HEAD] for way, data in views.items()}
-        if name := next(filter(None, map(container_of, begin.values())), None):
+                views[f"scaled by {scale}"] = samples.astype("<i2").tobytes()
+        heads = {view: (self._heads.get(view, b"") + data)[:_HEAD_SIZE] for view, data in views.items()}
+        if name := next(filter(None, map(container_of, heads.values())), None):
             raise AudioError(
-                f"the audio is the bytes of a {name} file, not samples; give its path, or decode it first "
+                f"the samples are the bytes of a {name} file; pass its path, or decode it first "
                 "(soundfile.read, or ffmpeg -i FILE -f s16le -ac 1 -ar 16000 -)."
             )
-        self._begin = {way: data for way, data in begin.items() if undecided(data)}
+        self._heads = {view: data for view, data in heads.items() if undecided(data)}
 
     def _blocks(self, frames: NDArray[np.generic]) -> Iterator[Floats]:
         for start in range(0, len(frames), BLOCK):
@@ -123,14 +123,14 @@ def _float32(pcm: NDArray[np.generic]) -> Floats:
     with np.errstate(over="ignore"):
         samples = pcm.astype(np.float32, copy=False)
     if pcm.dtype.kind == "i":
-        samples *= np.float32(2.0 ** (1 - 8 * pcm.dtype.itemsize))  # a fresh array: the conversion made it
+        samples *= np.float32(2.0 ** (1 - 8 * pcm.dtype.itemsize))  # in place: the conversion made a copy
     return samples
 
 
 def checked_rate(sample_rate: object) -> int:
-    """Raise `OptionError` if this is no rate that a stream can have."""
+    """Return the sample rate in Hz as an int. Raises `OptionError` for an unsupported one."""
     if not _is_number(sample_rate) or not RATES.start <= sample_rate < RATES.stop or sample_rate != int(sample_rate):
-        raise OptionError(f"sample_rate is {sample_rate!r}; it must be whole Hz from {RATES[0]} to {RATES[-1]}.")
+        raise OptionError(f"sample_rate is {sample_rate!r}; it must be an integer from {RATES[0]} to {RATES[-1]} (Hz).")
     return int(sample_rate)
 
 

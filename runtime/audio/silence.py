@@ -1,13 +1,13 @@
 """Digital silence: long runs of samples that are exactly zero, which no microphone records.
 
-Muted clients, telephony gateways and editors send such runs for minutes. Their log-mel features are a constant that the
-model was not trained on: it leaves the encoder's caches and the decoder in a state in which the words that follow come
-out wrong, in NeMo too. A stream therefore transcribes the first `SECONDS` of a run as any other audio, passes over the
-rest, and starts at the first sample that is not zero as a new recording, its clock going on.
+Muted clients, telephony gateways and editors send such runs for minutes. Their log-mel features are a constant on which
+the model was not trained. They bring the encoder's caches and the decoder into a state in which the following words are
+transcribed incorrectly, in NeMo too. A stream therefore transcribes the first `SECONDS` of a run like any other audio,
+skips the rest, and starts a new recording at the first sample that is not zero; its timestamps continue.
 
-The rule counts samples of the input, so neither the size of pushes nor the chunk size changes what it does.
+The rule counts samples of the input, so its result does not depend on the size of pushes or the chunk size.
 
-What the module does not know: chunks, streams, the model.
+This module does not depend on chunks, streams or the model.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ SECONDS = 10  # longer than the encoder's left context (5.6 s) and than pauses i
 
 
 class SilenceSplitter:
-    """Find the samples of one stream's input that are passed over."""
+    """Find the samples of one stream's input that are skipped."""
 
     def __init__(self, sample_rate: int) -> None:
-        self._longest = SECONDS * sample_rate  # zeros in a row that are transcribed
-        self._zeros = 0  # in a row, up to now
+        self._max_zeros = SECONDS * sample_rate  # consecutive zeros that are transcribed
+        self._zeros = 0  # consecutive zeros at the end of the audio so far
 
     def split(self, pcm: NDArray[Any]) -> list[tuple[NDArray[Any], bool]]:
-        """Cut [N] or [N, channels] into parts, in order; True marks a part that is passed over."""
-        sound = pcm != 0 if pcm.ndim == 1 else pcm[:, 0] != 0
+        """Split [N] or [N, channels] into consecutive parts; return each part, and whether it is skipped."""
+        nonzero = pcm != 0 if pcm.ndim == 1 else pcm[:, 0] != 0
         for channel in range(1, pcm.shape[1] if pcm.ndim == 2 else 1):
-            sound |= pcm[:, channel] != 0
-        # Between two neighbours of `edges` all samples are zero; the first edge is in an earlier push.
-        edges = np.concatenate([[-1 - self._zeros], np.flatnonzero(sound), [len(pcm)]])
+            nonzero |= pcm[:, channel] != 0
+        # All samples between two adjacent edges are zero. The first edge is in an earlier push.
+        edges = np.concatenate([[-1 - self._zeros], np.flatnonzero(nonzero), [len(pcm)]])
         self._zeros = int(edges[-1] - edges[-2] - 1)
-        parts, at = [], 0
-        for index in np.flatnonzero(np.diff(edges) - 1 > self._longest).tolist():
-            begin, end = max(int(edges[index]) + 1 + self._longest, 0), int(edges[index + 1])
+        parts, done = [], 0
+        for index in np.flatnonzero(np.diff(edges) - 1 > self._max_zeros).tolist():
+            begin, end = max(int(edges[index]) + 1 + self._max_zeros, 0), int(edges[index + 1])
             if begin == end:
                 continue
-            if at < begin:
-                parts.append((pcm[at:begin], False))
+            if done < begin:
+                parts.append((pcm[done:begin], False))
             parts.append((pcm[begin:end], True))
-            at = end
-        if at < len(pcm):
-            parts.append((pcm[at:], False))
+            done = end
+        if done < len(pcm):
+            parts.append((pcm[done:], False))
         return parts
 
     def restart(self) -> None:
-        """Count anew: what follows is another recording."""
+        """Reset the count of zeros: a new recording follows."""
         self._zeros = 0

@@ -1,4 +1,4 @@
-"""Audio files that are in memory or behind a file object, as files: decoders want to seek."""
+"""Write in-memory audio and file objects to temporary files, because decoders need to seek."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Readable(Protocol):
 
 
 def is_file_content(source: object) -> TypeGuard[bytes | bytearray | memoryview | Readable]:
-    """Whether `spool` takes it."""
+    """Return whether `source` is the content of a file, which `spool` accepts: bytes or a file object."""
     if isinstance(source, bytes | bytearray | memoryview):
         return True
     return callable(getattr(source, "read", None)) and not isinstance(source, os.PathLike | AsyncIterable)
@@ -29,13 +29,14 @@ def is_file_content(source: object) -> TypeGuard[bytes | bytearray | memoryview 
 
 @contextmanager
 def spool(source: bytes | bytearray | memoryview | Readable) -> Iterator[tuple[Path, str]]:
-    """The path of a temporary file with the content, and its name in errors.
+    """Write the content to a temporary file; yield its path and the name to use in errors. A context manager.
 
-    A file object is read from its position to its end and stays open. Raises `AudioError` if there is nothing, or if
-    it returns text.
+    A file object is read from its position to its end and stays open. Raises `AudioError` if it is empty or returns
+    text.
     """
-    given = getattr(source, "name", None)
-    name = given if isinstance(given, str) else "the file object"
+    name = getattr(source, "name", None)
+    if not isinstance(name, str):
+        name = "the file object"
     if isinstance(source, bytes | bytearray | memoryview):
         name = "the audio given as bytes"
     handle, path = tempfile.mkstemp(prefix="nemostream-", suffix=".audio")
@@ -46,7 +47,9 @@ def spool(source: bytes | bytearray | memoryview | Readable) -> Iterator[tuple[P
             else:
                 while data := source.read(_BLOCK):
                     if not isinstance(data, bytes | bytearray | memoryview):
-                        raise AudioError(f"read() of {name} gives {type(data).__name__}, not bytes; open it with 'rb'.")
+                        raise AudioError(
+                            f"read() of {name} returns {type(data).__name__}, not bytes; open it with 'rb'."
+                        )
                     copy.write(data)
             if not copy.tell():
                 raise AudioError(f"{name} is empty; it must be the content of an audio file.")

@@ -1,8 +1,8 @@
-"""How sure the model is of a token, and of a word: NeMo's measures (`asr_confidence_utils.py`; Laptev & Ginsburg 2023).
+"""Confidence of tokens and words: NeMo's measures (`asr_confidence_utils.py`; Laptev & Ginsburg 2023).
 
-A measure looks at the V probabilities (blank's included) that a token was chosen from. Its maximum alone, or their
-entropy: Tsallis's or Renyi's of order alpha, which for an alpha below one heeds the unlikely ones too. Either is mapped
-so that 1 is certainty and 0 is a guess among V equals. NeMo's defaults are ours.
+A measure is a function of the V probabilities (including blank) from which a token was chosen: of the token's own
+probability, or of the Tsallis or Renyi entropy of order alpha, in which unlikely labels have more weight for an alpha
+below one. It is mapped so that 1 is certainty and 0 is a uniform distribution. The defaults are NeMo's.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
 
 @dataclass(frozen=True)
 class Confidence:
-    """Which confidence tokens and words get.
+    """The measure of confidence of tokens and words.
 
-    `measure` is "tsallis", "renyi" (entropies) or "max_prob"; `norm` how an entropy is mapped to 0 ... 1, "exp" or
-    "lin" (`max_prob` has no choice); `alpha` the power that `max_prob` raises probabilities to, entropies always having
-    0.33; `aggregation` makes a word's confidence of its tokens': "min", "max", "mean" or "prod".
+    `measure`: "tsallis", "renyi" (entropies) or "max_prob" (probability of the token).
+    `norm`: how an entropy is mapped to 0 ... 1, "exp" or "lin"; ignored for `max_prob`.
+    `alpha`: exponent of probabilities for `max_prob`; the entropies support 0.33 only.
+    `aggregation`: how the confidence of a word is computed from its tokens, "min", "max", "mean" or "prod".
 
-    Raises `OptionError` naming an option that cannot be.
+    Raises `OptionError` for an invalid value.
     """
 
     measure: str = "tsallis"
@@ -44,33 +45,37 @@ class Confidence:
     aggregation: str = "min"
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, allowed in (
             ("measure", ("max_prob", "tsallis", "renyi")),
             ("norm", ("exp", "lin")),
             ("aggregation", tuple(AGGREGATIONS)),
         ):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         if not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
             raise OptionError(f"alpha is {self.alpha!r}; it must be above 0.")
         if self.measure != "max_prob" and self.alpha != ALPHA:
-            raise OptionError(f"alpha is {self.alpha}; the entropies have {ALPHA} only, max_prob takes any.")
+            raise OptionError(
+                f"alpha is {self.alpha}; tsallis and renyi support {ALPHA} only, max_prob supports any value."
+            )
 
     def token_measure(self, vocabulary: int) -> Callable[[float, float], float]:
-        """A token's confidence from its score, log p, and its power, the sum of every p**0.33 of the `vocabulary`
-        (blank included) that it was chosen from."""
+        """Return the function that computes a token's confidence, 0 to 1, from its score and `sum_p_alpha`.
+
+        The score is log p. `sum_p_alpha` is the sum of p ** 0.33 over the `vocabulary`, which includes blank.
+        """
         size, alpha = float(vocabulary), self.alpha
         if self.measure == "max_prob":
             if alpha == 1:
                 return lambda score, sum_p_alpha: (math.exp(score) * size - 1) / (size - 1)
-            whole = size**alpha
-            return lambda score, sum_p_alpha: (math.exp(score * alpha) * whole - 1) / (whole - 1)
-        most = size ** (1 - alpha)  # the power of V equal probabilities
+            scale = size**alpha
+            return lambda score, sum_p_alpha: (math.exp(score * alpha) * scale - 1) / (scale - 1)
+        max_sum = size ** (1 - alpha)  # `sum_p_alpha` of the uniform distribution
         if self.measure == "tsallis":
             if self.norm == "lin":
-                return lambda score, sum_p_alpha: 1 + (1 - sum_p_alpha) / (most - 1)
-            least = math.exp((1 - most) / (1 - alpha))
-            return lambda score, sum_p_alpha: (math.exp((1 - sum_p_alpha) / (1 - alpha)) - least) / (1 - least)
+                return lambda score, sum_p_alpha: 1 + (1 - sum_p_alpha) / (max_sum - 1)
+            minimum = math.exp((1 - max_sum) / (1 - alpha))
+            return lambda score, sum_p_alpha: (math.exp((1 - sum_p_alpha) / (1 - alpha)) - minimum) / (1 - minimum)
         if self.norm == "lin":
             return lambda score, sum_p_alpha: 1 + math.log(sum_p_alpha) / (alpha - 1) / math.log(size)
         return lambda score, sum_p_alpha: (sum_p_alpha ** (1 / (alpha - 1)) * size - 1) / (size - 1)

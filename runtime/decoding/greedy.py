@@ -1,16 +1,16 @@
 """Greedy RNNT decoding (Graves 2012), batched by label looping (NeMo `rnnt_greedy_decoding`, Bataev et al. 2024).
 
-At each encoder frame the joint looks at the frame and at the prediction made of the labels so far: a label is emitted
-and changes the prediction, blank moves on to the next frame. So as long as nothing is emitted the prediction stays the
-same, and *all* frames a row still has can be joined with it at once: one call finds every row's next label, and a chunk
-takes as many calls as its busiest row has labels, plus one.
+At each encoder frame the joint combines the frame with the prediction for the labels so far. A label is emitted and
+changes the prediction; blank advances to the next frame. As long as no label is emitted the prediction does not change,
+so *all* remaining frames of a row can be joined with it at once: one call finds the next label of every row, and a
+chunk takes as many calls as the largest number of labels in a row, plus one.
 
-A row may be boosted (`runtime/decoding/boosting.py`). Whether a frame is blank is decided by the plain logits; if it is not, the
-label is the largest of the others' logits plus the boosting's. As in NeMo, what is reported of a label's probability is
-of the plain logits: a label that boosting chose may be an unlikely one, and its score says so.
+A row may have phrase boosting (`runtime/decoding/boosting.py`). The plain logits decide whether a frame is blank; if it
+is not, the label is the argmax of the other logits plus the boosting's bias. As in NeMo, scores are those of the plain
+logits, so a label chosen by boosting may have a low score.
 
-`label_looping` is what backends on a CPU run; `greedy_reference` is its plain twin, one row, one frame at a time.
-Neither knows how the two networks are computed.
+CPU backends run `label_looping`; `greedy_reference` is the definition, one row and one frame at a time. Neither depends
+on how the two networks are computed.
 """
 
 from __future__ import annotations
@@ -28,58 +28,61 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 # The exponent of NeMo's entropies (`ConfidenceMethodConfig.alpha`, `nemo/collections/asr/parts/utils/
-# asr_confidence_utils.py`). The sum of p ** ALPHA over the vocabulary and blank is all that Tsallis' and Renyi's need
-# of the distribution that a token was chosen from; NeMo's `max_prob` needs the token's own probability only.
+# asr_confidence_utils.py`). The Tsallis and Renyi entropies need only the sum of p ** ALPHA over the vocabulary and
+# blank; NeMo's `max_prob` needs only the probability of the token.
 ALPHA = 0.33
 
 
 class Transducer(Protocol):
-    """The two small networks. Ids are [B] int64; `h` and `c` [B, R, P]; predictions and frames [B, J], projected."""
+    """The prediction network and the joint.
 
-    blank: int
-    max_symbols: int  # most labels at one frame, NeMo's guard against a loop that never ends
+    Ids are [B] int64; `h` and `c` are [B, R, P]; predictions and frames are [B, J], after projection.
+    """
+
+    blank: int  # id of blank, the last one
+    max_symbols: int  # maximum number of labels per frame: NeMo's guard against infinite loops
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
-        """Prediction [B, J], h and c after each row's token."""
+        """Return the prediction [B, J], h and c after each row's token."""
         ...
 
     def join(self, encoded: Floats, predicted: Floats) -> Floats:
-        """Logits [B, V] of (frame, prediction) pairs."""
+        """Return the logits [B, V] of (frame, prediction) pairs."""
         ...
 
 
 @dataclass
 class DecoderState:
-    """What a stream carries from chunk to chunk: the prediction *after* its last label, the LSTM's state, and its node.
+    """Decoder state of B rows between chunks: the prediction *after* the last label, the LSTM state, the boosting node.
 
-    Carrying the prediction itself matters: recomputing it from the advanced state would step the LSTM twice.
+    The prediction must be stored: recomputing it from the updated LSTM state would step the LSTM twice.
     """
 
     predicted: Floats  # [B, J]
     h: Floats  # [B, R, P]
     c: Floats  # [B, R, P]
-    node: Ints  # [B] of the automaton of what a row is boosted by; 0 where nothing is
+    node: Ints  # [B] node of the row's boosting automaton; 0 without boosting
 
     @classmethod
     def initial(cls, net: Transducer, layers: int, hidden: int) -> DecoderState:
-        """One row that has said nothing: the LSTM has taken one step on blank, whose embedding is zero."""
+        """Return the initial state of one row: the LSTM has taken one step on blank, whose embedding is zero."""
         zeros = np.zeros((1, layers, hidden), np.float32)
         return cls(*net.predict(np.array([net.blank]), zeros, zeros), np.zeros(1, np.int64))
 
     def repeat(self, rows: int) -> DecoderState:
-        """One row, so many times."""
+        """Return the state of one row, repeated for `rows` rows."""
         h, c = np.repeat(self.h, rows, axis=0), np.repeat(self.c, rows, axis=0)
         return DecoderState(np.repeat(self.predicted, rows, axis=0), h, c, np.repeat(self.node, rows))
 
 
 @dataclass
 class Labels:
-    """What a row said, label by label."""
+    """The labels that a row emitted."""
 
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)  # 0 ... T - 1
-    scores: list[float] = field(default_factory=list)  # logarithm of each one's probability
-    sum_p_alpha: list[float] = field(default_factory=list)  # sum of p ** ALPHA over all logits it was chosen from
+    scores: list[float] = field(default_factory=list)  # log p of each label
+    sum_p_alpha: list[float] = field(default_factory=list)  # sum of p ** ALPHA over the vocabulary and blank
 
     def append(self, token: int, frame: int, score: float, sum_p_alpha: float) -> None:
         self.tokens.append(token)
@@ -95,73 +98,95 @@ def label_looping(
     state: DecoderState,
     boosts: Sequence[Boosting | None] = (),
 ) -> tuple[list[Labels], NDArray[np.bool_]]:
-    """Decode the first `counts[b]` of the T frames `encoded` [B, T, J] of each row; `state` is advanced in place.
+    """Decode the first `counts[b]` of the T frames `encoded` [B, T, J] of each row; update `state` in place.
 
-    `boosts` has what each row is boosted by, or is empty. Returns what each row said, and which rows met a number that
-    is not finite; those stop where they are, and no token is made of it. Of equal logits the lowest id wins, as in
+    `boosts` has the phrases of each row, or is empty. Returns the labels of each row, and which rows have a value that
+    is not finite; such a row stops there, and no label is made of that value. Of equal logits the lowest id wins, as in
     NeMo.
     """
     rows = len(encoded)
-    said = [Labels() for _ in range(rows)]
+    emitted = [Labels() for _ in range(rows)]
     failed: NDArray[np.bool_] = np.asarray(~np.isfinite(encoded).all(axis=(1, 2)))
-    at = np.zeros(rows, np.int64)  # the frame each row stands at
+    current = np.zeros(rows, np.int64)  # current frame of each row
     symbols = np.zeros(rows, np.int64)  # labels emitted at that frame
     end = np.where(failed, 0, counts)
-    while (active := np.flatnonzero(at < end)).size:
-        # Every pair (row, frame still to come), row by row.
-        left = end[active] - at[active]
-        first = np.cumsum(left) - left
-        pair_row = np.repeat(active, left)
-        pair_frame = np.arange(left.sum()) - np.repeat(first - at[active], left)
+    while (active := np.flatnonzero(current < end)).size:
+        # All pairs (row, remaining frame), row by row.
+        remaining = end[active] - current[active]
+        first = np.cumsum(remaining) - remaining
+        pair_row = np.repeat(active, remaining)
+        pair_frame = np.arange(remaining.sum()) - np.repeat(first - current[active], remaining)
         logits = net.join(encoded[pair_row, pair_frame], state.predicted[pair_row])
         best = logits.argmax(axis=1)
         finite = np.isfinite(logits[np.arange(len(best)), best])
-        # Each row's first pair that is not a plain blank: a label, or a number that is not one (argmax stops at NaN).
-        stop = np.append(np.flatnonzero((best != net.blank) | ~finite), len(best))
-        hit = stop[np.searchsorted(stop, first)]
-        at[active] = end[active]
-        found = hit < first + left
-        active, hit = active[found], hit[found]
-        broken = ~finite[hit]
-        failed[active[broken]] = True
-        active, hit = active[~broken], hit[~broken]
+        # The first pair of each row that is not a finite blank: a label, or a value that is not finite (argmax returns
+        # the index of a NaN).
+        stops = np.append(np.flatnonzero((best != net.blank) | ~finite), len(best))
+        stop = stops[np.searchsorted(stops, first)]
+        current[active] = end[active]
+        found = stop < first + remaining
+        active, stop = active[found], stop[found]
+        failed[active[~finite[stop]]] = True
+        active, stop = active[finite[stop]], stop[finite[stop]]
         if not active.size:
             break
-        labels, where = best[hit], pair_frame[hit]
-        scores, sum_p_alpha = label_scores(logits[hit], labels)
+        labels, frames = best[stop], pair_frame[stop]
+        label_logits = logits[stop]
+        scores, sum_p_alpha = label_scores(label_logits, labels)
         if boosts:
-            for index, row in enumerate(active.tolist()):
-                if (boosting := boosts[row]) is not None:
-                    plain, node = logits[hit[index]], int(state.node[row])
-                    label = int((plain[: net.blank] + boosting.bias(node)).argmax())
-                    # log p of the label: so much less than that of the largest
-                    scores[index] += float(plain[label]) - float(plain[labels[index]])
-                    labels[index] = label
-                    state.node[row] = boosting.next_node(node, label)
+            _boost(label_logits[:, : net.blank], labels, scores, active, state, boosts)
         for row, label, frame, score, total in zip(
-            active.tolist(), labels.tolist(), where.tolist(), scores.tolist(), sum_p_alpha.tolist(), strict=True
+            active.tolist(), labels.tolist(), frames.tolist(), scores.tolist(), sum_p_alpha.tolist(), strict=True
         ):
-            symbols[row] = symbols[row] + 1 if said[row].frames and said[row].frames[-1] == frame else 1
-            said[row].append(label, frame, score, total)
-        at[active] = where + (symbols[active] >= net.max_symbols)
+            symbols[row] = symbols[row] + 1 if emitted[row].frames and emitted[row].frames[-1] == frame else 1
+            emitted[row].append(label, frame, score, total)
+        current[active] = frames + (symbols[active] >= net.max_symbols)
         state.predicted[active], state.h[active], state.c[active] = net.predict(
             labels, state.h[active], state.c[active]
         )
-    return said, failed
+    return emitted, failed
 
 
-def label_scores(logits: Floats, largest: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of logits [B, V] whose largest have the ids [B]: the logarithm of its probability, and the sum of p ** ALPHA."""
-    about = logits.astype(np.float64)
-    about -= about[np.arange(len(about)), largest, None]
-    sum_p_alpha = np.exp(ALPHA * about).sum(axis=1)
-    score = -np.log(np.exp(about).sum(axis=1))
+def _boost(
+    logits: Floats,
+    labels: Ints,
+    scores: NDArray[np.float64],
+    rows: Ints,
+    state: DecoderState,
+    boosts: Sequence[Boosting | None],
+) -> None:
+    """Choose the labels of boosted rows again; update `labels`, `scores` and the nodes of `state` in place.
+
+    `logits` [N, V - 1], without blank, the plain `labels` [N] and their `scores` [N] belong to the rows `rows` [N].
+    """
+    for index, row in enumerate(rows.tolist()):
+        if (boosting := boosts[row]) is not None:
+            plain, node = logits[index], int(state.node[row])
+            label = int((plain + boosting.bias(node)).argmax())
+            # Its log p is lower than that of the plain label by the difference of their logits.
+            scores[index] += float(plain[label]) - float(plain[labels[index]])
+            labels[index] = label
+            state.node[row] = boosting.next_node(node, label)
+
+
+def label_scores(logits: Floats, labels: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return log p of each label and the sum of p ** ALPHA, [B] each.
+
+    `logits` is [B, V]; `labels` [B] are the ids of the largest.
+    """
+    shifted = logits.astype(np.float64)
+    shifted -= shifted[np.arange(len(shifted)), labels, None]
+    sum_p_alpha = np.exp(ALPHA * shifted).sum(axis=1)
+    score = -np.log(np.exp(shifted).sum(axis=1))
     return score, sum_p_alpha * np.exp(ALPHA * score)
 
 
 def greedy_reference(net: Transducer, encoded: Floats, state: DecoderState, boosting: Boosting | None = None) -> Labels:
-    """The definition: one row of T frames `encoded` [T, J], `state` of one row advanced in place."""
-    said = Labels()
+    """The definition: decode the T frames `encoded` [T, J] of one row; update `state` of one row in place.
+
+    Raises `FloatingPointError` if logits are not finite.
+    """
+    emitted = Labels()
     for frame in range(len(encoded)):
         for _ in range(net.max_symbols):
             logits = net.join(encoded[frame : frame + 1], state.predicted)[0]
@@ -174,7 +199,7 @@ def greedy_reference(net: Transducer, encoded: Floats, state: DecoderState, boos
                 node = int(state.node[0])
                 label = int((logits[: net.blank] + boosting.bias(node)).argmax())
                 state.node[0] = boosting.next_node(node, label)
-            logs = logits - np.logaddexp.reduce(logits.astype(np.float64))
-            said.append(label, frame, float(logs[label]), float(np.exp(ALPHA * logs).sum()))
+            log_p = logits - np.logaddexp.reduce(logits.astype(np.float64))
+            emitted.append(label, frame, float(log_p[label]), float(np.exp(ALPHA * log_p).sum()))
             state.predicted, state.h, state.c = net.predict(np.array([label]), state.h, state.c)
-    return said
+    return emitted

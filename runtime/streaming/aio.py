@@ -20,7 +20,7 @@ class AsyncLiveStream:
     """`LiveStream` for asyncio: the scheduler wakes the event loop, and no thread waits.
 
     For one event loop, and one task at a time. If a task is cancelled in `push` or `finish`, its audio is processed
-    all the same and the results are returned by the next call. An asynchronous context manager.
+    nevertheless and the results are returned by the next call. An asynchronous context manager.
 
     `open_session` opens the session with the listener that it is called with.
     """
@@ -65,7 +65,7 @@ class AsyncLiveStream:
         return self._session.events()
 
     async def end_utterance(self) -> list[Event]:
-        """As `LiveStream.end_utterance`. A task that is cancelled in it has ended the utterance all the same."""
+        """As `LiveStream.end_utterance`. The utterance is ended even if the task is cancelled."""
         await self._feed(self._session.end_utterance)
         await self._wait()
         return self._session.events()
@@ -96,10 +96,10 @@ class AsyncLiveStream:
         self.close()
 
     async def _feed(self, function: Callable[..., None], *args: Pcm) -> None:
-        """Call one of the session's functions that accept audio.
+        """Call one of the session's methods that accept audio.
 
-        With VAD it runs on a thread, because it takes time. The calls keep their order, and one whose task is cancelled
-        is completed.
+        With VAD it runs on a thread, because it takes time. Calls run in order, and complete even if their task is
+        cancelled.
         """
         if not self._session.has_vad:
             return function(*args)

@@ -85,7 +85,7 @@ class Chunker:
     With a filter, chunks that do not pass are skipped, and the model processes the others as if they were contiguous.
     The first chunk of a recording is always run, because it contains the lead silence.
 
-    Digital silence (`pass_over`) ends a recording. The audio after it starts a new one, as after `end_utterance`.
+    Digital silence (`skip_silence`) ends a recording. The audio after it starts a new one, as after `end_utterance`.
     """
 
     def __init__(self, manifest: Manifest, chunk: ChunkConfig, chunk_filter: ChunkFilter | None = None) -> None:
@@ -142,7 +142,7 @@ class Chunker:
             if filling.length == len(filling.audio):
                 self._close_chunk()
 
-    def pass_over(self, samples: int) -> None:
+    def skip_silence(self, samples: int) -> None:
         """Append digital silence, which is not run. The audio before it is completed as at the end of a recording.
 
         Raises `StreamError` after `finish`.
@@ -153,7 +153,7 @@ class Chunker:
             self._filling = self._new_chunk()
             self._in_silence = True
         self.samples += samples
-        self._skip_silence((self.samples - self.end_sample) // self.chunk.samples * self.chunk.samples)
+        self._queue_silence((self.samples - self.end_sample) // self.chunk.samples * self.chunk.samples)
 
     def finish(self) -> None:
         """End the stream: queue the remaining audio in zero-padded chunks, one for each encoder frame still missing."""
@@ -267,7 +267,7 @@ class Chunker:
     def _flush(self) -> None:
         """Complete the recording: run or skip all audio that is not queued yet."""
         if self._in_silence:
-            self._skip_silence(self.samples - self.end_sample)
+            self._queue_silence(self.samples - self.end_sample)
             return
         if not self._passes(self._filling):
             while self._held:
@@ -306,7 +306,7 @@ class Chunker:
         recording.skipped_samples += chunk.length
         self._queue.append(WorkItem("skip", chunk.config, recording.end_sample))
 
-    def _skip_silence(self, samples: int) -> None:
+    def _queue_silence(self, samples: int) -> None:
         """Queue `samples` of digital silence to be skipped, if any."""
         if samples > 0:
             self._recording.end_sample += samples

@@ -29,7 +29,7 @@ class Progress(float):
         return self
 
 
-def recognise(
+def transcribe_recording(
     session: StreamSession,
     blocks: Iterable[Pcm],
     duration: float,

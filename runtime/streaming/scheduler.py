@@ -104,11 +104,11 @@ class Scheduler:
             stream.chunker.accept(samples_N)
             self._schedule(stream)
 
-    def pass_over(self, stream: StreamState, samples: int) -> None:
-        """Append digital silence, which is not run (`Chunker.pass_over`). Raises the stream's error if it failed."""
+    def skip_silence(self, stream: StreamState, samples: int) -> None:
+        """Append digital silence, which is not run (`Chunker.skip_silence`). Raises the stream's error if it failed."""
         with self._lock:
             _raise_error(stream)
-            stream.chunker.pass_over(samples)
+            stream.chunker.skip_silence(samples)
             self._schedule(stream)
 
     def finish(self, stream: StreamState) -> None:

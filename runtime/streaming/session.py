@@ -1,4 +1,4 @@
-"""The session of one stream, without blocking calls but `wait`: audio in, results or events out.
+"""One open stream: audio in, results or events out. Only `wait`, `save` and opening with `block=True` block.
 
 This module does not know the backend, batches or asyncio.
 """
@@ -113,7 +113,7 @@ class SessionContext:
 
 
 class StreamSession:
-    """An open stream. For one thread at a time, except `close`. `Model.open_session` opens one.
+    """An open stream. Opened by `Model.open_session`. For one thread at a time, except `close`.
 
     `listener` is called on the scheduler's thread when results may be available. With a `checkpointer`, the stream
     continues from its snapshot: the same audio must be fed again from the start, and is not run again. `block=True`
@@ -162,7 +162,7 @@ class StreamSession:
         self._guard = RepetitionGuard(manifest)
         hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad)
         self._checkpointer, self._digest = checkpointer, Digest()
-        self._snapshot = checkpointer.load() if checkpointer else None  # None again when its audio was fed again
+        self._snapshot = checkpointer.load() if checkpointer else None  # None once its audio has been fed again
         if checkpointer and self._snapshot:
             nodes = len(phrases.fail) if phrases else 1
             parts = self._parts(chunker, hypothesis)
@@ -194,7 +194,7 @@ class StreamSession:
         for begin in range(0, max(len(pcm), 1), BLOCK):
             for part, silent in self._silence.split(pcm[begin : begin + BLOCK]):
                 if silent:
-                    self._pass_over(len(part))
+                    self._skip_silence(len(part))
                     continue
                 for block in self.preprocessor.push(part):
                     self._accept(block)
@@ -231,7 +231,7 @@ class StreamSession:
             self._vad.push(block)  # on this thread: on the scheduler's it would delay other streams
         self._scheduler.accept(self._stream, block)
 
-    def _pass_over(self, samples: int) -> None:
+    def _skip_silence(self, samples: int) -> None:
         """Accept digital silence of `samples` input samples, which is not run (`runtime/audio/silence.py`)."""
         self._accept(self.preprocessor.flush())
         rate = self.preprocessor.sample_rate
@@ -242,7 +242,7 @@ class StreamSession:
             return
         if self._vad:
             self._vad.push(silence)
-        self._scheduler.pass_over(self._stream, count)
+        self._scheduler.skip_silence(self._stream, count)
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 

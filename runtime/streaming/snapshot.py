@@ -72,10 +72,10 @@ def saved_array(state: Arrays, name: str, dtype: Any, *shape: int | None) -> NDA
 
 
 def saved_counts(state: Arrays, name: str, size: int | None = None) -> list[int]:
-    """Return the counters in an array of a saved state. Raises `ValueError` unless all are from 0 to 2 ** 53."""
+    """Return the counters in an array of a saved state. Raises `ValueError` unless all are in [0, 2 ** 53)."""
     counts: list[int] = saved_array(state, name, np.int64, size).tolist()
     if counts and not 0 <= min(counts) <= max(counts) < 1 << 53:
-        raise ValueError(f"{name} are {short_repr(counts)}; a counter must be from 0 to 2 ** 53")
+        raise ValueError(f"{name} are {short_repr(counts)}; a counter must be in [0, 2 ** 53)")
     return counts
 
 

@@ -1,12 +1,12 @@
-"""When an utterance ends, and when a decoder repeats itself.
+"""Utterance endpointing and detection of repetition loops.
 
-Both are decided on frames and tokens alone: the decisions are the same however and whenever audio comes.
+Decisions depend on frames and tokens only, so they do not depend on how or when audio is pushed.
 
-The rule of silence is NeMo's: more than `silence_ms` of frames in a row that said nothing
+The silence rule is NeMo's: more than `silence_ms` of consecutive frames without a token
 (`nemo/collections/asr/inference/streaming/endpointing/greedy/greedy_endpointing.py`, `detect_eou_given_timestamps`).
-NeMo looks at the end of each step only; here every frame is looked at, so the chunk size changes nothing.
+NeMo applies it at the end of each step only; here it applies to every frame, so it does not depend on the chunk size.
 
-What the module does not know: text, time other than samples, the scheduler.
+This module does not depend on text or the scheduler. Positions are samples of the stream at the model's sample rate.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 Reason = Literal["silence", "forced", "length", "finish"]
 
 _NEVER = 1 << 62
-_WORD = 5  # frames that nothing was added to a word for, after which it is taken as whole
+_WORD_FRAMES = 5  # frames without a token after which a word is considered complete
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """When utterances end by themselves, and what the decoder remembers of one in the next.
+    """Rules that end utterances automatically, and the treatment of the decoder at an end.
 
-    `silence_ms`: an utterance ends when more than this was silent since its last token; None: never by silence.
-    `max_utterance_ms`: one that is longer ends after the word that it is in. `decoder`: "keep" decodes on, "reset" lets the
-    decoder forget, at the end of the step that an utterance ended in, whatever it said (what was heard is kept), which
-    cures a stream that got stuck in a manner of writing. Raises `OptionError` naming what cannot be.
+    `silence_ms`: an utterance ends after more than this duration without a token; None disables the rule.
+    `max_utterance_ms`: an utterance of this duration ends after its current word; None disables the rule.
+    `decoder`: "keep" continues with the decoder state; "reset" resets it at the end of the step in which an utterance
+    ended and keeps the encoder caches, which recovers a decoder that is stuck in one output style.
+
+    Raises `OptionError` for an invalid value.
     """
 
     silence_ms: int | None = 800
@@ -44,62 +46,73 @@ class Endpoint:
     decoder: Literal["keep", "reset"] = "keep"
 
     def __post_init__(self) -> None:
-        for name, least in (("silence_ms", 80), ("max_utterance_ms", 1000)):
+        for name, minimum in (("silence_ms", 80), ("max_utterance_ms", 1000)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise OptionError(f"{name} is {value!r}; it must be at least {least} ms, or None.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+                raise OptionError(f"{name} is {value!r}; it must be at least {minimum} ms, or None.")
         if self.decoder not in ("keep", "reset"):
             raise OptionError(f"decoder is {self.decoder!r}; choose one of keep, reset.")
 
 
 @dataclass(frozen=True)
 class UtteranceEnd:
-    count: int  # tokens of the stream up to there
-    at: int  # sample of the stream
+    """The end of an utterance."""
+
+    token_count: int  # tokens of the stream before the end
+    end_sample: int
     reason: Reason
 
 
 class Endpointer:
-    """One stream's utterances.
+    """Find the ends of utterances in one stream.
 
-    `begins` states for each token id whether a word begins with it, `closes` whether it is punctuation that belongs to
-    the word before it. Such punctuation neither ends nor starts an utterance: where one has ended it belongs to that.
+    `word_starts` states for each token id whether a word begins with it, `closing_punctuation` whether it is
+    punctuation that belongs to the preceding word. Such punctuation neither ends nor starts an utterance: after the
+    end of an utterance, it still belongs to that utterance.
     """
 
     def __init__(
-        self, rule: Endpoint, manifest: Manifest, begins: Sequence[bool], closes: Sequence[bool] | None = None
+        self,
+        rule: Endpoint,
+        manifest: Manifest,
+        word_starts: Sequence[bool],
+        closing_punctuation: Sequence[bool] | None = None,
     ) -> None:
         rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self.resets_decoder = rule.decoder == "reset"
-        # Samples from the last token's place to where the rule has its say: NeMo's `millisecond_to_frames`, one frame
-        # more than that, and the token's own.
-        self._silence = self._longest = _NEVER
+        # Samples from the start of the last token's frame to the end of the utterance: NeMo's `millisecond_to_frames`,
+        # one frame more, and the frame of the token.
+        self._silence = self._max_length = _NEVER
         if rule.silence_ms is not None:
             self._silence = (-(-rule.silence_ms * rate // (1000 * self._frame)) + 2) * self._frame
-        if rule.max_utterance_ms is not None:  # from the first token's place
-            self._longest = rule.max_utterance_ms * rate // 1000
-        self._begins, self._closes = begins, closes or (False,) * len(begins)
-        self._any = False  # whether an utterance has begun
+        if rule.max_utterance_ms is not None:  # samples from the first token
+            self._max_length = rule.max_utterance_ms * rate // 1000
+        self._word_starts = word_starts
+        self._closing_punctuation = closing_punctuation or (False,) * len(word_starts)
+        self._begun = False  # whether the stream has had an utterance
         self._count = 0  # tokens of the stream
-        self._first: int | None = None  # of the utterance: where its first token stands, if it has one
-        self._last = 0  # and its last one
+        self._first: int | None = None  # sample of the utterance's first token; None between utterances
+        self._last = 0  # sample of its last token
 
     @property
     def between_utterances(self) -> bool:
-        """Whether no utterance is under way."""
+        """Whether there is no current utterance."""
         return self._first is None
 
     def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> list[UtteranceEnd]:
-        """Take in a step: its tokens, the sample that each stands at, and how far the model has heard with it."""
+        """Process a step; return the ends of utterances in it.
+
+        `sample_positions` has the sample of each token, `end_sample` is the end of the audio processed so far.
+        """
         ends: list[UtteranceEnd] = []
         for token, sample_pos in zip(tokens, sample_positions, strict=True):
             self._end_before(sample_pos, ends)
-            closes = self._closes[token]
-            whole = self._begins[token] and not closes
-            if self._first is not None and whole and sample_pos - self._first >= self._longest:
+            closing = self._closing_punctuation[token]
+            new_word = self._word_starts[token] and not closing
+            if self._first is not None and new_word and sample_pos - self._first >= self._max_length:
                 self._end(sample_pos, "length", ends)
-            if self._first is None and not (closes and self._any):
-                self._first, self._any = sample_pos, True
+            if self._first is None and not (closing and self._begun):
+                self._first, self._begun = sample_pos, True
             if self._first is not None:
                 self._last = sample_pos
             self._count += 1
@@ -107,31 +120,32 @@ class Endpointer:
         return ends
 
     def save(self) -> dict[str, NDArray[Any]]:
+        """Return the state that `load` restores."""
         first = -1 if self._first is None else self._first
-        return {"counts": np.array([self._count, first, self._last, self._any], np.int64)}
+        return {"counts": np.array([self._count, first, self._last, self._begun], np.int64)}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
+        """Restore a saved state. Raises `ValueError` if it is invalid."""
         count, first, last, begun = saved_array(state, "counts", np.int64, 4).tolist()
         if not 0 <= count < 1 << 53 or not -1 <= first < 1 << 53 or not max(first, 0) <= last < 1 << 53:
             raise ValueError(f"the counts of utterances are {[count, first, last]}")
         if begun not in (0, 1):
-            raise ValueError(f"the counts of utterances have {begun} for whether one has begun")
-        self._count, self._last, self._any = count, last, bool(begun)
+            raise ValueError(f"the counts of utterances have the flag {begun}; it must be 0 or 1")
+        self._count, self._last, self._begun = count, last, bool(begun)
         self._first = None if first < 0 else first
 
     def reset(self) -> None:
-        """The client ended the utterance."""
-        self._first, self._any = None, True
+        """End the current utterance, on request of the client."""
+        self._first, self._begun = None, True
 
     def _end_before(self, sample_pos: int, ends: list[UtteranceEnd]) -> None:
-        """End the utterance if a rule says so of the silence from its last token up to `sample_pos`."""
+        """End the utterance if a rule applies to the silence between its last token and `sample_pos`."""
         if self._first is None:
             return
-        silent = self._last + self._silence
-        whole = max(self._first + self._longest, self._last + (1 + _WORD) * self._frame)
-        if sample_pos >= min(silent, whole):
-            self._end(min(silent, whole), "length" if whole < silent else "silence", ends)
+        by_silence = self._last + self._silence
+        by_length = max(self._first + self._max_length, self._last + (1 + _WORD_FRAMES) * self._frame)
+        if sample_pos >= min(by_silence, by_length):
+            self._end(min(by_silence, by_length), "length" if by_length < by_silence else "silence", ends)
 
     def _end(self, at: int, reason: Reason, ends: list[UtteranceEnd]) -> None:
         self._first = None
@@ -139,52 +153,56 @@ class Endpointer:
 
 
 class RepetitionGuard:
-    """Find a decoder that repeats itself without end.
+    """Detect a decoder that is stuck in a repetition loop.
 
-    A transducer can get into a loop: the labels that it emitted make it emit them again, whatever the audio is. The
-    rule: if the last `WINDOW` tokens are one sequence of at most `CYCLE` tokens over and over (at least six times),
-    without a pause of more than `PAUSE_MS` between two tokens or after the last one, at the end of two steps in a row,
-    the decoder is reset and tokens are counted anew. People repeat words too, but not as often: the same digit 50 times
-    in a row, of up to three tokens each, is not a loop.
+    A transducer can enter a loop in which the emitted labels cause it to emit them again, whatever the audio is. The
+    rule: the decoder is reset if, at the end of two consecutive steps, the last `WINDOW` tokens are a sequence of at
+    most `CYCLE` tokens repeated (at least six times) without a pause of more than `PAUSE_MS` between two tokens or
+    after the last one. Tokens before a reset are not counted again. Speakers repeat words less often: the same digit 50
+    times, with up to three tokens each, is not a loop.
 
-    After the first of the two steps the stream's next step waits for the results of the one before. So the reset has
-    the same place with overlapping steps and without, and however audio is pushed.
+    After the first of the two steps, the next step of the stream waits for the results of the previous one. The reset
+    therefore occurs at the same position with and without overlapping steps, and does not depend on the pushes.
     """
 
     WINDOW, CYCLE, PAUSE_MS = 192, 32, 2000
 
     def __init__(self, manifest: Manifest) -> None:
         self._pause = self.PAUSE_MS * manifest.features.sample_rate // 1000
-        self._since = 0  # tokens before the last reset
+        self._start = 0  # tokens before the last reset
         self.loop_suspected = False  # whether the last step ended in a repetition
 
     def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
-        """Return whether the decoder must be reset after a step up to the sample `end_sample`; given all tokens so far."""
-        loops = self._repeats(tokens, sample_positions, end_sample)
-        reset, self.loop_suspected = loops and self.loop_suspected, loops and not self.loop_suspected
+        """Return whether the decoder must be reset after a step.
+
+        `tokens` and `sample_positions` are those of the whole stream, `end_sample` is the end of the step.
+        """
+        loop = self._is_loop(tokens, sample_positions, end_sample)
+        reset, self.loop_suspected = loop and self.loop_suspected, loop and not self.loop_suspected
         if reset:
-            self._since = len(tokens)
+            self._start = len(tokens)
         return reset
 
     def restart(self, count: int) -> None:
-        """The decoder was reset after `count` tokens."""
-        self._since, self.loop_suspected = count, False
+        """Ignore the first `count` tokens, after which the decoder was reset."""
+        self._start, self.loop_suspected = count, False
 
     def save(self) -> dict[str, NDArray[Any]]:
-        return {"counts": np.array([self._since, self.loop_suspected], np.int64)}
+        """Return the state that `load` restores."""
+        return {"counts": np.array([self._start, self.loop_suspected], np.int64)}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on as the one that was saved. Raises `ValueError` if it is not what `save` gives."""
-        since, suspects = saved_counts(state, "counts", 2)
-        if suspects > 1:
-            raise ValueError(f"the repetition guard's counts are {[since, suspects]}")
-        self._since, self.loop_suspected = since, bool(suspects)
+        """Restore a saved state. Raises `ValueError` if it is invalid."""
+        start, suspected = saved_counts(state, "counts", 2)
+        if suspected > 1:
+            raise ValueError(f"the repetition guard's counts are {[start, suspected]}")
+        self._start, self.loop_suspected = start, bool(suspected)
 
-    def _repeats(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
-        if len(tokens) - self._since < self.WINDOW or end_sample - sample_positions[-1] > self._pause:
+    def _is_loop(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
+        if len(tokens) - self._start < self.WINDOW or end_sample - sample_positions[-1] > self._pause:
             return False
         tail = tokens[-self.WINDOW :]
         if not any(tail[-1 - c] == tail[-1] and tail[c:] == tail[:-c] for c in range(1, self.CYCLE + 1)):
             return False
-        where = sample_positions[-self.WINDOW :]
-        return all(after - before <= self._pause for before, after in itertools.pairwise(where))
+        positions = sample_positions[-self.WINDOW :]
+        return all(after - before <= self._pause for before, after in itertools.pairwise(positions))

@@ -1,7 +1,7 @@
-"""What was said, as others read it: text, JSON Lines, SubRip, WebVTT, NIST's CTM, NeMo's manifest.
+"""Output formats of transcripts: text, JSON Lines, SubRip, WebVTT, NIST's CTM, NeMo's manifest.
 
-Words in, text out: nothing here knows where words come from or where the text goes. Any object with the attributes of
-`Word` is one. Times are seconds of the recording.
+This module depends neither on where words come from nor on where the text is written. Times are seconds from the start
+of the recording.
 """
 
 from __future__ import annotations
@@ -13,47 +13,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-# A subtitle's limits are those of the Netflix Timed Text Style Guide (general requirements; English, adult programmes).
-CHARACTERS, LINES = 42, 2  # of a line; of a subtitle
-SHORTEST, LONGEST = 5 / 6, 7.0  # seconds on screen
-SPEED = 20.0  # characters that are read in a second
-GAP = 1 / 12  # seconds of nothing between two subtitles: two frames of film
-# A silence that always begins a new subtitle. Longer than SHORTEST + GAP, so that it never makes one too short.
-PAUSE = 1.0
+if TYPE_CHECKING:
+    from nemostream.runtime.text.words import Token, Word
 
-_LEAST_MS = 100  # that words spoken all at once, which are none, get on screen
-_OFFSET = 0.08  # seconds that one of NeMo's offsets counts: an encoder frame
-_SENTENCE, _CLAUSE = re.compile(r"[.?!…]+[\"'”’)\]]*$"), re.compile(r"[,;:–—]+[\"'”’)\]]*$")
+# Limits of subtitles by the Netflix Timed Text Style Guide (general requirements; English, adult programmes).
+MAX_LINE_LENGTH, MAX_LINES = 42, 2  # characters per line; lines per subtitle
+MIN_DURATION, MAX_DURATION = 5 / 6, 7.0  # seconds on screen
+READING_SPEED = 20.0  # characters per second
+MIN_GAP = 1 / 12  # seconds between two subtitles: two frames of film
+PAUSE = 1.0  # seconds of silence that always start a new subtitle; must be longer than MIN_DURATION + MIN_GAP
 
-
-class Word(Protocol):
-    @property
-    def text(self) -> str: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
-    @property
-    def confidence(self) -> float: ...
-
-
-class Token(Protocol):
-    @property
-    def id(self) -> int: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def time(self) -> float: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def confidence(self) -> float: ...
+_MIN_SHOWN_MS = 100  # on screen, even for words without any duration
+_OFFSET_SECONDS = 0.08  # unit of NeMo's offsets: an encoder frame
+_SENTENCE_END, _CLAUSE_END = re.compile(r"[.?!…]+[\"'”’)\]]*$"), re.compile(r"[,;:–—]+[\"'”’)\]]*$")
 
 
 @dataclass(frozen=True)
 class Utterance:
+    """An utterance of a transcript. Times are seconds."""
+
     text: str
     start: float
     end: float
@@ -61,17 +41,17 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A recording and what was said in it."""
+    """The transcript of a recording."""
 
-    file: str
+    file: str  # path of the recording
     text: str
     words: Sequence[Word]
-    duration: float
+    duration: float  # seconds
     tokens: Sequence[Token] = ()
-    chunk_ms: int = 0
-    utterances: Sequence[Utterance] | None = None  # if they are to be kept apart
-    spoken: str | None = None  # the text as it was spoken, if `text` was normalised
-    channel: int | None = None  # of the recording, from 1, if one was chosen
+    chunk_ms: int = 0  # milliseconds
+    utterances: Sequence[Utterance] | None = None  # None: not separated
+    spoken: str | None = None  # the text before inverse text normalization; None: not normalized
+    channel: int | None = None  # the selected channel of the recording, from 1; None: all
 
 
 class Format(StrEnum):
@@ -84,18 +64,21 @@ class Format(StrEnum):
 
     @property
     def suffix(self) -> str:
-        """How the name of such a file ends."""
+        """The file name suffix."""
         return {"text": ".txt", "manifest": ".json"}.get(self, f".{self}")
 
     @property
     def one_per_file(self) -> bool:
-        """Whether a file of it tells of one recording only."""
+        """Whether a file can contain one recording only."""
         return self in (Format.srt, Format.vtt)
 
 
 def render(transcript: Transcript, format: Format, *, ascii: bool = False) -> str:
-    """The transcript in a format, to its last newline; those of several recordings may follow each other, if it is not
-    `one_per_file`. With `ascii`, JSON escapes all other characters."""
+    """Return the transcript in a format, including the final newline.
+
+    Transcripts of several recordings may be concatenated unless the format is `one_per_file`. With `ascii`, non-ASCII
+    characters are escaped in JSON.
+    """
     if format is Format.text and transcript.utterances is not None:
         return "".join(utterance.text + "\n" for utterance in transcript.utterances)
     if format is Format.text:
@@ -103,31 +86,36 @@ def render(transcript: Transcript, format: Format, *, ascii: bool = False) -> st
     if format is Format.json:
         return json.dumps(transcript_to_dict(transcript), ensure_ascii=ascii) + "\n"
     if format is Format.manifest:
-        return json.dumps(manifest_entry(transcript)) + "\n"  # ASCII: NeMo reads it in whatever the locale is
+        return json.dumps(manifest_entry(transcript)) + "\n"  # ASCII: NeMo reads it in the encoding of the locale
     if format is Format.ctm:
         return ctm(transcript.words, transcript.file, str(transcript.channel or 1))
     return (srt if format is Format.srt else vtt)(transcript.words, transcript.duration)
 
 
-# -- for programs ------------------------------------------------------------------------------------------------------
+# -- machine-readable --------------------------------------------------------------------------------------------------
+
+
+def time_span(item: Word | Utterance) -> dict[str, float]:
+    """Return the JSON fields `start` and `end` of a word or utterance: seconds, rounded to milliseconds."""
+    return {"start": round(item.start, 3), "end": round(item.end, 3)}
+
+
+def word_to_dict(word: Word) -> dict[str, Any]:
+    """Return a word as in JSON output and the WebSocket protocol: `text`, `start`, `end`, `confidence`."""
+    return {"text": word.text, **time_span(word), "confidence": round(word.confidence, 4)}
 
 
 def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
-    """`file`, `duration`, `text`, `words`, `tokens`, `chunk_ms`; `utterances` if they are kept apart, `spoken` if the
-    text was normalised, `channel` if one was chosen."""
+    """Return a transcript as in JSON output.
+
+    The keys are `file`, `duration`, `text`, `words`, `tokens` and `chunk_ms`; also `utterances` if they are separated,
+    `spoken` if the text was normalized, and `channel` if one was selected.
+    """
     body: dict[str, Any] = {
         "file": transcript.file,
         "duration": round(transcript.duration, 3),
         "text": transcript.text,
-        "words": [
-            {
-                "text": word.text,
-                "start": round(word.start, 3),
-                "end": round(word.end, 3),
-                "confidence": round(word.confidence, 4),
-            }
-            for word in transcript.words
-        ],
+        "words": [word_to_dict(word) for word in transcript.words],
         "tokens": [
             {
                 "id": token.id,
@@ -141,9 +129,7 @@ def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
         "chunk_ms": transcript.chunk_ms,
     }
     if transcript.utterances is not None:
-        body["utterances"] = [
-            {"text": one.text, "start": round(one.start, 3), "end": round(one.end, 3)} for one in transcript.utterances
-        ]
+        body["utterances"] = [{"text": one.text, **time_span(one)} for one in transcript.utterances]
     if transcript.spoken is not None:
         body["spoken"] = transcript.spoken
     if transcript.channel is not None:
@@ -152,10 +138,10 @@ def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
 
 
 def manifest_entry(transcript: Transcript) -> dict[str, Any]:
-    """A line of NeMo's manifest, as its `transcribe_speech.py` writes it with `timestamps=true` and confidence
-    (nemo/collections/asr/parts/utils/transcribe_utils.py: write_transcription).
+    """Return a line of NeMo's manifest, as `transcribe_speech.py` writes it with `timestamps=true` and confidence.
 
-    The text is `pred_text`: `text` is what a reference would be.
+    Source: nemo/collections/asr/parts/utils/transcribe_utils.py, write_transcription. The text is `pred_text`; in a
+    manifest, `text` is the reference.
     """
     words = transcript.words
     return {
@@ -165,10 +151,9 @@ def manifest_entry(transcript: Transcript) -> dict[str, Any]:
         "word": [
             {
                 "word": word.text,
-                "start_offset": round(word.start / _OFFSET),
-                "end_offset": round(word.end / _OFFSET),
-                "start": round(word.start, 3),
-                "end": round(word.end, 3),
+                "start_offset": round(word.start / _OFFSET_SECONDS),
+                "end_offset": round(word.end / _OFFSET_SECONDS),
+                **time_span(word),
             }
             for word in words
         ],
@@ -178,15 +163,15 @@ def manifest_entry(transcript: Transcript) -> dict[str, Any]:
 
 
 def ctm(words: Sequence[Word], file: str, channel: str = "1") -> str:
-    """NIST's time marks (sclite): file, channel, start, duration, word and confidence of each word.
+    """Return NIST's CTM (sclite): file, channel, start, duration, word and confidence, one word per line.
 
-    The file goes by its name without folder and ending, as in NeMo.
+    The file is named without folder and suffix, as in NeMo.
     """
-    # A name is one field, and ;; would make the line a comment.
+    # The name must be a single field, and a line that starts with ;; is a comment.
     name = re.sub(r"\s|^;;", "_", os.path.splitext(os.path.basename(file))[0])
     lines = []
     for word in words:
-        text = "_".join(word.text.split())  # one field too
+        text = "_".join(word.text.split())  # must be a single field too
         lines.append(f"{name} {channel} {word.start:.3f} {word.end - word.start:.3f} {text} {word.confidence:.4f}\n")
     return "".join(lines)
 
@@ -196,7 +181,7 @@ def ctm(words: Sequence[Word], file: str, channel: str = "1") -> str:
 
 @dataclass(frozen=True)
 class Cue:
-    """One subtitle: whole milliseconds, in seconds."""
+    """One subtitle. Times are seconds, in whole milliseconds."""
 
     start: float
     end: float
@@ -204,48 +189,48 @@ class Cue:
 
 
 def srt(words: Sequence[Word], duration: float | None = None) -> str:
-    """SubRip."""
+    """Return SubRip subtitles."""
     return "\n".join(
-        f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{_lines(cue).replace('-->', '→')}\n"
+        f"{number}\n{_timestamp(cue.start, ',')} --> {_timestamp(cue.end, ',')}\n"
+        f"{_join_lines(cue).replace('-->', '→')}\n"
         for number, cue in enumerate(cues(words, duration), 1)
     )
 
 
 def vtt(words: Sequence[Word], duration: float | None = None) -> str:
-    """WebVTT (W3C)."""
-    shown = (
-        f"\n{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n"
-        f"{_lines(cue).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')}\n"
+    """Return WebVTT subtitles (W3C)."""
+    blocks = (
+        f"\n{_timestamp(cue.start, '.')} --> {_timestamp(cue.end, '.')}\n"
+        f"{_join_lines(cue).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')}\n"
         for cue in cues(words, duration)
     )
-    return "WEBVTT\n" + "".join(shown)
+    return "WEBVTT\n" + "".join(blocks)
 
 
 def cues(words: Sequence[Word], duration: float | None = None) -> list[Cue]:
-    """Subtitles for words in the order of their starts, in a recording of `duration` seconds.
+    """Return subtitles for words, which are ordered by `start`, in a recording of `duration` seconds.
 
-    No subtitle overlaps the next, begins before its words, has more than `LINES` lines, stays longer than `LONGEST`, or
-    loses a word. A line is longer than `CHARACTERS` only if it is a single word. One stays for `SHORTEST` and for what
-    reading takes wherever the next one's words and the recording's end leave that much time. Breaks are where a
-    sentence or a clause ends or the voice rests; among all ways to break, the least bad one is found (as Knuth and
-    Plass break paragraphs, 1981).
+    Subtitles contain every word, do not overlap, do not begin before their words, have at most `MAX_LINES` lines and
+    are shown for at most `MAX_DURATION`. Only a single word may exceed `MAX_LINE_LENGTH`. A subtitle is shown for at
+    least `MIN_DURATION` and the time to read it if the next words and the end of the recording leave that much time.
+    Breaks are preferred at the end of a sentence or clause and at pauses. Dynamic programming minimizes the total cost
+    (as Knuth and Plass break paragraphs, 1981).
     """
-    timed = _Timed(words, duration)
-    least, came_from = [0.0], [0]  # of the best way to show the first n words; where its last subtitle begins
-    for end in range(1, timed.count + 1):
-        ways = [(least[begin] + timed.badness(begin, end), begin) for begin in timed.begins(end)]
-        cost, begin = min(ways)
-        least.append(cost)
-        came_from.append(begin)
-    bounds, end = [], timed.count
+    layout = _Layout(words, duration)
+    costs, best_begin = [0.0], [0]  # of the best layout of the first n words; where its last subtitle begins
+    for end in range(1, layout.count + 1):
+        cost, begin = min((costs[begin] + layout.cost(begin, end), begin) for begin in layout.possible_begins(end))
+        costs.append(cost)
+        best_begin.append(begin)
+    bounds, end = [], layout.count
     while end:
-        bounds.append((came_from[end], end))
-        end = came_from[end]
-    return timed.shown(bounds[::-1])
+        bounds.append((best_begin[end], end))
+        end = best_begin[end]
+    return layout.make_cues(bounds[::-1])
 
 
-class _Timed:
-    """Words, in whole milliseconds and in order."""
+class _Layout:
+    """Words in order, with times in whole milliseconds. `begin` and `end` are the word range [begin, end)."""
 
     def __init__(self, words: Sequence[Word], duration: float | None) -> None:
         kept = [(" ".join(word.text.split()), word) for word in words if word.text.split()]
@@ -256,82 +241,87 @@ class _Timed:
         for _, word in kept:
             self.starts.append(max(_ms(word.start), self.starts[-1] if self.starts else 0))
             self.ends.append(max(_ms(word.end), self.starts[-1]))
-        # Players stop where the recording does.
-        self.last = math.inf if duration is None else max([_ms(duration), *self.ends[-1:]])
-        self.at = [0]  # characters before each word, each with a space behind it
+        # Players stop at the end of the recording.
+        self.recording_end = math.inf if duration is None else max([_ms(duration), *self.ends[-1:]])
+        self.offsets = [0]  # characters before each word, if a space follows every word
         for text in self.texts:
-            self.at.append(self.at[-1] + len(text) + 1)
+            self.offsets.append(self.offsets[-1] + len(text) + 1)
 
-    def begins(self, end: int) -> list[int]:
-        """Where a subtitle whose last word is the one before `end` may begin. Never empty: a word can stand alone."""
-        found, begin = [end - 1], end - 2
+    def possible_begins(self, end: int) -> list[int]:
+        """Return where a subtitle that ends before the word `end` may begin; a single word is always allowed."""
+        begins, begin = [end - 1], end - 2
         while (
             begin >= 0
             and self._pause(begin + 1) < _ms(PAUSE)
-            and self.ends[end - 1] - self.starts[begin] <= _ms(LONGEST)
-            and self._splits(begin, end)
+            and self.ends[end - 1] - self.starts[begin] <= _ms(MAX_DURATION)
+            and self._line_breaks(begin, end)
         ):
-            found.append(begin)
+            begins.append(begin)
             begin -= 1
-        return found
+        return begins
 
-    def badness(self, begin: int, end: int) -> float:
-        """What is wrong with a subtitle of the words from `begin` to before `end`: too little time, a bad break."""
-        until = self.starts[end] - _ms(GAP) if end < self.count else self.last
-        room = max(0.0, min(_ms(LONGEST), until - self.starts[begin]))
-        haste = max(0.0, 1 - room / self._need(begin, end))
-        return 0.5 + 8 * haste + (self._tear(end) if end < self.count else 0.0)
+    def cost(self, begin: int, end: int) -> float:
+        """Return the cost of a subtitle: a constant, too little time to read it, and a bad break after it."""
+        until = self.starts[end] - _ms(MIN_GAP) if end < self.count else self.recording_end
+        available = max(0.0, min(_ms(MAX_DURATION), until - self.starts[begin]))
+        shortage = max(0.0, 1 - available / self._needed_ms(begin, end))
+        return 0.5 + 8 * shortage + (self._break_cost(end) if end < self.count else 0.0)
 
-    def shown(self, bounds: Sequence[tuple[int, int]]) -> list[Cue]:
-        """The subtitles of words from and to these bounds."""
-        found: list[Cue] = []
-        free = 0  # when the next one can begin
-        gap = _ms(GAP)
+    def make_cues(self, bounds: Sequence[tuple[int, int]]) -> list[Cue]:
+        """Return the subtitles of these word ranges."""
+        cues: list[Cue] = []
+        free = 0  # when the next subtitle may begin
+        gap = _ms(MIN_GAP)
         for begin, end in bounds:
             start = max(self.starts[begin], free)
-            until = max(self.starts[end] - gap if end < self.count else self.last, start + _LEAST_MS)
-            wanted = max(self.ends[end - 1], start + self._need(begin, end))
-            stop = int(min(wanted, until, start + _ms(LONGEST)))
+            until = max(self.starts[end] - gap if end < self.count else self.recording_end, start + _MIN_SHOWN_MS)
+            desired = max(self.ends[end - 1], start + self._needed_ms(begin, end))
+            stop = int(min(desired, until, start + _ms(MAX_DURATION)))
             free = stop + gap
-            found.append(Cue(start / 1000, stop / 1000, self._broken(begin, end)))
-        return found
+            cues.append(Cue(start / 1000, stop / 1000, self._lines(begin, end)))
+        return cues
 
-    def _need(self, begin: int, end: int) -> int:
-        """Milliseconds that these words should stay."""
-        return max(_ms(SHORTEST), math.ceil(1000 * self._length(begin, end) / SPEED))
+    def _needed_ms(self, begin: int, end: int) -> int:
+        """Return the milliseconds for which these words should be shown."""
+        return max(_ms(MIN_DURATION), math.ceil(1000 * self._length(begin, end) / READING_SPEED))
 
     def _length(self, begin: int, end: int) -> int:
-        return self.at[end] - self.at[begin] - 1
+        return self.offsets[end] - self.offsets[begin] - 1
 
     def _pause(self, word: int) -> int:
         return self.starts[word] - self.ends[word - 1]
 
-    def _tear(self, word: int) -> float:
-        """How bad it is to break before a word: 0 after a sentence, 2 within a phrase."""
+    def _break_cost(self, word: int) -> float:
+        """Return the cost of a break before a word: from 0 after a sentence to 2 within a phrase."""
         before = self.texts[word - 1]
-        if _SENTENCE.search(before):
+        if _SENTENCE_END.search(before):
             return 0.0
-        voice = 2.0 * max(0.0, 1 - max(0, self._pause(word)) / _ms(PAUSE))
-        return min(voice, 0.75) if _CLAUSE.search(before) else voice
+        cost = 2.0 * max(0.0, 1 - max(0, self._pause(word)) / _ms(PAUSE))
+        return min(cost, 0.75) if _CLAUSE_END.search(before) else cost
 
     def _fits(self, begin: int, end: int) -> bool:
-        return self._length(begin, end) <= CHARACTERS or end - begin == 1
+        return self._length(begin, end) <= MAX_LINE_LENGTH or end - begin == 1
 
-    def _splits(self, begin: int, end: int) -> list[int]:
-        """Words that the second line can begin with; `end` if one line does. Empty if two do not do either."""
+    def _line_breaks(self, begin: int, end: int) -> list[int]:
+        """Return the words with which the second line may begin; `end` if one line suffices.
+
+        Empty if the words do not fit into two lines.
+        """
         if self._fits(begin, end):
             return [end]
-        return [at for at in range(begin + 1, end) if self._fits(begin, at) and self._fits(at, end)]
+        return [word for word in range(begin + 1, end) if self._fits(begin, word) and self._fits(word, end)]
 
-    def _broken(self, begin: int, end: int) -> tuple[str, ...]:
-        """In lines: of like length, broken where the sense allows it."""
+    def _lines(self, begin: int, end: int) -> tuple[str, ...]:
+        """Break words into lines of similar length, preferably at the end of a sentence or clause or at a pause."""
 
-        def worth(at: int) -> float:
-            uneven = abs(self._length(begin, at) - self._length(at, end)) / CHARACTERS if at < end else 0.0
-            return uneven + (self._tear(at) if at < end else 0.0)
+        def cost(word: int) -> float:
+            if word == end:
+                return 0.0
+            unevenness = abs(self._length(begin, word) - self._length(word, end)) / MAX_LINE_LENGTH
+            return unevenness + self._break_cost(word)
 
-        at = min(self._splits(begin, end), key=worth)
-        lines = (self.texts[begin:at], self.texts[at:end])
+        second = min(self._line_breaks(begin, end), key=cost)
+        lines = (self.texts[begin:second], self.texts[second:end])
         return tuple(" ".join(line) for line in lines if line)
 
 
@@ -339,10 +329,10 @@ def _ms(seconds: float) -> int:
     return round(1000 * seconds)
 
 
-def _clock(seconds: float, point: str) -> str:
+def _timestamp(seconds: float, separator: str) -> str:
     ms = _ms(seconds)
-    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{separator}{ms % 1000:03}"
 
 
-def _lines(cue: Cue) -> str:
+def _join_lines(cue: Cue) -> str:
     return "\n".join(cue.lines)

@@ -1,8 +1,8 @@
-"""Inverse text normalisation: spoken words (*twenty two dollars*) as they are written (*$22*).
+"""Inverse text normalization: convert spoken words (*twenty two dollars*) to written form (*$22*).
 
-The rules are NVIDIA's `nemo_text_processing` (Zhang et al., 2021), of the extra `itn`. It knows plain text only; here
-words keep their times: what it changed is found again among the words, and each written word stands for the spoken ones
-that it came of.
+The grammars are those of NVIDIA's `nemo_text_processing` (Zhang et al., 2021), the `itn` extra, which processes plain
+text. This module preserves the times of words: it aligns the written text with the spoken words, so that each written
+word has the times of the spoken words that it replaces.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from nemostream.extras import install_command
 if TYPE_CHECKING:
     from nemostream.runtime.text.words import Word
 
-# Punctuation around a word; the rules want words without.
+# Punctuation before a word, the word, punctuation after it. The grammars require words without punctuation.
 _PARTS = re.compile(r"(?s)([\"'“‘(\[¿¡]*)(.*?)([.,?!;:…\"'”’)\]]*)")
 _COMPOUND = re.compile(r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty-[a-z]+")
 
-_PAUSE = 0.8  # seconds between words that are no number together
-_LONGEST = 100  # words that the rules get at a time: theirs is not the time to read a book
-_AHEAD = 20  # words: most numbers have fewer
+_MAX_PAUSE = 0.8  # seconds between two words of a number
+_MAX_WORDS = 100  # words per call of the grammars, whose run time grows faster than the number of words
+_LOOKAHEAD = 20  # words; most numbers have fewer
 
-# Some words as they were, or a written form and the words that it came of: (form or None, first, behind the last).
-_Piece = tuple[str | None, int, int]
+# A written form (None: unchanged) and the range of words that it replaces: (form, begin, end).
+_Span = tuple[str | None, int, int]
 
 
 class InverseNormalizer:
-    """English numbers, dates, times and amounts as people write them. Call it with words; threads may share it.
+    """Convert English numbers, dates, times and amounts to written form. A callable on words. Thread-safe.
 
-    Making one takes seconds. Raises `BackendError` if the extra is not installed.
+    Construction takes seconds. Raises `BackendError` if the extra is not installed.
     """
 
     def __init__(self) -> None:
@@ -45,49 +45,52 @@ class InverseNormalizer:
             logger = logging.getLogger("NeMo-text-processing")
             from nemo_text_processing.inverse_text_normalization.inverse_normalize import InverseNormalizer as Rules
 
-            logger.handlers.clear()  # its own, which tells of every grammar
+            logger.handlers.clear()  # its handler logs every grammar
             rules = Rules(lang="en")
         except ImportError as error:
-            raise BackendError(f"--itn needs more ({error}): {install_command('itn')}") from error
-        lock = threading.Lock()  # its parser has a state
+            raise BackendError(
+                f"inverse text normalization needs more packages ({error}): {install_command('itn')}"
+            ) from error
+        lock = threading.Lock()  # the parser has state
 
         @lru_cache(4096)
-        def written(spoken: str) -> str:
+        def normalize(spoken: str) -> str:
             with lock:
                 return rules.inverse_normalize(spoken, verbose=False)
 
-        self._written: Callable[[str], str] = written
+        self._normalize: Callable[[str], str] = normalize
 
     def __call__(self, words: Sequence[Word]) -> tuple[Word, ...]:
-        """The words as they are written, for finished utterances: more words could make another number of these.
+        """Return the written words of complete utterances; further words could change a number at the end.
 
-        Nothing is joined over punctuation or a pause. A written word begins and ends as the spoken ones it came of
-        and is as certain as the least certain of them; where those became several that cannot be told apart (*july 4
-        1999* of a date), they share the time in proportion to their letters. Words that the rules fail on stay.
+        Words are not combined across punctuation or a pause. A written word has the start and end of the spoken words
+        that it replaces, and their lowest confidence. If spoken words are replaced by several words that cannot be
+        aligned individually (*july 4 1999* for a date), these share the time in proportion to their characters. Words
+        on which the grammars fail are unchanged.
         """
-        found: list[Word] = []
+        written: list[Word] = []
         run: list[Word] = []
         for word in words:
-            lead, _, trail = _split(word.text)
-            if run and (lead or word.start - run[-1].end > _PAUSE):
-                found += self._run(run)
+            lead, _, trail = _split_punctuation(word.text)
+            if run and (lead or word.start - run[-1].end > _MAX_PAUSE):
+                written += self._normalize_run(run)
                 run = []
             run.append(word)
             if trail:
-                found += self._run(run)
+                written += self._normalize_run(run)
                 run = []
-        return (*found, *self._run(run)) if run else tuple(found)
+        return (*written, *self._normalize_run(run)) if run else tuple(written)
 
-    def _run(self, words: list[Word]) -> list[Word]:
-        """Words with punctuation before the first and after the last only."""
-        if len(words) > _LONGEST:  # in two, where the voice rested longest
+    def _normalize_run(self, words: list[Word]) -> list[Word]:
+        """Normalize words that have punctuation only before the first and after the last one."""
+        if len(words) > _MAX_WORDS:  # split at the longest pause
             middle = range(len(words) // 4, 3 * len(words) // 4)
-            at = max(middle, key=lambda index: words[index].start - words[index - 1].end)
-            return [*self._run(words[:at]), *self._run(words[at:])]
-        lead, trail = _split(words[0].text)[0], _split(words[-1].text)[2]
-        cores = [_split(word.text)[1] for word in words]
-        spoken: list[str] = []  # the rules know "twenty two" and lower case
-        owner: list[int] = []  # of each, the word it is of
+            split = max(middle, key=lambda index: words[index].start - words[index - 1].end)
+            return [*self._normalize_run(words[:split]), *self._normalize_run(words[split:])]
+        lead, trail = _split_punctuation(words[0].text)[0], _split_punctuation(words[-1].text)[2]
+        cores = [_split_punctuation(word.text)[1] for word in words]
+        spoken: list[str] = []  # the grammars require lower case and "twenty two" instead of "twenty-two"
+        owner: list[int] = []  # index of the word that each entry of `spoken` is part of
         for index, core in enumerate(cores):
             parts = core.lower().split("-") if _COMPOUND.fullmatch(core.lower()) else [core.lower()]
             spoken += parts
@@ -95,90 +98,90 @@ class InverseNormalizer:
         try:
             if not all(spoken) or any(character.isspace() for core in spoken for character in core):
                 return words
-            forms = self._written(" ".join(spoken)).split()
+            forms = self._normalize(" ".join(spoken)).split()
             if forms == spoken or not forms:
                 return words
-            pieces = _whole(self._aligned(spoken, forms), spoken, owner)
-        except Exception:  # of a grammar, which is no reason to lose what was said
+            spans = _to_words(self._align(spoken, forms), spoken, owner)
+        except Exception:  # an error of the grammars must not lose the transcript
             return words
-        found: list[Word] = []
-        for form, first, last in pieces:
+        written: list[Word] = []
+        for form, first, last in spans:
             if form is None:
-                found += words[first:last]
+                written += words[first:last]
                 continue
             if cores[first][:1].isupper():
                 form = form[:1].upper() + form[1:]
             form = (lead if first == 0 else "") + form
             if last == len(words):
                 form += trail[1:] if form.endswith(".") and trail.startswith(".") else trail
-            found += _shared(form.split(), words[first:last])
-        return found
+            written += _share_time(form.split(), words[first:last])
+        return written
 
-    def _aligned(self, spoken: list[str], forms: list[str]) -> list[_Piece]:
-        """Which forms came of which words."""
-        pieces: list[_Piece] = []
+    def _align(self, spoken: list[str], forms: list[str]) -> list[_Span]:
+        """Return the spans of spoken words that the written forms replace."""
+        spans: list[_Span] = []
         for kind, first, last, begin, end in SequenceMatcher(None, spoken, forms, autojunk=False).get_opcodes():
             if kind == "equal":
-                pieces += [(None, index, index + 1) for index in range(first, last)]
+                spans += [(None, index, index + 1) for index in range(first, last)]
             elif kind == "replace":
-                pieces += self._divided(spoken, first, last, forms[begin:end])
-            # Words that left, or came, belong to a neighbour.
-            elif pieces:
-                form, before, _ = pieces.pop()
-                pieces.append((" ".join([form or spoken[before], *forms[begin:end]]), before, last))
+                spans += self._divide(spoken, first, last, forms[begin:end])
+            # Inserted and deleted words belong to the span before.
+            elif spans:
+                form, before, _ = spans.pop()
+                spans.append((" ".join([form or spoken[before], *forms[begin:end]]), before, last))
             else:
-                raise ValueError("a form of nothing")
-        return pieces
+                raise ValueError("written words without spoken words")
+        return spans
 
-    def _divided(self, spoken: list[str], first: int, last: int, forms: list[str]) -> list[_Piece]:
-        """The smallest pieces that, normalised alone, become these forms, as far as `_AHEAD` words let see."""
-        for middle in range(first + 1, min(last, first + _AHEAD)):
-            head = self._written(" ".join(spoken[first:middle])).split()
+    def _divide(self, spoken: list[str], first: int, last: int, forms: list[str]) -> list[_Span]:
+        """Divide into the smallest spans that yield the same forms when normalized alone, within `_LOOKAHEAD` words."""
+        for middle in range(first + 1, min(last, first + _LOOKAHEAD)):
+            head = self._normalize(" ".join(spoken[first:middle])).split()
             if head != forms[: len(head)] or len(head) == len(forms):
                 continue
-            left, seen = forms[len(head) :], min(last, middle + _AHEAD)
-            tail = self._written(" ".join(spoken[middle:seen])).split()
-            if tail == left if seen == last else tail[:1] == left[:1]:
+            remaining, seen = forms[len(head) :], min(last, middle + _LOOKAHEAD)
+            tail = self._normalize(" ".join(spoken[middle:seen])).split()
+            if tail == remaining if seen == last else tail[:1] == remaining[:1]:
                 form = None if head == spoken[first:middle] else " ".join(head)
-                return [(form, first, middle), *self._divided(spoken, middle, last, left)]
+                return [(form, first, middle), *self._divide(spoken, middle, last, remaining)]
         return [(" ".join(forms), first, last)]
 
 
-def _split(text: str) -> tuple[str, str, str]:
+def _split_punctuation(text: str) -> tuple[str, str, str]:
     match = _PARTS.fullmatch(text)
-    assert match is not None  # its middle takes anything
+    assert match is not None  # the middle group matches anything
     return match[1], match[2], match[3]
 
 
-def _whole(pieces: list[_Piece], spoken: list[str], owner: list[int]) -> list[_Piece]:
-    """Pieces of words, made of pieces of parts of words: none has a part of a word only."""
-    found: list[_Piece] = []
-    waiting: list[_Piece] = []
-    for piece in pieces:
-        waiting.append(piece)
-        first, last = waiting[0][1], piece[2]
+def _to_words(spans: list[_Span], spoken: list[str], owner: list[int]) -> list[_Span]:
+    """Convert spans of `spoken` to spans of words; spans that end within a word are joined."""
+    joined: list[_Span] = []
+    pending: list[_Span] = []
+    for span in spans:
+        pending.append(span)
+        first, last = pending[0][1], span[2]
         if last == len(owner) or owner[last] != owner[last - 1]:
             form = None
-            if any(form is not None for form, _, _ in waiting):
-                form = " ".join(" ".join(spoken[a:b]) if form is None else form for form, a, b in waiting)
-            found.append((form, owner[first], owner[last - 1] + 1))
-            waiting = []
-    return found
+            if any(form is not None for form, _, _ in pending):
+                form = " ".join(" ".join(spoken[a:b]) if form is None else form for form, a, b in pending)
+            joined.append((form, owner[first], owner[last - 1] + 1))
+            pending = []
+    return joined
 
 
-def _shared(forms: list[str], words: Sequence[Word]) -> list[Word]:
-    """Forms in the time of the words that they came of."""
+def _share_time(forms: list[str], words: Sequence[Word]) -> list[Word]:
+    """Return a word for each form; they share the time of `words` in proportion to their characters."""
     start, end = words[0].start, max(word.end for word in words)
-    letters, at, found = sum(map(len, forms)), 0, []
+    total, position, written = sum(map(len, forms)), 0, []
     for form in forms:
-        begin, at = at, at + len(form)
-        found.append(
+        begin, position = position, position + len(form)
+        written.append(
             dataclasses.replace(
                 words[0],
                 text=form,
-                start=start + (end - start) * begin / letters,
-                end=start + (end - start) * at / letters,
+                start=start + (end - start) * begin / total,
+                end=start + (end - start) * position / total,
                 confidence=min(word.confidence for word in words),
             )
         )
-    return found
+    return written

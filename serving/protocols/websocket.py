@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text.events import Event
-from nemostream.runtime.text.words import Word
+from nemostream.runtime.text.formats import word_to_dict
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, status_of
 from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
@@ -121,17 +121,8 @@ def _event_message(event: Event, words: bool) -> dict[str, Any]:
         # A partial has only its new words: all words in each would add up to the square of an utterance's length.
         partial = event.kind == "partial"
         message["words_from"] = event.words_from if partial else 0
-        message["words"] = [_word(word) for word in (event.new_words if partial else event.words)]
+        message["words"] = [word_to_dict(word) for word in (event.new_words if partial else event.words)]
     return message
-
-
-def _word(word: Word) -> dict[str, Any]:
-    return {
-        "text": word.text,
-        "start": round(word.start, 3),
-        "end": round(word.end, 3),
-        "confidence": round(word.confidence, 4),
-    }
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

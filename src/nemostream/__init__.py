@@ -1,4 +1,4 @@
-"""nemostream: NVIDIA's streaming FastConformer-RNNT recogniser without NeMo and PyTorch.
+"""nemostream: streaming speech recognition with NVIDIA's FastConformer-RNNT models, without NeMo and PyTorch.
 
     import nemostream
 
@@ -11,10 +11,10 @@
                 print(partial.text)
         print(stream.finish().text)
 
-    for event in model.listen("voice.flac"):  # and `async for`
+    for event in model.listen("voice.flac"):  # also with `async for`
         print(event.kind, event.text, event.words)
 
-Importing it is cheap: everything but the errors and the manifest is loaded when it is first used.
+The import is fast: all names but the errors are loaded on first use.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from nemostream.errors import (
     TruncatedAudioError,
 )
 
-# ONNX Runtime 1.29 and newer sends telemetry and writes to ~/.cache/Microsoft; it reads this variable when it is
-# imported. Every entry point imports this package first, and the processes it starts inherit the variable.
+# ONNX Runtime 1.29 and newer sends telemetry and writes to ~/.cache/Microsoft unless this variable is set when it is
+# imported. Every entry point imports this package first, and child processes inherit the variable.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
@@ -106,21 +106,42 @@ def load(
     confidence: Confidence | None = None,
     delay_ms: int = 0,
 ) -> Model:
-    """Load a bundle and make its engine ready.
+    """Load a model.
 
-    `bundle` is a folder that `nemostream export` wrote; without one, the small model that comes with the package (for
-    trying and testing, not for work). `chunk_ms` is what streams use unless they ask otherwise; `capacity` is how many
-    streams can be open at once, each with its state reserved; `threads` is what ONNX Runtime may use on a CPU
-    (default: every CPU that this process may use: its affinity, and the quota of its container).
+    Parameters
+    ----------
+    bundle
+        Folder written by `nemostream export`. Default: the small demo model in the package, for trying and testing.
+    chunk_ms
+        Default chunk size of streams, in milliseconds.
+    capacity
+        Maximum number of open streams. Memory for the state of all of them is reserved.
+    threads
+        ONNX Runtime threads on a CPU. Default: all CPUs that the process may use, by its affinity and its container's
+        quota.
+    device
+        "cpu" or "cuda".
+    precision
+        Numeric precision. Default: "fp32" on a CPU, "fp16" on a GPU. Except for "fp32" on a CPU, an engine made by
+        `nemostream build` is required.
+    max_batch
+        Maximum number of streams in one step. Default: 64, or `capacity` if that is less.
+    engines
+        Folder of the engines. Default: `~/.cache/nemostream/engines`.
+    confidence
+        Default confidence measure of streams. Default: NeMo's, `Confidence()`.
+    delay_ms
+        Milliseconds subtracted from the times of tokens and words, to compensate for a model that was trained to emit
+        them late (`docs/transcripts.md`). Default: 0, as in NeMo.
 
-    `device` is "cpu" or "cuda". Any `precision` but a CPU's "fp32" runs engines that `nemostream build` made, kept in
-    the folder `engines` (default: `~/.cache/nemostream/engines`); a GPU's default is "fp16". `max_batch` is how many
-    streams a step may have at most (default: 64, or `capacity` if that is less). `confidence` is the measure of streams
-    that choose none (default: NeMo's, `Confidence()`). `delay_ms` is taken off the times of tokens and words: how late
-    the model says them, which depends on its training (`docs/transcripts.md`; default: none, NeMo's times).
-
-    Raises `BundleError` for a folder that is no bundle, or a damaged one, `OptionError` for a chunk size that the model
-    does not have, and `BackendError` if the device cannot be used or an engine is not built.
+    Raises
+    ------
+    BundleError
+        If the folder is not a bundle or is damaged.
+    OptionError
+        If an option is invalid or the model does not support the chunk size.
+    BackendError
+        If the device cannot be used or an engine is not built.
     """
     from nemostream.bundle import Bundle
     from nemostream.engines import open_backend
@@ -142,15 +163,15 @@ def load(
 
 
 def demo_bundle() -> Path:
-    """The bundle inside the package."""
+    """Return the path of the demo bundle in the package."""
     folder = Path(str(resources.files("nemostream") / "demo"))
     if not (folder / "manifest.json").is_file():
-        raise BundleError(f"this nemostream was built without its demo bundle ({folder}); give a bundle of your own.")
+        raise BundleError(f"this nemostream was built without its demo bundle ({folder}); pass the path of a bundle.")
     return folder
 
 
 def demo_clip() -> Path:
-    """A recording of a human voice that the demo bundle understands."""
+    """Return the path of a speech recording that the demo model can transcribe."""
     return Path(str(resources.files("nemostream") / "clip.flac"))
 
 

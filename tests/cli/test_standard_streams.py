@@ -260,7 +260,7 @@ def test_fifo(run: Run, tmp_path: Path) -> None:
         assert run(fifo, "--realtime") == (0, CLIP_TEXT + "\n", "")
     with subprocess.Popen(["sh", "-c", ': > "$0"', fifo]):
         code, out, err = run(fifo)
-    assert (code, out) == (3, "") and "the pipe was closed without any data" in err
+    assert (code, out) == (3, "") and "is a pipe that was closed without any data" in err
 
 
 def test_copy_of_a_pipe_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,7 +249,7 @@ class Guard:
 
 
 def restore(path: Path) -> tuple[Chunker, Hypothesis] | None:
-    """Restore a stream from a snapshot file."""
+    """Restore a stream's chunker and hypothesis from a snapshot file."""
     checkpointer = Checkpointer(path, ABOUT)
     snapshot = checkpointer.load()
     if snapshot is None:
@@ -316,11 +316,11 @@ def test_snapshots_with_mutated_arrays(data: st.DataObject, tmp_path: Path) -> N
         check_message(error)
         return
     assert restored is not None
-    stream, hypothesis = restored
-    assert stream.samples == 20_000
-    stream.accept(np.zeros(30_000, np.float32))  # an accepted stream can continue and finish
-    stream.finish()
-    assert stream.queued < 100 and all(0 <= token < 896 for token in hypothesis.tokens)
+    chunker, hypothesis = restored
+    assert chunker.samples == 20_000
+    chunker.accept(np.zeros(30_000, np.float32))  # an accepted stream can continue and finish
+    chunker.finish()
+    assert chunker.queued < 100 and all(0 <= token < 896 for token in hypothesis.tokens)
 
 
 @fuzz

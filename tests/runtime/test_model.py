@@ -217,7 +217,7 @@ def test_transcribe_raises_for_invalid_audio_and_releases_its_slot(model, check,
             (np.zeros(0, np.float32), "the audio is empty"),
             (np.zeros(9, np.int64), "not int64"),
             (damaged, "NaN or infinity at sample 99000"),
-            (tmp_path / "nan.wav", "nan.wav holds NaN"),
+            (tmp_path / "nan.wav", "nan.wav contains NaN"),
             (tmp_path / "no.wav", "no.wav does not exist"),
             ([0.0], "must be a path, a numpy array, .* not list"),
         ):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from nemostream.cli.standard_streams import write_all, write_unbuffered
 from nemostream.errors import NemostreamError, OptionError
-from nemostream.runtime.text.formats import Format, Transcript, Utterance, Word, render
+from nemostream.runtime.text.formats import Format, Transcript, Utterance, render
 
 if TYPE_CHECKING:
     from nemostream.runtime.text.events import Event
     from nemostream.runtime.text.itn import InverseNormalizer
-    from nemostream.runtime.text.words import Result
+    from nemostream.runtime.text.words import Result, Word
 
 STDIN, MICROPHONE = "-", "microphone"  # names of the inputs that are not files
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")

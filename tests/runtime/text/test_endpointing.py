@@ -1,4 +1,4 @@
-"""When utterances end: against the rule frame by frame, against NeMo's own code, and by hand."""
+"""Ends of utterances, compared with the rule frame by frame, with NeMo's code, and with expected results."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from nemostream.errors import OptionError
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer
 
 FRAME = 1280
-BEGINS = (True, False)  # token 0 begins a word, token 1 goes on with one
+WORD_STARTS = (True, False)  # token 0 starts a word, token 1 continues it
 
 
-def run(manifest, rule: Endpoint, said: dict[int, list[int]], frames: int, steps: list[int]):
-    """Ends as (tokens, frame, reason), the recording being heard in steps of so many frames."""
-    pointer, ends, at, step = Endpointer(rule, manifest, BEGINS), [], 0, 0
+def run(manifest, rule: Endpoint, tokens: dict[int, list[int]], frames: int, steps: list[int]):
+    """Return the ends as (tokens, frame, reason), for steps of these numbers of frames."""
+    pointer, ends, at, step = Endpointer(rule, manifest, WORD_STARTS), [], 0, 0
     while at < frames:
         upto = min(at + steps[step % len(steps)], frames)
-        new = [(token, frame * FRAME) for frame in range(at, upto) for token in said.get(frame, [])]
+        new = [(token, frame * FRAME) for frame in range(at, upto) for token in tokens.get(frame, [])]
         ends += pointer.step([token for token, _ in new], [sample_pos for _, sample_pos in new], upto * FRAME)
         at, step = upto, step + 1
-    return [(end.count, end.at / FRAME, end.reason) for end in ends]
+    return [(end.token_count, end.end_sample / FRAME, end.reason) for end in ends]
 
 
-def reference(rule: Endpoint, said: dict[int, list[int]], frames: int):
-    """The rules as they are told, one frame after the other."""
+def reference(rule: Endpoint, tokens: dict[int, list[int]], frames: int):
+    """The rules, frame by frame."""
     ends, first, blanks, count = [], None, 0, 0
     for frame in range(frames):
         blanks += 1
-        for token in said.get(frame, []):
+        for token in tokens.get(frame, []):
             long = (
                 first is not None
                 and rule.max_utterance_ms is not None
@@ -50,7 +50,7 @@ def reference(rule: Endpoint, said: dict[int, list[int]], frames: int):
     return ends
 
 
-SAID = st.dictionaries(st.integers(0, 120), st.lists(st.integers(0, 1), min_size=1, max_size=3), max_size=40)
+TOKENS = st.dictionaries(st.integers(0, 120), st.lists(st.integers(0, 1), min_size=1, max_size=3), max_size=40)
 RULES = st.builds(
     Endpoint,
     silence_ms=st.one_of(st.none(), st.integers(80, 2000)),
@@ -58,39 +58,41 @@ RULES = st.builds(
 )
 
 
-@given(rule=RULES, said=SAID, frames=st.integers(1, 150), steps=st.lists(st.integers(1, 14), min_size=1, max_size=5))
+@given(
+    rule=RULES, tokens=TOKENS, frames=st.integers(1, 150), steps=st.lists(st.integers(1, 14), min_size=1, max_size=5)
+)
 @settings(max_examples=400, deadline=None)
-def test_ends_are_the_rules_whatever_the_steps(manifest, rule, said, frames, steps):
-    assert run(manifest, rule, said, frames, steps) == reference(rule, said, frames)
+def test_ends_do_not_depend_on_the_steps(manifest, rule, tokens, frames, steps):
+    assert run(manifest, rule, tokens, frames, steps) == reference(rule, tokens, frames)
 
 
-def test_by_hand(manifest):
+def test_expected_ends(manifest):
     silence = Endpoint(silence_ms=800)
     # Ten silent frames are not more than 800 ms, eleven are.
     assert run(manifest, silence, {3: [0]}, 14, [7]) == []
     assert run(manifest, silence, {3: [0]}, 15, [7]) == [(1, 15, "silence")]
     assert run(manifest, silence, {3: [0], 14: [0]}, 20, [20]) == []
     assert run(manifest, silence, {3: [0], 15: [0]}, 20, [20]) == [(1, 15, "silence")]
-    assert run(manifest, silence, {}, 100, [7]) == []  # nothing was said: nothing ends
+    assert run(manifest, silence, {}, 100, [7]) == []  # no tokens: no utterance
     assert run(manifest, Endpoint(silence_ms=801), {3: [0]}, 15, [7]) == []
     assert run(manifest, Endpoint(silence_ms=None), {3: [0]}, 1000, [7]) == []
-    # The longest utterance ends before the first word that begins past it, or where a word is over.
+    # An utterance of the maximum length ends before the next word, or where the current word is complete.
     long = Endpoint(silence_ms=None, max_utterance_ms=1600)
     assert run(manifest, long, {0: [0], 18: [1], 20: [1], 22: [0]}, 27, [7]) == [(3, 22, "length")]
     assert run(manifest, long, {0: [0], 18: [1], 20: [1]}, 40, [7]) == [(3, 26, "length")]
 
 
-def test_a_cut_begins_anew(manifest):
-    pointer = Endpointer(Endpoint(), manifest, BEGINS)
+def test_reset_starts_a_new_utterance(manifest):
+    pointer = Endpointer(Endpoint(), manifest, WORD_STARTS)
     assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between_utterances
     pointer.reset()
     assert pointer.between_utterances and pointer.step([], [], 50 * FRAME) == []
     (end,) = pointer.step([0, 1], [50 * FRAME, 51 * FRAME], 100 * FRAME)
-    assert (end.count, end.at, end.reason) == (3, 63 * FRAME, "silence")
+    assert (end.token_count, end.end_sample, end.reason) == (3, 63 * FRAME, "silence")
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "message"),
     [
         ({"silence_ms": 79}, "silence_ms is 79; it must be at least 80 ms, or None"),
         ({"silence_ms": 0.8}, r"silence_ms is 0\.8"),
@@ -99,25 +101,25 @@ def test_a_cut_begins_anew(manifest):
         ({"decoder": "forget"}, "decoder is 'forget'; choose one of keep, reset"),
     ],
 )
-def test_a_rule_that_cannot_be_is_refused_by_name(options, name):
-    with pytest.raises(OptionError, match=name):
+def test_invalid_rule_is_rejected(options, message):
+    with pytest.raises(OptionError, match=message):
         Endpoint(**options)
 
 
 @pytest.mark.nemo
-@given(said=SAID, silence=st.integers(80, 1500), frames=st.integers(1, 150))
+@given(tokens=TOKENS, silence=st.integers(80, 1500), frames=st.integers(1, 150))
 @settings(max_examples=300, deadline=None)
-def test_silence_is_nemos_rule(manifest, said, silence, frames):
-    """NeMo's own detector, asked after every frame of what was said since the last end it found."""
+def test_silence_rule_equals_nemo(manifest, tokens, silence, frames):
+    """NeMo's detector, called after every frame with the tokens since the last end."""
     torch = pytest.importorskip("torch")
     greedy = pytest.importorskip("nemo.collections.asr.inference.streaming.endpointing.greedy.greedy_endpointing")
-    nemo, wanted, begin, count = greedy.GreedyEndpointing(["a", "b"], 80, stop_history_eou=silence), [], -1, 0
+    nemo, expected, begin, count = greedy.GreedyEndpointing(["a", "b"], 80, stop_history_eou=silence), [], -1, 0
     for frame in range(frames):
-        new = [(f, token) for f in range(begin + 1, frame + 1) for token in said.get(f, [])]
+        new = [(f, token) for f in range(begin + 1, frame + 1) for token in tokens.get(f, [])]
         found, _ = nemo.detect_eou_given_timestamps(
             torch.tensor([f for f, _ in new]), torch.tensor([token for _, token in new]), frame + 1
         )
         if found:
             begin, count = frame, count + len(new)
-            wanted.append((count, frame + 1, "silence"))
-    assert run(manifest, Endpoint(silence_ms=silence), said, frames, [7, 2, 14]) == wanted
+            expected.append((count, frame + 1, "silence"))
+    assert run(manifest, Endpoint(silence_ms=silence), tokens, frames, [7, 2, 14]) == expected

@@ -1,6 +1,6 @@
-"""Formats, read back by the programs they are for: subtitle parsers of others, NeMo's and lhotse's readers, sclite.
+"""Output formats, read by third-party programs: subtitle parsers, NeMo's and lhotse's readers, sclite.
 
-The limits of subtitles are those of the Netflix Timed Text Style Guide, written down here once more.
+The limits of subtitles are those of the Netflix Timed Text Style Guide, stated here independently.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.formats import Format, Transcript
 
-SHORTEST, LONGEST, GAP, SPEED, WIDTH = 5 / 6, 7.0, 1 / 12, 20, 42
-MS = 0.0011  # two roundings
+MIN_DURATION, MAX_DURATION, GAP, SPEED, WIDTH = 5 / 6, 7.0, 1 / 12, 20, 42
+MS = 0.0011  # seconds: two rounding errors
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Shown:
     lines: list[str]
 
 
-def said(text: str, start: float = 0.0, rate: float = 15.0, rest: float = 0.0) -> list[Word]:
-    """`text` at `rate` characters per second, with `rest` seconds after each sentence."""
+def make_words(text: str, start: float = 0.0, rate: float = 15.0, rest: float = 0.0) -> list[Word]:
+    """Return words at `rate` characters per second, with `rest` seconds after each sentence."""
     words = []
     for word in text.split():
         end = start + len(word) / rate
@@ -53,7 +53,7 @@ def said(text: str, start: float = 0.0, rate: float = 15.0, rest: float = 0.0) -
 
 
 def read_srt(document: str) -> list[Shown]:
-    """By `srt`, which must agree with `pysubs2`."""
+    """Parse with `srt`, whose result must equal that of `pysubs2`."""
     found = [
         Shown(cue.start.total_seconds(), cue.end.total_seconds(), cue.content.split("\n"))
         for cue in srt.parse(document, ignore_errors=False)
@@ -73,7 +73,7 @@ def _seconds(clock: str) -> float:
 
 # -- subtitles ---------------------------------------------------------------------------------------------------------
 
-# Speech as it is: words of a few letters, one after the other, with silences.
+# Realistic speech: short words with silences between them.
 TEXTS = st.one_of(
     st.text("abcdefghijklmnopqrstuvwxyzäß'", min_size=1, max_size=12),
     st.sampled_from(
@@ -84,7 +84,7 @@ TEXTS = st.one_of(
 
 @st.composite
 def speech(draw: st.DrawFn) -> list[Word]:
-    """Also of words that overlap a little, take no time, or come all at once."""
+    """Words, some of which overlap slightly, have no duration, or occur at the same time."""
     words, at = [], draw(st.floats(0, 5))
     for text in draw(st.lists(TEXTS, max_size=40)):
         takes = draw(st.sampled_from([0.0, 0.08, 0.16, 0.4, 0.9, 9.0]))
@@ -94,25 +94,25 @@ def speech(draw: st.DrawFn) -> list[Word]:
 
 
 def check(words: Sequence[Word], shown: Sequence[Shown], duration: float | None) -> None:
-    """Every promise of `cues`."""
+    """Check all properties that `cues` documents."""
     texts = [word.text.replace("-->", "→") for word in words]
     at = 0
     for index, cue in enumerate(shown):
         inside = " ".join(cue.lines).split()
         first, last = words[at], words[at + len(inside) - 1]
-        assert inside == texts[at : at + len(inside)]  # in order, none lost, none twice
+        assert inside == texts[at : at + len(inside)]  # in order, none missing, none duplicated
         at += len(inside)
         after = shown[index + 1] if index + 1 < len(shown) else None
         assert 0 <= cue.start < cue.end
         assert cue.start >= first.start - MS
         assert len(cue.lines) <= 2
         assert all(len(line) <= WIDTH or " " not in line for line in cue.lines)
-        assert cue.end - cue.start <= LONGEST + MS
+        assert cue.end - cue.start <= MAX_DURATION + MS
         if after is not None:
             assert after.start - cue.end >= GAP - MS
-        # What should be there and is not was not to be had.
-        needed = max(SHORTEST, len(" ".join(cue.lines)) / SPEED)
-        if cue.end - cue.start < min(needed, LONGEST) - MS:
+        # A subtitle is shown too briefly only if there is no more time.
+        needed = max(MIN_DURATION, len(" ".join(cue.lines)) / SPEED)
+        if cue.end - cue.start < min(needed, MAX_DURATION) - MS:
             if after is not None:
                 assert after.start - cue.end <= GAP + MS
             else:
@@ -121,73 +121,73 @@ def check(words: Sequence[Word], shown: Sequence[Shown], duration: float | None)
 
 
 @given(speech(), st.one_of(st.none(), st.floats(0, 2)))
-@example(said("hm " * 60, rate=200.0), None)  # faster than anybody reads
-@example([Word(f"all{i}", 1.0, 1.0) for i in range(50)], 0.0)  # at once
-def test_any_words_in_subtitles(words: list[Word], more: float | None) -> None:
+@example(make_words("hm " * 60, rate=200.0), None)  # faster than readable
+@example([Word(f"all{i}", 1.0, 1.0) for i in range(50)], 0.0)  # all at the same time
+def test_subtitles_of_arbitrary_words(words: list[Word], more: float | None) -> None:
     words = [word for word in words if word.text.strip()]
     duration = None if more is None else (words[-1].end if words else 0.0) + more
     read = read_srt(formats.srt(words, duration))
     check(words, read, duration)
-    told = [(_seconds(cue.start), _seconds(cue.end)) for cue in webvtt.from_string(formats.vtt(words, duration))]
-    assert [round(1000 * time) for cue in told for time in cue] == [
+    vtt_times = [(_seconds(cue.start), _seconds(cue.end)) for cue in webvtt.from_string(formats.vtt(words, duration))]
+    assert [round(1000 * time) for cue in vtt_times for time in cue] == [
         round(1000 * time) for cue in read for time in (cue.start, cue.end)
     ]
 
 
-def test_a_pause_begins_a_new_one() -> None:
-    words = [*said("one two"), *said("three four", start=10.0)]
+def test_pause_starts_a_new_subtitle() -> None:
+    words = [*make_words("one two"), *make_words("three four", start=10.0)]
     first, second = read_srt(formats.srt(words))
     assert (first.lines, second.lines) == (["one two"], ["three four"])
     assert (first.start, second.start) == (0.0, 10.0)
-    # It is said in less than it takes to read, and stays for that.
-    assert first.end == pytest.approx(SHORTEST, abs=MS)
+    # It is spoken in less time than it takes to read, and is shown for the latter.
+    assert first.end == pytest.approx(MIN_DURATION, abs=MS)
 
 
 def test_sentences_end_subtitles() -> None:
-    """Two sentences of 50 and 60 characters: a break after 84 would be in the midst of the second."""
+    """Two sentences of 50 and 60 characters: a break after 84 characters would be within the second."""
     one = "There was nobody in the house when we came to it."
     two = "So we sat down on the stairs, and waited for the people to come."
-    shown = read_srt(formats.srt(said(f"{one} {two}", rest=0.3)))
+    shown = read_srt(formats.srt(make_words(f"{one} {two}", rest=0.3)))
     assert [" ".join(cue.lines) for cue in shown] == [one, two]
     assert shown[1].lines == ["So we sat down on the stairs,", "and waited for the people to come."]
 
 
-def test_a_breath_is_a_better_break_than_none() -> None:
-    words = said("the quick brown fox jumps over the lazy dog and then it runs")
-    held = said("into the dark and wide and lonely forest of the north", start=words[-1].end + 0.5)
+def test_break_at_a_short_pause_is_preferred() -> None:
+    words = make_words("the quick brown fox jumps over the lazy dog and then it runs")
+    held = make_words("into the dark and wide and lonely forest of the north", start=words[-1].end + 0.5)
     shown = read_srt(formats.srt([*words, *held]))
     assert [" ".join(cue.lines).split()[0] for cue in shown] == ["the", "into"]
 
 
-def test_the_last_one_stays_to_be_read_and_not_longer_than_the_recording() -> None:
-    words = said("Good night.", start=4.0, rate=50.0)
-    assert [cue.end for cue in read_srt(formats.srt(words))] == [pytest.approx(4 + SHORTEST, abs=MS)]
-    assert [cue.end for cue in read_srt(formats.srt(words, 60.0))] == [pytest.approx(4 + SHORTEST, abs=MS)]
+def test_last_subtitle_is_shown_long_enough_within_the_recording() -> None:
+    words = make_words("Good night.", start=4.0, rate=50.0)
+    assert [cue.end for cue in read_srt(formats.srt(words))] == [pytest.approx(4 + MIN_DURATION, abs=MS)]
+    assert [cue.end for cue in read_srt(formats.srt(words, 60.0))] == [pytest.approx(4 + MIN_DURATION, abs=MS)]
     assert [cue.end for cue in read_srt(formats.srt(words, 4.5))] == [4.5]
 
 
 @pytest.mark.parametrize("rate", [12.0, 18.0])
-def test_talk_keeps_every_limit(rate: float) -> None:
-    """At a speed that can be read, and with rests, nothing has to give."""
+def test_readable_speech_satisfies_all_limits(rate: float) -> None:
+    """At a readable speed, and with pauses, all limits are satisfied."""
     text = "Well, it is like this: nobody knew what to do next. " * 40
-    words = said(text, rate=rate, rest=0.4)
+    words = make_words(text, rate=rate, rest=0.4)
     shown = read_srt(formats.srt(words, words[-1].end + 1))
     check(words, shown, None)
     for cue in shown:
-        assert cue.end - cue.start >= max(SHORTEST, len(" ".join(cue.lines)) / SPEED) - MS
+        assert cue.end - cue.start >= max(MIN_DURATION, len(" ".join(cue.lines)) / SPEED) - MS
         assert all(len(line) <= WIDTH for line in cue.lines)
     assert {" ".join(cue.lines) for cue in shown} == {"Well, it is like this: nobody knew what to do next."}
 
 
-def test_a_word_longer_than_a_line_has_one_of_its_own() -> None:
+def test_word_longer_than_a_line_has_its_own_line() -> None:
     word = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerk"
-    shown = read_srt(formats.srt(said(f"the {word} is closed")))
+    shown = read_srt(formats.srt(make_words(f"the {word} is closed")))
     assert word in [line for cue in shown for line in cue.lines]
     assert " ".join(line for cue in shown for line in cue.lines) == f"the {word} is closed"
 
 
-def test_markup_is_text() -> None:
-    words = said("a < b & c --> <i>d</i>")
+def test_markup_is_escaped() -> None:
+    words = make_words("a < b & c --> <i>d</i>")
     (cue,) = webvtt.from_string(formats.vtt(words))
     assert "--> <i>" not in cue.raw_text
     assert cue.raw_text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") == "a < b & c --> <i>d</i>"
@@ -198,18 +198,18 @@ def test_markup_is_text() -> None:
 def test_hours() -> None:
     (cue,) = read_srt(formats.srt([Word("late", 99 * 3600 + 1.5, 99 * 3600 + 2.5)]))
     assert (cue.start, cue.end) == (356401.5, 356402.5)
-    (told,) = webvtt.from_string(formats.vtt([Word("late", 3 * 3600 + 62.007, 3 * 3600 + 63)]))
-    assert (told.start, told.end) == ("03:01:02.007", "03:01:03.000")
+    (vtt_cue,) = webvtt.from_string(formats.vtt([Word("late", 3 * 3600 + 62.007, 3 * 3600 + 63)]))
+    assert (vtt_cue.start, vtt_cue.end) == ("03:01:02.007", "03:01:03.000")
 
 
-def test_nothing_said() -> None:
+def test_empty_transcript() -> None:
     nothing = Transcript("a.wav", "", (), 3.0)
     assert [render(nothing, format) for format in ("text", "srt", "ctm")] == ["\n", "", ""]
     assert list(webvtt.from_string(render(nothing, "vtt"))) == []
     assert json.loads(render(nothing, "json"))["words"] == json.loads(render(nothing, "manifest"))["words"] == []
 
 
-# -- for programs ------------------------------------------------------------------------------------------------------
+# -- machine-readable --------------------------------------------------------------------------------------------------
 
 
 def render(transcript: Transcript, format: str) -> str:
@@ -217,39 +217,39 @@ def render(transcript: Transcript, format: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def talk() -> Transcript:
-    words = said("It's the second, and last, of 3 tests.", start=0.4)
+def transcript() -> Transcript:
+    words = make_words("It's the second, and last, of 3 tests.", start=0.4)
     return Transcript("talks/my talk.flac", " ".join(word.text for word in words), words, 9.5, chunk_ms=560)
 
 
-def test_json(talk: Transcript) -> None:
-    row = json.loads(render(talk, "json"))
+def test_json(transcript: Transcript) -> None:
+    row = json.loads(render(transcript, "json"))
     assert {key: row[key] for key in ("file", "duration", "text", "chunk_ms")} == {
         "file": "talks/my talk.flac",
         "duration": 9.5,
-        "text": talk.text,
+        "text": transcript.text,
         "chunk_ms": 560,
     }
     assert [(w["text"], w["start"], w["end"], w["confidence"]) for w in row["words"]] == [
-        (w.text, pytest.approx(w.start, abs=5e-4), pytest.approx(w.end, abs=5e-4), 0.9) for w in talk.words
+        (w.text, pytest.approx(w.start, abs=5e-4), pytest.approx(w.end, abs=5e-4), 0.9) for w in transcript.words
     ]
     assert "spoken" not in row
 
 
 @pytest.fixture
-def ctm(talk: Transcript, tmp_path: Path) -> Path:
+def ctm(transcript: Transcript, tmp_path: Path) -> Path:
     path = tmp_path / "my_talk.ctm"
-    path.write_text(render(talk, "ctm"))
+    path.write_text(render(transcript, "ctm"))
     return path
 
 
 @pytest.mark.nemo
-def test_nemo_reads_the_time_marks(talk: Transcript, ctm: Path) -> None:
+def test_nemo_reads_ctm(transcript: Transcript, ctm: Path) -> None:
     from nemo.collections.asr.parts.utils.diarization_utils import convert_ctm_to_text
     from nemo.collections.asr.parts.utils.manifest_utils import get_ctm_line
 
-    assert convert_ctm_to_text(str(ctm)) == ([talk.text], talk.text)
-    for line, word in zip(ctm.read_text().splitlines(), talk.words, strict=True):
+    assert convert_ctm_to_text(str(ctm)) == ([transcript.text], transcript.text)
+    for line, word in zip(ctm.read_text().splitlines(), transcript.words, strict=True):
         theirs = get_ctm_line(
             "my_talk",
             None,
@@ -267,71 +267,72 @@ def test_nemo_reads_the_time_marks(talk: Transcript, ctm: Path) -> None:
 
 
 @pytest.mark.nemo
-def test_lhotse_reads_the_time_marks(talk: Transcript, ctm: Path) -> None:
+def test_lhotse_reads_ctm(transcript: Transcript, ctm: Path) -> None:
     from lhotse.supervision import SupervisionSegment, SupervisionSet
 
-    segment = SupervisionSegment("a", "my_talk", 0.0, talk.duration, channel=1)
+    segment = SupervisionSegment("a", "my_talk", 0.0, transcript.duration, channel=1)
     (aligned,) = SupervisionSet.from_segments([segment]).with_alignment_from_ctm(ctm, match_channel=True)
     assert [(item.symbol, item.start, item.duration, item.score) for item in aligned.alignment["word"]] == [
-        (w.text, pytest.approx(w.start, abs=1e-3), pytest.approx(w.end - w.start, abs=1e-3), 0.9) for w in talk.words
+        (w.text, pytest.approx(w.start, abs=1e-3), pytest.approx(w.end - w.start, abs=1e-3), 0.9)
+        for w in transcript.words
     ]
 
 
-def test_sclite_scores_the_time_marks(talk: Transcript, ctm: Path) -> None:
-    """NIST's own program, where it is installed (Debian: sctk). The reference has one word that was not said."""
+def test_sclite_scores_ctm(transcript: Transcript, ctm: Path) -> None:
+    """NIST's program, if it is installed (Debian: sctk). The reference has one word that was not spoken."""
     tools = os.pathsep.join([os.environ.get("PATH", ""), "/usr/lib/sctk/bin"])
     sclite = shutil.which("sclite", path=tools)
     if sclite is None:
         pytest.skip("needs sclite (Debian: sctk)")
     reference = ctm.with_suffix(".stm")
-    reference.write_text(f"my_talk 1 someone 0.0 {talk.duration} {talk.text.replace('last', 'final')}\n")
+    reference.write_text(f"my_talk 1 someone 0.0 {transcript.duration} {transcript.text.replace('last', 'final')}\n")
     done = subprocess.run(
         [sclite, "-h", ctm, "ctm", "-r", reference, "stm", "-o", "sum", "stdout"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     total = next(line for line in done.stdout.splitlines() if "Sum/Avg" in line)
     counts = total.replace("|", " ").split()[1:]
-    assert counts[:2] == ["1", str(len(talk.words))]
+    assert counts[:2] == ["1", str(len(transcript.words))]
     assert [float(share) for share in counts[2:7]] == pytest.approx([87.5, 12.5, 0.0, 0.0, 12.5], abs=0.1)
 
 
-def test_names_are_one_field() -> None:
+def test_file_names_are_a_single_field() -> None:
     word = [Word("x", 0.0, 0.08)]
     assert formats.ctm(word, "/a b/c d.e.wav") == "c_d.e 1 0.000 0.080 x 0.9000\n"
     assert formats.ctm(word, ";;notes.wav").startswith("_notes 1 ")
 
 
 @pytest.mark.nemo
-def test_nemo_reads_the_manifest(talk: Transcript, tmp_path: Path) -> None:
-    """Its readers and its metrics, and the very keys that its own script writes."""
+def test_nemo_reads_the_manifest(transcript: Transcript, tmp_path: Path) -> None:
+    """NeMo's readers and metrics accept the manifest."""
     from nemo.collections.asr.parts.utils.manifest_utils import read_manifest
     from nemo.collections.asr.parts.utils.transcribe_utils import compute_metrics_per_sample
     from nemo.collections.common.parts.preprocessing.manifest import item_iter
 
     path = tmp_path / "manifest.json"
-    path.write_text(render(talk, "manifest") * 2)
+    path.write_text(render(transcript, "manifest") * 2)
     row, again = read_manifest(path)
     assert row == again
     assert row["audio_filepath"] == "talks/my talk.flac"
-    assert (row["duration"], row["pred_text"]) == (9.5, talk.text)
+    assert (row["duration"], row["pred_text"]) == (9.5, transcript.text)
     first, *_ = item_iter(str(path))
-    assert (first["audio_file"], first["duration"]) == (row["audio_filepath"], 9.5)  # there is no such file to be found
-    path.write_text(json.dumps(row | {"text": talk.text}) + "\n")
+    assert (first["audio_file"], first["duration"]) == (row["audio_filepath"], 9.5)  # the file does not exist
+    path.write_text(json.dumps(row | {"text": transcript.text}) + "\n")
     (scored,) = compute_metrics_per_sample(str(path))
     assert scored["wer"] == 0
 
 
 @pytest.mark.nemo
-def test_the_manifest_is_as_nemo_writes_it(talk: Transcript, tmp_path: Path) -> None:
-    """By the function that its `transcribe_speech.py` calls, with timestamps and confidence."""
+def test_manifest_equals_that_of_nemo(transcript: Transcript, tmp_path: Path) -> None:
+    """Compared with the function that `transcribe_speech.py` calls, with timestamps and confidence."""
     from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
     from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_outputs
     from nemo.collections.asr.parts.utils.transcribe_utils import write_transcription
     from omegaconf import OmegaConf
 
-    frames = [(round(word.start / 0.08), round(word.end / 0.08)) for word in talk.words]
-    words = [Word(word.text, 0.08 * a, 0.08 * b) for word, (a, b) in zip(talk.words, frames, strict=True)]
-    hypothesis = Hypothesis(1.0, [], text=talk.text, word_confidence=[0.9] * len(words))
+    frames = [(round(word.start / 0.08), round(word.end / 0.08)) for word in transcript.words]
+    words = [Word(word.text, 0.08 * a, 0.08 * b) for word, (a, b) in zip(transcript.words, frames, strict=True)]
+    hypothesis = Hypothesis(1.0, [], text=transcript.text, word_confidence=[0.9] * len(words))
     hypothesis.timestamp = {
         "word": [
             {"word": word.text, "start_offset": a, "end_offset": b} for word, (a, b) in zip(words, frames, strict=True)
@@ -350,12 +351,12 @@ def test_the_manifest_is_as_nemo_writes_it(talk: Transcript, tmp_path: Path) -> 
         process_timestamp_outputs([hypothesis], 8, 0.01),
         settings,
         "x",
-        [talk.file],
+        [transcript.file],
         timestamps=True,
         confidence=True,
     )
     theirs = json.loads(out.read_text())
-    ours = json.loads(render(Transcript(talk.file, talk.text, words, talk.duration), "manifest"))
+    ours = json.loads(render(Transcript(transcript.file, transcript.text, words, transcript.duration), "manifest"))
     assert ours.keys() == theirs.keys() | {"duration"}
     for key in theirs.keys() - {"word"}:
         assert ours[key] == theirs[key]

@@ -1,4 +1,4 @@
-"""Inverse text normalisation of words, beside NeMo's pipeline, which aligns the same rules in another way."""
+"""Inverse text normalization of words, compared with NeMo's pipeline, which aligns the same grammars differently."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normalizer() -> nemostream.InverseNormalizer:
 
 
 def spoken(text: str) -> list[Word]:
-    """A word a second, of half a second each, the first the least certain."""
+    """Return one word per second, each half a second long, with increasing confidence."""
     return [Word(word, float(i), i + 0.5, (i + 1) / 100) for i, word in enumerate(text.split())]
 
 
@@ -56,8 +56,8 @@ def nemo() -> Any:
 
 @pytest.mark.nemo
 @pytest.mark.parametrize("text", PLAIN)
-def test_spans_are_those_of_nemo(normalizer: nemostream.InverseNormalizer, text: str) -> None:
-    """A form of NeMo's that is several words is several of ours, in the same time."""
+def test_spans_equal_those_of_nemo(normalizer: nemostream.InverseNormalizer, text: str) -> None:
+    """A form of several words in NeMo is several words here, within the same time."""
     words = spoken(text)
     _, out, alignment = nemo().get_word_alignment(text, sep=" ")
     ours = list(normalizer(words))
@@ -70,7 +70,7 @@ def test_spans_are_those_of_nemo(normalizer: nemostream.InverseNormalizer, text:
     assert (ours[0].start, ours[-1].end) == (words[0].start, words[-1].end)
 
 
-# Worked out by hand: the form, and the first and the last of the words that it came of.
+# Expected results: the form, and the first and last word that it replaces.
 MARKED = {
     "I paid twenty-two dollars, I think.": [("I", 0, 0), ("paid", 1, 1), ("$22,", 2, 3), ("I", 4, 4), ("think.", 5, 5)],
     "In two thousand ten. Twenty people came!": [
@@ -90,19 +90,19 @@ MARKED = {
 
 @pytest.mark.parametrize("text", MARKED)
 def test_punctuation_and_case(normalizer: nemostream.InverseNormalizer, text: str) -> None:
-    """As the model writes."""
+    """Punctuation and case of the model's output are preserved."""
     words = spoken(text)
     assert [(w.text, w.start, w.end, w.confidence) for w in normalizer(words)] == [
         (form, words[first].start, words[last].end, words[first].confidence) for form, first, last in MARKED[text]
     ]
 
 
-def test_a_point_is_not_doubled(normalizer: nemostream.InverseNormalizer) -> None:
+def test_period_is_not_doubled(normalizer: nemostream.InverseNormalizer) -> None:
     assert [word.text for word in normalizer(spoken("at three p.m."))] == ["at", "03:00", "p.m."]
 
 
-def test_a_date_shares_its_time(normalizer: nemostream.InverseNormalizer) -> None:
-    """`july` is found again; `4` and `1999` are one date, of letters 1 : 4, in 3.5 seconds."""
+def test_words_of_a_date_share_its_time(normalizer: nemostream.InverseNormalizer) -> None:
+    """`july` is aligned; `4` and `1999` share 3.5 seconds in the ratio of their characters, 1 : 4."""
     forms = normalizer(spoken("july fourth nineteen ninety nine"))
     assert [(word.text, word.start, word.end) for word in forms] == [
         ("july", 0.0, 0.5),
@@ -111,13 +111,13 @@ def test_a_date_shares_its_time(normalizer: nemostream.InverseNormalizer) -> Non
     ]
 
 
-def test_a_pause_ends_a_number(normalizer: nemostream.InverseNormalizer) -> None:
+def test_pause_ends_a_number(normalizer: nemostream.InverseNormalizer) -> None:
     near, far = ([Word("twenty", 0.0, 0.3, 0.9), Word("two", start, start + 0.3, 0.9)] for start in (1.0, 1.2))
     assert [[word.text for word in normalizer(words)] for words in (near, far)] == [["22"], ["20", "two"]]
 
 
-def test_talk_without_punctuation(normalizer: nemostream.InverseNormalizer) -> None:
-    """Handed to the rules in parts, cut where the voice rested: no number is cut, however long it goes on."""
+def test_long_text_without_punctuation(normalizer: nemostream.InverseNormalizer) -> None:
+    """The grammars receive parts that are split at pauses, so no number is split."""
     words, at = [], 0.0
     for index in range(400):
         words.append(Word(("dog", "dog", "twenty", "two")[index % 4], at, at + 0.2, 0.9))
@@ -125,7 +125,9 @@ def test_talk_without_punctuation(normalizer: nemostream.InverseNormalizer) -> N
     assert [word.text for word in normalizer(words)] == ["dog", "dog", "22"] * 100
 
 
-def test_what_fails_stays(normalizer: nemostream.InverseNormalizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_are_unchanged_if_the_grammars_fail(
+    normalizer: nemostream.InverseNormalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = spoken("twenty two dogs, twenty two cats")
 
     def fail(text: str) -> str:
@@ -133,7 +135,7 @@ def test_what_fails_stays(normalizer: nemostream.InverseNormalizer, monkeypatch:
             raise RuntimeError("a grammar")
         return "" if "nothing" in text else text.replace("twenty two", "22")
 
-    monkeypatch.setattr(normalizer, "_written", fail)
+    monkeypatch.setattr(normalizer, "_normalize", fail)
     assert [word.text for word in normalizer(words)] == ["twenty", "two", "dogs,", "22", "cats"]
     assert normalizer(spoken("nothing")) == tuple(spoken("nothing"))
     assert normalizer([]) == ()
@@ -183,8 +185,8 @@ VOCABULARY = [
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(VOCABULARY), max_size=12))
-def test_any_words(normalizer: nemostream.InverseNormalizer, texts: list[str]) -> None:
-    """In order, within the time of the spoken ones, and what is no part of a number is there unchanged."""
+def test_arbitrary_words(normalizer: nemostream.InverseNormalizer, texts: list[str]) -> None:
+    """Words stay in order and within the spoken time; words outside numbers are unchanged."""
     words = spoken(" ".join(texts))
     written = normalizer(words)
     assert bool(written) == bool(words)
@@ -192,5 +194,5 @@ def test_any_words(normalizer: nemostream.InverseNormalizer, texts: list[str]) -
     assert all(one.end <= next.start + 1e-9 for one, next in pairwise(written))
     if words:
         assert (written[0].start, written[-1].end) == (words[0].start, words[-1].end)
-    kept = [text for text in texts if text in ("dog", "dogs,", "中", "é")]
-    assert [word.text for word in written if word.text in ("dog", "dogs,", "中", "é")] == kept
+    unchanged = [text for text in texts if text in ("dog", "dogs,", "中", "é")]
+    assert [word.text for word in written if word.text in ("dog", "dogs,", "中", "é")] == unchanged

@@ -1,4 +1,4 @@
-"""Words, confidences and utterances beside NeMo's own, on real speech."""
+"""Words, confidences and utterances compared with NeMo, on real speech."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from nemostream.runtime.model import Model
 pytestmark = pytest.mark.nemo
 
 Floats = NDArray[np.float32]
-# More digits than the shared speech has, with silences of every length between them.
+# Silences, in seconds, between additional recordings of digits.
 PAUSES = (0.0, 0.5, 0.8, 0.9, 1.0, 2.0)
-ENCODED: dict[tuple[int, int, int], list[Any]] = {}  # NeMo's frames, by oracle, chunk size and recording
+ENCODED: dict[
+    tuple[int, int, int], list[Any]
+] = {}  # NeMo's encoder frames by oracle, chunk size and length of the recording
 
 
 @pytest.fixture(scope="module", params=["demo", "tiny"])
-def side(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Any]]:
-    """A model and its oracle. (The demo model has words of one token; random weights say words of many.)"""
+def model_and_oracle(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Any]]:
+    """A model and its oracle. (Words of the demo model have one token; those of random weights have many.)"""
     bundle = request.getfixturevalue(f"{request.param}_bundle")
     with nemostream.load(bundle.path, capacity=4) as model:
         yield model, request.getfixturevalue(f"{request.param}_oracle")
@@ -39,8 +41,8 @@ def speech(clips: dict[str, Floats], heldout: list[Floats]) -> list[Floats]:
     return [clips["cards-001"], clips["cards-002"], clips["librivox-sense-0880"], np.concatenate(spaced)]
 
 
-def nemo_says(oracle: Any, chunk: Any, audio: Floats, **decoding: Any) -> Any:
-    """NeMo's hypothesis of a recording, decoded as `decoding` says."""
+def nemo_hypothesis(oracle: Any, chunk: Any, audio: Floats, **decoding: Any) -> Any:
+    """Return NeMo's hypothesis of a recording, with the options `decoding`."""
     import torch
     from omegaconf import open_dict
 
@@ -65,18 +67,18 @@ def nemo_says(oracle: Any, chunk: Any, audio: Floats, **decoding: Any) -> Any:
 
 
 @pytest.mark.parametrize("ms", [80, 1120])
-def test_words_and_their_times_are_nemos(side: tuple[Model, Any], speech: list[Floats], ms: int) -> None:
-    model, oracle = side
+def test_words_and_times_equal_nemo(model_and_oracle: tuple[Model, Any], speech: list[Floats], ms: int) -> None:
+    model, oracle = model_and_oracle
     compared = 0
     for audio in speech:
-        wanted = nemo_says(oracle, model.manifest.chunk(ms), audio, compute_timestamps=True).timestamp["word"]
+        expected = nemo_hypothesis(oracle, model.manifest.chunk(ms), audio, compute_timestamps=True).timestamp["word"]
         words = list(model.transcribe(audio, chunk_ms=ms).words)
-        for nemos in wanted:
-            # What follows an unknown piece is a word of its own in NeMo's text and not in its words; we go by the text.
+        for nemos in expected:
+            # Text after an unknown piece is a separate word in NeMo's text, but not in its words; ours follow the text.
             ours = [words.pop(0) for _ in nemos["word"].split()]
             assert " ".join(word.text for word in ours) == " ".join(nemos["word"].split())
-            # NeMo's last frame may reach beyond the recording.
-            inside = [min(nemos[side] * 0.08, len(audio) / 16000) for side in ("start_offset", "end_offset")]
+            # NeMo's last frame may extend beyond the recording.
+            inside = [min(nemos[key] * 0.08, len(audio) / 16000) for key in ("start_offset", "end_offset")]
             assert [ours[0].start, ours[-1].end] == pytest.approx(inside, abs=1e-6)
             compared += len(ours)
         assert not words
@@ -94,8 +96,10 @@ MEASURES = [
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=str)
-def test_confidences_are_nemos(side: tuple[Model, Any], speech: list[Floats], measure: nemostream.Confidence) -> None:
-    model, oracle = side
+def test_confidences_equal_nemo(
+    model_and_oracle: tuple[Model, Any], speech: list[Floats], measure: nemostream.Confidence
+) -> None:
+    model, oracle = model_and_oracle
     method = (
         {"name": "max_prob"}
         if measure.measure == "max_prob"
@@ -111,19 +115,19 @@ def test_confidences_are_nemos(side: tuple[Model, Any], speech: list[Floats], me
     greedy = {"max_symbols": model.manifest.decoder.max_symbols, "preserve_frame_confidence": True}
     compared = 0
     for audio in speech:
-        wanted = nemo_says(oracle, model.manifest.chunk(560), audio, confidence_cfg=confidence, greedy=greedy)
+        expected = nemo_hypothesis(oracle, model.manifest.chunk(560), audio, confidence_cfg=confidence, greedy=greedy)
         found = model.transcribe(audio, confidence=measure)
-        # Both compute in fp32; random weights leave confidences of nothing, so the difference is measured beside them.
+        # Both compute in fp32. Random weights yield confidences close to 0, hence the absolute tolerance.
         for ours, nemos in (
-            ([token.confidence for token in found.tokens], wanted.token_confidence),
-            ([word.confidence for word in found.words], wanted.word_confidence),
+            ([token.confidence for token in found.tokens], expected.token_confidence),
+            ([word.confidence for word in found.words], expected.word_confidence),
         ):
             np.testing.assert_allclose(ours, [float(value) for value in nemos], rtol=2e-3, atol=2e-6)
             compared += len(ours)
     assert compared > 80
 
 
-def test_nemos_defaults_are_ours() -> None:
+def test_defaults_equal_nemo() -> None:
     from nemo.collections.asr.parts.utils.asr_confidence_utils import ConfidenceConfig
 
     config = ConfidenceConfig()
@@ -135,13 +139,13 @@ def test_nemos_defaults_are_ours() -> None:
 
 
 @pytest.mark.parametrize("ms", [80, 560])
-def test_utterances_are_nemos_segments(side: tuple[Model, Any], speech: list[Floats], ms: int) -> None:
-    """NeMo splits text where the gap between two words is so many frames; ours is the same split, as it is heard."""
-    model, oracle = side
+def test_utterances_equal_nemo_segments(model_and_oracle: tuple[Model, Any], speech: list[Floats], ms: int) -> None:
+    """NeMo splits text at gaps of this number of frames between words; ours is the same split, during streaming."""
+    model, oracle = model_and_oracle
     rule, several = nemostream.Endpoint(silence_ms=800), 0
     for audio in speech:
         gap = 800 // 80 + 1
-        hypothesis = nemo_says(
+        hypothesis = nemo_hypothesis(
             oracle,
             model.manifest.chunk(ms),
             audio,
@@ -149,9 +153,9 @@ def test_utterances_are_nemos_segments(side: tuple[Model, Any], speech: list[Flo
             segment_gap_threshold=gap,
             segment_seperators=["\0"],
         )
-        wanted = hypothesis.timestamp["segment"]
+        expected = hypothesis.timestamp["segment"]
         finals = [event for event in model.listen(audio, chunk_ms=ms, endpoint=rule) if event.kind == "final"]
-        joined: list[list[nemostream.Event]] = []  # what a gap within a word divided is one segment of NeMo's
+        joined: list[list[nemostream.Event]] = []  # utterances split within a word are one segment in NeMo
         for event in finals:
             if joined and not event.tokens[0].text.startswith(" "):
                 joined[-1].append(event)
@@ -165,20 +169,18 @@ def test_utterances_are_nemos_segments(side: tuple[Model, Any], speech: list[Flo
             )
             for events in joined
         ] == [
-            # NeMo's last frame may reach beyond the recording.
+            # NeMo's last frame may extend beyond the recording.
             (one["segment"].split(), one["start_offset"], min(one["end_offset"], round(len(audio) / 1280)))
-            for one in wanted
+            for one in expected
         ]
         several += len(finals) > 1
     assert several
 
 
-def test_utterances_end_where_nemos_pipeline_ends_them(
-    demo_oracle: Any, demo_bundle: Any, speech: list[Floats]
-) -> None:
+def test_ends_of_utterances_equal_nemo_pipeline(demo_oracle: Any, demo_bundle: Any, speech: list[Floats]) -> None:
     """NeMo's cache-aware pipeline keeps the labels of the last frames and looks for silence before the newest one
-    (`cache_aware_rnnt_pipeline.py`, `run_greedy_decoder`). Asked after every frame, it ends the same utterances, a
-    frame later, and counts what is said in that very frame to the utterance before; we do not."""
+    (`cache_aware_rnnt_pipeline.py`, `run_greedy_decoder`). Called after every frame, it ends the same utterances one
+    frame later, and assigns tokens of that frame to the utterance before; ours are assigned to the next."""
     from nemo.collections.asr.inference.streaming.endpointing.greedy.greedy_rnnt_endpointing import (
         RNNTGreedyEndpointing,
     )
@@ -187,30 +189,30 @@ def test_utterances_end_where_nemos_pipeline_ends_them(
     vocabulary = list(demo_oracle.model.tokenizer.vocab)
     blank, several = len(vocabulary), 0
     with nemostream.load(demo_bundle.path, capacity=1) as model:
-        heard = [list(model.listen(audio, chunk_ms=80)) for audio in speech]
-    for audio, events in zip(speech, heard, strict=True):
+        listened = [list(model.listen(audio, chunk_ms=80)) for audio in speech]
+    for audio, events in zip(speech, listened, strict=True):
         spoken = [t for e in events if e.kind == "final" for t in e.tokens]
         tokens = {round(t.time / 0.08): t.id for t in spoken}
         counts = Counter(round(t.time / 0.08) for t in spoken)  # some frames have several
         nemo = RNNTGreedyEndpointing(vocabulary, 80, stop_history_eou=800, residue_tokens_at_end=2)
         state = CacheAwareRNNTStreamingState()
         state.setup_label_buffer(800 // 80 + 2, blank)
-        wanted, said = [], 0
+        expected, count = [], 0
         for frame in range(demo_bundle.manifest.encoder_frames(len(audio))):
             state.update_label_buffer([tokens.get(frame, blank)])
             labels = state.get_label_buffer()
             ended, _ = nemo.detect_eou_near_pivot(labels, len(labels) - 1, stop_history_eou=800)
-            if ended and said:
-                wanted.append((said, frame))
-                said = 0
-            said += counts[frame]
+            if ended and count:
+                expected.append((count, frame))
+                count = 0
+            count += counts[frame]
         found, count = [], 0
         for event in events:
             count = len(event.tokens) if event.kind == "final" else count
             if event.kind == "end" and event.reason == "silence":
                 found.append((count, round(event.end / 0.08)))
-        if found[len(wanted) :]:  # the last one may want a frame more than there are
+        if found[len(expected) :]:  # the last one may need one more frame than there are
             assert found.pop()[1] == demo_bundle.manifest.encoder_frames(len(audio))
-        assert found == wanted
+        assert found == expected
         several += len(found) > 1
     assert several

@@ -21,7 +21,7 @@ def tokenizer(bundle):
     return Tokenizer(bundle.path / "tokenizer.model", bundle.manifest.decoder.vocabulary)
 
 
-# Words, spaces, bytes of real characters, and any byte at all, in any order.
+# Words, spaces, bytes of valid characters and arbitrary bytes, in any order.
 BYTES = st.binary(min_size=1, max_size=4).map(lambda data: [f"<0x{byte:02X}>" for byte in data])
 PIECES = st.one_of(
     st.sampled_from(["\u2581", "\u2581the", "he", "\u2581again", "z", "<unk>", "<s>", "</s>"]).map(lambda p: [p]),
@@ -32,7 +32,7 @@ PIECES = st.one_of(
 
 @given(pieces=st.lists(PIECES, max_size=12), cuts=st.lists(st.integers(0, 4), min_size=1, max_size=6))
 @settings(max_examples=150, deadline=None)
-def test_text_bit_by_bit_is_sentencepieces_and_only_grows(tokenizer, oracle, pieces, cuts):
+def test_incremental_text_equals_sentencepiece_and_only_grows(tokenizer, oracle, pieces, cuts):
     ids = [oracle.piece_to_id(piece) for group in pieces for piece in group]
     whole = oracle.decode(ids)
     assert tokenizer.decode(ids) == whole
@@ -45,19 +45,19 @@ def test_text_bit_by_bit_is_sentencepieces_and_only_grows(tokenizer, oracle, pie
     assert detokenizer.finish() == detokenizer.finish() == whole
 
 
-def test_bytes_of_a_character_wait_for_the_rest(tokenizer, oracle):
+def test_bytes_of_an_incomplete_character_are_held_back(tokenizer, oracle):
     detokenizer = Detokenizer(tokenizer)
     the, *euro = (oracle.piece_to_id(piece) for piece in ("\u2581the", "<0xE2>", "<0x82>", "<0xAC>"))
     assert [detokenizer.push([i]) for i in (the, *euro)] == ["the", "the", "the", "the€"]
 
 
-def test_pieces_have_their_space(tokenizer, oracle):
+def test_pieces_include_their_space(tokenizer, oracle):
     piece = {name: tokenizer.piece(oracle.piece_to_id(name)) for name in ("\u2581the", "he", "<s>", "<unk>", "<0xE2>")}
     assert piece == {"\u2581the": " the", "he": "he", "<s>": "", "<unk>": " \u2047 ", "<0xE2>": "<0xE2>"}
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", None])
-def test_a_damaged_or_missing_model(tmp_path, content):
+def test_damaged_or_missing_model(tmp_path, content):
     path = tmp_path / "tokenizer.model"
     if content is not None:
         path.write_bytes(content)
@@ -65,20 +65,20 @@ def test_a_damaged_or_missing_model(tmp_path, content):
         Tokenizer(path, 300)
 
 
-def test_a_truncated_model(tmp_path, tokenizer_model):
+def test_truncated_model(tmp_path, tokenizer_model):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer_model[: len(tokenizer_model) // 2])
     with pytest.raises(BundleError):
         Tokenizer(path, 300)
 
 
-def test_another_models_vocabulary(bundle, manifest):
+def test_vocabulary_of_another_model(bundle, manifest):
     size = manifest.decoder.vocabulary
-    with pytest.raises(BundleError, match=f"has {size} pieces, the manifest says {size + 1}"):
+    with pytest.raises(BundleError, match=f"has {size} pieces, but the manifest states {size + 1}"):
         Tokenizer(bundle.path / "tokenizer.model", size + 1)
 
 
-def test_a_malformed_model_is_one_sentence(tokenizer_model, tmp_path):
+def test_error_for_a_malformed_model_is_one_line(tokenizer_model, tmp_path):
     vocabulary = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
     at = tokenizer_model.rindex(b"<0xFF>")
     not_text = tokenizer_model[:at] + b"<0\xff\xfe\xff>" + tokenizer_model[at + 6 :]

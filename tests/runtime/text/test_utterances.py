@@ -1,4 +1,4 @@
-"""Utterances of streams over the fake backend: the same however audio comes, in one clear order, with either policy."""
+"""Utterances of streams on the fake backend: independent of pushes, in a fixed order, with both decoder policies."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHUNKS = (80, 160, 560, 1120)
 
 @pytest.fixture(scope="session")
 def quiet(fake):
-    """A fake that says nothing of silence, and one token of three of anything else; forgetting changes what it says."""
+    """A fake that emits no tokens for silence and every third token otherwise; a decoder reset changes its tokens."""
 
     class Quiet(fake.FakeBackend):
         def reset_decoder(self, slots):
             super().reset_decoder(slots)
             for slot in slots.tolist():
-                assert self.in_flight[slot] == 0, "a step was under way that should have come after"
+                assert self.in_flight[slot] == 0, "a step is in flight during the reset"
                 self.checksum[slot] = zlib.crc32(b"forgot", self.checksum[slot])
 
         def submit(self, batch):
@@ -41,16 +41,17 @@ def quiet(fake):
                 if segment.any()
             }
             step = super().submit(batch)
-            said = step.emissions
+            emissions = step.emissions
             keep = [
                 np.array([(row, frame) in loud and i % 3 == 0 for i, frame in enumerate(frames.tolist())], bool)
-                for row, frames in enumerate(said.frames)
+                for row, frames in enumerate(emissions.frames)
             ]
             tokens, frames = (
-                tuple(row[kept] for row, kept in zip(rows, keep, strict=True)) for rows in (said.tokens, said.frames)
+                tuple(row[kept] for row, kept in zip(rows, keep, strict=True))
+                for rows in (emissions.tokens, emissions.frames)
             )
-            scores = tuple(-row.astype(np.float32) / 100 for row in tokens)  # not of where in the step a token stands
-            step.emissions = type(said)(tokens, frames, scores, tuple(1 - row for row in scores), said.failed)
+            scores = tuple(-row.astype(np.float32) / 100 for row in tokens)  # independent of the position in the step
+            step.emissions = type(emissions)(tokens, frames, scores, tuple(1 - row for row in scores), emissions.failed)
             return step
 
     return Quiet
@@ -58,7 +59,7 @@ def quiet(fake):
 
 @pytest.fixture
 def serve(bundle, quiet):
-    """Makes models, one at a time, and closes them."""
+    """Create models, one at a time, and close them."""
     made = []
 
     def make(overlap: bool = True, capacity: int = 4):
@@ -75,9 +76,9 @@ def serve(bundle, quiet):
 
 
 def speech(seed: int, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Noise and silence in turns, in frames of 80 ms, the grid being the model's."""
+    """Return alternating noise and silence, in frames of 80 ms aligned with the model's frames."""
     rng = np.random.default_rng(seed)
-    parts = [np.zeros(200, np.float32)]  # the lead silence fills the rest of the first frame
+    parts = [np.zeros(200, np.float32)]  # the lead silence fills the first frame
     for loud, still in spans:
         parts += [rng.standard_normal(1280 * loud).astype(np.float32) * 0.1 + 1, np.zeros(1280 * still, np.float32)]
     return np.concatenate(parts)
@@ -94,34 +95,34 @@ def follow(stream, audio: np.ndarray, sizes: list[int]) -> list:
 
 
 def utterances(events: list) -> list[tuple]:
-    """All that must not depend on how audio came."""
+    """Return the parts of events that must not depend on the pushes."""
     return [
         (e.kind, e.utterance, e.text, e.start, e.end, e.reason, e.tokens) for e in events if e.kind in ("final", "end")
     ]
 
 
 def check_grammar(events: list, audio_seconds: float) -> None:
-    """``(partial* final? end)*``, numbers in order, texts that only grow, the end at the finish."""
-    number, told, said = 0, None, False
+    """Check ``(partial* final? end)*``, consecutive numbers, texts that only grow, and the end at the finish."""
+    number, previous, final = 0, None, False
     for event in events:
         assert event.utterance == number
         if event.kind == "end":
             assert event.text == event.stable == "" and event.tokens == () and event.reason is not None
-            number, told, said = number + said, None, False
+            number, previous, final = number + final, None, False
             continue
-        assert not said and event.reason is None, "after a final only an end can come"
-        said = event.kind == "final"
+        assert not final and event.reason is None, "only an end may follow a final"
+        final = event.kind == "final"
         assert event.start == event.tokens[0].time and event.end == event.tokens[-1].end
         assert event.text.startswith(event.stable)
-        if told is not None:
-            assert event.text.startswith(told.text) and event.stable.startswith(told.stable)
-            assert event.tokens[: len(told.tokens)] == told.tokens
-            whole = "".join(told.stable.split())
+        if previous is not None:
+            assert event.text.startswith(previous.text) and event.stable.startswith(previous.stable)
+            assert event.tokens[: len(previous.tokens)] == previous.tokens
+            whole = "".join(previous.stable.split())
             assert "".join(word.text for word in event.words).startswith(whole)
-        told = event
+        previous = event
     assert events[-1].kind == "end" and events[-1].reason == "finish"
     times = [event.end for event in events if event.kind == "end"]
-    # An utterance may end by silence in the last frames, which stand a little after the audio's end.
+    # An utterance may end by silence in the last frames, which extend beyond the end of the audio.
     assert times == sorted(times) and audio_seconds <= times[-1] <= audio_seconds + 0.16
     assert sum(event.reason == "finish" for event in events) == 1
 
@@ -136,29 +137,27 @@ SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25)), min_size=1, 
     overlap=st.booleans(),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_same_utterances_whatever_the_pushes_and_the_chunk_size(
-    serve, tokenizer_model, spans, rule, sizes, overlap
-):
+def test_utterances_do_not_depend_on_pushes_and_chunk_size(serve, tokenizer_model, spans, rule, sizes, overlap):
     oracle, audio = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model), speech(len(spans), spans)
     model, _ = serve(overlap)
-    wanted = None
+    expected = None
     for ms in CHUNKS:
         with model.stream(chunk_ms=ms, endpoint=rule) as stream:
             events = follow(stream, audio, sizes)
             result = stream.result
         check_grammar(events, len(audio) / 16000)
-        wanted = wanted or utterances(events)
-        assert utterances(events) == wanted
+        expected = expected or utterances(events)
+        assert utterances(events) == expected
         finals = [event for event in events if event.kind == "final"]
         assert [token for event in finals for token in event.tokens] == list(result.tokens)
         assert all(event.text == oracle.decode([token.id for token in event.tokens]) for event in finals)
         assert result == model.transcribe(audio, chunk_ms=ms)
 
 
-def test_utterances_by_hand(serve):
+def test_expected_utterances(serve):
     model, _ = serve()
     audio = speech(1, [(3, 20), (2, 5), (1, 30)])
-    with model.stream(chunk_ms=80) as stream:  # no rule: one utterance, ended by the finish
+    with model.stream(chunk_ms=80) as stream:  # no rule: one utterance until the finish
         assert [(e.kind, e.reason) for e in follow(stream, audio, [1280]) if e.kind != "partial"] == [
             ("final", None),
             ("end", "finish"),
@@ -187,8 +186,8 @@ def test_utterances_by_hand(serve):
 
 @given(spans=SPANS, ms=st.sampled_from(CHUNKS), sizes=st.lists(st.integers(700, 20_000), min_size=1, max_size=4))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_decoder_that_forgets_does_so_at_the_same_frames_with_overlap_and_without(serve, fake, spans, ms, sizes):
-    """The fake says other things once it has forgotten, and does not let itself be told so too late."""
+def test_decoder_resets_at_the_same_frames_with_and_without_overlap(serve, fake, spans, ms, sizes):
+    """The fake emits other tokens after a reset, and rejects a reset during a step."""
     audio, rule = speech(7, spans), Endpoint(silence_ms=240, decoder="reset")
     found = []
     for overlap in (False, True):
@@ -196,19 +195,19 @@ def test_a_decoder_that_forgets_does_so_at_the_same_frames_with_overlap_and_with
         with model.stream(chunk_ms=ms, endpoint=rule) as stream:
             events = follow(stream, audio, sizes)
         found.append((utterances(events), backend.decoder_resets))
-        # At the end of a step with nothing under way any more; once for each utterance that a step ended on.
+        # At the end of a step, with no step in flight; once for each step in which an utterance ended.
         frames = ms // 80
-        last = -(-fake.encoder_frames(len(audio)) // frames) * frames  # after it nobody cares
+        last = -(-fake.encoder_frames(len(audio)) // frames) * frames  # later resets have no effect
         assert all(position % frames == 0 for _, position in backend.decoder_resets)
         ends = [e for e in events if e.reason == "silence"]
         first = [e.start for e in events if e.kind == "final"]
-        wanted = []
+        expected = []
         for number, end in enumerate(ends):
             edge = -(-round(end.end / 0.08) // frames) * frames
             following = first[number + 1] if number + 1 < len(first) else np.inf
             if following >= edge * 0.08 - 1e-9 and edge < last:
-                wanted.append(edge)
-        assert [position for _, position in backend.decoder_resets] == wanted
+                expected.append(edge)
+        assert [position for _, position in backend.decoder_resets] == expected
     assert found[0] == found[1]
 
 
@@ -217,18 +216,18 @@ def test_streams_of_both_policies_share_batches(serve):
     audio = speech(3, [(4, 15), (5, 15), (2, 15)])
     rules = [Endpoint(decoder="reset"), Endpoint(), None, Endpoint(decoder="reset")]
 
-    def hear(rule):
+    def transcribe(rule):
         with model.stream(chunk_ms=160, endpoint=rule) as stream:
             return utterances(follow(stream, audio, [4000]))
 
-    alone = [hear(rule) for rule in rules]
+    alone = [transcribe(rule) for rule in rules]
     backend.batches.clear()
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(hear, rules))
+        together = list(pool.map(transcribe, rules))
     assert together == alone and alone[0] != alone[1]
 
 
-# -- by force ----------------------------------------------------------------------------------------------------------
+# -- forced ends -------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -237,12 +236,12 @@ def test_streams_of_both_policies_share_batches(serve):
     rate=st.sampled_from([16000, 48000]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overlap, rate):
-    """What each part says is what it says alone; its times follow on the parts before."""
+def test_parts_between_forced_ends_are_independent_streams_in_one_slot(serve, parts, overlap, rate):
+    """Each part has the tokens that it has alone; its times include the parts before."""
     model, _ = serve(overlap, capacity=2)
-    events, wanted, began = [], [], 0
+    events, expected, offset = [], [], 0
     with model.stream(sample_rate=rate, chunk_ms=parts[0][1], endpoint=Endpoint()) as stream:
-        slot = stream._recognition._seat.slot
+        slot = stream._session._stream.slot
         for number, (samples, ms) in enumerate(parts):
             audio = np.random.default_rng(number).standard_normal(samples).astype(np.float32) * 0.1
             stream.set_chunk_ms(ms)
@@ -251,21 +250,21 @@ def test_a_forced_end_makes_streams_of_their_own_in_one_slot(serve, parts, overl
                 alone.push_events(audio)
                 last = alone.finish_events()
             new = stream.end_utterance() if number < len(parts) - 1 else stream.finish_events()
-            wanted.append((last, began))
+            expected.append((last, offset))
             events.append(new)
-            began = stream._recognition._seat.stream.samples
-        assert stream._recognition._seat.slot in (slot, None)
-    for number, ((alone, began), new) in enumerate(zip(wanted, events, strict=True)):
+            offset = stream._session._stream.chunker.samples
+        assert stream._session._stream.slot in (slot, None)
+    for number, ((alone, offset), new) in enumerate(zip(expected, events, strict=True)):
         assert [e.kind for e in new][-2:] == [e.kind for e in alone][-2:]
         assert new[-1].reason == ("forced" if number < len(parts) - 1 else "finish")
-        assert new[-1].end == pytest.approx(alone[-1].end + began / 16000)
+        assert new[-1].end == pytest.approx(alone[-1].end + offset / 16000)
         if len(alone) > 1:
             assert new[-2].text == alone[-2].text
             shift = [b.time - a.time for a, b in zip(alone[-2].tokens, new[-2].tokens, strict=True)]
-            assert shift == pytest.approx([began / 16000] * len(shift))
+            assert shift == pytest.approx([offset / 16000] * len(shift))
 
 
-def test_ends_by_force_are_told_and_an_empty_one_keeps_its_number(serve):
+def test_forced_ends_are_events_and_an_empty_utterance_keeps_its_number(serve):
     model, _ = serve()
     with model.stream(chunk_ms=80) as stream:
         (end,) = stream.end_utterance()
@@ -282,7 +281,7 @@ def test_ends_by_force_are_told_and_an_empty_one_keeps_its_number(serve):
 
 
 def test_results_and_events_of_one_stream_agree(serve):
-    """`push` tells results, `push_events` events; what one tells is not taken from the whole."""
+    """`push` returns results, `push_events` events; neither removes anything from the result."""
     model, _ = serve()
     audio = speech(5, [(5, 20), (5, 20)])
     with model.stream(chunk_ms=80, endpoint=Endpoint()) as stream:
@@ -299,7 +298,7 @@ def test_results_and_events_of_one_stream_agree(serve):
 # -- whole sources -----------------------------------------------------------------------------------------------------
 
 
-def test_listening_to_every_kind_of_source(serve, tmp_path):
+def test_listen_accepts_every_kind_of_source(serve, tmp_path):
     model, _ = serve()
     audio = speech(9, [(6, 20), (3, 20), (4, 2)])
     soundfile.write(tmp_path / "a.wav", audio, 16000, subtype="FLOAT")
@@ -313,23 +312,23 @@ def test_listening_to_every_kind_of_source(serve, tmp_path):
     async def gather(source):
         return [event async for event in model.listen(source)]
 
-    async def main():  # as in a notebook: within a loop that runs already
+    async def main():  # as in a notebook, in a running event loop
         return [await gather(s) for s in (tmp_path / "a.wav", str(tmp_path / "a.wav"), audio, iter(blocks), source())]
 
-    wanted = utterances(list(model.listen(audio)))
-    assert [kind for kind, *_ in wanted] == ["final", "end"] * 3
+    expected = utterances(list(model.listen(audio)))
+    assert [kind for kind, *_ in expected] == ["final", "end"] * 3
     for one in (tmp_path / "a.wav", blocks, iter(blocks)):
-        assert utterances(list(model.listen(one))) == wanted
+        assert utterances(list(model.listen(one))) == expected
     found = asyncio.run(main())
-    assert [utterances(events) for events in found] == [wanted] * 5
+    assert [utterances(events) for events in found] == [expected] * 5
     for events in found:
         check_grammar(events, len(audio) / 16000)
     stereo = np.stack([audio, audio], axis=1)
-    assert utterances(list(model.listen(stereo))) == wanted
-    assert utterances(list(model.listen(iter([stereo]), channels=2))) == wanted
+    assert utterances(list(model.listen(stereo))) == expected
+    assert utterances(list(model.listen(iter([stereo]), channels=2))) == expected
 
 
-def test_leaving_a_source_early_gives_the_slot_back(serve):
+def test_closing_listen_early_releases_the_slot(serve):
     model, _ = serve(capacity=1)
     audio = speech(9, [(6, 20), (3, 20)])
 
@@ -339,7 +338,7 @@ def test_leaving_a_source_early_gives_the_slot_back(serve):
         await events.aclose()
 
     def free() -> bool:
-        """Whether the slot is back, which it is when the step under way is over."""
+        """Return whether the slot is released, which happens when the step in flight is complete."""
         for _ in range(2000):
             if model._scheduler._free:
                 return True
@@ -355,22 +354,22 @@ def test_leaving_a_source_early_gives_the_slot_back(serve):
         assert free()
 
 
-def test_a_source_that_cannot_be_is_refused_by_a_sentence(serve):
+def test_invalid_sources_are_rejected(serve):
     model, _ = serve(capacity=1)
 
     async def source():
         yield np.zeros(5, np.float32)
 
-    for one, sentence in (
+    for invalid, message in (
         (source(), "an asynchronous source needs `async for`"),
-        (7, "a source is a path, a numpy array, or gives arrays; int is none"),
+        (7, "unsupported audio source of type int; pass a path, a numpy array"),
         ([0.5], "audio must be a numpy array, not float"),
         (np.zeros(0, np.float32), "the audio is empty"),
         ("no.wav", "no.wav does not exist"),
     ):
         for _ in range(2):
-            with pytest.raises(AudioError, match=sentence):
-                list(model.listen(one))
+            with pytest.raises(AudioError, match=message):
+                list(model.listen(invalid))
     with pytest.raises(TypeError, match="voice"):
         list(model.listen(np.zeros(5, np.float32), voice=1))
     assert list(model.listen(np.zeros(500, np.float32)))[-1].reason == "finish"
@@ -379,7 +378,7 @@ def test_a_source_that_cannot_be_is_refused_by_a_sentence(serve):
 # -- phrases -----------------------------------------------------------------------------------------------------------
 
 
-def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
+def test_phrases_are_set_in_the_backend_and_kept_after_a_forced_end(serve):
     model, backend = serve(capacity=2)
     boosts = []
     backend.on_phrases = lambda slot, phrases: boosts.append((slot, backend.position[slot], phrases))
@@ -396,16 +395,16 @@ def test_phrases_reach_the_backend_and_stay_through_a_forced_end(serve):
     assert len(boosts) == 3
 
 
-def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
+def test_invalid_phrases_are_rejected_without_losing_a_slot(serve):
     model, backend = serve(capacity=1)
-    for phrases, sentence in (
+    for phrases, message in (
         ([], "phrases is empty"),
-        ("fox", "give a list of phrases"),
+        ("fox", "pass a list of phrases"),
         ([""], "is empty"),
         ({"fox": -1.0}, "'fox' has weight -1.0"),
     ):
         for _ in range(2):
-            with pytest.raises(OptionError, match=sentence):
+            with pytest.raises(OptionError, match=message):
                 model.stream(phrases=phrases)
 
     def full(slot, phrases):
@@ -416,7 +415,7 @@ def test_phrases_that_cannot_be_are_refused_and_cost_no_slot(serve):
         stream.push(np.ones(30_000, np.float32))
         stream.finish()
     backend.on_phrases = lambda slot, phrases: None
-    for _ in range(1000):  # its slot comes back when the step is over that it was in
+    for _ in range(1000):  # its slot is released when its last step is complete
         try:
             model.transcribe(np.ones(3000, np.float32), phrases=["fox"])
             return

@@ -1,4 +1,4 @@
-"""Words against SentencePiece's own text, and against hand-worked groups."""
+"""Words compared with SentencePiece's text and with expected groups."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.runtime.text.words import Result, Token, Word, WordGrouper, group_words
 
 
-def said(*pieces: str) -> list[Token]:
-    """Tokens of 80 ms, one after the other, each surer than the one before."""
+def make_tokens(*pieces: str) -> list[Token]:
+    """Return consecutive tokens of 80 ms with increasing confidence."""
     return [Token(i, piece, 0.08 * i, 0.08 * (i + 1), -1.0, 0.5 + 0.01 * i) for i, piece in enumerate(pieces)]
 
 
 def spans(*pieces: str) -> list[tuple[str, int, int]]:
-    """Words as text, first token, last token."""
-    return [(word.text, round(word.start / 0.08), round(word.end / 0.08) - 1) for word in group_words(said(*pieces))]
+    """Return the text, first token and last token of each word."""
+    return [
+        (word.text, round(word.start / 0.08), round(word.end / 0.08) - 1) for word in group_words(make_tokens(*pieces))
+    ]
 
 
 @pytest.mark.parametrize(
-    ("pieces", "wanted"),
+    ("pieces", "expected"),
     [
         ([], []),
         ([" the", " quick", "er"], [("the", 0, 0), ("quicker", 1, 2)]),
-        (["er", " the"], [("er", 0, 0), ("the", 1, 1)]),  # begins within a word
+        (["er", " the"], [("er", 0, 0), ("the", 1, 1)]),  # starts within a word
         ([" don", "'", "t", "."], [("don't.", 0, 3)]),
-        ([" yes", " ,", " no"], [("yes,", 0, 1), ("no", 2, 2)]),  # punctuation that stands apart
+        ([" yes", " ,", " no"], [("yes,", 0, 1), ("no", 2, 2)]),  # punctuation after a space
         ([" yes", " ", "?", " no"], [("yes?", 0, 2), ("no", 3, 3)]),
-        ([" ,", " no"], [(",", 0, 0), ("no", 1, 1)]),  # nothing to attach it to
+        ([" ,", " no"], [(",", 0, 0), ("no", 1, 1)]),  # no preceding word
         ([" yes", " &", " no"], [("yes", 0, 0), ("&", 1, 1), ("no", 2, 2)]),
-        ([" ", "a", "b"], [("ab", 0, 2)]),  # a space of its own belongs to the word after it
+        ([" ", "a", "b"], [("ab", 0, 2)]),  # a space token belongs to the next word
         ([" ", " ab"], [("ab", 1, 1)]),
         ([" of the", "m"], [("of", 0, 0), ("them", 0, 1)]),  # a token of two words
         ([" a", " \u2047 ", "b"], [("a", 0, 0), ("\u2047", 1, 1), ("b", 2, 2)]),  # unknown
@@ -44,20 +46,20 @@ def spans(*pieces: str) -> list[tuple[str, int, int]]:
         ([" a", "<0x20>", "<0xC3>", "<0xA9>"], [("a", 0, 0), ("\u00e9", 1, 3)]),
     ],
 )
-def test_words_by_hand(pieces, wanted):
-    assert spans(*pieces) == wanted
+def test_expected_words(pieces, expected):
+    assert spans(*pieces) == expected
 
 
-def test_a_character_that_is_not_complete_waits_until_the_result_is_final():
-    tokens = tuple(said(" a", "<0xE2>", "<0x82>"))
+def test_incomplete_character_is_omitted_until_the_result_is_final():
+    tokens = tuple(make_tokens(" a", "<0xE2>", "<0x82>"))
     assert [word.text for word in Result("a", tokens, 1.0, 80, False).words] == ["a"]
     assert [word.text for word in Result("a\ufffd\ufffd", tokens, 1.0, 80, True).words] == ["a\ufffd\ufffd"]
 
 
-@pytest.mark.parametrize(("aggregation", "wanted"), [("min", 0.5), ("max", 0.52), ("mean", 0.51), ("prod", 0.13260)])
-def test_a_words_confidence_is_made_of_its_tokens(aggregation, wanted):
-    (word,) = group_words(said(" a", "b", "c"), aggregation)
-    assert word == Word("abc", 0.0, 0.24, pytest.approx(wanted))
+@pytest.mark.parametrize(("aggregation", "expected"), [("min", 0.5), ("max", 0.52), ("mean", 0.51), ("prod", 0.13260)])
+def test_confidence_of_a_word_is_aggregated_over_its_tokens(aggregation, expected):
+    (word,) = group_words(make_tokens(" a", "b", "c"), aggregation)
+    assert word == Word("abc", 0.0, 0.24, pytest.approx(expected))
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +77,18 @@ PIECES = st.one_of(
 
 @given(pieces=st.lists(PIECES, max_size=12))
 @settings(max_examples=300, deadline=None)
-def test_words_are_those_of_sentencepieces_text(bundle, oracle, pieces):
-    """Any pieces at all: the words are the text's, in order, and their tokens are in order and leave out no text."""
+def test_words_equal_those_of_sentencepiece(bundle, oracle, pieces):
+    """For arbitrary pieces, the words are those of the text, in order, and their tokens cover the text."""
     tokenizer = Tokenizer(bundle.path / "tokenizer.model", bundle.manifest.decoder.vocabulary)
     ids = [oracle.piece_to_id(piece) for group in pieces for piece in group]
     text = oracle.decode(ids)
-    words = group_words(said(*map(tokenizer.piece, ids)))
-    # Punctuation that stands apart is the one difference that is meant; these pieces spell some by chance.
+    words = group_words(make_tokens(*map(tokenizer.piece, ids)))
+    # Punctuation after a space is the only intended difference; these pieces form some by chance.
     assert "".join(word.text for word in words) == "".join(text.split())
     if not set(text) & set(".,?!:;"):
         assert [word.text for word in words] == text.split()
-    # And the same bit by bit, with a look back at any of it.
-    tokens, grouper = said(*map(tokenizer.piece, ids)), WordGrouper("min")
+    # The same incrementally, including a request for earlier tokens.
+    tokens, grouper = make_tokens(*map(tokenizer.piece, ids)), WordGrouper("min")
     for count in [*range(len(ids) + 1), len(ids) // 2]:
         assert grouper.words(tokens[:count], False) == group_words(tokens[:count], final=False)
     assert grouper.words(tokens, True) == words
@@ -95,16 +97,16 @@ def test_words_are_those_of_sentencepieces_text(bundle, oracle, pieces):
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "message"),
     [
         ({"measure": "gibbs"}, "measure is 'gibbs'; choose one of max_prob, tsallis, renyi"),
         ({"norm": "log"}, "norm is 'log'"),
         ({"aggregation": "median"}, "aggregation is 'median'"),
-        ({"alpha": 0.5}, "alpha is 0.5; the entropies have 0.33 only"),
+        ({"alpha": 0.5}, "alpha is 0.5; tsallis and renyi support 0.33 only"),
         ({"measure": "max_prob", "alpha": 0}, "alpha is 0; it must be above 0"),
         ({"measure": "max_prob", "alpha": float("nan")}, "alpha is nan"),
     ],
 )
-def test_a_confidence_that_cannot_be_is_refused_by_name(options, name):
-    with pytest.raises(OptionError, match=name):
+def test_invalid_confidence_is_rejected(options, message):
+    with pytest.raises(OptionError, match=message):
         Confidence(**options)
