@@ -32,19 +32,19 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_dockerfile_matches_the_settings() -> None:
-    found = instructions()
-    assert [name for name, _ in found].count("FROM") == 2
-    environment = dict(pair.split("=", 1) for name, rest in found if name == "ENV" for pair in rest.split())
+    steps = instructions()
+    assert [name for name, _ in steps].count("FROM") == 2
+    environment = dict(pair.split("=", 1) for name, rest in steps if name == "ENV" for pair in rest.split())
     prefix = "NEMOSTREAM_"
     for name in environment.keys() - {"PATH"}:
         assert name.removeprefix(prefix).lower() in Settings.model_fields, name
     defaults = Settings()
-    assert next(rest for name, rest in found if name == "EXPOSE").split() == [
+    assert next(rest for name, rest in steps if name == "EXPOSE").split() == [
         str(defaults.port),
         str(defaults.grpc_port),
     ]
-    assert json.loads(next(rest for name, rest in found if name == "ENTRYPOINT")) == ["nemostream", "serve"]
-    assert next(rest for name, rest in found if name == "USER") not in ("root", "0")
+    assert json.loads(next(rest for name, rest in steps if name == "ENTRYPOINT")) == ["nemostream", "serve"]
+    assert next(rest for name, rest in steps if name == "USER") not in ("root", "0")
     head = (DEPLOY / "Dockerfile").read_text()
     for name in set(re.findall(rf"{prefix}(\w+)", head)):
         assert name.lower() in Settings.model_fields, name
@@ -91,9 +91,9 @@ def test_the_dockerfile_steps_make_a_server(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, context / name, follow_symlinks=False)
     assert not (context / "tests").exists()
     variables = dict(os.environ, EXTRAS="serve", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    found = instructions()
-    last = max(index for index, (name, _) in enumerate(found) if name == "FROM")
-    for name, rest in found[:last]:
+    steps = instructions()
+    last = max(index for index, (name, _) in enumerate(steps) if name == "FROM")
+    for name, rest in steps[:last]:
         if name == "COPY":
             assert rest == ". /src"
             shutil.copytree(context, image / "src", symlinks=True)
@@ -101,12 +101,12 @@ def test_the_dockerfile_steps_make_a_server(tmp_path: Path) -> None:
             command = rest.replace("/opt/", f"{image}/opt/").replace('"/src', f'"{image}/src')
             command = command.replace("python -m venv", f"{sys.executable} -m venv")
             subprocess.run(["bash", "-c", command], check=True, env=variables, capture_output=True, cwd=tmp_path)
-    for name, rest in found[last:]:
+    for name, rest in steps[last:]:
         if name == "ENV":
             pairs = dict(pair.split("=", 1) for pair in shlex.split(rest.replace("$PATH", variables["PATH"])))
             variables |= {key: value.replace("/opt/", f"{image}/opt/") for key, value in pairs.items()}
     variables |= {"NEMOSTREAM_PORT": "0", "NEMOSTREAM_GRPC_PORT": "0", "NEMOSTREAM_MEASURE": "false"}
-    entry = json.loads(next(rest for name, rest in found if name == "ENTRYPOINT"))
+    entry = json.loads(next(rest for name, rest in steps if name == "ENTRYPOINT"))
     program = shutil.which(entry[0], path=variables["PATH"])
     assert program and program.startswith(str(image))
     with subprocess.Popen(
@@ -115,7 +115,7 @@ def test_the_dockerfile_steps_make_a_server(tmp_path: Path) -> None:
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline().rpartition(":")[2])
-            health = json.loads(next(rest for name, rest in found if name == "HEALTHCHECK").partition("CMD ")[2])
+            health = json.loads(next(rest for name, rest in steps if name == "HEALTHCHECK").partition("CMD ")[2])
             health = [word.replace(":8000", f":{port}") for word in health]
             subprocess.run(health, check=True, env=variables, cwd=tmp_path)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
@@ -351,6 +351,6 @@ def test_the_capacity_plan_quotes_the_results() -> None:
     latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
     case = {"chunk_ms": 560, "batch": 8, "precision": "int8", "backend": "cpu"}
     (step,) = [row for row in latency["rows"] if row["case"] == case]
-    found = step["figures"]["step"]["p50"]
-    assert f"t(8) = {found:.0f} ms" in page and f"8 · 560 / {found:.0f} = {int(8 * 560 / found)}" in page
+    p50 = step["figures"]["step"]["p50"]
+    assert f"t(8) = {p50:.0f} ms" in page and f"8 · 560 / {p50:.0f} = {int(8 * 560 / p50)}" in page
     assert f"{step['values']['bytes_per_stream'] / 1e6:.1f} MB" in page

@@ -97,9 +97,9 @@ def test_pipecat(server: Any, spoken: Any) -> None:
         async def finals(number: int) -> list[str]:
             async with asyncio.timeout(30):
                 while True:
-                    found = [frame.text for frame in frames if isinstance(frame, TranscriptionFrame)]
-                    if len(found) >= number:
-                        return found
+                    texts = [frame.text for frame in frames if isinstance(frame, TranscriptionFrame)]
+                    if len(texts) >= number:
+                        return texts
                     await asyncio.sleep(0.02)
 
         for number, clip in enumerate(spoken[:2], 1):

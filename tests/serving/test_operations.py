@@ -54,9 +54,9 @@ def finish(socket: Any) -> dict[str, Any]:
 def test_health_and_readiness(server: Any) -> None:
     assert server.get("/healthz") == (200, '{"status":"alive"}')
     status, body = server.get("/readyz")
-    found = json.loads(body)
-    assert status == 200 and found["status"] == "ready" and found["max_streams"] == 64
-    assert found["http_port"] == server.http and found["grpc_port"] == server.grpc
+    state = json.loads(body)
+    assert status == 200 and state["status"] == "ready" and state["max_streams"] == 64
+    assert state["http_port"] == server.http and state["grpc_port"] == server.grpc
 
 
 def test_readiness_requires_all_engines_to_be_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,20 +132,20 @@ def test_threads_leave_a_cpu_of_the_quota_free(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
 def test_head_is_get_without_a_body(path: str, server: Any, serve_here: Any) -> None:
-    found = {}
+    responses = {}
     for method in ("GET", "HEAD"):
         with sockets.create_connection(("127.0.0.1", server.http)) as socket:
             # The server closes the connection, so that the whole response is read.
             socket.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             head, _, body = b"".join(iter(lambda: socket.recv(65536), b"")).partition(b"\r\n\r\n")
         status, *headers = head.decode().split("\r\n")
-        found[method] = (
+        responses[method] = (
             status,
             sorted(line for line in headers if not line.startswith(("date", "content-length"))),
             body,
         )
-    assert found["HEAD"][:2] == found["GET"][:2] and " 200 " in found["HEAD"][0]
-    assert found["GET"][2] and not found["HEAD"][2]
+    assert responses["HEAD"][:2] == responses["GET"][:2] and " 200 " in responses["HEAD"][0]
+    assert responses["GET"][2] and not responses["HEAD"][2]
     with serve_here(api_keys=["k"], measure=False) as running:  # no key is required for the same paths
         status = httpx.head(running.url + path).status_code
         assert status == running.get(path)[0] == (401 if path == "/metrics" else 200)
@@ -331,8 +331,8 @@ def test_log_lines_about_clients_have_the_address(serve_process: Any, spoken: An
             bare.sendall(b"nonsense\r\n\r\n")
             bare.recv(100)
     general = {"ready", "draining", "stopped", DEMO_NOTE}
-    found = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
-    assert found == {
+    peers = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
+    assert peers == {
         "stream opened": "192.0.2.7",
         "utterance": "192.0.2.7",
         "stream closed": "192.0.2.7",
@@ -397,8 +397,8 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
             with pytest.raises(ConnectionClosed):
                 while True:
                     socket.recv()
-        found = text_string_to_metric_families(running.get("/metrics")[1])
-        families = {family.name: family for family in found if not family.name.endswith("_created")}
+        parsed = text_string_to_metric_families(running.get("/metrics")[1])
+        families = {family.name: family for family in parsed if not family.name.endswith("_created")}
     assert {name.removeprefix("nemostream_"): family.type for name, family in families.items()} == {
         "streams": "gauge",
         "max_streams": "gauge",
@@ -504,10 +504,10 @@ def test_origins_are_checked(serve_here: Any) -> None:
             )
             try:
                 with urllib.request.urlopen(request) as answer:
-                    found, allowed = answer.status, answer.headers["Access-Control-Allow-Origin"]
+                    code, allowed = answer.status, answer.headers["Access-Control-Allow-Origin"]
             except urllib.error.HTTPError as error:
-                found, allowed = error.code, error.headers["Access-Control-Allow-Origin"]
-            assert (found, allowed) == (status, origin if status == 204 else None)
+                code, allowed = error.code, error.headers["Access-Control-Allow-Origin"]
+            assert (code, allowed) == (status, origin if status == 204 else None)
         for origin, open_ in (("https://evil.example", False), ("https://friend.example", True), (running.url, True)):
             try:
                 with connect(f"{running.socket}/v1/stream", origin=origin):
@@ -526,7 +526,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.datetime.now(datetime.UTC)
-    made = (
+    cert = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -537,7 +537,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
@@ -617,9 +617,9 @@ def test_precedence_of_flags_environment_and_file(tmp_path: Path, monkeypatch: p
     file.write_text('port = 1\nmax_streams = 1\nhost = "::1"\napi_keys = ["a", "b"]\n')
     monkeypatch.setenv("NEMOSTREAM_PORT", "2")
     monkeypatch.setenv("NEMOSTREAM_MAX_STREAMS", "2")
-    found = read_settings(["--config", str(file), "--port", "3", "--degrade"])
-    assert (found.port, found.max_streams, found.host, found.degrade) == (3, 2, "::1", True)
-    assert [key.get_secret_value() for key in found.api_keys] == ["a", "b"] and "a" not in repr(found.api_keys)
+    settings = read_settings(["--config", str(file), "--port", "3", "--degrade"])
+    assert (settings.port, settings.max_streams, settings.host, settings.degrade) == (3, 2, "::1", True)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["a", "b"] and "a" not in repr(settings.api_keys)
     monkeypatch.setenv("NEMOSTREAM_API_KEYS", "c, d")
     monkeypatch.setenv("NEMOSTREAM_CONFIG", str(file))
     assert [key.get_secret_value() for key in read_settings().api_keys] == ["c", "d"]
@@ -650,8 +650,8 @@ def test_invalid_settings(arguments: list[str], word: str) -> None:
 def test_api_keys_file(tmp_path: Path, serve_here: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the app\n  first \n\nsch\u00f6n\r\n", encoding="utf-8-sig")
-    found = read_settings(["--api-keys-file", str(file), "--api-keys", "other,first"]).api_keys or []
-    assert [key.get_secret_value() for key in found] == ["other", "first", "sch\u00f6n"]
+    keys = read_settings(["--api-keys-file", str(file), "--api-keys", "other,first"]).api_keys or []
+    assert [key.get_secret_value() for key in keys] == ["other", "first", "sch\u00f6n"]
     with serve_here(api_keys_file=file, measure=False) as running:
         assert running.get("/v1/models")[0] == 401
         assert running.get("/v1/models", Authorization="Bearer first")[0] == 200
@@ -666,20 +666,20 @@ def test_options_are_documented_with_their_defaults() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     table = page.split("| flag | default |")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
-    found = {
+    documented = {
         flag: default
         for flags, defaults in rows
         for flag, default in zip_longest(re.findall(r"`--([\w-]+)`", flags), defaults.split(", "))
     }
     fields = {name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
-    assert found.keys() == fields.keys()
+    assert documented.keys() == fields.keys()
     for name, field in fields.items():
         if isinstance(field.default, bool):
-            assert found[name] == ("yes" if field.default else "no"), name
+            assert documented[name] == ("yes" if field.default else "no"), name
         elif isinstance(field.default, int | float) and "bytes" not in name:
-            assert found[name] == str(field.default), name
+            assert documented[name] == str(field.default), name
         elif "bytes" in name:
-            assert found[name] == f"{field.default >> 20} MiB", name
+            assert documented[name] == f"{field.default >> 20} MiB", name
 
 
 def test_unknown_name_in_the_configuration_file(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def pool() -> Iterator[Callable[..., Any]]:
 async def samples(decoders: DecoderPool, path: Path) -> Any:
     with path.open("rb") as file:
         async with decoders.decode(file.fileno(), path.name) as recording:
-            found = [block async for block in recording]
-            return np.concatenate(found), recording.seconds
+            decoded = [block async for block in recording]
+            return np.concatenate(decoded), recording.seconds
 
 
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1)])
@@ -197,11 +197,11 @@ def test_a_decoder_process_gives_the_same_samples_as_the_library(
 
     noise = np.random.default_rng(1).uniform(-0.5, 0.5, (rate * 9, channels)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", noise, rate)
-    found, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
+    decoded, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
     preprocessor = AudioPreprocessor(rate, channels, 16000)
     with AudioFile(tmp_path / "a.flac") as recording:
         wanted = [block for part in recording.blocks() for block in preprocessor.push(part)]
-    np.testing.assert_array_equal(found, np.concatenate([*wanted, preprocessor.finish()]))
+    np.testing.assert_array_equal(decoded, np.concatenate([*wanted, preprocessor.finish()]))
     assert seconds == 9.0
 
 
@@ -218,8 +218,8 @@ def test_a_crashed_decoder_process_fails_only_its_own_recording(pool: Any, tmp_p
             other = await samples(decoders, spoken[0].path)
         return other
 
-    found, seconds = pool(work)
-    assert seconds == pytest.approx(spoken[0].seconds) and len(found) == len(spoken[0].pcm) // 2
+    decoded, seconds = pool(work)
+    assert seconds == pytest.approx(spoken[0].seconds) and len(decoded) == len(spoken[0].pcm) // 2
 
 
 def test_an_abandoned_recording_returns_its_process_to_the_pool(pool: Any, tmp_path: Path) -> None:

@@ -36,21 +36,21 @@ def test_configuration_matches_tritons_schema(repository: Path) -> None:
     from tritonclient.grpc import model_config_pb2 as schema
 
     (config,) = repository.glob("*/config.pbtxt")
-    found = text_format.Parse(config.read_text(), schema.ModelConfig())
-    assert found.name == config.parent.name and found.backend == "python" and found.max_batch_size == 256
-    assert {tensor.name: tensor.data_type for tensor in found.input} == {"AUDIO": schema.TYPE_FP32}
-    assert {tensor.name: tensor.data_type for tensor in found.output} == {
+    parsed = text_format.Parse(config.read_text(), schema.ModelConfig())
+    assert parsed.name == config.parent.name and parsed.backend == "python" and parsed.max_batch_size == 256
+    assert {tensor.name: tensor.data_type for tensor in parsed.input} == {"AUDIO": schema.TYPE_FP32}
+    assert {tensor.name: tensor.data_type for tensor in parsed.output} == {
         "TEXT": schema.TYPE_STRING,
         "WORD_STARTS": schema.TYPE_FP32,
     }
-    kinds = {control.name: control.control[0].kind for control in found.sequence_batching.control_input}
+    kinds = {control.name: control.control[0].kind for control in parsed.sequence_batching.control_input}
     control = schema.ModelSequenceBatching.Control
     assert kinds == {
         "START": control.CONTROL_SEQUENCE_START,
         "END": control.CONTROL_SEQUENCE_END,
     }
-    assert found.sequence_batching.oldest.max_candidate_sequences == 256
-    assert set(found.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
+    assert parsed.sequence_batching.oldest.max_candidate_sequences == 256
+    assert set(parsed.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
 
 
 def test_model_file_has_a_working_install_command(repository: Path) -> None:

@@ -89,7 +89,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)]), datetime.datetime.now(datetime.UTC)
-    made = (
+    cert = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -100,7 +100,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME), x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
@@ -114,8 +114,8 @@ def free_port() -> int:
 
 def documented_config() -> str:
     page = (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
-    (found,) = re.findall(r"```nginx\n(.*?)```", page, re.DOTALL)
-    return str(found)
+    (config,) = re.findall(r"```nginx\n(.*?)```", page, re.DOTALL)
+    return str(config)
 
 
 @contextmanager
@@ -222,8 +222,8 @@ def test_grpc_behind_nginx(proxied: Proxy, spoken: Any, caplog: pytest.LogCaptur
     )
     config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
     service = riva.client.ASRService(auth)
-    found = service.offline_recognize(spoken[0].pcm, config).results
-    assert found[0].alternatives[0].transcript.strip() == spoken[0].text
+    results = service.offline_recognize(spoken[0].pcm, config).results
+    assert results[0].alternatives[0].transcript.strip() == spoken[0].text
     streaming = riva.client.StreamingRecognitionConfig(config=config)
     parts = [spoken[0].pcm[start : start + 6400] for start in range(0, len(spoken[0].pcm), 6400)]
     transcripts = [

@@ -64,9 +64,11 @@ def test_utterances_end_by_silence_and_length(server: Any, spoken: Any) -> None:
         *events, _ = stream(socket, audio.tobytes(), 2222)
     for event in events:
         assert event["type"] == "end" or event["text"].startswith(event["stable"])
-    found = [(e["type"], e["utterance"], e.get("text", ""), e.get("reason")) for e in events if e["type"] != "partial"]
+    received = [
+        (e["type"], e["utterance"], e.get("text", ""), e.get("reason")) for e in events if e["type"] != "partial"
+    ]
     expected = [e for e in reference if e.reason != "finish"]
-    assert found == [(event.kind, event.utterance, event.text, event.reason) for event in expected]
+    assert received == [(event.kind, event.utterance, event.text, event.reason) for event in expected]
     assert {"silence", "length"} <= {event.reason for event in expected}
     times = [event["time"] for event in events if event["type"] == "end"]
     assert times == [pytest.approx(event.end, abs=1e-3) for event in expected if event.kind == "end"]
