@@ -1,29 +1,32 @@
-# make demo   an environment, the package, and a packaged human voice turned into text
-# make test   an environment with NeMo to compare with; linters, type checker, every test
-# make quick  the tests that take seconds
+# make demo      install the package and transcribe the packaged recording
+# make test      lint, type check and all tests but the slow ones (under 15 minutes on two cores)
+# make test-all  the slow tests too: full-size models and long runs
+# make docs      build the documentation site into build/site
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 DEMO := .venv-demo
-ROOMS := src export engine runtime serving benchmarks
-CODE := $(ROOMS) tests examples
-# Folders too: theirs is the time that changes when a file goes.
-SOURCES := $(shell find $(ROOMS) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
+PACKAGES := src export engine runtime serving benchmarks
+CODE := $(PACKAGES) tests examples
+# Directories too: the modification time of a directory changes when a file in it is deleted.
+SOURCES := $(shell find $(PACKAGES) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
 PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
 
-.PHONY: demo test quick lint format bundle clean
+.PHONY: demo test test-all lint format docs bundle clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
 demo: $(DEMO)/.package
 	@$(DEMO)/bin/nemostream transcribe "$$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')"
 
+# Two workers, a file of tests at a time: fixtures of a module (servers, exports) are made once.
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-quick: $(VENV)/.package
-	$(VENV)/bin/python -m pytest -m "not slow"
+# One process: full-size models take up to 10 GB each.
+test-all: test
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: $(VENV)/.package
 	$(VENV)/bin/ruff check $(CODE)
@@ -37,11 +40,11 @@ format: $(VENV)/.tools
 bundle: $(VENV)/.package
 	$(VENV)/bin/nemostream export examples/demo_model/demo.nemo src/nemostream/demo
 
+docs: $(VENV)/.package $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info src/*.egg-info
-
-# Nothing is installed editable: what is linted, typed, tested and shown is what a user gets, and a module that was
-# forgotten in pyproject.toml is missed at once. `build/` goes before and after, or modules deleted long ago are shipped.
 
 # A user's environment: no NeMo, no PyTorch. (pip leaves a package of the same version alone, so the old one goes first.)
 $(DEMO)/.package: pyproject.toml Makefile $(SOURCES)
@@ -53,10 +56,8 @@ $(DEMO)/.package: pyproject.toml Makefile $(SOURCES)
 	@rm -rf build
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.tools $(SOURCES)
-	rm -rf build
-	$(VENV)/bin/python $(PIP) --no-deps --no-build-isolation --force-reinstall .
-	@rm -rf build
+$(VENV)/.package: $(VENV)/.tools
+	$(VENV)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # PyTorch first and exactly: left to the resolver, NeMo's requirement brings the newest build with gigabytes of CUDA.
@@ -71,6 +72,11 @@ $(VENV)/.tools: pyproject.toml Makefile
 	@# Triton, in a folder of its own: its Python backend was built for an older numpy. Without it its tests are left out.
 	-$(VENV)/bin/python $(PIP) --no-deps --target $(VENV)/triton nvidia-pytriton==0.7.0 numpy==1.26.4
 	@rm -rf build
+	@touch $@
+
+# The documentation's own tools.
+$(VENV)/.docs: $(VENV)/.tools
+	$(VENV)/bin/python $(PIP) --group docs
 	@touch $@
 
 define have_python

@@ -342,7 +342,7 @@ def _options(config: Any) -> dict[str, Any]:
             raise OptionError(f"custom_configuration has no {shorten(key)!r}; its keys are {', '.join(_CUSTOM_KEYS)}.")
     options: dict[str, Any] = {}
     if chunk_ms := config.custom_configuration.get("chunk_ms"):
-        if not chunk_ms.isdigit():
+        if not (chunk_ms.isascii() and chunk_ms.isdigit()):  # int() raises ValueError for digits such as "²"
             raise OptionError(f"chunk_ms is {shorten(chunk_ms)!r}; it must be a whole number of milliseconds.")
         options["chunk_ms"] = int(chunk_ms)
     if config.endpointing_config.stop_history:

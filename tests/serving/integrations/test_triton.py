@@ -86,7 +86,9 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.copytree(home / "backends" / "python", backends / "python")
     stub = home / "python_backend_stubs" / python / "triton_python_backend_stub"
     shutil.copy(stub, backends / "python")
-    # The stub embeds the system's Python without the virtual environment, but imports from its own folder.
+    # The stub embeds the system's Python, which ignores virtual environments but searches the stub's own folder. The
+    # package is linked by its location, because an editable install has no folder in site-packages.
+    (backends / "python" / "nemostream").symlink_to(Path(nemostream.__file__).parent)
     for packages in (folder, *(Path(path) for path in sys.path if path.endswith("site-packages"))):
         for entry in packages.iterdir():
             if not (backends / "python" / entry.name).exists():
@@ -200,8 +202,9 @@ def test_concurrent_sequences_give_the_same_text_as_transcribe(triton: str, spok
         for name, clip in clips.items():
             assert texts[str(name)][-1] == clip.text
             assert all(clip.text.startswith(text) for text in texts[str(name)])
-            tokens = model.transcribe(clip.path).tokens
-            expected = [token.time for token in tokens if token.text.startswith(" ")]
+            result = model.transcribe(clip.path)
+            # The last encoder frame can begin after the recording's end; times of words are clipped to it.
+            expected = [min(token.time, result.duration) for token in result.tokens if token.text.startswith(" ")]
             assert starts[str(name)] == pytest.approx(expected, abs=1e-6)
     assert len(set(texts["1"])) >= 3  # partial results
 

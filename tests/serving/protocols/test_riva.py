@@ -202,6 +202,7 @@ def test_server_configuration_and_health(server: Any) -> None:
         ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["Zürich"], boost=20)]}, "Zürich"),
         ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["nine"], boost=-20)]}, "weight"),
         ({"custom_configuration": {"chunk_ms": "x"}}, "chunk_ms"),
+        ({"custom_configuration": {"chunk_ms": "²"}}, "chunk_ms"),
     ],
 )
 def test_invalid_options(server: Any, spoken: Any, change: dict[str, Any], word: str) -> None:
