@@ -1,6 +1,6 @@
 """Attacks on a server on this machine, as threads of one process: `python attacks.py HTTP_PORT GRPC_PORT SECONDS`.
 
-Every attack repeats until the time is over and prints, at the end, how often it ran. They send to 127.0.0.1 only.
+Every attack is repeated for the given time; the number of runs of each is printed as JSON. Only 127.0.0.1 is attacked.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ import nemostream
 
 EDGE = "AaB03x"
 HTTP, GRPC, SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-END = time.monotonic() + SECONDS
+DEADLINE = time.monotonic() + SECONDS
 CLIP = nemostream.demo_clip().read_bytes()
 
 
-def over() -> bool:
-    return time.monotonic() > END
+def time_is_up() -> bool:
+    return time.monotonic() > DEADLINE
 
 
 def client(port: int = HTTP) -> socket.socket:
-    found = socket.create_connection(("127.0.0.1", port))
-    found.settimeout(2)
-    return found
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.settimeout(2)
+    return sock
 
 
 def reset(sock: socket.socket) -> None:
@@ -171,7 +171,7 @@ def garbage(chance: random.Random) -> None:
             sock.recv(1000)
 
 
-def updates(number: int) -> bytes:
+def session_update(number: int) -> bytes:
     detection = {"type": "server_vad", "silence_duration_ms": 500 + number % 2}
     return json.dumps(
         {"type": "session.update", "session": {"audio": {"input": {"turn_detection": detection}}}}
@@ -190,7 +190,7 @@ FLOODS = (
     ("/v1/stream?encoding=mulaw&sample_rate=768000&channels=64", frame(2, bytes(range(256)) * 4096)),
     ("/v1/stream?words=1&endpoint_ms=-1", frame(2, bytes(range(256)) * 256)),
     ("/v1/stream?encoding=pcm_f32le", frame(2, b"\xff" * 65536)),
-    ("/v1/realtime", b"".join(frame(1, updates(number)) for number in range(50))),
+    ("/v1/realtime", b"".join(frame(1, session_update(number)) for number in range(50))),
     ("/v1/realtime", frame(1, b'{"type":"x","audio":"' + b"A" * 900_000 + b'"}')),
 )
 
@@ -238,10 +238,10 @@ def grpc_large(chance: random.Random) -> None:
 
 
 def grpc_silent(chance: random.Random) -> None:
-    never = threading.Event()
+    event = threading.Event()
 
     def silent() -> Iterator[messages.StreamingRecognizeRequest]:
-        never.wait(2)
+        event.wait(2)  # is never set
         yield from ()
 
     with grpc.insecure_channel(f"127.0.0.1:{GRPC}") as channel:
@@ -252,7 +252,7 @@ def grpc_silent(chance: random.Random) -> None:
             call.cancel()
 
 
-ATTACKS: tuple[tuple[Callable[[random.Random], None], float], ...] = (  # and the seconds between two
+ATTACKS: tuple[tuple[Callable[[random.Random], None], float], ...] = (  # with the seconds between two runs
     (hang_up_during_upload, 0.1),
     (upload_damaged, 0.1),
     (upload_hours, 1),
@@ -272,15 +272,15 @@ ATTACKS: tuple[tuple[Callable[[random.Random], None], float], ...] = (  # and th
 
 
 def main() -> None:
-    os.nice(10)  # on other machines they would take nothing of this one's time
-    ran: Counter[str] = Counter()
+    os.nice(10)  # real attackers would use the CPUs of other machines
+    runs: Counter[str] = Counter()
 
     def repeat(attack: Callable[[random.Random], None], pause: float, seed: int) -> None:
         chance = random.Random(seed)
-        while not over():
+        while not time_is_up():
             with suppress(OSError, grpc.RpcError, grpc.FutureTimeoutError):
                 attack(chance)
-            ran[attack.__name__] += 1
+            runs[attack.__name__] += 1
             time.sleep(pause)
 
     threads = [
@@ -290,7 +290,7 @@ def main() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps(ran))
+    print(json.dumps(runs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Servers: one of the whole process, as users start it; and one in this process, where a test wants to reach inside."""
+"""Servers in a process of their own, as users start them, and in this process, for tests that access internals."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout"
 
 @dataclass
 class Running:
-    """A server somewhere."""
+    """A running server and its ports."""
 
     http: int
     grpc: int
     process: subprocess.Popen[str] | None = None
     service: Any = None
-    loop: Any = None  # of a server in this process
-    thread: int = 0  # that runs it
+    loop: Any = None  # event loop of a server in this process
+    thread: int = 0  # identifier of the thread that runs it
     log: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
@@ -59,7 +59,7 @@ class Running:
             return error.code, error.read().decode()
 
     def metric(self, name: str) -> float:
-        """A figure of /metrics, summed over its labels."""
+        """Return a metric of /metrics, summed over its labels."""
         lines = self.get("/metrics")[1].splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.partition("{")[0].split(" ")[0] == name)
 
@@ -70,7 +70,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def server_process(*arguments: str, **variables: str) -> Iterator[Running]:
-    """`nemostream serve` on free ports."""
+    """Run `nemostream serve` on free ports."""
     command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables
@@ -79,15 +79,15 @@ def server_process(*arguments: str, **variables: str) -> Iterator[Running]:
     assert process.stderr is not None and process.stdout is not None
     errors = process.stderr
 
-    def keep() -> None:
+    def read_log() -> None:
         for line in errors:
             log.append(json.loads(line) if line.startswith("{") else {"event": line})
 
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
+    log_reader = threading.Thread(target=read_log, daemon=True)
+    log_reader.start()
     try:
         url = process.stdout.readline().strip()
-        assert url, f"it did not start: {log} {process.poll()}"
+        assert url, f"the server did not start: {log} {process.poll()}"
         running = Running(int(url.rpartition(":")[2]), 0, process, log=log)
         if url.startswith("http:"):
             running.grpc = json.loads(running.get("/readyz")[1])["grpc_port"]
@@ -97,52 +97,52 @@ def server_process(*arguments: str, **variables: str) -> Iterator[Running]:
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGINT)
         process.wait(30)
-        keeper.join(5)
+        log_reader.join(5)
 
 
 @contextmanager
 def server_here(**settings: Any) -> Iterator[Running]:
-    """A server on a thread of this process."""
+    """Run a server on a thread of this process."""
     from nemostream.serving import server
     from nemostream.serving.settings import Settings
 
-    found: list[Any] = []
-    up = threading.Event()
-    inside: dict[str, Any] = {}
+    started_with: list[Any] = []
+    started_or_failed = threading.Event()
+    state: dict[str, Any] = {}
 
     async def run() -> None:
-        inside["loop"], inside["stop"] = asyncio.get_running_loop(), asyncio.Event()
-        inside["task"] = asyncio.current_task()
+        state["loop"], state["stop"] = asyncio.get_running_loop(), asyncio.Event()
+        state["task"] = asyncio.current_task()
 
         def started(ports: dict[str, int], service: Any) -> None:
-            found.append((ports, service))
-            up.set()
+            started_with.append((ports, service))
+            started_or_failed.set()
 
-        await server.serve(Settings(port=0, grpc_port=0, **settings), started, inside["stop"])
+        await server.serve(Settings(port=0, grpc_port=0, **settings), started, state["stop"])
 
     def main() -> None:
         try:
             asyncio.run(run())
         except BaseException as error:
-            inside["error"] = error
+            state["error"] = error
         finally:
-            up.set()
+            started_or_failed.set()
 
     thread = threading.Thread(target=main, daemon=True)
     thread.start()
-    assert up.wait(60) and found, inside.get("error")
-    ports, service = found[0]
+    assert started_or_failed.wait(60) and started_with, state.get("error")
+    ports, service = started_with[0]
     try:
-        yield Running(ports["http_port"], ports["grpc_port"], None, service, inside["loop"], thread.ident or 0)
+        yield Running(ports["http_port"], ports["grpc_port"], None, service, state["loop"], thread.ident or 0)
     finally:
-        inside["loop"].call_soon_threadsafe(inside["stop"].set)
+        state["loop"].call_soon_threadsafe(state["stop"].set)
         thread.join(30)
         assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Running]:
-    """One process for the tests that only talk to it."""
+    """One server process for all tests that use it only as a client."""
     with server_process("--max-streams", "64", "--no-measure", "--idle-seconds", "60") as running:
         yield running
 
@@ -161,19 +161,19 @@ def serve_process() -> Callable[..., Any]:
 class Clip:
     path: Path
     pcm: bytes = field(repr=False)  # 16 kHz mono 16 bit
-    text: str = ""  # what `nemostream transcribe` says
+    text: str = ""  # output of `nemostream transcribe`
     seconds: float = 0.0
 
 
 @pytest.fixture(scope="session")
 def spoken() -> list[Clip]:
-    """Recordings and what the model says of each offline, at 560 ms."""
+    """Recordings with their offline transcripts at 560 ms."""
     rows = [json.loads(line) for line in (HELDOUT / "heldout.jsonl").read_text().splitlines()][:8]
-    found = []
+    clips = []
     with nemostream.load() as model:
         for path in [nemostream.demo_clip(), *(HELDOUT / row["audio_filepath"] for row in rows)]:
             audio, rate = soundfile.read(path, dtype="int16")
             assert rate == 16000
-            found.append(Clip(path, audio.tobytes(), model.transcribe(path).text, len(audio) / rate))
-    assert all(clip.text for clip in found)
-    return found
+            clips.append(Clip(path, audio.tobytes(), model.transcribe(path).text, len(audio) / rate))
+    assert all(clip.text for clip in clips)
+    return clips

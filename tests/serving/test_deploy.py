@@ -1,4 +1,4 @@
-"""What `deploy/` holds: the image's steps without a daemon to build it, KubeRay's manifest against Ray's schema."""
+"""The files of `deploy/`: the steps of the Dockerfile without Docker, the KubeRay manifest against Ray's schema."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ DEPLOY = ROOT / "deploy"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Of the Dockerfile: each instruction's name and the rest, lines joined, comments left out."""
+    """Return the name and arguments of each Dockerfile instruction, with continued lines joined."""
     lines = [line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
 
 
-def test_the_image_is_what_the_server_is() -> None:
-    found = instructions()
-    assert [name for name, _ in found].count("FROM") == 2
-    environment = dict(pair.split("=", 1) for name, rest in found if name == "ENV" for pair in rest.split())
+def test_the_dockerfile_matches_the_settings() -> None:
+    steps = instructions()
+    assert [name for name, _ in steps].count("FROM") == 2
+    environment = dict(pair.split("=", 1) for name, rest in steps if name == "ENV" for pair in rest.split())
     prefix = "NEMOSTREAM_"
     for name in environment.keys() - {"PATH"}:
         assert name.removeprefix(prefix).lower() in Settings.model_fields, name
     defaults = Settings()
-    assert next(rest for name, rest in found if name == "EXPOSE").split() == [
+    assert next(rest for name, rest in steps if name == "EXPOSE").split() == [
         str(defaults.port),
         str(defaults.grpc_port),
     ]
-    assert json.loads(next(rest for name, rest in found if name == "ENTRYPOINT")) == ["nemostream", "serve"]
-    assert next(rest for name, rest in found if name == "USER") not in ("root", "0")
+    assert json.loads(next(rest for name, rest in steps if name == "ENTRYPOINT")) == ["nemostream", "serve"]
+    assert next(rest for name, rest in steps if name == "USER") not in ("root", "0")
     head = (DEPLOY / "Dockerfile").read_text()
     for name in set(re.findall(rf"{prefix}(\w+)", head)):
         assert name.lower() in Settings.model_fields, name
@@ -83,17 +83,17 @@ def test_the_build_context_contains_the_package() -> None:
 
 
 @pytest.mark.slow
-def test_the_images_steps_make_a_server(tmp_path: Path) -> None:
-    """Its commands in folders of this machine, from the files that it is given; then what a container would run."""
+def test_the_dockerfile_steps_make_a_server(tmp_path: Path) -> None:
+    """Run the Dockerfile's commands in local folders on its build context, then the entry point."""
     context, image = tmp_path / "context", tmp_path / "image"
     for name in build_context():
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, context / name, follow_symlinks=False)
     assert not (context / "tests").exists()
     variables = dict(os.environ, EXTRAS="serve", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    found = instructions()
-    last = max(index for index, (name, _) in enumerate(found) if name == "FROM")
-    for name, rest in found[:last]:
+    steps = instructions()
+    last = max(index for index, (name, _) in enumerate(steps) if name == "FROM")
+    for name, rest in steps[:last]:
         if name == "COPY":
             assert rest == ". /src"
             shutil.copytree(context, image / "src", symlinks=True)
@@ -101,12 +101,12 @@ def test_the_images_steps_make_a_server(tmp_path: Path) -> None:
             command = rest.replace("/opt/", f"{image}/opt/").replace('"/src', f'"{image}/src')
             command = command.replace("python -m venv", f"{sys.executable} -m venv")
             subprocess.run(["bash", "-c", command], check=True, env=variables, capture_output=True, cwd=tmp_path)
-    for name, rest in found[last:]:
+    for name, rest in steps[last:]:
         if name == "ENV":
             pairs = dict(pair.split("=", 1) for pair in shlex.split(rest.replace("$PATH", variables["PATH"])))
             variables |= {key: value.replace("/opt/", f"{image}/opt/") for key, value in pairs.items()}
     variables |= {"NEMOSTREAM_PORT": "0", "NEMOSTREAM_GRPC_PORT": "0", "NEMOSTREAM_MEASURE": "false"}
-    entry = json.loads(next(rest for name, rest in found if name == "ENTRYPOINT"))
+    entry = json.loads(next(rest for name, rest in steps if name == "ENTRYPOINT"))
     program = shutil.which(entry[0], path=variables["PATH"])
     assert program and program.startswith(str(image))
     with subprocess.Popen(
@@ -115,13 +115,13 @@ def test_the_images_steps_make_a_server(tmp_path: Path) -> None:
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline().rpartition(":")[2])
-            health = json.loads(next(rest for name, rest in found if name == "HEALTHCHECK").partition("CMD ")[2])
+            health = json.loads(next(rest for name, rest in steps if name == "HEALTHCHECK").partition("CMD ")[2])
             health = [word.replace(":8000", f":{port}") for word in health]
             subprocess.run(health, check=True, env=variables, cwd=tmp_path)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
                 assert json.load(answer)["status"] == "ready"
         finally:
-            server.terminate()  # what `docker stop` sends
+            server.terminate()  # the signal of `docker stop`
     assert server.returncode == 0
 
 
@@ -133,7 +133,7 @@ def service() -> Any:
     return yaml.safe_load((DEPLOY / "rayservice.yaml").read_text())
 
 
-def test_the_application_is_one_that_ray_takes(service: Any) -> None:
+def test_ray_accepts_the_application(service: Any) -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="needs the ray extra")
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = config.applications
@@ -143,7 +143,7 @@ def test_the_application_is_one_that_ray_takes(service: Any) -> None:
     assert module == ray_app.__name__ and name == "build"
     assert config.http_options.port == 8000 and config.http_options.host == "0.0.0.0"
     (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    # As Ray builds it: our options are known, and a replica fits into a worker.
+    # Build it like Ray does: the options are valid, and a replica fits into a worker.
     deployment = ray_app.build(application.args)._bound_deployment
     (worker,) = group["template"]["spec"]["containers"]
     assert deployment.ray_actor_options["num_gpus"] == int(worker["resources"]["limits"]["nvidia.com/gpu"]) == 1
@@ -155,7 +155,7 @@ def test_the_application_is_one_that_ray_takes(service: Any) -> None:
 
 
 def test_the_manifest_is_a_rayservice(service: Any) -> None:
-    """The fields that KubeRay's operator reads; the whole was checked against its CRD (v1) when it was written."""
+    """Check the fields that the KubeRay operator reads. The whole manifest was validated against the CRD (v1) once."""
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
     assert set(service["spec"]) <= {
         "serviceUnhealthySecondThreshold",
@@ -172,8 +172,8 @@ def test_the_manifest_is_a_rayservice(service: Any) -> None:
     for pod in (head["template"]["spec"], group["template"]["spec"]):
         (container,) = pod["containers"]
         variables = {entry["name"]: entry for entry in container["env"]}
-        goodbye = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]["value"]
-        module, _, name = goodbye.partition(":")
+        callback = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]["value"]
+        module, _, name = callback.partition(":")
         assert callable(getattr(sys.modules.get(module) or __import__(module, fromlist=[name]), name))
         assert variables["NEMOSTREAM_API_KEYS"]["valueFrom"]["secretKeyRef"] == {
             "name": "nemostream",
@@ -185,15 +185,15 @@ def test_the_manifest_is_a_rayservice(service: Any) -> None:
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
 
 
-def test_no_version_is_older_than_what_the_extras_ask_for(service: Any) -> None:
-    least = re.search(r"ray\[serve\]>=(\d+)\.(\d+)", (ROOT / "pyproject.toml").read_text())
-    assert least
+def test_the_ray_version_satisfies_the_extra(service: Any) -> None:
+    minimum = re.search(r"ray\[serve\]>=(\d+)\.(\d+)", (ROOT / "pyproject.toml").read_text())
+    assert minimum
     major, minor, _ = service["spec"]["rayClusterConfig"]["rayVersion"].split(".")
-    assert (int(major), int(minor)) >= tuple(map(int, least.groups()))
+    assert (int(major), int(minor)) >= tuple(map(int, minimum.groups()))
 
 
-def test_only_clients_reach_only_the_server(service: Any) -> None:
-    """Ray's own ports execute code for every client that reaches them."""
+def test_clients_can_reach_only_the_server(service: Any) -> None:
+    """Ray's own ports allow every client that reaches them to execute code."""
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["authOptions"] == {"mode": "token"}
     head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
@@ -214,7 +214,7 @@ def test_only_clients_reach_only_the_server(service: Any) -> None:
     assert all(part["template"]["metadata"]["labels"] == labels for part in (head, group))
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     own, *others = policy["spec"]["ingress"]
-    assert own == {"from": [{"podSelector": {"matchLabels": labels}}]}  # any port, but of this namespace's pods only
+    assert own == {"from": [{"podSelector": {"matchLabels": labels}}]}  # any port, but only between these pods
     ports = [(rule["from"], [port["port"] for port in rule["ports"]]) for rule in others]
     (operator, dashboard), (clients, served) = ports
     assert dashboard == [8265] and served == [8000]
@@ -224,8 +224,8 @@ def test_only_clients_reach_only_the_server(service: Any) -> None:
 
 # -- versions ----------------------------------------------------------------------------------------------------------
 
-# The first versions without known vulnerabilities that concern us, from their advisories (docs/security.md).
-FLOORS = {
+# The first versions without known vulnerabilities that affect nemostream, from their advisories (docs/security.md).
+MIN_VERSIONS = {
     "python-multipart": "0.0.31",
     "starlette": "1.3.1",
     "h11": "0.16",
@@ -239,14 +239,14 @@ FLOORS = {
 
 
 def required(*extras: str) -> list[Any]:
-    """What the package, and its extras (all of them if none is named), require."""
+    """Return the requirements of the package and of `extras` (default: all extras)."""
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for name in extras or optional for line in optional[name])]
-    found = [Requirement(line) for line in lines]
-    return [requirement for requirement in found if requirement.name != "nemostream"]
+    requirements = [Requirement(line) for line in lines]
+    return [requirement for requirement in requirements if requirement.name != "nemostream"]
 
 
 def pinned() -> dict[str, str]:
@@ -259,32 +259,32 @@ def pinned() -> dict[str, str]:
     return versions
 
 
-def test_no_bound_admits_a_version_with_a_known_vulnerability() -> None:
+def test_requirements_exclude_vulnerable_versions() -> None:
     from packaging.version import Version
 
     named = set()
     for requirement in required():
-        if requirement.name in FLOORS:
-            least = [spec.version for spec in requirement.specifier if spec.operator == ">="]
-            assert least and Version(least[0]) >= Version(FLOORS[requirement.name]), str(requirement)
+        if requirement.name in MIN_VERSIONS:
+            minimum = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+            assert minimum and Version(minimum[0]) >= Version(MIN_VERSIONS[requirement.name]), str(requirement)
             named.add(requirement.name)
-    assert named == FLOORS.keys()
+    assert named == MIN_VERSIONS.keys()
     images = pinned()
-    for name in FLOORS.keys() & images.keys():
-        assert Version(images[name]) >= Version(FLOORS[name]), name
+    for name in MIN_VERSIONS.keys() & images.keys():
+        assert Version(images[name]) >= Version(MIN_VERSIONS[name]), name
 
 
 def test_the_image_pins_every_package_that_it_installs() -> None:
-    """All that the extras serve and ray need, by what the packages installed here declare, within every bound."""
+    """The pins cover all dependencies of the extras serve and ray, as declared by the installed packages."""
     from importlib.metadata import PackageNotFoundError, requires
 
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     versions, seen = pinned(), set()
-    waiting = required("serve", "ray")
-    while waiting:
-        requirement = waiting.pop()
+    pending = required("serve", "ray")
+    while pending:
+        requirement = pending.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
         assert name in versions, f"{requirement} is not in deploy/constraints.txt"
         assert requirement.specifier.contains(versions[name], prereleases=True), f"{requirement}: {versions[name]}"
@@ -294,11 +294,11 @@ def test_the_image_pins_every_package_that_it_installs() -> None:
         try:
             inner = [Requirement(line) for line in requires(name) or ()]
         except PackageNotFoundError:
-            continue  # of the ray extra, where that is not installed
+            continue  # the ray extra is not installed
         environments = [
             {"extra": extra, "python_version": "3.12", "python_full_version": "3.12.12"} for extra in extras or {""}
         ]
-        waiting += [one for one in inner if not one.marker or any(one.marker.evaluate(where) for where in environments)]
+        pending += [one for one in inner if not one.marker or any(one.marker.evaluate(env) for env in environments)]
     assert len(seen) > 30
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     assert '--constraint "/src/deploy/constraints.txt"' in dockerfile
@@ -310,14 +310,14 @@ def test_the_image_pins_every_package_that_it_installs() -> None:
 
 
 def table(after: str) -> list[list[float]]:
-    """Numbers of the first table behind a text of the page, without its head."""
+    """Return the numbers of the first table after a text of the page, without the header."""
     lines = (ROOT / "docs" / "deploy.md").read_text().split(after)[1].splitlines()
-    begun = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
-    rows = list(itertools.takewhile(lambda line: line.startswith("|"), begun))
+    rest = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), rest))
     return [[float(re.sub(r"[,%\s]", "", cell)) for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-def test_the_arithmetic_of_the_plan_is_right() -> None:
+def test_the_capacity_table_is_correct() -> None:
     for gpus, spare, streams, messages, cores, network, state in table("16-bit caches:"):
         exact = 0.7 * 256 * (gpus - spare)
         assert streams == int(exact) and messages == round(10 * exact)
@@ -330,20 +330,20 @@ def test_the_arithmetic_of_the_plan_is_right() -> None:
         assert enough == round(busy + 3 * busy**0.5) and share == int(300 / busy**0.5 + 0.5)
 
 
-def test_the_plan_quotes_what_was_measured() -> None:
+def test_the_capacity_plan_quotes_the_results() -> None:
     page = (ROOT / "docs" / "deploy.md").read_text()
     results = ROOT / "benchmarks" / "results"
     serve = json.loads((results / "serve-demo-cpu-2-cores.json").read_text())
     rows = {row["case"]["streams"]: row for row in serve["rows"]}
     rates = {n: row["values"]["audio_seconds"] / 0.1 / row["values"]["seconds"] for n, row in rows.items()}
-    most = max(n for n, row in rows.items() if row["values"]["holds"])
-    more = min(n for n in rows if n > most)
-    late = {n: f"{rows[n]['figures']['final text']['p99']:.0f} ms" for n in (most, more)}
-    assert rows[most]["case"]["packet_ms"] == 100
-    planned = int(rates[most] // 100 * 100)
+    maximum = max(n for n, row in rows.items() if row["values"]["holds"])
+    above = min(n for n in rows if n > maximum)
+    p99 = {n: f"{rows[n]['figures']['final text']['p99']:.0f} ms" for n in (maximum, above)}
+    assert rows[maximum]["case"]["packet_ms"] == 100
+    planned = int(rates[maximum] // 100 * 100)
     for figure in (
-        f"{rates[most]:,.0f} messages a second",
-        f"{most} streams, p99 {late[most]}; of {more} streams {late[more]}",
+        f"{rates[maximum]:,.0f} messages a second",
+        f"{maximum} streams, p99 {p99[maximum]}; of {above} streams {p99[above]}",
         f"plan {planned:,} messages a second",
         f"**{planned // 10} streams at 100 ms, {planned // 5} at",
     ):
@@ -351,6 +351,6 @@ def test_the_plan_quotes_what_was_measured() -> None:
     latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
     case = {"chunk_ms": 560, "batch": 8, "precision": "int8", "backend": "cpu"}
     (step,) = [row for row in latency["rows"] if row["case"] == case]
-    found = step["figures"]["step"]["p50"]
-    assert f"t(8) = {found:.0f} ms" in page and f"8 · 560 / {found:.0f} = {int(8 * 560 / found)}" in page
+    p50 = step["figures"]["step"]["p50"]
+    assert f"t(8) = {p50:.0f} ms" in page and f"8 · 560 / {p50:.0f} = {int(8 * 560 / p50)}" in page
     assert f"{step['values']['bytes_per_stream'] / 1e6:.1f} MB" in page

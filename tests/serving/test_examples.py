@@ -1,4 +1,4 @@
-"""The examples, run against a server: with the real Pipecat, and as a user would."""
+"""The examples, run against a server, also in a real Pipecat pipeline."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def load(name: str) -> Any:
     return module
 
 
-def test_the_voice_agents_ears(server: Any, spoken: Any) -> None:
+def test_the_voice_agent_example(server: Any, spoken: Any) -> None:
     url = f"{server.socket}/v1/stream"
-    ears = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, EXAMPLES / "voice_agent.py", url], input=spoken[0].pcm, capture_output=True, check=True
     )
-    assert ears.stdout.decode().split() == spoken[0].text.split()
+    assert completed.stdout.decode().split() == spoken[0].text.split()
     code = (EXAMPLES / "voice_agent.py").read_text().split('"""')[2]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
 def test_the_client_in_the_documentation(server: Any, spoken: Any, tmp_path: Path) -> None:
-    """The page's client, as it stands there."""
+    """Run the client of the page unchanged except for the address."""
     page = (EXAMPLES.parent / "docs" / "websocket.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) <= 15
     (tmp_path / "voice.pcm").write_bytes(spoken[0].pcm)
     client = tmp_path / "client.py"
     client.write_text(code.replace("ws://127.0.0.1:8000", server.socket))
-    said = subprocess.run([sys.executable, client], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert said.stdout.splitlines()[-1] == spoken[0].text
+    completed = subprocess.run([sys.executable, client], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert completed.stdout.splitlines()[-1] == spoken[0].text
 
 
-def test_the_clients_in_the_page_on_serving(server: Any, spoken: Any, tmp_path: Path) -> None:
-    """Riva's and OpenAI's, with nothing changed but the address."""
+def test_the_clients_in_the_serving_page(server: Any, spoken: Any, tmp_path: Path) -> None:
+    """Run the clients of Riva and OpenAI unchanged except for the address."""
     riva_client, openai_client = (
         part.split("```")[0].replace("127.0.0.1:50051", server.address).replace("http://127.0.0.1:8000", server.url)
         for part in (EXAMPLES.parent / "docs" / "serving.md").read_text().split("```python\n")[1:]
@@ -56,12 +56,12 @@ def test_the_clients_in_the_page_on_serving(server: Any, spoken: Any, tmp_path: 
     audio = np.frombuffer(spoken[0].pcm, np.int16)
     soundfile.write(tmp_path / "voice.wav", audio, 16000)
     soundfile.write(tmp_path / "talk.mp3", audio, 16000)
-    said = [
+    outputs = [
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         for code in (riva_client, openai_client)
     ]
-    assert f"## {spoken[0].text}" in said[0] and ">> " in said[0]
-    assert said[1].strip() == spoken[0].text
+    assert f"## {spoken[0].text}" in outputs[0] and ">> " in outputs[0]
+    assert outputs[1].strip() == spoken[0].text
 
 
 def test_pipecat(server: Any, spoken: Any) -> None:
@@ -79,33 +79,33 @@ def test_pipecat(server: Any, spoken: Any) -> None:
     from pipecat.pipeline.task import PipelineParams, PipelineTask
     from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
-    heard: list[Frame] = []
+    frames: list[Frame] = []
 
-    class Ear(FrameProcessor):
+    class FrameRecorder(FrameProcessor):
         async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
             await super().process_frame(frame, direction)
-            heard.append(frame)
+            frames.append(frame)
             await self.push_frame(frame, direction)
 
     async def main() -> None:
         stt = load("pipecat_stt").NemostreamSTTService(server.socket, chunk_ms=560)
         task = PipelineTask(
-            Pipeline([stt, Ear()]), params=PipelineParams(audio_in_sample_rate=16000), idle_timeout_secs=None
+            Pipeline([stt, FrameRecorder()]), params=PipelineParams(audio_in_sample_rate=16000), idle_timeout_secs=None
         )
         running = asyncio.create_task(PipelineRunner(handle_sigint=False).run(task))
 
         async def finals(number: int) -> list[str]:
             async with asyncio.timeout(30):
                 while True:
-                    found = [frame.text for frame in heard if isinstance(frame, TranscriptionFrame)]
-                    if len(found) >= number:
-                        return found
+                    texts = [frame.text for frame in frames if isinstance(frame, TranscriptionFrame)]
+                    if len(texts) >= number:
+                        return texts
                     await asyncio.sleep(0.02)
 
         for number, clip in enumerate(spoken[:2], 1):
             for start in range(0, len(clip.pcm), 1280):
                 await task.queue_frame(InputAudioRawFrame(clip.pcm[start : start + 1280], 16000, 1))
-            await asyncio.sleep(0.5)  # what is queued is sent first
+            await asyncio.sleep(0.5)  # until the queued audio has been sent
             await task.queue_frame(VADUserStoppedSpeakingFrame(stop_secs=0.2, timestamp=time.time()))
             assert (await finals(number))[-1] == clip.text
         await task.queue_frame(EndFrame())
@@ -113,6 +113,6 @@ def test_pipecat(server: Any, spoken: Any) -> None:
             await running
 
     asyncio.run(main())
-    interim = [frame.text for frame in heard if isinstance(frame, InterimTranscriptionFrame)]
+    interim = [frame.text for frame in frames if isinstance(frame, InterimTranscriptionFrame)]
     assert len(interim) >= 3 and all(any(clip.text.startswith(text) for clip in spoken[:2]) for text in interim)
-    assert [frame.finalized for frame in heard if isinstance(frame, TranscriptionFrame)] == [True, True]
+    assert [frame.finalized for frame in frames if isinstance(frame, TranscriptionFrame)] == [True, True]

@@ -1,4 +1,4 @@
-"""Clients and engines that misbehave: whoever did not must notice nothing."""
+"""Misbehaving clients and engines must not affect other clients."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ from nemostream.serving.network import connections
 HALF = 2 * 16000 * 2
 
 
-def opened(running: Any, query: str = "") -> ClientConnection:
+def open_stream(running: Any, query: str = "") -> ClientConnection:
     socket = connect(f"{running.socket}/v1/stream?{query}")
     assert json.loads(socket.recv())["type"] == "ready"
     return socket
 
 
-def done(socket: ClientConnection) -> str:
-    """End a stream; its text."""
+def finish(socket: ClientConnection) -> str:
+    """Finish a stream and return its text."""
     socket.send(json.dumps({"type": "finish"}))
     *_, last = (json.loads(event) for event in socket)
     assert last["type"] == "done", last
     return str(last["text"])
 
 
-def done_with(running: Any, pcm: bytes) -> str:
-    """The text of a stream of its own."""
-    socket = opened(running)
+def transcribe(running: Any, pcm: bytes) -> str:
+    """Return the text of `pcm`, sent as a new stream."""
+    socket = open_stream(running)
     socket.send(pcm)
-    return done(socket)
+    return finish(socket)
 
 
-def failure(socket: ClientConnection) -> dict[str, Any]:
-    """The error that ends a stream."""
+def last_event(socket: ClientConnection) -> dict[str, Any]:
+    """Return the last event before the connection is closed."""
     event: dict[str, Any] = {}
     with suppress(ConnectionClosed):
         while True:
@@ -66,79 +66,79 @@ def failure(socket: ClientConnection) -> dict[str, Any]:
     return event
 
 
-def eventually(holds: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to be"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.02)
 
 
-def free(running: Any) -> int:
+def free_slots(running: Any) -> int:
     return len(running.service.model._scheduler._free)
 
 
-def slots(running: Any) -> int:
+def all_slots(running: Any) -> int:
     return int(running.service.model._scheduler._backend.capacity)
 
 
-def kill(socket: ClientConnection) -> None:
-    """End the connection as a crashed client does: no closing handshake, a reset."""
+def reset(socket: ClientConnection) -> None:
+    """Reset the connection without a closing handshake, as a crashed client does."""
     socket.socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
     socket.socket.shutdown(sockets.SHUT_RDWR)
     socket.socket.close()
 
 
-def test_a_client_killed_in_mid_word_frees_its_slot_and_harms_nobody(serve_here: Any, spoken: Any) -> None:
+def test_a_crashed_client_frees_its_slot(serve_here: Any, spoken: Any) -> None:
     with serve_here(max_streams=4, measure=False) as running:
-        well = opened(running)
-        well.send(spoken[0].pcm[:HALF])
+        healthy = open_stream(running)
+        healthy.send(spoken[0].pcm[:HALF])
         for _ in range(3):
-            sick = opened(running)
-            sick.send(spoken[1].pcm[:HALF])
-            kill(sick)
-        eventually(lambda: len(running.service.sessions) == 1 and free(running) == slots(running) - 1)
-        well.send(spoken[0].pcm[HALF:])
-        assert done(well) == spoken[0].text
+            broken = open_stream(running)
+            broken.send(spoken[1].pcm[:HALF])
+            reset(broken)
+        wait_until(lambda: len(running.service.sessions) == 1 and free_slots(running) == all_slots(running) - 1)
+        healthy.send(spoken[0].pcm[HALF:])
+        assert finish(healthy) == spoken[0].text
         assert running.metric("nemostream_streams_failed_total") == 3
-        eventually(lambda: free(running) == slots(running))
+        wait_until(lambda: free_slots(running) == all_slots(running))
 
 
-def test_a_thousand_connections_leave_nothing_behind(serve_here: Any, spoken: Any) -> None:
+def test_many_connections_leak_no_memory_or_slots(serve_here: Any, spoken: Any) -> None:
     with serve_here(max_streams=8, measure=False) as running:
 
-        def come_and_go(times: int) -> None:
+        def open_and_close(times: int) -> None:
             for number in range(times):
-                socket = opened(running)
+                socket = open_stream(running)
                 socket.send(spoken[1].pcm[: 32 * number % 30_000])
                 if number % 3 == 0:
-                    kill(socket)
+                    reset(socket)
                 elif number % 3 == 1:
                     socket.close()
                 else:
-                    done(socket)
+                    finish(socket)
 
         def memory() -> int:
             with open("/proc/self/statm") as file:
                 return int(file.read().split()[1]) * resource.getpagesize()
 
-        come_and_go(200)
+        open_and_close(200)
         before = memory()
-        come_and_go(1000)
-        grown = memory() - before
-        eventually(lambda: not running.service.sessions and free(running) == slots(running))
-        assert grown < 30e6, f"{grown / 1e6:.1f} MB"
+        open_and_close(1000)
+        growth = memory() - before
+        wait_until(lambda: not running.service.sessions and free_slots(running) == all_slots(running))
+        assert growth < 30e6, f"{growth / 1e6:.1f} MB"
         assert running.metric("nemostream_streams") == 0
-        socket = opened(running)
+        socket = open_stream(running)
         socket.send(spoken[0].pcm)
-        assert done(socket) == spoken[0].text
+        assert finish(socket) == spoken[0].text
 
 
-def test_a_silent_client_and_one_that_stays_too_long(serve_here: Any, spoken: Any) -> None:
+def test_idle_timeout_and_maximum_duration(serve_here: Any, spoken: Any) -> None:
     with serve_here(idle_seconds=1, max_seconds=3, measure=False) as running:
-        silent = opened(running)
-        assert failure(silent)["code"] == "expired" and silent.close_code == 1008
-        alive = opened(running)
-        for _ in range(4):  # as long as it says that it is there, silence does not matter
+        silent = open_stream(running)
+        assert last_event(silent)["code"] == "expired" and silent.close_code == 1008
+        alive = open_stream(running)
+        for _ in range(4):  # keepalive messages prevent the idle timeout
             alive.send(json.dumps({"type": "keepalive"}))
             time.sleep(0.5)
         alive.send(spoken[1].pcm)
@@ -146,24 +146,26 @@ def test_a_silent_client_and_one_that_stays_too_long(serve_here: Any, spoken: An
             while True:
                 alive.send(json.dumps({"type": "keepalive"}))
                 time.sleep(0.2)
-        assert "longest allowed" in failure(alive)["message"]
+        assert "longest allowed" in last_event(alive)["message"]
         assert running.metric("nemostream_timeouts_total") == 2
-        eventually(lambda: free(running) == slots(running))
+        wait_until(lambda: free_slots(running) == all_slots(running))
 
 
-def test_a_client_that_does_not_read_is_cut_off(serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_disconnected(
+    serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listen = server._listen
 
     def listen_with_small_buffers(settings: Any) -> sockets.socket:
         listening = listen(settings)
-        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16_384)  # of those that it accepts
+        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16_384)  # accepted sockets inherit it
         return listening
 
     monkeypatch.setattr(server, "_listen", listen_with_small_buffers)
     with serve_here(send_seconds=1, max_streams=4, measure=False) as running:
-        well = opened(running)
-        well.send(spoken[0].pcm[:HALF])
-        # A bare socket with a small buffer, so that "not read" is soon felt.
+        healthy = open_stream(running)
+        healthy.send(spoken[0].pcm[:HALF])
+        # A socket with a small receive buffer, so that the buffers fill up quickly.
         bare = sockets.socket()
         bare.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
         bare.connect(("127.0.0.1", running.http))
@@ -171,15 +173,15 @@ def test_a_client_that_does_not_read_is_cut_off(serve_here: Any, spoken: Any, mo
             b"GET /v1/stream HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
-        order = b'{"type": "commit"}'
-        frame = bytes([0x81, 0x80 | len(order), 0, 0, 0, 0]) + order
+        message = b'{"type": "commit"}'
+        frame = bytes([0x81, 0x80 | len(message), 0, 0, 0, 0]) + message
         bare.settimeout(60)
-        with pytest.raises(ConnectionError):  # nor is it left open, to hold memory
+        with pytest.raises(ConnectionError):  # the connection is closed, so that it holds no memory
             while True:
                 bare.sendall(frame * 1000)
         assert running.metric("nemostream_timeouts_total") == 1
-        well.send(spoken[0].pcm[HALF:])
-        assert done(well) == spoken[0].text
+        healthy.send(spoken[0].pcm[HALF:])
+        assert finish(healthy) == spoken[0].text
 
 
 def test_garbage_on_the_ports(serve_here: Any, spoken: Any) -> None:
@@ -189,63 +191,65 @@ def test_garbage_on_the_ports(serve_here: Any, spoken: Any) -> None:
             for size in (0, 1, 100, 100_000):
                 with sockets.create_connection(("127.0.0.1", port)) as bare, suppress(OSError):
                     bare.sendall(rng.bytes(size))
-        assert done_with(running, spoken[0].pcm) == spoken[0].text
+        assert transcribe(running, spoken[0].pcm) == spoken[0].text
 
 
 def test_half_open_sockets(serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peers that are there and say nothing: before a request, within one, and within a stream, of either protocol."""
+    """Clients that stop sending: before a request, within a request, and within a stream of either protocol."""
     monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
     with serve_here(measure=False, idle_seconds=1.5, max_uploads=64) as running:
-        begun = [
+        beginnings = [
             b"",
             b"GET /v1/stream HTTP/1.1\r\nHost:",
             b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n"
             b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n",
         ]
-        held = [sockets.create_connection(("127.0.0.1", running.http)) for _ in range(60)]
-        for number, bare in enumerate(held):
-            bare.sendall(begun[number % 3])
-        streams = [opened(running) for _ in range(5)]
+        connections_held = [sockets.create_connection(("127.0.0.1", running.http)) for _ in range(60)]
+        for number, bare in enumerate(connections_held):
+            bare.sendall(beginnings[number % 3])
+        streams = [open_stream(running) for _ in range(5)]
         service = riva.client.ASRService(riva.client.Auth(uri=running.address))
         config = riva.client.StreamingRecognitionConfig(
             config=riva.client.RecognitionConfig(sample_rate_hertz=16000, encoding=riva.client.AudioEncoding.LINEAR_PCM)
         )
-        never = threading.Event()
+        stop = threading.Event()
 
-        def nothing_more() -> Any:
+        def stalled_audio() -> Any:
             yield spoken[0].pcm[:3200]
-            never.wait(20)
+            stop.wait(20)
 
         with pytest.raises(grpc.RpcError) as ended:
-            list(service.streaming_response_generator(nothing_more(), config))
-        never.set()
+            list(service.streaming_response_generator(stalled_audio(), config))
+        stop.set()
         assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         for stream in streams:
-            assert failure(stream)["code"] == "expired"
-        for bare in held:  # told why, where there is a request to answer; then the connection is over
+            assert last_event(stream)["code"] == "expired"
+        for bare in connections_held:  # closed, with a response if a request was started
             bare.settimeout(20)
-            answer = b""
+            response = b""
             while data := bare.recv(4096):
-                answer += data
-            assert answer == b"" or b" 408 " in answer, answer
-        assert done_with(running, spoken[0].pcm) == spoken[0].text
-        eventually(lambda: free(running) == slots(running))
+                response += data
+            assert response == b"" or b" 408 " in response, response
+        assert transcribe(running, spoken[0].pcm) == spoken[0].text
+        wait_until(lambda: free_slots(running) == all_slots(running))
 
 
-def test_audio_that_comes_faster_than_it_is_served_waits_with_the_client(serve_here: Any, spoken: Any) -> None:
-    """The server holds one message's chunks of a stream, however much the client would like to send."""
+def test_backpressure_on_a_fast_client(serve_here: Any, spoken: Any) -> None:
+    """The server buffers the chunks of a single message per stream; further audio stays with the client."""
     with serve_here(measure=False) as running:
         backend = running.service.model._scheduler._backend
-        submit, waiting = backend.submit, [0]
+        submit, queue_lengths = backend.submit, [0]
 
-        def slow(batch: Any) -> Any:
+        def slow_submit(batch: Any) -> Any:
             time.sleep(0.05)
-            waiting.append(max(stream.chunker.queued for stream in running.service.model._scheduler._streams.values()))
+            queue_lengths.append(
+                max(stream.chunker.queued for stream in running.service.model._scheduler._streams.values())
+            )
             return submit(batch)
 
-        backend.submit = slow
+        backend.submit = slow_submit
         pcm, message = spoken[0].pcm * 40, 32_000  # two minutes, a second at a time
-        bare = opened(running, "chunk_ms=80&endpoint_ms=-1")
+        bare = open_stream(running, "chunk_ms=80&endpoint_ms=-1")
         sent = 0
 
         def send() -> None:
@@ -256,71 +260,71 @@ def test_audio_that_comes_faster_than_it_is_served_waits_with_the_client(serve_h
 
         sender = threading.Thread(target=send)
         sender.start()
-        eventually(lambda: len(waiting) > 40)
-        assert max(waiting) <= 1 + message / 2 / 1280
-        heard = running.metric("nemostream_audio_seconds_total")
-        assert heard < len(pcm) / 32_000 / 2  # most of it is not even read
+        wait_until(lambda: len(queue_lengths) > 40)
+        assert max(queue_lengths) <= 1 + message / 2 / 1280
+        processed = running.metric("nemostream_audio_seconds_total")
+        assert processed < len(pcm) / 32_000 / 2  # most of it has not been read
         backend.submit = submit
         sender.join(60)
-        assert done(bare).startswith(spoken[0].text.split()[0]) and sent >= len(pcm)
+        assert finish(bare).startswith(spoken[0].text.split()[0]) and sent >= len(pcm)
         assert running.metric("nemostream_audio_seconds_total") == pytest.approx(len(pcm) / 32_000, abs=1e-3)
 
 
-def test_an_engine_error_ends_the_streams_of_its_step_only(serve_here: Any, spoken: Any) -> None:
+def test_an_engine_error_ends_only_the_streams_of_its_step(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_streams=8) as running:
         backend = running.service.model._scheduler._backend
         submit = backend.submit
         with ExitStack() as stack:
-            small = stack.enter_context(opened(running, "chunk_ms=160"))
-            large = stack.enter_context(opened(running, "chunk_ms=560"))
+            small = stack.enter_context(open_stream(running, "chunk_ms=160"))
+            large = stack.enter_context(open_stream(running, "chunk_ms=560"))
             small.send(spoken[0].pcm[:HALF])
             large.send(spoken[0].pcm[:HALF])
-            eventually(lambda: running.metric("nemostream_audio_seconds_total") == 2 * HALF / 32000)
+            wait_until(lambda: running.metric("nemostream_audio_seconds_total") == 2 * HALF / 32000)
 
-            def failing(batch: Any) -> Any:
+            def failing_submit(batch: Any) -> Any:
                 if batch.chunk.ms == 160:
                     raise RuntimeError("the device is on fire")
                 return submit(batch)
 
-            backend.submit = failing
+            backend.submit = failing_submit
             small.send(spoken[0].pcm[HALF:])
             large.send(spoken[0].pcm[HALF:])
-            error = failure(small)
+            error = last_event(small)
             assert error["code"] == "model" and "on fire" in error["message"] and small.close_code == 1011
-            assert done(large) == spoken[0].text
+            assert finish(large) == spoken[0].text
         assert running.get("/healthz")[0] == 200
-        for _ in range(5):  # and nothing between that worked
-            with opened(running, "chunk_ms=160") as small:
+        for _ in range(5):  # repeated failures without a successful step
+            with open_stream(running, "chunk_ms=160") as small:
                 small.send(spoken[0].pcm[:HALF])
-                failure(small)
+                last_event(small)
         assert running.get("/healthz")[0] == 503 and json.loads(running.get("/readyz")[1])["status"] == "failed"
         backend.submit = submit
-        with opened(running, "chunk_ms=160") as again:
+        with open_stream(running, "chunk_ms=160") as again:
             again.send(spoken[0].pcm)
-            assert done(again).split()
+            assert finish(again).split()
         assert running.get("/healthz")[0] == 200 and running.get("/readyz")[0] == 200
-        eventually(lambda: free(running) == slots(running))
+        wait_until(lambda: free_slots(running) == all_slots(running))
 
 
-def test_a_poisoned_stream_never_reaches_its_neighbours(serve_here: Any, spoken: Any) -> None:
+def test_nan_in_one_stream_does_not_affect_others(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_streams=8) as running:
         model = running.service.model
         with ExitStack() as stack:
-            well = [stack.enter_context(opened(running)) for _ in range(3)]
-            sick = stack.enter_context(opened(running))
-            for socket in (*well, sick):
+            healthy = [stack.enter_context(open_stream(running)) for _ in range(3)]
+            broken = stack.enter_context(open_stream(running))
+            for socket in (*healthy, broken):
                 socket.send(spoken[0].pcm[:HALF])
-            eventually(lambda: running.metric("nemostream_audio_seconds_total") == 4 * HALF / 32000)
+            wait_until(lambda: running.metric("nemostream_audio_seconds_total") == 4 * HALF / 32000)
             (session,) = [s for s in running.service.sessions if s is newest(running)]
             model._scheduler._backend._state.v[:, session._stream._session._stream.slot] = np.nan
-            for socket in (*well, sick):
+            for socket in (*healthy, broken):
                 socket.send(spoken[0].pcm[HALF:])
-            assert "not finite" in failure(sick)["message"]
-            assert [done(socket) for socket in well] == [spoken[0].text] * 3
-        for _ in range(slots(running)):  # and the slot is clean for whoever comes next
-            socket = opened(running)
+            assert "not finite" in last_event(broken)["message"]
+            assert [finish(socket) for socket in healthy] == [spoken[0].text] * 3
+        for _ in range(all_slots(running)):  # the slot has been reset for the next stream
+            socket = open_stream(running)
             socket.send(spoken[0].pcm)
-            assert done(socket) == spoken[0].text
+            assert finish(socket) == spoken[0].text
 
 
 def newest(running: Any) -> Any:
@@ -330,32 +334,32 @@ def newest(running: Any) -> Any:
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_sends_too_fast_is_read_more_slowly_and_loses_nothing(serve_here: Any, spoken: Any) -> None:
+def test_the_byte_rate_is_limited_without_loss(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_bytes_per_second=64_000) as running:
-        socket, began = opened(running), time.monotonic()
+        socket, start_time = open_stream(running), time.monotonic()
         for start in range(0, len(spoken[0].pcm), 3200):
             socket.send(spoken[0].pcm[start : start + 3200])
-        assert done(socket) == spoken[0].text
-        # Two seconds' worth may come at once; what is beyond takes its time.
-        assert time.monotonic() - began >= len(spoken[0].pcm) / 64_000 - 2.1
+        assert finish(socket) == spoken[0].text
+        # The first two seconds' worth of bytes is not limited.
+        assert time.monotonic() - start_time >= len(spoken[0].pcm) / 64_000 - 2.1
 
 
-def test_messages_of_several_chunks_are_watched_too(serve_here: Any, spoken: Any) -> None:
-    """A client that sends 200 ms at a time in chunks of 80 ms has results that can come late."""
+def test_latency_is_measured_for_messages_of_several_chunks(serve_here: Any, spoken: Any) -> None:
+    """Messages of 200 ms with chunks of 80 ms count; audio sent faster than real time does not."""
     with serve_here(measure=False, chunk_ms=80) as running:
-        socket = opened(running)
+        socket = open_stream(running)
         for start in range(0, 10 * 6400, 6400):
             socket.send(spoken[0].pcm[start : start + 6400])
-        done(socket)
+        finish(socket)
         assert running.metric("nemostream_latency_seconds_count") > 5
-        socket = opened(running)
+        socket = open_stream(running)
         before = running.metric("nemostream_latency_seconds_count")
-        socket.send(4 * spoken[0].pcm[:64000])  # eight seconds at once: nobody talks like that
-        done(socket)
+        socket.send(4 * spoken[0].pcm[:64000])  # eight seconds at once: not live audio
+        finish(socket)
         assert running.metric("nemostream_latency_seconds_count") == before
 
 
-def test_nobody_decodes_for_a_client_that_is_gone(serve_here: Any, spoken: Any) -> None:
+def test_decoding_stops_when_the_client_disconnects(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False) as running:
         seconds, edge = 1800, "AaB03x"
         wav = io.BytesIO()
@@ -368,14 +372,14 @@ def test_nobody_decodes_for_a_client_that_is_gone(serve_here: Any, spoken: Any) 
                 f"{len(body)}\r\nContent-Type: multipart/form-data; boundary={edge}\r\n\r\n".encode()
                 + body
             )
-            eventually(lambda: running.metric("nemostream_audio_seconds_total") > 10)
-        eventually(lambda: not running.service.sessions)
+            wait_until(lambda: running.metric("nemostream_audio_seconds_total") > 10)
+        wait_until(lambda: not running.service.sessions)
         assert 10 < running.metric("nemostream_audio_seconds_total") < seconds / 2
-        eventually(lambda: free(running) == slots(running))
-        assert done_with(running, spoken[0].pcm) == spoken[0].text
+        wait_until(lambda: free_slots(running) == all_slots(running))
+        assert transcribe(running, spoken[0].pcm) == spoken[0].text
 
 
-def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:
+def test_an_upload_that_is_too_large(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_upload_bytes=100_000) as running:
         edge = "AaB03x"
         body = (
@@ -384,11 +388,11 @@ def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:
             + f"\r\n--{edge}--\r\n".encode()
         )
         headers = {"Content-Type": f"multipart/form-data; boundary={edge}"}
-        for more in ({"Content-Length": str(len(body))}, {"Transfer-Encoding": "chunked"}):
+        for extra_headers in ({"Content-Length": str(len(body))}, {"Transfer-Encoding": "chunked"}):
             request = urllib.request.Request(
                 running.url + "/v1/audio/transcriptions",
-                iter([body]) if "Transfer-Encoding" in more else body,
-                headers | more,
+                iter([body]) if "Transfer-Encoding" in extra_headers else body,
+                headers | extra_headers,
                 method="POST",
             )
             with pytest.raises(urllib.error.HTTPError) as caught:
@@ -396,48 +400,48 @@ def test_a_recording_that_is_too_large(serve_here: Any, spoken: Any) -> None:
             assert caught.value.code == 413 and "larger than" in json.loads(caught.value.read())["error"]["message"]
 
 
-def test_no_more_streams_than_admitted(serve_here: Any, spoken: Any) -> None:
+def test_the_number_of_streams_is_limited(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_streams=2) as running:
-        first, second = opened(running), opened(running)
-        with pytest.raises(InvalidStatus) as refused:
-            opened(running)
-        assert refused.value.response.status_code == 429 and refused.value.response.headers["Retry-After"] == "2"
+        first, second = open_stream(running), open_stream(running)
+        with pytest.raises(InvalidStatus) as rejected:
+            open_stream(running)
+        assert rejected.value.response.status_code == 429 and rejected.value.response.headers["Retry-After"] == "2"
         client = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
         assert client.audio.transcriptions.create(model="any", file=spoken[0].path).text == spoken[0].text
-        with ExitStack() as places:
+        with ExitStack() as uploads:
             for _ in range(running.service.settings.max_uploads):
-                places.enter_context(running.service.uploads.admit(1, Client()))
+                uploads.enter_context(running.service.uploads.admit(1, Client()))
             with pytest.raises(openai.RateLimitError, match="try again") as limited:
                 client.audio.transcriptions.create(model="any", file=spoken[0].path)
         assert limited.value.response.headers["retry-after"] == "2"
         status, body = running.get("/readyz")
         assert status == 200 and json.loads(body)["streams"] == 2
-        kill(first)
-        eventually(lambda: len(running.service.sessions) == 1)
-        third = opened(running)
+        reset(first)
+        wait_until(lambda: len(running.service.sessions) == 1)
+        third = open_stream(running)
         for socket in (second, third):
             socket.send(spoken[0].pcm)
-            assert done(socket) == spoken[0].text
+            assert finish(socket) == spoken[0].text
 
 
-def test_admission_is_measured(serve_here: Any) -> None:
+def test_the_stream_limit_is_measured(serve_here: Any) -> None:
     with serve_here(max_streams=100) as running:
         assert 1 <= running.service.max_streams <= 100
         assert running.service.describe()["max_streams"] == running.metric("nemostream_max_streams")
 
 
-def alone(running: Any) -> Callable[[float], None]:
-    """`update_load` for a test that passes seconds itself: those of the clock do not count."""
+def manual_load(running: Any) -> Callable[[float], None]:
+    """Disable the automatic load updates and return `update_load` for manual calls."""
     update_load: Callable[[float], None] = running.service.update_load
     running.service.update_load = lambda latency: None
     return update_load
 
 
-def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any) -> None:
+def test_overload_degrades_and_recovers(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, degrade=True, chunk_ms=80) as running:
-        service, update_load = running.service, alone(running)
-        socket = opened(running, "chunk_ms=160")
-        large = opened(running, "chunk_ms=1120")
+        service, update_load = running.service, manual_load(running)
+        socket = open_stream(running, "chunk_ms=160")
+        large = open_stream(running, "chunk_ms=1120")
         assert not service.overloaded and service.degradation_level == 0
         update_load(1.5)
         update_load(0.1)  # a single good second
@@ -452,26 +456,26 @@ def test_overload_refuses_then_degrades_and_returns(serve_here: Any, spoken: Any
         events = [json.loads(event) for event in socket]
         assert {event["chunk_ms"] for event in events if "chunk_ms" in event} == {560}
         with nemostream.load(chunk_ms=1120) as model:
-            assert done(large) == model.transcribe(spoken[0].path).text  # there is no larger one
+            assert finish(large) == model.transcribe(spoken[0].path).text  # there is no larger chunk size
         for _ in range(9):
             update_load(0.1)
         assert service.degradation_level == 1
         update_load(0.1)
         assert service.degradation_level == 0
-        again = opened(running, "chunk_ms=160")
+        again = open_stream(running, "chunk_ms=160")
         again.send(spoken[0].pcm)
         again.send(json.dumps({"type": "finish"}))
         assert {event["chunk_ms"] for event in map(json.loads, again) if "chunk_ms" in event} == {160}
 
 
-def test_an_overloaded_machine_takes_nobody(serve_here: Any) -> None:
+def test_an_overloaded_server_rejects_streams(serve_here: Any) -> None:
     with serve_here(measure=False) as running:
-        service, update_load = running.service, alone(running)
+        service, update_load = running.service, manual_load(running)
         for _ in range(3):
             update_load(2.0)
         with pytest.raises(CapacityError, match="overloaded"):
             service.open("test")
-        assert service.degradation_level == 0  # nothing is degraded unless that was asked for
+        assert service.degradation_level == 0  # degradation is off by default
         update_load(0.2)
         service.open("test").close()
 
@@ -480,21 +484,21 @@ def test_an_overloaded_machine_takes_nobody(serve_here: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def described(server: Any) -> Any:
+def openapi_schema(server: Any) -> Any:
     return schemathesis.openapi.from_url(server.url + "/openapi.json")
 
 
-def test_any_http_request_is_answered_as_described(described: Any) -> None:
-    asked = []
-    for found in described.get_all_operations():
-        operation = found.ok()
+def test_http_responses_conform_to_the_openapi_schema(openapi_schema: Any) -> None:
+    paths = []
+    for result in openapi_schema.get_all_operations():
+        operation = result.ok()
 
         @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def check(case: schemathesis.Case) -> None:
-            # A file of random bytes is well-formed as a form, and is no recording.
+            # A form with a file of random bytes is well-formed but not a recording.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         check()
-        asked.append(operation.path)
-    assert "/v1/audio/transcriptions" in asked and "/readyz" in asked
+        paths.append(operation.path)
+    assert "/v1/audio/transcriptions" in paths and "/readyz" in paths

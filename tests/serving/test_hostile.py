@@ -1,6 +1,6 @@
-"""All attacks at once beside live streams: two minutes in which nothing that the others get may change.
+"""All attacks at the same time as live streams, for two minutes: the live streams must not be affected.
 
-`NEMOSTREAM_HOSTILE_SECONDS` sets another length.
+`NEMOSTREAM_HOSTILE_SECONDS` sets another duration.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import pytest
 from websockets.asyncio.client import connect
 
 SECONDS = float(os.environ.get("NEMOSTREAM_HOSTILE_SECONDS", "120"))
-STREAMS, PIECE = 20, 0.1  # seconds of a message
-ADDED = 0.25  # seconds: the 99th percentile of latency with attacks, less the one without
-GROWTH = 96  # MiB that the process may have gained: arenas of its threads, not what clients sent
+STREAMS, MESSAGE_SECONDS = 20, 0.1
+MAX_ADDED_LATENCY = 0.25  # seconds: the 99th percentile of latency with attacks minus the one without
+MAX_MEMORY_GROWTH = 96  # MiB: memory arenas of the process's threads, not data from clients
 
 
-class Live:
-    """A client that sends audio at the pace of speech, and notes when results came."""
+class LiveClient:
+    """A client that sends audio in real time and records the latency of results."""
 
     def __init__(self, pcm: bytes) -> None:
         self.pcm, self.text = pcm, ""
@@ -34,14 +34,14 @@ class Live:
 
     async def run(self, url: str, delay: float, paced: bool = True) -> None:
         await asyncio.sleep(delay)
-        sent: list[tuple[float, float]] = []  # seconds of audio, when they were sent
+        sent: list[tuple[float, float]] = []  # seconds of audio, time of sending
         async with connect(url, ping_interval=None, max_size=None) as socket:
 
             async def send() -> None:
-                size, began = int(PIECE * 32000), time.perf_counter()
+                size, start_time = int(MESSAGE_SECONDS * 32000), time.perf_counter()
                 for number, start in enumerate(range(0, len(self.pcm), size)):
                     if paced:
-                        await asyncio.sleep(began + PIECE * number - time.perf_counter())
+                        await asyncio.sleep(start_time + MESSAGE_SECONDS * number - time.perf_counter())
                     end = start + len(self.pcm[start : start + size])
                     sent.append((end / 32000, time.perf_counter()))
                     await socket.send(self.pcm[start:end])
@@ -51,88 +51,88 @@ class Live:
             async for message in socket:
                 event, now = json.loads(message), time.perf_counter()
                 if event["type"] == "partial":
-                    at = bisect_left(sent, (event["audio"] - 1e-3, 0.0))
-                    self.latencies.append(now - sent[min(at, len(sent) - 1)][1])
+                    index = bisect_left(sent, (event["audio"] - 1e-3, 0.0))
+                    self.latencies.append(now - sent[min(index, len(sent) - 1)][1])
                 elif event["type"] == "done":
                     self.text = event["text"]
             await sending
 
 
-def streams(running: Any, pcm: list[bytes]) -> list[Live]:
-    """Live streams side by side, and all that came back."""
+def run_streams(running: Any, pcm: list[bytes]) -> list[LiveClient]:
+    """Run live streams concurrently and return the finished clients."""
 
-    async def main() -> list[Live]:
-        lives = [Live(audio) for audio in pcm]
-        phases = np.random.default_rng(0).uniform(0, 0.56, len(lives))
+    async def main() -> list[LiveClient]:
+        clients = [LiveClient(audio) for audio in pcm]
+        phases = np.random.default_rng(0).uniform(0, 0.56, len(clients))
         url = running.socket + "/v1/stream?chunk_ms=560"
-        await asyncio.gather(*(live.run(url, float(phase)) for live, phase in zip(lives, phases, strict=True)))
-        return lives
+        await asyncio.gather(*(client.run(url, float(phase)) for client, phase in zip(clients, phases, strict=True)))
+        return clients
 
     return asyncio.run(main())
 
 
-def percentile(lives: list[Live]) -> float:
-    found = sorted(latency for live in lives for latency in live.latencies)
-    assert len(found) >= 20
-    return found[int(0.99 * len(found))]
+def latency_p99(clients: list[LiveClient]) -> float:
+    latencies = sorted(latency for client in clients for latency in client.latencies)
+    assert len(latencies) >= 20
+    return latencies[int(0.99 * len(latencies))]
 
 
 def memory(running: Any) -> float:
-    """Resident memory of the server's process, MiB."""
+    """Return the resident memory of the server's process in MiB."""
     status = Path(f"/proc/{running.process.pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def speech(spoken: Any, seconds: float) -> list[bytes]:
-    """Each stream says something else."""
-    found = []
+def different_speech(spoken: Any, seconds: float) -> list[bytes]:
+    """Return different audio for each stream."""
+    streams = []
     for number in range(STREAMS):
         clips = [spoken[(number + turn) % len(spoken)].pcm + bytes(32000) for turn in range(len(spoken))]
         audio = b"".join(clips)
-        found.append((audio * (1 + int(32000 * seconds) // len(audio)))[: int(32000 * seconds) // 2 * 2])
-    return found
+        streams.append((audio * (1 + int(32000 * seconds) // len(audio)))[: int(32000 * seconds) // 2 * 2])
+    return streams
 
 
-def attack(running: Any, seconds: float) -> subprocess.Popen[str]:
+def start_attacks(running: Any, seconds: float) -> subprocess.Popen[str]:
     script = Path(__file__).with_name("attacks.py")
     command = [sys.executable, str(script), str(running.http), str(running.grpc), str(seconds)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_live_streams_beside_all_attacks(serve_process: Any, spoken: Any) -> None:
+def test_live_streams_during_all_attacks(serve_process: Any, spoken: Any) -> None:
     limits = ["--max-streams", "64", "--no-measure", "--max-uploads", "4"]
     with serve_process(*limits, PYTHONFAULTHANDLER="1") as running:
-        quiet = streams(running, speech(spoken, 20))
-        # The same attacks for a moment: what is allocated once is there before memory is compared.
-        attack(running, 10).communicate(timeout=120)
-        pcm = speech(spoken, SECONDS)
-        wanted = [Live(audio) for audio in pcm]
+        baseline = run_streams(running, different_speech(spoken, 20))
+        # Short attacks first, so that one-time allocations happen before memory is measured.
+        start_attacks(running, 10).communicate(timeout=120)
+        pcm = different_speech(spoken, SECONDS)
+        expected = [LiveClient(audio) for audio in pcm]
 
-        async def reference() -> None:  # what each stream gets on its own, as fast as it goes
-            for live in wanted:
-                await live.run(running.socket + "/v1/stream?chunk_ms=560", 0, paced=False)
+        async def reference() -> None:  # each stream alone, faster than real time
+            for client in expected:
+                await client.run(running.socket + "/v1/stream?chunk_ms=560", 0, paced=False)
 
         asyncio.run(reference())
         before = memory(running)
-        attacking = attack(running, SECONDS - 5)
-        lives = streams(running, pcm)
-        ran, errors = attacking.communicate(timeout=120)
-        counts = json.loads(ran)
-        assert attacking.returncode == 0 and min(counts.values()) >= 5, (counts, errors[-2000:])
+        attacks = start_attacks(running, SECONDS - 5)
+        clients = run_streams(running, pcm)
+        out, errors = attacks.communicate(timeout=120)
+        counts = json.loads(out)
+        assert attacks.returncode == 0 and min(counts.values()) >= 5, (counts, errors[-2000:])
         assert running.process.poll() is None, running.log[-20:]
         deadline = time.monotonic() + 20
         while (state := json.loads(running.get("/readyz")[1]))["streams"] or state["uploads"]:
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
-        while memory(running) >= before + GROWTH and time.monotonic() < deadline + 30:
-            time.sleep(1)  # the server gives memory back every 15 s
+        while memory(running) >= before + MAX_MEMORY_GROWTH and time.monotonic() < deadline + 30:
+            time.sleep(1)  # the server returns memory to the system every 15 s
         after = memory(running)
-        added = percentile(lives) - percentile(quiet)
+        added = latency_p99(clients) - latency_p99(baseline)
         print(
-            f"{SECONDS:.0f} s, attacks {counts}; p99 {1000 * percentile(quiet):.0f} ms without, "
-            f"{1000 * percentile(lives):.0f} ms with; memory {before:.0f} -> {after:.0f} MiB"
+            f"{SECONDS:.0f} s, attacks {counts}; p99 {1000 * latency_p99(baseline):.0f} ms without, "
+            f"{1000 * latency_p99(clients):.0f} ms with; memory {before:.0f} -> {after:.0f} MiB"
         )
-        assert [live.text for live in lives] == [live.text for live in wanted]
-        assert added < ADDED
-        assert after < before + GROWTH
+        assert [client.text for client in clients] == [client.text for client in expected]
+        assert added < MAX_ADDED_LATENCY
+        assert after < before + MAX_MEMORY_GROWTH

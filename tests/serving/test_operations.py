@@ -1,4 +1,4 @@
-"""What operators rely on: readiness, metrics, logs, keys, TLS, origins, draining, settings."""
+"""Operation of the server: readiness, metrics, logs, keys, TLS, origins, draining, settings."""
 
 from __future__ import annotations
 
@@ -54,40 +54,40 @@ def finish(socket: Any) -> dict[str, Any]:
 def test_health_and_readiness(server: Any) -> None:
     assert server.get("/healthz") == (200, '{"status":"alive"}')
     status, body = server.get("/readyz")
-    found = json.loads(body)
-    assert status == 200 and found["status"] == "ready" and found["max_streams"] == 64
-    assert found["http_port"] == server.http and found["grpc_port"] == server.grpc
+    state = json.loads(body)
+    assert status == 200 and state["status"] == "ready" and state["max_streams"] == 64
+    assert state["http_port"] == server.http and state["grpc_port"] == server.grpc
 
 
-def test_it_is_ready_only_when_every_engine_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readiness_requires_all_engines_to_be_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[int] = []
     seen: list[tuple[str, int, int]] = []
     warm_up = service.warm_up
 
-    def slowly(model: Any, chunk_ms: int) -> None:
+    def recording_warm_up(model: Any, chunk_ms: int) -> None:
         warmed.append(chunk_ms)
-        seen.append((here.state, *asked("/readyz", "/healthz")))
+        seen.append((here.state, *get_status("/readyz", "/healthz")))
         warm_up(model, chunk_ms)
 
-    def asked(*paths: str) -> list[int]:
+    def get_status(*paths: str) -> list[int]:
         with TestClient(create_app(here, {"http_port": 1})) as client:
             return [client.get(path).status_code for path in paths]
 
-    monkeypatch.setattr(service, "warm_up", slowly)
+    monkeypatch.setattr(service, "warm_up", recording_warm_up)
     here = service.Service(Settings(chunks=[80, 560], measure=False))
     with pytest.raises(Draining):
         here.open("test")
     here.start()
     try:
         assert set(warmed) == {80, 560} and set(seen) == {("starting", 503, 200)}
-        assert asked("/readyz") == [200]
+        assert get_status("/readyz") == [200]
     finally:
         here.close()
-    assert asked("/readyz") == [503]
+    assert get_status("/readyz") == [503]
 
 
 @pytest.mark.parametrize("measure", [False, True])
-def test_only_measure_measures(monkeypatch: pytest.MonkeyPatch, measure: bool) -> None:
+def test_measure_option(monkeypatch: pytest.MonkeyPatch, measure: bool) -> None:
     measured: list[int] = []
     steps: dict[int, int] = {}
 
@@ -97,28 +97,28 @@ def test_only_measure_measures(monkeypatch: pytest.MonkeyPatch, measure: bool) -
 
     load = service.nemostream.load
 
-    def loaded(*args: Any, **options: Any) -> Any:
+    def load_and_count(*args: Any, **options: Any) -> Any:
         model = load(*args, **options)
         model.watch(lambda chunk, rows, seconds: steps.update({chunk.ms: steps.get(chunk.ms, 0) + rows}), print)
         return model
 
     monkeypatch.setattr(service, "measure_throughput", throughput)
-    monkeypatch.setattr(service.nemostream, "load", loaded)
+    monkeypatch.setattr(service.nemostream, "load", load_and_count)
     here = service.Service(Settings(measure=measure, max_streams=100))
     here.start()
     try:
         assert measured == ([560] if measure else []) and here.max_streams == (10 if measure else 100)
-        assert steps == dict.fromkeys(here.chunks, 1)  # every engine is warm
+        assert steps == dict.fromkeys(here.chunks, 1)  # every engine is warmed up
     finally:
         here.close()
 
 
 def test_threads_leave_a_cpu_of_the_quota_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
+    thread_counts: list[int] = []
 
     def load(*args: Any, threads: int, **options: Any) -> Any:
-        given.append(threads)
-        raise OptionError("enough.")
+        thread_counts.append(threads)
+        raise OptionError("stop here.")
 
     monkeypatch.setattr(service.nemostream, "load", load)
     for cpus in (1, 2, 5):
@@ -127,31 +127,31 @@ def test_threads_leave_a_cpu_of_the_quota_free(monkeypatch: pytest.MonkeyPatch) 
             service.Service(Settings()).start()
     with pytest.raises(OptionError):
         service.Service(Settings(threads=3)).start()
-    assert given == [1, 1, 4, 3]
+    assert thread_counts == [1, 1, 4, 3]
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
 def test_head_is_get_without_a_body(path: str, server: Any, serve_here: Any) -> None:
-    found = {}
+    responses = {}
     for method in ("GET", "HEAD"):
         with sockets.create_connection(("127.0.0.1", server.http)) as socket:
-            # Closed by the server, so that everything it sends is seen.
+            # The server closes the connection, so that the whole response is read.
             socket.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             head, _, body = b"".join(iter(lambda: socket.recv(65536), b"")).partition(b"\r\n\r\n")
         status, *headers = head.decode().split("\r\n")
-        found[method] = (
+        responses[method] = (
             status,
             sorted(line for line in headers if not line.startswith(("date", "content-length"))),
             body,
         )
-    assert found["HEAD"][:2] == found["GET"][:2] and " 200 " in found["HEAD"][0]
-    assert found["GET"][2] and not found["HEAD"][2]
+    assert responses["HEAD"][:2] == responses["GET"][:2] and " 200 " in responses["HEAD"][0]
+    assert responses["GET"][2] and not responses["HEAD"][2]
     with serve_here(api_keys=["k"], measure=False) as running:  # no key is required for the same paths
         status = httpx.head(running.url + path).status_code
         assert status == running.get(path)[0] == (401 if path == "/metrics" else 200)
 
 
-def test_models_are_openai_s(server: Any) -> None:
+def test_models_endpoint_with_openai_client(server: Any) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
     (listed,) = client.models.list().data
     assert client.models.retrieve(listed.id) == listed and listed.id == "demo"
@@ -166,7 +166,7 @@ def test_models_are_openai_s(server: Any) -> None:
         assert starting.get("/v1/models/demo").status_code == 503
 
 
-def test_a_wrong_form_is_answered_as_openai_does(server: Any, spoken: Any) -> None:
+def test_invalid_forms_have_openai_errors(server: Any, spoken: Any) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
     for name, value in (
         ("response_format", "diarized_json"),
@@ -179,15 +179,15 @@ def test_a_wrong_form_is_answered_as_openai_does(server: Any, spoken: Any) -> No
             client.audio.transcriptions.create(model="any", file=spoken[0].path, extra_body={name: value})
         body = caught.value.response.json()["error"]
         assert body["type"] == "invalid_request_error" and body["param"].startswith(name), body
-    answer = httpx.post(server.url + "/v1/audio/transcriptions", files={"model": (None, "any")})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "file"
-    described = json.loads(server.get("/openapi.json")[1])
-    for methods in described["paths"].values():
+    response = httpx.post(server.url + "/v1/audio/transcriptions", files={"model": (None, "any")})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "file"
+    schema = json.loads(server.get("/openapi.json")[1])
+    for methods in schema["paths"].values():
         assert all("422" not in operation["responses"] for operation in methods.values())
-    assert "400" in described["paths"]["/v1/audio/transcriptions"]["post"]["responses"]
+    assert "400" in schema["paths"]["/v1/audio/transcriptions"]["post"]["responses"]
 
 
-def test_a_preflight_allows_what_openai_s_client_sends(serve_here: Any) -> None:
+def test_preflight_allows_the_headers_of_the_openai_client(serve_here: Any) -> None:
     """`*` in Access-Control-Allow-Headers does not cover Authorization (Fetch standard)."""
     sent: list[str] = []
     client = openai.OpenAI(
@@ -205,7 +205,7 @@ def test_a_preflight_allows_what_openai_s_client_sends(serve_here: Any) -> None:
     assert {"authorization", "openai-organization", "x-stainless-lang"} <= set(sent)
     with serve_here(origins=["https://app.example"], api_keys=["k"], measure=False) as running:
         for path, method in (("/v1/audio/transcriptions", "POST"), ("/v1/models", "GET"), ("/v1/models/demo", "GET")):
-            answer = httpx.options(
+            response = httpx.options(
                 running.url + path,
                 headers={
                     "Origin": "https://app.example",
@@ -213,19 +213,21 @@ def test_a_preflight_allows_what_openai_s_client_sends(serve_here: Any) -> None:
                     "Access-Control-Request-Headers": ",".join(sorted(sent)),
                 },
             )
-            assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
-            allowed = [name.strip().lower() for name in answer.headers["Access-Control-Allow-Headers"].split(",")]
+            assert (
+                response.status_code == 204 and response.headers["Access-Control-Allow-Origin"] == "https://app.example"
+            )
+            allowed = [name.strip().lower() for name in response.headers["Access-Control-Allow-Headers"].split(",")]
             assert "authorization" in allowed and "*" in allowed
-            assert method in answer.headers["Access-Control-Allow-Methods"]
+            assert method in response.headers["Access-Control-Allow-Methods"]
 
 
-def test_a_bundle_that_cannot_be_loaded_ends_it_with_a_sentence(serve_process: Any, tmp_path: Path) -> None:
+def test_invalid_bundle_ends_the_server_without_a_traceback(serve_process: Any, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as caught, serve_process("--bundle", str(tmp_path)):
         pass
     assert "not a bundle" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
-def test_only_a_server_that_started_logs_that_it_stopped(
+def test_stopped_is_logged_only_after_a_successful_start(
     serve_process: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop = asyncio.Event()
@@ -239,16 +241,18 @@ def test_only_a_server_that_started_logs_that_it_stopped(
     assert [line["event"] for line in running.log][-1] == "stopped"
 
 
-# -- what a terminal shows ---------------------------------------------------------------------------------------------
+# -- output on a terminal ----------------------------------------------------------------------------------------------
 
 
-def on_a_terminal(*arguments: str) -> tuple[str, str]:
-    """Start a server whose standard error is a terminal, and stop it when it is ready: stdout, stderr."""
-    master, slave = os.openpty()
+def run_on_a_terminal(*arguments: str) -> tuple[str, str]:
+    """Start a server whose standard error is a terminal and stop it when it is ready. Return the URL and stderr."""
+    controller, terminal = os.openpty()
     command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", "--no-measure"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=slave, text=True, env=environment)
-    os.close(slave)
+    process = subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment
+    )
+    os.close(terminal)
     assert process.stdout is not None
     url = process.stdout.readline().strip()
     httpx.get(f"{url}/v1/models", headers={"Origin": "https://evil.example/ \x1b[2J"})
@@ -256,14 +260,14 @@ def on_a_terminal(*arguments: str) -> tuple[str, str]:
     process.wait(30)
     shown = b""
     with suppress(OSError):  # EIO: the other side is closed
-        while data := os.read(master, 65536):
+        while data := os.read(controller, 65536):
             shown += data
-    os.close(master)
+    os.close(controller)
     return url, shown.decode()
 
 
-def test_a_terminal_gets_plain_text() -> None:
-    url, shown = on_a_terminal()
+def test_log_on_a_terminal_is_plain_text() -> None:
+    url, shown = run_on_a_terminal()
     assert re.search(rf"^Page:  {re.escape(url)}/\s*$", shown, re.MULTILINE), shown
     assert re.search(r"^gRPC:  127\.0\.0\.1:\d+\s*$", shown, re.MULTILINE)
     assert re.search(r"^Ready: model demo, at most 256 streams", shown, re.MULTILINE)
@@ -276,8 +280,8 @@ def test_a_terminal_gets_plain_text() -> None:
     assert "{" not in shown and "\x1b" not in shown
 
 
-def test_the_log_format_is_an_option(serve_process: Any) -> None:
-    _, shown = on_a_terminal("--log-format", "json")
+def test_log_format_option(serve_process: Any) -> None:
+    _, shown = run_on_a_terminal("--log-format", "json")
     lines = [json.loads(line) for line in shown.splitlines()]
     assert {"ready", "stopped"} <= {line["event"] for line in lines} and "Page:" not in shown
     with serve_process("--no-measure", "--log-format", "text") as running:  # not a terminal
@@ -289,7 +293,7 @@ def test_the_log_format_is_an_option(serve_process: Any) -> None:
     assert "time" in running.log[0] and next(line["demo"] for line in running.log if line["event"] == "ready") is True
 
 
-def test_a_text_line_shows_control_characters_escaped() -> None:
+def test_control_characters_are_escaped_in_text_logs() -> None:
     record = logging.makeLogRecord(
         {"msg": "request denied", "path": "/a b\x1b[2J\n00:00:00 info ready", "levelname": "INFO"}
     )
@@ -297,9 +301,9 @@ def test_a_text_line_shows_control_characters_escaped() -> None:
     assert line.isprintable() and json.loads(line.partition("path=")[2]) == "/a b\x1b[2J\n00:00:00 info ready"
 
 
-def test_only_the_demo_model_is_called_one(server: Any, tmp_path: Path) -> None:
-    described = json.loads(server.get("/readyz")[1])
-    assert described["demo"] is True and "recognises English numbers" in described["note"]
+def test_only_the_demo_model_has_a_note(server: Any, tmp_path: Path) -> None:
+    status = json.loads(server.get("/readyz")[1])
+    assert status["demo"] is True and "recognises English numbers" in status["note"]
     copy = tmp_path / "bundle"
     shutil.copytree(nemostream.demo_bundle(), copy)
     for bundle, demo in ((nemostream.demo_bundle(), True), (copy, False)):
@@ -314,7 +318,7 @@ def test_only_the_demo_model_is_called_one(server: Any, tmp_path: Path) -> None:
 # -- logs --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_log_line_about_a_client_has_its_address(serve_process: Any, spoken: Any) -> None:
+def test_log_lines_about_clients_have_the_address(serve_process: Any, spoken: Any) -> None:
     peer = {"X-Forwarded-For": "192.0.2.7"}
     with serve_process("--no-measure", "--log-transcripts") as running:
         with connect(f"{running.socket}/v1/stream", additional_headers=peer) as socket:
@@ -327,8 +331,8 @@ def test_every_log_line_about_a_client_has_its_address(serve_process: Any, spoke
             bare.sendall(b"nonsense\r\n\r\n")
             bare.recv(100)
     general = {"ready", "draining", "stopped", DEMO_NOTE}
-    found = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
-    assert found == {
+    peers = {line["event"]: line.get("peer") for line in running.log if line["event"] not in general}
+    assert peers == {
         "stream opened": "192.0.2.7",
         "utterance": "192.0.2.7",
         "stream closed": "192.0.2.7",
@@ -338,7 +342,7 @@ def test_every_log_line_about_a_client_has_its_address(serve_process: Any, spoke
     }
 
 
-def test_a_wrong_key_is_counted_and_logged_on_every_interface(serve_process: Any) -> None:
+def test_wrong_keys_are_counted_and_logged_in_every_protocol(serve_process: Any) -> None:
     with serve_process("--no-measure", "--api-keys", "k") as running:
         assert running.get("/v1/models", Authorization="Bearer wrong")[0] == 401
         for path in ("/v1/stream", "/v1/realtime"):
@@ -354,7 +358,7 @@ def test_a_wrong_key_is_counted_and_logged_on_every_interface(serve_process: Any
     assert [(line["reason"], line["peer"]) for line in denied] == [("key", "127.0.0.1")] * 4
 
 
-def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
+def test_metrics_of_a_stream(serve_here: Any, spoken: Any) -> None:
     with serve_here(max_streams=2, measure=False) as running:
         with connect(f"{running.socket}/v1/stream?chunk_ms=160") as socket:
             socket.recv()
@@ -372,7 +376,7 @@ def test_metrics_count_what_happened(serve_here: Any, spoken: Any) -> None:
         assert running.metric("nemostream_audio_seconds_total") == pytest.approx(spoken[0].seconds, abs=1e-3)
         lines, name = running.get("/metrics")[1].splitlines(), 'nemostream_step_seconds_count{chunk_ms="160"'
         chunks = float(next(line.split()[-1] for line in lines if line.startswith(name)))
-        # One step a chunk, the first of which holds 1081 samples of silence before the stream; a last one may be cut.
+        # One step per chunk. The first chunk starts with 1081 samples of silence; the last one may be partial.
         frames = (len(spoken[0].pcm) // 2 + 1081) / 1280
         assert abs(chunks - frames / 2) <= 1
         assert running.metric("nemostream_step_streams_sum") == chunks
@@ -386,15 +390,15 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
             with pytest.raises(InvalidStatus), connect(f"{running.socket}/v1/stream"):
                 pass
             factor, end = 0.0, time.monotonic() + 30
-            while not factor:  # it is of the last second, so it is there while someone speaks
+            while not factor:  # covers the last second, so it is only above 0 while audio is processed
                 assert time.monotonic() < end
                 socket.send(spoken[0].pcm)
                 factor = running.metric("nemostream_real_time_factor")
             with pytest.raises(ConnectionClosed):
                 while True:
                     socket.recv()
-        found = text_string_to_metric_families(running.get("/metrics")[1])
-        families = {family.name: family for family in found if not family.name.endswith("_created")}
+        parsed = text_string_to_metric_families(running.get("/metrics")[1])
+        families = {family.name: family for family in parsed if not family.name.endswith("_created")}
     assert {name.removeprefix("nemostream_"): family.type for name, family in families.items()} == {
         "streams": "gauge",
         "max_streams": "gauge",
@@ -420,8 +424,8 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
     assert all(f"`{name}" in page for name in families)
 
 
-def test_logs_have_a_stream_id_and_no_words_unless_asked(serve_process: Any, spoken: Any) -> None:
-    for flag, told in (("--no-log-transcripts", False), ("--log-transcripts", True)):
+def test_logs_have_a_stream_id_and_no_transcripts_by_default(serve_process: Any, spoken: Any) -> None:
+    for flag, transcripts in (("--no-log-transcripts", False), ("--log-transcripts", True)):
         with serve_process("--no-measure", flag) as running:
             with connect(f"{running.socket}/v1/stream") as socket:
                 stream = json.loads(socket.recv())["stream"]
@@ -431,11 +435,15 @@ def test_logs_have_a_stream_id_and_no_words_unless_asked(serve_process: Any, spo
                 pass
             time.sleep(0.2)
         lines = [line for line in running.log if line.get("stream") == stream]
-        assert [line["event"] for line in lines] == ["stream opened", *(["utterance"] if told else []), "stream closed"]
+        assert [line["event"] for line in lines] == [
+            "stream opened",
+            *(["utterance"] if transcripts else []),
+            "stream closed",
+        ]
         assert all(line["time"].endswith("Z") and line["level"] == "info" for line in lines)
-        assert (spoken[0].text in json.dumps(running.log)) == told
-        (refused,) = (line for line in running.log if line["event"] == "stream rejected")
-        assert "chunk_ms" in refused["reason"] and all(line["level"] == "info" for line in running.log)
+        assert (spoken[0].text in json.dumps(running.log)) == transcripts
+        (rejected,) = (line for line in running.log if line["event"] == "stream rejected")
+        assert "chunk_ms" in rejected["reason"] and all(line["level"] == "info" for line in running.log)
 
 
 def test_keys(serve_here: Any, spoken: Any) -> None:
@@ -457,31 +465,31 @@ def test_keys(serve_here: Any, spoken: Any) -> None:
         with connect(f"{running.socket}/v1/stream", subprotocols=protocols) as socket:
             assert socket.subprotocol == "nemostream" and json.loads(socket.recv())["type"] == "ready"
         config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
-        refused = riva.client.ASRService(riva.client.Auth(uri=running.address))
+        without_key = riva.client.ASRService(riva.client.Auth(uri=running.address))
         with pytest.raises(grpc.RpcError) as wrong:
-            refused.offline_recognize(spoken[0].pcm, config)
+            without_key.offline_recognize(spoken[0].pcm, config)
         assert wrong.value.code() == grpc.StatusCode.UNAUTHENTICATED
-        allowed = riva.client.Auth(uri=running.address, metadata_args=[["authorization", "Bearer first"]])
-        assert riva.client.ASRService(allowed).offline_recognize(spoken[0].pcm, config).results
+        with_key = riva.client.Auth(uri=running.address, metadata_args=[["authorization", "Bearer first"]])
+        assert riva.client.ASRService(with_key).offline_recognize(spoken[0].pcm, config).results
 
 
 def test_a_key_is_compared_with_every_key_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
     compare = hmac.compare_digest
 
-    def counted(a: bytes, b: bytes) -> bool:
+    def recording_compare(a: bytes, b: bytes) -> bool:
         compared.append((a, b))
         return compare(a, b)
 
-    monkeypatch.setattr("nemostream.serving.network.access.hmac.compare_digest", counted)
+    monkeypatch.setattr("nemostream.serving.network.access.hmac.compare_digest", recording_compare)
     keys = [b"first", b"second", b"third"]
-    for given, allowed in (("first", True), ("third", True), ("firs", False), ("", False), ("sécond", False)):
+    for key, allowed in (("first", True), ("third", True), ("firs", False), ("", False), ("sécond", False)):
         compared.clear()
-        assert (key_number(given, keys) is not None) is allowed
-        assert [known for _, known in compared] == keys  # not only up to the one that fits
+        assert (key_number(key, keys) is not None) is allowed
+        assert [known for _, known in compared] == keys  # not only up to the matching key
 
 
-def test_foreign_pages_are_kept_out(serve_here: Any) -> None:
+def test_origins_are_checked(serve_here: Any) -> None:
     with serve_here(origins=["https://friend.example"], measure=False) as running:
         assert running.get("/v1/models", Origin="https://evil.example")[0] == 403
         assert running.get("/v1/models", Origin="null")[0] == 403
@@ -489,15 +497,17 @@ def test_foreign_pages_are_kept_out(serve_here: Any) -> None:
         request = urllib.request.Request(running.url + "/v1/models", headers={"Origin": "https://friend.example"})
         with urllib.request.urlopen(request) as answer:
             assert answer.headers["Access-Control-Allow-Origin"] == "https://friend.example"
-        for origin, status in (("https://evil.example", 403), ("https://friend.example", 204)):  # a browser asks first
-            asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-            request = urllib.request.Request(running.url + "/v1/audio/transcriptions", headers=asks, method="OPTIONS")
+        for origin, status in (("https://evil.example", 403), ("https://friend.example", 204)):  # preflight
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            request = urllib.request.Request(
+                running.url + "/v1/audio/transcriptions", headers=headers, method="OPTIONS"
+            )
             try:
                 with urllib.request.urlopen(request) as answer:
-                    found, allowed = answer.status, answer.headers["Access-Control-Allow-Origin"]
+                    code, allowed = answer.status, answer.headers["Access-Control-Allow-Origin"]
             except urllib.error.HTTPError as error:
-                found, allowed = error.code, error.headers["Access-Control-Allow-Origin"]
-            assert (found, allowed) == (status, origin if status == 204 else None)
+                code, allowed = error.code, error.headers["Access-Control-Allow-Origin"]
+            assert (code, allowed) == (status, origin if status == 204 else None)
         for origin, open_ in (("https://evil.example", False), ("https://friend.example", True), (running.url, True)):
             try:
                 with connect(f"{running.socket}/v1/stream", origin=origin):
@@ -508,7 +518,7 @@ def test_foreign_pages_are_kept_out(serve_here: Any) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One for localhost, signed by itself."""
+    """A self-signed certificate for localhost."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -516,7 +526,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.datetime.now(datetime.UTC)
-    made = (
+    cert = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -527,7 +537,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
@@ -541,8 +551,8 @@ def test_tls(serve_here: Any, spoken: Any, certificate: tuple[Path, Path]) -> No
         with urllib.request.urlopen(f"https://localhost:{running.http}/healthz", context=trust) as answer:
             assert answer.status == 200
 
-        async def hear() -> str:
-            # Not by websockets.sync: its two threads spoil an SSL socket's state now and then.
+        async def stream() -> str:
+            # Not websockets.sync: its two threads sometimes corrupt the state of an SSL socket.
             async with asyncio_connect(f"wss://localhost:{running.http}/v1/stream", ssl=trust) as socket:
                 await socket.recv()
                 await socket.send(spoken[0].pcm)
@@ -550,14 +560,14 @@ def test_tls(serve_here: Any, spoken: Any, certificate: tuple[Path, Path]) -> No
                 *_, last = [json.loads(event) async for event in socket]
                 return str(last["text"])
 
-        assert asyncio.run(hear()) == spoken[0].text
+        assert asyncio.run(stream()) == spoken[0].text
         auth = riva.client.Auth(uri=f"localhost:{running.grpc}", use_ssl=True, ssl_root_cert=str(cert))
         config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
         answer = riva.client.ASRService(auth).offline_recognize(spoken[0].pcm, config)
         assert answer.results[0].alternatives[0].transcript.strip() == spoken[0].text
 
 
-def test_sigterm_lets_streams_finish_and_refuses_new_ones(serve_process: Any, spoken: Any) -> None:
+def test_sigterm_finishes_streams_and_rejects_new_ones(serve_process: Any, spoken: Any) -> None:
     with serve_process("--no-measure", "--drain-seconds", "20") as running:
         half = len(spoken[0].pcm) // 4 * 2
         with connect(f"{running.socket}/v1/stream") as socket:
@@ -572,17 +582,17 @@ def test_sigterm_lets_streams_finish_and_refuses_new_ones(serve_process: Any, sp
             with pytest.raises(InvalidStatus) as caught, connect(f"{running.socket}/v1/stream"):
                 pass
             assert caught.value.response.status_code == 503 and caught.value.response.headers["Retry-After"]
-            with pytest.raises(grpc.RpcError) as refused:
+            with pytest.raises(grpc.RpcError) as rejected:
                 riva.client.ASRService(riva.client.Auth(uri=running.address)).offline_recognize(
                     spoken[0].pcm, riva.client.RecognitionConfig(sample_rate_hertz=16000)
                 )
-            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert rejected.value.code() == grpc.StatusCode.UNAVAILABLE
             socket.send(spoken[0].pcm[half:])
             assert finish(socket)["text"] == spoken[0].text
         assert running.process.wait(20) == 0
 
 
-def test_draining_does_not_wait_for_ever(serve_process: Any) -> None:
+def test_draining_has_a_time_limit(serve_process: Any) -> None:
     with serve_process("--no-measure", "--drain-seconds", "1") as running:
         with connect(f"{running.socket}/v1/stream") as socket:
             socket.recv()
@@ -592,7 +602,7 @@ def test_draining_does_not_wait_for_ever(serve_process: Any) -> None:
         assert running.process.wait(20) == 0
 
 
-def test_a_port_that_is_taken_is_told(server: Any, serve_process: Any) -> None:
+def test_port_in_use(server: Any, serve_process: Any) -> None:
     for flags in (["--port", str(server.http)], ["--grpc-port", str(server.grpc)]):
         with pytest.raises(AssertionError) as caught, serve_process(*flags):
             pass
@@ -602,16 +612,14 @@ def test_a_port_that_is_taken_is_told(server: Any, serve_process: Any) -> None:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_flags_come_before_the_environment_and_that_before_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precedence_of_flags_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "serve.toml"
     file.write_text('port = 1\nmax_streams = 1\nhost = "::1"\napi_keys = ["a", "b"]\n')
     monkeypatch.setenv("NEMOSTREAM_PORT", "2")
     monkeypatch.setenv("NEMOSTREAM_MAX_STREAMS", "2")
-    found = read_settings(["--config", str(file), "--port", "3", "--degrade"])
-    assert (found.port, found.max_streams, found.host, found.degrade) == (3, 2, "::1", True)
-    assert [key.get_secret_value() for key in found.api_keys] == ["a", "b"] and "a" not in repr(found.api_keys)
+    settings = read_settings(["--config", str(file), "--port", "3", "--degrade"])
+    assert (settings.port, settings.max_streams, settings.host, settings.degrade) == (3, 2, "::1", True)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["a", "b"] and "a" not in repr(settings.api_keys)
     monkeypatch.setenv("NEMOSTREAM_API_KEYS", "c, d")
     monkeypatch.setenv("NEMOSTREAM_CONFIG", str(file))
     assert [key.get_secret_value() for key in read_settings().api_keys] == ["c", "d"]
@@ -634,59 +642,59 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
         (["--api-keys-file", "/"], "Is a directory"),
     ],
 )
-def test_bad_settings_are_refused_by_name(arguments: list[str], word: str) -> None:
+def test_invalid_settings(arguments: list[str], word: str) -> None:
     with pytest.raises(OptionError, match=word):
         read_settings(arguments)
 
 
-def test_keys_from_a_file(tmp_path: Path, serve_here: Any) -> None:
+def test_api_keys_file(tmp_path: Path, serve_here: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the app\n  first \n\nsch\u00f6n\r\n", encoding="utf-8-sig")
-    found = read_settings(["--api-keys-file", str(file), "--api-keys", "other,first"]).api_keys or []
-    assert [key.get_secret_value() for key in found] == ["other", "first", "sch\u00f6n"]
+    keys = read_settings(["--api-keys-file", str(file), "--api-keys", "other,first"]).api_keys or []
+    assert [key.get_secret_value() for key in keys] == ["other", "first", "sch\u00f6n"]
     with serve_here(api_keys_file=file, measure=False) as running:
         assert running.get("/v1/models")[0] == 401
         assert running.get("/v1/models", Authorization="Bearer first")[0] == 200
         assert running.get("/v1/models", Authorization="Bearer # of the app")[0] == 401
-    for content, why in ((b"# none\n\n", "no key"), (b"\xff\xfe", "not UTF-8")):
+    for content, message in ((b"# none\n\n", "no key"), (b"\xff\xfe", "not UTF-8")):
         file.write_bytes(content)
-        with pytest.raises(OptionError, match=why):
+        with pytest.raises(OptionError, match=message):
             read_settings(["--api-keys-file", str(file)])
 
 
-def test_every_option_is_documented_with_its_default() -> None:
+def test_options_are_documented_with_their_defaults() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     table = page.split("| flag | default |")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
-    found = {
+    documented = {
         flag: default
         for flags, defaults in rows
         for flag, default in zip_longest(re.findall(r"`--([\w-]+)`", flags), defaults.split(", "))
     }
     fields = {name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
-    assert found.keys() == fields.keys()
+    assert documented.keys() == fields.keys()
     for name, field in fields.items():
         if isinstance(field.default, bool):
-            assert found[name] == ("yes" if field.default else "no"), name
+            assert documented[name] == ("yes" if field.default else "no"), name
         elif isinstance(field.default, int | float) and "bytes" not in name:
-            assert found[name] == str(field.default), name
+            assert documented[name] == str(field.default), name
         elif "bytes" in name:
-            assert found[name] == f"{field.default >> 20} MiB", name
+            assert documented[name] == f"{field.default >> 20} MiB", name
 
 
-def test_a_word_that_the_file_does_not_know(tmp_path: Path) -> None:
+def test_unknown_name_in_the_configuration_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
     file.write_text("max_stream = 1\n")
     with pytest.raises(OptionError, match="max_stream"):
         read_settings(["--config", str(file)])
 
 
-def test_it_listens_to_this_machine_only_unless_told(server: Any, serve_here: Any) -> None:
+def test_default_host_is_loopback(server: Any, serve_here: Any) -> None:
     for port in (server.http, server.grpc):
         sockets.create_connection(("127.0.0.1", port)).close()
         with pytest.raises(ConnectionRefusedError):
             sockets.create_connection(("127.0.0.2", port))
-    with serve_here(host="0.0.0.0", measure=False) as running:  # the other address is this machine's too
+    with serve_here(host="0.0.0.0", measure=False) as running:  # 127.0.0.2 is a local address too
         for port in (running.http, running.grpc):
             sockets.create_connection(("127.0.0.2", port)).close()
     assert not Settings().public and Settings().host == "127.0.0.1"

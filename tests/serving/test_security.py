@@ -1,4 +1,4 @@
-"""Clients that try to crash, exhaust or bypass the server. Each test fails where its protection is taken out."""
+"""Clients that try to crash, exhaust or bypass the server. Each test fails if its protection is removed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EDGE = "AaB03x"
 
 
 def form(data: bytes, name: str = "a.wav", **fields: str) -> bytes:
-    """The body of an upload."""
+    """Return the body of an upload."""
     parts = [
         f'--{EDGE}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n' for key, value in fields.items()
     ]
@@ -64,12 +64,12 @@ def bare(running: Any) -> sockets.socket:
     return client
 
 
-def answer(client: sockets.socket) -> bytes:
-    """All that comes until the server closes, or the head and body of one answer."""
+def read_response(client: sockets.socket) -> bytes:
+    """Return all data until the server closes the connection, or one complete response."""
     data = b""
     with suppress(OSError):
-        while piece := client.recv(65536):
-            data += piece
+        while received := client.recv(65536):
+            data += received
             head, _, body = data.partition(b"\r\n\r\n")
             sizes = [line[16:] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: ")]
             if sizes and len(body) >= int(sizes[0]):
@@ -78,7 +78,7 @@ def answer(client: sockets.socket) -> bytes:
 
 
 def slow_flac(seconds: int = 1) -> bytes:
-    """A recording that takes libsndfile long to decode: eight channels of noise at the highest rate of FLAC."""
+    """Return a file that libsndfile decodes slowly: eight channels of noise at the highest rate of FLAC."""
     noise = np.random.default_rng(0).integers(-(2**23), 2**23, (655350 * seconds, 8)).astype(np.int32) << 8
     file = io.BytesIO()
     soundfile.write(file, noise, 655350, format="FLAC", subtype="PCM_24")
@@ -86,7 +86,7 @@ def slow_flac(seconds: int = 1) -> bytes:
 
 
 def quiet_flac(hours: float) -> bytes:
-    """A small file of a long recording."""
+    """Return a long recording of silence as a small file."""
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", 4000, 1, format="FLAC") as out:
         for _ in range(int(hours * 360)):
@@ -94,15 +94,15 @@ def quiet_flac(hours: float) -> bytes:
     return file.getvalue()
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)
 
 
 def memory(running: Any) -> float:
-    """Resident memory of the server's process, MiB."""
+    """Return the resident memory of the server's process in MiB."""
     status = Path(f"/proc/{running.process.pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
@@ -111,7 +111,7 @@ def memory(running: Any) -> float:
 
 
 def test_clients_that_disconnect_while_a_file_is_decoded(serve_process: Any, spoken: Any) -> None:
-    """SSE uploads and gRPC calls, cancelled at random moments: the process lives, and then serves."""
+    """SSE uploads and gRPC calls are cancelled at random times; the process survives and serves further requests."""
     data, chance = slow_flac(), random.Random(0)
     body = form(data, "a.flac", stream="true")
     small = form(spoken[0].path.read_bytes(), "a.flac", stream="true")
@@ -129,14 +129,14 @@ def test_clients_that_disconnect_while_a_file_is_decoded(serve_process: Any, spo
                 time.sleep(0.2 * chance.random())
                 call.cancel()
             assert running.process.poll() is None, running.log[-20:]
-        eventually(lambda: json.loads(running.get("/readyz")[1])["uploads"] == 0)
+        wait_until(lambda: json.loads(running.get("/readyz")[1])["uploads"] == 0)
         with bare(running) as client:
             whole = form(spoken[0].path.read_bytes(), "a.flac", response_format="text")
             client.sendall(upload_head(len(whole)) + whole)
-            assert spoken[0].text.encode() in answer(client)
+            assert spoken[0].text.encode() in read_response(client)
 
 
-def test_a_cancelled_listener_of_the_library_does_not_end_the_process(tmp_path: Path) -> None:
+def test_cancelling_listen_does_not_crash_the_process(tmp_path: Path) -> None:
     (tmp_path / "a.flac").write_bytes(slow_flac())
     code = """
 import asyncio, random, sys, nemostream
@@ -166,7 +166,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def pool() -> Iterator[Callable[..., Any]]:
-    """Runs a coroutine function with a pool of decoders in a loop of its own."""
+    """Return a function that runs a coroutine function with a new pool of decoders in a new event loop."""
 
     def run(work: Callable[[DecoderPool], Any], max_seconds: float = 7200) -> Any:
         async def main() -> Any:
@@ -184,26 +184,28 @@ def pool() -> Iterator[Callable[..., Any]]:
 async def samples(decoders: DecoderPool, path: Path) -> Any:
     with path.open("rb") as file:
         async with decoders.decode(file.fileno(), path.name) as recording:
-            found = [block async for block in recording]
-            return np.concatenate(found), recording.seconds
+            decoded = [block async for block in recording]
+            return np.concatenate(decoded), recording.seconds
 
 
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (8000, 1)])
-def test_a_decoder_process_gives_what_the_library_reads(pool: Any, tmp_path: Path, rate: int, channels: int) -> None:
+def test_a_decoder_process_gives_the_same_samples_as_the_library(
+    pool: Any, tmp_path: Path, rate: int, channels: int
+) -> None:
     from nemostream.runtime.audio.files import AudioFile
     from nemostream.runtime.audio.preprocessor import AudioPreprocessor
 
     noise = np.random.default_rng(1).uniform(-0.5, 0.5, (rate * 9, channels)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", noise, rate)
-    found, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
-    intake = AudioPreprocessor(rate, channels, 16000)
+    decoded, seconds = pool(lambda decoders: samples(decoders, tmp_path / "a.flac"))
+    preprocessor = AudioPreprocessor(rate, channels, 16000)
     with AudioFile(tmp_path / "a.flac") as recording:
-        wanted = [block for part in recording.blocks() for block in intake.push(part)]
-    np.testing.assert_array_equal(found, np.concatenate([*wanted, intake.finish()]))
+        wanted = [block for part in recording.blocks() for block in preprocessor.push(part)]
+    np.testing.assert_array_equal(decoded, np.concatenate([*wanted, preprocessor.finish()]))
     assert seconds == 9.0
 
 
-def test_a_decoder_process_that_dies_fails_its_own_recording_only(pool: Any, tmp_path: Path, spoken: Any) -> None:
+def test_a_crashed_decoder_process_fails_only_its_own_recording(pool: Any, tmp_path: Path, spoken: Any) -> None:
     (tmp_path / "a.flac").write_bytes(slow_flac(3))
 
     async def work(decoders: DecoderPool) -> Any:
@@ -216,11 +218,11 @@ def test_a_decoder_process_that_dies_fails_its_own_recording_only(pool: Any, tmp
             other = await samples(decoders, spoken[0].path)
         return other
 
-    found, seconds = pool(work)
-    assert seconds == pytest.approx(spoken[0].seconds) and len(found) == len(spoken[0].pcm) // 2
+    decoded, seconds = pool(work)
+    assert seconds == pytest.approx(spoken[0].seconds) and len(decoded) == len(spoken[0].pcm) // 2
 
 
-def test_a_recording_that_is_left_gives_its_process_back(pool: Any, tmp_path: Path) -> None:
+def test_an_abandoned_recording_returns_its_process_to_the_pool(pool: Any, tmp_path: Path) -> None:
     (tmp_path / "a.flac").write_bytes(slow_flac(3))
 
     async def work(decoders: DecoderPool) -> Any:
@@ -237,13 +239,11 @@ def test_a_recording_that_is_left_gives_its_process_back(pool: Any, tmp_path: Pa
     assert len(pool(work)) == 1
 
 
-def test_decoding_has_limits_of_time_memory_and_duration(
-    pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_has_time_and_duration_limits(pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "long.flac").write_bytes(quiet_flac(0.5))
     with pytest.raises(AudioError, match="may last 60 s"):
         pool(lambda decoders: samples(decoders, tmp_path / "long.flac"), max_seconds=60)
-    # A file whose head states no duration, or a false one, is stopped on the way.
+    # A file whose header has no duration, or a wrong one, is stopped during decoding.
     ogg = io.BytesIO()
     soundfile.write(ogg, np.zeros(16000 * 90, np.int16), 16000, format="OGG")
     (tmp_path / "long.ogg").write_bytes(ogg.getvalue())
@@ -251,7 +251,7 @@ def test_decoding_has_limits_of_time_memory_and_duration(
         pool(lambda decoders: samples(decoders, tmp_path / "long.ogg"), max_seconds=60)
 
     async def stalled(decoders: DecoderPool) -> Any:
-        await samples(decoders, tmp_path / "long.ogg")  # a process is there
+        await samples(decoders, tmp_path / "long.ogg")  # starts a process
         os.kill(decoders._idle[0]._process.pid, signal.SIGSTOP)
         return await samples(decoders, tmp_path / "long.ogg")
 
@@ -261,14 +261,14 @@ def test_decoding_has_limits_of_time_memory_and_duration(
 
 
 def limited(code: str) -> subprocess.CompletedProcess[str]:
-    """A process with a decoder's limits."""
+    """Run code in a process with the limits of a decoder."""
     head = "import signal, numpy as np\nfrom nemostream.serving.uploads import decoder_process as d\nd._set_limits()\n"
     return subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)
 
 
-def test_a_decoder_process_has_the_limits_of_the_page(tmp_path: Path) -> None:
-    beyond = limited(f"np.ones(({decoder_process.MAX_MEMORY} + (64 << 20)) // 8)")
-    assert beyond.returncode == 1 and "MemoryError" in beyond.stderr
+def test_a_decoder_process_has_the_documented_limits(tmp_path: Path) -> None:
+    too_much = limited(f"np.ones(({decoder_process.MAX_MEMORY} + (64 << 20)) // 8)")
+    assert too_much.returncode == 1 and "MemoryError" in too_much.stderr
     assert limited(f"np.ones({decoder_process.MAX_MEMORY} // 16)").returncode == 0
     written = limited(f"open({str(tmp_path / 'file')!r}, 'wb', 0).write(b'x')")
     assert "File too large" in written.stderr
@@ -278,23 +278,23 @@ def test_a_decoder_process_has_the_limits_of_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["IRCAM", "NIST", "VOC", "SVX", "MAT5", "PAF", "AVR", "HTK", "MPC2K"])
 def test_formats_beyond_the_documented_ones_are_rejected(pool: Any, tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "a.wav"  # the name does not help
+    path = tmp_path / "a.wav"  # the file name is ignored
     with path.open("wb") as file:
         soundfile.write(file, np.zeros(16000, np.int16), 16000, format=kind, subtype="PCM_16")
     with pytest.raises(AudioError, match=r"WAV, FLAC"):
         pool(lambda decoders: samples(decoders, path))
 
 
-def test_the_server_starts_a_decoder_without_its_secrets(serve_process: Any, spoken: Any) -> None:
+def test_decoders_do_not_inherit_secrets(serve_process: Any, spoken: Any) -> None:
     with serve_process("--no-measure", NEMOSTREAM_API_KEYS="hidden-key", SECRET="hidden-too") as running:
         body = form(spoken[0].path.read_bytes(), "a.flac")
         with bare(running) as client:
             client.sendall(upload_head(len(body)).replace(b"\r\n\r\n", b"\r\nX-Api-Key: hidden-key\r\n\r\n") + body)
-            assert b" 200 " in answer(client)
+            assert b" 200 " in read_response(client)
         tasks = Path(f"/proc/{running.process.pid}/task").glob("*/children")
         children = [pid for task in tasks for pid in task.read_text().split()]
-        every = [Path(f"/proc/{pid}") for pid in children]
-        decoders = [path for path in every if b"decoder_process" in (path / "cmdline").read_bytes()]
+        processes = [Path(f"/proc/{pid}") for pid in children]
+        decoders = [path for path in processes if b"decoder_process" in (path / "cmdline").read_bytes()]
         assert decoders
         assert all(b"hidden" not in (path / "environ").read_bytes() for path in decoders)
 
@@ -302,7 +302,7 @@ def test_the_server_starts_a_decoder_without_its_secrets(serve_process: Any, spo
 # -- HTTP and WebSocket connections ------------------------------------------------------------------------------------
 
 
-def test_a_request_head_has_a_limit_of_size(serve_process: Any) -> None:
+def test_the_size_of_a_request_head_is_limited(serve_process: Any) -> None:
     lines = b"".join(b"x%d: %s\r\n" % (number, b"a" * 40) for number in range(50_000))
     floods = {
         "headers": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + lines,
@@ -313,15 +313,15 @@ def test_a_request_head_has_a_limit_of_size(serve_process: Any) -> None:
     with serve_process("--no-measure") as running:
         before = memory(running)
         for name, flood in floods.items():
-            with bare(running) as client, pytest.raises(OSError):  # closed while it is sent
+            with bare(running) as client, pytest.raises(OSError):  # closed while the client sends
                 for _ in range(64):
                     client.sendall(flood)
                     time.sleep(0.02)
                 pytest.fail(name)
         assert memory(running) < before + 32
-        with bare(running) as client:  # a head of nearly the limit is served
+        with bare(running) as client:  # a head just below the limit is accepted
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 60_000 + b"\r\n\r\n")
-            assert b" 200 " in answer(client)
+            assert b" 200 " in read_response(client)
 
 
 def test_every_request_of_a_connection_has_a_deadline(serve_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,9 +334,9 @@ def test_every_request_of_a_connection_has_a_deadline(serve_here: Any, monkeypat
                 client.sendall(b"GET /healthz HTTP/1.1\r\nHo")
             elif kind == "second":
                 client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                assert b" 200 " in answer(client)
+                assert b" 200 " in read_response(client)
                 client.sendall(b"G")
-            elif kind == "body":  # answered without it
+            elif kind == "body":  # the response does not wait for the body
                 client.sendall(
                     b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
                 )
@@ -361,7 +361,7 @@ def test_every_request_of_a_connection_has_a_deadline(serve_here: Any, monkeypat
                 client.settimeout(15)
                 with suppress(ConnectionError):
                     while client.recv(65536):
-                        pass  # a TimeoutError here: it is still open
+                        pass  # a TimeoutError here means that the connection is still open
                 client.close()
         finally:
             stop.set()
@@ -369,9 +369,11 @@ def test_every_request_of_a_connection_has_a_deadline(serve_here: Any, monkeypat
 
 
 @pytest.mark.parametrize("idle", [b"", b"GET /healthz HTTP/1.1\r\nHost:"])
-def test_health_is_answered_with_few_file_descriptors(serve_process: Any, idle: bytes) -> None:
+def test_health_is_served_despite_many_connections(serve_process: Any, idle: bytes) -> None:
     with serve_process("--no-measure") as running, ExitStack() as held:
-        resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)  # readable: the process is ours
+        resource.prlimit(
+            running.process.pid, resource.RLIMIT_NOFILE
+        )  # raises if the process does not belong to this user
         for _ in range(2000):
             with suppress(OSError):
                 client = held.enter_context(bare(running))
@@ -379,7 +381,7 @@ def test_health_is_answered_with_few_file_descriptors(serve_process: Any, idle: 
         assert running.get("/healthz")[0] == 200
 
 
-def test_connections_are_bounded_by_the_descriptors_there_are(tmp_path: Path) -> None:
+def test_connections_are_limited_by_available_file_descriptors(tmp_path: Path) -> None:
     code = (
         "from nemostream.serving.network.connections import available_connections; print(available_connections(1024))"
     )
@@ -397,16 +399,16 @@ def test_connections_are_bounded_by_the_descriptors_there_are(tmp_path: Path) ->
     assert hard < 4096 or int(here.stdout) == 1024  # the soft limit is raised
 
 
-def test_one_address_does_not_take_all_connections(serve_here: Any) -> None:
+def test_connections_per_address_are_limited(serve_here: Any) -> None:
     with serve_here(measure=False, max_connections=12, max_connections_per_client=6) as running, ExitStack() as open_:
         for _ in range(6):
             socket = open_.enter_context(connect(f"{running.socket}/v1/stream"))
             assert json.loads(socket.recv())["type"] == "ready"
         with bare(running) as client:
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b" 503 " in answer(client)
+            assert b" 503 " in read_response(client)
         open_.close()
-        eventually(lambda: not running.service.sessions)
+        wait_until(lambda: not running.service.sessions)
         assert running.get("/healthz")[0] == 200
 
 
@@ -424,7 +426,7 @@ UPGRADES = [
 
 
 @pytest.mark.parametrize("change", UPGRADES, ids=[json.dumps(change) for change in UPGRADES])
-def test_a_malformed_upgrade_leaves_nothing_behind(serve_process: Any, change: dict[str, str]) -> None:
+def test_malformed_upgrades_leak_no_streams(serve_process: Any, change: dict[str, str]) -> None:
     head = (
         f"{change.get('method', 'GET')} {change.get('target', '/v1/stream')} HTTP/1.1\r\nHost: localhost\r\n"
         f"Sec-WebSocket-Protocol: {change.get('protocol', 'nemostream')}\r\nUpgrade: websocket\r\n"
@@ -436,9 +438,9 @@ def test_a_malformed_upgrade_leaves_nothing_behind(serve_process: Any, change: d
         for _ in range(20):
             with bare(running) as client:
                 client.sendall(head)
-                found = answer(client)
-                assert found.startswith(b"HTTP/1.1 4") or found == b"", found
-        eventually(lambda: json.loads(running.get("/readyz")[1])["streams"] == 0)
+                response = read_response(client)
+                assert response.startswith(b"HTTP/1.1 4") or response == b"", response
+        wait_until(lambda: json.loads(running.get("/readyz")[1])["streams"] == 0)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(20) == 0
     assert not [line for line in running.log if "Traceback" in json.dumps(line)]
@@ -448,7 +450,7 @@ def test_a_malformed_upgrade_leaves_nothing_behind(serve_process: Any, change: d
 
 
 def frame(kind: int, data: bytes, final: bool = True) -> bytes:
-    """A masked WebSocket frame."""
+    """Return a masked WebSocket frame."""
     size = len(data)
     head = bytes([(0x80 if final else 0) | kind])
     if size < 126:
@@ -473,7 +475,7 @@ def upgraded(running: Any, path: str = "/v1/stream") -> sockets.socket:
     return client
 
 
-def updates(number: int) -> bytes:
+def session_update(number: int) -> bytes:
     detection = {"type": "server_vad", "silence_duration_ms": 500 + number % 2}
     session = {"audio": {"input": {"turn_detection": detection}}}
     return json.dumps({"type": "session.update", "session": session}).encode()
@@ -490,7 +492,7 @@ FLOODS = {
     "empty fragments": ("/v1/stream", frame(2, b"", False) + frame(0, b"", False) * 20_000),
     "minutes of audio": ("/v1/stream?encoding=mulaw&sample_rate=4000", frame(2, bytes(range(256)) * 4096)),
     "wide audio": ("/v1/stream?encoding=mulaw&sample_rate=768000&channels=64", frame(2, bytes(range(256)) * 4096)),
-    "session.update": ("/v1/realtime", b"".join(frame(1, updates(number)) for number in range(200))),
+    "session.update": ("/v1/realtime", b"".join(frame(1, session_update(number)) for number in range(200))),
     "realtime append": (
         "/v1/realtime",
         frame(1, b'{"type":"input_audio_buffer.append","audio":"' + b"A" * (15 << 20) + b'?"}'),
@@ -500,8 +502,8 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_no_client_keeps_the_event_loop_to_itself(serve_here: Any, name: str) -> None:
-    """No turn of the loop takes 50 ms of its thread's CPU time, whatever else the machine does, during a flood."""
+def test_a_flood_does_not_block_the_event_loop(serve_here: Any, name: str) -> None:
+    """During a flood, no iteration of the event loop takes 50 ms of CPU time, independent of the machine's load."""
     path, flood = FLOODS[name]
     with serve_here(measure=False, drain_seconds=0) as running:
         longest, stop = [0.0], threading.Event()
@@ -514,9 +516,9 @@ def test_no_client_keeps_the_event_loop_to_itself(serve_here: Any, name: str) ->
 
         client = upgraded(running, path)
         gc.collect()
-        gc.freeze()  # as `nemostream serve` does: the loop's thread must not look through the test's own objects
+        gc.freeze()  # as `nemostream serve` does: garbage collection must not scan the test's own objects
         watching = asyncio.run_coroutine_threadsafe(watch(), running.loop)
-        reader = threading.Thread(target=lambda: answer(client), daemon=True)
+        reader = threading.Thread(target=lambda: read_response(client), daemon=True)
         reader.start()
         client.settimeout(0.5)
         end = time.monotonic() + 2
@@ -533,14 +535,14 @@ def test_no_client_keeps_the_event_loop_to_itself(serve_here: Any, name: str) ->
         assert longest[0] < 0.05, f"{1000 * longest[0]:.0f} ms"
 
 
-def test_pongs_that_are_not_read_do_not_fill_memory(serve_here: Any) -> None:
+def test_unread_pongs_do_not_fill_memory(serve_here: Any) -> None:
     with serve_here(measure=False) as running:
         client = upgraded(running)
         client.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
         with pytest.raises(OSError):
             for _ in range(2000):
                 client.sendall(frame(9, b"p" * 125) * 500)
-        eventually(lambda: not running.service.sessions)
+        wait_until(lambda: not running.service.sessions)
 
 
 def test_phrases_are_checked_before_they_are_tokenised(demo_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,17 +564,17 @@ def test_phrases_are_checked_before_they_are_tokenised(demo_bundle: Any, monkeyp
     assert not encoded
 
 
-def test_a_client_with_many_phrases_does_not_stop_others(serve_here: Any) -> None:
-    """Phrases are compiled on a thread: the loop turns meanwhile."""
+def test_phrases_are_compiled_off_the_event_loop(serve_here: Any) -> None:
+    """Phrases are compiled on another thread, so that other clients are not delayed."""
     with serve_here(measure=False) as running:
         threads: set[int] = set()
         compile_phrases = running.service.model.compile_phrases
 
-        def watched(phrases: Any) -> Any:
+        def recording_compile(phrases: Any) -> Any:
             threads.add(threading.get_ident())
             return compile_phrases(phrases)
 
-        running.service.model.compile_phrases = watched
+        running.service.model.compile_phrases = recording_compile
         with connect(running.socket + "/v1/stream?phrases=" + quote('["after the tone"]')) as socket:
             assert json.loads(socket.recv())["type"] == "ready"
         config = messages.RecognitionConfig(speech_contexts=[messages.SpeechContext(phrases=["tone"])])
@@ -585,40 +587,40 @@ def test_a_client_with_many_phrases_does_not_stop_others(serve_here: Any) -> Non
 # -- uploads -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_place_for_a_recording_is_taken_before_its_body_is_read(serve_here: Any, spoken: Any) -> None:
+def test_upload_slots_are_acquired_before_the_body_is_read(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_uploads=2, max_streams=1) as running, ExitStack() as held:
         for _ in range(2):
             client = held.enter_context(bare(running))
             client.sendall(upload_head(1000) + b"--")
-        eventually(lambda: running.service.uploads.count == 2)
+        wait_until(lambda: running.service.uploads.count == 2)
         with bare(running) as client:
-            client.sendall(upload_head(200 << 20))  # nothing of the body
-            assert b" 429 " in answer(client)
-        with connect(f"{running.socket}/v1/stream") as socket:  # a live stream has its own place
+            client.sendall(upload_head(200 << 20))  # without any of the body
+            assert b" 429 " in read_response(client)
+        with connect(f"{running.socket}/v1/stream") as socket:  # live streams have their own limit
             assert json.loads(socket.recv())["type"] == "ready"
         held.close()
-        eventually(lambda: running.service.uploads.count == 0)
+        wait_until(lambda: running.service.uploads.count == 0)
 
 
-def test_recordings_share_a_budget_of_bytes(serve_here: Any) -> None:
+def test_total_upload_bytes_are_limited(serve_here: Any) -> None:
     with serve_here(measure=False, max_upload_total_bytes=1 << 20) as running, bare(running) as first:
         first.sendall(upload_head(900_000) + b"--")
-        eventually(lambda: running.service.uploads.count == 1)
+        wait_until(lambda: running.service.uploads.count == 1)
         with bare(running) as second:
             second.sendall(upload_head(200_000))
-            assert b" 429 " in answer(second)
+            assert b" 429 " in read_response(second)
 
 
-def test_a_recording_may_not_last_too_long(serve_here: Any) -> None:
+def test_the_duration_of_an_upload_is_limited(serve_here: Any) -> None:
     body = form(quiet_flac(1), "a.flac")
     with serve_here(measure=False, max_upload_seconds=600) as running, bare(running) as client:
         client.sendall(upload_head(len(body)) + body)
-        found = answer(client)
-        assert b" 400 " in found and b"may last 600 s" in found
+        response = read_response(client)
+        assert b" 400 " in response and b"may last 600 s" in response
         assert running.metric("nemostream_audio_seconds_total") == 0
 
 
-def test_an_upload_has_one_file_and_few_fields(serve_here: Any, spoken: Any) -> None:
+def test_an_upload_has_one_file_and_a_limited_number_of_fields(serve_here: Any, spoken: Any) -> None:
     clip = spoken[0].path.read_bytes()
     twice = form(clip)[: -len(f"--{EDGE}--\r\n")] + form(clip)
     many = form(clip, **{f"field{number}": "x" for number in range(100)})
@@ -626,11 +628,11 @@ def test_an_upload_has_one_file_and_few_fields(serve_here: Any, spoken: Any) -> 
         for body in (twice, many, form(clip, prompt="x" * 200_000)):
             with bare(running) as client:
                 client.sendall(upload_head(len(body)) + body)
-                assert b" 400 " in answer(client)
-        eventually(lambda: running.service.uploads.count == 0)
+                assert b" 400 " in read_response(client)
+        wait_until(lambda: running.service.uploads.count == 0)
 
 
-def test_recordings_wait_while_live_streams_are_late(serve_here: Any, spoken: Any) -> None:
+def test_uploads_wait_while_live_streams_are_delayed(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False) as running:
         running.service.update_load = lambda latency: None
         body = form(spoken[0].path.read_bytes(), "a.flac", response_format="text")
@@ -639,13 +641,13 @@ def test_recordings_wait_while_live_streams_are_late(serve_here: Any, spoken: An
             running.service._latency_history.append(2.0)
             with bare(running) as client:
                 client.sendall(upload_head(len(body)) + body)
-                eventually(lambda: len(running.service.sessions) == 2)
+                wait_until(lambda: len(running.service.sessions) == 2)
                 client.settimeout(1)
                 with pytest.raises(TimeoutError):
                     client.recv(100)
                 running.service._latency_history.clear()
                 client.settimeout(30)
-                assert spoken[0].text.encode() in answer(client)
+                assert spoken[0].text.encode() in read_response(client)
             live.send(json.dumps({"type": "finish"}))
 
 
@@ -658,7 +660,7 @@ def code_of(call: Callable[[], Any]) -> grpc.StatusCode:
     return error.value.code()
 
 
-def test_no_message_is_read_without_a_key(serve_process: Any) -> None:
+def test_no_grpc_message_is_read_without_a_key(serve_process: Any) -> None:
     with serve_process("--no-measure", "--api-keys", "right") as running:
         before = memory(running)
         options = [("grpc.max_send_message_length", -1)]
@@ -679,7 +681,7 @@ def test_no_message_is_read_without_a_key(serve_process: Any) -> None:
             done.set()
             watching.join()
             assert peak[0] < before + 64
-            # With a key it is too large.
+            # With a key, the message is too large.
             metadata = [("authorization", "Bearer right")]
             assert code_of(lambda: stub.Recognize(large, metadata=metadata)) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -691,30 +693,30 @@ def test_no_message_is_read_without_a_key(serve_process: Any) -> None:
             assert code_of(lambda: next(call)) is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_grpc_stream_needs_a_first_message_in_time(serve_here: Any) -> None:
+def test_the_first_grpc_message_has_a_deadline(serve_here: Any) -> None:
     with serve_here(measure=False, idle_seconds=1) as running, grpc.insecure_channel(running.address) as channel:
-        never = threading.Event()
+        stop = threading.Event()
 
         def silent() -> Iterator[Any]:
-            never.wait(20)
+            stop.wait(20)
             yield from ()
 
         call = calls.RivaSpeechRecognitionStub(channel).StreamingRecognize(silent())
         assert code_of(lambda: next(call)) is grpc.StatusCode.DEADLINE_EXCEEDED
-        never.set()
+        stop.set()
 
 
-def test_recordings_over_grpc_take_places_too(serve_here: Any, spoken: Any) -> None:
+def test_grpc_recordings_need_upload_slots(serve_here: Any, spoken: Any) -> None:
     with serve_here(measure=False, max_uploads=1) as running, ExitStack() as held:
         client = held.enter_context(bare(running))
         client.sendall(upload_head(1000) + b"--")
-        eventually(lambda: running.service.uploads.count == 1)
+        wait_until(lambda: running.service.uploads.count == 1)
         with grpc.insecure_channel(running.address) as channel:
             stub = calls.RivaSpeechRecognitionStub(channel)
             request = messages.RecognizeRequest(audio=spoken[0].pcm)
             assert code_of(lambda: stub.Recognize(request)) is grpc.StatusCode.RESOURCE_EXHAUSTED
             held.close()
-            eventually(lambda: running.service.uploads.count == 0)
+            wait_until(lambda: running.service.uploads.count == 0)
             assert stub.Recognize(request).results[0].alternatives[0].transcript.strip()
 
 
@@ -731,13 +733,13 @@ def test_an_unknown_host_is_denied(serve_here: Any, path: str) -> None:
                 b"GET /v1/stream HTTP/1.1\r\nHost: rebound.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                 b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
             )
-            assert b" 403 " in answer(client)
+            assert b" 403 " in read_response(client)
         assert running.metric("nemostream_requests_denied_total") == 2
 
 
-def test_which_hosts_are_known() -> None:
-    here, public = Settings(), Settings(host="0.0.0.0", hosts=["ASR.example."])
-    for host, known_here, known_public in (
+def test_allowed_hosts() -> None:
+    local, public = Settings(), Settings(host="0.0.0.0", hosts=["ASR.example."])
+    for host, allowed_locally, allowed_publicly in (
         ("localhost", True, True),
         ("127.0.0.1:8000", True, True),
         ("[::1]:8000", True, True),
@@ -753,13 +755,13 @@ def test_which_hosts_are_known() -> None:
         ("[::1", False, False),
         ("*", True, True),
     ):
-        assert host_allowed(host, here) is known_here, host
-        assert host_allowed(host, public) is known_public, host
+        assert host_allowed(host, local) is allowed_locally, host
+        assert host_allowed(host, public) is allowed_publicly, host
     assert host_allowed("anything.example", Settings(hosts=["*"]))
 
 
 @pytest.mark.parametrize("value", ["", ",", "a,,b", " ", "a, "])
-def test_an_empty_key_never_opens_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_empty_keys_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     with pytest.raises(OptionError, match="key is empty"):
         read_settings(["--api-keys", value])
     file = tmp_path / "serve.toml"
@@ -772,7 +774,7 @@ def test_an_empty_key_never_opens_the_server(tmp_path: Path, monkeypatch: pytest
         read_settings([])
 
 
-def test_keys_beyond_ascii_work(serve_here: Any) -> None:
+def test_non_ascii_keys(serve_here: Any) -> None:
     with serve_here(measure=False, api_keys=["schlüssel-ключ"]) as running:
         key = "schlüssel-ключ".encode()
         for sent, status in ((key, b" 200 "), (key[:-1], b" 401 ")):
@@ -780,7 +782,7 @@ def test_keys_beyond_ascii_work(serve_here: Any) -> None:
                 client.sendall(
                     b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + sent + b"\r\n\r\n"
                 )
-                assert status in answer(client)
+                assert status in read_response(client)
         with grpc.insecure_channel(running.address) as channel:
             stub = calls.RivaSpeechRecognitionStub(channel)
             request = messages.RivaSpeechRecognitionConfigRequest()
@@ -788,47 +790,47 @@ def test_keys_beyond_ascii_work(serve_here: Any) -> None:
     assert key_number("\u20ac", [b"x"]) is None
 
 
-def test_a_client_has_a_limit_of_streams(serve_here: Any) -> None:
+def test_streams_per_client_are_limited(serve_here: Any) -> None:
     with serve_here(measure=False, max_streams_per_client=1, api_keys=["one", "two"]) as running:
 
         def open_with(key: str) -> Any:
             return connect(f"{running.socket}/v1/stream", additional_headers={"Authorization": f"Bearer {key}"})
 
         with open_with("one") as first, open_with("two"):
-            with pytest.raises(InvalidStatus) as refused:
+            with pytest.raises(InvalidStatus) as rejected:
                 open_with("one")
-            assert refused.value.response.status_code == 429
+            assert rejected.value.response.status_code == 429
             first.send(json.dumps({"type": "finish"}))
             with suppress(ConnectionClosed):
                 while True:
                     first.recv()
-            eventually(lambda: len(running.service.sessions) == 1)
+            wait_until(lambda: len(running.service.sessions) == 1)
             with open_with("one"):
                 pass
 
 
-def test_denials_are_logged_with_the_address_and_counted(serve_process: Any) -> None:
+def test_denied_requests_are_logged_with_the_address(serve_process: Any) -> None:
     with serve_process("--no-measure", "--api-keys", "k") as running:
         assert running.get("/v1/models")[0] == 401
         with grpc.insecure_channel(running.address) as channel:
             stub = calls.RivaSpeechRecognitionStub(channel)
             request = messages.RivaSpeechRecognitionConfigRequest()
             assert code_of(lambda: stub.GetRivaSpeechRecognitionConfig(request)) is grpc.StatusCode.UNAUTHENTICATED
-        eventually(lambda: sum(line.get("event") == "request denied" for line in running.log) == 2)
+        wait_until(lambda: sum(line.get("event") == "request denied" for line in running.log) == 2)
     assert {line["peer"] for line in running.log if line.get("event") == "request denied"} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("end", ["reset", "close"])
-def test_a_flood_whose_client_is_gone_frees_its_stream(serve_here: Any, end: str) -> None:
-    """What it sent before is not worked off: nobody reads the results."""
+def test_the_stream_of_a_disconnected_client_is_freed(serve_here: Any, end: str) -> None:
+    """Messages that are still buffered are discarded, because nobody reads their results."""
     with serve_here(measure=False, drain_seconds=0) as running:
         client = upgraded(running)
         client.settimeout(0.5)
-        with suppress(TimeoutError):  # until the buffers of both systems are full
+        with suppress(TimeoutError):  # until the buffers of both sides are full
             while True:
                 client.sendall(frame(1, b'{"type":"keepalive"}') * 1000)
         assert len(running.service.sessions) == 1
         if end == "reset":
             client.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-        eventually(lambda: not running.service.sessions)
+        wait_until(lambda: not running.service.sessions)

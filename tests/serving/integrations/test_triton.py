@@ -1,4 +1,4 @@
-"""The Triton model repository: its configuration against Triton's own schema, and in Triton, which a wheel brings."""
+"""The Triton model repository: its configuration against Triton's schema, and a real Triton from PyTriton's wheel."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ tritonclient = pytest.importorskip("tritonclient", reason="needs tritonclient[gr
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton") / "models"
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         main(["export", "--triton", str(nemostream.demo_bundle()), str(folder)])
-    assert left.value.code == 0
+    assert exited.value.code == 0
     return folder
 
 
-def test_the_configuration_is_tritons(repository: Path) -> None:
+def test_configuration_matches_tritons_schema(repository: Path) -> None:
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as schema
 
     (config,) = repository.glob("*/config.pbtxt")
-    found = text_format.Parse(config.read_text(), schema.ModelConfig())
-    assert found.name == config.parent.name and found.backend == "python" and found.max_batch_size == 256
-    assert {tensor.name: tensor.data_type for tensor in found.input} == {"AUDIO": schema.TYPE_FP32}
-    assert {tensor.name: tensor.data_type for tensor in found.output} == {
+    parsed = text_format.Parse(config.read_text(), schema.ModelConfig())
+    assert parsed.name == config.parent.name and parsed.backend == "python" and parsed.max_batch_size == 256
+    assert {tensor.name: tensor.data_type for tensor in parsed.input} == {"AUDIO": schema.TYPE_FP32}
+    assert {tensor.name: tensor.data_type for tensor in parsed.output} == {
         "TEXT": schema.TYPE_STRING,
         "WORD_STARTS": schema.TYPE_FP32,
     }
-    kinds = {control.name: control.control[0].kind for control in found.sequence_batching.control_input}
+    kinds = {control.name: control.control[0].kind for control in parsed.sequence_batching.control_input}
     control = schema.ModelSequenceBatching.Control
     assert kinds == {
         "START": control.CONTROL_SEQUENCE_START,
         "END": control.CONTROL_SEQUENCE_END,
     }
-    assert found.sequence_batching.oldest.max_candidate_sequences == 256
-    assert set(found.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
+    assert parsed.sequence_batching.oldest.max_candidate_sequences == 256
+    assert set(parsed.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
 
 
-def test_the_written_model_names_a_command_that_installs(repository: Path) -> None:
-    """`pip install nemostream` finds nothing: the package is on no index."""
+def test_model_file_has_a_working_install_command(repository: Path) -> None:
+    """`pip install nemostream` does not work, because the package is not on an index."""
     (model,) = repository.glob("*/1/model.py")
     text = model.read_text()
     assert install_command() in text and "pip install nemostream" not in text
     compile(text, str(model), "exec")
 
 
-def test_a_configuration_that_was_changed_stays(repository: Path) -> None:
+def test_changed_configuration_is_kept(repository: Path) -> None:
     (config,) = repository.glob("*/config.pbtxt")
     written = config.read_text()
     config.write_text(written + "# mine\n")
@@ -73,9 +73,9 @@ def test_a_configuration_that_was_changed_stays(repository: Path) -> None:
 
 @pytest.fixture(scope="module")
 def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Triton's address. The wheel of PyTriton has the server, its Python backend, and a stub per Python.
+    """Start Triton and return its address. PyTriton's wheel has the server, its Python backend and a stub per Python.
 
-    It lies in a folder of its own with the numpy that its backend was built for: an older one than ours.
+    The wheel is in a separate folder with the numpy that its backend was built for, which is older than nemostream's.
     """
     folder = Path(sys.prefix) / "triton"
     home = folder / "pytriton" / "tritonserver"
@@ -94,15 +94,15 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             if not (backends / "python" / entry.name).exists():
                 (backends / "python" / entry.name).symlink_to(entry)
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder / "nvidia_pytriton.libs")}
-    needs = subprocess.run(["ldd", stub], env=environment, capture_output=True, text=True).stdout
-    if "not found" in needs:
-        pytest.skip(f"Triton's Python {python} is not on this machine: {needs}")
+    libraries = subprocess.run(["ldd", stub], env=environment, capture_output=True, text=True).stdout
+    if "not found" in libraries:
+        pytest.skip(f"Triton's Python {python} is not on this machine: {libraries}")
     ports = []
     for _ in range(2):
         with sockets.create_server(("127.0.0.1", 0)) as free:
             ports.append(free.getsockname()[1])
     log = tmp_path_factory.mktemp("log") / "triton.log"
-    with log.open("w") as told:
+    with log.open("w") as log_file:
         process = subprocess.Popen(
             [
                 home / "bin" / "tritonserver",
@@ -116,8 +116,8 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 "--exit-timeout-secs=1",
             ],
             env=environment,
-            stdout=told,
-            stderr=told,
+            stdout=log_file,
+            stderr=log_file,
         )
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
@@ -140,8 +140,8 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.wait(60)
 
 
-class Caller:
-    """Sequences over Triton's stream, with its own client."""
+class SequenceClient:
+    """Sends sequences over a stream of Triton's own client."""
 
     def __init__(self, address: str) -> None:
         import queue
@@ -149,8 +149,8 @@ class Caller:
         from tritonclient import grpc
 
         self._grpc, self._client = grpc, grpc.InferenceServerClient(address)
-        self._answers: queue.Queue[Any] = queue.Queue()
-        self._client.start_stream(lambda result, error: self._answers.put((result, error)))
+        self._results: queue.Queue[Any] = queue.Queue()
+        self._client.start_stream(lambda result, error: self._results.put((result, error)))
 
     def send(self, sequence: int | str, audio: np.ndarray[Any, Any], **options: Any) -> None:
         tensor = self._grpc.InferInput("AUDIO", [1, len(audio)], "FP32")
@@ -159,8 +159,8 @@ class Caller:
             "nemostream", [tensor], sequence_id=sequence, request_id=str(sequence), **options
         )
 
-    def answer(self) -> tuple[str, str, list[float]]:
-        result, error = self._answers.get(timeout=60)
+    def receive(self) -> tuple[str, str, list[float]]:
+        result, error = self._results.get(timeout=60)
         if error is not None:
             raise error
         text = result.as_numpy("TEXT")[0, 0].decode()
@@ -171,88 +171,88 @@ class Caller:
         self._client.close()
 
 
-def pieces(pcm: bytes, size: int) -> list[np.ndarray[Any, Any]]:
+def split(pcm: bytes, size: int) -> list[np.ndarray[Any, Any]]:
     audio = np.frombuffer(pcm, np.int16).astype(np.float32) / 32768
     return [audio[start : start + size] for start in range(0, len(audio), size)]
 
 
-def test_sequences_side_by_side_say_what_transcribe_says(triton: str, spoken: Any) -> None:
-    caller = Caller(triton)
+def test_concurrent_sequences_give_the_same_text_as_transcribe(triton: str, spoken: Any) -> None:
+    client = SequenceClient(triton)
     clips: dict[int | str, Any] = dict(enumerate(spoken, 1))
-    clips |= {f"call-{number}": clip for number, clip in enumerate(spoken[:3])}  # ids may be strings too
-    waiting = {name: pieces(clip.pcm, 4000 + 500 * index) for index, (name, clip) in enumerate(clips.items())}
-    count = {name: len(parts) for name, parts in waiting.items()}
-    heard: dict[str, list[str]] = {str(name): [] for name in clips}
+    clips |= {f"call-{number}": clip for number, clip in enumerate(spoken[:3])}  # ids can be strings
+    pending = {name: split(clip.pcm, 4000 + 500 * index) for index, (name, clip) in enumerate(clips.items())}
+    count = {name: len(parts) for name, parts in pending.items()}
+    texts: dict[str, list[str]] = {str(name): [] for name in clips}
     starts: dict[str, list[float]] = {}
     try:
-        while any(waiting.values()):
-            asked = 0
-            for name, parts in waiting.items():
+        while any(pending.values()):
+            requests = 0
+            for name, parts in pending.items():
                 if parts:
                     start = len(parts) == count[name]
-                    caller.send(name, parts.pop(0), sequence_start=start, sequence_end=not parts)
-                    asked += 1
-            for _ in range(asked):
-                answered, text, times = caller.answer()
-                heard[answered].append(text)
-                starts[answered] = times
+                    client.send(name, parts.pop(0), sequence_start=start, sequence_end=not parts)
+                    requests += 1
+            for _ in range(requests):
+                sequence, text, times = client.receive()
+                texts[sequence].append(text)
+                starts[sequence] = times
     finally:
-        caller.close()
+        client.close()
     with nemostream.load() as model:
         for name, clip in clips.items():
-            assert heard[str(name)][-1] == clip.text
-            assert all(clip.text.startswith(text) for text in heard[str(name)])
+            assert texts[str(name)][-1] == clip.text
+            assert all(clip.text.startswith(text) for text in texts[str(name)])
             result = model.transcribe(clip.path)
             # The last encoder frame can begin after the recording's end; times of words are clipped to it.
-            wanted = [min(token.time, result.duration) for token in result.tokens if token.text.startswith(" ")]
-            assert starts[str(name)] == pytest.approx(wanted, abs=1e-6)
-    assert len(set(heard["1"])) >= 3  # it was live
+            expected = [min(token.time, result.duration) for token in result.tokens if token.text.startswith(" ")]
+            assert starts[str(name)] == pytest.approx(expected, abs=1e-6)
+    assert len(set(texts["1"])) >= 3  # partial results
 
 
 def test_a_sequence_chooses_its_chunk_size(triton: str, spoken: Any) -> None:
     with nemostream.load(chunk_ms=80) as model:
-        wanted = model.transcribe(spoken[0].path).text
-    caller = Caller(triton)
+        expected = model.transcribe(spoken[0].path).text
+    client = SequenceClient(triton)
     try:
-        first, *rest = pieces(spoken[0].pcm, 1600)
-        caller.send(1, first, sequence_start=True, parameters={"chunk_ms": 80})
-        said = [caller.answer()[1]]
+        first, *rest = split(spoken[0].pcm, 1600)
+        client.send(1, first, sequence_start=True, parameters={"chunk_ms": 80})
+        texts = [client.receive()[1]]
         for part in rest:
-            caller.send(1, part)
-            said.append(caller.answer()[1])
-        caller.send(1, np.zeros(0, np.float32), sequence_end=True)
-        assert caller.answer()[1] == wanted
-        assert len(set(said)) == len(wanted.split()) + 1 or len(set(said)) >= 6  # a word at a time
+            client.send(1, part)
+            texts.append(client.receive()[1])
+        client.send(1, np.zeros(0, np.float32), sequence_end=True)
+        assert client.receive()[1] == expected
+        assert len(set(texts)) == len(expected.split()) + 1 or len(set(texts)) >= 6  # a word at a time
     finally:
-        caller.close()
+        client.close()
 
 
-def test_a_bad_sequence_fails_alone(triton: str, spoken: Any) -> None:
+def test_a_failed_sequence_does_not_affect_others(triton: str, spoken: Any) -> None:
     from tritonclient.utils import InferenceServerException
 
-    caller = Caller(triton)
-    audio = pieces(spoken[0].pcm, 10**9)[0]
+    client = SequenceClient(triton)
+    audio = split(spoken[0].pcm, 10**9)[0]
     half = len(audio) // 2
     try:
-        caller.send(1, audio[:half], sequence_start=True)
-        caller.answer()
-        caller.send(2, np.full(1000, np.nan, np.float32), sequence_start=True)
+        client.send(1, audio[:half], sequence_start=True)
+        client.receive()
+        client.send(2, np.full(1000, np.nan, np.float32), sequence_start=True)
         with pytest.raises(InferenceServerException, match=r"not finite|NaN"):
-            caller.answer()
-        caller.send(2, audio[:half])
+            client.receive()
+        client.send(2, audio[:half])
         with pytest.raises(InferenceServerException, match="begin it anew"):
-            caller.answer()
-        caller.send(3, audio[:half], sequence_start=True, parameters={"chunk_ms": 123})
+            client.receive()
+        client.send(3, audio[:half], sequence_start=True, parameters={"chunk_ms": 123})
         with pytest.raises(InferenceServerException, match="123"):
-            caller.answer()
-        caller.send(1, audio[half:], sequence_end=True)
-        assert caller.answer()[1] == spoken[0].text
+            client.receive()
+        client.send(1, audio[half:], sequence_end=True)
+        assert client.receive()[1] == spoken[0].text
     finally:
-        caller.close()
+        client.close()
 
 
-def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_folder_that_is_not_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["export", "--triton", str(tmp_path), str(tmp_path / "models")])
-    assert left.value.code == 4 and "manifest" in capsys.readouterr().err
+    assert exited.value.code == 4 and "manifest" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()

@@ -1,4 +1,4 @@
-"""A real nginx before the server, configured as docs/deploy.md says; and forwarded headers without a proxy."""
+"""A real nginx in front of the server, with the configuration of docs/deploy.md; forwarded headers without a proxy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ needs_nginx = pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian: ngi
 
 @dataclass
 class Proxy:
-    """nginx before `server`."""
+    """An nginx in front of `server`."""
 
     server: Any
     port: int
@@ -55,13 +55,13 @@ class Proxy:
         return f"https://{NAME}:{self.port}"
 
     def client(self, address: str = "127.0.0.1") -> httpx.Client:
-        """An HTTP client at an address of this machine; it resolves the server's name to loopback."""
+        """Return an HTTP client that connects from a local address and resolves the server's name to loopback."""
         return httpx.Client(
             transport=_Loopback(verify=self.trust, local_address=address), base_url=self.origin + self.prefix
         )
 
     def stream(self, address: str = "127.0.0.1", **options: Any) -> Any:
-        """A WebSocket from an address of this machine."""
+        """Return a WebSocket connection from a local address."""
         return asyncio_connect(
             f"wss://{NAME}:{self.port}{self.prefix}/v1/stream",
             host="127.0.0.1",
@@ -76,7 +76,7 @@ class Proxy:
 class _Loopback(httpx.HTTPTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         request.extensions["sni_hostname"] = NAME
-        request.url = request.url.copy_with(host="127.0.0.1")  # the Host header stays
+        request.url = request.url.copy_with(host="127.0.0.1")  # keeps the Host header
         return super().handle_request(request)
 
 
@@ -89,7 +89,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)]), datetime.datetime.now(datetime.UTC)
-    made = (
+    cert = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -100,7 +100,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME), x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
@@ -112,17 +112,17 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def documented() -> str:
+def documented_config() -> str:
     page = (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
-    (found,) = re.findall(r"```nginx\n(.*?)```", page, re.DOTALL)
-    return str(found)
+    (config,) = re.findall(r"```nginx\n(.*?)```", page, re.DOTALL)
+    return str(config)
 
 
 @contextmanager
 def nginx(server: Any, certificate: tuple[Path, Path], folder: Path, prefix: str = "") -> Iterator[Proxy]:
-    """nginx in a folder of its own, with the documented configuration at free ports."""
+    """Run nginx in `folder` with the documented configuration on free ports."""
     proxy = Proxy(server, free_port(), free_port(), certificate[0], prefix)
-    config = documented()
+    config = documented_config()
     for before, after in (
         ("listen 443 ssl", f"listen 127.0.0.1:{proxy.port} ssl"),
         ("/etc/ssl/asr.pem", str(certificate[0])),
@@ -213,7 +213,7 @@ def test_websockets_behind_nginx(proxied: Proxy, spoken: Any) -> None:
 @needs_nginx
 def test_grpc_behind_nginx(proxied: Proxy, spoken: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    # nginx appends the client, which is a trusted proxy too, to the address that this one forwards.
+    # nginx appends the client's address, itself a trusted proxy, to the forwarded address.
     auth = riva.client.Auth(
         uri=f"localhost:{proxied.grpc}",
         use_ssl=True,
@@ -222,26 +222,26 @@ def test_grpc_behind_nginx(proxied: Proxy, spoken: Any, caplog: pytest.LogCaptur
     )
     config = riva.client.RecognitionConfig(sample_rate_hertz=16000)
     service = riva.client.ASRService(auth)
-    found = service.offline_recognize(spoken[0].pcm, config).results
-    assert found[0].alternatives[0].transcript.strip() == spoken[0].text
+    results = service.offline_recognize(spoken[0].pcm, config).results
+    assert results[0].alternatives[0].transcript.strip() == spoken[0].text
     streaming = riva.client.StreamingRecognitionConfig(config=config)
-    pieces = [spoken[0].pcm[start : start + 6400] for start in range(0, len(spoken[0].pcm), 6400)]
-    heard = [
+    parts = [spoken[0].pcm[start : start + 6400] for start in range(0, len(spoken[0].pcm), 6400)]
+    transcripts = [
         result.alternatives[0].transcript
-        for answer in service.streaming_response_generator(pieces, streaming)
+        for answer in service.streaming_response_generator(parts, streaming)
         for result in answer.results
         if result.is_final
     ]
-    assert " ".join(text.strip() for text in heard) == spoken[0].text
+    assert " ".join(text.strip() for text in transcripts) == spoken[0].text
     peers = {record.peer for record in caplog.records if record.getMessage() == "stream opened"}  # type: ignore[attr-defined]
     assert peers == {"192.0.2.7"}
 
 
 @needs_nginx
-def test_limits_count_the_clients_behind_nginx(
+def test_limits_per_client_behind_nginx(
     certificate: tuple[Path, Path], tmp_path: Path, serve_here: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not the proxy, and not the address that a client claims."""
+    """Limits apply to the client's address, not to that of the proxy or a forged header."""
     caplog.set_level("INFO")
     with (
         serve_here(hosts=[NAME], measure=False, max_streams_per_client=1) as server,
@@ -293,9 +293,9 @@ def test_the_page_behind_nginx(proxied: Proxy, spoken: Any) -> None:
             ],
         )
         page = browser.new_context(ignore_https_errors=True).new_page()
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("websocket", lambda socket: asked.append(socket.url))
+        urls: list[str] = []
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("websocket", lambda socket: urls.append(socket.url))
         page.goto(f"{proxied.origin}{proxied.prefix}/")
         page.wait_for_selector("#chunks input", state="attached")
         assert "recognises English numbers" in page.inner_text("#note")
@@ -303,21 +303,21 @@ def test_the_page_behind_nginx(proxied: Proxy, spoken: Any) -> None:
         page.wait_for_selector("#status:text-is('done')", timeout=30_000)
         captions, words = page.inner_text("#captions").split(), spoken[0].text.split()
         assert sum(word in captions for word in words) >= len(words) - 2
-        inside = (
+        allowed = (
             f"{proxied.origin}{proxied.prefix}/",
             f"wss://{NAME}:{proxied.port}{proxied.prefix}/",
             "blob:",
             "data:",
         )
-        assert all(url.startswith(inside) for url in asked), asked
-        assert any(url.startswith("wss:") for url in asked)
+        assert all(url.startswith(allowed) for url in urls), urls
+        assert any(url.startswith("wss:") for url in urls)
         browser.close()
 
 
 # -- forwarded headers, without a proxy --------------------------------------------------------------------------------
 
 
-def test_headers_of_others_than_trusted_proxies_are_ignored(serve_here: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_forwarded_headers_of_untrusted_peers_are_ignored(serve_here: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     forged = {"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Host": NAME}
     for trusted, address, status in ([], "127.0.0.1", 403), (["127.0.0.0/8"], "192.0.2.7", 200):
@@ -336,8 +336,8 @@ def test_headers_of_others_than_trusted_proxies_are_ignored(serve_here: Any, cap
         assert denied == [address] * (4 if status == 403 else 3)
 
 
-def test_a_forwarded_host_must_be_allowed_like_the_host(serve_here: Any) -> None:
-    """A page that rebinds its own name to a loopback address may set X-Forwarded-Host, but not Host."""
+def test_forwarded_host_is_checked_like_the_host(serve_here: Any) -> None:
+    """A page that uses DNS rebinding to a loopback address can set X-Forwarded-Host but not Host."""
     with serve_here(measure=False, hosts=[NAME]) as running, ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=running.url))
         for host, forwarded, status in (
@@ -374,6 +374,6 @@ def test_a_forwarded_host_must_be_allowed_like_the_host(serve_here: Any) -> None
         ("::1", "192.0.2.1", "192.0.2.1"),
     ],
 )
-def test_the_client_is_the_last_address_that_is_no_proxy(peer: str, forwarded: str, address: str) -> None:
+def test_client_is_the_last_untrusted_address(peer: str, forwarded: str, address: str) -> None:
     assert TrustedProxies(["10.0.0.0/8", "::1"]).client(peer, forwarded) == address
     assert TrustedProxies([]).client(peer, forwarded) == peer

@@ -1,4 +1,4 @@
-"""OpenAI's API, through the `openai` package."""
+"""The OpenAI-compatible API, tested with the `openai` package."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def client(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
 
 
-def test_text_of_every_format(client: Any, spoken: Any) -> None:
+def test_response_formats(client: Any, spoken: Any) -> None:
     clip = spoken[0]
-    ask = client.audio.transcriptions.create
-    assert ask(model="any", file=clip.path).text == clip.text
-    assert ask(model="any", file=clip.path, response_format="text").strip() == clip.text
-    verbose = ask(
+    create = client.audio.transcriptions.create
+    assert create(model="any", file=clip.path).text == clip.text
+    assert create(model="any", file=clip.path, response_format="text").strip() == clip.text
+    verbose = create(
         model="any", file=clip.path, response_format="verbose_json", timestamp_granularities=["word", "segment"]
     )
     assert verbose.text == clip.text and verbose.duration == pytest.approx(clip.seconds, abs=1e-3)
     assert [word.word for word in verbose.words] == clip.text.split()
     assert " ".join(segment.text for segment in verbose.segments) == clip.text
     assert all(word.start < word.end <= clip.seconds + 0.2 for word in verbose.words)
-    cues = list(srt.parse(ask(model="any", file=clip.path, response_format="srt")))
+    cues = list(srt.parse(create(model="any", file=clip.path, response_format="srt")))
     assert " ".join(cue.content.replace("\n", " ") for cue in cues) == clip.text
     assert [cue.start.total_seconds() for cue in cues[:1]] == [verbose.words[0].start]
     assert all(cue.end.total_seconds() <= max(clip.seconds, verbose.words[-1].end) for cue in cues)
-    told = webvtt.from_string(ask(model="any", file=clip.path, response_format="vtt"))
-    assert [cue.text for cue in told] == [cue.content for cue in cues]
+    captions = webvtt.from_string(create(model="any", file=clip.path, response_format="vtt"))
+    assert [cue.text for cue in captions] == [cue.content for cue in cues]
 
 
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
@@ -53,19 +53,19 @@ def test_containers(client: Any, spoken: Any, format: str) -> None:
     soundfile.write(file, audio, 16000, format=format)
     with nemostream.load() as model:
         decoded, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")
-        wanted = model.transcribe(decoded, sample_rate=rate).text
-    got = client.audio.transcriptions.create(model="any", file=(f"x.{format.lower()}", file.getvalue())).text
-    assert got == wanted and len(got.split()) >= 4
+        expected = model.transcribe(decoded, sample_rate=rate).text
+    text = client.audio.transcriptions.create(model="any", file=(f"x.{format.lower()}", file.getvalue())).text
+    assert text == expected and len(text.split()) >= 4
 
 
-def test_streamed_events_add_up(client: Any, spoken: Any) -> None:
+def test_streamed_deltas_form_the_text(client: Any, spoken: Any) -> None:
     events = list(client.audio.transcriptions.create(model="any", file=spoken[0].path, stream=True))
     deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
     assert events[-1].type == "transcript.text.done" and events[-1].text == spoken[0].text
     assert "".join(deltas) == spoken[0].text and len(deltas) >= 3
 
 
-def test_silence_is_no_text(client: Any) -> None:
+def test_silence_gives_empty_text(client: Any) -> None:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000, np.int16), 16000, format="WAV")
     assert client.audio.transcriptions.create(model="any", file=("x.wav", file.getvalue())).text == ""
@@ -74,8 +74,8 @@ def test_silence_is_no_text(client: Any) -> None:
     ).startswith("WEBVTT")
 
 
-def test_refusals_are_sentences(client: Any, spoken: Any) -> None:
-    ask = client.audio.transcriptions.create
+def test_invalid_requests(client: Any, spoken: Any) -> None:
+    create = client.audio.transcriptions.create
     for options, word in (
         ({"file": ("cat.png", b"\x89PNG" + bytes(99))}, "cat.png"),
         ({"file": ("empty.wav", b"")}, "empty.wav"),
@@ -83,10 +83,10 @@ def test_refusals_are_sentences(client: Any, spoken: Any) -> None:
         ({"file": spoken[0].path, "extra_body": {"chunk_ms": 33}}, "chunk_ms"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
-            ask(model="any", **options)
+            create(model="any", **options)
         assert word in caught.value.message and "/tmp" not in caught.value.message
     with pytest.raises(openai.BadRequestError, match="response_format"):
-        ask(model="any", file=spoken[0].path, response_format="diarized_json")
+        create(model="any", file=spoken[0].path, response_format="diarized_json")
 
 
 def test_models(client: Any) -> None:
@@ -105,14 +105,14 @@ def encoded(pcm: bytes) -> str:
 
 
 async def until(connection: Any, *kinds: str) -> list[Any]:
-    """Events up to and with one of a kind."""
-    found = []
+    """Return the events up to and including the first one of the given types."""
+    events = []
     async with asyncio.timeout(30):
         while True:
             event = await connection.recv()
-            found.append(event)
+            events.append(event)
             if event.type in kinds:
-                return found
+                return events
 
 
 COMPLETED = "conversation.item.input_audio_transcription.completed"
@@ -141,9 +141,9 @@ def test_a_realtime_session_with_commits(server: Any, spoken: Any) -> None:
                 events = await until(connection, COMPLETED)
                 committed = next(event for event in events if event.type == "input_audio_buffer.committed")
                 with nemostream.load() as model:
-                    wanted = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
-                assert events[-1].transcript == wanted
-                assert "".join(event.delta for event in events if event.type == DELTA) == wanted
+                    expected = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
+                assert events[-1].transcript == expected
+                assert "".join(event.delta for event in events if event.type == DELTA) == expected
                 assert {event.item_id for event in events} == {committed.item_id}
                 assert committed.previous_item_id == last
                 last = committed.item_id
@@ -151,7 +151,7 @@ def test_a_realtime_session_with_commits(server: Any, spoken: Any) -> None:
     asyncio.run(main())
 
 
-def test_a_realtime_session_that_hears_the_end_of_a_turn(server: Any, spoken: Any) -> None:
+def test_a_realtime_session_with_turn_detection(server: Any, spoken: Any) -> None:
     async def main() -> None:
         client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")
         async with client.realtime.connect(model="any") as connection:
@@ -160,9 +160,9 @@ def test_a_realtime_session_that_hears_the_end_of_a_turn(server: Any, spoken: An
             format_ = {"type": "audio/pcmu"}
             await connection.session.update(session=manual(turn_detection=detection, format=format_))
             await until(connection, "session.updated")
-            low = soxr.resample(np.frombuffer(spoken[0].pcm, np.int16), 16000, 8000)
+            resampled = soxr.resample(np.frombuffer(spoken[0].pcm, np.int16), 16000, 8000)
             file = io.BytesIO()
-            soundfile.write(file, low, 8000, format="RAW", subtype="ULAW")
+            soundfile.write(file, resampled, 8000, format="RAW", subtype="ULAW")
             await connection.input_audio_buffer.append(audio=encoded(file.getvalue() + b"\xff" * 16000))
             events = await until(connection, COMPLETED)
             kinds = [event.type for event in events if event.type != DELTA]
@@ -177,7 +177,7 @@ def test_a_realtime_session_that_hears_the_end_of_a_turn(server: Any, spoken: An
     asyncio.run(main())
 
 
-def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None:
+def test_realtime_errors_keep_the_session_open(server: Any, spoken: Any) -> None:
     async def main() -> None:
         client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")
         async with client.realtime.connect(model="any") as connection:
@@ -196,7 +196,7 @@ def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None
                 await connection.send({**message, "event_id": "mine"})
                 (error,) = await until(connection, "error")
                 assert word in error.error.message and error.error.event_id == "mine"
-            # And after all that it still listens; what was cleared is not said.
+            # The session still works after the errors; cleared audio is not transcribed.
             await connection.session.update(session=manual())
             await connection.input_audio_buffer.append(audio=encoded(at_24_khz(spoken[1].pcm)))
             await connection.input_audio_buffer.clear()
@@ -206,8 +206,8 @@ def test_what_a_realtime_session_does_not_know(server: Any, spoken: Any) -> None
             await connection.input_audio_buffer.commit()
             events = await until(connection, COMPLETED)
             with nemostream.load() as model:
-                wanted = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
-            assert events[-1].transcript == wanted
+                expected = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
+            assert events[-1].transcript == expected
 
     asyncio.run(main())
 
@@ -239,7 +239,7 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-orders = st.one_of(
+messages = st.one_of(
     st.binary(max_size=100),
     texts,
     values.map(json.dumps),
@@ -266,8 +266,8 @@ orders = st.one_of(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sent=st.lists(orders, max_size=8))
-def test_any_messages_leave_a_realtime_session_listening(server: Any, spoken: Any, sent: list[Any]) -> None:
+@given(sent=st.lists(messages, max_size=8))
+def test_a_realtime_session_survives_any_messages(server: Any, spoken: Any, sent: list[Any]) -> None:
     with connect(f"{server.socket}/v1/realtime?intent=transcription") as socket:
         for message in sent:
             socket.send(message)
@@ -282,4 +282,4 @@ def test_any_messages_leave_a_realtime_session_listening(server: Any, spoken: An
             socket.send(json.dumps(last))
         while (event := json.loads(socket.recv(timeout=30)))["type"] != COMPLETED or not event["transcript"]:
             assert event["type"] != "error" or event["error"]["message"].endswith(".")
-    assert socket.close_code == 1000  # ours: the server had no reason to
+    assert socket.close_code == 1000  # closed by the client

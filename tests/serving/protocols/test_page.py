@@ -1,4 +1,4 @@
-"""The web page in a real browser: Chromium without a screen, its microphone fed from a WAV file."""
+"""The web page in headless Chromium with a WAV file as the microphone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian
 
 @pytest.fixture(scope="module")
 def microphone(spoken: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the fake microphone hears, again and again: a clip and ten seconds of silence."""
+    """Return the file that the fake microphone repeats: a clip and ten seconds of silence."""
     path = tmp_path_factory.mktemp("microphone") / "voice.wav"
     audio = np.frombuffer(spoken[0].pcm, np.int16)
     soundfile.write(path, np.concatenate([np.zeros(16000, np.int16), audio, np.zeros(160_000, np.int16)]), 16000)
@@ -53,35 +53,35 @@ def browser(microphone: Path) -> Iterator[Any]:
 def page(browser: Any, server: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 390, "height": 844})  # a phone
     page = context.new_page()
-    page.asked, page.wrong = [], []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.urls, page.errors = [], []
+    page.on("request", lambda request: page.urls.append(request.url))
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(server.url)
     page.wait_for_selector("#chunks input")
     yield page
     context.close()
 
 
-def test_the_microphones_words_appear_and_settle(page: Any, server: Any, spoken: Any) -> None:
+def test_microphone(page: Any, server: Any, spoken: Any) -> None:
     words = spoken[0].text.split()
     page.click("#mic")
     page.wait_for_function("() => parseFloat(document.getElementById('level').style.width) > 30", timeout=20_000)
     page.wait_for_selector("#captions p.live", timeout=20_000)
     page.wait_for_selector("#captions p:not(.live)", timeout=20_000)
     captions = page.inner_text("#captions").split()
-    # A browser resamples and the silence before differs, so a word may: most of them must be there, in order.
+    # Resampling in the browser and other leading silence may change a word; most words must be present.
     assert sum(word in captions for word in words) >= len(words) - 2 and captions[:1] == words[:1]
     assert re.fullmatch(r"\d+ ms", page.inner_text("#latency"))
     page.click("#mic")
     page.wait_for_selector("#status:text-is('done')")
     assert page.get_attribute("#mic", "aria-pressed") == "false"
     assert page.evaluate("document.getElementById('level').style.width") in ("0", "0px")
-    assert all(url.startswith((server.url, "blob:")) for url in page.asked if not url.startswith("data:")), page.asked
-    assert page.wrong == []
+    assert all(url.startswith((server.url, "blob:")) for url in page.urls if not url.startswith("data:")), page.urls
+    assert page.errors == []
 
 
-def test_a_file_is_captioned_and_the_chunk_size_switches(page: Any, spoken: Any) -> None:
+def test_file_with_a_change_of_the_chunk_size(page: Any, spoken: Any) -> None:
     page.check("#chunks input[value='80']", force=True)
     page.set_input_files("#file", spoken[0].path)
     page.wait_for_selector("#captions p.live", timeout=20_000)
@@ -89,20 +89,20 @@ def test_a_file_is_captioned_and_the_chunk_size_switches(page: Any, spoken: Any)
     page.wait_for_selector("#status:text-is('done')", timeout=20_000)
     captions, words = page.inner_text("#captions").split(), spoken[0].text.split()
     assert sum(word in captions for word in words) >= len(words) - 2
-    assert page.wrong == []
+    assert page.errors == []
 
 
-def test_the_demo_model_is_named_on_the_page(page: Any) -> None:
+def test_note_about_the_demo_model(page: Any) -> None:
     note = page.inner_text("#note")
     assert "The demo model is in use" in note and "English numbers" in note and "--bundle" in note
 
 
-def test_it_fits_a_phone(page: Any) -> None:
+def test_layout_on_a_phone(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert all(box["height"] >= 40 for box in map(lambda b: b.bounding_box(), page.query_selector_all("button, .file")))
 
 
-def test_no_room_is_told(page: Any, server: Any) -> None:
+def test_message_when_all_streams_are_in_use(page: Any, server: Any) -> None:
     import json
 
     def full(route: Any) -> None:
@@ -110,7 +110,7 @@ def test_no_room_is_told(page: Any, server: Any) -> None:
         route.fulfill(body=json.dumps(body), content_type="application/json")
 
     page.route("**/readyz", full)
-    page.evaluate("chunk = 33")  # refused, as if there were no room
+    page.evaluate("chunk = 33")  # an invalid size, rejected like a stream over the limit
     page.click("#mic")
     page.wait_for_selector("#status.bad", timeout=10_000)
     assert "in use" in page.inner_text("#status")

@@ -1,4 +1,4 @@
-"""Every field of the published schemas against docs/protocols.md and a running server; appends of 15 MiB; ITN."""
+"""All fields of the published schemas against docs/protocols.md and a running server; 15 MiB appends; ITN."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPLETED = "conversation.item.input_audio_transcription.completed"
 
 
 def table(heading: str) -> dict[str, str]:
-    """Field -> status."""
+    """Return the status of each field of a table."""
     text = DOCS.read_text().split(f"### {heading}\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| `([^`]+)` \| (\w+) \|", text, re.M)
     assert len(dict(rows)) == len(rows) and {status for _, status in rows} <= {"supported", "rejected", "ignored"}
@@ -37,14 +37,14 @@ def table(heading: str) -> dict[str, str]:
 
 
 def leaves(kind: Any, path: str = "") -> set[str]:
-    """Dotted names of the fields of a TypedDict, and of those inside; noise reduction counts as one field."""
+    """Return the dotted names of all nested fields of a TypedDict; noise reduction counts as one field."""
     kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Required else kind
     if hasattr(kind, "__annotations__") and hasattr(kind, "__total__"):
-        found: set[str] = set()
+        names: set[str] = set()
         for name, inner in typing.get_type_hints(kind).items():
             where = f"{path}.{name}" if path else name
-            found |= {where} if name == "noise_reduction" else leaves(inner, where)
-        return found
+            names |= {where} if name == "noise_reduction" else leaves(inner, where)
+        return names
     options = [leaves(one, path) for one in typing.get_args(kind) if hasattr(one, "__total__")]
     return set().union(*options) if options else {path}
 
@@ -62,11 +62,11 @@ def leaves(kind: Any, path: str = "") -> set[str]:
         "StreamingRecognizeRequest",
     ],
 )
-def test_the_tables_have_every_field_of_riva(name: str) -> None:
+def test_tables_have_all_fields_of_riva(name: str) -> None:
     assert set(table(name)) == {field.name for field in getattr(riva_asr_pb2, name).DESCRIPTOR.fields}
 
 
-def test_the_tables_have_every_field_of_openai() -> None:
+def test_tables_have_all_fields_of_openai() -> None:
     create = set(typing.get_type_hints(transcription_create_params.TranscriptionCreateParamsNonStreaming))
     assert set(table("TranscriptionCreateParams")) == create
     session = realtime_transcription_session_create_request_param.RealtimeTranscriptionSessionCreateRequestParam
@@ -106,7 +106,7 @@ def recognise(running: Any, audio: bytes, **config: Any) -> str:
     return "".join(result.alternatives[0].transcript for result in answer.results).strip()
 
 
-def test_riva_follows_its_table(server: Any, spoken: Any) -> None:
+def test_riva_matches_its_table(server: Any, spoken: Any) -> None:
     statuses = table("RecognitionConfig")
     assert set(RIVA_REJECTED) == {name for name, status in statuses.items() if status == "rejected"}
     for name, config in RIVA_REJECTED.items():
@@ -125,7 +125,7 @@ def test_riva_follows_its_table(server: Any, spoken: Any) -> None:
 
 
 def test_force_eou_ends_the_utterance(server: Any, spoken: Any) -> None:
-    """Two recordings without silence between: the first is final where the client says so, as if it were alone."""
+    """Two recordings without silence between them: `force_eou` ends the first utterance."""
     kind = riva_asr_pb2.StreamingRecognizeRequest
     config = riva_asr_pb2.StreamingRecognitionConfig(
         config=riva_asr_pb2.RecognitionConfig(sample_rate_hertz=16000, endpointing_config={"stop_history": 60000})
@@ -142,16 +142,16 @@ def test_force_eou_ends_the_utterance(server: Any, spoken: Any) -> None:
     one, two = spoken[1].pcm, spoken[2].pcm
     assert len(finals(kind(audio_content=one), kind(audio_content=two))) == 1
     together = finals(kind(audio_content=one, runtime_config=forced), kind(audio_content=two))
-    apart = finals(kind(audio_content=one), kind(runtime_config=forced), kind(audio_content=two))
-    assert len(together) == 2 and together == apart
-    for wrong in ({"force_eou": "maybe"}, {"x": "true"}):
+    separate = finals(kind(audio_content=one), kind(runtime_config=forced), kind(audio_content=two))
+    assert len(together) == 2 and together == separate
+    for invalid in ({"force_eou": "maybe"}, {"x": "true"}):
         with pytest.raises(grpc.RpcError, match="force_eou"):
-            finals(kind(audio_content=one, runtime_config=wrong))
+            finals(kind(audio_content=one, runtime_config=invalid))
     with pytest.raises(grpc.RpcError, match="first message"):
         finals(kind(streaming_config=config))
 
 
-def test_transcriptions_follow_their_table(server: Any, spoken: Any) -> None:
+def test_transcriptions_match_their_table(server: Any, spoken: Any) -> None:
     rejected: dict[str, Any] = {
         "chunking_strategy": {"type": "server_vad"},
         "include": ["logprobs"],
@@ -159,29 +159,31 @@ def test_transcriptions_follow_their_table(server: Any, spoken: Any) -> None:
         "known_speaker_references": ["data:audio/wav;base64,AAAA"],
     }
     assert set(rejected) == {n for n, status in table("TranscriptionCreateParams").items() if status == "rejected"}
-    ask = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
+    create = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
     for name, value in (*rejected.items(), ("languages", ["de"])):
         with pytest.raises(openai.BadRequestError, match=name.removesuffix("s")):
-            ask(model="any", file=spoken[1].path, **{name: value})
+            create(model="any", file=spoken[1].path, **{name: value})
     with pytest.raises(openai.BadRequestError, match="chunk_m'"):
-        ask(model="any", file=spoken[1].path, extra_body={"chunk_m": 80})
-    same = ask(model="x", file=spoken[1].path, prompt="x", temperature=0.7, chunking_strategy="auto", languages=["en"])
+        create(model="any", file=spoken[1].path, extra_body={"chunk_m": 80})
+    same = create(
+        model="x", file=spoken[1].path, prompt="x", temperature=0.7, chunking_strategy="auto", languages=["en"]
+    )
     assert same.text == spoken[1].text
-    assert ask(model="any", file=spoken[1].path, keywords=["nine"]).text
+    assert create(model="any", file=spoken[1].path, keywords=["nine"]).text
 
 
-def talk(running: Any, *events: Any, most: int = 1) -> list[dict[str, Any]]:
-    """The events that answer, without the first."""
-    found: list[dict[str, Any]] = []
+def exchange(running: Any, *events: Any, max_responses: int = 1) -> list[dict[str, Any]]:
+    """Send events and return the responses, without the initial one."""
+    responses: list[dict[str, Any]] = []
     with connect(f"{running.socket}/v1/realtime?intent=transcription", max_size=None) as socket:
         for event in events:
             socket.send(event if isinstance(event, str | bytes) else json.dumps(event))
         assert json.loads(socket.recv())["type"] == "session.created"
-        while len(found) < most:
-            found.append(json.loads(socket.recv(timeout=120)))
-            if found[-1]["type"] == COMPLETED:
+        while len(responses) < max_responses:
+            responses.append(json.loads(socket.recv(timeout=120)))
+            if responses[-1]["type"] == COMPLETED:
                 break
-    return found
+    return responses
 
 
 def nested(path: str, value: Any) -> Any:
@@ -190,7 +192,7 @@ def nested(path: str, value: Any) -> Any:
     return value
 
 
-def test_realtime_follows_its_table(server: Any) -> None:
+def test_realtime_matches_its_table(server: Any) -> None:
     values: dict[str, Any] = {
         "include": ["item.input_audio_transcription.logprobs"],
         "audio.input.transcription.delay": "low",
@@ -215,7 +217,7 @@ def test_realtime_follows_its_table(server: Any) -> None:
         session = nested(path, values.get(path))
         if path == "audio.input.format.rate":
             session = nested("audio.input.format", {"type": "audio/pcm", "rate": 24000})
-        (answer,) = talk(server, {"type": "session.update", "session": session})
+        (answer,) = exchange(server, {"type": "session.update", "session": session})
         if status == "rejected":
             assert answer["error"]["code"] == "invalid_value" and answer["error"]["param"] == "session." + path
             assert path.rpartition(".")[2] in answer["error"]["message"]
@@ -223,7 +225,7 @@ def test_realtime_follows_its_table(server: Any) -> None:
             assert answer["type"] == "session.updated", (path, answer)
     for kind, status in table("Events").items():
         if status == "rejected":
-            (answer,) = talk(server, {"type": kind})
+            (answer,) = exchange(server, {"type": kind})
             assert answer["error"]["code"] == "invalid_value" and kind in answer["error"]["message"]
 
 
@@ -256,7 +258,7 @@ def test_realtime_follows_its_table(server: Any) -> None:
     ],
 )
 def test_codes_of_realtime_errors(server: Any, event: Any, code: str, param: str | None) -> None:
-    (answer,) = talk(server, event)
+    (answer,) = exchange(server, event)
     assert (answer["error"]["code"], answer["error"]["param"]) == (code, param)
     assert answer["error"]["message"].endswith(".")
     assert answer["error"]["event_id"] == (event.get("event_id") if isinstance(event, dict) else None)
@@ -266,19 +268,19 @@ def test_codes_of_realtime_errors(server: Any, event: Any, code: str, param: str
 
 
 def test_an_append_of_15_mib(server: Any, spoken: Any) -> None:
-    """15 MiB are taken, in one frame and with escaped slashes; what is said in the last seconds comes; more is not."""
+    """15 MiB are accepted in one frame, also with escaped slashes, and the last seconds are transcribed."""
     speech = soxr.resample(np.frombuffer(spoken[1].pcm, np.int16), 16000, 24000).tobytes()
     pcm = bytes((15 << 20) - len(speech)) + speech
     manual = {"type": "session.update", "session": nested("audio.input.turn_detection", None)}
     commit = {"type": "input_audio_buffer.commit"}
     text = json.dumps({"type": "input_audio_buffer.append", "audio": base64.b64encode(pcm).decode()})
     assert len(pcm) == 15 << 20 and "/" in text
-    events = talk(server, manual, text.replace("/", "\\/"), commit, most=1000)
+    events = exchange(server, manual, text.replace("/", "\\/"), commit, max_responses=1000)
     assert events[-1]["type"] == COMPLETED and events[-1]["usage"]["seconds"] == pytest.approx(len(pcm) / 48000)
     assert set(events[-1]["transcript"].split()) & set(spoken[1].text.split())
 
 
-def test_a_large_message_is_ascii_and_elsewhere_too_large(server: Any) -> None:
+def test_limits_of_large_messages(server: Any) -> None:
     for path, message, code in (
         ("realtime", json.dumps({"type": "x", "audio": "ü" * (2 << 20)}, ensure_ascii=False), 1008),
         ("realtime", "A" * (21 << 20), 1009),
@@ -290,13 +292,13 @@ def test_a_large_message_is_ascii_and_elsewhere_too_large(server: Any) -> None:
                 socket.send(message)
                 while True:
                     socket.recv(timeout=30)
-            except Exception:  # closed while it sends, or after
+            except Exception:  # closed while sending or afterwards
                 pass
         assert socket.protocol.close_code == code
 
 
-def test_frames_are_split_as_the_standard_says() -> None:
-    """Against websockets' own parser: the same messages, whatever arrives at once."""
+def test_frame_splitter_keeps_messages() -> None:
+    """The parser of websockets gets the same messages, for any partition of the data."""
     from websockets.frames import Frame, Opcode
     from websockets.protocol import SERVER, Protocol
 
@@ -306,28 +308,31 @@ def test_frames_are_split_as_the_standard_says() -> None:
         for begin, size, fin in ((1, 0, True), (1, 5000, False), (0, 70_000, True), (1, 125, True), (1, 126, True))
     ]
     wire = b"".join(frame.serialize(mask=True) for frame in frames)
-    wanted = [frames[0].data, frames[1].data + frames[2].data, frames[3].data, frames[4].data]
+    expected = [frames[0].data, frames[1].data + frames[2].data, frames[3].data, frames[4].data]
     for step in (1, 7, 1000, len(wire)):
         splitter, parser = FrameSplitter(1001), Protocol(SERVER)
         for start in range(0, len(wire), step):
             parser.receive_data(splitter(wire[start : start + step]))
-        got: list[bytes] = []
+        received: list[bytes] = []
         for frame in parser.events_received():
             assert len(frame.data) <= 1000  # type: ignore[union-attr]
-            got[-1:] = [got[-1] + frame.data] if frame.opcode == Opcode.CONT else [*got[-1:], bytes(frame.data)]  # type: ignore
-        assert parser.parser_exc is None and got == wanted
+            if frame.opcode == Opcode.CONT:  # type: ignore[union-attr]
+                received[-1] += frame.data  # type: ignore[union-attr]
+            else:
+                received.append(bytes(frame.data))  # type: ignore[union-attr]
+        assert parser.parser_exc is None and received == expected
 
 
 # -- inverse text normalization ----------------------------------------------------------------------------------------
 
 
 def test_itn_in_every_protocol(server: Any, spoken: Any) -> None:
-    """The final text is what the rules write of the words; without the extra it is named."""
+    """The final text is normalized; without the extra, the error names it."""
     clip = spoken[1]
-    ask = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
+    create = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
     if find_spec("nemo_text_processing") is None:
         with pytest.raises(openai.BadRequestError, match="itn extra"):
-            ask(model="any", file=clip.path, extra_body={"itn": "true"})
+            create(model="any", file=clip.path, extra_body={"itn": "true"})
         with pytest.raises(grpc.RpcError, match="itn extra"):
             recognise(server, clip.pcm, custom_configuration={"itn": "true"})
         assert server.get("/v1/stream?itn=1")[0] in (400, 404)
@@ -335,25 +340,25 @@ def test_itn_in_every_protocol(server: Any, spoken: Any) -> None:
     import nemostream
 
     with nemostream.load() as model:
-        written = nemostream.InverseNormalizer()
+        normalize = nemostream.InverseNormalizer()
         clip = next(
             one
             for one in spoken
-            if [w.text for w in written(model.transcribe(one.path).words)] != model.transcribe(one.path).text.split()
+            if [w.text for w in normalize(model.transcribe(one.path).words)] != model.transcribe(one.path).text.split()
         )
-        wanted = " ".join(word.text for word in written(model.transcribe(clip.path).words))
-    assert wanted != clip.text
-    assert ask(model="any", file=clip.path, extra_body={"itn": "true"}).text == wanted
-    events = list(ask(model="any", file=clip.path, stream=True, extra_body={"itn": "true"}))
-    assert "".join(e.delta for e in events if e.type == "transcript.text.delta") == events[-1].text == wanted
-    assert recognise(server, clip.pcm, custom_configuration={"itn": "true"}) == wanted
+        expected = " ".join(word.text for word in normalize(model.transcribe(clip.path).words))
+    assert expected != clip.text
+    assert create(model="any", file=clip.path, extra_body={"itn": "true"}).text == expected
+    events = list(create(model="any", file=clip.path, stream=True, extra_body={"itn": "true"}))
+    assert "".join(e.delta for e in events if e.type == "transcript.text.delta") == events[-1].text == expected
+    assert recognise(server, clip.pcm, custom_configuration={"itn": "true"}) == expected
     assert recognise(server, clip.pcm) == clip.text
     with pytest.raises(grpc.RpcError, match="verbatim_transcripts"):
         recognise(server, clip.pcm, verbatim_transcripts=True, custom_configuration={"itn": "true"})
     with connect(f"{server.socket}/v1/stream?itn=1&words=1") as socket:
         socket.send(clip.pcm)
         socket.send('{"type": "finish"}')
-        got = [json.loads(message) for message in socket]
-    finals = [event for event in got if event["type"] == "final"]
-    assert got[-1]["text"] == " ".join(event["text"] for event in finals) == wanted
-    assert [word["text"] for event in finals for word in event["words"]] == wanted.split()
+        received = [json.loads(message) for message in socket]
+    finals = [event for event in received if event["type"] == "final"]
+    assert received[-1]["text"] == " ".join(event["text"] for event in finals) == expected
+    assert [word["text"] for event in finals for word in event["words"]] == expected.split()

@@ -1,4 +1,4 @@
-"""Riva's gRPC, through NVIDIA's own client."""
+"""The Riva gRPC API, tested with NVIDIA's client."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def streaming(**options: Any) -> Any:
     )
 
 
-def said(responses: Any) -> tuple[str, list[Any], list[Any]]:
-    """The whole text, the partial results, the final ones."""
+def collect(responses: Any) -> tuple[str, list[Any], list[Any]]:
+    """Return the whole text, the partial results and the final results."""
     partial, final = [], []
     for response in responses:
         for result in response.results:
@@ -47,7 +47,9 @@ def said(responses: Any) -> tuple[str, list[Any], list[Any]]:
 
 
 @pytest.mark.parametrize("chunk_ms", [None, 80, 1120])
-def test_a_streamed_file_says_what_transcribe_says(server: Any, spoken: Any, tmp_path: Path, chunk_ms: Any) -> None:
+def test_a_streamed_file_gives_the_same_text_as_transcribe(
+    server: Any, spoken: Any, tmp_path: Path, chunk_ms: Any
+) -> None:
     import nemostream
 
     clip = spoken[0]
@@ -57,12 +59,12 @@ def test_a_streamed_file_says_what_transcribe_says(server: Any, spoken: Any, tmp
     path = wav(clip, tmp_path)
     riva.client.add_audio_file_specs_to_config(config, path)
     with riva.client.AudioChunkFileIterator(path, 1600) as chunks:
-        text, partial, final = said(recogniser(server).streaming_response_generator(chunks, config))
+        text, partial, final = collect(recogniser(server).streaming_response_generator(chunks, config))
     with nemostream.load(chunk_ms=chunk_ms or 560) as model:
         offline = model.transcribe(clip.path)
     assert text == offline.text and len(text.split()) >= 4
-    heard = [result.alternatives[0].transcript for result in partial]
-    assert len(heard) >= 3 and all(text.startswith(part) for part in heard)
+    partials = [result.alternatives[0].transcript for result in partial]
+    assert len(partials) >= 3 and all(text.startswith(part) for part in partials)
     words = [word for result in final for word in result.alternatives[0].words]
     assert [word.word for word in words] == text.split()
     starts = [round(1000 * token.time) for token in offline.tokens if token.text.startswith(" ")]
@@ -70,28 +72,28 @@ def test_a_streamed_file_says_what_transcribe_says(server: Any, spoken: Any, tmp
     assert all(word.start_time < word.end_time and 0 < word.confidence <= 1 for word in words)
 
 
-def test_finals_only_when_asked_and_no_words_unless_asked(server: Any, spoken: Any) -> None:
+def test_interim_results_and_words_are_optional(server: Any, spoken: Any) -> None:
     clip = spoken[1]
     chunks = [clip.pcm[start : start + 3200] for start in range(0, len(clip.pcm), 3200)]
     config = streaming(interim_results=False, encoding=riva.client.AudioEncoding.LINEAR_PCM, sample_rate_hertz=16000)
-    text, partial, final = said(recogniser(server).streaming_response_generator(chunks, config))
+    text, partial, final = collect(recogniser(server).streaming_response_generator(chunks, config))
     assert text == clip.text and not partial and not final[0].alternatives[0].words
 
 
-def test_phrases_of_speech_contexts_are_listened_for(server: Any, spoken: Any, tmp_path: Path) -> None:
+def test_phrases_of_speech_contexts_are_boosted(server: Any, spoken: Any, tmp_path: Path) -> None:
     import nemostream
 
     config = riva.client.RecognitionConfig(sample_rate_hertz=16000, language_code="en-US")
     riva.client.add_word_boosting_to_config(config, ["nine"], 400.0)
     with nemostream.load() as model:
-        wanted = model.transcribe(spoken[0].path, phrases={"nine": 20.0}).text
-    assert wanted != spoken[0].text
+        expected = model.transcribe(spoken[0].path, phrases={"nine": 20.0}).text
+    assert expected != spoken[0].text
     service = recogniser(server)
-    for data in (spoken[0].pcm, spoken[0].path.read_bytes()):  # bare samples, and a file
+    for data in (spoken[0].pcm, spoken[0].path.read_bytes()):  # raw samples, and a file
         answer = service.offline_recognize(data, config)
-        assert "".join(result.alternatives[0].transcript for result in answer.results).strip() == wanted
+        assert "".join(result.alternatives[0].transcript for result in answer.results).strip() == expected
     live = riva.client.StreamingRecognitionConfig(config=config)
-    assert said(service.streaming_response_generator([spoken[0].pcm], live))[0] == wanted
+    assert collect(service.streaming_response_generator([spoken[0].pcm], live))[0] == expected
 
 
 def test_utterances_end_by_silence(server: Any, spoken: Any) -> None:
@@ -103,30 +105,31 @@ def test_utterances_end_by_silence(server: Any, spoken: Any) -> None:
         whole = model.transcribe(np.frombuffer(audio, np.int16)).text
     config = streaming(encoding=riva.client.AudioEncoding.LINEAR_PCM, sample_rate_hertz=16000)
     chunks = [audio[start : start + 3200] for start in range(0, len(audio), 3200)]
-    text, _, final = said(recogniser(server).streaming_response_generator(chunks, config))
+    text, _, final = collect(recogniser(server).streaming_response_generator(chunks, config))
     assert text == whole != spoken[0].text
     assert len(final) >= 2 and final[0].alternatives[0].transcript.strip() == spoken[0].text
 
 
 @pytest.mark.parametrize(("subtype", "name"), [("ULAW", "MULAW"), ("ALAW", "ALAW")])
-def test_telephone_sound_is_read_as_libsndfile_reads_it(
-    server: Any, spoken: Any, tmp_path: Path, subtype: str, name: str
-) -> None:
+def test_mulaw_and_alaw_match_libsndfile(server: Any, spoken: Any, tmp_path: Path, subtype: str, name: str) -> None:
     import nemostream
 
     path = wav(spoken[0], tmp_path, subtype=subtype)
     with nemostream.load() as model:
-        wanted = model.transcribe(path).text
+        expected = model.transcribe(path).text
     service = recogniser(server)
-    for chunks in ([path.read_bytes()], [path.read_bytes()[at : at + 7] for at in range(0, path.stat().st_size, 7)]):
-        assert said(service.streaming_response_generator(chunks, streaming()))[0] == wanted  # by its header
+    for chunks in (
+        [path.read_bytes()],
+        [path.read_bytes()[start : start + 7] for start in range(0, path.stat().st_size, 7)],
+    ):
+        assert collect(service.streaming_response_generator(chunks, streaming()))[0] == expected  # format of the header
     audio, _ = soundfile.read(path, dtype="int16")
-    bare = path.read_bytes()[-len(audio) :]
+    raw = path.read_bytes()[-len(audio) :]
     config = streaming(encoding=riva_audio_pb2.AudioEncoding.Value(name), sample_rate_hertz=16000)
-    assert said(service.streaming_response_generator([bare], config))[0] == wanted
+    assert collect(service.streaming_response_generator([raw], config))[0] == expected
 
 
-def test_offline_recognition_of_files_and_of_bare_samples(server: Any, spoken: Any, tmp_path: Path) -> None:
+def test_offline_recognition_of_files_and_raw_samples(server: Any, spoken: Any, tmp_path: Path) -> None:
     clip, service = spoken[0], recogniser(server)
     config = riva.client.RecognitionConfig(
         enable_word_time_offsets=True, sample_rate_hertz=16000, language_code="en-US"
@@ -140,8 +143,8 @@ def test_offline_recognition_of_files_and_of_bare_samples(server: Any, spoken: A
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
-def test_an_mp3_needs_no_tag(server: Any, spoken: Any, tmp_path: Path, rate: int) -> None:
-    """libsndfile writes none; samples that begin as its frames do are samples."""
+def test_mp3_without_a_tag(server: Any, spoken: Any, tmp_path: Path, rate: int) -> None:
+    """libsndfile writes no ID3 tag. Raw samples that start like an MP3 frame are treated as samples."""
     import soxr
 
     import nemostream
@@ -151,17 +154,17 @@ def test_an_mp3_needs_no_tag(server: Any, spoken: Any, tmp_path: Path, rate: int
     soundfile.write(path, soxr.resample(audio, 16000, rate), rate)
     assert path.read_bytes()[:1] == b"\xff"
     with nemostream.load() as model:
-        wanted = model.transcribe(path).text
-        bare = path.read_bytes()[:4] + spoken[0].pcm
-        of_samples = model.transcribe(np.frombuffer(bare, "<i2")).text
+        expected = model.transcribe(path).text
+        raw = path.read_bytes()[:4] + spoken[0].pcm
+        of_samples = model.transcribe(np.frombuffer(raw, "<i2")).text
     config = riva.client.RecognitionConfig(sample_rate_hertz=16000, language_code="en-US")
     service = recogniser(server)
-    for data, text in ((path.read_bytes(), wanted), (bare, of_samples)):
+    for data, text in ((path.read_bytes(), expected), (raw, of_samples)):
         results = service.offline_recognize(data, config).results
         assert "".join(result.alternatives[0].transcript for result in results).strip() == text
 
 
-def test_a_low_rate_stereo_file(server: Any, spoken: Any, tmp_path: Path) -> None:
+def test_an_8_khz_stereo_file(server: Any, spoken: Any, tmp_path: Path) -> None:
     import nemostream
 
     audio, _ = soundfile.read(spoken[0].path, dtype="int16")
@@ -172,11 +175,11 @@ def test_a_low_rate_stereo_file(server: Any, spoken: Any, tmp_path: Path) -> Non
         file.setframerate(8000)
         file.writeframes(audio[::2].repeat(2).tobytes())
     with riva.client.AudioChunkFileIterator(path, 800) as chunks, nemostream.load() as model:
-        text, *_ = said(recogniser(server).streaming_response_generator(chunks, streaming()))
+        text, *_ = collect(recogniser(server).streaming_response_generator(chunks, streaming()))
         assert text == model.transcribe(path).text
 
 
-def test_what_the_server_is(server: Any) -> None:
+def test_server_configuration_and_health(server: Any) -> None:
     service = recogniser(server)
     answer = service.stub.GetRivaSpeechRecognitionConfig(riva_asr_pb2.RivaSpeechRecognitionConfigRequest())
     (model,) = answer.model_config
@@ -202,13 +205,13 @@ def test_what_the_server_is(server: Any) -> None:
         ({"custom_configuration": {"chunk_ms": "²"}}, "chunk_ms"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(server: Any, spoken: Any, change: dict[str, Any], word: str) -> None:
+def test_invalid_options(server: Any, spoken: Any, change: dict[str, Any], word: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(recogniser(server).streaming_response_generator([spoken[0].pcm], streaming(**change)))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and word in caught.value.details()
 
 
-def test_audio_before_the_config_or_of_another_kind_is_refused(server: Any) -> None:
+def test_invalid_first_messages_and_audio(server: Any) -> None:
     stub = recogniser(server).stub
     for first, word in (
         (riva_asr_pb2.StreamingRecognizeRequest(audio_content=b"1234"), "streaming_config"),
@@ -223,24 +226,24 @@ def test_audio_before_the_config_or_of_another_kind_is_refused(server: Any) -> N
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_no_room_says_so_with_a_hint(serve_here: Any, spoken: Any) -> None:
+def test_rejection_over_the_stream_limit_has_a_retry_hint(serve_here: Any, spoken: Any) -> None:
     with serve_here(max_streams=1) as running:
-        held, entered = threading.Event(), threading.Event()
+        release, entered = threading.Event(), threading.Event()
 
-        def slowly() -> Any:
+        def slow_audio() -> Any:
             yield spoken[0].pcm[:32000]
             entered.set()
-            held.wait(30)
+            release.wait(30)
 
         with ThreadPoolExecutor(1) as pool:
             service = recogniser(running)
-            first = pool.submit(lambda: said(service.streaming_response_generator(slowly(), streaming())))
+            first = pool.submit(lambda: collect(service.streaming_response_generator(slow_audio(), streaming())))
             assert entered.wait(30)
             with pytest.raises(grpc.RpcError) as caught:
                 list(service.streaming_response_generator([spoken[0].pcm], streaming()))
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "try again" in caught.value.details()
             assert ("grpc-retry-pushback-ms", "2000") in [tuple(pair) for pair in caught.value.trailing_metadata()]
-            held.set()
+            release.set()
             assert first.result()[0]
 
 
@@ -256,24 +259,24 @@ def test_no_room_says_so_with_a_hint(serve_here: Any, spoken: Any) -> None:
     ),
     parts=st.lists(st.binary(max_size=5000), max_size=4),
 )
-def test_any_message_is_answered_or_refused(server: Any, config: Any, parts: list[bytes]) -> None:
+def test_any_message_gives_a_response_or_invalid_argument(server: Any, config: Any, parts: list[bytes]) -> None:
     stub = recogniser(server).stub
     requests = [
         riva_asr_pb2.StreamingRecognizeRequest(streaming_config=riva_asr_pb2.StreamingRecognitionConfig(config=config)),
         *(riva_asr_pb2.StreamingRecognizeRequest(audio_content=part) for part in parts),
     ]
-    fine = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
+    allowed = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
     call = stub.StreamingRecognize(iter(requests))
     try:
         list(call)
     except grpc.RpcError as error:
-        assert error.code() in fine, error
+        assert error.code() in allowed, error
     try:
         stub.Recognize(riva_asr_pb2.RecognizeRequest(config=config, audio=b"".join(parts)))
     except grpc.RpcError as error:
-        assert error.code() in fine, error
+        assert error.code() in allowed, error
     try:
         name = config.language_code
         stub.GetRivaSpeechRecognitionConfig(riva_asr_pb2.RivaSpeechRecognitionConfigRequest(model_name=name))
     except grpc.RpcError as error:
-        assert error.code() in fine, error
+        assert error.code() in allowed, error

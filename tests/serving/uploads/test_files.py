@@ -1,4 +1,4 @@
-"""Files where a server expects samples: WAV is decoded, another container is rejected by name, everywhere alike."""
+"""Audio files sent instead of samples: in every protocol, WAV is decoded and other containers are rejected by name."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ FORMATS = {
     "CAF": "PCM_16",
     "W64": "PCM_16",
 }
-SHOWN = {"OGG": "Ogg"}
+DISPLAY_NAMES = {"OGG": "Ogg"}
 TAIL = b"LIST" + struct.pack("<I", 300_000) + (np.sin(np.arange(150_000) / 7) * 20_000).astype("<i2").tobytes()
 
 
-def file_of(clip: Any, container: str = "WAV", rate: int = 16000, channels: int = 1, subtype: str = "") -> bytes:
+def encode(clip: Any, container: str = "WAV", rate: int = 16000, channels: int = 1, subtype: str = "") -> bytes:
     audio = np.frombuffer(clip.pcm, np.int16) / np.float32(32768)
     audio = soxr.resample(audio, 16000, rate) if rate != 16000 else audio
     file = io.BytesIO()
@@ -46,19 +46,19 @@ def file_of(clip: Any, container: str = "WAV", rate: int = 16000, channels: int 
     return file.getvalue()
 
 
-def offline(data: bytes, folder: Path) -> str:
+def transcribe_offline(data: bytes, folder: Path) -> str:
     path = folder / "a.bin"
     path.write_bytes(data)
     with nemostream.load() as model:
         return model.transcribe(path).text
 
 
-def streamed(server: Any, messages: list[bytes | str], query: str = "") -> dict[str, Any]:
-    """The last event."""
+def stream(server: Any, messages: list[bytes | str], query: str = "") -> dict[str, Any]:
+    """Send messages and return the last event."""
     events = []
     with connect(f"{server.socket}/v1/stream?{query}") as socket:
         assert json.loads(socket.recv())["type"] == "ready"
-        with suppress(ConnectionClosed):  # which an error does, maybe before the last message
+        with suppress(ConnectionClosed):  # an error may close it before the last message
             for message in [*messages, '{"type": "finish"}']:
                 socket.send(message)
         with suppress(ConnectionClosed):
@@ -67,25 +67,25 @@ def streamed(server: Any, messages: list[bytes | str], query: str = "") -> dict[
     return events[-1]
 
 
-def pieces(data: bytes, size: int) -> list[bytes]:
-    return [data[at : at + size] for at in range(0, len(data), size)]
+def split(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 @pytest.mark.parametrize("size", [1, 3200, 1 << 18])
 @pytest.mark.parametrize("container", [name for name in FORMATS if name != "WAV"])
-def test_a_container_in_a_socket_is_rejected_by_name(server: Any, spoken: Any, container: str, size: int) -> None:
-    data = file_of(spoken[0], container)[: 3000 * size]
-    last = streamed(server, pieces(data[:6400], size) if size < 1000 else pieces(data, size))
+def test_websocket_rejects_containers_by_name(server: Any, spoken: Any, container: str, size: int) -> None:
+    data = encode(spoken[0], container)[: 3000 * size]
+    last = stream(server, split(data[:6400], size) if size < 1000 else split(data, size))
     assert last["type"] == "error" and last["code"] == "audio"
-    assert f"of type {SHOWN.get(container, container)}" in last["message"]
+    assert f"of type {DISPLAY_NAMES.get(container, container)}" in last["message"]
 
 
 @pytest.mark.parametrize("magic", [b"\x1a\x45\xdf\xa3", b"\0\0\0\x20ftypisom", b"#!AMR\n", b"caff\0\1\0\0"])
 @pytest.mark.parametrize("encoding", ["pcm_s16le", "pcm_f32le", "mulaw", "alaw"])
-def test_what_a_browser_records_is_rejected_in_every_encoding(
+def test_websocket_rejects_browser_recordings_in_every_encoding(
     server: Any, spoken: Any, magic: bytes, encoding: str
 ) -> None:
-    last = streamed(server, pieces(magic + spoken[0].pcm, 3200), f"encoding={encoding}")
+    last = stream(server, split(magic + spoken[0].pcm, 3200), f"encoding={encoding}")
     assert (last["type"], last["code"]) == ("error", "audio") and "is a file of type" in last["message"]
 
 
@@ -99,56 +99,56 @@ def test_what_a_browser_records_is_rejected_in_every_encoding(
     ],
 )
 @pytest.mark.parametrize("size", [7, 3200, 1 << 18])
-def test_a_wav_in_a_socket_is_decoded_by_its_header(
+def test_websocket_decodes_wav(
     server: Any, spoken: Any, tmp_path: Path, rate: int, channels: int, subtype: str, size: int
 ) -> None:
-    data = file_of(spoken[0], "WAV", rate, channels, subtype)
-    messages = pieces(data + TAIL, size) if size > 7 else [*pieces(data[:700], size), *pieces(data[700:], 32_000)]
-    last = streamed(server, [*messages], "sample_rate=8000&encoding=pcm_f32le")
-    assert last["type"] == "done" and last["text"] == offline(data, tmp_path)
+    data = encode(spoken[0], "WAV", rate, channels, subtype)
+    messages = split(data + TAIL, size) if size > 7 else [*split(data[:700], size), *split(data[700:], 32_000)]
+    last = stream(server, [*messages], "sample_rate=8000&encoding=pcm_f32le")
+    assert last["type"] == "done" and last["text"] == transcribe_offline(data, tmp_path)
     assert last["audio"] == pytest.approx(spoken[0].seconds, abs=0.01)
 
 
-def test_a_wav_for_each_utterance(server: Any, spoken: Any) -> None:
-    """With a `commit` after each, and a header whose size was never filled in."""
-    first, second = (bytearray(file_of(clip)) for clip in spoken[:2])
+def test_websocket_decodes_one_wav_per_utterance(server: Any, spoken: Any) -> None:
+    """A `commit` follows each file, and the header's size is a placeholder."""
+    first, second = (bytearray(encode(clip)) for clip in spoken[:2])
     for data in (first, second):
         data[data.index(b"data") + 4 : data.index(b"data") + 8] = b"\xff" * 4
     commit = '{"type": "commit"}'
-    last = streamed(server, [bytes(first), commit, bytes(second), commit])
+    last = stream(server, [bytes(first), commit, bytes(second), commit])
     assert last["text"] == f"{spoken[0].text} {spoken[1].text}"
-    other = file_of(spoken[1], rate=8000)
-    last = streamed(server, [bytes(first), commit, other])
+    other = encode(spoken[1], rate=8000)
+    last = stream(server, [bytes(first), commit, other])
     assert last["type"] == "error" and "8000 Hz" in last["message"] and "16000 Hz" in last["message"]
 
 
-def test_a_wav_that_cannot_be_streamed_is_named(server: Any, spoken: Any) -> None:
-    last = streamed(server, [file_of(spoken[0], "WAV", subtype="PCM_24")])
+def test_websocket_rejects_unsupported_wav_formats(server: Any, spoken: Any) -> None:
+    last = stream(server, [encode(spoken[0], "WAV", subtype="PCM_24")])
     assert last["type"] == "error" and "24 bits" in last["message"]
-    data = bytearray(file_of(spoken[0]))
+    data = bytearray(encode(spoken[0]))
     data[24:28] = struct.pack("<I", 4_000_000)
-    last = streamed(server, [bytes(data)])
+    last = stream(server, [bytes(data)])
     assert last["type"] == "error" and "4000000" in last["message"]
 
 
 @pytest.mark.parametrize("begin", [b"RI", b"RIFF", b"RIFF\0\0\0\0WAVX", b"\0\0", b"\xff\xfb\x90\x00", b"Og", b"fLa\0"])
-def test_samples_that_begin_as_a_container_does_are_kept(server: Any, begin: bytes) -> None:
-    """All of them, also where the stream is shorter than a header."""
+def test_samples_that_resemble_a_container_are_kept(server: Any, begin: bytes) -> None:
+    """No sample is lost, even if the stream is shorter than a header."""
     for data in (begin, begin + bytes(32_000)):
-        last = streamed(server, pieces(data, 3200))
+        last = stream(server, split(data, 3200))
         assert last["type"] == "done" and last["audio"] == pytest.approx(len(data) // 2 / 16000, abs=1e-3)
 
 
-def test_floats_on_the_scale_of_integers_in_a_socket(server: Any, spoken: Any) -> None:
-    big = np.frombuffer(spoken[0].pcm, np.int16).astype("<f4").tobytes()
-    last = streamed(server, pieces(big, 6400), "encoding=pcm_f32le")
+def test_websocket_rejects_floats_in_integer_range(server: Any, spoken: Any) -> None:
+    unscaled = np.frombuffer(spoken[0].pcm, np.int16).astype("<f4").tobytes()
+    last = stream(server, split(unscaled, 6400), "encoding=pcm_f32le")
     assert (last["type"], last["code"]) == ("error", "audio") and "divide by 32768" in last["message"]
 
 
 def realtime(server: Any, data: bytes, size: int) -> dict[str, Any]:
     with connect(f"{server.socket}/v1/realtime?intent=transcription") as socket:
-        for piece in pieces(data, size):
-            audio = base64.b64encode(piece).decode()
+        for part in split(data, size):
+            audio = base64.b64encode(part).decode()
             socket.send(json.dumps({"type": "input_audio_buffer.append", "audio": audio}))
         socket.send('{"type": "input_audio_buffer.commit"}')
         while True:
@@ -159,21 +159,21 @@ def realtime(server: Any, data: bytes, size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [100, 20_000])
 def test_files_in_a_realtime_session(server: Any, spoken: Any, tmp_path: Path, size: int) -> None:
-    data = file_of(spoken[1], "WAV", 48000)
-    assert realtime(server, data, size).get("transcript", "").strip() == offline(data, tmp_path)
+    data = encode(spoken[1], "WAV", 48000)
+    assert realtime(server, data, size).get("transcript", "").strip() == transcribe_offline(data, tmp_path)
     for container in ("FLAC", "OGG", "MP3"):
-        event = realtime(server, file_of(spoken[1], container), size)
+        event = realtime(server, encode(spoken[1], container), size)
         assert event["type"] == "error" and "of type" in event["error"]["message"]
 
 
-def test_bytes_after_the_samples_of_a_wav_over_riva(server: Any, spoken: Any) -> None:
+def test_riva_ignores_wav_chunks_after_the_samples(server: Any, spoken: Any) -> None:
     riva = pytest.importorskip("riva.client")
-    data = bytearray(file_of(spoken[0]) + TAIL)
+    data = bytearray(encode(spoken[0]) + TAIL)
     data[4:8] = struct.pack("<I", len(data) - 8)
     service = riva.ASRService(riva.Auth(uri=server.address))
     config = riva.StreamingRecognitionConfig(config=riva.RecognitionConfig(language_code="en-US"))
     for size in (3200, 777, len(data)):
-        answers = service.streaming_response_generator(pieces(bytes(data), size), config)
+        answers = service.streaming_response_generator(split(bytes(data), size), config)
         results = [result for answer in answers for result in answer.results]
         assert "".join(result.alternatives[0].transcript for result in results).strip() == spoken[0].text
         assert max(result.audio_processed for result in results) == pytest.approx(spoken[0].seconds, abs=0.01)
@@ -181,23 +181,23 @@ def test_bytes_after_the_samples_of_a_wav_over_riva(server: Any, spoken: Any) ->
 
 @pytest.mark.parametrize("container", FORMATS)
 @pytest.mark.parametrize("encoding", ["LINEAR_PCM", "ENCODING_UNSPECIFIED", "MULAW"])
-def test_riva_recognizes_every_container_whatever_the_config_says(
+def test_riva_detects_containers_despite_a_wrong_config(
     server: Any, spoken: Any, tmp_path: Path, container: str, encoding: str
 ) -> None:
     riva = pytest.importorskip("riva.client")
-    data = file_of(spoken[0], container, 16000)
+    data = encode(spoken[0], container, 16000)
     service = riva.ASRService(riva.Auth(uri=server.address))
     kind = riva.AudioEncoding.Value(encoding)
     config = riva.RecognitionConfig(language_code="en-US", encoding=kind, sample_rate_hertz=8000)
     answer = service.offline_recognize(data, config)
     text = "".join(result.alternatives[0].transcript for result in answer.results).strip()
-    assert text == offline(data, tmp_path)
+    assert text == transcribe_offline(data, tmp_path)
     if container in ("WAV", "FLAC", "AIFF"):
         assert text == spoken[0].text
     if container != "WAV":
         live = riva.StreamingRecognitionConfig(config=config)
         with pytest.raises(Exception, match="of type"):
-            list(service.streaming_response_generator(pieces(data, 3200), live))
+            list(service.streaming_response_generator(split(data, 3200), live))
 
 
 def upload(server: Any, data: bytes, name: str) -> tuple[int, str]:
@@ -238,10 +238,10 @@ def test_uploads_of_browsers_and_phones(server: Any, spoken: Any, name: str, cod
         assert len(set(text.split()) & set(spoken[0].text.split())) >= len(set(spoken[0].text.split())) // 2
 
 
-def test_uploads_of_several_streams_and_of_floats(server: Any, spoken: Any, tmp_path: Path) -> None:
-    data = file_of(spoken[0], "OGG", subtype="OPUS") + file_of(spoken[1], "OGG", subtype="OPUS")
+def test_uploads_of_chained_ogg_and_of_unscaled_floats(server: Any, spoken: Any, tmp_path: Path) -> None:
+    data = encode(spoken[0], "OGG", subtype="OPUS") + encode(spoken[1], "OGG", subtype="OPUS")
     status, text = upload(server, data, "a.opus")
-    assert (status, text) == (200, offline(data, tmp_path))
+    assert (status, text) == (200, transcribe_offline(data, tmp_path))
     assert len(text.split()) > len(spoken[0].text.split())
     file = io.BytesIO()
     soundfile.write(file, np.frombuffer(spoken[0].pcm, np.int16).astype(np.float32), 16000, "FLOAT", format="WAV")
@@ -250,10 +250,10 @@ def test_uploads_of_several_streams_and_of_floats(server: Any, spoken: Any, tmp_
 
 
 @pytest.mark.parametrize("container", FORMATS)
-def test_a_triton_sequence_of_a_files_bytes(
+def test_triton_rejects_file_content(
     spoken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
 ) -> None:
-    """As floats, which is what its input takes: the bytes as samples are, of 16 bits and of 32."""
+    """The file's bytes are sent as float samples, converted from 16-bit and from 32-bit values."""
     from nemostream.serving.integrations.triton import TritonPythonModel, bundle_in
 
     class Tensor:
@@ -291,7 +291,7 @@ def test_a_triton_sequence_of_a_files_bytes(
             "model_repository": str(bundle.parents[1]),
         }
     )
-    data = file_of(spoken[0], container)[:4096]
+    data = encode(spoken[0], container)[:4096]
     try:
         for audio in (np.frombuffer(data, "<i2") / np.float32(32768), np.frombuffer(data, "<f4")):
             with np.errstate(all="ignore"):
