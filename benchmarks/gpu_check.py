@@ -220,8 +220,8 @@ def engines(here: Here) -> Report:
                     plan, _ = build_engine(
                         here.demo, chunk, precision, here.store, backend=backend, target=target, max_batch=8
                     )
-                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds, "gated": bool(plan.gate)}
-                    figures |= plan.gate
+                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds}
+                    figures |= {"validated": bool(plan.validation), **plan.validation}
                 except Exception as error:  # libraries have their own kinds
                     figures = {"refused": f"{error}"}
                 found[f"{backend} {precision} {chunk.ms}"] = figures

@@ -54,9 +54,9 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
     assert all(Path(line).is_file() for line in out.splitlines())
     assert err.count("built in") == 4
     for plan in store.all():
-        assert plan.gate["steps"] >= LEAST_STEPS
-        assert LEAST_COSINE["int8"] <= plan.gate["cosine"] < 1
-        assert plan.gate["tokens"] > 5
+        assert plan.validation["steps"] >= LEAST_STEPS
+        assert LEAST_COSINE["int8"] <= plan.validation["cosine"] < 1
+        assert plan.validation["tokens"] > 5
     for ms in (80, 560):
         with (
             nemostream.load(chunk_ms=ms, threads=1) as wanted,
@@ -297,7 +297,7 @@ def test_for_a_gpu_that_is_elsewhere(build: Callable[..., Any], tmp_path: Path) 
     assert (code, both.splitlines()[0], err.count("was there"), err.count("built in")) == (0, out.strip(), 1, 1)
     for plan in PlanStore(tmp_path / "engines").all():
         assert (plan.recipe.device, plan.recipe.backend, plan.recipe.cache_dtype) == ("sm89", "tensorrt-rtx", "float16")
-        assert dict(plan.gate) == {} and plan.path.suffix == ".engine"
+        assert dict(plan.validation) == {} and plan.path.suffix == ".engine"
     code, _, err = build("--target", "sm70")
     assert code == 2 and "does not build for sm70 from afar" in err
 
@@ -366,12 +366,12 @@ def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
     encoder = WrongEncoder
     with pytest.raises(EngineValidationError, match=r"the fp16 engine for 560 ms is refused: .*cosine -1"):
         nemostream.load(**options)
-    assert not store.all()[0].gate
+    assert not store.all()[0].validation
     encoder = OrtEncoder
     with nemostream.load(**options) as model, nemostream.load(threads=1) as cpu:
         assert model.transcribe(nemostream.demo_clip()).text == cpu.transcribe(nemostream.demo_clip()).text
     (plan,) = store.all()
-    assert plan.gate["steps"] == 42 and plan.gate["cosine"] > 0.99999
+    assert plan.validation["steps"] == 42 and plan.validation["cosine"] > 0.99999
     with pytest.raises(BackendError, match=r"has no fp16 engine .* for this sm89: nemostream build .* --max-batch 64"):
         nemostream.load(device="cuda", engines=store.folder)  # it was built for two streams at once
 

@@ -43,8 +43,8 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
     figures = []
     for chunk in bundle.manifest.chunks:
         ranges = measure_ranges(bundle, chunk, speech(bundle.manifest))
-        gated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
-        plans = {"fp32": None, "int8, CPU": gated}
+        validated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
+        plans = {"fp32": None, "int8, CPU": validated}
         plans |= {precision: _typed(bundle, chunk, precision, ranges, folder) for precision in _TYPED}
         exact: list[str] = []
         for precision, plan in plans.items():
@@ -61,7 +61,7 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
                     "recordings": len(rows),
                     "words": counted["words"],
                     "same_text_as_fp32": sum(a == b for a, b in zip(texts, exact, strict=True)),
-                    "gate": dict(plan.gate) if plan and plan.gate else None,
+                    "gate": dict(plan.validation) if plan and plan.validation else None,
                 }
             )
     return figures

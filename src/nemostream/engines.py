@@ -43,7 +43,7 @@ def build_engine(
     backend: str = "tensorrt",
     target: str | None = None,
     max_batch: int = 64,
-    gated: bool = True,
+    validate: bool = True,
     progress: Progress = lambda what, share: None,
 ) -> tuple[Plan, bool]:
     """The engine of one chunk size, built unless `store` has it; and whether it was built now.
@@ -52,12 +52,12 @@ def build_engine(
     or with `target` "cuda" for its CUDA provider). Wherever it can run here it is gated, and refused by `EngineValidationError` if
     it is not as good as fp32 (`runtime.gate`). An engine in the store that is damaged is built again.
 
-    Without `gated` it is not compared, and kept under a name that `open_backend` does not look for: how long a step
+    Without `validate` it is not compared, and kept under a name that `open_backend` does not look for: how long a step
     takes may be measured with random weights, which 8 bit does not serve.
 
     Raises `OptionError` for what cannot be built, `BackendError` if a library is missing or fails.
     """
-    maker = _maker(bundle, chunk, precision, backend, target, max_batch, "" if gated else ", not gated")
+    maker = _maker(bundle, chunk, precision, backend, target, max_batch, "" if validate else ", not validated")
     try:
         plan = store.find(maker.recipe)
     except BackendError as error:
@@ -68,7 +68,7 @@ def build_engine(
     plan = store.put(
         maker.recipe,
         lambda folder: maker.make(folder, store, progress),
-        lambda made: _gate(bundle, chunk, made, progress) if maker.runs_here and gated else {},
+        lambda made: _validate(bundle, chunk, made, progress) if maker.runs_here and validate else {},
     )
     return plan, True
 
@@ -110,9 +110,9 @@ def open_backend(
     gpu = CudaDevice()
     plans = _known(bundle, store, None, precision or "fp16", gpu.architecture, rows, chunk_ms)
     for ms, plan in plans.items():
-        if not plan.gate:
-            figures = _gate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
-            plans[ms] = store.record(plan, figures)
+        if not plan.validation:
+            figures = _validate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
+            plans[ms] = store.save_validation(plan, figures)
     with _loading(bundle, capacity):
         return open_gpu(bundle, gpu, plans, capacity, rows)
 
@@ -273,7 +273,7 @@ def _gpu_here() -> str:
         device.close()
 
 
-def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress) -> dict[str, Any]:
+def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress) -> dict[str, Any]:
     from nemostream.engine.validate import validate_engine
     from nemostream.runtime.backends.cpu import OrtBackend
 

@@ -86,7 +86,7 @@ class Plan:
     folder: Path
     files: tuple[File, ...]  # the one to load first
     seconds: float  # it took to build
-    gate: Mapping[str, Any] = field(default_factory=dict)  # what `runtime.gate` measured; empty: it was never run
+    validation: Mapping[str, Any] = field(default_factory=dict)  # what `runtime.gate` measured; empty: it was never run
 
     @property
     def path(self) -> Path:
@@ -109,13 +109,13 @@ _PLAN: dict[str, Check] = {
         backend=one_of("tensorrt", "tensorrt-rtx", "onnxruntime"),
         library=_WORD,
         precision=one_of(*PRECISIONS),
-        device=text(r"[a-z0-9_]+(, not gated)?", "a device"),
+        device=text(r"[a-z0-9_]+(, not validated)?", "a device"),
         max_batch=whole(0, 1 << 20),
         cache_dtype=one_of("float32", "float16", "bfloat16"),
     ),
     "files": list_of(record(File, file=plain_name, sha256=SHA256, bytes=whole(0, 1 << 42)), 1, 16),
     "seconds": number(0, 1e9),
-    "gate": mapping_of(number(-1e12, 1e12)),
+    "validation": mapping_of(number(-1e12, 1e12)),
 }
 
 
@@ -185,7 +185,7 @@ class PlanStore:
             found = fields(document, "", _PLAN)
         except ValueError as error:
             raise BackendError(f"{described} lacks or misnames a field ({error}); build the engine again.") from error
-        return Plan(found["recipe"], self.folder, found["files"], found["seconds"], found["gate"])
+        return Plan(found["recipe"], self.folder, found["files"], found["seconds"], found["validation"])
 
     def put(
         self, recipe: Recipe, make: Callable[[Path], list[Path]], check: Callable[[Plan], Mapping[str, Any]]
@@ -203,7 +203,7 @@ class PlanStore:
             seconds = time.perf_counter() - start
             files = tuple(File(path.name, sha256(path), path.stat().st_size) for path in made)
             tried = Plan(recipe, Path(temporary), files, seconds)
-            plan = dataclasses.replace(tried, folder=self.folder, gate=dict(check(tried)))
+            plan = dataclasses.replace(tried, folder=self.folder, validation=dict(check(tried)))
             # The description goes first and comes last: whoever finds it finds all of it.
             described = self.folder / f"{recipe.stem}.json"
             with self._alone():
@@ -213,9 +213,9 @@ class PlanStore:
                 self._describe(plan, described)
         return plan
 
-    def record(self, plan: Plan, gate: Mapping[str, Any]) -> Plan:
+    def save_validation(self, plan: Plan, validation: Mapping[str, Any]) -> Plan:
         """Keep figures of a plan that was made for another machine and is now on it."""
-        plan = dataclasses.replace(plan, gate=dict(gate))
+        plan = dataclasses.replace(plan, validation=dict(validation))
         self._describe(plan, self.folder / f"{plan.recipe.stem}.json")
         return plan
 
@@ -226,7 +226,7 @@ class PlanStore:
             "recipe": dataclasses.asdict(plan.recipe),
             "files": [dataclasses.asdict(file) for file in plan.files],
             "seconds": round(plan.seconds, 2),
-            "gate": dict(plan.gate),
+            "validation": dict(plan.validation),
         }
         draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")

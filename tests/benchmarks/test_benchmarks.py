@@ -130,7 +130,7 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
         assert row["values"]["bytes_per_stream"] == OrtBackend(demo_bundle, 1).bytes_per_stream
     text = shown(result, tmp_path)
     assert text.count("| 1120 ms | 3 | int8 | cpu |") == 3  # step, push, breakdown
-    assert list((tmp_path / "engines").glob("*not gated*.json"))  # nobody takes what was made for timing as good
+    assert list((tmp_path / "engines").glob("*not validated*.json"))  # nobody takes what was made for timing as good
     with pytest.raises(BackendError, match="has no int8 engine"):
         open_backend(demo_bundle, precision="int8", engines=tmp_path / "engines")
 
@@ -198,7 +198,7 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
     )
     cases = [(row["case"]["backend"], row["case"]["precision"]) for row in result["rows"]]
     assert cases == [("cpu", "fp32"), ("cpu", "int8"), ("cuda:onnxruntime", "fp32")]  # which has no 8 bit
-    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not gated")]
+    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not validated")]
     work = encoder_work(demo_bundle, demo_bundle.manifest.chunk(560))
     assert result["rows"][2]["values"]["floor_ms"] == work.floor_ms(gpu, "fp32", 1)
     assert result["rows"][0]["values"]["floor_ms"] == work.floor_ms(MACHINE, "fp32", 1)
