@@ -29,7 +29,7 @@ from onnx import NodeProto, TensorProto, helper
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 
-CELLS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
+CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -130,7 +130,7 @@ class _Typed:
 
     def __init__(self, model: onnx.ModelProto, weights: _Weights, precision: str, ranges: Mapping[str, float]) -> None:
         self._model, self._weights, self._ranges = model, weights, ranges
-        self._cell = CELLS[precision]
+        self._cache_dtype = CACHE_DTYPES[precision]
         self._eight = precision if precision in _LARGEST else None
         graph = model.graph
         self._floats = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
@@ -145,7 +145,7 @@ class _Typed:
         graph = self._model.graph
         for value in graph.input:
             if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-                self._types[value.name] = self._cell if value.name.startswith(_CACHES) else "float32"
+                self._types[value.name] = self._cache_dtype if value.name.startswith(_CACHES) else "float32"
                 value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
         first = next(node.name for node in graph.node if node.op_type == "Conv")
         for node in graph.node:
@@ -185,19 +185,19 @@ class _Typed:
         if node.name.startswith("output/"):
             kind: str | None = None
             if types:
-                kind = self._cell if node.output[0].startswith(_CACHES) else "float32"
+                kind = self._cache_dtype if node.output[0].startswith(_CACHES) else "float32"
         elif wide or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._wide_sums:
             kind = "float32"
         elif node.op_type in ("MatMul", "Conv"):
-            kind = self._cell
+            kind = self._cache_dtype
         elif node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
             kind = "float32"  # a mask
         elif node.op_type == "Add" and "float32" in types:
             kind = "float32"
         elif types:
-            kind = self._cell if self._cell in types else "float32"
+            kind = self._cache_dtype if self._cache_dtype in types else "float32"
         elif floats:
-            kind = "float32" if node.op_type == "Where" else self._cell
+            kind = "float32" if node.op_type == "Where" else self._cache_dtype
         else:
             kind = None
         inputs = list(node.input)
@@ -234,8 +234,8 @@ class _Typed:
         values, scale = _per_column(self._weights.read(name), self._eight)
         step = np.float32(_range(self._ranges, name) / _LARGEST[self._eight])
         zero = np.zeros((), values.dtype)
-        to_16bit = _NUMPY[self._cell]
-        constants = {"values": values, "scale": scale.astype(to_16bit), "step": step.astype(to_16bit), "zero": zero}
+        dtype = _NUMPY[self._cache_dtype]
+        constants = {"values": values, "scale": scale.astype(dtype), "step": step.astype(dtype), "zero": zero}
         constants["zeros"] = np.zeros(len(scale), values.dtype)
         for key, array in constants.items():
             self._made[f"{name}:{key}"] = self._weights.tensor(f"{name}:{key}", np.asarray(array))

@@ -317,7 +317,7 @@ def test_without_a_gpu_it_is_said(build: Callable[..., Any]) -> None:
         pytest.skip("there is a GPU here")
     code, out, err = build()
     assert (code, out) == (7, "") and "no NVIDIA GPU to build for: name one with --target (sm89)" in err
-    with pytest.raises(BackendError, match="no NVIDIA GPU can be used here"):
+    with pytest.raises(BackendError, match="no usable NVIDIA GPU"):
         nemostream.load(device="cuda")
 
 

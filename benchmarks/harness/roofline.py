@@ -76,11 +76,11 @@ def measure_machine(threads: int, array_bytes: int = _GIGABYTE, repeats: int = 5
 
 def measure_for(backend: Backend, threads: int) -> Machine:
     """The machine that a backend runs on."""
-    return measure_gpu(backend._device) if isinstance(backend, GpuBackend) else measure_machine(threads)
+    return measure_gpu(backend.device) if isinstance(backend, GpuBackend) else measure_machine(threads)
 
 
 def measure_gpu(device: Any = None) -> Machine:
-    """A GPU's rates; `device` is a `runtime.device.Device`, by default the GPU here. Raises `BackendError` without."""
+    """A GPU's rates; `device` is a `CudaDevice`, by default the GPU here. Raises `BackendError` without."""
     from nemostream.benchmarks.gpu.speed import copy_rate
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 

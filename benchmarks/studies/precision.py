@@ -26,7 +26,7 @@ from nemostream.benchmarks import accuracy
 from nemostream.benchmarks.harness.records import hardware
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CELLS, write_typed
+from nemostream.engine.precision import CACHE_DTYPES, write_typed
 from nemostream.engine.validate import validate_engine
 from nemostream.engines import build_engine, speech
 from nemostream.errors import EngineValidationError, NemostreamError
@@ -76,7 +76,7 @@ def _typed(bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: dict[str,
         precision=precision,
         device="tried on a CPU",
         max_batch=0,
-        cache_dtype=CELLS[precision],
+        cache_dtype=CACHE_DTYPES[precision],
     )
     return PlanStore(folder).put(
         recipe,

@@ -204,7 +204,7 @@ def _maker(
         import onnxruntime
 
         cpu = where == "cpu"
-        cache_dtype = "float32" if cpu else graphs.CELLS[precision]
+        cache_dtype = "float32" if cpu else graphs.CACHE_DTYPES[precision]
         recipe = Recipe.of(
             bundle,
             chunk.ms,
@@ -243,7 +243,7 @@ def _maker(
         precision=precision,
         device=f"{target or gpu}{note}",
         max_batch=max_batch,
-        cache_dtype=graphs.CELLS[precision],
+        cache_dtype=graphs.CACHE_DTYPES[precision],
     )
 
     def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:

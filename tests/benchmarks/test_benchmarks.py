@@ -138,13 +138,13 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
 def test_latency_leaves_the_backend_as_it_was(demo_bundle: Bundle) -> None:
     chunk, backend = demo_bundle.manifest.chunk(560), OrtBackend(demo_bundle, 2)
     backend.prepare(chunk)
-    sessions = backend._steps[560].encoder, backend._transducer._joint
+    sessions = backend._steps[560].run_encoder, backend.transducer.run_joint
     with latency._clock(backend, chunk) as clock:
         backend.reset(np.arange(2))
         feed = latency.Feed(demo_bundle.manifest, speech(demo_bundle.manifest)[0], 2, 7)
         backend.submit(feed.batch(chunk, 0)).result()
         assert clock["encoder"] > 0 and clock["calls"] >= 3
-    assert (backend._steps[560].encoder, backend._transducer._joint) == sessions
+    assert (backend._steps[560].run_encoder, backend.transducer.run_joint) == sessions
     assert "encode" not in vars(backend)
 
 
