@@ -100,13 +100,13 @@ def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, whi
     ("edit", "words"),
     [
         (lambda d: "no json", "cannot be read"),
-        (lambda d: json.dumps(d | {"format": "other"}), "of another nemostream"),
-        (lambda d: json.dumps(d | {"version": 99}), "of another nemostream"),
-        (lambda d: json.dumps({k: v for k, v in d.items() if k != "validation"}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"files": []}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "describes something else"),
-        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "lacks or misnames a field"),
+        (lambda d: json.dumps(d | {"format": "other"}), "written by another version of nemostream"),
+        (lambda d: json.dumps(d | {"version": 99}), "written by another version of nemostream"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "validation"}), "has a missing or invalid field"),
+        (lambda d: json.dumps(d | {"files": []}), "has a missing or invalid field"),
+        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "does not describe the engine"),
+        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "has a missing or invalid field"),
+        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "has a missing or invalid field"),
     ],
 )
 def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> None:
@@ -231,7 +231,7 @@ def test_a_graph_reads_the_engines_files_only(store: PlanStore) -> None:
     assert store.find(RECIPE)
     for location in (b"../a.bin", b"/etc/passwd", b"b.bin"):
         store.put(RECIPE, reading(location), lambda plan: {})
-        with pytest.raises(BackendError, match="which is not of it; build the engine again"):
+        with pytest.raises(BackendError, match="which is not one of the engine's files; build the engine again"):
             store.find(RECIPE)
 
 

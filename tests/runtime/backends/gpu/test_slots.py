@@ -116,16 +116,16 @@ def test_a_state_that_does_not_fit(make: Any, talker: Bundle) -> None:
     }
     for words, state in bad.items():
         with pytest.raises(
-            OptionError, match=f"another model, or of another kind .*{words.split()[0]}.* {words.split()[1]} not"
+            OptionError, match=f"another model, or from another kind .*{words.split()[0]}.* {words.split()[1]} not"
         ):
             backend.load(1, state)
     backend.set_phrases(0, phrases_of(talker))
-    with pytest.raises(OptionError, match="listening for other phrases"):
+    with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(1, backend.save(0))
-    with pytest.raises(OptionError, match="listening for other phrases"):
+    with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(0, good)
     backend.set_phrases(1, phrases_of(talker, seed=1))
-    with pytest.raises(OptionError, match="listening for other phrases"):
+    with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(1, backend.save(0))
     backend.set_phrases(1, None)
     assert {name: array.tobytes() for name, array in backend.save(1).items()} == kept
