@@ -135,7 +135,7 @@ def environment(here: Here) -> Report:
 
 def loading(here: Here) -> Report:
     manifest, device, found = here.demo.manifest, here.device(), {}
-    for cache_dtype in kernels.NARROW:
+    for cache_dtype in kernels.MATMUL_TYPES:
         start = time.perf_counter()
         loaded = device.kernels(kernels.macros(manifest, cache_dtype, True), kernels.entries(manifest))
         seconds = time.perf_counter() - start
@@ -220,13 +220,13 @@ def engines(here: Here) -> Report:
                     plan, _ = build_engine(
                         here.demo, chunk, precision, here.store, backend=backend, target=target, max_batch=8
                     )
-                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds, "gated": bool(plan.gate)}
-                    figures |= plan.gate
+                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds}
+                    figures |= {"validated": bool(plan.validation), **plan.validation}
                 except Exception as error:  # libraries have their own kinds
                     figures = {"refused": f"{error}"}
                 found[f"{backend} {precision} {chunk.ms}"] = figures
                 here.keep(found)
-                if "refused" in figures and "refused:" not in figures["refused"]:
+                if "refused" in figures and "failed validation:" not in figures["refused"]:
                     break  # not the gate: the library is missing, or cannot do this precision here
     return found
 
@@ -274,13 +274,15 @@ def engine_in_a_loop(here: Here) -> Report:
     if not plan:
         raise BackendError("no engine was built for this GPU.")
     backend = open_gpu(here.demo, device, {80: plan}, 2, 2)
-    enqueue = backend._recordings[80, 1, False].enqueue
+    chunk = here.demo.manifest.chunk(80)
+    silence = Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([chunk.samples]))
+    enqueue = backend.stages(silence)["encoder"]
 
     def work() -> None:
         device.loop(device.condition(), enqueue)
 
-    device.record(work).launch()
-    device.mark().wait()
+    device.capture(work).launch()
+    device.record_event().wait()
     return {"recorded_and_launched": True, "engine": plan.recipe.stem}
 
 

@@ -34,7 +34,6 @@ import numpy as np
 import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_for
-from nemostream.benchmarks.gpu.speed import device_ms
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work
@@ -177,53 +176,30 @@ class _UnownedBackend:
 # -- breakdown of a step -----------------------------------------------------------------------------------------------
 
 
-class _TimedSession:
-    """An ONNX Runtime session that counts and times its runs."""
-
-    def __init__(self, session: Any, clock: dict[str, float], part: str) -> None:
-        self._session, self._clock, self._part = session, clock, part
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._session, name)
-        if name not in ("run", "run_with_iobinding"):
-            return found
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return found(*arguments, **options)
-            finally:
-                self._clock[self._part] = self._clock.get(self._part, 0.0) + time.perf_counter() - start
-                self._clock["calls"] = self._clock.get("calls", 0) + 1
-
-        return timed
-
-
 @contextmanager
 def _clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
-    """Seconds per part of the steps run meanwhile, on ONNX Runtime; empty for other backends."""
+    """Seconds per stage of the steps in the `with` block, and the number of "calls", on ONNX Runtime; else empty."""
     clock: dict[str, float] = {}
     if not isinstance(backend, OrtBackend):
         yield clock
         return
-    step, net, encode = backend._steps[chunk.ms], backend._transducer, backend.encode
-    before = step.features, step.encoder, net._decoder, net._joint
 
-    def timed(batch: Batch) -> Any:
-        start = time.perf_counter()
-        try:
-            return encode(batch)
-        finally:
-            clock["encode"] = clock.get("encode", 0.0) + time.perf_counter() - start
+    def wrap(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        part = "decode" if name in ("decoder", "joint") else name
 
-    step.features, step.encoder = (_Timed(each, clock, part) for each, part in zip(before[:2], PARTS[:2], strict=True))
-    net._decoder, net._joint = (_Timed(each, clock, "decode") for each in before[2:])
-    backend.encode = timed  # type: ignore[method-assign]
-    try:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return stage(*arguments, **options)
+            finally:
+                clock[part] = clock.get(part, 0.0) + time.perf_counter() - start
+                if part != "encode":
+                    clock["calls"] = clock.get("calls", 0) + 1
+
+        return timed
+
+    with backend.wrapped_stages(chunk, wrap):
         yield clock
-    finally:
-        step.features, step.encoder, net._decoder, net._joint = before
-        del backend.encode
 
 
 def _parts(clock: dict[str, float], whole: float) -> dict[str, float]:
@@ -239,24 +215,23 @@ def _on_the_device(
 ) -> dict[str, list[float]]:
     """Times between events: the whole step as it is launched, and its stages one by one."""
     times: dict[str, list[float]] = {name: [] for name in ("device", *PARTS[:4])}
-    device, pending = backend._device, list[Any]()
+    device, pending = backend.device, list[Any]()
     for step in steps:
         inputs = feed.batch(chunk, step * chunk.frames)
-        whole = device_ms(device, [functools.partial(_submit, backend, inputs, pending)])
-        pending.pop().result()
-        device.make_current()
-        recording, _ = backend._prepare(inputs)  # the same chunk again: stage by stage, not decoded
-        works = recording.undecoded  # begin, features, gather, the encoder, scatter, finish
+        whole = device.elapsed_ms([functools.partial(_submit, backend, inputs, pending)])
+        submitted = pending.pop()
+        submitted.result()
+        stages = backend.stages(inputs)  # the same chunk again: stage by stage, not decoded
         features, gather, encoder, scatter = (
-            device_ms(device, piece) for piece in (works[:2], works[2:3], works[3:4], works[4:5])
+            device.elapsed_ms(stages[name] for name in names)
+            for names in (("begin", "features"), ("gather",), ("encoder",), ("scatter",))
         )
-        works[5]()
-        device.mark().wait()
-        backend._lane = 1 - backend._lane
+        stages["finish"]()
+        device.record_event().wait()
         decode = max(whole - features - gather - encoder - scatter, 0.0)
         for name, milliseconds in zip(times, (whole, features, encoder, decode, gather + scatter), strict=True):
             times[name].append(milliseconds)
-        values["launches"] = len(recording.stages)
+        values["launches"] = submitted.launches
     return times
 
 

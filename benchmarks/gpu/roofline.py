@@ -14,7 +14,7 @@ from nemostream.runtime.backends.gpu.backend import GpuBackend
 
 def measure_for(backend: Backend, threads: int) -> Machine:
     """Measure the machine that a backend runs on."""
-    return measure_gpu(backend._device) if isinstance(backend, GpuBackend) else measure_machine(threads)
+    return measure_gpu(backend.device) if isinstance(backend, GpuBackend) else measure_machine(threads)
 
 
 def measure_gpu(device: Any = None) -> Machine:

@@ -44,7 +44,7 @@ def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> 
     """
     rng = np.random.default_rng(seed)
     audio = speech(backend.manifest)[0]
-    device, slots = backend._device, np.arange(backend.capacity)
+    device, slots = backend.device, np.arange(backend.capacity)
     at = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
     backend.reset(slots)
     lists = [some_phrases(number, [], backend.manifest.decoder.vocabulary) for number in range(16)]
@@ -136,8 +136,8 @@ def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: in
         pending.append(backend.submit(batch))
         host += time.perf_counter() - begin
         step = pending.pop(0)
-        assert step.mark
-        step.mark.wait()
+        assert step.event
+        step.event.wait()
         begin = time.perf_counter()
         step.result()
         host += time.perf_counter() - begin
@@ -152,19 +152,13 @@ def stage_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int
     Each recorded, where that is possible, and launched back to back. Where the host has a part in the loop the whole
     step is left out.
     """
-    batch, device = _same_audio(backend, chunk, rows), backend._device
+    batch = _same_audio(backend, chunk, rows)
     backend.submit(batch).result()
-    for _ in range(2):  # into both lanes: the device goes from one to the other
-        recording, _ = backend._prepare(batch)
-        backend._lane = 1 - backend._lane
-    encoder = recording.enqueue
-    if backend._encoders[chunk.ms].capturable and backend.loop != "eager":
-        encoder = device.record(encoder).launch
-    undecoded = backend._staged(chunk, recording.undecoded, recording.enqueue, backend.loop)
-    stages = {"encoder_ms": [encoder], "undecoded_ms": undecoded}
-    if backend.loop == "while":
-        stages["whole_ms"] = recording.stages
-    return {name: device_ms(device, work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
+    launches = backend.launches(batch)
+    stages = {"encoder_ms": launches.encoder, "undecoded_ms": launches.undecoded}
+    if launches.whole is not None:
+        stages["whole_ms"] = launches.whole
+    return {name: backend.device.elapsed_ms(work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
 
 
 def _same_audio(backend: GpuBackend, chunk: ChunkConfig, rows: int) -> Batch:
@@ -177,77 +171,50 @@ def _same_audio(backend: GpuBackend, chunk: ChunkConfig, rows: int) -> Batch:
 
 def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: ChunkConfig, rows: int) -> float:
     """Make the streams say about `TOKENS_PER_SECOND`, by blank's bias on the device; what they say then."""
-    address = int(backend._memory.step["joint_bias"])
     bias = np.array(bundle.weight("joint.out.bias"))
     low, high, tried = -40.0, 40.0, []
     for _ in range(12):
         bias[-1] = middle = (low + high) / 2
-        backend._device.write(address, bias)
+        backend.arena.write("joint_bias", bias)
         rate = step_times(backend, chunk, rows, 6)["tokens_per_second"]
         tried.append((abs(rate - TOKENS_PER_SECOND), middle, rate))
         low, high = (middle, high) if rate > TOKENS_PER_SECOND else (low, middle)
     _, bias[-1], rate = min(tried)  # few streams say more or nothing, and little in between
-    backend._device.write(address, bias)
+    backend.arena.write("joint_bias", bias)
     return rate
 
 
 def give_frames(backend: GpuBackend) -> None:
     """Without an encoder there are frames to decode all the same: random ones, the same in every step."""
-    memory, net = backend._memory, backend.manifest.decoder
-    size = (int(memory.step["most_pairs"]), net.joint)
+    size = (int(backend.arena.step["max_pairs"]), backend.manifest.decoder.joint)
     frames = np.random.default_rng(0).standard_normal(size, np.float32)
-    backend._device.write(int(memory.step["encoded"]), frames)
+    backend.arena.write("encoded", frames)
 
 
 def hush(backend: GpuBackend, bundle: Bundle) -> NDArray[np.float32]:
     """Let nobody say anything; the biases before."""
-    address = int(backend._memory.step["joint_bias"])
     before = np.empty(bundle.manifest.decoder.vocabulary + 1, np.float32)
-    backend._device.read(address, before)
+    backend.arena.read("joint_bias", before)
     silent = before.copy()
     silent[-1] = 1e4
-    backend._device.write(address, silent)
+    backend.arena.write("joint_bias", silent)
     return before
-
-
-def device_ms(device: Any, work: Iterable[Callable[[], None]]) -> float:
-    """Milliseconds that queued work took on the device, between two events; by the host's clock where it has none."""
-    driver = getattr(device, "_driver", None)
-    if driver is None:
-        start = time.perf_counter()
-        for run in work:
-            run()
-        device.mark().wait()
-        return 1000 * (time.perf_counter() - start)
-    begin, end = device._call("cuEventCreate", 0), device._call("cuEventCreate", 0)
-    try:
-        device._call("cuEventRecord", begin, device.stream)
-        for run in work:
-            run()
-        device._call("cuEventRecord", end, device.stream)
-        device._call("cuEventSynchronize", end)
-        return float(device._call("cuEventElapsedTime", begin, end))
-    finally:
-        driver.cuEventDestroy(begin)
-        driver.cuEventDestroy(end)
 
 
 def copy_rate(device: Any) -> float:
     """Bytes per second read and written by a copy on the device, the best of a few gigabytes."""
     size = 1 << 30
-    driver = device._driver
     first, second = device.allocate(size), device.allocate(size)
     best = 0.0
     for _ in range(8):
-        device.mark().wait()
+        device.record_event().wait()
         start = time.perf_counter()
         for _ in range(8):
-            device._call("cuMemcpyDtoDAsync", second, first, size, device.stream)
-        device.mark().wait()
+            device.copy(second, first, size)
+        device.record_event().wait()
         best = max(best, 8 * 2 * size / (time.perf_counter() - start))
     for memory in (first, second):
-        driver.cuMemFree(memory)
-        device._memory[:] = [m for m in device._memory if int(m) != memory]
+        device.free(memory)
     return best
 
 
@@ -287,7 +254,7 @@ def speed(
                 row["boosted_p50_ms"] = step_times(backend, chunk, batch, repeats, boosts=lists)["p50_ms"]
                 bias = hush(backend, bundle)
                 row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
-                backend._device.write(int(backend._memory.step["joint_bias"]), bias)
+                backend.arena.write("joint_bias", bias)
                 row |= {"encoder": encoder, "settled_tokens_per_second": rate}
                 row["bytes_per_stream"] = backend.bytes_per_stream
                 if bandwidth:

@@ -130,7 +130,7 @@ def _open_cpu(
     plans = None
     if precision != "fp32":
         plans = {
-            chunk.ms: build_engine(bundle, chunk, precision, store, backend="onnxruntime", gated=False)[0]
+            chunk.ms: build_engine(bundle, chunk, precision, store, backend="onnxruntime", validate=False)[0]
             for chunk in chunks
         }
     backend = OrtBackend(bundle, capacity=rows, max_batch=rows, threads=threads, plans=plans)
@@ -150,7 +150,7 @@ def _open_gpu(
     try:
         plans = {
             chunk.ms: build_engine(
-                bundle, chunk, precision, store, backend=library, target=target, max_batch=rows, gated=False
+                bundle, chunk, precision, store, backend=library, target=target, max_batch=rows, validate=False
             )[0]
             for chunk in chunks
         }

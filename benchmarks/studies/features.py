@@ -39,7 +39,7 @@ from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import AudioFeed
 from nemostream.bundle import Bundle
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
-from nemostream.runtime.backends.cpu import Done, OrtBackend
+from nemostream.runtime.backends.cpu import CompletedStep, OrtBackend
 from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.greedy import Floats, Ints, Labels, Predictions, label_looping
@@ -117,14 +117,14 @@ class ReplayBackend:
         self.capacity = self.max_batch = rows
         self._emissions, self._step = emissions, [0] * rows
 
-    def submit(self, batch: Batch) -> Done:
+    def submit(self, batch: Batch) -> CompletedStep:
         slots, rows = batch.slots.tolist(), []
         for slot in slots:
             step = self._emissions[self._step[slot]]
             rows.append((step.tokens[slot], step.frames[slot], step.scores[slot], step.sum_p_alpha[slot]))
             self._step[slot] += 1
         tokens, frames, scores, sum_p_alpha = (tuple(part) for part in zip(*rows, strict=True))
-        return Done(Emissions(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
+        return CompletedStep(Emissions(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
 
     def reset(self, slots: Ints) -> None: ...
 
@@ -219,7 +219,7 @@ def measure_features(
     backend = OrtBackend(bundle, capacity=batch, threads=threads)
     chunk, manifest = bundle.manifest.chunk(ms), bundle.manifest
     feed = AudioFeed(manifest, speech(), batch, (_WARM_UP + steps) * chunk.frames)
-    net: Any = backend._transducer
+    net: Any = backend.transducer
     if random_weights:
         net = RandomBlankTransducer(net, manifest.features.sample_rate / manifest.samples_per_frame)
     backend.reset(np.arange(batch))

@@ -26,7 +26,7 @@ from nemostream.benchmarks import accuracy
 from nemostream.benchmarks.harness.records import hardware
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CELLS, write_typed
+from nemostream.engine.precision import CACHE_DTYPES, write_typed
 from nemostream.engine.validate import validate_engine
 from nemostream.engines import build_engine, speech
 from nemostream.errors import EngineValidationError, NemostreamError
@@ -43,8 +43,8 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
     figures = []
     for chunk in bundle.manifest.chunks:
         ranges = measure_ranges(bundle, chunk, speech(bundle.manifest))
-        gated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
-        plans = {"fp32": None, "int8, CPU": gated}
+        validated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
+        plans = {"fp32": None, "int8, CPU": validated}
         plans |= {precision: _gpu_plan(bundle, chunk, precision, ranges, folder) for precision in _GPU_PRECISIONS}
         fp32_texts: list[str] = []
         for precision, plan in plans.items():
@@ -61,7 +61,7 @@ def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, 
                     "recordings": len(rows),
                     "words": errors["words"],
                     "same_text_as_fp32": sum(a == b for a, b in zip(texts, fp32_texts, strict=True)),
-                    "gate": dict(plan.gate) if plan and plan.gate else None,
+                    "validation": dict(plan.validation) if plan and plan.validation else None,
                 }
             )
     return figures
@@ -77,7 +77,7 @@ def _gpu_plan(bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: dict[s
         precision=precision,
         device="tried on a CPU",
         max_batch=0,
-        cache_dtype=CELLS[precision],
+        cache_dtype=CACHE_DTYPES[precision],
     )
     return PlanStore(folder).put(
         recipe,
@@ -106,7 +106,7 @@ def show(report: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
         ]
         for row in report["words"]:
-            cosine = f"{row['gate']['cosine']:.5f}" if row["gate"] else "–"
+            cosine = f"{row['validation']['cosine']:.5f}" if row["validation"] else "–"
             lines.append(
                 f"| {row['chunk_ms']} ms | {row['precision']} | {100 * row['wer']:.2f} % | "
                 f"{row['same_text_as_fp32']} of {row['recordings']} | {cosine} |"

@@ -130,7 +130,7 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
         assert row["values"]["bytes_per_stream"] == OrtBackend(demo_bundle, 1).bytes_per_stream
     text = shown(result, tmp_path)
     assert text.count("| 1120 ms | 3 | int8 | cpu |") == 3  # step, push, breakdown
-    assert list((tmp_path / "engines").glob("*not gated*.json"))  # nobody takes what was made for timing as good
+    assert list((tmp_path / "engines").glob("*not validated*.json"))  # nobody takes what was made for timing as good
     with pytest.raises(BackendError, match="has no int8 engine"):
         open_backend(demo_bundle, precision="int8", engines=tmp_path / "engines")
 
@@ -138,13 +138,13 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
 def test_latency_leaves_the_backend_as_it_was(demo_bundle: Bundle) -> None:
     chunk, backend = demo_bundle.manifest.chunk(560), OrtBackend(demo_bundle, 2)
     backend.prepare(chunk)
-    sessions = backend._steps[560].encoder, backend._transducer._joint
+    sessions = backend._steps[560].run_encoder, backend.transducer.run_joint
     with latency._clock(backend, chunk) as clock:
         backend.reset(np.arange(2))
         feed = latency.Feed(demo_bundle.manifest, speech(demo_bundle.manifest)[0], 2, 7)
         backend.submit(feed.batch(chunk, 0)).result()
         assert clock["encoder"] > 0 and clock["calls"] >= 3
-    assert (backend._steps[560].encoder, backend._transducer._joint) == sessions
+    assert (backend._steps[560].run_encoder, backend.transducer.run_joint) == sessions
     assert "encode" not in vars(backend)
 
 
@@ -198,7 +198,7 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
     )
     cases = [(row["case"]["backend"], row["case"]["precision"]) for row in result["rows"]]
     assert cases == [("cpu", "fp32"), ("cpu", "int8"), ("cuda:onnxruntime", "fp32")]  # which has no 8 bit
-    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not gated")]
+    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not validated")]
     work = encoder_work(demo_bundle, demo_bundle.manifest.chunk(560))
     assert result["rows"][2]["values"]["floor_ms"] == work.floor_ms(gpu, "fp32", 1)
     assert result["rows"][0]["values"]["floor_ms"] == work.floor_ms(MACHINE, "fp32", 1)

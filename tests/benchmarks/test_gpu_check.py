@@ -79,7 +79,7 @@ def test_soak(small: Bundle) -> None:
     backend = make_backend(small, [chunk], 4)
     figures = gpu_speed.soak(backend, chunk, 60)
     assert (figures["steps"], figures["flat"], figures["failed_rows"]) == (60, True, 0)
-    assert {"boost", "forget"} < set(backend._device.launches)
+    assert {"set_phrases", "reset_decoder"} < set(backend.device.launches)
     leaking = HostDevice()
     backend = make_backend(small, [chunk], 4, leaking)
     launch = leaking.queue
@@ -126,7 +126,7 @@ def test_stages_are_the_steps_own(small: Bundle, loop: str, capturable: bool) ->
     chunk, device = small.manifest.chunk(160), HostDevice()
     encoders = {chunk.ms: OrtEncoder(small, chunk, device, capturable)}
     backend = GpuBackend(small, device, encoders, capacity=3, max_batch=2, loop=loop)
-    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    backend.arena.write("joint_bias", np.zeros(SMALL.vocab + 1, np.float32))
     before = gpu_speed.step_times(backend, chunk, 2, 3)["tokens_per_second"]
     device.launches.clear()
     figures = gpu_speed.stage_times(backend, chunk, 2, 3)
@@ -148,7 +148,7 @@ def test_blank_is_settled(small: Bundle) -> None:
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
     before = gpu_speed.hush(backend, small)
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == 0
-    backend._device.write(int(backend._memory.step["joint_bias"]), before)
+    backend.arena.write("joint_bias", before)
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
 
 
@@ -160,7 +160,7 @@ def test_without_an_encoder_there_is_something_to_decode(small: Bundle) -> None:
     backend = GpuBackend(small, device, encoders, capacity=4, max_batch=3)
     gpu_speed.give_frames(backend)
     gpu_speed.settle_blank(backend, small, chunk, 3)
-    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    backend.arena.write("joint_bias", np.zeros(SMALL.vocab + 1, np.float32))
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] > 0
 
 
@@ -169,7 +169,7 @@ def test_boosted_steps_are_boosted(small: Bundle) -> None:
     """Timed with phrases: the streams have them, each its own, and say other things."""
     chunk = small.manifest.chunk(160)
     backend = make_backend(small, [chunk], 4)
-    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    backend.arena.write("joint_bias", np.zeros(SMALL.vocab + 1, np.float32))
     lists = [features.some_phrases(number, [], SMALL.vocab) for number in range(2)]
     plain, boosted = (
         gpu_speed.step_times(backend, chunk, 3, 6),
@@ -329,7 +329,7 @@ def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: 
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit) as leaving:
         gpu_check.main(["--out", str(tmp_path)])
-    assert leaving.value.code == 7 and "no NVIDIA GPU can be used here" in capsys.readouterr().err
+    assert leaving.value.code == 7 and "no usable NVIDIA GPU" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 

@@ -404,12 +404,13 @@ def build(
                 opened, chunk, precision, store, backend=backend, target=target, max_batch=max_batch, progress=progress
             )
         how = f"built in {plan.seconds:.1f} s" if built else "was there"
-        gate = "not yet run: it will be compared with fp32 where it is loaded"
-        if {"cosine", "tokens", "steps"} <= plan.gate.keys():
-            gate = (
-                f"cosine {plan.gate['cosine']:.5f} and {plan.gate['tokens']} equal tokens in {plan.gate['steps']} steps"
+        validation = "not yet run: it will be compared with fp32 where it is loaded"
+        if {"cosine", "tokens", "steps"} <= plan.validation.keys():
+            figures = plan.validation
+            validation = (
+                f"cosine {figures['cosine']:.5f} and {figures['tokens']} equal tokens in {figures['steps']} steps"
             )
-        console.print(f"{name}: {plan.bytes / 1e6:.1f} MB, {how}; {gate}", soft_wrap=True)
+        console.print(f"{name}: {plan.bytes / 1e6:.1f} MB, {how}; {validation}", soft_wrap=True)
         print(plan.path, flush=True)
 
 
