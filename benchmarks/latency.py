@@ -112,32 +112,45 @@ def _measure(
     filled = -(-chunk.left // chunk.frames)  # steps until the caches are full
     feed = AudioFeed(bundle.manifest, speech(), batch, (filled + 2 * (_WARM_UP + repeats)) * chunk.frames)
     backend.reset(np.arange(batch))
-    others, step = OtherWork(), 0
+    other_work, warm_up = OtherWork(), filled + _WARM_UP
+    times, launches = _step_times(backend, feed, chunk, warm_up, repeats)
+    if isinstance(backend, GpuBackend):
+        steps = range(warm_up + repeats, warm_up + 2 * repeats)
+        device_times, launches = _device_times(backend, feed, chunk, steps)
+        times |= device_times
+    with Model(bundle, _UnownedBackend(backend), chunk.ms) as model:
+        times["push"] = push_times(model, feed, chunk, warm_up, repeats)
+    device_type = "cuda" if isinstance(backend, GpuBackend) else "cpu"
+    work = encoder_work(bundle, chunk, precision, device_type)
+    values = {
+        "bytes_per_stream": getattr(backend, "bytes_per_stream", None),
+        "launches": launches,
+        "roofline_ms": work.roofline_ms(machine, precision, batch),
+        "other_work_cores": round(other_work.cores(), 3),
+    }
+    return records.row(case, times, values)
+
+
+def _step_times(
+    backend: Backend, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int
+) -> tuple[dict[str, list[float]], float]:
+    """Return the milliseconds of `repeats` steps and their parts after `warm_up` steps, and the mean calls per step."""
     times: dict[str, list[float]] = {"step": [], **{part: [] for part in PARTS}}
-    values: dict[str, Any] = {"bytes_per_stream": getattr(backend, "bytes_per_stream", None)}
     calls = []
-    with _clock(backend, chunk) as clock:
-        for step in range(filled + _WARM_UP + repeats):
+    with _stage_clock(backend, chunk) as clock:
+        for step in range(warm_up + repeats):
             inputs = feed.batch(chunk, step * chunk.frames)
             clock.clear()
             start = time.perf_counter()
             backend.submit(inputs).result()
-            whole = time.perf_counter() - start
-            if step < filled + _WARM_UP:
+            elapsed = time.perf_counter() - start
+            if step < warm_up:
                 continue
-            times["step"].append(1000 * whole)
-            for part, seconds in _parts(clock, whole).items():
+            times["step"].append(1000 * elapsed)
+            for part, seconds in _parts(clock, elapsed).items():
                 times[part].append(1000 * seconds)
             calls.append(clock.get("calls", 0))
-    values["launches"] = statistics.mean(calls)
-    if isinstance(backend, GpuBackend):
-        times |= _on_the_device(backend, feed, chunk, range(step + 1, step + 1 + repeats), values)
-    with Model(bundle, _UnownedBackend(backend), chunk.ms) as model:
-        times["push"] = push_times(model, feed, chunk, filled + _WARM_UP, repeats)
-    device_type = "cuda" if isinstance(backend, GpuBackend) else "cpu"
-    values["roofline_ms"] = encoder_work(bundle, chunk, precision, device_type).roofline_ms(machine, precision, batch)
-    values["other_work_cores"] = round(others.cores(), 3)
-    return records.row(case, times, values)
+    return times, statistics.mean(calls)
 
 
 def push_times(model: Model, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int) -> list[float]:
@@ -177,8 +190,8 @@ class _UnownedBackend:
 
 
 @contextmanager
-def _clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
-    """Seconds per stage of the steps in the `with` block, and the number of "calls", on ONNX Runtime; else empty."""
+def _stage_clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
+    """Yield the seconds per stage of the steps in the `with` block and their number of "calls"; empty on a GPU."""
     clock: dict[str, float] = {}
     if not isinstance(backend, OrtBackend):
         yield clock
@@ -202,26 +215,27 @@ def _clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
         yield clock
 
 
-def _parts(clock: dict[str, float], whole: float) -> dict[str, float]:
+def _parts(clock: dict[str, float], elapsed: float) -> dict[str, float]:
+    """Return the seconds of each part of a step that took `elapsed` seconds."""
     if "encode" not in clock:
         return {}
     features, encoder, decode = (clock.get(part, 0.0) for part in PARTS[:3])
     copies = clock["encode"] - features - encoder
-    return dict(zip(PARTS, (features, encoder, decode, copies, whole - clock["encode"] - decode), strict=True))
+    return dict(zip(PARTS, (features, encoder, decode, copies, elapsed - clock["encode"] - decode), strict=True))
 
 
-def _on_the_device(
-    backend: GpuBackend, feed: Feed, chunk: ChunkConfig, steps: range, values: dict[str, Any]
-) -> dict[str, list[float]]:
-    """Times between events: the whole step as it is launched, and its stages one by one."""
+def _device_times(
+    backend: GpuBackend, feed: AudioFeed, chunk: ChunkConfig, steps: range
+) -> tuple[dict[str, list[float]], float]:
+    """Return the milliseconds between events on the device, of whole steps and of their stages; and the launches."""
     times: dict[str, list[float]] = {name: [] for name in ("device", *PARTS[:4])}
-    device, pending = backend.device, list[Any]()
+    device, pending, launches = backend.device, list[Any](), 0.0
     for step in steps:
         inputs = feed.batch(chunk, step * chunk.frames)
         whole = device.elapsed_ms([functools.partial(_submit, backend, inputs, pending)])
         submitted = pending.pop()
         submitted.result()
-        stages = backend.stages(inputs)  # the same chunk again: stage by stage, not decoded
+        stages = backend.stages(inputs)  # of the same chunk again, without decoding
         features, gather, encoder, scatter = (
             device.elapsed_ms(stages[name] for name in names)
             for names in (("begin", "features"), ("gather",), ("encoder",), ("scatter",))
@@ -231,8 +245,8 @@ def _on_the_device(
         decode = max(whole - features - gather - encoder - scatter, 0.0)
         for name, milliseconds in zip(times, (whole, features, encoder, decode, gather + scatter), strict=True):
             times[name].append(milliseconds)
-        values["launches"] = submitted.launches
-    return times
+        launches = submitted.launches
+    return times, launches
 
 
 def _submit(backend: GpuBackend, inputs: Batch, pending: list[Any]) -> None:
