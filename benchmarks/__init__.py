@@ -2,11 +2,11 @@
 
 Commands: `latency` (time of a step, and from the last sample of a chunk to its text), `capacity` (concurrent live
 streams), `throughput` (recorded audio per second), `accuracy` (word error rate), `baseline` (the same step in NeMo,
-transformers, ONNX Runtime and sherpa-onnx), `serve` (concurrent WebSocket clients of a server), `quick` (a short form of
-several), `report` (tables, plots and comparisons of results) and `gpu_check` (everything that needs a GPU).
+transformers, ONNX Runtime and sherpa-onnx), `serve` (concurrent WebSocket clients of a server), `quick` (a short form
+of several), `report` (tables, plots and comparisons of results) and `gpu_check` (everything that needs a GPU).
 
-`command` is their common command line. `harness/` contains shared code, `studies/` benchmarks of single features, `gpu/`
-the parts of the GPU check.
+`command` is their common command line. `harness/` contains shared code, `studies/` benchmarks of single features,
+`gpu/` the parts of the GPU check.
 """
 
 from __future__ import annotations

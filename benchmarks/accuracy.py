@@ -3,12 +3,12 @@
     nemostream bench accuracy --manifest heldout.jsonl --precision fp32 int8 --normalizer basic
     nemostream bench accuracy --bundle BUNDLE --dataset librispeech-clean ami --checkpoint model.nemo
 
-Data sets: NeMo manifests (`audio_filepath`, `text`, optional `offset` and `duration`; JSON Lines), the eight sets of the
-Open ASR leaderboard by name, or any data set of the Hugging Face hub as `name:config:split` (columns `audio` and `text`;
-needs the `datasets` package). The default is the packaged clip. The word error rate is computed by `jiwer` over all
-utterances of a set. Texts are normalised by `whisper-normalizer` like on the leaderboard (`english`); use `basic` for
-strings of digits, because `english` joins them to one number, which is one word. Utterances whose reference is empty
-after normalisation are skipped, like on the leaderboard.
+Data sets: NeMo manifests (`audio_filepath`, `text`, optional `offset` and `duration`; JSON Lines), the eight sets of
+the Open ASR leaderboard by name, or any data set of the Hugging Face hub as `name:config:split` (columns `audio` and
+`text`; needs the `datasets` package). The default is the packaged clip. The word error rate is computed by `jiwer` over
+all utterances of a set. Texts are normalised by `whisper-normalizer` like on the leaderboard (`english`); use `basic`
+for strings of digits, because `english` joins them to one number, which is one word. Utterances whose reference is
+empty after normalisation are skipped, like on the leaderboard.
 
 With `--checkpoint`, NeMo transcribes the same samples offline with the attention mask of the same chunk size, one
 recording at a time. The table shows its word error rate and the share of its tokens that nemostream emits too. For the
@@ -234,9 +234,9 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         lines.append([*line, tables.percent(values.get("card_wer"))])
     _draw(result["rows"], plot("pareto"))
     return (
-        f"Text normaliser: {result['method']['normalizer']}. Latency: chunk duration plus the median time from the last "
-        "sample of a chunk to its text, for one live stream. Same tokens: share of NeMo's tokens that nemostream emits, "
-        f"in order.\n\n{tables.markdown(head, lines)}\n"
+        f"Text normaliser: {result['method']['normalizer']}. Latency: chunk duration plus the median time from the "
+        "last sample of a chunk to its text, for one live stream. Same tokens: share of NeMo's tokens that nemostream "
+        f"emits, in order.\n\n{tables.markdown(head, lines)}\n"
     )
 
 

@@ -2,9 +2,9 @@
 
     nemostream bench baseline --checkpoint model.nemo --batch 1 8 --chunk-ms 80
 
-Without `--checkpoint`, a full-size model with random weights is created (`harness.synthetic`). The competitors use their
-fastest configuration (`harness.runners`, `harness.nemo`): NeMo in fp32, in bf16, with torch.compile, and on a GPU with
-its encoder step in a CUDA graph; the encoder of Hugging Face transformers; ONNX Runtime on NeMo's export; on a CPU
+Without `--checkpoint`, a full-size model with random weights is created (`harness.synthetic`). The competitors use
+their fastest configuration (`harness.runners`, `harness.nemo`): NeMo in fp32, in bf16, with torch.compile, and on a GPU
+with its encoder step in a CUDA graph; the encoder of Hugging Face transformers; ONNX Runtime on NeMo's export; on a CPU
 sherpa-onnx. All run on `--device`. Method, for each chunk size and batch:
 
 * Every runner processes the same audio from the start until its attention caches are full; the following steps are
@@ -272,11 +272,11 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
 
 _SAME_TOKENS = (
     "*Same tokens as NeMo* is the share of the tokens of NeMo in fp32 that a runner emits in order. On a CPU, fp32 "
-    "runners that compute the same function as NeMo must emit all of them, otherwise the benchmark fails. For the other "
-    "runners it is not a measure of quality if the weights are random: such a model amplifies every difference (rounding "
-    "in bf16 or int8, the features of sherpa-onnx and the two frames that it drops at the start of a stream), and all "
-    "tokens after the first different one may differ. The *accuracy* benchmark measures the effect of a precision on "
-    "word error rates with a trained model."
+    "runners that compute the same function as NeMo must emit all of them, otherwise the benchmark fails. For the "
+    "other runners it is not a measure of quality if the weights are random: such a model amplifies every difference "
+    "(rounding in bf16 or int8, the features of sherpa-onnx and the two frames that it drops at the start of a "
+    "stream), and all tokens after the first different one may differ. The *accuracy* benchmark measures the effect "
+    "of a precision on word error rates with a trained model."
 )
 
 
@@ -324,7 +324,7 @@ def _draw(result: Record, axes: Any) -> None:
         axes.errorbar(x, p50, [[0] * len(bars), above], fmt="none", color="black", linewidth=0.7)
     axes.set_xticks([index + 0.4 for index in range(len(groups))], [f"{ms} ms × {batch}" for ms, batch in groups])
     axes.set(xlabel="chunk × batch", ylabel="step, ms (p50, whisker: p99)", title="Time of one step")
-    axes.legend(ncols=2)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes
 
 
 def _release_memory() -> None:

@@ -119,7 +119,7 @@ def measure_capacity(
 
 
 def search(passes: Callable[[int], bool], maximum: int) -> int:
-    """Return the largest number up to `maximum` that passes, to within 5 %, by doubling and bisection; 0 if none does."""
+    """Return the largest number up to `maximum` that passes, to within 5 %; 0 if none does. Doubles, then bisects."""
     low, high = 0, 1
     while high <= maximum and passes(high):
         low, high = high, 2 * high
@@ -244,7 +244,8 @@ def headline(result: Record) -> str:
     reason = f" {limit['case']['streams']} failed: {limit['values']['failures'][0]}." if limit else ""
     confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["passed"]]
     latencies = "; ".join(
-        f"{name.removeprefix('result ')} chunks: p50 {tables.digits(found['p50'])} ms, p99 {tables.digits(found['p99'])} ms"
+        f"{name.removeprefix('result ')} chunks: p50 {tables.digits(found['p50'])} ms, "
+        f"p99 {tables.digits(found['p99'])} ms"
         for name, found in (confirmed[-1]["figures"].items() if confirmed else ())
         if name.startswith("result")
     )
@@ -274,6 +275,7 @@ def _draw(result: Record, axes: Any) -> None:
         yscale="log",
         title="Latency by number of streams",
     )
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
 
 

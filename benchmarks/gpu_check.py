@@ -3,10 +3,12 @@
     python -m nemostream.benchmarks.gpu_check --out benchmarks/results
 
 Run it from a checkout, because the tests marked `gpu` are part of it. Each section runs in its own process: if one
-fails, crashes or hangs, its error is reported and the others are not affected. The report is written after each section.
+fails, crashes or hangs, its error is reported and the others are not affected. The report is written after each
+section.
 
 * environment: GPU, driver, libraries.
-* loading: format of the loaded kernels of each type, type of loop that the driver can capture, and why not a better one.
+* loading: format of the loaded kernels of each type, type of loop that the driver can capture, and why not a better
+  one.
 * bandwidth: of a copy on the device.
 * tests: `pytest -m gpu`: kernels and the whole backend compared with NumPy and the CPU backend.
 * sanitizer: NVIDIA's compute-sanitizer on the decoding kernels.
@@ -22,9 +24,9 @@ fails, crashes or hangs, its error is reported and the others are not affected. 
 * engine_in_while_node: whether the body of a WHILE node can contain the work of an engine. This section is last because
   the driver crashes if it is not supported.
 
-If no engine runs on this machine, speed is measured without the encoder (features, gather, scatter, decoding). The report
-ends with the performance targets. Sections run with `--only` are added to an existing report of the same environment and
-commit.
+If no engine runs on this machine, speed is measured without the encoder (features, gather, scatter, decoding). The
+report ends with the performance targets. Sections run with `--only` are added to an existing report of the same
+environment and commit.
 """
 
 from __future__ import annotations
@@ -203,7 +205,9 @@ def engine_for_other_gpu(context: SectionContext) -> Report:
     """Check whether this GPU accepts an engine that TensorRT for RTX built for another one."""
     import tensorrt_rtx as trt
 
-    plan, _ = build_engine(context.demo, context.demo.manifest.chunk(80), "fp16", context.store, target="sm89", max_batch=1)
+    plan, _ = build_engine(
+        context.demo, context.demo.manifest.chunk(80), "fp16", context.store, target="sm89", max_batch=1
+    )
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     blob = plan.path.read_bytes()
     validity, diagnostics = runtime.get_engine_validity(blob)
@@ -287,7 +291,7 @@ def baseline(context: SectionContext) -> Report:
 
 
 def engine_in_while_node(context: SectionContext) -> Report:
-    """Capture and launch an engine in the body of a WHILE node; the body runs once because no kernel sets the condition."""
+    """Capture and launch an engine in the body of a WHILE node, which runs once as no kernel sets the condition."""
     device = context.device()
     plans = [plan for plan in context.store.all() if plan.recipe.device == device.architecture]
     plan = next((plan for plan in plans if plan.recipe.graph == "encoder-80ms"), None)
@@ -353,9 +357,9 @@ def in_processes(
 ) -> Report:
     """Run each section in its own process and return the report; `sections` maps names to time limits in seconds.
 
-    `command` returns the command of a section for the remaining minutes; it writes its result to `scratch`/SECTION.json.
-    If a section fails, its result so far is kept together with the error. `save` is called with the report after each
-    section.
+    `command` returns the command of a section for the remaining minutes; it writes its result to
+    `scratch`/SECTION.json. If a section fails, its result so far is kept together with the error. `save` is called with
+    the report after each section.
     """
     started, report = time.perf_counter(), Report()
     for name, limit in sections.items():

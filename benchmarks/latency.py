@@ -3,8 +3,8 @@
     nemostream bench latency --bundle BUNDLE --precision fp32 int8 --batch 1 4 16
     nemostream bench latency --bundle BUNDLE --precision fp32 fp16 --device cpu cuda cuda:onnxruntime
 
-Measured for every chunk size, batch, precision and backend (`harness.timed` explains `--device`), after warm-up and with
-full caches:
+Measured for every chunk size, batch, precision and backend (`harness.timed` explains `--device`), after warm-up and
+with full caches:
 
 * **step**: `Backend.submit` until its result, PCM to tokens, as called by the scheduler. On a GPU also **device**, the
   time between two events on the device around the same launches.
@@ -12,10 +12,10 @@ full caches:
   includes conversion, scheduler, step and text. Streams pushed at slightly different times may share a step or not, as
   in production.
 
-Breakdown of a step: *features*, *encoder* and *decode* are the calls into ONNX Runtime (on a GPU the stages of the step,
-launched one by one), *copies* is the rest of the encoder half (gathering and scattering caches), *host* the rest of the
-step. *launches* is the mean number of calls, or of launches on a GPU, per step. The roofline is that of the encoder
-(`harness.roofline`); the table shows which share of the median step it is.
+Breakdown of a step: *features*, *encoder* and *decode* are the calls into ONNX Runtime (on a GPU the stages of the
+step, launched one by one), *copies* is the rest of the encoder half (gathering and scattering caches), *host* the rest
+of the step. *launches* is the mean number of calls, or of launches on a GPU, per step. The roofline is that of the
+encoder (`harness.roofline`); the table shows which share of the median step it is.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _step_times(
 
 
 def push_times(model: Model, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int) -> list[float]:
-    """Return the milliseconds from push to result for each stream and chunk: `repeats` chunks after `warm_up` chunks."""
+    """Return the milliseconds from push to result of each stream for `repeats` chunks after `warm_up` chunks."""
     lead, rate, times = model.manifest.lead, model.manifest.features.sample_rate, []
     streams = [StreamSession(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
     for step in range(warm_up + repeats):
@@ -311,13 +311,15 @@ def _roofline_time(row: Row) -> str:
     return "device" if "device" in row["figures"] else "step"
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    """Return bar labels: chunk size, batch, and what differs between the rows of precision and backend."""
+def _draw_labels(rows: Sequence[Row], axes: Any) -> None:
+    """Label bars with chunk size and batch, and with precision and backend if they differ between the rows."""
     names = [name for name in ("precision", "backend") if len({row["case"][name] for row in rows}) > 1]
-    return [
-        "\n".join(["{chunk_ms} ms × {batch}".format(**row["case"]), *(row["case"][name] for name in names)])
+    labels = [
+        "\n".join([f"{row['case']['chunk_ms']}", f"× {row['case']['batch']}", *(row["case"][name] for name in names)])
         for row in rows
     ]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xlabel(" / ".join(["chunk in ms × batch", *names]))
 
 
 def _draw_breakdown(rows: Sequence[Row], axes: Any) -> None:
@@ -326,8 +328,8 @@ def _draw_breakdown(rows: Sequence[Row], axes: Any) -> None:
         height = np.array([row["figures"].get(part, {"p50": 0.0})["p50"] for row in rows])
         axes.bar(range(len(rows)), height, bottom=bottom, label=part)
         bottom += height
-    axes.set_xticks(range(len(rows)), _labels(rows), fontsize=7 if len(rows) > 10 else 9)
-    axes.set(xlabel="chunk × batch", ylabel="ms (p50)", title="Breakdown of a step")
+    _draw_labels(rows, axes)
+    axes.set(ylabel="ms (p50)", title="Breakdown of a step")
     axes.legend()
 
 
@@ -335,9 +337,8 @@ def _draw_roofline(rows: Sequence[Row], axes: Any) -> None:
     ratios = [row["figures"][_roofline_time(row)]["p50"] / row["values"]["roofline_ms"]["roofline"] for row in rows]
     axes.bar(range(len(rows)), ratios)
     axes.axhline(1.0, color="black", linewidth=0.7)
-    axes.set_xticks(range(len(rows)), _labels(rows), fontsize=7 if len(rows) > 10 else 9)
+    _draw_labels(rows, axes)
     axes.set(
-        xlabel="chunk × batch",
         ylabel="step (p50) ÷ roofline of the encoder",
         title="Time of a step relative to the roofline",
     )

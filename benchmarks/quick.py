@@ -102,10 +102,12 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     axes.set(xlabel="chunk, ms", ylabel="push to text, ms", xscale="log", yscale="log", title="Latency by chunk size")
     axes.set_xticks(sizes, [str(ms) for ms in sizes])
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
     method, load = result["method"], tables.other_load(row["values"]["other_work_cores"] for row in result["rows"])
     return (
-        f"Times in milliseconds. The benchmark took {method['seconds']:.0f} s. {load}\n\n{tables.markdown(head, lines)}\n\n"
+        f"Times in milliseconds. The benchmark took {method['seconds']:.0f} s. {load}\n\n"
+        f"{tables.markdown(head, lines)}\n\n"
         f"Transcript of the packaged recording: *{method['transcript']}*\n"
     )
 

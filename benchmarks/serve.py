@@ -3,10 +3,10 @@
     nemostream bench serve --streams 50 100 200 --manifest heldout.jsonl
     nemostream bench serve --bundle BUNDLE --chunk-ms 80 --streams 8
 
-`nemostream serve` runs in a separate process; the clients run in this process and connect to `/v1/stream` over loopback.
-Each client connects, sends a recording in real time with `--packet-ms` of audio per message, sends `finish`, waits for
-the final text, and connects again. Start times are random. The measured time is from the moment the last audio of a
-recording is due to the final text. A number of clients passes if, over `--seconds`:
+`nemostream serve` runs in a separate process; the clients run in this process and connect to `/v1/stream` over
+loopback. Each client connects, sends a recording in real time with `--packet-ms` of audio per message, sends `finish`,
+waits for the final text, and connects again. Start times are random. The measured time is from the moment the last
+audio of a recording is due to the final text. A number of clients passes if, over `--seconds`:
 
 * all texts are equal to the offline transcripts, and no request fails or is rejected;
 * the 99th percentile of the time to the final text is at most one chunk duration plus 200 ms;
@@ -314,8 +314,9 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     method = result["method"]
     text = (
         "Time in milliseconds from the last audio of an utterance to its final text. "
-        f"{method['recordings']} recordings, {method['packet_ms']} ms of audio per message, {method['seconds']:.0f} s per "
-        f"row; clients and server on the same {method['threads']} cores. {tables.other_load([method['other_work_cores']])}"
+        f"{method['recordings']} recordings, {method['packet_ms']} ms of audio per message, {method['seconds']:.0f} s "
+        f"per row; clients and server on the same {method['threads']} cores. "
+        f"{tables.other_load([method['other_work_cores']])}"
     )
     _draw(result, plot("final"))
     return f"{headline(result)}\n\n{text}\n\n{tables.markdown(head, lines)}\n".lstrip()
@@ -331,8 +332,8 @@ def headline(result: Record) -> str:
     return (
         f"**{row['case']['streams']} WebSocket streams** with {row['case']['chunk_ms']} ms chunks: "
         f"{result['model']['layers']} layers, d_model {result['model']['d_model']}, all texts equal to the offline "
-        f"transcripts, final text {tables.digits(found['p50'])} ms (p99 {tables.digits(found['p99'])} ms) after the last "
-        f"audio. Clients and server together on {hardware['cores']} cores of {hardware['cpu']}."
+        f"transcripts, final text {tables.digits(found['p50'])} ms (p99 {tables.digits(found['p99'])} ms) after the "
+        f"last audio. Clients and server together on {hardware['cores']} cores of {hardware['cpu']}."
     )
 
 
@@ -348,6 +349,7 @@ def _draw(result: Record, axes: Any) -> None:
         yscale="log",
         title="Time to the final text by number of clients",
     )
+    axes.yaxis.set_major_formatter("{x:g}")
     if rows:
         axes.legend()
 

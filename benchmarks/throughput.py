@@ -2,10 +2,10 @@
 
     nemostream bench throughput --bundle BUNDLE --manifest recordings.jsonl --batch 1 8 32
 
-RTFx as defined by the Open ASR leaderboard: total audio duration divided by the total time for all recordings of the set,
-with the model loaded and warmed up by one recording. `batch` recordings are transcribed concurrently and share steps.
-The time includes reading and resampling files. The whole set is transcribed `--repeats` times; the median is used.
-Without `--manifest`, the set consists of `--copies` copies of the packaged clips.
+RTFx as defined by the Open ASR leaderboard: total audio duration divided by the total time for all recordings of the
+set, with the model loaded and warmed up by one recording. `batch` recordings are transcribed concurrently and share
+steps. The time includes reading and resampling files. The whole set is transcribed `--repeats` times; the median is
+used. Without `--manifest`, the set consists of `--copies` copies of the packaged clips.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def measure_gpu(device: Any = None) -> Machine:
 
 
 def gpu_products(device: str = "cuda", size: int = 8192, repeats: int = 20) -> dict[str, float]:
-    """Return GFLOP/s of a [size, size] product by name. Names start with the precision; unsupported ones are skipped."""
+    """Return GFLOP/s of supported [size, size] products by name; names start with the precision."""
     torch = _import_torch(device)
     if torch is None:
         return _products_without_torch(size, repeats)

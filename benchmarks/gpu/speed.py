@@ -72,8 +72,8 @@ def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> 
             emissions = pending.pop(0).result()
             tokens += sum(map(len, emissions.tokens))
             failed += int(emissions.failed.sum())
-    for step in pending:
-        step.result()
+    for submitted in pending:
+        submitted.result()
     free_after = device.free_bytes
     return {
         "steps": steps,
@@ -153,7 +153,8 @@ def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: in
 def stage_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int) -> Report:
     """Return the milliseconds on the device of the whole step, of a step without decoding, and of the encoder alone.
 
-    Each is captured if possible and launched back to back. The whole step is omitted if the host takes part in its loop.
+    Each is captured if possible and launched back to back. The whole step is omitted if the host takes part in its
+    loop.
     """
     batch = _same_audio(backend, chunk, rows)
     backend.submit(batch).result()
@@ -233,9 +234,9 @@ def measure_speed(
 ) -> Report:
     """Return rows by chunk size and batch, and the number of streams that follows.
 
-    `make` opens a backend for chunk sizes and a capacity, and returns it with the name of its encoder. `bandwidth` is in
-    bytes per second. No row is started after `deadline` (`time.perf_counter`); `skipped_rows` counts the missing rows.
-    `save` is called with the rows so far after each row.
+    `make` opens a backend for chunk sizes and a capacity, and returns it with the name of its encoder. `bandwidth` is
+    in bytes per second. No row is started after `deadline` (`time.perf_counter`); `skipped_rows` counts the missing
+    rows. `save` is called with the rows so far after each row.
     """
     rows: list[Report] = []
     vocabulary = bundle.manifest.decoder.vocabulary

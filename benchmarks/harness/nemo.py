@@ -25,7 +25,7 @@ KINDS = {
     "fp32": "`conformer_stream_step`, weights and caches in fp32 (on a GPU products in TF32)",
     "bf16": "`conformer_stream_step`, weights, inputs and caches in bf16 (autocast would run attention in fp32)",
     "compile": "fp32, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)",
-    "compile bf16": "bf16, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)",
+    "compile bf16": "as `compile`, in bf16",
     "graph": "bf16, encoder step captured in a CUDA graph with static buffers, cache update included",
 }
 
@@ -165,7 +165,7 @@ def record_graph(work: Callable[[], None]) -> Callable[[], None]:
 
 
 class NemoOffline:
-    """NeMo's offline transcripts: forward of whole recordings with the attention mask of a chunk size, greedy decoding."""
+    """NeMo's offline transcripts of whole recordings, with the attention mask of a chunk size and greedy decoding."""
 
     def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
         self._model = load_nemo(checkpoint, device)

@@ -2,9 +2,9 @@
 
     python -m nemostream.benchmarks.harness.random_bundle OUT/
 
-The bundle has the shape of the published model and the front end of the packaged model, so that all graphs and kernels do
-the same work as with real weights. Its transcripts are meaningless. `synthetic` creates a NeMo checkpoint instead, for
-comparisons with NeMo.
+The bundle has the shape of the published model and the front end of the packaged model, so that all graphs and kernels
+do the same work as with real weights. Its transcripts are meaningless. `synthetic` creates a NeMo checkpoint instead,
+for comparisons with NeMo.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemostream.export.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class RandomCheckpoint(Checkpoint):
-    """A checkpoint whose tensors have the names of a real one; each is drawn on access, with a seed made from its name."""
+    """A checkpoint with the tensor names of a real one; each tensor is drawn on access, seeded by its name."""
 
     sizes: Sizes
     seed: int

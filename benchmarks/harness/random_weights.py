@@ -1,16 +1,17 @@
 """Calibration of a transducer with random weights to the token rate and rhythm of English speech.
 
-Decoding runs the joint once per label or blank, and an LSTM step per label, so a benchmark needs a realistic token rate.
-Calibrating only the bias of blank is not enough: because frame and prediction hardly interact, the model emits bursts of
-`MAX_SYMBOLS` labels at one frame and then none for a long time. Two units of the joint therefore form a Schmitt trigger:
+Decoding runs the joint once per label or blank, and an LSTM step per label, so a benchmark needs a realistic token
+rate. Calibrating only the bias of blank is not enough: because frame and prediction hardly interact, the model emits
+bursts of `MAX_SYMBOLS` labels at one frame and then none for a long time. Two units of the joint therefore form a
+Schmitt trigger:
 
 * Labels have two classes, even and odd ids. A vector added to the embeddings of one class separates them. A linear
   function of the prediction network's output, fitted by ridge regression, gives the class of the last label: c = +1 or
   -1.
-* A linear function of the encoder frame gives z: the direction that changes fastest among the 16 principal components on
-  a clip of speech. z crosses zero a few times per second, independent of the volume.
-* Unit 0 is active if c = +1 and z > 0, and increases the logits of odd labels; unit 1 is active if c = -1 and z < 0, and
-  increases the logits of even labels. The model therefore emits a label when z has crossed zero, rarely two at one
+* A linear function of the encoder frame gives z: the direction that changes fastest among the 16 principal components
+  on a clip of speech. z crosses zero a few times per second, independent of the volume.
+* Unit 0 is active if c = +1 and z > 0, and increases the logits of odd labels; unit 1 is active if c = -1 and z < 0,
+  and increases the logits of even labels. The model therefore emits a label when z has crossed zero, rarely two at one
   frame, and each label determines the class of the next.
 
 All other units stay random, standardised on the clip, and select the label within the class. The bias of blank

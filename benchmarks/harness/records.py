@@ -88,7 +88,7 @@ def rtfx(audio_seconds: float, seconds: float) -> float:
 
 
 def agreement(reference: Tokens, hypothesis: Tokens) -> float:
-    """Return the share of reference tokens that `hypothesis` contains in order (longest common blocks), over all rows."""
+    """Return the share of reference tokens, over all rows, that `hypothesis` contains in order (matching blocks)."""
     total = sum(map(len, reference))
     same = sum(
         sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
@@ -224,7 +224,7 @@ def _output(*command: str) -> str | None:
 
 
 def _cpu_ticks() -> int:
-    """Return the busy ticks of all cores since boot, including stolen time (user, nice, system, irq, softirq, steal)."""
+    """Return the busy ticks of all cores since boot: user, nice, system, irq, softirq and steal."""
     try:
         fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
     except OSError:

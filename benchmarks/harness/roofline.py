@@ -103,7 +103,7 @@ def encoder_work(bundle: Bundle, chunk: ChunkConfig, precision: str = "fp32", de
 
 
 def _read_rates(threads: int, array_bytes: int, repeats: int) -> dict[str, float]:
-    """Return bytes per second read by `threads` threads, each from its own part of one array, for several reductions."""
+    """Return bytes per second read by `threads` threads from an array, by kind of reduction."""
     columns = 4096
     array = np.ones((max(array_bytes // 4 // columns, threads), columns), np.float32)
     vector, parts = np.ones(columns, np.float32), np.array_split(array, threads)

@@ -37,8 +37,8 @@ MEL_TO_FRAMES = "mel to encoder frames"
 class Runner(Protocol):
     """One implementation. Call `fill_caches` first, then `step` for consecutive chunks.
 
-    Runners that support it use the longest chunk size in `fill_caches`: it needs the fewest steps, and NeMo fails in the
-    first step with 80 ms chunks, which has no frame.
+    Runners that support it use the longest chunk size in `fill_caches`: it needs the fewest steps, and NeMo fails in
+    the first step with 80 ms chunks, which has no frame.
     """
 
     name: str
@@ -192,8 +192,8 @@ class SherpaRunner:
 
     covers, exact = PCM_TO_TOKENS, False
     setup = (
-        "online recogniser of sherpa-onnx, greedy search, NeMo's ONNX export (int8: recipe of sherpa-onnx), all rows in "
-        "one `decode_streams`"
+        "online recogniser of sherpa-onnx, greedy search, NeMo's ONNX export (int8: recipe of sherpa-onnx), "
+        "one `decode_streams` for all rows"
     )
 
     def __init__(

@@ -101,8 +101,8 @@ def timed_backend(
 ) -> Iterator[Backend]:
     """Open a backend with `rows` slots and the engines of all `chunks` loaded; close it on exit.
 
-    Engines are stored in the folder `engines`, by default a temporary one. Raises `OptionError` for an unknown device or
-    a precision that it does not support, and `BackendError` if it is not available.
+    Engines are stored in the folder `engines`, by default a temporary one. Raises `OptionError` for an unknown device
+    or a precision that it does not support, and `BackendError` if it is not available.
     """
     if device not in DEVICE_PRECISIONS:
         raise OptionError(f"device is {device!r}; choose one of {', '.join(DEVICE_PRECISIONS)}.")

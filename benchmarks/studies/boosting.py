@@ -166,8 +166,8 @@ def _decode_batch(
     for start in range(0, steps * chunk.samples, chunk.samples):
         samples = np.clip(lengths - start, 0, chunk.samples)
         emissions = backend.submit(Batch(chunk, slots, audio[:, start : start + chunk.samples], samples)).result()
-        for row, new in zip(tokens, emissions.tokens, strict=True):
-            row += new.tolist()
+        for row_tokens, new in zip(tokens, emissions.tokens, strict=True):
+            row_tokens += new.tolist()
     return tokens
 
 
@@ -233,9 +233,9 @@ def table(result: Record) -> str:
     lines = [(*key, *(found.get(weight, "") for weight in weights)) for key, found in cells.items()]
     method = result["method"]
     return (
-        f"Model *{result['model']['name']}*, {method['chunk_ms']} ms. Cells: phrases found, false positives, word error "
-        f"rate. Each list has {method['list_size']} phrases, of which {method['spoken_phrases']} (list *spoken*) or none "
-        f"(list *unspoken*) occur in the recordings. {method['noise_draws']} draws of the noise.\n\n"
+        f"Model *{result['model']['name']}*, {method['chunk_ms']} ms. Cells: phrases found, false positives, word "
+        f"error rate. Each list has {method['list_size']} phrases, of which {method['spoken_phrases']} (list *spoken*) "
+        f"or none (list *unspoken*) occur in the recordings. {method['noise_draws']} draws of the noise.\n\n"
         f"{tables.markdown(head, lines)}\n"
     )
 

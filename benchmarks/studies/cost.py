@@ -2,9 +2,9 @@
 
     nemostream bench cost --bundle BUNDLE --chunk-ms 1120 --hours 1 --batch 1 2 4 8 16
 
-**Duration**: one stream of `--hours` of audio, not paced, every step timed. A line is fitted to the medians of 100 equal
-segments. The state of a stream is bounded, so the line must be flat: the report shows the change over the whole stream
-and its 95 % bootstrap interval over the segments.
+**Duration**: one stream of `--hours` of audio, not paced, every step timed. A line is fitted to the medians of 100
+equal segments. The state of a stream is bounded, so the line must be flat: the report shows the change over the whole
+stream and its 95 % bootstrap interval over the segments.
 
 **Batch size**: the median step for every batch size, and the model `fixed + per stream × batch`, fitted with both parts
 at least zero. The fixed part is compared with the time to read the weights once, the part per stream with the time of

@@ -2,9 +2,9 @@
 
     python -m nemostream.benchmarks.studies.features --bundle BUNDLE --batch 64 --out benchmarks/results
 
-Steps of many streams on a CPU with full caches. The encoder runs once per step. Decoding then runs once for each case of
-`DECODE_CASES`, in random order, from the same state, and its time is compared with the first case of the same step. Load
-on the machine therefore affects all cases in the same way. Each boosted stream has `PHRASES` different phrases at
+Steps of many streams on a CPU with full caches. The encoder runs once per step. Decoding then runs once for each case
+of `DECODE_CASES`, in random order, from the same state, and its time is compared with the first case of the same step.
+Load on the machine therefore affects all cases in the same way. Each boosted stream has `PHRASES` different phrases at
 `WEIGHT`, made of the tokens of the streams.
 
 The work of the host after a step is measured with a backend that replays the tokens: from the end of the step to the
@@ -306,7 +306,7 @@ def _emissions(decoded: Sequence[Labels], begin: int) -> Emissions:
 
 
 def random_phrases(seed: int, tokens: Sequence[int], vocabulary: int) -> Boosting:
-    """Return `PHRASES` phrases of 2 to 7 tokens that differ for each seed; half of the tokens are drawn from `tokens`."""
+    """Return `PHRASES` random phrases of 2 to 7 tokens; about half of their tokens are drawn from `tokens`."""
     rng = np.random.default_rng(seed)
     pool = np.array([*tokens, *rng.integers(0, vocabulary, max(len(tokens), 100))])
     return Boosting([(rng.choice(pool, rng.integers(2, 8)).tolist(), WEIGHT) for _ in range(PHRASES)], vocabulary)
@@ -328,8 +328,9 @@ def table(result: Record) -> str:
     host_head = ("host, after a step", "time, ms", "added, ms", "share of a step", "share with all streams boosted")
     return (
         f"{model['layers']} layers, d_model {model['d_model']}, batch {case['batch']}, {case['chunk_ms']} ms chunks, "
-        f"{tables.digits(result['rows'][0]['values']['step_ms'])} ms per step; {result['method']['phrases']} phrases per "
-        f"stream; {result['hardware']['cpu']}, {result['hardware']['cores']} cores. Times: median [minimum–maximum].\n\n"
+        f"{tables.digits(result['rows'][0]['values']['step_ms'])} ms per step; {result['method']['phrases']} phrases "
+        f"per stream; {result['hardware']['cpu']}, {result['hardware']['cores']} cores. Times: median "
+        "[minimum–maximum].\n\n"
         f"{tables.markdown(decoding_head, decoding)}\n\n{tables.markdown(host_head, host)}\n"
     )
 

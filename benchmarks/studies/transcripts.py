@@ -2,17 +2,17 @@
 
     python -m nemostream.benchmarks.studies.transcripts --out benchmarks/results
 
-*Times.* Flite (on the PATH) synthesises the texts of the held-out recordings and prints the end time of each phone, from
-which word times follow. The benchmark measures the delay of the start and end times of transcribed words at each chunk
-size.
+*Times.* Flite (on the PATH) synthesises the texts of the held-out recordings and prints the end time of each phone,
+from which word times follow. The benchmark measures the delay of the start and end times of transcribed words at each
+chunk size.
 
 *Confidence.* The held-out recordings are transcribed clean and with white noise (`NOISE_DRAWS` draws at each ratio of
 `DECIBELS`). Words are correct if a minimum edit distance alignment matches them with the reference. The expected
-calibration error uses `BINS` bins of equal width (Guo et al. 2017). The area under the ROC curve is the probability that
-a correct word has a higher confidence than a wrong one.
+calibration error uses `BINS` bins of equal width (Guo et al. 2017). The area under the ROC curve is the probability
+that a correct word has a higher confidence than a wrong one.
 
-*Decoder.* The recordings are transcribed in one stream, with pauses of `PAUSES` seconds between them and utterances that
-end after `SILENCE_MS` of silence: word error rate if the decoder state is kept, if it is reset at the end of each
+*Decoder.* The recordings are transcribed in one stream, with pauses of `PAUSES` seconds between them and utterances
+that end after `SILENCE_MS` of silence: word error rate if the decoder state is kept, if it is reset at the end of each
 utterance, and if each recording has its own stream.
 
 Words are compared without case and punctuation.
@@ -307,7 +307,7 @@ def _show_confidence(rows: Sequence[Row], axes: Any) -> str:
         axes.plot([each[1] for each in bins], [each[2] for each in bins], marker="o", label=name)
         lines.append([name, f"{values['ece']:.3f}", f"{values['auroc']:.3f}"])
     axes.set(xlabel="word confidence", ylabel="share of correct words", title="Calibration of word confidences")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes
     words, correct = rows[0]["values"]["words"], rows[0]["values"]["correct"]
     head = ["measure", "expected calibration error", "area under ROC curve"]
     return f"Confidence, {words} words, {100 * correct / words:.1f} % correct:\n\n{tables.markdown(head, lines)}"
