@@ -25,7 +25,9 @@ KINDS = {
     "fp32": "`conformer_stream_step`, weights and caches in fp32 (on a GPU products in TF32)",
     "bf16": "`conformer_stream_step`, weights, inputs and caches in bf16 (autocast would run attention in fp32)",
     "compile": "fp32, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)",
-    "compile bf16": "as `compile`, in bf16",
+    "compile bf16": (
+        "bf16, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)"
+    ),
     "graph": "bf16, encoder step captured in a CUDA graph with static buffers, cache update included",
 }
 
