@@ -1,11 +1,12 @@
 """Benchmarks, one module per question: `nemostream bench NAME`, or `python -m` with the module's name.
 
-Commands: `latency` (time of a step and from a chunk's last sample to its text), `capacity` (concurrent live streams),
-`throughput` (recorded audio per second), `accuracy` (word error rate), `baseline` (the same step in NeMo, transformers,
-ONNX Runtime and sherpa-onnx), `serve` (callers per server), `quick` (a short form of several), `report` (tables, plots
-and comparisons of results) and `gpu_check` (everything that needs a GPU).
+Commands: `latency` (time of a step, and from the last sample of a chunk to its text), `capacity` (concurrent live
+streams), `throughput` (recorded audio per second), `accuracy` (word error rate), `baseline` (the same step in NeMo,
+transformers, ONNX Runtime and sherpa-onnx), `serve` (concurrent WebSocket clients of a server), `quick` (a short form
+of several), `report` (tables, plots and comparisons of results) and `gpu_check` (everything that needs a GPU).
 
-`studies/` holds benchmarks of single features, `harness/` what benchmarks share, `gpu/` the parts of the GPU check.
+`command` is their common command line. `harness/` contains shared code, `studies/` benchmarks of single features,
+`gpu/` the parts of the GPU check.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""How many words are wrong, per chunk size and precision, and whether NeMo gets the same ones wrong.
+"""Word error rate by chunk size and precision, compared with NeMo.
 
     nemostream bench accuracy --manifest heldout.jsonl --precision fp32 int8 --normalizer basic
     nemostream bench accuracy --bundle BUNDLE --dataset librispeech-clean ami --checkpoint model.nemo
 
-Sets: NeMo manifests (`audio_filepath`, `text`, perhaps `offset` and `duration`, a JSON object a line); the eight of the
-Open ASR leaderboard by name; any data set of the Hugging Face hub as `name:config:split` (with columns `audio` and
-`text`; the `datasets` package); without any of these the clip that is packaged. Word error rate is `jiwer`'s, summed
-over a set, of texts normalised by `whisper-normalizer` as the leaderboard does (`english`); strings of digits are
-better counted with `basic`, since `english` makes one number, one word, of them. Utterances whose text is empty after
-that are left out, as there.
+Data sets: NeMo manifests (`audio_filepath`, `text`, optional `offset` and `duration`; JSON Lines), the eight sets of
+the Open ASR leaderboard by name, or any data set of the Hugging Face hub as `name:config:split` (columns `audio` and
+`text`; needs the `datasets` package). The default is the packaged clip. The word error rate is computed by `jiwer` over
+all utterances of a set. Texts are normalised by `whisper-normalizer` like on the leaderboard (`english`); use `basic`
+for strings of digits, because `english` joins them to one number, which is one word. Utterances whose reference is
+empty after normalisation are skipped, like on the leaderboard.
 
-With `--checkpoint` NeMo hears the same samples (offline, with the same chunk size's attention), one recording at a
-time: its own word error rate, and the share of its tokens that we say too. Beside the leaderboard's sets stands what
-the model's card says.
+With `--checkpoint`, NeMo transcribes the same samples offline with the attention mask of the same chunk size, one
+recording at a time. The table shows its word error rate and the share of its tokens that nemostream emits too. For the
+sets of the leaderboard, the table also shows the figures of the model card.
 
-Latency, for the plot of both, is a chunk and the median time from its last sample to its text, of one live stream.
+Latency is the chunk duration plus the median time from the last sample of a chunk to its text, for one live stream.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
+from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import CARD_CHUNKS, LEADERBOARD, Hub, Utterance, packaged, read_manifest
-from nemostream.benchmarks.harness.records import Record, Row, Say, agreement
+from nemostream.benchmarks.harness.records import Progress, Record, Row, agreement, no_progress
 from nemostream.benchmarks.harness.synthetic import speech
-from nemostream.benchmarks.harness.timed import Feed
+from nemostream.benchmarks.harness.timed import AudioFeed
 from nemostream.benchmarks.latency import push_times
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
 
 NORMALIZERS = ("english", "basic", "none")
-_TOGETHER = 16
+_CONCURRENT = 16  # recordings transcribed at the same time
 _REPEATS = 20  # chunks whose latency is measured
-_WARM_UP = 5
+_WARM_UP = 5  # chunks
 
 
 @cache
 def normalizer(name: str) -> Callable[[str], str]:
-    """Raises `OptionError` for an unknown name."""
+    """Return a function that normalises texts. Raises `OptionError` for an unknown name."""
     if name not in NORMALIZERS:
         raise OptionError(f"normalizer is {name!r}; choose one of {', '.join(NORMALIZERS)}.")
     if name == "none":
@@ -59,22 +60,23 @@ def normalizer(name: str) -> Callable[[str], str]:
 
 
 def plain(text: str) -> str:
-    """Without case and punctuation."""
+    """Return the text without case and punctuation."""
     return normalizer("basic")(text).strip()
 
 
-def word_errors(wanted: Sequence[str], said: Sequence[str], normalise: Callable[[str], str]) -> dict[str, Any]:
-    """Errors, words and their rate over all pairs whose wanted text is not empty once normalised; and of each pair its
-    errors and words (`by_utterance`)."""
+def word_errors(references: Sequence[str], texts: Sequence[str], normalise: Callable[[str], str]) -> dict[str, Any]:
+    """Return errors, words, word error rate and number of utterances, and [errors, words] of each (`by_utterance`).
+
+    Pairs whose normalised reference is empty are skipped.
+    """
     import jiwer
 
-    pairs = [
-        (a, normalise(b)) for a, b in ((normalise(text), got) for text, got in zip(wanted, said, strict=True)) if a
-    ]
+    normalised = [(normalise(reference), text) for reference, text in zip(references, texts, strict=True)]
+    pairs = [(reference, normalise(text)) for reference, text in normalised if reference]
     if not pairs:
         return {"wer": 0.0, "errors": 0, "words": 0, "utterances": 0, "by_utterance": []}
-    found = jiwer.process_words(*(list(side) for side in zip(*pairs, strict=True)))
-    each = [
+    found = jiwer.process_words(*(list(column) for column in zip(*pairs, strict=True)))
+    by_utterance = [
         [
             sum(
                 max(p.ref_end_idx - p.ref_start_idx, p.hyp_end_idx - p.hyp_start_idx)
@@ -87,7 +89,13 @@ def word_errors(wanted: Sequence[str], said: Sequence[str], normalise: Callable[
     ]
     errors = found.substitutions + found.deletions + found.insertions
     words = found.hits + found.substitutions + found.deletions
-    return {"wer": errors / words, "errors": errors, "words": words, "utterances": len(pairs), "by_utterance": each}
+    return {
+        "wer": errors / words,
+        "errors": errors,
+        "words": words,
+        "utterances": len(pairs),
+        "by_utterance": by_utterance,
+    }
 
 
 def measure_accuracy(
@@ -101,42 +109,42 @@ def measure_accuracy(
     device: str = "cpu",
     threads: int | None = None,
     engines: Path | None = None,
-    say: Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result. `sets` are gone through once for each chunk size and precision, a few recordings at a time.
+    """Measure word error rates and return the result.
 
-    Engines are built (and gated) if the folder of engines has none. Raises `OptionError` for what cannot be,
-    `AudioError` for a recording that cannot be read, `BackendError` if something is missing, `EngineValidationError` for an engine
-    that is not as good as fp32.
+    `sets` are iterated once for each chunk size and precision. Engines that the folder does not contain are built and
+    validated. Raises `OptionError` for invalid options, `AudioError` if a recording cannot be read, `BackendError` if a
+    package, device or engine is missing, and `EngineValidationError` if an engine does not match fp32.
     """
     if find_spec("jiwer") is None or find_spec("whisper_normalizer") is None:
-        raise BackendError(f"counting words needs jiwer and whisper-normalizer: {install_command('bench')}")
+        raise BackendError(f"word error rates need jiwer and whisper-normalizer: {install_command('bench')}")
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
-    rule, rate = normalizer(normalise), bundle.manifest.features.sample_rate
+    normalise_text, rate = normalizer(normalise), bundle.manifest.features.sample_rate
     if checkpoint:
         from nemostream.benchmarks.harness.nemo import NemoOffline
 
-        theirs = NemoOffline(checkpoint, device)
+        nemo = NemoOffline(checkpoint, device)
     rows: list[Row] = []
     for chunk in chunks:
         references: dict[str, list[tuple[list[int], str]]] = {}
         for name, utterances in sets.items() if checkpoint else ():
-            say(f"{name}, {chunk.ms} ms, NeMo")
-            references[name] = [theirs.transcribe(utterance.samples(rate), chunk) for utterance in utterances]
+            progress(f"{name}, {chunk.ms} ms, NeMo")
+            references[name] = [nemo.transcribe(utterance.samples(rate), chunk) for utterance in utterances]
         for precision in precisions:
             with _model(bundle, chunk, precision, device, threads, engines) as model:
-                late = _result_times(model, chunk)
+                latencies = _result_times(model, chunk)
                 for name, utterances in sets.items():
-                    say(f"{name}, {chunk.ms} ms, {precision}")
-                    wanted, results = _transcribe(model, utterances, rate)
-                    values = word_errors(wanted, [result.text for result in results], rule)
+                    progress(f"{name}, {chunk.ms} ms, {precision}")
+                    texts, results = _transcribe(model, utterances, rate)
+                    values = word_errors(texts, [result.text for result in results], normalise_text)
                     values["audio_seconds"] = sum(result.duration for result in results)
                     if name in references:
-                        values |= _beside_nemo(references[name], wanted, results, rule)
+                        values |= _compare_with_nemo(references[name], texts, results, normalise_text)
                     if name in LEADERBOARD and chunk.ms in CARD_CHUNKS:
                         values["card_wer"] = LEADERBOARD[name][1][CARD_CHUNKS.index(chunk.ms)] / 100
                     case = {"set": name, "chunk_ms": chunk.ms, "precision": precision}
-                    rows.append(records.row(case, {"result": late}, values))
+                    rows.append(records.row(case, {"result": latencies}, values))
     rows.sort(key=lambda row: list(sets).index(row["case"]["set"]))
     return records.record(
         "accuracy",
@@ -159,13 +167,13 @@ def _model(
 
     if (device, precision) != ("cpu", "fp32"):
         maker = "onnxruntime" if device == "cpu" else "tensorrt"
-        build_engine(bundle, chunk, precision, PlanStore(engines), backend=maker, max_batch=_TOGETHER)
+        build_engine(bundle, chunk, precision, PlanStore(engines), backend=maker, max_batch=_CONCURRENT)
     backend = open_backend(
         bundle,
         device=device,
         precision=precision,
-        capacity=2 * _TOGETHER,
-        max_batch=_TOGETHER,
+        capacity=2 * _CONCURRENT,
+        max_batch=_CONCURRENT,
         threads=threads,
         engines=engines,
     )
@@ -173,35 +181,36 @@ def _model(
 
 
 def _result_times(model: nemostream.Model, chunk: ChunkConfig) -> list[float]:
-    before = -(-chunk.left // chunk.frames) + _WARM_UP
-    feed = Feed(model.manifest, speech(), 1, (before + _REPEATS) * chunk.frames)
-    return push_times(model, feed, chunk, before, _REPEATS)
+    warm_up = -(-chunk.left // chunk.frames) + _WARM_UP  # until the caches are full, and more
+    feed = AudioFeed(model.manifest, speech(), 1, (warm_up + _REPEATS) * chunk.frames)
+    return push_times(model, feed, chunk, warm_up, _REPEATS)
 
 
 def _transcribe(
     model: nemostream.Model, utterances: Iterable[Utterance], rate: int
 ) -> tuple[list[str], list[nemostream.Result]]:
-    """Wanted texts and results. A set may be larger than the memory: no more than a few recordings are read ahead."""
-    wanted, results, rest = list[str](), list[nemostream.Result](), iter(utterances)
-    with ThreadPoolExecutor(_TOGETHER) as pool:
-        while block := list(islice(rest, 4 * _TOGETHER)):
-            wanted += [utterance.text for utterance in block]
+    """Return reference texts and results. Only a few recordings are in memory at the same time."""
+    texts, results, rest = list[str](), list[nemostream.Result](), iter(utterances)
+    with ThreadPoolExecutor(_CONCURRENT) as pool:
+        while block := list(islice(rest, 4 * _CONCURRENT)):
+            texts += [utterance.text for utterance in block]
             results += pool.map(lambda each: model.transcribe(each.samples(rate), sample_rate=rate), block)
-    return wanted, results
+    return texts, results
 
 
-def _beside_nemo(
-    reference: Sequence[tuple[list[int], str]],
-    wanted: Sequence[str],
+def _compare_with_nemo(
+    nemo: Sequence[tuple[list[int], str]],
+    texts: Sequence[str],
     results: Sequence[nemostream.Result],
-    rule: Callable[[str], str],
+    normalise: Callable[[str], str],
 ) -> dict[str, Any]:
-    said = [[token.id for token in result.tokens] for result in results]
+    """Compare results with NeMo's tokens and texts of the same recordings; `texts` are the references."""
+    tokens = [[token.id for token in result.tokens] for result in results]
     return {
-        "nemo_wer": word_errors(wanted, [text for _, text in reference], rule)["wer"],
-        "same_tokens": agreement([tokens for tokens, _ in reference], said),
-        "same_utterances": sum(a == b for (a, _), b in zip(reference, said, strict=True)),
-        "heard": len(said),
+        "nemo_wer": word_errors(texts, [text for _, text in nemo], normalise)["wer"],
+        "same_tokens": agreement([nemo_tokens for nemo_tokens, _ in nemo], tokens),
+        "same_utterances": sum(a == b for (a, _), b in zip(nemo, tokens, strict=True)),
+        "compared_utterances": len(tokens),
     }
 
 
@@ -209,9 +218,9 @@ def _beside_nemo(
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Table and plot of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
-    head = ["set", "words", "chunk", "precision", "latency, ms", "WER", "NeMo", "change", "same tokens"]
-    head += ["same utterances", "model card"]
+    """Return the table of a result as Markdown and draw its plot; `plot(name)` returns axes."""
+    head = ["set", "words", "chunk", "precision", "latency, ms", "WER", "WER of NeMo", "difference, points"]
+    head += ["same tokens", "same utterances", "WER in model card"]
     lines = []
     for row in result["rows"]:
         case, values = row["case"], row["values"]
@@ -221,22 +230,23 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         line.append("" if nemo is None else f"{100 * (values['wer'] - nemo):+.2f}")
         line.append(tables.percent(values.get("same_tokens")))
         same = values.get("same_utterances")
-        line.append("" if same is None else f"{same} of {values['heard']}")
+        line.append("" if same is None else f"{same} of {values['compared_utterances']}")
         lines.append([*line, tables.percent(values.get("card_wer"))])
     _draw(result["rows"], plot("pareto"))
     return (
-        f"Texts normalised: {result['method']['normalizer']}. Latency: a chunk, and the median time from its last "
-        f"sample to its text, of one live stream.\n\n{tables.markdown(head, lines)}\n"
+        f"Text normaliser: {result['method']['normalizer']}. Latency: chunk duration plus the median time from the "
+        "last sample of a chunk to its text, for one live stream. Same tokens: share of NeMo's tokens that nemostream "
+        f"emits, in order.\n\n{tables.markdown(head, lines)}\n"
     )
 
 
 def latency(row: Row) -> float:
-    """Milliseconds from a chunk's first sample until its text is there."""
+    """Return the milliseconds from the first sample of a chunk to its text."""
     return float(row["case"]["chunk_ms"] + row["figures"]["result"]["p50"])
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (latency, errors) that no other beats in one without losing in the other, by latency."""
+    """Return the Pareto-optimal points (latency, error rate), sorted by latency."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:
@@ -247,47 +257,55 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 def _draw(rows: Sequence[Row], axes: Any) -> None:
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        kind = row["case"]["set"], row["case"]["precision"]
-        points.setdefault(kind, []).append((latency(row), 100 * row["values"]["wer"]))
-    for (name, precision), mine in points.items():
-        axes.plot(*zip(*sorted(mine), strict=True), marker="o", linestyle=":", label=f"{name}, {precision}")
+        key = row["case"]["set"], row["case"]["precision"]
+        points.setdefault(key, []).append((latency(row), 100 * row["values"]["wer"]))
+    for (name, precision), curve in points.items():
+        axes.plot(*zip(*sorted(curve), strict=True), marker="o", linestyle=":", label=f"{name}, {precision}")
     for name in dict.fromkeys(name for name, _ in points):
-        best = frontier(point for (other, _), mine in points.items() if other == name for point in mine)
-        axes.step(*zip(*best, strict=True), where="post", color="black", linewidth=0.8, label=f"{name}, best")
+        best = frontier(point for (other, _), curve in points.items() if other == name for point in curve)
+        axes.step(*zip(*best, strict=True), where="post", color="black", linewidth=0.8, label=f"{name}, Pareto front")
         if name in LEADERBOARD:
-            axes.plot(CARD_CHUNKS, LEADERBOARD[name][1], "--", marker="x", label=f"{name}, model card (chunk alone)")
+            axes.plot(CARD_CHUNKS, LEADERBOARD[name][1], "--", marker="x", label=f"{name}, model card (chunk only)")
+    ticks = sorted({row["case"]["chunk_ms"] for row in rows})
     axes.set(
-        xlabel="ms from a chunk's first sample to its text", ylabel="WER, %", xscale="log", title="Latency and accuracy"
+        xlabel="latency, ms (first sample of a chunk to its text)",
+        ylabel="WER, %",
+        xscale="log",
+        title="Word error rate by latency",
     )
-    axes.legend(fontsize=7)
+    axes.set_xticks(ticks, [str(ms) for ms in ticks])
+    axes.minorticks_off()
+    axes.legend()
 
 
 def headline(result: Record) -> str:
-    """For the README: word error rates by set and precision, over chunk sizes."""
+    """Return a table for the README: word error rates by set, precision and chunk size."""
     sizes = sorted({row["case"]["chunk_ms"] for row in result["rows"]})
     found = {
         (row["case"]["set"], row["case"]["precision"], row["case"]["chunk_ms"]): row["values"] for row in result["rows"]
     }
     lines = []
     for name, precision in dict.fromkeys(key[:2] for key in found):
-        mine = [found.get((name, precision, ms)) for ms in sizes]
-        lines.append([f"{name}, {precision}", *(tables.percent(values["wer"]) if values else "" for values in mine)])
-        nemo = [tables.percent(values.get("nemo_wer")) if values else "" for values in mine]
+        cells = [found.get((name, precision, ms)) for ms in sizes]
+        lines.append([f"{name}, {precision}", *(tables.percent(values["wer"]) if values else "" for values in cells)])
+        nemo = [tables.percent(values.get("nemo_wer")) if values else "" for values in cells]
         if any(nemo) and precision == "fp32":
             lines.append([f"{name}, NeMo", *nemo])
-    table = tables.markdown(["word error rate", *(f"{ms} ms" for ms in sizes)], lines)
-    return f"Words, model *{result['model']['name']}*:\n\n{table}"
+    table = tables.markdown(["data set", *(f"{ms} ms" for ms in sizes)], lines)
+    return f"Word error rate, model *{result['model']['name']}*:\n\n{table}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = records.parser("accuracy", __doc__)
-    records.engine_options(parser)
+    parser = command.make_parser("accuracy", __doc__)
+    command.add_engine_options(parser)
     parser.add_argument("--manifest", type=Path, nargs="+", default=[], help="NeMo manifests")
-    parser.add_argument("--dataset", nargs="+", default=[], help=f"name:config:split, or of {', '.join(LEADERBOARD)}")
-    parser.add_argument("--limit", type=int, help="utterances of each set")
-    parser.add_argument("--precision", nargs="+", default=["fp32"])
-    parser.add_argument("--normalizer", default="english", choices=NORMALIZERS)
-    parser.add_argument("--checkpoint", type=Path, help="the .nemo file the bundle was made of, to compare with NeMo")
+    parser.add_argument(
+        "--dataset", nargs="+", default=[], help=f"name:config:split, or one of {', '.join(LEADERBOARD)}"
+    )
+    parser.add_argument("--limit", type=int, help="maximum number of utterances of each set")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], help="precisions of the engines")
+    parser.add_argument("--normalizer", default="english", choices=NORMALIZERS, help="text normaliser")
+    parser.add_argument("--checkpoint", type=Path, help="source .nemo file of the bundle, to compare with NeMo")
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
@@ -308,10 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 device=options.device,
                 threads=options.threads,
                 engines=options.engines or (Path(folder) if options.device == "cpu" else None),
-                say=records.say,
+                progress=records.report_progress,
             )
 
-    records.run(measure, options)
+    command.run(measure, options)
 
 
 if __name__ == "__main__":

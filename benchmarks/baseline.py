@@ -1,22 +1,22 @@
-"""One streaming step, ours beside everybody else's: the same weights, the same audio, the same batch, one run.
+"""Time of one streaming step compared with other implementations: same weights, same audio, same batch, one run.
 
     nemostream bench baseline --checkpoint model.nemo --batch 1 8 --chunk-ms 80
 
-Without `--checkpoint` the model is the full-size one with random weights (`synthetic`), made here. Opponents are set
-up at their best (`sides`, `nemo`): NeMo in fp32, in true bf16, under torch.compile, on a GPU with its encoder step
-captured in a CUDA graph; Hugging Face transformers' encoder; ONNX Runtime on NeMo's own export; on a CPU sherpa-onnx.
-All run on `--device`. Method, for each chunk size and batch:
+Without `--checkpoint`, a full-size model with random weights is created (`harness.synthetic`). The competitors use
+their fastest configuration (`harness.runners`, `harness.nemo`): NeMo in fp32, in bf16, with torch.compile, and on a GPU
+with its encoder step in a CUDA graph; the encoder of Hugging Face transformers; ONNX Runtime on NeMo's export; on a CPU
+sherpa-onnx. All run on `--device`. Method, for each chunk size and batch:
 
-* Every side hears the same speech from the start until its attention caches are full, then goes on: what is timed is
-  the steady state. Then come warm-up rounds, then timed ones. In a round every side takes one step, each time another
-  one first, a pause before each so that no thread pool still spins. All have the same number of threads.
-* Ratios are taken round by round against each of ours, and their median, least and most are shown.
-* Sides that compute what NeMo computes (`exact`: fp32 on a CPU) must have said the same tokens in the end, or the run
-  ends with an error: the figures would mean nothing. Of the others the share of NeMo's tokens that they said is told.
-* What is not equal is to our cost: our step begins with PCM, theirs (but for sherpa-onnx) with features made before;
-  transformers' does not decode.
-* Cores that other work (or another guest of the host) kept busy during the timed rounds are counted. With more than a
-  tenth of one the figures are worthless, for the threads of a step wait for the slowest: the report says so.
+* Every runner processes the same audio from the start until its attention caches are full; the following steps are
+  timed. After warm-up rounds come the timed rounds. In each round every runner takes one step, in random order, after a
+  pause in which the thread pools stop spinning. All runners use the same number of threads.
+* Ratios to each nemostream runner are computed per round; median, minimum and maximum are shown.
+* Runners that compute the same function as NeMo (`exact`: fp32 on a CPU) must emit the same tokens, otherwise the run
+  fails, because the times would be meaningless. For the others, the share of NeMo's tokens that they emit is shown.
+* All differences are to the disadvantage of nemostream: its step starts with PCM, those of the others (except
+  sherpa-onnx) with precomputed features; the step of transformers does not decode.
+* The load by other processes and other guests of the host is measured during the timed rounds. Above 0.1 cores the
+  report marks the figures as unreliable, because the threads of a step wait for the slowest one.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemostream.benchmarks import command
+from nemostream.benchmarks.gpu.roofline import measure_gpu
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.competitors import KNOWN, OURS, SIDES, Ring
-from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, Tokens, agreement
-from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_gpu, measure_machine
-from nemostream.benchmarks.harness.runners import Side
+from nemostream.benchmarks.harness.competitors import NEMOSTREAM, RUNNER_NAMES, RUNNERS, RunnerFactory
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, Tokens, agreement, no_progress
+from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_machine
+from nemostream.benchmarks.harness.runners import Runner
 from nemostream.benchmarks.harness.synthetic import speech, synthetic_model
-from nemostream.benchmarks.harness.timed import Feed, longest
+from nemostream.benchmarks.harness.timed import AudioFeed, longest
 from nemostream.bundle import Bundle, ChunkConfig, sha256
 from nemostream.errors import NemostreamError, OptionError, ParityError
 from nemostream.extras import install_command
 
-_WARM_UP = 3
-_PAUSE = 0.02  # seconds
+_WARM_UP = 3  # rounds
+_PAUSE = 0.02  # seconds before each step
 
 
 def compare_steps(
     bundle: Bundle,
     checkpoint: Path,
-    sides: Sequence[str] | None = None,
+    runners: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 8),
     chunk_ms: Sequence[int] | None = None,
     repeats: int = 15,
@@ -59,45 +61,47 @@ def compare_steps(
     device: str = "cpu",
     engines: Path | None = None,
     machine: Machine | None = None,
-    say: Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result. `bundle` is made of `checkpoint`; on a GPU `device` is "cuda" or "cuda:onnxruntime" for our side.
+    """Time the step of all runners and return the result.
 
-    Raises `ParityError` if sides that must agree do not, `OptionError` for an unknown side or chunk size.
+    `bundle` must be an export of `checkpoint`. On a GPU, `device` is "cuda" or "cuda:onnxruntime", the backend of the
+    nemostream runners. Raises `ParityError` if runners that must agree emit different tokens, and `OptionError` for
+    invalid options.
     """
     import torch
 
-    kind = device.partition(":")[0]
-    if kind not in SIDES:
+    device_type = device.partition(":")[0]
+    if device_type not in RUNNERS:
         raise OptionError(f"device is {device!r}; choose cpu or cuda.")
-    names = SIDES[kind] if sides is None else sides
+    names = RUNNERS[device_type] if runners is None else runners
     if repeats < 1 or min(batches, default=0) < 1:
         raise OptionError("repeats and batch sizes must be at least 1.")
-    if unknown := [name for name in names if name not in KNOWN]:
-        raise OptionError(f"there is no side {unknown[0]!r}; choose of {', '.join(KNOWN)}.")
-    made_of = bundle.manifest.checkpoint.get("sha256")
-    if made_of and made_of != sha256(checkpoint):
-        raise ParityError(f"{bundle.path} was made of another checkpoint than {checkpoint}; export it again.")
-    threads, before = threads or records.cores(), torch.get_num_threads()
+    if unknown := [name for name in names if name not in RUNNER_NAMES]:
+        raise OptionError(f"unknown runner {unknown[0]!r}; choose from {', '.join(RUNNER_NAMES)}.")
+    source = bundle.manifest.checkpoint.get("sha256")
+    if source and source != sha256(checkpoint):
+        raise ParityError(f"{bundle.path} is an export of another checkpoint than {checkpoint}; export it again.")
+    threads, threads_before = threads or records.cores(), torch.get_num_threads()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     torch.set_num_threads(threads)
     rows: list[Row] = []
-    absent: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     try:
         if machine is None:
             machine = measure_machine(threads) if device == "cpu" else measure_gpu()
-        with Ring(bundle, checkpoint, device, threads, engines, say) as ring:
+        with RunnerFactory(bundle, checkpoint, device, threads, engines, progress) as factory:
             for chunk in chunks:
                 for batch in batches:
-                    say(f"{chunk.ms} ms, batch {batch}")
-                    present = [name for name in names if name not in absent]
-                    more, missing = _compare(ring, present, chunk, batch, repeats, machine)
+                    progress(f"{chunk.ms} ms, batch {batch}")
+                    available = [name for name in names if name not in skipped]
+                    more, unavailable = _compare(factory, available, chunk, batch, repeats, machine)
                     rows += more
-                    absent |= missing
+                    skipped |= unavailable
                     gc.collect()
-                ring.forget_export()
+                factory.discard_exports()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
     manifest = bundle.manifest
     return records.record(
         "baseline",
@@ -113,94 +117,115 @@ def compare_steps(
             "warm_up": _WARM_UP,
             "threads": threads,
             "device": device,
-            "order": "rounds, each begun by another",
+            "order": "random in each round",
             "machine": dict(machine.rates),
-            "left_out": absent,
+            "skipped": skipped,
         },
     )
 
 
 def _compare(
-    ring: Ring, names: Sequence[str], chunk: ChunkConfig, batch: int, repeats: int, machine: Machine
+    factory: RunnerFactory, names: Sequence[str], chunk: ChunkConfig, batch: int, repeats: int, machine: Machine
 ) -> tuple[list[Row], dict[str, str]]:
-    """A row per side, and why sides are missing."""
-    manifest = ring.bundle.manifest
+    """Return a row for each runner, and the reasons why runners are skipped."""
+    manifest = factory.bundle.manifest
     filler = longest(manifest, chunk)
-    filled = -(-chunk.left // filler.frames) * filler.frames
-    feed = Feed(manifest, speech(), batch, filled + (_WARM_UP + repeats) * chunk.frames)
-    sides: list[Side] = []
-    missing: dict[str, str] = {}
+    filled = -(-chunk.left // filler.frames) * filler.frames  # encoder frames until the caches are full
+    feed = AudioFeed(manifest, speech(), batch, filled + (_WARM_UP + repeats) * chunk.frames)
     if any(name.startswith(("onnx", "sherpa")) for name in names):
-        ring.export(chunk)  # before anything else is loaded: it takes three times the model's size
+        factory.export(chunk)  # before the runners are loaded: an export needs three times the memory of the model
     with contextlib.ExitStack() as stack:
-        for name in names:
-            try:
-                side = ring.enter(name, feed, chunk, stack)
-                stack.callback(side.close)
-                side.fill(filled)
-            except (ImportError, NemostreamError, RuntimeError) as error:
-                missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                ring.say(f"without {name}: {missing[name]}")
-                continue
-            sides.append(side)
-        begun = {side.name: side.tokens() for side in sides}
-        others, rounds = OtherWork(), []
-        for turn in range(_WARM_UP + repeats):
-            if turn == _WARM_UP:
-                others = OtherWork()
-            position, seconds = filled + turn * chunk.frames, {}
-            for side in random.Random(turn).sample(sides, len(sides)):
-                time.sleep(_PAUSE)
-                start = time.perf_counter()
-                side.step(position)
-                seconds[side.name] = time.perf_counter() - start
-            rounds.append(seconds)
-        busy = others.cores()
-        # What was said while the caches were filled is left out: not all sides filled them with the same chunk size.
-        said = {side.name: _since(begun[side.name], side.tokens()) for side in sides}
-    _agree(sides, said)
-    rounds = rounds[_WARM_UP:]
-    ours = [side.name for side in sides if side.name.startswith(OURS)]
-    wanted = said.get("NeMo, fp32") or (said[ours[0]] if ours else None)
-    audio = batch * (_WARM_UP + repeats) * chunk.ms / 1000
+        runners, skipped = _create_runners(factory, names, feed, chunk, filled, stack)
+        # Tokens emitted while the caches are filled are excluded: the runners fill them with different chunk sizes.
+        initial = {runner.name: runner.tokens() for runner in runners}
+        rounds, other_cores = _time_rounds(runners, chunk, filled, repeats)
+        tokens = {runner.name: _new_tokens(initial[runner.name], runner.tokens()) for runner in runners}
+    _check_parity(runners, tokens)
+    own = [runner.name for runner in runners if runner.name.startswith(NEMOSTREAM)]
+    reference = tokens.get("NeMo, fp32") or (tokens[own[0]] if own else None)
+    audio_seconds = batch * (_WARM_UP + repeats) * chunk.ms / 1000
     rows = []
-    for side in sides:
-        case = {"chunk_ms": chunk.ms, "batch": batch, "side": side.name}
-        tokens = said[side.name]
+    for runner in runners:
+        seconds = [times[runner.name] for times in rounds]
         values: dict[str, Any] = {
-            "covers": side.covers,
-            "setup": side.setup,
-            "other_work_cores": round(busy, 3),
-            "times": {our: ratios([r[side.name] for r in rounds], [r[our] for r in rounds]) for our in ours},
+            "covers": runner.covers,
+            "setup": runner.setup,
+            "other_work_cores": round(other_cores, 3),
+            "relative_time": {name: ratios(seconds, [times[name] for times in rounds]) for name in own},
         }
-        if tokens is not None:
-            values["tokens_per_second"] = sum(map(len, tokens)) / audio
-            values["same_tokens"] = agreement(wanted or tokens, tokens)
-        if side.name in ours:
-            precision = side.name.rpartition(" ")[2]
-            work = encoder_work(ring.bundle, chunk, precision, ring.kind)
-            values["floor_ms"] = work.floor_ms(machine, precision, batch)
-        rows.append(records.row(case, {"step": [1000 * each[side.name] for each in rounds]}, values))
-    return rows, missing
+        emitted = tokens[runner.name]
+        if emitted is not None:
+            values["tokens_per_second"] = sum(map(len, emitted)) / audio_seconds
+            values["same_tokens"] = agreement(reference or emitted, emitted)
+        if runner.name in own:
+            precision = runner.name.rpartition(" ")[2]
+            work = encoder_work(factory.bundle, chunk, precision, factory.device_type)
+            values["roofline_ms"] = work.roofline_ms(machine, precision, batch)
+        case = {"chunk_ms": chunk.ms, "batch": batch, "runner": runner.name}
+        rows.append(records.row(case, {"step": [1000 * each for each in seconds]}, values))
+    return rows, skipped
 
 
-def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """Their times over ours, round by round: median, least and most."""
-    found = [a / b for a, b in zip(theirs, ours, strict=True)]
+def _create_runners(
+    factory: RunnerFactory,
+    names: Sequence[str],
+    feed: AudioFeed,
+    chunk: ChunkConfig,
+    filled: int,
+    stack: contextlib.ExitStack,
+) -> tuple[list[Runner], dict[str, str]]:
+    """Create runners and fill their caches. Return the runners, and the errors of those that cannot be created."""
+    runners: list[Runner] = []
+    skipped: dict[str, str] = {}
+    for name in names:
+        try:
+            runner = factory.create(name, feed, chunk, stack)
+            stack.callback(runner.close)
+            runner.fill_caches(filled)
+        except (ImportError, NemostreamError, RuntimeError) as error:
+            skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            factory.progress(f"skipping {name}: {skipped[name]}")
+        else:
+            runners.append(runner)
+    return runners, skipped
+
+
+def _time_rounds(
+    runners: Sequence[Runner], chunk: ChunkConfig, position: int, repeats: int
+) -> tuple[list[dict[str, float]], float]:
+    """Return the seconds of a step by runner for each timed round, and the cores that other processes used."""
+    other_work, rounds = OtherWork(), []
+    for number in range(_WARM_UP + repeats):
+        if number == _WARM_UP:
+            other_work = OtherWork()
+        seconds = {}
+        for runner in random.Random(number).sample(runners, len(runners)):
+            time.sleep(_PAUSE)
+            start = time.perf_counter()
+            runner.step(position + number * chunk.frames)
+            seconds[runner.name] = time.perf_counter() - start
+        rounds.append(seconds)
+    return rounds[_WARM_UP:], other_work.cores()
+
+
+def ratios(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and maximum of the ratios of paired times."""
+    found = [a / b for a, b in zip(times, reference, strict=True)]
     return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
-def _since(before: Tokens | None, now: Tokens | None) -> Tokens | None:
-    return None if before is None or now is None else [b[len(a) :] for a, b in zip(before, now, strict=True)]
+def _new_tokens(before: Tokens | None, after: Tokens | None) -> Tokens | None:
+    return None if before is None or after is None else [b[len(a) :] for a, b in zip(before, after, strict=True)]
 
 
-def _agree(sides: Sequence[Side], said: dict[str, Tokens | None]) -> None:
-    exact = [side for side in sides if side.exact and said[side.name] is not None]
-    for side in exact[1:]:
-        if said[side.name] != said[exact[0].name]:
+def _check_parity(runners: Sequence[Runner], tokens: dict[str, Tokens | None]) -> None:
+    """Raise `ParityError` if exact runners emitted different tokens."""
+    exact = [runner for runner in runners if runner.exact and tokens[runner.name] is not None]
+    for runner in exact[1:]:
+        if tokens[runner.name] != tokens[exact[0].name]:
             raise ParityError(
-                f"{side.name} and {exact[0].name} have not said the same: no point in comparing their times; was the "
-                "bundle made of this checkpoint?"
+                f"{runner.name} and {exact[0].name} emitted different tokens, so their times cannot be compared; check "
+                "that the bundle is an export of this checkpoint."
             )
 
 
@@ -208,109 +233,112 @@ def _agree(sides: Sequence[Side], said: dict[str, Tokens | None]) -> None:
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
+    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
     method, rows = result["method"], result["rows"]
-    ours = list(dict.fromkeys(name for row in rows for name in row["values"]["times"]))
+    own = list(dict.fromkeys(name for row in rows for name in row["values"]["relative_time"]))
     text = [
-        "One whole step (features, encoder, greedy decoding; what a side leaves out is told), milliseconds, "
-        f"{method['device']}, {method['threads']} threads, {method['repeats']} rounds after {method['warm_up']} to "
-        "warm up: median [least–most]. Ratios are taken by round.",
+        "Time of one step (features, encoder, greedy decoding, unless *covers* is less) in milliseconds: median "
+        f"[minimum–maximum]; {method['device']}, {method['threads']} threads, {method['repeats']} rounds after "
+        f"{method['warm_up']} warm-up rounds. Ratios are computed per round; above 1 is slower than nemostream.",
         "",
     ]
-    head = ["chunk", "batch", "side", "step, ms", "p99", *(f"÷ ours, {name.partition(', ')[2]}" for name in ours)]
-    head += ["floor, ms", "of the floor", "tokens a second", "NeMo's tokens", "covers"]
+    head = ["chunk", "batch", "runner", "step, ms", "p99, ms", *(f"÷ {name}" for name in own)]
+    head += ["roofline, ms", "roofline ÷ p50", "tokens/s per stream", "same tokens as NeMo", "covers"]
     lines = []
     for row in rows:
         case, values, step = row["case"], row["values"], row["figures"]["step"]
-        line = [f"{case['chunk_ms']} ms", case["batch"], case["side"]]
+        line = [f"{case['chunk_ms']} ms", case["batch"], case["runner"]]
         line += [tables.spread(row["ms"]["step"]), tables.digits(step["p99"])]
-        times = values["times"]
-        line += ["{median:.2f} [{min:.2f}–{max:.2f}]".format(**times[name]) if name in times else "" for name in ours]
-        floor = values.get("floor_ms")
-        line += [f"{tables.digits(floor['floor'])}, {floor['binding']}" if floor else ""]
-        line.append(tables.percent(floor["floor"] / step["p50"], 0) if floor else "")
+        relative = values["relative_time"]
+        line += [
+            "{median:.2f} [{min:.2f}–{max:.2f}]".format(**relative[name]) if name in relative else "" for name in own
+        ]
+        bound = values.get("roofline_ms")
+        line += [f"{tables.digits(bound['roofline'])}, {bound['bound_by']}" if bound else ""]
+        line.append(tables.percent(bound["roofline"] / step["p50"], 0) if bound else "")
         rate = values.get("tokens_per_second")
         line.append("" if rate is None else f"{rate:.1f}")
         lines.append([*line, tables.percent(values.get("same_tokens"), 1), values["covers"]])
-    busy = tables.busy(row["values"]["other_work_cores"] for row in rows)
-    text += [tables.markdown(head, lines), "", f"{busy} Measured: {tables.rates(method['machine'])}."]
-    text += ["", _NOT_NEMOS, "", "How each was set up:", ""]
-    setup = {row["case"]["side"]: row["values"]["setup"] for row in rows}
-    text += [f"* {name}: {how}." for name, how in setup.items()]
-    if method["left_out"]:
-        text += ["", "Left out: " + "; ".join(f"{name} ({why})" for name, why in method["left_out"].items()) + "."]
+    load = tables.other_load(row["values"]["other_work_cores"] for row in rows)
+    text += [tables.markdown(head, lines), "", f"{load} Measured rates: {tables.rates(method['machine'])}."]
+    text += ["", _SAME_TOKENS, "", "Configurations:", ""]
+    setup = {row["case"]["runner"]: row["values"]["setup"] for row in rows}
+    text += [f"* {name}: {description}." for name, description in setup.items()]
+    if method["skipped"]:
+        text += ["", "Skipped: " + "; ".join(f"{name} ({why})" for name, why in method["skipped"].items()) + "."]
     _draw(result, plot("steps"))
     return "\n".join(text) + "\n"
 
 
-_NOT_NEMOS = (
-    "*NeMo's tokens* is the share of NeMo's fp32 tokens that a side said too. On a CPU, sides in fp32 that compute "
-    "what NeMo computes must have said all of them, or there would be no table. Of the others it is no verdict where "
-    "weights are random: such a model amplifies any difference (bf16's or int8's rounding, sherpa-onnx's own features "
-    "and the two frames it drops at the start of a stream), and after the first other token the rest follows from that "
-    "one. What a precision costs in words is for *accuracy* to say, of a model that has learnt some."
+_SAME_TOKENS = (
+    "*Same tokens as NeMo* is the share of the tokens of NeMo in fp32 that a runner emits in order. On a CPU, fp32 "
+    "runners that compute the same function as NeMo must emit all of them, otherwise the benchmark fails. For the "
+    "other runners it is not a measure of quality if the weights are random: such a model amplifies every difference "
+    "(rounding in bf16 or int8, the features of sherpa-onnx and the two frames that it drops at the start of a "
+    "stream), and all tokens after the first different one may differ. The *accuracy* benchmark measures the effect "
+    "of a precision on word error rates with a trained model."
 )
 
 
 def headline(result: Record) -> str:
-    """For the README: ours beside each opponent, per chunk size and batch."""
-    hard, method = result["hardware"], result["method"]
-    by_case = {(row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["side"]): row for row in result["rows"]}
-    names = list(dict.fromkeys(side for _, _, side in by_case))
-    ours, cases = [name for name in names if name.startswith(OURS)], sorted({case[:2] for case in by_case})
+    """Return a table for the README: step times by runner, chunk size and batch."""
+    hardware, method, model = result["hardware"], result["method"], result["model"]
+    by_case = {(row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["runner"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(name for _, _, name in by_case))
+    own, cases = [name for name in names if name.startswith(NEMOSTREAM)], sorted({case[:2] for case in by_case})
 
-    def cache_dtype(row: Row | None) -> str:
+    def cell(row: Row | None) -> str:
         if not row:
             return ""
-        times = " / ".join(f"{row['values']['times'][our]['median']:.2f}" for our in ours)
-        return f"{tables.digits(row['figures']['step']['p50'])} ({times})"
+        relative = " / ".join(f"{row['values']['relative_time'][name]['median']:.2f}" for name in own)
+        return f"{tables.digits(row['figures']['step']['p50'])} ({relative})"
 
-    lines = [[name, *(cache_dtype(by_case.get((*case, name))) for case in cases)] for name in names]
-    where = hard["gpu"] or f"{hard['cpu']}, {hard['cores']} cores"
+    lines = [[name, *(cell(by_case.get((*case, name))) for case in cases)] for name in names]
+    machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
     return (
-        f"One whole step, median milliseconds (and how many times ours: {' / '.join(ours)}), "
-        f"{result['model']['layers']} layers of {result['model']['d_model']}, *{result['model']['name']}*, "
-        f"{method['threads']} threads, {where}:\n\n"
+        "Median time of one step in ms, and in parentheses relative to "
+        f"{' / '.join(own)} (above 1 = slower). Model *{model['name']}* ({model['layers']} layers, d_model "
+        f"{model['d_model']}), {method['threads']} threads, {machine}:\n\n"
         + tables.markdown(["", *(f"{ms} ms, batch {batch}" for ms, batch in cases)], lines)
     )
 
 
 def _draw(result: Record, axes: Any) -> None:
-    """A group of bars for each chunk size and batch, a bar for each side: p50, and up to p99 a whisker."""
-    found = {
-        (row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["side"]): row["figures"]["step"]
+    """Draw a group of bars for each chunk size and batch, with a bar for each runner: p50, and a whisker to p99."""
+    steps = {
+        (row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["runner"]): row["figures"]["step"]
         for row in result["rows"]
     }
-    groups = sorted({case[:2] for case in found})
-    names = list(dict.fromkeys(side for _, _, side in found))
+    groups = sorted({case[:2] for case in steps})
+    names = list(dict.fromkeys(name for _, _, name in steps))
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
         bars = [
-            (place + width * (index + 0.5), found[(*group, name)])
-            for place, group in enumerate(groups)
-            if (*group, name) in found
+            (group_index + width * (index + 0.5), steps[(*group, name)])
+            for group_index, group in enumerate(groups)
+            if (*group, name) in steps
         ]
-        at, middle = [place for place, _ in bars], [step["p50"] for _, step in bars]
-        axes.bar(at, middle, width, label=name)
+        x, p50 = [each for each, _ in bars], [step["p50"] for _, step in bars]
+        axes.bar(x, p50, width, label=name)
         above = [step["p99"] - step["p50"] for _, step in bars]
-        axes.errorbar(at, middle, [[0] * len(bars), above], fmt="none", color="black", linewidth=0.7)
-    axes.set_xticks([place + 0.4 for place in range(len(groups))], [f"{ms} ms × {batch}" for ms, batch in groups])
-    axes.set(ylabel="step, ms (p50, whisker to p99)", title="One step, by chunk size × batch")
-    axes.legend(fontsize=7, ncols=2)
+        axes.errorbar(x, p50, [[0] * len(bars), above], fmt="none", color="black", linewidth=0.7)
+    axes.set_xticks([index + 0.4 for index in range(len(groups))], [f"{ms} ms × {batch}" for ms, batch in groups])
+    axes.set(xlabel="chunk × batch", ylabel="step, ms (p50, whisker: p99)", title="Time of one step")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes
 
 
-def _give_memory_back() -> None:
-    """glibc keeps what was freed, 7 GB of it after an export, and others would have to do without."""
+def _release_memory() -> None:
+    """Return freed memory to the system: glibc keeps up to 7 GB after an export."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
-def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator[tuple[Path, Bundle]]:
-    """Checkpoint and bundle, made in a temporary folder as far as they are not given.
+def prepared(checkpoint: Path | None, bundle: Path | None, progress: Progress) -> Iterator[tuple[Path, Bundle]]:
+    """Yield checkpoint and bundle; missing ones are created in a temporary folder.
 
-    Raises `OptionError` if NeMo is missing, or memory.
+    Raises `OptionError` if NeMo is not installed or if there is too little free memory.
     """
     if find_spec("nemo") is None:
         raise OptionError(f"the baseline needs NeMo: {install_command('export', 'bench')}")
@@ -318,55 +346,59 @@ def prepared(checkpoint: Path | None, bundle: Path | None, say: Say) -> Iterator
 
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
         if checkpoint is None:
-            say("making a full-size model of random weights")
+            progress("creating a full-size model with random weights")
             checkpoint = synthetic_model(Path(folder) / "random-0.6b.nemo")
-            _give_memory_back()
-        made = Bundle.open(bundle) if bundle else export_checkpoint(checkpoint, Path(folder) / "bundle", progress=say)
-        _give_memory_back()
-        # NeMo's model three times, two of our engines, two sessions of its export.
-        needed, there = int(7 * checkpoint.stat().st_size) + (1 << 30), records.available_memory()
-        if 0 < there < needed:
+            _release_memory()
+        if bundle:
+            opened = Bundle.open(bundle)
+        else:
+            opened = export_checkpoint(checkpoint, Path(folder) / "bundle", progress=progress)
+        _release_memory()
+        # Three models in NeMo, two nemostream engines, two sessions of NeMo's export.
+        needed, available = int(7 * checkpoint.stat().st_size) + (1 << 30), records.available_memory()
+        if 0 < available < needed:
             raise OptionError(
-                f"all sides together need about {needed >> 30} GiB of free memory and {there >> 30} GiB are; free "
-                "some, or name fewer with --sides."
+                f"all runners together need about {needed >> 30} GiB of free memory, {available >> 30} GiB are "
+                "available; free memory or choose fewer runners with --runners."
             )
-        yield checkpoint, made
+        yield checkpoint, opened
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = records.parser("baseline", __doc__)
-    parser.add_argument("--checkpoint", type=Path, help="a .nemo file (default: the full-size model, random weights)")
-    parser.add_argument("--bundle", type=Path, help="made of that checkpoint (default: export it now)")
-    parser.add_argument("--sides", nargs="+", default=None, metavar="SIDE", help=f"of {', '.join(map(repr, KNOWN))}")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--chunk-ms", type=int, nargs="+", help="default: all that the model has")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds timed")
-    parser.add_argument("--threads", type=int, help="of all sides (default: every core)")
-    parser.add_argument("--device", help="cpu, cuda, or cuda:onnxruntime (default: cuda if PyTorch finds a GPU)")
-    parser.add_argument("--engines", type=Path, help="folder to keep our engines in (default: made anew)")
+    parser = command.make_parser("baseline", __doc__)
+    parser.add_argument("--checkpoint", type=Path, help=".nemo file (default: a full-size model with random weights)")
+    parser.add_argument("--bundle", type=Path, help="bundle exported from the checkpoint (default: export it)")
+    runners = ", ".join(map(repr, RUNNER_NAMES))
+    parser.add_argument("--runners", nargs="+", default=None, metavar="RUNNER", help=f"one or more of {runners}")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="streams per step")
+    parser.add_argument("--chunk-ms", type=int, nargs="+", help="chunk sizes in ms (default: all of the model)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
+    parser.add_argument("--threads", type=int, help="threads of each runner (default: all cores)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:onnxruntime (default: cuda if PyTorch finds a GPU)")
+    parser.add_argument("--engines", type=Path, help="folder of engines (default: a temporary folder)")
     options = parser.parse_args(arguments)
     if options.bundle and not options.checkpoint:
-        parser.error("--bundle needs --checkpoint, the file it was made of.")
+        parser.error("--bundle needs --checkpoint, the source of the bundle.")
 
     def measure() -> Record:
-        with prepared(options.checkpoint, options.bundle, records.say) as (checkpoint, bundle):
+        with prepared(options.checkpoint, options.bundle, records.report_progress) as (checkpoint, bundle):
             return compare_steps(
                 bundle,
                 checkpoint,
-                options.sides,
+                options.runners,
                 options.batch,
                 options.chunk_ms,
                 options.repeats,
                 options.threads,
-                options.device or _device_here(),
+                options.device or _default_device(),
                 options.engines,
-                say=records.say,
+                progress=records.report_progress,
             )
 
-    records.run(measure, options)
+    command.run(measure, options)
 
 
-def _device_here() -> str:
+def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

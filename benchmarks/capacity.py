@@ -1,24 +1,25 @@
-"""How many people can talk at once.
+"""Maximum number of concurrent real-time streams.
 
     nemostream bench capacity --bundle BUNDLE --chunk-ms 560
-    nemostream bench capacity --chunk-ms 80 560 1120          # mixed, a third of the streams each
+    nemostream bench capacity --chunk-ms 80 560 1120          # mixed: a third of the streams for each size
     nemostream bench capacity --simulate-realtime 16          # NVIDIA's method
 
-Live streams are fed in real time (`load`), 20 ms of audio a packet, beginning at random moments, one clip after
-another, in the same process as the engine. So many streams hold if, over `--seconds` (180):
+Live streams are pushed in real time (`harness.load`) in the process of the engine: packets of 20 ms of audio, random
+start times, one clip after another. A number of streams passes if, over `--seconds` (180):
 
-* of every chunk size the slowest percent of steps, and of results (from the moment a chunk's last sample was spoken
-  until its text is there), still come within one chunk;
-* nothing drifts: results in the last third come no later, by more than a tenth of a chunk, than those in the first, and
-  no chunk is left without a result for longer than a chunk;
-* the load generator itself was never late by more than 20 ms (99 %), and nothing failed.
+* for every chunk size, the 99th percentile of the step time and of the latency (from the end of the audio of a chunk
+  to its result) is below the chunk duration;
+* the latency does not drift: the median of the last third exceeds that of the first third by at most a tenth of a
+  chunk, and no chunk is without a result for longer than a chunk duration;
+* the load generator is at most 20 ms late (99th percentile), and no errors occur.
 
-The most streams are found by doubling and then bisection with short probes (`--probe-seconds`), down to 5 %, and
-confirmed over the full time; a number that does not hold gives way to one 5 % smaller. A probe that fails is repeated
-once: the machine may have paused. The probes make the curve of latency over streams.
+The maximum is found by doubling and bisection with short probes (`--probe-seconds`) to within 5 %, and confirmed over
+the full duration; if that fails, a number 5 % smaller is tried. A failed probe is repeated once because the machine may
+have paused. The plot shows the latency of all probes.
 
-`--simulate-realtime N` is how NVIDIA measures its server (`riva_streaming_asr_client --simulate_realtime`): N parallel
-streams, 3N clips, all beginning together; latency of results and of final results, and seconds of audio per second.
+`--simulate-realtime N` uses the method of NVIDIA's client (`riva_streaming_asr_client --simulate_realtime`): N parallel
+streams, 3N clips, all starting at the same time. It reports the latency of results and final results, and the seconds
+of audio per second.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
+from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.load import PACKET, Heard, Watched, talk
-from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say, percentile
+from nemostream.benchmarks.harness.load import PACKET, SEARCH_RESOLUTION, LoadResult, StepRecorder, run_load
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
 from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
 from nemostream.engines import speech
 from nemostream.errors import OptionError
 from nemostream.runtime.model import Model
 
-RESOLUTION = 0.05
-_SETTLING = 2.0  # seconds at the start that are not judged: streams begin, pages are touched
-_DRIFT = 0.1  # of a chunk
+_SETTLING = 2.0  # seconds at the start that are not evaluated
+_DRIFT = 0.1  # maximum drift, in chunk durations
 
 
 def measure_capacity(
@@ -50,42 +51,48 @@ def measure_capacity(
     *,
     seconds: float = 180.0,
     probe_seconds: float = 15.0,
-    most: int = 512,
-    simulate: int | None = None,
+    max_streams: int = 512,
+    simulate_realtime: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     engines: Path | None = None,
-    say: Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result. Raises `OptionError` for what cannot be, `BackendError` if there is no engine."""
-    if seconds <= 0 or probe_seconds <= 0 or most < 1 or (simulate is not None and simulate < 1):
-        raise OptionError("seconds and numbers of streams must be positive.")
+    """Search the maximum number of streams and return the result.
+
+    Raises `OptionError` for invalid options and `BackendError` if there is no engine.
+    """
+    fixed = simulate_realtime
+    if seconds <= 0 or probe_seconds <= 0 or max_streams < 1 or (fixed is not None and fixed < 1):
+        raise OptionError("seconds, probe_seconds and numbers of streams must be positive.")
     chunks, clips = [bundle.manifest.chunk(ms) for ms in chunk_ms], speech(bundle.manifest)
     case = {"chunk_ms": "+".join(map(str, chunk_ms)), "precision": precision}
-    # Twice: a stream that has ended may keep its slot for a step more.
-    slots = 2 * (simulate or most)
+    # Twice as many: a stream that has ended may keep its slot for another step.
+    slots = 2 * (fixed or max_streams)
     others, rows = OtherWork(), list[Row]()
     with timed_backend(bundle, chunks, precision, slots, device=device, threads=threads, engines=engines) as backend:
-        watched = Watched(backend)
-        with Model(bundle, watched, chunks[0].ms) as model:
+        recorder = StepRecorder(backend)
+        with Model(bundle, recorder, chunks[0].ms) as model:
 
             def probe(streams: int, seconds: float, confirming: bool = False) -> Row:
-                say(f"{streams} streams for {seconds:.0f} s")
-                watched.steps.clear()
-                heard = talk(model, clips, streams, chunk_ms, seconds=seconds, seed=streams + len(rows))
-                row = judge(heard, watched.steps, {**case, "streams": streams, "confirming": confirming})
+                progress(f"{streams} streams for {seconds:.0f} s")
+                recorder.steps.clear()
+                load = run_load(model, clips, streams, chunk_ms, seconds=seconds, seed=streams + len(rows))
+                row = evaluate(load, recorder.steps, {**case, "streams": streams, "confirming": confirming})
                 rows.append(row)
                 return row
 
-            if simulate:
-                watched.steps.clear()
-                heard = talk(model, clips[:1], simulate, chunk_ms, calls=3 * simulate, phases=False)
-                rows.append(judge(heard, watched.steps, {**case, "streams": simulate, "simulate_realtime": True}))
+            if fixed:
+                recorder.steps.clear()
+                load = run_load(model, clips[:1], fixed, chunk_ms, total_clips=3 * fixed, random_phase=False)
+                rows.append(evaluate(load, recorder.steps, {**case, "streams": fixed, "simulate_realtime": True}))
                 found = None
             else:
-                found = search(lambda n: any(probe(n, probe_seconds)["values"]["holds"] for _ in range(2)), most)
-                while found and not probe(found, seconds, True)["values"]["holds"]:
-                    found = min(found - 1, math.floor(found * (1 - RESOLUTION)))
+                found = search(
+                    lambda n: any(probe(n, probe_seconds)["values"]["passed"] for _ in range(2)), max_streams
+                )
+                while found and not probe(found, seconds, True)["values"]["passed"]:
+                    found = min(found - 1, math.floor(found * (1 - SEARCH_RESOLUTION)))
         size = getattr(backend, "bytes_per_stream", None)
     return records.record(
         "capacity",
@@ -101,7 +108,7 @@ def measure_capacity(
             "packet_seconds": PACKET,
             "seconds": seconds,
             "probe_seconds": probe_seconds,
-            "most": most,
+            "max_streams": max_streams,
             "streams": found,
             "bytes_per_stream": size,
             "precision": precision,
@@ -111,72 +118,72 @@ def measure_capacity(
     )
 
 
-def search(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that holds, to within 5 %, by doubling and bisection; 0 if not even one does."""
+def search(passes: Callable[[int], bool], maximum: int) -> int:
+    """Return the largest number up to `maximum` that passes, to within 5 %; 0 if none does. Doubles, then bisects."""
     low, high = 0, 1
-    while high <= most and holds(high):
+    while high <= maximum and passes(high):
         low, high = high, 2 * high
     if low == 0:
         return 0
-    if high > most:
-        if low == most or holds(most):
-            return most
-        high = most
-    while high - low > max(1, RESOLUTION * low):
+    if high > maximum:
+        if low == maximum or passes(maximum):
+            return maximum
+        high = maximum
+    while high - low > max(1, SEARCH_RESOLUTION * low):
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        low, high = (middle, high) if passes(middle) else (low, middle)
     return low
 
 
-def judge(heard: Heard, steps: Sequence[tuple[int, int, float]], case: dict[str, Any]) -> Row:
-    """A row, and in its values whether so many streams hold and what speaks against it."""
-    reasons: list[str] = []
+def evaluate(load: LoadResult, steps: Sequence[tuple[int, int, float]], case: dict[str, Any]) -> Row:
+    """Return a row whose values include whether the number of streams passed, and the reasons why it failed."""
+    failures: list[str] = []
     times: dict[str, list[float]] = {}
     drift: dict[int, float] = {}
-    settled = min(_SETTLING, heard.seconds / 5)
-    kept = [(ms, moment, 1000 * latency) for ms, moment, latency in heard.results if moment >= settled]
-    for ms in sorted({ms for ms, _, _ in heard.results}):
-        moments = [(moment, latency) for size, moment, latency in kept if size == ms]
-        took = [elapsed for size, _, elapsed in steps if size == ms]
-        if not moments:
-            reasons.append(f"no result of {ms} ms in time")
+    settled = min(_SETTLING, load.seconds / 5)
+    results = [(ms, audio_end, 1000 * latency) for ms, audio_end, latency in load.results if audio_end >= settled]
+    for ms in sorted({ms for ms, _, _ in load.results}):
+        latencies = [(audio_end, latency) for size, audio_end, latency in results if size == ms]
+        if not latencies:
+            failures.append(f"no {ms} ms result after the first {settled:.0f} s")
             continue
-        times[f"step {ms} ms"], times[f"result {ms} ms"] = took, [latency for _, latency in moments]
-        for what in ("step", "result"):
-            slow = percentile(times[f"{what} {ms} ms"], 99)
+        times[f"step {ms} ms"] = [elapsed for size, _, elapsed in steps if size == ms]
+        times[f"result {ms} ms"] = [latency for _, latency in latencies]
+        for name in ("step", "result"):
+            slow = percentile(times[f"{name} {ms} ms"], 99)
             if slow >= ms:
-                reasons.append(f"p99 of a {ms} ms {what} is {slow:.0f} ms")
-        drift[ms] = later(moments)
+                failures.append(f"p99 of the {ms} ms {name} is {slow:.0f} ms")
+        drift[ms] = latency_drift(latencies)
         if drift[ms] > _DRIFT * ms:
-            reasons.append(f"results of {ms} ms come {drift[ms]:.0f} ms later in the end")
-    times["final"] = [1000 * final for final in heard.finals]
-    if not heard.results:
-        reasons.append("nothing was recognised")
-    if heard.waiting:
-        reasons.append(f"{heard.waiting} chunks were left waiting")
-    if heard.lateness and percentile(heard.lateness, 99) > PACKET:
-        reasons.append("the load generator came too late")
-    if heard.errors:
-        reasons.append(f"{len(heard.errors)} errors, the first: {heard.errors[0]}")
+            failures.append(f"latency of the {ms} ms results grew by {drift[ms]:.0f} ms")
+    times["final"] = [1000 * final for final in load.finals]
+    if not load.results:
+        failures.append("no results")
+    if load.overdue:
+        failures.append(f"{load.overdue} chunks had no result at the end")
+    if load.lateness and percentile(load.lateness, 99) > PACKET:
+        failures.append("the load generator fell behind")
+    if load.errors:
+        failures.append(f"{len(load.errors)} errors, first: {load.errors[0]}")
     rows = [rows for _, rows, _ in steps]
     values = {
-        "holds": not reasons,
-        "against": reasons,
+        "passed": not failures,
+        "failures": failures,
         "drift_ms": {str(ms): round(by, 2) for ms, by in drift.items()},
-        "seconds": round(heard.seconds, 2),
-        "audio_seconds": round(heard.audio, 2),
-        "rtfx": records.rtfx(heard.audio, heard.seconds) if heard.seconds else 0.0,
+        "seconds": round(load.seconds, 2),
+        "audio_seconds": round(load.audio_seconds, 2),
+        "rtfx": records.rtfx(load.audio_seconds, load.seconds) if load.seconds else 0.0,
         "mean_batch": sum(rows) / len(rows) if rows else 0.0,
         "steps": len(steps),
-        # Of every packet, so its samples would be nine tenths of the file.
-        "late_ms": records.figures([1000 * late for late in heard.lateness]) if heard.lateness else None,
+        # Statistics only: the samples of all packets would be 90 % of the file.
+        "lateness_ms": records.figures([1000 * late for late in load.lateness]) if load.lateness else None,
     }
     return records.row(case, times, values)
 
 
-def later(moments: Sequence[tuple[float, float]]) -> float:
-    """By how much the median latency of the last third of a run is above that of the first third."""
-    ordered = sorted(moments)
+def latency_drift(latencies: Sequence[tuple[float, float]]) -> float:
+    """Return the median latency of the last third of a run minus that of the first third; pairs are (time, latency)."""
+    ordered = sorted(latencies)
     third = max(len(ordered) // 3, 1)
     first, last = ([latency for _, latency in part] for part in (ordered[:third], ordered[-third:]))
     return percentile(last, 50) - percentile(first, 50)
@@ -186,35 +193,40 @@ def later(moments: Sequence[tuple[float, float]]) -> float:
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
+    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
     method = result["method"]
-    head = ["streams", "chunk", "seconds", "batch", "what", "avg", "p50", "p90", "p95", "p99", "audio s/s", "holds"]
+    head = [
+        "streams",
+        "chunk, ms",
+        "duration, s",
+        "mean batch",
+        "time",
+        "avg",
+        "p50",
+        "p90",
+        "p95",
+        "p99",
+        "RTFx",
+        "passed",
+    ]
     lines = []
     for row in sorted(result["rows"], key=lambda row: (row["case"].get("confirming", False), row["case"]["streams"])):
-        values, first = row["values"], True
-        for what, found in row["figures"].items():
-            figures = [tables.digits(found[name]) for name in ("avg", "p50", "p90", "p95", "p99")]
-            verdict = "yes" if values["holds"] else "no: " + "; ".join(values["against"])
-            kind = f"{values['seconds']:.0f}"
-            lines.append(
-                [
-                    row["case"]["streams"],
-                    row["case"]["chunk_ms"],
-                    kind,
-                    f"{values['mean_batch']:.1f}" if first else "",
-                    what,
-                    *figures,
-                    f"{values['rtfx']:.1f}" if first else "",
-                    verdict if first else "",
-                ]
-            )
-            first = False
-    size = f", a stream's state {method['bytes_per_stream'] / 1e6:.2f} MB" if method["bytes_per_stream"] else ""
-    text = [headline(result) or "NVIDIA's method: so many parallel streams, three clips each, all beginning together."]
+        values, case = row["values"], row["case"]
+        verdict = "yes" if values["passed"] else "no: " + "; ".join(values["failures"])
+        for number, (name, found) in enumerate(row["figures"].items()):
+            figures = [tables.digits(found[figure]) for figure in ("avg", "p50", "p90", "p95", "p99")]
+            batch, rtfx = f"{values['mean_batch']:.1f}", f"{values['rtfx']:.1f}"
+            if number:  # printed once for each number of streams
+                batch = rtfx = verdict = ""
+            line = [case["streams"], case["chunk_ms"], f"{values['seconds']:.0f}", batch, name, *figures]
+            lines.append([*line, rtfx, verdict])
+    size = f", {method['bytes_per_stream'] / 1e6:.2f} MB of state per stream" if method["bytes_per_stream"] else ""
+    text = [headline(result) or "NVIDIA's method: N parallel streams, 3N clips, all starting at the same time."]
     text += [
         "",
-        f"Milliseconds; {method['device']}, {method['threads']} threads{size}. "
-        f"{tables.busy([method['other_work_cores']])}",
+        "Times in milliseconds. *step*: time of a step; *result*: from the end of the audio of a chunk to its result; "
+        f"*final*: from the last sample of a clip to its final result. {method['device']}, {method['threads']} "
+        f"threads{size}. {tables.other_load([method['other_work_cores']])}",
         "",
         tables.markdown(head, lines),
     ]
@@ -223,44 +235,57 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
 
 
 def headline(result: Record) -> str:
+    """Return a sentence for the README; empty for a result of NVIDIA's method."""
     method = result["method"]
     if method["streams"] is None:
         return ""
-    more = [row for row in result["rows"] if row["case"]["streams"] > method["streams"] and row["values"]["against"]]
-    bound = min(more, key=lambda row: row["case"]["streams"], default=None)
-    why = f" What spoke against {bound['case']['streams']}: {bound['values']['against'][0]}." if bound else ""
-    confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["holds"]]
-    slow = "; ".join(
-        f"{what}: p50 {tables.digits(found['p50'])}, p99 {tables.digits(found['p99'])}"
-        for what, found in (confirmed[-1]["figures"].items() if confirmed else ())
-        if what.startswith("result")
+    more = [row for row in result["rows"] if row["case"]["streams"] > method["streams"] and row["values"]["failures"]]
+    limit = min(more, key=lambda row: row["case"]["streams"], default=None)
+    reason = f" {limit['case']['streams']} failed: {limit['values']['failures'][0]}." if limit else ""
+    confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["passed"]]
+    latencies = "; ".join(
+        f"{name.removeprefix('result ')} chunks: p50 {tables.digits(found['p50'])} ms, "
+        f"p99 {tables.digits(found['p99'])} ms"
+        for name, found in (confirmed[-1]["figures"].items() if confirmed else ())
+        if name.startswith("result")
     )
+    hardware, model = result["hardware"], result["model"]
+    sizes = " + ".join(str(method["chunk_ms"]).split("+"))
     return (
-        f"**{method['streams']} real-time streams** of {method['chunk_ms']} ms, {method['precision']}, "
-        f"{result['model']['layers']} layers of {result['model']['d_model']}, held for {method['seconds']:.0f} s on "
-        f"{result['hardware']['gpu'] or str(result['hardware']['cores']) + ' cores of ' + result['hardware']['cpu']}"
-        f"{' (ms from speech to text; ' + slow + ')' if slow else ''}.{why}"
+        f"**{method['streams']} real-time streams** with {sizes} ms chunks for {method['seconds']:.0f} s: "
+        f"{method['precision']}, {model['layers']} layers, d_model {model['d_model']}, "
+        f"{hardware['gpu'] or str(hardware['cores']) + ' cores of ' + hardware['cpu']}."
+        f"{' Latency from end of audio to text, ' + latencies + '.' if latencies else ''}{reason}"
     )
 
 
 def _draw(result: Record, axes: Any) -> None:
     rows = sorted(result["rows"], key=lambda row: row["case"]["streams"])
-    names = sorted({what for row in rows for what in row["figures"] if what.startswith("result")})
-    for what in names:
+    sizes = sorted({int(name.split()[1]) for row in rows for name in row["figures"] if name.startswith("result")})
+    for index, ms in enumerate(sizes):
+        name = f"result {ms} ms"
         for figure, style in (("p50", "--"), ("p99", "-")):
-            points = [(row["case"]["streams"], row["figures"][what][figure]) for row in rows if what in row["figures"]]
-            axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{what}, {figure}")
-    axes.set(xlabel="real-time streams", ylabel="ms from speech to result", yscale="log", title="Latency over streams")
-    axes.legend(fontsize=7)
+            points = [(row["case"]["streams"], row["figures"][name][figure]) for row in rows if name in row["figures"]]
+            axes.plot(
+                *zip(*points, strict=True), style, color=f"C{index}", marker=".", label=f"{ms} ms chunks, {figure}"
+            )
+    axes.set(
+        xlabel="concurrent real-time streams",
+        ylabel="latency, ms (end of audio to result)",
+        yscale="log",
+        title="Latency by number of streams",
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = records.parser("capacity", __doc__)
-    records.engine_options(parser)
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--seconds", type=float, default=180.0, help="that a number of streams must hold")
-    parser.add_argument("--probe-seconds", type=float, default=15.0, help="of each try while searching")
-    parser.add_argument("--most", type=int, default=512, help="streams to try")
+    parser = command.make_parser("capacity", __doc__)
+    command.add_engine_options(parser)
+    parser.add_argument("--precision", default="fp32", help="precision of the engine")
+    parser.add_argument("--seconds", type=float, default=180.0, help="duration of the confirmation, in seconds")
+    parser.add_argument("--probe-seconds", type=float, default=15.0, help="duration of a probe, in seconds")
+    parser.add_argument("--max-streams", type=int, default=512, help="largest number of streams to try")
     parser.add_argument(
         "--simulate-realtime",
         "--simulate_realtime",
@@ -277,15 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.chunk_ms or [560],
             seconds=options.seconds,
             probe_seconds=options.probe_seconds,
-            most=options.most,
-            simulate=options.simulate_realtime,
+            max_streams=options.max_streams,
+            simulate_realtime=options.simulate_realtime,
             device=options.device,
             threads=options.threads,
             engines=options.engines,
-            say=records.say,
+            progress=records.report_progress,
         )
 
-    records.run(measure, options)
+    command.run(measure, options)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
-"""Everything that only a GPU can show, in one command; after `--minutes` (8) nothing more is begun.
+"""Run all checks that need a GPU. No section starts after `--minutes` (8).
 
     python -m nemostream.benchmarks.gpu_check --out benchmarks/results
 
-Run it from a checkout: the tests marked `gpu` are part of it. Each section is a process of its own: one that fails,
-crashes or hangs says so and leaves the others' figures alone. The report is written after each.
+Run it from a checkout, because the tests marked `gpu` are part of it. Each section runs in its own process: if one
+fails, crashes or hangs, its error is reported and the others are not affected. The report is written after each
+section.
 
-* environment: GPU, driver, libraries;
-* loading: how each type's kernels were loaded, what kind of loop the driver can record, and why no better one;
-* bandwidth: of a copy on the device;
-* tests: `pytest -m gpu`, our kernels and the whole backend against numpy and the CPU backend;
-* sanitizer: NVIDIA's compute-sanitizer over the decoding kernels;
-* engine_from_afar, engines: for each precision, is the packaged model's engine built, accepted by this GPU, recorded,
-  and as good as fp32 (`runtime.gate`) at every chunk size? Is one that was built for another GPU?
-* soak: 10,000 steps, streams coming and going, boosted and not; free memory before and after;
-* speed: a full-size model of random weights that says about `TOKENS_PER_SECOND` per stream; per chunk size and batch
-  the whole step as the caller sees it, the same when nobody speaks, with caches that must be gathered, with phrases for
-  every stream, and launched back to back; the encoder alone, and the step without decoding; the floor; how many streams
-  that makes;
-* baseline: NeMo's own step beside ours, eager in bf16 and captured in a CUDA graph, if NeMo is installed (`baseline`);
-* engine_in_a_loop: can an engine's work be in the body of a WHILE node? Last, for where it cannot the driver crashes.
+* environment: GPU, driver, libraries.
+* loading: format of the loaded kernels of each type, type of loop that the driver can capture, and why not a better
+  one.
+* bandwidth: of a copy on the device.
+* tests: `pytest -m gpu`: kernels and the whole backend compared with NumPy and the CPU backend.
+* sanitizer: NVIDIA's compute-sanitizer on the decoding kernels.
+* engine_for_other_gpu: whether this GPU accepts an engine that was built for another one.
+* engines: for each precision and chunk size, whether the engine of the packaged model can be built and passes the
+  validation against fp32 (`engine.validate`).
+* soak: 10,000 steps in which streams start and end, with and without phrases; free memory before and after.
+* speed: a full-size model with random weights that emits about `TOKENS_PER_SECOND` per stream. For each chunk size and
+  batch: the whole step as the caller sees it, the same without tokens, with caches that must be gathered, with phrases
+  for all streams, and launched back to back; the encoder alone, and the step without decoding; the roofline; the
+  resulting number of streams.
+* baseline: the step of NeMo (eager in bf16, and captured in a CUDA graph) and of nemostream, if NeMo is installed.
+* engine_in_while_node: whether the body of a WHILE node can contain the work of an engine. This section is last because
+  the driver crashes if it is not supported.
 
-Without an engine that runs here, speed is measured of all but the encoder (features, gather, scatter, decoding). What
-is to be reached, and whether it was, ends the report. A section run with `--only` joins the report of the others that
-is there already, if that was made in the same environment, of the same commit.
+If no engine runs on this machine, speed is measured without the encoder (features, gather, scatter, decoding). The
+report ends with the performance targets. Sections run with `--only` are added to an existing report of the same
+environment and commit.
 """
 
 from __future__ import annotations
@@ -49,10 +53,11 @@ import numpy as np
 import nemostream
 from nemostream.benchmarks.baseline import compare_steps, prepared
 from nemostream.benchmarks.gpu.report import joined, show
-from nemostream.benchmarks.gpu.speed import NoEncoder, Report, copy_rate, give_frames, soak, speed
+from nemostream.benchmarks.gpu.speed import NoEncoder, Report, copy_rate, fill_encoder_output, measure_speed, soak
 from nemostream.benchmarks.harness import records
-from nemostream.benchmarks.harness.competitors import OURS
+from nemostream.benchmarks.harness.competitors import NEMOSTREAM
 from nemostream.benchmarks.harness.random_bundle import random_bundle
+from nemostream.benchmarks.harness.records import Progress, no_progress
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engines import build_engine, open_gpu
 from nemostream.errors import BackendError
@@ -63,46 +68,49 @@ from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.backends.gpu.onnxruntime import check_provider
 
 _BATCHES = (1, 8, 64, 256, 1024)
-_TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # what rests on little first
-_SIDES = ("ours fp16", "nemo bf16", "nemo graph")
-_GRACE = 60.0  # seconds that what was begun may take beyond `--minutes`
+_TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # modules with few dependencies first
+_RUNNERS = ("nemostream fp16", "nemo bf16", "nemo graph")
+_GRACE = 60.0  # seconds that a running section may take beyond `--minutes`
 
 
-class Here:
-    """What a section has: the options, a folder that all share, the GPU, the packaged model."""
+class SectionContext:
+    """Context of a section: options, a folder shared by all sections, the packaged model, earlier results."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch = options, scratch
         self.started = time.perf_counter()
-        self.until = self.started + 60 * options.minutes
+        self.deadline = self.started + 60 * options.minutes
         self.demo = Bundle.open(nemostream.demo_bundle())
         self.store = PlanStore(scratch / "engines")
-        self.report = read(scratch / "report.json")  # of the sections before
-        self.found: Report = {}
-        self._unusable: dict[str, str] = {}  # kinds of engine that failed once, and why
+        self.report = read(scratch / "report.json")  # of earlier sections
+        self.result: Report = {}
+        self._unusable: dict[str, str] = {}  # errors by engine backend
 
     def device(self) -> Any:
         from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
         return CudaDevice()
 
-    def say(self, message: str) -> None:
+    def progress(self, message: str) -> None:
         print(f"{time.perf_counter() - self.started:6.1f} s  {message}", file=sys.stderr, flush=True)
 
-    def keep(self, found: Report) -> None:
-        """What is known by now, should this process not live to tell."""
-        self.found = found
-        write(self.scratch / f"{self.options.section}.json", as_json(found))
+    def save(self, result: Report) -> None:
+        """Write the result so far, so that it is kept if this process crashes."""
+        self.result = result
+        write(self.scratch / f"{self.options.section}.json", as_json(result))
 
-    def best(self, bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
-        """TensorRT, else ONNX Runtime, else no encoder at all. Random weights are not gated: nothing is lost."""
+    def open_backend(self, bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
+        """Open a backend with TensorRT engines, else ONNX Runtime, else without an encoder.
+
+        Returns the backend and the name of its encoder.
+        """
         device = self.device()
         for backend, target in (("tensorrt", device.architecture), ("onnxruntime", "cuda")):
             if backend in self._unusable:
                 continue
             try:
                 if backend == "onnxruntime":
-                    check_provider()  # or a graph would first be written for minutes
+                    check_provider()  # before writing the graph, which takes minutes
                 plans = {
                     chunk.ms: build_engine(
                         bundle, chunk, "fp16", self.store, backend=backend, target=target, max_batch=capacity - 1
@@ -110,19 +118,19 @@ class Here:
                     for chunk in chunks
                 }
                 return open_gpu(bundle, self.device(), plans, capacity, capacity - 1), f"{backend} fp16"
-            except Exception as error:  # libraries have their own kinds
+            except Exception as error:  # libraries raise their own types
                 self._unusable[backend] = f"{type(error).__name__}: {error}"
         encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
-        alone = GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=capacity - 1)
-        give_frames(alone)
-        return alone, f"none ({'; '.join(self._unusable.values())})"
+        without_encoder = GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=capacity - 1)
+        fill_encoder_output(without_encoder)
+        return without_encoder, f"none ({'; '.join(self._unusable.values())})"
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
-def environment(here: Here) -> Report:
-    device = here.device()
+def environment(context: SectionContext) -> Report:
+    device = context.device()
     return {
         "gpu": device.name,
         "architecture": device.architecture,
@@ -133,170 +141,188 @@ def environment(here: Here) -> Report:
     }
 
 
-def loading(here: Here) -> Report:
-    manifest, device, found = here.demo.manifest, here.device(), {}
-    for cache_dtype in kernels.NARROW:
+def loading(context: SectionContext) -> Report:
+    manifest, device, loaded_kernels = context.demo.manifest, context.device(), {}
+    for cache_dtype in kernels.MATMUL_TYPES:
         start = time.perf_counter()
         loaded = device.kernels(kernels.macros(manifest, cache_dtype, True), kernels.entries(manifest))
         seconds = time.perf_counter() - start
-        found[cache_dtype] = {"format": loaded.format, "conditional": loaded.conditional, "seconds": round(seconds, 2)}
-        here.say(f"{cache_dtype}: {found[cache_dtype]}")
+        loaded_kernels[cache_dtype] = {
+            "format": loaded.format,
+            "conditional": loaded.conditional,
+            "seconds": round(seconds, 2),
+        }
+        context.progress(f"{cache_dtype}: {loaded_kernels[cache_dtype]}")
     chunk = manifest.chunk(560)
-    backend = GpuBackend(here.demo, device, {560: NoEncoder("float16")}, capacity=2)
+    backend = GpuBackend(context.demo, device, {560: NoEncoder("float16")}, capacity=2)
     backend.submit(Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([8960]))).result()
-    loop, why = backend.loop, backend.failures
+    loop, failures = backend.loop, backend.failures
     backend.close()
-    return {"kernels": found, "loop": loop, "no_better_because": why}
+    return {"kernels": loaded_kernels, "loop": loop, "loop_failures": failures}
 
 
-def bandwidth(here: Here) -> Report:
-    return {"copy_bytes_per_second": copy_rate(here.device())}
+def bandwidth(context: SectionContext) -> Report:
+    return {"copy_bytes_per_second": copy_rate(context.device())}
 
 
-def tests(here: Here) -> Report:
-    return _pytest(here, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/{name}.py" for name in _TESTS)], 150)
+def tests(context: SectionContext) -> Report:
+    return _pytest(context, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/{name}.py" for name in _TESTS)], 150)
 
 
-def sanitizer(here: Here) -> Report:
+def sanitizer(context: SectionContext) -> Report:
     tool = shutil.which("compute-sanitizer")
     if not tool:
-        raise BackendError("compute-sanitizer is not on the PATH (it comes with CUDA).")
-    chosen = [
+        raise BackendError("compute-sanitizer is not on the PATH; it is part of the CUDA toolkit.")
+    selection = [
         "-k",
         "test_decoding_equals_the_definition and gpu and random",
         "tests/runtime/backends/gpu/test_kernels.py",
     ]
-    found = _pytest(here, chosen, 90, [tool, "--error-exitcode", "9"])
-    return {"clean": found["passed"], "said": [line for line in found["tail"] if "ERROR SUMMARY" in line], **found}
+    result = _pytest(context, selection, 90, [tool, "--error-exitcode", "9"])
+    summary = [line for line in result["tail"] if "ERROR SUMMARY" in line]
+    return {"clean": result["passed"], "sanitizer_summary": summary, **result}
 
 
-def _pytest(here: Here, arguments: Sequence[str], limit: float, tool: Sequence[str] = ()) -> Report:
-    """Also what was said until time was up."""
+def _pytest(context: SectionContext, arguments: Sequence[str], limit: float, tool: Sequence[str] = ()) -> Report:
+    """Run pytest and return its outcome and output, which is kept if the time limit is exceeded."""
     if not Path("tests/runtime").is_dir():
-        raise BackendError(f"{Path.cwd()} has no tests; run this from a checkout.")
+        raise BackendError(f"{Path.cwd()} has no tests; run the GPU check from a checkout.")
     command = [*tool, sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-header", *arguments]
-    output = here.scratch / "pytest.txt"
-    ended = run(command, output, min(limit, here.until - time.perf_counter() + _GRACE / 2))
+    output = context.scratch / "pytest.txt"
+    error = run(command, output, min(limit, context.deadline - time.perf_counter() + _GRACE / 2))
     lines = output.read_text(errors="replace").splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {
-        "passed": not ended,
-        "ended": ended,
+        "passed": not error,
+        "error_of_pytest": error,
         "summary": lines[-1] if lines else "",
         "failed": failed,
         "tail": lines[-150:],
     }
 
 
-def engine_from_afar(here: Here) -> Report:
-    """What this GPU says of an engine that TensorRT for RTX built for another one."""
+def engine_for_other_gpu(context: SectionContext) -> Report:
+    """Check whether this GPU accepts an engine that TensorRT for RTX built for another one."""
     import tensorrt_rtx as trt
 
-    plan, _ = build_engine(here.demo, here.demo.manifest.chunk(80), "fp16", here.store, target="sm89", max_batch=1)
+    plan, _ = build_engine(
+        context.demo, context.demo.manifest.chunk(80), "fp16", context.store, target="sm89", max_batch=1
+    )
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     blob = plan.path.read_bytes()
     validity, diagnostics = runtime.get_engine_validity(blob)
     return {
         "built_for": "sm89",
-        "here": here.device().architecture,
+        "this_gpu": context.device().architecture,
         "validity": validity.name,
         "diagnostics": hex(diagnostics),
         "deserializes": runtime.deserialize_cuda_engine(blob) is not None,
     }
 
 
-def engines(here: Here) -> Report:
-    """Every engine of the packaged model that this GPU takes, gated."""
-    found: Report = {}
+def engines(context: SectionContext) -> Report:
+    """Build and validate every engine of the packaged model that this GPU supports."""
+    result: Report = {}
     for backend, target in (("tensorrt", None), ("onnxruntime", "cuda")):
         for precision in PRECISIONS:
-            for chunk in here.demo.manifest.chunks:
-                if time.perf_counter() > here.until:
-                    return found | {"left_out": "for time"}
-                here.say(f"{backend} {precision} {chunk.ms} ms")
+            for chunk in context.demo.manifest.chunks:
+                if time.perf_counter() > context.deadline:
+                    return result | {"skipped": "time limit"}
+                context.progress(f"{backend} {precision} {chunk.ms} ms")
                 try:
                     if backend == "onnxruntime":
                         check_provider()
                     plan, _ = build_engine(
-                        here.demo, chunk, precision, here.store, backend=backend, target=target, max_batch=8
+                        context.demo, chunk, precision, context.store, backend=backend, target=target, max_batch=8
                     )
-                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds, "gated": bool(plan.gate)}
-                    figures |= plan.gate
-                except Exception as error:  # libraries have their own kinds
-                    figures = {"refused": f"{error}"}
-                found[f"{backend} {precision} {chunk.ms}"] = figures
-                here.keep(found)
-                if "refused" in figures and "refused:" not in figures["refused"]:
-                    break  # not the gate: the library is missing, or cannot do this precision here
-    return found
+                    figures: Report = {"recipe": plan.recipe.stem, "seconds": plan.seconds}
+                    figures |= {"validated": bool(plan.validation), **plan.validation}
+                except Exception as error:  # libraries raise their own types
+                    figures = {"failure": f"{error}"}
+                result[f"{backend} {precision} {chunk.ms}"] = figures
+                context.save(result)
+                if "failure" in figures and "failed validation:" not in figures["failure"]:
+                    break  # the library is missing or does not support this precision: skip the other chunk sizes
+    return result
 
 
-def soaking(here: Here) -> Report:
-    chunk = here.demo.manifest.chunk(80)
-    backend, encoder = here.best(here.demo, [chunk], 9)
-    return soak(backend, chunk, here.options.steps) | {"encoder": encoder, "loop": backend.loop}
+def soaking(context: SectionContext) -> Report:
+    chunk = context.demo.manifest.chunk(80)
+    backend, encoder = context.open_backend(context.demo, [chunk], 9)
+    return soak(backend, chunk, context.options.steps) | {"encoder": encoder, "loop": backend.loop}
 
 
-def full_speed(here: Here) -> Report:
-    here.say("filling in a full-size model")
-    bundle = random_bundle(here.scratch / "random")
-    rate = here.report.get("bandwidth", {}).get("copy_bytes_per_second")
-    options = here.options
-    return speed(bundle, here.best, options.batch, options.repeats, rate, here.say, here.until, here.keep)
+def full_speed(context: SectionContext) -> Report:
+    context.progress("creating a full-size model")
+    bundle = random_bundle(context.scratch / "random")
+    rate = context.report.get("bandwidth", {}).get("copy_bytes_per_second")
+    options = context.options
+    return measure_speed(
+        bundle,
+        context.open_backend,
+        options.batch,
+        options.repeats,
+        rate,
+        context.progress,
+        context.deadline,
+        context.save,
+    )
 
 
-def baseline(here: Here) -> Report:
-    found: Report = {}
-    with prepared(None, None, here.say) as (checkpoint, bundle):
+def baseline(context: SectionContext) -> Report:
+    result: Report = {}
+    with prepared(None, None, context.progress) as (checkpoint, bundle):
         for device in ("cuda", "cuda:onnxruntime"):
-            found = compare_steps(
+            result = compare_steps(
                 bundle,
                 checkpoint,
-                _SIDES,
+                _RUNNERS,
                 (1,),
                 (80, 560),
-                here.options.repeats,
+                context.options.repeats,
                 device=device,
-                engines=here.scratch / "engines",
-                say=here.say,
+                engines=context.scratch / "engines",
+                progress=context.progress,
             )
-            here.keep(found)
-            if any(row["case"]["side"].startswith(OURS) for row in found["rows"]):
+            context.save(result)
+            if any(row["case"]["runner"].startswith(NEMOSTREAM) for row in result["rows"]):
                 break
-    return found
+    return result
 
 
-def engine_in_a_loop(here: Here) -> Report:
-    """The body runs once: nobody sets the condition."""
-    device = here.device()
-    found = [plan for plan in here.store.all() if plan.recipe.device == device.architecture]
-    plan = next((plan for plan in found if plan.recipe.graph == "encoder-80ms"), None)
+def engine_in_while_node(context: SectionContext) -> Report:
+    """Capture and launch an engine in the body of a WHILE node, which runs once as no kernel sets the condition."""
+    device = context.device()
+    plans = [plan for plan in context.store.all() if plan.recipe.device == device.architecture]
+    plan = next((plan for plan in plans if plan.recipe.graph == "encoder-80ms"), None)
     if not plan:
-        raise BackendError("no engine was built for this GPU.")
-    backend = open_gpu(here.demo, device, {80: plan}, 2, 2)
-    enqueue = backend._recordings[80, 1, False].enqueue
+        raise BackendError("there is no engine for this GPU; run the section engines first.")
+    backend = open_gpu(context.demo, device, {80: plan}, 2, 2)
+    chunk = context.demo.manifest.chunk(80)
+    silence = Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([chunk.samples]))
+    enqueue = backend.stages(silence)["encoder"]
 
     def work() -> None:
         device.loop(device.condition(), enqueue)
 
-    device.record(work).launch()
-    device.mark().wait()
-    return {"recorded_and_launched": True, "engine": plan.recipe.stem}
+    device.capture(work).launch()
+    device.record_event().wait()
+    return {"captured_and_launched": True, "engine": plan.recipe.stem}
 
 
-# In this order, with the seconds that each may take.
-SECTIONS: dict[str, tuple[Callable[[Here], Report], float]] = {
+# Sections in the order of execution, with their time limits in seconds.
+SECTIONS: dict[str, tuple[Callable[[SectionContext], Report], float]] = {
     "environment": (environment, 60),
     "loading": (loading, 90),
     "bandwidth": (bandwidth, 60),
     "tests": (tests, 180),
     "sanitizer": (sanitizer, 120),
-    "engine_from_afar": (engine_from_afar, 90),
+    "engine_for_other_gpu": (engine_for_other_gpu, 90),
     "engines": (engines, 300),
     "soak": (soaking, 120),
     "speed": (full_speed, 480),
     "baseline": (baseline, 300),
-    "engine_in_a_loop": (engine_in_a_loop, 60),
+    "engine_in_while_node": (engine_in_while_node, 60),
 }
 
 
@@ -304,18 +330,21 @@ SECTIONS: dict[str, tuple[Callable[[Here], Report], float]] = {
 
 
 def run(command: Sequence[str], output: Path, limit: float) -> str:
-    """Run it with all that it starts, what it says into a file. Why it ended other than well, or nothing."""
+    """Run a command with its output in a file, and kill all its processes at the end.
+
+    Returns the reason if it failed or exceeded `limit` seconds, else an empty string.
+    """
     with output.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"was not done after {limit:.0f} s"
+            return f"timed out after {limit:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return f"ended with {signal.Signals(-code).name if code < 0 else code}" if code else ""
+    return f"exited with {signal.Signals(-code).name if code < 0 else code}" if code else ""
 
 
 def in_processes(
@@ -323,41 +352,42 @@ def in_processes(
     command: Callable[[str, float], Sequence[str]],
     scratch: Path,
     minutes: float,
-    keep: Callable[[Report], None],
-    say: Callable[[str], None] = lambda message: None,
+    save: Callable[[Report], None],
+    progress: Progress = no_progress,
 ) -> Report:
-    """The report of all sections; `sections` has the seconds that each may take.
+    """Run each section in its own process and return the report; `sections` maps names to time limits in seconds.
 
-    `command` (a section, minutes left) leaves what was found in `scratch`/SECTION.json; what is there of a section that
-    did not end well is kept beside the reason. `keep` gets the report after each.
+    `command` returns the command of a section for the remaining minutes; it writes its result to
+    `scratch`/SECTION.json. If a section fails, its result so far is kept together with the error. `save` is called with
+    the report after each section.
     """
     started, report = time.perf_counter(), Report()
     for name, limit in sections.items():
         left = 60 * minutes - (time.perf_counter() - started)
-        say(name)
+        progress(name)
         if left <= 0:
-            report[name] = {"error": f"{minutes} minutes were over; run it alone with --only {name}."}
+            report[name] = {"error": f"not started: {minutes} minutes are over; run it with --only {name}."}
         else:
             log = scratch / f"{name}.log"
-            ended = run(command(name, left / 60), log, min(limit, left + _GRACE))
+            error = run(command(name, left / 60), log, min(limit, left + _GRACE))
             report[name] = read(scratch / f"{name}.json")
-            if ended:
-                report[name] |= {"error": ended, "log": log.read_text(errors="replace").splitlines()[-25:]}
+            if error:
+                report[name] |= {"error": error, "log": log.read_text(errors="replace").splitlines()[-25:]}
         if "error" in report[name]:
-            say(f"{name}: {report[name]['error']}")
+            progress(f"{name}: {report[name]['error']}")
         report["seconds"] = time.perf_counter() - started
-        keep(report)
+        save(report)
     return report
 
 
 def read(path: Path) -> Report:
-    """What was written, or nothing."""
-    found: Report = json.loads(path.read_text()) if path.is_file() else {}
-    return found
+    """Return a report from a file; empty if there is none."""
+    report: Report = json.loads(path.read_text()) if path.is_file() else {}
+    return report
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -376,63 +406,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m nemostream.benchmarks.gpu_check", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to run, beside the environment")
-    parser.add_argument("--batch", type=int, nargs="+", default=list(_BATCHES))
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=10_000, help="of the soak")
-    parser.add_argument("--minutes", type=float, default=8, help="after which nothing more is begun")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # in this process, for ...
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)  # ... the process that has this folder
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to run, in addition to environment")
+    parser.add_argument("--batch", type=int, nargs="+", default=list(_BATCHES), help="batch sizes of section speed")
+    parser.add_argument("--repeats", type=int, default=60, help="timed steps per case")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of section soak")
+    parser.add_argument("--minutes", type=float, default=8, help="time after which no section starts")
+    # Internal: run one section in this process, with the folder of the parent process.
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.section:
-        _section(options)
-        return
+        _run_section(options)
+    else:
+        _run_all(options)
+
+
+def _run_all(options: argparse.Namespace) -> None:
+    """Run the sections in processes and write the report. Exits if there is no GPU."""
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
         device = CudaDevice()
-        name = device.name.replace(" ", "-")
+        path = options.out / f"gpu-{device.name.replace(' ', '-')}.json"
         device.close()
     except BackendError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    wanted = ["environment", *(options.only or SECTIONS)]
-    chosen = {name: limit for name, (_, limit) in SECTIONS.items() if name in wanted}
-    started = time.perf_counter()
+    names = ["environment", *(options.only or SECTIONS)]
+    sections = {name: limit for name, (_, limit) in SECTIONS.items() if name in names}
+    started, earlier = time.perf_counter(), read(path) if options.only else {}
 
-    def say(message: str) -> None:
+    def progress(message: str) -> None:
         print(f"{time.perf_counter() - started:6.1f} s  {message}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
         scratch = Path(folder)
 
         def command(section: str, minutes: float) -> list[str]:
-            own = ["--section", section, "--scratch", folder, "--minutes", f"{minutes}"]
-            own += ["--steps", f"{options.steps}", "--repeats", f"{options.repeats}"]
-            own += ["--batch", *map(str, options.batch)]
-            return [sys.executable, "-m", "nemostream.benchmarks.gpu_check", *own]
+            arguments = ["--section", section, "--scratch", folder, "--minutes", f"{minutes}"]
+            arguments += ["--steps", f"{options.steps}", "--repeats", f"{options.repeats}"]
+            arguments += ["--batch", *map(str, options.batch)]
+            return [sys.executable, "-m", "nemostream.benchmarks.gpu_check", *arguments]
 
-        path = options.out / f"gpu-{name}.json"
-        earlier = read(path) if options.only else {}
-
-        def keep(report: Report) -> None:
+        def save(report: Report) -> None:
             report = joined(earlier, report) | {"command": shlex.join(sys.argv)}
             write(scratch / "report.json", as_json(report))
             write(path, as_json(report))
             write(path.with_suffix(".md"), show(report))
 
-        in_processes(chosen, command, scratch, options.minutes, keep, say)
+        in_processes(sections, command, scratch, options.minutes, save, progress)
         print(path.with_suffix(".md").read_text(), end="")
 
 
-def _section(options: argparse.Namespace) -> None:
-    here = Here(options, options.scratch)
+def _run_section(options: argparse.Namespace) -> None:
+    """Run one section in this process and write its result."""
+    context = SectionContext(options, options.scratch)
     try:
-        found = SECTIONS[options.section][0](here)
-    except Exception as error:  # whatever it is, it is this section's alone
-        found = here.found | {"error": f"{type(error).__name__}: {error}"}
+        result = SECTIONS[options.section][0](context)
+    except Exception as error:  # any error is part of the report
+        result = context.result | {"error": f"{type(error).__name__}: {error}"}
         traceback.print_exc()
-    here.keep(found)
+    context.save(result)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""How long a step takes, and how long after its last sample a chunk's tokens are there.
+"""Time of a step, and time from the last sample of a chunk to its tokens.
 
     nemostream bench latency --bundle BUNDLE --precision fp32 int8 --batch 1 4 16
     nemostream bench latency --bundle BUNDLE --precision fp32 fp16 --device cpu cuda cuda:onnxruntime
 
-Every chunk size, batch, precision and backend (`timed`: what `--device` means), in the steady state (caches full) and
-after warm-up. Two times:
+Measured for every chunk size, batch, precision and backend (`harness.timed` explains `--device`), after warm-up and
+with full caches:
 
-* **step**: `Backend.submit` until its result, PCM to tokens, as the scheduler calls it. On a GPU also **device**, the
-  time between two events on the device, of the same launches.
-* **push**: the last samples of a chunk handed to each of `batch` live streams at once, until each has its new result:
-  conversion, scheduler, step and text included. Streams pushed a moment apart may share a step or miss it; that is what
-  their owners see.
+* **step**: `Backend.submit` until its result, PCM to tokens, as called by the scheduler. On a GPU also **device**, the
+  time between two events on the device around the same launches.
+* **push**: the last samples of a chunk are pushed to each of `batch` live streams, until each has its new result. This
+  includes conversion, scheduler, step and text. Streams pushed at slightly different times may share a step or not, as
+  in production.
 
-Where the time goes: features, encoder and decode are the calls into ONNX Runtime (or the stages of the step on a GPU,
-run one by one), copies is what else the encoder's half does (gathering and scattering caches), host the rest of the
-step. `launches` counts the calls, or what a GPU is asked to start, on average of the steps. The floor is the encoder's
-(`floor`), and beside it the share of it that the median step reached.
+Breakdown of a step: *features*, *encoder* and *decode* are the calls into ONNX Runtime (on a GPU the stages of the
+step, launched one by one), *copies* is the rest of the encoder half (gathering and scattering caches), *host* the rest
+of the step. *launches* is the mean number of calls, or of launches on a GPU, per step. The roofline is that of the
+encoder (`harness.roofline`); the table shows which share of the median step it is.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks.gpu.speed import device_ms
+from nemostream.benchmarks import command
+from nemostream.benchmarks.gpu.roofline import measure_for
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.records import OtherWork, Record, Row, Say
-from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
+from nemostream.benchmarks.harness.roofline import Machine, encoder_work
 from nemostream.benchmarks.harness.synthetic import speech
-from nemostream.benchmarks.harness.timed import CAN, Feed, timed_backend
+from nemostream.benchmarks.harness.timed import DEVICE_PRECISIONS, AudioFeed, timed_backend
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.backends.base import Backend, Batch
@@ -60,11 +61,11 @@ def measure_latency(
     threads: int | None = None,
     engines: Path | None = None,
     machine: Machine | None = None,
-    say: Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result. Of several devices each runs the precisions that it has.
+    """Measure latencies and return the result. With several devices, each runs the precisions that it supports.
 
-    Raises `OptionError` for what cannot be, `BackendError` if a device is not there or its engine cannot be built.
+    Raises `OptionError` for invalid options, and `BackendError` if a device is missing or an engine cannot be built.
     """
     if repeats < 1 or min(batches, default=0) < 1:
         raise OptionError("repeats and batch sizes must be at least 1.")
@@ -73,20 +74,20 @@ def measure_latency(
     rows: list[Row] = []
     machines: dict[str, Machine] = {}
     for device in devices:
-        kind = device.partition(":")[0]
+        device_type = device.partition(":")[0]
         for precision in precisions:
-            if len(devices) > 1 and precision not in CAN.get(device, (precision,)):
+            if len(devices) > 1 and precision not in DEVICE_PRECISIONS.get(device, (precision,)):
                 continue
             for chunk in chunks:
                 with timed_backend(
                     bundle, [chunk], precision, max(batches), device=device, threads=threads, engines=engines
                 ) as backend:
-                    if kind not in machines:
-                        machines[kind] = machine or measure_for(backend, threads)
+                    if device_type not in machines:
+                        machines[device_type] = machine or measure_for(backend, threads)
                     for batch in batches:
-                        say(f"{device}, {precision}, {chunk.ms} ms, batch {batch}")
+                        progress(f"{device}, {precision}, {chunk.ms} ms, batch {batch}")
                         case = {"chunk_ms": chunk.ms, "batch": batch, "precision": precision, "backend": device}
-                        rows.append(_measure(bundle, backend, chunk, case, repeats, machines[kind]))
+                        rows.append(_measure(bundle, backend, chunk, case, repeats, machines[device_type]))
                 gc.collect()
     manifest = bundle.manifest
     return records.record(
@@ -98,7 +99,7 @@ def measure_latency(
             "warm_up": _WARM_UP,
             "threads": threads,
             "device": " ".join(devices),
-            "machine": {kind: dict(machine.rates) for kind, machine in machines.items()},
+            "machine": {device_type: dict(machine.rates) for device_type, machine in machines.items()},
         },
     )
 
@@ -107,42 +108,55 @@ def _measure(
     bundle: Bundle, backend: Backend, chunk: ChunkConfig, case: dict[str, Any], repeats: int, machine: Machine
 ) -> Row:
     batch, precision = case["batch"], case["precision"]
-    filled = -(-chunk.left // chunk.frames)
-    feed = Feed(bundle.manifest, speech(), batch, (filled + 2 * (_WARM_UP + repeats)) * chunk.frames)
+    filled = -(-chunk.left // chunk.frames)  # steps until the caches are full
+    feed = AudioFeed(bundle.manifest, speech(), batch, (filled + 2 * (_WARM_UP + repeats)) * chunk.frames)
     backend.reset(np.arange(batch))
-    others, step = OtherWork(), 0
+    other_work, warm_up = OtherWork(), filled + _WARM_UP
+    times, launches = _step_times(backend, feed, chunk, warm_up, repeats)
+    if isinstance(backend, GpuBackend):
+        steps = range(warm_up + repeats, warm_up + 2 * repeats)
+        device_times, launches = _device_times(backend, feed, chunk, steps)
+        times |= device_times
+    with Model(bundle, _UnownedBackend(backend), chunk.ms) as model:
+        times["push"] = push_times(model, feed, chunk, warm_up, repeats)
+    device_type = "cuda" if isinstance(backend, GpuBackend) else "cpu"
+    work = encoder_work(bundle, chunk, precision, device_type)
+    values = {
+        "bytes_per_stream": getattr(backend, "bytes_per_stream", None),
+        "launches": launches,
+        "roofline_ms": work.roofline_ms(machine, precision, batch),
+        "other_work_cores": round(other_work.cores(), 3),
+    }
+    return records.row(case, times, values)
+
+
+def _step_times(
+    backend: Backend, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int
+) -> tuple[dict[str, list[float]], float]:
+    """Return the milliseconds of `repeats` steps and their parts after `warm_up` steps, and the mean calls per step."""
     times: dict[str, list[float]] = {"step": [], **{part: [] for part in PARTS}}
-    values: dict[str, Any] = {"bytes_per_stream": getattr(backend, "bytes_per_stream", None)}
     calls = []
-    with _clock(backend, chunk) as clock:
-        for step in range(filled + _WARM_UP + repeats):
+    with _stage_clock(backend, chunk) as clock:
+        for step in range(warm_up + repeats):
             inputs = feed.batch(chunk, step * chunk.frames)
             clock.clear()
             start = time.perf_counter()
             backend.submit(inputs).result()
-            whole = time.perf_counter() - start
-            if step < filled + _WARM_UP:
+            elapsed = time.perf_counter() - start
+            if step < warm_up:
                 continue
-            times["step"].append(1000 * whole)
-            for part, seconds in _parts(clock, whole).items():
+            times["step"].append(1000 * elapsed)
+            for part, seconds in _parts(clock, elapsed).items():
                 times[part].append(1000 * seconds)
             calls.append(clock.get("calls", 0))
-    values["launches"] = statistics.mean(calls)
-    if isinstance(backend, GpuBackend):
-        times |= _on_the_device(backend, feed, chunk, range(step + 1, step + 1 + repeats), values)
-    with Model(bundle, _Borrowed(backend), chunk.ms) as model:
-        times["push"] = push_times(model, feed, chunk, filled + _WARM_UP, repeats)
-    where = "cuda" if isinstance(backend, GpuBackend) else "cpu"
-    values["floor_ms"] = encoder_work(bundle, chunk, precision, where).floor_ms(machine, precision, batch)
-    values["other_work_cores"] = round(others.cores(), 3)
-    return records.row(case, times, values)
+    return times, statistics.mean(calls)
 
 
-def push_times(model: Model, feed: Feed, chunk: ChunkConfig, before: int, repeats: int) -> list[float]:
-    """Milliseconds of every stream and chunk from push to result, of `repeats` chunks after as many as `before`."""
-    lead, rate, found = model.manifest.lead, model.manifest.features.sample_rate, []
+def push_times(model: Model, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int) -> list[float]:
+    """Return the milliseconds from push to result of each stream for `repeats` chunks after `warm_up` chunks."""
+    lead, rate, times = model.manifest.lead, model.manifest.features.sample_rate, []
     streams = [model.open_session(rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
-    for step in range(before + repeats):
+    for step in range(warm_up + repeats):
         begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
         pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)
         start = []
@@ -152,15 +166,15 @@ def push_times(model: Model, feed: Feed, chunk: ChunkConfig, before: int, repeat
         for stream, began in zip(streams, start, strict=True):
             stream.wait()
             stream.collect()
-            if step >= before:
-                found.append(1000 * (time.perf_counter() - began))
+            if step >= warm_up:
+                times.append(1000 * (time.perf_counter() - began))
     for stream in streams:
         stream.close()
-    return found
+    return times
 
 
-class _Borrowed:
-    """A backend that outlives the model it is lent to."""
+class _UnownedBackend:
+    """A backend that stays open when the model that uses it is closed."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -171,90 +185,67 @@ class _Borrowed:
     def close(self) -> None: ...
 
 
-# -- where the time goes -----------------------------------------------------------------------------------------------
-
-
-class _Timed:
-    """A session whose runs are counted and timed."""
-
-    def __init__(self, session: Any, clock: dict[str, float], part: str) -> None:
-        self._session, self._clock, self._part = session, clock, part
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._session, name)
-        if name not in ("run", "run_with_iobinding"):
-            return found
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return found(*arguments, **options)
-            finally:
-                self._clock[self._part] = self._clock.get(self._part, 0.0) + time.perf_counter() - start
-                self._clock["calls"] = self._clock.get("calls", 0) + 1
-
-        return timed
+# -- breakdown of a step -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
-    """Seconds per part of the steps run meanwhile, on ONNX Runtime; empty for other backends."""
+def _stage_clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
+    """Yield the seconds per stage of the steps in the `with` block and their number of "calls"; empty on a GPU."""
     clock: dict[str, float] = {}
     if not isinstance(backend, OrtBackend):
         yield clock
         return
-    step, net, encode = backend._steps[chunk.ms], backend._transducer, backend.encode
-    before = step.features, step.encoder, net._decoder, net._joint
 
-    def timed(batch: Batch) -> Any:
-        start = time.perf_counter()
-        try:
-            return encode(batch)
-        finally:
-            clock["encode"] = clock.get("encode", 0.0) + time.perf_counter() - start
+    def wrap(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        part = "decode" if name in ("decoder", "joint") else name
 
-    step.features, step.encoder = (_Timed(each, clock, part) for each, part in zip(before[:2], PARTS[:2], strict=True))
-    net._decoder, net._joint = (_Timed(each, clock, "decode") for each in before[2:])
-    backend.encode = timed  # type: ignore[method-assign]
-    try:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return stage(*arguments, **options)
+            finally:
+                clock[part] = clock.get(part, 0.0) + time.perf_counter() - start
+                if part != "encode":
+                    clock["calls"] = clock.get("calls", 0) + 1
+
+        return timed
+
+    with backend.wrapped_stages(chunk, wrap):
         yield clock
-    finally:
-        step.features, step.encoder, net._decoder, net._joint = before
-        del backend.encode
 
 
-def _parts(clock: dict[str, float], whole: float) -> dict[str, float]:
+def _parts(clock: dict[str, float], elapsed: float) -> dict[str, float]:
+    """Return the seconds of each part of a step that took `elapsed` seconds."""
     if "encode" not in clock:
         return {}
     features, encoder, decode = (clock.get(part, 0.0) for part in PARTS[:3])
     copies = clock["encode"] - features - encoder
-    return dict(zip(PARTS, (features, encoder, decode, copies, whole - clock["encode"] - decode), strict=True))
+    return dict(zip(PARTS, (features, encoder, decode, copies, elapsed - clock["encode"] - decode), strict=True))
 
 
-def _on_the_device(
-    backend: GpuBackend, feed: Feed, chunk: ChunkConfig, steps: range, values: dict[str, Any]
-) -> dict[str, list[float]]:
-    """Times between events: the whole step as it is launched, and its stages one by one."""
+def _device_times(
+    backend: GpuBackend, feed: AudioFeed, chunk: ChunkConfig, steps: range
+) -> tuple[dict[str, list[float]], float]:
+    """Return the milliseconds between events on the device, of whole steps and of their stages; and the launches."""
     times: dict[str, list[float]] = {name: [] for name in ("device", *PARTS[:4])}
-    device, pending = backend._device, list[Any]()
+    device, pending, launches = backend.device, list[Any](), 0.0
     for step in steps:
         inputs = feed.batch(chunk, step * chunk.frames)
-        whole = device_ms(device, [functools.partial(_submit, backend, inputs, pending)])
-        pending.pop().result()
-        device.make_current()
-        recording, _ = backend._prepare(inputs)  # the same chunk again: stage by stage, not decoded
-        works = recording.undecoded  # begin, features, gather, the encoder, scatter, finish
+        whole = device.elapsed_ms([functools.partial(_submit, backend, inputs, pending)])
+        submitted = pending.pop()
+        submitted.result()
+        stages = backend.stages(inputs)  # of the same chunk again, without decoding
         features, gather, encoder, scatter = (
-            device_ms(device, piece) for piece in (works[:2], works[2:3], works[3:4], works[4:5])
+            device.elapsed_ms(stages[name] for name in names)
+            for names in (("begin", "features"), ("gather",), ("encoder",), ("scatter",))
         )
-        works[5]()
-        device.mark().wait()
-        backend._lane = 1 - backend._lane
+        stages["finish"]()
+        device.record_event().wait()
         decode = max(whole - features - gather - encoder - scatter, 0.0)
         for name, milliseconds in zip(times, (whole, features, encoder, decode, gather + scatter), strict=True):
             times[name].append(milliseconds)
-        values["launches"] = len(recording.stages)
-    return times
+        launches = submitted.launches
+    return times, launches
 
 
 def _submit(backend: GpuBackend, inputs: Batch, pending: list[Any]) -> None:
@@ -265,44 +256,47 @@ def _submit(backend: GpuBackend, inputs: Batch, pending: list[Any]) -> None:
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
+    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
     method, rows = result["method"], result["rows"]
     figures = ("avg", "min", "p50", "p90", "p95", "p99")
     case = ["chunk", "batch", "precision", "backend"]
     lines = []
     for row in rows:
-        floor, whole = row["values"]["floor_ms"], _whole(row)
-        for what in ("step", "device", "push"):
-            if found := row["figures"].get(what):
-                line = [*_case(row), what, *(tables.digits(found[name]) for name in figures)]
-                bound = [f"{tables.digits(floor['floor'])}, {floor['binding']}"] if what == whole else [""]
-                reached = tables.percent(floor["floor"] / found["p50"], 0) if what == whole else ""
-                lines.append([*line, *bound, reached])
+        bound = row["values"]["roofline_ms"]
+        for time_name in ("step", "device", "push"):
+            if found := row["figures"].get(time_name):
+                line = [*_case(row), time_name, *(tables.digits(found[name]) for name in figures)]
+                roofline, share = "", ""
+                if time_name == _roofline_time(row):
+                    roofline = f"{tables.digits(bound['roofline'])}, {bound['bound_by']}"
+                    share = tables.percent(bound["roofline"] / found["p50"], 0)
+                lines.append([*line, roofline, share])
     text = [
-        f"Milliseconds; {method['threads']} threads of a CPU, {method['repeats']} steps each, after "
-        f"{method['warm_up']} to warm up with caches full.",
+        f"Times in milliseconds; {method['threads']} CPU threads; {method['repeats']} steps per case after "
+        f"{method['warm_up']} warm-up steps with full caches. *step*: PCM to tokens; *push*: from pushing the last "
+        "samples of a chunk to its text.",
         "",
-        tables.markdown([*case, "what", *figures, "floor", "of the floor"], lines),
+        tables.markdown([*case, "time", *figures, "roofline, ms", "roofline ÷ p50"], lines),
         "",
-        "Where a step's time goes, medians in milliseconds:",
+        "Breakdown of a step, median milliseconds:",
         "",
     ]
-    parted = [row for row in rows if row["figures"].get("encoder")]
+    split = [row for row in rows if row["figures"].get("encoder")]
     lines = [
         [
             *_case(row),
             *(tables.digits(row["figures"][part]["p50"]) if part in row["figures"] else "" for part in PARTS),
             tables.digits(row["values"]["launches"]),
         ]
-        for row in parted
+        for row in split
     ]
     text += [tables.markdown([*case, *PARTS, "launches"], lines), ""]
-    text.append(tables.busy(row["values"]["other_work_cores"] for row in rows))
-    text += [f"Measured, {kind}: {tables.rates(rates)}." for kind, rates in method["machine"].items()]
+    text.append(tables.other_load(row["values"]["other_work_cores"] for row in rows))
+    text += [f"Measured rates, {name}: {tables.rates(rates)}." for name, rates in method["machine"].items()]
     size = rows[0]["values"].get("bytes_per_stream") if rows else None
-    text += [f"A stream's state is {size / 1e6:.2f} MB."] if size else []
-    _draw_parts(parted, plot("breakdown"))
-    _draw_floor(rows, plot("floor"))
+    text += [f"State per stream: {size / 1e6:.2f} MB."] if size else []
+    _draw_breakdown(split, plot("breakdown"))
+    _draw_roofline(rows, plot("roofline"))
     return "\n".join(text) + "\n"
 
 
@@ -311,40 +305,52 @@ def _case(row: Row) -> list[Any]:
     return [f"{case['chunk_ms']} ms", case["batch"], case["precision"], case["backend"]]
 
 
-def _whole(row: Row) -> str:
-    """The time to be compared with the floor."""
+def _roofline_time(row: Row) -> str:
+    """Return the name of the time to compare with the roofline."""
     return "device" if "device" in row["figures"] else "step"
 
 
-def _name(row: Row) -> str:
-    return "{chunk_ms} ms × {batch}\n{precision}\n{backend}".format(**row["case"])
+def _draw_labels(rows: Sequence[Row], axes: Any) -> None:
+    """Label bars with chunk size and batch, and with precision and backend if they differ between the rows."""
+    names = [name for name in ("precision", "backend") if len({row["case"][name] for row in rows}) > 1]
+    labels = [
+        "\n".join([f"{row['case']['chunk_ms']}", f"× {row['case']['batch']}", *(row["case"][name] for name in names)])
+        for row in rows
+    ]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xlabel(" / ".join(["chunk in ms × batch", *names]))
 
 
-def _draw_parts(rows: Sequence[Row], axes: Any) -> None:
+def _draw_breakdown(rows: Sequence[Row], axes: Any) -> None:
     bottom = np.zeros(len(rows))
     for part in PARTS:
         height = np.array([row["figures"].get(part, {"p50": 0.0})["p50"] for row in rows])
         axes.bar(range(len(rows)), height, bottom=bottom, label=part)
         bottom += height
-    axes.set_xticks(range(len(rows)), [_name(row) for row in rows], fontsize=6)
-    axes.set(ylabel="ms (p50)", title="Where a step's time goes")
-    axes.legend(fontsize=7)
+    _draw_labels(rows, axes)
+    axes.set(ylabel="ms (p50)", title="Breakdown of a step")
+    axes.legend()
 
 
-def _draw_floor(rows: Sequence[Row], axes: Any) -> None:
-    ratios = [row["figures"][_whole(row)]["p50"] / row["values"]["floor_ms"]["floor"] for row in rows]
+def _draw_roofline(rows: Sequence[Row], axes: Any) -> None:
+    ratios = [row["figures"][_roofline_time(row)]["p50"] / row["values"]["roofline_ms"]["roofline"] for row in rows]
     axes.bar(range(len(rows)), ratios)
     axes.axhline(1.0, color="black", linewidth=0.7)
-    axes.set_xticks(range(len(rows)), [_name(row) for row in rows], fontsize=6)
-    axes.set(ylabel="step ÷ floor", title="How near to what the machine allows")
+    _draw_labels(rows, axes)
+    axes.set(
+        ylabel="step (p50) ÷ roofline of the encoder",
+        title="Time of a step relative to the roofline",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = records.parser("latency", __doc__)
-    records.engine_options(parser, several=True)
-    parser.add_argument("--precision", nargs="+", default=["fp32"], help="of engines, made when they are not there")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--repeats", type=int, default=50, help="steps timed of each")
+    parser = command.make_parser("latency", __doc__)
+    command.add_engine_options(parser, several_devices=True)
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp32"], help="precisions of the engines; missing engines are built"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="streams per step")
+    parser.add_argument("--repeats", type=int, default=50, help="timed steps per case")
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
@@ -358,10 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             devices=options.device,
             threads=options.threads,
             engines=options.engines,
-            say=records.say,
+            progress=records.report_progress,
         )
 
-    records.run(measure, options)
+    command.run(measure, options)
 
 
 if __name__ == "__main__":

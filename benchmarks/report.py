@@ -1,14 +1,15 @@
-"""Results as tables and plots; results beside an earlier one; the pages that quote them.
+"""Render results as tables and plots, and compare them with earlier results.
 
     nemostream bench report bench-results/latency.json --against older/latency.json
-    nemostream bench report --pages      # README's performance section and docs/performance.md, from a checkout
+    nemostream bench report --pages      # performance section of the README and docs/performance.md, in a checkout
 
-Every benchmark's module knows how its result is shown: `show(result, plot)`. What README and docs/performance.md say
-about speed and accuracy is written here from `benchmarks/results/*.json`; a test compares.
+The module of each benchmark defines `show(result, plot)`, which renders its result. The speed and accuracy figures in
+README.md and docs/performance.md are generated from `benchmarks/results/*.json`; a test checks that they are up to
+date.
 
-Noise, beside an earlier result, is what a bootstrap of both sets of samples says about the ratio of their medians (99
-of 100 resamples), and at least 3 %, because runs differ by more than the samples within one tell. Of words it is a
-bootstrap of the utterances, of numbers of streams two steps of the search.
+A change of a time counts as more than noise if the 99 % bootstrap interval of the ratio of the medians is more than 3 %
+away from 1, because two runs differ by more than the samples of one run do. For word error rates, the utterances are
+resampled. For numbers of streams, the threshold is two steps of the search.
 """
 
 from __future__ import annotations
@@ -25,38 +26,39 @@ from typing import Any
 import numpy as np
 
 from nemostream.benchmarks import module_name
-from nemostream.benchmarks.capacity import RESOLUTION
 from nemostream.benchmarks.harness import records, tables
+from nemostream.benchmarks.harness.load import SEARCH_RESOLUTION
 from nemostream.benchmarks.harness.records import Record
 from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
-_NOISE = 0.03  # two runs of one program on one machine differ by about that much
-_PER_RUN = ("machine", "left_out", "other_work_cores")  # of a method, what is measured or comes about in each run
+_NOISE = 0.03  # relative difference between two runs of the same program on the same machine
+_PER_RUN = ("machine", "skipped", "other_work_cores")  # keys of `method` that differ between runs
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """A result's tables as Markdown, under what was measured where; `plot(name)` gives axes to draw on."""
+    """Return a result as Markdown: where it was measured, and its tables. `plot(name)` returns axes for a plot."""
     module = import_module(module_name(result["benchmark"]))
     return f"{measured_on(result)}\n\n{module.show(result, plot)}"
 
 
 def measured_on(result: Record) -> str:
-    hard, versions = result["hardware"], result["versions"]
+    """Return a paragraph with command, time, commit, hardware, versions and model."""
+    hardware, versions = result["hardware"], result["versions"]
     libraries = ", ".join(
         f"{name} {number}" for name, number in versions.items() if name not in ("python", "nemostream")
     )
-    gpu = f"{hard['gpu']}; " if hard.get("gpu") else ""
+    gpu = f"{hardware['gpu']}; " if hardware.get("gpu") else ""
+    machine = f"{gpu}{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB"
     return (
-        f"`{shown(result['command'])}`, {result['time']}, commit "
-        f"{result['commit'] or 'unknown'}. {gpu}{hard['cpu']}, {hard['cores']} cores, {hard['memory_gib']} GiB. "
+        f"`{short_command(result['command'])}`, {result['time']}, commit {result['commit'] or 'unknown'}. {machine}. "
         f"{libraries}. Model: {describe(result['model'])}."
     )
 
 
-def shown(command: str) -> str:
-    """A command line without the interpreter and the folders of whoever ran it."""
+def short_command(command: str) -> str:
+    """Return a command line without the interpreter and without absolute folders."""
     _, found, rest = command.partition("nemostream.benchmarks.")
     if found:
         name, _, options = rest.partition(" ")
@@ -67,12 +69,13 @@ def shown(command: str) -> str:
 
 
 def describe(model: dict[str, Any]) -> str:
-    size = f", {model['layers']} layers, {model['d_model']} wide" if "layers" in model else ""
+    """Return name and size of a model as text."""
+    size = f", {model['layers']} layers, d_model {model['d_model']}" if "layers" in model else ""
     return f"{model.get('name', '?')}{size}"
 
 
 def write_report(results: Sequence[Record], path: Path, against: Sequence[Record] = ()) -> str:
-    """Markdown at `path` with its plots beside it as PNG and SVG; the text. Plots need matplotlib."""
+    """Write a Markdown report to `path` and its plots as PNG and SVG next to it. Return the text. Needs matplotlib."""
     parts = []
     for result in results:
         stem = path.with_name(f"{path.stem}-{result['benchmark']}" if len(results) > 1 else path.stem)
@@ -90,87 +93,101 @@ def write_report(results: Sequence[Record], path: Path, against: Sequence[Record
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that both results have: medians in milliseconds, words wrong in percent, or a number of streams."""
+    """A figure present in both results: a median in milliseconds, a word error rate in percent, or a stream count."""
 
     case: dict[str, Any]
-    what: str
+    metric: str
     before: float
-    now: float
-    beyond_noise: bool
-    more_is: str  # "slower", "worse" or "better"
+    after: float
+    significant: bool
+    increase: str  # meaning of a larger value: "slower", "worse" or "better"
 
     @property
     def verdict(self) -> str:
-        other = {"slower": "faster", "worse": "better", "better": "worse"}
-        return (self.more_is if self.now > self.before else other[self.more_is]) if self.beyond_noise else ""
+        """Meaning of the change; empty if it is within noise."""
+        if not self.significant:
+            return ""
+        opposite = {"slower": "faster", "worse": "better", "better": "worse"}
+        return self.increase if self.after > self.before else opposite[self.increase]
 
 
 def compare(new: Record, old: Record) -> list[Change]:
-    """How the figures of cases that both results have changed, and whether by more than noise."""
-    before = {json.dumps(each["case"], sort_keys=True): each for each in old["rows"]}
-    found = []
-    for each in new["rows"]:
-        other = before.get(json.dumps(each["case"], sort_keys=True))
-        if not other:
+    """Return the changes of all figures whose case occurs in both results."""
+    old_rows = {json.dumps(row["case"], sort_keys=True): row for row in old["rows"]}
+    changes = []
+    for row in new["rows"]:
+        old_row = old_rows.get(json.dumps(row["case"], sort_keys=True))
+        if not old_row:
             continue
-        for name in each["ms"]:
-            if each["ms"][name] and other["ms"].get(name):
-                found.append(_times(each["case"], name, each["ms"][name], other["ms"][name]))
-        mine, theirs = (row["values"].get("by_utterance") for row in (each, other))
-        if mine and theirs and [words for _, words in mine] == [words for _, words in theirs]:
-            found.append(_words(each["case"], np.array(mine), np.array(theirs)))
-    streams = new["method"].get("streams"), old["method"].get("streams")
-    if new["benchmark"] == "capacity" and None not in streams:
-        now, then = streams
-        case = {name: new["method"].get(name) for name in ("chunk_ms", "precision")}
-        if case == {name: old["method"].get(name) for name in case}:
-            noise = max(1, 2 * RESOLUTION * then)
-            found.append(Change(case, "streams", then, now, abs(now - then) > noise, "better"))
-    return found
+        for name in row["ms"]:
+            if row["ms"][name] and old_row["ms"].get(name):
+                changes.append(_compare_times(row["case"], name, row["ms"][name], old_row["ms"][name]))
+        after, before = (each["values"].get("by_utterance") for each in (row, old_row))
+        if after and before and [words for _, words in after] == [words for _, words in before]:
+            changes.append(_compare_word_errors(row["case"], np.array(after), np.array(before)))
+    return changes + _compare_streams(new, old)
 
 
-def _times(case: dict[str, Any], name: str, now: Sequence[float], then: Sequence[float]) -> Change:
-    a, b, rng = np.array(now), np.array(then), np.random.default_rng(0)
-    medians = [np.median(rng.choice(side, (1000, len(side))), axis=1) for side in (a, b)]
+def _compare_streams(new: Record, old: Record) -> list[Change]:
+    """Return the change of the number of streams of two capacity results with the same chunk sizes and precision."""
+    after, before = new["method"].get("streams"), old["method"].get("streams")
+    if new["benchmark"] != "capacity" or after is None or before is None:
+        return []
+    case, old_case = ({name: each["method"].get(name) for name in ("chunk_ms", "precision")} for each in (new, old))
+    if case != old_case:
+        return []
+    noise = max(1, 2 * SEARCH_RESOLUTION * before)
+    return [Change(case, "streams", before, after, abs(after - before) > noise, "better")]
+
+
+def _compare_times(case: dict[str, Any], name: str, after: Sequence[float], before: Sequence[float]) -> Change:
+    new, old, rng = np.array(after), np.array(before), np.random.default_rng(0)
+    medians = [np.median(rng.choice(samples, (1000, len(samples))), axis=1) for samples in (new, old)]
     low, high = np.quantile(medians[0] / medians[1], [0.005, 0.995])
-    beyond = bool(low > 1 + _NOISE or high < 1 - _NOISE)
-    return Change(case, f"{name}, ms", float(np.median(b)), float(np.median(a)), beyond, "slower")
+    significant = bool(low > 1 + _NOISE or high < 1 - _NOISE)
+    return Change(case, f"{name}, ms", float(np.median(old)), float(np.median(new)), significant, "slower")
 
 
-def _words(case: dict[str, Any], now: np.ndarray, then: np.ndarray) -> Change:
-    """`now` and `then` are [N, 2]: errors and words of each utterance, the same ones."""
-    total, more = now[:, 1].sum(), now[:, 0] - then[:, 0]
-    chosen = np.random.default_rng(0).integers(0, len(more), (1000, len(more)))
-    low, high = np.quantile(more[chosen].sum(axis=1), [0.005, 0.995])
-    before, after = (100 * float(side[:, 0].sum() / total) for side in (then, now))
-    return Change(case, "WER, %", before, after, bool(low > 0 or high < 0), "worse")
+def _compare_word_errors(case: dict[str, Any], after: np.ndarray, before: np.ndarray) -> Change:
+    """Compare word error rates; `after` and `before` [N, 2] are errors and words of the same N utterances."""
+    words, difference = after[:, 1].sum(), after[:, 0] - before[:, 0]
+    resampled = np.random.default_rng(0).integers(0, len(difference), (1000, len(difference)))
+    low, high = np.quantile(difference[resampled].sum(axis=1), [0.005, 0.995])
+    old, new = (100 * float(errors[:, 0].sum() / words) for errors in (before, after))
+    return Change(case, "WER, %", old, new, bool(low > 0 or high < 0), "worse")
 
 
 def changes(new: Record, old: Record) -> str:
-    """What changed since an earlier result, as Markdown."""
+    """Return the changes since an earlier result as Markdown."""
     lines = [
         [
-            " ".join(f"{key} {value}" for key, value in each.case.items()),
-            each.what,
-            tables.digits(each.before),
-            tables.digits(each.now),
-            f"{each.now / each.before:.2f}" if each.before else "",
-            f"**{each.verdict}**" if each.verdict else "within noise",
+            " ".join(f"{key} {value}" for key, value in change.case.items()),
+            change.metric,
+            tables.digits(change.before),
+            tables.digits(change.after),
+            f"{change.after / change.before:.2f}" if change.before else "",
+            f"**{change.verdict}**" if change.verdict else "within noise",
         ]
-        for each in compare(new, old)
+        for change in compare(new, old)
     ]
     if not lines:
-        return f"No case of the {old['benchmark']} of {old['time']} is in this one, or none that can be compared.\n"
-    others = [what for what in ("hardware", "model") if new[what] != old[what]]
-    others += ["device"] if new["method"].get("device") != old["method"].get("device") else []
-    where = "".join(f" **The {what} is another**, so this says nothing of the code." for what in others)
-    table = tables.markdown(["case", "what", "before", "now", "now ÷ before", ""], lines)
-    return f"### Since {old['time']}, commit {old['commit'] or 'unknown'}\n\nTimes are medians.{where}\n\n{table}\n"
+        return f"No comparable case in the {old['benchmark']} result of {old['time']}.\n"
+    differing = [key for key in ("hardware", "model") if new[key] != old[key]]
+    differing += ["device"] if new["method"].get("device") != old["method"].get("device") else []
+    warning = "".join(
+        f" **The {key} differs**, so the comparison does not show the effect of the code." for key in differing
+    )
+    table = tables.markdown(["case", "metric", "before", "after", "after ÷ before", ""], lines)
+    title = f"### Changes since {old['time']}, commit {old['commit'] or 'unknown'}"
+    return f"{title}\n\nTimes are medians.{warning}\n\n{table}\n"
 
 
 @contextmanager
 def plots(stem: Path) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
-    """Gives axes by name, and writes what was drawn on them as `{stem}-{name}.png` and `.svg`, the same each time."""
+    """Yield a function that returns axes by name, and the names of the files; write the plots on exit.
+
+    Files are `{stem}-{name}.png` and `.svg`; the same plot gives the same bytes in each run.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -196,16 +213,16 @@ def plots(stem: Path) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """README and docs/performance.md as they should be, from the results in `root`/benchmarks/results."""
+    """Return the texts of README.md and docs/performance.md generated from the results in `root`/benchmarks/results."""
     results = committed(root)
     performance = [
         "# Performance",
         "",
-        "Written by `nemostream bench report --pages` from the results in `benchmarks/results`; nothing here was typed",
-        "by hand. What each benchmark does and how its figures are to be read: the head of its file in `benchmarks/`.",
-        "Times are milliseconds, percentiles by nearest rank: of fewer than 100 samples p99 is the largest. The model",
-        "*random-0.6b* is the published one's shape with random weights (`nemostream bench synthetic`), *demo* the",
-        "embedded one.",
+        "This page is generated by `nemostream bench report --pages` from the results in `benchmarks/results`. The",
+        "docstring of each module in `benchmarks/` explains what is measured and how to read the figures. Times are in",
+        "milliseconds. Percentiles use the nearest-rank method; with fewer than 100 samples p99 is the maximum. Model",
+        "*random-0.6b* has the shape of the published model and random weights (`nemostream bench synthetic`); *demo*",
+        "is the packaged model.",
     ]
     for name, result in results.items():
         stem = root / "benchmarks" / "results" / name
@@ -224,63 +241,65 @@ def pages(root: Path) -> dict[Path, str]:
 
 
 def committed(root: Path) -> dict[str, Record]:
-    """The results kept with the code, by file name."""
+    """Return the results in the repository by file name, without those that only other pages quote."""
     found = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.json")):
         if f'"schema": "{records.SCHEMA}"' in path.read_text(encoding="utf-8")[:200]:
             result = records.read(path)
-            # Some have pages of their own that quote them.
             if hasattr(import_module(module_name(result["benchmark"])), "show"):
                 found[path.stem] = result
     return found
 
 
-def together(results: Sequence[Record]) -> list[Record]:
-    """Results of one benchmark, model, machine and method as one: their rows under the first one's head."""
-    found: dict[str, Record] = {}
+def merge(results: Sequence[Record]) -> list[Record]:
+    """Merge results of the same benchmark, model, machine and method: all rows, with the head of the first result."""
+    merged: dict[str, Record] = {}
     for result in results:
-        alike = {name: result[name] for name in ("benchmark", "hardware", "model", "versions")}
+        setup = {name: result[name] for name in ("benchmark", "hardware", "model", "versions")}
         method = {name: value for name, value in result["method"].items() if name not in _PER_RUN}
-        head = found.setdefault(json.dumps([alike, method], sort_keys=True), {**result, "rows": []})
-        head["rows"] = [*head["rows"], *result["rows"]]
-    return list(found.values())
+        group = merged.setdefault(json.dumps([setup, method], sort_keys=True), {**result, "rows": []})
+        group["rows"] = [*group["rows"], *result["rows"]]
+    return list(merged.values())
 
 
 def _headlines(results: dict[str, Record]) -> list[str]:
     lines = []
-    for result in together(list(results.values())):
+    for result in merge(list(results.values())):
         module = import_module(module_name(result["benchmark"]))
         if hasattr(module, "headline"):
             lines += [module.headline(result), ""]
-    lines.append("All tables, plots, methods and machines: [docs/performance.md](docs/performance.md).")
+    lines.append("All tables, plots, methods and machines are in [docs/performance.md](docs/performance.md).")
     return lines
 
 
-class _Nothing:
-    """Takes any drawing and keeps nothing."""
+class _NullAxes:
+    """Axes that ignore all drawing calls."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args, **options: _Nothing()
+        return _NullAxes()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return _NullAxes()
 
 
 def _no_plot(name: str) -> Any:
-    return _Nothing()
+    return _NullAxes()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="nemostream bench report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULT", help="JSON files that benchmarks wrote")
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULT", help="JSON files written by benchmarks")
     parser.add_argument(
-        "--against", nargs="+", type=Path, default=[], metavar="RESULT", help="earlier ones to compare with"
+        "--against", nargs="+", type=Path, default=[], metavar="RESULT", help="earlier results to compare with"
     )
-    parser.add_argument("--out", type=Path, default=records.FOLDER / "report.md")
-    parser.add_argument("--pages", action="store_true", help="write README's section and docs/performance.md")
+    parser.add_argument("--out", type=Path, default=records.FOLDER / "report.md", help="Markdown file to write")
+    parser.add_argument("--pages", action="store_true", help="write the README section and docs/performance.md")
     options = parser.parse_args(arguments)
     try:
         if not options.results and not options.pages:
-            raise OptionError("give the RESULT files to report, or --pages.")
+            raise OptionError("nothing to report: give RESULT files or --pages.")
         if options.results:
             results, against = ([records.read(path) for path in paths] for paths in (options.results, options.against))
             print(write_report(results, options.out, against), end="")
@@ -290,9 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     show(result, plot)
             for path, text in pages(ROOT).items():
                 path.write_text(text, encoding="utf-8")
-                records.say(f"written: {path}")
+                records.report_progress(f"written: {path}")
     except NemostreamError as error:
-        records.say(f"nemostream: {error}")
+        records.report_progress(f"nemostream: {error}")
         raise SystemExit(error.exit_code) from error
 
 

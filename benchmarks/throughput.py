@@ -1,11 +1,11 @@
-"""How much recorded audio is recognised per second.
+"""Seconds of recorded audio transcribed per second.
 
     nemostream bench throughput --bundle BUNDLE --manifest recordings.jsonl --batch 1 8 32
 
-RTFx as the Open ASR leaderboard defines it: seconds of audio over seconds taken, sums over sums, all recordings of the
-set, model loaded and warm (the set's first recording is done once before). `batch` recordings are under way at a time
-and share steps. Files are read and resampled within the time. The whole set is done `--repeats` times, and the median
-counts. Without `--manifest` the set is the packaged clips, `--copies` times over.
+RTFx as defined by the Open ASR leaderboard: total audio duration divided by the total time for all recordings of the
+set, with the model loaded and warmed up by one recording. `batch` recordings are transcribed concurrently and share
+steps. The time includes reading and resampling files. The whole set is transcribed `--repeats` times; the median is
+used. Without `--manifest`, the set consists of `--copies` copies of the packaged clips.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import nemostream
+from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
-from nemostream.benchmarks.harness.records import OtherWork, Record, Say
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, no_progress
 from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
 from nemostream.engines import speech
@@ -39,13 +40,16 @@ def measure_throughput(
     device: str = "cpu",
     threads: int | None = None,
     engines: Path | None = None,
-    say: Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result. `sources` are what `Model.transcribe` takes."""
+    """Measure RTFx and return the result; `sources` are inputs for `Model.transcribe`.
+
+    Raises `OptionError` for invalid options, and `BackendError` if a device or engine is missing.
+    """
     if not sources or min(batches, default=0) < 1 or repeats < 1:
-        raise OptionError("there must be recordings, and batch sizes and repeats of at least 1.")
+        raise OptionError("at least one recording is needed, and batch sizes and repeats must be at least 1.")
     if max(batches) > len(sources):
-        raise OptionError(f"{max(batches)} recordings at a time need as many; there are {len(sources)}.")
+        raise OptionError(f"batch {max(batches)} needs at least as many recordings; there are {len(sources)}.")
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     others, rows = OtherWork(), []
     for precision in precisions:
@@ -58,7 +62,7 @@ def measure_throughput(
             ):
                 model.transcribe(sources[0])
                 for batch in batches:
-                    say(f"{precision}, {chunk.ms} ms, {batch} at a time")
+                    progress(f"{precision}, {chunk.ms} ms, {batch} concurrent recordings")
                     times = []
                     with ThreadPoolExecutor(batch) as pool:
                         for _ in range(repeats):
@@ -87,7 +91,7 @@ def measure_throughput(
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Table and plot of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
+    """Return the table of a result as Markdown and draw its plot; `plot(name)` returns axes."""
     rows, method = result["rows"], result["method"]
     lines = [
         [
@@ -107,25 +111,27 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
             for row in rows
             if (row["case"]["precision"], row["case"]["chunk_ms"]) == (precision, ms)
         ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{precision}, {ms} ms")
-    axes.set(xlabel="recordings at a time", ylabel="RTFx", title="Seconds of audio per second")
-    axes.legend(fontsize=7)
-    head = ["chunk", "at a time", "precision", "audio, s", "took, s", "RTFx"]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{precision}, {ms} ms chunks")
+    axes.set(
+        xlabel="concurrent recordings", ylabel="RTFx", ylim=(0, None), title="Seconds of audio transcribed per second"
+    )
+    axes.legend()
+    head = ["chunk", "concurrent recordings", "precision", "audio, s", "time, s", "RTFx"]
     return (
-        f"{method['recordings']} recordings, {method['device']}, {method['threads']} threads, the whole set "
-        f"{method['repeats']} times: median [least–most]. {tables.busy([method['other_work_cores']])}\n\n"
+        f"{method['recordings']} recordings; {method['device']}, {method['threads']} threads. Time for the whole set, "
+        f"{method['repeats']} runs: median [minimum–maximum]. {tables.other_load([method['other_work_cores']])}\n\n"
         f"{tables.markdown(head, lines)}\n"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = records.parser("throughput", __doc__)
-    records.engine_options(parser)
+    parser = command.make_parser("throughput", __doc__)
+    command.add_engine_options(parser)
     parser.add_argument("--manifest", type=Path, help="NeMo manifest (default: the packaged clips)")
-    parser.add_argument("--copies", type=int, default=32, help="of the packaged clips")
-    parser.add_argument("--repeats", type=int, default=3, help="times that the whole set is done")
-    parser.add_argument("--precision", nargs="+", default=["fp32"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="recordings at a time")
+    parser.add_argument("--copies", type=int, default=32, help="copies of the packaged clips")
+    parser.add_argument("--repeats", type=int, default=3, help="runs over the whole set")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], help="precisions of the engines")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="concurrent recordings")
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
@@ -146,10 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=options.device,
             threads=options.threads,
             engines=options.engines,
-            say=records.say,
+            progress=records.report_progress,
         )
 
-    records.run(measure, options)
+    command.run(measure, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How large the numbers get that 8-bit layers multiply: the fp32 step run over speech, plainly, one stream.
+"""Measure the input ranges of 8-bit layers by running the fp32 step on speech.
 
-A range must hold for audio that was not heard here, so the largest magnitude counts, not a percentile.
+A range must also hold for audio outside the calibration set, so it is the largest magnitude, not a percentile.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def measure_ranges(
     clips: list[NDArray[np.float32]],
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
-    """Largest magnitude of what each quantisable weight multiplies, over clips [N] at the model's rate.
+    """Return the largest input magnitude of each quantisable layer, by weight name, over clips [N] at the model's rate.
 
-    `progress` hears the share that is done.
+    `progress` is called with the share of the audio that is done (0 to 1).
     """
     manifest = bundle.manifest
     model = read_encoder(bundle, chunk)
@@ -36,7 +36,7 @@ def measure_ranges(
         model.graph.node.append(helper.make_node("ReduceMax", [magnitude], [f"{weight}:range"], keepdims=0))
         model.graph.output.append(helper.make_tensor_value_info(f"{weight}:range", TensorProto.FLOAT, []))
     options = ort.SessionOptions()
-    # The graph exists only here; its weights are where the bundle is.
+    # The graph is in memory; its weights are in the bundle's folder.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     encoder = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     features = ort.InferenceSession(bundle.file(f"features-{chunk.ms}ms"), providers=["CPUExecutionProvider"])

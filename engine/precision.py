@@ -1,16 +1,17 @@
-"""The encoder step in other numbers than fp32, written into the graph itself.
+"""Rewrite the fp32 encoder step with other tensor types.
 
-TensorRT 11 has no precision flags: a tensor has the type the graph gives it. So the bundle's graph is walked once, and
-every value becomes fp32 or 16 bit, with casts where the two meet:
+TensorRT 11 has no precision flags: the type of a tensor is the type in the graph. One pass over the bundle's graph
+makes every value fp32 or 16 bit and inserts casts between the two:
 
-* 16 bit: products (linear layers, attention), convolutions after the first, and what is between them; the caches.
-* fp32: layer norms, softmax and the sums that feed it, masks, the sums along the residual path, mel and its first
-  convolution. Inputs and outputs but the caches stay fp32.
+* 16 bit: matrix products (linear layers, attention), convolutions except the first, the operations between them, and
+  the caches.
+* fp32: layer norms, softmax and the sums that feed it, masks, sums along the residual path, mel and the first
+  convolution. Inputs and outputs other than the caches stay fp32.
 
-8 bit is added to that: the weights of the large linear layers are 8 bit per column, and so is what they multiply, by a
-range for each that was measured on speech (`calibration`). Not quantised: products of attention and of positions,
-convolutions, subsampling, the joint's projection; quantising all cost another project a third of its words
-(`docs/engines.md`). A CPU gets fp32 with the same layers in 8 bit, in the form that its instructions multiply.
+In 8-bit precisions, the large linear layers are also quantised: weights per column, inputs with one range per layer,
+measured on speech (`calibration`). Not quantised: attention and position products, convolutions, subsampling, and the
+joint projection; quantising everything cost another project a third of its word accuracy (`docs/engines.md`). For a CPU
+the graph stays fp32 except for the same linear layers, quantised in the form that its instructions support.
 """
 
 from __future__ import annotations
@@ -29,23 +30,24 @@ from onnx import NodeProto, TensorProto, helper
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 
-CELLS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
+CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_QUANTISED = re.compile(
+_QUANTISED_WEIGHTS = re.compile(
     r"\.(feed_forward[12]\.linear[12]|self_attn\.(qkv|linear_out)|conv\.pointwise_conv[12])\.weight$"
 )
-_LARGEST = {"int8": 127.0, "fp8": 448.0}  # E4M3
+_MAX_VALUE = {"int8": 127.0, "fp8": 448.0}  # fp8 is E4M3
 _CACHES = ("k_cache.", "v_cache.", "conv_cache.", "k_new", "v_new", "conv_next")
 _OPSET = 22  # the first with bf16 convolutions
-_SMALL = 256  # bytes: what stays inside the graph
+_MAX_INLINE_BYTES = 256  # tensors up to this size are stored in the graph file
 
 Array = NDArray[np.generic]
 
 
 def read_encoder(bundle: Bundle, chunk: ChunkConfig) -> onnx.ModelProto:
-    """The bundle's graph, its weights still outside, without the output `encoded`, which nobody reads while running."""
+    """Load the bundle's encoder graph without its weights, and without the output `encoded`, which the runtime
+    ignores."""
     model = onnx.load(bundle.file(f"encoder-{chunk.ms}ms"), load_external_data=False)
     graph = model.graph
     for values in (graph.node, graph.output):
@@ -55,20 +57,20 @@ def read_encoder(bundle: Bundle, chunk: ChunkConfig) -> onnx.ModelProto:
 
 
 def quantisable(model: onnx.ModelProto) -> dict[str, str]:
-    """Weights of the linear layers that 8 bit is for: the name of each, and of what it multiplies."""
+    """Return the linear layers that 8-bit precisions quantise: weight name to input name."""
     return {
         node.input[1]: node.input[0]
         for node in model.graph.node
-        if node.op_type == "MatMul" and _QUANTISED.search(node.input[1])
+        if node.op_type == "MatMul" and _QUANTISED_WEIGHTS.search(node.input[1])
     }
 
 
 def write_typed(
     bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: Mapping[str, float] | None, folder: Path, stem: str
 ) -> list[Path]:
-    """The step in `precision` as `{stem}.onnx` and `{stem}.bin`, for TensorRT or ONNX Runtime's CUDA provider.
+    """Write the step in `precision` as `{stem}.onnx` and `{stem}.bin`, for TensorRT or ONNX Runtime's CUDA provider.
 
-    `ranges` gives the largest magnitude of what each quantisable weight multiplies (for "int8" and "fp8").
+    `ranges` is the largest input magnitude of each quantisable layer by weight name, required for "int8" and "fp8".
     """
     model = read_encoder(bundle, chunk)
     with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
@@ -77,12 +79,11 @@ def write_typed(
 
 
 def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: str) -> list[Path]:
-    """The fp32 step with its large linear layers in 8 bit, for ONNX Runtime's CPU provider.
+    """Write the fp32 step with its large linear layers in 8 bit, for ONNX Runtime's CPU provider.
 
-    Weights are scaled column by column, what they multiply frame by frame, by its own largest magnitude. ONNX Runtime's
-    dynamic quantisation has one scale for a whole batch, so a stream's numbers would depend on its neighbours; and
-    ranges measured beforehand were less exact on all that was tried (`docs/engines.md`). Unsigned times signed is what
-    VNNI and AMX multiply.
+    Weights are scaled per column, inputs per frame by their largest magnitude. ONNX Runtime's dynamic quantisation has
+    one scale per batch, so that the results of a stream would depend on the other streams; static ranges were less
+    accurate in all experiments (`docs/engines.md`). Inputs are unsigned and weights signed, as VNNI and AMX require.
     """
     model = read_encoder(bundle, chunk)
     graph = model.graph
@@ -91,7 +92,7 @@ def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: s
     with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
         constants: dict[str, Array] = {
             "int8/share": np.array(1 / 127, np.float32),
-            "int8/least": np.array(1e-9, np.float32),  # of a scale: silence is divided by it too
+            "int8/least": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
             "int8/one": np.array(1, np.float32),
             "int8/middle": np.array(128, np.uint8),
             "int8/zero": np.array(0, np.int8),
@@ -126,12 +127,12 @@ def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: s
 
 
 class _Typed:
-    """One walk through the graph. A value's type is "float32", the narrow one, or None for integers and booleans."""
+    """One pass over the graph. A value's type is "float32", the 16-bit type, or None for integers and booleans."""
 
     def __init__(self, model: onnx.ModelProto, weights: _Weights, precision: str, ranges: Mapping[str, float]) -> None:
         self._model, self._weights, self._ranges = model, weights, ranges
-        self._cell = CELLS[precision]
-        self._eight = precision if precision in _LARGEST else None
+        self._cache_dtype = CACHE_DTYPES[precision]
+        self._quantised_type = precision if precision in _MAX_VALUE else None
         graph = model.graph
         self._floats = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self._types: dict[str, str | None] = {}
@@ -139,17 +140,18 @@ class _Typed:
         self._made: dict[str, TensorProto] = {}
         self._casts: dict[tuple[str, str], str] = {}
         self._sources = {output: node for node in graph.node for output in node.output}
-        self._wide_sums = self._find_wide_sums()
+        self._fp32_sums = self._find_fp32_sums()
 
     def write(self, path: Path) -> list[Path]:
+        """Convert the graph, write it, and return the files: graph and weights."""
         graph = self._model.graph
         for value in graph.input:
             if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-                self._types[value.name] = self._cell if value.name.startswith(_CACHES) else "float32"
+                self._types[value.name] = self._cache_dtype if value.name.startswith(_CACHES) else "float32"
                 value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
         first = next(node.name for node in graph.node if node.op_type == "Conv")
         for node in graph.node:
-            self._convert(node, wide=node.name == first)
+            self._convert(node, fp32=node.name == first)
         for value in graph.output:
             value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
         others = {name for node in self._nodes for name in node.input} - self._floats
@@ -162,49 +164,51 @@ class _Typed:
         del graph.value_info[:]
         return _save(self._model, path, self._weights.path)
 
-    def _find_wide_sums(self) -> set[str]:
-        """Sums along the residual path (layer norms read them) and of attention scores (softmax reads them)."""
+    def _find_fp32_sums(self) -> set[str]:
+        """Return the names of sums on the residual path (inputs of layer norms) and of attention scores (of
+        softmax)."""
         found: set[str] = set()
 
-        def mark(value: str, deep: bool) -> None:
+        def mark(value: str, recursive: bool) -> None:
             node = self._sources.get(value)
             if node is not None and node.op_type == "Add":
                 found.add(node.name)
-                if deep:
+                if recursive:
                     for each in node.input:
-                        mark(each, deep)
+                        mark(each, recursive)
 
         for node in self._model.graph.node:
             if node.op_type in ("LayerNormalization", "Softmax"):
-                mark(node.input[0], deep=node.op_type == "Softmax")
+                mark(node.input[0], recursive=node.op_type == "Softmax")
         return found
 
-    def _convert(self, node: NodeProto, wide: bool) -> None:
+    def _convert(self, node: NodeProto, fp32: bool) -> None:
+        """Append the node with its inputs converted to the type it computes in; `fp32` forces fp32."""
         floats = [name for name in node.input if name in self._floats]
         types = {self._types.get(name) for name in node.input if name not in self._floats} - {None}
         if node.name.startswith("output/"):
             kind: str | None = None
             if types:
-                kind = self._cell if node.output[0].startswith(_CACHES) else "float32"
-        elif wide or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._wide_sums:
+                kind = self._cache_dtype if node.output[0].startswith(_CACHES) else "float32"
+        elif fp32 or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._fp32_sums:
             kind = "float32"
         elif node.op_type in ("MatMul", "Conv"):
-            kind = self._cell
+            kind = self._cache_dtype
         elif node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
             kind = "float32"  # a mask
         elif node.op_type == "Add" and "float32" in types:
             kind = "float32"
         elif types:
-            kind = self._cell if self._cell in types else "float32"
+            kind = self._cache_dtype if self._cache_dtype in types else "float32"
         elif floats:
-            kind = "float32" if node.op_type == "Where" else self._cell
+            kind = "float32" if node.op_type == "Where" else self._cache_dtype
         else:
             kind = None
         inputs = list(node.input)
         if kind:
             inputs = [self._typed(name, kind) for name in inputs]
-            if self._eight and node.op_type == "MatMul" and _QUANTISED.search(node.input[1]):
-                inputs = self._quantised(inputs[0], node.input[1])
+            if self._quantised_type and node.op_type == "MatMul" and _QUANTISED_WEIGHTS.search(node.input[1]):
+                inputs = self._quantise(inputs[0], node.input[1])
         copy = NodeProto()
         copy.CopyFrom(node)
         _replace(copy.input, inputs)
@@ -213,9 +217,9 @@ class _Typed:
             self._types[output] = kind
 
     def _typed(self, name: str, kind: str) -> str:
-        """The value as that type."""
+        """Return the name of the value in the given type, converted or cast if needed."""
         if name in self._floats:
-            if self._eight and _QUANTISED.search(name):
+            if self._quantised_type and _QUANTISED_WEIGHTS.search(name):
                 return name
             typed = f"{name}:{kind}"
             if typed not in self._made:
@@ -228,14 +232,14 @@ class _Typed:
             self._nodes.append(helper.make_node("Cast", [name], [cast], name=f"cast/{cast}", to=_TYPES[kind]))
         return self._casts[name, kind]
 
-    def _quantised(self, x: str, name: str) -> list[str]:
-        """Both sides of a product through 8 bit and back, which the compiler makes an 8-bit product of."""
-        assert self._eight
-        values, scale = _per_column(self._weights.read(name), self._eight)
-        step = np.float32(_range(self._ranges, name) / _LARGEST[self._eight])
+    def _quantise(self, x: str, name: str) -> list[str]:
+        """Quantise and dequantise both inputs of a product; the compiler replaces the pattern by an 8-bit product."""
+        assert self._quantised_type
+        values, scale = _per_column(self._weights.read(name), self._quantised_type)
+        step = np.float32(_range(self._ranges, name) / _MAX_VALUE[self._quantised_type])
         zero = np.zeros((), values.dtype)
-        to_16bit = _NUMPY[self._cell]
-        constants = {"values": values, "scale": scale.astype(to_16bit), "step": step.astype(to_16bit), "zero": zero}
+        dtype = _NUMPY[self._cache_dtype]
+        constants = {"values": values, "scale": scale.astype(dtype), "step": step.astype(dtype), "zero": zero}
         constants["zeros"] = np.zeros(len(scale), values.dtype)
         for key, array in constants.items():
             self._made[f"{name}:{key}"] = self._weights.tensor(f"{name}:{key}", np.asarray(array))
@@ -251,23 +255,25 @@ class _Typed:
 
 
 def _per_column(weight: Array, precision: str) -> tuple[Array, NDArray[np.float32]]:
-    """A weight [K, N] in 8 bit, and the scale of each of its N columns."""
-    wide = weight.astype(np.float32)
-    scale = np.maximum(np.abs(wide).max(axis=0), 1e-12) / np.float32(_LARGEST[precision])
+    """Quantise a weight [K, N] to 8 bit; returns it and the scale of each of the N columns."""
+    values = weight.astype(np.float32)
+    scale = np.maximum(np.abs(values).max(axis=0), 1e-12) / np.float32(_MAX_VALUE[precision])
     if precision == "fp8":
-        return (wide / scale).astype(ml_dtypes.float8_e4m3fn), scale
-    return np.clip(np.round(wide / scale), -127, 127).astype(np.int8), scale
+        return (values / scale).astype(ml_dtypes.float8_e4m3fn), scale
+    return np.clip(np.round(values / scale), -127, 127).astype(np.int8), scale
 
 
 def _range(ranges: Mapping[str, float], name: str) -> float:
     found = ranges.get(name, 0.0)
     if not (math.isfinite(found) and found > 0):
-        raise BackendError(f"the range of what {name} multiplies is {found}; calibrate on other audio.")
+        raise BackendError(
+            f"the measured input range of {name} is {found}; it must be positive and finite: calibrate on other audio."
+        )
     return found
 
 
 class _Weights:
-    """The bundle's weights, one at a time, and the file of the ones that were converted."""
+    """Reads the bundle's weights one at a time, and writes converted weights to a file."""
 
     def __init__(self, bundle: Bundle, model: onnx.ModelProto, path: Path) -> None:
         self.path = path
@@ -283,33 +289,37 @@ class _Weights:
         self._file.close()
 
     def read(self, name: str) -> Array:
+        """Return an initializer of the original graph, mapped into memory if it is external."""
         tensor = self._tensors[name]
         if tensor.data_location != TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
-        where = {entry.key: entry.value for entry in tensor.external_data}
+        location = {entry.key: entry.value for entry in tensor.external_data}
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        return np.memmap(self._bundle.path / where["location"], dtype, "r", int(where["offset"]), tuple(tensor.dims))
+        path, offset = self._bundle.path / location["location"], int(location["offset"])
+        return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
 
     def keep(self, tensor: TensorProto) -> TensorProto:
-        """An initializer of the old graph in the new one, as it is."""
+        """Return an initializer of the original graph, copied unchanged to the new weight file if it is external."""
         return self.tensor(tensor.name, self.read(tensor.name)) if tensor.external_data else tensor
 
     def tensor(self, name: str, array: Array) -> TensorProto:
-        if array.nbytes <= _SMALL:
+        """Return an initializer with the array; large arrays are appended to the weight file."""
+        if array.nbytes <= _MAX_INLINE_BYTES:
             return onnx.numpy_helper.from_array(np.array(array), name)
         padding = -self._size % 64
         self._file.write(b"\0" * padding)
         self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
         proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         proto.data_location = TensorProto.EXTERNAL
-        places = {"location": self.path.name, "offset": self._size + padding, "length": array.nbytes}
-        for key, value in places.items():
+        location = {"location": self.path.name, "offset": self._size + padding, "length": array.nbytes}
+        for key, value in location.items():
             proto.external_data.add(key=key, value=str(value))
         self._size += padding + array.nbytes
         return proto
 
 
 def _replace(repeated, values) -> None:  # type: ignore[no-untyped-def]
+    """Replace the contents of a repeated protobuf field."""
     values = list(values)
     del repeated[:]
     repeated.extend(values)

@@ -1,8 +1,9 @@
-"""Is a backend as good as fp32? Run beside it on real speech, before anybody relies on it.
+"""Validate an engine by comparing a backend that uses it with fp32 on real speech.
 
-Both hear the same clips, the encoder step by step and, as another stream, the whole way to tokens. A backend passes if
-every encoder frame points where the fp32 one does and what is said is the same. Compilers have been silently wrong
-about this very model (TensorRT issue 4822), and halves overflow (NeMo issue 14531): nothing is believed unrun.
+Both backends process the same clips: one stream through the encoder alone, another through the whole step. A backend
+passes if the cosine similarity of every encoder frame is high enough and the emitted tokens are equal. The check is
+needed because compilers have produced wrong results for this model without an error (TensorRT issue 4822), and fp16
+overflows (NeMo issue 14531).
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from nemostream.step_loop import padded_chunks
 
 Floats = NDArray[np.float32]
 
-LEAST_STEPS = 12
-LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99, "int8": 0.99}
-# Tokens are compared on clips that the model understands: fp32's own are this likely, on geometric average. Elsewhere
-# (a small model that hears a novel, random weights) it guesses among near equals, and any rounding guesses anew.
-UNDERSTOOD = 0.75
+MIN_STEPS = 12
+MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99, "int8": 0.99}
+# Tokens are compared only on clips that the model understands: the geometric mean probability of fp32's tokens is at
+# least this. On others (a small model on a novel, random weights), any rounding changes the choice among near-equal
+# tokens.
+MIN_CONFIDENCE = 0.75
 
 
-class Encoding(Backend, Protocol):
-    """A backend whose encoder can be looked at."""
+class EncoderBackend(Backend, Protocol):
+    """A backend that can run its encoder alone."""
 
     def encode(self, batch: Batch) -> tuple[Floats, NDArray[np.int64]]:
-        """The step without decoding: `encoded_joint` [B, T, J] and frames per row."""
+        """Run the step without decoding and return `encoded_joint` [B, T, J] and the number of frames per row."""
         ...
 
 
@@ -39,65 +41,69 @@ def validate_engine(
     manifest: Manifest,
     chunk: ChunkConfig,
     precision: str,
-    candidate: Encoding,
-    reference: Encoding,
+    candidate: EncoderBackend,
+    reference: EncoderBackend,
     clips: Sequence[Floats],
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
-    """Figures of `candidate` beside `reference` (fp32) on `clips` [N] at the model's rate; `progress` hears the share.
+    """Compare `candidate` with `reference` (fp32) on `clips` [N] at the model's sample rate.
 
-    Returns steps run, the least cosine between two encoder frames as the joint gets them, the tokens that were compared
-    and are equal, seconds of audio. Raises `EngineValidationError` if a cosine is below `LEAST_COSINE`, a number is not finite, or
-    the tokens of a clip that the model understands differ. Uses slots 0 and 1 of both.
+    `progress` is called with the share that is done (0 to 1). Uses slots 0 and 1 of both backends.
+
+    Returns the number of steps, the smallest cosine similarity of two encoder frames (as input to the joint network),
+    the number of tokens compared, and the seconds of audio. Raises `EngineValidationError` if a cosine is below
+    `MIN_COSINE`, a value is not finite, the tokens of a clip that the model understands differ, or the clips have less
+    than `MIN_STEPS` steps.
     """
-    both = (candidate, reference)
-    steps, compared, least, done = 0, 0, 1.0, 0
+    backends = (candidate, reference)
+    min_cosine = MIN_COSINE[precision]
+    steps, compared, worst, done = 0, 0, 1.0, 0
     total = sum(map(len, clips))
 
-    def refuse(what: str) -> EngineValidationError:
+    def failure(what: str) -> EngineValidationError:
         advice = "build another precision" if precision == "fp32" else "build another precision, or use fp32"
-        return EngineValidationError(
-            f"the {precision} engine for {chunk.ms} ms is refused: on real speech {what}; {advice}."
-        )
+        return EngineValidationError(f"the {precision} engine for {chunk.ms} ms failed validation: {what}; {advice}.")
 
     for clip in clips:
         tokens: tuple[list[int], list[int]] = ([], [])
         scores: list[float] = []
-        for backend in both:
+        for backend in backends:
             backend.reset(np.array([0, 1]))
         for step in padded_chunks(manifest, chunk, clip):
             batch = Batch(chunk, np.array([0]), step.audio[None], np.array([step.length]))
-            (got, counts), (wanted, _) = (backend.encode(batch) for backend in both)
+            (got, counts), (wanted, _) = (backend.encode(batch) for backend in backends)
             got, wanted = got[0, : counts[0]], wanted[0, : counts[0]]
             if not np.isfinite(got).all():
-                raise refuse(f"its encoder gives numbers that are not finite, in step {steps + 1}")
+                raise failure(f"the encoder output is not finite in step {steps + 1}")
             cosine = float(_cosines(got, wanted).min(initial=1.0))
-            if not cosine >= LEAST_COSINE[precision]:
-                needed = LEAST_COSINE[precision]
-                raise refuse(f"its encoder is off, cosine {cosine:.5f} in step {steps + 1}, where {needed} is needed")
+            if not cosine >= min_cosine:
+                raise failure(
+                    f"the encoder output has a cosine similarity of {cosine:.5f} with fp32 in step {steps + 1}, "
+                    f"at least {min_cosine} is required"
+                )
             decoded = Batch(chunk, np.array([1]), batch.audio, batch.lengths)
-            mine, theirs = (backend.submit(decoded).result() for backend in both)
-            if mine.failed[0]:
-                raise refuse(f"its decoding meets numbers that are not finite, in step {steps + 1}")
-            tokens[0].extend(mine.tokens[0].tolist())
-            tokens[1].extend(theirs.tokens[0].tolist())
-            scores.extend(theirs.scores[0].tolist())
-            least, steps, done = min(least, cosine), steps + 1, done + int(batch.lengths[0])
+            emissions, expected = (backend.submit(decoded).result() for backend in backends)
+            if emissions.failed[0]:
+                raise failure(f"decoding produces values that are not finite in step {steps + 1}")
+            tokens[0].extend(emissions.tokens[0].tolist())
+            tokens[1].extend(expected.tokens[0].tolist())
+            scores.extend(expected.scores[0].tolist())
+            worst, steps, done = min(worst, cosine), steps + 1, done + int(batch.lengths[0])
             progress(min(done / total, 1.0))
-        if scores and np.mean(scores) >= np.log(UNDERSTOOD):
+        if scores and np.mean(scores) >= np.log(MIN_CONFIDENCE):
             if tokens[0] != tokens[1]:
-                raise refuse(f"it says {tokens[0]} where fp32 says {tokens[1]}")
+                raise failure(f"it emits tokens {tokens[0]}, fp32 emits {tokens[1]}")
             compared += len(tokens[0])
-    if steps < LEAST_STEPS:
+    if steps < MIN_STEPS:
         raise EngineValidationError(
-            f"the clips give {steps} steps of {chunk.ms} ms; {LEAST_STEPS} are needed to judge an engine."
+            f"the clips have {steps} steps of {chunk.ms} ms; validation needs at least {MIN_STEPS}."
         )
     seconds = round(total / manifest.features.sample_rate, 2)
-    return {"steps": steps, "cosine": least, "tokens": compared, "seconds": seconds}
+    return {"steps": steps, "cosine": worst, "tokens": compared, "seconds": seconds}
 
 
-def _cosines(got: Floats, wanted: Floats) -> NDArray[np.float64]:
-    """Of each frame [T, J]."""
-    mine, theirs = got.astype(np.float64), wanted.astype(np.float64)
-    length = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
-    return np.asarray((mine * theirs).sum(axis=1) / np.maximum(length, 1e-30))
+def _cosines(got: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the cosine similarity of each frame [T, J]."""
+    got, wanted = got.astype(np.float64), wanted.astype(np.float64)
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(wanted, axis=1)
+    return np.asarray((got * wanted).sum(axis=1) / np.maximum(norms, 1e-30))

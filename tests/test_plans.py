@@ -50,7 +50,7 @@ def test_what_is_put_is_found(store: PlanStore) -> None:
     found = store.find(RECIPE)
     assert found is not None
     assert dataclasses.replace(put, seconds=0) == dataclasses.replace(found, seconds=0)
-    assert (found.gate, found.bytes, found.path.parent) == ({"cosine": 1.0}, 200, store.folder)
+    assert (found.validation, found.bytes, found.path.parent) == ({"cosine": 1.0}, 200, store.folder)
     assert store.all() == [found]
     assert len([*store.folder.glob("[!.]*")]) == 3
     assert {path.name for path in store.folder.glob(".*")} == {".lock"}, "nothing temporary is left"
@@ -100,13 +100,13 @@ def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, whi
     ("edit", "words"),
     [
         (lambda d: "no json", "cannot be read"),
-        (lambda d: json.dumps(d | {"format": "other"}), "of another nemostream"),
-        (lambda d: json.dumps(d | {"version": 99}), "of another nemostream"),
-        (lambda d: json.dumps({k: v for k, v in d.items() if k != "gate"}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"files": []}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "describes something else"),
-        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "lacks or misnames a field"),
-        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "lacks or misnames a field"),
+        (lambda d: json.dumps(d | {"format": "other"}), "written by another version of nemostream"),
+        (lambda d: json.dumps(d | {"version": 99}), "written by another version of nemostream"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "validation"}), "has a missing or invalid field"),
+        (lambda d: json.dumps(d | {"files": []}), "has a missing or invalid field"),
+        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"device": "sm80"}}), "does not describe the engine"),
+        (lambda d: json.dumps(d | {"recipe": d["recipe"] | {"colour": "red"}}), "has a missing or invalid field"),
+        (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "has a missing or invalid field"),
     ],
 )
 def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> None:
@@ -132,10 +132,10 @@ def test_what_is_refused_is_not_kept(store: PlanStore) -> None:
 
 def test_figures_can_come_later(store: PlanStore) -> None:
     plan = store.put(RECIPE, make, lambda plan: {})
-    assert not plan.gate
-    store.record(plan, {"cosine": 0.9999})
+    assert not plan.validation
+    store.save_validation(plan, {"cosine": 0.9999})
     found = store.find(RECIPE)
-    assert found and found.gate == {"cosine": 0.9999}
+    assert found and found.validation == {"cosine": 0.9999}
 
 
 def test_several_may_build_at_once(store: PlanStore) -> None:
@@ -231,7 +231,7 @@ def test_a_graph_reads_the_engines_files_only(store: PlanStore) -> None:
     assert store.find(RECIPE)
     for location in (b"../a.bin", b"/etc/passwd", b"b.bin"):
         store.put(RECIPE, reading(location), lambda plan: {})
-        with pytest.raises(BackendError, match="which is not of it; build the engine again"):
+        with pytest.raises(BackendError, match="which is not one of the engine's files; build the engine again"):
             store.find(RECIPE)
 
 

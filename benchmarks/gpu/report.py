@@ -1,4 +1,4 @@
-"""What a GPU check found, as Markdown, and beside it what a full-size model shall reach on an H100."""
+"""Report of the GPU check as Markdown, with the performance targets of a full-size model on an H100."""
 
 from __future__ import annotations
 
@@ -10,82 +10,86 @@ from nemostream.benchmarks.harness import tables
 
 Report = dict[str, Any]
 
-STREAMS = {80: 2400, 160: 4000, 560: 6000, 1120: 8000}  # by chunk size
-_MANY = 1024  # rows of the largest steps: with 4,000 streams and more, what is launched
+STREAMS = {80: 2400, 160: 4000, 560: 6000, 1120: 8000}  # target number of streams by chunk size in ms
+_LARGE_BATCH = 1024  # batch of the steps with 4,000 and more streams
 
 
 @dataclass(frozen=True)
-class Goal:
-    """`found` is None where a report does not have it; of `most` less is better, otherwise more."""
+class Target:
+    """A performance target and the measured value, None if not measured.
 
-    what: str
-    wanted: float
-    most: bool
-    found: float | None
+    `target` is a maximum if `is_maximum`, else a minimum.
+    """
+
+    name: str
+    target: float
+    is_maximum: bool
+    measured: float | None
 
     @property
     def reached(self) -> bool | None:
-        if self.found is None:
+        if self.measured is None:
             return None
-        return self.found <= self.wanted if self.most else self.found >= self.wanted
+        return self.measured <= self.target if self.is_maximum else self.measured >= self.target
 
 
-def goals(report: Report) -> Iterator[Goal]:
-    """In the order in which they were set. Of steps without an encoder nothing is said: they reach too much."""
+def targets(report: Report) -> Iterator[Target]:
+    """Return all targets. Steps without an encoder do not count."""
     speed = report.get("speed", {})
     whole_steps = [row for row in speed.get("rows", []) if not row["encoder"].startswith("none")]
     rows = {(row["chunk_ms"], row["batch"]): row for row in whole_steps}
 
-    def of(chunk_ms: int, batch: int, value: Callable[[Report], float]) -> float | None:
+    def value(chunk_ms: int, batch: int, compute: Callable[[Report], float]) -> float | None:
         try:
-            return value(rows[chunk_ms, batch])
+            return compute(rows[chunk_ms, batch])
         except KeyError:
             return None
 
-    whole = "PCM to tokens, 80 ms, batch 1"
-    yield Goal("encoder, 80 ms, batch 1, ÷ its floor", 2.2, True, of(80, 1, lambda r: r["encoder_ms"] / r["floor_ms"]))
-    yield Goal(f"{whole}, p50, ms", 1.5, True, of(80, 1, lambda r: r["p50_ms"]))
-    yield Goal(f"{whole}, p99, ms", 2.5, True, of(80, 1, lambda r: r["p99_ms"]))
-    for side, times in (("NeMo, bf16", 15), ("NeMo, graph", 3)):
-        yield Goal(f"{side}, 80 ms, batch 1, ÷ ours", times, False, _ratio(report, side))
+    relative = value(80, 1, lambda row: row["encoder_ms"] / row["roofline_ms"])
+    yield Target("encoder, 80 ms, batch 1, ÷ roofline", 2.2, True, relative)
+    step = "PCM to tokens, 80 ms, batch 1"
+    yield Target(f"{step}, p50, ms", 1.5, True, value(80, 1, lambda row: row["p50_ms"]))
+    yield Target(f"{step}, p99, ms", 2.5, True, value(80, 1, lambda row: row["p99_ms"]))
+    for runner, ratio in (("NeMo, bf16", 15), ("NeMo, graph", 3)):
+        yield Target(f"{runner}, 80 ms, batch 1, ÷ nemostream", ratio, False, _relative_time(report, runner))
     streams = speed.get("streams", {}) if whole_steps else {}
-    for ms, many in STREAMS.items():
-        yield Goal(f"streams in real time at {ms} ms", many, False, streams.get(ms, streams.get(f"{ms}")))
-    decoding = of(560, 64, lambda r: 1 - r["undecoded_ms"] / r["whole_ms"])
-    yield Goal("decoding's share of a step, 560 ms, batch 64", 0.10, True, decoding)
-    host = [of(ms, _MANY, lambda r: r["host_ms"] / r["pipelined_ms"]) for ms in STREAMS]
-    known = [share for share in host if share is not None]
-    yield Goal(f"the host's share of a step, batch {_MANY}, at worst", 0.05, True, max(known, default=None))
+    for ms, count in STREAMS.items():
+        yield Target(f"real-time streams at {ms} ms", count, False, streams.get(ms, streams.get(f"{ms}")))
+    decoding = value(560, 64, lambda row: 1 - row["undecoded_ms"] / row["whole_ms"])
+    yield Target("share of decoding in a step, 560 ms, batch 64", 0.10, True, decoding)
+    host = [value(ms, _LARGE_BATCH, lambda row: row["host_ms"] / row["pipelined_ms"]) for ms in STREAMS]
+    worst = max((share for share in host if share is not None), default=None)
+    yield Target(f"largest share of the host in a step, batch {_LARGE_BATCH}", 0.05, True, worst)
 
 
-def _ratio(report: Report, side: str) -> float | None:
-    """How many times ours it takes."""
+def _relative_time(report: Report, runner: str) -> float | None:
+    """Return the time of a runner relative to nemostream, or None."""
     for row in report.get("baseline", {}).get("rows", []):
-        if row["case"] == {"chunk_ms": 80, "batch": 1, "side": side}:
-            return next((float(times["median"]) for times in row["values"]["times"].values()), None)
+        if row["case"] == {"chunk_ms": 80, "batch": 1, "runner": runner}:
+            return next((float(each["median"]) for each in row["values"]["relative_time"].values()), None)
     return None
 
 
-def _goals_table(report: Report) -> str:
-    """A table, as Markdown; empty if the report has none of the figures."""
-    found = list(goals(report))
-    if all(goal.found is None for goal in found):
+def _targets_table(report: Report) -> str:
+    """Return a Markdown table of the targets; empty if nothing was measured."""
+    found = list(targets(report))
+    if all(target.measured is None for target in found):
         return ""
     verdict = {True: "reached", False: "missed", None: "not measured"}
     lines = [
         [
-            goal.what,
-            f"{'≤' if goal.most else '≥'} {tables.digits(goal.wanted)}",
-            "–" if goal.found is None else tables.digits(goal.found),
-            verdict[goal.reached],
+            target.name,
+            f"{'≤' if target.is_maximum else '≥'} {tables.digits(target.target)}",
+            "–" if target.measured is None else tables.digits(target.measured),
+            verdict[target.reached],
         ]
-        for goal in found
+        for target in found
     ]
-    return tables.markdown(["to reach on an H100", "goal", "found", ""], lines)
+    return tables.markdown(["target on an H100", "target", "measured", ""], lines)
 
 
 def show(report: Report) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = ["# GPU check", ""]
     env = report.get("environment", {})
     lines += [f"{env.get('nvidia_smi') or env.get('gpu')}; commit {env.get('commit')}; {report['seconds']:.0f} s", ""]
@@ -93,10 +97,10 @@ def show(report: Report) -> str:
         if not isinstance(section, dict) or name == "environment":
             continue
         if "error" in section:
-            lines.append(f"* **{name}**: not done: {section['error']}")
-        elif name != "speed":  # which has a table
-            told = {k: v for k, v in section.items() if not isinstance(v, list | dict)}
-            lines.append(f"* **{name}**: {told or 'see the JSON'}")
+            lines.append(f"* **{name}**: failed: {section['error']}")
+        elif name != "speed":  # shown as a table below
+            values = {key: value for key, value in section.items() if not isinstance(value, list | dict)}
+            lines.append(f"* **{name}**: {values or 'see the JSON file'}")
     rows = report.get("speed", {}).get("rows", [])
     if rows:
         columns = {
@@ -109,7 +113,7 @@ def show(report: Report) -> str:
             "host": "host_ms",
             "encoder": "encoder_ms",
             "undecoded": "undecoded_ms",
-            "floor": "floor_ms",
+            "roofline": "roofline_ms",
             "tokens/s": "tokens_per_second",
         }
         lines += ["", f"Encoder: {rows[0]['encoder']}.", "", f"| chunk | batch | {' | '.join(columns)} |"]
@@ -117,13 +121,13 @@ def show(report: Report) -> str:
         for row in rows:
             figures = (f"{row[field]:.2f}" if field in row else "–" for field in columns.values())
             lines.append(f"| {row['chunk_ms']} ms | {row['batch']} | {' | '.join(figures)} |")
-    if reached := _goals_table(report):
-        lines += ["", reached]
+    if table := _targets_table(report):
+        lines += ["", table]
     return "\n".join(lines) + "\n"
 
 
 def joined(before: Report, report: Report) -> Report:
-    """The report, with the other sections of the one before if that was made here, of the same code."""
+    """Add the other sections of an earlier report if it has the same environment (machine, libraries, commit)."""
     if before.get("environment") != report.get("environment"):
         return report
     return before | report | {"seconds": before["seconds"] + report["seconds"]}

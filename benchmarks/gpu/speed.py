@@ -1,4 +1,4 @@
-"""How long steps on a GPU take, and whether they leak. Any device will do, so that it is tested without a GPU."""
+"""Speed and memory tests of the GPU backend. They run on any device, so that they can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
+from nemostream.benchmarks.harness.records import Progress
 from nemostream.benchmarks.harness.roofline import encoder_work
-from nemostream.benchmarks.studies.features import some_phrases
+from nemostream.benchmarks.studies.features import random_phrases
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engines import speech
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.decoding.boosting import Boosting
 
-TOKENS_PER_SECOND = 3.5
-_WARM_UP = 5
+_WARM_UP = 5  # steps
 
 Report = dict[str, Any]
 
 
 class NoEncoder:
-    """Leaves whatever is in its outputs: a step without it is all that is ours."""
+    """An encoder that does nothing and leaves its outputs unchanged, to time the rest of a step."""
 
     capturable = True
 
@@ -38,48 +39,49 @@ class NoEncoder:
 
 
 def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> Report:
-    """Streams come, speak for a while and go; some steps have few rows, some all. Free memory must be what it was.
+    """Run `steps` steps in which streams start and end at random; free memory must stay the same.
 
-    Half of them have phrases; now and then one forgets what it said, or is saved and goes on from there.
+    The number of rows is random. Half of the streams have phrases. Every 50 steps, the state of one stream is saved and
+    loaded, and its decoder is reset.
     """
     rng = np.random.default_rng(seed)
     audio = speech(backend.manifest)[0]
-    device, slots = backend._device, np.arange(backend.capacity)
-    at = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
+    device, slots = backend.device, np.arange(backend.capacity)
+    positions = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
     backend.reset(slots)
-    lists = [some_phrases(number, [], backend.manifest.decoder.vocabulary) for number in range(16)]
-    before, said, failed, pending = None, 0, 0, []
+    phrases = [random_phrases(seed, [], backend.manifest.decoder.vocabulary) for seed in range(16)]
+    free_before, tokens, failed, pending = None, 0, 0, []
     for step in range(steps):
         if step == min(100, steps // 2):
-            before = device.free_bytes
-        coming = slots[rng.random(backend.capacity) < 0.02]
-        if len(coming):
-            backend.reset(coming)
-            at[coming] = rng.integers(0, len(audio) - chunk.samples, len(coming))
-            for slot in coming[rng.random(len(coming)) < 0.5].tolist():
-                backend.set_phrases(slot, lists[rng.integers(len(lists))])
+            free_before = device.free_bytes
+        new = slots[rng.random(backend.capacity) < 0.02]
+        if len(new):
+            backend.reset(new)
+            positions[new] = rng.integers(0, len(audio) - chunk.samples, len(new))
+            for slot in new[rng.random(len(new)) < 0.5].tolist():
+                backend.set_phrases(slot, phrases[rng.integers(len(phrases))])
         if step % 50 == 49:
             slot = int(rng.choice(slots))
             backend.load(slot, backend.save(slot))
             backend.reset_decoder(slots[slot : slot + 1])
         rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
-        part = np.stack([audio[start : start + chunk.samples] for start in at[rows]])
-        at[rows] = (at[rows] + chunk.samples) % (len(audio) - chunk.samples)
-        pending.append(backend.submit(Batch(chunk, rows, part, np.full(len(rows), chunk.samples))))
+        samples = np.stack([audio[start : start + chunk.samples] for start in positions[rows]])
+        positions[rows] = (positions[rows] + chunk.samples) % (len(audio) - chunk.samples)
+        pending.append(backend.submit(Batch(chunk, rows, samples, np.full(len(rows), chunk.samples))))
         if len(pending) == 2:
             emissions = pending.pop(0).result()
-            said += sum(map(len, emissions.tokens))
+            tokens += sum(map(len, emissions.tokens))
             failed += int(emissions.failed.sum())
-    for left in pending:
-        left.result()
-    after = device.free_bytes
+    for submitted in pending:
+        submitted.result()
+    free_after = device.free_bytes
     return {
         "steps": steps,
-        "tokens": said,
+        "tokens": tokens,
         "failed_rows": failed,
-        "free_before": before,
-        "free_after": after,
-        "flat": before == after,
+        "free_before": free_before,
+        "free_after": free_after,
+        "flat": free_before == free_after,
     }
 
 
@@ -91,10 +93,10 @@ def step_times(
     gathered: bool = False,
     boosts: Sequence[Boosting] = (),
 ) -> Report:
-    """Milliseconds from audio to tokens of `rows` streams, one step at a time.
+    """Return the milliseconds from audio to tokens of steps with `rows` streams, one step at a time.
 
-    `gathered` uses slots that are not the first ones, so that their caches must be copied together. `boosts` are handed
-    out to the streams in turn.
+    With `gathered`, the slots are not the first ones, so that their caches must be gathered. The streams use the
+    phrases `boosts` in turn.
     """
     slots = np.arange(rows) + (backend.capacity - rows if gathered else 0)
     clip = speech(backend.manifest)[0]
@@ -102,22 +104,22 @@ def step_times(
     backend.reset(slots)
     for index, slot in enumerate(slots.tolist() if boosts else ()):
         backend.set_phrases(slot, boosts[index % len(boosts)])
-    seconds, said = [], 0
+    seconds, tokens = [], 0
     for step in range(_WARM_UP + repeats):
-        at = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
-        part = np.stack([clip[start : start + chunk.samples] for start in at])
-        batch = Batch(chunk, slots, part, np.full(rows, chunk.samples))
+        positions = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
+        samples = np.stack([clip[start : start + chunk.samples] for start in positions])
+        batch = Batch(chunk, slots, samples, np.full(rows, chunk.samples))
         start = time.perf_counter()
         emissions = backend.submit(batch).result()
         seconds.append(time.perf_counter() - start)
-        said += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
+        tokens += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
     milliseconds = 1000 * np.array(seconds[_WARM_UP:])
     return {
         "chunk_ms": chunk.ms,
         "batch": rows,
         "gathered": gathered,
         "repeats": repeats,
-        "tokens_per_second": said / (rows * repeats * chunk.ms / 1000),
+        "tokens_per_second": tokens / (rows * repeats * chunk.ms / 1000),
         "p50_ms": float(np.percentile(milliseconds, 50)),
         "p99_ms": float(np.percentile(milliseconds, 99)),
         "min_ms": float(milliseconds.min()),
@@ -126,8 +128,10 @@ def step_times(
 
 
 def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int) -> Report:
-    """Milliseconds a step by throughput: launched back to back, two in flight, as a loaded server does; and of that
-    what the host spends on it, in `submit` and in reading the result."""
+    """Return the milliseconds per step at full load, and the part of the host in `submit` and in reading the result.
+
+    Steps are launched back to back with two in flight, as in a loaded server.
+    """
     batch = _same_audio(backend, chunk, rows)
     pending = [backend.submit(batch)]
     host, start = 0.0, time.perf_counter()
@@ -136,8 +140,8 @@ def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: in
         pending.append(backend.submit(batch))
         host += time.perf_counter() - begin
         step = pending.pop(0)
-        assert step.mark
-        step.mark.wait()
+        assert step.event
+        step.event.wait()
         begin = time.perf_counter()
         step.result()
         host += time.perf_counter() - begin
@@ -147,167 +151,136 @@ def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: in
 
 
 def stage_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int) -> Report:
-    """Milliseconds on the device of the step as it is launched, of one that decodes nothing, and of the encoder alone.
+    """Return the milliseconds on the device of the whole step, of a step without decoding, and of the encoder alone.
 
-    Each recorded, where that is possible, and launched back to back. Where the host has a part in the loop the whole
-    step is left out.
+    Each is captured if possible and launched back to back. The whole step is omitted if the host takes part in its
+    loop.
     """
-    batch, device = _same_audio(backend, chunk, rows), backend._device
+    batch = _same_audio(backend, chunk, rows)
     backend.submit(batch).result()
-    for _ in range(2):  # into both lanes: the device goes from one to the other
-        recording, _ = backend._prepare(batch)
-        backend._lane = 1 - backend._lane
-    encoder = recording.enqueue
-    if backend._encoders[chunk.ms].capturable and backend.loop != "eager":
-        encoder = device.record(encoder).launch
-    undecoded = backend._staged(chunk, recording.undecoded, recording.enqueue, backend.loop)
-    stages = {"encoder_ms": [encoder], "undecoded_ms": undecoded}
-    if backend.loop == "while":
-        stages["whole_ms"] = recording.stages
-    return {name: device_ms(device, work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
+    launches = backend.launches(batch)
+    stages = {"encoder_ms": launches.encoder, "undecoded_ms": launches.undecoded}
+    if launches.whole is not None:
+        stages["whole_ms"] = launches.whole
+    return {name: backend.device.elapsed_ms(work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
 
 
 def _same_audio(backend: GpuBackend, chunk: ChunkConfig, rows: int) -> Batch:
-    """A batch of the first slots, which are reset for it, to be launched over and over."""
+    """Reset the first slots and return a batch for them, to be launched repeatedly."""
     slots = np.arange(rows)
     audio = np.resize(speech(backend.manifest)[0], (rows, chunk.samples))
     backend.reset(slots)
     return Batch(chunk, slots, audio, np.full(rows, chunk.samples))
 
 
-def settle_blank(backend: GpuBackend, bundle: Bundle, chunk: ChunkConfig, rows: int) -> float:
-    """Make the streams say about `TOKENS_PER_SECOND`, by blank's bias on the device; what they say then."""
-    address = int(backend._memory.step["joint_bias"])
+def calibrate_blank(backend: GpuBackend, bundle: Bundle, chunk: ChunkConfig, rows: int) -> float:
+    """Set the bias of blank on the device so that streams emit about `TOKENS_PER_SECOND`. Return the resulting rate."""
     bias = np.array(bundle.weight("joint.out.bias"))
     low, high, tried = -40.0, 40.0, []
     for _ in range(12):
         bias[-1] = middle = (low + high) / 2
-        backend._device.write(address, bias)
+        backend.arena.write("joint_bias", bias)
         rate = step_times(backend, chunk, rows, 6)["tokens_per_second"]
         tried.append((abs(rate - TOKENS_PER_SECOND), middle, rate))
         low, high = (middle, high) if rate > TOKENS_PER_SECOND else (low, middle)
-    _, bias[-1], rate = min(tried)  # few streams say more or nothing, and little in between
-    backend._device.write(address, bias)
+    _, bias[-1], rate = min(tried)  # with few streams, rates between 0 and a higher value may not occur
+    backend.arena.write("joint_bias", bias)
     return rate
 
 
-def give_frames(backend: GpuBackend) -> None:
-    """Without an encoder there are frames to decode all the same: random ones, the same in every step."""
-    memory, net = backend._memory, backend.manifest.decoder
-    size = (int(memory.step["most_pairs"]), net.joint)
+def fill_encoder_output(backend: GpuBackend) -> None:
+    """Write random frames into the output of the encoder, for decoding without an encoder."""
+    size = (int(backend.arena.step["max_pairs"]), backend.manifest.decoder.joint)
     frames = np.random.default_rng(0).standard_normal(size, np.float32)
-    backend._device.write(int(memory.step["encoded"]), frames)
+    backend.arena.write("encoded", frames)
 
 
-def hush(backend: GpuBackend, bundle: Bundle) -> NDArray[np.float32]:
-    """Let nobody say anything; the biases before."""
-    address = int(backend._memory.step["joint_bias"])
+def force_blank(backend: GpuBackend, bundle: Bundle) -> NDArray[np.float32]:
+    """Set the bias of blank so that no tokens are emitted. Return the previous biases [V + 1]."""
     before = np.empty(bundle.manifest.decoder.vocabulary + 1, np.float32)
-    backend._device.read(address, before)
+    backend.arena.read("joint_bias", before)
     silent = before.copy()
     silent[-1] = 1e4
-    backend._device.write(address, silent)
+    backend.arena.write("joint_bias", silent)
     return before
 
 
-def device_ms(device: Any, work: Iterable[Callable[[], None]]) -> float:
-    """Milliseconds that queued work took on the device, between two events; by the host's clock where it has none."""
-    driver = getattr(device, "_driver", None)
-    if driver is None:
-        start = time.perf_counter()
-        for run in work:
-            run()
-        device.mark().wait()
-        return 1000 * (time.perf_counter() - start)
-    begin, end = device._call("cuEventCreate", 0), device._call("cuEventCreate", 0)
-    try:
-        device._call("cuEventRecord", begin, device.stream)
-        for run in work:
-            run()
-        device._call("cuEventRecord", end, device.stream)
-        device._call("cuEventSynchronize", end)
-        return float(device._call("cuEventElapsedTime", begin, end))
-    finally:
-        driver.cuEventDestroy(begin)
-        driver.cuEventDestroy(end)
-
-
 def copy_rate(device: Any) -> float:
-    """Bytes per second read and written by a copy on the device, the best of a few gigabytes."""
+    """Return the bytes per second read and written by copies of one gigabyte on the device; the best of eight."""
     size = 1 << 30
-    driver = device._driver
     first, second = device.allocate(size), device.allocate(size)
     best = 0.0
     for _ in range(8):
-        device.mark().wait()
+        device.record_event().wait()
         start = time.perf_counter()
         for _ in range(8):
-            device._call("cuMemcpyDtoDAsync", second, first, size, device.stream)
-        device.mark().wait()
+            device.copy(second, first, size)
+        device.record_event().wait()
         best = max(best, 8 * 2 * size / (time.perf_counter() - start))
     for memory in (first, second):
-        driver.cuMemFree(memory)
-        device._memory[:] = [m for m in device._memory if int(m) != memory]
+        device.free(memory)
     return best
 
 
-def speed(
+def measure_speed(
     bundle: Bundle,
     make: Callable[[Bundle, Sequence[ChunkConfig], int], tuple[GpuBackend, str]],
     batches: Sequence[int],
     repeats: int,
     bandwidth: float | None,
-    say: Callable[[str], None],
-    until: float = float("inf"),
-    keep: Callable[[Report], None] = lambda found: None,
+    progress: Progress,
+    deadline: float = float("inf"),
+    save: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Rows per chunk size and batch. `make` opens a backend for chunk sizes and a capacity, and names its encoder.
+    """Return rows by chunk size and batch, and the number of streams that follows.
 
-    At `until` (`time.perf_counter`) no more rows are begun; how many were left out is told. `keep` gets what there is
-    after each row.
+    `make` opens a backend for chunk sizes and a capacity, and returns it with the name of its encoder. `bandwidth` is
+    in bytes per second. No row is started after `deadline` (`time.perf_counter`); `skipped_rows` counts the missing
+    rows. `save` is called with the rows so far after each row.
     """
     rows: list[Report] = []
-    lists = [some_phrases(number, [], bundle.manifest.decoder.vocabulary) for number in range(min(64, max(batches)))]
+    vocabulary = bundle.manifest.decoder.vocabulary
+    phrases = [random_phrases(seed, [], vocabulary) for seed in range(min(64, max(batches)))]
     for chunk in bundle.manifest.chunks:
-        if time.perf_counter() > until:
+        if time.perf_counter() > deadline:
             break
         capacity = max(batches) + 1
         backend, encoder = make(bundle, [chunk], capacity)
         try:
-            rate = settle_blank(backend, bundle, chunk, min(64, max(batches)))
+            rate = calibrate_blank(backend, bundle, chunk, min(64, max(batches)))
             work = encoder_work(bundle, chunk, "fp32" if backend.cache_dtype == "float32" else "fp16", "cuda")
             for batch in batches:
-                if time.perf_counter() > until:
+                if time.perf_counter() > deadline:
                     break
-                say(f"{chunk.ms} ms, batch {batch}, encoder {encoder.partition(' (')[0]}")
+                progress(f"{chunk.ms} ms, batch {batch}, encoder {encoder.partition(' (')[0]}")
                 row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
                 row |= stage_times(backend, chunk, batch, repeats)
                 gathered = step_times(backend, chunk, batch, repeats, gathered=True)
                 row |= {f"gathered_{name}": gathered[name] for name in ("p50_ms", "p99_ms")}
-                row["boosted_p50_ms"] = step_times(backend, chunk, batch, repeats, boosts=lists)["p50_ms"]
-                bias = hush(backend, bundle)
+                row["boosted_p50_ms"] = step_times(backend, chunk, batch, repeats, boosts=phrases)["p50_ms"]
+                bias = force_blank(backend, bundle)
                 row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
-                backend._device.write(int(backend._memory.step["joint_bias"]), bias)
-                row |= {"encoder": encoder, "settled_tokens_per_second": rate}
+                backend.arena.write("joint_bias", bias)
+                row |= {"encoder": encoder, "calibrated_tokens_per_second": rate}
                 row["bytes_per_stream"] = backend.bytes_per_stream
                 if bandwidth:
-                    row["floor_ms"] = 1000 * work.weight_bytes / bandwidth
+                    row["roofline_ms"] = 1000 * work.weight_bytes / bandwidth
                 rows.append(row)
-                keep({"rows": rows})
+                save({"rows": rows})
         finally:
             backend.close()
-    left_out = len(bundle.manifest.chunks) * len(batches) - len(rows)
+    skipped = len(bundle.manifest.chunks) * len(batches) - len(rows)
     return {
         "rows": rows,
-        "left_out_for_time": left_out,
+        "skipped_rows": skipped,
         "streams": {ms: _streams(rows, ms) for ms in {row["chunk_ms"] for row in rows}},
     }
 
 
 def _streams(rows: Iterable[Report], ms: int) -> int:
-    """Most streams whose steps, one batch after another, have their slowest percent within one chunk.
+    """Return the maximum number of streams whose steps, one batch after another, have a p99 within one chunk.
 
-    Only the first batch has the first slots; of the others the caches must be gathered.
+    Only the first batch uses the first slots; the caches of the others must be gathered.
     """
     fits = [
         row["batch"] * (1 + int((ms - row["p99_ms"]) // row["gathered_p99_ms"]))

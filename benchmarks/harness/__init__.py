@@ -1,1 +1,1 @@
-"""What benchmarks share: result records, load, corpora, competing implementations."""
+"""Shared code of the benchmarks: result records, load generator, corpora, roofline, competing implementations."""

@@ -1,4 +1,4 @@
-"""Who takes part in the comparison of steps, and what they are made of, loaded once."""
+"""Creation of the runners that `baseline` compares, from models and exports that are loaded once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nemostream.benchmarks.harness.nemo import Nemo, export_nemo, load_nemo
-from nemostream.benchmarks.harness.records import Say
-from nemostream.benchmarks.harness.runners import NemoOnnx, Ours, Sherpa, Side, Transformers
-from nemostream.benchmarks.harness.timed import Feed, longest, timed_backend
+from nemostream.benchmarks.harness.nemo import NemoRunner, export_nemo, load_nemo
+from nemostream.benchmarks.harness.records import Progress
+from nemostream.benchmarks.harness.runners import (
+    NemoOnnxRunner,
+    NemostreamRunner,
+    Runner,
+    SherpaRunner,
+    TransformersRunner,
+)
+from nemostream.benchmarks.harness.timed import AudioFeed, longest, timed_backend
 from nemostream.bundle import Bundle, ChunkConfig
 
-# Who takes part unless named, by device; the first is the one that all are measured by in a headline.
-SIDES = {
+# Default runners by device.
+RUNNERS = {
     "cpu": (
-        "ours fp32",
-        "ours int8",
+        "nemostream fp32",
+        "nemostream int8",
         "nemo fp32",
         "nemo bf16",
         "nemo compile",
@@ -29,9 +35,9 @@ SIDES = {
         "sherpa int8",
     ),
     "cuda": (
-        "ours fp16",
-        "ours fp32",
-        "ours int8",
+        "nemostream fp16",
+        "nemostream fp32",
+        "nemostream int8",
         "nemo fp32",
         "nemo bf16",
         "nemo graph",
@@ -41,36 +47,37 @@ SIDES = {
         "onnx",
     ),
 }
-KNOWN = tuple(dict.fromkeys([*SIDES["cpu"], *SIDES["cuda"], "ours bf16", "ours fp8"]))
-OURS = "nemostream"
+RUNNER_NAMES = tuple(dict.fromkeys([*RUNNERS["cpu"], *RUNNERS["cuda"], "nemostream bf16", "nemostream fp8"]))
+NEMOSTREAM = "nemostream"
 
 
-class Ring:
-    """What sides are made of, loaded once."""
+class RunnerFactory:
+    """Creates runners; loads NeMo, transformers and the exports once. Use as a context manager."""
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Path, device: str, threads: int, engines: Path | None, say: Say
+        self, bundle: Bundle, checkpoint: Path, device: str, threads: int, engines: Path | None, progress: Progress
     ) -> None:
-        self.bundle, self.kind, self.say = bundle, device.partition(":")[0], say
+        self.bundle, self.device_type, self.progress = bundle, device.partition(":")[0], progress
         self._checkpoint, self._device, self._threads = checkpoint, device, threads
-        self._narrow: Any = None
-        self._theirs: Any = None
+        self._bf16_model: Any = None
+        self._transformers_model: Any = None
         self._folder = tempfile.TemporaryDirectory(prefix="nemostream-")
         self._engines = engines or Path(self._folder.name)
-        self._exported: dict[int, tempfile.TemporaryDirectory[str]] = {}
-        say("loading NeMo")
-        self._model = load_nemo(checkpoint, self.kind)
+        self._exports: dict[int, tempfile.TemporaryDirectory[str]] = {}
+        progress("loading NeMo")
+        self._model = load_nemo(checkpoint, self.device_type)
 
-    def __enter__(self) -> Ring:
+    def __enter__(self) -> RunnerFactory:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.forget_export()
+        self.discard_exports()
         self._folder.cleanup()
 
-    def enter(self, name: str, feed: Feed, chunk: ChunkConfig, stack: contextlib.ExitStack) -> Side:
-        who, _, kind = name.partition(" ")
-        if who == "ours":
+    def create(self, name: str, feed: AudioFeed, chunk: ChunkConfig, stack: contextlib.ExitStack) -> Runner:
+        """Return the runner `name` (one of `RUNNER_NAMES`); `stack` owns its backend."""
+        implementation, _, kind = name.partition(" ")
+        if implementation == NEMOSTREAM:
             chunks = list({chunk, longest(self.bundle.manifest, chunk)})
             backend = stack.enter_context(
                 timed_backend(
@@ -83,35 +90,41 @@ class Ring:
                     engines=self._engines,
                 )
             )
-            return Ours(f"{OURS}, {kind}", backend, feed, chunk, exact=(kind, self.kind) == ("fp32", "cpu"))
-        if who == "nemo":
-            # Sides of one type share a model.
+            exact = (kind, self.device_type) == ("fp32", "cpu")
+            return NemostreamRunner(f"{NEMOSTREAM}, {kind}", backend, feed, chunk, exact=exact)
+        if implementation == "nemo":
+            # Runners of the same type share a model.
             if "bf16" not in kind and kind != "graph":
-                return Nemo(self._model, feed, chunk, kind)
-            self._narrow = self._narrow or load_nemo(self._checkpoint, self.kind)
-            return Nemo(self._narrow, feed, chunk, kind)
-        if who == "transformers":
-            from nemostream.benchmarks.harness.huggingface import load_transformers
-
-            self._theirs = self._theirs or load_transformers(self._checkpoint, self.bundle.manifest)[1]
-            theirs = copy.deepcopy(self._theirs) if kind else self._theirs
-            return Transformers(theirs, self._model, feed, chunk, kind or "fp32", self.kind)
+                return NemoRunner(self._model, feed, chunk, kind)
+            self._bf16_model = self._bf16_model or load_nemo(self._checkpoint, self.device_type)
+            return NemoRunner(self._bf16_model, feed, chunk, kind)
+        if implementation == "transformers":
+            return self._transformers(feed, chunk, kind)
         exported = self.export(chunk)
-        if who == "onnx":
-            return NemoOnnx(exported, self._model, feed, chunk, self._threads, self.kind)
-        return Sherpa(exported, feed, chunk, self._threads, kind)
+        if implementation == "onnx":
+            return NemoOnnxRunner(exported, self._model, feed, chunk, self._threads, self.device_type)
+        return SherpaRunner(exported, feed, chunk, self._threads, kind)
 
-    def forget_export(self) -> None:
-        # Gigabytes: the next chunk size's need the room.
-        for folder in self._exported.values():
-            folder.cleanup()
-        self._exported.clear()
+    def _transformers(self, feed: AudioFeed, chunk: ChunkConfig, precision: str) -> Runner:
+        from nemostream.benchmarks.harness.huggingface import load_transformers
+
+        if self._transformers_model is None:
+            self._transformers_model = load_transformers(self._checkpoint, self.bundle.manifest)[1]
+        model = copy.deepcopy(self._transformers_model) if precision else self._transformers_model
+        return TransformersRunner(model, self._model, feed, chunk, precision or "fp32", self.device_type)
 
     def export(self, chunk: ChunkConfig) -> Path:
-        if chunk.ms not in self._exported:
-            self.say(f"exporting NeMo's own graphs for {chunk.ms} ms")
-            self._exported[chunk.ms] = tempfile.TemporaryDirectory(prefix="nemostream-")
-            folder = Path(self._exported[chunk.ms].name) / "exported"
-            model = self._model if self.kind == "cpu" else load_nemo(self._checkpoint)
-            export_nemo(model, self.bundle.manifest, chunk, folder, int8=self.kind == "cpu")
-        return Path(self._exported[chunk.ms].name) / "exported"
+        """Return the folder of NeMo's ONNX export of a chunk size, exporting it on first use."""
+        if chunk.ms not in self._exports:
+            self.progress(f"exporting NeMo's ONNX graphs for {chunk.ms} ms")
+            self._exports[chunk.ms] = tempfile.TemporaryDirectory(prefix="nemostream-")
+            folder = Path(self._exports[chunk.ms].name) / "exported"
+            model = self._model if self.device_type == "cpu" else load_nemo(self._checkpoint)
+            export_nemo(model, self.bundle.manifest, chunk, folder, int8=self.device_type == "cpu")
+        return Path(self._exports[chunk.ms].name) / "exported"
+
+    def discard_exports(self) -> None:
+        """Delete all exports; each has several gigabytes."""
+        for folder in self._exports.values():
+            folder.cleanup()
+        self._exports.clear()

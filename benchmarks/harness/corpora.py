@@ -1,4 +1,4 @@
-"""Transcribed speech to count words on: NeMo manifests, data sets of the Hugging Face hub, the packaged clip."""
+"""Transcribed speech for word error rates: NeMo manifests, data sets of the Hugging Face hub, the packaged clip."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nemostream.bundle import Manifest
 from nemostream.clips import CLIP_TEXT, read_clip
 from nemostream.errors import AudioError, BackendError, OptionError
 
-# By name: configuration and split of hf-audio/esb-datasets-test-only-sorted, which the leaderboard is computed on, and
-# the published model's WER in percent at 1120, 560, 160 and 80 ms.
+# By name: configuration and split in hf-audio/esb-datasets-test-only-sorted, the data of the Open ASR leaderboard, and
+# the WER of the published model in percent at the chunk sizes `CARD_CHUNKS`.
 # Source: model card of nvidia/nemotron-speech-streaming-en-0.6b, March 2026.
 LEADERBOARD = {
     "ami": (("ami", "test"), (11.73, 11.88, 14.71, 18.29)),
@@ -30,16 +30,19 @@ LEADERBOARD = {
     "tedlium": (("tedlium", "test"), (3.50, 3.54, 3.77, 4.10)),
     "voxpopuli": (("voxpopuli", "test"), (7.91, 8.00, 8.18, 8.46)),
 }
-CARD_CHUNKS = (1120, 560, 160, 80)
+CARD_CHUNKS = (1120, 560, 160, 80)  # ms
 _HUB = "hf-audio/esb-datasets-test-only-sorted"
-_TEXTS = ("text", "sentence", "normalized_text", "transcript", "transcription")  # in the leaderboard's order
-_NOT_SCORED = "ignore_time_segment_in_scoring"  # the leaderboard leaves out what TED-LIUM's transcribers did
+_TEXT_COLUMNS = ("text", "sentence", "normalized_text", "transcript", "transcription")  # same order as the leaderboard
+_NOT_SCORED = "ignore_time_segment_in_scoring"  # marker in TED-LIUM; the leaderboard skips such segments
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording and what is said in it: a path or a file's bytes, from `offset` on for `duration` seconds (to its
-    end), or samples at the model's rate."""
+    """A recording and its transcript.
+
+    `audio` is a path or the bytes of a file, of which `duration` seconds (None: to the end) from `offset` seconds are
+    used, or samples [N] at the sample rate of the model.
+    """
 
     audio: Path | bytes | NDArray[np.float32]
     text: str
@@ -47,7 +50,7 @@ class Utterance:
     duration: float | None = None
 
     def samples(self, rate: int) -> NDArray[np.float32]:
-        """[N], one channel, at `rate`. Raises `AudioError` for what cannot be read."""
+        """Return the samples [N], one channel, at `rate` Hz. Raises `AudioError` if the file cannot be read."""
         import soundfile
         import soxr
 
@@ -57,24 +60,25 @@ class Utterance:
             with soundfile.SoundFile(io.BytesIO(self.audio) if isinstance(self.audio, bytes) else self.audio) as file:
                 file.seek(min(round(self.offset * file.samplerate), file.frames))
                 frames = -1 if self.duration is None else round(self.duration * file.samplerate)
-                found, its_rate = file.read(frames, dtype="float32", always_2d=True), file.samplerate
+                samples, file_rate = file.read(frames, dtype="float32", always_2d=True), file.samplerate
         except (OSError, RuntimeError) as error:
-            what = self.audio if isinstance(self.audio, Path) else f"the recording of {self.text[:40]!r}"
-            raise AudioError(f"{what} cannot be read: {error}") from error
-        return soxr.resample(found.mean(axis=1), its_rate, rate)
+            name = self.audio if isinstance(self.audio, Path) else f"the recording of {self.text[:40]!r}"
+            raise AudioError(f"{name} cannot be read: {error}") from error
+        return soxr.resample(samples.mean(axis=1), file_rate, rate)
 
     def source(self, rate: int) -> Any:
-        """For `Model.transcribe`: the file itself, if it is a whole one."""
+        """Return an input for `Model.transcribe`: the path if the utterance is a whole file, else samples."""
         whole = isinstance(self.audio, Path) and not self.offset and self.duration is None
         return self.audio if whole else self.samples(rate)
 
 
 def read_manifest(path: Path) -> list[Utterance]:
-    """A NeMo manifest; relative paths are meant from its folder or, if there is none, from the one above.
+    """Read a NeMo manifest (`audio_filepath`, `text`, optional `offset` and `duration` in seconds; JSON Lines).
 
-    Raises `OptionError` naming the line that is none.
+    Relative paths are resolved from the folder of the manifest or, if there is no such file, from its parent folder.
+    Raises `OptionError` with the line number if a line is invalid.
     """
-    found = []
+    utterances = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -85,36 +89,42 @@ def read_manifest(path: Path) -> list[Utterance]:
         try:
             row = json.loads(line)
             offset = float(row.get("offset") or 0.0)
-            # Without an offset a duration is that of the file, rounded perhaps.
+            # Without an offset the duration is that of the whole file and may be rounded.
             duration = float(row["duration"]) if row.get("offset") is not None and row.get("duration") else None
             audio = path.parent / row["audio_filepath"]
-            if not audio.exists() and (above := path.parent.parent / row["audio_filepath"]).exists():
-                audio = above
-            found.append(Utterance(audio, str(row["text"]), offset, duration))
+            if not audio.exists() and (other := path.parent.parent / row["audio_filepath"]).exists():
+                audio = other
+            utterances.append(Utterance(audio, str(row["text"]), offset, duration))
         except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise OptionError(
-                f"{path}, line {number}, is not a manifest's: it needs audio_filepath and text."
+                f"{path}, line {number}: not a manifest entry; expected a JSON object with audio_filepath and text."
             ) from error
-    if not found:
-        raise OptionError(f"{path} names no recording.")
-    return found
+    if not utterances:
+        raise OptionError(f"{path} contains no recordings.")
+    return utterances
+
+
+def add_noise(clip: NDArray[np.float32], decibels: float, seed: int) -> NDArray[np.float32]:
+    """Add white noise at a signal-to-noise ratio of `decibels`; the same seed and length give the same noise."""
+    noise = np.random.default_rng([seed, len(clip)]).standard_normal(len(clip)).astype(np.float32)
+    return clip + noise * np.float32(np.sqrt((clip**2).mean() / 10 ** (decibels / 10)))
 
 
 def packaged(manifest: Manifest) -> list[Utterance]:
-    """The voice that comes with the package."""
+    """Return the packaged recording."""
     return [Utterance(read_clip("clip", manifest.features.sample_rate), CLIP_TEXT)]
 
 
 class Hub:
-    """A data set of the hub, one of `LEADERBOARD` or `name:config:split`, read anew each time it is gone through.
+    """A data set of the Hugging Face hub: a name in `LEADERBOARD` or `name:config:split`. Can be iterated repeatedly.
 
-    A whole set is downloaded once and kept by the `datasets` package; of a `limit` only what it takes is fetched.
-    Raises `OptionError` for a name it does not know, `BackendError` if the set or the package cannot be had.
+    The `datasets` package downloads a whole set once and caches it; with `limit`, the first utterances are streamed.
+    Raises `OptionError` for an unknown name, and `BackendError` if the package is missing or the set not available.
     """
 
     def __init__(self, name: str, limit: int | None = None) -> None:
         if find_spec("datasets") is None:
-            raise BackendError("data sets of the hub need the datasets package: pip install datasets")
+            raise BackendError("data sets of the Hugging Face hub need the datasets package: pip install datasets")
         if name in LEADERBOARD:
             self._path, (self._config, self._split) = _HUB, LEADERBOARD[name][0]
         elif name.count(":") == 2:
@@ -122,7 +132,7 @@ class Hub:
         else:
             known = ", ".join(LEADERBOARD)
             raise OptionError(
-                f"there is no set {name!r}: choose of {known}, or give name:config:split, or --manifest FILE."
+                f"unknown data set {name!r}: choose one of {known}, give name:config:split, or use --manifest FILE."
             )
         self._name, self._limit = name, limit
 
@@ -133,11 +143,11 @@ class Hub:
             rows = datasets.load_dataset(
                 self._path, self._config or None, split=self._split, streaming=self._limit is not None
             )
-            # Decoded here: their own decoding wants PyTorch and FFmpeg.
+            # Decoded in `Utterance`: the decoder of `datasets` needs PyTorch and FFmpeg.
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
             for row in rows if self._limit is None else rows.take(self._limit):
-                audio, text = row["audio"], next((row[name] for name in _TEXTS if row.get(name)), "")
-                said = "" if text.strip().lower() == _NOT_SCORED else text
-                yield Utterance(audio["bytes"] or Path(audio["path"]), said)
+                audio, text = row["audio"], next((row[name] for name in _TEXT_COLUMNS if row.get(name)), "")
+                scored = "" if text.strip().lower() == _NOT_SCORED else text
+                yield Utterance(audio["bytes"] or Path(audio["path"]), scored)
         except (OSError, ValueError, KeyError) as error:
-            raise BackendError(f"{self._name} cannot be had from the hub: {error}") from error
+            raise BackendError(f"{self._name} cannot be loaded from the hub: {error}") from error

@@ -1,6 +1,6 @@
-"""A NeMo checkpoint in Hugging Face's `nemotron_asr_streaming` (transformers ≥ 5.13): opponent and oracle.
+"""A NeMo checkpoint in Hugging Face's `nemotron_asr_streaming` (transformers ≥ 5.13), for benchmarks and parity tests.
 
-The published checkpoint exists in their format; others are brought there by renaming their weights.
+The published checkpoint is available in this format; the weights of other checkpoints are renamed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import yaml
 from nemostream.bundle import Manifest
 from nemostream.errors import OptionError
 
-# NeMo's names to theirs. Of the subsampling's Sequential, 0 is the first convolution; 2 and 5 are depthwise, 3 and 6
-# pointwise, the rest ReLUs.
+# Names in NeMo and in transformers. In the Sequential of the subsampling, 0 is the first convolution, 2 and 5 are
+# depthwise, 3 and 6 pointwise convolutions; the others are ReLUs.
 _RENAMED = (
     (r"^encoder\.pre_encode\.conv\.0\.", "encoder.subsampling.conv_in."),
     (r"^encoder\.pre_encode\.conv\.2\.", "encoder.subsampling.layers.0.depthwise_conv."),
@@ -34,13 +34,16 @@ _RENAMED = (
     (r"^decoder\.prediction\.dec_rnn\.lstm\.", "decoder.lstm."),
     (r"^joint\.pred\.", "decoder.decoder_projector."),
     (r"^joint\.enc\.", "encoder_projector."),
-    (r"^joint\.joint_net\.[12]\.", "joint.head."),  # there is a dropout before it, or none
+    (r"^joint\.joint_net\.[12]\.", "joint.head."),  # index 2 if there is a dropout before it
 )
-PREPROCESSOR = {"preprocessor.featurizer.fb", "preprocessor.featurizer.window"}  # constants; the extractor has its own
+PREPROCESSOR = {
+    "preprocessor.featurizer.fb",
+    "preprocessor.featurizer.window",
+}  # constants that the feature extractor computes itself
 
 
 def read_nemo(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and weights of a .nemo file."""
+    """Return configuration and weights of a .nemo file."""
     import torch
 
     with tarfile.open(checkpoint) as archive:
@@ -50,15 +53,17 @@ def read_nemo(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def their_name(name: str) -> str:
+    """Return the name in transformers of a weight in NeMo."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def load_transformers(checkpoint: Path, manifest: Manifest) -> tuple[Any, Any]:
-    """Extractor and model with a checkpoint's weights: sizes from the manifest, the few it does not know from there.
+    """Return feature extractor and model with the weights of a checkpoint.
 
-    Raises `OptionError` for a model that theirs cannot be.
+    Sizes come from the manifest, and from the checkpoint if the manifest does not contain them. Raises `OptionError` if
+    transformers does not support the model.
     """
     from transformers import (
         NemotronAsrStreamingConfig,
@@ -70,7 +75,11 @@ def load_transformers(checkpoint: Path, manifest: Manifest) -> tuple[Any, Any]:
     config, state = read_nemo(checkpoint)
     features, encoder, decoder = manifest.features, manifest.encoder, manifest.decoder
     if decoder.hidden != decoder.joint or {chunk.left for chunk in manifest.chunks} != {encoder.cache}:
-        raise OptionError("transformers has one width for prediction net and joint, and one left context.")
+        raise OptionError(
+            "transformers supports only models whose prediction network and joint have the same width, and whose chunk "
+            f"sizes have one left context; here {decoder.hidden} and {decoder.joint}, left contexts "
+            f"{sorted({chunk.left for chunk in manifest.chunks})}."
+        )
     extractor = NemotronAsrStreamingFeatureExtractor(
         feature_size=features.mels,
         sampling_rate=features.sample_rate,
@@ -79,7 +88,7 @@ def load_transformers(checkpoint: Path, manifest: Manifest) -> tuple[Any, Any]:
         win_length=features.window,
         preemphasis=features.preemphasis,
     )
-    theirs = NemotronAsrStreamingConfig(
+    settings = NemotronAsrStreamingConfig(
         vocab_size=decoder.vocabulary + 1,
         blank_token_id=decoder.blank,
         decoder_hidden_size=decoder.hidden,
@@ -102,6 +111,6 @@ def load_transformers(checkpoint: Path, manifest: Manifest) -> tuple[Any, Any]:
         ),
         attn_implementation="sdpa",
     )
-    model = NemotronAsrStreamingForRNNT(theirs).eval()
+    model = NemotronAsrStreamingForRNNT(settings).eval()
     model.load_state_dict({their_name(name): value for name, value in state.items() if name not in PREPROCESSOR})
     return extractor, model

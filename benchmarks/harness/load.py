@@ -1,7 +1,8 @@
-"""People talking: live streams fed in real time, each chunk's result timed from the moment its last sample was spoken.
+"""Load generator: live streams pushed in real time, with the latency of every chunk.
 
-One thread pushes packets of all streams when they are due; results are noted on the scheduler's thread as they come. If
-the pusher itself comes too late (`lateness`), machine and load generator share too little, and nothing else holds.
+One thread pushes the packets of all streams when they are due. Results are recorded on the scheduler's thread as they
+arrive. If the pushing thread itself is late (`lateness`), the machine is too busy for the load generator and the other
+figures are not valid.
 """
 
 from __future__ import annotations
@@ -24,146 +25,156 @@ from nemostream.runtime.streaming.session import StreamSession
 
 Floats = NDArray[np.float32]
 
-PACKET = 0.02  # seconds of audio pushed at a time, as telephones and browsers send it
+PACKET = 0.02  # seconds of audio per push, as sent by telephones and browsers
+SEARCH_RESOLUTION = 0.05  # relative resolution of the search for the maximum number of streams
 
 
 @dataclass
-class Heard:
-    """What came of it. Times in seconds; moments count from the start."""
+class LoadResult:
+    """Measurements of a load test, in seconds. Times of day are relative to the start."""
 
-    results: list[tuple[int, float, float]] = field(default_factory=list)  # chunk ms, moment it was spoken, latency
-    finals: list[float] = field(default_factory=list)  # last sample spoken until the final result
-    lateness: list[float] = field(default_factory=list)  # of the pusher
-    texts: list[tuple[int, str]] = field(default_factory=list)  # clip, final text
+    results: list[tuple[int, float, float]] = field(default_factory=list)  # chunk ms, time its audio ended, latency
+    finals: list[float] = field(default_factory=list)  # from the last sample of a clip to its final result
+    lateness: list[float] = field(default_factory=list)  # of each push of the load generator
+    texts: list[tuple[int, str]] = field(default_factory=list)  # clip index, final text
     errors: list[str] = field(default_factory=list)
-    waiting: int = 0  # chunks that were spoken a whole chunk ago and had no result when it ended
-    audio: float = 0.0  # seconds pushed
-    seconds: float = 0.0  # that it took
+    overdue: int = 0  # chunks without a result more than a chunk duration after their audio ended
+    audio_seconds: float = 0.0  # audio pushed
+    seconds: float = 0.0  # duration of the test
 
 
-def talk(
+def run_load(
     model: Model,
     clips: Sequence[Floats],
     streams: int,
     chunk_ms: Sequence[int],
     *,
     seconds: float = float("inf"),
-    calls: int | None = None,
-    phases: bool = True,
+    total_clips: int | None = None,
+    random_phase: bool = True,
     seed: int = 0,
-) -> Heard:
-    """`streams` callers, of chunk sizes in turn, each saying one clip after another, until the time is up or `calls`
-    clips were said. With `phases` their chunks begin at random moments, otherwise all at once.
+) -> LoadResult:
+    """Push `streams` concurrent streams, each one clip after another, for `seconds` or until `total_clips` are pushed.
+
+    The streams use the chunk sizes in turn. With `random_phase` they start at random times within a chunk, otherwise
+    all at once.
     """
-    rng, heard = np.random.default_rng(seed), Heard()
+    rng, result = np.random.default_rng(seed), LoadResult()
     start = time.perf_counter() + 0.05
-    order = iter(range(calls)) if calls is not None else iter(lambda: int(rng.integers(1 << 30)), None)
-    callers = [_Caller(model, clips, order, chunk_ms[index % len(chunk_ms)], heard, start) for index in range(streams)]
-    due = [(start + (rng.uniform(0, c.chunk_ms / 1000) if phases else 0.0), i) for i, c in enumerate(callers)]
+    order = iter(range(total_clips)) if total_clips is not None else iter(lambda: int(rng.integers(1 << 30)), None)
+    clients = [_Client(model, clips, order, chunk_ms[index % len(chunk_ms)], result, start) for index in range(streams)]
+    due = [(start + (rng.uniform(0, c.chunk_ms / 1000) if random_phase else 0.0), i) for i, c in enumerate(clients)]
     heapq.heapify(due)
     try:
         while due and due[0][0] < start + seconds:
-            moment, index = heapq.heappop(due)
-            time.sleep(max(0.0, moment - time.perf_counter()))
-            heard.lateness.append(time.perf_counter() - moment)
-            following = callers[index].go_on(moment)
-            if following is not None:
-                heapq.heappush(due, (following, index))
-        while calls is not None and not all(caller.done.wait(0.01) for caller in callers):
+            due_time, index = heapq.heappop(due)
+            time.sleep(max(0.0, due_time - time.perf_counter()))
+            result.lateness.append(time.perf_counter() - due_time)
+            next_time = clients[index].advance(due_time)
+            if next_time is not None:
+                heapq.heappush(due, (next_time, index))
+        while total_clips is not None and not all(client.done.wait(0.01) for client in clients):
             pass
-        heard.seconds = time.perf_counter() - start
-        heard.waiting = sum(caller.overdue(time.perf_counter()) for caller in callers)
+        result.seconds = time.perf_counter() - start
+        result.overdue = sum(client.overdue(time.perf_counter()) for client in clients)
     finally:
-        for caller in callers:
-            caller.close()
-    return heard
+        for client in clients:
+            client.close()
+    return result
 
 
-class _Caller:
-    """One live stream after another, never two at once."""
+class _Client:
+    """Pushes one live stream after another, never two at the same time."""
 
     def __init__(
-        self, model: Model, clips: Sequence[Floats], order: Iterator[int], chunk_ms: int, heard: Heard, start: float
+        self,
+        model: Model,
+        clips: Sequence[Floats],
+        order: Iterator[int],
+        chunk_ms: int,
+        result: LoadResult,
+        start: float,
     ) -> None:
         self._model, self._clips, self._order, self.chunk_ms = model, clips, order, chunk_ms
-        self._heard, self._start = heard, start
+        self._result, self._start = result, start
         self._rate, self._lead = model.manifest.features.sample_rate, model.manifest.lead
         self._samples = model.manifest.chunk(chunk_ms).samples
         self._stream: StreamSession | None = None
-        self._spoken: deque[float] = deque()  # moments of the chunks that have no result yet
-        self.done = threading.Event()  # nothing is being said or recognised
+        self._pending: deque[float] = deque()  # end times of the audio of chunks without a result
+        self.done = threading.Event()  # no stream is open
         self.done.set()
 
-    def go_on(self, moment: float) -> float | None:
-        """Push what was spoken up to `moment`; when to be called next, or never."""
+    def advance(self, now: float) -> float | None:
+        """Push the packet that is due at `now`. Return the time of the next call, or None after the last clip."""
         try:
             if self._stream is None:
-                return self._begin(moment)
-            if self._sent == len(self._audio):  # its last words are still being recognised
+                return self._start_stream(now)
+            if self._sent == len(self._audio):  # the end of the clip is still being processed
                 if not self.done.is_set():
-                    return moment + PACKET
+                    return now + PACKET
                 self._stream = None
-                return self._begin(moment)
+                return self._start_stream(now)
             self._push(self._stream)
         except NemostreamError as error:
-            self._heard.errors.append(str(error))
+            self._result.errors.append(str(error))
             self.close()
             self._stream = None
-        return moment + PACKET
+        return now + PACKET
 
     def overdue(self, now: float) -> int:
-        """Chunks spoken more than a chunk's length ago that have no result."""
-        return sum(spoken < now - self.chunk_ms / 1000 for spoken in self._spoken)
+        """Return the number of chunks without a result more than a chunk duration after their audio ended."""
+        return sum(audio_end < now - self.chunk_ms / 1000 for audio_end in self._pending)
 
     def close(self) -> None:
-        self.done.set()  # first: what is heard from now on, that the stream was closed for one, is no result
+        self.done.set()  # before closing: the error that closing causes in `_on_step` is not a failure
         if self._stream:
             self._stream.close()
 
-    def _begin(self, moment: float) -> float | None:
+    def _start_stream(self, now: float) -> float | None:
         clip = next(self._order, None)
         if clip is None:
             return None
         self._clip = clip % len(self._clips)
-        self._audio, self._sent, self._began = self._clips[self._clip], 0, moment
-        self._spoken.clear()
-        self._stream = self._model.open_session(self._rate, 1, self._listen, chunk_ms=self.chunk_ms)
+        self._audio, self._sent, self._stream_start = self._clips[self._clip], 0, now
+        self._pending.clear()
+        self._stream = self._model.open_session(self._rate, 1, self._on_step, chunk_ms=self.chunk_ms)
         self.done.clear()
-        return moment + PACKET
+        return now + PACKET
 
     def _push(self, stream: StreamSession) -> None:
-        piece = self._audio[self._sent :][: round(PACKET * self._rate)]
+        packet = self._audio[self._sent :][: round(PACKET * self._rate)]
         chunks = (self._sent + self._lead) // self._samples
-        self._sent += len(piece)
-        self._heard.audio += len(piece) / self._rate
+        self._sent += len(packet)
+        self._result.audio_seconds += len(packet) / self._rate
         for chunk in range(chunks, (self._sent + self._lead) // self._samples):
-            self._spoken.append(self._began + max((chunk + 1) * self._samples - self._lead, 0) / self._rate)
-        stream.feed(piece)
+            end_sample = max((chunk + 1) * self._samples - self._lead, 0)
+            self._pending.append(self._stream_start + end_sample / self._rate)
+        stream.feed(packet)
         if self._sent == len(self._audio):
             stream.finish()
 
-    def _listen(self) -> None:
-        """On the scheduler's thread, after each step."""
+    def _on_step(self) -> None:
+        """Record results; called on the scheduler's thread after each step."""
         stream, now = self._stream, time.perf_counter()
         if stream is None or self.done.is_set():
             return
         try:
             for _ in stream.collect():
-                if self._spoken:  # the steps that end a stream belong to its final result
-                    spoken = self._spoken.popleft()
-                    self._heard.results.append((self.chunk_ms, spoken - self._start, now - spoken))
+                if self._pending:  # the steps that flush the stream belong to its final result
+                    audio_end = self._pending.popleft()
+                    self._result.results.append((self.chunk_ms, audio_end - self._start, now - audio_end))
             if stream.ended and stream.settled():
-                self._heard.finals.append(now - self._began - self._sent / self._rate)
-                self._heard.texts.append((self._clip, stream.final().text))
+                self._result.finals.append(now - self._stream_start - self._sent / self._rate)
+                self._result.texts.append((self._clip, stream.final().text))
                 self.done.set()
         except NemostreamError as error:
             if not self.done.is_set():
-                self._heard.errors.append(str(error))
+                self._result.errors.append(str(error))
                 self.done.set()
 
 
-class Watched:
-    """A backend whose steps are timed: milliseconds of each by chunk size, and how many rows it had."""
+class StepRecorder:
+    """A backend wrapper that records chunk size, rows and duration of every step."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -174,12 +185,12 @@ class Watched:
 
     def submit(self, batch: Batch) -> Any:
         start = time.perf_counter()
-        return _Watching(self, batch, start, self._backend.submit(batch))
+        return _RecordedStep(self, batch, start, self._backend.submit(batch))
 
 
 @dataclass(frozen=True)
-class _Watching:
-    watched: Watched
+class _RecordedStep:
+    recorder: StepRecorder
     batch: Batch
     start: float
     pending: Any
@@ -187,5 +198,5 @@ class _Watching:
     def result(self) -> Emissions:
         emissions = self.pending.result()
         elapsed = 1000 * (time.perf_counter() - self.start)
-        self.watched.steps.append((self.batch.chunk.ms, len(self.batch.slots), elapsed))
+        self.recorder.steps.append((self.batch.chunk.ms, len(self.batch.slots), elapsed))
         return emissions

@@ -1,7 +1,7 @@
-"""NeMo, the opponent that counts: its streaming step in all the ways it can be set up, its ONNX export, its words.
+"""NeMo: its streaming step in several configurations, its ONNX export, and its offline transcripts.
 
-Whatever is set up for all of them: greedy decoding in batches, by label looping, without beam, timestamps or confidence
-(on a GPU with NeMo's own CUDA graphs); inference mode; features computed beforehand.
+All configurations use batched greedy decoding with label looping, without beam search, timestamps or confidence (on a
+GPU with NeMo's CUDA graphs), inference mode, and features computed in advance.
 """
 
 from __future__ import annotations
@@ -17,57 +17,59 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.records import Tokens
-from nemostream.benchmarks.harness.timed import Feed, longest
+from nemostream.benchmarks.harness.timed import AudioFeed, longest
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import BackendError, OptionError
 
 KINDS = {
-    "fp32": "`conformer_stream_step` as it comes, weights and caches in fp32 (on a GPU products in TF32)",
-    "bf16": "the same with weights, inputs and caches in bf16 (autocast would bring attention back to fp32)",
-    "compile": "fp32, the encoder's forward under torch.compile (static shapes, weights frozen, products autotuned)",
-    "compile bf16": "the same in bf16",
-    "graph": "bf16, the encoder's step captured in a CUDA graph over static buffers, caches moved on within the graph",
+    "fp32": "`conformer_stream_step`, weights and caches in fp32 (on a GPU products in TF32)",
+    "bf16": "`conformer_stream_step`, weights, inputs and caches in bf16 (autocast would run attention in fp32)",
+    "compile": "fp32, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)",
+    "compile bf16": (
+        "bf16, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)"
+    ),
+    "graph": "bf16, encoder step captured in a CUDA graph with static buffers, cache update included",
 }
 
 
-class Nemo:
-    """NeMo's official step, `conformer_stream_step`, caches and hypotheses carried; `kind` is one of `KINDS`."""
+class NemoRunner:
+    """NeMo's official step `conformer_stream_step` with its caches and hypotheses; `kind` is a key of `KINDS`."""
 
     covers = "mel to tokens"
 
-    def __init__(self, model: Any, feed: Feed, chunk: ChunkConfig, kind: str = "fp32") -> None:
+    def __init__(self, model: Any, feed: AudioFeed, chunk: ChunkConfig, kind: str = "fp32") -> None:
         import torch
 
         self.name, self.setup = f"NeMo, {kind}", KINDS[kind]
-        self._torch, self._model, self._feed, self._wanted = torch, model, feed, chunk
+        self._torch, self._model, self._feed, self._target_chunk = torch, model, feed, chunk
         self._device = next(model.parameters()).device
-        # TF32 is not fp32: random weights may say something else then.
+        # On a GPU, products in TF32 may change the tokens of a model with random weights.
         self.exact = kind in ("fp32", "compile") and self._device.type == "cpu"
-        self._type = torch.bfloat16 if kind == "graph" or "bf16" in kind else torch.float32
+        self._dtype = torch.bfloat16 if kind == "graph" or "bf16" in kind else torch.float32
         with torch.inference_mode():
-            self._mel = feed.mel(model).to(self._device, self._type)
-            model.to(self._type)
-        self._use(longest(feed.manifest, chunk))
+            self._mel = feed.mel(model).to(self._device, self._dtype)
+            model.to(self._dtype)
+        self._set_chunk(longest(feed.manifest, chunk))
         self._caches = model.encoder.get_initial_cache_state(
-            batch_size=feed.rows, dtype=self._type, device=self._device
+            batch_size=feed.rows, dtype=self._dtype, device=self._device
         )
         self._hypotheses: Any = None
         self._kind = kind
         self._replay: Callable[[], None] | None = None
         self._eager = self._forward = model.encoder.forward_internal
 
-    def fill(self, frames: int) -> None:
+    def fill_caches(self, frames: int) -> None:
         position = 0
         while position < frames:
             self.step(position)
             position += self._chunk.frames
         if int(self._caches[2].min()) < self._chunk.left:
-            raise BackendError(f"NeMo holds {int(self._caches[2].min())} frames of context, not {self._chunk.left}.")
-        self._use(self._wanted)
+            raise BackendError(f"NeMo caches {int(self._caches[2].min())} frames of context, not {self._chunk.left}.")
+        self._set_chunk(self._target_chunk)
         if self._kind.startswith("compile"):
-            best = {"freezing": True, "max_autotune": True}
-            self._forward = self._torch.compile(self._eager, dynamic=False, options=best)
-            # Compiled when first called: now, with caches that are thrown away.
+            options = {"freezing": True, "max_autotune": True}
+            self._forward = self._torch.compile(self._eager, dynamic=False, options=options)
+            # The first call compiles; its caches are discarded.
             with self._torch.inference_mode():
                 self._model.encoder.forward_internal = self._forward
                 self._model.encoder.cache_aware_stream_step(**self._inputs(position))
@@ -87,7 +89,7 @@ class Nemo:
                     partial_hypotheses=self._hypotheses,
                 )
                 return
-            self._model.encoder.forward_internal = self._forward  # one model may serve several sides
+            self._model.encoder.forward_internal = self._forward  # several runners may share a model
             _, _, *caches, self._hypotheses = self._model.conformer_stream_step(
                 **self._inputs(position), previous_hypotheses=self._hypotheses, return_transcription=True
             )
@@ -100,7 +102,7 @@ class Nemo:
         self._model.encoder.forward_internal = self._eager
         self._caches = self._hypotheses = self._replay = None
 
-    def _use(self, chunk: ChunkConfig) -> None:
+    def _set_chunk(self, chunk: ChunkConfig) -> None:
         self._chunk = chunk
         with quiet():
             self._model.encoder.set_default_att_context_size([chunk.left, chunk.frames - 1])
@@ -124,37 +126,40 @@ class Nemo:
         }
 
     def _capture(self, position: int) -> None:
-        """Record the encoder's step over copies of its inputs; the graph ends by moving the caches on."""
+        """Capture the encoder step on static copies of its inputs; the graph also updates the caches."""
         torch, encoder = self._torch, self._model.encoder
         inputs = self._inputs(position)
         self._static = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
         names = ("cache_last_channel", "cache_last_time", "cache_last_channel_len")
-        kept = {name: self._static[name].clone() for name in names}
+        initial = {name: self._static[name].clone() for name in names}
 
-        def work() -> None:
+        def encoder_step() -> None:
             encoded, lengths, *caches = encoder.cache_aware_stream_step(**self._static)
             for name, cache in zip(names, caches, strict=True):
                 self._static[name].copy_(cache)
             self._outputs = encoded, lengths
 
         with torch.inference_mode():
-            self._replay = record_graph(work)
+            self._replay = record_graph(encoder_step)
             for name in names:
-                self._static[name].copy_(kept[name])
+                self._static[name].copy_(initial[name])
 
 
 def record_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of what `work` queues, after three runs that set everything up; a function that launches it."""
+    """Capture the work that `work` queues in a CUDA graph, after three warm-up runs. Return a function to launch it.
+
+    Raises `OptionError` without a GPU.
+    """
     import torch
 
     if not torch.cuda.is_available():
         raise OptionError("a CUDA graph needs a GPU.")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             work()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
@@ -162,13 +167,13 @@ def record_graph(work: Callable[[], None]) -> Callable[[], None]:
 
 
 class NemoOffline:
-    """NeMo's words for a whole recording: the offline forward with a chunk size's mask, and its greedy decoding."""
+    """NeMo's offline transcripts of whole recordings, with the attention mask of a chunk size and greedy decoding."""
 
     def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
         self._model = load_nemo(checkpoint, device)
 
     def transcribe(self, samples: NDArray[np.float32], chunk: ChunkConfig) -> tuple[list[int], str]:
-        """Tokens and text of one recording [N] at the model's rate."""
+        """Return token ids and text of one recording; `samples` [N] at the sample rate of the model."""
         import torch
 
         model = self._model
@@ -184,13 +189,13 @@ class NemoOffline:
         return tokens, model.tokenizer.ids_to_text(tokens)
 
 
-# -- setting it up -----------------------------------------------------------------------------------------------------
+# -- loading and export ------------------------------------------------------------------------------------------------
 
 
 def load_nemo(checkpoint: Path, device: str = "cpu") -> Any:
-    """The checkpoint in NeMo, eval mode, fp32, set to batched label looping without beam, timestamps or confidence.
+    """Load a checkpoint in NeMo: eval mode, fp32, batched label looping without beam, timestamps or confidence.
 
-    On a GPU ("cuda"): products in TF32, and NeMo's own CUDA graphs for decoding.
+    On a GPU (`device` "cuda"), products use TF32 and decoding uses NeMo's CUDA graphs.
     """
     import torch
     from nemo.collections.asr.models import ASRModel
@@ -208,7 +213,7 @@ def load_nemo(checkpoint: Path, device: str = "cpu") -> Any:
 
 
 def export_nemo(model: Any, manifest: Manifest, chunk: ChunkConfig, folder: Path, int8: bool = False) -> Path:
-    """NeMo's ONNX export of one chunk size, with metadata and tokens as sherpa-onnx's published recipe has them."""
+    """Export one chunk size to ONNX with NeMo, with metadata and tokens as in the published recipe of sherpa-onnx."""
     import onnx
 
     folder.mkdir(parents=True)
@@ -218,7 +223,7 @@ def export_nemo(model: Any, manifest: Manifest, chunk: ChunkConfig, folder: Path
         for part, name in ((model.encoder, "encoder"), (model.decoder, "decoder"), (model.joint, "joiner")):
             part.export(str(folder / f"{name}.onnx"))
     spec, net, factor = manifest.encoder, manifest.decoder, manifest.encoder.subsampling
-    described = {
+    metadata = {
         "vocab_size": net.vocabulary,
         "window_size": factor * chunk.frames + 9,
         "chunk_size_ms": chunk.ms,
@@ -239,16 +244,16 @@ def export_nemo(model: Any, manifest: Manifest, chunk: ChunkConfig, folder: Path
         "model_author": "NeMo",
     }
     encoder = onnx.load(folder / "encoder.onnx")
-    for name, value in described.items():
+    for name, value in metadata.items():
         encoder.metadata_props.add(key=name, value=str(value))
-    outside = sum(tensor.ByteSize() for tensor in encoder.graph.initializer) > 1 << 30
-    for left in folder.glob("*"):  # the exporter leaves a file per large weight
-        if left.suffix != ".onnx":
-            left.unlink()
+    external = sum(tensor.ByteSize() for tensor in encoder.graph.initializer) > 1 << 30
+    for file in folder.glob("*"):  # the exporter writes one file for each large weight
+        if file.suffix != ".onnx":
+            file.unlink()
     onnx.save(
         encoder,
         folder / "encoder.onnx",
-        save_as_external_data=outside,
+        save_as_external_data=external,
         all_tensors_to_one_file=True,
         location="encoder.data",
     )
@@ -256,7 +261,7 @@ def export_nemo(model: Any, manifest: Manifest, chunk: ChunkConfig, folder: Path
     for value in [*decoder.graph.input, *decoder.graph.output]:
         shape = value.type.tensor_type.shape.dim
         if len(shape) == 3 and shape[0].dim_value == net.layers:
-            shape[1].dim_param = "B"  # exported as 1 for one of the two states
+            shape[1].dim_param = "B"  # one of the two states is exported with batch size 1
     onnx.save(decoder, folder / "decoder.onnx")
     pieces = [*model.joint.vocabulary, "<blk>"]
     lines = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
@@ -272,7 +277,7 @@ def export_nemo(model: Any, manifest: Manifest, chunk: ChunkConfig, folder: Path
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """NeMo without its information and warnings."""
+    """Suppress NeMo's log messages below errors, and warnings."""
     from nemo.utils import logging as nemo_logging
 
     level = nemo_logging.getEffectiveLevel()

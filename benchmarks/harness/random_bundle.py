@@ -1,9 +1,10 @@
-"""A full-size bundle of random weights, written where it is needed: no NeMo, no PyTorch, nothing to copy there.
+"""Create a full-size bundle with random weights, without NeMo, PyTorch or a download.
 
     python -m nemostream.benchmarks.harness.random_bundle OUT/
 
-It has the published model's shape and the front end of the packaged one, so every graph and kernel does its full work;
-what it says means nothing. (`synthetic` makes a whole NeMo checkpoint instead, to compare with NeMo.)
+The bundle has the shape of the published model and the front end of the packaged model, so that all graphs and kernels
+do the same work as with real weights. Its transcripts are meaningless. `synthetic` creates a NeMo checkpoint instead,
+for comparisons with NeMo.
 """
 
 from __future__ import annotations
@@ -28,18 +29,21 @@ from nemostream.export.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class RandomCheckpoint(Checkpoint):
-    """Tensors by the names a real checkpoint has, each drawn from its own seed when it is asked for."""
+    """A checkpoint with the tensor names of a real one; each tensor is drawn on access, seeded by its name."""
 
     sizes: Sizes
     seed: int
-    front: Bundle  # whose window and mel filters are used
+    front_end: Bundle  # source of the window and the mel filters
 
     def array(self, name: str) -> NDArray[Any]:
         if name == "preprocessor.featurizer.window":
-            inner = [self.front.weight("features.window_left"), self.front.weight("features.window_right")[::-1]]
+            inner = [
+                self.front_end.weight("features.window_left"),
+                self.front_end.weight("features.window_right")[::-1],
+            ]
             return np.concatenate([[0.0], *inner, [0.0]])
         if name == "preprocessor.featurizer.fb":
-            return np.array(self.front.weight("features.filters").T[None])
+            return np.array(self.front_end.weight("features.filters").T[None])
         shape = self._shape(name)
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         array = rng.standard_normal(shape, np.float32)
@@ -57,25 +61,25 @@ class RandomCheckpoint(Checkpoint):
 
     def _shape(self, name: str) -> tuple[int, ...]:
         s = self.sizes
-        wide, hidden, channels = s.d_model, s.pred_hidden, s.conv_channels
+        width, hidden, channels = s.d_model, s.pred_hidden, s.conv_channels
         bins = s.mels
         for _ in range(s.subsampling.bit_length() - 1):
             bins = bins // 2 + 1
-        known: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {  # by the end of the name
             "pre_encode.conv.0.weight": (channels, 1, 3, 3),
             **{f"pre_encode.conv.{n}.weight": (channels, 1, 3, 3) for n in (2, 5)},
             **{f"pre_encode.conv.{n}.weight": (channels, channels, 1, 1) for n in (3, 6)},
             **{f"pre_encode.conv.{n}.bias": (channels,) for n in (0, 2, 3, 5, 6)},
-            "pre_encode.out.weight": (wide, channels * bins),
-            "pre_encode.out.bias": (wide,),
-            **{f"feed_forward{n}.linear1.weight": (4 * wide, wide) for n in (1, 2)},
-            **{f"feed_forward{n}.linear2.weight": (wide, 4 * wide) for n in (1, 2)},
-            **{f"self_attn.linear_{part}.weight": (wide, wide) for part in ("q", "k", "v", "out", "pos")},
-            **{f"self_attn.pos_bias_{letter}": (s.n_heads, wide // s.n_heads) for letter in "uv"},
-            "conv.pointwise_conv1.weight": (2 * wide, wide, 1),
-            "conv.depthwise_conv.weight": (wide, 1, s.conv_kernel),
-            "conv.pointwise_conv2.weight": (wide, wide, 1),
-            "joint.enc.weight": (s.joint_hidden, wide),
+            "pre_encode.out.weight": (width, channels * bins),
+            "pre_encode.out.bias": (width,),
+            **{f"feed_forward{n}.linear1.weight": (4 * width, width) for n in (1, 2)},
+            **{f"feed_forward{n}.linear2.weight": (width, 4 * width) for n in (1, 2)},
+            **{f"self_attn.linear_{part}.weight": (width, width) for part in ("q", "k", "v", "out", "pos")},
+            **{f"self_attn.pos_bias_{letter}": (s.n_heads, width // s.n_heads) for letter in "uv"},
+            "conv.pointwise_conv1.weight": (2 * width, width, 1),
+            "conv.depthwise_conv.weight": (width, 1, s.conv_kernel),
+            "conv.pointwise_conv2.weight": (width, width, 1),
+            "joint.enc.weight": (s.joint_hidden, width),
             "joint.pred.weight": (s.joint_hidden, hidden),
             "joint.joint_net.2.weight": (s.vocab + 1, s.joint_hidden),
             "joint.joint_net.2.bias": (s.vocab + 1,),
@@ -85,26 +89,29 @@ class RandomCheckpoint(Checkpoint):
             **{f"lstm.weight_{side}h_l{n}": (4 * hidden, hidden) for side in "ih" for n in range(s.pred_layers)},
             **{f"lstm.bias_{side}h_l{n}": (4 * hidden,) for side in "ih" for n in range(s.pred_layers)},
         }
-        for end, shape in known.items():
-            if name.endswith(f".{end}") or name == end:
+        for suffix, shape in shapes.items():
+            if name.endswith(f".{suffix}") or name == suffix:
                 return shape
         if "norm" in name:
-            return (wide,)
-        raise KeyError(f"nobody knows the shape of {name}")
+            return (width,)
+        raise KeyError(f"unknown tensor: {name}")
 
 
 def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) -> Bundle:
-    """Write the bundle into the folder `out`, replacing it. Needs disk for the weights once (2.4 GB), little memory."""
-    out, sizes, front = Path(out), sizes or Sizes(), Bundle.open(nemostream.demo_bundle())
-    frame = front.manifest.features.hop * sizes.subsampling
-    rate = front.manifest.features.sample_rate
+    """Write a bundle with random weights into the folder `out`, replacing it, and return it.
+
+    Needs 2.4 GB of disk space for the default sizes, and little memory.
+    """
+    out, sizes, front_end = Path(out), sizes or Sizes(), Bundle.open(nemostream.demo_bundle())
+    frame = front_end.manifest.features.hop * sizes.subsampling
+    rate = front_end.manifest.features.sample_rate
     chunks = [
         ChunkConfig(1000 * (right + 1) * frame // rate, right + 1, left, (right + 1) * frame)
         for left, right in sizes.contexts
     ]
-    source = RandomCheckpoint(
+    checkpoint = RandomCheckpoint(
         name="random",
-        features=front.manifest.features,
+        features=front_end.manifest.features,
         encoder=EncoderConfig(
             sizes.n_layers,
             sizes.d_model,
@@ -115,27 +122,27 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
         ),
         decoder=DecoderConfig(sizes.pred_layers, sizes.pred_hidden, sizes.joint_hidden, sizes.vocab, 10, "relu"),
         chunks=tuple(sorted(chunks, key=lambda chunk: chunk.ms)),
-        log_guard=float(front.weight("features.guard")[0]),
+        log_guard=float(front_end.weight("features.guard")[0]),
         conv_norm=sizes.conv_norm_type,
         input_scale=1.0,
         joint_output="joint.joint_net.2",
-        tokenizer=front.path / front.manifest.tokenizer.file,
+        tokenizer=front_end.path / front_end.manifest.tokenizer.file,
         state={},
         sizes=sizes,
         seed=seed,
-        front=front,
+        front_end=front_end,
     )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    return write_bundle(source, out, {"source": f"random weights, seed {seed}"})
+    return write_bundle(checkpoint, out, {"source": f"random weights, seed {seed}"})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nemostream.benchmarks.harness.random_bundle", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, help="folder for the bundle; it is replaced")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     options = parser.parse_args(arguments)
     print(random_bundle(options.out, options.seed).path)
 

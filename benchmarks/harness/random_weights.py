@@ -1,21 +1,26 @@
-"""Making a transducer of random weights say about as much as a speaker does, and in the same rhythm.
+"""Calibration of a transducer with random weights to the token rate and rhythm of English speech.
 
-Decoding costs a joint per verdict and an LSTM step per label, so a benchmark needs labels at a lifelike rate. Random
-weights with a calibrated blank do not give them: they fall into bursts of the ten labels that one frame may have and
-then into silence, because frame and prediction hardly interact. So two of the joint's units are made a Schmitt trigger:
+Decoding runs the joint once per label or blank, and an LSTM step per label, so a benchmark needs a realistic token
+rate. Calibrating only the bias of blank is not enough: because frame and prediction hardly interact, the model emits
+bursts of `MAX_SYMBOLS` labels at one frame and then none for a long time. Two units of the joint therefore form a
+Schmitt trigger:
 
-* Labels are of two classes, even and odd ids, told apart by a vector added to their embeddings, and so by the
-  prediction of a forgetful LSTM: c = +1 or -1 for the class of the last label, by ridge regression on its outputs.
-* The frame gives z, the fastest-changing direction among its 16 principal components on a clip of speech, which
-  crosses zero a few times a second however loud the speaker is.
-* Unit 0 fires when c = +1 and z > 0 and favours odd labels; unit 1 fires when c = -1 and z < 0 and favours even ones.
-  So a label is said whenever z has crossed over, seldom two at one frame, and what was said decides what comes next.
+* Labels have two classes, even and odd ids. A vector added to the embeddings of one class separates them. A linear
+  function of the prediction network's output, fitted by ridge regression, gives the class of the last label: c = +1 or
+  -1.
+* A linear function of the encoder frame gives z: the direction that changes fastest among the 16 principal components
+  on a clip of speech. z crosses zero a few times per second, independent of the volume.
+* Unit 0 is active if c = +1 and z > 0, and increases the logits of odd labels; unit 1 is active if c = -1 and z < 0,
+  and increases the logits of even labels. The model therefore emits a label when z has crossed zero, rarely two at one
+  frame, and each label determines the class of the next.
 
-All other units stay random, standardised on the clip, and choose *which* label. Blank's bias is how far z must cross:
-it is found by trying, so that greedy decoding of the clip gives `TOKENS_PER_SECOND`.
+All other units stay random, standardised on the clip, and select the label within the class. The bias of blank
+determines how far z must cross zero; it is searched so that greedy decoding of the clip emits `TOKENS_PER_SECOND`.
 
-The clip is heard twice, and only the second time is counted: while the caches of a stream fill, a deep encoder of
-random weights swings widely and says several times as much as for the hour after.
+The clip is processed twice and only the second half is counted: while the caches of a stream fill, a deep encoder with
+random weights has large activations and the model emits several times as many tokens as later.
+
+Shapes: N clips (conditions), T encoder frames, D encoder width, J joint width.
 """
 
 from __future__ import annotations
@@ -25,20 +30,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENS_PER_SECOND = 3.5  # English speech in word pieces
-MAX_SYMBOLS = 10
+TOKENS_PER_SECOND = 3.5  # word pieces of English speech
+MAX_SYMBOLS = 10  # labels per frame, as in NeMo's configuration
 _COMPONENTS = 16
-_VETO = 3.0  # how much a unit is held down by the wrong class, in deviations of z
-_FRAME_SHARE = 0.1  # deviation of the frame's random part beside the prediction's, which is 1
-_GAIN = 4.0  # logits per deviation of z beyond the trigger's threshold
-_SPREAD = 0.3  # deviation of the random logits that choose the label: too little to beat blank without the trigger
+_VETO = 3.0  # inhibition of a trigger unit by the wrong class, in standard deviations of z
+_FRAME_SHARE = 0.1  # standard deviation of the random units' frame part; that of the prediction part is 1
+_GAIN = 4.0  # logits per standard deviation of z beyond the threshold
+_SPREAD = 0.3  # standard deviation of the random logits that select the label; too small to exceed blank alone
 
 
 def calibrate_random_weights(model: Any, clips: Tensor, seconds: float) -> None:
-    """Change the model's embedding, LSTM and joint in place.
+    """Calibrate embedding, LSTM and joint of a NeMo model in place.
 
-    `clips` [N, T, D] are its encoder's outputs on speech; their second halves, which count, are of so many `seconds`
-    together. Several chunk sizes and levels of loudness make the trigger indifferent to them.
+    `clips` [N, T, D] are encoder outputs on speech, at several chunk sizes and volumes so that the trigger does not
+    depend on them. Only their second halves are counted; `seconds` is their total duration.
     """
     import torch
 
@@ -50,10 +55,10 @@ def calibrate_random_weights(model: Any, clips: Tensor, seconds: float) -> None:
     for name, parameter in model.decoder.prediction["dec_rnn"].named_parameters():
         if "weight" in name:
             parameter *= 2
-        elif "bias_ih" in name:  # input, forget, cell and output gate: let the last label prevail
+        elif "bias_ih" in name:  # input, forget, cell and output gate: the last label dominates
             parameter += torch.tensor([1.0, -3.0, 0.0, 1.0]).repeat_interleave(len(parameter) // 4)
 
-    # Sequences whose classes alternate, as the trigger makes them. Each begins with the state before any label.
+    # Label sequences [128, 16] with alternating classes, as emitted by the trigger, after the start state.
     labels = torch.randint(0, blank // 2, (128, 16)) * 2 + torch.arange(1, 17) % 2
     predictions, _ = model.decoder.predict(labels, None, add_sos=True)
     targets = torch.cat([torch.ones(128, 1), parity[labels]], dim=1).flatten()
@@ -80,7 +85,7 @@ def calibrate_random_weights(model: Any, clips: Tensor, seconds: float) -> None:
 
 
 def _calibrate_blank(model: Any, clips: Tensor, seconds: float) -> None:
-    """Try 16 biases at once: all that make sense, then around the best, for rates are not quite monotonic."""
+    """Search the bias of blank: 16 values over the whole range, then 16 around the best (rates are not monotonic)."""
     import torch
 
     bias = model.joint.joint_net[-1].bias
@@ -96,8 +101,10 @@ def _calibrate_blank(model: Any, clips: Tensor, seconds: float) -> None:
 
 
 def _count_labels(model: Any, frames: Tensor, blank_bias: Tensor) -> Tensor:
-    """Labels that plain greedy decoding makes of projected frames [N, T, J], `blank_bias` [N] added, in each row's
-    second half."""
+    """Return the number of labels [N] that greedy decoding emits in the second half of projected frames [N, T, J].
+
+    `blank_bias` [N] is added to the logit of blank.
+    """
     import torch
 
     joint, blank = model.joint, model.joint.num_classes_with_blank - 1
@@ -120,7 +127,7 @@ def _count_labels(model: Any, frames: Tensor, blank_bias: Tensor) -> Tensor:
 
 
 def _standardise(linear: Any, inputs: Tensor, scale: float) -> None:
-    """Give each output of `linear` mean 0 and deviation `scale` over `inputs` [N, in]."""
+    """Scale `linear` in place so that each output has mean 0 and standard deviation `scale` over `inputs` [N, in]."""
     outputs = linear(inputs)
     deviation = outputs.std(dim=0) / scale
     linear.weight /= deviation[:, None]
@@ -129,10 +136,10 @@ def _standardise(linear: Any, inputs: Tensor, scale: float) -> None:
 
 
 def _fastest_direction(clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [D] and offset of the direction that changes most between frames of a settled stream.
+    """Return weight [D] and offset of the direction that changes most between frames, with unit variance.
 
-    It has unit variance there. The first seconds of a stream swing widely, its caches being empty: directions that
-    take part in that are avoided, by counting the swing as spread without speed.
+    Changes are measured in the second half of the clips. The variance includes the first half, in which the caches are
+    still empty and activations are large, so that directions with large activations there are avoided.
     """
     import torch
 
@@ -149,7 +156,7 @@ def _fastest_direction(clips: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and offset of the linear function of `inputs` [N, in] nearest to `targets` [N]."""
+    """Return weight [in] and offset of the ridge regression from `inputs` [N, in] to `targets` [N]."""
     import torch
 
     centre = inputs.mean(dim=0)

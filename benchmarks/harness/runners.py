@@ -1,13 +1,14 @@
-"""The implementations of one streaming step, behind the same verbs, on the same audio.
+"""Runners: implementations of one streaming step with a common interface, on the same audio.
 
-All walk through the same `Feed`: rows of B streams that go on for ever. Position is counted in encoder frames; a step
-of T frames at position p consumes the samples of `Batch`, or the mel frames [8p - 16, 8p + 8T - 8], 9 of them history.
+All runners process the same `AudioFeed` of B streams. Positions are in encoder frames. A step of T frames at position p
+consumes the samples of `Batch`, or the mel frames [8p - 16, 8p + 8T - 8], of which 9 are history.
 
-Each opponent is set up at its best, and `setup` says how: weights loaded once, every buffer it can keep kept, features
-computed beforehand where its step begins with features, batched decoding where it has it. `covers` says what its time
-holds; whatever is left out is to our cost. (NeMo: `nemo`.)
+Each competing implementation uses its fastest configuration, described by `setup`: weights are loaded once, buffers are
+reused, features are computed in advance if the step starts with features, and decoding is batched if supported.
+`covers` describes which part of the step is timed; every omitted part is to the disadvantage of nemostream. NeMo's
+runner is in `nemo`.
 
-Letters: B rows, T frames, D model width, F mel frames, M mel bins.
+Shapes: B rows, T frames, D model width, F mel frames, M mel bins.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.records import Tokens
-from nemostream.benchmarks.harness.timed import Feed, longest
+from nemostream.benchmarks.harness.timed import AudioFeed, longest
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.backends.cpu import OrtBackend
@@ -27,51 +28,52 @@ from nemostream.runtime.decoding.greedy import DecoderState, label_looping
 
 Floats = NDArray[np.float32]
 
-FULL = "PCM to tokens"
-DECODED = "mel to tokens"
-ENCODED = "mel to encoder frames"
+# Values of `covers`.
+PCM_TO_TOKENS = "PCM to tokens"
+MEL_TO_TOKENS = "mel to tokens"
+MEL_TO_FRAMES = "mel to encoder frames"
 
 
-class Side(Protocol):
-    """One implementation. `fill` first, then `step` after `step`, each where the one before ended.
+class Runner(Protocol):
+    """One implementation. Call `fill_caches` first, then `step` for consecutive chunks.
 
-    Sides that can change their chunk size while they run `fill` with the longest: it takes the fewest steps, and with
-    80 ms NeMo's very first step has no frame and stumbles over that.
+    Runners that support it use the longest chunk size in `fill_caches`: it needs the fewest steps, and NeMo fails in
+    the first step with 80 ms chunks, which has no frame.
     """
 
     name: str
-    setup: str  # for the report
-    covers: str
-    exact: bool  # must say the same tokens as NeMo in fp32
+    setup: str  # configuration, for the report
+    covers: str  # timed part of a step
+    exact: bool  # must emit the same tokens as NeMo in fp32
 
-    def fill(self, frames: int) -> None:
-        """Hear so many frames from the start of the streams, so that every cache is full. Not timed."""
+    def fill_caches(self, frames: int) -> None:
+        """Process the first `frames` encoder frames of all streams, so that all caches are full. Not timed."""
         ...
 
     def step(self, position: int) -> None:
-        """One chunk of every row; over when it returns, on a GPU too."""
+        """Process one chunk of each row. Returns when the step is complete, on a GPU too."""
         ...
 
     def tokens(self) -> Tokens | None:
-        """Ids each row has said since the start; None if it does not decode. Not timed."""
+        """Return the token ids of each row since the start, or None if the runner does not decode. Not timed."""
         ...
 
     def close(self) -> None: ...
 
 
-class Ours:
-    """Any backend of ours. A step begins with PCM."""
+class NemostreamRunner:
+    """A backend of nemostream. A step starts with PCM."""
 
-    covers = FULL
+    covers = PCM_TO_TOKENS
 
-    def __init__(self, name: str, backend: Backend, feed: Feed, chunk: ChunkConfig, exact: bool = True) -> None:
+    def __init__(self, name: str, backend: Backend, feed: AudioFeed, chunk: ChunkConfig, exact: bool = True) -> None:
         self.name, self.exact = name, exact
-        self.setup = "`Backend.submit` until its result, as the scheduler calls it"
+        self.setup = "`Backend.submit` until its result, as called by the scheduler"
         self._backend, self._feed, self._chunk = backend, feed, chunk
-        self._said: list[list[int]] = [[] for _ in range(feed.rows)]
+        self._tokens: list[list[int]] = [[] for _ in range(feed.rows)]
         backend.reset(np.arange(feed.rows))
 
-    def fill(self, frames: int) -> None:
+    def fill_caches(self, frames: int) -> None:
         filler = longest(self._feed.manifest, self._chunk)
         for position in range(0, frames, filler.frames):
             self._step(filler, position)
@@ -82,29 +84,29 @@ class Ours:
         self._step(self._chunk, position)
 
     def tokens(self) -> Tokens:
-        return [list(row) for row in self._said]
+        return [list(row) for row in self._tokens]
 
     def _step(self, chunk: ChunkConfig, position: int) -> None:
         emissions = self._backend.submit(self._feed.batch(chunk, position)).result()
-        for row, new in zip(self._said, emissions.tokens, strict=True):
+        for row, new in zip(self._tokens, emissions.tokens, strict=True):
             row.extend(new.tolist())
 
     def close(self) -> None:
         self._backend.close()
 
 
-class NemoOnnx:
-    """NeMo's own ONNX export in ONNX Runtime: caches stay in buffers that are bound, decoding is label looping as ours.
+class NemoOnnxRunner:
+    """NeMo's ONNX export in ONNX Runtime. Caches stay in bound buffers; decoding is nemostream's label looping.
 
-    At the start of a stream its step sees nine frames of zeros that NeMo's offline forward does not, so its first words
-    may differ.
+    At the start of a stream the step reads nine frames of zeros that NeMo's offline forward does not have, so the first
+    words may differ.
     """
 
-    name, covers, exact = "ONNX Runtime, NeMo's export", DECODED, False
-    setup = "NeMo's own export; caches stay in bound buffers (on a GPU there); our label looping around its joint"
+    name, covers, exact = "ONNX Runtime, NeMo's export", MEL_TO_TOKENS, False
+    setup = "NeMo's ONNX export; caches in bound buffers on the device; nemostream's label looping with NeMo's joint"
 
     def __init__(
-        self, exported: Path, model: Any, feed: Feed, chunk: ChunkConfig, threads: int, device: str = "cpu"
+        self, exported: Path, model: Any, feed: AudioFeed, chunk: ChunkConfig, threads: int, device: str = "cpu"
     ) -> None:
         import onnxruntime as ort
 
@@ -124,9 +126,9 @@ class NemoOnnx:
         self._binding = self._encoder.io_binding()
         start = DecoderState.initial(self._net, net.layers, net.hidden)
         self._state = start.repeat(feed.rows)
-        self._said: list[list[int]] = [[] for _ in range(feed.rows)]
+        self._tokens: list[list[int]] = [[] for _ in range(feed.rows)]
 
-    def fill(self, frames: int) -> None:
+    def fill_caches(self, frames: int) -> None:
         for position in range(0, frames, self._chunk.frames):
             self.step(position)
 
@@ -145,18 +147,18 @@ class NemoOnnx:
         self._caches = dict(zip(self._caches, after, strict=True))
         frames = np.ascontiguousarray(encoded.numpy().transpose(0, 2, 1))
         counts = np.full(self._feed.rows, frames.shape[1], np.int64)
-        for row, new in zip(self._said, label_looping(self._net, frames, counts, self._state)[0], strict=True):
+        for row, new in zip(self._tokens, label_looping(self._net, frames, counts, self._state)[0], strict=True):
             row.extend(new.tokens)
 
     def tokens(self) -> Tokens:
-        return [list(row) for row in self._said]
+        return [list(row) for row in self._tokens]
 
     def close(self) -> None:
         del self._encoder, self._net
 
 
 class _NemoTransducer:
-    """NeMo's exported prediction net and joint, as label looping calls them. Frames and predictions are unprojected."""
+    """NeMo's exported prediction network and joint with the interface of `label_looping`; inputs are not projected."""
 
     def __init__(self, exported: Path, manifest: Manifest, device: str = "cpu") -> None:
         self.blank, self.max_symbols = manifest.decoder.blank, manifest.decoder.max_symbols
@@ -181,19 +183,22 @@ class _NemoTransducer:
         return logits.reshape(len(encoded), -1)
 
 
-class Sherpa:
-    """sherpa-onnx's online recogniser, greedy search, on NeMo's export in its format, all rows in `decode_streams`.
+class SherpaRunner:
+    """Online recogniser of sherpa-onnx with greedy search on NeMo's export, all rows in one `decode_streams`.
 
-    It computes its own features, and its window begins with frames that NeMo's offline forward does not have, so tokens
-    may differ here and there. int8 is its own recipe: ONNX Runtime's dynamic quantisation with unsigned weights.
+    It computes its own features, and its window starts with frames that NeMo's offline forward does not have, so some
+    tokens may differ. int8 follows the recipe of sherpa-onnx: dynamic quantisation by ONNX Runtime, unsigned weights.
     """
 
-    covers, exact = FULL, False
+    covers, exact = PCM_TO_TOKENS, False
     setup = (
-        "its online recogniser, greedy, NeMo's export in its format (int8 by its own recipe), `decode_streams` of all"
+        "online recogniser of sherpa-onnx, greedy search, NeMo's ONNX export (int8: recipe of sherpa-onnx), "
+        "one `decode_streams` for all rows"
     )
 
-    def __init__(self, exported: Path, feed: Feed, chunk: ChunkConfig, threads: int, precision: str = "fp32") -> None:
+    def __init__(
+        self, exported: Path, feed: AudioFeed, chunk: ChunkConfig, threads: int, precision: str = "fp32"
+    ) -> None:
         import sherpa_onnx
 
         self.name = f"sherpa-onnx, {precision}"
@@ -210,9 +215,9 @@ class Sherpa:
         )
         self._streams = [self._recognizer.create_stream() for _ in range(feed.rows)]
         self._ids = {line.rsplit(" ", 1)[0]: index for index, line in enumerate(_lines(exported / "tokens.txt"))}
-        self.decoded = 0  # chunks of all rows, since the start
+        self.decoded = 0  # chunks of all rows since the start
 
-    def fill(self, frames: int) -> None:
+    def fill_caches(self, frames: int) -> None:
         for position in range(0, frames, self._chunk.frames):
             self.step(position)
 
@@ -225,41 +230,46 @@ class Sherpa:
             self.decoded += len(ready)
 
     def tokens(self) -> Tokens:
-        said = [self._recognizer.tokens(stream) for stream in self._streams]
-        return [[self._ids.get(token.replace(" ", "▁"), -1) for token in row] for row in said]
+        rows = [self._recognizer.tokens(stream) for stream in self._streams]
+        return [[self._ids.get(token.replace(" ", "▁"), -1) for token in row] for row in rows]
 
     def close(self) -> None:
         del self._streams, self._recognizer
 
 
-class Transformers:
-    """Hugging Face's `nemotron_asr_streaming`, its encoder with its caches; in fp32, or in bf16 (`kind`).
+class TransformersRunner:
+    """Encoder of `nemotron_asr_streaming` in Hugging Face transformers with its caches, in fp32 or bf16.
 
-    Encoder alone: its `generate` decodes token by token in Python and cannot be stopped at a chunk's end, so decoding
-    is left out of its time.
+    Only the encoder is timed: `generate` decodes token by token in Python and cannot stop at the end of a chunk.
     """
 
-    covers, exact = ENCODED, False
-    setup = "its encoder with its own caches, sdpa attention"
+    covers, exact = MEL_TO_FRAMES, False
+    setup = "encoder of Hugging Face transformers with its caches, sdpa attention"
 
     def __init__(
-        self, theirs: Any, model: Any, feed: Feed, chunk: ChunkConfig, kind: str = "fp32", device: str = "cpu"
+        self,
+        transformers_model: Any,
+        model: Any,
+        feed: AudioFeed,
+        chunk: ChunkConfig,
+        precision: str = "fp32",
+        device: str = "cpu",
     ) -> None:
         import torch
 
-        self.name = "transformers" if kind == "fp32" else f"transformers, {kind}"
+        self.name = "transformers" if precision == "fp32" else f"transformers, {precision}"
         self._torch, self._feed, self._chunk, self._device = torch, feed, chunk, device
-        form = torch.bfloat16 if kind == "bf16" else torch.float32
-        self._model = theirs.to(device, form)
-        self._mel = feed.mel(model).transpose(1, 2).contiguous().to(device, form)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._model = transformers_model.to(device, dtype)
+        self._mel = feed.mel(model).transpose(1, 2).contiguous().to(device, dtype)
         self._caches: dict[str, Any] = {}
 
-    def fill(self, frames: int) -> None:
+    def fill_caches(self, frames: int) -> None:
         for position in range(0, frames, self._chunk.frames):
             self.step(position)
 
     def step(self, position: int) -> None:
-        # Their convolutions keep their own history: a step reads new frames only.
+        # The convolutions cache their history: a step reads new frames only.
         window = self._feed.window(self._chunk, position)
         start = max(window.stop - 8 * self._chunk.frames, 0)
         with self._torch.inference_mode():

@@ -1,10 +1,13 @@
-"""A checkpoint of random weights with the exact shape of nemotron-speech-streaming-en-0.6b, for whoever measures time.
+"""Create a NeMo checkpoint with the exact shape of nemotron-speech-streaming-en-0.6b and random weights.
 
-How long a step takes depends on shapes, not on what was learnt, but two things must be lifelike and are arranged here.
-Parity means something only if nothing is at a default that hides a mistake: LayerNorm gains and offsets, positional
-biases and batch-norm statistics are random. And the model says as much as a speaker does: see `talkative`.
+The time of a step depends on shapes and not on the values of the weights, with two exceptions:
 
-The same seed gives the same weights with the same PyTorch on the same kind of processor. What the model says is noise.
+* For parity tests, no parameter may have a default value that hides errors: LayerNorm gains and offsets, positional
+  biases and batch-norm statistics are random.
+* The time of decoding depends on the number of emitted tokens: `random_weights` calibrates the token rate.
+
+The same seed gives the same weights with the same version of PyTorch on the same type of processor. Transcripts are
+meaningless.
 
     nemostream bench synthetic OUT.nemo --seed 0
 """
@@ -26,35 +29,40 @@ from nemostream.clips import read_clip
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 
-_SAMPLE_RATE = 16000
+_SAMPLE_RATE = 16000  # Hz
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a test may shrink or change. The defaults are the published model's."""
+    """Sizes and options of the model. The defaults are those of nemotron-speech-streaming-en-0.6b.
+
+    Source: `model_config.yaml` of the published checkpoint, nvidia/nemotron-speech-streaming-en-0.6b. Tests use smaller
+    sizes. Names follow NeMo's configuration.
+    """
 
     n_layers: int = 24
     d_model: int = 1024
     n_heads: int = 8
-    subsampling: int = 8
-    conv_channels: int = 256
-    conv_kernel: int = 9
+    subsampling: int = 8  # mel frames per encoder frame
+    conv_channels: int = 256  # of the subsampling
+    conv_kernel: int = 9  # frames, depthwise convolution of a Conformer layer
     conv_norm_type: str = "layer_norm"
     use_bias: bool = False
     xscaling: bool = False
     untie_biases: bool = True
+    # (left, right) attention context in encoder frames of 80 ms: chunks of 1120, 560, 160 and 80 ms
     contexts: Sequence[Sequence[int]] = ((70, 13), (70, 6), (70, 1), (70, 0))
-    mels: int = 128
+    mels: int = 128  # mel bins
     pred_hidden: int = 640
     pred_layers: int = 2
     joint_hidden: int = 640
-    vocab: int = 1024
+    vocab: int = 1024  # without blank
 
 
 def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
-    """Write a checkpoint of random weights to `out`; `overrides` are fields of `Sizes`. Returns the path written.
+    """Write a checkpoint with random weights to `out` and return its path; `overrides` are fields of `Sizes`.
 
-    Needs NeMo, and twice the model's size in memory and again in the temporary folder while saving.
+    Needs NeMo, and twice the size of the model both in memory and in the temporary folder while saving.
     """
     import torch
     from nemo.collections.asr.models import EncDecRNNTBPEModel
@@ -66,9 +74,9 @@ def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
         model = EncDecRNNTBPEModel(cfg=model_config(sizes, Path(folder)))
         model.eval()
         with torch.no_grad():
-            _scatter(model)
+            _randomise_constants(model)
             clip = torch.from_numpy(speech())
-            frames = _hear(model, sizes, clip.repeat(2))
+            frames = _encode(model, sizes, clip.repeat(2))
             calibrate_random_weights(model, frames, len(frames) * len(clip) / _SAMPLE_RATE)
         out.parent.mkdir(parents=True, exist_ok=True)
         model.save_to(str(out))
@@ -76,12 +84,15 @@ def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
 
 
 def speech() -> np.ndarray:
-    """Eighteen seconds of speech, 16 kHz: the clip that the exporter measures parity with."""
+    """Return 18 seconds of speech, float32 [N] at 16 kHz: the clip that the exporter uses for parity."""
     return read_clip("speech", _SAMPLE_RATE)
 
 
 def model_config(sizes: Sizes, tokenizer: Path) -> Any:
-    """The configuration, nested like NeMo's `fastconformer_transducer_bpe_streaming.yaml`, set like the 0.6B model."""
+    """Return a NeMo configuration with the values of the 0.6B model.
+
+    Source of the structure: `fastconformer_transducer_bpe_streaming.yaml` in NeMo.
+    """
     from omegaconf import OmegaConf
 
     asr = "nemo.collections.asr.modules"
@@ -169,7 +180,10 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
 
 
 def train_tokenizer(folder: Path, vocab: int, seed: int) -> None:
-    """A SentencePiece BPE model of `vocab` pieces, trained on made-up words whose frequencies fall like real ones'."""
+    """Train a SentencePiece BPE model of `vocab` pieces on made-up words with Zipf frequencies.
+
+    Writes `tokenizer.model`, `tokenizer.vocab` and `vocab.txt` into `folder`.
+    """
     import sentencepiece
 
     rng = np.random.default_rng(seed)
@@ -195,22 +209,25 @@ def train_tokenizer(folder: Path, vocab: int, seed: int) -> None:
     (folder / "vocab.txt").write_text("\n".join(pieces[1:]) + "\n", encoding="utf-8")  # [0] is <unk>
 
 
-def _hear(model: Any, sizes: Sizes, audio: Any) -> Any:
-    """The encoder's outputs [N, T, D] on one recording: at every chunk size, and at the longest loud and faint too."""
+def _encode(model: Any, sizes: Sizes, audio: Any) -> Any:
+    """Return the encoder output [N, T, D] of one recording for N conditions.
+
+    The conditions are all chunk sizes, and the longest chunk size at a gain of 0.3 and 2.
+    """
     import torch
 
-    heard = [(context, 1.0) for context in sizes.contexts] + [(sizes.contexts[0], gain) for gain in (0.3, 2.0)]
-    found, samples = [], torch.tensor([len(audio)])
-    for context, gain in heard:
+    conditions = [(context, 1.0) for context in sizes.contexts] + [(sizes.contexts[0], gain) for gain in (0.3, 2.0)]
+    outputs, samples = [], torch.tensor([len(audio)])
+    for context, gain in conditions:
         model.encoder.set_default_att_context_size(list(context))
         mel, length = model.preprocessor(input_signal=gain * audio[None], length=samples)
-        found.append(model.encoder(audio_signal=mel, length=length)[0][0].T)
+        outputs.append(model.encoder(audio_signal=mel, length=length)[0][0].T)
     model.encoder.set_default_att_context_size(list(sizes.contexts[0]))
-    return torch.stack(found)
+    return torch.stack(outputs)
 
 
-def _scatter(model: Any) -> None:
-    """Move whatever NeMo initialises to a constant away from it; the rest stays at NeMo's own random start."""
+def _randomise_constants(model: Any) -> None:
+    """Randomise all parameters that NeMo initialises to a constant."""
     import torch
 
     for module in model.encoder.modules():
@@ -227,17 +244,23 @@ def _scatter(model: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="nemostream bench synthetic", description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, metavar="OUT.nemo")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, metavar="OUT.nemo", help="checkpoint to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     for field in fields(Sizes):
         name, default = "--" + field.name.removeprefix("n_").replace("_", "-"), field.default
         if isinstance(default, bool):
-            parser.add_argument(name, dest=field.name, action=argparse.BooleanOptionalAction, default=default)
+            parser.add_argument(
+                name,
+                dest=field.name,
+                action=argparse.BooleanOptionalAction,
+                default=default,
+                help=f"{field.name} in NeMo",
+            )
         elif isinstance(default, int | str):
-            parser.add_argument(name, dest=field.name, type=type(default), default=default)
+            parser.add_argument(name, dest=field.name, type=type(default), default=default, help=f"default: {default}")
     options = vars(parser.parse_args(arguments))
     if find_spec("nemo") is None:
-        raise BackendError(f"making a checkpoint needs NeMo: {install_command('export')}")
+        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('export')}")
     path = synthetic_model(options.pop("out"), options.pop("seed"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

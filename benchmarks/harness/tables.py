@@ -1,4 +1,4 @@
-"""Figures as text: Markdown tables, and as many digits as a figure deserves."""
+"""Format figures as text: significant digits, percentages and Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-QUIET = 0.1  # cores that other work may take before the figures of a CPU mean little
+MAX_OTHER_CORES = 0.1  # cores used by other processes beyond which CPU figures are unreliable
 
 
 def digits(number: float) -> str:
-    """Three significant digits, never an exponent."""
+    """Return about three significant digits, without an exponent."""
     if number == 0:
         return "0"
     size = abs(number)
@@ -19,28 +19,30 @@ def digits(number: float) -> str:
 
 
 def spread(samples: Sequence[float]) -> str:
-    """Median [least–most]."""
+    """Return "median [minimum–maximum]"."""
     return f"{digits(statistics.median(samples))} [{digits(min(samples))}–{digits(max(samples))}]"
 
 
 def percent(share: float | None, places: int = 2) -> str:
-    """Empty for None."""
+    """Return a percentage; an empty string for None."""
     return "" if share is None else f"{100 * share:.{places}f} %"
 
 
-def busy(cores: Iterable[float]) -> str:
-    """A sentence on how much other work there was, of a figure or several."""
-    most = max(cores, default=0.0)
-    return f"Other work kept {most:.2f} cores busy{'' if most <= QUIET else ': **too much for these figures**'}."
+def other_load(cores: Iterable[float]) -> str:
+    """Return a sentence about the largest load by other processes, in cores."""
+    highest = max(cores, default=0.0)
+    warning = "" if highest <= MAX_OTHER_CORES else ": **the figures are unreliable**"
+    return f"Other processes used {highest:.2f} cores{warning}."
 
 
 def rates(machine: Mapping[str, float]) -> str:
-    """What a machine reached, GB/s read and GFLOP/s."""
-    return ", ".join(f"{name} {rate:.0f} G/s" for name, rate in machine.items()) or "nothing"
+    """Return the measured rates of a machine as text; `machine` has GB/s of memory and GFLOP/s of products by name."""
+    units = {name: "GB/s" if name.startswith(("read", "copy")) else "GFLOP/s" for name in machine}
+    return "; ".join(f"{name} {rate:.0f} {units[name]}" for name, rate in machine.items()) or "none"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """A table; columns that are empty in every line are left out."""
+    """Return a Markdown table; columns that are empty in every line are omitted."""
     kept = [column for column in range(len(head)) if any(str(line[column]) for line in lines)]
     rows = [[head[column] for column in kept], ["---"] * len(kept)]
     rows += [[str(line[column]) for column in kept] for line in lines]

@@ -1,8 +1,8 @@
-"""Our backends as they are timed, and the audio that everybody hears.
+"""Backends for timing, and the audio that all implementations process.
 
-`device` is "cpu" (ONNX Runtime), "cuda" (engines that TensorRT makes for this GPU) or "cuda:onnxruntime" (its CUDA
-provider). Engines are built when they are not there and not gated: how long a step takes does not depend on what its
-weights have learnt, and random ones would not pass in 8 bit.
+`device` is "cpu" (ONNX Runtime), "cuda" (TensorRT engines for this GPU) or "cuda:onnxruntime" (CUDA provider of ONNX
+Runtime). Missing engines are built but not validated: the time of a step does not depend on the values of the weights,
+and random weights would not pass the validation in 8 bit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from nemostream.runtime.backends.cpu import OrtBackend
 
 Floats = NDArray[np.float32]
 
-CAN = {"cpu": ("fp32", "int8"), "cuda": PRECISIONS, "cuda:onnxruntime": ("fp32", "fp16", "bf16")}
+# Precisions that each device supports.
+DEVICE_PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": PRECISIONS, "cuda:onnxruntime": ("fp32", "fp16", "bf16")}
 
 
-class Feed:
-    """B streams cut out of one clip, each starting at another place of it and going round."""
+class AudioFeed:
+    """Audio of `rows` streams: one clip in a loop, from a different start sample for each stream.
+
+    `audio` is [rows, N] float32 for `frames` encoder frames. Positions are in encoder frames.
+    """
 
     def __init__(self, manifest: Manifest, clip: Floats, rows: int, frames: int) -> None:
         samples = frames * manifest.samples_per_frame
@@ -40,14 +44,18 @@ class Feed:
         self._mel: Any = None
 
     def batch(self, chunk: ChunkConfig, position: int) -> Batch:
+        """Return the batch of the chunk that starts at encoder frame `position`. Raises `IndexError` at the end."""
         start = position * self.manifest.samples_per_frame
         audio = self._padded[:, start : start + chunk.samples]
         if audio.shape[1] < chunk.samples:
-            raise IndexError(f"the feed ends before frame {position + chunk.frames}")
+            raise IndexError(f"the audio ends before frame {position + chunk.frames}")
         return Batch(chunk, np.arange(self.rows), audio, np.full(self.rows, chunk.samples))
 
     def mel(self, model: Any) -> Any:
-        """NeMo's log-mel [B, M, F] by its own code in fp64: its fp32 FFT alone is off by up to 2e-4 in quiet bins."""
+        """Return the log-mel features [B, M, F] computed by NeMo's code.
+
+        They are computed in fp64 because the error of NeMo's fp32 FFT is up to 2e-4 in quiet bins.
+        """
         import torch
 
         if self._mel is None:
@@ -70,13 +78,13 @@ class Feed:
         return self._mel
 
     def window(self, chunk: ChunkConfig, position: int) -> slice:
-        """Mel frames a step reads, history included; begins below 0 at the start of a stream."""
+        """Return the mel frames that a step reads, including history; starts below 0 at the start of a stream."""
         factor = self.manifest.encoder.subsampling
         return slice(factor * (position - 2), factor * (position + chunk.frames - 1) + 1)
 
 
 def longest(manifest: Manifest, chunk: ChunkConfig) -> ChunkConfig:
-    """The longest chunk size with the same left context."""
+    """Return the longest chunk size with the same left context."""
     return max((other for other in manifest.chunks if other.left == chunk.left), key=lambda other: other.frames)
 
 
@@ -91,28 +99,30 @@ def timed_backend(
     threads: int | None = None,
     engines: Path | None = None,
 ) -> Iterator[Backend]:
-    """A backend of `rows` slots whose steps are to be timed, the chunk sizes loaded; engines are kept in `engines`.
+    """Open a backend with `rows` slots and the engines of all `chunks` loaded; close it on exit.
 
-    Raises `OptionError` for what the device cannot be or do, `BackendError` if it is not there.
+    Engines are stored in the folder `engines`, by default a temporary one. Raises `OptionError` for an unknown device
+    or a precision that it does not support, and `BackendError` if it is not available.
     """
-    if device not in CAN:
-        raise OptionError(f"device is {device!r}; choose one of {', '.join(CAN)}.")
-    if precision not in CAN[device]:
-        others = " or another --device" if precision in PRECISIONS else ""
-        raise OptionError(f"{device} runs {', '.join(CAN[device])}, not {precision}; choose one of them{others}.")
+    if device not in DEVICE_PRECISIONS:
+        raise OptionError(f"device is {device!r}; choose one of {', '.join(DEVICE_PRECISIONS)}.")
+    if precision not in DEVICE_PRECISIONS[device]:
+        supported = ", ".join(DEVICE_PRECISIONS[device])
+        advice = " or another --device" if precision in PRECISIONS else ""
+        raise OptionError(f"{device} supports {supported}, not {precision}; choose one of them{advice}.")
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
         store = PlanStore(engines or Path(folder))
         if device == "cpu":
-            backend = _on_the_cpu(bundle, chunks, precision, rows, threads, store)
+            backend = _open_cpu(bundle, chunks, precision, rows, threads, store)
         else:
-            backend = _on_the_gpu(bundle, chunks, precision, rows, device.partition(":")[2] or "tensorrt", store)
+            backend = _open_gpu(bundle, chunks, precision, rows, device.partition(":")[2] or "tensorrt", store)
         try:
             yield backend
         finally:
             backend.close()
 
 
-def _on_the_cpu(
+def _open_cpu(
     bundle: Bundle, chunks: Sequence[ChunkConfig], precision: str, rows: int, threads: int | None, store: PlanStore
 ) -> Backend:
     from nemostream.engines import build_engine
@@ -120,32 +130,32 @@ def _on_the_cpu(
     plans = None
     if precision != "fp32":
         plans = {
-            chunk.ms: build_engine(bundle, chunk, precision, store, backend="onnxruntime", gated=False)[0]
+            chunk.ms: build_engine(bundle, chunk, precision, store, backend="onnxruntime", validate=False)[0]
             for chunk in chunks
         }
-    cpu = OrtBackend(bundle, capacity=rows, max_batch=rows, threads=threads, plans=plans)
+    backend = OrtBackend(bundle, capacity=rows, max_batch=rows, threads=threads, plans=plans)
     for chunk in chunks:
-        cpu.prepare(chunk)
-    return cpu
+        backend.prepare(chunk)
+    return backend
 
 
-def _on_the_gpu(
+def _open_gpu(
     bundle: Bundle, chunks: Sequence[ChunkConfig], precision: str, rows: int, library: str, store: PlanStore
 ) -> Backend:
     from nemostream.engines import build_engine, open_gpu
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
-    gpu = CudaDevice()  # before anything is built for nothing
+    gpu = CudaDevice()  # before building: raises if there is no GPU
     target = "cuda" if library == "onnxruntime" else None
     try:
         plans = {
             chunk.ms: build_engine(
-                bundle, chunk, precision, store, backend=library, target=target, max_batch=rows, gated=False
+                bundle, chunk, precision, store, backend=library, target=target, max_batch=rows, validate=False
             )[0]
             for chunk in chunks
         }
-        opened: Backend = open_gpu(bundle, gpu, plans, rows, rows)
+        backend: Backend = open_gpu(bundle, gpu, plans, rows, rows)
     except BaseException:
         gpu.close()
         raise
-    return opened
+    return backend

@@ -1,16 +1,16 @@
-"""What a step costs as a stream grows long, and as a batch grows wide.
+"""Cost of a step by duration of the stream and by batch size.
 
     nemostream bench cost --bundle BUNDLE --chunk-ms 1120 --hours 1 --batch 1 2 4 8 16
 
-**Length**: one stream of so many hours, unpaced, every step timed; a line is fitted through the medians of a hundred
-equal stretches. State is bounded, so it must be flat: the change over the whole stream, and the range that the noise of
-the stretches allows it (95 %), are told.
+**Duration**: one stream of `--hours` of audio, not paced, every step timed. A line is fitted to the medians of 100
+equal segments. The state of a stream is bounded, so the line must be flat: the report shows the change over the whole
+stream and its 95 % bootstrap interval over the segments.
 
-**Width**: the median step for every batch size, and the model `fixed + per stream x batch`, fitted with neither below
-zero. The fixed part is beside the time that reading the weights once takes, the part per stream beside the time of a
-stream's useful products at the machine's rate. What is at least half explained by its bound is said to be bound by it,
-memory or compute; the rest is overhead: calls, caches copied, products too thin for the machine. Below the batch at
-which both parts are equal a step is bound by the fixed one, beyond by the other.
+**Batch size**: the median step for every batch size, and the model `fixed + per stream × batch`, fitted with both parts
+at least zero. The fixed part is compared with the time to read the weights once, the part per stream with the time of
+the useful products of one stream at the rate of the machine. A part is limited by memory or compute if this bound is at
+least half of it, otherwise by overhead: calls, copies of caches, products too thin for the machine. Below the batch
+size at which both parts are equal, the fixed part dominates; above it, the part per stream.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from typing import Any
 import numpy as np
 
 import nemostream
+from nemostream.benchmarks import command
+from nemostream.benchmarks.gpu.roofline import measure_for
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.records import OtherWork, Record, Say
-from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_for
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, no_progress
+from nemostream.benchmarks.harness.roofline import Machine, encoder_work
 from nemostream.benchmarks.harness.synthetic import speech
-from nemostream.benchmarks.harness.timed import Feed, timed_backend
+from nemostream.benchmarks.harness.timed import AudioFeed, timed_backend
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.backends.base import Backend, Batch
 
-_STRETCHES = 100
-_WARM_UP = 5
+_SEGMENTS = 100
+_WARM_UP = 5  # steps
 
 
 def measure_cost(
@@ -48,11 +50,14 @@ def measure_cost(
     threads: int | None = None,
     engines: Path | None = None,
     machine: Machine | None = None,
-    say: Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result. Raises `OptionError` for what cannot be, `BackendError` if there is no engine."""
+    """Measure costs and return the result.
+
+    Raises `OptionError` for invalid options, and `BackendError` if a device or engine is missing.
+    """
     if repeats < 1 or min(batches, default=0) < 1 or hours < 0:
-        raise OptionError("repeats and batch sizes must be at least 1, and hours not below 0.")
+        raise OptionError("repeats and batch sizes must be at least 1, and hours at least 0.")
     threads = threads or records.cores()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     others, rows, fits = OtherWork(), [], []
@@ -64,21 +69,22 @@ def measure_cost(
             case = {"chunk_ms": chunk.ms, "precision": precision}
             medians = []
             for batch in batches:
-                say(f"{chunk.ms} ms, batch {batch}")
-                times = _steps(bundle, backend, chunk, batch, repeats)
-                medians.append(float(np.median(times)))
-                rows.append(records.row({**case, "what": "width", "batch": batch}, {"step": times}))
-            fixed, each = fit_width(batches, medians)
-            floor = encoder_work(bundle, chunk, precision, device.partition(":")[0]).floor_ms(machine, precision, 1)
-            bounds = {"weights_ms": floor["memory"], "products_ms": floor["compute"]}
-            fits.append({**case, "fixed_ms": fixed, "per_stream_ms": each, **bounds})
+                progress(f"{chunk.ms} ms, batch {batch}")
+                step_times = _batch_steps(bundle, backend, chunk, batch, repeats)
+                medians.append(float(np.median(step_times)))
+                rows.append(records.row({**case, "varied": "batch", "batch": batch}, {"step": step_times}))
+            fixed, per_stream = fit_batch(batches, medians)
+            work = encoder_work(bundle, chunk, precision, device.partition(":")[0])
+            roofline = work.roofline_ms(machine, precision, 1)
+            bounds = {"weights_ms": roofline["memory"], "products_ms": roofline["compute"]}
+            fits.append({**case, "fixed_ms": fixed, "per_stream_ms": per_stream, **bounds})
             steps = round(3600 * hours * 1000 / chunk.ms)
             if steps >= 2:
-                say(f"{chunk.ms} ms, {hours:g} hours of one stream, {steps} steps")
-                whole = _long(bundle, backend, chunk, steps)
-                parts = [float(np.median(part)) for part in np.array_split(whole, min(_STRETCHES, len(whole)))]
-                values = {"hours": hours, **fit_length(parts)}
-                rows.append(records.row({**case, "what": "length", "batch": 1}, {"stretch": parts}, values))
+                progress(f"{chunk.ms} ms, {hours:g} hours of one stream, {steps} steps")
+                times = _stream_steps(backend, chunk, steps)
+                segments = [float(np.median(part)) for part in np.array_split(times, min(_SEGMENTS, len(times)))]
+                values = {"hours": hours, **fit_duration(segments)}
+                rows.append(records.row({**case, "varied": "duration", "batch": 1}, {"segment": segments}, values))
     return records.record(
         "cost",
         rows,
@@ -99,49 +105,52 @@ def measure_cost(
     )
 
 
-def fit_width(batches: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
-    """`fixed` and `each`, neither below zero, of the line `fixed + each x batch` that is nearest to the times.
+def fit_batch(batches: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
+    """Fit `fixed + per_stream × batch` to the times and return both parts, each at least zero.
 
-    Nearest by relative error, so that small batches count as much as large ones.
+    Minimises the squared relative error, so that all batch sizes have the same weight.
     """
     x, y = np.array(batches, float), np.array(times, float)
     columns = np.stack([1 / y, x / y], axis=1)
-    fixed, each = np.linalg.lstsq(columns, np.ones(len(y)), rcond=None)[0]
+    fixed, per_stream = np.linalg.lstsq(columns, np.ones(len(y)), rcond=None)[0]
     if fixed < 0:
         return 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
-    if each < 0:
+    if per_stream < 0:
         return float((1 / y).sum() / ((1 / y) ** 2).sum()), 0.0
-    return float(fixed), float(each)
+    return float(fixed), float(per_stream)
 
 
-def bound_by(fit: Mapping[str, Any]) -> tuple[str, str, float]:
-    """What binds the fixed part, what each stream's, and the batch from which on the second is the larger."""
-    fixed, each = fit["fixed_ms"], fit["per_stream_ms"]
-    first = "memory" if fit["weights_ms"] >= fixed / 2 else "overhead"
-    second = "compute" if fit["products_ms"] >= each / 2 else "overhead"
-    return first, second, fixed / each if each else float("inf")
+def limits(fit: Mapping[str, Any]) -> tuple[str, str, float]:
+    """Return what limits the fixed part and the part per stream, and the batch size at which both parts are equal."""
+    fixed, per_stream = fit["fixed_ms"], fit["per_stream_ms"]
+    fixed_limit = "memory" if fit["weights_ms"] >= fixed / 2 else "overhead"
+    stream_limit = "compute" if fit["products_ms"] >= per_stream / 2 else "overhead"
+    return fixed_limit, stream_limit, fixed / per_stream if per_stream else float("inf")
 
 
-def fit_length(parts: Sequence[float]) -> dict[str, float]:
-    """Change from the first to the last of equal stretches by the line through them, its share of the median, and the
-    range (95 %, by bootstrap over the stretches) that the change is in."""
-    y = np.array(parts)
+def fit_duration(segments: Sequence[float]) -> dict[str, float]:
+    """Fit a line to the times of equal segments.
+
+    Returns the change from the first to the last segment, its 95 % bootstrap interval over the segments (`low_ms`,
+    `high_ms`), and the change relative to the median (`share`).
+    """
+    y = np.array(segments)
     x = np.linspace(0, 1, len(y))
     slope = float(np.polyfit(x, y, 1)[0])
-    rng, found = np.random.default_rng(0), []
+    rng, slopes = np.random.default_rng(0), []
     for _ in range(1000):
         chosen = rng.integers(0, len(y), len(y))
         if len(set(chosen.tolist())) > 1:
-            found.append(np.polyfit(x[chosen], y[chosen], 1)[0])
-    low, high = np.quantile(found, [0.025, 0.975]) if found else (slope, slope)
+            slopes.append(np.polyfit(x[chosen], y[chosen], 1)[0])
+    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes else (slope, slope)
     median = float(np.median(y))
     return {"change_ms": slope, "low_ms": float(low), "high_ms": float(high), "share": slope / median}
 
 
-def _steps(bundle: Bundle, backend: Backend, chunk: ChunkConfig, batch: int, repeats: int) -> list[float]:
-    """Milliseconds of steps in the steady state."""
+def _batch_steps(bundle: Bundle, backend: Backend, chunk: ChunkConfig, batch: int, repeats: int) -> list[float]:
+    """Return the milliseconds of steps with full caches."""
     filled = -(-chunk.left // chunk.frames) + _WARM_UP
-    feed, times = Feed(bundle.manifest, speech(), batch, (filled + repeats) * chunk.frames), []
+    feed, times = AudioFeed(bundle.manifest, speech(), batch, (filled + repeats) * chunk.frames), []
     backend.reset(np.arange(batch))
     for step in range(filled + repeats):
         inputs = feed.batch(chunk, step * chunk.frames)
@@ -151,13 +160,13 @@ def _steps(bundle: Bundle, backend: Backend, chunk: ChunkConfig, batch: int, rep
     return times[filled:]
 
 
-def _long(bundle: Bundle, backend: Backend, chunk: ChunkConfig, steps: int) -> np.ndarray:
-    """Milliseconds of every step of one stream that goes round the clip."""
+def _stream_steps(backend: Backend, chunk: ChunkConfig, steps: int) -> np.ndarray:
+    """Return the milliseconds of each step of one stream that repeats the clip."""
     clip, times = speech(), np.empty(steps)
-    at = np.arange(chunk.samples)
+    offsets = np.arange(chunk.samples)
     backend.reset(np.array([0]))
     for step in range(steps):
-        audio = clip[(at + step * chunk.samples) % len(clip)]
+        audio = clip[(offsets + step * chunk.samples) % len(clip)]
         batch = Batch(chunk, np.array([0]), audio[None], np.array([chunk.samples]))
         start = time.perf_counter()
         backend.submit(batch).result()
@@ -169,77 +178,77 @@ def _long(bundle: Bundle, backend: Backend, chunk: ChunkConfig, steps: int) -> n
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Tables and plots of a result, as Markdown; `plot(name)` gives axes and keeps the picture."""
-    wide = [row for row in result["rows"] if row["case"]["what"] == "width"]
-    long = [row for row in result["rows"] if row["case"]["what"] == "length"]
+    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+    by_batch = [row for row in result["rows"] if row["case"]["varied"] == "batch"]
+    by_duration = [row for row in result["rows"] if row["case"]["varied"] == "duration"]
     fits = result["method"]["fits"]
-    batches = sorted({row["case"]["batch"] for row in wide})
+    batches = sorted({row["case"]["batch"] for row in by_batch})
+    medians = {(row["case"]["chunk_ms"], row["case"]["batch"]): row["figures"]["step"]["p50"] for row in by_batch}
     lines = []
     for fit in fits:
-        mine = {
-            row["case"]["batch"]: row["figures"]["step"]["p50"]
-            for row in wide
-            if row["case"]["chunk_ms"] == fit["chunk_ms"]
-        }
-        line = [f"{fit['chunk_ms']} ms", fit["precision"], *(tables.digits(mine[batch]) for batch in batches)]
+        line = [f"{fit['chunk_ms']} ms", fit["precision"]]
+        line += [tables.digits(medians[fit["chunk_ms"], batch]) for batch in batches]
         line += [tables.digits(fit[name]) for name in ("fixed_ms", "weights_ms", "per_stream_ms", "products_ms")]
-        first, second, batch = bound_by(fit)
-        lines.append([*line, f"{first} up to batch {batch:.1f}, then {second}"])
-    head = ["chunk", "precision", *(f"batch {batch}" for batch in batches), "fixed", "weights once", "per stream"]
+        fixed_limit, stream_limit, batch = limits(fit)
+        lines.append([*line, f"{fixed_limit} up to batch {batch:.1f}, then {stream_limit}"])
+    head = ["chunk", "precision", *(f"batch {batch}" for batch in batches), "fixed", "read weights", "per stream"]
     text = [
-        "Median step in milliseconds by batch; the model `fixed + per stream × batch`, beside the time to read the "
-        "weights once and the time of one stream's products; what binds, a part being overhead if its bound "
-        "explains less than half of it.",
+        "Median time of a step in milliseconds by batch size, and the fitted model `fixed + per stream × batch`. *Read "
+        "weights* is the time to read the weights once, the bound of the fixed part; *products* is the time of the "
+        "products of one stream, the bound of the part per stream. A part is limited by overhead if its bound is less "
+        "than half of it.",
         "",
-        tables.markdown([*head, "products of one", "bound by"], lines),
+        tables.markdown([*head, "products", "limited by"], lines),
     ]
-    if long:
+    if by_duration:
         lines = [
             [
                 f"{row['case']['chunk_ms']} ms",
                 row["case"]["precision"],
                 f"{row['values']['hours']:g}",
-                tables.digits(row["figures"]["stretch"]["p50"]),
+                tables.digits(row["figures"]["segment"]["p50"]),
                 f"{row['values']['change_ms']:+.3f} [{row['values']['low_ms']:+.3f}, {row['values']['high_ms']:+.3f}]",
                 f"{100 * row['values']['share']:+.1f} %",
             ]
-            for row in long
+            for row in by_duration
         ]
-        head = ["chunk", "precision", "hours", "step, ms", "change from start to end, ms [95 %]", "share"]
-        text += ["", "One stream, from its first step to its last:", "", tables.markdown(head, lines)]
-        axes = plot("length")
-        for row in long:
-            parts = row["ms"]["stretch"]
-            axes.plot(np.linspace(0, row["values"]["hours"], len(parts)), parts, label=f"{row['case']['chunk_ms']} ms")
-        axes.set(xlabel="hours of one stream", ylabel="step, ms", ylim=(0, None), title="The cost of length")
-        axes.legend(fontsize=7)
-    axes = plot("width")
+        head = ["chunk", "precision", "hours", "step, ms", "change from start to end, ms [95 %]", "relative change"]
+        text += ["", "Change of the step time over one stream:", "", tables.markdown(head, lines)]
+        axes = plot("duration")
+        for row in by_duration:
+            hours, segments = row["values"]["hours"], row["ms"]["segment"]
+            axes.plot(np.linspace(0, hours, len(segments)), segments, label=f"{row['case']['chunk_ms']} ms chunks")
+        axes.set(
+            xlabel="position in the stream, hours",
+            ylabel="step, ms",
+            ylim=(0, None),
+            title="Step time over a long stream",
+        )
+        axes.legend()
+    axes = plot("batch")
     for fit in fits:
-        points = [
-            (row["case"]["batch"], row["figures"]["step"]["p50"])
-            for row in wide
-            if row["case"]["chunk_ms"] == fit["chunk_ms"]
-        ]
-        axes.plot(*zip(*points, strict=True), "o", label=f"{fit['chunk_ms']} ms")
+        measured = [medians[fit["chunk_ms"], batch] for batch in batches]
+        axes.plot(batches, measured, "o", label=f"{fit['chunk_ms']} ms chunks")
         axes.plot(batches, [fit["fixed_ms"] + fit["per_stream_ms"] * batch for batch in batches], ":", color="grey")
-    axes.set(xlabel="batch", ylabel="step, ms (p50)", ylim=(0, None), title="The cost of width")
-    axes.legend(fontsize=7)
+    axes.plot([], [], ":", color="grey", label="fit")
+    axes.set(xlabel="batch size", ylabel="step, ms (p50)", ylim=(0, None), title="Step time by batch size")
+    axes.legend()
     method = result["method"]
     text += [
         "",
-        f"{method['threads']} threads. {tables.busy([method['other_work_cores']])} Measured: "
+        f"{method['threads']} threads. {tables.other_load([method['other_work_cores']])} Measured rates: "
         f"{tables.rates(method['machine'])}.",
     ]
     return "\n".join(text) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = records.parser("cost", __doc__)
-    records.engine_options(parser)
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--hours", type=float, default=1.0, help="length of the one stream; 0 leaves it out")
-    parser.add_argument("--repeats", type=int, default=20, help="steps timed of each batch size")
+    parser = command.make_parser("cost", __doc__)
+    command.add_engine_options(parser)
+    parser.add_argument("--precision", default="fp32", help="precision of the engine")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="streams per step")
+    parser.add_argument("--hours", type=float, default=1.0, help="audio of the long stream, in hours (0: skip)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps for each batch size")
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
@@ -253,10 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=options.device,
             threads=options.threads,
             engines=options.engines,
-            say=records.say,
+            progress=records.report_progress,
         )
 
-    records.run(measure, options)
+    command.run(measure, options)
 
 
 if __name__ == "__main__":

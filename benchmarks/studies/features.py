@@ -1,17 +1,18 @@
-"""What the features on top of greedy decoding cost: which share of a step is confidence, which is boosting?
+"""Cost of confidence, boosting and events relative to a step.
 
     python -m nemostream.benchmarks.studies.features --bundle BUNDLE --batch 64 --out benchmarks/results
 
-Steps of many streams on a CPU, in the steady state. The encoder runs once a step; what comes after it is run once for
-every case of `CASES`, in shuffled order, from the same state, and its time is laid beside the first case's of the same
-step. So every figure is a ratio within one step, and what the machine does meanwhile hits all cases alike. Boosted
-streams have `PHRASES` phrases each, all different, at `WEIGHT`, over what the streams say.
+Steps of many streams on a CPU with full caches. The encoder runs once per step. Decoding then runs once for each case
+of `DECODE_CASES`, in random order, from the same state, and its time is compared with the first case of the same step.
+Load on the machine therefore affects all cases in the same way. Each boosted stream has `PHRASES` different phrases at
+`WEIGHT`, made of the tokens of the streams.
 
-What the host does with a step's tokens is measured with a backend that only says again what was said: from there on to
-the last stream's results, as `push` gives them, or its events (`HOST`). Its time is laid beside results' in the same
-way, and `both` is that of everything on: all streams boosted, and every event's words.
+The work of the host after a step is measured with a backend that replays the tokens: from the end of the step to the
+results of the last stream (`collect`), or its events (`HOST_CASES`). Its time is compared with the first case in the
+same way. *Total* is the share with all features: all streams boosted, plus the host case.
 
-Random weights do not stop talking, or do not begin: with `--random-weights` chance decides what is blank (`Lifelike`).
+A model with random weights emits tokens all the time or never: with `--random-weights`, blanks are drawn at random
+(`RandomBlankTransducer`).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import numpy as np
 import nemostream
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
-from nemostream.benchmarks.harness.records import OtherWork, Record
-from nemostream.benchmarks.harness.runners import Feed
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.synthetic import speech
+from nemostream.benchmarks.harness.timed import AudioFeed
 from nemostream.bundle import Bundle
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
-from nemostream.runtime.backends.cpu import Done, OrtBackend
+from nemostream.runtime.backends.cpu import CompletedStep, OrtBackend
 from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, Floats, Ints, Labels, label_looping
@@ -46,84 +47,84 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import StreamSession
 from nemostream.runtime.text.endpointing import Endpoint
 
-PHRASES, WEIGHT = 300, 1.0
-GOAL = 0.03  # of a step, with everything on
-_WARM_UP = 3
+PHRASES, WEIGHT = 300, 1.0  # per stream
+_WARM_UP = 3  # steps
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A step whose encoder has run: what a case starts from. It may change `state`."""
+class DecodeInput:
+    """Input of decoding: a step after its encoder. Decoding may change `state`."""
 
     net: Any
     encoded: Floats
     counts: Ints
     state: DecoderState
-    boosts: Sequence[Boosting]  # for every row
+    boosts: Sequence[Boosting]  # of each row
 
 
-def _scores_alone(logits: Floats, largest: Ints) -> tuple[Any, Any]:
-    """`greedy.label_scores` as it would be if tokens had a score only."""
-    about = logits.astype(np.float64)
-    about -= about[np.arange(len(about)), largest, None]
-    score = -np.log(np.exp(about).sum(axis=1))
+def _score_only(logits: Floats, largest: Ints) -> tuple[Any, Any]:
+    """Replacement of `greedy.confidence` that computes only the score of a token."""
+    centred = logits.astype(np.float64)
+    centred -= centred[np.arange(len(centred)), largest, None]
+    score = -np.log(np.exp(centred).sum(axis=1))
     return score, np.zeros(len(score))
 
 
-def _decode(moment: Moment, boosted: float) -> list[Labels]:
-    rows = len(moment.encoded)
-    boosts = [boosting if row < boosted * rows else None for row, boosting in enumerate(moment.boosts)]
-    return label_looping(moment.net, moment.encoded, moment.counts, moment.state, boosts if boosted else ())[0]
+def _decode(inputs: DecodeInput, boosted: float) -> list[Labels]:
+    """Decode with boosting for a share `boosted` of the rows."""
+    rows = len(inputs.encoded)
+    boosts = [boosting if row < boosted * rows else None for row, boosting in enumerate(inputs.boosts)]
+    return label_looping(inputs.net, inputs.encoded, inputs.counts, inputs.state, boosts if boosted else ())[0]
 
 
-def _plain(moment: Moment) -> list[Labels]:
-    with mock.patch.object(greedy, "label_scores", _scores_alone):
-        return _decode(moment, 0)
+def _decode_without_confidence(inputs: DecodeInput) -> list[Labels]:
+    with mock.patch.object(greedy, "label_scores", _score_only):
+        return _decode(inputs, 0)
 
 
-# What runs after the encoder, by name; the first is what the others are laid beside.
-CASES: dict[str, Callable[[Moment], list[Labels]]] = {
-    "plain": _plain,
-    "confidence": lambda moment: _decode(moment, 0),
-    "confidence, half of the streams boosted": lambda moment: _decode(moment, 0.5),
-    "confidence, all streams boosted": lambda moment: _decode(moment, 1),
+# Decoding by name; the others are compared with the first.
+DECODE_CASES: dict[str, Callable[[DecodeInput], list[Labels]]] = {
+    "scores only": _decode_without_confidence,
+    "confidence": lambda inputs: _decode(inputs, 0),
+    "confidence, half of the streams boosted": lambda inputs: _decode(inputs, 0.5),
+    "confidence, all streams boosted": lambda inputs: _decode(inputs, 1),
 }
 
 
-class _Hold:
-    """Keeps a model's scheduler from its work until `end` is set."""
+class _SchedulerBlock:
+    """Blocks the scheduler of a model until `end` is set."""
 
     def __init__(self, model: Model) -> None:
-        self._begun, self.end = Event(), Event()
+        self._started, self.end = Event(), Event()
         self._thread = Thread(target=model._scheduler.call, args=(self._wait,))
         self._thread.start()
-        self._begun.wait()
+        self._started.wait()
 
     def _wait(self, backend: Backend) -> None:
-        self._begun.set()
+        self._started.set()
         self.end.wait()
 
     def join(self) -> None:
         self._thread.join()
 
 
-class Replay:
-    """A backend that says, step by step, what was said before."""
+class ReplayBackend:
+    """A backend that emits recorded emissions, step by step for each slot."""
 
     asynchronous = False
 
-    def __init__(self, spoken: Sequence[Emissions], rows: int) -> None:
+    def __init__(self, emissions: Sequence[Emissions], rows: int) -> None:
         self.capacity = self.max_batch = rows
-        self._spoken, self._at = spoken, [0] * rows
+        self._emissions, self._step = emissions, [0] * rows
 
-    def submit(self, batch: Batch) -> Done:
+    def submit(self, batch: Batch) -> CompletedStep:
         slots, rows = batch.slots.tolist(), []
         for slot in slots:
-            said = self._spoken[self._at[slot]]
-            rows.append((said.tokens[slot], said.frames[slot], said.scores[slot], said.sum_p_alpha[slot]))
-            self._at[slot] += 1
+            step = self._emissions[self._step[slot]]
+            rows.append((step.tokens[slot], step.frames[slot], step.scores[slot], step.sum_p_alpha[slot]))
+            self._step[slot] += 1
         tokens, frames, scores, sum_p_alpha = (tuple(part) for part in zip(*rows, strict=True))
-        return Done(Emissions(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
+        return CompletedStep(Emissions(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
 
     def reset(self, slots: Ints) -> None: ...
 
@@ -142,54 +143,56 @@ def _events(stream: StreamSession) -> None:
 
 def _words(stream: StreamSession) -> None:
     for event in stream.events():
-        event.words  # noqa: B018 - grouped when asked for
+        event.words  # noqa: B018 - computed on access
 
 
-# What the host does after a step, by name, and when utterances end; the first is what the others are laid beside.
-HOST: dict[str, tuple[Callable[[StreamSession], None], Endpoint | None]] = {
+# Work of the host after a step, and the rule for utterance ends, by name; the others are compared with the first.
+HOST_CASES: dict[str, tuple[Callable[[StreamSession], None], Endpoint | None]] = {
     "results": (_results, None),
-    "events, utterances that end": (_events, Endpoint(decoder="reset")),
-    "events, utterances that end, words": (_words, Endpoint(decoder="reset")),
+    "events, utterance ends": (_events, Endpoint(decoder="reset")),
+    "events, utterance ends, words": (_words, Endpoint(decoder="reset")),
 }
 
 
-def _host(bundle: Bundle, spoken: Sequence[Emissions], ms: int, batch: int) -> dict[str, list[float]]:
-    """Milliseconds after each step, of every kind of `HOST`; they take turns within a step."""
+def _measure_host(bundle: Bundle, emissions: Sequence[Emissions], ms: int, batch: int) -> dict[str, list[float]]:
+    """Return the milliseconds of the host after each step for each case of `HOST_CASES`; their order is random."""
     chunk, shuffle = bundle.manifest.chunk(ms), random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in HOST}
+    times: dict[str, list[float]] = {name: [] for name in HOST_CASES}
     audio = np.zeros(chunk.samples, np.float32)
     with ExitStack() as stack:
-        sides = {}
-        for name, (_, endpoint) in HOST.items():
-            model = stack.enter_context(Model(bundle, cast(Backend, Replay(spoken, batch)), ms))
-            sides[name] = model, [model.open_session(16000, 1, endpoint=endpoint) for _ in range(batch)]
-        for step in range(len(spoken)):
-            names = list(HOST)
+        sessions = {}
+        for name, (_, endpoint) in HOST_CASES.items():
+            model = stack.enter_context(Model(bundle, cast(Backend, ReplayBackend(emissions, batch)), ms))
+            sessions[name] = model, [model.open_session(16000, 1, endpoint=endpoint) for _ in range(batch)]
+        for step in range(len(emissions)):
+            names = list(HOST_CASES)
             shuffle.shuffle(names)
             for name in names:
-                model, streams = sides[name]
-                # The scheduler waits until all have fed it, so that it makes one step of them.
-                holding = _Hold(model)
+                model, streams = sessions[name]
+                # The scheduler is blocked until all streams have audio, so that it processes them in one step.
+                block = _SchedulerBlock(model)
                 for stream in streams:
                     stream.feed(audio[bundle.manifest.lead if step == 0 else 0 :])
-                began = time.perf_counter()
-                holding.end.set()
+                start = time.perf_counter()
+                block.end.set()
                 for stream in streams:
                     stream.wait()
-                    HOST[name][0](stream)
-                times[name].append(1000 * (time.perf_counter() - began))
-                holding.join()
+                    HOST_CASES[name][0](stream)
+                times[name].append(1000 * (time.perf_counter() - start))
+                block.join()
     return times
 
 
-class Lifelike:
-    """A transducer of random weights that says about `TOKENS_PER_SECOND`: chance decides what is blank, drawn from the
-    frame and the prediction; which label it is otherwise, the weights decide."""
+class RandomBlankTransducer:
+    """A transducer with random weights that emits about `TOKENS_PER_SECOND`.
+
+    Whether the result of the joint is blank is drawn from a hash of frame and prediction; the weights select the label.
+    """
 
     def __init__(self, net: Any, frames_per_second: float) -> None:
         self._net, self.blank, self.max_symbols = net, net.blank, net.max_symbols
         rate = TOKENS_PER_SECOND / frames_per_second
-        self._share = rate / (1 + rate)  # of verdicts that are labels: each frame has one more than labels
+        self._share = rate / (1 + rate)  # of joint results that are labels: each frame also has one blank
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         return self._net.predict(tokens, h, c)
@@ -209,75 +212,53 @@ def measure_features(
     *,
     threads: int | None = None,
     random_weights: bool = False,
-    say: records.Say = lambda message: None,
+    progress: Progress = no_progress,
 ) -> Record:
-    """The result; `random_weights` for models of such."""
+    """Measure all cases and return the result; set `random_weights` for a model with random weights."""
     threads = threads or records.cores()
     backend = OrtBackend(bundle, capacity=batch, threads=threads)
     chunk, manifest = bundle.manifest.chunk(ms), bundle.manifest
-    feed = Feed(manifest, speech(), batch, (_WARM_UP + steps) * chunk.frames)
-    net: Any = backend._transducer
+    feed = AudioFeed(manifest, speech(), batch, (_WARM_UP + steps) * chunk.frames)
+    net: Any = backend.transducer
     if random_weights:
-        net = Lifelike(net, manifest.features.sample_rate / manifest.samples_per_frame)
+        net = RandomBlankTransducer(net, manifest.features.sample_rate / manifest.samples_per_frame)
     backend.reset(np.arange(batch))
     start = DecoderState.initial(net, manifest.decoder.layers, manifest.decoder.hidden)
     state, shuffle, others = start.repeat(batch), random.Random(0), OtherWork()
-    times: dict[str, list[float]] = {"encode": [], **{name: [] for name in CASES}}
-    labels = dict.fromkeys(CASES, 0)
-    heard: list[int] = []
-    spoken: list[Emissions] = []
+    times: dict[str, list[float]] = {"encode": [], **{name: [] for name in DECODE_CASES}}
+    labels = dict.fromkeys(DECODE_CASES, 0)
+    warm_up_tokens: list[int] = []
+    emissions: list[Emissions] = []
     boosts: list[Boosting] = []
     for step in range(_WARM_UP + steps):
         inputs = feed.batch(chunk, step * chunk.frames)
-        began = time.perf_counter()
+        begin = time.perf_counter()
         encoded, counts = backend.encode(inputs)
-        encode = time.perf_counter() - began
+        encode = time.perf_counter() - begin
         if step < _WARM_UP:
             for row in label_looping(net, encoded, counts, state)[0]:
-                heard += row.tokens
+                warm_up_tokens += row.tokens
             continue
         if not boosts:
-            boosts = [some_phrases(row, heard, manifest.decoder.vocabulary) for row in range(batch)]
-        say(f"step {step - _WARM_UP + 1} of {steps}")
+            boosts = [random_phrases(row, warm_up_tokens, manifest.decoder.vocabulary) for row in range(batch)]
+        progress(f"step {step - _WARM_UP + 1} of {steps}")
         times["encode"].append(1000 * encode)
-        names = list(CASES)
+        names = list(DECODE_CASES)
         shuffle.shuffle(names)
         ends = {}
         for name in names:
             ends[name] = DecoderState(*(part.copy() for part in vars(state).values()))
-            moment = Moment(net, encoded, counts, ends[name], boosts)
-            began = time.perf_counter()
-            said = CASES[name](moment)
-            times[name].append(1000 * (time.perf_counter() - began))
-            labels[name] += sum(len(row.tokens) for row in said)
+            decode_input = DecodeInput(net, encoded, counts, ends[name], boosts)
+            begin = time.perf_counter()
+            decoded = DECODE_CASES[name](decode_input)
+            times[name].append(1000 * (time.perf_counter() - begin))
+            labels[name] += sum(len(row.tokens) for row in decoded)
             if name == "confidence":
-                spoken.append(_emissions(said, (step - _WARM_UP) * chunk.frames))
-        state = ends[names[0]]  # any: so that boosted streams are met in the middle of their phrases too
+                emissions.append(_emissions(decoded, (step - _WARM_UP) * chunk.frames))
+        state = ends[names[0]]  # of a random case, so that boosted streams are sometimes within a phrase
         state.node[:] = np.where(state.node < [len(boosting) for boosting in boosts], state.node, 0)
-    first = next(iter(CASES))
-    rows = []
-    whole = statistics.median(encode + plain for encode, plain in zip(times["encode"], times[first], strict=True))
-    for name in CASES:
-        more = [mine - plain for mine, plain in zip(times[name], times[first], strict=True)]
-        values = {
-            "labels_per_second": labels[name] / (batch * steps * ms / 1000),
-            "step_ms": whole,
-            "share": statistics.median(more) / whole,
-        }
-        case = {"features": name, "chunk_ms": ms, "batch": batch}
-        rows.append(records.row(case, {"decode": times[name], "more": more}, values))
-    host = _host(bundle, spoken, ms, batch)
-    boosted = statistics.median(mine - plain for mine, plain in zip(times[name], times[first], strict=True))
-    plainly = host[next(iter(HOST))]
-    for name in HOST:
-        more = [mine - plain for mine, plain in zip(host[name], plainly, strict=True)]
-        values = {
-            "share": statistics.median(more) / whole,
-            "both": (statistics.median(more) + boosted) / whole,
-            "step_ms": whole,
-        }
-        case = {"host": name, "chunk_ms": ms, "batch": batch}
-        rows.append(records.row(case, {"host": host[name], "more": more}, values))
+    rates = {name: count / (batch * steps * ms / 1000) for name, count in labels.items()}
+    rows = _rows(times, rates, _measure_host(bundle, emissions, ms, batch), {"chunk_ms": ms, "batch": batch})
     return records.record(
         "features",
         rows,
@@ -293,54 +274,64 @@ def measure_features(
     )
 
 
-def _emissions(said: Sequence[Labels], begin: int) -> Emissions:
+def _rows(
+    times: dict[str, list[float]], rates: dict[str, float], host: dict[str, list[float]], case: dict[str, Any]
+) -> list[Row]:
+    """Return the rows of all cases, with their added time relative to the first case of the same step."""
+    baseline, host_baseline = times[next(iter(DECODE_CASES))], host[next(iter(HOST_CASES))]
+    step_ms = statistics.median(encode + decode for encode, decode in zip(times["encode"], baseline, strict=True))
+    rows, added_ms = [], 0.0
+    for name in DECODE_CASES:
+        added = [time - reference for time, reference in zip(times[name], baseline, strict=True)]
+        added_ms = statistics.median(added)  # of the last case, with all features, for `total_share`
+        values = {"labels_per_second": rates[name], "step_ms": step_ms, "share": added_ms / step_ms}
+        rows.append(records.row({"decode": name, **case}, {"decode": times[name], "added": added}, values))
+    for name in HOST_CASES:
+        added = [time - reference for time, reference in zip(host[name], host_baseline, strict=True)]
+        host_ms = statistics.median(added)
+        values = {"share": host_ms / step_ms, "total_share": (host_ms + added_ms) / step_ms, "step_ms": step_ms}
+        rows.append(records.row({"host": name, **case}, {"host": host[name], "added": added}, values))
+    return rows
+
+
+def _emissions(decoded: Sequence[Labels], begin: int) -> Emissions:
+    """Return the emissions of a step whose first frame is `begin`."""
     return Emissions(
-        tuple(np.array(row.tokens, np.int32) for row in said),
-        tuple(np.array(row.frames, np.int64) + begin for row in said),
-        tuple(np.array(row.scores, np.float32) for row in said),
-        tuple(np.array(row.sum_p_alpha, np.float32) for row in said),
-        np.zeros(len(said), bool),
+        tuple(np.array(row.tokens, np.int32) for row in decoded),
+        tuple(np.array(row.frames, np.int64) + begin for row in decoded),
+        tuple(np.array(row.scores, np.float32) for row in decoded),
+        tuple(np.array(row.sum_p_alpha, np.float32) for row in decoded),
+        np.zeros(len(decoded), bool),
     )
 
 
-def some_phrases(seed: int, heard: Sequence[int], vocabulary: int) -> Boosting:
-    """Different for every seed; half of their tokens are those that were heard."""
+def random_phrases(seed: int, tokens: Sequence[int], vocabulary: int) -> Boosting:
+    """Return `PHRASES` random phrases of 2 to 7 tokens; about half of their tokens are drawn from `tokens`."""
     rng = np.random.default_rng(seed)
-    pool = np.array([*heard, *rng.integers(0, vocabulary, max(len(heard), 100))])
+    pool = np.array([*tokens, *rng.integers(0, vocabulary, max(len(tokens), 100))])
     return Boosting([(rng.choice(pool, rng.integers(2, 8)).tolist(), WEIGHT) for _ in range(PHRASES)], vocabulary)
 
 
 def table(result: Record) -> str:
-    head = ("after the encoder", "decode, ms", "more, ms", "share of a step", "labels/s")
-    lines, hosts = [], []
+    """Return the result as Markdown."""
+    decoding, host = [], []
     for row in result["rows"]:
-        values = row["values"]
-        if "host" in row["case"]:
-            hosts.append(
-                (
-                    row["case"]["host"],
-                    tables.spread(row["ms"]["host"]),
-                    tables.spread(row["ms"]["more"]),
-                    f"{100 * values['share']:.2f} %",
-                    f"{100 * values['both']:.2f} %",
-                )
-            )
-            continue
-        lines.append(
-            (
-                row["case"]["features"],
-                tables.spread(row["ms"]["decode"]),
-                tables.spread(row["ms"]["more"]),
-                f"{100 * values['share']:.2f} %",
-                tables.digits(values["labels_per_second"]),
-            )
-        )
+        values, kind = row["values"], "host" if "host" in row["case"] else "decode"
+        line = [row["case"][kind], tables.spread(row["ms"][kind]), tables.spread(row["ms"]["added"])]
+        line.append(tables.percent(values["share"]))
+        if kind == "host":
+            host.append([*line, tables.percent(values["total_share"])])
+        else:
+            decoding.append([*line, tables.digits(values["labels_per_second"])])
     case, model = result["rows"][0]["case"], result["model"]
+    decoding_head = ("decoding", "time, ms", "added, ms", "share of a step", "tokens/s per stream")
+    host_head = ("host, after a step", "time, ms", "added, ms", "share of a step", "share with all streams boosted")
     return (
-        f"{model['layers']} layers of {model['d_model']}, batch {case['batch']}, {case['chunk_ms']} ms, a step of "
-        f"{tables.digits(result['rows'][0]['values']['step_ms'])} ms; {result['method']['phrases']} phrases a stream; "
-        f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores.\n\n{tables.markdown(head, lines)}\n\n"
-        f"{tables.markdown(('after a step, on the host', 'ms', 'more, ms', 'share of a step', 'both'), hosts)}\n"
+        f"{model['layers']} layers, d_model {model['d_model']}, batch {case['batch']}, {case['chunk_ms']} ms chunks, "
+        f"{tables.digits(result['rows'][0]['values']['step_ms'])} ms per step; {result['method']['phrases']} phrases "
+        f"per stream; {result['hardware']['cpu']}, {result['hardware']['cores']} cores. Times: median "
+        "[minimum–maximum].\n\n"
+        f"{tables.markdown(decoding_head, decoding)}\n\n{tables.markdown(host_head, host)}\n"
     )
 
 
@@ -348,14 +339,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nemostream.benchmarks.studies.features", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
-    parser.add_argument("--random-weights", action="store_true", help="the bundle is one of `random_bundle`")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--chunk-ms", type=int, default=560)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--threads", type=int, help="default: every core")
-    parser.add_argument("--out", type=Path, default=records.FOLDER)
-    parser.add_argument("--name", default="features")
+    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
+    parser.add_argument("--random-weights", action="store_true", help="the bundle has random weights")
+    parser.add_argument("--batch", type=int, default=64, help="streams per step")
+    parser.add_argument("--chunk-ms", type=int, default=560, help="chunk size in ms")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder for the result")
+    parser.add_argument("--name", default="features", help="name of the output files, without suffix")
     options = parser.parse_args(arguments)
     result = measure_features(
         Bundle.open(options.bundle or nemostream.demo_bundle()),
@@ -364,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.steps,
         threads=options.threads,
         random_weights=options.random_weights,
-        say=records.say,
+        progress=records.report_progress,
     )
     records.write(result, options.out / f"{options.name}.json")
     (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")

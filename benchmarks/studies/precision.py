@@ -1,11 +1,11 @@
-"""What does every precision cost in words? Answered on a CPU, for GPUs too.
+"""Word error rate of each precision, measured on a CPU for GPUs too.
 
     python -m nemostream.benchmarks.studies.precision --manifest heldout.jsonl --json precision.json
 
-Word error rate of a bundle (default: the packaged model) on a NeMo manifest (`audio_filepath`, `text`) without case and
-punctuation, per precision and chunk size, and on how many recordings the text is exactly fp32's. "int8, CPU" is what
-`nemostream build` makes for a CPU; fp16, int8 and fp8 are the graphs that TensorRT gets, run by ONNX Runtime on a CPU,
-node by node as they are written (bf16 no CPU runs).
+Measures, for each precision and chunk size, the word error rate of a bundle (default: the packaged model) on a NeMo
+manifest (`audio_filepath`, `text`) without case and punctuation, and the number of recordings whose text is the same as
+in fp32. "int8, CPU" is the engine that `nemostream build` makes for a CPU. fp16, int8 and fp8 are the graphs that
+TensorRT receives, run by ONNX Runtime on a CPU node by node as written. bf16 is not supported by ONNX Runtime on CPUs.
 """
 
 from __future__ import annotations
@@ -26,48 +26,49 @@ from nemostream.benchmarks import accuracy
 from nemostream.benchmarks.harness.records import hardware
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CELLS, write_typed
+from nemostream.engine.precision import CACHE_DTYPES, write_typed
 from nemostream.engine.validate import validate_engine
 from nemostream.engines import build_engine, speech
 from nemostream.errors import EngineValidationError, NemostreamError
 from nemostream.plans import Plan, PlanStore, Recipe
 from nemostream.runtime.backends.cpu import OrtBackend
 
-_TYPED = ("fp16", "int8", "fp8")
+_GPU_PRECISIONS = ("fp16", "int8", "fp8")
 
 
 def word_errors(bundle: Bundle, manifest: Path, folder: Path) -> list[dict[str, Any]]:
-    """A row per chunk size and precision. Engines are made in `folder`."""
+    """Return a row for each chunk size and precision. Engines are built in `folder`."""
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    wanted = [row["text"] for row in rows]
+    references = [row["text"] for row in rows]
     figures = []
     for chunk in bundle.manifest.chunks:
         ranges = measure_ranges(bundle, chunk, speech(bundle.manifest))
-        gated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
-        plans = {"fp32": None, "int8, CPU": gated}
-        plans |= {precision: _typed(bundle, chunk, precision, ranges, folder) for precision in _TYPED}
-        exact: list[str] = []
+        validated, _ = build_engine(bundle, chunk, "int8", PlanStore(folder), backend="onnxruntime")
+        plans = {"fp32": None, "int8, CPU": validated}
+        plans |= {precision: _gpu_plan(bundle, chunk, precision, ranges, folder) for precision in _GPU_PRECISIONS}
+        fp32_texts: list[str] = []
         for precision, plan in plans.items():
             backend = OrtBackend(bundle, plans={chunk.ms: plan} if plan else None)
             with nemostream.Model(bundle, backend, chunk.ms) as model:
                 texts = [model.transcribe(manifest.parent / row["audio_filepath"]).text for row in rows]
-            exact = exact or texts
-            counted = accuracy.word_errors(wanted, texts, accuracy.plain)
+            fp32_texts = fp32_texts or texts
+            errors = accuracy.word_errors(references, texts, accuracy.plain)
             figures.append(
                 {
                     "chunk_ms": chunk.ms,
                     "precision": precision,
-                    "wer": counted["wer"],
+                    "wer": errors["wer"],
                     "recordings": len(rows),
-                    "words": counted["words"],
-                    "same_text_as_fp32": sum(a == b for a, b in zip(texts, exact, strict=True)),
-                    "gate": dict(plan.gate) if plan and plan.gate else None,
+                    "words": errors["words"],
+                    "same_text_as_fp32": sum(a == b for a, b in zip(texts, fp32_texts, strict=True)),
+                    "validation": dict(plan.validation) if plan and plan.validation else None,
                 }
             )
     return figures
 
 
-def _typed(bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: dict[str, float], folder: Path) -> Plan:
+def _gpu_plan(bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: dict[str, float], folder: Path) -> Plan:
+    """Return a plan that runs the graph of a GPU engine in ONNX Runtime."""
     recipe = Recipe.of(
         bundle,
         chunk.ms,
@@ -76,17 +77,17 @@ def _typed(bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: dict[str,
         precision=precision,
         device="tried on a CPU",
         max_batch=0,
-        cache_dtype=CELLS[precision],
+        cache_dtype=CACHE_DTYPES[precision],
     )
     return PlanStore(folder).put(
         recipe,
-        lambda place: write_typed(bundle, chunk, precision, ranges, place, recipe.stem),
-        lambda plan: _gate(bundle, chunk, plan),
+        lambda path: write_typed(bundle, chunk, precision, ranges, path, recipe.stem),
+        lambda plan: _validate(bundle, chunk, plan),
     )
 
 
-def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan) -> dict[str, Any]:
-    """The gate's figures, or nothing if it refuses: that is told by the words."""
+def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan) -> dict[str, Any]:
+    """Return the figures of the engine validation; empty if it fails, as the word error rate shows the effect."""
     backends = OrtBackend(bundle, 2, plans={chunk.ms: plan}), OrtBackend(bundle, 2)
     try:
         return validate_engine(bundle.manifest, chunk, plan.recipe.precision, *backends, speech(bundle.manifest))
@@ -96,12 +97,16 @@ def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = [f"{report['hardware']['cpu']}, {report['hardware']['cores']} cores; onnxruntime {report['onnxruntime']}"]
     if report["words"]:
-        lines += ["", "| chunk | precision | WER | same text as fp32 | gate: least cosine |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| chunk | precision | WER | same text as fp32 | validation: minimum cosine |",
+            "|---|---|---|---|---|",
+        ]
         for row in report["words"]:
-            cosine = f"{row['gate']['cosine']:.5f}" if row["gate"] else "–"
+            cosine = f"{row['validation']['cosine']:.5f}" if row["validation"] else "–"
             lines.append(
                 f"| {row['chunk_ms']} ms | {row['precision']} | {100 * row['wer']:.2f} % | "
                 f"{row['same_text_as_fp32']} of {row['recordings']} | {cosine} |"
@@ -113,9 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nemostream.benchmarks.studies.precision", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--manifest", type=Path, required=True, help="recordings and their texts, as NeMo writes them")
-    parser.add_argument("--bundle", type=Path, help="whose words are counted (default: the packaged model)")
-    parser.add_argument("--json", type=Path, help="write the report with every sample here, and a .md beside it")
+    parser.add_argument("--manifest", type=Path, required=True, help="NeMo manifest of the recordings")
+    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
+    parser.add_argument("--json", type=Path, help="JSON file to write; a .md file is written next to it")
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {
         "hardware": hardware(),

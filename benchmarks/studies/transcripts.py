@@ -1,18 +1,19 @@
-"""How right are a transcript's times and confidences, and what becomes of a stream whose decoder forgets?
+"""Accuracy of word times and confidences, and effect of decoder resets on long streams.
 
     python -m nemostream.benchmarks.studies.transcripts --out benchmarks/results
 
-*Times.* Flite (on the PATH) speaks the held-out recordings' texts and tells when each phone ends, so when each word
-does. How much later is a word said to begin and to end, at each chunk size?
+*Times.* Flite (on the PATH) synthesises the texts of the held-out recordings and prints the end time of each phone,
+from which word times follow. The benchmark measures the delay of the start and end times of transcribed words at each
+chunk size.
 
-*Confidence.* The held-out recordings, clean and with white noise (`NOISES` drawings at each ratio of `DECIBELS`): of
-the words that got a confidence of so much, how many are right? The expected calibration error is over `BINS` bins of
-equal width (Guo et al. 2017); words are right where the alignment of least edits says that they are hits. The area
-under the ROC curve is the chance that a right word has more confidence than a wrong one.
+*Confidence.* The held-out recordings are transcribed clean and with white noise (`NOISE_DRAWS` draws at each ratio of
+`DECIBELS`). Words are correct if a minimum edit distance alignment matches them with the reference. The expected
+calibration error uses `BINS` bins of equal width (Guo et al. 2017). The area under the ROC curve is the probability
+that a correct word has a higher confidence than a wrong one.
 
-*Decoder.* The same recordings one after the other in one stream, with pauses of `PAUSES` seconds between them, and
-utterances that end after `SILENCE_MS`: words wrong if the decoder is kept, if it is reset at the end of each utterance,
-and if every recording is a stream of its own.
+*Decoder.* The recordings are transcribed in one stream, with pauses of `PAUSES` seconds between them and utterances
+that end after `SILENCE_MS` of silence: word error rate if the decoder state is kept, if it is reset at the end of each
+utterance, and if each recording has its own stream.
 
 Words are compared without case and punctuation.
 """
@@ -25,7 +26,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks.accuracy import plain
+from nemostream.benchmarks.command import make_parser
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.records import Record
+from nemostream.benchmarks.harness.corpora import add_noise
+from nemostream.benchmarks.harness.records import Progress, Record, Row, no_progress
+from nemostream.benchmarks.report import write_report
 from nemostream.errors import AudioError
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.model import Model
@@ -46,7 +50,7 @@ from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.words import group_words
 
 VOICES = ("slt", "rms", "awb", "kal16")
-DECIBELS, NOISES = (20, 15, 10, 5), 4
+DECIBELS, NOISE_DRAWS = (20, 15, 10, 5), 4
 MEASURES = (
     Confidence(),
     Confidence(norm="lin"),
@@ -56,24 +60,24 @@ MEASURES = (
     Confidence("max_prob", alpha=1.0),
 )
 BINS = 10
-PAUSES, SILENCE_MS = (1.2, 2.0, 4.0, 8.0), 800
-_RATE = 16000
+PAUSES, SILENCE_MS = (1.2, 2.0, 4.0, 8.0), 800  # pauses in seconds
+_RATE = 16000  # Hz
 
 Floats = NDArray[np.float32]
 
 
-def measure_transcripts(model: Model, manifest: Path, say: records.Say = lambda message: None) -> Record:
-    """The result; `manifest` is NeMo's (`audio_filepath`, `text`)."""
+def measure_transcripts(model: Model, manifest: Path, progress: Progress = no_progress) -> Record:
+    """Run all three measurements and return the result; `manifest` is a NeMo manifest (`audio_filepath`, `text`)."""
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    clips = [_audio(manifest.parent / row["audio_filepath"]) for row in rows]
+    clips = [_read_audio(manifest.parent / row["audio_filepath"]) for row in rows]
     texts = [row["text"] for row in rows]
-    found = []
+    found = list[Row]()
     if shutil.which("flite"):
-        found += _times(model, texts, say)
+        found += _measure_times(model, texts, progress)
     else:
-        say("flite is not installed: no times")
-    found += _confidences(model, clips, texts, say)
-    found += _decoders(model, clips, texts, say)
+        progress("flite is not installed: word times are skipped")
+    found += _measure_confidence(model, clips, texts, progress)
+    found += _measure_decoder_resets(model, clips, texts, progress)
     return records.record(
         "transcripts",
         found,
@@ -85,7 +89,7 @@ def measure_transcripts(model: Model, manifest: Path, say: records.Say = lambda 
         method={
             "voices": VOICES,
             "decibels": DECIBELS,
-            "noises": NOISES,
+            "noise_draws": NOISE_DRAWS,
             "bins": BINS,
             "pauses": PAUSES,
             "silence_ms": SILENCE_MS,
@@ -98,121 +102,132 @@ def measure_transcripts(model: Model, manifest: Path, say: records.Say = lambda 
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
-def speak(voice: str, text: str) -> tuple[Floats, list[tuple[str, float]]]:
-    """What flite says, at 16 kHz, and each phone with its end in seconds; pauses are the phone "pau"."""
+def synthesise(voice: str, text: str) -> tuple[Floats, list[tuple[str, float]]]:
+    """Return audio [N] at 16 kHz from flite, and its phones with their end times in seconds; "pau" is a pause."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         command = ["flite", "-voice", voice, "-psdur", "-t", text, "-o", file.name]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         audio, rate = soundfile.read(file.name, dtype="float32")
-    phones = [(name, float(end)) for name, _, end in (phone.partition(":") for phone in told.split())]
+    phones = [(name, float(end)) for name, _, end in (phone.partition(":") for phone in output.split())]
     return audio if rate == _RATE else soxr.resample(audio, rate, _RATE), phones
 
 
 def word_times(words: Sequence[str], phones: Sequence[tuple[str, float]], sizes: dict[str, int]) -> list[Any]:
-    """Begin and end of each word in seconds; `sizes` are its phones. Empty if the phones do not add up."""
-    begins = [0.0, *(end for _, end in phones)]
-    heard = [(begin, end) for begin, (name, end) in zip(begins, phones, strict=False) if name != "pau"]
-    if len(heard) != sum(sizes[word] for word in words):
+    """Return start and end of each word in seconds; `sizes` is the number of phones of each word.
+
+    Returns an empty list if the number of phones does not match.
+    """
+    starts = [0.0, *(end for _, end in phones)]
+    spans = [(start, end) for start, (name, end) in zip(starts, phones, strict=False) if name != "pau"]
+    if len(spans) != sum(sizes[word] for word in words):
         return []
-    found, at = [], 0
+    times, index = [], 0
     for word in words:
-        part = heard[at : at + sizes[word]]
-        found.append((part[0][0], part[-1][1]))
-        at += sizes[word]
-    return found
+        part = spans[index : index + sizes[word]]
+        times.append((part[0][0], part[-1][1]))
+        index += sizes[word]
+    return times
 
 
-def _times(model: Model, texts: Sequence[str], say: records.Say) -> list[records.Row]:
-    spoken = []
+def _measure_times(model: Model, texts: Sequence[str], progress: Progress) -> list[Row]:
+    recordings = []
     for voice in VOICES:
-        say(f"flite speaks: {voice}")
-        alone = {word for text in texts for word in text.split()}
-        sizes = {word: sum(name != "pau" for name, _ in speak(voice, word)[1]) for word in alone}
+        progress(f"synthesising with voice {voice}")
+        vocabulary = {word for text in texts for word in text.split()}
+        sizes = {word: sum(name != "pau" for name, _ in synthesise(voice, word)[1]) for word in vocabulary}
         for text in texts:
-            audio, phones = speak(voice, text)
-            if times := word_times(text.split(), phones, sizes):  # none if a word sounds otherwise in its sentence
-                said = [plain(word) for word in text.split()]
-                spoken.append((np.concatenate([audio, np.zeros(_RATE, np.float32)]), said, times))
+            audio, phones = synthesise(voice, text)
+            if times := word_times(text.split(), phones, sizes):  # empty if a word has other phones in a sentence
+                reference = [plain(word) for word in text.split()]
+                recordings.append((np.concatenate([audio, np.zeros(_RATE, np.float32)]), reference, times))
     rows = []
     for chunk in model.manifest.chunks:
-        say(f"times at {chunk.ms} ms")
-        begin, end = [], []
-        for audio, said, times in spoken:
-            got = model.transcribe(audio, chunk_ms=chunk.ms).words
-            same = difflib.SequenceMatcher(None, said, [plain(word.text) for word in got], autojunk=False)
-            for block in same.get_matching_blocks():
+        progress(f"word times at {chunk.ms} ms")
+        start_delays, end_delays = [], []
+        for audio, reference, times in recordings:
+            words = model.transcribe(audio, chunk_ms=chunk.ms).words
+            matcher = difflib.SequenceMatcher(None, reference, [plain(word.text) for word in words], autojunk=False)
+            for block in matcher.get_matching_blocks():
                 for i in range(block.size):
-                    told, true = got[block.b + i], times[block.a + i]
-                    begin.append(1000 * (told.start - true[0]))
-                    end.append(1000 * (told.end - true[1]))
-        values = {"words": len(begin), "spoken": sum(len(said) for _, said, _ in spoken)}
-        rows.append(records.row({"what": "times", "chunk_ms": chunk.ms}, {"begin": begin, "end": end}, values))
+                    word, (start, end) = words[block.b + i], times[block.a + i]
+                    start_delays.append(1000 * (word.start - start))
+                    end_delays.append(1000 * (word.end - end))
+        values = {"words": len(start_delays), "reference_words": sum(len(reference) for _, reference, _ in recordings)}
+        case = {"measurement": "times", "chunk_ms": chunk.ms}
+        rows.append(records.row(case, {"start": start_delays, "end": end_delays}, values))
     return rows
 
 
 # -- confidence --------------------------------------------------------------------------------------------------------
 
 
-def _confidences(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: records.Say) -> list[records.Row]:
+def _measure_confidence(model: Model, clips: Sequence[Floats], texts: Sequence[str], progress: Progress) -> list[Row]:
     noisy: list[tuple[Floats, str]] = list(zip(clips, texts, strict=True))
-    for ratio, seed in itertools.product(DECIBELS, range(NOISES)):
-        noisy += [(_with_noise(clip, ratio, seed), text) for clip, text in zip(clips, texts, strict=True)]
-    say(f"confidence of {len(noisy)} recordings")
-    heard, vocabulary = [], model.manifest.decoder.vocabulary + 1
-    with_power = Confidence("renyi", "lin")  # from which the sum that every entropy is made of can be had again
+    for ratio, seed in itertools.product(DECIBELS, range(NOISE_DRAWS)):
+        noisy += [(add_noise(clip, ratio, seed), text) for clip, text in zip(clips, texts, strict=True)]
+    progress(f"confidence of {len(noisy)} recordings")
+    results, vocabulary = [], model.manifest.decoder.vocabulary + 1
+    invertible = Confidence("renyi", "lin")  # from this measure, `_sum_p_alpha` recovers the input of all measures
     for (_, text), result in zip(
-        noisy, model.transcribe_many((audio for audio, _ in noisy), confidence=with_power), strict=True
+        noisy, model.transcribe_many((audio for audio, _ in noisy), confidence=invertible), strict=True
     ):
         assert isinstance(result, nemostream.Result), result
-        got = [plain(word.text) for word in result.words]
-        heard.append((result, _hits([plain(word) for word in text.split()], got)))
+        words = [plain(word.text) for word in result.words]
+        results.append((result, _hits([plain(word) for word in text.split()], words)))
     rows = []
     for measure in MEASURES:
-        sure, found = measure.token_measure(vocabulary), []
-        for result, hits in heard:
+        confidence, pairs = measure.token_measure(vocabulary), []
+        for result, hits in results:
             tokens = [
-                replace(token, confidence=sure(token.score, _power(token.confidence, with_power.alpha, vocabulary)))
+                replace(
+                    token,
+                    confidence=confidence(token.score, _sum_p_alpha(token.confidence, invertible.alpha, vocabulary)),
+                )
                 for token in result.tokens
             ]
-            words = group_words(tokens, measure.aggregation)
-            found += [(word.confidence, hit) for word, hit in zip(words, hits, strict=True)]
-        case = {"what": "confidence", "measure": measure.measure, "norm": measure.norm, "alpha": measure.alpha}
-        rows.append(records.row(case, {}, calibration(found)))
+            grouped = group_words(tokens, measure.aggregation)
+            pairs += [(word.confidence, hit) for word, hit in zip(grouped, hits, strict=True)]
+        case = {"measurement": "confidence", "measure": measure.measure, "norm": measure.norm, "alpha": measure.alpha}
+        rows.append(records.row(case, {}, calibration(pairs)))
     return rows
 
 
-def calibration(found: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """Of confidences and whether each was right: bins as (count, mean confidence, share right), errors, ranking."""
-    values, right = np.array([value for value, _ in found]), np.array([hit for _, hit in found])
-    which = np.clip((values * BINS).astype(int), 0, BINS - 1)
+def calibration(pairs: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    """Return calibration figures of words; pairs are (confidence, whether the word is correct).
+
+    Each bin is [count, mean confidence, share of correct words]; `ece` is the expected calibration error, `auroc` the
+    area under the ROC curve.
+    """
+    confidences, correct = np.array([value for value, _ in pairs]), np.array([hit for _, hit in pairs])
+    index = np.clip((confidences * BINS).astype(int), 0, BINS - 1)
     bins = [
-        [int(part.sum()), float(values[part].mean()), float(right[part].mean())] if part.any() else [0, 0.0, 0.0]
-        for part in (which == number for number in range(BINS))
+        [int(part.sum()), float(confidences[part].mean()), float(correct[part].mean())] if part.any() else [0, 0.0, 0.0]
+        for part in (index == number for number in range(BINS))
     ]
-    error = sum(count * abs(sure - hit) for count, sure, hit in bins) / len(found)
-    order = np.argsort(np.argsort(values, kind="stable"), kind="stable") + 1  # ties by chance of order, as rare as any
-    hits, misses = int(right.sum()), int((~right).sum())
-    area = (order[right].sum() - hits * (hits + 1) / 2) / (hits * misses) if hits and misses else float("nan")
-    return {"words": len(found), "right": hits, "bins": bins, "ece": float(error), "area": float(area)}
+    error = sum(count * abs(confidence - share) for count, confidence, share in bins) / len(pairs)
+    rank = np.argsort(np.argsort(confidences, kind="stable"), kind="stable") + 1  # ties are ranked in order
+    hits, misses = int(correct.sum()), int((~correct).sum())
+    area = (rank[correct].sum() - hits * (hits + 1) / 2) / (hits * misses) if hits and misses else float("nan")
+    return {"words": len(pairs), "correct": hits, "bins": bins, "ece": float(error), "auroc": float(area)}
 
 
-def _power(confidence: float, alpha: float, vocabulary: int) -> float:
-    """The sum of p ** alpha that a token's Renyi entropy, mapped linearly, was made of."""
+def _sum_p_alpha(confidence: float, alpha: float, vocabulary: int) -> float:
+    """Return the sum of p ** alpha from a confidence with Renyi entropy and linear normalisation."""
     return float(vocabulary ** ((1 - confidence) * (1 - alpha)))
 
 
-def _hits(wanted: Sequence[str], got: Sequence[str]) -> list[bool]:
-    """Of each word said, whether an alignment of least edits pairs it with itself."""
-    costs = np.zeros((len(wanted) + 1, len(got) + 1), np.int64)
-    costs[:, 0], costs[0] = np.arange(len(wanted) + 1), np.arange(len(got) + 1)
-    for i, a in enumerate(wanted, 1):
-        for j, b in enumerate(got, 1):
+def _hits(reference: Sequence[str], words: Sequence[str]) -> list[bool]:
+    """Return for each word whether a minimum edit distance alignment matches it with an equal reference word."""
+    costs = np.zeros((len(reference) + 1, len(words) + 1), np.int64)
+    costs[:, 0], costs[0] = np.arange(len(reference) + 1), np.arange(len(words) + 1)
+    for i, a in enumerate(reference, 1):
+        for j, b in enumerate(words, 1):
             costs[i, j] = min(costs[i - 1, j] + 1, costs[i, j - 1] + 1, costs[i - 1, j - 1] + (a != b))
-    hits, i, j = [False] * len(got), len(wanted), len(got)
+    hits, i, j = [False] * len(words), len(reference), len(words)
     while i and j:
-        if costs[i, j] == costs[i - 1, j - 1] + (wanted[i - 1] != got[j - 1]):
+        if costs[i, j] == costs[i - 1, j - 1] + (reference[i - 1] != words[j - 1]):
             i, j = i - 1, j - 1
-            hits[j] = wanted[i] == got[j]
+            hits[j] = reference[i] == words[j]
         elif costs[i, j] == costs[i - 1, j] + 1:
             i -= 1
         else:
@@ -223,83 +238,92 @@ def _hits(wanted: Sequence[str], got: Sequence[str]) -> list[bool]:
 # -- decoder -----------------------------------------------------------------------------------------------------------
 
 
-def _decoders(model: Model, clips: Sequence[Floats], texts: Sequence[str], say: records.Say) -> list[records.Row]:
+def _measure_decoder_resets(
+    model: Model, clips: Sequence[Floats], texts: Sequence[str], progress: Progress
+) -> list[Row]:
     import jiwer
 
     rng = np.random.default_rng(0)
     pauses = [rng.standard_normal(round(_RATE * seconds)).astype(np.float32) * 1e-3 for seconds in PAUSES]
     order = rng.permutation(len(clips)).tolist()
-    turns = zip(order, itertools.cycle(pauses), strict=False)
-    audio = np.concatenate([part for number, pause in turns for part in (clips[number], pause)])
-    wanted, rows = plain(" ".join(texts[number] for number in order)), []
+    pairs = zip(order, itertools.cycle(pauses), strict=False)
+    audio = np.concatenate([part for number, pause in pairs for part in (clips[number], pause)])
+    reference, rows = plain(" ".join(texts[number] for number in order)), []
     for chunk in model.manifest.chunks:
-        say(f"decoders at {chunk.ms} ms")
+        progress(f"decoder resets at {chunk.ms} ms")
         for decoder in ("keep", "reset"):
             rule = Endpoint(silence_ms=SILENCE_MS, decoder="reset" if decoder == "reset" else "keep")
             finals = [e.text for e in model.listen(audio, chunk_ms=chunk.ms, endpoint=rule) if e.kind == "final"]
-            said = plain(" ".join(finals))
-            values = {"wer": jiwer.wer(wanted, said), "utterances": len(finals), "recordings": len(clips)}
-            rows.append(records.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": decoder}, {}, values))
-        alone = " ".join(model.transcribe(clips[number], chunk_ms=chunk.ms).text for number in order)
-        values = {"wer": jiwer.wer(wanted, plain(alone)), "utterances": len(clips), "recordings": len(clips)}
-        rows.append(records.row({"what": "decoder", "chunk_ms": chunk.ms, "decoder": "alone"}, {}, values))
+            wer = jiwer.wer(reference, plain(" ".join(finals)))
+            values = {"wer": wer, "utterances": len(finals), "recordings": len(clips)}
+            rows.append(records.row({"measurement": "decoder", "chunk_ms": chunk.ms, "decoder": decoder}, {}, values))
+        separate = " ".join(model.transcribe(clips[number], chunk_ms=chunk.ms).text for number in order)
+        wer = jiwer.wer(reference, plain(separate))
+        values = {"wer": wer, "utterances": len(clips), "recordings": len(clips)}
+        case = {"measurement": "decoder", "chunk_ms": chunk.ms, "decoder": "separate streams"}
+        rows.append(records.row(case, {}, values))
     return rows
 
 
-def _audio(path: Path) -> Floats:
+def _read_audio(path: Path) -> Floats:
     audio, rate = soundfile.read(path, dtype="float32")
     if rate != _RATE:
-        raise AudioError(f"{path} has {rate} samples a second; this benchmark wants {_RATE}.")
+        raise AudioError(f"{path} has a sample rate of {rate} Hz; this benchmark needs {_RATE} Hz.")
     return audio
 
 
-def _with_noise(clip: Floats, decibels: float, seed: int) -> Floats:
-    noise = np.random.default_rng([seed, len(clip)]).standard_normal(len(clip)).astype(np.float32)
-    return clip + noise * np.float32(np.sqrt((clip**2).mean() / 10 ** (decibels / 10)))
+# -- report ------------------------------------------------------------------------------------------------------------
 
 
-# -- showing -----------------------------------------------------------------------------------------------------------
-
-
-def show(result: Record, plot: Any) -> str:
-    parts, rows = [], result["rows"]
-    times = [row for row in rows if row["case"]["what"] == "times"]
-    if times:
-        lines = [
-            [
-                f"{row['case']['chunk_ms']} ms",
-                *(_span(row["ms"][name]) for name in ("begin", "end")),
-                f"{row['values']['words']} of {row['values']['spoken']}",
-            ]
-            for row in times
-        ]
-        head = ["chunk", "begins late, ms", "ends late, ms", "words"]
-        parts.append(f"Times, median [5th–95th percentile]:\n\n{tables.markdown(head, lines)}")
-    sure = [row for row in rows if row["case"]["what"] == "confidence"]
-    axes = plot("reliability")
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    lines = []
-    for row in sure:
-        bins = [each for each in row["values"]["bins"] if each[0]]
-        axes.plot([each[1] for each in bins], [each[2] for each in bins], marker="o", label=_named(row["case"]))
-        values = row["values"]
-        lines.append([_named(row["case"]), f"{values['ece']:.3f}", f"{values['area']:.3f}"])
-    axes.set_xlabel("confidence of a word")
-    axes.set_ylabel("share of such words that are right")
-    axes.legend()
-    share = f"{sure[0]['values']['words']} words, {100 * sure[0]['values']['right'] / sure[0]['values']['words']:.1f} %"
-    head = ["measure", "expected calibration error", "area under ROC"]
-    parts.append(f"Confidence, {share} of them right:\n\n{tables.markdown(head, lines)}")
-    decoders = [row for row in rows if row["case"]["what"] == "decoder"]
-    sizes = list(dict.fromkeys(row["case"]["chunk_ms"] for row in decoders))
-    cells = {(row["case"]["decoder"], row["case"]["chunk_ms"]): row["values"] for row in decoders}
-    lines = [
-        [what, *(f"{100 * cells[name, size]['wer']:.1f} % ({cells[name, size]['utterances']})" for size in sizes)]
-        for name, what in (("keep", "one stream, kept"), ("reset", "one stream, reset"), ("alone", "a stream each"))
-    ]
-    head = ["words wrong (utterances)", *(f"{size} ms" for size in sizes)]
-    parts.append(f"Decoder, {decoders[0]['values']['recordings']} recordings:\n\n{tables.markdown(head, lines)}")
+def show(result: Record, plot: Callable[[str], Any]) -> str:
+    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+    rows: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["case"]["measurement"], []).append(row)
+    parts = [_show_times(rows["times"])] if "times" in rows else []
+    parts += [_show_confidence(rows["confidence"], plot("reliability")), _show_decoder(rows["decoder"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _show_times(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            f"{row['case']['chunk_ms']} ms",
+            *(_span(row["ms"][name]) for name in ("start", "end")),
+            f"{row['values']['words']} of {row['values']['reference_words']}",
+        ]
+        for row in rows
+    ]
+    head = ["chunk", "start delay, ms", "end delay, ms", "matched words"]
+    return f"Delay of word times, median [5th–95th percentile]:\n\n{tables.markdown(head, lines)}"
+
+
+def _show_confidence(rows: Sequence[Row], axes: Any) -> str:
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect calibration")
+    lines = []
+    for row in rows:
+        name, values = _measure_name(row["case"]), row["values"]
+        bins = [each for each in values["bins"] if each[0]]
+        axes.plot([each[1] for each in bins], [each[2] for each in bins], marker="o", label=name)
+        lines.append([name, f"{values['ece']:.3f}", f"{values['auroc']:.3f}"])
+    axes.set(xlabel="word confidence", ylabel="share of correct words", title="Calibration of word confidences")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes
+    words, correct = rows[0]["values"]["words"], rows[0]["values"]["correct"]
+    head = ["measure", "expected calibration error", "area under ROC curve"]
+    return f"Confidence, {words} words, {100 * correct / words:.1f} % correct:\n\n{tables.markdown(head, lines)}"
+
+
+def _show_decoder(rows: Sequence[Row]) -> str:
+    sizes = list(dict.fromkeys(row["case"]["chunk_ms"] for row in rows))
+    cells = {(row["case"]["decoder"], row["case"]["chunk_ms"]): row["values"] for row in rows}
+    names = {"keep": "one stream, kept", "reset": "one stream, reset", "separate streams": "separate streams"}
+    lines = [
+        [label, *(f"{100 * cells[name, size]['wer']:.1f} % ({cells[name, size]['utterances']})" for size in sizes)]
+        for name, label in names.items()
+    ]
+    head = ["decoder state", *(f"{size} ms" for size in sizes)]
+    title = f"Decoder, {rows[0]['values']['recordings']} recordings, word error rate (utterances)"
+    return f"{title}:\n\n{tables.markdown(head, lines)}"
 
 
 def _span(samples: Sequence[float]) -> str:
@@ -307,7 +331,7 @@ def _span(samples: Sequence[float]) -> str:
     return f"{middle:.0f} [{low:.0f}–{high:.0f}]"
 
 
-def _named(case: dict[str, Any]) -> str:
+def _measure_name(case: dict[str, Any]) -> str:
     if case["measure"] == "max_prob":
         return "probability" if case["alpha"] == 1 else f"max_prob, alpha {case['alpha']}"
     return f"{case['measure']}, {case['norm']}" + (" (default)" if (case["measure"], case["norm"]) == _DEFAULT else "")
@@ -317,15 +341,13 @@ _DEFAULT = (Confidence().measure, Confidence().norm)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from nemostream.benchmarks.report import write_report
-
-    parser = records.parser("transcripts", __doc__)
-    parser.add_argument("--bundle", type=Path, help="what to run (default: the packaged model)")
-    parser.add_argument("--manifest", type=Path, required=True, help="held-out recordings and what is said in them")
-    parser.add_argument("--threads", type=int, help="default: every core")
+    parser = make_parser("transcripts", __doc__)
+    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
+    parser.add_argument("--manifest", type=Path, required=True, help="NeMo manifest of held-out recordings")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     options = parser.parse_args(arguments)
     with nemostream.load(options.bundle, capacity=20, threads=options.threads) as model:
-        result = measure_transcripts(model, options.manifest, records.say)
+        result = measure_transcripts(model, options.manifest, records.report_progress)
     records.write(result, options.out / f"{options.name}.json")
     print(write_report([result], options.out / f"{options.name}.md"), end="")
 

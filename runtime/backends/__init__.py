@@ -1,1 +1,1 @@
-"""Backends: what runs the model's graphs. `base` defines the interface, `cpu` and `gpu` implement it."""
+"""Backends, which run the model's graphs: the interface in `base`, implementations in `cpu` and `gpu`."""

@@ -1,9 +1,9 @@
-"""The seam: what a backend must do, so that the scheduler and the recogniser never learn which one they hold.
+"""Backend interface used by the scheduler and the model, independent of the implementation.
 
-A backend owns the state of every live stream (audio tail, mel history, K/V ring, convolution caches, predictor state,
-position, phrases), addressed by slot, an integer in [0, capacity). It is called by one thread only. A chunk size is a
-property of a batch, not of a slot: the state is the same for all of them, so a stream may change its chunk size between
-steps.
+A backend owns the state of all live streams (audio tail, mel cache, K/V ring, convolution caches, prediction network
+state, position, phrases), indexed by slot, an integer in [0, capacity). It is called by one thread only. The chunk size
+is a property of a batch, not of a slot: the state has the same format for all chunk sizes, so a stream may change its
+chunk size between steps.
 """
 
 from __future__ import annotations
@@ -25,92 +25,97 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of B streams of the same chunk size. Filled by the scheduler, consumed by the backend.
+    """Input of one step: B streams with the same chunk size.
 
-    A row whose stream has ended carries fewer than `chunk.samples` samples: `lengths` counts the leading samples of
-    its row that belong to the stream (the lead silence counts as belonging), the rest must be zero.
+    If a stream has ended, `lengths` is the number of leading samples of its row that belong to it (its lead silence
+    included); the remaining samples must be zero.
     """
 
     chunk: ChunkConfig
-    slots: NDArray[np.int64]  # [B], no slot twice
+    slots: NDArray[np.int64]  # [B], distinct
     audio: NDArray[np.float32]  # [B, chunk.samples], in [-1, 1]
     lengths: NDArray[np.int64]  # [B], 0 <= length <= chunk.samples
 
 
 @dataclass(frozen=True)
 class Emissions:
-    """What a step said. Filled by the backend, read by the scheduler; row b belongs to `Batch.slots[b]`."""
+    """Output of one step. Row b belongs to `Batch.slots[b]`; all arrays of a row have one element per token."""
 
-    tokens: tuple[NDArray[np.int32], ...]  # per row: ids emitted, in order, never blank
-    frames: tuple[NDArray[np.int64], ...]  # per row: encoder frame of the stream each was emitted at
-    scores: tuple[NDArray[np.float32], ...]  # per row: natural logarithm of each token's probability
+    tokens: tuple[NDArray[np.int32], ...]  # per row: emitted token ids in order, without blanks
+    frames: tuple[NDArray[np.int64], ...]  # per row: encoder frame of the stream at which each token was emitted
+    scores: tuple[NDArray[np.float32], ...]  # per row: log probability (natural logarithm) of each token
     sum_p_alpha: tuple[
         NDArray[np.float32], ...
-    ]  # per row: of each token, the sum of p ** greedy.ALPHA over the vocabulary
-    failed: NDArray[np.bool_]  # [B] the row's numbers are not finite: its stream cannot go on
+    ]  # per row: for each token, sum of p ** greedy.ALPHA over the vocabulary
+    failed: NDArray[np.bool_]  # [B], whether the row's values are not finite: its stream cannot continue
 
 
 class Pending(Protocol):
-    """A step under way."""
+    """A submitted step."""
 
     def result(self) -> Emissions:
-        """Wait for the step. Raises `BackendError` if it could not be run at all."""
+        """Wait for the step and return its output. Raises `BackendError` if the step could not be run."""
         ...
 
 
 class Backend(Protocol):
-    """Up to two steps may be under way at once, with the same slot in both: the second reads what the first left.
+    """Runs steps and owns the state of all slots.
 
-    The other calls too are in order: steps submitted before one of them know nothing of it, those after it do.
+    Up to two steps may be pending at once, also with the same slot in both: the second uses the state the first leaves.
+    The other methods are ordered too: they affect steps submitted after the call, and none submitted before.
     """
 
-    capacity: int  # slots
-    max_batch: int  # most rows in one batch
-    asynchronous: bool  # whether `submit` returns before the step is over; if not, overlapping steps would only delay
+    capacity: int  # number of slots
+    max_batch: int  # maximum number of rows in a batch
+    asynchronous: (
+        bool  # whether `submit` returns before the step is complete; if not, overlapping steps only adds delay
+    )
 
     def reset(self, slots: NDArray[np.int64]) -> None:
-        """Make the slots' state that of a stream that has heard nothing, without phrases."""
+        """Reset slots to the initial state of a stream, without phrases."""
         ...
 
     def reset_decoder(self, slots: NDArray[np.int64]) -> None:
-        """Decode on as if nothing had been said yet: prediction and phrases' automata start anew.
+        """Reset the decoder state of slots: prediction network state and current node of the phrase automaton.
 
-        What was heard stays: the encoder's caches, the position, and which phrases the slots have.
+        Encoder caches, position and phrases are kept.
         """
         ...
 
     def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
-        """Listen for phrases from the next step on, beginning at their automaton's root; None: for none any more.
+        """Set a slot's phrases from the next step on, starting at the root of their automaton; None removes them.
 
-        Raises `CapacityError` if the backend has no room for them; the slot then keeps those it had.
+        Raises `CapacityError` if the backend has no room for them; the slot then keeps its previous phrases.
         """
         ...
 
     def save(self, slot: int) -> dict[str, NDArray[Any]]:
-        """Copy everything the slot is, by name: `load` makes any slot the same to the bit.
+        """Copy the state of a slot, by name. `load` restores it bit for bit in any slot.
 
-        It fits backends of the same kind whose caches are of the same type. Phrases are not in it, only where in their
-        automaton the stream stands: `set_phrases` comes before `load`.
+        A state can be loaded into backends of the same kind with the same type of caches. It contains the current node
+        of the phrase automaton but not the phrases themselves: call `set_phrases` before `load`.
         """
         ...
 
     def load(self, slot: int, state: Mapping[str, NDArray[Any]]) -> None:
-        """Make the slot what `save` saw.
+        """Restore a state returned by `save`.
 
         Raises `OptionError` for a state of another model or kind of backend, or if the slot's phrases are not those of
-        the saved one; the slot is then as it was.
+        the state; the slot is then unchanged.
         """
         ...
 
     def submit(self, batch: Batch) -> Pending:
-        """Start one step: features, encoder, greedy decoding; the slots' state moves on by `chunk.frames` frames."""
+        """Start one step (features, encoder, greedy decoding), which advances the slots by `chunk.frames` frames."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release all resources."""
+        ...
 
 
 def at_least_one(**options: int | None) -> None:
-    """Raise `OptionError` naming the first option that is no whole number of at least 1; None is one left out."""
+    """Raise `OptionError` for the first option that is not an integer of at least 1. None means not given."""
     for name, value in options.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise OptionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
@@ -119,14 +124,14 @@ def at_least_one(**options: int | None) -> None:
 
 
 def check_state(state: Mapping[str, NDArray[Any]], like: Mapping[str, NDArray[Any]]) -> None:
-    """Raise `OptionError` unless a saved state has the arrays, and the phrases, that `save` gives of the slot now."""
+    """Raise `OptionError` unless a saved state has the same arrays and phrases as `like`, the state of the slot."""
     found = {name: (array.dtype.str, array.shape) for name, array in state.items()}
-    wanted = {name: (array.dtype.str, array.shape) for name, array in like.items()}
-    wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    expected = {name: (array.dtype.str, array.shape) for name, array in like.items()}
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if wrong:
         raise OptionError(
-            f"the saved state is of another model, or of another kind of backend or cache: {', '.join(wrong)} "
-            f"{'does' if len(wrong) == 1 else 'do'} not fit."
+            "the saved state is from another model, or from another kind of backend or cache: "
+            f"{', '.join(wrong)} {'does' if len(wrong) == 1 else 'do'} not fit."
         )
     if not np.array_equal(state["phrases"], like["phrases"]):
-        raise OptionError("the saved state was listening for other phrases; give the stream those it had.")
+        raise OptionError("the saved state has other phrases; set the phrases it was saved with before loading it.")

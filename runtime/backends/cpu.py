@@ -1,16 +1,17 @@
-"""The embedded backend: ONNX Runtime on a CPU.
+"""CPU backend on ONNX Runtime.
 
-All state of all streams lies in arenas allocated once, slot by slot; K and V are rings that a step writes T rows of.
-A step of B streams reads its rows through IO binding: in place if the slots are neighbours (one stream always is),
-through a staging copy if not. Every buffer a graph reads or writes is ours and bound by address once per chunk size and
-batch; only where the rings lie is bound anew, when it changes.
+The state of all streams is kept in arrays allocated once, indexed by slot. K and V are ring buffers into which a step
+writes T rows. A step of B streams reads its rows through IO binding: in place if the slots are adjacent (always the
+case for one stream), from a staging copy otherwise. All graph inputs and outputs are preallocated and bound by address
+once per chunk size and batch size; only the caches are bound again, when their address changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,19 @@ from nemostream.runtime.decoding.greedy import DecoderState, label_looping
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+StageWrapper = Callable[[str, Callable[..., Any]], Callable[..., Any]]  # name and function to function
 
-# `nemostream/__init__.py` sets the variable; this stops the events of an ONNX Runtime that was imported before it.
+# `nemostream/__init__.py` sets the variable; this also disables telemetry if ONNX Runtime was imported earlier.
 if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
     ort.disable_telemetry_events()
 
 
 class OrtBackend:
-    """A bundle on ONNX Runtime's CPU provider. Not thread-safe: one thread calls it, as the seam demands.
+    """A bundle on ONNX Runtime's CPU provider. Not thread-safe: called by one thread, as `Backend` requires.
 
-    `capacity` streams have their state here; `threads` is what ONNX Runtime may use (default: every CPU that
-    this process may use, see `cpus`). `plans`, by chunk size in ms, are encoder steps to use instead of the bundle's
-    own; other chunk sizes are then refused. Raises `BackendError` if the graphs cannot be loaded.
+    `capacity` is the number of slots, `threads` the number of ONNX Runtime threads (default: all CPUs available to this
+    process, see `cpus`). `plans`, by chunk size in ms, replace the bundle's own encoder steps; other chunk sizes then
+    raise `BackendError`, and so do graphs that cannot be loaded.
     """
 
     asynchronous = False
@@ -60,29 +62,31 @@ class OrtBackend:
         self._bundle = bundle
         self._threads = threads or default_threads()
         self._plans = plans
-        self._transducer = _Transducer(bundle)
-        cells = sorted({plan.recipe.cache_dtype for plan in plans.values()} if plans else {"float32"})
-        if cells not in (["float32"], ["float16"]):
-            raise BackendError(f"a CPU cannot run engines whose caches are {' and '.join(cells)}.")
-        self._state = _Arena(bundle, capacity, np.dtype(cells[0]))
-        self._start = DecoderState.initial(self._transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
-        self._boosts: list[Boosting | None] = [None] * capacity
-        # Rows of slots that are not neighbours are copied together. Untouched pages of zeros cost no memory.
+        self.transducer = OrtTransducer(bundle)
+        cache_dtypes = sorted({plan.recipe.cache_dtype for plan in plans.values()} if plans else {"float32"})
+        if cache_dtypes not in (["float32"], ["float16"]):
+            raise BackendError(
+                f"a CPU cannot run engines with caches of {' and '.join(cache_dtypes)}; all must be float32 or float16."
+            )
+        self._state = _SlotArrays(bundle, capacity, np.dtype(cache_dtypes[0]))
+        self._start = DecoderState.initial(self.transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
+        self._phrases: list[Boosting | None] = [None] * capacity
+        # Staging copies for slots that are not adjacent. Untouched pages of zeros use no memory.
         self._staged = [
             np.zeros((rings.shape[0], self.max_batch, *rings.shape[2:]), rings.dtype)
             for rings in (self._state.k, self._state.v, self._state.conv)
         ]
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, _ChunkStep] = {}  # by chunk size in ms
 
     def prepare(self, chunk: ChunkConfig) -> None:
-        """Load a chunk size's graphs now instead of at its first step."""
+        """Load the graphs of a chunk size now instead of at its first step."""
         if chunk.ms not in self._steps:
             encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
             if self._plans is not None:
                 if chunk.ms not in self._plans:
                     raise no_engine(chunk.ms, self._plans)
                 encoder = self._plans[chunk.ms].path
-            self._steps[chunk.ms] = _Step(
+            self._steps[chunk.ms] = _ChunkStep(
                 self._bundle, encoder, chunk, self._state, self._staged, self.max_batch, self._threads
             )
 
@@ -94,18 +98,18 @@ class OrtBackend:
     def reset(self, slots: Ints) -> None:
         self._state.reset(slots)
         for slot in slots.tolist():
-            self._boosts[slot] = None
+            self._phrases[slot] = None
         self.reset_decoder(slots)
 
     def reset_decoder(self, slots: Ints) -> None:
-        self._state.place(slots, self._start)
+        self._state.set_decoder(slots, self._start)
 
     def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
-        self._boosts[slot] = phrases
+        self._phrases[slot] = phrases
         self._state.node[slot] = 0
 
     def save(self, slot: int) -> dict[str, NDArray[Any]]:
-        phrases = self._boosts[slot]
+        phrases = self._phrases[slot]
         arrays = {name: array.copy() for name, array in self._state.rows(slot).items()}
         return {**arrays, "phrases": NO_PHRASES if phrases is None else phrases.digest}
 
@@ -114,52 +118,81 @@ class OrtBackend:
         for name, array in self._state.rows(slot).items():
             array[...] = state[name]
 
-    def submit(self, batch: Batch) -> Done:
+    def submit(self, batch: Batch) -> CompletedStep:
         self.prepare(batch.chunk)
         encoded, counts = self.encode(batch)
         slots, state = batch.slots, self._state
         start = state.position[slots] - batch.chunk.frames
-        rows = DecoderState(state.predicted[slots], state.h[slots], state.c[slots], state.node[slots])
-        boosts = [self._boosts[slot] for slot in slots.tolist()]
-        said, failed = label_looping(
-            self._transducer, encoded, counts, rows, boosts if boosts.count(None) < len(boosts) else ()
+        predictions = DecoderState(state.predicted[slots], state.h[slots], state.c[slots], state.node[slots])
+        phrases = [self._phrases[slot] for slot in slots.tolist()]
+        labels, failed = label_looping(
+            self.transducer, encoded, counts, predictions, phrases if phrases.count(None) < len(phrases) else ()
         )
-        state.place(slots, rows)
-        return Done(
+        state.set_decoder(slots, predictions)
+        return CompletedStep(
             Emissions(
-                tuple(np.array(row.tokens, np.int32) for row in said),
-                tuple(np.array(row.frames, np.int64) + begin for row, begin in zip(said, start, strict=True)),
-                tuple(np.array(row.scores, np.float32) for row in said),
-                tuple(np.array(row.sum_p_alpha, np.float32) for row in said),
+                tuple(np.array(row.tokens, np.int32) for row in labels),
+                tuple(np.array(row.frames, np.int64) + first for row, first in zip(labels, start, strict=True)),
+                tuple(np.array(row.scores, np.float32) for row in labels),
+                tuple(np.array(row.sum_p_alpha, np.float32) for row in labels),
                 failed,
             )
         )
 
     def encode(self, batch: Batch) -> tuple[Floats, Ints]:
-        """The step without decoding: `encoded_joint` [B, T, J] (valid until the next step) and frames per row."""
+        """Run the step without decoding.
+
+        Returns `encoded_joint` [B, T, J], valid until the next step, and the number of frames to decode per row.
+        """
         self.prepare(batch.chunk)
         manifest, chunk, state = self.manifest, batch.chunk, self._state
         position = state.position[batch.slots]
-        heard = position * manifest.samples_per_frame - manifest.lead + batch.lengths  # samples, the new ones included
+        received = position * manifest.samples_per_frame - manifest.lead + batch.lengths  # samples, this step included
         factor = manifest.encoder.subsampling
-        valid = heard // manifest.features.hop - factor * (position - 2)
+        valid = received // manifest.features.hop - factor * (position - 2)
         valid = np.minimum(valid, manifest.encoder.mel_cache + factor * chunk.frames)
-        total = np.array([manifest.encoder_frames(int(samples)) for samples in heard])
+        total = np.array([manifest.encoder_frames(int(samples)) for samples in received])
         counts = np.clip(total - position, 0, chunk.frames)
         try:
             encoded = self._steps[chunk.ms].run(batch, position, valid)
-        except Exception as error:  # ONNX Runtime raises its own kinds
+        except Exception as error:  # ONNX Runtime has its own exceptions
             raise BackendError(f"ONNX Runtime failed in a {chunk.ms} ms step: {error}") from error
         state.position[batch.slots] += chunk.frames
         return encoded, counts
+
+    @contextlib.contextmanager
+    def wrapped_stages(self, chunk: ChunkConfig, wrap: StageWrapper) -> Iterator[None]:
+        """Replace each stage of a chunk size's steps by `wrap(name, stage)` in a `with` block, to time or count calls.
+
+        Stages: "encode" (this method, which includes the next two and copies), "features", "encoder", "decoder" (the
+        prediction network) and "joint".
+        """
+        self.prepare(chunk)
+        step, transducer = self._steps[chunk.ms], self.transducer
+        stages: list[tuple[str, object, str]] = [
+            ("encode", self, "encode"),
+            ("features", step, "run_features"),
+            ("encoder", step, "run_encoder"),
+            ("decoder", transducer, "run_decoder"),
+            ("joint", transducer, "run_joint"),
+        ]
+        originals = [getattr(owner, attribute) for _, owner, attribute in stages]
+        for (name, owner, attribute), stage in zip(stages, originals, strict=True):
+            setattr(owner, attribute, wrap(name, stage))
+        try:
+            yield
+        finally:
+            for (_, owner, attribute), stage in zip(stages, originals, strict=True):
+                setattr(owner, attribute, stage)
+            del self.encode  # the method again
 
     def close(self) -> None:
         self._steps.clear()
 
 
 @dataclass(frozen=True)
-class Done:
-    """A step that was over when `submit` returned: a CPU gains nothing by pretending otherwise."""
+class CompletedStep:
+    """A step that was complete when `submit` returned."""
 
     emissions: Emissions
 
@@ -167,8 +200,8 @@ class Done:
         return self.emissions
 
 
-class _Arena:
-    """The state of every slot. Layer first, so that the rows of one layer and neighbouring slots are contiguous."""
+class _SlotArrays:
+    """The state of all slots. Caches are layer first, so that one layer of adjacent slots is contiguous."""
 
     def __init__(self, bundle: Bundle, slots: int, cache_dtype: np.dtype) -> None:
         manifest = bundle.manifest
@@ -190,32 +223,32 @@ class _Arena:
         return sum(array.nbytes for array in vars(self).values())
 
     def reset(self, slots: Ints) -> None:
-        # K and V are masked until written, but a masked NaN would still spread: zeros, not just a position of zero.
+        # Position 0 masks K and V until they are written, but a masked NaN would still propagate, so they are zeroed.
         for rings in (self.k, self.v, self.conv):
             rings[:, slots] = 0
         for rows in (self.audio_tail, self.mel_cache, self.position):
             rows[slots] = 0
 
-    def place(self, slots: Ints, rows: DecoderState) -> None:
-        """Give slots the decoder's state of `rows`, one each, or one for all."""
+    def set_decoder(self, slots: Ints, rows: DecoderState) -> None:
+        """Set the decoder state of slots to `rows`: one row per slot, or one row for all."""
         self.predicted[slots], self.h[slots], self.c[slots] = rows.predicted, rows.h, rows.c
         self.node[slots] = rows.node
 
     def rows(self, slot: int) -> dict[str, NDArray[Any]]:
-        """A slot's part of every array, in place."""
+        """Return views of one slot's part of every array."""
         by_layer = ("k", "v", "conv")
         return {name: array[:, slot] if name in by_layer else array[slot, ...] for name, array in vars(self).items()}
 
 
-class _Step:
-    """Front end and encoder of one chunk size, with every buffer they touch."""
+class _ChunkStep:
+    """Features and encoder of one chunk size, and the buffers they read and write."""
 
     def __init__(
         self,
         bundle: Bundle,
         encoder: Path,
         chunk: ChunkConfig,
-        state: _Arena,
+        state: _SlotArrays,
         staged: list[Floats],
         max_batch: int,
         threads: int,
@@ -231,14 +264,17 @@ class _Step:
             for side in ("inputs", "outputs")
             for tensor in getattr(graphs[f"{kind}-{chunk.ms}ms"], side)
         }
-        self._max_batch, self._layers = max_batch, spec.layers
+        self.run_features, self.run_encoder = self.features.run_with_iobinding, self.encoder.run_with_iobinding
+        self.layers = spec.layers
+        self._max_batch = max_batch
         self._staged = staged
-        self._room: dict[str, NDArray[Any]] = {}  # for the largest batch; a smaller one has the beginning of it
-        self._bound: dict[int, _Bound] = {}
+        self._buffers: dict[str, NDArray[Any]] = {}  # for the largest batch; smaller ones use the beginning
+        self._bound: dict[int, _BatchBindings] = {}  # by batch size
 
     def run(self, batch: Batch, position: Ints, valid: Ints) -> Floats:
+        """Run features and encoder, update the slots except `position`, and return `encoded_joint` [B, T, J]."""
         state, slots, rows = self.state, batch.slots, len(batch.slots)
-        bound = self._bound.get(rows) or self._bound.setdefault(rows, _Bound(self, rows))
+        bound = self._bound.get(rows) or self._bound.setdefault(rows, _BatchBindings(self, rows))
         bound["audio"][:] = batch.audio
         bound["audio_tail"][:] = state.audio_tail[slots]
         bound["lengths"][:] = batch.lengths
@@ -247,37 +283,37 @@ class _Step:
         bound["valid"][:] = valid
         first = int(slots[0])
         if int(slots[-1]) - first == rows - 1 and (np.diff(slots) == 1).all():
-            bound.place_caches([array[:, first : first + rows] for array in (state.k, state.v, state.conv)])
+            bound.bind_caches([array[:, first : first + rows] for array in (state.k, state.v, state.conv)])
         else:
             for staged, array in zip(self._staged, (state.k, state.v, state.conv), strict=True):
                 np.take(array, slots, axis=1, out=staged[:, :rows], mode="clip")
-            bound.place_caches([staged[:, :rows] for staged in self._staged])
-        self.features.run_with_iobinding(bound.features)
-        self.encoder.run_with_iobinding(bound.encoder)
+            bound.bind_caches([staged[:, :rows] for staged in self._staged])
+        self.run_features(bound.features)
+        self.run_encoder(bound.encoder)
         state.audio_tail[slots] = bound["audio_tail_next"]
         state.mel_cache[slots] = bound["mel_cache_next"]
         state.conv[:, slots] = bound["conv_next"]
         ring = (position[:, None] + np.arange(self.chunk.frames)) % self.cache
-        # Indexed by (slot, ring row) the arena reads [B, T, L, heads, d_k].
+        # Indexing by slot and ring row makes the left side [B, T, L, heads, d_k].
         state.k[:, slots[:, None], :, ring] = bound["k_new"].transpose(1, 3, 0, 2, 4)
         state.v[:, slots[:, None], :, ring] = bound["v_new"].transpose(1, 3, 0, 2, 4)
         return bound["encoded_joint"]
 
     def array(self, name: str, rows: int, dtype: Any = np.float32) -> NDArray[Any]:
-        """What batches of `rows` have of the tensor's memory: a server meets every batch size there is."""
-        most, shape = (
-            [n if axis == "B" else int(axis) for axis in self._shapes[name]] for n in (self._max_batch, rows)
+        """Return the buffer of a graph input or output for batches of `rows`; all batch sizes share its memory."""
+        largest, shape = (
+            [size if axis == "B" else int(axis) for axis in self._shapes[name]] for size in (self._max_batch, rows)
         )
-        room = self._room.setdefault(name, np.zeros(math.prod(most), dtype))
-        return room[: math.prod(shape)].reshape(shape)
+        buffer = self._buffers.setdefault(name, np.zeros(math.prod(largest), dtype))
+        return buffer[: math.prod(shape)].reshape(shape)
 
 
-class _Bound:
-    """Everything bound for batches of one size: our arrays by name, and the two bindings that hold their addresses."""
+class _BatchBindings:
+    """Buffers of one batch size by name, and the two IO bindings with their addresses."""
 
-    def __init__(self, step: _Step, rows: int) -> None:
+    def __init__(self, step: _ChunkStep, rows: int) -> None:
         self.features, self.encoder = step.features.io_binding(), step.encoder.io_binding()
-        self._layers = step._layers
+        self._layers = step.layers
         self._caches: tuple[int, ...] = ()
         self._arrays: dict[str, NDArray[Any]] = {}
         for name in ("audio", "audio_tail", "mel_cache", "audio_tail_next", "mel", "mel_cache_next"):
@@ -299,42 +335,42 @@ class _Bound:
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._arrays[name]
 
-    def place_caches(self, caches: list[Floats]) -> None:
-        """Bind each layer's rows of K, V and convolution caches where they lie, unless they are bound there already."""
-        where = tuple(array.ctypes.data for array in caches)
-        if where == self._caches:
+    def bind_caches(self, caches: list[Floats]) -> None:
+        """Bind K, V and convolution caches [L, B, ...] per layer, unless they are bound at this address already."""
+        addresses = tuple(array.ctypes.data for array in caches)
+        if addresses == self._caches:
             return
         for kind, array in zip(("k_cache", "v_cache", "conv_cache"), caches, strict=True):
             for layer in range(self._layers):
                 _bind(self.encoder.bind_input, f"{kind}.{layer}", array[layer])
-        self._caches = where
+        self._caches = addresses
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-class _Transducer:
-    """Prediction net and joint as sessions. They are small and called often: one thread, plain runs."""
+class OrtTransducer:
+    """Prediction network and joint network. Their calls are small and frequent: one thread, no IO binding."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.blank, self.max_symbols = bundle.manifest.decoder.blank, bundle.manifest.decoder.max_symbols
-        self._decoder = _session(bundle.file("decoder"), threads=1)
-        self._joint = _session(bundle.file("joint"), threads=1)
+        self.run_decoder = _session(bundle.file("decoder"), threads=1).run
+        self.run_joint = _session(bundle.file("joint"), threads=1).run
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
-        predicted, h, c = self._decoder.run(["predicted", "h_next", "c_next"], {"token": tokens, "h": h, "c": c})
+        predicted, h, c = self.run_decoder(["predicted", "h_next", "c_next"], {"token": tokens, "h": h, "c": c})
         return predicted, h, c
 
     def join(self, encoded: Floats, predicted: Floats) -> Floats:
-        return self._joint.run(["logits"], {"encoded_joint": encoded, "predicted": predicted})[0]
+        return self.run_joint(["logits"], {"encoded_joint": encoded, "predicted": predicted})[0]
 
 
 def _session(graph: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # warnings about our own graphs are not the user's business
+    options.log_severity_level = 3  # errors only: users cannot act on warnings about the exported graphs
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises its own kinds
+    except Exception as error:  # ONNX Runtime has its own exceptions
         raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error

@@ -1,6 +1,6 @@
-"""Making engines, judging them, and opening a backend with them: where `engine` and `runtime` meet.
+"""Build engines, validate them, and open backends that use them.
 
-The rooms do not know each other; this does. Everything heavy is imported when it is asked for.
+`engine` and `runtime` do not import each other; this module connects them. Heavy modules are imported on use.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, no_engine
 if TYPE_CHECKING:
     from nemostream.runtime.backends.base import Backend
 
-Progress = Callable[[str, float], None]  # what is done, and the share of it (0 to 1)
+Progress = Callable[[str, float], None]  # what is being done, and the share that is done (0 to 1)
 
-# What each kind of engine can be. ONNX Runtime has neither 16 bit nor 8-bit floats on a CPU; on a GPU we give it no
-# 8 bit, which only TensorRT makes faster.
-_CAN = {
+# Supported precisions. On a CPU, ONNX Runtime supports neither 16-bit nor 8-bit floats. On a GPU, only TensorRT is
+# faster with 8 bit.
+_PRECISIONS = {
     ("tensorrt", None): PRECISIONS,
     ("onnxruntime", "cpu"): ("int8",),
     ("onnxruntime", "cuda"): ("fp32", "fp16", "bf16"),
@@ -43,32 +43,33 @@ def build_engine(
     backend: str = "tensorrt",
     target: str | None = None,
     max_batch: int = 64,
-    gated: bool = True,
+    validate: bool = True,
     progress: Progress = lambda what, share: None,
 ) -> tuple[Plan, bool]:
-    """The engine of one chunk size, built unless `store` has it; and whether it was built now.
+    """Return the engine of one chunk size, and whether it was built by this call or found in `store`.
 
-    `backend` is "tensorrt" (for the GPU here, or for another named by `target`, "sm89") or "onnxruntime" (for this CPU,
-    or with `target` "cuda" for its CUDA provider). Wherever it can run here it is gated, and refused by `EngineValidationError` if
-    it is not as good as fp32 (`runtime.gate`). An engine in the store that is damaged is built again.
+    `backend` is "tensorrt", for the GPU of this machine or for another named by `target` ("sm89"), or "onnxruntime",
+    for this CPU or, with `target` "cuda", for its CUDA provider. An engine that can run on this machine is validated
+    (`engine.validate`). A damaged engine in the store is built again.
 
-    Without `gated` it is not compared, and kept under a name that `open_backend` does not look for: how long a step
-    takes may be measured with random weights, which 8 bit does not serve.
+    With `validate=False` the engine is not compared with fp32, and is stored under a name that `open_backend` does not
+    use. This is meant for timing random weights, for which 8 bit would fail validation.
 
-    Raises `OptionError` for what cannot be built, `BackendError` if a library is missing or fails.
+    Raises `EngineValidationError` if the output differs too much from fp32, `OptionError` for options that cannot be
+    built, and `BackendError` if a library is missing or fails.
     """
-    maker = _maker(bundle, chunk, precision, backend, target, max_batch, "" if gated else ", not gated")
+    builder = _choose_builder(bundle, chunk, precision, backend, target, max_batch, validate)
     try:
-        plan = store.find(maker.recipe)
+        plan = store.find(builder.recipe)
     except BackendError as error:
         progress(str(error), 0.0)
         plan = None
     if plan:
         return plan, False
     plan = store.put(
-        maker.recipe,
-        lambda folder: maker.make(folder, store, progress),
-        lambda made: _gate(bundle, chunk, made, progress) if maker.runs_here and gated else {},
+        builder.recipe,
+        lambda folder: builder.build(folder, store, progress),
+        lambda built: _validate(bundle, chunk, built, progress) if builder.runs_here and validate else {},
     )
     return plan, True
 
@@ -84,22 +85,21 @@ def open_backend(
     engines: str | Path | None = None,
     chunk_ms: int | None = None,
 ) -> Backend:
-    """A backend on the CPU or a GPU ("cuda"), with the engines that `nemostream build` left in the folder `engines`.
+    """Open a backend on the CPU or a GPU ("cuda") with the engines of `nemostream build` in the folder `engines`.
 
-    On the CPU "fp32" (the default) needs none and "int8" does; a GPU's default is "fp16". An engine that was built for
-    this GPU on another machine is gated before it is used. Raises `BackendError` if none is there, or none of
-    `chunk_ms`.
+    On the CPU, "fp32" (the default) needs no engine and "int8" does; on a GPU the default is "fp16". An engine that was
+    built for this GPU on another machine is validated first. Raises `BackendError` if there is no engine, or none for
+    `chunk_ms`, and `EngineValidationError` if validation fails.
     """
     from nemostream.runtime.backends.cpu import OrtBackend
 
     store = PlanStore(engines)
     if device == "cpu":
-        if precision in (None, "fp32"):
-            with _loading(bundle, capacity):
-                return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads)
-        if precision not in _CAN["onnxruntime", "cpu"]:
-            raise OptionError(f"a CPU runs fp32 and int8, not {precision}; choose one of them, or device='cuda'.")
-        plans = _known(bundle, store, "onnxruntime", precision, "cpu", 0, chunk_ms)
+        plans: dict[int, Plan] | None = None
+        if precision not in (None, "fp32"):
+            if precision not in _PRECISIONS["onnxruntime", "cpu"]:
+                raise OptionError(f"a CPU runs fp32 and int8, not {precision}; choose one of them, or device='cuda'.")
+            plans = _find_plans(bundle, store, "onnxruntime", precision, "cpu", 0, chunk_ms)
         with _loading(bundle, capacity):
             return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
     if device != "cuda":
@@ -108,25 +108,27 @@ def open_backend(
 
     rows = min(max_batch or 64, capacity)
     gpu = CudaDevice()
-    plans = _known(bundle, store, None, precision or "fp16", gpu.architecture, rows, chunk_ms)
+    plans = _find_plans(bundle, store, None, precision or "fp16", gpu.architecture, rows, chunk_ms)
     for ms, plan in plans.items():
-        if not plan.gate:
-            figures = _gate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
-            plans[ms] = store.record(plan, figures)
+        if not plan.validation:
+            figures = _validate(bundle, bundle.manifest.chunk(ms), plan, lambda what, share: None)
+            plans[ms] = store.save_validation(plan, figures)
     with _loading(bundle, capacity):
         return open_gpu(bundle, gpu, plans, capacity, rows)
 
 
 @contextlib.contextmanager
 def _loading(bundle: Bundle, capacity: int) -> Iterator[None]:
-    """What a library raises of graphs that are not what the manifest states, as a `BackendError`."""
+    """Raise `BackendError` for the errors of libraries that load graphs which do not match the manifest."""
     try:
         yield
     except NemostreamError:
         raise
     except MemoryError as error:
-        raise BackendError(f"there is not enough memory for {capacity} streams of {bundle.path}; lower it.") from error
-    except Exception as error:  # each library raises its own kinds
+        raise BackendError(
+            f"not enough memory for {capacity} streams of {bundle.path}; choose a smaller capacity."
+        ) from error
+    except Exception as error:  # each library has its own exceptions
         reason = str(error).strip().partition("\n")[0]
         raise BackendError(
             f"{bundle.path} cannot be loaded ({type(error).__name__}: {reason}): its graphs do not match its manifest; "
@@ -135,7 +137,7 @@ def _loading(bundle: Bundle, capacity: int) -> Iterator[None]:
 
 
 def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: int, max_batch: int) -> Any:
-    """The GPU backend with an encoder for each plan, by chunk size in ms."""
+    """Open a GPU backend with the encoder of each plan, by chunk size in ms."""
     from nemostream.runtime.backends.gpu.backend import GpuBackend, StepEncoder
 
     encoders: dict[int, StepEncoder] = {}
@@ -154,113 +156,136 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
 
 
 def speech(manifest: Manifest) -> list[NDArray[np.float32]]:
-    """The packaged clips [N] at the model's rate: 18 s of a novel, and what the embedded model understands."""
+    """Return the packaged clips [N] at the model's sample rate: 18 s of a novel, and a clip the demo model
+    understands."""
     return [read_clip(name, manifest.features.sample_rate) for name in ("speech", "clip")]
 
 
-# -- the kinds of engine -----------------------------------------------------------------------------------------------
+def check_chunks(bundle: Bundle, chunk_ms: Sequence[int] | None) -> list[ChunkConfig]:
+    """Return the given chunk sizes, or all. Raises `OptionError` for one the model does not have."""
+    return [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
+
+
+# -- builders ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Maker:
+class _Builder:
+    """What to build, and the function that builds it in an empty folder and returns the files."""
+
     recipe: Recipe
-    make: Callable[[Path, PlanStore, Progress], list[Path]]
-    runs_here: bool  # so that it can be gated
+    build: Callable[[Path, PlanStore, Progress], list[Path]]
+    runs_here: bool  # whether the engine can run, and so be validated, on this machine
 
 
-def _maker(
-    bundle: Bundle, chunk: ChunkConfig, precision: str, backend: str, target: str | None, max_batch: int, note: str = ""
-) -> _Maker:
-    """`note` is added to the name of the device."""
+def _choose_builder(
+    bundle: Bundle,
+    chunk: ChunkConfig,
+    precision: str,
+    backend: str,
+    target: str | None,
+    max_batch: int,
+    validate: bool,
+) -> _Builder:
+    """Check the options of `build_engine` and return the builder for them."""
     if max_batch < 1:
         raise OptionError(f"max_batch is {max_batch}; it must be at least 1.")
     if backend not in ("tensorrt", "onnxruntime"):
         raise OptionError(f"backend is {backend!r}; choose tensorrt or onnxruntime.")
-    where = None if backend == "tensorrt" else target or "cpu"
-    if (backend, where) not in _CAN:
-        raise OptionError(f"onnxruntime runs on cpu and cuda; {target!r} is neither.")
+    provider = None if backend == "tensorrt" else target or "cpu"
+    if (backend, provider) not in _PRECISIONS:
+        raise OptionError(f"target is {target!r}; onnxruntime runs on cpu or cuda.")
     if precision not in PRECISIONS:
         raise OptionError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
-    if precision not in _CAN[backend, where]:
-        nothing = " fp32 needs no engine: the bundle itself runs." if (where, precision) == ("cpu", "fp32") else ""
-        raise OptionError(
-            f"{backend} on {where} can be built in {', '.join(_CAN[backend, where])}, not in {precision}.{nothing}"
-        )
+    supported = _PRECISIONS[backend, provider]
+    if precision not in supported:
+        hint = " fp32 needs no engine: the bundle itself runs." if (provider, precision) == ("cpu", "fp32") else ""
+        raise OptionError(f"{backend} on {provider} can be built in {', '.join(supported)}, not in {precision}.{hint}")
     try:
-        from nemostream.engine import precision as graphs
+        import nemostream.engine.precision  # noqa: F401
     except ImportError as error:
         raise BackendError(f"building engines needs onnx ({error}): {install_command('build')}.") from error
+    note = "" if validate else ", not validated"  # part of the device's name, so that `open_backend` does not find it
+    if provider:
+        return _onnxruntime_builder(bundle, chunk, precision, provider, note)
+    return _tensorrt_builder(bundle, chunk, precision, target, max_batch, note)
 
-    def ranges(progress: Progress) -> dict[str, float] | None:
-        if precision not in ("int8", "fp8"):
-            return None
-        from nemostream.engine.calibration import measure_ranges
 
-        return measure_ranges(
-            bundle, chunk, speech(bundle.manifest), lambda share: progress("listening to speech", share)
-        )
+def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, provider: str, note: str) -> _Builder:
+    import onnxruntime
 
-    if backend == "onnxruntime":
-        import onnxruntime
+    from nemostream.engine import precision as graphs
 
-        cpu = where == "cpu"
-        cache_dtype = "float32" if cpu else graphs.CELLS[precision]
-        recipe = Recipe.of(
-            bundle,
-            chunk.ms,
-            backend=backend,
-            library=onnxruntime.__version__,
-            precision=precision,
-            device=f"{where}{note}",
-            max_batch=0,
-            cache_dtype=cache_dtype,
-        )
+    cpu = provider == "cpu"
+    recipe = Recipe.of(
+        bundle,
+        chunk.ms,
+        backend="onnxruntime",
+        library=onnxruntime.__version__,
+        precision=precision,
+        device=f"{provider}{note}",
+        max_batch=0,
+        cache_dtype="float32" if cpu else graphs.CACHE_DTYPES[precision],
+    )
 
-        def make_graph(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
-            if cpu:
-                return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem)
-            return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
+    def build(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
+        if cpu:
+            return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem)
+        return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
 
-        here = cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        return _Maker(recipe, make_graph, runs_here=here)
+    return _Builder(recipe, build, cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers())
 
+
+def _tensorrt_builder(
+    bundle: Bundle, chunk: ChunkConfig, precision: str, target: str | None, max_batch: int, note: str
+) -> _Builder:
+    from nemostream.engine import precision as graphs
     from nemostream.engine.tensorrt import TensorRT
 
     library = TensorRT()
-    # Only TensorRT for RTX builds from afar; the GPU that is here need not be named, but may be.
-    gpu = _gpu_here() if target is None or target not in library.targets() else ""
-    if target is None and not gpu:
+    # Only TensorRT for RTX builds for a GPU that is not present. `target` may also name the GPU of this machine.
+    local_gpu = _gpu_here() if target is None or target not in library.targets() else ""
+    if target is None and not local_gpu:
         raise BackendError(
             "there is no NVIDIA GPU to build for: name one with --target (sm89), build for this CPU with --backend "
-            "onnxruntime --precision int8, or see `nemostream doctor` for what the GPU here lacks."
+            "onnxruntime --precision int8, or run `nemostream doctor` to see what the GPU of this machine lacks."
         )
-    named = None if target in (None, gpu) else target
+    remote_gpu = None if target in (None, local_gpu) else target
     recipe = Recipe.of(
         bundle,
         chunk.ms,
         backend=library.name,
         library=library.version,
         precision=precision,
-        device=f"{target or gpu}{note}",
+        device=f"{target or local_gpu}{note}",
         max_batch=max_batch,
-        cache_dtype=graphs.CELLS[precision],
+        cache_dtype=graphs.CACHE_DTYPES[precision],
     )
 
-    def make_engine(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
-        progress("writing the graph", 0.0)
-        graph, weights = graphs.write_typed(bundle, chunk, precision, ranges(progress), folder, recipe.stem)
+    def build(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
+        progress("graph conversion", 0.0)
+        ranges = _measure_ranges(bundle, chunk, progress) if precision in ("int8", "fp8") else None
+        graph, weights = graphs.write_typed(bundle, chunk, precision, ranges, folder, recipe.stem)
         timings = store.folder / f"timings-{library.name}-{library.version}-{recipe.device}.cache"
         engine = folder / f"{recipe.stem}.engine"
-        engine.write_bytes(library.build(graph, named, max_batch, timings, progress))
+        engine.write_bytes(library.build(graph, remote_gpu, max_batch, timings, progress))
         graph.unlink()
         weights.unlink()
         return [engine]
 
-    return _Maker(recipe, make_engine, runs_here=target is None)
+    return _Builder(recipe, build, runs_here=target is None)
+
+
+def _measure_ranges(bundle: Bundle, chunk: ChunkConfig, progress: Progress) -> dict[str, float]:
+    from nemostream.engine.calibration import measure_ranges
+
+    return measure_ranges(
+        bundle, chunk, speech(bundle.manifest), lambda share: progress("calibration on speech", share)
+    )
 
 
 def _gpu_here() -> str:
-    """The architecture of this machine's GPU; empty if there is none."""
+    """Return the architecture of this machine's GPU ("sm89"), or an empty string without one."""
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
     try:
@@ -273,7 +298,8 @@ def _gpu_here() -> str:
         device.close()
 
 
-def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress) -> dict[str, Any]:
+def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Run an engine beside fp32 and return the figures of `engine.validate.validate_engine`."""
     from nemostream.engine.validate import validate_engine
     from nemostream.runtime.backends.cpu import OrtBackend
 
@@ -294,14 +320,14 @@ def _gate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress) ->
             candidate,
             reference,
             speech(bundle.manifest),
-            lambda share: progress("comparing with fp32", share),
+            lambda share: progress("comparison with fp32", share),
         )
     finally:
         candidate.close()
         reference.close()
 
 
-def _known(
+def _find_plans(
     bundle: Bundle,
     store: PlanStore,
     backend: str | None,
@@ -310,17 +336,19 @@ def _known(
     max_batch: int,
     chunk_ms: int | None,
 ) -> dict[int, Plan]:
-    """The engines there are, by chunk size. Raises `BackendError` naming the command that builds them if none is, or
-    none of `chunk_ms`."""
+    """Return the stored engines that fit, by chunk size in ms.
+
+    Raises `BackendError` with the command that builds them if there is none, or none for `chunk_ms`.
+    """
     devices = (device,) if device == "cpu" else (device, "cuda")
-    kept = store.all()
+    stored = store.all()
     plans: dict[int, Plan] = {}
     for chunk in bundle.manifest.chunks:
         name = f"encoder-{chunk.ms}ms"
         graph = bundle.graph(name)
         found = [
             plan
-            for plan in kept
+            for plan in stored
             if plan.recipe.graph == name
             and plan.recipe.graph_sha256 == graph.sha256
             and plan.recipe.weights_sha256 == bundle.manifest.weights.sha256
@@ -330,9 +358,9 @@ def _known(
             and (plan.recipe.max_batch >= max_batch or not plan.recipe.max_batch)
             and plan.recipe.library == _version(plan.recipe.backend)
         ]
-        if found:  # TensorRT before ONNX Runtime, the closest batch first
+        if found:  # TensorRT before ONNX Runtime, then the smallest sufficient batch
             best = min(found, key=lambda plan: (plan.recipe.backend == "onnxruntime", plan.recipe.max_batch))
-            # Only what `find` returns was checked against its hashes.
+            # `find` checks the hashes of its files, `all` does not.
             if plan := store.find(best.recipe):
                 plans[chunk.ms] = plan
     if not plans:
@@ -345,15 +373,10 @@ def _known(
 
 
 def _version(backend: str) -> str:
-    """Version of the library that would run it now; empty if it is not here."""
+    """Return the installed version of the library that runs these engines; empty if it is not installed."""
     from importlib import import_module
 
     try:
         return str(import_module(backend.replace("-", "_")).__version__)
     except ImportError:
         return ""
-
-
-def check_chunks(bundle: Bundle, chunk_ms: Sequence[int] | None) -> list[ChunkConfig]:
-    """The chunks named, or all. Raises `OptionError` for one the model does not have."""
-    return [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)

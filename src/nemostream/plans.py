@@ -1,10 +1,10 @@
-"""What `nemostream build` leaves for the runtime: encoder steps made for one machine, in a folder of their own.
+"""Store of engines built by `nemostream build`: encoder steps for one machine.
 
-A plan is a file that a library loads (a TensorRT engine, or an ONNX graph with its weights beside it) and a JSON file
-that says what it is: which graph it was made of, by what, for what, and how far it is from fp32. The folder's names can
-be read; what counts is the JSON, and that the files are the ones it vouches for.
+A plan consists of files for a library (a TensorRT engine, or an ONNX graph and its weights) and a JSON description: the
+graph it was built from, the library that built it, the target device, and its validation figures. File names are for
+humans; the JSON and the hashes in it are authoritative.
 
-`engine` makes plans, `runtime` runs them, neither imports the other. What the module does not know: either library.
+`engine` builds plans and `runtime` runs them; neither imports the other. This module depends on neither library.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ from nemostream.untrusted import (
 FORMAT = "nemostream-plan"
 VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
-MOST_DESCRIPTION = MIB
+MAX_DESCRIPTION_BYTES = MIB
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a plan is made of and for: everything that would make it another one. Two alike are interchangeable."""
+    """Everything that identifies a plan. Plans with equal recipes are interchangeable."""
 
     graph: str  # "encoder-80ms"
     graph_sha256: str
     weights_sha256: str
     backend: str  # "tensorrt", "tensorrt-rtx" or "onnxruntime"
-    library: str  # the version of the library that made it, which must be the one that runs it
+    library: str  # version of the library that built it; the same version must run it
     precision: str  # one of PRECISIONS
-    device: str  # "cpu", "cuda" (any NVIDIA GPU), or the GPU it was made for: "sm89"
+    device: str  # "cpu", "cuda" (any NVIDIA GPU), or a GPU architecture: "sm89"
     max_batch: int
     cache_dtype: str  # type of the caches: "float32", "float16" or "bfloat16"
 
     @classmethod
     def of(cls, bundle: Bundle, chunk_ms: int, **rest: Any) -> Recipe:
+        """Return the recipe for the encoder step of a chunk size; `rest` are the other fields."""
         graph = f"encoder-{chunk_ms}ms"
-        made_of = bundle.graph(graph).sha256, bundle.manifest.weights.sha256
-        return cls(graph, *made_of, **rest)
+        return cls(graph, bundle.graph(graph).sha256, bundle.manifest.weights.sha256, **rest)
 
     @property
     def stem(self) -> str:
-        """The plan's name: for people, and, by its end, no other plan's."""
+        """Base of the plan's file names: readable, and unique because it ends with a hash of the recipe."""
         key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.graph}-{self.backend}-{self.precision}-{self.device}-b{self.max_batch}-{key}"
 
@@ -84,9 +84,9 @@ class Plan:
 
     recipe: Recipe
     folder: Path
-    files: tuple[File, ...]  # the one to load first
-    seconds: float  # it took to build
-    gate: Mapping[str, Any] = field(default_factory=dict)  # what `runtime.gate` measured; empty: it was never run
+    files: tuple[File, ...]  # the first is the one to load
+    seconds: float  # build time
+    validation: Mapping[str, Any] = field(default_factory=dict)  # figures of `engine.validate`; empty if never run
 
     @property
     def path(self) -> Path:
@@ -109,21 +109,22 @@ _PLAN: dict[str, Check] = {
         backend=one_of("tensorrt", "tensorrt-rtx", "onnxruntime"),
         library=_WORD,
         precision=one_of(*PRECISIONS),
-        device=text(r"[a-z0-9_]+(, not gated)?", "a device"),
+        device=text(r"[a-z0-9_]+(, not validated)?", "a device"),
         max_batch=integer(0, 1 << 20),
         cache_dtype=one_of("float32", "float16", "bfloat16"),
     ),
     "files": list_of(dataclass_of(File, file=plain_name, sha256=SHA256, bytes=integer(0, 1 << 42)), 1, 16),
     "seconds": number(0, 1e9),
-    "gate": mapping_of(number(-1e12, 1e12)),
+    "validation": mapping_of(number(-1e12, 1e12)),
 }
 
 
 class PlanStore:
-    """A folder of plans. Several processes may share it: what appears in it is whole.
+    """A folder of plans. Several processes may share it: plans appear in it atomically.
 
-    A plan is code for the library that loads it, so whoever can write to the folder decides what this process runs. The
-    default folder is therefore created for this user only, and refused if another user owns it or may write to it.
+    A plan is code for the library that loads it, so write access to the folder is control over this process. The
+    default folder is therefore created for this user only; if another user owns it or may write to it, `BackendError`
+    is raised.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -131,9 +132,9 @@ class PlanStore:
         self.folder = Path(folder) if folder else cache_folder("engines")
 
     def find(self, recipe: Recipe) -> Plan | None:
-        """The plan of that recipe, every file of it checked against its hash, or None if there is none.
+        """Return the plan of a recipe, after checking the hashes of its files, or None if there is none.
 
-        Raises `BackendError` for one that is damaged or of something else, saying so; `put` replaces it.
+        Raises `BackendError` if the plan is damaged or does not match the recipe; `put` replaces it.
         """
         self._check_owner()
         described = self.folder / f"{recipe.stem}.json"
@@ -141,7 +142,7 @@ class PlanStore:
             return None
         plan = self._read(described)
         if plan.recipe != recipe:
-            raise BackendError(f"{described} describes something else than its name; build the engine again.")
+            raise BackendError(f"{described} does not describe the engine it is named after; build the engine again.")
         for file in plan.files:
             path = self.folder / file.file
             try:
@@ -154,14 +155,14 @@ class PlanStore:
                 intact = False
             if not intact:
                 raise BackendError(f"{path} is missing or damaged; build the engine again.")
-            if strange := sorted(read - {other.file for other in plan.files}):
+            if foreign := sorted(read - {other.file for other in plan.files}):
                 raise BackendError(
-                    f"{path} reads {short_repr(strange[0])}, which is not of it; build the engine again."
+                    f"{path} reads {short_repr(foreign[0])}, which is not one of the engine's files; build the engine again."
                 )
         return plan
 
     def all(self) -> list[Plan]:
-        """Every plan that is described under its own name; `find` checks whether its files are what it describes."""
+        """Return all plans whose description has the right name. Their files are not checked; `find` does that."""
         self._check_owner()
         plans = []
         for described in sorted(self.folder.glob("*.json")):
@@ -178,48 +179,50 @@ class PlanStore:
     def _read(self, described: Path) -> Plan:
         try:
             regular_inside(self.folder, described.name)
-            document = parse_json(read_regular(described, MOST_DESCRIPTION))
+            document = parse_json(read_regular(described, MAX_DESCRIPTION_BYTES))
         except (OSError, ValueError) as error:
             raise BackendError(f"{described} cannot be read ({error}); build the engine again.") from error
         if isinstance(document, dict):
-            marks = document.get("format"), document.get("version")
-            if marks != (FORMAT, VERSION) and None not in marks:
-                raise BackendError(f"{described} is of another nemostream; build the engine again.")
+            version = document.get("format"), document.get("version")
+            if version != (FORMAT, VERSION) and None not in version:
+                raise BackendError(f"{described} was written by another version of nemostream; build the engine again.")
         try:
             found = fields(document, "", _PLAN)
         except ValueError as error:
-            raise BackendError(f"{described} lacks or misnames a field ({error}); build the engine again.") from error
-        return Plan(found["recipe"], self.folder, found["files"], found["seconds"], found["gate"])
+            raise BackendError(
+                f"{described} has a missing or invalid field ({error}); build the engine again."
+            ) from error
+        return Plan(found["recipe"], self.folder, found["files"], found["seconds"], found["validation"])
 
     def put(
-        self, recipe: Recipe, make: Callable[[Path], list[Path]], check: Callable[[Plan], Mapping[str, Any]]
+        self, recipe: Recipe, build: Callable[[Path], list[Path]], validate: Callable[[Plan], Mapping[str, Any]]
     ) -> Plan:
-        """Make a plan and keep it, unless making or checking it raises.
+        """Build a plan and store it, unless building or validating it raises.
 
-        `make` fills an empty folder and returns the files, the one to load first. `check` runs the plan, which is
-        whole but not yet kept, and returns the figures to keep with it.
+        `build` fills an empty folder and returns the files, the one to load first. `validate` runs the complete plan
+        before it is stored and returns its validation figures.
         """
         make_private(self.folder)
         self._check_owner()
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{recipe.stem}-") as temporary:
             start = time.perf_counter()
-            made = make(Path(temporary))
+            built = build(Path(temporary))
             seconds = time.perf_counter() - start
-            files = tuple(File(path.name, sha256(path), path.stat().st_size) for path in made)
-            tried = Plan(recipe, Path(temporary), files, seconds)
-            plan = dataclasses.replace(tried, folder=self.folder, gate=dict(check(tried)))
-            # The description goes first and comes last: whoever finds it finds all of it.
+            files = tuple(File(path.name, sha256(path), path.stat().st_size) for path in built)
+            plan = Plan(recipe, Path(temporary), files, seconds)
+            plan = dataclasses.replace(plan, folder=self.folder, validation=dict(validate(plan)))
+            # The description is removed first and written last, so that it exists only beside complete files.
             described = self.folder / f"{recipe.stem}.json"
-            with self._alone():
+            with self._lock():
                 described.unlink(missing_ok=True)
-                for path in made:
+                for path in built:
                     path.replace(self.folder / path.name)
                 self._describe(plan, described)
         return plan
 
-    def record(self, plan: Plan, gate: Mapping[str, Any]) -> Plan:
-        """Keep figures of a plan that was made for another machine and is now on it."""
-        plan = dataclasses.replace(plan, gate=dict(gate))
+    def save_validation(self, plan: Plan, validation: Mapping[str, Any]) -> Plan:
+        """Store the validation figures of a plan that was built on another machine, and return the updated plan."""
+        plan = dataclasses.replace(plan, validation=dict(validation))
         self._describe(plan, self.folder / f"{plan.recipe.stem}.json")
         return plan
 
@@ -230,17 +233,17 @@ class PlanStore:
             "recipe": dataclasses.asdict(plan.recipe),
             "files": [dataclasses.asdict(file) for file in plan.files],
             "seconds": round(plan.seconds, 2),
-            "gate": dict(plan.gate),
+            "validation": dict(plan.validation),
         }
         draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         draft.replace(path)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process is putting files in place meanwhile, or two builds of one recipe would be mixed."""
+    def _lock(self) -> Iterator[None]:
+        """Hold a lock on the folder, so that the files of two builds of one recipe are not mixed."""
         path = self.folder / ".lock"
-        # Neither followed, if it is a link, nor truncated: whoever may write here must not choose what is emptied.
+        # Links are not followed and files not truncated: others who may write here must not choose what is emptied.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
             descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
@@ -248,8 +251,8 @@ class PlanStore:
             raise BackendError(f"{path} cannot be opened as a lock ({error.strerror}); remove it.") from error
         with os.fdopen(descriptor, "r+b", buffering=0) as lock:
             if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
-                raise BackendError(f"{path} is not a regular file, so it cannot be the lock; remove it.")
-            with contextlib.suppress(ImportError):  # no such lock on Windows
+                raise BackendError(f"{path} is the lock but not a regular file; remove it.")
+            with contextlib.suppress(ImportError):  # not available on Windows
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -257,24 +260,26 @@ class PlanStore:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where things are kept that can be made again: `$XDG_CACHE_HOME/nemostream/{kind}`, by default in `~/.cache`."""
+    """Return the cache folder `$XDG_CACHE_HOME/nemostream/{kind}`; `$XDG_CACHE_HOME` defaults to `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemostream" / kind
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder, and those above it that are missing, for this user only."""
+    """Create a folder and its missing parents with access for this user only."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         try:
             path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise BackendError(f"the folder {path} cannot be created ({error.strerror}); give another one.") from error
+            raise BackendError(
+                f"the folder {path} cannot be created ({error.strerror}); choose another one."
+            ) from error
     if not folder.is_dir():
-        raise BackendError(f"{folder} is not a folder; give another one.")
+        raise BackendError(f"{folder} is not a folder; choose another one.")
 
 
 def check_private(folder: Path) -> None:
-    """Raise `BackendError` if another user owns a cache folder, or may write to it. One that is missing is none."""
+    """Raise `BackendError` if another user owns a cache folder or may write to it. A missing folder is accepted."""
     for path in (folder, folder.parent):
         try:
             found = path.stat()
@@ -284,19 +289,19 @@ def check_private(folder: Path) -> None:
             return
         if found.st_uid not in (os.geteuid(), 0):
             raise BackendError(
-                f"{path} belongs to another user, who could replace what is loaded from it; remove it, or name a "
-                "folder of your own with --engines or XDG_CACHE_HOME."
+                f"{path} belongs to another user, who could replace the files loaded from it; remove it, or choose "
+                "your own folder with --engines or XDG_CACHE_HOME."
             )
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise BackendError(
-                f"{path} can be written by other users, who could replace what is loaded from it: chmod go-w {path}"
+                f"{path} can be written by other users, who could replace the files loaded from it: chmod go-w {path}"
             )
 
 
 def no_engine(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
-    """Why a backend that has engines of some chunk sizes cannot run a step of another."""
+    """Return the error for a step of a chunk size without an engine; `loaded` are those with one."""
     return BackendError(
         f"there is no engine for chunks of {chunk_ms} ms, only for {', '.join(map(str, loaded))} ms; build one with "
         f"`nemostream build BUNDLE --chunk-ms {chunk_ms}` and the --precision and --backend of the others, or choose "
-        "one of theirs."
+        "one of these chunk sizes."
     )

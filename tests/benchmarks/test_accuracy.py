@@ -1,4 +1,4 @@
-"""Word error rates against cases worked out by hand, sets of every kind, and NeMo beside us."""
+"""Word error rates compared with examples computed by hand, all kinds of data sets, and comparison with NeMo."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ HELD_OUT = ROOT / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said", "errors", "words"),
+    ("references", "texts", "errors", "words"),
     [
         (["one two three"], ["one two three"], 0, 3),
         (["one two three"], ["one too three four"], 2, 3),  # a substitution, an insertion
         (["one two three"], [""], 3, 3),
         (["a b", "c"], ["a", "c d e"], 3, 3),  # summed over the set, not averaged
-        (["", "a"], ["noise", "a"], 0, 1),  # nothing was said: left out, as the leaderboard does
+        (["", "a"], ["noise", "a"], 0, 1),  # empty reference: skipped, like on the leaderboard
         (["Hello, World!"], ["hello world"], 0, 2),
     ],
 )
-def test_word_errors_by_hand(wanted: list[str], said: list[str], errors: int, words: int) -> None:
-    found = accuracy.word_errors(wanted, said, accuracy.normalizer("basic"))
+def test_word_errors(references: list[str], texts: list[str], errors: int, words: int) -> None:
+    found = accuracy.word_errors(references, texts, accuracy.normalizer("basic"))
     assert (found["errors"], found["words"], found["wer"]) == (errors, words, errors / words)
 
 
@@ -49,19 +49,19 @@ def test_normalizers() -> None:
 
 
 def test_errors_of_each_utterance_add_up() -> None:
-    wanted = ["a b c", "", "d", "e f"]
-    found = accuracy.word_errors(wanted, ["a x", "noise", "d d d", "e f"], accuracy.normalizer("basic"))
-    assert found["by_utterance"] == [[2, 3], [2, 1], [0, 2]]  # one other and one lost; two too many; none
+    references = ["a b c", "", "d", "e f"]
+    found = accuracy.word_errors(references, ["a x", "noise", "d d d", "e f"], accuracy.normalizer("basic"))
+    assert found["by_utterance"] == [[2, 3], [2, 1], [0, 2]]  # a substitution and a deletion; two insertions; none
     assert (found["errors"], found["words"], found["utterances"]) == (4, 6, 3)
 
 
-def test_the_frontier_by_hand() -> None:
+def test_frontier() -> None:
     points = [(100.0, 9.0), (200.0, 8.0), (150.0, 9.5), (1000.0, 8.0), (300.0, 7.0), (100.0, 10.0)]
     assert accuracy.frontier(points) == [(100.0, 9.0), (200.0, 8.0), (300.0, 7.0)]
 
 
-def test_the_cards_averages() -> None:
-    """The card prints an average for each chunk size: a check on every figure that was copied from it."""
+def test_averages_of_the_model_card() -> None:
+    """The model card contains the average for each chunk size, which checks all copied figures."""
     table = [figures for _, figures in corpora.LEADERBOARD.values()]
     averages = [sum(column) / len(column) for column in zip(*table, strict=True)]
     assert len(table) == 8
@@ -69,26 +69,26 @@ def test_the_cards_averages() -> None:
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"text": "a"}', '{"audio_filepath": "a.wav"}'])
-def test_bad_manifests_are_named(line: str, tmp_path: Path) -> None:
+def test_invalid_manifests_are_rejected(line: str, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "a"}\n\n' + line + "\n")
     with pytest.raises(OptionError, match="line 3"):
         corpora.read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_text("\n")
-    with pytest.raises(OptionError, match="names no recording"):
+    with pytest.raises(OptionError, match="contains no recordings"):
         corpora.read_manifest(tmp_path / "m.jsonl")
     with pytest.raises(OptionError, match="cannot be read"):
         corpora.read_manifest(tmp_path / "missing.jsonl")
 
 
 def test_parts_of_a_file(tmp_path: Path) -> None:
-    """A manifest may name parts of one file, at another rate than the model's."""
+    """A manifest may contain parts of one file, with another sample rate than the model."""
     samples = np.repeat(np.array([0.1, 0.2, 0.3], np.float32), 8000)
     soundfile.write(tmp_path / "all.wav", np.stack([samples, samples], axis=1), 8000, subtype="FLOAT")
     rows = [
         {"audio_filepath": "all.wav", "offset": 0.0, "duration": 1.0, "text": "one"},
         {"audio_filepath": "all.wav", "offset": 1.25, "duration": 0.5, "text": "two"},
         {"audio_filepath": "all.wav", "offset": 2.0, "text": "three"},
-        {"audio_filepath": "all.wav", "duration": 2.9, "text": "all"},  # as NeMo's tools round it
+        {"audio_filepath": "all.wav", "duration": 2.9, "text": "all"},  # rounded, as by NeMo's tools
     ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, two, three, everything = corpora.read_manifest(tmp_path / "m.jsonl")
@@ -103,8 +103,8 @@ def test_parts_of_a_file(tmp_path: Path) -> None:
         corpora.Utterance(tmp_path / "missing.wav", "").samples(16000)
 
 
-def test_a_manifest_may_lie_a_folder_below_what_its_paths_begin_with(tmp_path: Path) -> None:
-    """As those of ../shared/speech/digits do."""
+def test_manifest_paths_relative_to_the_parent_folder(tmp_path: Path) -> None:
+    """As in ../shared/speech/digits."""
     below = tmp_path / "digits"
     below.mkdir()
     soundfile.write(below / "a.wav", np.zeros(1600, np.float32), 16000)
@@ -115,8 +115,8 @@ def test_a_manifest_may_lie_a_folder_below_what_its_paths_begin_with(tmp_path: P
     assert Path(str(found[0])).samefile(Path(str(found[1]))) and found[2] == below / "missing.wav"
 
 
-def test_utterances_by_offset_are_understood(demo_bundle: Bundle, tmp_path: Path) -> None:
-    """One file, two utterances: each is transcribed alone."""
+def test_utterances_with_offsets(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Two utterances in one file are transcribed separately."""
     clip = corpora.packaged(demo_bundle.manifest)[0].samples(16000)
     soundfile.write(tmp_path / "two.flac", np.concatenate([clip, clip]), 16000)
     seconds = len(clip) / 16000
@@ -137,7 +137,7 @@ def test_utterances_by_offset_are_understood(demo_bundle: Bundle, tmp_path: Path
 
 
 def a_hub(folder: Path, names: dict[str, tuple[str, str]], texts: dict[str, str]) -> None:
-    """A data set in the hub's format: a tone for every configuration and split, at another rate than the model's."""
+    """Write a data set in the format of the hub: a tone for each configuration and split, at 8 kHz."""
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -152,8 +152,8 @@ def a_hub(folder: Path, names: dict[str, tuple[str, str]], texts: dict[str, str]
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(head)}\n---\n")
 
 
-def test_the_leaderboards_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each name is its configuration and split, as a repository of the hub that has them all tells."""
+def test_sets_of_the_leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name selects its configuration and split in a repository that contains all of them."""
     pytest.importorskip("datasets")
     monkeypatch.setattr(corpora, "_HUB", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -183,16 +183,16 @@ def test_any_set_of_the_hub(tmp_path: Path, demo_bundle: Bundle, monkeypatch: py
     assert "model card" in report.write_report([result], tmp_path / "x.md")
 
 
-def test_unknown_sets_are_named() -> None:
+def test_unknown_sets_are_rejected() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(OptionError, match="librispeech-clean"):
         corpora.Hub("librispeach")
-    with pytest.raises(BackendError, match="cannot be had"):
+    with pytest.raises(BackendError, match="cannot be loaded"):
         list(corpora.Hub("/nowhere/at/all:default:train"))
 
 
 def test_more_than_fits_into_a_block(demo_bundle: Bundle) -> None:
-    """A set is read a few recordings at a time, and none is lost or put elsewhere."""
+    """A set is read a few recordings at a time; all results are complete and in order."""
     clip = corpora.packaged(demo_bundle.manifest)[0]
     quiet = corpora.Utterance(np.zeros(16000, np.float32), "nothing")
     read: list[int] = []
@@ -204,13 +204,13 @@ def test_more_than_fits_into_a_block(demo_bundle: Bundle) -> None:
                 yield clip if number == 66 else quiet
 
     with accuracy._model(demo_bundle, demo_bundle.manifest.chunk(1120), "fp32", "cpu", None, None) as model:
-        wanted, results = accuracy._transcribe(model, Many(), 16000)
-    assert read == list(range(70)) and len(wanted) == len(results) == 70
+        texts, results = accuracy._transcribe(model, Many(), 16000)
+    assert read == list(range(70)) and len(texts) == len(results) == 70
     assert [number for number, result in enumerate(results) if result.text] == [66]
 
 
 @pytest.mark.nemo
-def test_beside_nemo(demo_bundle: Bundle, tmp_path: Path) -> None:
+def test_comparison_with_nemo(demo_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("nemo")
     utterances = corpora.read_manifest(HELD_OUT)[:8]
     result = accuracy.measure_accuracy(
@@ -227,7 +227,7 @@ def test_beside_nemo(demo_bundle: Bundle, tmp_path: Path) -> None:
         values = row["values"]
         if row["case"]["precision"] == "fp32":
             assert values["same_tokens"] == 1.0 and values["wer"] == values["nemo_wer"]
-            assert values["same_utterances"] == values["utterances"] == values["heard"]
+            assert values["same_utterances"] == values["utterances"] == values["compared_utterances"]
         assert 0 <= values["wer"] < 0.5
         if row["case"]["set"] == "held out":
             assert values["words"] == sum(len(json.loads(x)["text"].split()) for x in HELD_OUT.open().readlines()[:8])

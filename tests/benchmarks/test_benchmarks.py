@@ -1,4 +1,4 @@
-"""Every benchmark for a few seconds on the embedded model: it works, and its figures follow from its samples."""
+"""All benchmarks for a few seconds on the packaged model: they run, and their figures follow from their samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MACHINE = Machine(1e10, {"fp32": 1e11, "int8": 4e11}, {"read": 10.0})
 
 
 def shown(result: records.Record, folder: Path) -> str:
-    """The result through its file and back, as a report."""
+    """Write and read the result and return its report."""
     records.write(result, folder / "x.json")
     text = report.write_report([records.read(folder / "x.json")], folder / "x.md")
     assert (folder / "x.md").read_text() == text
@@ -42,32 +42,32 @@ def shown(result: records.Record, folder: Path) -> str:
     return text
 
 
-# -- floors ------------------------------------------------------------------------------------------------------------
+# -- roofline ----------------------------------------------------------------------------------------------------------
 
 
-def test_floor_by_hand() -> None:
+def test_roofline_example() -> None:
     work = Work(weight_bytes=2_000_000_000, flops_per_row=1e9)
-    assert work.floor_ms(MACHINE, "fp32", 1) == {"memory": 200, "compute": 10, "floor": 200, "binding": "memory"}
-    wide = work.floor_ms(MACHINE, "fp32", 64)
-    assert wide == {"memory": 200, "compute": 640, "floor": 640, "binding": "compute"}
-    assert work.floor_ms(MACHINE, "bf16", 64)["compute"] == 0  # no rate, no bound
+    one = work.roofline_ms(MACHINE, "fp32", 1)
+    assert one == {"memory": 200, "compute": 10, "roofline": 200, "bound_by": "memory"}
+    batch = work.roofline_ms(MACHINE, "fp32", 64)
+    assert batch == {"memory": 200, "compute": 640, "roofline": 640, "bound_by": "compute"}
+    assert work.roofline_ms(MACHINE, "bf16", 64)["compute"] == 0  # no rate is known
 
 
 @pytest.mark.parametrize("frames", [1, 14])
-def test_work_by_hand(frames: int, demo_bundle: Bundle) -> None:
-    """The products of a step of the embedded model, counted on paper."""
+def test_work_example(frames: int, demo_bundle: Bundle) -> None:
+    """The operations of a step of the packaged model, counted by hand."""
     chunk = next(chunk for chunk in demo_bundle.manifest.chunks if chunk.frames == frames)
     spec, keys = demo_bundle.manifest.encoder, chunk.left + frames
     assert (spec.d_model, chunk.left) == (128, 70)
     # Per layer two feed-forward nets (16 D^2), Q, K, V and output (4 D^2), two pointwise convolutions (3 D^2).
-    weights = (
-        spec.layers * 23 * 128**2 + 544 * 128 + 128 * 128
-    )  # the subsampling's 32 channels of 17 bins, the joint's half
-    attention = spec.layers * 3 * 128 * keys  # queries by keys, by positions, and the values
+    # Outside the layers: output of the subsampling (32 channels of 17 bins), encoder projection of the joint.
+    weights = spec.layers * 23 * 128**2 + 544 * 128 + 128 * 128
+    attention = spec.layers * 3 * 128 * keys  # queries by keys, queries by positions, weights by values
     assert encoder_work(demo_bundle, chunk).flops_per_row == 2 * frames * (weights + attention)
 
 
-def test_floor_grows_with_the_work(demo_bundle: Bundle) -> None:
+def test_work_grows_with_chunk_and_shrinks_with_precision(demo_bundle: Bundle) -> None:
     short, long = (encoder_work(demo_bundle, demo_bundle.manifest.chunk(ms)) for ms in (80, 1120))
     spec = demo_bundle.manifest.encoder
     # Two feed-forward nets of 4D, four attention projections and two pointwise convolutions: 23 D^2 per layer.
@@ -79,7 +79,7 @@ def test_floor_grows_with_the_work(demo_bundle: Bundle) -> None:
     assert half.weight_bytes == short.weight_bytes // 2
 
 
-def test_machine() -> None:
+def test_measured_rates() -> None:
     machine = measure_machine(1, 1 << 20, repeats=1, size=128)
     assert machine.bandwidth > 0 and min(machine.flops.values()) > 0
     assert machine.bandwidth == 1e9 * max(rate for name, rate in machine.rates.items() if name.startswith("read"))
@@ -88,25 +88,24 @@ def test_machine() -> None:
         assert machine.flops[precision] == 1e9 * max(rates)
 
 
-def test_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products are PyTorch's, on the device named: here the CPU stands in for the GPU."""
+def test_measured_rates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are measured with PyTorch on the given device; here the CPU replaces the GPU."""
     pytest.importorskip("torch")
-    from nemostream.benchmarks.gpu import speed as gpu_speed
-    from nemostream.benchmarks.harness import roofline
+    from nemostream.benchmarks.gpu import roofline as gpu_roofline
 
-    products = roofline.gpu_products("cpu", size=64, repeats=1)
-    assert {"fp32 product", "fp32 product, TF32", "fp16 product", "bf16 product", "int8 product"} <= products.keys()
-    monkeypatch.setattr(gpu_speed, "copy_rate", lambda device: 2e12)
+    products = gpu_roofline.gpu_products("cpu", size=64, repeats=1)
+    assert {"fp32 product", "fp32 product (TF32)", "fp16 product", "bf16 product", "int8 product"} <= products.keys()
+    monkeypatch.setattr(gpu_roofline, "copy_rate", lambda device: 2e12)
     monkeypatch.setattr(
-        roofline, "gpu_products", lambda: {"fp32 product": 6e4, "fp32 product, TF32": 4e5, "fp8 product": 1}
+        gpu_roofline, "gpu_products", lambda: {"fp32 product": 6e4, "fp32 product (TF32)": 4e5, "fp8 product": 1}
     )
-    machine = roofline.measure_gpu(object())
+    machine = gpu_roofline.measure_gpu(object())
     assert machine.bandwidth == 2e12 and machine.flops == {"fp32": 4e14, "fp8": 1e9}
     assert machine.rates["copy"] == 2000
-    # Without PyTorch, ONNX Runtime's product; without its CUDA provider, none.
-    monkeypatch.setattr(roofline, "_torch_with", lambda where: None)
-    assert roofline._products_without_torch(64, 1) == {}
-    assert roofline._product("fp16", 1, 64, 1) > 0
+    # Without PyTorch, ONNX Runtime is used; without its CUDA provider, no products are measured.
+    monkeypatch.setattr(gpu_roofline, "_import_torch", lambda device: None)
+    assert gpu_roofline._products_without_torch(64, 1) == {}
+    assert gpu_roofline.product_rate("fp16", 1, 64, 1) > 0
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------
@@ -126,30 +125,30 @@ def test_latency(demo_bundle: Bundle, tmp_path: Path) -> None:
             assert sum(parts) == pytest.approx(step, abs=0.01) and min(parts) > -0.01
         assert row["figures"]["encoder"]["p50"] > row["figures"]["copies"]["p50"]
         assert row["values"]["launches"] >= 3  # front end, encoder, joint
-        assert row["values"]["floor_ms"]["floor"] > 0
+        assert row["values"]["roofline_ms"]["roofline"] > 0
         assert row["values"]["bytes_per_stream"] == OrtBackend(demo_bundle, 1).bytes_per_stream
     text = shown(result, tmp_path)
     assert text.count("| 1120 ms | 3 | int8 | cpu |") == 3  # step, push, breakdown
-    assert list((tmp_path / "engines").glob("*not gated*.json"))  # nobody takes what was made for timing as good
+    assert list((tmp_path / "engines").glob("*not validated*.json"))  # not used outside of benchmarks
     with pytest.raises(BackendError, match="has no int8 engine"):
         open_backend(demo_bundle, precision="int8", engines=tmp_path / "engines")
 
 
-def test_latency_leaves_the_backend_as_it_was(demo_bundle: Bundle) -> None:
+def test_latency_restores_the_backend(demo_bundle: Bundle) -> None:
     chunk, backend = demo_bundle.manifest.chunk(560), OrtBackend(demo_bundle, 2)
     backend.prepare(chunk)
-    sessions = backend._steps[560].encoder, backend._transducer._joint
-    with latency._clock(backend, chunk) as clock:
+    sessions = backend._steps[560].run_encoder, backend.transducer.run_joint
+    with latency._stage_clock(backend, chunk) as clock:
         backend.reset(np.arange(2))
-        feed = latency.Feed(demo_bundle.manifest, speech(demo_bundle.manifest)[0], 2, 7)
+        feed = latency.AudioFeed(demo_bundle.manifest, speech(demo_bundle.manifest)[0], 2, 7)
         backend.submit(feed.batch(chunk, 0)).result()
         assert clock["encoder"] > 0 and clock["calls"] >= 3
-    assert (backend._steps[560].encoder, backend._transducer._joint) == sessions
+    assert (backend._steps[560].run_encoder, backend.transducer.run_joint) == sessions
     assert "encode" not in vars(backend)
 
 
 def test_latency_of_the_gpu_backend(small_bundle: Bundle, make_device: Any, tmp_path: Path) -> None:
-    """On the device that the CPU plays: stages and events are the benchmark's, the figures nobody's."""
+    """On the emulated device: the stages and events of the benchmark are tested, the times are meaningless."""
     from host_device import OrtEncoder
 
     from nemostream.runtime.backends.gpu.backend import GpuBackend
@@ -166,12 +165,12 @@ def test_latency_of_the_gpu_backend(small_bundle: Bundle, make_device: Any, tmp_
 
 
 def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU and a GPU that the CPU plays in one result: an engine is made for the GPU and its floor is the GPU's."""
-    host_device, play = pytest.importorskip("host_device"), pytest.importorskip("cuda_on_cpu")
-    if play.MISSING:
+    """CPU and emulated GPU in one result: an engine is built for the GPU, with a roofline from the GPU's rates."""
+    host_device, emulator = pytest.importorskip("host_device"), pytest.importorskip("cuda_on_cpu")
+    if emulator.MISSING:
         pytest.skip("needs g++ to run the kernels on a CPU")
     from nemostream import engines
-    from nemostream.benchmarks.harness import roofline
+    from nemostream.benchmarks.gpu import roofline as gpu_roofline
     from nemostream.runtime.backends.gpu import cuda
     from nemostream.runtime.backends.gpu.backend import GpuBackend
 
@@ -185,8 +184,8 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
     monkeypatch.setattr(cuda, "CudaDevice", host_device.HostDevice)
     monkeypatch.setattr(engines, "open_gpu", open_gpu)
     gpu = Machine(1e12, {"fp32": 1e13}, {"copy": 1000.0})
-    monkeypatch.setattr(roofline, "measure_gpu", lambda device: gpu)
-    monkeypatch.setattr(roofline, "measure_machine", lambda threads: MACHINE)
+    monkeypatch.setattr(gpu_roofline, "measure_gpu", lambda device: gpu)
+    monkeypatch.setattr(gpu_roofline, "measure_machine", lambda threads: MACHINE)
     result = latency.measure_latency(
         demo_bundle,
         ("fp32", "int8"),
@@ -197,160 +196,168 @@ def test_latency_of_several_backends(demo_bundle: Bundle, tmp_path: Path, monkey
         engines=tmp_path / "engines",
     )
     cases = [(row["case"]["backend"], row["case"]["precision"]) for row in result["rows"]]
-    assert cases == [("cpu", "fp32"), ("cpu", "int8"), ("cuda:onnxruntime", "fp32")]  # which has no 8 bit
-    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not gated")]
+    assert cases == [
+        ("cpu", "fp32"),
+        ("cpu", "int8"),
+        ("cuda:onnxruntime", "fp32"),
+    ]  # no 8 bit with ONNX Runtime on a GPU
+    assert [(recipe.backend, recipe.device) for recipe in opened] == [("onnxruntime", "cuda, not validated")]
     work = encoder_work(demo_bundle, demo_bundle.manifest.chunk(560))
-    assert result["rows"][2]["values"]["floor_ms"] == work.floor_ms(gpu, "fp32", 1)
-    assert result["rows"][0]["values"]["floor_ms"] == work.floor_ms(MACHINE, "fp32", 1)
+    assert result["rows"][2]["values"]["roofline_ms"] == work.roofline_ms(gpu, "fp32", 1)
+    assert result["rows"][0]["values"]["roofline_ms"] == work.roofline_ms(MACHINE, "fp32", 1)
     assert "device" in result["rows"][2]["figures"]
     text = shown(result, tmp_path)
-    assert "| 560 ms | 1 | fp32 | cuda:onnxruntime | device |" in text and "Measured, cuda: copy 1000 G/s" in text
+    assert (
+        "| 560 ms | 1 | fp32 | cuda:onnxruntime | device |" in text and "Measured rates, cuda: copy 1000 GB/s" in text
+    )
 
 
 # -- capacity ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("true", "most"), [(0, 64), (1, 64), (2, 64), (3, 64), (37, 64), (63, 64), (64, 64), (200, 512)]
+    ("limit", "maximum"), [(0, 64), (1, 64), (2, 64), (3, 64), (37, 64), (63, 64), (64, 64), (200, 512)]
 )
-def test_search_finds_the_most(true: int, most: int) -> None:
+def test_search_finds_the_maximum(limit: int, maximum: int) -> None:
     tried: list[int] = []
 
-    def holds(streams: int) -> bool:
+    def passes(streams: int) -> bool:
         tried.append(streams)
-        return streams <= true
+        return streams <= limit
 
-    found = capacity.search(holds, most)
-    assert found <= true and found >= true - max(1, capacity.RESOLUTION * true)
-    assert max(tried) <= most and len(tried) == len(set(tried)) <= 14
+    found = capacity.search(passes, maximum)
+    assert found <= limit and found >= limit - max(1, load.SEARCH_RESOLUTION * limit)
+    assert max(tried) <= maximum and len(tried) == len(set(tried)) <= 14
 
 
-def heard(latencies: list[float], **changes: Any) -> load.Heard:
-    """Results of 560 ms, one a second."""
-    made = load.Heard([(560, float(second), latency) for second, latency in enumerate(latencies)])
-    made.lateness, made.seconds, made.audio = [0.0], float(len(latencies)), 2.0 * len(latencies)
+def load_result(latencies: list[float], **changes: Any) -> load.LoadResult:
+    """Return a load result with one 560 ms result per second."""
+    result = load.LoadResult([(560, float(second), latency) for second, latency in enumerate(latencies)])
+    result.lateness, result.seconds, result.audio_seconds = [0.0], float(len(latencies)), 2.0 * len(latencies)
     for name, value in changes.items():
-        setattr(made, name, value)
-    return made
+        setattr(result, name, value)
+    return result
 
 
 STEPS = [(560, 2, 40.0)] * 30
 
 
 @pytest.mark.parametrize(
-    ("found", "steps", "against"),
+    ("result", "steps", "failures"),
     [
-        (heard([0.1] * 30), STEPS, []),
-        (heard([0.1] * 20 + [0.15] * 10), STEPS, []),
-        (heard([0.1] * 20 + [0.17] * 10), STEPS, ["later in the end"]),
-        (heard([0.1] * 29 + [0.6]), STEPS, ["p99 of a 560 ms result is 600 ms"]),
-        (heard([0.1] * 30), [*STEPS, (560, 2, 561.0)], ["p99 of a 560 ms step is 561 ms"]),
-        (heard([0.1] * 30, waiting=3), STEPS, ["3 chunks were left waiting"]),
-        (heard([0.1] * 30, lateness=[0.0] * 97 + [0.5] * 3), STEPS, ["load generator"]),
-        (heard([0.1] * 30, errors=["no free slot"]), STEPS, ["1 errors, the first: no free slot"]),
-        (heard([]), [], ["nothing was recognised"]),
+        (load_result([0.1] * 30), STEPS, []),
+        (load_result([0.1] * 20 + [0.15] * 10), STEPS, []),
+        (load_result([0.1] * 20 + [0.17] * 10), STEPS, ["latency of the 560 ms results grew by"]),
+        (load_result([0.1] * 29 + [0.6]), STEPS, ["p99 of the 560 ms result is 600 ms"]),
+        (load_result([0.1] * 30), [*STEPS, (560, 2, 561.0)], ["p99 of the 560 ms step is 561 ms"]),
+        (load_result([0.1] * 30, overdue=3), STEPS, ["3 chunks had no result at the end"]),
+        (load_result([0.1] * 30, lateness=[0.0] * 97 + [0.5] * 3), STEPS, ["the load generator fell behind"]),
+        (load_result([0.1] * 30, errors=["no free slot"]), STEPS, ["1 errors, first: no free slot"]),
+        (load_result([]), [], ["no results"]),
     ],
 )
-def test_verdict(found: load.Heard, steps: list[Any], against: list[str]) -> None:
-    values = capacity.judge(found, steps, {})["values"]
-    assert values["holds"] == (not against)
-    assert len(values["against"]) == len(against)
-    assert all(part in said for part, said in zip(against, values["against"], strict=True))
+def test_failures_of_a_load_test(result: load.LoadResult, steps: list[Any], failures: list[str]) -> None:
+    values = capacity.evaluate(result, steps, {})["values"]
+    assert values["passed"] == (not failures)
+    assert len(values["failures"]) == len(failures)
+    assert all(part in failure for part, failure in zip(failures, values["failures"], strict=True))
 
 
-def test_figures_of_a_load_by_hand() -> None:
-    row = capacity.judge(heard([0.1] * 10 + [0.2] * 10 + [0.3] * 10), [(560, 1, 30.0), (560, 3, 50.0)], {})
+def test_figures_of_a_load_test() -> None:
+    row = capacity.evaluate(load_result([0.1] * 10 + [0.2] * 10 + [0.3] * 10), [(560, 1, 30.0), (560, 3, 50.0)], {})
     assert row["values"]["drift_ms"] == {"560": pytest.approx(200, abs=0.01)}
     assert row["values"]["rtfx"] == 2.0 and row["values"]["mean_batch"] == 2.0
     assert row["ms"]["step 560 ms"] == [30.0, 50.0]
-    assert len(row["ms"]["result 560 ms"]) == 28  # the first two seconds are not judged
+    assert len(row["ms"]["result 560 ms"]) == 28  # the first two seconds are not evaluated
 
 
-def test_people_talking_are_understood(demo_bundle: Bundle) -> None:
-    """Real time and many at once change no word; every result is timed."""
+def test_concurrent_streams_give_the_offline_text(demo_bundle: Bundle) -> None:
+    """The texts of concurrent real-time streams are those of offline transcription; every result is timed."""
     clips = [speech(demo_bundle.manifest)[1]]
     with nemostream.load(chunk_ms=80, capacity=12) as model:
         wanted = model.transcribe(clips[0]).text
-        found = load.talk(model, clips, 3, (80, 560), calls=6)
-    assert not found.errors and found.waiting == 0
+        found = load.run_load(model, clips, 3, (80, 560), total_clips=6)
+    assert not found.errors and found.overdue == 0
     assert found.texts == [(0, wanted)] * 6
     assert len(found.finals) == 6 and min(found.finals) > 0
-    assert found.audio == pytest.approx(6 * len(clips[0]) / 16000)
-    # Every whole chunk of every clip had one result, after it was spoken.
+    assert found.audio_seconds == pytest.approx(6 * len(clips[0]) / 16000)
+    # Each complete chunk of each clip has one result, after the end of its audio.
     chunks = {ms: (len(clips[0]) + model.manifest.lead) // model.manifest.chunk(ms).samples for ms in (80, 560)}
     counts = {ms: sum(size == ms for size, _, _ in found.results) for ms in (80, 560)}
     assert sum(counts[ms] / chunks[ms] for ms in counts) == pytest.approx(6)
     assert min(latency for _, _, latency in found.results) > 0
-    assert found.seconds >= 2 * len(clips[0]) / 16000  # two after each other, in real time
+    assert found.seconds >= 2 * len(clips[0]) / 16000  # two clips in sequence, in real time
 
 
-def test_who_is_cut_off_when_time_is_up_has_not_failed(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last results may be listened to while streams are closed, which tells the listener so."""
+def test_closing_streams_at_the_end_is_not_an_error(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream may be closed while its last results are collected, which raises an error in the callback."""
     with nemostream.load(chunk_ms=80, capacity=2) as model:
-        found = load.Heard()
-        caller = load._Caller(model, [speech(demo_bundle.manifest)[1]], iter([0]), 80, found, 0.0)
-        caller.go_on(0.0)
-        stream = caller._stream
+        found = load.LoadResult()
+        client = load._Client(model, [speech(demo_bundle.manifest)[1]], iter([0]), 80, found, 0.0)
+        client.advance(0.0)
+        stream = client._stream
         assert stream
 
-        def late() -> list[Any]:
-            caller.close()
+        def close_while_collecting() -> list[Any]:
+            client.close()
             with pytest.raises(StreamError, match="the stream was closed"):
                 stream.settled()
             stream.settled()
             return []
 
-        monkeypatch.setattr(stream, "collect", late)
-        caller._listen()
+        monkeypatch.setattr(stream, "collect", close_while_collecting)
+        client._on_step()
     assert not found.errors and not found.texts
 
 
 def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers begin at moments spread over their chunk, unless they are told to begin together; sizes take turns."""
-    begun: list[tuple[int, float]] = []
+    """Start times are spread over the chunk with `random_phase`, else equal; the chunk sizes alternate."""
+    starts: list[tuple[int, float]] = []
 
-    class Caller:
-        def __init__(self, model: Any, clips: Any, order: Any, chunk_ms: int, heard: load.Heard, start: float) -> None:
+    class Client:
+        def __init__(
+            self, model: Any, clips: Any, order: Any, chunk_ms: int, result: load.LoadResult, start: float
+        ) -> None:
             self.chunk_ms, self.start = chunk_ms, start
 
-        def go_on(self, moment: float) -> None:
-            begun.append((self.chunk_ms, 1000 * (moment - self.start)))
+        def advance(self, now: float) -> None:
+            starts.append((self.chunk_ms, 1000 * (now - self.start)))
 
         def overdue(self, now: float) -> int:
             return 0
 
         def close(self) -> None: ...
 
-    monkeypatch.setattr(load, "_Caller", Caller)
-    load.talk(None, [], 300, (80, 560, 1120), seconds=2.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(load, "_Client", Client)
+    load.run_load(None, [], 300, (80, 560, 1120), seconds=2.0)  # type: ignore[arg-type]
     for ms in (80, 560, 1120):
-        moments = [moment for size, moment in begun if size == ms]
-        assert len(moments) == 100 and min(moments) >= 0 and max(moments) < ms
-        assert np.histogram(moments, 4, (0, ms))[0].min() > 10
-    begun.clear()
-    load.talk(None, [], 5, (80, 560), seconds=1.0, phases=False)  # type: ignore[arg-type]
-    assert begun == [(80, 0.0), (560, 0.0), (80, 0.0), (560, 0.0), (80, 0.0)]
+        offsets = [offset for size, offset in starts if size == ms]
+        assert len(offsets) == 100 and min(offsets) >= 0 and max(offsets) < ms
+        assert np.histogram(offsets, 4, (0, ms))[0].min() > 10
+    starts.clear()
+    load.run_load(None, [], 5, (80, 560), seconds=1.0, random_phase=False)  # type: ignore[arg-type]
+    assert starts == [(80, 0.0), (560, 0.0), (80, 0.0), (560, 0.0), (80, 0.0)]
 
 
 def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
     result = capacity.measure_capacity(
-        demo_bundle, chunk_ms=(560, 1120), seconds=4, probe_seconds=3, most=2, engines=tmp_path
+        demo_bundle, chunk_ms=(560, 1120), seconds=4, probe_seconds=3, max_streams=2, engines=tmp_path
     )
     streams = [(row["case"]["streams"], row["case"]["confirming"]) for row in result["rows"]]
     assert streams[0] == (1, False) and result["method"]["streams"] in (0, 1, 2)
     assert "real-time streams" in shown(result, tmp_path)
 
 
-def test_a_pause_of_the_machine_does_not_end_the_search(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, verdicts = capacity.judge, iter([False, True, False, False, True])
+def test_a_failed_probe_is_repeated_once(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, verdicts = capacity.evaluate, iter([False, True, False, False, True])
 
-    def told(*given: Any) -> records.Row:
-        row = judge(*given)
-        row["values"]["holds"] = next(verdicts)
+    def fixed_verdict(*arguments: Any) -> records.Row:
+        row = evaluate(*arguments)
+        row["values"]["passed"] = next(verdicts)
         return row
 
-    monkeypatch.setattr(capacity, "judge", told)
-    result = capacity.measure_capacity(demo_bundle, chunk_ms=(1120,), seconds=0.5, probe_seconds=0.5, most=2)
+    monkeypatch.setattr(capacity, "evaluate", fixed_verdict)
+    result = capacity.measure_capacity(demo_bundle, chunk_ms=(1120,), seconds=0.5, probe_seconds=0.5, max_streams=2)
     tried = [(row["case"]["streams"], row["case"]["confirming"]) for row in result["rows"]]
     assert tried == [(1, False), (1, False), (2, False), (2, False), (1, True)]
     assert result["method"]["streams"] == 1
@@ -358,7 +365,7 @@ def test_a_pause_of_the_machine_does_not_end_the_search(demo_bundle: Bundle, mon
 
 def test_nvidias_method(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "speech", lambda manifest: [speech(manifest)[1][:16000]])
-    result = capacity.measure_capacity(demo_bundle, chunk_ms=(560,), simulate=2)
+    result = capacity.measure_capacity(demo_bundle, chunk_ms=(560,), simulate_realtime=2)
     (row,) = result["rows"]
     assert row["case"]["simulate_realtime"] and len(row["ms"]["final"]) == 6
     assert row["values"]["audio_seconds"] == 6.0
@@ -378,22 +385,22 @@ def test_throughput(demo_bundle: Bundle, tmp_path: Path) -> None:
         seconds = statistics.median(row["ms"]["whole set"]) / 1000
         assert row["values"]["rtfx"] == pytest.approx(row["values"]["audio_seconds"] / seconds, rel=1e-3)
     assert "| 1120 ms | 2 | fp32 |" in shown(result, tmp_path)
-    with pytest.raises(OptionError, match="there must be recordings"):
+    with pytest.raises(OptionError, match="at least one recording is needed"):
         throughput.measure_throughput(demo_bundle, [])
-    with pytest.raises(OptionError, match="4 recordings at a time need as many; there are 3"):
+    with pytest.raises(OptionError, match="batch 4 needs at least as many recordings; there are 3"):
         throughput.measure_throughput(demo_bundle, clips, batches=(1, 4))
 
 
-def test_width_by_hand() -> None:
-    assert cost.fit_width((1, 2, 4, 8), (12.0, 14.0, 18.0, 26.0)) == pytest.approx((10.0, 2.0))
-    assert cost.fit_width((1, 2, 4), (3.0, 6.0, 12.0)) == pytest.approx((0.0, 3.0))
-    assert cost.fit_width((1, 2, 4), (5.0, 5.0, 5.0)) == pytest.approx((5.0, 0.0))
-    fixed, each = cost.fit_width((1, 2, 4), (4.0, 9.0, 20.0))  # steeper than proportional
-    assert fixed == 0 and 4 < each < 5
+def test_batch_fit() -> None:
+    assert cost.fit_batch((1, 2, 4, 8), (12.0, 14.0, 18.0, 26.0)) == pytest.approx((10.0, 2.0))
+    assert cost.fit_batch((1, 2, 4), (3.0, 6.0, 12.0)) == pytest.approx((0.0, 3.0))
+    assert cost.fit_batch((1, 2, 4), (5.0, 5.0, 5.0)) == pytest.approx((5.0, 0.0))
+    fixed, per_stream = cost.fit_batch((1, 2, 4), (4.0, 9.0, 20.0))  # steeper than proportional
+    assert fixed == 0 and 4 < per_stream < 5
 
 
 @pytest.mark.parametrize(
-    ("fixed", "weights", "each", "products", "said"),
+    ("fixed", "weights", "per_stream", "products", "limits"),
     [
         (10.0, 8.0, 2.0, 1.5, ("memory", "compute", 5.0)),
         (10.0, 4.9, 2.0, 0.9, ("overhead", "overhead", 5.0)),
@@ -401,31 +408,31 @@ def test_width_by_hand() -> None:
         (0.0, 1.0, 3.0, 1.0, ("memory", "overhead", 0.0)),
     ],
 )
-def test_what_is_bound_by_what(
-    fixed: float, weights: float, each: float, products: float, said: tuple[str, str, float]
+def test_limits(
+    fixed: float, weights: float, per_stream: float, products: float, limits: tuple[str, str, float]
 ) -> None:
-    fit = {"fixed_ms": fixed, "weights_ms": weights, "per_stream_ms": each, "products_ms": products}
-    assert cost.bound_by(fit) == said
+    fit = {"fixed_ms": fixed, "weights_ms": weights, "per_stream_ms": per_stream, "products_ms": products}
+    assert cost.limits(fit) == limits
 
 
-def test_length_by_hand() -> None:
-    flat = cost.fit_length([10.0, 10.1, 9.9, 10.0] * 25)
+def test_duration_fit() -> None:
+    flat = cost.fit_duration([10.0, 10.1, 9.9, 10.0] * 25)
     assert flat["low_ms"] < 0 < flat["high_ms"] and abs(flat["share"]) < 0.01
-    growing = cost.fit_length(np.linspace(10, 11, 100).tolist())
+    growing = cost.fit_duration(np.linspace(10, 11, 100).tolist())
     assert growing["change_ms"] == pytest.approx(1.0) and growing["low_ms"] > 0.9
     assert growing["share"] == pytest.approx(1 / 10.5, rel=0.01)
 
 
 def test_cost(demo_bundle: Bundle, tmp_path: Path) -> None:
     result = cost.measure_cost(demo_bundle, batches=(1, 3), chunk_ms=(1120,), hours=0.02, repeats=3, machine=MACHINE)
-    wide, long = result["rows"][:2], result["rows"][2]
-    assert [row["case"]["batch"] for row in wide] == [1, 3]
+    by_batch, long = result["rows"][:2], result["rows"][2]
+    assert [row["case"]["batch"] for row in by_batch] == [1, 3]
     (fit,) = result["method"]["fits"]
-    medians = [statistics.median(row["ms"]["step"]) for row in wide]
-    assert (fit["fixed_ms"], fit["per_stream_ms"]) == pytest.approx(cost.fit_width((1, 3), medians), rel=1e-3)
-    assert len(long["ms"]["stretch"]) == 59 and long["values"]["hours"] == 0.02  # 72 s of 1.12 s, five to warm up
+    medians = [statistics.median(row["ms"]["step"]) for row in by_batch]
+    assert (fit["fixed_ms"], fit["per_stream_ms"]) == pytest.approx(cost.fit_batch((1, 3), medians), rel=1e-3)
+    assert len(long["ms"]["segment"]) == 59 and long["values"]["hours"] == 0.02  # 72 s of 1.12 s, five warm-up steps
     text = shown(result, tmp_path)
-    assert "bound by" in text and f"then {cost.bound_by(fit)[1]} |" in text
+    assert "limited by" in text and f"then {cost.limits(fit)[1]} |" in text
 
 
 def test_quick_from_the_command_line(
@@ -443,25 +450,25 @@ def test_quick_from_the_command_line(
     assert (tmp_path / "bench-results" / "quick-latency.png").exists()
 
 
-def test_quick_of_a_bundle_on_a_device(
+def test_quick_with_bundle_and_device(
     demo_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quick, "measure_machine", lambda *sizes, **more: MACHINE)
-    monkeypatch.setattr(nemostream, "demo_bundle", lambda: Path("/nowhere"))  # it is not used
+    monkeypatch.setattr(nemostream, "demo_bundle", lambda: Path("/nowhere"))  # must not be used
     assert _run(["bench", "quick", "--repeats", "1", "--bundle", str(demo_bundle.path), "--device", "cpu"]) == 0
     assert CLIP_TEXT in capsys.readouterr().out
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         _run(["bench", "quick", "--bundle", str(demo_bundle.path), "--device", "tpu"])
-    assert leaving.value.code == 2 and "'tpu'; choose one of cpu, cuda" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as leaving:
+    assert exit_info.value.code == 2 and "'tpu'; choose one of cpu, cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
         _run(["bench", "quick", "--bundle", str(tmp_path / "none")])
-    assert leaving.value.code == 4 and "is not a folder" in capsys.readouterr().err
+    assert exit_info.value.code == 4 and "is not a folder" in capsys.readouterr().err
 
 
 SHORT = {
     "latency": "--chunk-ms 560 --batch 1 --repeats 2",
-    "capacity": "--chunk-ms 560 1120 --seconds 2 --probe-seconds 1 --most 1",
+    "capacity": "--chunk-ms 560 1120 --seconds 2 --probe-seconds 1 --max-streams 1",
     "throughput": "--chunk-ms 1120 --batch 2 --copies 1 --repeats 1",
     "accuracy": "--chunk-ms 1120 --normalizer basic",
     "cost": "--chunk-ms 1120 --batch 1 2 --repeats 2 --hours 0.005",
@@ -469,25 +476,25 @@ SHORT = {
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_every_benchmark_by_its_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the command line to tables, plots and a file that `report` reads again. (baseline: test_baseline.)"""
+def test_command_of_every_benchmark(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command writes tables, plots and a file that `report` reads. (For baseline see test_baseline.)"""
     out = ["--out", str(tmp_path), "--name", "it"]
     assert _run(["bench", name, *SHORT[name].split(), *out]) == 0
-    said = capsys.readouterr().out
-    assert said == (tmp_path / "it.md").read_text() and said.startswith(f"## {name}")
+    output = capsys.readouterr().out
+    assert output == (tmp_path / "it.md").read_text() and output.startswith(f"## {name}")
     result = records.read(tmp_path / "it.json")
     assert result["benchmark"] == name and result["rows"] and result["hardware"]["cpu"] and result["command"]
     pictures = list(tmp_path.glob("it-*.png"))
     assert pictures and all(picture.with_suffix(".svg").exists() for picture in pictures)
     arguments = [str(tmp_path / "it.json"), "--against", str(tmp_path / "it.json"), "--out", str(tmp_path / "r.md")]
     assert _run(["bench", "report", *arguments]) == 0
-    again = capsys.readouterr().out
-    assert "slower" not in again and "faster" not in again and "worse" not in again
-    assert said.splitlines()[2] in again  # what was measured where
+    comparison = capsys.readouterr().out
+    assert "slower" not in comparison and "faster" not in comparison and "worse" not in comparison
+    assert output.splitlines()[2] in comparison  # machine and model
 
 
 @pytest.mark.parametrize("name", [*_BENCHMARKS, "gpu_check", "precision", "random_bundle"])
-def test_every_benchmark_is_a_module_to_run(name: str) -> None:
+def test_every_benchmark_runs_as_a_module(name: str) -> None:
     command = [sys.executable, "-m", module_name(name), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -495,21 +502,21 @@ def test_every_benchmark_is_a_module_to_run(name: str) -> None:
     assert usage in done.stdout
 
 
-def test_bench_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_benchmark_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(["bench", "speed"]) == OptionError.exit_code
     assert "choose one of quick" in capsys.readouterr().err
     assert _run(["bench"]) == 0
     assert "latency" in capsys.readouterr().out
 
 
-def test_bad_options_are_named(demo_bundle: Bundle) -> None:
+def test_invalid_options_are_rejected(demo_bundle: Bundle) -> None:
     with pytest.raises(OptionError, match="at least 1"):
         latency.measure_latency(demo_bundle, batches=(0,))
     with pytest.raises(OptionError, match="must be positive"):
         capacity.measure_capacity(demo_bundle, seconds=0)
     with pytest.raises(OptionError, match="at least 1"):
         cost.measure_cost(demo_bundle, repeats=0)
-    with pytest.raises(OptionError, match="cpu runs fp32, int8, not fp16"):
+    with pytest.raises(OptionError, match="cpu supports fp32, int8, not fp16"):
         latency.measure_latency(demo_bundle, ("fp16",), (1,), machine=MACHINE)
     with pytest.raises(OptionError, match="choose one of cpu, cuda"):
         latency.measure_latency(demo_bundle, devices=("tpu",), machine=MACHINE)

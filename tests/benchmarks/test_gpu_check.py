@@ -1,4 +1,4 @@
-"""The GPU check's parts on a device that the CPU plays: they run, and what they count is right. No time is judged."""
+"""Parts of the GPU check on an emulated device: they run, and their counts are correct. Times are not tested."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def make_backend(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int, d
 
 
 @pytest.mark.nemo
-def test_a_random_bundle_has_a_real_ones_shape(small: Bundle, tiny_bundle: Bundle) -> None:
-    """Every graph, input and output, and every weight outside the graphs, is what an export of that shape has."""
+def test_random_bundle_has_the_shape_of_a_real_one(small: Bundle, tiny_bundle: Bundle) -> None:
+    """All graphs, inputs, outputs and weights outside the graphs are those of an export of the same sizes."""
     for name, graph in tiny_bundle.manifest.graphs.items():
         made = small.manifest.graphs[name]
         assert (made.file, made.inputs, made.outputs) == (graph.file, graph.inputs, graph.outputs)
@@ -60,8 +60,8 @@ def test_a_random_bundle_has_a_real_ones_shape(small: Bundle, tiny_bundle: Bundl
     assert small.manifest.weights.bytes == tiny_bundle.manifest.weights.bytes
 
 
-def test_a_random_bundle_runs_and_comes_from_its_seed(small: Bundle, tmp_path: Path) -> None:
-    Bundle.open(small.path)  # every hash is right
+def test_random_bundle_runs_and_is_reproducible(small: Bundle, tmp_path: Path) -> None:
+    Bundle.open(small.path)  # checks all hashes
     chunk = small.manifest.chunk(560)
     backend = OrtBackend(small, capacity=1)
     backend.reset(np.array([0]))
@@ -79,7 +79,7 @@ def test_soak(small: Bundle) -> None:
     backend = make_backend(small, [chunk], 4)
     figures = gpu_speed.soak(backend, chunk, 60)
     assert (figures["steps"], figures["flat"], figures["failed_rows"]) == (60, True, 0)
-    assert {"boost", "forget"} < set(backend._device.launches)
+    assert {"set_phrases", "reset_decoder"} < set(backend.device.launches)
     leaking = HostDevice()
     backend = make_backend(small, [chunk], 4, leaking)
     launch = leaking.queue
@@ -94,39 +94,39 @@ def test_soak(small: Bundle) -> None:
 
 @needs_compiler
 def test_speed(small: Bundle) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
     def make(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
-        return make_backend(bundle, chunks, capacity), "a CPU's"
+        return make_backend(bundle, chunks, capacity), "on a CPU"
 
     short = dataclasses.replace(small.manifest, chunks=small.manifest.chunks[:2])
-    figures = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, 1e9, said.append)
+    figures = gpu_speed.measure_speed(Bundle(small.path, short), make, (1, 2), 3, 1e9, messages.append)
     found = [(row["chunk_ms"], row["batch"]) for row in figures["rows"]]
     assert found == [(80, 1), (80, 2), (160, 1), (160, 2)]
     for row in figures["rows"]:
         assert len(row["raw_ms"]) == 3 and min(row["raw_ms"]) == pytest.approx(row["min_ms"], abs=1e-4)
         assert row["min_ms"] <= row["p50_ms"] <= row["p99_ms"] <= max(row["raw_ms"]) + 1e-4
         weights = roofline.encoder_work(small, small.manifest.chunk(row["chunk_ms"])).weight_bytes
-        assert row["floor_ms"] == pytest.approx(1000 * weights / 1e9)
-        assert row["settled_tokens_per_second"] > 0 and row["boosted_p50_ms"] > 0
+        assert row["roofline_ms"] == pytest.approx(1000 * weights / 1e9)
+        assert row["calibrated_tokens_per_second"] > 0 and row["boosted_p50_ms"] > 0
         assert row["encoder_ms"] > 0 and row["undecoded_ms"] > 0 and row["whole_ms"] > 0
         assert 0 < row["host_ms"] < row["pipelined_ms"]
-    assert set(figures["streams"]) == {80, 160} and figures["left_out_for_time"] == 0
-    late = gpu_speed.speed(Bundle(small.path, short), make, (1, 2), 3, None, said.append, until=0.0)
-    assert late["rows"] == [] and late["left_out_for_time"] == 4
+    assert set(figures["streams"]) == {80, 160} and figures["skipped_rows"] == 0
+    late = gpu_speed.measure_speed(Bundle(small.path, short), make, (1, 2), 3, None, messages.append, deadline=0.0)
+    assert late["rows"] == [] and late["skipped_rows"] == 4
     table = gpu_report.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
-    assert table.count(" ms | 1 |") == table.count(" ms | 2 |") == 2 and "Encoder: a CPU's." in table
+    assert table.count(" ms | 1 |") == table.count(" ms | 2 |") == 2 and "Encoder: on a CPU." in table
 
 
 @needs_compiler
 @pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_stages_are_the_steps_own(small: Bundle, loop: str, capturable: bool) -> None:
+def test_stage_times(small: Bundle, loop: str, capturable: bool) -> None:
     """Each is run as often as it is counted, and the two lanes are as they were: the next step says what it would."""
     chunk, device = small.manifest.chunk(160), HostDevice()
     encoders = {chunk.ms: OrtEncoder(small, chunk, device, capturable)}
     backend = GpuBackend(small, device, encoders, capacity=3, max_batch=2, loop=loop)
-    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    backend.arena.write("joint_bias", np.zeros(SMALL.vocab + 1, np.float32))
     before = gpu_speed.step_times(backend, chunk, 2, 3)["tokens_per_second"]
     device.launches.clear()
     figures = gpu_speed.stage_times(backend, chunk, 2, 3)
@@ -139,52 +139,52 @@ def test_stages_are_the_steps_own(small: Bundle, loop: str, capturable: bool) ->
 
 
 @needs_compiler
-def test_blank_is_settled(small: Bundle) -> None:
-    """Between silence and chatter lies the rate wanted; twice the labels would be too many."""
+def test_calibrated_blank(small: Bundle) -> None:
+    """The calibrated rate is positive and of the right order; `force_blank` can be undone."""
     chunk = small.manifest.chunk(160)
     backend = make_backend(small, [chunk], 4)
-    rate = gpu_speed.settle_blank(backend, small, chunk, 3)
+    rate = gpu_speed.calibrate_blank(backend, small, chunk, 3)
     assert 0 < rate < 4 * gpu_speed.TOKENS_PER_SECOND
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
-    before = gpu_speed.hush(backend, small)
+    before = gpu_speed.force_blank(backend, small)
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == 0
-    backend._device.write(int(backend._memory.step["joint_bias"]), before)
+    backend.arena.write("joint_bias", before)
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] == pytest.approx(rate)
 
 
 @needs_compiler
-def test_without_an_encoder_there_is_something_to_decode(small: Bundle) -> None:
+def test_decoding_without_an_encoder(small: Bundle) -> None:
     chunk = small.manifest.chunk(160)
     device = HostDevice()
     encoders = {chunk.ms: gpu_speed.NoEncoder("float32")}
     backend = GpuBackend(small, device, encoders, capacity=4, max_batch=3)
-    gpu_speed.give_frames(backend)
-    gpu_speed.settle_blank(backend, small, chunk, 3)
-    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
+    gpu_speed.fill_encoder_output(backend)
+    gpu_speed.calibrate_blank(backend, small, chunk, 3)
+    backend.arena.write("joint_bias", np.zeros(SMALL.vocab + 1, np.float32))
     assert gpu_speed.step_times(backend, chunk, 3, 6)["tokens_per_second"] > 0
 
 
 @needs_compiler
-def test_boosted_steps_are_boosted(small: Bundle) -> None:
-    """Timed with phrases: the streams have them, each its own, and say other things."""
+def test_phrases_of_timed_steps(small: Bundle) -> None:
+    """The streams have their own phrases while they are timed."""
     chunk = small.manifest.chunk(160)
     backend = make_backend(small, [chunk], 4)
-    backend._device.write(int(backend._memory.step["joint_bias"]), np.zeros(SMALL.vocab + 1, np.float32))
-    lists = [features.some_phrases(number, [], SMALL.vocab) for number in range(2)]
+    backend.arena.write("joint_bias", np.zeros(SMALL.vocab + 1, np.float32))
+    phrases = [features.random_phrases(seed, [], SMALL.vocab) for seed in range(2)]
     plain, boosted = (
         gpu_speed.step_times(backend, chunk, 3, 6),
-        gpu_speed.step_times(backend, chunk, 3, 6, boosts=lists),
+        gpu_speed.step_times(backend, chunk, 3, 6, boosts=phrases),
     )
     assert plain["tokens_per_second"] > 0 and len(boosted["raw_ms"]) == 6
     found = [backend.save(slot)["phrases"].tobytes() for slot in range(3)]
-    assert found == [lists[index].digest.tobytes() for index in (0, 1, 0)]
+    assert found == [phrases[index].digest.tobytes() for index in (0, 1, 0)]
 
 
-def test_streams_are_what_fits_into_a_chunk() -> None:
+def test_number_of_streams() -> None:
     rows = [
-        {"chunk_ms": 80, "batch": 1, "p99_ms": 1.0, "gathered_p99_ms": 1.0},  # 80 such steps one after another
-        {"chunk_ms": 80, "batch": 64, "p99_ms": 30.0, "gathered_p99_ms": 49.0},  # the second is slower, but fits
-        {"chunk_ms": 80, "batch": 256, "p99_ms": 81.0, "gathered_p99_ms": 1.0},  # none
+        {"chunk_ms": 80, "batch": 1, "p99_ms": 1.0, "gathered_p99_ms": 1.0},  # 80 steps one after another
+        {"chunk_ms": 80, "batch": 64, "p99_ms": 30.0, "gathered_p99_ms": 49.0},  # the second step is slower, but fits
+        {"chunk_ms": 80, "batch": 256, "p99_ms": 81.0, "gathered_p99_ms": 1.0},  # too slow
         {"chunk_ms": 560, "batch": 256, "p99_ms": 81.0, "gathered_p99_ms": 100.0},
         {"chunk_ms": 1120, "batch": 1, "p99_ms": 1121.0, "gathered_p99_ms": 1121.0},
     ]
@@ -193,62 +193,61 @@ def test_streams_are_what_fits_into_a_chunk() -> None:
     assert gpu_speed._streams(rows, 1120) == 0
 
 
-SAYS = """
+SECTION_SCRIPT = """
 import json, os, pathlib, subprocess, sys, time
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 write = lambda found: (folder / f"{name}.json").write_text(json.dumps(found))
-write({"by now": 1})
-print("words of", name)
+write({"so far": 1})
+print("output of", name)
 sys.stdout.flush()
 if name == "crashes":
     os.abort()
 if name == "hangs":
     child = subprocess.Popen(["sleep", "1000"])
-    write({"by now": child.pid})
+    write({"so far": child.pid})
     time.sleep(1000)
 write({"all": 2})
 """
 
 
-def test_a_section_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
-    """One that crashes, one that hangs with a child of its own: what they found until then is kept, and nothing of them
-    goes on."""
-    kept: list[list[str]] = []
+def test_sections_are_isolated(tmp_path: Path) -> None:
+    """One section crashes, one hangs with a child process: their results so far are kept, their processes end."""
+    saved: list[list[str]] = []
     report = gpu_check.in_processes(
         {"crashes": 20, "hangs": 3, "works": 20},
-        lambda name, minutes: [sys.executable, "-c", SAYS, str(tmp_path), name],
+        lambda name, minutes: [sys.executable, "-c", SECTION_SCRIPT, str(tmp_path), name],
         tmp_path,
         1,
-        lambda report: kept.append([*report]),
+        lambda report: saved.append([*report]),
     )
     assert report["works"] == {"all": 2}
-    assert report["crashes"] == {"by now": 1, "error": "ended with SIGABRT", "log": ["words of crashes"]}
-    assert report["hangs"]["error"] == "was not done after 3 s"
-    state = Path(f"/proc/{report['hangs']['by now']}/stat")
+    assert report["crashes"] == {"so far": 1, "error": "exited with SIGABRT", "log": ["output of crashes"]}
+    assert report["hangs"]["error"] == "timed out after 3 s"
+    state = Path(f"/proc/{report['hangs']['so far']}/stat")
     assert not state.exists() or ") Z " in state.read_text()
-    assert [len(names) for names in kept] == [2, 3, 4] and "works" in kept[-1]
+    assert [len(names) for names in saved] == [2, 3, 4] and "works" in saved[-1]
     late = gpu_check.in_processes({"works": 20}, lambda name, minutes: ["false"], tmp_path, 0, lambda report: None)
-    assert "run it alone with --only works" in late["works"]["error"]
-    assert "**crashes**: not done: ended with SIGABRT" in gpu_report.show(report)
-    assert "**speed**: not done: it hung" in gpu_report.show({"speed": {"error": "it hung"}, "seconds": 1.0})
+    assert "run it with --only works" in late["works"]["error"]
+    assert "**crashes**: failed: exited with SIGABRT" in gpu_report.show(report)
+    assert "**speed**: failed: it hung" in gpu_report.show({"speed": {"error": "it hung"}, "seconds": 1.0})
 
 
-def test_goals_by_hand() -> None:
-    """What a report does not have is not called missed."""
-    times = {"p50_ms": 1.4, "p99_ms": 2.6, "encoder_ms": 0.8, "floor_ms": 0.4}
+def test_targets() -> None:
+    """Figures that a report does not have are not reported as missed."""
+    times = {"p50_ms": 1.4, "p99_ms": 2.6, "encoder_ms": 0.8, "roofline_ms": 0.4}
     row = {"chunk_ms": 80, "batch": 1, **times}
     many = {"chunk_ms": 80, "batch": 1024, "host_ms": 2.0, "pipelined_ms": 100.0}
     half = {"chunk_ms": 560, "batch": 64, "whole_ms": 10.0, "undecoded_ms": 8.5}
     rows = [
         each | {"encoder": "tensorrt fp16"} for each in (row, many, {**many, "chunk_ms": 160, "host_ms": 6.0}, half)
     ]
-    case = {"chunk_ms": 80, "batch": 1, "side": "NeMo, bf16"}
+    case = {"chunk_ms": 80, "batch": 1, "runner": "NeMo, bf16"}
     report = {
         "speed": {"rows": rows, "streams": {"80": 2400, "160": 9}},
-        "baseline": {"rows": [{"case": case, "values": {"times": {"nemostream, fp16": {"median": 16.0}}}}]},
+        "baseline": {"rows": [{"case": case, "values": {"relative_time": {"nemostream, fp16": {"median": 16.0}}}}]},
     }
-    found = {goal.what: goal for goal in gpu_report.goals(report)}
-    assert [goal.reached for goal in found.values()] == [
+    found = {target.name: target for target in gpu_report.targets(report)}
+    assert [target.reached for target in found.values()] == [
         True,
         True,
         False,
@@ -261,54 +260,54 @@ def test_goals_by_hand() -> None:
         False,
         False,
     ]
-    assert found["encoder, 80 ms, batch 1, ÷ its floor"].found == pytest.approx(2.0)
-    assert found["decoding's share of a step, 560 ms, batch 64"].found == pytest.approx(0.15)
-    assert found["the host's share of a step, batch 1024, at worst"].found == pytest.approx(0.06)
-    table = gpu_report._goals_table(report)
-    assert "| streams in real time at 80 ms | ≥ 2400 | 2400 | reached |" in table and "| not measured |" in table
-    assert gpu_report._goals_table({"speed": {"error": "no GPU"}}) == ""
+    assert found["encoder, 80 ms, batch 1, ÷ roofline"].measured == pytest.approx(2.0)
+    assert found["share of decoding in a step, 560 ms, batch 64"].measured == pytest.approx(0.15)
+    assert found["largest share of the host in a step, batch 1024"].measured == pytest.approx(0.06)
+    table = gpu_report._targets_table(report)
+    assert "| real-time streams at 80 ms | ≥ 2400 | 2400 | reached |" in table and "| not measured |" in table
+    assert gpu_report._targets_table({"speed": {"error": "no GPU"}}) == ""
 
 
-def test_nothing_is_reached_without_an_encoder() -> None:
-    row = {"chunk_ms": 80, "batch": 1, "encoder": "none (TensorRT is not here)", "p50_ms": 0.1, "p99_ms": 0.1}
+def test_no_target_is_reached_without_an_encoder() -> None:
+    row = {"chunk_ms": 80, "batch": 1, "encoder": "none (TensorRT is not installed)", "p50_ms": 0.1, "p99_ms": 0.1}
     report = {"speed": {"rows": [row], "streams": {"80": 9999}}}
-    assert {goal.reached for goal in gpu_report.goals(report)} == {None}
+    assert {target.reached for target in gpu_report.targets(report)} == {None}
 
 
-def test_a_section_run_alone_joins_the_others() -> None:
-    """Those of the same machine and code: others are not its own."""
-    here = {"gpu": "one", "commit": "abc"}
-    alone = {"environment": here, "soak": {"flat": True}, "seconds": 2.0}
+def test_section_is_added_to_an_earlier_report() -> None:
+    """Only to a report of the same machine and commit."""
+    environment = {"gpu": "one", "commit": "abc"}
+    alone = {"environment": environment, "soak": {"flat": True}, "seconds": 2.0}
     assert gpu_report.joined({}, alone) == alone
-    before = {"environment": here, "loading": {"loop": "while"}, "soak": {}, "seconds": 3.0}
+    before = {"environment": environment, "loading": {"loop": "while"}, "soak": {}, "seconds": 3.0}
     both = gpu_report.joined(before, alone)
-    assert both == {"environment": here, "loading": {"loop": "while"}, "soak": {"flat": True}, "seconds": 5.0}
-    other = alone | {"environment": here | {"commit": "def"}}
+    assert both == {"environment": environment, "loading": {"loop": "while"}, "soak": {"flat": True}, "seconds": 5.0}
+    other = alone | {"environment": environment | {"commit": "def"}}
     assert gpu_report.joined(before, other) == other
 
 
-def test_the_baseline_takes_the_engine_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_baseline_uses_the_backend_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
 
-    def compared(*given: Any, device: str, **options: Any) -> dict[str, Any]:
-        asked.append(device)
-        sides = ["NeMo, bf16"] + (["nemostream, fp16"] if device == "cuda:onnxruntime" else [])
-        return {"rows": [{"case": {"side": side}} for side in sides], "device": device}
+    def compare(*arguments: Any, device: str, **options: Any) -> dict[str, Any]:
+        devices.append(device)
+        runners = ["NeMo, bf16"] + (["nemostream, fp16"] if device == "cuda:onnxruntime" else [])
+        return {"rows": [{"case": {"runner": runner}} for runner in runners], "device": device}
 
-    monkeypatch.setattr(gpu_check, "compare_steps", compared)
-    here = gpu_check.Here(argparse.Namespace(minutes=1, repeats=3, section="baseline"), tmp_path)
-    with monkeypatch.context() as given:
-        given.setattr(gpu_check, "prepared", lambda *given: contextlib.nullcontext((Path("x.nemo"), None)))
-        assert gpu_check.baseline(here)["device"] == "cuda:onnxruntime" and asked == ["cuda", "cuda:onnxruntime"]
+    monkeypatch.setattr(gpu_check, "compare_steps", compare)
+    context = gpu_check.SectionContext(argparse.Namespace(minutes=1, repeats=3, section="baseline"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_check, "prepared", lambda *arguments: contextlib.nullcontext((Path("x.nemo"), None)))
+        assert gpu_check.baseline(context)["device"] == "cuda:onnxruntime" and devices == ["cuda", "cuda:onnxruntime"]
     monkeypatch.setattr(baseline, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=re.escape(f"the baseline needs NeMo: {install_command('export', 'bench')}")):
-        gpu_check.baseline(here)
+        gpu_check.baseline(context)
 
 
-def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(here: gpu_check.Here) -> dict[str, Any]:
-        assert here.report == {"bandwidth": {"copy_bytes_per_second": 5}}
-        here.keep({"rows": [1]})
+def test_results_of_a_failed_section_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(context: gpu_check.SectionContext) -> dict[str, Any]:
+        assert context.report == {"bandwidth": {"copy_bytes_per_second": 5}}
+        context.save({"rows": [1]})
         raise ValueError("odd")
 
     (tmp_path / "report.json").write_text('{"bandwidth": {"copy_bytes_per_second": 5}}')
@@ -317,7 +316,7 @@ def test_what_a_section_knew_before_it_failed_is_kept(tmp_path: Path, monkeypatc
     assert json.loads((tmp_path / "speed.json").read_text()) == {"rows": [1], "error": "ValueError: odd"}
 
 
-def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("cuda.core", reason="needs cuda-core")
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
@@ -326,10 +325,10 @@ def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: 
     except BackendError:
         pass
     else:
-        pytest.skip("there is a GPU here")
-    with pytest.raises(SystemExit) as leaving:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as exit_info:
         gpu_check.main(["--out", str(tmp_path)])
-    assert leaving.value.code == 7 and "no NVIDIA GPU can be used here" in capsys.readouterr().err
+    assert exit_info.value.code == 7 and "no usable NVIDIA GPU" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 

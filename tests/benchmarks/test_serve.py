@@ -1,4 +1,4 @@
-"""`bench serve`: that it works, and that it does not call good what is not."""
+"""`bench serve`: it runs, and it detects failures."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "h
 CASE = {"streams": 2, "chunk_ms": 560, "packet_ms": 100}
 
 
-def calls(**changes: Any) -> serve.Calls:
-    good = {"finals": [0.1] * 99 + [0.76], "lateness": [0.001] * 100, "audio": 20.0, "open_most": 2}
-    return serve.Calls(**(good | changes))
+def results(**changes: Any) -> serve.ClientResults:
+    passing = {"finals": [0.1] * 99 + [0.76], "lateness": [0.001] * 100, "audio_seconds": 20.0, "max_connections": 2}
+    return serve.ClientResults(**(passing | changes))
 
 
-def test_what_holds_and_what_does_not() -> None:
-    row = serve.judge(calls(), CASE, 10.0, 0.5, 0.1)
-    assert row["values"]["holds"] and row["values"]["rtfx"] == 2.0
+def test_failures() -> None:
+    row = serve.evaluate(results(), CASE, 10.0, 0.5, 0.1)
+    assert row["values"]["passed"] and row["values"]["rtfx"] == 2.0
     assert row["figures"]["final text"]["p99"] == pytest.approx(100) and row["figures"]["final text"]["p50"] == 100
     for changes, word in (
         ({"finals": [0.1] * 98 + [0.761] * 2}, "p99 of the final text is 761 ms"),
         ({"wrong": [("one", "two")]}, "1 texts differ"),
-        ({"errors": ["gone"]}, "1 errors, the first: gone"),
-        ({"lateness": [0.2] * 100}, "the callers came too late"),
-        ({"open_most": 1}, "only 1 were open"),
-        ({"finals": []}, "nothing was recognised"),
+        ({"errors": ["gone"]}, "1 errors, first: gone"),
+        ({"lateness": [0.2] * 100}, "the clients fell behind"),
+        ({"max_connections": 1}, "only 1 connections were open"),
+        ({"finals": []}, "no results"),
     ):
-        values = serve.judge(calls(**changes), CASE, 10.0, 0.5, 0.1)["values"]
-        assert not values["holds"] and any(word in reason for reason in values["against"]), changes
+        values = serve.evaluate(results(**changes), CASE, 10.0, 0.5, 0.1)["values"]
+        assert not values["passed"] and any(word in failure for failure in values["failures"]), changes
 
 
-def test_callers_are_served(demo_bundle: Bundle) -> None:
+def test_serving(demo_bundle: Bundle) -> None:
     result = serve.measure_serving(demo_bundle, [2, 4], seconds=4.0, manifest=HELDOUT)
     assert [row["case"]["streams"] for row in result["rows"]] == [2, 4]
     for row in result["rows"]:
         assert row["values"]["wrong"] == 0 and row["values"]["server_cores"] > 0 and row["values"]["audio_seconds"] > 0
-        assert not any("errors" in reason for reason in row["values"]["against"])
+        assert not any("errors" in failure for failure in row["values"]["failures"])
         assert 1 <= row["values"]["mean_batch"] <= 4 and row["values"]["step_ms"] > 0
     text = serve.show(result, lambda name: __import__("matplotlib.pyplot").pyplot.figure().subplots())
     assert "| 4 | 560 ms |" in text and result["method"]["recordings"] == HELDOUT.read_text().count("\n")
 
 
-def test_a_recording_that_is_not_there_is_told(demo_bundle: Bundle, tmp_path: Path) -> None:
+def test_missing_recording_is_reported(demo_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text('{"audio_filepath": "none.wav", "text": ""}')
     with pytest.raises(AudioError, match=r"none\.wav"):
         serve.measure_serving(demo_bundle, [1], manifest=tmp_path / "none.jsonl")
 
 
-def test_a_server_that_does_not_start_is_told(demo_bundle: Bundle) -> None:
+def test_server_that_does_not_start_is_reported(demo_bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="did not start"):
         serve.measure_serving(demo_bundle, [1], seconds=4.0, options=["--max-streams", "0"])

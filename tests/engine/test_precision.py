@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CELLS, quantisable, read_encoder, write_int8_for_cpu, write_typed
+from nemostream.engine.precision import CACHE_DTYPES, quantisable, read_encoder, write_int8_for_cpu, write_typed
 from nemostream.engines import speech
 from nemostream.errors import BackendError
 
@@ -107,7 +107,7 @@ def cosines(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ms", [80, 560, 1120])
-@pytest.mark.parametrize("precision", [*CELLS])
+@pytest.mark.parametrize("precision", [*CACHE_DTYPES])
 def test_computes_the_same(
     precision: str, ms: int, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
 ) -> None:
@@ -132,7 +132,7 @@ def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, 
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
     types |= {t.name: t.data_type for t in inferred.initializer}
-    cache_dtype = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[CELLS[precision]]
+    cache_dtype = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[CACHE_DTYPES[precision]]
     layers = demo_bundle.manifest.encoder.layers
     kinds: dict[str, list[int]] = {}
     for node in model.graph.node:

@@ -10,7 +10,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
 
 from nemostream.bundle import Bundle
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CELLS, write_typed
+from nemostream.engine.precision import CACHE_DTYPES, write_typed
 from nemostream.engine.tensorrt import TensorRT, _profiles
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
@@ -27,7 +27,7 @@ def ranges(demo_bundle: Bundle) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
-@pytest.mark.parametrize("precision", [*CELLS])
+@pytest.mark.parametrize("precision", [*CACHE_DTYPES])
 def test_builds(
     precision: str, ms: int, library: TensorRT, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
 ) -> None:
@@ -41,7 +41,7 @@ def test_builds(
 def test_every_target_is_one(library: TensorRT, demo_bundle: Bundle, tmp_path: Path) -> None:
     assert {"sm80", "sm89", "sm120"} <= set(library.targets())
     graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "made")
-    with pytest.raises(OptionError, match=r"does not build for sm90 from afar; it does for .*sm89"):
+    with pytest.raises(OptionError, match=r"cannot build for sm90 without that GPU; it can for .*sm89"):
         library.build(graph, "sm90", 4, None)
 
 

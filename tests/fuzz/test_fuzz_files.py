@@ -199,7 +199,7 @@ PLAN = {
     "version": 1,
     "recipe": RECIPE,
     "seconds": 1.5,
-    "gate": {"cosine": 1.0},
+    "validation": {"cosine": 1.0},
     "files": [{"file": "a.engine", "sha256": "c" * 64, "bytes": 3}],
 }
 

@@ -1,7 +1,7 @@
-"""A `runtime.device.Device` on the CPU: our kernels by `cuda_on_cpu.h`, the encoder by ONNX Runtime.
+"""`gpu.device.Device` on the CPU: the kernels run through `cuda_on_cpu.h`, the encoder through ONNX Runtime.
 
-It is strict where a GPU would be silent: work is queued and runs only when somebody waits, recording runs nothing, a
-thread must adopt the device before it calls, and whatever is read or written must have been allocated.
+It checks what a GPU does not report: work is queued and runs only when the host waits, a capture runs nothing, a thread
+must make the device current before it calls, and memory that is read or written must have been allocated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,25 +26,25 @@ Work = Callable[[], None]
 
 
 class HostDevice:
-    """`conditional` False: a driver that cannot loop; `recordable` False: one that cannot record.
+    """A simulated device. `order` other than 0 shuffles threads and blocks (`cuda_on_cpu`).
 
-    `order` shuffles threads and blocks (`cuda_on_cpu`).
+    With `conditional=False` the driver has no conditional nodes, with `capturable=False` it cannot capture.
     """
 
-    name, architecture = "a CPU that plays a GPU", "sm00"
+    name, architecture = "a GPU simulated on the CPU", "sm00"
 
     def __init__(
-        self, free_bytes: int = 1 << 33, conditional: bool = True, recordable: bool = True, order: int = 0
+        self, free_bytes: int = 1 << 33, conditional: bool = True, capturable: bool = True, order: int = 0
     ) -> None:
         self.free_bytes = free_bytes
-        self.conditional, self.recordable, self.order = conditional, recordable, order
+        self.conditional, self.capturable, self.order = conditional, capturable, order
         self.thread = threading.get_ident()
         self.arrays: dict[int, NDArray[np.uint8]] = {}
         self.closed = False
-        self.launches: list[str] = []  # kernels run
-        self.queued = 0  # times the host asked for something to be run
+        self.launches: list[str] = []  # names of the kernels run
+        self.queued = 0  # number of launches by the host
         self._queue: list[Work] = []
-        self._recording: list[Work] | None = None
+        self._capture: list[Work] | None = None
         self._conditions: list[NDArray[np.uint32]] = []
 
     def make_current(self) -> None:
@@ -68,39 +69,39 @@ class HostDevice:
         array[...] = self.view(address, array.shape, array.dtype)
 
     def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Device memory as an array, checked to be allocated."""
+        """Return device memory as an array. Asserts that it is allocated."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         for start, array in self.arrays.items():
             if start <= address and address + size <= start + len(array):
                 return array[address - start :][:size].view(dtype).reshape(shape)
-        raise AssertionError(f"{size} bytes at {address:#x} were never allocated")
+        raise AssertionError(f"{size} bytes at {address:#x} are not allocated")
 
     def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> HostKernels:
         return HostKernels(self, macros, entries)
 
-    def record(self, work: Work) -> Recorded:
+    def capture(self, work: Work) -> HostGraph:
         self._check()
-        assert self._recording is None, "recordings do not nest"
-        if not self.recordable:
-            raise BackendError("this device records nothing.")
-        self._recording = []
+        assert self._capture is None, "captures do not nest"
+        if not self.capturable:
+            raise BackendError("this device cannot capture.")
+        self._capture = []
         try:
             work()
-            return Recorded(self, self._recording)
+            return HostGraph(self, self._capture)
         finally:
-            self._recording = None
+            self._capture = None
 
     def condition(self) -> int:
-        assert self._recording is not None
+        assert self._capture is not None
         self._conditions.append(np.zeros(1, np.uint32))
         return self._conditions[-1].ctypes.data
 
     def loop(self, condition: int, work: Work) -> None:
-        outer, body = self._recording, []
+        outer, body = self._capture, []
         assert outer is not None
-        self._recording = body
+        self._capture = body
         work()
-        self._recording = outer
+        self._capture = outer
         value = ctypes.c_uint32.from_address(condition)
 
         def run() -> None:
@@ -113,38 +114,45 @@ class HostDevice:
 
         outer.append(run)
 
-    def mark(self) -> Marked:
+    def record_event(self) -> HostEvent:
         self._check()
-        return Marked(self)
+        return HostEvent(self)
+
+    def elapsed_ms(self, work: Iterable[Work]) -> float:
+        start = time.perf_counter()
+        for run in work:
+            run()
+        self.drain()
+        return 1000 * (time.perf_counter() - start)
 
     def close(self) -> None:
         self.drain()
         self.closed = True
         self.arrays.clear()
 
-    # -- for tests and for what belongs to the device --------------------------------------------------------------
+    # -- for tests, kernels and encoders ---------------------------------------------------------------------------
 
     def queue(self, work: Work) -> None:
         self._check()
-        if self._recording is not None:
-            self._recording.append(work)
+        if self._capture is not None:
+            self._capture.append(work)
         else:
             self.queued += 1
             self._queue.append(work)
 
     def drain(self) -> None:
         self._check()
-        assert self._recording is None, "waiting while recording"
+        assert self._capture is None, "waiting during a capture"
         queue, self._queue = self._queue, []
         for work in queue:
             work()
 
     def _check(self) -> None:
         assert not self.closed, "the device was used after close"
-        assert self.thread == threading.get_ident(), "a thread used the device without adopting it"
+        assert self.thread == threading.get_ident(), "a thread used the device without making it current"
 
 
-class Recorded:
+class HostGraph:
     def __init__(self, device: HostDevice, work: list[Work]) -> None:
         self.device, self.work = device, work
 
@@ -152,7 +160,7 @@ class Recorded:
         self.device.queue(lambda: [run() for run in self.work] and None)
 
 
-class Marked:
+class HostEvent:
     def __init__(self, device: HostDevice) -> None:
         self.device = device
 
@@ -163,14 +171,14 @@ class Marked:
 class HostKernels:
     def __init__(self, device: HostDevice, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> None:
         self.conditional = device.conditional and bool(macros["CONDITIONAL"])
-        self.failures = [] if device.conditional else ["no conditions here"]
+        self.failures = [] if device.conditional else ["this device has no conditional nodes"]
         macros = {**macros, "CONDITIONAL": int(self.conditional)}
         self._device, self._unit = device, compile_for_cpu(kernels.source(), macros, entries)
         self._entries = entries
 
     def launch(self, entry: str, grid: tuple[int, int, int], step: np.void) -> None:
         assert entry in self._entries and min(grid) > 0 and max(grid[1:]) < 65536, (entry, grid)
-        step = step.copy()  # as a launch does
+        step = step.copy()  # a launch copies its argument
 
         def run() -> None:
             self._device.launches.append(entry)
@@ -180,7 +188,10 @@ class HostKernels:
 
 
 class OrtEncoder:
-    """The bundle's own fp32 encoder graph as a device's encoder. A GPU's memory it copies, which cannot be recorded."""
+    """The bundle's fp32 encoder graph as a `StepEncoder`.
+
+    On a GPU it copies memory to the CPU, which cannot be captured.
+    """
 
     cache_dtype = "float32"
 

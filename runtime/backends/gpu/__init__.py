@@ -1,1 +1,1 @@
-"""The GPU backend: device-resident slots and CUDA-graph-captured steps."""
+"""GPU backend: stream state resident on the device, steps launched as CUDA graphs."""

@@ -1,7 +1,7 @@
-"""The device's memory: every stream's slot, the weights, the buffers of a step, the lanes between host and device.
+"""Device memory of the GPU backend: the slots of all streams, weights, step buffers, and host buffers.
 
-Allocated once; nothing grows. The slots are laid out layer first, [L, slots, ...] (`kernels/slots.cu`). The phrases
-that streams are boosted by lie in a pool, each list of them once, for as long as a slot has it.
+Everything is allocated once. Slot arrays are layer first, [L, slots, ...] (`kernels/slots.cu`). Phrase automata are
+kept in a pool, one copy per distinct phrase list, as long as any slot uses it.
 """
 
 from __future__ import annotations
@@ -21,127 +21,164 @@ from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.device import Device
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 
-_RESERVE = 512 << 20  # bytes of device memory left to the encoder's own needs
-POOL = 32 << 20  # bytes for phrases: of 1.6 million tokens
+Shape = tuple[int, ...]
+Layout = dict[str, tuple[Shape, np.dtype]]  # shape and type of each array, by name
 
+PHRASE_POOL_BYTES = 32 << 20  # automata of 1.6 million tokens
+_RESERVED_BYTES = 512 << 20  # device memory left to the encoder
+_BY_LAYER = ("k", "v", "conv")  # slot arrays whose first axis is the layer
+
+_INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_FRAMES = np.zeros(0, np.int64)
 _NO_SCORES = np.zeros(0, np.float32)
 
 
 class Arena:
-    """All memory there is, and `step`, the struct that tells the kernels where.
+    """All memory of a backend. `step` is the kernels' argument struct with its addresses filled in.
 
-    Raises `BackendError` if the device has not that much free, naming a capacity that would fit.
+    Raises `BackendError` if the device does not have enough free memory, with a capacity that would fit.
     """
 
     def __init__(
         self, bundle: Bundle, device: Device, cache_dtype: str, capacity: int, max_batch: int, chunks: list[ChunkConfig]
     ) -> None:
         manifest = self._manifest = bundle.manifest
-        # numpy has no bfloat16: its bits.
-        self._cell = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[cache_dtype])
+        # numpy has no bfloat16; its bits are stored.
+        self._cache_dtype = np.dtype({"float32": "f4", "float16": "f2", "bfloat16": "u2"}[cache_dtype])
         self._device = device
-        self._rows = -(-max_batch // 4) * 4
-        self._most_frames = max(chunk.frames for chunk in chunks)
-        self._most_samples = max(chunk.samples for chunk in chunks)
-        self._records = self._rows * self._most_frames * manifest.decoder.max_symbols
-        self.slot_bytes = self._arena(capacity)
-        buffers = self._buffers() | {"boost_at": 4 * capacity, "pool": POOL}
-        needed = sum(self.slot_bytes.values()) + sum(buffers.values()) + _RESERVE
-        if needed > device.free_bytes:
-            others = sum(buffers.values()) + _RESERVE
-            fit = (device.free_bytes - others) * capacity // sum(self.slot_bytes.values())
-            raise BackendError(
-                f"{capacity} streams in batches of {max_batch} need {needed / 1e9:.1f} GB of {device.name}'s memory, "
-                f"{device.free_bytes / 1e9:.1f} GB are free; "
-                + (f"load the model with capacity={fit} or less." if fit > 0 else "choose a smaller max_batch.")
-            )
-        self.step = np.zeros(1, kernels.STEP)[0]
+        self._max_rows = -(-max_batch // 4) * 4
+        self._max_frames = max(chunk.frames for chunk in chunks)
+        self._max_samples = max(chunk.samples for chunk in chunks)
+        self._max_tokens = self._max_rows * self._max_frames * manifest.decoder.max_symbols
+        self.slot_bytes = {name: capacity * size for name, size in _sizes(self._slot_layout()).items()}
+        buffers = _sizes(self._step_layout())
+        buffers |= {"slot_automaton": capacity * _INT32.itemsize, "phrase_pool": PHRASE_POOL_BYTES}
+        self._check_memory(buffers, capacity, max_batch)
+
         arrays = kernels.weights(bundle, cache_dtype) | kernels.start_state(bundle)
-        for name, size in (self.slot_bytes | buffers | {name: a.nbytes for name, a in arrays.items()}).items():
+        sizes = self.slot_bytes | buffers | {name: array.nbytes for name, array in arrays.items()}
+        self.step = np.zeros(1, kernels.STEP)[0]
+        for name, size in sizes.items():
             self.step[name] = device.allocate(size)
         for name, array in arrays.items():
-            device.write(int(self.step[name]), array)
+            self.write(name, array)
+        rows = (self._max_rows,)
+        self._inputs = _HostBuffers(
+            device,
+            {
+                "slots": (rows, _INT32),
+                "lengths": (rows, _INT32),
+                "audio": ((self._max_rows * self._max_samples,), _FLOAT32),
+            },
+        )
+        self._outputs = _HostBuffers(
+            device,
+            {
+                "token_count": ((1,), _INT32),
+                "undecided": ((1,), _INT32),
+                "padding": ((2,), _INT32),
+                "failed": (rows, _INT32),
+                "tokens": ((self._max_tokens,), kernels.TOKEN),
+            },
+        )
+        resets = device.allocate_host(capacity * _INT32.itemsize)
+        self.reset_slots = resets[: capacity * _INT32.itemsize].view(np.int32)
+        self.step["host_input"], self.step["host_input_bytes"] = self._inputs.address, self._inputs.nbytes
+        self.step["host_output"], self.step["host_output_bytes"] = self._outputs.address, self._outputs.nbytes
+        self.step["reset_slots"] = resets.ctypes.data
+        self.step["slots"], self.step["max_rows"] = capacity, self._max_rows
+        self.step["max_pairs"] = self._max_rows * self._max_frames
         self.step["lstm_words"] = arrays["lstm_weight"].shape[1]
-        self._in_bytes = 8 * self._rows + 4 * self._rows * self._most_samples
-        self._out_bytes = 4 * (4 + self._rows) + kernels.RECORD.itemsize * self._records
-        self._in, self._out = device.allocate_host(2 * self._in_bytes), device.allocate_host(2 * self._out_bytes)
-        resets = device.allocate_host(4 * capacity)
-        self.reset_slots = resets[: 4 * capacity].view(np.int32)
-        for name, host in (("host_in", self._in), ("host_out", self._out), ("reset_slots", resets)):
-            self.step[name] = host.ctypes.data
-        self.step["host_in_bytes"], self.step["host_out_bytes"] = self._in_bytes, self._out_bytes
-        self.step["slots"], self.step["most_rows"] = capacity, self._rows
-        self.step["most_pairs"] = self._rows * self._most_frames
-        self._phrases: dict[int, Boosting] = {}  # by slot
-        self._pool: dict[bytes, tuple[int, int]] = {}  # by digest: first byte, and the one after the last
-        self._users: Counter[bytes] = Counter()  # slots that have the list of a digest
 
-    def _slot(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """What a slot is: shape and type of every array."""
+        self._phrases: dict[int, Boosting] = {}  # by slot
+        self._pool: dict[bytes, tuple[int, int]] = {}  # by digest: first byte in the pool, and the end
+        self._users: Counter[bytes] = Counter()  # by digest: slots that use the phrases
+
+    def _check_memory(self, buffers: Mapping[str, int], capacity: int, max_batch: int) -> None:
+        """Raise `BackendError` if slots and buffers do not fit in the device's free memory."""
+        slots, others = sum(self.slot_bytes.values()), sum(buffers.values()) + _RESERVED_BYTES
+        free = self._device.free_bytes
+        if slots + others <= free:
+            return
+        fit = (free - others) * capacity // slots
+        raise BackendError(
+            f"{capacity} streams in batches of {max_batch} need {(slots + others) / 1e9:.1f} GB of memory on "
+            f"{self._device.name}, {free / 1e9:.1f} GB are free; "
+            + (f"load the model with capacity={fit} or less." if fit > 0 else "choose a smaller max_batch.")
+        )
+
+    def _slot_layout(self) -> Layout:
+        """Arrays of one slot."""
         spec, net = self._manifest.encoder, self._manifest.decoder
         ring = (spec.layers, spec.heads, spec.cache, spec.d_model // spec.heads)
-        floats = np.dtype(np.float32)
         return {
-            "k": (ring, self._cell),
-            "v": (ring, self._cell),
-            "conv": ((spec.layers, spec.d_model, spec.conv_cache), self._cell),
-            "mel_cache": ((spec.mel_cache, self._manifest.features.mels), floats),
-            "tail": ((self._manifest.features.tail,), floats),
-            "predicted": ((net.joint,), floats),
-            "h": ((net.layers, net.hidden), floats),
-            "c": ((net.layers, net.hidden), floats),
-            "node": ((), np.dtype(np.int32)),
-            "position": ((), np.dtype(np.int64)),
+            "k": (ring, self._cache_dtype),
+            "v": (ring, self._cache_dtype),
+            "conv": ((spec.layers, spec.d_model, spec.conv_cache), self._cache_dtype),
+            "mel_cache": ((spec.mel_cache, self._manifest.features.mels), _FLOAT32),
+            "tail": ((self._manifest.features.tail,), _FLOAT32),
+            "predicted": ((net.joint,), _FLOAT32),
+            "h": ((net.layers, net.hidden), _FLOAT32),
+            "c": ((net.layers, net.hidden), _FLOAT32),
+            "node": ((), _INT32),
+            "position": ((), _INT64),
         }
 
-    def _arena(self, slots: int) -> dict[str, int]:
-        return {name: slots * prod(shape) * dtype.itemsize for name, (shape, dtype) in self._slot().items()}
-
-    def _buffers(self) -> dict[str, int]:
-        """Bytes of what a step needs beside the arena, for the most rows and the longest chunk."""
-        manifest, rows = self._manifest, self._rows
-        spec, net, frames = manifest.encoder, manifest.decoder, self._most_frames
-        gathered = self._arena(rows)
-        words = ("slot", "length", "count", "failed", "at", "end", "last", "symbols", "label", "boost")
+    def _step_layout(self) -> Layout:
+        """Buffers of a step besides the slots, for the largest batch and the longest chunk."""
+        manifest, rows, frames, cache = self._manifest, self._max_rows, self._max_frames, self._cache_dtype
+        spec, net, mels = manifest.encoder, manifest.decoder, manifest.features.mels
+        d_k, tiles = spec.d_model // spec.heads, kernels.tiles(net.vocabulary + 1)
+        ring = (spec.layers, rows, spec.heads, spec.cache, d_k)
+        new = (spec.layers, rows, spec.heads, frames, d_k)
+        conv = (spec.layers, rows, spec.d_model, spec.conv_cache)
+        words = ("slot", "length", "count", "failed", "frame", "end", "label_frame", "symbols", "label", "automaton")
         return {
-            **{f"row_{word}": 4 * rows for word in words},
-            "row_position": 8 * rows,
-            "row_valid": 8 * rows,
-            "wave": 4 * rows * (manifest.features.tail + self._most_samples),
-            "mel": 4 * rows * spec.subsampling * frames * manifest.features.mels,
-            "row_mel_cache": gathered["mel_cache"],
-            "mel_cache_next": gathered["mel_cache"],
-            "row_k": gathered["k"],
-            "row_v": gathered["v"],
-            "row_conv": gathered["conv"],
-            "k_new": gathered["k"] // spec.cache * frames,
-            "v_new": gathered["v"] // spec.cache * frames,
-            "conv_next": gathered["conv"],
-            "encoded": 4 * rows * frames * net.joint,
-            "control": 4 * len(kernels.CONTROL),
-            "list_rows": 8 * rows,
-            "list_first": 8 * rows,
-            "list_pairs": 8 * rows * frames,
-            "partial": 16 * rows * frames * kernels.tiles(net.vocabulary + 1),
-            "boosted": 16 * rows * frames * kernels.tiles(net.vocabulary + 1),
-            "bias": 4 * rows * net.vocabulary,
-            "emitted": 4 * rows,
-            "h_next": gathered["h"],
-            "records": kernels.RECORD.itemsize * self._records,
+            **{f"row_{word}": ((rows,), _INT32) for word in words},
+            "row_position": ((rows,), _INT64),
+            "row_valid": ((rows,), _INT64),
+            "waveform": ((rows, manifest.features.tail + self._max_samples), _FLOAT32),
+            "mel": ((rows, spec.subsampling * frames, mels), _FLOAT32),
+            "row_mel_cache": ((rows, spec.mel_cache, mels), _FLOAT32),
+            "mel_cache_next": ((rows, spec.mel_cache, mels), _FLOAT32),
+            "row_k": (ring, cache),
+            "row_v": (ring, cache),
+            "row_conv": (conv, cache),
+            "k_new": (new, cache),
+            "v_new": (new, cache),
+            "conv_next": (conv, cache),
+            "encoded": ((rows, frames, net.joint), _FLOAT32),
+            "control": ((len(kernels.CONTROL),), _INT32),
+            "list_rows": ((2, rows), _INT32),
+            "list_first": ((2, rows), _INT32),
+            "list_pairs": ((2, rows * frames), _INT32),
+            "partial": ((rows * frames, tiles, 4), _FLOAT32),
+            "boosted": ((rows * frames, tiles, 4), _FLOAT32),
+            "bias": ((rows, net.vocabulary), _FLOAT32),
+            "emitted": ((rows,), _INT32),
+            "h_next": ((rows, net.layers, net.hidden), _FLOAT32),
+            "tokens": ((self._max_tokens,), kernels.TOKEN),
         }
 
-    def view(self, chunk: ChunkConfig, rows: int, in_place: bool) -> np.void:
-        """The kernels' argument for a step of that chunk size and so many rows."""
+    def read(self, name: str, array: NDArray[Any]) -> None:
+        """Fill an array from the start of a device buffer, a field of `kernels.FIELDS`, when queued work is done."""
+        self._device.read(int(self.step[name]), array)
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        """Copy an array to the start of a device buffer, a field of `kernels.FIELDS`."""
+        self._device.write(int(self.step[name]), array)
+
+    def arguments(self, chunk: ChunkConfig, rows: int, in_place: bool) -> np.void:
+        """Return the kernels' argument for steps of a chunk size with `rows` rows."""
         step = self.step.copy()
         step["rows"], step["frames"], step["samples"] = rows, chunk.frames, chunk.samples
         step["in_place"] = in_place
         return step
 
-    def addresses(self, step: np.void, in_place: bool) -> dict[str, int]:
-        """Where the encoder finds its inputs and leaves its outputs, by the names of its graph."""
-        names = {
+    def encoder_addresses(self, step: np.void, in_place: bool) -> dict[str, int]:
+        """Return the address of each encoder input and output, by its name in the graph."""
+        fields = {
             "mel": "mel",
             "mel_cache": "row_mel_cache",
             "position": "row_position",
@@ -152,108 +189,134 @@ class Arena:
             "v_new": "v_new",
             "conv_next": "conv_next",
         }
-        addresses = {name: int(step[field]) for name, field in names.items()}
-        one = self._arena(1)  # bytes of all layers of one slot
+        addresses = {name: int(step[field]) for name, field in fields.items()}
+        slot_bytes, layers = _sizes(self._slot_layout()), self._manifest.encoder.layers
         slots = int(step["slots"] if in_place else step["rows"])
-        for kind in ("k", "v", "conv"):
-            start, layer = int(step[kind if in_place else f"row_{kind}"]), slots * one[kind]
-            for index in range(self._manifest.encoder.layers):
-                addresses[f"{kind}_cache.{index}"] = start + index * layer // self._manifest.encoder.layers
+        for name in _BY_LAYER:
+            start, layer_bytes = int(step[name if in_place else f"row_{name}"]), slots * slot_bytes[name] // layers
+            for layer in range(layers):
+                addresses[f"{name}_cache.{layer}"] = start + layer * layer_bytes
         return addresses
 
-    # -- the lanes -----------------------------------------------------------------------------------------------------
+    # -- host buffers --------------------------------------------------------------------------------------------------
 
-    def rows_of(self, buffer_index: int) -> NDArray[np.int32]:
-        return self._in[buffer_index * self._in_bytes :][: 4 * self._rows].view(np.int32)
+    def input_slots(self, buffer_index: int) -> NDArray[np.int32]:
+        """Slot of each row [max_rows] in an input buffer, -1 for an idle row."""
+        return self._inputs.arrays["slots"][buffer_index]
 
-    def lengths_of(self, buffer_index: int) -> NDArray[np.int32]:
-        return self._in[buffer_index * self._in_bytes + 4 * self._rows :][: 4 * self._rows].view(np.int32)
+    def input_lengths(self, buffer_index: int) -> NDArray[np.int32]:
+        """Samples of each row [max_rows] in an input buffer that belong to its stream."""
+        return self._inputs.arrays["lengths"][buffer_index]
 
-    def audio_of(self, buffer_index: int) -> NDArray[np.float32]:
-        return self._in[buffer_index * self._in_bytes + 8 * self._rows : (buffer_index + 1) * self._in_bytes].view(
-            np.float32
-        )
+    def input_audio(self, buffer_index: int) -> NDArray[np.float32]:
+        """Audio in an input buffer, flat: a step of B rows of N samples uses the first B * N."""
+        return self._inputs.arrays["audio"][buffer_index]
 
     def undecided(self, buffer_index: int) -> bool:
-        """Whether the step's loop ended before its rows did."""
-        return bool(self._out[buffer_index * self._out_bytes :][4:8].view(np.int32)[0])
+        """Return whether the decoding loop ended before all rows were decided."""
+        return bool(self._outputs.arrays["undecided"][buffer_index, 0])
 
     def emissions(self, buffer_index: int, rows: Any, bucket: int) -> Emissions:
-        """What a step said, of `rows` of its bucket. Copies.
+        """Copy the results of `rows` of a step of `bucket` rows out of an output buffer.
 
-        Records come in the order of iterations, so a stable sort by row leaves each row's in theirs.
+        Tokens are ordered by iteration, so a stable sort by row keeps the order within each row.
         """
-        out = self._out[buffer_index * self._out_bytes : (buffer_index + 1) * self._out_bytes]
-        count, start = int(out[:4].view(np.int32)[0]), 16 + 4 * self._rows
-        failed = out[16:start].view(np.int32)[rows] != 0
-        records = out[start:][: kernels.RECORD.itemsize * count].view(kernels.RECORD)
-        said = records[np.argsort(records["row"], kind="stable")]
-        counts = np.bincount(said["row"], minlength=bucket)
+        out = {name: array[buffer_index] for name, array in self._outputs.arrays.items()}
+        failed = out["failed"][rows] != 0
+        emitted = out["tokens"][: int(out["token_count"][0])]
+        emitted = emitted[np.argsort(emitted["row"], kind="stable")]
+        counts = np.bincount(emitted["row"], minlength=bucket)
         ends = np.cumsum(counts)
         tokens, frames = [_NO_TOKENS] * len(rows), [_NO_FRAMES] * len(rows)
         scores, sum_p_alpha = [_NO_SCORES] * len(rows), [_NO_SCORES] * len(rows)
         for index in np.flatnonzero(counts[rows]).tolist():
             row = rows[index]
-            part = said[ends[row] - counts[row] : ends[row]]
+            part = emitted[ends[row] - counts[row] : ends[row]]
             tokens[index], frames[index] = part["token"].astype(np.int32), part["frame"].astype(np.int64)
-            scores[index], sum_p_alpha[index] = part["score"].astype(np.float32), part["power"].astype(np.float32)
+            scores[index] = part["score"].astype(np.float32)
+            sum_p_alpha[index] = part["sum_p_alpha"].astype(np.float32)
         return Emissions(tuple(tokens), tuple(frames), tuple(scores), tuple(sum_p_alpha), failed)
 
     # -- phrases -------------------------------------------------------------------------------------------------------
 
-    def place(self, slot: int, phrases: Boosting | None) -> int:
-        """Where in the pool the phrases that a slot now has begin, in words; -1 for none.
+    def set_phrases(self, slot: int, phrases: Boosting | None) -> int:
+        """Assign phrases to a slot and return the position of their automaton in the pool, in words; -1 for None.
 
-        Raises `CapacityError` if they find no room, and the slot keeps those it had.
+        Raises `CapacityError` if the pool has no room; the slot then keeps its previous phrases.
         """
         if phrases is not None:
-            image, key = kernels.automaton(phrases), phrases.digest.tobytes()
-            if key not in self._pool:
-                begin = self._gap(image.nbytes)
-                self._device.write(int(self.step["pool"]) + begin, image)
-                self._pool[key] = (begin, begin + image.nbytes)
-            self._users[key] += 1
-        if before := self._phrases.pop(slot, None):
-            old = before.digest.tobytes()
+            image, digest = kernels.automaton(phrases), phrases.digest.tobytes()
+            if digest not in self._pool:
+                begin = self._find_gap(image.nbytes)
+                self._device.write(int(self.step["phrase_pool"]) + begin, image)
+                self._pool[digest] = (begin, begin + image.nbytes)
+            self._users[digest] += 1
+        if previous := self._phrases.pop(slot, None):
+            old = previous.digest.tobytes()
             self._users[old] -= 1
             if not self._users[old]:
                 del self._users[old], self._pool[old]
         if phrases is None:
             return -1
         self._phrases[slot] = phrases
-        return self._pool[key][0] // 4
+        return self._pool[digest][0] // 4
 
-    def _gap(self, size: int) -> int:
+    def _find_gap(self, size: int) -> int:
+        """Return the first byte of a free range of the pool. Raises `CapacityError` if there is none."""
         begin = 0
-        for taken, end in sorted(self._pool.values()):
-            if begin + size <= taken:
+        for start, end in sorted(self._pool.values()):
+            if begin + size <= start:
                 break
             begin = end
-        if begin + size > POOL:
+        if begin + size > PHRASE_POOL_BYTES:
             used = sum(end - start for start, end in self._pool.values())
             raise CapacityError(
-                f"these phrases need {size} bytes of the {POOL} that the device has for phrases, and {used} are taken; "
-                "give this stream fewer, or share one list among streams."
+                f"these phrases need {size} bytes of the {PHRASE_POOL_BYTES} in the device's phrase pool, of which "
+                f"{used} are in use; set fewer phrases, or share one list among streams."
             )
         return begin
 
-    # -- a slot, saved and restored ------------------------------------------------------------------------------------
+    # -- save and load -------------------------------------------------------------------------------------------------
 
     def save(self, slot: int) -> dict[str, NDArray[Any]]:
-        state = {name: np.empty(shape, dtype) for name, (shape, dtype) in self._slot().items()}
+        """See `Backend.save`."""
+        state = {name: np.empty(shape, dtype) for name, (shape, dtype) in self._slot_layout().items()}
         for address, part in self._parts(slot, state):
             self._device.read(address, part)
         phrases = self._phrases.get(slot)
         return {**state, "phrases": NO_PHRASES if phrases is None else phrases.digest}
 
     def load(self, slot: int, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Backend.load`."""
         check_state(state, self.save(slot))
         for address, part in self._parts(slot, state):
             self._device.write(address, part)
 
     def _parts(self, slot: int, state: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Where each part of a slot lies, and its array of `state`: a layer's of a cache, or all of anything else."""
+        """Yield the address and array of each contiguous part of a slot: one layer of a cache, or a whole array."""
         slots = int(self.step["slots"])
-        for name in self._slot():
-            for layer, part in enumerate(state[name] if name in ("k", "v", "conv") else [state[name]]):
+        for name in self._slot_layout():
+            for layer, part in enumerate(state[name] if name in _BY_LAYER else [state[name]]):
                 yield int(self.step[name]) + (layer * slots + slot) * part.nbytes, part
+
+
+class _HostBuffers:
+    """Two host buffers of the same layout that kernels access; `arrays` are [2, *shape], one per buffer."""
+
+    def __init__(self, device: Device, layout: Layout) -> None:
+        sizes = _sizes(layout)
+        self.nbytes = sum(sizes.values())  # of one buffer
+        memory = device.allocate_host(2 * self.nbytes)
+        self.address = memory.ctypes.data
+        buffers = memory[: 2 * self.nbytes].reshape(2, self.nbytes)
+        self.arrays: dict[str, NDArray[Any]] = {}
+        begin = 0
+        for name, (shape, dtype) in layout.items():
+            end = begin + sizes[name]
+            self.arrays[name] = buffers[:, begin:end].view(dtype).reshape(2, *shape)
+            begin = end
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    """Bytes of each array."""
+    return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}

@@ -1,27 +1,28 @@
-"""The GPU backend: every stream's state on the device, one launch a step, nothing fetched but what was said.
+"""GPU backend: all stream state on the device, one launch per step; only results are copied back.
 
-A step of B streams is recorded once for each chunk size, bucket (B rounded up) and way of reading the caches, and
-launched as one CUDA graph afterwards::
+The step of B streams is captured once per chunk size, bucket (B rounded up) and cache access, and then launched as one
+CUDA graph::
 
-    begin      slots, lengths and PCM, from the host's memory
-    features   log-mel
-    gather     the rows' caches, unless row b is slot b: then the encoder reads the arena in place
-    (encoder)  whatever `nemostream build` made, TensorRT or ONNX Runtime
-    scatter    T new rows of K and V into the rings, the small caches, the audio tail
-    start, [join, decide, lstm, project] as long as anybody speaks, finish: tokens to the host's memory
+    begin      read slots, lengths and PCM from host memory
+    features   compute log-mel
+    gather     copy the rows' caches together, unless row b is slot b: then the encoder reads the slots in place
+    (encoder)  the engine of `nemostream build`, TensorRT or ONNX Runtime
+    scatter    write T new rows of K and V, the other caches, and the audio tail to the slots
+    start, then [join, decide, lstm, project] while any row has frames left, then finish: tokens to host memory
 
-The host writes one of two lanes of input, launches, and waits for the step's mark when it wants the answer; meanwhile
-it can prepare and launch the next step on the other lane. Rows that a bucket has too many are idle.
+Host input and output are double-buffered: the host fills one buffer, launches, and waits for the step's event when it
+needs the result; meanwhile it can fill the other buffer and launch the next step. Rows of the bucket beyond B are idle.
 
-The loop is a WHILE node of the graph. Where that cannot be had it is unrolled: a few iterations are recorded, and the
-host launches them again until nobody speaks; without graphs at all the same kernels are launched one by one.
+The decoding loop is a WHILE node of the graph. If that is not available it is unrolled: a few iterations are captured,
+and the host launches them again until all rows are decided. If graphs are not available at all, the same kernels are
+launched one by one.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,37 +40,49 @@ from nemostream.runtime.decoding.boosting import Boosting
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Work = Callable[[], None]  # queues work on the device
 
-# Kinds of decoding loop, the best first; the first that can be recorded is used.
-LOOPS = ("while", "unrolled", "eager")
-UNROLLED = 3  # iterations recorded where the device cannot end the loop itself: two labels, and the verdict
-_WIDE = 64  # blocks along the rows of a decoding product: what is beyond is met by looping
+LOOPS = ("while", "unrolled", "eager")  # kinds of decoding loop, in order of preference
+UNROLLED_ITERATIONS = 3  # captured in an unrolled loop: two labels per row, and the check for a third
+_MAX_ROW_BLOCKS = 64  # blocks along the rows of a decoding product; the kernels loop over the remaining rows
 
 
 class StepEncoder(Protocol):
     """The encoder step of one chunk size on the device, built by `nemostream build`."""
 
     cache_dtype: str  # type of the caches: "float32", "float16" or "bfloat16"
-    capturable: bool  # whether `enqueue` may be part of a recording
+    capturable: bool  # whether the work of `bind` can be captured
 
-    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
-        """For batches of `rows`, with every input and output of the graph at its address: a function that enqueues.
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
+        """Bind inputs and outputs for batches of `rows` and return a function that enqueues the encoder.
 
-        Rows are those of the graph's shapes (`export.encoder`), without `encoded`. Called before anything is recorded.
+        `addresses` has every input and output of the graph (`export.encoder`) except `encoded`. Called before anything
+        is captured.
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the engine."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepLaunches:
+    """What a step launches, to be launched repeatedly. See `GpuBackend.launches`."""
+
+    encoder: list[Work]
+    undecoded: list[Work]  # the step without decoding
+    whole: list[Work] | None  # None if the host takes part in the decoding loop
 
 
 class GpuBackend:
-    """A bundle on a GPU. Called by one thread at a time, as the seam demands.
+    """A bundle on a GPU. Called by one thread at a time, as `Backend` requires.
 
-    `encoders` gives the encoder of each chunk size (ms); all must keep their caches in the same type. `loop` is the
-    first kind of `LOOPS` to be tried. Everything is recorded here, so that nothing has to be while serving.
+    `encoders` has the encoder of each chunk size (ms), all with the same type of caches. `loop` is the first kind of
+    `LOOPS` to try. All steps are captured by the constructor.
 
-    Raises `BackendError` if the device cannot hold `capacity` streams, naming how many it could, or if a model's sizes
-    are beyond the kernels.
+    Raises `BackendError` if the device cannot hold `capacity` streams, with a capacity that fits, or if the kernels do
+    not support the model's sizes.
     """
 
     asynchronous = True
@@ -86,234 +99,288 @@ class GpuBackend:
         at_least_one(capacity=capacity, max_batch=max_batch)
         if loop not in LOOPS:
             raise OptionError(f"loop is {loop!r}; choose one of {', '.join(LOOPS)}.")
-        cells = {encoder.cache_dtype for encoder in encoders.values()}
-        if len(cells) != 1:
-            raise OptionError(f"the engines keep their caches as {' and '.join(sorted(cells)) or 'none'}, not alike.")
+        cache_dtypes = {encoder.cache_dtype for encoder in encoders.values()}
+        if len(cache_dtypes) != 1:
+            raise OptionError(
+                f"the engines have caches of {' and '.join(sorted(cache_dtypes)) or 'no type'}; all must have the same."
+            )
         self.manifest = bundle.manifest
         self.capacity = capacity
         self.max_batch = min(max_batch or 64, capacity)
         self.buckets = buckets(self.max_batch)
+        self.device = device
         self._chunks = {ms: self.manifest.chunk(ms) for ms in encoders}
         self._encoders = dict(encoders)
-        self._device = device
-        (self.cache_dtype,) = cells
+        (self.cache_dtype,) = cache_dtypes
         macros = kernels.macros(self.manifest, self.cache_dtype, conditional=loop == "while")
         device.make_current()
         self._kernels = device.kernels(macros, kernels.entries(self.manifest))
-        self._memory = Arena(bundle, device, self.cache_dtype, capacity, self.max_batch, list(self._chunks.values()))
-        self._lane = 0
-        self._pending: list[_Step | None] = [None, None]
-        self._resetting: DeviceEvent | None = None
+        self.arena = Arena(bundle, device, self.cache_dtype, capacity, self.max_batch, list(self._chunks.values()))
+        self._buffer_index = 0  # of the host buffers for the next step
+        self._pending: list[_PendingStep | None] = [None, None]  # by buffer
+        self._reset_event: DeviceEvent | None = None
         self.reset(np.arange(capacity))
-        self._recordings: dict[tuple[int, int, bool], _Recording] = {}
-        self.failures = self._kernels.failures[:]  # why better kinds of kernels or of loop are not used
-        self.loop = self._record_all(loop)
+        self._captured: dict[tuple[int, int, bool], _CapturedStep] = {}
+        self.failures = self._kernels.failures[:]  # errors of preferred kernel variants and loops
+        self.loop = self._capture_all(loop)
 
     @property
     def bytes_per_stream(self) -> int:
         """Device memory of one slot."""
-        return sum(self._memory.slot_bytes.values()) // self.capacity
+        return sum(self.arena.slot_bytes.values()) // self.capacity
 
     def reset(self, slots: Ints) -> None:
-        self._settle()
-        if self._resetting:
-            self._resetting.wait()  # the kernel reads the host's list
-        self._memory.reset_slots[: len(slots)] = slots
-        self._kernels.launch("reset", (len(slots), self.manifest.encoder.layers, 1), self._memory.step)
-        self._resetting = self._device.mark()
+        self._finish_host_loops()
+        if self._reset_event:
+            self._reset_event.wait()  # the kernel reads the slots from host memory
+        self.arena.reset_slots[: len(slots)] = slots
+        self._kernels.launch("reset", (len(slots), self.manifest.encoder.layers, 1), self.arena.step)
+        self._reset_event = self.device.record_event()
         for slot in slots.tolist():
-            self._memory.place(slot, None)
+            self.arena.set_phrases(slot, None)
 
     def reset_decoder(self, slots: Ints) -> None:
-        self._settle()
+        self._finish_host_loops()
         for slot in slots.tolist():
-            self._tell("forget", slot)
+            self._launch_for_slot("reset_decoder", slot)
 
     def set_phrases(self, slot: int, phrases: Boosting | None) -> None:
-        self._settle()
-        self._tell("boost", slot, self._memory.place(slot, phrases))
+        self._finish_host_loops()
+        self._launch_for_slot("set_phrases", slot, self.arena.set_phrases(slot, phrases))
 
     def save(self, slot: int) -> dict[str, NDArray[Any]]:
-        self._settle()
-        return self._memory.save(slot)
+        self._finish_host_loops()
+        return self.arena.save(slot)
 
     def load(self, slot: int, state: Mapping[str, NDArray[Any]]) -> None:
-        self._settle()
-        self._memory.load(slot, state)
+        self._finish_host_loops()
+        self.arena.load(slot, state)
 
-    def submit(self, batch: Batch) -> _Step:
-        self._device.make_current()
-        recording, rows = self._prepare(batch)
-        step = _Step(self, recording, rows, self._lane)
-        self._pending[self._lane] = step
-        _all(recording.stages)
-        step.mark = self._device.mark()
-        self._lane = 1 - self._lane
+    def submit(self, batch: Batch) -> _PendingStep:
+        self.device.make_current()
+        captured, rows = self._prepare(batch)
+        step = _PendingStep(self, captured, rows, self._buffer_index)
+        self._pending[self._buffer_index] = step
+        _run(captured.launches)
+        step.event = self.device.record_event()
+        self._switch_buffers()
         return step
 
     def encode(self, batch: Batch) -> tuple[Floats, Ints]:
-        """The step without decoding, not recorded: `encoded_joint` [B, T, J], and how many frames each row has."""
-        self._device.make_current()
-        recording, rows = self._prepare(batch)
-        _all(recording.undecoded)
-        self._device.mark().wait()
-        self._lane = 1 - self._lane
-        memory, chunk = self._memory, batch.chunk
-        encoded = np.empty((recording.rows, chunk.frames, self.manifest.decoder.joint), np.float32)
-        counts = np.empty(recording.rows, np.int32)
-        self._device.read(int(memory.step["encoded"]), encoded)
-        self._device.read(int(memory.step["row_count"]), counts)
+        """Run the step without decoding, not captured. Returns `encoded_joint` [B, T, J] and the frames of each row."""
+        self.device.make_current()
+        captured, rows = self._prepare(batch)
+        _run(captured.stages.values())
+        self.device.record_event().wait()
+        self._switch_buffers()
+        encoded = np.empty((captured.rows, batch.chunk.frames, self.manifest.decoder.joint), np.float32)
+        counts = np.empty(captured.rows, np.int32)
+        self.arena.read("encoded", encoded)
+        self.arena.read("row_count", counts)
         return encoded[rows], counts[rows].astype(np.int64)
 
+    def stages(self, batch: Batch) -> dict[str, Work]:
+        """Prepare a step without decoding and return its stages, to time each of them.
+
+        The stages are begin, features, gather, encoder, scatter and finish. Run all of them in this order before any
+        other step.
+        """
+        self.device.make_current()
+        captured, _ = self._prepare(batch)
+        self._switch_buffers()
+        return captured.stages
+
+    def launches(self, batch: Batch) -> StepLaunches:
+        """Prepare steps of one batch that can be launched repeatedly, to time them back to back.
+
+        Launch the whole step, or the step without decoding, an even number of times: they alternate between the two
+        host buffers, which both have the batch.
+        """
+        self.device.make_current()
+        for _ in range(2):
+            captured, _ = self._prepare(batch)
+            self._switch_buffers()
+        whole = captured.launches if self.loop == "while" else None
+        return StepLaunches(captured.capture_encoder(), captured.capture_undecoded(), whole)
+
     def close(self) -> None:
-        self._device.make_current()
-        self._recordings.clear()
+        self.device.make_current()
+        self._captured.clear()
         for encoder in self._encoders.values():
             encoder.close()
-        self._device.close()
+        self.device.close()
 
-    def _tell(self, entry: str, slot: int, automaton: int = -1) -> None:
-        """Queue a kernel that is about one slot."""
-        step = self._memory.step.copy()
-        step["slot"], step["automaton"] = slot, automaton
-        self._kernels.launch(entry, (1, 1, 1), step)
+    def _launch_for_slot(self, entry: str, slot: int, automaton: int = -1) -> None:
+        """Queue a kernel that changes one slot."""
+        arguments = self.arena.step.copy()
+        arguments["slot"], arguments["automaton"] = slot, automaton
+        self._kernels.launch(entry, (1, 1, 1), arguments)
 
-    def _settle(self) -> None:
-        """What is queued from here on comes after every step submitted, also where the host has a part in its loop."""
-        self._device.make_current()
+    def _finish_host_loops(self) -> None:
+        """Complete submitted steps whose decoding loop needs the host, so that work queued next runs after them."""
+        self.device.make_current()
         for step in self._pending:
             if step and self.loop != "while":
                 step.collect()
 
-    # -- recording -----------------------------------------------------------------------------------------------------
+    def _switch_buffers(self) -> None:
+        self._buffer_index = 1 - self._buffer_index
 
-    def _record_all(self, loop: str) -> str:
-        """Record every step with the first kind of loop that works; which one that was."""
+    def _prepare(self, batch: Batch) -> tuple[_CapturedStep, Ints]:
+        """Fill the current input buffer. Returns the step to launch and the row of each stream of the batch."""
+        if batch.chunk.ms not in self._chunks:
+            raise no_engine(batch.chunk.ms, self._chunks)
+        for step in self._pending:
+            # The last step with this buffer must be complete; if the host takes part in the loop, every step before.
+            if step and (step.buffer_index == self._buffer_index or self.loop != "while"):
+                step.collect()
+        bucket = self._bucket(len(batch.slots))
+        used_slots = int(batch.slots.max()) + 1
+        # In place, nothing is copied, but rows between the batch's slots are computed needlessly: allowed only if the
+        # bucket stays the same.
+        in_place = used_slots <= self.max_batch and self._bucket(used_slots) == bucket
+        rows = batch.slots if in_place else np.arange(len(batch.slots))
+        slots, audio = self.arena.input_slots(self._buffer_index), self.arena.input_audio(self._buffer_index)
+        slots[:bucket] = -1
+        slots[rows] = batch.slots
+        self.arena.input_lengths(self._buffer_index)[rows] = batch.lengths
+        audio[: bucket * batch.chunk.samples].reshape(bucket, -1)[rows] = batch.audio
+        return self._captured[batch.chunk.ms, bucket, in_place], rows
+
+    def _bucket(self, rows: int) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+    def _capture_all(self, loop: str) -> str:
+        """Capture every step with the first kind of loop that works, and return that kind."""
         if loop == "while" and not self._kernels.conditional:
             loop = "unrolled"
         for kind in LOOPS[LOOPS.index(loop) :]:
             try:
-                for ms, rows, in_place in itertools.product(self._chunks, reversed(self.buckets), (False, True)):
-                    self._recordings[ms, rows, in_place] = self._record(self._chunks[ms], rows, in_place, kind)
+                for key in itertools.product(self._chunks, reversed(self.buckets), (False, True)):
+                    step = self._captured.get(key) or self._bind_step(*key)
+                    step.capture(kind)
+                    self._captured[key] = step
                 return kind
             except BackendError as error:
                 self.failures.append(f"{kind}: {error}")
                 if kind == LOOPS[-1]:
                     reasons = " ".join(self.failures)
-                    raise BackendError(f"no step can be run on {self._device.name}: {reasons}") from error
+                    raise BackendError(f"no step can be run on {self.device.name}: {reasons}") from error
         raise AssertionError("the last kind either works or raises")
 
-    def _record(self, chunk: ChunkConfig, rows: int, in_place: bool, kind: str) -> _Recording:
-        old = self._recordings.get((chunk.ms, rows, in_place))
-        encoder, step = self._encoders[chunk.ms], self._memory.view(chunk, rows, in_place)
-        enqueue = old.enqueue if old else encoder.bind(rows, self._memory.addresses(step, in_place))
-        manifest, launch = self.manifest, self._kernels.launch
-        layers, mel_frames = manifest.encoder.layers, manifest.encoder.subsampling * chunk.frames
-        wide = min(-(-rows * chunk.frames // kernels.TILE_ROWS), _WIDE)
-        tall = min(-(-rows // kernels.TILE_ROWS), _WIDE)
+    def _bind_step(self, chunk_ms: int, rows: int, in_place: bool) -> _CapturedStep:
+        """Bind a step and run it once without capture and decoding, all rows idle: libraries initialise lazily."""
+        step = _CapturedStep(self, self._chunks[chunk_ms], rows, in_place)
+        self.arena.input_slots(self._buffer_index)[:] = -1
+        _run(step.stages.values())
+        self.device.record_event().wait()
+        self._switch_buffers()
+        return step
 
-        def call(entry: str, *grid: int) -> Callable[[], None]:
-            return lambda: launch(entry, (*grid, 1, 1)[:3], step)  # type: ignore[arg-type]
 
-        before = [
-            call("begin", rows, -(-chunk.samples // (8 * kernels.BLOCK))),
-            call("features", mel_frames, rows),
-            call("gather", rows, layers, kernels.PIECES),
+class _CapturedStep:
+    """The step of one chunk size, bucket and cache access: its stages, and the launches they are captured into."""
+
+    def __init__(self, backend: GpuBackend, chunk: ChunkConfig, rows: int, in_place: bool) -> None:
+        manifest, encoder = backend.manifest, backend._encoders[chunk.ms]
+        layers, net = manifest.encoder.layers, manifest.decoder
+        self.rows = rows
+        self._device, self._capturable = backend.device, encoder.capturable
+        self._arguments = backend.arena.arguments(chunk, rows, in_place)
+        enqueue = encoder.bind(rows, backend.arena.encoder_addresses(self._arguments, in_place))
+
+        def kernel(entry: str, *grid: int) -> Work:
+            x, y, z = (*grid, 1, 1)[:3]
+            return functools.partial(backend._kernels.launch, entry, (x, y, z), self._arguments)
+
+        # Without decoding. Each can be run alone; in this order they are a step.
+        self.stages: dict[str, Work] = {
+            "begin": kernel("begin", rows, -(-chunk.samples // (8 * kernels.BLOCK))),
+            "features": kernel("features", manifest.encoder.subsampling * chunk.frames, rows),
+            "gather": kernel("gather", rows, layers, kernels.GATHER_BLOCKS),
+            "encoder": enqueue,
+            "scatter": kernel("scatter", rows, layers),
+            "finish": kernel("finish", min(rows, 32)),
+        }
+        pair_blocks = min(-(-rows * chunk.frames // kernels.TILE_ROWS), _MAX_ROW_BLOCKS)
+        row_blocks = min(-(-rows // kernels.TILE_ROWS), _MAX_ROW_BLOCKS)
+        self._start = kernel("start", rows)
+        self._iteration = [
+            kernel("join", pair_blocks, kernels.tiles(net.vocabulary + 1)),
+            kernel("decide", -(-rows // 8)),
+            *(kernel(f"lstm_{layer}", row_blocks, net.hidden // 8) for layer in range(net.layers)),
+            kernel("project", row_blocks, kernels.tiles(net.joint)),
         ]
-        scatter = [call("scatter", rows, layers)]
-        iteration = [
-            call("join", wide, kernels.tiles(manifest.decoder.vocabulary + 1)),
-            call("decide", -(-rows // 8)),
-            *(call(f"lstm_{i}", tall, manifest.decoder.hidden // 8) for i in range(manifest.decoder.layers)),
-            call("project", tall, kernels.tiles(manifest.decoder.joint)),
-        ]
-        start, finish = call("start", rows), call("finish", min(rows, 32))
+        self._loop = LOOPS[-1]
+        self.launches: list[Work] = []  # the whole step
+        self.relaunch: Work | None = None  # continues the decoding loop, if the host takes part in it
 
-        def decode() -> None:
-            if kind == "while":
-                step["condition"], step["looping"] = self._device.condition(), 1
-            start()
-            again()
+    def capture(self, loop: str) -> None:
+        """Make the launches of the whole step, with one kind of `LOOPS`.
 
-        def again() -> None:
-            if kind == "while":
-                self._device.loop(int(step["condition"]), lambda: _all(iteration))
-            else:
-                _all(iteration * UNROLLED)
-            finish()
+        Raises `BackendError` if it is not possible.
+        """
+        self._loop = loop
+        self._arguments["looping"], self._arguments["condition"] = loop == "while", 0
+        self.launches = self._capture_with([self.stages["scatter"], self._decode])
+        if loop == "while":
+            self.relaunch = None
+        elif loop == "unrolled":
+            self.relaunch = self._device.capture(self._iterate).launch
+        else:
+            self.relaunch = self._iterate
 
-        undecoded = [*before, enqueue, *scatter, finish]
-        # Once without recording, all rows idle: libraries set themselves up in their first run.
-        if old is None:
-            self._memory.rows_of(self._lane)[:] = -1
-            _all(undecoded)
-            self._device.mark().wait()
-            self._lane = 1 - self._lane
-        stages = self._staged(chunk, [*before, enqueue, *scatter, decode], enqueue, kind)
-        more = self._device.record(again).launch if kind == "unrolled" else again
-        return _Recording(rows, enqueue, undecoded, stages, None if kind == "while" else more)
+    def capture_undecoded(self) -> list[Work]:
+        """Return the launches of the step without decoding."""
+        return self._capture_with([self.stages["scatter"], self.stages["finish"]])
 
-    def _staged(
-        self, chunk: ChunkConfig, work: list[Callable[[], None]], enqueue: Callable[[], None], kind: str
-    ) -> list[Callable[[], None]]:
-        """Work with `enqueue`, the encoder, in it, in as few launches as that kind of loop and encoder allow."""
-        if kind == "eager":
-            return work
-        if self._encoders[chunk.ms].capturable:
-            return [self._device.record(lambda: _all(work)).launch]
-        place = work.index(enqueue)
-        parts = work[:place], work[place + 1 :]
-        before, after = (self._device.record(functools.partial(_all, part)).launch for part in parts)
-        return [before, enqueue, after]
+    def capture_encoder(self) -> list[Work]:
+        """Return the launch of the encoder alone."""
+        enqueue = self.stages["encoder"]
+        if self._loop == "eager" or not self._capturable:
+            return [enqueue]
+        return [self._device.capture(enqueue).launch]
 
-    # -- a step --------------------------------------------------------------------------------------------------------
+    def _capture_with(self, after: Sequence[Work]) -> list[Work]:
+        """Return the launches of a step that ends with `after`: as few as the loop and the encoder allow."""
+        before, enqueue = [self.stages[name] for name in ("begin", "features", "gather")], self.stages["encoder"]
+        if self._loop == "eager":
+            return [*before, enqueue, *after]
+        if self._capturable:
+            return [self._device.capture(lambda: _run([*before, enqueue, *after])).launch]
+        captured = [self._device.capture(functools.partial(_run, part)).launch for part in (before, after)]
+        return [captured[0], enqueue, captured[1]]
 
-    def _prepare(self, batch: Batch) -> tuple[_Recording, Ints]:
-        """Fill the lane; the recording to run, and the row of each of the batch's streams."""
-        if batch.chunk.ms not in self._chunks:
-            raise no_engine(batch.chunk.ms, self._chunks)
-        for step in self._pending:
-            # The lane's last step must be over; where the host takes part in the loop, any step before.
-            if step and (step.buffer_index == self._lane or self.loop != "while"):
-                step.collect()
-        bucket = self._bucket(len(batch.slots))
-        top = int(batch.slots.max()) + 1
-        # In place nothing is copied, and rows that are not in the batch are computed for nothing: no more of them than
-        # the bucket would have anyway.
-        in_place = top <= self.max_batch and self._bucket(top) == bucket
-        rows = batch.slots if in_place else np.arange(len(batch.slots))
-        memory = self._memory
-        slots, lengths, audio = memory.rows_of(self._lane), memory.lengths_of(self._lane), memory.audio_of(self._lane)
-        slots[:bucket] = -1
-        slots[rows] = batch.slots
-        lengths[rows] = batch.lengths
-        audio[: bucket * batch.chunk.samples].reshape(bucket, -1)[rows] = batch.audio
-        return self._recordings[batch.chunk.ms, bucket, in_place], rows
+    def _decode(self) -> None:
+        """Queue the decoding loop from its start."""
+        if self._loop == "while":
+            self._arguments["condition"] = self._device.condition()
+        self._start()
+        self._iterate()
 
-    def _bucket(self, rows: int) -> int:
-        return next(bucket for bucket in self.buckets if bucket >= rows)
+    def _iterate(self) -> None:
+        """Queue decoding iterations and `finish`: all of them in a WHILE node, otherwise a fixed number."""
+        if self._loop == "while":
+            self._device.loop(int(self._arguments["condition"]), lambda: _run(self._iteration))
+        else:
+            _run(self._iteration * UNROLLED_ITERATIONS)
+        self.stages["finish"]()
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """The step of one chunk size, bucket and way of reading the caches."""
+class _PendingStep:
+    """A submitted step that uses one of the two host buffers."""
 
-    rows: int
-    enqueue: Callable[[], None]  # the encoder
-    undecoded: list[Callable[[], None]]  # the step without decoding, kernel by kernel
-    stages: list[Callable[[], None]]  # the whole step
-    again: Callable[[], None] | None  # more iterations, where the device cannot loop
-
-
-class _Step:
-    """A step under way on one of the two lanes."""
-
-    def __init__(self, backend: GpuBackend, recording: _Recording, rows: Ints, buffer_index: int) -> None:
-        self._backend, self._recording, self._rows = backend, recording, rows
+    def __init__(self, backend: GpuBackend, captured: _CapturedStep, rows: Ints, buffer_index: int) -> None:
+        self._backend, self._captured, self._rows = backend, captured, rows
         self.buffer_index = buffer_index
-        self.mark: DeviceEvent | None = None
+        self.event: DeviceEvent | None = None  # the end of its first launch; None if the launch failed
         self._emissions: Emissions | None = None
         self._error: BackendError | None = None
+
+    @property
+    def launches(self) -> int:
+        """Number of launches of the step, without those that continue its decoding loop."""
+        return len(self._captured.launches)
 
     def result(self) -> Emissions:
         self.collect()
@@ -323,36 +390,36 @@ class _Step:
         return self._emissions
 
     def collect(self) -> None:
-        """Wait, and take the answer out of the lane before another step needs it."""
-        backend = self._backend
+        """Wait for the step and copy its result out of the host buffer, before another step uses the buffer."""
+        backend, captured = self._backend, self._captured
         if backend._pending[self.buffer_index] is not self:
             return
         backend._pending[self.buffer_index] = None
         try:
-            if self.mark is None:
+            if self.event is None:
                 raise BackendError("the step could not be started.")
-            backend._device.make_current()
-            self.mark.wait()
-            while backend._memory.undecided(self.buffer_index) and self._recording.again:
-                self._recording.again()
-                backend._device.mark().wait()
-            self._emissions = backend._memory.emissions(self.buffer_index, self._rows, self._recording.rows)
+            backend.device.make_current()
+            self.event.wait()
+            while backend.arena.undecided(self.buffer_index) and captured.relaunch:
+                captured.relaunch()
+                backend.device.record_event().wait()
+            self._emissions = backend.arena.emissions(self.buffer_index, self._rows, captured.rows)
         except BackendError as error:
             self._error = error
 
 
-def _all(work: list[Callable[[], None]]) -> None:
-    for run in work:
-        run()
+def _run(work: Iterable[Work]) -> None:
+    for queue in work:
+        queue()
 
 
-def buckets(most: int) -> tuple[int, ...]:
-    """Batch sizes that are recorded: powers of two and, from 16 on, the ones halfway; `most` is the last."""
-    sizes = itertools.takewhile(
-        lambda size: size < most, (size for sum_p_alpha in itertools.count() for size in _between(1 << sum_p_alpha))
-    )
-    return (*sizes, most)
-
-
-def _between(sum_p_alpha: int) -> tuple[int, ...]:
-    return (sum_p_alpha,) if sum_p_alpha < 16 else (sum_p_alpha, sum_p_alpha * 3 // 2)
+def buckets(max_batch: int) -> tuple[int, ...]:
+    """Return the batch sizes to capture: powers of two, from 16 on also the sizes halfway, and `max_batch`."""
+    sizes = []
+    power = 1
+    while power < max_batch:
+        sizes.append(power)
+        if power >= 16 and power * 3 // 2 < max_batch:
+            sizes.append(power * 3 // 2)
+        power *= 2
+    return (*sizes, max_batch)

@@ -1,7 +1,7 @@
-"""An NVIDIA GPU as a `runtime.device.Device`, by cuda-python alone.
+"""`device.Device` for an NVIDIA GPU, implemented with cuda-python only.
 
-Kernels are compiled by NVRTC when they are first needed and kept on disk. A recorded step is a CUDA graph; its decoding
-loop is a WHILE conditional node (driver 550 or newer), whose body the device runs again without asking the host.
+NVRTC compiles the kernels on first use; the binaries are cached on disk. A captured step is a CUDA graph. Its decoding
+loop is a WHILE conditional node (driver 550 or newer), whose body the device repeats without the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from nemostream.plans import cache_folder, check_private, make_private
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.untrusted import MIB, read_regular
 
-_OLDEST_CORE = (1, 2)
-# What other threads do with the GPU, and cuda.core itself while it adds a loop, would end a stricter recording.
-_MODE = "relaxed"
+_MIN_CUDA_CORE = (1, 2)
+# GPU calls of other threads, and of cuda.core while it adds a loop, would invalidate a capture in a stricter mode.
+_CAPTURE_MODE = "relaxed"
 
 
 class CudaDevice:
-    """The GPU of that ordinal. Raises `BackendError` if there is none, or if cuda-python is missing."""
+    """The GPU with this ordinal. Raises `BackendError` if it does not exist or cuda-python is missing."""
 
     def __init__(self, ordinal: int = 0) -> None:
         try:
@@ -40,22 +40,22 @@ class CudaDevice:
             from cuda.core import Device, __version__
         except ImportError as error:
             raise BackendError(f"a GPU needs cuda-python ({error}): {install_command('gpu')}.") from error
-        if tuple(map(int, __version__.split(".")[:2])) < _OLDEST_CORE:
+        if tuple(map(int, __version__.split(".")[:2])) < _MIN_CUDA_CORE:
             raise BackendError(f"cuda-core {__version__} is too old: {install_command('gpu')}.")
         self._driver = driver
-        self._adopted = threading.local()  # a context is current in a thread
+        self._thread = threading.local()  # `current` is set in threads where the device is current
         self._closed = False
         try:
             self._device = Device(ordinal)
             self._device.set_current()
-            self._adopted.here = True
+            self._thread.current = True
             self._main = self._device.create_stream()
-        except Exception as error:  # cuda.core raises its own kinds, and others where there is no driver at all
-            raise BackendError(f"no NVIDIA GPU can be used here ({error}); `nemostream doctor` tells more.") from error
+        except Exception as error:  # cuda.core has its own exceptions, and others apply if there is no driver
+            raise BackendError(f"no usable NVIDIA GPU ({error}); run `nemostream doctor` for details.") from error
         capability = self._device.compute_capability
         self.name = str(self._device.name)
         self.architecture = f"sm{capability.major}{capability.minor}"
-        self._streams = [self._main]  # the innermost builder's is where work is queued
+        self._streams = [self._main]  # the last is the stream that work is queued on
         self._builders: list[Any] = []
         self._conditions: dict[int, Any] = {}
         self._memory: list[Any] = []
@@ -63,7 +63,7 @@ class CudaDevice:
 
     @property
     def stream(self) -> int:
-        """Handle of the stream that work is queued on now; while recording, the one that is recorded."""
+        """Handle of the stream that work is queued on; during a capture, the captured stream."""
         return int(self._streams[-1].handle)
 
     @property
@@ -72,9 +72,9 @@ class CudaDevice:
         return int(free)
 
     def make_current(self) -> None:
-        if not getattr(self._adopted, "here", False):
+        if not getattr(self._thread, "current", False):
             self._device.set_current()
-            self._adopted.here = True
+            self._thread.current = True
 
     def allocate(self, size: int) -> int:
         memory = self._call("cuMemAlloc", max(size, 16))
@@ -95,7 +95,7 @@ class CudaDevice:
         if not array.nbytes:
             return
         self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self.stream)
-        self._call("cuStreamSynchronize", self.stream)  # the array may go, and pageable memory was copied anyway
+        self._call("cuStreamSynchronize", self.stream)  # the caller may free the array
 
     def read(self, address: int, array: NDArray[Any]) -> None:
         self._call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, self.stream)
@@ -104,18 +104,18 @@ class CudaDevice:
     def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> CudaKernels:
         return CudaKernels(self, macros, entries)
 
-    def record(self, work: Callable[[], None]) -> CudaGraph:
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
         builder = self._main.create_graph_builder()
         try:
-            builder.begin_building(_MODE)
+            builder.begin_building(_CAPTURE_MODE)
             self._enter(builder, work)
             graph = builder.end_building().complete()
             graph.upload(self._main)
-        except Exception as error:  # ours, or cuda.core's own kinds
-            self._abandon(builder)
+        except Exception as error:  # `BackendError`, or cuda.core's own exceptions
+            self._abort_capture(builder)
             if isinstance(error, BackendError):
                 raise
-            raise BackendError(f"the step cannot be recorded as a CUDA graph: {error}") from error
+            raise BackendError(f"the step cannot be captured as a CUDA graph: {error}") from error
         return CudaGraph(self, graph)
 
     def condition(self) -> int:
@@ -126,23 +126,45 @@ class CudaDevice:
 
     def loop(self, condition: int, work: Callable[[], None]) -> None:
         body = self._builders[-1].while_loop(self._conditions.pop(condition))
-        body.begin_building(_MODE)
+        body.begin_building(_CAPTURE_MODE)
         try:
             self._enter(body, work)
         except BaseException:
             with contextlib.suppress(Exception):
-                body.close()  # before the recording that it is part of
+                body.close()  # before the capture it is part of
             raise
         body.end_building()
 
-    def mark(self) -> CudaEvent:
+    def record_event(self) -> CudaEvent:
         return CudaEvent(self, self._main.record())
+
+    def elapsed_ms(self, work: Iterable[Callable[[], None]]) -> float:
+        begin, end = self._call("cuEventCreate", 0), self._call("cuEventCreate", 0)
+        try:
+            self._call("cuEventRecord", begin, self.stream)
+            for run in work:
+                run()
+            self._call("cuEventRecord", end, self.stream)
+            self._call("cuEventSynchronize", end)
+            return float(self._call("cuEventElapsedTime", begin, end))
+        finally:
+            self._driver.cuEventDestroy(begin)
+            self._driver.cuEventDestroy(end)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue a copy of `size` bytes from one device address to another."""
+        self._call("cuMemcpyDtoDAsync", target, source, size, self.stream)
+
+    def free(self, address: int) -> None:
+        """Free memory of `allocate` before `close`."""
+        self._driver.cuMemFree(address)
+        self._memory = [memory for memory in self._memory if int(memory) != address]
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._driver.cuStreamSynchronize(self.stream)  # whatever it says: everything goes now
+        self._driver.cuStreamSynchronize(self.stream)  # errors are ignored: everything is freed now
         for memory in self._memory:
             self._driver.cuMemFree(memory)
         for address in self._host_memory:
@@ -151,11 +173,12 @@ class CudaDevice:
         self._host_memory.clear()
         self._main.close()
 
-    def _abandon(self, builder: Any) -> None:
-        """The stream must not go on recording, or no other kind of loop could be tried."""
+    def _abort_capture(self, builder: Any) -> None:
+        """End the stream's capture, so that another kind of loop can be captured."""
         _, capture = self._driver.cuStreamIsCapturing(self._main.handle)
         if capture == self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_INVALIDATED:
-            # What was recorded is gone, and cuda.core (1.2) crashes when it destroys it once more: let it never.
+            # CUDA has already destroyed the graph, and cuda.core (1.2) crashes when it destroys it again: keep the
+            # builder alive forever.
             self._driver.cuStreamEndCapture(self._main.handle)
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(builder))
         else:
@@ -172,14 +195,19 @@ class CudaDevice:
             self._builders.pop()
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """A driver function; its results without the status, which is raised if it is not success."""
+        """Call a driver function and return its results without the status.
+
+        Raises `BackendError` unless it succeeds.
+        """
         status, *results = getattr(self._driver, function)(*arguments)
         if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise BackendError(f"the GPU failed: {function} says {status.name}.")
+            raise BackendError(f"the GPU failed: {function} returned {status.name}.")
         return results[0] if len(results) == 1 else tuple(results)
 
 
 class CudaGraph:
+    """Captured work. See `device.Launchable`."""
+
     def __init__(self, device: CudaDevice, graph: Any) -> None:
         self._device, self._graph = device, graph
 
@@ -191,6 +219,8 @@ class CudaGraph:
 
 
 class CudaEvent:
+    """An event. See `device.DeviceEvent`."""
+
     def __init__(self, device: CudaDevice, event: Any) -> None:
         self._device, self._event = device, event
 
@@ -202,29 +232,31 @@ class CudaEvent:
 
 
 class CudaKernels:
-    """The translation unit of one model on one device.
+    """The compiled kernels of one model on one device.
 
-    What loads is found by trying, newest driver interface first: a cubin that sets loop conditions, the same as PTX (a
-    driver that resolves the function only while it compiles), then without conditions, for which the backend unrolls.
+    Variants are tried in order until one loads: a cubin that sets loop conditions, the same as PTX (some drivers
+    resolve the condition function only when they compile), then both without conditions, for which the backend unrolls
+    its loop.
     """
 
     def __init__(self, device: CudaDevice, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> None:
         self._device = device
-        wanted = bool(macros["CONDITIONAL"])
-        attempts = [("cubin", True), ("ptx", True)] if wanted else []
-        self.failures: list[str] = []  # of the attempts before the one that loaded
-        for kind, conditional in [*attempts, ("cubin", False), ("ptx", False)]:
+        variants = [("cubin", False), ("ptx", False)]
+        if macros["CONDITIONAL"]:
+            variants = [("cubin", True), ("ptx", True), *variants]
+        self.failures: list[str] = []  # of the variants before the one that loaded
+        for kind, conditional in variants:
             try:
                 image = compile_kernels({**macros, "CONDITIONAL": int(conditional)}, device.architecture, kind)
                 module = device._call("cuModuleLoadData", image)
-                # Some drivers load lazily, and find out only here what is missing.
+                # Drivers that load lazily report a missing symbol only here.
                 find = functools.partial(device._call, "cuModuleGetFunction", module)
                 self._functions = {entry: find(entry.encode()) for entry in entries}
                 break
             except BackendError as error:
                 self.failures.append(f"{kind}{' with conditions' if conditional else ''}: {error}")
         else:
-            raise BackendError(f"none of our kernels can be loaded: {' '.join(self.failures)}")
+            raise BackendError(f"no variant of the kernels can be loaded: {' '.join(self.failures)}")
         self.conditional = conditional
         self.format = kind  # for reports
 
@@ -240,24 +272,24 @@ class CudaKernels:
 
 
 def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: str = "cubin") -> bytes:
-    """Our kernels compiled for a GPU ("sm90") as "cubin" or "ptx". Needs NVRTC, not a GPU; kept on disk once done.
+    """Return the kernels compiled for an architecture ("sm90") as "cubin" or "ptx", from the disk cache if possible.
 
-    Raises `BackendError` with the compiler's words, or if NVRTC is missing.
+    Needs NVRTC but no GPU. Raises `BackendError` with the compiler's log, or if NVRTC is missing.
     """
     try:
         from cuda.bindings import nvrtc
 
         status, *release = nvrtc.nvrtcVersion()
-    except Exception as error:  # the bindings load the library when they are first asked, and raise their own kinds
+    except Exception as error:  # the bindings load the library on the first call, and have their own exceptions
         raise BackendError(
-            f"NVRTC, which compiles our kernels, is missing ({error}): {install_command('gpu')}."
+            f"NVRTC, which compiles the GPU kernels, is missing ({error}): {install_command('gpu')}."
         ) from error
     options = [f"-arch={architecture.replace('sm', 'sm_')}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
     text = _source()
     key = hashlib.sha256("\0".join([text, kind, repr(release), *options]).encode()).hexdigest()[:32]
     cached = cache_folder("kernels") / f"{key}.{kind}"
-    check_private(cached.parent)  # what is read from it runs on the device
+    check_private(cached.parent)  # its files run on the device
     try:
         return read_regular(cached, 64 * MIB)
     except (OSError, ValueError):
@@ -268,14 +300,14 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = b" " * size
         nvrtc.nvrtcGetProgramLog(program, log)
-        words = log.rstrip(b"\0 \n").decode(errors="replace")
-        raise BackendError(f"NVRTC does not compile our kernels for {architecture} ({status.name}):\n{words}")
+        message = log.rstrip(b"\0 \n").decode(errors="replace")
+        raise BackendError(f"NVRTC cannot compile the kernels for {architecture} ({status.name}):\n{message}")
     name = "CUBIN" if kind == "cubin" else "PTX"
     _, size = getattr(nvrtc, f"nvrtcGet{name}Size")(program)
     image = b" " * size
     getattr(nvrtc, f"nvrtcGet{name}")(program, image)
     nvrtc.nvrtcDestroyProgram(program)
-    _keep(cached, image)
+    _write_cache(cached, image)
     return image
 
 
@@ -284,8 +316,8 @@ def _source() -> str:
     return kernels.source()
 
 
-def _keep(path: Path, image: bytes) -> None:
-    """Another process may write the same at once; a folder that cannot be written costs a second each time."""
+def _write_cache(path: Path, image: bytes) -> None:
+    """Write a cache file atomically. Errors are ignored: they only cost another compilation next time."""
     try:
         make_private(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

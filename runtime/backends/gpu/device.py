@@ -1,12 +1,13 @@
-"""What the GPU backend asks of a device: memory, our kernels, and a whole step recorded once and launched as one.
+"""Device interface of the GPU backend: memory, kernels, and capture of a step into one launch.
 
-`runtime.cuda` is the real one. Tests have another that runs the same kernel sources on a CPU, so that everything
-around them (slots, buckets, lanes, the loop and its fallbacks) is tested where there is no GPU.
+`cuda.CudaDevice` is the implementation. Tests use another that runs the same kernel sources on a CPU
+(`tests/simt/host_device.py`), so that slots, buckets, host buffers, and the decoding loop with its fallbacks are tested
+without a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,16 +15,18 @@ from numpy.typing import NDArray
 
 
 class Launchable(Protocol):
-    """Recorded work."""
+    """Captured work."""
 
-    def launch(self) -> None: ...
+    def launch(self) -> None:
+        """Queue the captured work."""
+        ...
 
 
 class DeviceEvent(Protocol):
-    """A moment in the device's work."""
+    """A point in the device's queue."""
 
     def wait(self) -> None:
-        """Block until all work queued before the mark is done. Raises `BackendError` if any of it failed."""
+        """Block until all work queued before the event is done. Raises `BackendError` if any of it failed."""
         ...
 
 
@@ -31,17 +34,17 @@ class Kernels(Protocol):
     """The compiled kernels of one model."""
 
     conditional: bool  # whether they can end a loop on the device
-    failures: list[str]  # why better kinds of them were not loaded
+    failures: list[str]  # errors of the preferred variants that could not be loaded
 
     def launch(self, entry: str, grid: tuple[int, int, int], step: np.void) -> None:
-        """Queue a kernel of `BLOCK` threads a block, with the struct `Step` as its argument."""
+        """Queue the kernel `entry` with `BLOCK` threads per block and the struct `Step` as its argument."""
         ...
 
 
 class Device(Protocol):
-    """One device with one queue: whatever is asked of it happens in the order it was asked for, `close` included.
+    """One device with one queue. Operations run in the order of the calls, `close` included.
 
-    Addresses are integers. Everything may raise `BackendError`.
+    Addresses are integers. Every method may raise `BackendError`.
     """
 
     name: str
@@ -53,39 +56,49 @@ class Device(Protocol):
         ...
 
     def make_current(self) -> None:
-        """From now on this thread is the one that uses the device. Cheap if it was before."""
+        """Make the device current in the calling thread. Cheap if it already is."""
         ...
 
     def allocate(self, size: int) -> int:
-        """Zeroed device memory, until `close`."""
+        """Allocate zeroed device memory, freed by `close`."""
         ...
 
     def allocate_host(self, size: int) -> NDArray[np.uint8]:
-        """Zeroed host memory that kernels reach at the same address, until `close`."""
+        """Allocate zeroed host memory that kernels access at the same address, freed by `close`."""
         ...
 
     def write(self, address: int, array: NDArray[Any]) -> None:
-        """Copy an array to the device; done when this returns."""
+        """Copy an array to the device and wait for the copy."""
         ...
 
     def read(self, address: int, array: NDArray[Any]) -> None:
-        """Fill an array from the device, when the work queued before is done."""
+        """Wait for all queued work, then fill `array` from the device."""
         ...
 
-    def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> Kernels: ...
+    def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> Kernels:
+        """Compile and load the kernels `entries` with the given preprocessor macros."""
+        ...
 
-    def record(self, work: Callable[[], None]) -> Launchable:
-        """Run `work`, which only queues; nothing of it happens until the result is launched."""
+    def capture(self, work: Callable[[], None]) -> Launchable:
+        """Capture what `work` queues, without running it."""
         ...
 
     def condition(self) -> int:
-        """While recording: the handle that a kernel may set to 0 to end a `loop`."""
+        """Create a condition for `loop` while capturing. A kernel sets its handle to 0 to end the loop."""
         ...
 
     def loop(self, condition: int, work: Callable[[], None]) -> None:
-        """While recording: `work` again and again as long as the condition, asked before each time, is not 0."""
+        """Capture a loop over `work`; the condition is checked before each iteration."""
         ...
 
-    def mark(self) -> DeviceEvent: ...
+    def record_event(self) -> DeviceEvent:
+        """Record an event at the end of the queue."""
+        ...
 
-    def close(self) -> None: ...
+    def elapsed_ms(self, work: Iterable[Callable[[], None]]) -> float:
+        """Run functions that queue work, wait for it, and return the milliseconds it took on the device."""
+        ...
+
+    def close(self) -> None:
+        """Wait for the queue and free all memory."""
+        ...

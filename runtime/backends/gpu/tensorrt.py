@@ -1,6 +1,6 @@
-"""The encoder step as a TensorRT engine, enqueued into whatever is being recorded.
+"""Encoder step as a TensorRT engine, which can be captured into a CUDA graph.
 
-One module for TensorRT and TensorRT for RTX, which have the same interface. Not yet run on a GPU: `docs/gpu.md`.
+Works with TensorRT and TensorRT for RTX, which have the same interface. Not yet run on a GPU: see `docs/gpu.md`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
-_ALIGNMENT = 256  # of the memory a context works in
+_ALIGNMENT = 256  # bytes, of the device memory of a context
 
 
 class TrtEncoder:
-    """The engine in `path`, built by the module `library` ("tensorrt" or "tensorrt_rtx") for this very GPU.
+    """`StepEncoder` for the engine in `path`, built by the module `library` ("tensorrt" or "tensorrt_rtx") for this
+    GPU.
 
-    `cache_dtype` is the type of its caches. Raises `BackendError` if the library is missing, or refuses the engine.
+    `cache_dtype` is the type of its caches. Raises `BackendError` if the library is missing or cannot load the engine.
     """
 
     capturable = True
@@ -39,16 +40,16 @@ class TrtEncoder:
         self._engine = self._runtime.deserialize_cuda_engine(blob)
         if self._engine is None:
             raise BackendError(
-                f"{library} {trt.__version__} refuses {path} on {device.name}{self._why(blob)}; build it again with "
-                "`nemostream build` on this machine."
+                f"{library} {trt.__version__} cannot load {path} on {device.name}{self._diagnose(blob)}; "
+                "build it again with `nemostream build` on this machine."
             )
         self._contexts: list[Any] = []
         self._memory, self._memory_bytes = 0, 0
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         trt, engine = self._trt, self._engine
-        # A context of its own for every recording, because a recording freezes it; the memory they work in is shared,
-        # because no two of them ever run at once.
+        # Each binding has its own context, because a captured context must not change. All contexts share their
+        # device memory, because no two run at the same time.
         context = self._new_context()
         if not context.set_optimization_profile_async(self._profile(rows), self._device.stream):
             raise BackendError(
@@ -57,16 +58,14 @@ class TrtEncoder:
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if name not in addresses:
-                raise BackendError(
-                    f"{self._path} has a tensor {name!r} that the runtime does not know; build it again."
-                )
+                raise BackendError(f"{self._path} has an unknown tensor {name!r}; build it again.")
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 shape = [rows if axis < 0 else axis for axis in engine.get_tensor_shape(name)]
                 if not context.set_input_shape(name, shape):
-                    raise BackendError(f"{self._path} does not take {shape} as {name}; build it again.")
+                    raise BackendError(f"{self._path} does not accept shape {shape} for {name}; build it again.")
             context.set_tensor_address(name, addresses[name])
         if missing := context.infer_shapes():
-            raise BackendError(f"{self._path} lacks the shapes of {', '.join(missing)}; build it again.")
+            raise BackendError(f"{self._path} has unknown shapes for {', '.join(missing)}; build it again.")
         needed = int(context.update_device_memory_size_for_shapes())
         if needed > self._memory_bytes:
             self._memory_bytes = math.ceil(needed / _ALIGNMENT) * _ALIGNMENT
@@ -90,27 +89,27 @@ class TrtEncoder:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            # TensorRT for RTX compiles kernels on the user's machine, by default while others already run; a recording
-            # would keep the ones it happened to meet.
+            # TensorRT for RTX compiles kernels at run time, by default in the background with fallback kernels in the
+            # meantime; a capture would keep the fallbacks.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we record ourselves
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the backend captures
         context = engine.create_execution_context(config)
         if context is None:
-            raise BackendError(f"TensorRT makes no context of {self._path}; is the GPU's memory full?")
+            raise BackendError(f"TensorRT cannot create a context for {self._path}; the GPU may be out of memory.")
         return context
 
     def _profile(self, rows: int) -> int:
-        """The first profile made for so many rows; profiles are in the order of their sizes."""
+        """Return the first profile that includes this batch size; profiles are in ascending order."""
         for profile in range(self._engine.num_optimization_profiles):
-            least, _, most = self._engine.get_tensor_profile_shape("mel", profile)
-            if least[0] <= rows <= most[0]:
+            smallest, _, largest = self._engine.get_tensor_profile_shape("mel", profile)
+            if smallest[0] <= rows <= largest[0]:
                 return profile
         raise BackendError(f"{self._path} was not built for batches of {rows}; build it with a larger --max-batch.")
 
-    def _why(self, blob: bytes) -> str:
-        """What the library says of an engine it refuses, if it can."""
+    def _diagnose(self, blob: bytes) -> str:
+        """Return the library's diagnostics for an engine it cannot load, if available."""
         try:
             validity, diagnostics = self._runtime.get_engine_validity(blob)
-        except Exception:  # TensorRT has no such call, TensorRT for RTX may not know the answer
+        except Exception:  # only TensorRT for RTX has this call, and it may fail
             return ""
         return f" ({validity.name}, diagnostics {diagnostics:#x})"

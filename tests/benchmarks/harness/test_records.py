@@ -1,4 +1,4 @@
-"""The arithmetic that all benchmarks share, against cases worked out by hand, and result files."""
+"""Statistics of the benchmarks compared with examples computed by hand, and result files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_percentiles_are_samples() -> None:
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.sampled_from(records.PERCENTILES))
-def test_percentile_by_its_definition(samples: list[float], percent: int) -> None:
+def test_percentile_definition(samples: list[float], percent: int) -> None:
     found = records.percentile(samples, percent)
     assert found in samples
     assert 100 * sum(sample <= found for sample in samples) >= percent * len(samples)
@@ -51,7 +51,7 @@ def result(**ms: list[float]) -> records.Record:
     return records.record("latency", rows, model={"name": "m"}, method={})
 
 
-def test_a_file_and_back(tmp_path: Path) -> None:
+def test_result_file_round_trip(tmp_path: Path) -> None:
     made = result(step=[1.0, 2.0], none=[])
     records.write(made, tmp_path / "deep" / "x.json")
     assert records.read(tmp_path / "deep" / "x.json") == made == json.loads(json.dumps(made))
@@ -61,18 +61,18 @@ def test_a_file_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "another/1"}'])
-def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
+def test_other_files_are_rejected(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(OptionError, match="is not a benchmark's result"):
+    with pytest.raises(OptionError, match="is not a benchmark result"):
         records.read(tmp_path / "x.json")
-    with pytest.raises(OptionError, match="is not a benchmark's result"):
+    with pytest.raises(OptionError, match="is not a benchmark result"):
         records.read(tmp_path / "missing.json")
 
 
-def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_work_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= records.OtherWork().cores() <= 1024
     assert records.available_memory() >= 0
-    # Two cores busy for ten seconds, of which this process and its children took five and three.
+    # Two cores are busy for ten seconds; this process and its children use eight seconds of them.
     ticks, clock = os.sysconf("SC_CLK_TCK"), iter([100.0, 110.0])
     monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
     busy = iter([1000 * ticks, 1020 * ticks])
@@ -82,8 +82,8 @@ def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert records.OtherWork().cores() == pytest.approx((20 - 8) / 10)
 
 
-def test_the_commit_is_ours(tmp_path: Path) -> None:
-    """Of a checkout of ours, and of a package installed in one; not of a project that installed us."""
+def test_commit_of_own_checkout_only(tmp_path: Path) -> None:
+    """The commit is that of a nemostream checkout, also of a package installed in it, not of another project."""
     for project, folder in (("ours", "benchmarks"), ("theirs", "source")):
         top = tmp_path / project
         (top / folder).mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_tables() -> None:
     assert tables.spread([3.0, 1.0, 2.0]) == "2.00 [1.00–3.00]"
     assert [tables.percent(x) for x in (0.12345, 1, None)] == ["12.35 %", "100.00 %", ""]
     assert tables.percent(0.746, 0) == "75 %"
-    assert tables.busy([0.02, 0.1]) == "Other work kept 0.10 cores busy."
-    assert "too much" in tables.busy([0.02, 0.11])
+    assert tables.other_load([0.02, 0.1]) == "Other processes used 0.10 cores."
+    assert "unreliable" in tables.other_load([0.02, 0.11])
     table = tables.markdown(["a", "b", "c"], [[1, "", 2], [3, "", ""]])
     assert table.splitlines() == ["| a | c |", "| --- | --- |", "| 1 | 2 |", "| 3 |  |"]

@@ -1,4 +1,4 @@
-"""The benchmark of words by precision: its counts are right."""
+"""Word error rates by precision: the counts are correct."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ HELD_OUT = Path(__file__).parents[3] / "examples" / "demo_model" / "heldout" / "
 
 
 @cache
-def distance(wanted: tuple[str, ...], got: tuple[str, ...]) -> int:
-    """Levenshtein's, by its definition."""
-    if not wanted or not got:
-        return len(wanted) + len(got)
-    same = wanted[0] != got[0]
-    return min(distance(wanted[1:], got[1:]) + same, distance(wanted[1:], got) + 1, distance(wanted, got[1:]) + 1)
+def distance(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """Return the Levenshtein distance, by its definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    substitution = a[0] != b[0]
+    return min(distance(a[1:], b[1:]) + substitution, distance(a[1:], b) + 1, distance(a, b[1:]) + 1)
 
 
-def spoken(text: str) -> tuple[str, ...]:
-    """Words without case and punctuation."""
+def normalised(text: str) -> tuple[str, ...]:
+    """Return the words without case and punctuation."""
     return tuple(re.sub("[^a-z ]", " ", text.lower()).split())
 
 
@@ -44,10 +44,10 @@ def test_words(demo_bundle: Bundle, tmp_path: Path) -> None:
     assert [(row["chunk_ms"], row["precision"]) for row in figures] == [
         (ms, kind) for ms in (80, 160, 560, 1120) for kind in ("fp32", "int8, CPU", "fp16", "int8", "fp8")
     ]
-    words = [spoken(row["text"]) for row in rows]
+    words = [normalised(row["text"]) for row in rows]
     with nemostream.load(chunk_ms=560) as model:
-        got = [spoken(model.transcribe(row["audio_filepath"]).text) for row in rows]
-    wrong = sum(distance(wanted, said) for wanted, said in zip(words, got, strict=True))
-    assert figures[10]["wer"] == pytest.approx(wrong / sum(map(len, words)))
+        got = [normalised(model.transcribe(row["audio_filepath"]).text) for row in rows]
+    errors = sum(distance(a, b) for a, b in zip(words, got, strict=True))
+    assert figures[10]["wer"] == pytest.approx(errors / sum(map(len, words)))
     assert figures[10]["words"] == sum(map(len, words)) and figures[10]["same_text_as_fp32"] == 6
-    assert figures[11]["gate"]["cosine"] > 0.99
+    assert figures[11]["validation"]["cosine"] > 0.99

@@ -1,9 +1,9 @@
-"""Our CUDA kernels: everything of a step but the encoder. Sources, sizes, the one argument they take, packed weights.
+"""CUDA kernels for everything in a step except the encoder: sources, argument struct, macros and packed weights.
 
-The files in `kernels/` are one translation unit, read in the order of `SOURCES`. The model's sizes are macros,
-so the compiler knows every bound; a kernel takes one argument, the struct `Step`, whose fields are listed here once for
-both languages. What the module does not know: CUDA. `runtime.cuda` compiles and launches, tests run the same sources on
-a CPU (`tests/simt`).
+The `.cu` files form one translation unit, concatenated in the order of `SOURCES`. Model sizes are preprocessor macros,
+so that the compiler knows all bounds. Every kernel takes one argument, the struct `Step`, whose fields are listed here
+for both languages. This module does not depend on CUDA: `cuda.py` compiles and launches the kernels, and `tests/simt`
+runs the same sources on a CPU.
 """
 
 from __future__ import annotations
@@ -20,34 +20,38 @@ from nemostream.runtime.decoding.boosting import MAX_TOKENS, Boosting
 from nemostream.runtime.decoding.greedy import ALPHA
 
 SOURCES = ("tile.cu", "features.cu", "slots.cu", "boosting.cu", "greedy.cu")
-BLOCK = 256  # threads of every block
+BLOCK = 256  # threads per block of every kernel
 TILE_ROWS, TILE_COLUMNS = 16, 32
-PIECES = 8  # blocks that share a row's layer while gathering: `gather`'s grid, z
-NARROW = {"float32": 0, "float16": 1, "bfloat16": 2}
+GATHER_BLOCKS = 8  # blocks that share one row and layer in `gather` (grid z)
+MATMUL_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # the macro MATMUL_TYPE, by `cache_dtype`
 
-# Words of `Step.control`, the device's own counters.
-CONTROL = ("ITERATION", "TICKET", "RECORDS", "EMITTED", "LANE", "PAIRS", "PAIRS_ODD", "ROWS", "ROWS_ODD")
+# Elements of `Step.control`, counters in device memory.
+CONTROL = ("ITERATION", "TICKET", "TOKENS", "EMITTED", "BUFFER", "PAIRS", "PAIRS_ODD", "ROWS", "ROWS_ODD")
 
-# What a kernel knows: sizes of the step, the slots' state, the model's weights, the step's own buffers.
-# B rows (`rows`), T `frames`, N `samples`, S `slots`; shapes are C-ordered; caches in cells of CELL bytes.
+# Fields of the struct `Step`. B = `rows`, T = `frames`, N = `samples`, S = `slots`, L encoder layers, D d_model,
+# C cache frames, K convolution cache frames, M mel bins, J joint size, R prediction network layers, P its hidden size,
+# V logits (blank included). Arrays are C-ordered; caches have elements of CACHE_ITEMSIZE bytes.
 FIELDS: tuple[tuple[str, str], ...] = (
     ("int", "rows"),
     ("int", "frames"),
     ("int", "samples"),
     ("int", "slots"),
-    ("int", "most_rows"),  # rows the buffers have room for, a multiple of 4
-    ("int", "most_pairs"),  # (row, frame) pairs they have room for
-    ("int", "in_place"),  # row b is slot b: the encoder reads the arena itself
-    ("int", "looping"),  # the decoding loop is a conditional node
-    ("int", "slot"),  # what `reset_decoder` and `set_phrases` are for
-    ("int", "automaton"),  # where in the pool `set_phrases` finds the slot's phrases, in words; -1: nowhere
-    ("unsigned long long", "condition"),  # its handle
-    # -- the host's memory, two lanes of each
-    ("const char*", "host_in"),  # slots [most_rows] and lengths [most_rows], int; audio [B, N] float
-    ("char*", "host_out"),  # records, undecided, -, -; failed [most_rows], int; records
-    ("long long", "host_in_bytes"),  # of a lane
-    ("long long", "host_out_bytes"),
-    # -- the arena
+    ("int", "max_rows"),  # rows that buffers have room for, a multiple of 4
+    ("int", "max_pairs"),  # (row, frame) pairs that buffers have room for
+    ("int", "in_place"),  # row b is slot b: the encoder reads the slots directly
+    ("int", "looping"),  # the decoding loop is a conditional graph node
+    ("int", "slot"),  # argument of `reset_decoder` and `set_phrases`
+    ("int", "automaton"),  # argument of `set_phrases`: word in the phrase pool where the automaton starts, -1 for none
+    ("unsigned long long", "condition"),  # handle of the conditional node
+    # -- host memory, two buffers of each
+    ("const char*", "host_input"),  # int slots [max_rows], int lengths [max_rows], float audio [B, N]
+    (
+        "char*",
+        "host_output",
+    ),  # int token count, undecided pairs, 2 unused; int failed [max_rows]; EmittedToken tokens[]
+    ("long long", "host_input_bytes"),  # of one buffer
+    ("long long", "host_output_bytes"),
+    # -- slots
     ("char*", "k"),  # [L, S, heads, C, d_k]
     ("char*", "v"),
     ("char*", "conv"),  # [L, S, D, K]
@@ -56,42 +60,42 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("float*", "predicted"),  # [S, J]
     ("float*", "h"),  # [S, R, P]
     ("float*", "c"),  # [S, R, P]
-    ("int*", "node"),  # [S] of the automaton
-    ("long long*", "position"),  # [S]
-    ("int*", "boost_at"),  # [S], as `automaton`
-    ("const int*", "pool"),  # automata (`automaton` below)
+    ("int*", "node"),  # [S], current node of the phrase automaton
+    ("long long*", "position"),  # [S], in encoder frames
+    ("int*", "slot_automaton"),  # [S], as `automaton`
+    ("const int*", "phrase_pool"),  # automata (see `automaton`)
     ("const int*", "reset_slots"),
     # -- weights
-    ("const double*", "window"),  # [window - 2], its zero ends left out
+    ("const double*", "window"),  # [window - 2], without its zeros at both ends
     ("const double2*", "twiddles"),  # [n_fft / 2] cosine, sine
     ("const double*", "filters"),  # [n_fft / 2 + 1, M]
-    ("const int*", "filter_bins"),  # [M, 2] first bin and the one after the last
+    ("const int*", "filter_bins"),  # [M, 2], first bin and end
     ("const double*", "guard"),  # [1]
     ("const float*", "embedding"),  # [V, P]
-    ("const unsigned*", "lstm_weight"),  # packed, a layer every `lstm_words`
+    ("const unsigned*", "lstm_weight"),  # packed, `lstm_words` per layer
     ("const float*", "lstm_bias"),  # [R, 4, P]
     ("const unsigned*", "project_weight"),  # packed
     ("const float*", "project_bias"),  # [J]
     ("const unsigned*", "joint_weight"),  # packed
     ("const float*", "joint_bias"),  # [V]
     ("long long", "lstm_words"),
-    ("const float*", "start_predicted"),  # [J]: a stream that has said nothing
+    ("const float*", "start_predicted"),  # [J], decoder state before the first token
     ("const float*", "start_h"),  # [R, P]
     ("const float*", "start_c"),
-    # -- the step's rows
-    ("int*", "row_slot"),  # [B], -1: idle
+    # -- rows of the step
+    ("int*", "row_slot"),  # [B], -1 for an idle row
     ("int*", "row_length"),
     ("int*", "row_count"),  # frames to decode
     ("int*", "row_failed"),
-    ("int*", "row_at"),  # the frame decoding stands at
+    ("int*", "row_frame"),  # frame being decoded
     ("int*", "row_end"),
-    ("int*", "row_last"),  # the frame of the last label, -1
-    ("int*", "row_symbols"),  # labels at that frame
+    ("int*", "row_label_frame"),  # frame of the last label, -1 for none
+    ("int*", "row_symbols"),  # labels emitted at that frame
     ("int*", "row_label"),
-    ("int*", "row_boost"),  # its slot's automaton
-    ("long long*", "row_position"),  # [B], for the encoder too
+    ("int*", "row_automaton"),  # `slot_automaton` of its slot
+    ("long long*", "row_position"),  # [B], also an encoder input
     ("long long*", "row_valid"),
-    ("float*", "wave"),  # [B, tail + N]
+    ("float*", "waveform"),  # [B, tail + N]
     ("float*", "mel"),  # [B, 8T, M]
     ("float*", "row_mel_cache"),  # [B, 9, M]
     ("float*", "mel_cache_next"),
@@ -104,23 +108,23 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("const float*", "encoded"),  # [B, T, J]
     # -- decoding
     ("int*", "control"),
-    ("int*", "list_rows"),  # [2, most_rows]: rows with frames left, by parity
-    ("int*", "list_first"),  # [2, most_rows]: where their pairs begin
-    ("int*", "list_pairs"),  # [2, most_pairs]: row * T + frame
-    ("float4*", "partial"),  # [most_pairs, tiles]: largest logit, its id, sums of exponentials and of their powers
-    ("float4*", "boosted"),  # [most_pairs, tiles], of boosted rows: largest logit with its bias, its id, without it
-    ("float*", "bias"),  # [most_rows, V - 1]
-    ("int*", "emitted"),  # [most_rows]: rows that got a label in this iteration
+    ("int*", "list_rows"),  # [2, max_rows], by parity: rows with frames left
+    ("int*", "list_first"),  # [2, max_rows], index of their first pair
+    ("int*", "list_pairs"),  # [2, max_pairs], row * T + frame
+    ("float4*", "partial"),  # [max_pairs, tiles], largest logit, its id, sums of exponentials and of their powers
+    ("float4*", "boosted"),  # [max_pairs, tiles], rows with phrases: largest biased logit, its id, its plain logit
+    ("float*", "bias"),  # [max_rows, V - 1]
+    ("int*", "emitted"),  # [max_rows], rows that emitted a label in this iteration
     ("float*", "h_next"),  # [B, R, P]
-    ("Record*", "records"),  # what was said: see `RECORD`
+    ("EmittedToken*", "tokens"),  # see `TOKEN`
 )
 _NUMPY = {"int": "i4", "unsigned long long": "u8", "long long": "i8"}
 STEP = np.dtype([(name, _NUMPY.get(kind, "u8")) for kind, name in FIELDS], align=True)
-RECORD = np.dtype([("row", "i4"), ("token", "i4"), ("frame", "i4"), ("score", "f4"), ("power", "f4")])
+TOKEN = np.dtype([("row", "i4"), ("token", "i4"), ("frame", "i4"), ("score", "f4"), ("sum_p_alpha", "f4")])
 
 
 def source() -> str:
-    """The translation unit."""
+    """Return the translation unit."""
     fields = "".join(f"  {kind} {name};\n" for kind, name in FIELDS)
     head = (
         "typedef unsigned long long cudaGraphConditionalHandle;\n"
@@ -131,11 +135,11 @@ def source() -> str:
         "#define isfinite(x) (fabsf(x) < __uint_as_float(0x7f800000u))\n"
         "#define isnan(x) ((x) != (x))\n"
         "#endif\n"
-        f"#define BLOCK {BLOCK}\n#define PIECES {PIECES}\n"
+        f"#define BLOCK {BLOCK}\n#define GATHER_BLOCKS {GATHER_BLOCKS}\n"
         f"#define TILE_ROWS {TILE_ROWS}\n#define TILE_COLUMNS {TILE_COLUMNS}\n"
-        f"#define ALPHA {ALPHA}f\n#define DEEPEST {MAX_TOKENS}\n"
+        f"#define ALPHA {ALPHA}f\n#define MAX_PHRASE_TOKENS {MAX_TOKENS}\n"
         f"enum {{ {', '.join(CONTROL)} }};\n"
-        "struct Record { int row, token, frame; float score, power; };\n"
+        "struct EmittedToken { int row, token, frame; float score, sum_p_alpha; };\n"
         f"struct Step {{\n{fields}}};\n"
     )
     folder = resources.files(__name__)
@@ -144,18 +148,19 @@ def source() -> str:
 
 
 def macros(manifest: Manifest, cache_dtype: str, conditional: bool) -> dict[str, int | str]:
-    """The model's sizes as the sources want them; `cache_dtype` is the type of the caches and of decoding's products.
+    """Return the preprocessor macros for a model; `cache_dtype` is the type of caches and of the decoder's matmuls.
 
-    Raises `BackendError` for sizes the kernels were not written for.
+    Raises `BackendError` for sizes that the kernels do not support.
     """
     features, encoder, net = manifest.features, manifest.encoder, manifest.decoder
-    line = encoder.d_model // encoder.heads * np.dtype("f4" if cache_dtype == "float32" else "f2").itemsize
+    itemsize = 4 if cache_dtype == "float32" else 2
+    head_bytes = encoder.d_model // encoder.heads * itemsize
     unsupported = {
-        f"an FFT of {features.n_fft} (a power of two is needed)": features.n_fft & (features.n_fft - 1),
+        f"an FFT of {features.n_fft} (a power of two is required)": features.n_fft & (features.n_fft - 1),
         f"a window of {features.window} in an FFT of {features.n_fft}": features.window - 2 > features.n_fft,
-        f"a prediction net of {net.layers} layers (1 or 2 are known)": net.layers > 2,
-        f"a prediction net {net.hidden} wide (a multiple of 8 is needed)": net.hidden % 8,
-        f"attention heads of {line} bytes (a multiple of 16 is needed)": line % 16,
+        f"a prediction network of {net.layers} layers (1 or 2 are supported)": net.layers > 2,
+        f"a prediction network of {net.hidden} units (a multiple of 8 is required)": net.hidden % 8,
+        f"attention heads of {head_bytes} bytes (a multiple of 16 is required)": head_bytes % 16,
     }
     for what, wrong in unsupported.items():
         if wrong:
@@ -180,35 +185,35 @@ def macros(manifest: Manifest, cache_dtype: str, conditional: bool) -> dict[str,
         "VOCABULARY": net.vocabulary + 1,
         "MAX_SYMBOLS": net.max_symbols,
         "ACTIVATION": ("relu", "sigmoid", "tanh").index(net.activation),
-        "NARROW": NARROW[cache_dtype],
-        "CELL": 4 if cache_dtype == "float32" else 2,
+        "MATMUL_TYPE": MATMUL_TYPES[cache_dtype],
+        "CACHE_ITEMSIZE": itemsize,
         "CONDITIONAL": int(conditional),
     }
 
 
 def tiles(columns: int) -> int:
-    """How many tiles a product of so many columns has."""
+    """Return the number of column tiles of a matrix product."""
     return -(-columns // TILE_COLUMNS)
 
 
 def entries(manifest: Manifest) -> tuple[str, ...]:
-    """Names of the kernels."""
+    """Return the names of the kernels."""
     lstm = tuple(f"lstm_{layer}" for layer in range(manifest.decoder.layers))
     step = ("begin", "features", "gather", "scatter", "start", "join", "decide", *lstm, "project", "finish")
-    return (*step, "reset", "forget", "boost")
+    return (*step, "reset", "reset_decoder", "set_phrases")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def weights(bundle: Bundle, cache_dtype: str) -> dict[str, NDArray[Any]]:
-    """The arrays of the fields above that are weights, by field name; `lstm_words` is the number it says."""
+    """Return the weights in `FIELDS`, by field name."""
     manifest = bundle.manifest
     features, net = manifest.features, manifest.decoder
     turn = -2 * np.pi * np.arange(features.n_fft // 2) / features.n_fft
     filters = np.array(bundle.weight("features.filters"))
     used = filters != 0
-    # argmax finds the first; a filter without bins has none to sum.
+    # argmax returns the first bin; a filter without bins gets an empty range.
     last = len(used) - used[::-1].argmax(axis=0)
     bins = np.where(used.any(axis=0), np.stack([used.argmax(axis=0), last]), 0).T
     lstm = [np.array(bundle.weight(f"decoder.lstm.{layer}.weight")) for layer in range(net.layers)]
@@ -233,31 +238,35 @@ def weights(bundle: Bundle, cache_dtype: str) -> dict[str, NDArray[Any]]:
 
 
 def pack(matrix: NDArray[np.float32], cache_dtype: str) -> NDArray[np.uint32]:
-    """A matrix [K, N] in the order in which `product` (`tile.cu`) reads it, as 32-bit words; K and N padded with zeros.
+    """Pack a matrix [K, N] as 32-bit words in the order that `product` (`tile.cu`) reads, K and N zero-padded.
 
-    fp32: tile of 32 columns, k, column. 16 bit: tile, 16 k, 8 columns, lane, the lane's two words of the B fragment of
-    `mma.m16n8k16` (PTX manual): lane 4g + m has column g, elements k = 2m, 2m + 1 and 2m + 8, 2m + 9.
+    fp32: tile of 32 columns, k, column. 16 bit: tile, 16 k, 8 columns, lane, and the lane's two words of the B fragment
+    of `mma.m16n8k16` (PTX manual): lane 4g + m holds column g, elements k = 2m, 2m + 1 and 2m + 8, 2m + 9.
     """
     depth, columns = matrix.shape
-    wide = tiles(columns)
-    padded = np.zeros((-(-depth // 16) * 16, wide * TILE_COLUMNS), np.float32)
+    column_tiles = tiles(columns)
+    padded = np.zeros((-(-depth // 16) * 16, column_tiles * TILE_COLUMNS), np.float32)
     padded[:depth, :columns] = matrix
     if cache_dtype == "float32":
-        return np.ascontiguousarray(padded.reshape(-1, wide, TILE_COLUMNS).transpose(1, 0, 2)).view(np.uint32).ravel()
+        return (
+            np.ascontiguousarray(padded.reshape(-1, column_tiles, TILE_COLUMNS).transpose(1, 0, 2))
+            .view(np.uint32)
+            .ravel()
+        )
     bits = to_16bit(padded, cache_dtype)
-    # axes: 16 k, half of them, m, pair | tile, 8 columns, g
-    split = bits.reshape(-1, 2, 4, 2, wide, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
+    # Axes: 16 k, half of them, m, pair | tile, 8 columns, g
+    split = bits.reshape(-1, 2, 4, 2, column_tiles, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
     return np.ascontiguousarray(split).view(np.uint32).ravel()
 
 
 def automaton(phrases: Boosting) -> NDArray[np.int32]:
-    """Phrases as the kernels read them (`kernels/boosting.cu`)."""
+    """Return a phrase automaton as 32-bit words in the layout that `boosting.cu` reads."""
     parts = (phrases.first, phrases.token, phrases.score.view(np.int32), phrases.fail, phrases.penalty.view(np.int32))
     return np.concatenate([np.array([len(phrases)], np.int32), *parts])
 
 
 def to_16bit(array: NDArray[np.float32], cache_dtype: str) -> NDArray[np.uint16]:
-    """The bits of an fp32 array rounded to nearest even in 16 bit."""
+    """Round an fp32 array to nearest even in a 16-bit type and return its bits."""
     if cache_dtype == "float16":
         return array.astype(np.float16).view(np.uint16)
     words = np.ascontiguousarray(array, np.float32).view(np.uint32)
@@ -265,14 +274,14 @@ def to_16bit(array: NDArray[np.float32], cache_dtype: str) -> NDArray[np.uint16]
 
 
 def start_state(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
-    """The prediction of a stream that has said nothing: the LSTM one step on, on blank, whose embedding is zero."""
+    """Return the decoder state before the first token: one LSTM step on blank, whose embedding is zero."""
     net = bundle.manifest.decoder
     x, h, c = np.zeros(net.hidden), [], []
     for layer in range(net.layers):
         joined = np.concatenate([x, np.zeros(net.hidden)])
         gates = joined @ bundle.weight(f"decoder.lstm.{layer}.weight") + bundle.weight(f"decoder.lstm.{layer}.bias")
-        i, _, cache_dtype, o = gates.reshape(4, net.hidden)
-        c.append(_sigmoid(i) * np.tanh(cache_dtype))
+        i, _, g, o = gates.reshape(4, net.hidden)
+        c.append(_sigmoid(i) * np.tanh(g))
         x = _sigmoid(o) * np.tanh(c[-1])
         h.append(x)
     predicted = x @ bundle.weight("joint.pred.weight") + bundle.weight("joint.pred.bias")

@@ -1,8 +1,8 @@
-// Phrases a stream is boosted by (`runtime/decoding/boosting.py`): automata in a pool, which streams share.
+// Phrase boosting (`runtime/decoding/boosting.py`): automata in a pool that streams share.
 //
-// An automaton is int words: how many nodes, then `first` (one more than nodes), `token`, `score`, `fail`, `penalty`.
-// What it adds to a row's logits is written out, [BLANK] floats a row, whenever the row's node changes: `join` then only
-// adds. One warp does it.
+// An automaton is stored as int words: the number of nodes, then `first` (nodes + 1), `token`, `score`, `fail` and
+// `penalty` (nodes each). One warp writes the bias that a row's logits get, [BLANK] floats, whenever the row's node
+// changes; `join` only adds it.
 
 #define BLANK (VOCABULARY - 1)
 
@@ -11,14 +11,14 @@ struct Automaton {
   const float *score, *penalty;
 };
 
-// Nodes on the way from one to the root, and what the longer ones have given back. In shared memory, of each warp.
+// Nodes on the failure path from a node to the root, and the penalties up to each. One per warp, in shared memory.
 struct Chain {
-  int node[DEEPEST];
-  float gained[DEEPEST];
+  int node[MAX_PHRASE_TOKENS];
+  float bias[MAX_PHRASE_TOKENS];
 };
 
-static __device__ __forceinline__ Automaton automaton(const Step& s, int at) {
-  const int *words = s.pool + at, nodes = *words++;
+static __device__ __forceinline__ Automaton automaton(const Step& s, int offset) {
+  const int *words = s.phrase_pool + offset, nodes = *words++;
   Automaton a;
   a.first = words;
   a.token = a.first + nodes + 1;
@@ -28,7 +28,7 @@ static __device__ __forceinline__ Automaton automaton(const Step& s, int at) {
   return a;
 }
 
-// The node after a token.
+// Return the node after a token.
 static __device__ __forceinline__ int after(const Automaton& a, int node, int token) {
   for (;; node = a.fail[node]) {
     for (int i = a.first[node], end = a.first[node + 1]; i < end; i += 32) {
@@ -40,33 +40,32 @@ static __device__ __forceinline__ int after(const Automaton& a, int node, int to
   }
 }
 
-static __device__ __forceinline__ void children(const Automaton& a, float* bias, int node, float gained) {
-  for (int i = a.first[node] + threadIdx.x % 32; i < a.first[node + 1]; i += 32) bias[a.token[i]] = gained + a.score[i];
+static __device__ __forceinline__ void write_children(const Automaton& a, float* bias, int node, float base) {
+  for (int i = a.first[node] + threadIdx.x % 32; i < a.first[node + 1]; i += 32) bias[a.token[i]] = base + a.score[i];
   __syncwarp();
 }
 
-// What is added to the logits of a row at `node`: the longest suffix that has an arc for a token decides.
+// Write the bias of each token at `node`. For each token, the longest suffix that has an arc for it applies.
 static __device__ __forceinline__ void write_bias(const Automaton& a, float* bias, int node, Chain& chain) {
   const int lane = threadIdx.x % 32;
   int depth = 0;
-  float gained = 0.0f;
+  float total = 0.0f;
   for (; node; node = a.fail[node], ++depth) {
     if (lane == 0) {
       chain.node[depth] = node;
-      chain.gained[depth] = gained;
+      chain.bias[depth] = total;
     }
-    gained += a.penalty[node];
+    total += a.penalty[node];
   }
-  for (int id = lane; id < BLANK; id += 32) bias[id] = gained;
+  for (int id = lane; id < BLANK; id += 32) bias[id] = total;
   __syncwarp();
-  children(a, bias, 0, gained);
-  while (depth--) children(a, bias, chain.node[depth], chain.gained[depth]);
+  write_children(a, bias, 0, total);
+  while (depth--) write_children(a, bias, chain.node[depth], chain.bias[depth]);
 }
 
-// Slot `slot` listens for the phrases of the automaton at word `automaton` of the pool (-1: for none). Grid 1, block
-// BLOCK.
-extern "C" __global__ void __launch_bounds__(BLOCK) boost(const Step s) {
+// Set the phrases of slot `slot`: the automaton at word `automaton` of the pool, -1 for none. Grid 1, block BLOCK.
+extern "C" __global__ void __launch_bounds__(BLOCK) set_phrases(const Step s) {
   if (threadIdx.x) return;
-  s.boost_at[s.slot] = s.automaton;
+  s.slot_automaton[s.slot] = s.automaton;
   s.node[s.slot] = 0;
 }

@@ -1,19 +1,20 @@
-// PCM to log-mel, exactly as `export/features.py` writes it into ONNX: pre-emphasis, window, power spectrum, mel
-// filters, log. In fp64: fp32 transforms are off by up to 2e-4 in quiet bins, and a GPU has fp64 to spare here.
+// Log-mel features from PCM, the same computation as the graph of `export/features.py`: pre-emphasis, window, power
+// spectrum, mel filters, log. Computed in fp64: fp32 transforms differ by up to 2e-4 in quiet bins, and fp64 is cheap
+// here.
 
 #define HALF_FFT (N_FFT / 2)
-#define SPAN (WINDOW - 2)  // samples of a frame whose window is not zero
+#define SPAN (WINDOW - 2)  // samples of a frame with a non-zero window
 
-// One block a mel frame. Grid (mel frames, rows), block BLOCK.
+// One block per mel frame. Grid (mel frames, rows), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) features(const Step s) {
   __shared__ double real[N_FFT], imaginary[N_FFT];
   const int frame = blockIdx.x, row = blockIdx.y, thread = threadIdx.x;
   if (s.row_slot[row] < 0) return;
   const int length = s.row_length[row];
-  const float* wave = s.wave + (long long)row * (TAIL + s.samples);
+  const float* wave = s.waveform + (long long)row * (TAIL + s.samples);
   for (int i = thread; i < N_FFT; i += BLOCK) {
     double x = 0.0;
-    const int m = HOP * frame + i;  // of the pre-emphasised samples; the stream's own new ones begin at TAIL - 1
+    const int m = HOP * frame + i;  // index of the pre-emphasised sample; new samples start at TAIL - 1
     if (i < SPAN && m - (TAIL - 1) < length)
       x = (double(wave[m + 1]) - PREEMPHASIS * double(wave[m])) * s.window[i];
     int reversed = 0;
@@ -24,14 +25,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) features(const Step s) {
   for (int size = 1; size < N_FFT; size *= 2) {  // Cooley-Tukey, in place
     __syncthreads();
     for (int i = thread; i < HALF_FFT; i += BLOCK) {
-      const int at = i / size * 2 * size + i % size, other = at + size;
+      const int index = i / size * 2 * size + i % size, other = index + size;
       const double2 turn = s.twiddles[i % size * (HALF_FFT / size)];
       const double x = real[other] * turn.x - imaginary[other] * turn.y;
       const double y = real[other] * turn.y + imaginary[other] * turn.x;
-      real[other] = real[at] - x;
-      imaginary[other] = imaginary[at] - y;
-      real[at] += x;
-      imaginary[at] += y;
+      real[other] = real[index] - x;
+      imaginary[other] = imaginary[index] - y;
+      real[index] += x;
+      imaginary[index] += y;
     }
   }
   __syncthreads();

@@ -1,17 +1,18 @@
-// Greedy RNNT decoding by label looping (`runtime/decoding/greedy.py` is the same in numpy; the paper is Bataev et al. 2024).
+// Greedy RNNT decoding by label looping (Bataev et al. 2024); `runtime/decoding/greedy.py` is the same in numpy.
 //
-//   start, then while any row has frames left: join, decide, lstm of each layer, project; in the end finish.
+//   start; while any row has frames left: join, decide, lstm of each layer, project; then finish.
 //
-// `join` meets every (row, frame still to come) pair with the row's prediction; `decide` finds each row's first pair
-// that is not blank, writes the label down and lists the pairs that are left; `lstm` and `project` make the next
-// prediction of the rows that got a label. Of a boosted row `join` also finds the best label but blank with the bias
-// added; `decide` takes it where the plain logits do not say blank, and writes the bias of the row's next node. The lists
-// are of parity ITERATION % 2: one is read while the next is made. In which order rows enter them may differ from run to
-// run; what is computed of a row does not depend on it.
+// `join` computes the joint network for every remaining (row, frame) pair with the row's prediction. `decide` finds
+// each row's first pair that is not blank, emits its label, and lists the remaining pairs. `lstm` and `project`
+// compute the next prediction of the rows that emitted a label. For a row with phrases, `join` also finds the best
+// non-blank label of the biased logits; `decide` emits it where the plain logits are not blank, and writes the bias
+// of the row's next node. There are two lists, selected by ITERATION % 2: one is read while the other is written. The
+// order of rows in a list may differ between runs; the result of each row does not depend on it.
 
 #define VOCAB_TILES ((VOCABULARY + TILE_COLUMNS - 1) / TILE_COLUMNS)
 
-// Whether this is the last block of the grid to come here, which then sees what all others wrote. For thread 0 only.
+// Return whether this is the last block of the grid to call it; that block sees the writes of all others. Call from
+// thread 0 only.
 static __device__ __forceinline__ bool last_block(int* ticket) {
   const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
   __threadfence();
@@ -26,34 +27,36 @@ static __device__ __forceinline__ void keep_looping(const Step& s, int pairs) {
 #endif
 }
 
-static __device__ __forceinline__ void list_row(const Step& s, int parity, int row, int at, int end) {
-  const int first = atomicAdd(&s.control[PAIRS + parity], end - at), entry = atomicAdd(&s.control[ROWS + parity], 1);
-  s.list_rows[parity * s.most_rows + entry] = row;
-  s.list_first[parity * s.most_rows + entry] = first;
-  for (int frame = at; frame < end; ++frame)
-    s.list_pairs[(long long)parity * s.most_pairs + first + frame - at] = row * s.frames + frame;
+// Append the frames `begin` to `end` of a row to the list of the given parity.
+static __device__ __forceinline__ void list_row(const Step& s, int parity, int row, int begin, int end) {
+  const int first = atomicAdd(&s.control[PAIRS + parity], end - begin), entry = atomicAdd(&s.control[ROWS + parity], 1);
+  s.list_rows[parity * s.max_rows + entry] = row;
+  s.list_first[parity * s.max_rows + entry] = first;
+  for (int frame = begin; frame < end; ++frame)
+    s.list_pairs[(long long)parity * s.max_pairs + first + frame - begin] = row * s.frames + frame;
 }
 
-// A row whose frames are not all finite fails here and now. A boosted row's bias is written. Grid (rows), block BLOCK.
+// Initialise decoding. A row with a frame that is not finite fails. Writes the bias of rows with phrases. Grid
+// (rows), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) start(const Step s) {
   __shared__ int broken;
   __shared__ Chain chain;
-  const int row = blockIdx.x, thread = threadIdx.x, boost = s.row_boost[row];
+  const int row = blockIdx.x, thread = threadIdx.x, phrases = s.row_automaton[row];
   if (thread == 0) broken = 0;
   __syncthreads();
   const float* encoded = s.encoded + (long long)row * s.frames * JOINT;
   if (s.row_slot[row] >= 0)
     for (int i = thread; i < s.frames * JOINT; i += BLOCK)
       if (!isfinite(encoded[i])) broken = 1;
-  if (boost >= 0 && thread < 32)
-    write_bias(automaton(s, boost), s.bias + (long long)row * BLANK, s.node[s.row_slot[row]], chain);
+  if (phrases >= 0 && thread < 32)
+    write_bias(automaton(s, phrases), s.bias + (long long)row * BLANK, s.node[s.row_slot[row]], chain);
   __syncthreads();
   if (thread) return;
   const int end = broken ? 0 : s.row_count[row];
   s.row_failed[row] = broken;
-  s.row_at[row] = 0;
+  s.row_frame[row] = 0;
   s.row_end[row] = end;
-  s.row_last[row] = -1;
+  s.row_label_frame[row] = -1;
   s.row_symbols[row] = 0;
   if (end > 0) list_row(s, 0, row, 0, end);
   if (last_block(&s.control[TICKET])) keep_looping(s, s.control[PAIRS]);
@@ -69,7 +72,7 @@ static __device__ __forceinline__ float activate(float x) {
 #endif
 }
 
-// The largest of a warp's values, and of equal ones the lowest id: in every lane.
+// Reduce to the largest value of the warp, the lowest id among equal values, in every lane.
 static __device__ __forceinline__ void largest(float& best, int& id) {
   for (int mask = 16; mask; mask /= 2) {
     const float other = __shfl_xor_sync(~0u, best, mask);
@@ -86,14 +89,15 @@ static __device__ __forceinline__ float total(float sum) {
   return sum;
 }
 
-// Of each listed pair and each tile of 32 logits: the largest, its id, the sum of exponentials about it, and the same of
-// ALPHA times the logits. A tile with a NaN reports infinity, which no finite row has. Of a boosted row's also the largest
-// but blank's with the bias added, its id, and its plain logit. Grid (any, VOCAB_TILES), block BLOCK.
+// For each listed pair and each tile of 32 logits, write the largest logit, its id, the sum of exponentials relative
+// to it, and the same sum for ALPHA times the logits. A tile with a NaN writes infinity as its largest. For rows with
+// phrases, also write the largest biased logit except blank's, its id, and its plain logit. Grid (any, VOCAB_TILES),
+// block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
   __shared__ Tile tile;
   const int parity = s.control[ITERATION] % 2, pairs = s.control[PAIRS + parity], column = blockIdx.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, id = column * TILE_COLUMNS + lane;
-  const int* list = s.list_pairs + (long long)parity * s.most_pairs;
+  const int* list = s.list_pairs + (long long)parity * s.max_pairs;
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
     s.control[PAIRS + 1 - parity] = s.control[ROWS + 1 - parity] = s.control[EMITTED] = 0;
   for (int first = blockIdx.x * TILE_ROWS; first < pairs; first += gridDim.x * TILE_ROWS) {
@@ -110,23 +114,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
       int best_id = id;
       largest(best, best_id);
       const float sum = total(logit > negative ? expf(logit - best) : 0.0f);
-      const float power = total(logit > negative ? expf(ALPHA * (logit - best)) : 0.0f);
+      const float sum_alpha = total(logit > negative ? expf(ALPHA * (logit - best)) : 0.0f);
       if (first + row >= pairs) continue;
-      const long long at = (long long)(first + row) * VOCAB_TILES + column;
+      const long long index = (long long)(first + row) * VOCAB_TILES + column;
       if (lane == 0)
-        s.partial[at] = make_float4(broken ? -negative : best, __int_as_float(best_id), sum, power);
-      const int of = list[first + row] / s.frames;
-      if (s.row_boost[of] < 0) continue;
-      best = id < BLANK && !isnan(logit) ? logit + s.bias[(long long)of * BLANK + id] : negative;
+        s.partial[index] = make_float4(broken ? -negative : best, __int_as_float(best_id), sum, sum_alpha);
+      const int batch_row = list[first + row] / s.frames;
+      if (s.row_automaton[batch_row] < 0) continue;
+      best = id < BLANK && !isnan(logit) ? logit + s.bias[(long long)batch_row * BLANK + id] : negative;
       best_id = id;
       largest(best, best_id);
       const float plain = __shfl_sync(~0u, logit, best_id % TILE_COLUMNS);
-      if (lane == 0) s.boosted[at] = make_float4(best, __int_as_float(best_id), plain, 0.0f);
+      if (lane == 0) s.boosted[index] = make_float4(best, __int_as_float(best_id), plain, 0.0f);
     }
   }
 }
 
-// The largest of a pair's tiles and its id, in every lane.
+// Find the largest logit over a pair's tiles and its id, in every lane.
 static __device__ __forceinline__ void largest_tile(const float4* tiles, float& best, int& id) {
   best = -__uint_as_float(0x7f800000u);
   id = VOCABULARY;
@@ -138,58 +142,58 @@ static __device__ __forceinline__ void largest_tile(const float4* tiles, float& 
   largest(best, id);
 }
 
-// One warp a row. Grid (any), block BLOCK.
+// Emit the next label of each listed row, or finish the row. One warp per row. Grid (any), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) decide(const Step s) {
   __shared__ Chain chains[WARPS];
   const int parity = s.control[ITERATION] % 2, rows = s.control[ROWS + parity];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int entry = blockIdx.x * WARPS + warp; entry < rows; entry += gridDim.x * WARPS) {
-    const int row = s.list_rows[parity * s.most_rows + entry], first = s.list_first[parity * s.most_rows + entry];
-    const int end = s.row_end[row], at = s.row_at[row], boost = s.row_boost[row];
-    int frame = at, id = BLANK, node = 0;
-    float best = 0.0f, sum = 0.0f, power = 0.0f, below = 0.0f;
+    const int row = s.list_rows[parity * s.max_rows + entry], first = s.list_first[parity * s.max_rows + entry];
+    const int end = s.row_end[row], begin = s.row_frame[row], phrases = s.row_automaton[row];
+    int frame = begin, id = BLANK, node = 0;
+    float best = 0.0f, sum = 0.0f, sum_alpha = 0.0f, below = 0.0f;
     for (; frame < end; ++frame) {
-      largest_tile(s.partial + (long long)(first + frame - at) * VOCAB_TILES, best, id);
+      largest_tile(s.partial + (long long)(first + frame - begin) * VOCAB_TILES, best, id);
       if (!isfinite(best) || id != BLANK) break;
     }
     if (frame < end && isfinite(best)) {
-      const float4* partial = s.partial + (long long)(first + frame - at) * VOCAB_TILES;
+      const float4* partial = s.partial + (long long)(first + frame - begin) * VOCAB_TILES;
       for (int i = lane; i < VOCAB_TILES; i += 32) {
         sum += partial[i].z * expf(partial[i].x - best);
-        power += partial[i].w * expf(ALPHA * (partial[i].x - best));
+        sum_alpha += partial[i].w * expf(ALPHA * (partial[i].x - best));
       }
       sum = total(sum);
-      power = total(power);
-      if (boost >= 0) {
-        const float4* boosted = s.boosted + (long long)(first + frame - at) * VOCAB_TILES;
-        float raised;
-        largest_tile(boosted, raised, id);
+      sum_alpha = total(sum_alpha);
+      if (phrases >= 0) {
+        const float4* boosted = s.boosted + (long long)(first + frame - begin) * VOCAB_TILES;
+        float biased;
+        largest_tile(boosted, biased, id);
         below = boosted[id / TILE_COLUMNS].z - best;
-        const Automaton a = automaton(s, boost);
+        const Automaton a = automaton(s, phrases);
         node = after(a, s.node[s.row_slot[row]], id);
         write_bias(a, s.bias + (long long)row * BLANK, node, chains[warp]);
       }
     }
     if (lane) continue;
     if (frame == end) {
-      s.row_at[row] = end;
+      s.row_frame[row] = end;
     } else if (!isfinite(best)) {
       s.row_failed[row] = 1;
-      s.row_at[row] = s.row_end[row] = 0;
+      s.row_frame[row] = s.row_end[row] = 0;
     } else {
-      const int symbols = s.row_last[row] == frame ? s.row_symbols[row] + 1 : 1;
+      const int symbols = s.row_label_frame[row] == frame ? s.row_symbols[row] + 1 : 1;
       const int next = symbols >= MAX_SYMBOLS ? frame + 1 : frame;
       const float score = -logf(sum);
-      Record& record = s.records[atomicAdd(&s.control[RECORDS], 1)];
-      record.row = row;
-      record.token = id;
-      record.frame = int(s.row_position[row]) + frame;
-      record.score = below + score;
-      record.power = power * expf(ALPHA * score);
-      if (boost >= 0) s.node[s.row_slot[row]] = node;
-      s.row_last[row] = frame;
+      EmittedToken& token = s.tokens[atomicAdd(&s.control[TOKENS], 1)];
+      token.row = row;
+      token.token = id;
+      token.frame = int(s.row_position[row]) + frame;
+      token.score = below + score;
+      token.sum_p_alpha = sum_alpha * expf(ALPHA * score);
+      if (phrases >= 0) s.node[s.row_slot[row]] = node;
+      s.row_label_frame[row] = frame;
       s.row_symbols[row] = symbols;
-      s.row_at[row] = next;
+      s.row_frame[row] = next;
       s.row_label[row] = id;
       s.emitted[atomicAdd(&s.control[EMITTED], 1)] = row;
       if (next < end) list_row(s, 1 - parity, row, next, end);
@@ -204,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decide(const Step s) {
 
 static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// One LSTM layer for the rows that got a label; a column tile holds the four gates of eight units. `h` is read here and
-// in other blocks, so the new one goes to `h_next` until `project`. Grid (any, HIDDEN / 8), block BLOCK.
+// One LSTM layer for the rows that emitted a label. A column tile holds the four gates of eight units. Other blocks
+// read `h` too, so the new state is written to `h_next`, which `project` copies. Grid (any, HIDDEN / 8), block BLOCK.
 static __device__ __forceinline__ void lstm(const Step& s, int layer) {
   __shared__ Tile tile;
   const int emitted = s.control[EMITTED], column = blockIdx.y, thread = threadIdx.x;
@@ -218,16 +222,16 @@ static __device__ __forceinline__ void lstm(const Step& s, int layer) {
       if (layer) return s.h_next[((long long)row * NET_LAYERS + layer - 1) * HIDDEN + k];
       return s.embedding[(long long)s.row_label[row] * HIDDEN + k];
     });
-    const int entry = thread / 8, unit = thread % 8, at = column * 8 + unit;
+    const int entry = thread / 8, unit = thread % 8, index = column * 8 + unit;
     if (entry < TILE_ROWS && first + entry < emitted) {
       const int row = s.emitted[first + entry];
       float gates[4];
       for (int gate = 0; gate < 4; ++gate)
-        gates[gate] = tile.sums[0][entry][8 * gate + unit] + s.lstm_bias[(layer * 4 + gate) * HIDDEN + at];
-      float* cell = s.c + ((long long)s.row_slot[row] * NET_LAYERS + layer) * HIDDEN + at;
-      const float kept = sigmoid(gates[1]) * *cell + sigmoid(gates[0]) * tanhf(gates[2]);
-      *cell = kept;
-      s.h_next[((long long)row * NET_LAYERS + layer) * HIDDEN + at] = sigmoid(gates[3]) * tanhf(kept);
+        gates[gate] = tile.sums[0][entry][8 * gate + unit] + s.lstm_bias[(layer * 4 + gate) * HIDDEN + index];
+      float* cell = s.c + ((long long)s.row_slot[row] * NET_LAYERS + layer) * HIDDEN + index;
+      const float next = sigmoid(gates[1]) * *cell + sigmoid(gates[0]) * tanhf(gates[2]);
+      *cell = next;
+      s.h_next[((long long)row * NET_LAYERS + layer) * HIDDEN + index] = sigmoid(gates[3]) * tanhf(next);
     }
   }
 }
@@ -237,10 +241,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) lstm_0(const Step s) { lstm(
 extern "C" __global__ void __launch_bounds__(BLOCK) lstm_1(const Step s) { lstm(s, 1); }
 #endif
 #if NET_LAYERS > 2
-#error "decoding on a GPU knows prediction nets of one or two layers"
+#error "prediction networks have one or two layers"
 #endif
 
-// The prediction as the joint wants it, and `h` at last. Grid (any, tiles of JOINT), block BLOCK.
+// Project the prediction to the joint size and update `h`, for the rows that emitted a label. Grid (any, tiles of
+// JOINT), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) project(const Step s) {
   __shared__ Tile tile;
   const int emitted = s.control[EMITTED], thread = threadIdx.x, lane = thread % 32;
@@ -260,19 +265,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK) project(const Step s) {
   }
 }
 
-// What was said goes to the host's memory: how many records, how many pairs are undecided (none, but where the loop is
-// unrolled), which rows failed, the records. A step that is over hands the lane on. Grid (any), block BLOCK.
+// Write the results to the current host output buffer: the number of tokens, the number of undecided pairs (not 0
+// only if the loop is unrolled), which rows failed, and the tokens. If the step is complete, switch to the other
+// buffers. Grid (any), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) finish(const Step s) {
-  int* out = reinterpret_cast<int*>(s.host_out + (s.control[LANE] ? s.host_out_bytes : 0));
-  const int records = s.control[RECORDS], undecided = s.control[PAIRS + s.control[ITERATION] % 2];
+  int* out = reinterpret_cast<int*>(s.host_output + (s.control[BUFFER] ? s.host_output_bytes : 0));
+  const int count = s.control[TOKENS], undecided = s.control[PAIRS + s.control[ITERATION] % 2];
   for (int i = blockIdx.x * BLOCK + threadIdx.x; i < s.rows; i += gridDim.x * BLOCK) out[4 + i] = s.row_failed[i];
-  int* said = out + 4 + s.most_rows;
-  const int *from = reinterpret_cast<const int*>(s.records), words = records * int(sizeof(Record) / sizeof(int));
-  for (int i = blockIdx.x * BLOCK + threadIdx.x; i < words; i += gridDim.x * BLOCK) said[i] = from[i];
+  int* tokens = out + 4 + s.max_rows;
+  const int *from = reinterpret_cast<const int*>(s.tokens), words = count * int(sizeof(EmittedToken) / sizeof(int));
+  for (int i = blockIdx.x * BLOCK + threadIdx.x; i < words; i += gridDim.x * BLOCK) tokens[i] = from[i];
   __syncthreads();
   if (threadIdx.x == 0 && last_block(&s.control[TICKET])) {
-    out[0] = records;
+    out[0] = count;
     out[1] = undecided;
-    if (!undecided) s.control[LANE] = 1 - s.control[LANE];
+    if (!undecided) s.control[BUFFER] = 1 - s.control[BUFFER];
   }
 }

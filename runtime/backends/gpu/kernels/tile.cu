@@ -1,29 +1,29 @@
-// Numbers narrower than fp32, and the one matrix product that decoding is made of.
+// Types narrower than fp32, and the tiled matrix product used by decoding.
 //
-// A block of 256 threads makes a tile of 16 rows by 32 columns, C = A B: its 8 warps split the inner dimension among
-// them and add up through shared memory, because decoding's products have few rows and the weights of a whole product
-// should be on their way from the L2 cache at once. A's rows are gathered by the caller, chunk by chunk; B's columns
-// were packed on the host so that every thread reads what it needs in one coalesced load (`Weights` in `weights.py`).
+// A block of 256 threads computes a tile of 16 rows by 32 columns of C = A B. Its 8 warps split the inner dimension
+// and add their sums through shared memory: decoding's products have few rows, so the weights of a whole product
+// should be loaded from the L2 cache at once. The caller gathers the rows of A, DEPTH elements at a time. B was
+// packed on the host so that every thread reads its elements in one coalesced load (`pack` in `__init__.py`).
 //
-// NARROW: 0 multiplies in fp32, 1 in fp16, 2 in bf16 (tensor cores, sums in fp32).
+// MATMUL_TYPE: 0 multiplies in fp32, 1 in fp16, 2 in bf16 (tensor cores, sums in fp32).
 
 #define WARPS (BLOCK / 32)
-#define DEPTH 512  // inner elements of A staged at once
+#define DEPTH 512  // elements of the inner dimension staged at once
 
-typedef unsigned short narrow_t;
+typedef unsigned short bits16_t;
 
-#if NARROW
+#if MATMUL_TYPE
 #ifdef CUDA_ON_CPU
-static __device__ __forceinline__ narrow_t narrow(float x) {
-  return NARROW == 2 ? simt_float_to_bfloat(x) : simt_float_to_half(x);
+static __device__ __forceinline__ bits16_t to_operand(float x) {
+  return MATMUL_TYPE == 2 ? simt_float_to_bfloat(x) : simt_float_to_half(x);
 }
 static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  simt_mma_16816<NARROW == 2>(d, a, b);
+  simt_mma_16816<MATMUL_TYPE == 2>(d, a, b);
 }
 #else
-static __device__ __forceinline__ narrow_t narrow(float x) {
-  narrow_t bits;
-#if NARROW == 2
+static __device__ __forceinline__ bits16_t to_operand(float x) {
+  bits16_t bits;
+#if MATMUL_TYPE == 2
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
 #else
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
@@ -31,7 +31,7 @@ static __device__ __forceinline__ narrow_t narrow(float x) {
   return bits;
 }
 static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#if NARROW == 2
+#if MATMUL_TYPE == 2
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -40,28 +40,28 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
-typedef narrow_t staged_t;
-#define STAGED_STRIDE (DEPTH + 8)  // rows 16 bytes apart modulo 128: fragments load without bank conflicts
+typedef bits16_t operand_t;
+#define STAGED_STRIDE (DEPTH + 8)  // rows are 16 bytes apart modulo 128, so fragments load without bank conflicts
 #else
-typedef float staged_t;
-static __device__ __forceinline__ float narrow(float x) { return x; }
+typedef float operand_t;
+static __device__ __forceinline__ float to_operand(float x) { return x; }
 #define STAGED_STRIDE (DEPTH + 1)
 #endif
 
-// Shared memory of a tile: A while it is multiplied, the warps' sums afterwards.
+// Shared memory of a tile: first the staged elements of A, then the sums of each warp.
 union Tile {
-  staged_t staged[TILE_ROWS][STAGED_STRIDE];
+  operand_t staged[TILE_ROWS][STAGED_STRIDE];
   float sums[WARPS][TILE_ROWS][TILE_COLUMNS + 1];
 };
 
-// Column tile `column` of A B, for A's element (row, k) = `element(row, k)`, k < depth, and B packed with its depth
-// rounded up to 16. Afterwards `tile.sums[0]` holds the product. Every thread of the block must call it.
+// Compute column tile `column` of A B into `tile.sums[0]`. `element(row, k)` returns A's elements for k < depth; B is
+// packed with its depth rounded up to 16. Must be called by every thread of the block.
 template <class Element>
 static __device__ __forceinline__ void product(
     Tile& tile, const unsigned* __restrict__ packed, int column, int depth, Element element) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int padded = (depth + 15) / 16 * 16;
-#if NARROW
+#if MATMUL_TYPE
   float sum[4][4] = {};
   const uint2* fragments = reinterpret_cast<const uint2*>(packed) + (long long)column * (padded / 16) * 4 * 32;
   const int group = lane / 4, member = lane % 4;
@@ -71,13 +71,13 @@ static __device__ __forceinline__ void product(
 #endif
   for (int start = 0; start < padded; start += DEPTH) {
     const int length = min(DEPTH, padded - start);
-    __syncthreads();  // whoever read the tile before is done
+    __syncthreads();  // the previous contents of the tile have been read
     for (int i = thread; i < TILE_ROWS * length; i += BLOCK) {
       const int row = i / length, k = i % length;
-      tile.staged[row][k] = narrow(start + k < depth ? element(row, start + k) : 0.0f);
+      tile.staged[row][k] = to_operand(start + k < depth ? element(row, start + k) : 0.0f);
     }
     __syncthreads();
-#if NARROW
+#if MATMUL_TYPE
     for (int k = warp * 16; k < length; k += WARPS * 16) {
       unsigned a[4];
 #pragma unroll
@@ -99,7 +99,7 @@ static __device__ __forceinline__ void product(
 #endif
   }
   __syncthreads();
-#if NARROW
+#if MATMUL_TYPE
 #pragma unroll
   for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -110,11 +110,11 @@ static __device__ __forceinline__ void product(
 #endif
   __syncthreads();
   for (int i = thread; i < TILE_ROWS * TILE_COLUMNS; i += BLOCK) {
-    const int row = i / TILE_COLUMNS, at = i % TILE_COLUMNS;
+    const int row = i / TILE_COLUMNS, col = i % TILE_COLUMNS;
     float total = 0.0f;
 #pragma unroll
-    for (int part = 0; part < WARPS; ++part) total += tile.sums[part][row][at];
-    tile.sums[0][row][at] = total;  // read by this thread alone until the barrier
+    for (int part = 0; part < WARPS; ++part) total += tile.sums[part][row][col];
+    tile.sums[0][row][col] = total;  // no other thread reads this element before the barrier
   }
   __syncthreads();
 }

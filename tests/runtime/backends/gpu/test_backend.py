@@ -21,7 +21,7 @@ from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, CapacityError, OptionError
 from nemostream.runtime.backends.base import Batch, Emissions
 from nemostream.runtime.backends.cpu import OrtBackend
-from nemostream.runtime.backends.gpu.backend import UNROLLED, GpuBackend
+from nemostream.runtime.backends.gpu.backend import UNROLLED_ITERATIONS, GpuBackend
 from nemostream.runtime.decoding.boosting import Boosting
 
 CAPACITY = 5
@@ -174,7 +174,7 @@ def test_many_threads_share_it(demo_bundle: Bundle, make_device: Any, clips: dic
         ({}, False, "while", "while", 3),  # ours, the encoder's, ours: and no wait between them
         ({"conditional": False}, True, "unrolled", "while", 1),
         ({"conditional": False}, False, "unrolled", "while", 3),
-        ({"recordable": False}, True, "eager", "while", None),
+        ({"capturable": False}, True, "eager", "while", None),
         ({}, True, "unrolled", "unrolled", 1),
         ({}, True, "eager", "eager", None),
     ],
@@ -213,7 +213,7 @@ def test_what_a_device_cannot_do_is_done_otherwise(
         assert seen(step.result()) == seen(wanted)
         most = max(most, *map(len, wanted.tokens))
     assert (
-        most >= UNROLLED or small_bundle.manifest.name == "demo"
+        most >= UNROLLED_ITERATIONS or small_bundle.manifest.name == "demo"
     )  # labels and a verdict: more than an unrolled loop comes to in one launch
     ours.close()
 
@@ -261,7 +261,7 @@ def test_the_features_are_the_graphs(talking: GpuBackend, small_bundle: Bundle, 
         wanted, tail = session.run(["mel", "audio_tail_next"], {"audio": audio, "audio_tail": tail, "lengths": lengths})
         talking.encode(Batch(chunk, np.arange(4), audio, lengths))
         mel = np.empty_like(wanted)
-        talking._device.read(int(talking._memory.step["mel"]), mel)
+        talking.arena.read("mel", mel)
         np.testing.assert_allclose(mel, wanted, atol=2e-6)
 
 
@@ -286,11 +286,11 @@ def test_streams_that_are_not_in_the_batch_are_left_alone(
 
 def state_of(backend: GpuBackend) -> list[bytes]:
     """Every byte of every slot."""
-    memory, found = backend._memory, [b""] * backend.capacity
+    memory, found = backend.arena, [b""] * backend.capacity
     layers = backend.manifest.encoder.layers
     for name, size in memory.slot_bytes.items():
         array = np.empty(size, np.uint8)
-        backend._device.read(int(memory.step[name]), array)
+        memory.read(name, array)
         outer = layers if name in ("k", "v", "conv") else 1
         for slot in range(backend.capacity):
             found[slot] += array.reshape(outer, backend.capacity, -1)[:, slot].tobytes()

@@ -104,7 +104,7 @@ def test_a_recording_that_fails_is_given_up(invalidated: bool, monkeypatch: pyte
         raise BackendError("the step is wrong.")
 
     with pytest.raises(BackendError, match=r"the step is wrong."):
-        device.record(lambda: device.loop(device.condition(), work))
+        device.capture(lambda: device.loop(device.condition(), work))
     (builder,) = builders
     assert builder.closed == (not invalidated)
     assert builder.body.closed == 1, "the body first"
@@ -133,7 +133,7 @@ def test_kernels_are_loaded_in_the_best_way_that_works(where: str, monkeypatch: 
     loaded = device.kernels({"CONDITIONAL": 1}, ("begin", "finish"))
     assert tried == [("cubin", 1), ("ptx", 1), ("cubin", 0)]
     assert (loaded.format, loaded.conditional, len(loaded.failures)) == ("cubin", False, 2)
-    wanted = "an extern is unresolved." if where == "compile" else f"{where} says CUDA_ERROR_WRONG."
+    wanted = "an extern is unresolved." if where == "compile" else f"{where} returned CUDA_ERROR_WRONG."
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
-    with pytest.raises(BackendError, match=r"none of our kernels can be loaded: cubin with conditions: .* ptx: "):
+    with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: "):
         a_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData"))[0].kernels({"CONDITIONAL": 1}, ())

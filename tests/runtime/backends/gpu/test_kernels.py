@@ -300,7 +300,7 @@ def test_the_order_of_threads_changes_nothing(cache_dtype: str, make_device: Any
         audio = np.random.default_rng(1).standard_normal((ROWS, CHUNK.samples)).astype(np.float32)
         emissions = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
         state = np.empty((ROWS, LAYERS, HIDDEN), np.float32)
-        device.read(int(backend._memory.step["h"]), state)
+        backend.arena.read("h", state)
         parts = [*emissions.tokens, *emissions.frames, *emissions.scores, *emissions.sum_p_alpha, state]
         seen.append(b"".join(part.tobytes() for part in parts))
     assert len(seen[0]) > state.nbytes
@@ -385,7 +385,7 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     macros = kernels.macros(demo_bundle.manifest, "float32", conditional=True)
-    with pytest.raises(BackendError, match=r"(?s)does not compile our kernels for sm90.*error"):
+    with pytest.raises(BackendError, match=r"(?s)cannot compile the kernels for sm90.*error"):
         compile_kernels({**macros, "VOCABULARY": "nonsense"}, "sm90")
 
 
@@ -393,8 +393,8 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words(
     ("changes", "words"),
     [
         ({"features": {"n_fft": 500}}, "an FFT of 500"),
-        ({"decoder": {"layers": 3}}, "a prediction net of 3 layers"),
-        ({"decoder": {"hidden": 100}}, "a prediction net 100 wide"),
+        ({"decoder": {"layers": 3}}, "a prediction network of 3 layers"),
+        ({"decoder": {"hidden": 100}}, "a prediction network of 100 units"),
         ({"encoder": {"heads": 32}}, "attention heads of 8 bytes"),
     ],
 )

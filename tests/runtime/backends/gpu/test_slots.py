@@ -118,16 +118,16 @@ def test_a_state_that_does_not_fit(make: Any, small_bundle: Bundle) -> None:
     }
     for words, state in bad.items():
         with pytest.raises(
-            OptionError, match=f"another model, or of another kind .*{words.split()[0]}.* {words.split()[1]} not"
+            OptionError, match=f"another model, or from another kind .*{words.split()[0]}.* {words.split()[1]} not"
         ):
             backend.load(1, state)
     backend.set_phrases(0, phrases_of(small_bundle))
-    with pytest.raises(OptionError, match="listening for other phrases"):
+    with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(1, backend.save(0))
-    with pytest.raises(OptionError, match="listening for other phrases"):
+    with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(0, good)
     backend.set_phrases(1, phrases_of(small_bundle, seed=1))
-    with pytest.raises(OptionError, match="listening for other phrases"):
+    with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(1, backend.save(0))
     backend.set_phrases(1, None)
     assert {name: array.tobytes() for name, array in backend.save(1).items()} == kept
@@ -237,14 +237,16 @@ def test_the_pool_of_phrases(small_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     lists = [phrases_of(small_bundle, seed) for seed in range(4)]
     sizes = [4 * (2 + 5 * len(phrases)) for phrases in lists]
     room = max(sizes[0] + sizes[1], sizes[0] + sizes[2], sizes[2] + sizes[1]) + 16
-    monkeypatch.setattr(arena, "POOL", room)
+    monkeypatch.setattr(arena, "PHRASE_POOL_BYTES", room)
     backend = on_gpu(small_bundle, HostDevice(), capacity=4)
     backend.set_phrases(0, lists[0])
     backend.set_phrases(1, lists[0])
     backend.set_phrases(2, phrases_of(small_bundle, 0))  # the same phrases, another time
     backend.set_phrases(3, lists[1])
-    assert len(backend._memory._pool) == 2
-    with pytest.raises(CapacityError, match=rf"need {sizes[2]} bytes of the {room} .* {sizes[0] + sizes[1]} are taken"):
+    assert len(backend.arena._pool) == 2
+    with pytest.raises(
+        CapacityError, match=rf"need {sizes[2]} bytes of the {room} .* {sizes[0] + sizes[1]} are in use"
+    ):
         backend.set_phrases(3, lists[2])
     assert np.array_equal(backend.save(3)["phrases"], lists[1].digest)
     backend.set_phrases(0, None)
@@ -253,10 +255,10 @@ def test_the_pool_of_phrases(small_bundle: Bundle, monkeypatch: pytest.MonkeyPat
         backend.set_phrases(3, lists[2])  # slot 2 has the first still
     backend.set_phrases(2, None)
     backend.set_phrases(2, lists[2])
-    assert len(backend._memory._pool) == 2
+    assert len(backend.arena._pool) == 2
     for slot in (2, 3):
         backend.set_phrases(slot, None)
-    assert not backend._memory._pool and not backend._memory._users and not backend._memory._phrases
+    assert not backend.arena._pool and not backend.arena._users and not backend.arena._phrases
 
 
 @needs_compiler

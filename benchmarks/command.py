@@ -1,0 +1,57 @@
+"""Command line of the benchmarks: common options, and running a measurement."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.report import write_report
+from nemostream.errors import BackendError, NemostreamError
+from nemostream.extras import install_command
+
+DEVICES = "cpu, cuda (TensorRT engines) or cuda:onnxruntime"
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have; `description` is the docstring of the module."""
+    parser = argparse.ArgumentParser(
+        prog=f"nemostream bench {name}",
+        description=(description or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder for the result, its tables and plots")
+    parser.add_argument("--name", default=name, help="name of the output files, without suffix")
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser, several_devices: bool = False) -> None:
+    """Add the options that select a bundle and a backend."""
+    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
+    if several_devices:
+        parser.add_argument("--device", nargs="+", default=["cpu"], help=f"one or more of {DEVICES}")
+    else:
+        parser.add_argument("--device", default="cpu", help=DEVICES)
+    parser.add_argument("--engines", type=Path, help="folder of engines (default: ~/.cache/nemostream/engines)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--chunk-ms", type=int, nargs="+", help="chunk sizes in ms (default: all of the model)")
+
+
+def run(measure: Callable[[], records.Record], options: argparse.Namespace) -> None:
+    """Run `measure`, write the result with its tables and plots, and print the tables.
+
+    Exits with the exit code of the error if a `NemostreamError` is raised.
+    """
+    try:
+        if missing := [name for name in ("matplotlib", "onnx") if find_spec(name) is None]:
+            raise BackendError(f"benchmarks need {' and '.join(missing)}: {install_command('bench')}")
+        result = measure()
+        records.write(result, options.out / f"{options.name}.json")
+        print(write_report([result], options.out / f"{options.name}.md"), end="")
+    except NemostreamError as error:
+        records.report_progress(f"nemostream: {error}")
+        sys.exit(error.exit_code)
+    records.report_progress(f"\nwritten: {options.out / options.name}.json, .md and plots")
