@@ -63,7 +63,7 @@ from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.backends.gpu.onnxruntime import check_provider
 
 _BATCHES = (1, 8, 64, 256, 1024)
-_TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # what rests on little first
+_TESTS = ("gpu/test_kernels", "gpu/test_slots", "gpu/test_backend", "test_model_backends")  # what rests on little first
 _SIDES = ("ours fp16", "nemo bf16", "nemo graph")
 _GRACE = 60.0  # seconds that what was begun may take beyond `--minutes`
 
@@ -154,7 +154,7 @@ def bandwidth(here: Here) -> Report:
 
 
 def tests(here: Here) -> Report:
-    return _pytest(here, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/{name}.py" for name in _TESTS)], 150)
+    return _pytest(here, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/backends/{name}.py" for name in _TESTS)], 150)
 
 
 def sanitizer(here: Here) -> Report:
@@ -163,7 +163,7 @@ def sanitizer(here: Here) -> Report:
         raise BackendError("compute-sanitizer is not on the PATH (it comes with CUDA).")
     chosen = [
         "-k",
-        "test_decoding_equals_the_definition and gpu and random",
+        "test_decoding_matches_reference and gpu and random",
         "tests/runtime/backends/gpu/test_kernels.py",
     ]
     found = _pytest(here, chosen, 90, [tool, "--error-exitcode", "9"])
