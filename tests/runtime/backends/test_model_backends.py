@@ -1,5 +1,4 @@
-"""The public API on the GPU backend: results with utterances, decoder resets, phrases and resumed files equal the
-CPU's."""
+"""The public API on the GPU backend: results equal the CPU's, with decoder resets, phrases and resumed files."""
 
 from __future__ import annotations
 
