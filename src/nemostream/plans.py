@@ -157,7 +157,8 @@ class PlanStore:
                 raise BackendError(f"{path} is missing or damaged; build the engine again.")
             if foreign := sorted(read - {other.file for other in plan.files}):
                 raise BackendError(
-                    f"{path} reads {short_repr(foreign[0])}, which is not one of the engine's files; build the engine again."
+                    f"{path} reads {short_repr(foreign[0])}, which is not one of the engine's files; build the engine "
+                    "again."
                 )
         return plan
 
@@ -298,7 +299,7 @@ def check_private(folder: Path) -> None:
             )
 
 
-def no_engine(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
+def missing_engine_error(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
     """Return the error for a step of a chunk size without an engine; `loaded` are those with one."""
     return BackendError(
         f"there is no engine for chunks of {chunk_ms} ms, only for {', '.join(map(str, loaded))} ms; build one with "

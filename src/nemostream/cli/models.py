@@ -155,8 +155,8 @@ def build(
 def _describe_plan(plan: Plan, built: bool) -> str:
     origin = f"built in {plan.seconds:.1f} s" if built else "already built"
     validation = "not validated yet: it will be compared with fp32 when it is loaded"
-    if {"cosine", "tokens", "steps"} <= plan.gate.keys():
-        cosine, tokens, steps = (plan.gate[key] for key in ("cosine", "tokens", "steps"))
+    if {"cosine", "tokens", "steps"} <= plan.validation.keys():
+        cosine, tokens, steps = (plan.validation[key] for key in ("cosine", "tokens", "steps"))
         validation = f"cosine {cosine:.5f} and {tokens} equal tokens in {steps} steps"
     return f"{plan.bytes / 1e6:.1f} MB, {origin}; {validation}"
 
