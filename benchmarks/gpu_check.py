@@ -68,7 +68,8 @@ from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.backends.gpu.onnxruntime import check_provider
 
 _BATCHES = (1, 8, 64, 256, 1024)
-_TESTS = ("test_kernels", "test_slots", "test_gpu", "test_model_backends")  # modules with few dependencies first
+# Test modules, those with few dependencies first.
+_TESTS = ("gpu/test_kernels", "gpu/test_slots", "gpu/test_backend", "test_model_backends")
 _RUNNERS = ("nemostream fp16", "nemo bf16", "nemo graph")
 _GRACE = 60.0  # seconds that a running section may take beyond `--minutes`
 
@@ -166,7 +167,9 @@ def bandwidth(context: SectionContext) -> Report:
 
 
 def tests(context: SectionContext) -> Report:
-    return _pytest(context, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/{name}.py" for name in _TESTS)], 150)
+    return _pytest(
+        context, ["-m", "gpu", "--maxfail=10", *(f"tests/runtime/backends/{name}.py" for name in _TESTS)], 150
+    )
 
 
 def sanitizer(context: SectionContext) -> Report:
@@ -175,7 +178,7 @@ def sanitizer(context: SectionContext) -> Report:
         raise BackendError("compute-sanitizer is not on the PATH; it is part of the CUDA toolkit.")
     selection = [
         "-k",
-        "test_decoding_equals_the_definition and gpu and random",
+        "test_decoding_matches_reference and gpu and random",
         "tests/runtime/backends/gpu/test_kernels.py",
     ]
     result = _pytest(context, selection, 90, [tool, "--error-exitcode", "9"])

@@ -46,8 +46,7 @@ Array = NDArray[np.generic]
 
 
 def read_encoder(bundle: Bundle, chunk: ChunkConfig) -> onnx.ModelProto:
-    """Load the bundle's encoder graph without its weights, and without the output `encoded`, which the runtime
-    ignores."""
+    """Load the bundle's encoder graph without its weights and without the output `encoded`, which is not used."""
     model = onnx.load(bundle.file(f"encoder-{chunk.ms}ms"), load_external_data=False)
     graph = model.graph
     for values in (graph.node, graph.output):
@@ -73,8 +72,8 @@ def write_typed(
     `ranges` is the largest input magnitude of each quantisable layer by weight name, required for "int8" and "fp8".
     """
     model = read_encoder(bundle, chunk)
-    with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
-        writer = _Typed(model, weights, precision, ranges or {})
+    with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
+        writer = _GraphConverter(model, weights, precision, ranges or {})
         return writer.write(folder / f"{stem}.onnx")
 
 
@@ -89,7 +88,7 @@ def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: s
     graph = model.graph
     names = quantisable(model)
     nodes: list[NodeProto] = []
-    with _Weights(bundle, model, folder / f"{stem}.bin") as weights:
+    with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
         constants: dict[str, Array] = {
             "int8/share": np.array(1 / 127, np.float32),
             "int8/least": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
@@ -119,25 +118,27 @@ def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: s
             ):
                 domain = "com.microsoft" if kind == "MatMulIntegerToFloat" else ""
                 nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", domain=domain))
-        kept = [weights.keep(tensor) for tensor in graph.initializer if tensor.name not in names]
-        _replace(graph.initializer, kept + added)
+        copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name not in names]
+        _replace(graph.initializer, copied + added)
         _replace(graph.node, nodes)
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return _save(model, folder / f"{stem}.onnx", weights.path)
 
 
-class _Typed:
+class _GraphConverter:
     """One pass over the graph. A value's type is "float32", the 16-bit type, or None for integers and booleans."""
 
-    def __init__(self, model: onnx.ModelProto, weights: _Weights, precision: str, ranges: Mapping[str, float]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, weights: _WeightFile, precision: str, ranges: Mapping[str, float]
+    ) -> None:
         self._model, self._weights, self._ranges = model, weights, ranges
-        self._cache_dtype = CACHE_DTYPES[precision]
+        self._dtype = CACHE_DTYPES[precision]
         self._quantised_type = precision if precision in _MAX_VALUE else None
         graph = model.graph
         self._floats = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self._types: dict[str, str | None] = {}
         self._nodes: list[NodeProto] = []
-        self._made: dict[str, TensorProto] = {}
+        self._initializers: dict[str, TensorProto] = {}
         self._casts: dict[tuple[str, str], str] = {}
         self._sources = {output: node for node in graph.node for output in node.output}
         self._fp32_sums = self._find_fp32_sums()
@@ -147,7 +148,7 @@ class _Typed:
         graph = self._model.graph
         for value in graph.input:
             if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-                self._types[value.name] = self._cache_dtype if value.name.startswith(_CACHES) else "float32"
+                self._types[value.name] = self._dtype if value.name.startswith(_CACHES) else "float32"
                 value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
         first = next(node.name for node in graph.node if node.op_type == "Conv")
         for node in graph.node:
@@ -157,16 +158,15 @@ class _Typed:
         others = {name for node in self._nodes for name in node.input} - self._floats
         for tensor in graph.initializer:
             if tensor.name in others:
-                self._made[tensor.name] = self._weights.keep(tensor)
+                self._initializers[tensor.name] = self._weights.copy(tensor)
         _replace(graph.node, self._nodes)
-        _replace(graph.initializer, list(self._made.values()))
+        _replace(graph.initializer, list(self._initializers.values()))
         _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET)])
         del graph.value_info[:]
         return _save(self._model, path, self._weights.path)
 
     def _find_fp32_sums(self) -> set[str]:
-        """Return the names of sums on the residual path (inputs of layer norms) and of attention scores (of
-        softmax)."""
+        """Return the sums on the residual path (inputs of layer norms) and of attention scores (of softmax)."""
         found: set[str] = set()
 
         def mark(value: str, recursive: bool) -> None:
@@ -189,19 +189,19 @@ class _Typed:
         if node.name.startswith("output/"):
             kind: str | None = None
             if types:
-                kind = self._cache_dtype if node.output[0].startswith(_CACHES) else "float32"
+                kind = self._dtype if node.output[0].startswith(_CACHES) else "float32"
         elif fp32 or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._fp32_sums:
             kind = "float32"
         elif node.op_type in ("MatMul", "Conv"):
-            kind = self._cache_dtype
+            kind = self._dtype
         elif node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
             kind = "float32"  # a mask
         elif node.op_type == "Add" and "float32" in types:
             kind = "float32"
         elif types:
-            kind = self._cache_dtype if self._cache_dtype in types else "float32"
+            kind = self._dtype if self._dtype in types else "float32"
         elif floats:
-            kind = "float32" if node.op_type == "Where" else self._cache_dtype
+            kind = "float32" if node.op_type == "Where" else self._dtype
         else:
             kind = None
         inputs = list(node.input)
@@ -222,8 +222,8 @@ class _Typed:
             if self._quantised_type and _QUANTISED_WEIGHTS.search(name):
                 return name
             typed = f"{name}:{kind}"
-            if typed not in self._made:
-                self._made[typed] = self._weights.tensor(typed, self._weights.read(name).astype(_NUMPY[kind]))
+            if typed not in self._initializers:
+                self._initializers[typed] = self._weights.tensor(typed, self._weights.read(name).astype(_NUMPY[kind]))
             return typed
         if self._types.get(name) in (None, kind):
             return name
@@ -238,11 +238,11 @@ class _Typed:
         values, scale = _per_column(self._weights.read(name), self._quantised_type)
         step = np.float32(_range(self._ranges, name) / _MAX_VALUE[self._quantised_type])
         zero = np.zeros((), values.dtype)
-        dtype = _NUMPY[self._cache_dtype]
+        dtype = _NUMPY[self._dtype]
         constants = {"values": values, "scale": scale.astype(dtype), "step": step.astype(dtype), "zero": zero}
         constants["zeros"] = np.zeros(len(scale), values.dtype)
         for key, array in constants.items():
-            self._made[f"{name}:{key}"] = self._weights.tensor(f"{name}:{key}", np.asarray(array))
+            self._initializers[f"{name}:{key}"] = self._weights.tensor(f"{name}:{key}", np.asarray(array))
         steps = [f"{name}:step", f"{name}:zero"]
         for kind, inputs, output, axis in (
             ("QuantizeLinear", [x, *steps], f"{name}:x8", None),
@@ -272,7 +272,7 @@ def _range(ranges: Mapping[str, float], name: str) -> float:
     return found
 
 
-class _Weights:
+class _WeightFile:
     """Reads the bundle's weights one at a time, and writes converted weights to a file."""
 
     def __init__(self, bundle: Bundle, model: onnx.ModelProto, path: Path) -> None:
@@ -281,7 +281,7 @@ class _Weights:
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self._size = 0
 
-    def __enter__(self) -> _Weights:
+    def __enter__(self) -> _WeightFile:
         self._file = self.path.open("wb")
         return self
 
@@ -298,7 +298,7 @@ class _Weights:
         path, offset = self._bundle.path / location["location"], int(location["offset"])
         return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
 
-    def keep(self, tensor: TensorProto) -> TensorProto:
+    def copy(self, tensor: TensorProto) -> TensorProto:
         """Return an initializer of the original graph, copied unchanged to the new weight file if it is external."""
         return self.tensor(tensor.name, self.read(tensor.name)) if tensor.external_data else tensor
 

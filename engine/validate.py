@@ -51,7 +51,7 @@ def validate_engine(
 
     Returns the number of steps, the smallest cosine similarity of two encoder frames (as input to the joint network),
     the number of tokens compared, and the seconds of audio. Raises `EngineValidationError` if a cosine is below
-    `MIN_COSINE`, a value is not finite, the tokens of a clip that the model understands differ, or the clips have less
+    `MIN_COSINE`, a value is not finite, the tokens of a clip that the model understands differ, or the clips have fewer
     than `MIN_STEPS` steps.
     """
     backends = (candidate, reference)

@@ -1,4 +1,4 @@
-"""`nemostream build` from end to end, and the gate that every engine must pass."""
+"""`nemostream build` end to end, and the validation of engines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tu
 
 
 def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundle: Bundle) -> None:
-    """Built, judged, found again, used; and what it says is what fp32 says."""
+    """Engines are built, validated, found again and used; transcripts equal those of fp32."""
     code, out, err = build("--backend", "onnxruntime", "--precision", "int8")
     assert code == 0, err
     engines, store = tmp_path / "engines", PlanStore(tmp_path / "engines")
@@ -78,7 +78,7 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
     nemostream.load(precision="int8", engines=engines).close()
 
 
-def test_only_the_chunk_sizes_that_were_built(build: Callable[..., Any], tmp_path: Path) -> None:
+def test_only_built_chunk_sizes_can_be_used(build: Callable[..., Any], tmp_path: Path) -> None:
     assert build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 560)[0] == 0
     with nemostream.load(precision="int8", engines=tmp_path / "engines") as model:
         assert model.transcribe(nemostream.demo_clip()).text
@@ -88,59 +88,59 @@ def test_only_the_chunk_sizes_that_were_built(build: Callable[..., Any], tmp_pat
         nemostream.load(chunk_ms=80, precision="int8", engines=tmp_path / "engines")
 
 
-def test_engines_of_another_bundle_are_not_used(tiny_bundle: Bundle, build: Callable[..., Any], tmp_path: Path) -> None:
+def test_engines_of_another_bundle_are_ignored(tiny_bundle: Bundle, build: Callable[..., Any], tmp_path: Path) -> None:
     assert build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 560)[0] == 0
     with pytest.raises(BackendError, match=r"has no int8 engine of .*: nemostream build .* --backend onnxruntime"):
         nemostream.load(tiny_bundle.path, precision="int8", engines=tmp_path / "engines")
 
 
-# -- the gate ----------------------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------------
 
 
-class Off:
-    """A backend that is wrong in one way."""
+class FaultyBackend:
+    """A backend with a fault: `encode` and `emit` change its results from step `from_step` on."""
 
-    def __init__(self, backend: OrtBackend, **wrong: Any) -> None:
-        self._backend, self._wrong = backend, wrong
+    def __init__(self, backend: OrtBackend, **fault: Any) -> None:
+        self._backend, self._fault = backend, fault
         self.reset, self._steps = backend.reset, 0
 
     def encode(self, batch: Batch) -> Any:
         encoded, counts = self._backend.encode(batch)
-        encoded = self._wrong.get("encode", lambda x: x)(encoded.copy()) if self._late() else encoded
+        encoded = self._fault.get("encode", lambda x: x)(encoded.copy()) if self._active() else encoded
         return encoded, counts
 
     def submit(self, batch: Batch) -> Any:
         step = self._backend.submit(batch)
         emissions = step.result()
-        if self._late():
-            self._wrong.get("emit", lambda emissions: None)(emissions)
+        if self._active():
+            self._fault.get("emit", lambda emissions: None)(emissions)
         self._steps += 1
         return step
 
-    def _late(self) -> bool:
-        return self._steps >= self._wrong.get("from_step", 0)
+    def _active(self) -> bool:
+        return self._steps >= self._fault.get("from_step", 0)
 
 
-def nan_of(encoded: np.ndarray) -> np.ndarray:
+def with_nan(encoded: np.ndarray) -> np.ndarray:
     encoded[0, 0, 3] = np.nan
     return encoded
 
 
-def turned(encoded: np.ndarray) -> np.ndarray:
-    """By an angle whose cosine is 0.995: too far for 16 bit, not for 8."""
+def rotated(encoded: np.ndarray) -> np.ndarray:
+    """Rotate by an angle with a cosine of 0.995: too much for 16 bit, not for 8 bit."""
     noise = np.random.default_rng(0).standard_normal(encoded.shape)
     noise -= encoded * (noise * encoded).sum(-1, keepdims=True) / (encoded * encoded).sum(-1, keepdims=True)
     noise *= np.linalg.norm(encoded, axis=-1, keepdims=True) / np.linalg.norm(noise, axis=-1, keepdims=True)
     return (0.995 * encoded + np.sqrt(1 - 0.995**2) * noise).astype(np.float32)
 
 
-def other_word(emissions: Any) -> None:
+def other_tokens(emissions: Any) -> None:
     for row in emissions.tokens:
         row ^= 1
 
 
-def understood(ms: int = 560) -> int:
-    """Tokens of the packaged clip, the only one that the demo model is sure of."""
+def clip_tokens(ms: int = 560) -> int:
+    """Return the number of tokens of the packaged clip, the only one the demo model is confident about."""
     with nemostream.load(chunk_ms=ms, threads=1) as model:
         tokens = model.transcribe(nemostream.demo_clip()).tokens
     assert np.mean([token.score for token in tokens]) > np.log(MIN_CONFIDENCE)
@@ -148,29 +148,29 @@ def understood(ms: int = 560) -> int:
 
 
 @pytest.mark.parametrize(
-    ("precision", "wrong", "words"),
+    ("precision", "fault", "message"),
     [
         ("fp16", {}, None),
         (
             "fp16",
-            {"encode": turned},
+            {"encode": rotated},
             r"a cosine similarity of 0\.99\d+ with fp32 in step 1, at least 0.999 is required",
         ),
-        ("fp16", {"encode": turned, "from_step": 30}, "in step 31, at least 0.999 is required"),
-        ("int8", {"encode": turned}, None),
+        ("fp16", {"encode": rotated, "from_step": 30}, "in step 31, at least 0.999 is required"),
+        ("int8", {"encode": rotated}, None),
         ("fp8", {"encode": lambda x: -x}, "the encoder output has a cosine similarity of -1.00000"),
-        ("bf16", {"encode": nan_of}, "the encoder output is not finite in step 1;"),
+        ("bf16", {"encode": with_nan}, "the encoder output is not finite in step 1;"),
         ("bf16", {"encode": lambda x: x * np.inf, "from_step": 9}, "not finite in step 10;"),
-        ("int8", {"emit": other_word}, r"it emits tokens \[\d+, .* fp32 emits \[\d+, "),
+        ("int8", {"emit": other_tokens}, r"it emits tokens \[\d+, .* fp32 emits \[\d+, "),
         ("int8", {"emit": lambda e: e.failed.__setitem__(0, True)}, "decoding produces values that are not finite"),
     ],
 )
-def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo_bundle: Bundle) -> None:
+def test_validation(precision: str, fault: dict[str, Any], message: str | None, demo_bundle: Bundle) -> None:
     chunk = demo_bundle.manifest.chunk(560)
-    candidate, reference = Off(OrtBackend(demo_bundle, 2), **wrong), OrtBackend(demo_bundle, 2)
+    candidate, reference = FaultyBackend(OrtBackend(demo_bundle, 2), **fault), OrtBackend(demo_bundle, 2)
     shares: list[float] = []
 
-    def judge() -> dict[str, Any]:
+    def validate() -> dict[str, Any]:
         return validate_engine(
             demo_bundle.manifest,
             chunk,
@@ -181,20 +181,20 @@ def test_the_gate(precision: str, wrong: dict[str, Any], words: str | None, demo
             shares.append,  # type: ignore[arg-type]
         )
 
-    if words:
+    if message:
         with pytest.raises(
-            EngineValidationError, match=f"the {precision} engine for 560 ms failed validation: .*{words}"
-        ) as refusal:
-            judge()
-        assert str(refusal.value).endswith("build another precision, or use fp32.")
+            EngineValidationError, match=f"the {precision} engine for 560 ms failed validation: .*{message}"
+        ) as error:
+            validate()
+        assert str(error.value).endswith("build another precision, or use fp32.")
     else:
-        figures = judge()
-        assert figures["steps"] >= 36 and figures["tokens"] == understood()
-        assert (figures["cosine"] > 0.9999999) == (not wrong)
+        figures = validate()
+        assert figures["steps"] >= 36 and figures["tokens"] == clip_tokens()
+        assert (figures["cosine"] > 0.9999999) == (not fault)
         assert shares == sorted(shares) and shares[-1] == 1
 
 
-def test_the_gate_needs_enough_speech(demo_bundle: Bundle) -> None:
+def test_validation_needs_enough_speech(demo_bundle: Bundle) -> None:
     backend = OrtBackend(demo_bundle, 2)
     clips = [speech(demo_bundle.manifest)[1]]
     with pytest.raises(
@@ -205,46 +205,46 @@ def test_the_gate_needs_enough_speech(demo_bundle: Bundle) -> None:
         )
 
 
-@pytest.mark.parametrize("harm", ["scale", "nan"])
-def test_a_graph_that_is_wrong_is_never_kept(
-    harm: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", ["scale", "nan"])
+def test_invalid_engine_is_not_stored(
+    fault: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One weight of one layer, on the way into the engine."""
+    """One weight of one layer is changed while the engine is built."""
     from nemostream.engine import precision
 
     write = precision.write_int8_for_cpu
 
-    def harmed(*arguments: Any) -> list[Path]:
+    def faulty(*arguments: Any) -> list[Path]:
         graph, weights = write(*arguments)
         model = onnx.load(graph, load_external_data=False)
         name = "encoder.layers.2.feed_forward1.linear1.weight:scale"
         tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
         where = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
         scales = np.memmap(weights, np.float32, "r+", where["offset"], tuple(tensor.dims))
-        scales[:] = scales * 30 if harm == "scale" else np.nan
+        scales[:] = scales * 30 if fault == "scale" else np.nan
         scales.flush()
         return [graph, weights]
 
-    monkeypatch.setattr(precision, "write_int8_for_cpu", harmed)
+    monkeypatch.setattr(precision, "write_int8_for_cpu", faulty)
     store = PlanStore(tmp_path)
     with pytest.raises(EngineValidationError, match=r"failed validation: .*(a cosine similarity|not finite)"):
         build_engine(demo_bundle, demo_bundle.manifest.chunk(560), "int8", store, backend="onnxruntime")
     assert store.all() == [] and not [*tmp_path.glob("[!.]*")]
 
 
-def test_random_weights_are_judged_by_their_encoder(tiny_bundle: Bundle) -> None:
-    """They understand no clip, so no token is compared, and the figures say so."""
-    backends = Off(OrtBackend(tiny_bundle, 2), emit=other_word), OrtBackend(tiny_bundle, 2)
+def test_validation_of_random_weights(tiny_bundle: Bundle) -> None:
+    """The model is not confident about any clip, so only the encoder is compared, and `tokens` is 0."""
+    backends = FaultyBackend(OrtBackend(tiny_bundle, 2), emit=other_tokens), OrtBackend(tiny_bundle, 2)
     chunk = tiny_bundle.manifest.chunk(560)
     figures = validate_engine(tiny_bundle.manifest, chunk, "fp16", *backends, speech(tiny_bundle.manifest))  # type: ignore[arg-type]
     assert figures["tokens"] == 0 and figures["cosine"] > 0.999999
 
 
-# -- what cannot be built or used --------------------------------------------------------------------------------------
+# -- invalid options ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "words"),
+    ("options", "code", "message"),
     [
         (["--backend", "openvino"], 2, "choose tensorrt or onnxruntime"),
         (["--backend", "onnxruntime", "--precision", "fp32"], 2, "fp32 needs no engine: the bundle itself runs"),
@@ -268,13 +268,13 @@ def test_random_weights_are_judged_by_their_encoder(tiny_bundle: Bundle) -> None
         (["--max-batch", 0, "--target", "sm89"], 2, "max_batch is 0"),
     ],
 )
-def test_what_cannot_be_built(options: list[object], code: int, words: str, build: Callable[..., Any]) -> None:
+def test_invalid_build_options(options: list[object], code: int, message: str, build: Callable[..., Any]) -> None:
     got, out, err = build(*options)
     assert (got, out) == (code, "")
-    assert err.startswith("nemostream: ") and words in err and err.count("\n") == 1
+    assert err.startswith("nemostream: ") and message in err and err.count("\n") == 1
 
 
-def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+def test_invalid_load_options(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], type[NemostreamError], str]] = [
         ({"device": "tpu"}, OptionError, "device is 'tpu'; choose cpu or cuda"),
         ({"precision": "fp16"}, OptionError, "a CPU runs fp32 and int8, not fp16"),
@@ -282,23 +282,23 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         ({"precision": "int8", "max_batch": 0}, BackendError, "has no int8 engine"),
         ({"max_batch": 0}, OptionError, "max_batch is 0"),
     ]
-    for options, kind, words in cases:
-        with pytest.raises(kind, match=words):
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
             nemostream.load(engines=tmp_path, **options)
 
 
-def test_which_chunk_sizes(demo_bundle: Bundle) -> None:
+def test_check_chunks(demo_bundle: Bundle) -> None:
     assert [chunk.ms for chunk in check_chunks(demo_bundle, None)] == [80, 160, 560, 1120]
     assert [chunk.ms for chunk in check_chunks(demo_bundle, [560, 80])] == [560, 80]
     with pytest.raises(OptionError):
         check_chunks(demo_bundle, [90])
 
 
-# -- for a GPU, without one --------------------------------------------------------------------------------------------
+# -- building for a GPU ------------------------------------------------------------------------------------------------
 
 
-def test_for_a_gpu_that_is_elsewhere(build: Callable[..., Any], tmp_path: Path) -> None:
-    """Interrupted after one chunk size, it goes on with the next; none of it was run, and it says so."""
+def test_build_for_another_gpu(build: Callable[..., Any], tmp_path: Path) -> None:
+    """An interrupted build continues with the next chunk size. The engines are not validated, as the output states."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     code, out, err = build("--target", "sm89", "--chunk-ms", 80, "--max-batch", 2)
     assert code == 0, err
@@ -312,7 +312,7 @@ def test_for_a_gpu_that_is_elsewhere(build: Callable[..., Any], tmp_path: Path) 
     assert code == 2 and "cannot build for sm70 without that GPU" in err
 
 
-def test_a_typed_graph_for_the_cuda_provider(build: Callable[..., Any], tmp_path: Path) -> None:
+def test_build_for_the_cuda_provider(build: Callable[..., Any], tmp_path: Path) -> None:
     code, out, err = build("--backend", "onnxruntime", "--target", "cuda", "--chunk-ms", 80)
     assert code == 0, err
     (plan,) = PlanStore(tmp_path / "engines").all()
@@ -320,7 +320,7 @@ def test_a_typed_graph_for_the_cuda_provider(build: Callable[..., Any], tmp_path
     onnx.checker.check_model(out.strip(), full_check=True)
 
 
-def test_without_a_gpu_it_is_said(build: Callable[..., Any]) -> None:
+def test_build_without_a_gpu(build: Callable[..., Any]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     pytest.importorskip("cuda.core", reason="needs cuda-core")
     if shutil.which("nvidia-smi"):
@@ -331,7 +331,7 @@ def test_without_a_gpu_it_is_said(build: Callable[..., Any]) -> None:
         nemostream.load(device="cuda")
 
 
-def test_without_tensorrt_it_is_said(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_without_tensorrt(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from nemostream.engine import tensorrt
 
     monkeypatch.setattr(tensorrt, "_MODULES", {"no_such_tensorrt": "tensorrt"})
@@ -341,10 +341,10 @@ def test_without_tensorrt_it_is_said(build: Callable[..., Any], monkeypatch: pyt
 
 
 @pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")
-def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
+def test_engine_from_another_machine_is_validated_when_loaded(
     build: Callable[..., Any], tmp_path: Path, demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU plays the GPU it was built for; ONNX Runtime plays the engine, first a wrong one."""
+    """The GPU is simulated on the CPU, the engine is replaced by ONNX Runtime, first with wrong results."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     assert build("--target", "sm89", "--chunk-ms", 560, "--max-batch", 2)[0] == 0
     store, encoder = PlanStore(tmp_path / "engines"), OrtEncoder
@@ -361,12 +361,12 @@ def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
             enqueue, encoded = super().bind(rows, addresses), addresses["encoded_joint"]
             size = (rows, 7, demo_bundle.manifest.decoder.joint)
 
-            def spoil() -> None:
+            def negate() -> None:
                 self._device.view(encoded, size, np.float32)[...] *= -1
 
             def run() -> None:
                 enqueue()
-                self._device.queue(spoil)
+                self._device.queue(negate)
 
             return run
 
@@ -385,11 +385,11 @@ def test_an_engine_from_elsewhere_is_judged_where_it_is_loaded(
     (plan,) = store.all()
     assert plan.validation["steps"] == 42 and plan.validation["cosine"] > 0.99999
     with pytest.raises(BackendError, match=r"has no fp16 engine .* for this sm89: nemostream build .* --max-batch 64"):
-        nemostream.load(device="cuda", engines=store.folder)  # it was built for two streams at once
+        nemostream.load(device="cuda", engines=store.folder)  # the engine is for batches of at most 2
 
 
-def test_an_engine_whose_hashes_were_not_verified_is_not_used(demo_bundle: Bundle, tmp_path: Path) -> None:
-    """A description under another name was used as it was, its files from wherever it said."""
+def test_engines_with_unverified_hashes_are_not_used(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Regression: a description under another name was used without checking the paths and hashes of its files."""
     import onnxruntime
 
     from nemostream.engines import open_backend
@@ -415,7 +415,7 @@ def test_an_engine_whose_hashes_were_not_verified_is_not_used(demo_bundle: Bundl
         return [folder / "encoder-560ms.onnx", folder / "weights.bin"]
 
     store.put(recipe, make, lambda plan: {})
-    open_backend(demo_bundle, precision="int8", engines=store.folder).close()  # it would be taken under its own name
+    open_backend(demo_bundle, precision="int8", engines=store.folder).close()  # it is used under its own name
     described = store.folder / f"{recipe.stem}.json"
     document = json.loads(described.read_text())
     document["files"][0] = {"file": str(outside), "sha256": "0" * 64, "bytes": 1}
@@ -432,13 +432,13 @@ def test_an_engine_whose_hashes_were_not_verified_is_not_used(demo_bundle: Bundl
         open_backend(demo_bundle, precision="int8", engines=store.folder)
 
 
-def test_graphs_that_are_not_what_the_manifest_states_are_one_sentence(demo_bundle: Bundle) -> None:
+def test_graphs_that_do_not_match_the_manifest(demo_bundle: Bundle) -> None:
     from nemostream.engines import open_backend
 
     decoder = dataclasses.replace(demo_bundle.manifest.decoder, layers=2)
     bundle = Bundle(demo_bundle.path, dataclasses.replace(demo_bundle.manifest, decoder=decoder))
     with pytest.raises(
         BackendError, match="its graphs do not match its manifest; export the checkpoint again"
-    ) as caught:
+    ) as error:
         open_backend(bundle, capacity=2)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)

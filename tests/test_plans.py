@@ -1,4 +1,4 @@
-"""The store of engines: found again, never trusted, never half there."""
+"""Store of engines: lookup, integrity checks and atomicity."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ RECIPE = Recipe(
 )
 
 
-def make(folder: Path) -> list[Path]:
+def build(folder: Path) -> list[Path]:
     files = [folder / f"{RECIPE.stem}.engine", folder / f"{RECIPE.stem}.bin"]
     for index, file in enumerate(files):
         file.write_bytes(bytes([index]) * 100)
     return files
 
 
-def check(plan: Plan) -> dict[str, Any]:
+def validate(plan: Plan) -> dict[str, Any]:
     assert plan.path.read_bytes() == bytes(100)
     return {"cosine": 1.0}
 
@@ -44,20 +44,20 @@ def store(tmp_path: Path) -> PlanStore:
     return PlanStore(tmp_path / "engines")
 
 
-def test_what_is_put_is_found(store: PlanStore) -> None:
+def test_put_and_find(store: PlanStore) -> None:
     assert store.find(RECIPE) is None
-    put = store.put(RECIPE, make, check)
+    put = store.put(RECIPE, build, validate)
     found = store.find(RECIPE)
     assert found is not None
     assert dataclasses.replace(put, seconds=0) == dataclasses.replace(found, seconds=0)
     assert (found.validation, found.bytes, found.path.parent) == ({"cosine": 1.0}, 200, store.folder)
     assert store.all() == [found]
     assert len([*store.folder.glob("[!.]*")]) == 3
-    assert {path.name for path in store.folder.glob(".*")} == {".lock"}, "nothing temporary is left"
+    assert {path.name for path in store.folder.glob(".*")} == {".lock"}, "no temporary files remain"
     assert found.path.name.startswith("encoder-80ms-tensorrt-fp16-sm90-b64-")
 
 
-def test_everything_that_makes_another_engine_makes_another_name(store: PlanStore) -> None:
+def test_every_recipe_field_changes_the_name(store: PlanStore) -> None:
     others = {
         "graph": "encoder-560ms",
         "graph_sha256": "c" * 64,
@@ -70,7 +70,7 @@ def test_everything_that_makes_another_engine_makes_another_name(store: PlanStor
         "cache_dtype": "bfloat16",
     }
     assert others.keys() == {field.name for field in dataclasses.fields(Recipe)}
-    store.put(RECIPE, make, check)
+    store.put(RECIPE, build, validate)
     stems = {RECIPE.stem}
     for field, value in others.items():
         other = dataclasses.replace(RECIPE, **{field: value})
@@ -79,27 +79,27 @@ def test_everything_that_makes_another_engine_makes_another_name(store: PlanStor
     assert len(stems) == 1 + len(others)
 
 
-@pytest.mark.parametrize("harm", ["change", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["change", "truncate", "remove"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, which: int) -> None:
-    plan = store.put(RECIPE, make, check)
+def test_damaged_file_is_reported_and_replaced(store: PlanStore, damage: str, which: int) -> None:
+    plan = store.put(RECIPE, build, validate)
     path = store.folder / plan.files[which].file
-    if harm == "change":
+    if damage == "change":
         path.write_bytes(b"\7" + path.read_bytes()[1:])
-    elif harm == "truncate":
+    elif damage == "truncate":
         path.write_bytes(path.read_bytes()[:50])
     else:
         path.unlink()
     with pytest.raises(BackendError, match=f"{path.name} is missing or damaged; build the engine again"):
         store.find(RECIPE)
-    store.put(RECIPE, make, check)
+    store.put(RECIPE, build, validate)
     assert store.find(RECIPE)
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "message"),
     [
-        (lambda d: "no json", "cannot be read"),
+        (lambda d: "not json", "cannot be read"),
         (lambda d: json.dumps(d | {"format": "other"}), "written by another version of nemostream"),
         (lambda d: json.dumps(d | {"version": 99}), "written by another version of nemostream"),
         (lambda d: json.dumps({k: v for k, v in d.items() if k != "validation"}), "has a missing or invalid field"),
@@ -109,42 +109,42 @@ def test_a_damaged_file_is_told_of_and_replaced(store: PlanStore, harm: str, whi
         (lambda d: json.dumps(d | {"files": [d["files"][0] | {"file": "../x"}]}), "has a missing or invalid field"),
     ],
 )
-def test_a_description_that_is_none(store: PlanStore, edit: Any, words: str) -> None:
-    store.put(RECIPE, make, check)
+def test_invalid_description(store: PlanStore, edit: Any, message: str) -> None:
+    store.put(RECIPE, build, validate)
     path = store.folder / f"{RECIPE.stem}.json"
     path.write_text(edit(json.loads(path.read_text())))
-    with pytest.raises(BackendError, match=f"{words}.*build the engine again"):
+    with pytest.raises(BackendError, match=f"{message}.*build the engine again"):
         store.find(RECIPE)
 
 
-def test_what_is_refused_is_not_kept(store: PlanStore) -> None:
-    def refuse(plan: Plan) -> dict[str, Any]:
-        raise EngineValidationError("it says something else.")
+def test_failed_validation_is_not_stored(store: PlanStore) -> None:
+    def fail(plan: Plan) -> dict[str, Any]:
+        raise EngineValidationError("the tokens differ.")
 
     with pytest.raises(EngineValidationError):
-        store.put(RECIPE, make, refuse)
+        store.put(RECIPE, build, fail)
     assert store.find(RECIPE) is None and not [*store.folder.glob("[!.]*")]
-    kept = store.put(RECIPE, make, check)
-    with pytest.raises(EngineValidationError):  # and the one that was good stays
-        store.put(RECIPE, make, refuse)
-    assert store.find(RECIPE) == dataclasses.replace(kept, seconds=round(kept.seconds, 2))
+    stored = store.put(RECIPE, build, validate)
+    with pytest.raises(EngineValidationError):  # the valid one remains
+        store.put(RECIPE, build, fail)
+    assert store.find(RECIPE) == dataclasses.replace(stored, seconds=round(stored.seconds, 2))
 
 
-def test_figures_can_come_later(store: PlanStore) -> None:
-    plan = store.put(RECIPE, make, lambda plan: {})
+def test_save_validation(store: PlanStore) -> None:
+    plan = store.put(RECIPE, build, lambda plan: {})
     assert not plan.validation
     store.save_validation(plan, {"cosine": 0.9999})
     found = store.find(RECIPE)
     assert found and found.validation == {"cosine": 0.9999}
 
 
-def test_several_may_build_at_once(store: PlanStore) -> None:
+def test_concurrent_puts(store: PlanStore) -> None:
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
             for _ in range(5):
-                store.put(RECIPE, make, check)
+                store.put(RECIPE, build, validate)
         except BaseException as error:
             failures.append(error)
 
@@ -157,7 +157,7 @@ def test_several_may_build_at_once(store: PlanStore) -> None:
     assert store.find(RECIPE)
 
 
-def test_where_engines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert PlanStore().folder == cache_folder("engines") == tmp_path / "nemostream" / "engines"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -165,11 +165,11 @@ def test_where_engines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cache_folder("engines") == tmp_path / ".cache" / "nemostream" / "engines"
 
 
-# -- what is not trusted -----------------------------------------------------------------------------------------------
+# -- untrusted files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_description_under_another_name_is_not_used(store: PlanStore) -> None:
-    plan = store.put(RECIPE, make, check)
+def test_description_under_another_name_is_ignored(store: PlanStore) -> None:
+    plan = store.put(RECIPE, build, validate)
     described = store.folder / f"{RECIPE.stem}.json"
     described.rename(store.folder / "anything.json")
     assert store.all() == [] and store.find(RECIPE) is None
@@ -180,8 +180,8 @@ def test_a_description_under_another_name_is_not_used(store: PlanStore) -> None:
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, "[]", "null", "5", '"x"', "{}", "", "\0", " " * (2**20 + 1), "NaN"], ids=range(10)
 )
-def test_other_json_beside_the_engines_is_ignored(store: PlanStore, content: str) -> None:
-    store.put(RECIPE, make, check)
+def test_other_json_files_are_ignored(store: PlanStore, content: str) -> None:
+    store.put(RECIPE, build, validate)
     (store.folder / "a.json").write_text(content)
     (store.folder / "b.json").mkdir()
     os.mkfifo(store.folder / "c.json")
@@ -190,8 +190,8 @@ def test_other_json_beside_the_engines_is_ignored(store: PlanStore, content: str
 
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "../x", "a/b", "", ".", 5, None])
-def test_an_engines_files_are_in_its_folder(store: PlanStore, value: Any) -> None:
-    store.put(RECIPE, make, check)
+def test_file_names_outside_the_folder_are_rejected(store: PlanStore, value: Any) -> None:
+    store.put(RECIPE, build, validate)
     path = store.folder / f"{RECIPE.stem}.json"
     document = json.loads(path.read_text())
     document["files"][0]["file"] = value
@@ -202,8 +202,8 @@ def test_an_engines_files_are_in_its_folder(store: PlanStore, value: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", ["link outside", "FIFO", "device"])
-def test_an_engines_files_are_regular_and_inside(store: PlanStore, tmp_path: Path, kind: str) -> None:
-    plan = store.put(RECIPE, make, check)
+def test_links_and_special_files_are_rejected(store: PlanStore, tmp_path: Path, kind: str) -> None:
+    plan = store.put(RECIPE, build, validate)
     plan.path.rename(tmp_path / "outside")
     if kind == "FIFO":
         os.mkfifo(plan.path)
@@ -213,30 +213,30 @@ def test_an_engines_files_are_regular_and_inside(store: PlanStore, tmp_path: Pat
         store.find(RECIPE)
 
 
-def test_a_graph_reads_the_engines_files_only(store: PlanStore) -> None:
-    def reading(location: bytes) -> Any:
+def test_external_data_must_be_one_of_the_files(store: PlanStore) -> None:
+    def build_reading(location: bytes) -> Any:
         entry = b"\x0a\x08location\x12" + bytes([len(location)]) + location
         tensor = b"\x6a" + bytes([len(entry)]) + entry
         initializer = b"\x2a" + bytes([len(tensor)]) + tensor
 
-        def make_graph(folder: Path) -> list[Path]:
+        def build_graph(folder: Path) -> list[Path]:
             files = [folder / "a.onnx", folder / "a.bin"]
             files[0].write_bytes(b"\x3a" + bytes([len(initializer)]) + initializer)
             files[1].write_bytes(b"1234")
             return files
 
-        return make_graph
+        return build_graph
 
-    store.put(RECIPE, reading(b"a.bin"), lambda plan: {})
+    store.put(RECIPE, build_reading(b"a.bin"), lambda plan: {})
     assert store.find(RECIPE)
     for location in (b"../a.bin", b"/etc/passwd", b"b.bin"):
-        store.put(RECIPE, reading(location), lambda plan: {})
+        store.put(RECIPE, build_reading(location), lambda plan: {})
         with pytest.raises(BackendError, match="which is not one of the engine's files; build the engine again"):
             store.find(RECIPE)
 
 
 @pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
-def test_the_lock_is_not_followed_and_not_emptied(store: PlanStore, tmp_path: Path, kind: str) -> None:
+def test_lock_is_neither_followed_nor_truncated(store: PlanStore, tmp_path: Path, kind: str) -> None:
     store.folder.mkdir()
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -248,20 +248,20 @@ def test_the_lock_is_not_followed_and_not_emptied(store: PlanStore, tmp_path: Pa
     else:
         lock.mkdir()
     with pytest.raises(BackendError, match=r"\.lock .*remove it"):
-        store.put(RECIPE, make, check)
+        store.put(RECIPE, build, validate)
     assert victim.read_text() == "precious"
     lock.rmdir() if kind == "folder" else lock.unlink()
-    lock.write_text("kept")
-    store.put(RECIPE, make, check)
-    assert lock.read_text() == "kept"
+    lock.write_text("content")
+    store.put(RECIPE, build, validate)
+    assert lock.read_text() == "content"
 
 
-def test_the_cache_is_for_its_user_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     old = os.umask(0)
     try:
-        PlanStore().put(RECIPE, make, check)
-        PlanStore(tmp_path / "named").put(RECIPE, make, check)
+        PlanStore().put(RECIPE, build, validate)
+        PlanStore(tmp_path / "named").put(RECIPE, build, validate)
     finally:
         os.umask(old)
     folder = cache_folder("engines")
@@ -276,7 +276,7 @@ def test_the_cache_is_for_its_user_only(tmp_path: Path, monkeypatch: pytest.Monk
                     use()
         path.chmod(0o700)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1000)
-    if os.getuid():  # what root owns is trusted
+    if os.getuid():  # folders of root are trusted
         with pytest.raises(BackendError, match="belongs to another user"):
             PlanStore().find(RECIPE)
     else:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
-from nemostream.plans import Plan, no_engine
+from nemostream.plans import Plan, missing_engine_error
 from nemostream.runtime.backends.base import Batch, Emissions, at_least_one, check_state
 from nemostream.runtime.backends.cpus import default_threads
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
@@ -66,7 +66,7 @@ class OrtBackend:
         cache_dtypes = sorted({plan.recipe.cache_dtype for plan in plans.values()} if plans else {"float32"})
         if cache_dtypes not in (["float32"], ["float16"]):
             raise BackendError(
-                f"a CPU cannot run engines with caches of {' and '.join(cache_dtypes)}; all must be float32 or float16."
+                f"a CPU cannot run engines with caches of {' and '.join(cache_dtypes)}; float32 or float16 is required."
             )
         self._state = _SlotArrays(bundle, capacity, np.dtype(cache_dtypes[0]))
         self._start = Predictions.start(self.transducer, self.manifest.decoder.layers, self.manifest.decoder.hidden)
@@ -84,7 +84,7 @@ class OrtBackend:
             encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
             if self._plans is not None:
                 if chunk.ms not in self._plans:
-                    raise no_engine(chunk.ms, self._plans)
+                    raise missing_engine_error(chunk.ms, self._plans)
                 encoder = self._plans[chunk.ms].path
             self._steps[chunk.ms] = _ChunkStep(
                 self._bundle, encoder, chunk, self._state, self._staged, self.max_batch, self._threads

@@ -18,7 +18,7 @@ from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
-from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, no_engine
+from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, missing_engine_error
 
 if TYPE_CHECKING:
     from nemostream.runtime.backends.base import Backend
@@ -156,8 +156,7 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
 
 
 def speech(manifest: Manifest) -> list[NDArray[np.float32]]:
-    """Return the packaged clips [N] at the model's sample rate: 18 s of a novel, and a clip the demo model
-    understands."""
+    """Return the packaged clips [N] at the model's sample rate: 18 s of a novel, and the clip of the demo model."""
     return [read_clip(name, manifest.features.sample_rate) for name in ("speech", "clip")]
 
 
@@ -368,7 +367,7 @@ def _find_plans(
         command += " --backend onnxruntime" if device == "cpu" else f" --max-batch {max_batch}"
         raise BackendError(f"{store.folder} has no {precision} engine of {bundle.path} for this {device}: {command}")
     if chunk_ms is not None and chunk_ms not in plans:
-        raise no_engine(chunk_ms, plans)
+        raise missing_engine_error(chunk_ms, plans)
     return plans
 
 

@@ -296,7 +296,7 @@ def check_private(folder: Path) -> None:
             )
 
 
-def no_engine(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
+def missing_engine_error(chunk_ms: int, loaded: Iterable[int]) -> BackendError:
     """Return the error for a step of a chunk size without an engine; `loaded` are those with one."""
     return BackendError(
         f"there is no engine for chunks of {chunk_ms} ms, only for {', '.join(map(str, loaded))} ms; build one with "

@@ -1,4 +1,4 @@
-"""Typed graphs compute what the fp32 graph computes, as well as their numbers allow, on consecutive steps of speech."""
+"""Output of typed graphs compared with the fp32 graph, on consecutive steps of speech."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemostream.engines import speech
 from nemostream.errors import BackendError
 
 STEPS = 14
-WORST = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.99, "fp8": 0.99}
+MIN_COSINE = {"fp32": 0.99999, "fp16": 0.9995, "bf16": 0.998, "int8": 0.99, "fp8": 0.99}
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +29,35 @@ def ranges(demo_bundle: Bundle) -> dict[str, float]:
 
 def session(model: Path | bytes, folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would remove casts on purpose
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # optimisations would remove casts
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def as_fp32(path: Path) -> bytes:
-    """A graph in bf16, which no CPU runs, as one in fp32 that rounds the result of every node to bf16."""
+    """Convert a bf16 graph, which CPUs cannot run, to fp32 with the result of every node rounded to bf16."""
     model = onnx.load(path)
     graph = model.graph
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
-            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     inferred = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *graph.input, *graph.output)}
     nodes = []
     for node in graph.node:
         outputs = list(node.output)
-        to_16bit = [name for name in outputs if types.get(name) == TensorProto.BFLOAT16]
+        rounded = [name for name in outputs if types.get(name) == TensorProto.BFLOAT16]
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
                 attribute.i = TensorProto.FLOAT
         for index, name in enumerate(outputs):
-            if name in to_16bit:
-                node.output[index] = f"{name}/wide"
+            if name in rounded:
+                node.output[index] = f"{name}/fp32"
         nodes.append(node)
-        for name in to_16bit:
-            nodes.append(helper.make_node("Cast", [f"{name}/wide"], [f"{name}/bf16"], to=TensorProto.BFLOAT16))
+        for name in rounded:
+            nodes.append(helper.make_node("Cast", [f"{name}/fp32"], [f"{name}/bf16"], to=TensorProto.BFLOAT16))
             nodes.append(helper.make_node("Cast", [f"{name}/bf16"], [name], to=TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
@@ -68,10 +68,10 @@ def as_fp32(path: Path) -> bytes:
     return model.SerializeToString()
 
 
-def stream(
+def encode(
     encoder: Any, bundle: Bundle, chunk: ChunkConfig, audio: np.ndarray, rows: int = 1, steps: int = STEPS
 ) -> np.ndarray:
-    """`encoded_joint` [steps, B, T, J] of one stream, or of `rows` that hear the same, louder and louder."""
+    """Return `encoded_joint` [steps, B, T, J] of `rows` streams with the same audio at increasing volume."""
     manifest, spec = bundle.manifest, bundle.manifest.encoder
     features = ort.InferenceSession(bundle.file(f"features-{chunk.ms}ms"), providers=["CPUExecutionProvider"])
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -108,26 +108,26 @@ def cosines(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("ms", [80, 560, 1120])
 @pytest.mark.parametrize("precision", [*CACHE_DTYPES])
-def test_computes_the_same(
+def test_typed_graph_output(
     precision: str, ms: int, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
 ) -> None:
     chunk, audio = demo_bundle.manifest.chunk(ms), speech(demo_bundle.manifest)[0]
-    wanted = stream(session(demo_bundle.file(f"encoder-{ms}ms"), demo_bundle.path), demo_bundle, chunk, audio)
-    path, weights = write_typed(demo_bundle, chunk, precision, ranges, tmp_path, "made")
-    assert {path.name, weights.name} == {"made.onnx", "made.bin"} == {file.name for file in tmp_path.iterdir()}
+    wanted = encode(session(demo_bundle.file(f"encoder-{ms}ms"), demo_bundle.path), demo_bundle, chunk, audio)
+    path, weights = write_typed(demo_bundle, chunk, precision, ranges, tmp_path, "test")
+    assert {path.name, weights.name} == {"test.onnx", "test.bin"} == {file.name for file in tmp_path.iterdir()}
     onnx.checker.check_model(path, full_check=True)
-    got = stream(session(as_fp32(path) if precision == "bf16" else path, tmp_path), demo_bundle, chunk, audio)
-    worst = float(cosines(got, wanted).min())
-    assert worst > WORST[precision]
+    got = encode(session(as_fp32(path) if precision == "bf16" else path, tmp_path), demo_bundle, chunk, audio)
+    cosine = float(cosines(got, wanted).min())
+    assert cosine > MIN_COSINE[precision]
     if precision != "fp32":
-        assert not np.array_equal(got, wanted), "nothing was narrowed"
+        assert not np.array_equal(got, wanted), "the precision has no effect"
     else:
         np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
-def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
-    path, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(160), precision, ranges, tmp_path, "made")
+def test_types_of_operations(precision: str, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
+    path, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(160), precision, ranges, tmp_path, "test")
     model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
@@ -164,24 +164,24 @@ def test_what_stays_wide(precision: str, demo_bundle: Bundle, ranges: dict[str, 
         assert not any(part in name for part in ("position", "linear_pos", "pre_encode", "joint", "depthwise")), name
 
 
-def test_int8_on_a_cpu_is_near_and_keeps_streams_apart(demo_bundle: Bundle, tmp_path: Path) -> None:
-    """Close to fp32, and bit for bit the same whoever else is in the batch."""
+def test_int8_on_a_cpu(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """The output is close to fp32 and does not depend on the other streams of the batch."""
     chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[0]
-    path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "made")
+    path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "test")
     encoder = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    wanted = stream(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
-    alone = stream(encoder, demo_bundle, chunk, audio)
+    wanted = encode(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
+    alone = encode(encoder, demo_bundle, chunk, audio)
     assert cosines(alone, wanted).min() > 0.999
-    crowd = stream(encoder, demo_bundle, chunk, audio, rows=5)
-    np.testing.assert_allclose(crowd[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
+    batch = encode(encoder, demo_bundle, chunk, audio, rows=5)
+    np.testing.assert_allclose(batch[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
     model = onnx.load(path, load_external_data=False)
     products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
     assert len(products) == 8 * demo_bundle.manifest.encoder.layers
     assert not any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
 
 
-def test_ranges_are_what_is_multiplied(demo_bundle: Bundle, ranges: dict[str, float]) -> None:
-    """Beside the largest magnitude that ONNX Runtime itself shows for one layer, in steps run by hand."""
+def test_ranges_are_the_largest_inputs(demo_bundle: Bundle, ranges: dict[str, float]) -> None:
+    """Compared with the largest input of one layer in steps run by the test."""
     chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1]
     model = read_encoder(demo_bundle, chunk)
     names = quantisable(model)
@@ -191,7 +191,7 @@ def test_ranges_are_what_is_multiplied(demo_bundle: Bundle, ranges: dict[str, fl
     found = []
     encoder = session(model.SerializeToString(), demo_bundle.path)
 
-    class Watched:
+    class RecordingEncoder:
         def __getattr__(self, name: str) -> Any:
             return getattr(encoder, name)
 
@@ -202,15 +202,15 @@ def test_ranges_are_what_is_multiplied(demo_bundle: Bundle, ranges: dict[str, fl
 
     steps = len(audio) // chunk.samples
     assert steps >= 4
-    stream(Watched(), demo_bundle, chunk, audio, steps=steps)
+    encode(RecordingEncoder(), demo_bundle, chunk, audio, steps=steps)
     assert measure_ranges(demo_bundle, chunk, [audio])[weight] == pytest.approx(max(found), rel=1e-5)
     assert all(math.isfinite(value) and value > 0 for value in ranges.values())
 
 
-def test_a_range_that_is_none(demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
+def test_invalid_range(demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
     chunk = demo_bundle.manifest.chunk(80)
-    for wrong in (0.0, math.nan, math.inf):
-        spoiled = dict.fromkeys(ranges, wrong)
+    for value in (0.0, math.nan, math.inf):
+        invalid = dict.fromkeys(ranges, value)
         for precision in ("int8", "fp8"):
             with pytest.raises(BackendError, match="calibrate on other audio"):
-                write_typed(demo_bundle, chunk, precision, spoiled, tmp_path, "made")
+                write_typed(demo_bundle, chunk, precision, invalid, tmp_path, "test")

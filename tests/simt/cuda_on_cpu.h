@@ -1,12 +1,12 @@
-// Runs CUDA kernels on a CPU: the same source, compiled by g++, one fiber per CUDA thread.
+// Runs CUDA kernels on a CPU: the same source compiled by g++, with one fiber per CUDA thread.
 //
-// It exists so that what the kernels compute is tested on machines without a GPU. Threads of a block take turns: each
-// runs until it reaches a barrier or a warp operation. The order of threads and of blocks is shuffled from a seed, so a
-// missing barrier or two blocks that depend on each other's order show up as results that change with the seed. It says
-// nothing about speed, memory ordering between warps, or what only nvcc would reject (NVRTC compiles the same source).
+// This tests the results of the kernels on machines without a GPU. The threads of a block take turns: each runs until
+// it reaches a barrier or a warp operation. Threads and blocks are shuffled from a seed, so that a missing barrier, or
+// blocks that depend on each other's order, cause results that change with the seed. Not covered: speed, memory
+// ordering between warps, and code that only nvcc rejects (other tests compile the same source with NVRTC).
 //
-// A thread that leaves a kernel while another of its block waits at a barrier ends the process with a message: a GPU
-// would hang or worse.
+// If a thread returns from a kernel while another of its block waits at a barrier, the process is aborted with a
+// message; on a GPU this hangs or is undefined.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -112,7 +112,7 @@ inline void leave() {
   --live;
   --current->warp->live;
   if (waiting || current->warp->arrived) {
-    std::fprintf(stderr, "cuda_on_cpu: a thread left block (%u,%u,%u) while others wait at a barrier\n",
+    std::fprintf(stderr, "cuda_on_cpu: a thread of block (%u,%u,%u) returned while others wait at a barrier\n",
                  block_index.x, block_index.y, block_index.z);
     std::abort();
   }
@@ -251,12 +251,12 @@ using std::max;
 using std::min;
 
 typedef unsigned long long cudaGraphConditionalHandle;
-// The handle of a conditional node is the address of a word here.
+// Here the handle of a conditional node is the address of an unsigned integer.
 inline void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value) {
   *reinterpret_cast<unsigned*>(handle) = value;
 }
 
-// Narrow floats as their bits, and the tensor core's 16x8x16 product with the fragment layout of the PTX manual.
+// 16-bit floats stored as bits, and the tensor core product m16n8k16 with the fragment layout of the PTX manual.
 inline float simt_half_to_float(unsigned short bits) { _Float16 h; std::memcpy(&h, &bits, 2); return float(h); }
 inline unsigned short simt_float_to_half(float f) { _Float16 h = _Float16(f); unsigned short b; std::memcpy(&b, &h, 2); return b; }
 inline float simt_bfloat_to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
@@ -273,7 +273,7 @@ inline void simt_mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned
   for (int i = 0; i < 4; ++i) warp->words[lane][i] = a[i];
   for (int i = 0; i < 2; ++i) warp->words[lane][4 + i] = b[i];
   simt::warp_barrier();
-  auto widen = [](unsigned word, int high) {
+  auto to_float = [](unsigned word, int high) {
     unsigned short bits = (unsigned short)(high ? word >> 16 : word);
     return kBfloat ? simt_bfloat_to_float(bits) : simt_half_to_float(bits);
   };
@@ -281,10 +281,10 @@ inline void simt_mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned
     int row = group + 8 * (i / 2), column = 2 * member + i % 2;
     double sum = d[i];
     for (int k = 0; k < 16; ++k) {
-      // a: row in {g, g+8}, k in {2m, 2m+1} and 8 more; b: column g, the same k.
+      // Lane 4g + m holds of a rows g and g + 8, of b column g, both at k = 2m, 2m + 1, 2m + 8, 2m + 9.
       int holder = (row % 8) * 4 + k % 8 / 2, word = row / 8 + 2 * (k / 8);
-      float x = widen(warp->words[holder][word], k % 2);
-      float y = widen(warp->words[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+      float x = to_float(warp->words[holder][word], k % 2);
+      float y = to_float(warp->words[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
       sum += double(x) * double(y);
     }
     d[i] = float(sum);

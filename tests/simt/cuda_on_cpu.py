@@ -1,9 +1,9 @@
-"""CUDA kernels on a CPU, for tests: compiles a kernel source with g++ against `cuda_on_cpu.h` and launches its entries.
+"""Run CUDA kernels on a CPU: compile a kernel source with g++ against `cuda_on_cpu.h` and launch its entries.
 
     unit = compile_for_cpu(source, {"VOCAB": 12})
     unit.launch("join", grid=(3, 1, 1), block=(128, 1, 1), arguments=[array, 7, np.float32(0.5)])
 
-Arguments are numpy arrays (their address), numpy scalars (their bytes), Python ints (32 bit) and floats (32 bit).
+Arguments are numpy arrays (passed by address), numpy scalars (by value), Python ints and floats (32 bit).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from nemostream.plans import cache_folder, check_private, make_private
 
 HERE = Path(__file__).parent
-CACHE = cache_folder("simt")  # not in a folder that others can write to: what is in it is loaded
+CACHE = cache_folder("simt")  # private to this user, because its libraries are loaded
 MISSING = shutil.which("g++") is None
 
 
 class Unit:
-    """One compiled source."""
+    """A compiled source."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -35,16 +35,16 @@ class Unit:
     def launch(
         self, entry: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], order: int = 0
     ) -> None:
-        """Run a kernel to its end. `order` other than 0 shuffles threads and blocks."""
-        held = [_boxed(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(held))(*(box.ctypes.data for box in held))
+        """Run a kernel to completion. `order` other than 0 is a seed that shuffles threads and blocks."""
+        values = [_as_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         self._library.simt_order(ctypes.c_uint(order))
         function = getattr(self._library, f"launch_{entry}")
         function((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), pointers)
 
 
-def _boxed(argument: Any) -> np.ndarray:
-    """An array of one element whose bytes are the argument as the kernel takes it."""
+def _as_value(argument: Any) -> np.ndarray:
+    """Return an array of one element whose bytes are the argument as the kernel receives it."""
     if isinstance(argument, np.ndarray):
         return np.array([argument.ctypes.data], np.uint64)
     if isinstance(argument, np.generic):
@@ -53,7 +53,7 @@ def _boxed(argument: Any) -> np.ndarray:
 
 
 def compile_for_cpu(source: str, defines: Mapping[str, Any], entries: Sequence[str]) -> Unit:
-    """Compile (or find again) a source with the macros given; `entries` are the kernels that can be launched."""
+    """Compile a source with the given macros, or load it from the cache. `entries` are the kernels to launch."""
     text = '#include "cuda_on_cpu.h"\n' + source + "\n" + "".join(f"SIMT_ENTRY({entry})\n" for entry in entries)
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-D_FORTIFY_SOURCE=0", "-ffp-contract=off", f"-I{HERE}"]
     flags += [f"-D{name}={value}" for name, value in defines.items()]
@@ -63,10 +63,10 @@ def compile_for_cpu(source: str, defines: Mapping[str, Any], entries: Sequence[s
     if not library.exists():
         make_private(CACHE)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            file, made = Path(folder) / "unit.cpp", Path(folder) / "unit.so"
+            file, compiled = Path(folder) / "unit.cpp", Path(folder) / "unit.so"
             file.write_text(text)
-            done = subprocess.run(["g++", *flags, "-o", str(made), str(file)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"g++ does not compile the kernels:\n{done.stderr}")
-            made.replace(library)
+            process = subprocess.run(["g++", *flags, "-o", str(compiled), str(file)], capture_output=True, text=True)
+            if process.returncode:
+                raise RuntimeError(f"g++ cannot compile the kernels:\n{process.stderr}")
+            compiled.replace(library)
     return Unit(library)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
-from nemostream.plans import no_engine
+from nemostream.plans import missing_engine_error
 from nemostream.runtime.backends.base import Batch, Emissions, at_least_one
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.arena import Arena
@@ -229,7 +229,7 @@ class GpuBackend:
     def _prepare(self, batch: Batch) -> tuple[_CapturedStep, Ints]:
         """Fill the current input buffer. Returns the step to launch and the row of each stream of the batch."""
         if batch.chunk.ms not in self._chunks:
-            raise no_engine(batch.chunk.ms, self._chunks)
+            raise missing_engine_error(batch.chunk.ms, self._chunks)
         for step in self._pending:
             # The last step with this buffer must be complete; if the host takes part in the loop, every step before.
             if step and (step.buffer_index == self._buffer_index or self.loop != "while"):

@@ -19,8 +19,7 @@ _ALIGNMENT = 256  # bytes, of the device memory of a context
 
 
 class TrtEncoder:
-    """`StepEncoder` for the engine in `path`, built by the module `library` ("tensorrt" or "tensorrt_rtx") for this
-    GPU.
+    """`StepEncoder` for the engine in `path`, built for this GPU by `library` ("tensorrt" or "tensorrt_rtx").
 
     `cache_dtype` is the type of its caches. Raises `BackendError` if the library is missing or cannot load the engine.
     """

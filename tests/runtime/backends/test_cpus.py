@@ -1,4 +1,4 @@
-"""CPUs by affinity and quota, read from made-up /proc and cgroup folders."""
+"""CPU affinity and quota, read from fake /proc and cgroup directories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def process(folder: Path, cgroup: str, mountinfo: str, **files: str) -> Path:
-    """A process's folder in /proc; `files` are those below its cgroup mount, "__" being a slash and a dot "_"."""
+    """Create a process's directory in /proc; `files` are below its cgroup mount, with "__" for "/" and "_" for "."."""
     proc = folder / "proc"
     proc.mkdir()
     (proc / "cgroup").write_text(cgroup)
@@ -42,14 +42,14 @@ def test_version_2(tmp_path: Path, quota: str, cpus: int) -> None:
     assert usable_cpus(process(tmp_path, "0::/\n", V2, cpu_max=quota)) == cpus
 
 
-def test_the_tightest_of_nested_groups(tmp_path: Path) -> None:
+def test_smallest_quota_of_nested_groups(tmp_path: Path) -> None:
     proc = process(tmp_path, "0::/a/b\n", V2, a__cpu_max="300000 100000", a__b__cpu_max="500000 100000")
     assert usable_cpus(proc) == 3
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [("400000", 4), ("-1", 8), ("10000", 1)])
 def test_version_1(tmp_path: Path, quota: str, cpus: int) -> None:
-    """In a container, whose path is that of the host while its mount is its own group."""
+    """In a container, the cgroup path is that of the host, but the mount is the container's group."""
     proc = process(
         tmp_path,
         "4:memory:/docker/1234\n3:cpu,cpuacct:/docker/1234\n0::/\n",
@@ -73,8 +73,8 @@ def test_version_1_on_the_host(tmp_path: Path) -> None:
     assert usable_cpus(proc) == 2
 
 
-@pytest.mark.parametrize("files", [{}, {"cpu_max": "nonsense"}, {"cpu_max": "1 0"}])
-def test_what_cannot_be_read_limits_nothing(tmp_path: Path, files: dict[str, str]) -> None:
+@pytest.mark.parametrize("files", [{}, {"cpu_max": "invalid"}, {"cpu_max": "1 0"}])
+def test_unreadable_quota_is_ignored(tmp_path: Path, files: dict[str, str]) -> None:
     assert usable_cpus(process(tmp_path, "0::/../up\n", V2, **files)) == 8
     assert usable_cpus(tmp_path / "none") == 8
     (tmp_path / "proc" / "mountinfo").write_text("broken\n")
@@ -86,7 +86,7 @@ def test_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cpus(process(tmp_path, "0::/\n", V2, cpu_max="400000 100000")) == 2
 
 
-def test_the_default_is_left_to_onnxruntime_unless_something_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemostream.runtime.backends.cpus.usable_cpus", lambda: 8)
     assert default_threads() == 0
     monkeypatch.setattr("nemostream.runtime.backends.cpus.usable_cpus", lambda: 3)

@@ -1,5 +1,4 @@
-"""What users hold, on every backend: utterances, forgetting, ends by force, phrases and resumed recordings are the
-CPU's, with steps that overlap."""
+"""The public API on the GPU backend: results equal the CPU's, with decoder resets, phrases and resumed files."""
 
 from __future__ import annotations
 
@@ -39,15 +38,15 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def both(talker: Bundle, device: Any) -> Iterator[tuple[Model, Model]]:
-    """A model on the CPU, and one on a GPU."""
+    """Return a model on the CPU and one on the GPU backend."""
     encoders = {ms: OrtEncoder(talker, talker.manifest.chunk(ms), device) for ms in CHUNKS}
     gpu = GpuBackend(talker, device, encoders, capacity=3)
     assert gpu.asynchronous
-    with Model(talker, OrtBackend(talker, capacity=3, threads=1)) as cpu, Model(talker, gpu) as ours:
-        yield cpu, ours
+    with Model(talker, OrtBackend(talker, capacity=3, threads=1)) as cpu_model, Model(talker, gpu) as gpu_model:
+        yield cpu_model, gpu_model
 
 
-def told(events: list[Any]) -> list[tuple[Any, ...]]:
+def final_events(events: list[Any]) -> list[tuple[Any, ...]]:
     return [
         (event.kind, event.utterance, event.text, event.start, event.end, event.reason)
         for event in events
@@ -55,7 +54,7 @@ def told(events: list[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
-def hear(model: Model, audio: np.ndarray, ms: int, **options: Any) -> list[tuple[Any, ...]]:
+def transcribe(model: Model, audio: np.ndarray, ms: int, **options: Any) -> list[tuple[Any, ...]]:
     with model.stream(chunk_ms=ms, **options) as stream:
         half = len(audio) // 2
         events = [
@@ -65,11 +64,11 @@ def hear(model: Model, audio: np.ndarray, ms: int, **options: Any) -> list[tuple
         events += [
             event for at in range(half, len(audio), 30_000) for event in stream.push_events(audio[at : at + 30_000])
         ]
-        return told(events + stream.finish_events())
+        return final_events(events + stream.finish_events())
 
 
-def test_utterances_are_the_cpus(both: tuple[Model, Model], clips: dict[str, np.ndarray]) -> None:
-    cpu, ours = both
+def test_events_are_equal(both: tuple[Model, Model], clips: dict[str, np.ndarray]) -> None:
+    cpu, gpu = both
     pause = np.zeros(16000, np.float32)
     audio = np.concatenate([clips["librivox-sense-0880"], pause, clips["cards-002"], pause, clips["cards-001"]])
     frequent = sorted(set(cpu.transcribe(audio).text.split()))[:3]
@@ -79,21 +78,21 @@ def test_utterances_are_the_cpus(both: tuple[Model, Model], clips: dict[str, np.
         {"endpoint": Endpoint(silence_ms=160, decoder="reset"), "phrases": dict.fromkeys(frequent, 3.0)},
     ]
     for ms in CHUNKS:
-        wanted = [hear(cpu, audio, ms, **case) for case in cases]
+        wanted = [transcribe(cpu, audio, ms, **case) for case in cases]
         assert wanted[0] != wanted[1] and all(len(events) > 4 for events in wanted)
         assert {event[-1] for events in wanted for event in events} >= {"silence", "forced", "finish"}
-        with ThreadPoolExecutor(3) as pool:  # side by side, in shared steps
-            jobs = [pool.submit(hear, ours, audio, ms, **case) for case in cases]
+        with ThreadPoolExecutor(3) as pool:  # concurrently, so that steps are batched
+            jobs = [pool.submit(transcribe, gpu, audio, ms, **case) for case in cases]
             assert [job.result(60) for job in jobs] == wanted
 
 
-def test_a_recording_is_resumed(
+def test_resume(
     both: tuple[Model, Model], clips: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot, "SECONDS", 0.0)
-    _, ours = both
+    _, gpu = both
     audio, state = np.tile(clips["librivox-sense-0870"], 3), tmp_path / "state"
-    wanted = ours.transcribe(audio, chunk_ms=560)
+    wanted = gpu.transcribe(audio, chunk_ms=560)
     left = 3
 
     def stop(seconds: float) -> None:
@@ -103,8 +102,8 @@ def test_a_recording_is_resumed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ours.transcribe(audio, chunk_ms=560, resume=state, on_progress=stop)
+        gpu.transcribe(audio, chunk_ms=560, resume=state, on_progress=stop)
     assert state.exists()
-    with ours.stream() as other:  # the slots are dealt out otherwise now
+    with gpu.stream() as other:  # the stream gets another slot
         other.push(audio[:20_000])
-        assert ours.transcribe(audio, chunk_ms=560, resume=state) == wanted
+        assert gpu.transcribe(audio, chunk_ms=560, resume=state) == wanted

@@ -5,9 +5,9 @@
 // whose slot is -1 is idle: the encoder computes it, but nothing is written back and no token is emitted.
 
 #define D_K (D_MODEL / HEADS)
-#define RING_BYTES (HEADS * CACHE * D_K * CACHE_ITEMSIZE)       // K or V of one layer and slot
-#define CONV_BYTES (D_MODEL * CONV_CACHE * CACHE_ITEMSIZE)      // convolution cache of one layer and slot
-#define MEL_CACHE ((SUBSAMPLING + 1) * MELS)          // floats of mel history of a slot
+#define RING_BYTES (HEADS * CACHE * D_K * CACHE_ITEMSIZE)  // K or V of one layer and slot
+#define CONV_BYTES (D_MODEL * CONV_CACHE * CACHE_ITEMSIZE)  // convolution cache of one layer and slot
+#define MEL_CACHE ((SUBSAMPLING + 1) * MELS)  // floats of mel history of a slot
 
 static __device__ __forceinline__ long long floor_div(long long x, long long by) {
   return x >= 0 ? x / by : -((-x + by - 1) / by);

@@ -1,7 +1,7 @@
-"""The GPU backend on a device that the CPU plays (`tests/simt`), beside the CPU backend: the same tokens, always.
+"""The GPU backend on a simulated device (`tests/simt`), compared with the CPU backend: tokens must be equal.
 
-The kernels are the real sources, the encoder is the bundle's own graph on ONNX Runtime. What only a GPU can show is
-shown by `python -m nemostream.benchmarks.gpu_check`.
+The kernels are compiled from the real sources, the encoder is the bundle's graph on ONNX Runtime. Checks that need a
+GPU are in `python -m nemostream.benchmarks.gpu_check`.
 """
 
 from __future__ import annotations
@@ -35,108 +35,112 @@ def make_backend(
     return GpuBackend(bundle, device, encoders, **{"capacity": CAPACITY, **options})
 
 
-def seen(emissions: Emissions) -> list[tuple[list[int], list[int], bool]]:
+def as_lists(emissions: Emissions) -> list[tuple[list[int], list[int], bool]]:
+    """Return tokens, frames and failure of each row."""
     rows = zip(emissions.tokens, emissions.frames, emissions.failed, strict=True)
     return [(tokens.tolist(), frames.tolist(), bool(failed)) for tokens, frames, failed in rows]
 
 
-class Talk:
-    """Streams of speech at different points: hands out batches of any of them, at any chunk size."""
+class Streams:
+    """Streams of speech at different positions, which can be combined into batches of any chunk size."""
 
     def __init__(self, bundle: Bundle, clips: dict[str, np.ndarray]) -> None:
         self.manifest, self.clips = bundle.manifest, list(clips.values())
         self.audio: dict[int, np.ndarray] = {}
-        self.at: dict[int, int] = {}
+        self.position: dict[int, int] = {}  # in samples
 
     def start(self, slot: int, clip: int) -> None:
         self.audio[slot] = np.concatenate(
             [np.zeros(self.manifest.lead, np.float32), self.clips[clip % len(self.clips)]]
         )
-        self.at[slot] = 0
+        self.position[slot] = 0
 
-    def over(self, slot: int) -> bool:
-        return self.at[slot] >= len(self.audio[slot])
+    def ended(self, slot: int) -> bool:
+        return self.position[slot] >= len(self.audio[slot])
 
     def batch(self, chunk: ChunkConfig, slots: Sequence[int]) -> Batch:
         rows, lengths = np.zeros((len(slots), chunk.samples), np.float32), []
         for row, slot in zip(rows, slots, strict=True):
-            part = self.audio[slot][self.at[slot] :][: chunk.samples]
+            part = self.audio[slot][self.position[slot] :][: chunk.samples]
             row[: len(part)] = part
             lengths.append(len(part))
-            self.at[slot] += chunk.samples
+            self.position[slot] += chunk.samples
         return Batch(chunk, np.array(slots), rows, np.array(lengths))
 
 
 def some_phrases(rng: np.random.Generator, bundle: Bundle) -> Boosting:
-    """Over few tokens, so that they are met."""
+    """Return phrases over few tokens, so that they occur."""
     few = rng.choice(bundle.manifest.decoder.vocabulary, 6, replace=False)
     phrases = [(rng.choice(few, rng.integers(1, 6)).tolist(), float(rng.choice([0.5, 1, 2]))) for _ in range(20)]
     return Boosting(phrases, bundle.manifest.decoder.vocabulary)
 
 
 @pytest.fixture
-def talking(talker: Bundle, make_device: Any) -> Iterator[GpuBackend]:
+def gpu_backend(talker: Bundle, make_device: Any) -> Iterator[GpuBackend]:
     backend = make_backend(talker, [80, 560], make_device())
     yield backend
     backend.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_batches_of_any_streams(
-    seed: int, talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]
+def test_random_batches_of_random_streams(
+    seed: int, gpu_backend: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]
 ) -> None:
-    """Random subsets of five streams, chunk sizes mixed, streams that end and begin, two steps in flight.
+    """Random subsets of five streams, mixed chunk sizes, streams that end and start, two pending steps.
 
-    Now and then one is boosted or no longer, forgets what it said, or goes back to what it once was.
+    Between steps, a random stream's phrases are set or removed, its decoder is reset, or its state is saved or loaded.
     """
     rng = np.random.default_rng(seed)
-    ours, cpu, talk = talking, OrtBackend(talker, capacity=CAPACITY, threads=1), Talk(talker, clips)
+    gpu, cpu, streams = gpu_backend, OrtBackend(talker, capacity=CAPACITY, threads=1), Streams(talker, clips)
     pending: list[tuple[Any, Emissions]] = []
-    boosts: dict[int, Boosting | None] = dict.fromkeys(range(CAPACITY))
+    phrases: dict[int, Boosting | None] = dict.fromkeys(range(CAPACITY))
     saved: dict[int, Any] = dict.fromkeys(range(CAPACITY))
-    said = 0
+    emitted = 0
     for slot in range(CAPACITY):
-        talk.start(slot, int(rng.integers(100)))
-    for backend in (ours, cpu):
+        streams.start(slot, int(rng.integers(100)))
+    for backend in (gpu, cpu):
         backend.reset(np.arange(CAPACITY))
     for _ in range(30):
-        over = [slot for slot in range(CAPACITY) if talk.over(slot)]
-        for slot in over:
-            talk.start(slot, int(rng.integers(100)))
-        if over:
-            for backend in (ours, cpu):
-                backend.reset(np.array(over))
-            for slot in over:
-                boosts[slot], saved[slot] = None, None
-        slot, what = int(rng.integers(CAPACITY)), rng.choice(["boost", "forget", "save", "load", "nothing"])
-        if what == "boost":
-            boosts[slot], saved[slot] = some_phrases(rng, talker) if rng.random() < 0.7 else None, None
-        for index, backend in enumerate((ours, cpu)):
-            if what == "boost":
-                backend.set_phrases(slot, boosts[slot])
-            elif what == "forget":
+        ended = [slot for slot in range(CAPACITY) if streams.ended(slot)]
+        for slot in ended:
+            streams.start(slot, int(rng.integers(100)))
+        if ended:
+            for backend in (gpu, cpu):
+                backend.reset(np.array(ended))
+            for slot in ended:
+                phrases[slot], saved[slot] = None, None
+        slot = int(rng.integers(CAPACITY))
+        action = rng.choice(["set_phrases", "reset_decoder", "save", "load", "nothing"])
+        if action == "set_phrases":
+            phrases[slot], saved[slot] = some_phrases(rng, talker) if rng.random() < 0.7 else None, None
+        for index, backend in enumerate((gpu, cpu)):
+            if action == "set_phrases":
+                backend.set_phrases(slot, phrases[slot])
+            elif action == "reset_decoder":
                 backend.reset_decoder(np.array([slot]))
-            elif what == "load" and saved[slot]:
+            elif action == "load" and saved[slot]:
                 backend.load(slot, saved[slot][index])
-        if what == "save":
-            saved[slot] = (ours.save(slot), cpu.save(slot))
+        if action == "save":
+            saved[slot] = (gpu.save(slot), cpu.save(slot))
         chunk = talker.manifest.chunk(int(rng.choice([80, 560])))
         slots = np.sort(rng.choice(CAPACITY, rng.integers(1, CAPACITY + 1), replace=False)).tolist()
-        batch = talk.batch(chunk, slots)
-        pending.append((ours.submit(batch), cpu.submit(batch).result()))
+        batch = streams.batch(chunk, slots)
+        pending.append((gpu.submit(batch), cpu.submit(batch).result()))
         while len(pending) > int(rng.integers(0, 2)):
             step, wanted = pending.pop(0)
             got = step.result()
-            assert seen(got) == seen(wanted)
-            for mine, theirs in zip(got.scores + got.sum_p_alpha, wanted.scores + wanted.sum_p_alpha, strict=True):
-                np.testing.assert_allclose(mine, theirs, atol=1e-3, rtol=1e-3)
-            said += sum(map(len, got.tokens))
-    assert said > 20
+            assert as_lists(got) == as_lists(wanted)
+            for value, expected in zip(got.scores + got.sum_p_alpha, wanted.scores + wanted.sum_p_alpha, strict=True):
+                np.testing.assert_allclose(value, expected, atol=1e-3, rtol=1e-3)
+            emitted += sum(map(len, got.tokens))
+    assert emitted > 20
 
 
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
-def test_the_demo_says_the_same(ms: int, demo_bundle: Bundle, make_device: Any, clips: dict[str, np.ndarray]) -> None:
-    """Whole clips through scheduler and model, as users have them; the text is the CPU's."""
+def test_demo_transcripts_are_equal(
+    ms: int, demo_bundle: Bundle, make_device: Any, clips: dict[str, np.ndarray]
+) -> None:
+    """Whole clips through the public API: the text is that of the CPU backend."""
     with (
         nemostream.load(chunk_ms=ms, threads=1) as cpu,
         nemostream.Model(demo_bundle, make_backend(demo_bundle, [ms], make_device()), ms) as gpu,
@@ -149,29 +153,29 @@ def test_the_demo_says_the_same(ms: int, demo_bundle: Bundle, make_device: Any, 
         assert gpu.transcribe(clip).text == cpu.transcribe(clip).text != ""
 
 
-def test_many_threads_share_it(demo_bundle: Bundle, make_device: Any, clips: dict[str, np.ndarray]) -> None:
+def test_concurrent_transcription(demo_bundle: Bundle, make_device: Any, clips: dict[str, np.ndarray]) -> None:
     names = [*clips][:4]
     with nemostream.load(chunk_ms=560, threads=1) as cpu:
         wanted = {name: cpu.transcribe(clips[name]).text for name in names}
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     with nemostream.Model(demo_bundle, make_backend(demo_bundle, [560], make_device())) as model:
 
         def work(name: str) -> None:
-            said[name] = model.transcribe(clips[name]).text
+            texts[name] = model.transcribe(clips[name]).text
 
         threads = [threading.Thread(target=work, args=(name,)) for name in names]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert said == wanted
+    assert texts == wanted
 
 
 @pytest.mark.parametrize(
-    ("options", "capturable", "loop", "asked", "launches"),
+    ("options", "capturable", "loop", "requested", "launches"),
     [
         ({}, True, "while", "while", 1),
-        ({}, False, "while", "while", 3),  # ours, the encoder's, ours: and no wait between them
+        ({}, False, "while", "while", 3),  # before the encoder, the encoder, after it, without waiting in between
         ({"conditional": False}, True, "unrolled", "while", 1),
         ({"conditional": False}, False, "unrolled", "while", 3),
         ({"capturable": False}, True, "eager", "while", None),
@@ -179,11 +183,11 @@ def test_many_threads_share_it(demo_bundle: Bundle, make_device: Any, clips: dic
         ({}, True, "eager", "eager", None),
     ],
 )
-def test_what_a_device_cannot_do_is_done_otherwise(
+def test_fallbacks_for_missing_device_features(
     options: dict[str, bool],
     capturable: bool,
     loop: str,
-    asked: str,
+    requested: str,
     launches: int | None,
     make_device: Any,
     talker: Bundle,
@@ -191,54 +195,53 @@ def test_what_a_device_cannot_do_is_done_otherwise(
 ) -> None:
     device = make_device(**options)
     if options and not isinstance(device, HostDevice):
-        pytest.skip("a real device can")
-    ours = make_backend(talker, [560], device, capturable, capacity=2, loop=asked)
-    assert ours.loop == loop
-    cpu, talk, chunk = (
+        pytest.skip("needs the simulated device")
+    gpu = make_backend(talker, [560], device, capturable, capacity=2, loop=requested)
+    assert gpu.loop == loop
+    cpu, streams, chunk = (
         OrtBackend(talker, capacity=2, threads=1),
-        Talk(talker, clips),
-        ours.manifest.chunk(560),
+        Streams(talker, clips),
+        gpu.manifest.chunk(560),
     )
     cpu.reset(np.arange(2))
     for slot in (0, 1):
-        talk.start(slot, slot)
-    most = 0
+        streams.start(slot, slot)
+    max_tokens = 0
     for slots in ([0, 1], [0, 1], [1], [0], [0, 1]):
-        batch = talk.batch(chunk, slots)
+        batch = streams.batch(chunk, slots)
         before = getattr(device, "queued", 0)
-        step = ours.submit(batch)
+        step = gpu.submit(batch)
         if launches and isinstance(device, HostDevice):
             assert device.queued - before == launches
         wanted = cpu.submit(batch).result()
-        assert seen(step.result()) == seen(wanted)
-        most = max(most, *map(len, wanted.tokens))
-    assert (
-        most >= UNROLLED_ITERATIONS or talker.manifest.name == "demo"
-    )  # labels and a verdict: more than an unrolled loop comes to in one launch
-    ours.close()
+        assert as_lists(step.result()) == as_lists(wanted)
+        max_tokens = max(max_tokens, *map(len, wanted.tokens))
+    # More tokens than one launch of an unrolled loop can emit.
+    assert max_tokens >= UNROLLED_ITERATIONS or talker.manifest.name == "demo"
+    gpu.close()
 
 
 @needs_compiler
-def test_a_loop_nobody_knows(demo_bundle: Bundle) -> None:
+def test_unknown_loop(demo_bundle: Bundle) -> None:
     with pytest.raises(OptionError, match="loop is 'forever'"):
         make_backend(demo_bundle, [80], HostDevice(), loop="forever")
 
 
-def test_the_encoder_agrees_frame_by_frame(talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]) -> None:
-    ours, cpu, talk = talking, OrtBackend(talker, capacity=CAPACITY, threads=1), Talk(talker, clips)
+def test_encoder_output_is_equal(gpu_backend: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]) -> None:
+    gpu, cpu, streams = gpu_backend, OrtBackend(talker, capacity=CAPACITY, threads=1), Streams(talker, clips)
     for slot in range(CAPACITY):
-        talk.start(slot, slot)
-    for backend in (ours, cpu):
+        streams.start(slot, slot)
+    for backend in (gpu, cpu):
         backend.reset(np.arange(CAPACITY))
     for step, slots in enumerate([[0, 1, 2], [1, 3], [4], [0, 1, 2, 3, 4], [2, 4], [3], [0, 4]]):
-        batch = talk.batch(talker.manifest.chunk((80, 560)[step % 2]), slots)
-        (mine, counts), (theirs, wanted) = ours.encode(batch), cpu.encode(batch)
-        assert counts.tolist() == wanted.tolist()
-        np.testing.assert_allclose(mine, theirs, atol=2e-5)
+        batch = streams.batch(talker.manifest.chunk((80, 560)[step % 2]), slots)
+        (got, counts), (wanted, wanted_counts) = gpu.encode(batch), cpu.encode(batch)
+        assert counts.tolist() == wanted_counts.tolist()
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
-def test_the_features_are_the_graphs(talking: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]) -> None:
-    """fp64 as in ONNX: to the last bits of fp32, a stream's end and silence included."""
+def test_features_match_the_graph(gpu_backend: GpuBackend, talker: Bundle, clips: dict[str, np.ndarray]) -> None:
+    """Both compute in fp64 and agree to the last bits of fp32, including a stream's end and silence."""
     chunk = talker.manifest.chunk(560)
     rng = np.random.default_rng(0)
     speech = max(clips.values(), key=len)
@@ -254,36 +257,34 @@ def test_the_features_are_the_graphs(talking: GpuBackend, talker: Bundle, clips:
         row[length:] = 0
     session = onnxruntime.InferenceSession(talker.file("features-560ms"), providers=["CPUExecutionProvider"])
     tail = np.zeros((4, talker.manifest.features.tail), np.float32)
-    talking.reset(np.arange(4))
-    for _ in range(2):  # the second time with the first one's tail
+    gpu_backend.reset(np.arange(4))
+    for _ in range(2):  # the second time with the tail of the first
         wanted, tail = session.run(["mel", "audio_tail_next"], {"audio": audio, "audio_tail": tail, "lengths": lengths})
-        talking.encode(Batch(chunk, np.arange(4), audio, lengths))
+        gpu_backend.encode(Batch(chunk, np.arange(4), audio, lengths))
         mel = np.empty_like(wanted)
-        talking.arena.read("mel", mel)
+        gpu_backend.arena.read("mel", mel)
         np.testing.assert_allclose(mel, wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize("slots", [[0], [2], [1, 3], [0, 1, 2, 3]])
-def test_streams_that_are_not_in_the_batch_are_left_alone(
-    slots: list[int], make_device: Any, talker: Bundle, clips: Any
-) -> None:
-    """Byte for byte, in place or gathered, idle rows included."""
-    ours, talk = make_backend(talker, [80], make_device()), Talk(talker, clips)
+def test_other_streams_are_unchanged(slots: list[int], make_device: Any, talker: Bundle, clips: Any) -> None:
+    """Byte for byte, in place and gathered, with idle rows."""
+    gpu, streams = make_backend(talker, [80], make_device()), Streams(talker, clips)
     chunk = talker.manifest.chunk(80)
     for slot in range(CAPACITY):
-        talk.start(slot, slot)
+        streams.start(slot, slot)
     for _ in range(3):
-        ours.submit(talk.batch(chunk, range(CAPACITY))).result()
-    before = state_of(ours)
-    ours.submit(talk.batch(chunk, slots)).result()
-    after = state_of(ours)
+        gpu.submit(streams.batch(chunk, range(CAPACITY))).result()
+    before = state_of(gpu)
+    gpu.submit(streams.batch(chunk, slots)).result()
+    after = state_of(gpu)
     changed = {slot for slot in range(CAPACITY) if before[slot] != after[slot]}
     assert changed == set(slots)
-    ours.close()
+    gpu.close()
 
 
 def state_of(backend: GpuBackend) -> list[bytes]:
-    """Every byte of every slot."""
+    """Return all bytes of each slot."""
     memory, found = backend.arena, [b""] * backend.capacity
     layers = backend.manifest.encoder.layers
     for name, size in memory.slot_bytes.items():
@@ -295,65 +296,65 @@ def state_of(backend: GpuBackend) -> list[bytes]:
     return found
 
 
-def test_a_slot_begins_again(make_device: Any, talker: Bundle, clips: Any) -> None:
-    """A reset leaves nothing of the stream before, not even what was not finite."""
-    ours, talk = make_backend(talker, [80], make_device()), Talk(talker, clips)
+def test_reset_clears_a_slot(make_device: Any, talker: Bundle, clips: Any) -> None:
+    """A reset removes all state of the previous stream, including values that are not finite."""
+    gpu, streams = make_backend(talker, [80], make_device()), Streams(talker, clips)
     chunk = talker.manifest.chunk(80)
-    fresh = state_of(ours)
-    talk.start(2, 0)
-    poison = Batch(chunk, np.array([2]), np.full((1, chunk.samples), np.nan, np.float32), np.array([chunk.samples]))
-    assert ours.submit(poison).result().failed.tolist() == [True]
-    assert state_of(ours)[2] != fresh[2]
-    ours.reset(np.array([2]))
-    assert state_of(ours) == fresh
-    ours.close()
+    initial = state_of(gpu)
+    streams.start(2, 0)
+    invalid = Batch(chunk, np.array([2]), np.full((1, chunk.samples), np.nan, np.float32), np.array([chunk.samples]))
+    assert gpu.submit(invalid).result().failed.tolist() == [True]
+    assert state_of(gpu)[2] != initial[2]
+    gpu.reset(np.array([2]))
+    assert state_of(gpu) == initial
+    gpu.close()
 
 
-def test_a_poisoned_stream_harms_no_other(make_device: Any, talker: Bundle, clips: Any) -> None:
-    ours, cpu = make_backend(talker, [560], make_device()), OrtBackend(talker, CAPACITY)
-    talk = Talk(talker, clips)
-    chunk, said = talker.manifest.chunk(560), 0
+def test_nan_affects_only_its_stream(make_device: Any, talker: Bundle, clips: Any) -> None:
+    gpu, cpu = make_backend(talker, [560], make_device()), OrtBackend(talker, CAPACITY)
+    streams = Streams(talker, clips)
+    chunk, emitted = talker.manifest.chunk(560), 0
     cpu.reset(np.arange(CAPACITY))
     for slot in range(CAPACITY):
-        talk.start(slot, slot)
+        streams.start(slot, slot)
     for step in range(4):
-        batch = talk.batch(chunk, range(CAPACITY))
+        batch = streams.batch(chunk, range(CAPACITY))
         if step == 1:
             batch.audio[3, 100] = np.nan
-        got, wanted = ours.submit(batch).result(), cpu.submit(batch).result()
+        got, wanted = gpu.submit(batch).result(), cpu.submit(batch).result()
         assert got.failed.tolist() == [step > 0 and slot == 3 for slot in range(CAPACITY)]
         for slot in (0, 1, 2, 4):
-            assert seen(got)[slot] == seen(wanted)[slot]
-            said += len(got.tokens[slot])
+            assert as_lists(got)[slot] == as_lists(wanted)[slot]
+            emitted += len(got.tokens[slot])
         assert step == 0 or not len(got.tokens[3])
-    assert said
-    ours.close()
+    assert emitted
+    gpu.close()
 
 
 @needs_compiler
-def test_memory_is_told_and_capacity_refused(demo_bundle: Bundle) -> None:
-    ours = make_backend(demo_bundle, [80], HostDevice(), capacity=3)
+def test_memory_per_stream_and_capacity_limit(demo_bundle: Bundle) -> None:
+    gpu = make_backend(demo_bundle, [80], HostDevice(), capacity=3)
     encoder, net = demo_bundle.manifest.encoder, demo_bundle.manifest.decoder
     caches = encoder.layers * encoder.d_model * (2 * encoder.cache + encoder.conv_cache) * 4
-    rest = 4 * (9 * 128 + 239 + net.joint + 2 * net.layers * net.hidden) + 4 + 8
-    assert ours.bytes_per_stream == caches + rest
-    ours.close()
+    other = 4 * (9 * 128 + 239 + net.joint + 2 * net.layers * net.hidden) + 4 + 8
+    assert gpu.bytes_per_stream == caches + other
+    gpu.close()
 
-    small = 600 << 20
+    limit = 600 << 20
     with pytest.raises(
         BackendError, match=r"1000 streams .* 0\.6 GB are free; load the model with capacity=(\d+)"
     ) as error:
-        make_backend(demo_bundle, [80], HostDevice(free_bytes=small), capacity=1000, max_batch=2)
-    fits = int(str(error.value).split("capacity=")[1].split()[0])
-    make_backend(demo_bundle, [80], HostDevice(free_bytes=small), capacity=fits, max_batch=2).close()
+        make_backend(demo_bundle, [80], HostDevice(free_bytes=limit), capacity=1000, max_batch=2)
+    fit = int(str(error.value).split("capacity=")[1].split()[0])
+    make_backend(demo_bundle, [80], HostDevice(free_bytes=limit), capacity=fit, max_batch=2).close()
     with pytest.raises(BackendError, match="capacity="):
-        make_backend(demo_bundle, [80], HostDevice(free_bytes=small), capacity=fits + 1, max_batch=2)
+        make_backend(demo_bundle, [80], HostDevice(free_bytes=limit), capacity=fit + 1, max_batch=2)
     with pytest.raises(BackendError, match="choose a smaller max_batch"):
         make_backend(demo_bundle, [80], HostDevice(free_bytes=1 << 20), capacity=4)
 
 
 @needs_compiler
-def test_no_more_streams_than_slots(demo_bundle: Bundle) -> None:
+def test_all_slots_taken(demo_bundle: Bundle) -> None:
     with nemostream.Model(demo_bundle, make_backend(demo_bundle, [80], HostDevice(), capacity=2), 80) as model:
         with model.stream(), model.stream(), pytest.raises(CapacityError, match="all 2 slots are taken"):
             model.stream()
@@ -362,7 +363,7 @@ def test_no_more_streams_than_slots(demo_bundle: Bundle) -> None:
 
 
 @needs_compiler
-def test_a_chunk_size_without_an_engine(demo_bundle: Bundle) -> None:
+def test_chunk_size_without_an_engine(demo_bundle: Bundle) -> None:
     with nemostream.Model(demo_bundle, make_backend(demo_bundle, [80], HostDevice()), 80) as model:
         with pytest.raises(BackendError, match=r"chunks of 560 ms, .*nemostream build BUNDLE --chunk-ms 560"):
             model.transcribe(nemostream.demo_clip(), chunk_ms=560)
@@ -370,27 +371,27 @@ def test_a_chunk_size_without_an_engine(demo_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("options", [{"capacity": 0}, {"max_batch": 0}])
-def test_bad_options(demo_bundle: Bundle, options: dict[str, int]) -> None:
+def test_invalid_options(demo_bundle: Bundle, options: dict[str, int]) -> None:
     with pytest.raises(OptionError, match="it must be at least 1"):
         make_backend(demo_bundle, [80], HostDevice(), **options)
 
 
 @needs_compiler
-def test_a_step_that_fails_takes_its_streams_only(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue breaks once: those who waited for it hear of it, and the backend serves on."""
-    ours = make_backend(demo_bundle, [560], HostDevice())
-    wait, broken = HostDevice.drain, [False]
+def test_failed_step_fails_only_its_streams(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device fails once: waiting streams get the error, and later streams work."""
+    gpu = make_backend(demo_bundle, [560], HostDevice())
+    original, fail = HostDevice.drain, [False]
 
     def drain(device: HostDevice) -> None:
-        wait(device)
-        if broken[0]:
-            broken[0] = False
+        original(device)
+        if fail[0]:
+            fail[0] = False
             raise BackendError("the GPU failed in a step.")
 
     monkeypatch.setattr(HostDevice, "drain", drain)
-    with nemostream.Model(demo_bundle, ours) as model:
+    with nemostream.Model(demo_bundle, gpu) as model:
         wanted = model.transcribe(nemostream.demo_clip()).text
         with pytest.raises(BackendError, match="failed in a step"), model.stream() as stream:
-            broken[0] = True
+            fail[0] = True
             stream.push(np.zeros(16000, np.float32))
         assert model.transcribe(nemostream.demo_clip()).text == wanted

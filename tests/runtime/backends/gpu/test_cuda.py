@@ -1,4 +1,4 @@
-"""What becomes of calls that CUDA refuses. The driver here is made up: what a real one does, only a GPU can show."""
+"""Handling of CUDA errors, with a fake driver. The behaviour of a real driver is tested on a GPU only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.gpu import cuda
 
-OK, WRONG = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_WRONG")
+OK, ERROR = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
 
 
 class Builder:
@@ -41,17 +41,17 @@ class Builder:
 
     def close(self) -> None:
         self.closed += 1
-        raise RuntimeError("as cuda.core does of a builder that is not done")
+        raise RuntimeError("cuda.core raises for a builder that is still building")
 
 
 class Driver:
-    """As much of cuda.bindings.driver as is called; `refuses` has what fails."""
+    """The functions of cuda.bindings.driver that are used; `fails` selects the calls that fail."""
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated")
 
-    def __init__(self, refuses: Callable[..., bool] = lambda *call: False) -> None:
-        self.refuses, self.capture, self.called = refuses, "none", []
+    def __init__(self, fails: Callable[..., bool] = lambda *call: False) -> None:
+        self.fails, self.capture, self.called = fails, "none", []
 
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, str]:
         return OK, self.capture
@@ -59,12 +59,12 @@ class Driver:
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.called.append(name)
-            return (WRONG, None) if self.refuses(name, *arguments) else (OK, arguments)
+            return (ERROR, None) if self.fails(name, *arguments) else (OK, arguments)
 
         return call
 
 
-def a_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> tuple[Any, list[Builder]]:
+def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> tuple[Any, list[Builder]]:
     builders: list[Builder] = []
 
     def builder() -> Builder:
@@ -72,7 +72,7 @@ def a_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.
         return builders[-1]
 
     class Device:
-        compute_capability, name = SimpleNamespace(major=9, minor=0), "made up"
+        compute_capability, name = SimpleNamespace(major=9, minor=0), "fake"
 
         def __init__(self, ordinal: int) -> None: ...
 
@@ -87,53 +87,53 @@ def a_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.
     return cuda.CudaDevice(), builders
 
 
-def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=re.escape(f"cuda-core 0.9.1 is too old: {install_command('gpu')}")):
-        a_device(monkeypatch, Driver(), "0.9.1")
+        make_device(monkeypatch, Driver(), "0.9.1")
 
 
 @pytest.mark.parametrize("invalidated", [False, True])
-def test_a_recording_that_fails_is_given_up(invalidated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder is closed; but one whose recording CUDA has thrown away must never be, nor be collected."""
+def test_failed_capture_is_aborted(invalidated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder is closed. One whose capture CUDA has invalidated must be neither closed nor garbage collected."""
     driver = Driver()
-    device, builders = a_device(monkeypatch, driver)
+    device, builders = make_device(monkeypatch, driver)
 
     def work() -> None:
         if invalidated:
             driver.capture = "invalidated"
-        raise BackendError("the step is wrong.")
+        raise BackendError("the step failed.")
 
-    with pytest.raises(BackendError, match=r"the step is wrong."):
+    with pytest.raises(BackendError, match=r"the step failed."):
         device.capture(lambda: device.loop(device.condition(), work))
     (builder,) = builders
     assert builder.closed == (not invalidated)
-    assert builder.body.closed == 1, "the body first"
+    assert builder.body.closed == 1, "the body is closed first"
     assert ("cuStreamEndCapture" in driver.called) == invalidated
-    left = weakref.ref(builder)
+    reference = weakref.ref(builder)
     builders.clear()
     del builder
     gc.collect()
-    assert (left() is not None) == invalidated
-    assert device.stream == 1, "work is queued on the device's own stream again"
+    assert (reference() is not None) == invalidated
+    assert device.stream == 1, "work is queued on the device's stream again"
 
 
 @pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction"])
-def test_kernels_are_loaded_in_the_best_way_that_works(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two ways fail, at one point or another; the third is taken, and why is told."""
+def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two variants fail at different points; the third is used, and the failures are recorded."""
     tried: list[tuple[str, int]] = []
 
     def compile_kernels(macros: dict[str, int], architecture: str, kind: str) -> bytes:
         tried.append((kind, macros["CONDITIONAL"]))
         if where == "compile" and len(tried) < 3:
-            raise BackendError("an extern is unresolved.")
+            raise BackendError("unresolved external symbol.")
         return b""
 
     monkeypatch.setattr(cuda, "compile_kernels", compile_kernels)
-    device, _ = a_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
+    device, _ = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
     loaded = device.kernels({"CONDITIONAL": 1}, ("begin", "finish"))
     assert tried == [("cubin", 1), ("ptx", 1), ("cubin", 0)]
     assert (loaded.format, loaded.conditional, len(loaded.failures)) == ("cubin", False, 2)
-    wanted = "an extern is unresolved." if where == "compile" else f"{where} returned CUDA_ERROR_WRONG."
+    wanted = "unresolved external symbol." if where == "compile" else f"{where} returned CUDA_ERROR_INVALID_VALUE."
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
     with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: "):
-        a_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData"))[0].kernels({"CONDITIONAL": 1}, ())
+        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData"))[0].kernels({"CONDITIONAL": 1}, ())

@@ -1,7 +1,6 @@
-"""The two GPU encoders as far as they go without a GPU: what they refuse, and what they ask of their library.
+"""The two GPU encoders without a GPU: their errors, and their calls to their libraries.
 
-TensorRT is played by a module that keeps what it was told; whether an engine computes the right thing only the gate on
-a GPU can say.
+TensorRT is replaced by a fake module that records its calls. Results of engines are validated on a GPU only.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class Context:
 
     def set_input_shape(self, name: str, shape: list[int]) -> bool:
         self.shapes[name] = tuple(shape)
-        least, most = PROFILES[self.profile]
-        return least <= shape[0] <= most
+        smallest, largest = PROFILES[self.profile]
+        return smallest <= shape[0] <= largest
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
@@ -75,8 +74,8 @@ class Engine:
         return SHAPES[name]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        least, most = PROFILES[profile]
-        return [(rows, 56, 128) for rows in (least, most, most)]
+        smallest, largest = PROFILES[profile]
+        return [(rows, 56, 128) for rows in (smallest, largest, largest)]
 
     def create_runtime_config(self) -> Any:
         return types.SimpleNamespace(set_execution_context_allocation_strategy=self.strategies.append)
@@ -124,15 +123,15 @@ ADDRESSES = {name: 4096 * (1 + index) for index, name in enumerate(SHAPES)}
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
-    path = tmp_path / "made.engine"
+def engine_file(tmp_path: Path) -> Path:
+    path = tmp_path / "test.engine"
     path.write_bytes(b"engine")
     return path
 
 
-def test_an_engine_is_told_everything(library: Any, made: Path) -> None:
-    """Every recording has its own context; all of them work in one memory, large enough for the largest so far."""
-    encoder = TrtEncoder(made, "fake_tensorrt", "float16", Device())
+def test_tensorrt_binding(library: Any, engine_file: Path) -> None:
+    """Each binding has its own context; all share one device memory, large enough for the largest so far."""
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
     assert (encoder.cache_dtype, encoder.capturable) == ("float16", True)
     large, small = encoder.bind(64, ADDRESSES), encoder.bind(3, ADDRESSES)
     first, second = library.engine.contexts
@@ -153,24 +152,24 @@ def test_an_engine_is_told_everything(library: Any, made: Path) -> None:
         small()
 
 
-def test_engines_that_are_refused(library: Any, made: Path) -> None:
-    encoder = TrtEncoder(made, "fake_tensorrt", "float16", Device())
+def test_invalid_engines(library: Any, engine_file: Path) -> None:
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
     with pytest.raises(BackendError, match=r"not built for batches of 65; build it with a larger --max-batch"):
         encoder.bind(65, ADDRESSES)
     with pytest.raises(BackendError, match="has an unknown tensor 'mel'"):
         encoder.bind(1, {name: 0 for name in ADDRESSES if name != "mel"})
-    made.write_bytes(b"another GPU's")
+    engine_file.write_bytes(b"another GPU's")
     with pytest.raises(
         BackendError, match=r"fake_tensorrt 11.0 cannot load .*INVALID, diagnostics 0x5.*nemostream build"
     ):
-        TrtEncoder(made, "fake_tensorrt", "float16", Device())
+        TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
     with pytest.raises(
         BackendError, match="needs no_such_tensorrt .*" + re.escape(install_command("no-such-tensorrt"))
     ):
-        TrtEncoder(made, "no_such_tensorrt", "float16", Device())
+        TrtEncoder(engine_file, "no_such_tensorrt", "float16", Device())
 
 
-def test_onnxruntime_without_cuda_is_told_of(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_without_cuda(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     graph = demo_bundle.manifest.graphs["encoder-80ms"]
@@ -179,22 +178,22 @@ def test_onnxruntime_without_cuda_is_told_of(demo_bundle: Bundle, monkeypatch: p
         OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "float32", Device())
 
 
-def test_what_onnxruntime_is_told(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our stream, its own recording for each of ours, no waiting; every tensor at its address in its type."""
+def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's stream, one CUDA graph per binding, no waiting; all tensors at their addresses with their types."""
     import onnxruntime
 
-    told: dict[str, Any] = {"in": {}, "out": {}, "runs": []}
+    calls: dict[str, Any] = {"in": {}, "out": {}, "runs": []}
 
     class Binding:
         def bind_input(self, name: str, device: str, index: int, kind: Any, shape: Any, address: int) -> None:
-            told["in"][name] = (device, index, kind, tuple(shape), address)
+            calls["in"][name] = (device, index, kind, tuple(shape), address)
 
         def bind_output(self, name: str, device: str, index: int, kind: Any, shape: Any, address: int) -> None:
-            told["out"][name] = (device, index, kind, tuple(shape), address)
+            calls["out"][name] = (device, index, kind, tuple(shape), address)
 
     class Session:
         def __init__(self, path: Path, options: Any, providers: Any) -> None:
-            told["providers"] = providers
+            calls["providers"] = providers
 
         def get_providers(self) -> list[str]:
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -204,7 +203,7 @@ def test_what_onnxruntime_is_told(demo_bundle: Bundle, monkeypatch: pytest.Monke
 
         def run_with_iobinding(self, binding: Binding, options: Any) -> None:
             entries = ("gpu_graph_id", "disable_synchronize_execution_providers")
-            told["runs"].append(tuple(options.get_run_config_entry(name) for name in entries))
+            calls["runs"].append(tuple(options.get_run_config_entry(name) for name in entries))
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
@@ -219,13 +218,13 @@ def test_what_onnxruntime_is_told(demo_bundle: Bundle, monkeypatch: pytest.Monke
     first()
     second()
     first()
-    assert told["runs"] == [("1", "1"), ("2", "1"), ("1", "1")]
-    ((provider, options),) = told["providers"]
+    assert calls["runs"] == [("1", "1"), ("2", "1"), ("1", "1")]
+    ((provider, options),) = calls["providers"]
     assert provider == "CUDAExecutionProvider"
     assert (options["user_compute_stream"], options["enable_cuda_graph"]) == ("77", "1")
-    assert told["in"].keys() | told["out"].keys() == set(names)
-    assert told["in"]["mel"] == ("cuda", 0, np.float32, (1, 8, 128), addresses["mel"])
-    assert told["in"]["position"][2] == np.int64
-    assert told["in"]["k_cache.5"] == ("cuda", 0, 16, (1, 4, 70, 32), addresses["k_cache.5"])  # TensorProto.BFLOAT16
-    assert told["out"]["k_new"] == ("cuda", 0, 16, (layers, 1, 4, 1, 32), addresses["k_new"])
-    assert told["out"]["encoded_joint"][2] == np.float32
+    assert calls["in"].keys() | calls["out"].keys() == set(names)
+    assert calls["in"]["mel"] == ("cuda", 0, np.float32, (1, 8, 128), addresses["mel"])
+    assert calls["in"]["position"][2] == np.int64
+    assert calls["in"]["k_cache.5"] == ("cuda", 0, 16, (1, 4, 70, 32), addresses["k_cache.5"])  # TensorProto.BFLOAT16
+    assert calls["out"]["k_new"] == ("cuda", 0, 16, (layers, 1, 4, 1, 32), addresses["k_new"])
+    assert calls["out"]["encoded_joint"][2] == np.float32

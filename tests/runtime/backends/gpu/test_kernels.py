@@ -1,7 +1,7 @@
-"""Our CUDA kernels, run on the CPU, against numpy; and compiled for GPUs.
+"""CUDA kernels, run on the CPU and compared with numpy, and compiled for GPUs.
 
-Decoding is checked on a model made here, with the encoder's frames given: logits built to be nasty. The oracle is the
-plain definition, `greedy_reference`, over a transducer in float64.
+Decoding is tested on a small model with given encoder frames and difficult logits. The reference is `greedy_reference`
+with a transducer in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from host_device import HostDevice
 
-from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, FeatureConfig, File, Manifest, EncoderConfig, Weight
+from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, File, Manifest, Weight
 from nemostream.errors import BackendError
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.gpu import kernels
@@ -24,16 +24,16 @@ from nemostream.runtime.backends.gpu.backend import GpuBackend, buckets
 from nemostream.runtime.decoding.boosting import MOST_TOKENS, Boosting
 from nemostream.runtime.decoding.greedy import Labels, Predictions, greedy_reference
 
-LAYERS, HIDDEN, JOINT, VOCABULARY, MOST = 2, 16, 40, 37, 3
+LAYERS, HIDDEN, JOINT, VOCABULARY, MAX_SYMBOLS = 2, 16, 40, 37, 3
 CHUNK = ChunkConfig(ms=400, frames=5, left=8, samples=6400)
 ROWS = 21  # more than a tile
-CELLS = ("float32", "float16", "bfloat16")
-# A sum that fp32 and float64 round to different neighbours in 16 bit is off by one of their steps.
-SCORES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+CACHE_DTYPES = ("float32", "float16", "bfloat16")
+# Absolute tolerance of scores. A sum may be rounded to different 16-bit values from fp32 and from float64.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def widened(array: np.ndarray, cache_dtype: str) -> np.ndarray:
-    """An array as the type `cache_dtype` holds it, in float64."""
+def rounded(array: np.ndarray, cache_dtype: str) -> np.ndarray:
+    """Round an array to `cache_dtype` and return it in float64."""
     if cache_dtype == "float32":
         return array.astype(np.float64)
     bits = kernels.to_16bit(np.asarray(array, np.float32), cache_dtype)
@@ -43,15 +43,18 @@ def widened(array: np.ndarray, cache_dtype: str) -> np.ndarray:
 
 
 class Net:
-    """The transducer in numpy; what is multiplied is rounded to `cache_dtype` first. Sums have one order for all columns."""
+    """Transducer in numpy.
 
-    blank, max_symbols = VOCABULARY, MOST
+    Operands of products are rounded to `cache_dtype`; sums have the same order in all columns.
+    """
+
+    blank, max_symbols = VOCABULARY, MAX_SYMBOLS
 
     def __init__(self, arrays: Mapping[str, np.ndarray], cache_dtype: str) -> None:
         self.arrays, self.cache_dtype = arrays, cache_dtype
 
     def _product(self, x: np.ndarray, name: str) -> np.ndarray:
-        left, right = widened(x, self.cache_dtype), widened(self.arrays[f"{name}.weight"], self.cache_dtype)
+        left, right = rounded(x, self.cache_dtype), rounded(self.arrays[f"{name}.weight"], self.cache_dtype)
         return (left[:, :, None] * right[None]).sum(axis=1) + self.arrays[f"{name}.bias"]
 
     def predict(self, tokens: Any, h: Any, c: Any) -> Any:
@@ -88,20 +91,20 @@ def make_weights(rng: np.random.Generator, kind: str) -> dict[str, np.ndarray]:
         normal(VOCABULARY + 1),
     )
     out, bias = arrays["joint.out.weight"], arrays["joint.out.bias"]
-    if kind == "ties":  # every logit three times over, far apart: in other lanes and in another tile
+    if kind == "ties":  # every logit three times, in different lanes and tiles
         out[:, 12:24], bias[12:24] = out[:, :12], bias[:12]
         out[:, 24:36], bias[24:36] = out[:, :12], bias[:12]
-        out[:, 36:], bias[36:] = out[:, :2], bias[:2]  # blank too: whatever is as likely comes before it
+        out[:, 36:], bias[36:] = out[:, :2], bias[:2]  # blank too: labels of the same probability come before it
     bias[-1] += {"blanks": 100, "labels": -100, "random": 2.5}.get(kind, 0)
-    if kind == "a label that breaks the prediction":
+    if kind == "nan embedding":
         arrays["decoder.embedding"][:8] = np.nan
     if kind == "infinite logits":
-        out[3, 5] = np.inf  # wherever unit 3 is above zero
+        out[3, 5] = np.inf  # if unit 3 is positive
     return arrays
 
 
-def made_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
-    """As much of a bundle as the GPU backend reads."""
+def make_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
+    """Write the parts of a bundle that the GPU backend reads."""
     features = {
         "features.window_left": np.ones(199),
         "features.window_right": np.ones(199),
@@ -114,10 +117,10 @@ def made_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
         blob += np.ascontiguousarray(array).tobytes()
     (path / "weights.bin").write_bytes(blob)
     manifest = Manifest(
-        name="made",
+        name="test",
         features=FeatureConfig(sample_rate=16000, mels=16, window=400, hop=160, n_fft=512, preemphasis=0.97),
         encoder=EncoderConfig(layers=1, d_model=32, heads=2, subsampling=8, cache=8, conv_cache=8),
-        decoder=DecoderConfig(LAYERS, HIDDEN, JOINT, VOCABULARY, MOST, "relu"),
+        decoder=DecoderConfig(LAYERS, HIDDEN, JOINT, VOCABULARY, MAX_SYMBOLS, "relu"),
         chunks=(CHUNK,),
         graphs={},
         weights=File("weights.bin", "", len(blob)),
@@ -128,7 +131,7 @@ def made_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
 
 
 class GivenFrames:
-    """An encoder whose frames the test gives: `frames` [B, T, J]."""
+    """An encoder whose output is `frames` [B, T, J]."""
 
     def __init__(self, device: Any, cache_dtype: str) -> None:
         self.device, self.cache_dtype, self.capturable = device, cache_dtype, isinstance(device, HostDevice)
@@ -147,29 +150,27 @@ class GivenFrames:
     def close(self) -> None: ...
 
 
-@pytest.mark.parametrize("cache_dtype", CELLS)
-@pytest.mark.parametrize(
-    "kind", ["random", "ties", "blanks", "labels", "a label that breaks the prediction", "infinite logits"]
-)
-def test_decoding_equals_the_definition(kind: str, cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
-    """Three chunks in a row, rows that end at different frames, two whose frames are not numbers in chunk 1.
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("kind", ["random", "ties", "blanks", "labels", "nan embedding", "infinite logits"])
+def test_decoding_matches_reference(kind: str, cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
+    """Three consecutive chunks, rows that end at different frames, and two rows that are not finite in chunk 1.
 
-    Of three rows two are boosted, each by its own phrases.
+    Two of three rows have phrases, different for each row.
     """
     rng = np.random.default_rng(sum(map(ord, kind)))
     arrays = make_weights(rng, kind)
-    bundle, net = made_bundle(tmp_path, arrays), Net(arrays, cache_dtype)
-    device = make_device(order=1 + len(kind))  # threads and blocks in any order
+    bundle, net = make_bundle(tmp_path, arrays), Net(arrays, cache_dtype)
+    device = make_device(order=1 + len(kind))  # shuffles threads and blocks
     encoder = GivenFrames(device, cache_dtype)
     backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
     assert backend.loop == "while"
 
     start = Predictions.start(net, LAYERS, HIDDEN)
     states = [start.repeated(1) for _ in range(ROWS)]
-    boosts = [some_phrases(rng) if row % 3 else None for row in range(ROWS)]
-    for row, phrases in enumerate(boosts):
+    phrases_by_row = [some_phrases(rng) if row % 3 else None for row in range(ROWS)]
+    for row, phrases in enumerate(phrases_by_row):
         backend.set_phrases(row, phrases)
-    alive, said, chosen = [True] * ROWS, 0, 0
+    alive, emitted, changed = [True] * ROWS, 0, 0
     for step in range(3):
         frames = rng.standard_normal((ROWS, CHUNK.frames, JOINT)).astype(np.float32)
         if step == 1:
@@ -179,49 +180,52 @@ def test_decoding_equals_the_definition(kind: str, cache_dtype: str, make_device
         batch = Batch(CHUNK, np.arange(ROWS), np.zeros((ROWS, CHUNK.samples), np.float32), lengths)
         got = backend.submit(batch).result()
         for row in range(ROWS):
-            heard = step * CHUNK.samples - bundle.manifest.lead + int(lengths[row])
-            count = int(np.clip(bundle.manifest.encoder_frames(heard) - step * CHUNK.frames, 0, CHUNK.frames))
-            wanted, lives, twisted = _definition(net, frames[row], count, states[row], alive[row], boosts[row])
+            received = step * CHUNK.samples - bundle.manifest.lead + int(lengths[row])
+            count = int(np.clip(bundle.manifest.encoder_frames(received) - step * CHUNK.frames, 0, CHUNK.frames))
+            wanted, finite, boosted = _reference(net, frames[row], count, states[row], alive[row], phrases_by_row[row])
             if not alive[row]:
-                continue  # what a failed stream does next is nobody's business
-            alive[row] = lives
+                continue  # the results of a failed stream are undefined
+            alive[row] = finite
             where = f"step {step}, row {row}"
-            assert got.failed[row] == (not lives), where
+            assert got.failed[row] == (not finite), where
             assert got.tokens[row].tolist() == wanted.tokens, where
             assert got.frames[row].tolist() == [step * CHUNK.frames + frame for frame in wanted.frames], where
-            np.testing.assert_allclose(got.scores[row], wanted.scores, atol=SCORES[cache_dtype], err_msg=where)
+            np.testing.assert_allclose(got.scores[row], wanted.scores, atol=TOLERANCE[cache_dtype], err_msg=where)
             np.testing.assert_allclose(
-                got.sum_p_alpha[row], wanted.sum_p_alpha, rtol=SCORES[cache_dtype], err_msg=where
+                got.sum_p_alpha[row], wanted.sum_p_alpha, rtol=TOLERANCE[cache_dtype], err_msg=where
             )
-            said, chosen = said + len(wanted.tokens), chosen + twisted
-    assert {"blanks": said == 0, "infinite logits": alive.count(False) > 10}.get(kind, said > 20)
-    assert chosen > 10 or kind in ("blanks", "infinite logits")
-    if kind == "a label that breaks the prediction":
-        assert 3 < alive.count(True) < ROWS - 3  # some rows said one of these labels and some did not
-    if kind not in ("a label that breaks the prediction", "infinite logits"):
+            emitted, changed = emitted + len(wanted.tokens), changed + boosted
+    assert {"blanks": emitted == 0, "infinite logits": alive.count(False) > 10}.get(kind, emitted > 20)
+    assert changed > 10 or kind in ("blanks", "infinite logits")
+    if kind == "nan embedding":
+        assert 3 < alive.count(True) < ROWS - 3  # some rows emitted one of these labels and some did not
+    if kind not in ("nan embedding", "infinite logits"):
         assert [row for row in range(ROWS) if not alive[row]] == [7, 8]
 
 
 def some_phrases(rng: np.random.Generator) -> Boosting:
-    """Over few tokens, so that phrases are met, overlap, and are suffixes of one another."""
+    """Phrases over few tokens, so that they occur, overlap, and are suffixes of one another."""
     few = rng.choice(VOCABULARY, 5, replace=False)
     phrases = [(rng.choice(few, rng.integers(1, 7)).tolist(), float(rng.choice([0.5, 2, 6]))) for _ in range(12)]
     return Boosting([*phrases, ([int(few[0])] * MOST_TOKENS, 1.0)], VOCABULARY)
 
 
-def _definition(
+def _reference(
     net: Net, frames: np.ndarray, count: int, state: Predictions, alive: bool, boosting: Boosting | None = None
 ) -> tuple[Labels, bool, int]:
-    """What the definition says of a row up to where a number is not one; still alive; labels that boosting changed."""
-    said, twisted = Labels(), 0
+    """Decode a row until a value is not finite.
+
+    Returns the labels, whether all is finite, and the labels boosting changed.
+    """
+    labels, changed = Labels(), 0
     if not alive or not np.isfinite(frames).all():
-        return said, False, 0
+        return labels, False, 0
     with np.errstate(all="ignore"):
         for frame in range(count):
-            for _ in range(MOST):
+            for _ in range(MAX_SYMBOLS):
                 logits = net.join(frames[frame : frame + 1], state.predicted)[0]
                 if not np.isfinite(logits.max()):
-                    return said, False, twisted
+                    return labels, False, changed
                 label = plain = int(logits.argmax())
                 if label == net.blank:
                     break
@@ -230,70 +234,70 @@ def _definition(
                     label = int((logits[: net.blank] + boosting.bias(node)).argmax())
                     state.node[0] = boosting.after(node, label)
                 logs = logits - np.logaddexp.reduce(logits)
-                said.append(label, frame, logs[label], np.exp(0.33 * logs).sum())
-                twisted += label != plain
+                labels.append(label, frame, logs[label], np.exp(0.33 * logs).sum())
+                changed += label != plain
                 state.predicted, state.h, state.c = net.predict(np.array([label]), state.h, state.c)
-    return said, True, twisted
+    return labels, True, changed
 
 
 @pytest.mark.parametrize("boosted", [False, True])
-def test_the_definition_here_is_the_definition(boosted: bool) -> None:
+def test_reference_matches_greedy_reference(boosted: bool) -> None:
     rng = np.random.default_rng(5)
     net = Net(make_weights(rng, "random"), "float32")
     frames = rng.standard_normal((30, JOINT)).astype(np.float32)
     one, other = (Predictions.start(net, LAYERS, HIDDEN) for _ in range(2))
     boosting = some_phrases(rng) if boosted else None
-    said, alive, twisted = _definition(net, frames, 30, one, True, boosting)
+    labels, alive, changed = _reference(net, frames, 30, one, True, boosting)
     wanted = greedy_reference(net, frames, other, boosting)
     assert alive
-    assert (said.tokens, said.frames) == (wanted.tokens, wanted.frames)
-    np.testing.assert_allclose(said.scores, wanted.scores)
-    np.testing.assert_allclose(said.sum_p_alpha, wanted.sum_p_alpha)
-    assert len(said.tokens) > 5
-    assert (twisted > 0) == boosted
+    assert (labels.tokens, labels.frames) == (wanted.tokens, wanted.frames)
+    np.testing.assert_allclose(labels.scores, wanted.scores)
+    np.testing.assert_allclose(labels.sum_p_alpha, wanted.sum_p_alpha)
+    assert len(labels.tokens) > 5
+    assert (changed > 0) == boosted
 
 
-@pytest.mark.parametrize("cache_dtype", CELLS)
-def test_who_is_not_boosted_does_not_notice(cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
-    """Every bit of what half of the rows say and are, beside boosted rows and beside none."""
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_phrases_do_not_affect_other_rows(cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
+    """Output and state of half of the rows are equal bit for bit, whether the other rows have phrases or not."""
     rng = np.random.default_rng(8)
     arrays = make_weights(rng, "random")
-    bundle, frames = made_bundle(tmp_path, arrays), rng.standard_normal((3, ROWS, CHUNK.frames, JOINT))
+    bundle, frames = make_bundle(tmp_path, arrays), rng.standard_normal((3, ROWS, CHUNK.frames, JOINT))
     phrases = [some_phrases(rng) for _ in range(0, ROWS, 2)]
-    seen: list[list[bytes]] = []
+    results: list[list[bytes]] = []
     for boosted in (False, True):
         device = make_device()
         encoder = GivenFrames(device, cache_dtype)
         backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
         for slot in range(0, ROWS, 2):
             backend.set_phrases(slot, phrases[slot // 2] if boosted else None)
-        said: list[list[bytes]] = [[] for _ in range(ROWS)]
+        rows: list[list[bytes]] = [[] for _ in range(ROWS)]
         for part in frames.astype(np.float32):
             encoder.frames = part
             audio = np.zeros((ROWS, CHUNK.samples), np.float32)
             got = backend.submit(Batch(CHUNK, np.arange(ROWS), audio, np.full(ROWS, CHUNK.samples))).result()
             for row in range(ROWS):
-                said[row] += [array[row].tobytes() for array in (got.tokens, got.frames, got.scores, got.sum_p_alpha)]
+                rows[row] += [array[row].tobytes() for array in (got.tokens, got.frames, got.scores, got.sum_p_alpha)]
         for row in range(ROWS):
-            said[row] += [array.tobytes() for name, array in backend.save(row).items() if name != "phrases"]
-        seen.append(said)
+            rows[row] += [array.tobytes() for name, array in backend.save(row).items() if name != "phrases"]
+        results.append(rows)
         backend.close()
-    plain, beside = seen
-    assert plain[1::2] == beside[1::2]
-    assert sum(one != other for one, other in zip(plain[::2], beside[::2], strict=True)) > 5
+    without, beside = results
+    assert without[1::2] == beside[1::2]
+    assert sum(one != other for one, other in zip(without[::2], beside[::2], strict=True)) > 5
 
 
-@pytest.mark.parametrize("cache_dtype", CELLS)
-def test_the_order_of_threads_changes_nothing(cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
-    """Bit for bit: a barrier that is missing, or an order taken for granted, would show. A GPU has its own orders."""
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_thread_order_does_not_change_results(cache_dtype: str, make_device: Any, tmp_path: Path) -> None:
+    """Bit for bit. Detects missing barriers and dependence on an order; on a GPU the order is the device's own."""
     rng = np.random.default_rng(3)
     arrays = make_weights(rng, "random")
     frames = rng.standard_normal((ROWS, CHUNK.frames, JOINT)).astype(np.float32)
-    seen = []
+    results = []
     for order in (0, 1, 2, 3):
         device = make_device(order=order)
         encoder = GivenFrames(device, cache_dtype)
-        backend = GpuBackend(made_bundle(tmp_path, arrays), device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
+        backend = GpuBackend(make_bundle(tmp_path, arrays), device, {CHUNK.ms: encoder}, capacity=ROWS, max_batch=ROWS)
         for row in range(0, ROWS, 2):
             backend.set_phrases(row, some_phrases(np.random.default_rng(row)))
         encoder.frames = frames
@@ -302,44 +306,44 @@ def test_the_order_of_threads_changes_nothing(cache_dtype: str, make_device: Any
         state = np.empty((ROWS, LAYERS, HIDDEN), np.float32)
         backend.arena.read("h", state)
         parts = [*emissions.tokens, *emissions.frames, *emissions.scores, *emissions.sum_p_alpha, state]
-        seen.append(b"".join(part.tobytes() for part in parts))
-    assert len(seen[0]) > state.nbytes
-    assert len(set(seen)) == 1
+        results.append(b"".join(part.tobytes() for part in parts))
+    assert len(results[0]) > state.nbytes
+    assert len(set(results)) == 1
 
 
-@pytest.mark.parametrize("cache_dtype", CELLS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize(("depth", "columns"), [(16, 32), (40, 38), (600, 33)])
-def test_packed_weights_multiply(cache_dtype: str, depth: int, columns: int) -> None:
-    """Reading the packed words by the layout of the PTX manual gives the matrix back."""
+def test_packed_weights_can_be_unpacked(cache_dtype: str, depth: int, columns: int) -> None:
+    """Reading the packed words in the layout of the PTX manual returns the matrix."""
     matrix = np.random.default_rng(0).standard_normal((depth, columns)).astype(np.float32)
     words = kernels.pack(matrix, cache_dtype)
-    deep, wide = -(-depth // 16) * 16, -(-columns // 32) * 32
-    found = np.zeros((deep, wide))
+    padded_depth, padded_columns = -(-depth // 16) * 16, -(-columns // 32) * 32
+    found = np.zeros((padded_depth, padded_columns))
     if cache_dtype == "float32":
-        tiles = words.view(np.float32).reshape(wide // 32, deep, 32)
+        tiles = words.view(np.float32).reshape(padded_columns // 32, padded_depth, 32)
         found = np.concatenate(list(tiles), axis=1).astype(np.float64)
     else:
-        halves = words.view(np.uint16).reshape(wide // 32, deep // 16, 4, 32, 2, 2)
-        for tile, k16, n8, buffer_index, word, half in np.ndindex(halves.shape):
-            group, member = divmod(buffer_index, 4)
-            bits = halves[tile, k16, n8, buffer_index, word, half]
+        halves = words.view(np.uint16).reshape(padded_columns // 32, padded_depth // 16, 4, 32, 2, 2)
+        for tile, k16, n8, lane, word, half in np.ndindex(halves.shape):
+            group, member = divmod(lane, 4)
+            bits = halves[tile, k16, n8, lane, word, half]
             value = (
                 bits.view(np.float16)
                 if cache_dtype == "float16"
                 else (np.uint32(bits) << np.uint32(16)).view(np.float32)
             )
             found[16 * k16 + 8 * word + 2 * member + half, 32 * tile + 8 * n8 + group] = value
-    np.testing.assert_array_equal(found[:depth, :columns], widened(matrix, cache_dtype))
+    np.testing.assert_array_equal(found[:depth, :columns], rounded(matrix, cache_dtype))
     assert not found[depth:].any() and not found[:, columns:].any()
 
 
-def test_buckets_hold_every_batch() -> None:
+def test_buckets_cover_every_batch() -> None:
     assert buckets(1) == (1,)
     assert buckets(6) == (1, 2, 4, 6)
     assert buckets(100) == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100)
-    for most in range(1, 300):
-        found = buckets(most)
-        assert found[-1] == most and list(found) == sorted(set(found))
+    for max_batch in range(1, 300):
+        found = buckets(max_batch)
+        assert found[-1] == max_batch and list(found) == sorted(set(found))
         assert all(large <= 2 * small for small, large in itertools.pairwise(found))
 
 
@@ -347,7 +351,7 @@ def test_buckets_hold_every_batch() -> None:
 
 
 def full_size(manifest: Manifest) -> Manifest:
-    """The 0.6B model's sizes."""
+    """Return the manifest with the sizes of the 0.6B model."""
     encoder = EncoderConfig(layers=24, d_model=1024, heads=8, subsampling=8, cache=70, conv_cache=8)
     decoder = DecoderConfig(layers=2, hidden=640, joint=640, vocabulary=1024, max_symbols=10, activation="relu")
     return dataclasses.replace(manifest, encoder=encoder, decoder=decoder)
@@ -355,8 +359,8 @@ def full_size(manifest: Manifest) -> Manifest:
 
 @pytest.mark.parametrize("size", ["demo", "full"])
 @pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm120"])
-@pytest.mark.parametrize("cache_dtype", CELLS)
-def test_the_kernels_compile(
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_kernels_compile(
     size: str, architecture: str, cache_dtype: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
@@ -370,27 +374,25 @@ def test_the_kernels_compile(
         assert magic in image
         assert all(entry.encode() in image for entry in kernels.entries(manifest))
         assert b"cudaGraphSetConditional" in image
-        (kept,) = tmp_path.rglob(f"*.{kind}")
-        assert kept.read_bytes() == image
-        kept.write_bytes(b"kept")
-        assert compile_kernels(macros, architecture, kind) == b"kept"  # read, not compiled again
+        (cached,) = tmp_path.rglob(f"*.{kind}")
+        assert cached.read_bytes() == image
+        cached.write_bytes(b"cached")
+        assert compile_kernels(macros, architecture, kind) == b"cached"  # not compiled again
     assert b"cudaGraphSetConditional" not in compile_kernels({**macros, "CONDITIONAL": 0}, architecture, "ptx")
 
 
-def test_a_kernel_that_does_not_compile_shows_the_compilers_words(
-    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiler_log_is_in_the_error(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
     from nemostream.runtime.backends.gpu.cuda import compile_kernels
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     macros = kernels.macros(demo_bundle.manifest, "float32", conditional=True)
     with pytest.raises(BackendError, match=r"(?s)cannot compile the kernels for sm90.*error"):
-        compile_kernels({**macros, "VOCABULARY": "nonsense"}, "sm90")
+        compile_kernels({**macros, "VOCABULARY": "invalid"}, "sm90")
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"features": {"n_fft": 500}}, "an FFT of 500"),
         ({"decoder": {"layers": 3}}, "a prediction network of 3 layers"),
@@ -398,8 +400,8 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words(
         ({"encoder": {"heads": 32}}, "attention heads of 8 bytes"),
     ],
 )
-def test_sizes_the_kernels_do_not_know(demo_bundle: Bundle, changes: dict[str, Any], words: str) -> None:
+def test_unsupported_sizes(demo_bundle: Bundle, changes: dict[str, Any], message: str) -> None:
     manifest = demo_bundle.manifest
     parts = {name: dataclasses.replace(getattr(manifest, name), **fields) for name, fields in changes.items()}
-    with pytest.raises(BackendError, match=f"do not support {words}.*device='cpu'"):
+    with pytest.raises(BackendError, match=f"do not support {message}.*device='cpu'"):
         kernels.macros(dataclasses.replace(manifest, **parts), "float16", conditional=True)

@@ -1,4 +1,4 @@
-"""What is done to a slot between steps: saved and restored, made to forget, given phrases; on every backend."""
+"""Slot operations between steps on every backend: save, load, decoder reset, phrases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Parts = list[tuple[np.ndarray, int]]
 needs_compiler = pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")
 
 
-def on_gpu(bundle: Bundle, device: Any, capacity: int = 3, loop: str = "while") -> GpuBackend:
+def make_gpu_backend(bundle: Bundle, device: Any, capacity: int = 3, loop: str = "while") -> GpuBackend:
     encoders = {ms: OrtEncoder(bundle, bundle.manifest.chunk(ms), device) for ms in (80, 560)}
     return GpuBackend(bundle, device, encoders, capacity=capacity, loop=loop)
 
@@ -30,11 +30,11 @@ def on_gpu(bundle: Bundle, device: Any, capacity: int = 3, loop: str = "while") 
     params=["cpu", pytest.param("kernels", marks=needs_compiler), pytest.param("gpu", marks=pytest.mark.gpu)]
 )
 def make(request: pytest.FixtureRequest, talker: Bundle) -> Any:
-    """Makes a backend for so many streams."""
+    """Return a function that creates a backend with the given capacity."""
     if request.param == "cpu":
         return lambda capacity: OrtBackend(talker, capacity=capacity, threads=1)
     if request.param == "kernels":
-        return lambda capacity: on_gpu(talker, HostDevice(), capacity)
+        return lambda capacity: make_gpu_backend(talker, HostDevice(), capacity)
     from nemostream.errors import BackendError
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
@@ -42,18 +42,18 @@ def make(request: pytest.FixtureRequest, talker: Bundle) -> Any:
         CudaDevice().close()
     except BackendError as error:
         pytest.skip(str(error))
-    return lambda capacity: on_gpu(talker, CudaDevice(), capacity)
+    return lambda capacity: make_gpu_backend(talker, CudaDevice(), capacity)
 
 
 def phrases_of(bundle: Bundle, seed: int = 0) -> Boosting:
-    """So heavy that whatever is said is of them."""
+    """Return phrases with weights so large that all emitted tokens belong to them."""
     rng, vocabulary = np.random.default_rng(seed), bundle.manifest.decoder.vocabulary
     few = rng.choice(vocabulary, 8, replace=False)
     return Boosting([(rng.choice(few, rng.integers(1, 6)).tolist(), 50.0) for _ in range(30)], vocabulary)
 
 
 def step(backend: Backend, bundle: Bundle, part: tuple[np.ndarray, int], slot: int, ms: int) -> list[tuple[Any, ...]]:
-    """One chunk of one stream: its tokens, with all that is said of them, to the bit."""
+    """Run one chunk of one stream and return all values of each emitted token."""
     batch = Batch(bundle.manifest.chunk(ms), np.array([slot]), part[0][None], np.array([part[1]]))
     got = backend.submit(batch).result()
     assert not got.failed[0]
@@ -63,25 +63,27 @@ def step(backend: Backend, bundle: Bundle, part: tuple[np.ndarray, int], slot: i
 
 
 @pytest.mark.parametrize("boosted", [False, True])
-def test_a_stream_goes_on_elsewhere(boosted: bool, make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
-    """Cut anywhere, on in another slot or in another backend of another size: the same to the bit."""
+def test_saved_stream_continues_in_another_slot(
+    boosted: bool, make: Any, talker: Bundle, clips: Any, cut_chunks: Any
+) -> None:
+    """From any chunk on, in another slot or in a backend of another capacity: equal bit for bit."""
     parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["librivox-sense-0870"][:64000])
     phrases = phrases_of(talker) if boosted else None
-    here, there = make(3), make(2)
-    here.reset(np.arange(3))
-    here.set_phrases(1, phrases)
+    first, second = make(3), make(2)
+    first.reset(np.arange(3))
+    first.set_phrases(1, phrases)
     whole, saved = [], []
     for part in parts:
-        saved.append(here.save(1))
-        whole.append(step(here, talker, part, 1, 80))
+        saved.append(first.save(1))
+        whole.append(step(first, talker, part, 1, 80))
     assert sum(map(len, whole)) > 4
     if boosted:
         assert any(state["node"] != 0 for state in saved)
-    last = here.save(1)
+    last = first.save(1)
     for cut in (0, 7, len(parts) // 2, len(parts) - 1):
-        for backend, slot in ((here, 2), (there, 0)):
+        for backend, slot in ((first, 2), (second, 0)):
             backend.reset(np.array([slot]))
-            step(backend, talker, parts[-2], slot, 80)  # whatever was there before
+            step(backend, talker, parts[-2], slot, 80)  # leaves other state in the slot
             backend.set_phrases(slot, phrases)
             backend.load(slot, saved[cut])
             assert [step(backend, talker, part, slot, 80) for part in parts[cut:]] == whole[cut:]
@@ -90,7 +92,7 @@ def test_a_stream_goes_on_elsewhere(boosted: bool, make: Any, talker: Bundle, cl
             assert all(end[name].tobytes() == last[name].tobytes() for name in last)
 
 
-def test_a_saved_state_is_a_copy(make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+def test_saved_state_is_a_copy(make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
     parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["cards-001"])
     backend = make(2)
     backend.reset(np.arange(2))
@@ -103,37 +105,37 @@ def test_a_saved_state_is_a_copy(make: Any, talker: Bundle, clips: Any, cut_chun
     assert {name: array.tobytes() for name, array in saved.items()} == before
 
 
-def test_a_state_that_does_not_fit(make: Any, talker: Bundle) -> None:
+def test_incompatible_state(make: Any, talker: Bundle) -> None:
     backend = make(2)
     backend.reset(np.arange(2))
-    good = backend.save(0)
-    kept = {name: array.tobytes() for name, array in backend.save(1).items()}
-    bad = {
-        "k do": {**good, "k": good["k"][:, :-1], "v": good["v"].astype(np.float64)},
-        "mel_cache does": {name: array for name, array in good.items() if name != "mel_cache"},
-        "more does": {**good, "more": good["h"]},
-        "position does": {**good, "position": good["position"][None]},
+    valid = backend.save(0)
+    before = {name: array.tobytes() for name, array in backend.save(1).items()}
+    invalid = {
+        "k do": {**valid, "k": valid["k"][:, :-1], "v": valid["v"].astype(np.float64)},
+        "mel_cache does": {name: array for name, array in valid.items() if name != "mel_cache"},
+        "more does": {**valid, "more": valid["h"]},
+        "position does": {**valid, "position": valid["position"][None]},
     }
-    for words, state in bad.items():
+    for message, state in invalid.items():
         with pytest.raises(
-            OptionError, match=f"another model, or from another kind .*{words.split()[0]}.* {words.split()[1]} not"
+            OptionError, match=f"another model, or from another kind .*{message.split()[0]}.* {message.split()[1]} not"
         ):
             backend.load(1, state)
     backend.set_phrases(0, phrases_of(talker))
     with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(1, backend.save(0))
     with pytest.raises(OptionError, match="the saved state has other phrases"):
-        backend.load(0, good)
+        backend.load(0, valid)
     backend.set_phrases(1, phrases_of(talker, seed=1))
     with pytest.raises(OptionError, match="the saved state has other phrases"):
         backend.load(1, backend.save(0))
     backend.set_phrases(1, None)
-    assert {name: array.tobytes() for name, array in backend.save(1).items()} == kept
+    assert {name: array.tobytes() for name, array in backend.save(1).items()} == before
 
 
 @needs_compiler
-def test_a_state_of_another_kind_of_backend(talker: Bundle) -> None:
-    cpu, gpu = OrtBackend(talker, capacity=1), on_gpu(talker, HostDevice(), 1)
+def test_state_of_another_kind_of_backend(talker: Bundle) -> None:
+    cpu, gpu = OrtBackend(talker, capacity=1), make_gpu_backend(talker, HostDevice(), 1)
     with pytest.raises(OptionError, match="another kind of backend"):
         cpu.load(0, gpu.save(0))
     with pytest.raises(OptionError, match="another kind of backend"):
@@ -141,74 +143,76 @@ def test_a_state_of_another_kind_of_backend(talker: Bundle) -> None:
 
 
 @pytest.mark.parametrize("boosted", [False, True])
-def test_forgetting_is_to_have_said_nothing(
-    boosted: bool, make: Any, talker: Bundle, clips: Any, cut_chunks: Any
-) -> None:
-    """From there on it is a stream whose encoder has heard everything, and whose decoder begins."""
+def test_reset_decoder(boosted: bool, make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """The encoder keeps its state, the decoder starts from its initial state."""
     parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["librivox-sense-0870"][:64000])
-    phrases, slots, said, remembered = phrases_of(talker) if boosted else None, np.array([0]), 0, 0
+    phrases, slots, emitted, different = phrases_of(talker) if boosted else None, np.array([0]), 0, 0
     chunk = talker.manifest.chunk(80)
-    backend, fresh = make(1), make(1)
+    backend, expected = make(1), make(1)
     for cut in (5, 20):
-        for one in (backend, fresh):
-            one.reset(slots)
-            one.set_phrases(0, phrases)
+        for each in (backend, expected):
+            each.reset(slots)
+            each.set_phrases(0, phrases)
         for samples, length in parts[:cut]:
-            fresh.encode(Batch(chunk, slots, samples[None], np.array([length])))
+            expected.encode(Batch(chunk, slots, samples[None], np.array([length])))
             step(backend, talker, (samples, length), 0, 80)
-        kept = backend.save(0)
+        saved = backend.save(0)
         backend.reset_decoder(slots)
         got = [step(backend, talker, part, 0, 80) for part in parts[cut:]]
-        assert got == [step(fresh, talker, part, 0, 80) for part in parts[cut:]]
-        backend.load(0, kept)
-        remembered += got != [step(backend, talker, part, 0, 80) for part in parts[cut:]]
-        said += sum(map(len, got))
-    assert said > 4
-    assert remembered, "had it not forgotten, it would have gone on otherwise"
+        assert got == [step(expected, talker, part, 0, 80) for part in parts[cut:]]
+        backend.load(0, saved)
+        different += got != [step(backend, talker, part, 0, 80) for part in parts[cut:]]
+        emitted += sum(map(len, got))
+    assert emitted > 4
+    assert different, "without the reset, other tokens are emitted"
 
 
-def test_phrases_from_the_next_step_on(make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
-    """Given, changed, taken away; a reset takes them too."""
+def test_set_phrases_applies_from_the_next_step(make: Any, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """Phrases are set, changed and removed; a reset removes them too."""
     parts = cut_chunks(talker.manifest, talker.manifest.chunk(560), clips["librivox-sense-0870"])
-    one, other = phrases_of(talker, 0), phrases_of(talker, 1)
+    first, second = phrases_of(talker, 0), phrases_of(talker, 1)
 
-    def run(backend: Backend, boosts: list[Boosting | None]) -> list[Any]:
-        said = []
-        for part, boosting in zip(parts, boosts, strict=True):
-            backend.set_phrases(1, boosting)
-            said.append(step(backend, talker, part, 1, 560))
-        return said
+    def run(backend: Backend, phrases: list[Boosting | None]) -> list[Any]:
+        tokens = []
+        for part, current in zip(parts, phrases, strict=True):
+            backend.set_phrases(1, current)
+            tokens.append(step(backend, talker, part, 1, 560))
+        return tokens
 
     backend, found = make(2), []
-    for boosts in ([None, one, other], [None, None, None], [None, one, None]):
+    for phrases in ([None, first, second], [None, None, None], [None, first, None]):
         backend.reset(np.array([0, 1]))
-        found.append(run(backend, [boosts[min(at // 3, 2)] for at in range(len(parts))]))
-    changed, plain, back = found
-    assert changed[:3] == plain[:3] == back[:3]
-    assert changed[3:6] == back[3:6] != plain[3:6]
-    assert changed[6:] != back[6:]
-    backend.set_phrases(1, one)
+        found.append(run(backend, [phrases[min(index // 3, 2)] for index in range(len(parts))]))
+    changed, plain, removed = found
+    assert changed[:3] == plain[:3] == removed[:3]
+    assert changed[3:6] == removed[3:6] != plain[3:6]
+    assert changed[6:] != removed[6:]
+    backend.set_phrases(1, first)
     backend.reset(np.array([0, 1]))
     assert [step(backend, talker, part, 1, 560) for part in parts] == plain
 
 
-# -- the kernels' own --------------------------------------------------------------------------------------------------
+# -- GPU backend only --------------------------------------------------------------------------------------------------
 
 
 @needs_compiler
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_step_under_way_does_not_notice(loop: str, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
-    """Everything is done in the order in which it was asked for, also where the host has a part in the loop."""
+def test_pending_steps_are_not_affected(loop: str, talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """Operations take effect in the order of the calls, also if the host takes part in the decoding loop."""
     parts = cut_chunks(talker.manifest, talker.manifest.chunk(560), clips["librivox-sense-0870"])[:8]
-    ours, cpu, chunk = on_gpu(talker, HostDevice(), loop=loop), OrtBackend(talker, 3), talker.manifest.chunk(560)
-    assert ours.loop == loop
+    gpu, cpu, chunk = (
+        make_gpu_backend(talker, HostDevice(), loop=loop),
+        OrtBackend(talker, 3),
+        talker.manifest.chunk(560),
+    )
+    assert gpu.loop == loop
     cpu.reset(np.arange(3))
     pending, wanted, saved = [], [], [[], []]
     for turn, (samples, length) in enumerate(parts):
         batch = Batch(chunk, np.array([0, 2]), np.stack([samples, samples]), np.array([length, length]))
-        pending.append(ours.submit(batch))
+        pending.append(gpu.submit(batch))
         wanted.append(cpu.submit(batch).result())
-        for backend, states in zip((ours, cpu), saved, strict=True):
+        for backend, states in zip((gpu, cpu), saved, strict=True):
             if turn % 4 == 1:
                 states.append(backend.save(2))
             backend.set_phrases(0, phrases_of(talker, turn))
@@ -218,35 +222,35 @@ def test_a_step_under_way_does_not_notice(loop: str, talker: Bundle, clips: Any,
                 backend.load(2, states[-1])
         for step in pending[:-1]:
             step.result()
-    said = 0
-    for step, theirs in zip(pending, wanted, strict=True):
-        assert [row.tolist() for row in step.result().tokens] == [row.tolist() for row in theirs.tokens]
-        said += sum(map(len, theirs.tokens))
-    assert said > 20
+    emitted = 0
+    for step, expected in zip(pending, wanted, strict=True):
+        assert [row.tolist() for row in step.result().tokens] == [row.tolist() for row in expected.tokens]
+        emitted += sum(map(len, expected.tokens))
+    assert emitted > 20
 
 
 @needs_compiler
-def test_the_pool_of_phrases(talker: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists are shared, kept as long as a slot has them, and refused when there is no room."""
+def test_phrase_pool(talker: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal lists are shared and kept as long as a slot uses them; a list without room raises an error."""
     lists = [phrases_of(talker, seed) for seed in range(4)]
     sizes = [4 * (2 + 5 * len(phrases)) for phrases in lists]
-    room = max(sizes[0] + sizes[1], sizes[0] + sizes[2], sizes[2] + sizes[1]) + 16
-    monkeypatch.setattr(arena, "PHRASE_POOL_BYTES", room)
-    backend = on_gpu(talker, HostDevice(), capacity=4)
+    size = max(sizes[0] + sizes[1], sizes[0] + sizes[2], sizes[2] + sizes[1]) + 16
+    monkeypatch.setattr(arena, "PHRASE_POOL_BYTES", size)
+    backend = make_gpu_backend(talker, HostDevice(), capacity=4)
     backend.set_phrases(0, lists[0])
     backend.set_phrases(1, lists[0])
-    backend.set_phrases(2, phrases_of(talker, 0))  # the same phrases, another time
+    backend.set_phrases(2, phrases_of(talker, 0))  # equal phrases in another object
     backend.set_phrases(3, lists[1])
     assert len(backend.arena._pool) == 2
     with pytest.raises(
-        CapacityError, match=rf"need {sizes[2]} bytes of the {room} .* {sizes[0] + sizes[1]} are in use"
+        CapacityError, match=rf"need {sizes[2]} bytes of the {size} .* {sizes[0] + sizes[1]} are in use"
     ):
         backend.set_phrases(3, lists[2])
     assert np.array_equal(backend.save(3)["phrases"], lists[1].digest)
     backend.set_phrases(0, None)
     backend.reset(np.array([1]))
     with pytest.raises(CapacityError):
-        backend.set_phrases(3, lists[2])  # slot 2 has the first still
+        backend.set_phrases(3, lists[2])  # slot 2 still uses the first list
     backend.set_phrases(2, None)
     backend.set_phrases(2, lists[2])
     assert len(backend.arena._pool) == 2
@@ -256,19 +260,19 @@ def test_the_pool_of_phrases(talker: Bundle, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_compiler
-def test_other_phrases_do_not_move_those_that_are_there(talker: Bundle, clips: Any, cut_chunks: Any) -> None:
-    """Lists come and go around a stream that keeps its own."""
+def test_pool_changes_do_not_affect_other_phrases(talker: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """Lists of other streams are added and removed while a stream keeps its phrases."""
     parts = cut_chunks(talker.manifest, talker.manifest.chunk(80), clips["librivox-sense-0880"])
-    backend, mine = on_gpu(talker, HostDevice(), capacity=3), phrases_of(talker, 9)
+    backend, phrases = make_gpu_backend(talker, HostDevice(), capacity=3), phrases_of(talker, 9)
     found = []
     for busy in (False, True):
         backend.reset(np.arange(3))
         backend.set_phrases(0, phrases_of(talker, 1) if busy else None)
-        backend.set_phrases(1, mine)
-        said = []
+        backend.set_phrases(1, phrases)
+        tokens = []
         for turn, part in enumerate(parts):
             if busy:
                 backend.set_phrases(2 * (turn % 2), phrases_of(talker, turn) if turn % 3 else None)
-            said.append(step(backend, talker, part, 1, 80))
-        found.append(said)
+            tokens.append(step(backend, talker, part, 1, 80))
+        found.append(tokens)
     assert found[0] == found[1]
