@@ -45,7 +45,6 @@ from nemostream.runtime.backends.base import Backend, Batch
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.backends.gpu.backend import GpuBackend
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.session import StreamSession
 
 PARTS = ("features", "encoder", "decode", "copies", "host")
 _WARM_UP = 5
@@ -156,7 +155,7 @@ def _step_times(
 def push_times(model: Model, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int) -> list[float]:
     """Return the milliseconds from push to result of each stream for `repeats` chunks after `warm_up` chunks."""
     lead, rate, times = model.manifest.lead, model.manifest.features.sample_rate, []
-    streams = [StreamSession(model, rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
+    streams = [model.open_session(rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
     for step in range(warm_up + repeats):
         begin, end = (max(edge * chunk.samples - lead, 0) for edge in (step, step + 1))
         pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)

@@ -137,7 +137,7 @@ class _Client:
         self._clip = clip % len(self._clips)
         self._audio, self._sent, self._stream_start = self._clips[self._clip], 0, now
         self._pending.clear()
-        self._stream = StreamSession(self._model, self._rate, 1, self._on_step, chunk_ms=self.chunk_ms)
+        self._stream = self._model.open_session(self._rate, 1, self._on_step, chunk_ms=self.chunk_ms)
         self.done.clear()
         return now + PACKET
 

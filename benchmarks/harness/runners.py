@@ -24,7 +24,7 @@ from nemostream.benchmarks.harness.timed import AudioFeed, longest
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.backends.cpu import OrtBackend
-from nemostream.runtime.decoding.greedy import Predictions, label_looping
+from nemostream.runtime.decoding.greedy import DecoderState, label_looping
 
 Floats = NDArray[np.float32]
 
@@ -124,8 +124,8 @@ class NemoOnnxRunner:
         }
         self._caches = {n: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for n, array in caches.items()}
         self._binding = self._encoder.io_binding()
-        start = Predictions.start(self._net, net.layers, net.hidden)
-        self._state = start.repeated(feed.rows)
+        start = DecoderState.initial(self._net, net.layers, net.hidden)
+        self._state = start.repeat(feed.rows)
         self._tokens: list[list[int]] = [[] for _ in range(feed.rows)]
 
     def fill_caches(self, frames: int) -> None:

@@ -102,7 +102,7 @@ def measure_boosting(
                 if weight:
                     progress(f"noise {_noise_name(ratio)}, list {name}, weight {weight}")
                     spelled = dict.fromkeys((phrases.spelling[phrase] for phrase in listed), weight)
-                    got = transcribe(noisy, Boosting.of(spelled, tokenizer))
+                    got = transcribe(noisy, Boosting.from_phrases(spelled, tokenizer))
                 case = {"list": name, "weight": weight, "decibels": ratio}
                 rows.append(records.row(case, {}, count_phrases(references, got, listed, phrases.longest_in)))
     return records.record(

@@ -42,7 +42,7 @@ from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.backends.cpu import CompletedStep, OrtBackend
 from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.decoding.greedy import Floats, Ints, Labels, Predictions, label_looping
+from nemostream.runtime.decoding.greedy import DecoderState, Floats, Ints, Labels, label_looping
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import StreamSession
 from nemostream.runtime.text.endpointing import Endpoint
@@ -58,12 +58,12 @@ class DecodeInput:
     net: Any
     encoded: Floats
     counts: Ints
-    state: Predictions
+    state: DecoderState
     boosts: Sequence[Boosting]  # of each row
 
 
 def _score_only(logits: Floats, largest: Ints) -> tuple[Any, Any]:
-    """Replacement of `greedy.confidence` that computes only the score of a token."""
+    """Replacement of `greedy.label_scores` that computes only the score of a token."""
     centred = logits.astype(np.float64)
     centred -= centred[np.arange(len(centred)), largest, None]
     score = -np.log(np.exp(centred).sum(axis=1))
@@ -78,7 +78,7 @@ def _decode(inputs: DecodeInput, boosted: float) -> list[Labels]:
 
 
 def _decode_without_confidence(inputs: DecodeInput) -> list[Labels]:
-    with mock.patch.object(greedy, "confidence", _score_only):
+    with mock.patch.object(greedy, "label_scores", _score_only):
         return _decode(inputs, 0)
 
 
@@ -163,7 +163,7 @@ def _measure_host(bundle: Bundle, emissions: Sequence[Emissions], ms: int, batch
         sessions = {}
         for name, (_, endpoint) in HOST_CASES.items():
             model = stack.enter_context(Model(bundle, cast(Backend, ReplayBackend(emissions, batch)), ms))
-            sessions[name] = model, [StreamSession(model, 16000, 1, endpoint=endpoint) for _ in range(batch)]
+            sessions[name] = model, [model.open_session(16000, 1, endpoint=endpoint) for _ in range(batch)]
         for step in range(len(emissions)):
             names = list(HOST_CASES)
             shuffle.shuffle(names)
@@ -223,8 +223,8 @@ def measure_features(
     if random_weights:
         net = RandomBlankTransducer(net, manifest.features.sample_rate / manifest.samples_per_frame)
     backend.reset(np.arange(batch))
-    start = Predictions.start(net, manifest.decoder.layers, manifest.decoder.hidden)
-    state, shuffle, others = start.repeated(batch), random.Random(0), OtherWork()
+    start = DecoderState.initial(net, manifest.decoder.layers, manifest.decoder.hidden)
+    state, shuffle, others = start.repeat(batch), random.Random(0), OtherWork()
     times: dict[str, list[float]] = {"encode": [], **{name: [] for name in DECODE_CASES}}
     labels = dict.fromkeys(DECODE_CASES, 0)
     warm_up_tokens: list[int] = []
@@ -247,7 +247,7 @@ def measure_features(
         shuffle.shuffle(names)
         ends = {}
         for name in names:
-            ends[name] = Predictions(*(part.copy() for part in vars(state).values()))
+            ends[name] = DecoderState(*(part.copy() for part in vars(state).values()))
             decode_input = DecodeInput(net, encoded, counts, ends[name], boosts)
             begin = time.perf_counter()
             decoded = DECODE_CASES[name](decode_input)

@@ -47,7 +47,7 @@ from nemostream.errors import AudioError
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.model import Model
 from nemostream.runtime.text.endpointing import Endpoint
-from nemostream.runtime.text.words import words_of
+from nemostream.runtime.text.words import group_words
 
 VOICES = ("slt", "rms", "awb", "kal16")
 DECIBELS, NOISE_DRAWS = (20, 15, 10, 5), 4
@@ -176,7 +176,7 @@ def _measure_confidence(model: Model, clips: Sequence[Floats], texts: Sequence[s
         results.append((result, _hits([plain(word) for word in text.split()], words)))
     rows = []
     for measure in MEASURES:
-        confidence, pairs = measure.of_tokens(vocabulary), []
+        confidence, pairs = measure.token_measure(vocabulary), []
         for result, hits in results:
             tokens = [
                 replace(
@@ -185,7 +185,7 @@ def _measure_confidence(model: Model, clips: Sequence[Floats], texts: Sequence[s
                 )
                 for token in result.tokens
             ]
-            grouped = words_of(tokens, measure.aggregation)
+            grouped = group_words(tokens, measure.aggregation)
             pairs += [(word.confidence, hit) for word, hit in zip(grouped, hits, strict=True)]
         case = {"measurement": "confidence", "measure": measure.measure, "norm": measure.norm, "alpha": measure.alpha}
         rows.append(records.row(case, {}, calibration(pairs)))

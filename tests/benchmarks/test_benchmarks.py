@@ -147,17 +147,17 @@ def test_latency_restores_the_backend(demo_bundle: Bundle) -> None:
     assert "encode" not in vars(backend)
 
 
-def test_latency_of_the_gpu_backend(talker: Bundle, make_device: Any, tmp_path: Path) -> None:
+def test_latency_of_the_gpu_backend(small_bundle: Bundle, make_device: Any, tmp_path: Path) -> None:
     """On the emulated device: the stages and events of the benchmark are tested, the times are meaningless."""
     from host_device import OrtEncoder
 
     from nemostream.runtime.backends.gpu.backend import GpuBackend
 
-    chunk, device = talker.manifest.chunk(560), make_device()
-    backend = GpuBackend(talker, device, {560: OrtEncoder(talker, chunk, device, True)}, capacity=2)
+    chunk, device = small_bundle.manifest.chunk(560), make_device()
+    backend = GpuBackend(small_bundle, device, {560: OrtEncoder(small_bundle, chunk, device, True)}, capacity=2)
     try:
         case = {"chunk_ms": 560, "batch": 2, "precision": "fp32", "backend": "cuda"}
-        row = latency._measure(talker, backend, chunk, case, 2, MACHINE)
+        row = latency._measure(small_bundle, backend, chunk, case, 2, MACHINE)
     finally:
         backend.close()
     assert {"device", "features", "encoder", "copies", "step", "push"} <= row["figures"].keys()

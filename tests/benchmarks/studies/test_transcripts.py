@@ -54,7 +54,7 @@ def test_hits_agree_with_jiwer() -> None:
 def test_sum_p_alpha_from_confidence() -> None:
     measure = nemostream.Confidence("renyi", "lin")
     for sum_p_alpha in (1.0, 1.7, 4.2):
-        confidence = measure.of_tokens(12)(-0.1, sum_p_alpha)
+        confidence = measure.token_measure(12)(-0.1, sum_p_alpha)
         assert transcripts._sum_p_alpha(confidence, measure.alpha, 12) == pytest.approx(sum_p_alpha)
 
 
