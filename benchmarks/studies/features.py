@@ -63,7 +63,7 @@ class DecodeInput:
 
 
 def _score_only(logits: Floats, largest: Ints) -> tuple[Any, Any]:
-    """Replacement of `greedy.confidence` that computes only the score of a token."""
+    """Replacement of `greedy.label_scores` that computes only the score of a token."""
     centred = logits.astype(np.float64)
     centred -= centred[np.arange(len(centred)), largest, None]
     score = -np.log(np.exp(centred).sum(axis=1))
