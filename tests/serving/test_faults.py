@@ -103,6 +103,7 @@ def test_a_crashed_client_frees_its_slot(serve_here: Any, spoken: Any) -> None:
         wait_until(lambda: free_slots(running) == all_slots(running))
 
 
+@pytest.mark.slow
 def test_many_connections_leak_no_memory_or_slots(serve_here: Any, spoken: Any) -> None:
     with serve_here(max_streams=8, measure=False) as running:
 

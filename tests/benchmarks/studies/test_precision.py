@@ -34,6 +34,7 @@ def normalised(text: str) -> tuple[str, ...]:
     return tuple(re.sub("[^a-z ]", " ", text.lower()).split())
 
 
+@pytest.mark.slow
 def test_words(demo_bundle: Bundle, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()][:6]
     manifest = tmp_path / "some.jsonl"

@@ -71,7 +71,7 @@ def our_frames(bundle: Bundle, audio: Floats, steps: list[ChunkConfig]) -> Float
     return np.concatenate(found)
 
 
-@pytest.fixture(scope="module", params=["tiny", "demo"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
 def models(request: pytest.FixtureRequest) -> Iterator[tuple[Model, Bundle, Any]]:
     bundle = request.getfixturevalue(f"{request.param}_bundle")
     with nemostream.load(bundle.path, capacity=2) as model:

@@ -105,6 +105,7 @@ def finish(socket: ClientConnection) -> str:
     return str(last["text"])
 
 
+@pytest.mark.slow
 def test_a_killed_replica_affects_only_its_clients(two_replicas: str, spoken: Any) -> None:
     pcm, text = spoken[0].pcm, spoken[0].text
     half = len(pcm) // 4 * 2
@@ -131,6 +132,7 @@ def test_a_killed_replica_affects_only_its_clients(two_replicas: str, spoken: An
     wait_until(lambda: len(replicas()) == 2)  # the replica is replaced
 
 
+@pytest.mark.slow
 def test_a_stopping_replica_finishes_its_streams(two_replicas: str, spoken: Any) -> None:
     pcm, text = spoken[0].pcm, spoken[0].text
     half = len(pcm) // 4 * 2
@@ -150,6 +152,7 @@ def test_a_stopping_replica_finishes_its_streams(two_replicas: str, spoken: Any)
     wait_until(lambda: len(replicas()) == 1)
 
 
+@pytest.mark.slow
 def test_a_stream_is_rejected_when_all_replicas_are_full(two_replicas: str) -> None:
     with ExitStack() as stack:
         for _ in range(2 * STREAMS):
@@ -171,6 +174,7 @@ def test_http_and_api_keys(two_replicas: str, spoken: Any) -> None:
         client.with_options(api_key="wrong").models.list()
 
 
+@pytest.mark.slow
 def test_autoscaling(cluster: str, spoken: Any) -> None:
     serve.run(build(min_replicas=1, max_replicas=2))
     wait_until(lambda: len(replicas()) == 1)
