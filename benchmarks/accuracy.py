@@ -278,23 +278,6 @@ def _draw(rows: Sequence[Row], axes: Any) -> None:
     axes.legend()
 
 
-def headline(result: Record) -> str:
-    """Return a table for the README: word error rates by set, precision and chunk size."""
-    sizes = sorted({row["case"]["chunk_ms"] for row in result["rows"]})
-    found = {
-        (row["case"]["set"], row["case"]["precision"], row["case"]["chunk_ms"]): row["values"] for row in result["rows"]
-    }
-    lines = []
-    for name, precision in dict.fromkeys(key[:2] for key in found):
-        cells = [found.get((name, precision, ms)) for ms in sizes]
-        lines.append([f"{name}, {precision}", *(tables.percent(values["wer"]) if values else "" for values in cells)])
-        nemo = [tables.percent(values.get("nemo_wer")) if values else "" for values in cells]
-        if any(nemo) and precision == "fp32":
-            lines.append([f"{name}, NeMo", *nemo])
-    table = tables.markdown(["data set", *(f"{ms} ms" for ms in sizes)], lines)
-    return f"Word error rate, model *{result['model']['name']}*:\n\n{table}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("accuracy", __doc__)
     command.add_engine_options(parser)

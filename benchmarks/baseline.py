@@ -281,25 +281,25 @@ _SAME_TOKENS = (
 
 
 def headline(result: Record) -> str:
-    """Return a table for the README: step times by runner, chunk size and batch."""
+    """Return a sentence for the README: the step times of every runner for the largest chunk size and batch."""
     hardware, method, model = result["hardware"], result["method"], result["model"]
-    by_case = {(row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["runner"]): row for row in result["rows"]}
-    names = list(dict.fromkeys(name for _, _, name in by_case))
-    own, cases = [name for name in names if name.startswith(NEMOSTREAM)], sorted({case[:2] for case in by_case})
-
-    def cell(row: Row | None) -> str:
-        if not row:
-            return ""
-        relative = " / ".join(f"{row['values']['relative_time'][name]['median']:.2f}" for name in own)
-        return f"{tables.digits(row['figures']['step']['p50'])} ({relative})"
-
-    lines = [[name, *(cell(by_case.get((*case, name))) for case in cases)] for name in names]
+    case = max((row["case"]["chunk_ms"], row["case"]["batch"]) for row in result["rows"])
+    rows = {
+        row["case"]["runner"]: row for row in result["rows"] if (row["case"]["chunk_ms"], row["case"]["batch"]) == case
+    }
+    reference = next((name for name in rows if name.startswith(NEMOSTREAM)), None)
+    times = []
+    for name, row in rows.items():
+        factor = ""
+        if reference is not None and not name.startswith(NEMOSTREAM):
+            factor = f" ({row['values']['relative_time'][reference]['median']:.2f})"
+        times.append(f"{name} {tables.digits(row['figures']['step']['p50'])} ms{factor}")
+    note = f" In parentheses: time relative to {reference}, above 1 = slower." if reference else ""
     machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
     return (
-        "Median time of one step in ms, and in parentheses relative to "
-        f"{' / '.join(own)} (above 1 = slower). Model *{model['name']}* ({model['layers']} layers, d_model "
-        f"{model['d_model']}), {method['threads']} threads, {machine}:\n\n"
-        + tables.markdown(["", *(f"{ms} ms, batch {batch}" for ms, batch in cases)], lines)
+        f"**One step of {case[1]} streams at {case[0]} ms**, median: {'; '.join(times)}.{note} Model "
+        f"*{model['name']}* ({model['layers']} layers, d_model {model['d_model']}), {method['threads']} threads, "
+        f"{machine}."
     )
 
 

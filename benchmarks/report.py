@@ -263,13 +263,17 @@ def merge(results: Sequence[Record]) -> list[Record]:
 
 
 def _headlines(results: dict[str, Record]) -> list[str]:
-    lines = []
+    """Return a bullet of each benchmark's first result that has a headline."""
+    lines: dict[str, str] = {}
     for result in merge(list(results.values())):
         module = import_module(module_name(result["benchmark"]))
-        if hasattr(module, "headline"):
-            lines += [module.headline(result), ""]
-    lines.append("All tables, plots, methods and machines are in [docs/performance.md](docs/performance.md).")
-    return lines
+        if hasattr(module, "headline") and (line := module.headline(result)):
+            lines.setdefault(result["benchmark"], f"* {line}")
+    return [
+        *lines.values(),
+        "",
+        "All tables, plots, methods and machines are in [docs/performance.md](docs/performance.md).",
+    ]
 
 
 class _NullAxes:

@@ -10,7 +10,7 @@ import pytest
 
 from nemostream import engines
 from nemostream.benchmarks import report
-from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.roofline import Machine
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import AudioFeed, timed_backend
@@ -109,7 +109,11 @@ def test_command(demo_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixt
     assert output.startswith("## baseline") and (tmp_path / "baseline-steps.svg").exists()
     result = records.read(tmp_path / "baseline.json")
     assert [row["case"]["runner"] for row in result["rows"]] == ["nemostream, fp32", "NeMo, fp32"]
-    assert baseline.headline(result).count("\n| ") == 4  # two header lines, two runners
+    headline = baseline.headline(result)
+    for row in result["rows"]:
+        relative = row["values"]["relative_time"]["nemostream, fp32"]["median"]
+        suffix = "" if row["case"]["runner"].startswith("nemostream") else f" ({relative:.2f})"
+        assert f"{row['case']['runner']} {tables.digits(row['figures']['step']['p50'])} ms{suffix}" in headline
 
 
 # -- parts for a GPU, tested on a CPU ----------------------------------------------------------------------------------
