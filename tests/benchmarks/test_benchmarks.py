@@ -498,7 +498,7 @@ def test_every_benchmark_runs_as_a_module(name: str) -> None:
     command = [sys.executable, "-m", module_name(name), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    usage = f"nemostream bench {name}" if name in _BENCHMARKS else f"nemostream.benchmarks.{name}"
+    usage = f"nemostream bench {name}" if name in _BENCHMARKS else module_name(name)
     assert usage in done.stdout
 
 

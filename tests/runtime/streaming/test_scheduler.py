@@ -471,7 +471,7 @@ def test_a_saved_state_is_loaded_after_the_reset_of_the_previous_stream(serve, m
 def test_a_saved_state_that_does_not_fit_fails_its_stream(serve, manifest, fake):
     scheduler, _ = serve(capacity=2)
     stream = open_(scheduler, manifest.chunk(80), saved_slot={"position": np.zeros(3)})
-    with pytest.raises(OptionError, match="the saved state is of another model"):
+    with pytest.raises(OptionError, match="the saved state is from another model"):
         scheduler.accept(stream, noise(0, 199))
         while True:
             scheduler.wait(stream)

@@ -388,7 +388,7 @@ def test_a_malformed_snapshot_is_an_option_error(model, tmp_path, save_every_blo
     data = edited_snapshot(saved(model, audio, state, endpoint=Endpoint()), change)
     state.write_bytes(data)
     for _ in range(3):  # more often than there are slots
-        with pytest.raises(OptionError, match=r"resume: .*state .*|the saved state is of another model"):
+        with pytest.raises(OptionError, match=r"resume: .*state .*|the saved state is from another model"):
             model.transcribe(audio, resume=state, endpoint=Endpoint())
     assert state.read_bytes() == data
     assert model.transcribe(audio, endpoint=Endpoint()).tokens  # the model still works

@@ -240,7 +240,7 @@ def test_a_failed_sequence_does_not_affect_others(triton: str, spoken: Any) -> N
         with pytest.raises(InferenceServerException, match=r"not finite|NaN"):
             client.receive()
         client.send(2, audio[:half])
-        with pytest.raises(InferenceServerException, match="begin it anew"):
+        with pytest.raises(InferenceServerException, match="start a new one"):
             client.receive()
         client.send(3, audio[:half], sequence_start=True, parameters={"chunk_ms": 123})
         with pytest.raises(InferenceServerException, match="123"):
