@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 DEMO := .venv-demo
 PACKAGES := src export engine runtime serving benchmarks
-CODE := $(PACKAGES) tests examples
+CODE := $(PACKAGES) tests examples docs/hooks.py
 # Directories too: the modification time of a directory changes when a file in it is deleted.
 SOURCES := $(shell find $(PACKAGES) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
 PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
