@@ -80,5 +80,5 @@ $(VENV)/.docs: $(VENV)/.tools
 	@touch $@
 
 define have_python
-@test -n "$(PYTHON)" || { echo "nemostream needs Python 3.11 or newer: install one, or say make PYTHON=/path/to/it"; exit 1; }
+@test -n "$(PYTHON)" || { echo "nemostream needs Python 3.11 or newer: install one, or run make PYTHON=/path/to/it"; exit 1; }
 endef
