@@ -263,11 +263,11 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         return riva_asr_pb2.RecognizeResponse(results=results)
 
     async def _recognize_file(self, audio: bytes, options: dict[str, Any]) -> tuple[list[Event], float]:
-        """Return the events and the duration in seconds of a file."""
+        """Return the final events and the duration in seconds of a file."""
         with tempfile.TemporaryFile(prefix="nemostream-", buffering=0) as file:
             file.write(audio)
             upload = Upload(self._service, "riva", file.fileno(), "the audio", client=_CLIENT.get(), **options)
-            return [event async for event in upload if event], upload.seconds
+            return [event async for event in upload if event and event.kind == "final"], upload.seconds
 
     async def _recognize_samples(self, audio: bytes, config: Any, options: dict[str, Any]) -> tuple[list[Event], float]:
         """Return the events and the duration in seconds of samples in the encoding of `config`."""
