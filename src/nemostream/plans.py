@@ -46,7 +46,7 @@ from nemostream.untrusted import (
 )
 
 FORMAT = "nemostream-plan"
-VERSION = 1
+VERSION = 2
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 MAX_DESCRIPTION_BYTES = MIB
 

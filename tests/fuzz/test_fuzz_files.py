@@ -196,7 +196,7 @@ RECIPE = {
 }
 PLAN = {
     "format": "nemostream-plan",
-    "version": 1,
+    "version": 2,
     "recipe": RECIPE,
     "seconds": 1.5,
     "validation": {"cosine": 1.0},
