@@ -38,7 +38,7 @@ _MAX_DOCUMENT_BYTES = MIB
 _WINDOW, _CONTEXT = 512, 64  # as in `runtime.audio.vad`, which cannot be imported without ONNX Runtime
 _NAME = re.compile(r"(document|[a-z]+\.[a-z_]+)\.npy")
 
-Arrays = Mapping[str, NDArray[Any]]
+SavedArrays = Mapping[str, NDArray[Any]]
 
 
 class Stateful(Protocol):
@@ -46,19 +46,19 @@ class Stateful(Protocol):
 
     def save(self) -> dict[str, NDArray[Any]]: ...
 
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None: ...
+    def load(self, state: SavedArrays) -> None: ...
 
 
 @dataclass(frozen=True)
 class StreamSnapshot:
     """The state of a stream: the arrays of each of its parts."""
 
-    parts: Mapping[str, Arrays]  # "slot", "chunker", "hypothesis", "guard", "endpoint", "vad"
+    parts: Mapping[str, SavedArrays]  # "slot", "chunker", "hypothesis", "guard", "endpoint", "vad"
     samples: int  # audio received, in samples at the model's rate
     digest: str  # `Digest.value` of that audio
 
 
-def saved_array(state: Arrays, name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
+def saved_array(state: SavedArrays, name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
     """Return an array of a saved state.
 
     Raises `ValueError` unless its type is `dtype` and its shape is `shape`, in which None matches any length.
@@ -71,7 +71,7 @@ def saved_array(state: Arrays, name: str, dtype: Any, *shape: int | None) -> NDA
     return array
 
 
-def saved_counts(state: Arrays, name: str, size: int | None = None) -> list[int]:
+def saved_counts(state: SavedArrays, name: str, size: int | None = None) -> list[int]:
     """Return the counters in an array of a saved state. Raises `ValueError` unless all are in [0, 2 ** 53)."""
     counts: list[int] = saved_array(state, name, np.int64, size).tolist()
     if counts and not 0 <= min(counts) <= max(counts) < 1 << 53:
@@ -149,14 +149,14 @@ class Checkpointer:
         """Load each saved part into the part of the stream with the same name.
 
         `vocabulary` is the size of the model's vocabulary, `nodes` that of the automaton of the stream's phrases.
-        Raises `OptionError` if the saved parts are invalid or do not belong together.
+        Raises `OptionError` if the saved parts are invalid or inconsistent.
         """
         try:
             if saved.parts.keys() != {*parts, "slot"}:
                 raise ValueError(f"its parts are {', '.join(sorted(saved.parts))}")
             for name, part in parts.items():
                 part.load(saved.parts[name])
-            _check_together(saved, vocabulary, nodes)
+            _check_consistent(saved, vocabulary, nodes)
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
             raise self._error(f"is damaged ({error})") from error
 
@@ -223,7 +223,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
     return array
 
 
-def _check_together(saved: StreamSnapshot, vocabulary: int, nodes: int) -> None:
+def _check_consistent(saved: StreamSnapshot, vocabulary: int, nodes: int) -> None:
     """Raise `ValueError` unless all saved parts are consistent with each other."""
     parts = saved.parts
     samples, _, _, run_frames, *_ = parts["chunker"]["counts"].tolist()
@@ -237,8 +237,8 @@ def _check_together(saved: StreamSnapshot, vocabulary: int, nodes: int) -> None:
     if "endpoint" in parts and parts["endpoint"]["counts"][0] != len(tokens):
         raise ValueError("the endpointer and the stream differ in their number of tokens")
     if "vad" in parts:
-        vad, (judged_windows, *_) = parts["vad"], parts["vad"]["counts"].tolist()
-        if (judged_windows + len(vad["windows"])) * _WINDOW + len(vad["audio"]) - _CONTEXT != samples:
+        vad, (windows_used, *_) = parts["vad"], parts["vad"]["counts"].tolist()
+        if (windows_used + len(vad["windows"])) * _WINDOW + len(vad["audio"]) - _CONTEXT != samples:
             raise ValueError("the VAD and the stream differ in the audio received")
     slot = parts["slot"]
     # The node is an index into the automaton, unchecked on a GPU. `check_state` compares types and shapes only.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,8 @@ from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
-from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
+from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
 from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard, UtteranceEnd
-
-SavedArrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass
