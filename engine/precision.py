@@ -91,7 +91,7 @@ def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: s
     with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
         constants: dict[str, Array] = {
             "int8/share": np.array(1 / 127, np.float32),
-            "int8/least": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
+            "int8/min_scale": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
             "int8/one": np.array(1, np.float32),
             "int8/middle": np.array(128, np.uint8),
             "int8/zero": np.array(0, np.int8),
@@ -110,7 +110,7 @@ def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: s
                 ("Abs", [x], f"{y}:magnitude"),
                 ("ReduceMax", [f"{y}:magnitude", "int8/last"], f"{y}:largest"),
                 ("Mul", [f"{y}:largest", "int8/share"], f"{y}:step"),
-                ("Max", [f"{y}:step", "int8/least"], f"{y}:unit"),
+                ("Max", [f"{y}:step", "int8/min_scale"], f"{y}:unit"),
                 ("Div", [x, f"{y}:unit"], f"{y}:scaled"),
                 ("QuantizeLinear", [f"{y}:scaled", "int8/one", "int8/middle"], f"{y}:x8"),
                 ("MatMulIntegerToFloat", product, f"{y}:product"),

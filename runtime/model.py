@@ -1,6 +1,6 @@
 """The public API of a loaded model: live streams and whole recordings.
 
-This module does not know the backend, batches or transports.
+This module does not depend on the kind of backend, on batches or on transports.
 """
 
 from __future__ import annotations

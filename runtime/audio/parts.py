@@ -144,15 +144,11 @@ def _flac_part(data: mmap.mmap, at: int, size: int) -> AudioPart:
     # The next STREAMINFO: eight bytes that compressed audio does not contain by chance.
     found = [data.find(b"fLaC" + first + b"\0\0\x22", audio) for first in (b"\0", b"\x80")]
     end = min((offset for offset in found if offset >= 0), default=size)
-    total_field = (
-        begin + 21
-    )  # the number of samples: the low 4 bits of this byte and the 4 bytes after it; 0 if unknown
-    unknown = (
-        end > total_field + 5 and not data[total_field] & 0x0F and not any(data[total_field + 1 : total_field + 5])
-    )
+    at_total = begin + 21  # the number of samples: the low 4 bits of this byte and the next 4 bytes; 0 if unknown
+    unknown = end > at_total + 5 and not data[at_total] & 0x0F and not any(data[at_total + 1 : at_total + 5])
     if unknown and (total := _count_flac_samples(data, begin, end)):  # libsndfile does not accept 0
-        high, low = bytes([data[total_field] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
-        return AudioPart("FLAC", at, end, {total_field: high + low})
+        high, low = bytes([data[at_total] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
+        return AudioPart("FLAC", at, end, {at_total: high + low})
     return AudioPart("FLAC", at, end)
 
 

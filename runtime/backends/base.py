@@ -44,9 +44,7 @@ class Emissions:
     tokens: tuple[NDArray[np.int32], ...]  # per row: emitted token ids in order, without blanks
     frames: tuple[NDArray[np.int64], ...]  # per row: encoder frame of the stream at which each token was emitted
     scores: tuple[NDArray[np.float32], ...]  # per row: log probability (natural logarithm) of each token
-    sum_p_alpha: tuple[
-        NDArray[np.float32], ...
-    ]  # per row: for each token, sum of p ** greedy.ALPHA over the vocabulary
+    sum_p_alpha: tuple[NDArray[np.float32], ...]  # per row: sum of p ** greedy.ALPHA over the vocabulary, per token
     failed: NDArray[np.bool_]  # [B], whether the row's values are not finite: its stream cannot continue
 
 
@@ -67,9 +65,8 @@ class Backend(Protocol):
 
     capacity: int  # number of slots
     max_batch: int  # maximum number of rows in a batch
-    asynchronous: (
-        bool  # whether `submit` returns before the step is complete; if not, overlapping steps only adds delay
-    )
+    # Whether `submit` returns before the step is complete; if not, overlapping steps only adds delay.
+    asynchronous: bool
 
     def reset(self, slots: NDArray[np.int64]) -> None:
         """Reset slots to the initial state of a stream, without phrases."""

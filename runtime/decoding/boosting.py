@@ -95,8 +95,8 @@ class Boosting:
         Phrases must be spelled as the model writes them, including case. A phrase is tokenized by SentencePiece,
         starting at a word boundary.
 
-        Raises `OptionError` if there are no or too many phrases, if a phrase is empty, too long, or
-        has characters outside the model's vocabulary, and if a weight is not in (0, `MAX_WEIGHT`].
+        Raises `OptionError` if there are no or too many phrases, if a phrase is empty, too long, or has characters
+        outside the model's vocabulary, and if a weight is not in (0, `MAX_WEIGHT`].
         """
         if isinstance(phrases, str | bytes) or not isinstance(phrases, Mapping | Sequence):
             raise OptionError(

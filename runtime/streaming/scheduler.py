@@ -9,7 +9,7 @@ stream waits for its results only if they may change that state (a decoder reset
 repetition loop). Without overlap, each step's results are processed at once. That is the reference implementation, and
 faster where `submit` itself does the work.
 
-This module does not know the backend, text, sample rates or asyncio.
+This module does not depend on the kind of backend, on text, sample rates or asyncio.
 """
 
 from __future__ import annotations

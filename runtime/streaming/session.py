@@ -1,6 +1,6 @@
 """One open stream: audio in, results or events out. Only `wait`, `save` and opening with `block=True` block.
 
-This module does not know the backend, batches or asyncio.
+This module does not depend on the kind of backend, on batches or on asyncio.
 """
 
 from __future__ import annotations

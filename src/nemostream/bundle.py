@@ -20,7 +20,7 @@ frame 8i, which is centred on sample 1280i: the alignment of an offline forward,
 Hugging Face. Step k consumes the samples [1280Tk - lead, 1280T(k+1) - lead), so `lead` samples of silence precede the
 audio of a stream, and every step consumes exactly 1280T samples.
 
-The module knows neither ONNX nor torch nor devices, only the manifest and the hashes of the files.
+This module does not depend on ONNX, torch or devices.
 """
 
 from __future__ import annotations

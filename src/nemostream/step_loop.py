@@ -4,7 +4,7 @@ This is the contract of the graphs in executable form: how a recording is cut in
 becomes which input of the next. The exporter's parity check, calibration and engine validation run on it; the runtime
 does the same for many streams at once. `nemostream.bundle` defines the shape letters and the time axis.
 
-The module knows neither ONNX nor devices: sessions are passed in.
+This module does not depend on ONNX or devices: sessions are passed in.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Manifests, engine descriptions and stream snapshots are untrusted data. The func
 file cannot be read) with a fragment of a sentence: the problem, the value and what is allowed. The callers add the file
 name and the remedy, and raise a class of `nemostream.errors`.
 
-The module does not know the meaning of the files.
+This module does not depend on the meaning of the files.
 """
 
 from __future__ import annotations

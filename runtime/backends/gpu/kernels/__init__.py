@@ -45,10 +45,8 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("unsigned long long", "condition"),  # handle of the conditional node
     # -- host memory, two buffers of each
     ("const char*", "host_input"),  # int slots [max_rows], int lengths [max_rows], float audio [B, N]
-    (
-        "char*",
-        "host_output",
-    ),  # int token count, undecided pairs, 2 unused; int failed [max_rows]; EmittedToken tokens[]
+    # int token count, undecided pairs, 2 unused; int failed [max_rows]; EmittedToken tokens[]
+    ("char*", "host_output"),
     ("long long", "host_input_bytes"),  # of one buffer
     ("long long", "host_output_bytes"),
     # -- slots
@@ -248,15 +246,12 @@ def pack(matrix: NDArray[np.float32], cache_dtype: str) -> NDArray[np.uint32]:
     padded = np.zeros((-(-depth // 16) * 16, column_tiles * TILE_COLUMNS), np.float32)
     padded[:depth, :columns] = matrix
     if cache_dtype == "float32":
-        return (
-            np.ascontiguousarray(padded.reshape(-1, column_tiles, TILE_COLUMNS).transpose(1, 0, 2))
-            .view(np.uint32)
-            .ravel()
-        )
+        split = padded.reshape(-1, column_tiles, TILE_COLUMNS).transpose(1, 0, 2)
+        return np.ascontiguousarray(split).view(np.uint32).ravel()
     bits = to_16bit(padded, cache_dtype)
     # Axes: 16 k, half of them, m, pair | tile, 8 columns, g
-    split = bits.reshape(-1, 2, 4, 2, column_tiles, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
-    return np.ascontiguousarray(split).view(np.uint32).ravel()
+    fragments = bits.reshape(-1, 2, 4, 2, column_tiles, 4, 8).transpose(4, 0, 5, 6, 2, 1, 3)
+    return np.ascontiguousarray(fragments).view(np.uint32).ravel()
 
 
 def automaton(phrases: Boosting) -> NDArray[np.int32]:
