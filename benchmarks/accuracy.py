@@ -31,7 +31,14 @@ from typing import Any
 import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.corpora import CARD_CHUNKS, LEADERBOARD, Hub, Utterance, packaged, read_manifest
+from nemostream.benchmarks.harness.corpora import (
+    CARD_CHUNKS,
+    LEADERBOARD,
+    CorpusUtterance,
+    Hub,
+    packaged,
+    read_manifest,
+)
 from nemostream.benchmarks.harness.records import Progress, Record, Row, agreement, no_progress
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import AudioFeed
@@ -100,7 +107,7 @@ def word_errors(references: Sequence[str], texts: Sequence[str], normalise: Call
 
 def measure_accuracy(
     bundle: Bundle,
-    sets: Mapping[str, Iterable[Utterance]],
+    sets: Mapping[str, Iterable[CorpusUtterance]],
     precisions: Sequence[str] = ("fp32",),
     chunk_ms: Sequence[int] | None = None,
     *,
@@ -187,7 +194,7 @@ def _result_times(model: nemostream.Model, chunk: ChunkConfig) -> list[float]:
 
 
 def _transcribe(
-    model: nemostream.Model, utterances: Iterable[Utterance], rate: int
+    model: nemostream.Model, utterances: Iterable[CorpusUtterance], rate: int
 ) -> tuple[list[str], list[nemostream.Result]]:
     """Return reference texts and results. Only a few recordings are in memory at the same time."""
     texts, results, rest = list[str](), list[nemostream.Result](), iter(utterances)
@@ -293,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
-        sets: dict[str, Iterable[Utterance]] = {}
+        sets: dict[str, Iterable[CorpusUtterance]] = {}
         for path in options.manifest:
             sets[path.stem] = read_manifest(path)[: options.limit]
         for name in options.dataset:

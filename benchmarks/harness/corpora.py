@@ -37,7 +37,7 @@ _NOT_SCORED = "ignore_time_segment_in_scoring"  # marker in TED-LIUM; the leader
 
 
 @dataclass(frozen=True)
-class Utterance:
+class CorpusUtterance:
     """A recording and its transcript.
 
     `audio` is a path or the bytes of a file, of which `duration` seconds (None: to the end) from `offset` seconds are
@@ -72,7 +72,7 @@ class Utterance:
         return self.audio if whole else self.samples(rate)
 
 
-def read_manifest(path: Path) -> list[Utterance]:
+def read_manifest(path: Path) -> list[CorpusUtterance]:
     """Read a NeMo manifest (`audio_filepath`, `text`, optional `offset` and `duration` in seconds; JSON Lines).
 
     Relative paths are resolved from the folder of the manifest or, if there is no such file, from its parent folder.
@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> list[Utterance]:
             audio = path.parent / row["audio_filepath"]
             if not audio.exists() and (other := path.parent.parent / row["audio_filepath"]).exists():
                 audio = other
-            utterances.append(Utterance(audio, str(row["text"]), offset, duration))
+            utterances.append(CorpusUtterance(audio, str(row["text"]), offset, duration))
         except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise OptionError(
                 f"{path}, line {number}: not a manifest entry; expected a JSON object with audio_filepath and text."
@@ -110,9 +110,9 @@ def add_noise(clip: NDArray[np.float32], decibels: float, seed: int) -> NDArray[
     return clip + noise * np.float32(np.sqrt((clip**2).mean() / 10 ** (decibels / 10)))
 
 
-def packaged(manifest: Manifest) -> list[Utterance]:
+def packaged(manifest: Manifest) -> list[CorpusUtterance]:
     """Return the packaged recording."""
-    return [Utterance(read_clip("clip", manifest.features.sample_rate), CLIP_TEXT)]
+    return [CorpusUtterance(read_clip("clip", manifest.features.sample_rate), CLIP_TEXT)]
 
 
 class Hub:
@@ -136,18 +136,18 @@ class Hub:
             )
         self._name, self._limit = name, limit
 
-    def __iter__(self) -> Iterator[Utterance]:
+    def __iter__(self) -> Iterator[CorpusUtterance]:
         import datasets
 
         try:
             rows = datasets.load_dataset(
                 self._path, self._config or None, split=self._split, streaming=self._limit is not None
             )
-            # Decoded in `Utterance`: the decoder of `datasets` needs PyTorch and FFmpeg.
+            # Decoded in `CorpusUtterance`: the decoder of `datasets` needs PyTorch and FFmpeg.
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
             for row in rows if self._limit is None else rows.take(self._limit):
                 audio, text = row["audio"], next((row[name] for name in _TEXT_COLUMNS if row.get(name)), "")
                 scored = "" if text.strip().lower() == _NOT_SCORED else text
-                yield Utterance(audio["bytes"] or Path(audio["path"]), scored)
+                yield CorpusUtterance(audio["bytes"] or Path(audio["path"]), scored)
         except (OSError, ValueError, KeyError) as error:
             raise BackendError(f"{self._name} cannot be loaded from the hub: {error}") from error

@@ -100,7 +100,7 @@ def test_parts_of_a_file(tmp_path: Path) -> None:
     assert len(everything.samples(16000)) == 48000
     assert everything.source(16000) == tmp_path / "all.wav"
     with pytest.raises(AudioError, match=r"missing\.wav cannot be read"):
-        corpora.Utterance(tmp_path / "missing.wav", "").samples(16000)
+        corpora.CorpusUtterance(tmp_path / "missing.wav", "").samples(16000)
 
 
 def test_manifest_paths_relative_to_the_parent_folder(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_unknown_sets_are_rejected() -> None:
 def test_more_than_fits_into_a_block(demo_bundle: Bundle) -> None:
     """A set is read a few recordings at a time; all results are complete and in order."""
     clip = corpora.packaged(demo_bundle.manifest)[0]
-    quiet = corpora.Utterance(np.zeros(16000, np.float32), "nothing")
+    quiet = corpora.CorpusUtterance(np.zeros(16000, np.float32), "nothing")
     read: list[int] = []
 
     class Many:
