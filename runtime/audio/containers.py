@@ -260,6 +260,8 @@ class WavStream:
 
     def _begin(self, header: WavHeader) -> None:
         """Start a WAV file, whose samples must have the same format as those of the file before."""
+        if not header.channels:
+            raise AudioError("the WAV header states 0 channels; it must state at least 1.")
         old = self.header
         if old and (old.encoding, old.sample_rate, old.channels) != (
             header.encoding,

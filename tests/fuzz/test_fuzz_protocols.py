@@ -12,7 +12,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nemostream.errors import NemostreamError
@@ -174,6 +174,7 @@ WAVS = st.builds(
 
 @fuzz
 @given(data=WAVS | st.binary(max_size=200), cut=st.integers(0, 300))
+@example(data=wav(1, 0, 16000, 16, b"", b"abcd", 4), cut=30)  # no channels
 def test_container_detection(data: bytes, cut: int) -> None:
     for parts in ((data,), (data[:cut], data[cut:])):
         decoder = _AudioDecoder("pcm_s16le", 1, 16000)
