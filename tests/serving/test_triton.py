@@ -190,8 +190,9 @@ def test_sequences_side_by_side_say_what_transcribe_says(triton: str, spoken: An
         for name, clip in clips.items():
             assert heard[str(name)][-1] == clip.text
             assert all(clip.text.startswith(text) for text in heard[str(name)])
-            tokens = model.transcribe(clip.path).tokens
-            wanted = [token.time for token in tokens if token.text.startswith(" ")]
+            result = model.transcribe(clip.path)
+            # The last encoder frame can begin after the recording's end; times of words are clipped to it.
+            wanted = [min(token.time, result.duration) for token in result.tokens if token.text.startswith(" ")]
             assert starts[str(name)] == pytest.approx(wanted, abs=1e-6)
     assert len(set(heard["1"])) >= 3  # it was live
 
