@@ -85,7 +85,9 @@ def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.copytree(home / "backends" / "python", backends / "python")
     stub = home / "python_backend_stubs" / python / "triton_python_backend_stub"
     shutil.copy(stub, backends / "python")
-    # The stub has the system's Python in it, which knows no virtual environment; the folder that it lies in it does.
+    # The stub embeds the system's Python, which ignores virtual environments but searches the stub's own folder. The
+    # package is linked by its location, because an editable install has no folder in site-packages.
+    (backends / "python" / "nemostream").symlink_to(Path(nemostream.__file__).parent)
     for packages in (folder, *(Path(path) for path in sys.path if path.endswith("site-packages"))):
         for entry in packages.iterdir():
             if not (backends / "python" / entry.name).exists():
