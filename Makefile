@@ -20,7 +20,7 @@ demo: $(DEMO)/.package
 	@$(DEMO)/bin/nemostream transcribe "$$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')"
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 quick: $(VENV)/.package
 	$(VENV)/bin/python -m pytest -m "not slow"

@@ -310,7 +310,7 @@ def _options(config: Any) -> dict[str, Any]:
             raise OptionError(f"custom_configuration has no {shown(key)!r}; its keys are {', '.join(_CUSTOM)}.")
     options: dict[str, Any] = {}
     if chunk := config.custom_configuration.get("chunk_ms"):
-        if not chunk.isdigit():
+        if not (chunk.isascii() and chunk.isdigit()):  # int() raises ValueError for digits such as "²"
             raise OptionError(f"chunk_ms is {shown(chunk)!r}; it must be whole milliseconds.")
         options["chunk_ms"] = int(chunk)
     if config.endpointing_config.stop_history:

@@ -199,6 +199,7 @@ def test_what_the_server_is(server: Any) -> None:
         ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["Zürich"], boost=20)]}, "Zürich"),
         ({"speech_contexts": [riva_asr_pb2.SpeechContext(phrases=["nine"], boost=-20)]}, "weight"),
         ({"custom_configuration": {"chunk_ms": "x"}}, "chunk_ms"),
+        ({"custom_configuration": {"chunk_ms": "²"}}, "chunk_ms"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(server: Any, spoken: Any, change: dict[str, Any], word: str) -> None:
