@@ -1,5 +1,5 @@
 # make demo      install the package and transcribe the packaged recording
-# make test      lint, type check and all tests but the slow ones (under 15 minutes on two cores)
+# make test      lint, type check and all tests but the slow ones
 # make test-all  the slow tests too: full-size models and long runs
 # make docs      build the documentation site into build/site
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \

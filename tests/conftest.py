@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import settings
 from numpy.typing import NDArray
 
 import nemostream
@@ -23,6 +25,22 @@ SPEECH = Path(__file__).parent / "speech"
 ROOT = Path(__file__).parents[1]
 
 Floats = NDArray[np.float32]
+
+
+# A deadline is a timing assertion: it fails on a busy machine.
+settings.register_profile("nemostream", deadline=None)
+settings.load_profile("nemostream")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each worker of `pytest -n` a CPU of its own.
+
+    ONNX Runtime and PyTorch start a thread per CPU; those of two workers would wait for each other, spinning.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpus[int(worker[2:]) % len(cpus)]})
 
 
 def tiny_sizes(**changes: Any) -> dict[str, Any]:
