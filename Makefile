@@ -20,9 +20,10 @@ PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
 demo: $(DEMO)/.package
 	@$(DEMO)/bin/nemostream transcribe "$$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')"
 
-# Two workers, a file of tests at a time: fixtures of a module (servers, exports) are made once.
+# A file of tests at a time, so that fixtures of a module (servers, exports) are created once. Three workers keep two
+# cores busy while tests wait for servers.
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
 # One process: full-size models take up to 10 GB each.
 test-all: test

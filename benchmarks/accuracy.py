@@ -156,12 +156,7 @@ def measure_accuracy(
     return records.record(
         "accuracy",
         rows,
-        model={
-            "name": bundle.manifest.name,
-            "layers": bundle.manifest.encoder.layers,
-            "d_model": bundle.manifest.encoder.d_model,
-            "checkpoint": dict(bundle.manifest.checkpoint),
-        },
+        model=records.model_of(bundle.manifest) | {"checkpoint": dict(bundle.manifest.checkpoint)},
         method={"normalizer": normalise, "device": device, "nemo": bool(checkpoint), "repeats": _REPEATS},
     )
 

@@ -106,12 +106,7 @@ def compare_steps(
     return records.record(
         "baseline",
         rows,
-        model={
-            "name": manifest.name,
-            "layers": manifest.encoder.layers,
-            "d_model": manifest.encoder.d_model,
-            "checkpoint": dict(manifest.checkpoint),
-        },
+        model=records.model_of(manifest) | {"checkpoint": dict(manifest.checkpoint)},
         method={
             "repeats": repeats,
             "warm_up": _WARM_UP,

@@ -97,11 +97,7 @@ def measure_capacity(
     return records.record(
         "capacity",
         rows,
-        model={
-            "name": bundle.manifest.name,
-            "layers": bundle.manifest.encoder.layers,
-            "d_model": bundle.manifest.encoder.d_model,
-        },
+        model=records.model_of(bundle.manifest),
         method={
             "threads": threads or records.cores(),
             "device": device,

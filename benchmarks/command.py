@@ -40,6 +40,13 @@ def add_engine_options(parser: argparse.ArgumentParser, several_devices: bool = 
     parser.add_argument("--chunk-ms", type=int, nargs="+", help="chunk sizes in ms (default: all of the model)")
 
 
+def write_study(result: records.Record, table: str, options: argparse.Namespace) -> None:
+    """Write the result of a study and its table, and print the table."""
+    records.write(result, options.out / f"{options.name}.json")
+    (options.out / f"{options.name}.md").write_text(table, encoding="utf-8")
+    print(table, end="")
+
+
 def run(measure: Callable[[], records.Record], options: argparse.Namespace) -> None:
     """Run `measure`, write the result with its tables and plots, and print the tables.
 

@@ -93,7 +93,7 @@ def measure_latency(
     return records.record(
         "latency",
         rows,
-        model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model},
+        model=records.model_of(manifest),
         method={
             "repeats": repeats,
             "warm_up": _WARM_UP,

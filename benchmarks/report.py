@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import numpy as np
 from nemostream.benchmarks import module_name
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.load import SEARCH_RESOLUTION
-from nemostream.benchmarks.harness.records import Record
+from nemostream.benchmarks.harness.records import Record, Row
 from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,13 +113,16 @@ class Change:
 
 
 def compare(new: Record, old: Record) -> list[Change]:
-    """Return the changes of all figures whose case occurs in both results."""
-    old_rows = {json.dumps(row["case"], sort_keys=True): row for row in old["rows"]}
+    """Return the changes of all figures whose case occurs in both results; repeated cases are paired in order."""
+    old_rows: dict[str, deque[Row]] = {}
+    for row in old["rows"]:
+        old_rows.setdefault(json.dumps(row["case"], sort_keys=True), deque()).append(row)
     changes = []
     for row in new["rows"]:
-        old_row = old_rows.get(json.dumps(row["case"], sort_keys=True))
-        if not old_row:
+        candidates = old_rows.get(json.dumps(row["case"], sort_keys=True))
+        if not candidates:
             continue
+        old_row = candidates.popleft()
         for name in row["ms"]:
             if row["ms"][name] and old_row["ms"].get(name):
                 changes.append(_compare_times(row["case"], name, row["ms"][name], old_row["ms"][name]))

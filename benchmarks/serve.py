@@ -132,11 +132,7 @@ def measure_serving(
     return records.record(
         "serve",
         rows,
-        model={
-            "name": bundle.manifest.name,
-            "layers": bundle.manifest.encoder.layers,
-            "d_model": bundle.manifest.encoder.d_model,
-        },
+        model=records.model_of(bundle.manifest),
         method={
             "threads": records.cores(),
             "device": "cpu",

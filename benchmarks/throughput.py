@@ -75,11 +75,7 @@ def measure_throughput(
     return records.record(
         "throughput",
         rows,
-        model={
-            "name": bundle.manifest.name,
-            "layers": bundle.manifest.encoder.layers,
-            "d_model": bundle.manifest.encoder.d_model,
-        },
+        model=records.model_of(bundle.manifest),
         method={
             "recordings": len(sources),
             "repeats": repeats,

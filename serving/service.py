@@ -55,9 +55,8 @@ _LATE_CHUNKS, _EARLY_CHUNKS = 0.8, 0.3  # latency in chunks above which results 
 _LATE_SECONDS, _EARLY_SECONDS = 3, 10  # after which the degradation level rises, falls
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
 _TRIM_SECONDS = 15  # between two calls of `trim_memory`
-_MAX_UTTERANCE_MS = (
-    300_000  # for clients that set no limit: every event has its utterance's text, so it must be bounded
-)
+# For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
+_MAX_UTTERANCE_MS = 300_000
 _MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
 DEMO_NOTE = (
     "The demo model is in use: it recognises English numbers, dates, times, telephone prompts, commands and simple "

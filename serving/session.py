@@ -31,7 +31,7 @@ from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.settings import Limits
 
 _MAX_LIVE_SECONDS = 1.5  # audio per message; a client that sends more at once is not live and has no latency
-_MIN_MESSAGE_BYTES = 2048  # that a message counts as in the rate limit
+_MIN_MESSAGE_BYTES = 2048  # the rate limit counts a smaller message as this many bytes
 _SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # audio of a message that is processed before other tasks run
 _BURST_SECONDS = 2.0  # of bytes at the maximum rate that may arrive at once before a client is slowed down
 

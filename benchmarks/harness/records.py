@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nemostream.bundle import Manifest
 from nemostream.errors import OptionError
 
 SCHEMA = "nemostream-benchmark/1"
@@ -125,6 +126,11 @@ def record(benchmark: str, rows: Sequence[Row], *, model: Mapping[str, Any], met
         "method": dict(method),
         "rows": list(rows),
     }
+
+
+def model_of(manifest: Manifest) -> dict[str, Any]:
+    """Return the `model` of a result: its name, number of layers and width."""
+    return {"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model}
 
 
 def read(path: str | Path) -> Record:

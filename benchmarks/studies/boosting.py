@@ -28,6 +28,7 @@ import soundfile
 from numpy.typing import NDArray
 
 import nemostream
+from nemostream.benchmarks import command
 from nemostream.benchmarks.accuracy import plain
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import add_noise
@@ -260,9 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress=records.report_progress,
         phrase_file=options.phrases,
     )
-    records.write(result, options.out / f"{options.name}.json")
-    (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")
-    print(table(result), end="")
+    command.write_study(result, table(result), options)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,7 @@ def measure_cost(
     return records.record(
         "cost",
         rows,
-        model={
-            "name": bundle.manifest.name,
-            "layers": bundle.manifest.encoder.layers,
-            "d_model": bundle.manifest.encoder.d_model,
-        },
+        model=records.model_of(bundle.manifest),
         method={
             "repeats": repeats,
             "threads": threads,

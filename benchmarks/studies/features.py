@@ -32,6 +32,7 @@ from unittest import mock
 import numpy as np
 
 import nemostream
+from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
@@ -262,7 +263,7 @@ def measure_features(
     return records.record(
         "features",
         rows,
-        model={"name": manifest.name, "layers": manifest.encoder.layers, "d_model": manifest.encoder.d_model},
+        model=records.model_of(manifest),
         method={
             "steps": steps,
             "warm_up": _WARM_UP,
@@ -357,9 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         random_weights=options.random_weights,
         progress=records.report_progress,
     )
-    records.write(result, options.out / f"{options.name}.json")
-    (options.out / f"{options.name}.md").write_text(table(result), encoding="utf-8")
-    print(table(result), end="")
+    command.write_study(result, table(result), options)
 
 
 if __name__ == "__main__":

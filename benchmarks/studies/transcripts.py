@@ -81,11 +81,7 @@ def measure_transcripts(model: Model, manifest: Path, progress: Progress = no_pr
     return records.record(
         "transcripts",
         found,
-        model={
-            "name": model.manifest.name,
-            "layers": model.manifest.encoder.layers,
-            "d_model": model.manifest.encoder.d_model,
-        },
+        model=records.model_of(model.manifest),
         method={
             "voices": VOICES,
             "decibels": DECIBELS,

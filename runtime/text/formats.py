@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemostream.runtime.text.events import Event
     from nemostream.runtime.text.words import Token, Word
 
 # Limits of subtitles by the Netflix Timed Text Style Guide (general requirements; English, adult programmes).
@@ -95,8 +96,8 @@ def render(transcript: Transcript, format: Format, *, ascii: bool = False) -> st
 # -- machine-readable --------------------------------------------------------------------------------------------------
 
 
-def time_span(item: Word | Utterance) -> dict[str, float]:
-    """Return the JSON fields `start` and `end` of a word or utterance: seconds, rounded to milliseconds."""
+def time_span(item: Word | Utterance | Event) -> dict[str, float]:
+    """Return the JSON fields `start` and `end` of an item: seconds, rounded to milliseconds."""
     return {"start": round(item.start, 3), "end": round(item.end, 3)}
 
 

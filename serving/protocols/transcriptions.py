@@ -154,7 +154,7 @@ def _response(
         return JSONResponse(body, headers=headers)
     body |= {"task": "transcribe", "language": "english", "duration": round(recording.seconds, 3)}
     if "word" in granularities:
-        body["words"] = [{"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in words]
+        body["words"] = [{"word": word.text, **formats.time_span(word)} for word in words]
     if "segment" in granularities:
         body["segments"] = [_segment(event) for event in finals]
     return JSONResponse(body, headers=headers)
@@ -164,8 +164,7 @@ def _segment(event: Event) -> dict[str, Any]:
     return {
         "id": event.utterance,
         "seek": 0,
-        "start": round(event.start, 3),
-        "end": round(event.end, 3),
+        **formats.time_span(event),
         "text": event.text,
         "tokens": [token.id for token in event.tokens],
         "temperature": 0.0,

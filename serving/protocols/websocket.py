@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text.events import Event
-from nemostream.runtime.text.formats import word_to_dict
+from nemostream.runtime.text.formats import time_span, word_to_dict
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, status_of
 from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
@@ -112,8 +112,7 @@ def _event_message(event: Event, words: bool) -> dict[str, Any]:
     message |= {
         "text": event.text,
         "stable": event.stable,
-        "start": round(event.start, 3),
-        "end": round(event.end, 3),
+        **time_span(event),
         "audio": round(event.audio, 3),
         "chunk_ms": event.chunk_ms,
     }

@@ -1,4 +1,4 @@
-"""Admission of uploaded recordings: how many, from whom and how large."""
+"""Admission control for uploaded recordings: limits on their number, in total and per client, and on their size."""
 
 from __future__ import annotations
 

@@ -73,12 +73,13 @@ def run_steps(
         if "cache" in tensor.name
     }
     tail = np.zeros((1, manifest.features.tail), np.float32)
+    feature_names, encoder_names = _output_names(features), _output_names(encoder)
     for step in steps:
         audio = {"audio": step.audio[None], "audio_tail": tail, "lengths": np.array([step.length])}
-        outputs = _run(features, audio)
+        outputs = dict(zip(feature_names, features.run(feature_names, audio), strict=True))
         tail = outputs["audio_tail_next"]
         window = {"mel": outputs["mel"], "position": np.array([step.position]), "valid": np.array([step.valid])}
-        outputs |= _run(encoder, window | caches)
+        outputs |= zip(encoder_names, encoder.run(encoder_names, window | caches), strict=True)
         advance_caches(manifest, caches, outputs, step.position)
         yield outputs
 
@@ -98,6 +99,5 @@ def advance_caches(
         caches[f"conv_cache.{layer}"] = outputs["conv_next"][layer]
 
 
-def _run(session: GraphSession, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+def _output_names(session: GraphSession) -> list[str]:
+    return [output.name for output in session.get_outputs()]

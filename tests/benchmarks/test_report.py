@@ -59,6 +59,9 @@ def test_times_changed_beyond_noise() -> None:
     assert (step.metric, step.before, step.after, step.verdict) == ("step, ms", 10.0, 12.0, "slower")
     assert report.compare(old, slower)[0].verdict == "faster"
     assert not any(change.significant for other in (same, noisy) for change in report.compare(other, old))
+    twice = old | {"rows": [*old["rows"], *slower["rows"]]}  # as a failed probe of `capacity` that was repeated
+    assert len(report.compare(twice, twice)) == 4
+    assert not any(change.significant for change in report.compare(twice, twice))
     other_case = some_result(10.0)
     other_case["rows"][0]["case"]["batch"] = 2
     assert report.compare(other_case, old) == []

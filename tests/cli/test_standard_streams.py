@@ -16,7 +16,6 @@ import pytest
 import soundfile
 
 import nemostream
-from nemostream.cli.main import main
 from nemostream.clips import CLIP_TEXT
 from nemostream.errors import AudioError
 from nemostream.runtime.audio.files import AudioFile
@@ -24,20 +23,6 @@ from nemostream.runtime.audio.files import AudioFile
 COMMAND = [sys.executable, "-m", "nemostream", "transcribe"]
 CLIP = str(nemostream.demo_clip())
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `transcribe`; return its exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            main(["transcribe", *map(str, arguments)])
-        assert isinstance(exited.value.code, int)
-        return (exited.value.code, *capfd.readouterr())
-
-    return call
 
 
 def close(*descriptors: int) -> Callable[[], None]:

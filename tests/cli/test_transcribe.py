@@ -18,7 +18,6 @@ import srt
 import webvtt
 
 import nemostream
-from nemostream.cli.main import main
 from nemostream.cli.output import Output
 from nemostream.cli.phrases import read_phrases
 from nemostream.extras import install_command
@@ -32,20 +31,6 @@ ROWS = [row for row in map(json.loads, HELDOUT.read_text().splitlines()) if len(
 CLIPS = [str(HELDOUT.parent / row["audio_filepath"]) for row in ROWS[:3]]
 STEMS = [Path(name).stem for name in CLIPS]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `transcribe`; return its exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            main(["transcribe", *map(str, arguments)])
-        assert isinstance(exited.value.code, int)
-        return (exited.value.code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -463,14 +463,17 @@ def frame(kind: int, data: bytes, final: bool = True) -> bytes:
 
 
 def upgraded(running: Any, path: str = "/v1/stream") -> sockets.socket:
+    """Open a WebSocket and leave the server's first message unread: closing the socket then resets the connection."""
     client = bare(running)
     client.sendall(
         f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
     data = b""
-    while b"\r\n\r\n" not in data:
-        data += client.recv(4096)
+    while not data.endswith(b"\r\n\r\n"):
+        byte = client.recv(1)
+        assert byte, data
+        data += byte
     assert b" 101 " in data, data
     return client
 

@@ -184,9 +184,9 @@ def test_filter_equals_its_definition_for_any_pushes(silero, net, spoken, sizes,
         at += size
         while chunks and chunks[0][1] <= min(at, len(audio)):
             begin, end = chunks.pop(0)
-            spoke = [512 * (w + 1) for w in range(end // 512) if speech[w]]
-            recent = [stop for stop in spoke if stop <= begin // 512 * 512]
-            expected = begin - max(recent, default=0) < 16000 or any(stop > begin // 512 * 512 for stop in spoke)
+            speech_ends = [512 * (w + 1) for w in range(end // 512) if speech[w]]
+            recent = [stop for stop in speech_ends if stop <= begin // 512 * 512]
+            expected = begin - max(recent, default=0) < 16000 or any(stop > begin // 512 * 512 for stop in speech_ends)
             found.append(vad_filter.passes(begin, end) == expected)
     assert len(found) == len(chunks_of(len(audio), ms)) - 1 and all(found)
 
