@@ -435,6 +435,7 @@ def test_cost(demo_bundle: Bundle, tmp_path: Path) -> None:
     assert "limited by" in text and f"then {cost.limits(fit)[1]} |" in text
 
 
+@pytest.mark.slow
 def test_quick_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def memory(running: Any) -> float:
 # -- native code -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clients_that_disconnect_while_a_file_is_decoded(serve_process: Any, spoken: Any) -> None:
     """SSE uploads and gRPC calls are cancelled at random times; the process survives and serves further requests."""
     data, chance = slow_flac(), random.Random(0)
