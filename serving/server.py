@@ -39,6 +39,7 @@ _GRPC_PING_SECONDS = 20.0  # between gRPC's pings, for their response, and for a
 _GRPC_SPARE_CALLS = 64  # besides streams and recordings
 _GRPC_MAX_RECORDING = 16 << 20  # bytes of a recording in one gRPC message, which is held in memory
 _RECORD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}  # of every log record
+_SWITCH_SECONDS = 0.0005  # interval between two switches of threads that compute in Python
 
 
 async def serve(
@@ -255,6 +256,9 @@ def _summary(settings: Settings, ports: dict[str, int], service: Service) -> str
 def main(arguments: Sequence[str] = ()) -> None:
     """Run `nemostream serve`."""
     settings = read_settings(arguments)
+    # The scheduler's thread gives up the interpreter lock in each call of a graph, some hundred times per step. While
+    # another thread computes in Python, it waits for this interval (default: 5 ms) each time.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     log_to_stderr(text)
     if text:

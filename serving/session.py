@@ -33,7 +33,8 @@ from nemostream.serving.settings import Limits
 _MAX_LIVE_SECONDS = 1.5  # audio per message; a client that sends more at once is not live and has no latency
 _MIN_MESSAGE_BYTES = 2048  # the rate limit counts a smaller message as this many bytes
 _SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # audio of a message that is processed before other tasks run
-_BURST_SECONDS = 2.0  # of bytes at the maximum rate that may arrive at once before a client is slowed down
+_BURST_SECONDS = 2.0  # of messages at the maximum rate that may arrive at once before a client is slowed down
+_OPERATION_SECONDS = 0.05  # that a request for the end of an utterance or a new stream costs, which needs a step
 
 
 class SessionObserver(Protocol):
@@ -86,7 +87,7 @@ class Session:
         self._rate, self._channels, self._options = sample_rate, channels, options
         self._stream: AsyncLiveStream = model.astream(sample_rate=sample_rate, channels=channels, **options)
         self._opened_at = time.monotonic()
-        self._pending_bytes, self._pending_at = 0.0, self._opened_at  # leaky bucket of `pace`
+        self._pending_seconds, self._pending_at = 0.0, self._opened_at  # leaky bucket of `pace`
         self._texts: list[str] = []
         self._ended = False
 
@@ -134,6 +135,7 @@ class Session:
 
     async def commit(self) -> list[Event]:
         """End the utterance: decode all audio received and return the events. A new utterance begins."""
+        await self.pace_operation()
         if self._ended:
             return []
         events = await self.push_pcm(self._samples(b"", last=True))
@@ -142,6 +144,7 @@ class Session:
 
     async def clear(self) -> None:
         """Discard the current utterance. A new one begins."""
+        await self.pace_operation()
         if not self._ended:
             self._decode.reset()
             await self._stream.end_utterance()
@@ -197,15 +200,18 @@ class Session:
         Every message counts as at least `_MIN_MESSAGE_BYTES`, so that many small ones cannot bypass the limit. Raises
         `AudioError` for a message of more than `max_bytes` (None: `max_message_bytes`).
         """
-        limits, now = self._limits, time.monotonic()
-        max_bytes = limits.max_message_bytes if max_bytes is None else max_bytes
+        max_bytes = self._limits.max_message_bytes if max_bytes is None else max_bytes
         if size > max_bytes:
             raise AudioError(f"a message has {size} bytes; the maximum is {max_bytes}: send smaller messages.")
-        rate = limits.max_bytes_per_second
-        self._pending_bytes = max(0.0, self._pending_bytes - rate * (now - self._pending_at))
-        self._pending_bytes += max(size, _MIN_MESSAGE_BYTES)
-        self._pending_at = now
-        await asyncio.sleep(max(0.0, self._pending_bytes / rate - _BURST_SECONDS))
+        await self._pace(max(size, _MIN_MESSAGE_BYTES) / self._limits.max_bytes_per_second)
+
+    async def pace_operation(self) -> None:
+        """Delay a client that requests the end of utterances, or new streams, faster than the model can follow."""
+        await self._pace(_OPERATION_SECONDS)
+
+    def continue_pace(self, session: Session) -> None:
+        """Count the messages of `session`, which the same client used before this one."""
+        self._pending_seconds, self._pending_at = session._pending_seconds, session._pending_at
 
     async def __aenter__(self) -> Session:
         return self
@@ -214,6 +220,12 @@ class Session:
         self.close(str(error) if isinstance(error, NemostreamError) else "cancelled" if error else None)
 
     # -- private -------------------------------------------------------------------------------------------------------
+
+    async def _pace(self, seconds: float) -> None:
+        now = time.monotonic()
+        self._pending_seconds = max(0.0, self._pending_seconds - (now - self._pending_at)) + seconds
+        self._pending_at = now
+        await asyncio.sleep(max(0.0, self._pending_seconds - _BURST_SECONDS))
 
     def _check_open(self) -> None:
         if self._ended:

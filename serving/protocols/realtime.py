@@ -228,8 +228,10 @@ class _RealtimeConnection:
             raise _EventError(
                 "format, turn_detection and keywords can change only while the buffer is empty; commit or clear it."
             )
+        previous = self.session
+        await previous.pace_operation()
         # No other task runs between closing the session and opening the next one, so its slot stays free.
-        self.session.close()
+        previous.close()
         try:
             self.session = self._open(new)
         except NemostreamError as error:
@@ -238,6 +240,8 @@ class _RealtimeConnection:
             except NemostreamError as reopen_error:
                 raise StreamError(str(reopen_error)) from reopen_error
             raise OptionError(str(error)) from error
+        finally:
+            self.session.continue_pace(previous)
         self._config = new
 
     def _session_object(self) -> dict[str, Any]:

