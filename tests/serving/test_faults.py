@@ -159,10 +159,11 @@ def test_a_client_that_does_not_read_is_disconnected(
 
     def listen_with_small_buffers(settings: Any) -> sockets.socket:
         listening = listen(settings)
-        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16_384)  # accepted sockets inherit it
+        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 4096)  # accepted sockets inherit it
         return listening
 
     monkeypatch.setattr(server, "_listen", listen_with_small_buffers)
+    monkeypatch.setattr(connections, "_MAX_UNREAD_BYTES", 1024)
     with serve_here(send_seconds=1, max_streams=4, measure=False) as running:
         healthy = open_stream(running)
         healthy.send(spoken[0].pcm[:HALF])
@@ -171,15 +172,15 @@ def test_a_client_that_does_not_read_is_disconnected(
         bare.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
         bare.connect(("127.0.0.1", running.http))
         bare.sendall(
-            b"GET /v1/stream HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /v1/stream?chunk_ms=80&endpoint_ms=-1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
-        message = b'{"type": "commit"}'
-        frame = bytes([0x81, 0x80 | len(message), 0, 0, 0, 0]) + message
+        audio = spoken[0].pcm[:64_000]  # 25 chunks; the text grows, and with it the events
+        frame = bytes([0x82, 0x80 | 126, *len(audio).to_bytes(2, "big"), 0, 0, 0, 0]) + audio
         bare.settimeout(60)
         with pytest.raises(ConnectionError):  # the connection is closed, so that it holds no memory
             while True:
-                bare.sendall(frame * 1000)
+                bare.sendall(frame)
         assert running.metric("nemostream_timeouts_total") == 1
         healthy.send(spoken[0].pcm[HALF:])
         assert finish(healthy) == spoken[0].text
