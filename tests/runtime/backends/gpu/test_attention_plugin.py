@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,6 +148,21 @@ def test_registered_plugin(frames: int, dtype: str, plugins: FakePlugins, monkey
     loads = set(re.findall(r"ld\.global\.[\w.]+", ptx))
     assert loads <= {f"ld.global.nc.{kind}" for kind in ("v4.u32", "v4.f32", "u32", "u64")}
     assert re.search(rf"query\[{frames * 128 * 4}\]", ptx), "shared memory for the queries of all frames"
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
+def test_ptx_is_assembled_for_newer_gpus(cache_dtype: str, tmp_path: Path) -> None:
+    """The declared version of PTX has all instructions that the kernel uses."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    ptxas = shutil.which("ptxas")
+    if ptxas is None:
+        pytest.skip("needs ptxas of the CUDA toolkit")
+    path, target = tmp_path / "attention.ptx", tmp_path / "attention.cubin"
+    path.write_text(attention_plugin.ptx(14, 70, 8, 128, cache_dtype))
+    assert ".version 8.0\n" in path.read_text()
+    for architecture in ("sm_80", "sm_90", "sm_120"):
+        subprocess.run([ptxas, f"-arch={architecture}", str(path), "-o", str(target)], check=True)
+        assert attention.ENTRY.encode() in target.read_bytes()
 
 
 @pytest.mark.parametrize(
