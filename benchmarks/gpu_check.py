@@ -69,7 +69,14 @@ from nemostream.runtime.backends.gpu.onnxruntime import check_provider
 
 _BATCHES = (1, 8, 64, 256, 1024)
 # Test modules, those with few dependencies first.
-_TESTS = ("gpu/test_kernels", "gpu/test_slots", "gpu/test_backend", "test_model_backends")
+_TESTS = (
+    "gpu/test_kernels",
+    "gpu/test_slots",
+    "gpu/test_backend",
+    "test_model_backends",
+    "gpu/test_attention",
+    "gpu/test_attention_plugin",
+)
 _RUNNERS = ("nemostream fp16", "nemo bf16", "nemo graph")
 _GRACE = 60.0  # seconds that a running section may take beyond `--minutes`
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.engine.attention import fuse_attention
 from nemostream.errors import BackendError
 
 CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
@@ -65,13 +66,23 @@ def quantisable(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def write_typed(
-    bundle: Bundle, chunk: ChunkConfig, precision: str, ranges: Mapping[str, float] | None, folder: Path, stem: str
+    bundle: Bundle,
+    chunk: ChunkConfig,
+    precision: str,
+    ranges: Mapping[str, float] | None,
+    folder: Path,
+    stem: str,
+    *,
+    fused_attention: bool = False,
 ) -> list[Path]:
     """Write the step in `precision` as `{stem}.onnx` and `{stem}.bin`, for TensorRT or ONNX Runtime's CUDA provider.
 
     `ranges` is the largest input magnitude of each quantisable layer by weight name, required for "int8" and "fp8".
+    With `fused_attention`, the attention is that of `fuse_attention`, which is experimental.
     """
     model = read_encoder(bundle, chunk)
+    if fused_attention:
+        fuse_attention(model)
     with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
         writer = _GraphConverter(model, weights, precision, ranges or {})
         return writer.write(folder / f"{stem}.onnx")
@@ -161,7 +172,8 @@ class _GraphConverter:
                 self._initializers[tensor.name] = self._weights.copy(tensor)
         _replace(graph.node, self._nodes)
         _replace(graph.initializer, list(self._initializers.values()))
-        _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET)])
+        custom = [opset for opset in self._model.opset_import if opset.domain]
+        _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET), *custom])
         del graph.value_info[:]
         return _save(self._model, path, self._weights.path)
 

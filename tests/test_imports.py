@@ -78,6 +78,7 @@ RULES = {
             "nemostream.runtime.audio.preprocessor": frozenset({"soxr"}),
             "nemostream.runtime.audio.vad": frozenset({"onnxruntime"}),
             "nemostream.runtime.backends.cpu": frozenset({"onnxruntime"}),
+            "nemostream.runtime.backends.gpu.attention_plugin": frozenset({"tensorrt"}),
             "nemostream.runtime.backends.gpu.cuda": frozenset({"cuda"}),
             "nemostream.runtime.backends.gpu.onnxruntime": frozenset({"onnxruntime"}),
             "nemostream.runtime.backends.gpu.tensorrt": frozenset({"tensorrt", "tensorrt_rtx"}),

@@ -271,9 +271,12 @@ class CudaKernels:
         )
 
 
-def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: str = "cubin") -> bytes:
+def compile_kernels(
+    macros: Mapping[str, int | str], architecture: str, kind: str = "cubin", source: str | None = None
+) -> bytes:
     """Return the kernels compiled for an architecture ("sm90") as "cubin" or "ptx", from the disk cache if possible.
 
+    `source` is another translation unit than that of the backend's kernels.
     Needs NVRTC but no GPU. Raises `BackendError` with the compiler's log, or if NVRTC is missing.
     """
     try:
@@ -286,7 +289,7 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
         ) from error
     options = [f"-arch={architecture.replace('sm', 'sm_')}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
-    text = _source()
+    text = _source() if source is None else source
     key = hashlib.sha256("\0".join([text, kind, repr(release), *options]).encode()).hexdigest()[:32]
     cached = cache_folder("kernels") / f"{key}.{kind}"
     check_private(cached.parent)  # its files run on the device
