@@ -39,6 +39,7 @@ class HostDevice:
         self.free_bytes = free_bytes
         self.conditional, self.capturable, self.order = conditional, capturable, order
         self.thread = threading.get_ident()
+        self.threads: set[int] = set()  # that used the device
         self.arrays: dict[int, NDArray[np.uint8]] = {}
         self.closed = False
         self.launches: list[str] = []  # names of the kernels run
@@ -150,6 +151,7 @@ class HostDevice:
     def _check(self) -> None:
         assert not self.closed, "the device was used after close"
         assert self.thread == threading.get_ident(), "a thread used the device without making it current"
+        self.threads.add(self.thread)
 
 
 class HostGraph:
@@ -232,3 +234,23 @@ class OrtEncoder:
             self._device.write(addresses[name], value)
 
     def close(self) -> None: ...
+
+
+class ThreadBoundEncoder(OrtEncoder):
+    """An encoder that runs only on the thread that bound it.
+
+    ONNX Runtime's CUDA provider captures its graphs again on every other thread, while streams wait.
+    """
+
+    def __init__(self, bundle: Bundle, chunk: ChunkConfig, device: Any) -> None:
+        super().__init__(bundle, chunk, device, capturable=False)
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
+        enqueue, thread = super().bind(rows, addresses), threading.get_ident()
+
+        def run() -> None:
+            if threading.get_ident() != thread:
+                raise BackendError("the encoder was bound on another thread.")
+            enqueue()
+
+        return run

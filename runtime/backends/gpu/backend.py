@@ -76,7 +76,7 @@ class StepLaunches:
 
 
 class GpuBackend:
-    """A bundle on a GPU. Called by one thread at a time, as `Backend` requires.
+    """A bundle on a GPU. Opened, called and closed on one thread: the engines may keep data per thread.
 
     `encoders` has the encoder of each chunk size (ms), all with the same type of caches. `loop` is the first kind of
     `LOOPS` to try. All steps are captured by the constructor.

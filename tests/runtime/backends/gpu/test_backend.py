@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from cuda_on_cpu import MISSING
-from host_device import HostDevice, OrtEncoder
+from host_device import HostDevice, OrtEncoder, ThreadBoundEncoder
 
 import nemostream
 from nemostream.bundle import Bundle, ChunkConfig
@@ -173,6 +173,30 @@ def test_concurrent_transcription(demo_bundle: Bundle, make_device: Any, clips: 
         for thread in threads:
             thread.join()
     assert texts == wanted
+
+
+@needs_compiler
+def test_loaded_backend_is_used_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` opens the backend on the thread that runs and closes it, and none other calls the device."""
+    devices: list[HostDevice] = []
+
+    def open_backend(bundle: Bundle, *, capacity: int, **options: Any) -> GpuBackend:
+        devices.append(HostDevice())
+        encoder = ThreadBoundEncoder(bundle, bundle.manifest.chunk(560), devices[0])
+        return GpuBackend(bundle, devices[0], {560: encoder}, capacity=capacity)
+
+    monkeypatch.setattr("nemostream.engines.open_backend", open_backend)
+    clip = nemostream.demo_clip()
+    with nemostream.load(device="cuda", capacity=2) as model:
+        text = model.transcribe(clip, phrases=["seven"]).text
+        with model.stream(phrases=["seven"]) as stream:  # its reset, phrases and closing
+            stream.push(np.zeros(16000, np.float32))
+        model._scheduler.call(lambda backend: backend.load(0, backend.save(0)))
+    monkeypatch.undo()
+    with nemostream.load(threads=1) as cpu:
+        assert text == cpu.transcribe(clip, phrases=["seven"]).text != ""
+    assert devices[0].closed
+    assert len(devices[0].threads) == 1 and threading.get_ident() not in devices[0].threads
 
 
 @pytest.mark.parametrize(
