@@ -100,8 +100,9 @@ class HostDevice:
     def loop(self, condition: int, work: Work) -> None:
         outer, body = self._capture, []
         assert outer is not None
-        self._capture = body
-        work()
+        for captured in ([], body):  # first a plain capture, which is discarded, as on a GPU
+            self._capture = captured
+            work()
         self._capture = outer
         value = ctypes.c_uint32.from_address(condition)
 

@@ -6,7 +6,6 @@ loop is a WHILE conditional node (driver 550 or newer), whose body the device re
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -57,6 +56,7 @@ class CudaDevice:
         self.architecture = f"sm{capability.major}{capability.minor}"
         self._streams = [self._main]  # the last is the stream that work is queued on
         self._builders: list[Any] = []
+        self._leaked: list[Any] = []  # builders whose capture cannot be ended
         self._conditions: dict[int, Any] = {}
         self._memory: list[Any] = []
         self._host_memory: list[int] = []
@@ -105,16 +105,12 @@ class CudaDevice:
         return CudaKernels(self, macros, entries)
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
-        builder = self._main.create_graph_builder()
         try:
-            builder.begin_building(_CAPTURE_MODE)
-            self._enter(builder, work)
-            graph = builder.end_building().complete()
+            graph = self._captured(work).complete()
             graph.upload(self._main)
-        except Exception as error:  # `BackendError`, or cuda.core's own exceptions
-            self._abort_capture(builder)
-            if isinstance(error, BackendError):
-                raise
+        except BackendError:
+            raise
+        except Exception as error:  # cuda.core has its own exceptions
             raise BackendError(f"the step cannot be captured as a CUDA graph: {error}") from error
         return CudaGraph(self, graph)
 
@@ -125,15 +121,19 @@ class CudaDevice:
         return handle
 
     def loop(self, condition: int, work: Callable[[], None]) -> None:
-        body = self._builders[-1].while_loop(self._conditions.pop(condition))
+        # If the capture of a loop's body is invalidated, the driver frees the body's graph, and crashes when both
+        # captures are ended, in either order (NVIDIA/cuda-python issue 2918). Most work that invalidates it also
+        # invalidates a plain capture, which can be ended.
+        self._captured(work).close()
+        parent = self._builders[-1]
+        body = parent.while_loop(self._conditions.pop(condition))
         body.begin_building(_CAPTURE_MODE)
         try:
             self._enter(body, work)
+            body.end_building()
         except BaseException:
-            with contextlib.suppress(Exception):
-                body.close()  # before the capture it is part of
+            self._abandon(body, parent)
             raise
-        body.end_building()
 
     def record_event(self) -> CudaEvent:
         return CudaEvent(self, self._main.record())
@@ -173,17 +173,42 @@ class CudaDevice:
         self._host_memory.clear()
         self._main.close()
 
-    def _abort_capture(self, builder: Any) -> None:
-        """End the stream's capture, so that another kind of loop can be captured."""
-        _, capture = self._driver.cuStreamIsCapturing(self._main.handle)
-        if capture == self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_INVALIDATED:
-            # CUDA has already destroyed the graph, and cuda.core (1.2) crashes when it destroys it again: keep the
-            # builder alive forever.
-            self._driver.cuStreamEndCapture(self._main.handle)
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(builder))
-        else:
-            with contextlib.suppress(Exception):
+    def _captured(self, work: Callable[[], None]) -> Any:
+        """Capture work and return the graph's builder, which is no longer capturing.
+
+        The builder has a stream of its own: a capture that cannot be ended leaves the main stream usable.
+        """
+        builder = self._device.create_graph_builder()
+        builder.begin_building(_CAPTURE_MODE)
+        try:
+            self._enter(builder, work)
+            builder.end_building()
+        except BaseException:
+            self._abandon(builder)
+            raise
+        return builder
+
+    def _abandon(self, builder: Any, parent: Any = None) -> None:
+        """End a capture that failed and destroy its graph; `parent` is that of a loop's body.
+
+        Where that would crash, the builder and its parent are kept alive until the process ends.
+        """
+        if builder in self._leaked:  # with the body of its loop
+            return
+        stream, status = builder.stream.handle, self._driver.CUstreamCaptureStatus
+        _, found = self._driver.cuStreamIsCapturing(stream)
+        if found == status.CU_STREAM_CAPTURE_STATUS_ACTIVE:
+            try:
                 builder.close()
+                return
+            except Exception:  # cuda.core has its own exceptions
+                pass
+        elif found == status.CU_STREAM_CAPTURE_STATUS_INVALIDATED and not parent:
+            # The driver destroys the graph, and cuda.core (1.2) crashes when it destroys the graph again.
+            self._driver.cuStreamEndCapture(stream)
+        for leaked in filter(None, (builder, parent)):
+            self._leaked.append(leaked)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
 
     def _enter(self, builder: Any, work: Callable[[], None]) -> None:
         self._builders.append(builder)

@@ -20,41 +20,82 @@ OK, ERROR = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_INVALID
 
 
 class Builder:
-    def __init__(self, driver: Driver) -> None:
-        self.driver, self.stream, self.closed = driver, SimpleNamespace(handle=7), 0
+    """A graph builder on a stream of its own. `driver.crashes` counts the calls that crash cuda.core or the driver."""
+
+    def __init__(self, driver: Driver, parent: Builder | None = None) -> None:
+        self.driver, self.parent, self.bodies = driver, parent, weakref.WeakSet()
+        self.stream = SimpleNamespace(handle=100 + len(driver.builders))
+        self.state, self.closed, self.ended = "none", False, False
+        driver.builders.append(weakref.ref(self))
 
     def begin_building(self, mode: str) -> None:
         assert mode == "relaxed"
-        self.driver.capture = "active"
+        self.state = "active"
 
     def end_building(self) -> Builder:
-        if self.driver.capture == "invalidated":
+        if self.state == "invalidated":
             raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+        assert self.state == "active" and not any(body.state == "active" for body in self.bodies)
+        self.state, self.ended = "none", True
+        if self.driver.unjoined:
+            self.state, self.ended = "none", False
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_UNJOINED")
         return self
 
+    def complete(self) -> Any:
+        assert self.ended
+        return SimpleNamespace(upload=lambda stream: None)
+
     def while_loop(self, condition: Any) -> Builder:
-        self.body = Builder(self.driver)
-        return self.body
+        assert self.state == "active"
+        body = Builder(self.driver, self)
+        self.bodies.add(body)
+        return body
 
     def create_condition(self, default_value: int) -> Any:
         return SimpleNamespace(handle=3)
 
+    def end_capture(self) -> None:
+        """`cuStreamEndCapture`."""
+        assert self.state != "none" and not any(body.state == "active" for body in self.bodies)
+        if self.state == "invalidated" and (self.parent or any(body.state == "invalidated" for body in self.bodies)):
+            self.driver.crashes += 1
+        self.state = "none"
+
     def close(self) -> None:
-        self.closed += 1
-        raise RuntimeError("cuda.core raises for a builder that is still building")
+        if self.state == "invalidated" or (self.state == "none" and not self.ended):  # cuda.core destroys it again
+            self.driver.crashes += 1
+        if self.state != "none":
+            self.end_capture()
+        self.closed = self.ended = True
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self.close()
 
 
 class Driver:
     """The functions of cuda.bindings.driver that are used; `fails` selects the calls that fail."""
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
-    CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated")
+    CUstreamCaptureStatus = SimpleNamespace(
+        CU_STREAM_CAPTURE_STATUS_ACTIVE="active", CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated"
+    )
 
     def __init__(self, fails: Callable[..., bool] = lambda *call: False) -> None:
-        self.fails, self.capture, self.called = fails, "none", []
+        self.fails, self.called = fails, []
+        self.builders: list[weakref.ref[Builder]] = []
+        self.unjoined, self.crashes = False, 0
+
+    def builder(self, stream: int) -> Builder:
+        return next(found for reference in self.builders if (found := reference()) and found.stream.handle == stream)
 
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, str]:
-        return OK, self.capture
+        return OK, self.builder(stream).state
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[Any, int]:
+        self.builder(stream).end_capture()
+        return OK, 0
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
@@ -64,13 +105,7 @@ class Driver:
         return call
 
 
-def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> tuple[Any, list[Builder]]:
-    builders: list[Builder] = []
-
-    def builder() -> Builder:
-        builders.append(Builder(driver))
-        return builders[-1]
-
+def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> Any:
     class Device:
         compute_capability, name = SimpleNamespace(major=9, minor=0), "fake"
 
@@ -79,12 +114,15 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
         def set_current(self) -> None: ...
 
         def create_stream(self) -> Any:
-            return SimpleNamespace(handle=1, create_graph_builder=builder)
+            return SimpleNamespace(handle=1)
+
+        def create_graph_builder(self) -> Builder:
+            return Builder(driver)
 
     monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
     monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device, __version__=version))
-    return cuda.CudaDevice(), builders
+    return cuda.CudaDevice()
 
 
 def test_old_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,29 +130,70 @@ def test_old_library(monkeypatch: pytest.MonkeyPatch) -> None:
         make_device(monkeypatch, Driver(), "0.9.1")
 
 
-@pytest.mark.parametrize("invalidated", [False, True])
-def test_failed_capture_is_aborted(invalidated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder is closed. One whose capture CUDA has invalidated must be neither closed nor garbage collected."""
+@pytest.mark.parametrize(
+    ("where", "invalidates", "raises", "leaked"),
+    [
+        # The builders in the order of their creation: the step's, that of a plain capture of the body, the body's.
+        ("before", False, True, []),
+        ("before", True, True, [0]),
+        ("plain", False, True, []),
+        ("plain", True, True, [1]),
+        ("plain", True, False, [1]),
+        ("body", False, True, []),
+        ("body", True, True, [0, 2]),
+        ("body", True, False, [0, 2]),  # a library that ignores the error
+        ("after", False, True, []),
+        ("after", True, True, [0]),
+        ("end", False, False, [0]),
+    ],
+)
+def test_failed_captures_are_ended_or_leaked(
+    where: str, invalidates: bool, raises: bool, leaked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures are ended, except where cuda.core or the driver would crash: those builders stay alive forever."""
     driver = Driver()
-    device, builders = make_device(monkeypatch, driver)
+    device = make_device(monkeypatch, driver)
+    calls = []
 
-    def work() -> None:
-        if invalidated:
-            driver.capture = "invalidated"
-        raise BackendError("the step failed.")
+    def fail(stream: int) -> None:
+        if invalidates:
+            builder = driver.builder(stream)
+            builder.state = "invalidated"
+            if builder.parent:
+                builder.parent.state = "invalidated"
+        if raises:
+            raise BackendError("the kernel failed.")
 
-    with pytest.raises(BackendError, match=r"the step failed."):
-        device.capture(lambda: device.loop(device.condition(), work))
-    (builder,) = builders
-    assert builder.closed == (not invalidated)
-    assert builder.body.closed == 1, "the body is closed first"
-    assert ("cuStreamEndCapture" in driver.called) == invalidated
-    reference = weakref.ref(builder)
-    builders.clear()
-    del builder
-    gc.collect()
-    assert (reference() is not None) == invalidated
+    def body() -> None:
+        calls.append(device.stream)
+        if where == ("plain", "body")[len(calls) - 1]:
+            fail(device.stream)
+
+    def step() -> None:
+        if where == "before":
+            fail(device.stream)
+        device.loop(device.condition(), body)
+        if where == "after":
+            fail(device.stream)
+        driver.unjoined = where == "end"
+
+    message = "the kernel failed." if raises else "the step cannot be captured as a CUDA graph: CUDA_ERROR_STREAM"
+    with pytest.raises(BackendError, match=message) as caught:
+        device.capture(step)
     assert device.stream == 1, "work is queued on the device's stream again"
+    del caught, device
+    gc.collect()
+    assert [number for number, reference in enumerate(driver.builders) if reference()] == leaked
+    assert driver.crashes == 0
+
+
+def test_a_captured_loop_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    device, streams = make_device(monkeypatch, driver), []
+    graph = device.capture(lambda: device.loop(device.condition(), lambda: streams.append(device.stream)))
+    assert streams == [101, 102], "a plain capture, then the body"
+    gc.collect()
+    assert graph and driver.crashes == 0 and not any(reference() for reference in driver.builders)
 
 
 @pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction"])
@@ -129,11 +208,11 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
         return b""
 
     monkeypatch.setattr(cuda, "compile_kernels", compile_kernels)
-    device, _ = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
+    device = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
     loaded = device.kernels({"CONDITIONAL": 1}, ("begin", "finish"))
     assert tried == [("cubin", 1), ("ptx", 1), ("cubin", 0)]
     assert (loaded.format, loaded.conditional, len(loaded.failures)) == ("cubin", False, 2)
     wanted = "unresolved external symbol." if where == "compile" else f"{where} returned CUDA_ERROR_INVALID_VALUE."
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
     with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: "):
-        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData"))[0].kernels({"CONDITIONAL": 1}, ())
+        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData")).kernels({"CONDITIONAL": 1}, ())
