@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +50,7 @@ class CudaDevice:
             self._device.set_current()
             self._thread.current = True
             self._main = self._device.create_stream()
+            self.driver_version = int(self._call("cuDriverGetVersion"))  # 13000 for CUDA 13.0
         except Exception as error:  # cuda.core has its own exceptions, and others apply if there is no driver
             raise BackendError(f"no usable NVIDIA GPU ({error}); run `nemostream doctor` for details.") from error
         capability = self._device.compute_capability
@@ -273,6 +275,8 @@ class CudaKernels:
         for kind, conditional in variants:
             try:
                 image = compile_kernels({**macros, "CONDITIONAL": int(conditional)}, device.architecture, kind)
+                if kind == "ptx":
+                    image = lower_ptx_version(image, device.driver_version)
                 module = device._call("cuModuleLoadData", image)
                 # Drivers that load lazily report a missing symbol only here.
                 find = functools.partial(device._call, "cuModuleGetFunction", module)
@@ -334,6 +338,26 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
     nvrtc.nvrtcDestroyProgram(program)
     _write_cache(cached, image)
     return image
+
+
+def lower_ptx_version(ptx: bytes, driver_version: int) -> bytes:
+    """Return PTX whose `.version` a driver reads; `driver_version` is 13000 for CUDA 13.0.
+
+    NVRTC declares the version of its own release, which older drivers reject even if the kernels need nothing of it. A
+    driver reads every version that its GPUs need.
+    """
+    from cuda.bindings import utils
+
+    major, minor = map(int, utils.get_ptx_ver(ptx.decode(errors="replace")).split("."))
+    for number in range(10 * major + minor, 69, -1):
+        version = f"{number // 10}.{number % 10}"
+        try:
+            needed = utils.get_minimal_required_cuda_ver_from_ptx_ver(version)
+        except ValueError:  # no such version
+            continue
+        if needed <= driver_version:
+            return re.sub(rb"(\.version\s+)[0-9.]+", rb"\g<1>" + version.encode(), ptx, count=1)
+    return ptx
 
 
 @functools.cache

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nemostream.bundle import Bundle
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
-from nemostream.runtime.backends.gpu import cuda
+from nemostream.runtime.backends.gpu import cuda, kernels
+
+PTXAS = shutil.which("ptxas")
 
 OK, ERROR = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
 
@@ -90,6 +96,9 @@ class Driver:
     def builder(self, stream: int) -> Builder:
         return next(found for reference in self.builders if (found := reference()) and found.stream.handle == stream)
 
+    def cuDriverGetVersion(self) -> tuple[Any, int]:
+        return OK, 13000
+
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, str]:
         return OK, self.builder(stream).state
 
@@ -120,7 +129,11 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
             return Builder(driver)
 
     monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    utils = SimpleNamespace(
+        get_ptx_ver=lambda ptx: ptx.split()[1],
+        get_minimal_required_cuda_ver_from_ptx_ver=lambda version: {"9.5": 13050, "9.0": 13000}[version],
+    )
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver, utils=utils))
     monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device, __version__=version))
     return cuda.CudaDevice()
 
@@ -205,7 +218,7 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
         tried.append((kind, macros["CONDITIONAL"]))
         if where == "compile" and len(tried) < 3:
             raise BackendError("unresolved external symbol.")
-        return b""
+        return b".version 9.0" if kind == "ptx" else b""
 
     monkeypatch.setattr(cuda, "compile_kernels", compile_kernels)
     device = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
@@ -216,3 +229,39 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
     with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: "):
         make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData")).kernels({"CONDITIONAL": 1}, ())
+
+
+@pytest.mark.parametrize(
+    ("declared", "driver", "expected"),
+    [
+        ("9.5", 13050, "9.5"),
+        ("9.5", 13010, "9.1"),
+        ("9.5", 13000, "9.0"),
+        ("9.5", 12090, "8.8"),
+        ("9.0", 13050, "9.0"),  # never raised
+        ("8.6", 12060, "8.5"),  # CUDA 12.6 has no version of its own
+        ("99.9", 13000, "9.0"),  # newer than the installed cuda-bindings
+    ],
+)
+def test_ptx_version_is_lowered_to_that_of_the_driver(declared: str, driver: int, expected: str) -> None:
+    pytest.importorskip("cuda.bindings.utils", reason="needs cuda-python")
+    ptx = "//\n// Cuda compilation tools, release 13.5\n//\n\n.version {}\n.target sm_90\n// .version 9.5\n\0"
+    assert cuda.lower_ptx_version(ptx.format(declared).encode(), driver) == ptx.format(expected).encode()
+
+
+@pytest.mark.skipif(PTXAS is None, reason="needs ptxas")
+@pytest.mark.parametrize(("architecture", "driver"), [("sm80", 12040), ("sm90", 12040), ("sm90", 13000), ("sm120", 13000)])
+def test_lowered_ptx_is_assembled(
+    architecture: str, driver: int, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the oldest drivers: CUDA 12.4 is the first with WHILE nodes, cuda-bindings 13 needs CUDA 13.0."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    macros = kernels.macros(demo_bundle.manifest, "float16", conditional=True)
+    ptx = cuda.lower_ptx_version(cuda.compile_kernels(macros, architecture, "ptx"), driver)
+    assert re.search(rb"\.version (\S+)", ptx)[1] == {12040: b"8.4", 13000: b"9.0"}[driver]
+    (tmp_path / "kernels.ptx").write_bytes(ptx.rstrip(b"\0"))
+    command = [PTXAS, "--compile-only", f"-arch={architecture.replace('sm', 'sm_')}", "kernels.ptx", "-o", "kernels.o"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "kernels.o").read_bytes().startswith(b"\x7fELF")
