@@ -29,6 +29,7 @@ from nemostream.untrusted import MIB, read_regular
 _MIN_CUDA_CORE = (1, 2)
 # GPU calls of other threads, and of cuda.core while it adds a loop, would invalidate a capture in a stricter mode.
 _CAPTURE_MODE = "relaxed"
+_CAN_LOAD_FUNCTIONS = 12040  # first driver version with `cuFuncLoad`
 
 
 class CudaDevice:
@@ -105,6 +106,16 @@ class CudaDevice:
 
     def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> CudaKernels:
         return CudaKernels(self, macros, entries)
+
+    def load_functions(self, image: bytes, entries: tuple[str, ...]) -> dict[str, Any]:
+        """Load compiled kernels and return their functions, by name."""
+        module = self._call("cuModuleLoadData", image)
+        # Drivers that load lazily report a missing symbol only here.
+        functions = {entry: self._call("cuModuleGetFunction", module, entry.encode()) for entry in entries}
+        if self.driver_version >= _CAN_LOAD_FUNCTIONS:  # otherwise at the first launch, which may be in a capture
+            for function in functions.values():
+                self._call("cuFuncLoad", function)
+        return functions
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
         try:
@@ -277,10 +288,7 @@ class CudaKernels:
                 image = compile_kernels({**macros, "CONDITIONAL": int(conditional)}, device.architecture, kind)
                 if kind == "ptx":
                     image = lower_ptx_version(image, device.driver_version)
-                module = device._call("cuModuleLoadData", image)
-                # Drivers that load lazily report a missing symbol only here.
-                find = functools.partial(device._call, "cuModuleGetFunction", module)
-                self._functions = {entry: find(entry.encode()) for entry in entries}
+                self._functions = device.load_functions(image, entries)
                 break
             except BackendError as error:
                 self.failures.append(f"{kind}{' with conditions' if conditional else ''}: {error}")

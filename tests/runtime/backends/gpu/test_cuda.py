@@ -89,7 +89,7 @@ class Driver:
     )
 
     def __init__(self, fails: Callable[..., bool] = lambda *call: False) -> None:
-        self.fails, self.called = fails, []
+        self.fails, self.called, self.version = fails, [], 13000
         self.builders: list[weakref.ref[Builder]] = []
         self.unjoined, self.crashes = False, 0
 
@@ -97,7 +97,7 @@ class Driver:
         return next(found for reference in self.builders if (found := reference()) and found.stream.handle == stream)
 
     def cuDriverGetVersion(self) -> tuple[Any, int]:
-        return OK, 13000
+        return OK, self.version
 
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, str]:
         return OK, self.builder(stream).state
@@ -108,7 +108,7 @@ class Driver:
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
-            self.called.append(name)
+            self.called.append((name, *arguments))
             return (ERROR, None) if self.fails(name, *arguments) else (OK, arguments)
 
         return call
@@ -209,7 +209,21 @@ def test_a_captured_loop_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph and driver.crashes == 0 and not any(reference() for reference in driver.builders)
 
 
-@pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction"])
+@pytest.mark.parametrize("version", [12030, 12040])
+def test_every_kernel_is_loaded_before_a_capture(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers load kernels lazily, at their first launch; those before CUDA 12.4 cannot be asked to."""
+    driver = Driver()
+    driver.version = version
+    monkeypatch.setattr(cuda, "compile_kernels", lambda *_: b"")
+    make_device(monkeypatch, driver).kernels({"CONDITIONAL": 0}, ("begin", "join"))
+    found = [call for call in driver.called if call[0] in ("cuModuleGetFunction", "cuFuncLoad")]
+    module = (b"",)  # the fake driver returns its arguments
+    functions = [("cuModuleGetFunction", module, b"begin"), ("cuModuleGetFunction", module, b"join")]
+    loads = [("cuFuncLoad", (module, b"begin")), ("cuFuncLoad", (module, b"join"))]
+    assert found == functions + (loads if version >= 12040 else [])
+
+
+@pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncLoad"])
 def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two variants fail at different points; the third is used, and the failures are recorded."""
     tried: list[tuple[str, int]] = []
