@@ -6,6 +6,7 @@ loop is a WHILE conditional node (driver 550 or newer), whose body the device re
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from numpy.typing import NDArray
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.plans import cache_folder, check_private, make_private
+from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.untrusted import MIB, read_regular
 
 _MIN_CUDA_CORE = (1, 2)
 # GPU calls of other threads, and of cuda.core while it adds a loop, would invalidate a capture in a stricter mode.
 _CAPTURE_MODE = "relaxed"
+# With fewer CPUs a thread that waits for an event sleeps: waking up takes some microseconds, but spinning takes a CPU.
+_CPUS_TO_SPIN = 4
 _CAN_LOAD_FUNCTIONS = 12040  # first driver version with `cuFuncLoad`
 
 
@@ -38,7 +42,7 @@ class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None:
         try:
             from cuda.bindings import driver
-            from cuda.core import Device, __version__
+            from cuda.core import Device, EventOptions, __version__
         except ImportError as error:
             raise BackendError(f"a GPU needs cuda-python ({error}): {install_command('gpu')}.") from error
         if tuple(map(int, __version__.split(".")[:2])) < _MIN_CUDA_CORE:
@@ -54,6 +58,7 @@ class CudaDevice:
             self.driver_version = int(self._call("cuDriverGetVersion"))  # 13000 for CUDA 13.0
         except Exception as error:  # cuda.core has its own exceptions, and others apply if there is no driver
             raise BackendError(f"no usable NVIDIA GPU ({error}); run `nemostream doctor` for details.") from error
+        self._event_options = EventOptions(blocking_sync=usable_cpus() < _CPUS_TO_SPIN)
         capability = self._device.compute_capability
         self.name = str(self._device.name)
         self.architecture = f"sm{capability.major}{capability.minor}"
@@ -61,6 +66,7 @@ class CudaDevice:
         self._builders: list[Any] = []
         self._leaked: list[Any] = []  # builders whose capture cannot be ended
         self._conditions: dict[int, Any] = {}
+        self._modules: list[Any] = []
         self._memory: list[Any] = []
         self._host_memory: list[int] = []
 
@@ -110,6 +116,7 @@ class CudaDevice:
     def load_functions(self, image: bytes, entries: tuple[str, ...]) -> dict[str, Any]:
         """Load compiled kernels and return their functions, by name."""
         module = self._call("cuModuleLoadData", image)
+        self._modules.append(module)
         # Drivers that load lazily report a missing symbol only here.
         functions = {entry: self._call("cuModuleGetFunction", module, entry.encode()) for entry in entries}
         if self.driver_version >= _CAN_LOAD_FUNCTIONS:  # otherwise at the first launch, which may be in a capture
@@ -149,20 +156,16 @@ class CudaDevice:
             raise
 
     def record_event(self) -> CudaEvent:
-        return CudaEvent(self, self._main.record())
+        return CudaEvent(self, self._main.record(options=self._event_options))
 
     def elapsed_ms(self, work: Iterable[Callable[[], None]]) -> float:
-        begin, end = self._call("cuEventCreate", 0), self._call("cuEventCreate", 0)
-        try:
+        with self._timing_event() as begin, self._timing_event() as end:
             self._call("cuEventRecord", begin, self.stream)
             for run in work:
                 run()
             self._call("cuEventRecord", end, self.stream)
             self._call("cuEventSynchronize", end)
             return float(self._call("cuEventElapsedTime", begin, end))
-        finally:
-            self._driver.cuEventDestroy(begin)
-            self._driver.cuEventDestroy(end)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Queue a copy of `size` bytes from one device address to another."""
@@ -178,13 +181,24 @@ class CudaDevice:
             return
         self._closed = True
         self._driver.cuStreamSynchronize(self.stream)  # errors are ignored: everything is freed now
+        for module in self._modules:
+            self._driver.cuModuleUnload(module)
         for memory in self._memory:
             self._driver.cuMemFree(memory)
         for address in self._host_memory:
             self._driver.cuMemFreeHost(address)
+        self._modules.clear()
         self._memory.clear()
         self._host_memory.clear()
         self._main.close()
+
+    @contextlib.contextmanager
+    def _timing_event(self) -> Iterator[Any]:
+        event = self._call("cuEventCreate", 0)
+        try:
+            yield event
+        finally:
+            self._driver.cuEventDestroy(event)
 
     def _captured(self, work: Callable[[], None]) -> Any:
         """Capture work and return the graph's builder, which is no longer capturing.

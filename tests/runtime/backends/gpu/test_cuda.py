@@ -81,7 +81,10 @@ class Builder:
 
 
 class Driver:
-    """The functions of cuda.bindings.driver that are used; `fails` selects the calls that fail."""
+    """The functions of cuda.bindings.driver that are used; they return their arguments, or `results`.
+
+    `fails` selects the calls that fail.
+    """
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
     CUstreamCaptureStatus = SimpleNamespace(
@@ -89,15 +92,13 @@ class Driver:
     )
 
     def __init__(self, fails: Callable[..., bool] = lambda *call: False) -> None:
-        self.fails, self.called, self.version = fails, [], 13000
+        self.fails, self.called = fails, []
+        self.results: dict[str, Any] = {"cuDriverGetVersion": 13000, "cuEventElapsedTime": 1.5}
         self.builders: list[weakref.ref[Builder]] = []
         self.unjoined, self.crashes = False, 0
 
     def builder(self, stream: int) -> Builder:
         return next(found for reference in self.builders if (found := reference()) and found.stream.handle == stream)
-
-    def cuDriverGetVersion(self) -> tuple[Any, int]:
-        return OK, self.version
 
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, str]:
         return OK, self.builder(stream).state
@@ -109,9 +110,12 @@ class Driver:
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.called.append((name, *arguments))
-            return (ERROR, None) if self.fails(name, *arguments) else (OK, arguments)
+            return (ERROR, None) if self.fails(name, *arguments) else (OK, self.results.get(name, arguments))
 
         return call
+
+    def count(self, name: str) -> int:
+        return sum(call[0] == name for call in self.called)
 
 
 def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> Any:
@@ -123,18 +127,19 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
         def set_current(self) -> None: ...
 
         def create_stream(self) -> Any:
-            return SimpleNamespace(handle=1)
+            return SimpleNamespace(handle=1, record=lambda options: options, close=lambda: driver.called.append("close"))
 
         def create_graph_builder(self) -> Builder:
             return Builder(driver)
 
+    cuda_core = SimpleNamespace(Device=Device, EventOptions=SimpleNamespace, __version__=version)
     monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
     utils = SimpleNamespace(
         get_ptx_ver=lambda ptx: ptx.split()[1],
         get_minimal_required_cuda_ver_from_ptx_ver=lambda version: {"9.5": 13050, "9.0": 13000}[version],
     )
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver, utils=utils))
-    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device, __version__=version))
+    monkeypatch.setitem(sys.modules, "cuda.core", cuda_core)
     return cuda.CudaDevice()
 
 
@@ -209,11 +214,52 @@ def test_a_captured_loop_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph and driver.crashes == 0 and not any(reference() for reference in driver.builders)
 
 
+@pytest.mark.parametrize(("cpus", "blocking"), [(1, True), (3, True), (4, False), (64, False)])
+def test_waiting_sleeps_where_cpus_are_few(cpus: int, blocking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "usable_cpus", lambda: cpus)
+    event = make_device(monkeypatch, Driver()).record_event()
+    assert event._event.blocking_sync == blocking
+
+
+@pytest.mark.parametrize("failing", [None, "cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime"])
+def test_timing_destroys_its_events(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a call fails, here the last of its kind."""
+    calls = {"cuEventCreate": 2, "cuEventRecord": 2, "cuEventSynchronize": 1, "cuEventElapsedTime": 1}
+    driver = Driver(lambda name, *_: name == failing and driver.count(name) == calls[name])
+    device = make_device(monkeypatch, driver)
+    if failing:
+        with pytest.raises(BackendError, match=failing):
+            device.elapsed_ms([])
+    else:
+        assert device.elapsed_ms([]) == 1.5
+    assert driver.count("cuEventDestroy") == (1 if failing == "cuEventCreate" else 2)
+
+
+def test_close_frees_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules too, among them one that could not be used, after the work that uses them."""
+    driver = Driver(lambda name, *arguments: name == "cuModuleGetFunction" and arguments[0] == (b"cubin1",))
+    monkeypatch.setattr(
+        cuda, "compile_kernels", lambda macros, _, kind: f"{kind}{macros['CONDITIONAL']}".encode()
+    )
+    monkeypatch.setattr(cuda, "lower_ptx_version", lambda ptx, version: ptx)
+    device = make_device(monkeypatch, driver)
+    device.kernels({"CONDITIONAL": 1}, ("begin",))
+    driver.called.clear()
+    device.close()
+    device.close()
+    assert driver.called == [
+        ("cuStreamSynchronize", 1),
+        ("cuModuleUnload", (b"cubin1",)),
+        ("cuModuleUnload", (b"ptx1",)),
+        "close",
+    ]
+
+
 @pytest.mark.parametrize("version", [12030, 12040])
 def test_every_kernel_is_loaded_before_a_capture(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drivers load kernels lazily, at their first launch; those before CUDA 12.4 cannot be asked to."""
     driver = Driver()
-    driver.version = version
+    driver.results["cuDriverGetVersion"] = version
     monkeypatch.setattr(cuda, "compile_kernels", lambda *_: b"")
     make_device(monkeypatch, driver).kernels({"CONDITIONAL": 0}, ("begin", "join"))
     found = [call for call in driver.called if call[0] in ("cuModuleGetFunction", "cuFuncLoad")]
