@@ -6,6 +6,7 @@ must make the device current before it calls, and memory that is read or written
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import threading
@@ -128,7 +129,8 @@ class HostDevice:
         return 1000 * (time.perf_counter() - start)
 
     def close(self) -> None:
-        self.drain()
+        with contextlib.suppress(BackendError):
+            self.drain()
         self.closed = True
         self.arrays.clear()
 

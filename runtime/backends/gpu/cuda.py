@@ -33,6 +33,23 @@ _MIN_CUDA_CORE = (1, 2)
 _CAPTURE_MODE = "relaxed"
 # With fewer CPUs a thread that waits for an event sleeps: waking up takes some microseconds, but spinning takes a CPU.
 _CPUS_TO_SPIN = 4
+# After these driver errors all calls of the process fail.
+_DEVICE_LOST = (
+    "ASSERT",
+    "CONTAINED",
+    "ECC_UNCORRECTABLE",
+    "EXTERNAL_DEVICE",
+    "HARDWARE_STACK_ERROR",
+    "ILLEGAL_ADDRESS",
+    "ILLEGAL_INSTRUCTION",
+    "INVALID_ADDRESS_SPACE",
+    "INVALID_PC",
+    "LAUNCH_FAILED",
+    "LAUNCH_TIMEOUT",
+    "MISALIGNED_ADDRESS",
+    "MPS_CLIENT_TERMINATED",
+    "NVLINK_UNCORRECTABLE",
+)
 _CAN_LOAD_FUNCTIONS = 12040  # first driver version with `cuFuncLoad`
 
 
@@ -82,7 +99,8 @@ class CudaDevice:
 
     def make_current(self) -> None:
         if not getattr(self._thread, "current", False):
-            self._device.set_current()
+            with _driver_errors("the GPU cannot be used"):
+                self._device.set_current()
             self._thread.current = True
 
     def allocate(self, size: int) -> int:
@@ -125,13 +143,9 @@ class CudaDevice:
         return functions
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
-        try:
+        with _driver_errors("the step cannot be captured as a CUDA graph"):
             graph = self._captured(work).complete()
             graph.upload(self._main)
-        except BackendError:
-            raise
-        except Exception as error:  # cuda.core has its own exceptions
-            raise BackendError(f"the step cannot be captured as a CUDA graph: {error}") from error
         return CudaGraph(self, graph)
 
     def condition(self) -> int:
@@ -156,7 +170,8 @@ class CudaDevice:
             raise
 
     def record_event(self) -> CudaEvent:
-        return CudaEvent(self, self._main.record(options=self._event_options))
+        with _driver_errors("the GPU failed in a step"):
+            return CudaEvent(self, self._main.record(options=self._event_options))
 
     def elapsed_ms(self, work: Iterable[Callable[[], None]]) -> float:
         with self._timing_event() as begin, self._timing_event() as end:
@@ -253,7 +268,7 @@ class CudaDevice:
         """
         status, *results = getattr(self._driver, function)(*arguments)
         if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise BackendError(f"the GPU failed: {function} returned {status.name}.")
+            raise _failure("the GPU failed", f"{function} returned {status.name}")
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -264,10 +279,8 @@ class CudaGraph:
         self._device, self._graph = device, graph
 
     def launch(self) -> None:
-        try:
+        with _driver_errors("the GPU failed to start a step"):
             self._graph.launch(self._device._main)
-        except Exception as error:
-            raise BackendError(f"the GPU failed to start a step: {error}") from error
 
 
 class CudaEvent:
@@ -277,10 +290,8 @@ class CudaEvent:
         self._device, self._event = device, event
 
     def wait(self) -> None:
-        try:
+        with _driver_errors("the GPU failed in a step"):
             self._event.sync()
-        except Exception as error:
-            raise BackendError(f"the GPU failed in a step: {error}") from error
 
 
 class CudaKernels:
@@ -320,6 +331,27 @@ class CudaKernels:
         self._device._call(
             "cuLaunchKernel", self._functions[entry], *grid, threads, 1, 1, 0, stream, pointers.ctypes.data, 0
         )
+
+
+@contextlib.contextmanager
+def _driver_errors(problem: str) -> Iterator[None]:
+    """Raise `BackendError` for cuda.core's exceptions."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        raise _failure(problem, str(error)) from error
+
+
+def _failure(problem: str, cause: str) -> BackendError:
+    """Return the error for a cause that contains the name of a driver error, with the remedy if there is one."""
+    message = f"{problem}: {cause.rstrip('.')}"
+    if any(f"CUDA_ERROR_{name}" in cause for name in _DEVICE_LOST):
+        message += "; no GPU call of this process can succeed any more, restart it"
+    elif "CUDA_ERROR_OUT_OF_MEMORY" in cause:
+        message += "; choose a smaller capacity or max_batch, or end other processes that use the GPU"
+    return BackendError(f"{message}.")
 
 
 def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: str = "cubin") -> bytes:

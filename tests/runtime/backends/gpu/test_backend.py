@@ -427,3 +427,35 @@ def test_failed_step_fails_only_its_streams(demo_bundle: Bundle, monkeypatch: py
             fail[0] = True
             stream.push(np.zeros(16000, np.float32))
         assert model.transcribe(nemostream.demo_clip()).text == wanted
+
+
+@needs_compiler
+def test_lost_device_fails_all_its_streams(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open streams and new ones raise, closing works, and streams on another backend are unchanged."""
+    device, clip = HostDevice(), nemostream.demo_clip()
+    original, lost = HostDevice.drain, [False]
+
+    def drain(self: HostDevice) -> None:
+        if self is device and lost[0]:
+            raise BackendError("the GPU failed: restart the process.")
+        original(self)
+
+    monkeypatch.setattr(HostDevice, "drain", drain)
+    with (
+        nemostream.load(threads=1) as cpu,
+        nemostream.Model(demo_bundle, make_backend(demo_bundle, [560], device)) as model,
+        nemostream.Model(demo_bundle, make_backend(demo_bundle, [560], HostDevice())) as other,
+    ):
+        streams = [model.open_session(16000, 1) for _ in range(2)]
+        for stream in streams:
+            stream.feed(np.zeros(16000, np.float32))
+            stream.wait()
+        lost[0] = True
+        for _ in range(3):
+            streams.append(model.open_session(16000, 1))
+        for stream in streams:
+            with pytest.raises(BackendError, match="restart the process"):
+                stream.feed(np.zeros(16000, np.float32))
+                stream.wait()
+        assert other.transcribe(clip).text == cpu.transcribe(clip).text != ""
+    assert device.closed

@@ -127,7 +127,9 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
         def set_current(self) -> None: ...
 
         def create_stream(self) -> Any:
-            return SimpleNamespace(handle=1, record=lambda options: options, close=lambda: driver.called.append("close"))
+            return SimpleNamespace(
+                handle=1, record=lambda options: options, close=lambda: driver.called.append("close")
+            )
 
         def create_graph_builder(self) -> Builder:
             return Builder(driver)
@@ -199,7 +201,7 @@ def test_failed_captures_are_ended_or_leaked(
     with pytest.raises(BackendError, match=message) as caught:
         device.capture(step)
     assert device.stream == 1, "work is queued on the device's stream again"
-    del caught, device
+    del caught
     gc.collect()
     assert [number for number, reference in enumerate(driver.builders) if reference()] == leaked
     assert driver.crashes == 0
@@ -221,7 +223,9 @@ def test_waiting_sleeps_where_cpus_are_few(cpus: int, blocking: bool, monkeypatc
     assert event._event.blocking_sync == blocking
 
 
-@pytest.mark.parametrize("failing", [None, "cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime"])
+@pytest.mark.parametrize(
+    "failing", [None, "cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime"]
+)
 def test_timing_destroys_its_events(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if a call fails, here the last of its kind."""
     calls = {"cuEventCreate": 2, "cuEventRecord": 2, "cuEventSynchronize": 1, "cuEventElapsedTime": 1}
@@ -238,9 +242,7 @@ def test_timing_destroys_its_events(failing: str | None, monkeypatch: pytest.Mon
 def test_close_frees_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules too, among them one that could not be used, after the work that uses them."""
     driver = Driver(lambda name, *arguments: name == "cuModuleGetFunction" and arguments[0] == (b"cubin1",))
-    monkeypatch.setattr(
-        cuda, "compile_kernels", lambda macros, _, kind: f"{kind}{macros['CONDITIONAL']}".encode()
-    )
+    monkeypatch.setattr(cuda, "compile_kernels", lambda macros, _, kind: f"{kind}{macros['CONDITIONAL']}".encode())
     monkeypatch.setattr(cuda, "lower_ptx_version", lambda ptx, version: ptx)
     device = make_device(monkeypatch, driver)
     device.kernels({"CONDITIONAL": 1}, ("begin",))
@@ -310,7 +312,9 @@ def test_ptx_version_is_lowered_to_that_of_the_driver(declared: str, driver: int
 
 
 @pytest.mark.skipif(PTXAS is None, reason="needs ptxas")
-@pytest.mark.parametrize(("architecture", "driver"), [("sm80", 12040), ("sm90", 12040), ("sm90", 13000), ("sm120", 13000)])
+@pytest.mark.parametrize(
+    ("architecture", "driver"), [("sm80", 12040), ("sm90", 12040), ("sm90", 13000), ("sm120", 13000)]
+)
 def test_lowered_ptx_is_assembled(
     architecture: str, driver: int, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,3 +329,32 @@ def test_lowered_ptx_is_assembled(
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "kernels.o").read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY", "choose a smaller capacity or max_batch"),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS", "no GPU call of this process can succeed any more, restart it"),
+        ("CUDA_ERROR_INVALID_VALUE", r"\.$"),
+    ],
+)
+def test_errors_name_a_remedy(error: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both those of the driver's functions and those of cuda.core."""
+    device = make_device(monkeypatch, Driver())
+    monkeypatch.setattr(ERROR, "name", error)
+    device._driver.fails = lambda name, *_: name == "cuMemAlloc"
+    with pytest.raises(BackendError, match=f"the GPU failed: cuMemAlloc returned {error}(; )?{remedy}"):
+        device.allocate(100)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{error}: an explanation.")
+
+    event, graph = (
+        cuda.CudaEvent(device, SimpleNamespace(sync=fail)),
+        cuda.CudaGraph(device, SimpleNamespace(launch=fail)),
+    )
+    device._main.record = fail
+    for call in (event.wait, graph.launch, device.record_event):
+        with pytest.raises(BackendError, match=f"a step: {error}: an explanation(; )?{remedy}"):
+            call()
