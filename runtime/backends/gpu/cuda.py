@@ -59,7 +59,7 @@ class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None:
         try:
             from cuda.bindings import driver
-            from cuda.core import Device, EventOptions, __version__
+            from cuda.core import Device, __version__
         except ImportError as error:
             raise BackendError(f"a GPU needs cuda-python ({error}): {install_command('gpu')}.") from error
         if tuple(map(int, __version__.split(".")[:2])) < _MIN_CUDA_CORE:
@@ -75,7 +75,10 @@ class CudaDevice:
             self.driver_version = int(self._call("cuDriverGetVersion"))  # 13000 for CUDA 13.0
         except Exception as error:  # cuda.core has its own exceptions, and others apply if there is no driver
             raise BackendError(f"no usable NVIDIA GPU ({error}); run `nemostream doctor` for details.") from error
-        self._event_options = EventOptions(blocking_sync=usable_cpus() < _CPUS_TO_SPIN)
+        flags = driver.CUevent_flags
+        self._event_flags = int(flags.CU_EVENT_DISABLE_TIMING)
+        if usable_cpus() < _CPUS_TO_SPIN:
+            self._event_flags |= int(flags.CU_EVENT_BLOCKING_SYNC)
         capability = self._device.compute_capability
         self.name = str(self._device.name)
         self.architecture = f"sm{capability.major}{capability.minor}"
@@ -170,8 +173,7 @@ class CudaDevice:
             raise
 
     def record_event(self) -> CudaEvent:
-        with _driver_errors("the GPU failed in a step"):
-            return CudaEvent(self, self._main.record(options=self._event_options))
+        return CudaEvent(self)
 
     def elapsed_ms(self, work: Iterable[Callable[[], None]]) -> float:
         with self._timing_event() as begin, self._timing_event() as end:
@@ -286,12 +288,17 @@ class CudaGraph:
 class CudaEvent:
     """An event. See `device.DeviceEvent`."""
 
-    def __init__(self, device: CudaDevice, event: Any) -> None:
-        self._device, self._event = device, event
+    def __init__(self, device: CudaDevice) -> None:
+        self._device, self._destroy = device, device._driver.cuEventDestroy
+        self._event = device._call("cuEventCreate", device._event_flags)
+        device._call("cuEventRecord", self._event, device._main.handle)
 
     def wait(self) -> None:
-        with _driver_errors("the GPU failed in a step"):
-            self._event.sync()
+        self._device._call("cuEventSynchronize", self._event)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):
+            self._destroy(self._event)
 
 
 class CudaKernels:

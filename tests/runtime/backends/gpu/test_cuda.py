@@ -87,6 +87,7 @@ class Driver:
     """
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
+    CUevent_flags = SimpleNamespace(CU_EVENT_BLOCKING_SYNC=1, CU_EVENT_DISABLE_TIMING=2)
     CUstreamCaptureStatus = SimpleNamespace(
         CU_STREAM_CAPTURE_STATUS_ACTIVE="active", CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated"
     )
@@ -127,14 +128,12 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
         def set_current(self) -> None: ...
 
         def create_stream(self) -> Any:
-            return SimpleNamespace(
-                handle=1, record=lambda options: options, close=lambda: driver.called.append("close")
-            )
+            return SimpleNamespace(handle=1, close=lambda: driver.called.append("close"))
 
         def create_graph_builder(self) -> Builder:
             return Builder(driver)
 
-    cuda_core = SimpleNamespace(Device=Device, EventOptions=SimpleNamespace, __version__=version)
+    cuda_core = SimpleNamespace(Device=Device, __version__=version)
     monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
     utils = SimpleNamespace(
         get_ptx_ver=lambda ptx: ptx.split()[1],
@@ -219,8 +218,13 @@ def test_a_captured_loop_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("cpus", "blocking"), [(1, True), (3, True), (4, False), (64, False)])
 def test_waiting_sleeps_where_cpus_are_few(cpus: int, blocking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "usable_cpus", lambda: cpus)
-    event = make_device(monkeypatch, Driver()).record_event()
-    assert event._event.blocking_sync == blocking
+    driver = Driver()
+    event = make_device(monkeypatch, driver).record_event()
+    driver.called.clear()
+    event.wait()
+    del event
+    flags = 2 + blocking
+    assert driver.called == [("cuEventSynchronize", (flags,)), ("cuEventDestroy", (flags,))]
 
 
 @pytest.mark.parametrize(
@@ -343,18 +347,15 @@ def test_errors_name_a_remedy(error: str, remedy: str, monkeypatch: pytest.Monke
     """Both those of the driver's functions and those of cuda.core."""
     device = make_device(monkeypatch, Driver())
     monkeypatch.setattr(ERROR, "name", error)
-    device._driver.fails = lambda name, *_: name == "cuMemAlloc"
-    with pytest.raises(BackendError, match=f"the GPU failed: cuMemAlloc returned {error}(; )?{remedy}"):
-        device.allocate(100)
+    event = device.record_event()
+    device._driver.fails = lambda *_: True
+    for call, function in ((lambda: device.allocate(100), "cuMemAlloc"), (event.wait, "cuEventSynchronize")):
+        with pytest.raises(BackendError, match=f"the GPU failed: {function} returned {error}(; )?{remedy}"):
+            call()
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"{error}: an explanation.")
 
-    event, graph = (
-        cuda.CudaEvent(device, SimpleNamespace(sync=fail)),
-        cuda.CudaGraph(device, SimpleNamespace(launch=fail)),
-    )
-    device._main.record = fail
-    for call in (event.wait, graph.launch, device.record_event):
-        with pytest.raises(BackendError, match=f"a step: {error}: an explanation(; )?{remedy}"):
-            call()
+    graph = cuda.CudaGraph(device, SimpleNamespace(launch=fail))
+    with pytest.raises(BackendError, match=f"a step: {error}: an explanation(; )?{remedy}"):
+        graph.launch()
