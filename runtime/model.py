@@ -47,14 +47,15 @@ class Model:
 
     `chunk_ms` and `confidence` are the defaults for streams. `delay_ms` is subtracted from the times of all tokens, to
     compensate for a model that emits them late. `engine` describes the backend; a transcription can only be resumed
-    with the same one. Raises `OptionError` if the model does not support the chunk size or `delay_ms` is out of range,
-    `BundleError` if the tokenizer is damaged.
+    with the same one. `backend` is a backend, or a function that opens one on the thread that runs it (`Scheduler`).
+    Raises `OptionError` if the model does not support the chunk size or `delay_ms` is out of range, `BundleError` if
+    the tokenizer is damaged, and the errors of a `backend` function.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        backend: Backend,
+        backend: Backend | Callable[[], Backend],
         chunk_ms: int = 560,
         confidence: Confidence | None = None,
         delay_ms: int = 0,
@@ -69,8 +70,7 @@ class Model:
         self.engine = engine
         self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
         self._silero: Silero | None = None
-        # If `submit` runs the whole step, overlap would delay each result by one step and hide no work.
-        self._scheduler = Scheduler(self.manifest, backend, overlap=backend.asynchronous)
+        self._scheduler = Scheduler(self.manifest, backend)
         self._context = SessionContext(self._scheduler, self.manifest, self._tokenizer, delay_ms)
 
     @with_options

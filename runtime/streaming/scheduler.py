@@ -38,16 +38,24 @@ T = TypeVar("T")
 class Scheduler:
     """Runs streams for any number of threads.
 
-    `close` it when done; that also closes the backend, on the thread that used it.
+    `backend` is a backend, or a function that opens one. The function is called on the scheduler's thread, because some
+    libraries keep data per thread: ONNX Runtime captures its CUDA graphs again on every thread that runs a session. The
+    constructor returns when the backend is open and raises its errors. `overlap` is by default whether the backend is
+    asynchronous.
+
+    `close` the scheduler when done; that also closes the backend, on the thread that used it.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, overlap: bool = True) -> None:
-        self._manifest, self._backend, self._overlap = manifest, backend, overlap
+    def __init__(
+        self, manifest: Manifest, backend: Backend | Callable[[], Backend], overlap: bool | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._backend: Backend  # opened by `_run`
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # the scheduler's thread waits on it for work
         self._slot_released = threading.Condition(self._lock)  # `open(block=True)` waits on it for a slot
-        self._free = list(range(backend.capacity))  # a heap: the lowest slot first, so that used slots are contiguous
+        self._free: list[int] = []  # a heap: the lowest slot first, so that used slots are contiguous
         self._streams: dict[int, StreamState] = {}  # open streams by slot
         self._ready: dict[StreamState, None] = {}  # streams with a chunk to run, in the order they became ready
         self._slot_resets: set[int] = set()  # slots to reset before the next step
@@ -57,8 +65,24 @@ class Scheduler:
         # Called on the scheduler's thread after each step, with its chunk, number of streams and duration in seconds.
         self.on_step: Callable[[ChunkConfig, int, float], None] | None = None
         self.on_failure: Callable[[Exception], None] | None = None  # called with each error raised by the backend
-        self._thread = threading.Thread(target=self._run, name="nemostream-scheduler", daemon=True)
+        self._opened = threading.Event()  # the backend is open, or `_open_error` is set
+        self._open_error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(backend,), name="nemostream-scheduler", daemon=True)
         self._thread.start()
+        try:
+            self._opened.wait()
+        except BaseException:  # for example Ctrl-C while the backend is opened
+            self.close()
+            raise
+        error, self._open_error = self._open_error, None
+        if error:
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame: a cycle would keep the backend's memory
+        # If `submit` runs the whole step, overlap would delay each result by one step and hide no work.
+        self._overlap = self._backend.asynchronous if overlap is None else overlap
+        self._free = list(range(self._backend.capacity))
 
     # -- called by the streams' threads; `wait`, `call`, `close` and `open(block=True)` block, the others do not ------
 
@@ -268,7 +292,14 @@ class Scheduler:
 
     # -- called on the scheduler's thread ------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, backend: Backend | Callable[[], Backend]) -> None:
+        try:
+            self._backend = backend() if callable(backend) else backend
+        except BaseException as error:
+            self._open_error = error
+            return
+        finally:
+            self._opened.set()
         try:
             self._loop()
         except BaseException as error:  # an error in the scheduler itself: waiting threads must receive it

@@ -20,6 +20,7 @@ The import is fast: all names but the errors are loaded on first use.
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,8 @@ def load(
 
     opened = Bundle.open(demo_bundle() if bundle is None else bundle)
     opened.manifest.chunk(chunk_ms)
-    backend = open_backend(
+    backend = partial(
+        open_backend,
         opened,
         device=device,
         precision=precision,

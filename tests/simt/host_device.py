@@ -6,6 +6,7 @@ must make the device current before it calls, and memory that is read or written
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import threading
@@ -39,6 +40,7 @@ class HostDevice:
         self.free_bytes = free_bytes
         self.conditional, self.capturable, self.order = conditional, capturable, order
         self.thread = threading.get_ident()
+        self.threads: set[int] = set()  # that used the device
         self.arrays: dict[int, NDArray[np.uint8]] = {}
         self.closed = False
         self.launches: list[str] = []  # names of the kernels run
@@ -99,8 +101,9 @@ class HostDevice:
     def loop(self, condition: int, work: Work) -> None:
         outer, body = self._capture, []
         assert outer is not None
-        self._capture = body
-        work()
+        for captured in ([], body):  # first a plain capture, which is discarded, as on a GPU
+            self._capture = captured
+            work()
         self._capture = outer
         value = ctypes.c_uint32.from_address(condition)
 
@@ -126,7 +129,8 @@ class HostDevice:
         return 1000 * (time.perf_counter() - start)
 
     def close(self) -> None:
-        self.drain()
+        with contextlib.suppress(BackendError):
+            self.drain()
         self.closed = True
         self.arrays.clear()
 
@@ -150,6 +154,7 @@ class HostDevice:
     def _check(self) -> None:
         assert not self.closed, "the device was used after close"
         assert self.thread == threading.get_ident(), "a thread used the device without making it current"
+        self.threads.add(self.thread)
 
 
 class HostGraph:
@@ -232,3 +237,23 @@ class OrtEncoder:
             self._device.write(addresses[name], value)
 
     def close(self) -> None: ...
+
+
+class ThreadBoundEncoder(OrtEncoder):
+    """An encoder that runs only on the thread that bound it.
+
+    ONNX Runtime's CUDA provider captures its graphs again on every other thread, while streams wait.
+    """
+
+    def __init__(self, bundle: Bundle, chunk: ChunkConfig, device: Any) -> None:
+        super().__init__(bundle, chunk, device, capturable=False)
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
+        enqueue, thread = super().bind(rows, addresses), threading.get_ident()
+
+        def run() -> None:
+            if threading.get_ident() != thread:
+                raise BackendError("the encoder was bound on another thread.")
+            enqueue()
+
+        return run

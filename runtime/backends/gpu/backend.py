@@ -76,7 +76,7 @@ class StepLaunches:
 
 
 class GpuBackend:
-    """A bundle on a GPU. Called by one thread at a time, as `Backend` requires.
+    """A bundle on a GPU. Opened, called and closed on one thread: the engines may keep data per thread.
 
     `encoders` has the encoder of each chunk size (ms), all with the same type of caches. `loop` is the first kind of
     `LOOPS` to try. All steps are captured by the constructor.
@@ -265,7 +265,9 @@ class GpuBackend:
                 self.failures.append(f"{kind}: {error}")
                 if kind == LOOPS[-1]:
                     reasons = " ".join(self.failures)
-                    raise BackendError(f"no step can be run on {self.device.name}: {reasons}") from error
+                    raise BackendError(
+                        f"no step can be run on {self.device.name}: {reasons} Run `nemostream doctor` for details."
+                    ) from error
         raise AssertionError("the last kind either works or raises")
 
     def _bind_step(self, chunk_ms: int, rows: int, in_place: bool) -> _CapturedStep:

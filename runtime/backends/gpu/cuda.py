@@ -11,9 +11,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,33 @@ from numpy.typing import NDArray
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.plans import cache_folder, check_private, make_private
+from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.untrusted import MIB, read_regular
 
 _MIN_CUDA_CORE = (1, 2)
 # GPU calls of other threads, and of cuda.core while it adds a loop, would invalidate a capture in a stricter mode.
 _CAPTURE_MODE = "relaxed"
+# With fewer CPUs a thread that waits for an event sleeps: waking up takes some microseconds, but spinning takes a CPU.
+_CPUS_TO_SPIN = 4
+# After these driver errors all calls of the process fail.
+_DEVICE_LOST = (
+    "ASSERT",
+    "CONTAINED",
+    "ECC_UNCORRECTABLE",
+    "EXTERNAL_DEVICE",
+    "HARDWARE_STACK_ERROR",
+    "ILLEGAL_ADDRESS",
+    "ILLEGAL_INSTRUCTION",
+    "INVALID_ADDRESS_SPACE",
+    "INVALID_PC",
+    "LAUNCH_FAILED",
+    "LAUNCH_TIMEOUT",
+    "MISALIGNED_ADDRESS",
+    "MPS_CLIENT_TERMINATED",
+    "NVLINK_UNCORRECTABLE",
+)
+_CAN_LOAD_FUNCTIONS = 12040  # first driver version with `cuFuncLoad`
 
 
 class CudaDevice:
@@ -50,14 +72,21 @@ class CudaDevice:
             self._device.set_current()
             self._thread.current = True
             self._main = self._device.create_stream()
+            self.driver_version = int(self._call("cuDriverGetVersion"))  # 13000 for CUDA 13.0
         except Exception as error:  # cuda.core has its own exceptions, and others apply if there is no driver
             raise BackendError(f"no usable NVIDIA GPU ({error}); run `nemostream doctor` for details.") from error
+        flags = driver.CUevent_flags
+        self._event_flags = int(flags.CU_EVENT_DISABLE_TIMING)
+        if usable_cpus() < _CPUS_TO_SPIN:
+            self._event_flags |= int(flags.CU_EVENT_BLOCKING_SYNC)
         capability = self._device.compute_capability
         self.name = str(self._device.name)
         self.architecture = f"sm{capability.major}{capability.minor}"
         self._streams = [self._main]  # the last is the stream that work is queued on
         self._builders: list[Any] = []
+        self._leaked: list[Any] = []  # builders whose capture cannot be ended
         self._conditions: dict[int, Any] = {}
+        self._modules: list[Any] = []
         self._memory: list[Any] = []
         self._host_memory: list[int] = []
 
@@ -73,7 +102,8 @@ class CudaDevice:
 
     def make_current(self) -> None:
         if not getattr(self._thread, "current", False):
-            self._device.set_current()
+            with _driver_errors("the GPU cannot be used"):
+                self._device.set_current()
             self._thread.current = True
 
     def allocate(self, size: int) -> int:
@@ -104,18 +134,21 @@ class CudaDevice:
     def kernels(self, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> CudaKernels:
         return CudaKernels(self, macros, entries)
 
+    def load_functions(self, image: bytes, entries: tuple[str, ...]) -> dict[str, Any]:
+        """Load compiled kernels and return their functions, by name."""
+        module = self._call("cuModuleLoadData", image)
+        self._modules.append(module)
+        # Drivers that load lazily report a missing symbol only here.
+        functions = {entry: self._call("cuModuleGetFunction", module, entry.encode()) for entry in entries}
+        if self.driver_version >= _CAN_LOAD_FUNCTIONS:  # otherwise at the first launch, which may be in a capture
+            for function in functions.values():
+                self._call("cuFuncLoad", function)
+        return functions
+
     def capture(self, work: Callable[[], None]) -> CudaGraph:
-        builder = self._main.create_graph_builder()
-        try:
-            builder.begin_building(_CAPTURE_MODE)
-            self._enter(builder, work)
-            graph = builder.end_building().complete()
+        with _driver_errors("the step cannot be captured as a CUDA graph"):
+            graph = self._captured(work).complete()
             graph.upload(self._main)
-        except Exception as error:  # `BackendError`, or cuda.core's own exceptions
-            self._abort_capture(builder)
-            if isinstance(error, BackendError):
-                raise
-            raise BackendError(f"the step cannot be captured as a CUDA graph: {error}") from error
         return CudaGraph(self, graph)
 
     def condition(self) -> int:
@@ -125,31 +158,31 @@ class CudaDevice:
         return handle
 
     def loop(self, condition: int, work: Callable[[], None]) -> None:
-        body = self._builders[-1].while_loop(self._conditions.pop(condition))
+        # If the capture of a loop's body is invalidated, the driver frees the body's graph, and crashes when both
+        # captures are ended, in either order (NVIDIA/cuda-python issue 2918). Most work that invalidates it also
+        # invalidates a plain capture, which can be ended.
+        self._captured(work).close()
+        parent = self._builders[-1]
+        body = parent.while_loop(self._conditions.pop(condition))
         body.begin_building(_CAPTURE_MODE)
         try:
             self._enter(body, work)
+            body.end_building()
         except BaseException:
-            with contextlib.suppress(Exception):
-                body.close()  # before the capture it is part of
+            self._abandon(body, parent)
             raise
-        body.end_building()
 
     def record_event(self) -> CudaEvent:
-        return CudaEvent(self, self._main.record())
+        return CudaEvent(self)
 
     def elapsed_ms(self, work: Iterable[Callable[[], None]]) -> float:
-        begin, end = self._call("cuEventCreate", 0), self._call("cuEventCreate", 0)
-        try:
+        with self._timing_event() as begin, self._timing_event() as end:
             self._call("cuEventRecord", begin, self.stream)
             for run in work:
                 run()
             self._call("cuEventRecord", end, self.stream)
             self._call("cuEventSynchronize", end)
             return float(self._call("cuEventElapsedTime", begin, end))
-        finally:
-            self._driver.cuEventDestroy(begin)
-            self._driver.cuEventDestroy(end)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Queue a copy of `size` bytes from one device address to another."""
@@ -165,25 +198,61 @@ class CudaDevice:
             return
         self._closed = True
         self._driver.cuStreamSynchronize(self.stream)  # errors are ignored: everything is freed now
+        for module in self._modules:
+            self._driver.cuModuleUnload(module)
         for memory in self._memory:
             self._driver.cuMemFree(memory)
         for address in self._host_memory:
             self._driver.cuMemFreeHost(address)
+        self._modules.clear()
         self._memory.clear()
         self._host_memory.clear()
         self._main.close()
 
-    def _abort_capture(self, builder: Any) -> None:
-        """End the stream's capture, so that another kind of loop can be captured."""
-        _, capture = self._driver.cuStreamIsCapturing(self._main.handle)
-        if capture == self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_INVALIDATED:
-            # CUDA has already destroyed the graph, and cuda.core (1.2) crashes when it destroys it again: keep the
-            # builder alive forever.
-            self._driver.cuStreamEndCapture(self._main.handle)
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(builder))
-        else:
-            with contextlib.suppress(Exception):
+    @contextlib.contextmanager
+    def _timing_event(self) -> Iterator[Any]:
+        event = self._call("cuEventCreate", 0)
+        try:
+            yield event
+        finally:
+            self._driver.cuEventDestroy(event)
+
+    def _captured(self, work: Callable[[], None]) -> Any:
+        """Capture work and return the graph's builder, which is no longer capturing.
+
+        The builder has a stream of its own: a capture that cannot be ended leaves the main stream usable.
+        """
+        builder = self._device.create_graph_builder()
+        builder.begin_building(_CAPTURE_MODE)
+        try:
+            self._enter(builder, work)
+            builder.end_building()
+        except BaseException:
+            self._abandon(builder)
+            raise
+        return builder
+
+    def _abandon(self, builder: Any, parent: Any = None) -> None:
+        """End a capture that failed and destroy its graph; `parent` is that of a loop's body.
+
+        Where that would crash, the builder and its parent are kept alive until the process ends.
+        """
+        if builder in self._leaked:  # with the body of its loop
+            return
+        stream, status = builder.stream.handle, self._driver.CUstreamCaptureStatus
+        _, found = self._driver.cuStreamIsCapturing(stream)
+        if found == status.CU_STREAM_CAPTURE_STATUS_ACTIVE:
+            try:
                 builder.close()
+                return
+            except Exception:  # cuda.core has its own exceptions
+                pass
+        elif found == status.CU_STREAM_CAPTURE_STATUS_INVALIDATED and not parent:
+            # The driver destroys the graph, and cuda.core (1.2) crashes when it destroys the graph again.
+            self._driver.cuStreamEndCapture(stream)
+        for leaked in filter(None, (builder, parent)):
+            self._leaked.append(leaked)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
 
     def _enter(self, builder: Any, work: Callable[[], None]) -> None:
         self._builders.append(builder)
@@ -201,7 +270,7 @@ class CudaDevice:
         """
         status, *results = getattr(self._driver, function)(*arguments)
         if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise BackendError(f"the GPU failed: {function} returned {status.name}.")
+            raise _failure("the GPU failed", f"{function} returned {status.name}")
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -212,23 +281,24 @@ class CudaGraph:
         self._device, self._graph = device, graph
 
     def launch(self) -> None:
-        try:
+        with _driver_errors("the GPU failed to start a step"):
             self._graph.launch(self._device._main)
-        except Exception as error:
-            raise BackendError(f"the GPU failed to start a step: {error}") from error
 
 
 class CudaEvent:
     """An event. See `device.DeviceEvent`."""
 
-    def __init__(self, device: CudaDevice, event: Any) -> None:
-        self._device, self._event = device, event
+    def __init__(self, device: CudaDevice) -> None:
+        self._device, self._destroy = device, device._driver.cuEventDestroy
+        self._event = device._call("cuEventCreate", device._event_flags)
+        device._call("cuEventRecord", self._event, device._main.handle)
 
     def wait(self) -> None:
-        try:
-            self._event.sync()
-        except Exception as error:
-            raise BackendError(f"the GPU failed in a step: {error}") from error
+        self._device._call("cuEventSynchronize", self._event)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):
+            self._destroy(self._event)
 
 
 class CudaKernels:
@@ -248,15 +318,17 @@ class CudaKernels:
         for kind, conditional in variants:
             try:
                 image = compile_kernels({**macros, "CONDITIONAL": int(conditional)}, device.architecture, kind)
-                module = device._call("cuModuleLoadData", image)
-                # Drivers that load lazily report a missing symbol only here.
-                find = functools.partial(device._call, "cuModuleGetFunction", module)
-                self._functions = {entry: find(entry.encode()) for entry in entries}
+                if kind == "ptx":
+                    image = lower_ptx_version(image, device.driver_version)
+                self._functions = device.load_functions(image, entries)
                 break
             except BackendError as error:
                 self.failures.append(f"{kind}{' with conditions' if conditional else ''}: {error}")
         else:
-            raise BackendError(f"no variant of the kernels can be loaded: {' '.join(self.failures)}")
+            raise BackendError(
+                f"no variant of the kernels can be loaded: {' '.join(self.failures)} Update the NVIDIA driver, or run "
+                "`nemostream doctor` for details."
+            )
         self.conditional = conditional
         self.format = kind  # for reports
 
@@ -269,6 +341,27 @@ class CudaKernels:
         self._device._call(
             "cuLaunchKernel", self._functions[entry], *grid, threads, 1, 1, 0, stream, pointers.ctypes.data, 0
         )
+
+
+@contextlib.contextmanager
+def _driver_errors(problem: str) -> Iterator[None]:
+    """Raise `BackendError` for cuda.core's exceptions."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        raise _failure(problem, str(error)) from error
+
+
+def _failure(problem: str, cause: str) -> BackendError:
+    """Return the error for a cause that contains the name of a driver error, with the remedy if there is one."""
+    message = f"{problem}: {cause.rstrip('.')}"
+    if any(f"CUDA_ERROR_{name}" in cause for name in _DEVICE_LOST):
+        message += "; no GPU call of this process can succeed any more, restart it"
+    elif "CUDA_ERROR_OUT_OF_MEMORY" in cause:
+        message += "; choose a smaller capacity or max_batch, or end other processes that use the GPU"
+    return BackendError(f"{message}.")
 
 
 def compile_kernels(
@@ -312,6 +405,26 @@ def compile_kernels(
     nvrtc.nvrtcDestroyProgram(program)
     _write_cache(cached, image)
     return image
+
+
+def lower_ptx_version(ptx: bytes, driver_version: int) -> bytes:
+    """Return PTX whose `.version` a driver reads; `driver_version` is 13000 for CUDA 13.0.
+
+    NVRTC declares the version of its own release, which older drivers reject even if the kernels need nothing of it. A
+    driver reads every version that its GPUs need.
+    """
+    from cuda.bindings import utils
+
+    major, minor = map(int, utils.get_ptx_ver(ptx.decode(errors="replace")).split("."))
+    for number in range(10 * major + minor, 69, -1):
+        version = f"{number // 10}.{number % 10}"
+        try:
+            needed = utils.get_minimal_required_cuda_ver_from_ptx_ver(version)
+        except ValueError:  # no such version
+            continue
+        if needed <= driver_version:
+            return re.sub(rb"(\.version\s+)[0-9.]+", rb"\g<1>" + version.encode(), ptx, count=1)
+    return ptx
 
 
 @functools.cache

@@ -88,7 +88,10 @@ class Device(Protocol):
         ...
 
     def loop(self, condition: int, work: Callable[[], None]) -> None:
-        """Capture a loop over `work`; the condition is checked before each iteration."""
+        """Capture a loop over `work`; the condition is checked before each iteration.
+
+        `work` is called more than once.
+        """
         ...
 
     def record_event(self) -> DeviceEvent:

@@ -1,7 +1,8 @@
 """Encoder step on ONNX Runtime's CUDA provider, the fallback without TensorRT.
 
 It runs on the backend's stream between two of its graph launches, from a CUDA graph that ONNX Runtime captures itself,
-and does not wait for the device. Not yet run on a GPU: see `docs/gpu.md`.
+and does not wait for the device. ONNX Runtime keeps these graphs per thread, and captures them in the first run on each
+thread. Not yet run on a GPU: see `docs/gpu.md`.
 """
 
 from __future__ import annotations

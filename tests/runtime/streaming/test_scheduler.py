@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
+import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from nemostream.errors import BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.decoding.boosting import NO_PHRASES
+from nemostream.runtime.streaming import scheduler as scheduler_module
 from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.scheduler import Scheduler
 
@@ -335,6 +339,62 @@ def test_close_fails_waiting_streams_and_ends_the_thread(serve, manifest):
     for call in (lambda: open_(scheduler, manifest.chunk(80)), lambda: scheduler.accept(stream, noise(0, 1))):
         with pytest.raises(StreamError, match="the model was closed"):
             call()
+
+
+def test_a_function_opens_the_backend_on_the_schedulers_thread(manifest, fake):
+    opened = []
+
+    def open_backend():
+        opened.append(threading.current_thread())
+        return fake.FakeBackend(manifest, capacity=2)
+
+    scheduler = Scheduler(manifest, open_backend)
+    audio = noise(0, 5000)
+    assert emitted(transcribe(scheduler, manifest, audio)) == fake.expected(audio, manifest.decoder.vocabulary)
+    assert len([open_(scheduler, manifest.chunk(80)) for _ in range(2)]) == 2
+    assert opened == [scheduler.call(lambda backend: threading.current_thread())]
+    scheduler.close()
+
+
+@pytest.mark.parametrize("raised", [BackendError("no GPU."), MemoryError("none left"), KeyboardInterrupt()])
+def test_an_error_while_opening_is_raised_and_ends_the_thread(manifest, raised):
+    before = set(threading.enumerate())
+    memory = BlockingCall()  # any object
+    reference = weakref.ref(memory)
+
+    def open_backend(memory):
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        Scheduler(manifest, functools.partial(open_backend, memory))
+    assert caught.value is raised
+    for thread in set(threading.enumerate()) - before:
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+    raised.__traceback__ = None
+    del caught, memory
+    assert reference() is None, "what was opened before the error is not released"
+
+
+def test_ctrl_c_while_opening_closes_the_backend(manifest, fake, monkeypatch):
+    backend, block = fake.FakeBackend(manifest), BlockingCall()
+
+    def open_backend():
+        block()
+        return backend
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            if threading.current_thread() is threading.main_thread() and block.entered.wait(TIMEOUT):
+                block.released.set()
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(scheduler_module, "threading", types.SimpleNamespace(**vars(threading)), raising=True)
+    scheduler_module.threading.Event = Interrupted
+    with pytest.raises(KeyboardInterrupt):
+        Scheduler(manifest, open_backend)
+    assert backend.closed
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

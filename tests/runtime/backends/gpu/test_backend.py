@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from cuda_on_cpu import MISSING
-from host_device import HostDevice, OrtEncoder
+from host_device import HostDevice, OrtEncoder, ThreadBoundEncoder
 
 import nemostream
 from nemostream.bundle import Bundle, ChunkConfig
@@ -173,6 +173,30 @@ def test_concurrent_transcription(demo_bundle: Bundle, make_device: Any, clips: 
         for thread in threads:
             thread.join()
     assert texts == wanted
+
+
+@needs_compiler
+def test_loaded_backend_is_used_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` opens the backend on the thread that runs and closes it, and none other calls the device."""
+    devices: list[HostDevice] = []
+
+    def open_backend(bundle: Bundle, *, capacity: int, **options: Any) -> GpuBackend:
+        devices.append(HostDevice())
+        encoder = ThreadBoundEncoder(bundle, bundle.manifest.chunk(560), devices[0])
+        return GpuBackend(bundle, devices[0], {560: encoder}, capacity=capacity)
+
+    monkeypatch.setattr("nemostream.engines.open_backend", open_backend)
+    clip = nemostream.demo_clip()
+    with nemostream.load(device="cuda", capacity=2) as model:
+        text = model.transcribe(clip, phrases=["seven"]).text
+        with model.stream(phrases=["seven"]) as stream:  # its reset, phrases and closing
+            stream.push(np.zeros(16000, np.float32))
+        model._scheduler.call(lambda backend: backend.load(0, backend.save(0)))
+    monkeypatch.undo()
+    with nemostream.load(threads=1) as cpu:
+        assert text == cpu.transcribe(clip, phrases=["seven"]).text != ""
+    assert devices[0].closed
+    assert len(devices[0].threads) == 1 and threading.get_ident() not in devices[0].threads
 
 
 @pytest.mark.parametrize(
@@ -403,3 +427,35 @@ def test_failed_step_fails_only_its_streams(demo_bundle: Bundle, monkeypatch: py
             fail[0] = True
             stream.push(np.zeros(16000, np.float32))
         assert model.transcribe(nemostream.demo_clip()).text == wanted
+
+
+@needs_compiler
+def test_lost_device_fails_all_its_streams(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open streams and new ones raise, closing works, and streams on another backend are unchanged."""
+    device, clip = HostDevice(), nemostream.demo_clip()
+    original, lost = HostDevice.drain, [False]
+
+    def drain(self: HostDevice) -> None:
+        if self is device and lost[0]:
+            raise BackendError("the GPU failed: restart the process.")
+        original(self)
+
+    monkeypatch.setattr(HostDevice, "drain", drain)
+    with (
+        nemostream.load(threads=1) as cpu,
+        nemostream.Model(demo_bundle, make_backend(demo_bundle, [560], device)) as model,
+        nemostream.Model(demo_bundle, make_backend(demo_bundle, [560], HostDevice())) as other,
+    ):
+        streams = [model.open_session(16000, 1) for _ in range(2)]
+        for stream in streams:
+            stream.feed(np.zeros(16000, np.float32))
+            stream.wait()
+        lost[0] = True
+        for _ in range(3):
+            streams.append(model.open_session(16000, 1))
+        for stream in streams:
+            with pytest.raises(BackendError, match="restart the process"):
+                stream.feed(np.zeros(16000, np.float32))
+                stream.wait()
+        assert other.transcribe(clip).text == cpu.transcribe(clip).text != ""
+    assert device.closed

@@ -4,73 +4,122 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nemostream.bundle import Bundle
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
-from nemostream.runtime.backends.gpu import cuda
+from nemostream.runtime.backends.gpu import cuda, kernels
+
+PTXAS = shutil.which("ptxas")
 
 OK, ERROR = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
 
 
 class Builder:
-    def __init__(self, driver: Driver) -> None:
-        self.driver, self.stream, self.closed = driver, SimpleNamespace(handle=7), 0
+    """A graph builder on a stream of its own. `driver.crashes` counts the calls that crash cuda.core or the driver."""
+
+    def __init__(self, driver: Driver, parent: Builder | None = None) -> None:
+        self.driver, self.parent, self.bodies = driver, parent, weakref.WeakSet()
+        self.stream = SimpleNamespace(handle=100 + len(driver.builders))
+        self.state, self.closed, self.ended = "none", False, False
+        driver.builders.append(weakref.ref(self))
 
     def begin_building(self, mode: str) -> None:
         assert mode == "relaxed"
-        self.driver.capture = "active"
+        self.state = "active"
 
     def end_building(self) -> Builder:
-        if self.driver.capture == "invalidated":
+        if self.state == "invalidated":
             raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+        assert self.state == "active" and not any(body.state == "active" for body in self.bodies)
+        self.state, self.ended = "none", True
+        if self.driver.unjoined:
+            self.state, self.ended = "none", False
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_UNJOINED")
         return self
 
+    def complete(self) -> Any:
+        assert self.ended
+        return SimpleNamespace(upload=lambda stream: None)
+
     def while_loop(self, condition: Any) -> Builder:
-        self.body = Builder(self.driver)
-        return self.body
+        assert self.state == "active"
+        body = Builder(self.driver, self)
+        self.bodies.add(body)
+        return body
 
     def create_condition(self, default_value: int) -> Any:
         return SimpleNamespace(handle=3)
 
+    def end_capture(self) -> None:
+        """`cuStreamEndCapture`."""
+        assert self.state != "none" and not any(body.state == "active" for body in self.bodies)
+        if self.state == "invalidated" and (self.parent or any(body.state == "invalidated" for body in self.bodies)):
+            self.driver.crashes += 1
+        self.state = "none"
+
     def close(self) -> None:
-        self.closed += 1
-        raise RuntimeError("cuda.core raises for a builder that is still building")
+        if self.state == "invalidated" or (self.state == "none" and not self.ended):  # cuda.core destroys it again
+            self.driver.crashes += 1
+        if self.state != "none":
+            self.end_capture()
+        self.closed = self.ended = True
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self.close()
 
 
 class Driver:
-    """The functions of cuda.bindings.driver that are used; `fails` selects the calls that fail."""
+    """The functions of cuda.bindings.driver that are used; they return their arguments, or `results`.
+
+    `fails` selects the calls that fail.
+    """
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
-    CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated")
+    CUevent_flags = SimpleNamespace(CU_EVENT_BLOCKING_SYNC=1, CU_EVENT_DISABLE_TIMING=2)
+    CUstreamCaptureStatus = SimpleNamespace(
+        CU_STREAM_CAPTURE_STATUS_ACTIVE="active", CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated"
+    )
 
     def __init__(self, fails: Callable[..., bool] = lambda *call: False) -> None:
-        self.fails, self.capture, self.called = fails, "none", []
+        self.fails, self.called = fails, []
+        self.results: dict[str, Any] = {"cuDriverGetVersion": 13000, "cuEventElapsedTime": 1.5}
+        self.builders: list[weakref.ref[Builder]] = []
+        self.unjoined, self.crashes = False, 0
+
+    def builder(self, stream: int) -> Builder:
+        return next(found for reference in self.builders if (found := reference()) and found.stream.handle == stream)
 
     def cuStreamIsCapturing(self, stream: int) -> tuple[Any, str]:
-        return OK, self.capture
+        return OK, self.builder(stream).state
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[Any, int]:
+        self.builder(stream).end_capture()
+        return OK, 0
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
-            self.called.append(name)
-            return (ERROR, None) if self.fails(name, *arguments) else (OK, arguments)
+            self.called.append((name, *arguments))
+            return (ERROR, None) if self.fails(name, *arguments) else (OK, self.results.get(name, arguments))
 
         return call
 
+    def count(self, name: str) -> int:
+        return sum(call[0] == name for call in self.called)
 
-def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> tuple[Any, list[Builder]]:
-    builders: list[Builder] = []
 
-    def builder() -> Builder:
-        builders.append(Builder(driver))
-        return builders[-1]
-
+def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> Any:
     class Device:
         compute_capability, name = SimpleNamespace(major=9, minor=0), "fake"
 
@@ -79,12 +128,20 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
         def set_current(self) -> None: ...
 
         def create_stream(self) -> Any:
-            return SimpleNamespace(handle=1, create_graph_builder=builder)
+            return SimpleNamespace(handle=1, close=lambda: driver.called.append("close"))
 
+        def create_graph_builder(self) -> Builder:
+            return Builder(driver)
+
+    cuda_core = SimpleNamespace(Device=Device, __version__=version)
     monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device, __version__=version))
-    return cuda.CudaDevice(), builders
+    utils = SimpleNamespace(
+        get_ptx_ver=lambda ptx: ptx.split()[1],
+        get_minimal_required_cuda_ver_from_ptx_ver=lambda version: {"9.5": 13050, "9.0": 13000}[version],
+    )
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver, utils=utils))
+    monkeypatch.setitem(sys.modules, "cuda.core", cuda_core)
+    return cuda.CudaDevice()
 
 
 def test_old_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,32 +149,133 @@ def test_old_library(monkeypatch: pytest.MonkeyPatch) -> None:
         make_device(monkeypatch, Driver(), "0.9.1")
 
 
-@pytest.mark.parametrize("invalidated", [False, True])
-def test_failed_capture_is_aborted(invalidated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder is closed. One whose capture CUDA has invalidated must be neither closed nor garbage collected."""
+@pytest.mark.parametrize(
+    ("where", "invalidates", "raises", "leaked"),
+    [
+        # The builders in the order of their creation: the step's, that of a plain capture of the body, the body's.
+        ("before", False, True, []),
+        ("before", True, True, [0]),
+        ("plain", False, True, []),
+        ("plain", True, True, [1]),
+        ("plain", True, False, [1]),
+        ("body", False, True, []),
+        ("body", True, True, [0, 2]),
+        ("body", True, False, [0, 2]),  # a library that ignores the error
+        ("after", False, True, []),
+        ("after", True, True, [0]),
+        ("end", False, False, [0]),
+    ],
+)
+def test_failed_captures_are_ended_or_leaked(
+    where: str, invalidates: bool, raises: bool, leaked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures are ended, except where cuda.core or the driver would crash: those builders stay alive forever."""
     driver = Driver()
-    device, builders = make_device(monkeypatch, driver)
+    device = make_device(monkeypatch, driver)
+    calls = []
 
-    def work() -> None:
-        if invalidated:
-            driver.capture = "invalidated"
-        raise BackendError("the step failed.")
+    def fail(stream: int) -> None:
+        if invalidates:
+            builder = driver.builder(stream)
+            builder.state = "invalidated"
+            if builder.parent:
+                builder.parent.state = "invalidated"
+        if raises:
+            raise BackendError("the kernel failed.")
 
-    with pytest.raises(BackendError, match=r"the step failed."):
-        device.capture(lambda: device.loop(device.condition(), work))
-    (builder,) = builders
-    assert builder.closed == (not invalidated)
-    assert builder.body.closed == 1, "the body is closed first"
-    assert ("cuStreamEndCapture" in driver.called) == invalidated
-    reference = weakref.ref(builder)
-    builders.clear()
-    del builder
-    gc.collect()
-    assert (reference() is not None) == invalidated
+    def body() -> None:
+        calls.append(device.stream)
+        if where == ("plain", "body")[len(calls) - 1]:
+            fail(device.stream)
+
+    def step() -> None:
+        if where == "before":
+            fail(device.stream)
+        device.loop(device.condition(), body)
+        if where == "after":
+            fail(device.stream)
+        driver.unjoined = where == "end"
+
+    message = "the kernel failed." if raises else "the step cannot be captured as a CUDA graph: CUDA_ERROR_STREAM"
+    with pytest.raises(BackendError, match=message) as caught:
+        device.capture(step)
     assert device.stream == 1, "work is queued on the device's stream again"
+    del caught
+    gc.collect()
+    assert [number for number, reference in enumerate(driver.builders) if reference()] == leaked
+    assert driver.crashes == 0
 
 
-@pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction"])
+def test_a_captured_loop_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    device, streams = make_device(monkeypatch, driver), []
+    graph = device.capture(lambda: device.loop(device.condition(), lambda: streams.append(device.stream)))
+    assert streams == [101, 102], "a plain capture, then the body"
+    gc.collect()
+    assert graph and driver.crashes == 0 and not any(reference() for reference in driver.builders)
+
+
+@pytest.mark.parametrize(("cpus", "blocking"), [(1, True), (3, True), (4, False), (64, False)])
+def test_waiting_sleeps_where_cpus_are_few(cpus: int, blocking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "usable_cpus", lambda: cpus)
+    driver = Driver()
+    event = make_device(monkeypatch, driver).record_event()
+    driver.called.clear()
+    event.wait()
+    del event
+    flags = 2 + blocking
+    assert driver.called == [("cuEventSynchronize", (flags,)), ("cuEventDestroy", (flags,))]
+
+
+@pytest.mark.parametrize(
+    "failing", [None, "cuEventCreate", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime"]
+)
+def test_timing_destroys_its_events(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a call fails, here the last of its kind."""
+    calls = {"cuEventCreate": 2, "cuEventRecord": 2, "cuEventSynchronize": 1, "cuEventElapsedTime": 1}
+    driver = Driver(lambda name, *_: name == failing and driver.count(name) == calls[name])
+    device = make_device(monkeypatch, driver)
+    if failing:
+        with pytest.raises(BackendError, match=failing):
+            device.elapsed_ms([])
+    else:
+        assert device.elapsed_ms([]) == 1.5
+    assert driver.count("cuEventDestroy") == (1 if failing == "cuEventCreate" else 2)
+
+
+def test_close_frees_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules too, among them one that could not be used, after the work that uses them."""
+    driver = Driver(lambda name, *arguments: name == "cuModuleGetFunction" and arguments[0] == (b"cubin1",))
+    monkeypatch.setattr(cuda, "compile_kernels", lambda macros, _, kind: f"{kind}{macros['CONDITIONAL']}".encode())
+    monkeypatch.setattr(cuda, "lower_ptx_version", lambda ptx, version: ptx)
+    device = make_device(monkeypatch, driver)
+    device.kernels({"CONDITIONAL": 1}, ("begin",))
+    driver.called.clear()
+    device.close()
+    device.close()
+    assert driver.called == [
+        ("cuStreamSynchronize", 1),
+        ("cuModuleUnload", (b"cubin1",)),
+        ("cuModuleUnload", (b"ptx1",)),
+        "close",
+    ]
+
+
+@pytest.mark.parametrize("version", [12030, 12040])
+def test_every_kernel_is_loaded_before_a_capture(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers load kernels lazily, at their first launch; those before CUDA 12.4 cannot be asked to."""
+    driver = Driver()
+    driver.results["cuDriverGetVersion"] = version
+    monkeypatch.setattr(cuda, "compile_kernels", lambda *_: b"")
+    make_device(monkeypatch, driver).kernels({"CONDITIONAL": 0}, ("begin", "join"))
+    found = [call for call in driver.called if call[0] in ("cuModuleGetFunction", "cuFuncLoad")]
+    module = (b"",)  # the fake driver returns its arguments
+    functions = [("cuModuleGetFunction", module, b"begin"), ("cuModuleGetFunction", module, b"join")]
+    loads = [("cuFuncLoad", (module, b"begin")), ("cuFuncLoad", (module, b"join"))]
+    assert found == functions + (loads if version >= 12040 else [])
+
+
+@pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncLoad"])
 def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two variants fail at different points; the third is used, and the failures are recorded."""
     tried: list[tuple[str, int]] = []
@@ -126,14 +284,79 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
         tried.append((kind, macros["CONDITIONAL"]))
         if where == "compile" and len(tried) < 3:
             raise BackendError("unresolved external symbol.")
-        return b""
+        return b".version 9.0" if kind == "ptx" else b""
 
     monkeypatch.setattr(cuda, "compile_kernels", compile_kernels)
-    device, _ = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
+    device = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
     loaded = device.kernels({"CONDITIONAL": 1}, ("begin", "finish"))
     assert tried == [("cubin", 1), ("ptx", 1), ("cubin", 0)]
     assert (loaded.format, loaded.conditional, len(loaded.failures)) == ("cubin", False, 2)
     wanted = "unresolved external symbol." if where == "compile" else f"{where} returned CUDA_ERROR_INVALID_VALUE."
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
-    with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: "):
-        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData"))[0].kernels({"CONDITIONAL": 1}, ())
+    message = r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: .* Update the NVIDIA driver"
+    with pytest.raises(BackendError, match=message):
+        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData")).kernels({"CONDITIONAL": 1}, ())
+
+
+@pytest.mark.parametrize(
+    ("declared", "driver", "expected"),
+    [
+        ("9.5", 13050, "9.5"),
+        ("9.5", 13010, "9.1"),
+        ("9.5", 13000, "9.0"),
+        ("9.5", 12090, "8.8"),
+        ("9.0", 13050, "9.0"),  # never raised
+        ("8.6", 12060, "8.5"),  # CUDA 12.6 has no version of its own
+        ("99.9", 13000, "9.0"),  # newer than the installed cuda-bindings
+    ],
+)
+def test_ptx_version_is_lowered_to_that_of_the_driver(declared: str, driver: int, expected: str) -> None:
+    pytest.importorskip("cuda.bindings.utils", reason="needs cuda-python")
+    ptx = "//\n// Cuda compilation tools, release 13.5\n//\n\n.version {}\n.target sm_90\n// .version 9.5\n\0"
+    assert cuda.lower_ptx_version(ptx.format(declared).encode(), driver) == ptx.format(expected).encode()
+
+
+@pytest.mark.skipif(PTXAS is None, reason="needs ptxas")
+@pytest.mark.parametrize(
+    ("architecture", "driver"), [("sm80", 12040), ("sm90", 12040), ("sm90", 13000), ("sm120", 13000)]
+)
+def test_lowered_ptx_is_assembled(
+    architecture: str, driver: int, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the oldest drivers: CUDA 12.4 is the first with WHILE nodes, cuda-bindings 13 needs CUDA 13.0."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    macros = kernels.macros(demo_bundle.manifest, "float16", conditional=True)
+    ptx = cuda.lower_ptx_version(cuda.compile_kernels(macros, architecture, "ptx"), driver)
+    assert re.search(rb"\.version (\S+)", ptx)[1] == {12040: b"8.4", 13000: b"9.0"}[driver]
+    (tmp_path / "kernels.ptx").write_bytes(ptx.rstrip(b"\0"))
+    command = [PTXAS, "--compile-only", f"-arch={architecture.replace('sm', 'sm_')}", "kernels.ptx", "-o", "kernels.o"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "kernels.o").read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY", "choose a smaller capacity or max_batch"),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS", "no GPU call of this process can succeed any more, restart it"),
+        ("CUDA_ERROR_INVALID_VALUE", r"\.$"),
+    ],
+)
+def test_errors_name_a_remedy(error: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both those of the driver's functions and those of cuda.core."""
+    device = make_device(monkeypatch, Driver())
+    monkeypatch.setattr(ERROR, "name", error)
+    event = device.record_event()
+    device._driver.fails = lambda *_: True
+    for call, function in ((lambda: device.allocate_host(100), "cuMemHostAlloc"), (event.wait, "cuEventSynchronize")):
+        with pytest.raises(BackendError, match=f"the GPU failed: {function} returned {error}(; )?{remedy}"):
+            call()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{error}: an explanation.")
+
+    graph = cuda.CudaGraph(device, SimpleNamespace(launch=fail))
+    with pytest.raises(BackendError, match=f"a step: {error}: an explanation(; )?{remedy}"):
+        graph.launch()
