@@ -15,6 +15,7 @@ import pytest
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.gpu import cuda
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 
 OK, ERROR = SimpleNamespace(name="OK"), SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
 
@@ -115,6 +116,21 @@ def test_failed_capture_is_aborted(invalidated: bool, monkeypatch: pytest.Monkey
     gc.collect()
     assert (reference() is not None) == invalidated
     assert device.stream == 1, "work is queued on the device's stream again"
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is distinguished from other errors, because a smaller capacity is a remedy."""
+    failing = {"cuMemAlloc": SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY")}
+    driver = Driver()
+    monkeypatch.setattr(driver, "cuMemAlloc", lambda size: (failing["cuMemAlloc"], None), raising=False)
+    device, _ = make_device(monkeypatch, driver)
+    with pytest.raises(OutOfMemory, match=r"3\.0 MB cannot be allocated") as raised:
+        device.allocate(3_000_000)
+    assert raised.value.size == 3_000_000
+    failing["cuMemAlloc"] = ERROR
+    with pytest.raises(BackendError, match="cuMemAlloc returned CUDA_ERROR_INVALID_VALUE") as other:
+        device.allocate(3_000_000)
+    assert not isinstance(other.value, OutOfMemory)
 
 
 @pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction"])
