@@ -34,12 +34,13 @@ def check_provider() -> None:
 class OrtCudaEncoder:
     """`StepEncoder` for the typed graph in `path`; `graph` is the bundle's graph, with the same names and shapes.
 
+    `row_bytes` is an estimate of the working memory per row (`memory.activation_bytes`).
     Raises `BackendError` if the installed ONNX Runtime has no CUDA provider or cannot load the graph.
     """
 
     capturable = False  # ONNX Runtime captures its own graph; captures do not nest
 
-    def __init__(self, path: Path, graph: Graph, cache_dtype: str, device: CudaDevice) -> None:
+    def __init__(self, path: Path, graph: Graph, cache_dtype: str, device: CudaDevice, row_bytes: int) -> None:
         check_provider()
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA libraries from Python packages
@@ -59,7 +60,11 @@ class OrtCudaEncoder:
             raise BackendError(
                 f"ONNX Runtime's CUDA provider does not work on {device.name}; run `nemostream doctor` for details."
             )
+        self._row_bytes = row_bytes
         self._bindings = 0  # each has a CUDA graph of its own
+
+    def memory_bytes(self, rows: int) -> int:
+        return 2 * rows * self._row_bytes  # ONNX Runtime doubles its memory whenever it grows
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         binding = self._session.io_binding()

@@ -77,6 +77,9 @@ class Engine:
         smallest, largest = PROFILES[profile]
         return [(rows, 56, 128) for rows in (smallest, largest, largest)]
 
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return [70_000, 64_000][profile]
+
     def create_runtime_config(self) -> Any:
         return types.SimpleNamespace(set_execution_context_allocation_strategy=self.strategies.append)
 
@@ -152,6 +155,19 @@ def test_tensorrt_binding(library: Any, engine_file: Path) -> None:
         small()
 
 
+def test_tensorrt_memory(library: Any, engine_file: Path) -> None:
+    """A bound for all batches up to a size; a profile for small batches may need more than that for large ones."""
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
+    for rows in (1, 8, 9, 64):
+        assert 70_000 <= encoder.memory_bytes(rows) <= 71_000
+    assert not library.engine.contexts
+    device = Device()
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", device)
+    encoder.bind(64, ADDRESSES)
+    encoder.bind(3, ADDRESSES)
+    assert sum(map(len, device.arrays.values())) <= encoder.memory_bytes(64)
+
+
 def test_invalid_engines(library: Any, engine_file: Path) -> None:
     encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
     with pytest.raises(BackendError, match=r"not built for batches of 65; build it with a larger --max-batch"):
@@ -175,7 +191,7 @@ def test_onnxruntime_without_cuda(demo_bundle: Bundle, monkeypatch: pytest.Monke
     graph = demo_bundle.manifest.graphs["encoder-80ms"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=re.escape(f"has no CUDA provider: {install_command('cuda')}")):
-        OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "float32", Device())
+        OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "float32", Device(), 1000)
 
 
 def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +225,9 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     graph = demo_bundle.manifest.graphs["encoder-80ms"]
-    encoder = OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device())
+    encoder = OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device(), 1000)
     assert not encoder.capturable
+    assert encoder.memory_bytes(64) >= 64 * 1000
     layers = demo_bundle.manifest.encoder.layers
     names = [tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.name != "encoded"]
     addresses = {name: 64 * index for index, name in enumerate(names)}
