@@ -6,6 +6,7 @@ and does not wait for the device. Not yet run on a GPU: see `docs/gpu.md`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nemostream.bundle import Graph
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.gpu.cuda import CudaDevice
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 
 _BFLOAT16 = 16  # TensorProto.BFLOAT16; numpy has no such type
 _TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": _BFLOAT16}
@@ -85,6 +87,8 @@ class OrtCudaEncoder:
             try:
                 self._session.run_with_iobinding(binding, options)
             except Exception as error:  # ONNX Runtime has its own exceptions
+                if size := re.search(r"Failed to allocate memory for requested buffer of size (\d+)", str(error)):
+                    raise OutOfMemory(int(size[1])) from error
                 raise BackendError(f"ONNX Runtime failed in {self._path}: {error}") from error
 
         return enqueue

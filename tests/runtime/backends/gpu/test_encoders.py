@@ -18,6 +18,7 @@ from host_device import HostDevice
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 from nemostream.runtime.backends.gpu.onnxruntime import OrtCudaEncoder
 from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
@@ -219,6 +220,8 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
 
         def run_with_iobinding(self, binding: Binding, options: Any) -> None:
             entries = ("gpu_graph_id", "disable_synchronize_execution_providers")
+            if calls.get("error"):
+                raise RuntimeError(calls["error"])
             calls["runs"].append(tuple(options.get_run_config_entry(name) for name in entries))
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -245,3 +248,10 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     assert calls["in"]["k_cache.5"] == ("cuda", 0, 16, (1, 4, 70, 32), addresses["k_cache.5"])  # TensorProto.BFLOAT16
     assert calls["out"]["k_new"] == ("cuda", 0, 16, (layers, 1, 4, 1, 32), addresses["k_new"])
     assert calls["out"]["encoded_joint"][2] == np.float32
+    calls["error"] = "Non-zero status code: Failed to allocate memory for requested buffer of size 5000"
+    with pytest.raises(OutOfMemory) as raised:
+        first()
+    assert raised.value.size == 5000
+    calls["error"] = "an illegal memory access was encountered"
+    with pytest.raises(BackendError, match="illegal memory access"):
+        first()
