@@ -13,8 +13,7 @@ from math import prod
 import numpy as np
 
 from nemostream.bundle import Bundle, ChunkConfig, Manifest
-from nemostream.errors import BackendError, OptionError
-from nemostream.external_data import initializer_shapes
+from nemostream.errors import BundleError, OptionError
 from nemostream.runtime.backends.gpu import kernels
 
 Shape = tuple[int, ...]
@@ -235,14 +234,12 @@ class EncoderSizes:
 
 
 def encoder_sizes(bundle: Bundle, chunk: ChunkConfig) -> EncoderSizes:
-    """Read the sizes of a chunk size's graph. Raises `BundleError` if the bundle has no such graph."""
-    path = bundle.file(f"encoder-{chunk.ms}ms")
-    try:
-        shapes = initializer_shapes(path.read_bytes())
-        (channels,) = shapes["encoder.pre_encode.conv.0.bias"]
-    except (KeyError, ValueError) as error:
-        raise BackendError(f"{path} is not an encoder graph ({error}); export the checkpoint again.") from error
-    return EncoderSizes(channels, sum(map(prod, shapes.values())))
+    """Return the sizes of a chunk size's graph. Raises `BundleError` if it is not an encoder graph."""
+    graph, bias = f"encoder-{chunk.ms}ms", "encoder.pre_encode.conv.0.bias"
+    shapes = bundle.weight_shapes(graph)
+    if len(shapes.get(bias, ())) != 1:
+        raise BundleError(f"{bundle.file(graph)} has no weight {bias!r}; export the checkpoint again.")
+    return EncoderSizes(shapes[bias][0], sum(map(prod, shapes.values())))
 
 
 def encoder_tensors(manifest: Manifest, chunk: ChunkConfig, channels: int) -> dict[str, int]:
