@@ -15,9 +15,11 @@ from host_device import HostDevice, OrtEncoder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemostream.bundle import Bundle, ChunkConfig, Manifest
+from nemostream.bundle import Bundle, ChunkConfig, File, Manifest
+from nemostream.engines import open_gpu
 from nemostream.errors import BackendError, OptionError
 from nemostream.external_data import initializer_shapes
+from nemostream.plans import Plan, Recipe
 from nemostream.runtime.backends.base import Batch
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.backends.gpu import arena, kernels
@@ -304,6 +306,60 @@ def test_encoder_that_runs_out_of_memory(demo_bundle: Bundle, monkeypatch: pytes
     with pytest.raises(BackendError, match=r"21\.0 MB cannot be allocated") as error:
         open_backend(capacity)
     open_backend(fitting_capacity(error)).close()
+
+
+@pytest.fixture
+def opened(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that opens a backend like `nemostream.load`, and the lists of its encoders and devices."""
+    encoders, devices = list[OrtEncoder](), list[LimitedDevice]()
+
+    class Encoder(OrtEncoder):
+        closed = False
+
+        def __init__(self, path: Path, library: str, cache_dtype: str, device: Any) -> None:
+            super().__init__(demo_bundle, demo_bundle.manifest.chunk(80), device)
+            encoders.append(self)
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr("nemostream.runtime.backends.gpu.tensorrt.TrtEncoder", Encoder)
+    recipe = Recipe.of(
+        demo_bundle,
+        80,
+        backend="tensorrt",
+        library="11",
+        precision="fp32",
+        device="sm00",
+        max_batch=0,
+        cache_dtype="float32",
+    )
+    plan = Plan(recipe, tmp_path, (File("engine", "", 0),), 0.0)
+
+    def open_backend(capacity: int, max_batch: int) -> GpuBackend:
+        devices.append(LimitedDevice(600 << 20))
+        return open_gpu(demo_bundle, devices[-1], {80: plan}, capacity, max_batch)
+
+    return open_backend, encoders, devices
+
+
+@needs_compiler
+def test_another_attempt_with_the_named_capacity(opened: Any) -> None:
+    """A failed attempt releases its memory, so that the named capacity fits in the next one."""
+    open_backend, encoders, devices = opened
+    with pytest.raises(BackendError, match="1000 streams in batches of 2") as error:
+        open_backend(1000, 2)
+    assert encoders[0].closed and devices[0].closed
+    backend = open_backend(fitting_capacity(error), 2)
+    assert not encoders[1].closed and not devices[1].closed
+    backend.close()
+
+
+def test_max_batch_is_checked_before_anything_is_loaded(opened: Any) -> None:
+    open_backend, encoders, devices = opened
+    with pytest.raises(OptionError, match=r"max_batch is 1000000: .* choose max_batch=\d+ or less"):
+        open_backend(1_000_000, 1_000_000)
+    assert not encoders and devices[0].closed
 
 
 # -- alignment ---------------------------------------------------------------------------------------------------------
