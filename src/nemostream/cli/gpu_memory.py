@@ -124,9 +124,7 @@ def _gpu_memory(gpu: str | None) -> tuple[str, int]:
     try:
         device = CudaDevice()
     except BackendError as error:
-        raise OptionError(
-            f"this machine has no usable GPU to plan for ({error}) Name one with --gpu: {', '.join(GPUS)}."
-        ) from error
+        raise OptionError(f"this machine has no usable GPU; choose one with --gpu: {', '.join(GPUS)}.") from error
     try:
         return device.name, device.free_bytes - RESERVED_BYTES
     finally:
@@ -188,6 +186,8 @@ def _print_tables(name: str, available: int, manifest: Manifest, limits: dict[in
                 end_section=row.max_batch == _MAX_BATCHES[-1],
             )
         console.print(table)
+    if not all(row.streams for row in rows):
+        console.print("none: one batch of this size does not fit.")
     largest = ", ".join(f"{limit:,} at {ms} ms" for ms, limit in limits.items())
     console.print(f"Largest max_batch, because a tensor must have less than 2^31 elements: {largest}.")
 

@@ -85,11 +85,11 @@ def doctor(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[BUNDLE]", help="With --plan: the model bundle. Default: the sizes of the published 0.6B model."
+            metavar="BUNDLE", help="With --plan: the model bundle. Default: the sizes of the published 0.6B model."
         ),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Compute how many streams fit in the memory of a GPU; it is not used.")
+        bool, typer.Option("--plan", help="Compute how many streams fit in the memory of a GPU. Nothing is run on it.")
     ] = False,
     gpu: Annotated[
         str | None, typer.Option(help="With --plan: a GPU, such as h100-80gb. Default: the GPU of this machine.")
