@@ -38,6 +38,7 @@ from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
 from nemostream.engines import speech
 from nemostream.errors import OptionError
+from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
 from nemostream.runtime.model import Model
 
 _SETTLING = 2.0  # seconds at the start that are not evaluated
@@ -52,6 +53,7 @@ def measure_capacity(
     seconds: float = 180.0,
     probe_seconds: float = 15.0,
     max_streams: int = 512,
+    max_batch: int = DEFAULT_MAX_BATCH,
     simulate_realtime: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -63,14 +65,23 @@ def measure_capacity(
     Raises `OptionError` for invalid options and `BackendError` if there is no engine.
     """
     fixed = simulate_realtime
-    if seconds <= 0 or probe_seconds <= 0 or max_streams < 1 or (fixed is not None and fixed < 1):
+    if seconds <= 0 or probe_seconds <= 0 or min(max_streams, max_batch) < 1 or (fixed is not None and fixed < 1):
         raise OptionError("seconds, probe_seconds and numbers of streams must be positive.")
     chunks, clips = [bundle.manifest.chunk(ms) for ms in chunk_ms], speech(bundle.manifest)
     case = {"chunk_ms": "+".join(map(str, chunk_ms)), "precision": precision}
     # Twice as many: a stream that has ended may keep its slot for another step.
     slots = 2 * (fixed or max_streams)
     others, rows = OtherWork(), list[Row]()
-    with timed_backend(bundle, chunks, precision, slots, device=device, threads=threads, engines=engines) as backend:
+    with timed_backend(
+        bundle,
+        chunks,
+        precision,
+        slots,
+        device=device,
+        threads=threads,
+        engines=engines,
+        max_batch=min(max_batch, slots),
+    ) as backend:
         recorder = StepRecorder(backend)
         with Model(bundle, recorder, chunks[0].ms) as model:
 
@@ -105,6 +116,7 @@ def measure_capacity(
             "seconds": seconds,
             "probe_seconds": probe_seconds,
             "max_streams": max_streams,
+            "max_batch": max_batch,
             "streams": found,
             "bytes_per_stream": size,
             "precision": precision,
@@ -282,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="duration of the confirmation, in seconds")
     parser.add_argument("--probe-seconds", type=float, default=15.0, help="duration of a probe, in seconds")
     parser.add_argument("--max-streams", type=int, default=512, help="largest number of streams to try")
+    parser.add_argument("--max-batch", type=int, default=DEFAULT_MAX_BATCH, help="maximum number of streams in a step")
     parser.add_argument(
         "--simulate-realtime",
         "--simulate_realtime",
@@ -299,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds=options.seconds,
             probe_seconds=options.probe_seconds,
             max_streams=options.max_streams,
+            max_batch=options.max_batch,
             simulate_realtime=options.simulate_realtime,
             device=options.device,
             threads=options.threads,

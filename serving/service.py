@@ -32,6 +32,7 @@ import nemostream
 from nemostream.bundle import ChunkConfig
 from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
 from nemostream.extras import install_command
+from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
 from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.model import Model
@@ -117,6 +118,7 @@ class Service:
             threads=threads,
             device=settings.device,
             precision=settings.precision,
+            max_batch=settings.max_batch,
             engines=settings.engines,
         )
         try:
@@ -125,7 +127,8 @@ class Service:
                 warm_up(model, ms)
             rate = None
             if settings.measure:
-                rate = measure_throughput(model, settings.chunk_ms, min(64, settings.max_streams))
+                streams = min(settings.max_batch or DEFAULT_MAX_BATCH, settings.max_streams)
+                rate = measure_throughput(model, settings.chunk_ms, streams)
         except BaseException:
             model.close()
             raise

@@ -84,6 +84,12 @@ class Settings(BaseSettings, Limits):
         ge=1,
         description="Threads of ONNX Runtime on a CPU. Default: one less than the CPUs that the process may use.",
     )
+    max_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum number of streams in one step. Default: 64. On a GPU at most that of the engines "
+        "(`nemostream build --max-batch`).",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all networks of this machine.")
     port: int = Field(8000, ge=0, le=65535, description="Port for HTTP and WebSockets; 0: a free port.")
     grpc_port: int = Field(50051, ge=-1, le=65535, description="Port for Riva's gRPC; 0: a free port, -1: no gRPC.")

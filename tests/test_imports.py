@@ -56,6 +56,7 @@ RULES = {
             "nemostream.cli.models": frozenset({"typer"}),
             "nemostream.cli.info": frozenset({"rich"}),
             "nemostream.cli.doctor": frozenset({"rich"}),
+            "nemostream.cli.gpu_memory": frozenset({"rich"}),
         },
         at_import=True,
     ),

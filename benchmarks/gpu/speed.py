@@ -32,6 +32,9 @@ class NoEncoder:
     def __init__(self, cache_dtype: str) -> None:
         self.cache_dtype = cache_dtype
 
+    def memory_bytes(self, rows: int) -> int:
+        return 0
+
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         return lambda: None
 

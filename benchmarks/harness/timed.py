@@ -98,11 +98,13 @@ def timed_backend(
     device: str = "cpu",
     threads: int | None = None,
     engines: Path | None = None,
+    max_batch: int | None = None,
 ) -> Iterator[Backend]:
     """Open a backend with `rows` slots and the engines of all `chunks` loaded; close it on exit.
 
-    Engines are stored in the folder `engines`, by default a temporary one. Raises `OptionError` for an unknown device
-    or a precision that it does not support, and `BackendError` if it is not available.
+    `max_batch` is the maximum number of streams in a step (default: all `rows`). Engines are stored in the folder
+    `engines`, by default a temporary one. Raises `OptionError` for an unknown device or a precision that it does not
+    support, and `BackendError` if it is not available.
     """
     if device not in DEVICE_PRECISIONS:
         raise OptionError(f"device is {device!r}; choose one of {', '.join(DEVICE_PRECISIONS)}.")
@@ -113,9 +115,10 @@ def timed_backend(
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
         store = PlanStore(engines or Path(folder))
         if device == "cpu":
-            backend = _open_cpu(bundle, chunks, precision, rows, threads, store)
+            backend = _open_cpu(bundle, chunks, precision, rows, max_batch or rows, threads, store)
         else:
-            backend = _open_gpu(bundle, chunks, precision, rows, device.partition(":")[2] or "tensorrt", store)
+            library = device.partition(":")[2] or "tensorrt"
+            backend = _open_gpu(bundle, chunks, precision, rows, max_batch or rows, library, store)
         try:
             yield backend
         finally:
@@ -123,7 +126,13 @@ def timed_backend(
 
 
 def _open_cpu(
-    bundle: Bundle, chunks: Sequence[ChunkConfig], precision: str, rows: int, threads: int | None, store: PlanStore
+    bundle: Bundle,
+    chunks: Sequence[ChunkConfig],
+    precision: str,
+    rows: int,
+    max_batch: int,
+    threads: int | None,
+    store: PlanStore,
 ) -> Backend:
     from nemostream.engines import build_engine
 
@@ -133,14 +142,20 @@ def _open_cpu(
             chunk.ms: build_engine(bundle, chunk, precision, store, backend="onnxruntime", validate=False)[0]
             for chunk in chunks
         }
-    backend = OrtBackend(bundle, capacity=rows, max_batch=rows, threads=threads, plans=plans)
+    backend = OrtBackend(bundle, capacity=rows, max_batch=max_batch, threads=threads, plans=plans)
     for chunk in chunks:
         backend.prepare(chunk)
     return backend
 
 
 def _open_gpu(
-    bundle: Bundle, chunks: Sequence[ChunkConfig], precision: str, rows: int, library: str, store: PlanStore
+    bundle: Bundle,
+    chunks: Sequence[ChunkConfig],
+    precision: str,
+    rows: int,
+    max_batch: int,
+    library: str,
+    store: PlanStore,
 ) -> Backend:
     from nemostream.engines import build_engine, open_gpu
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
@@ -150,11 +165,11 @@ def _open_gpu(
     try:
         plans = {
             chunk.ms: build_engine(
-                bundle, chunk, precision, store, backend=library, target=target, max_batch=rows, validate=False
+                bundle, chunk, precision, store, backend=library, target=target, max_batch=max_batch, validate=False
             )[0]
             for chunk in chunks
         }
-        backend: Backend = open_gpu(bundle, gpu, plans, rows, rows)
+        backend: Backend = open_gpu(bundle, gpu, plans, rows, max_batch)
     except BaseException:
         gpu.close()
         raise

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from nemostream.runtime.decoding.boosting import Boosting
 
 
+DEFAULT_MAX_BATCH = 64  # rows in a batch
+
+
 @dataclass(frozen=True)
 class Batch:
     """Input of one step: B streams with the same chunk size.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 from nemostream.plans import Plan, missing_engine_error
-from nemostream.runtime.backends.base import Batch, Emissions, at_least_one, check_state
+from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH, Batch, Emissions, at_least_one, check_state
 from nemostream.runtime.backends.cpus import default_threads
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, label_looping
@@ -57,7 +57,7 @@ class OrtBackend:
     ) -> None:
         at_least_one(capacity=capacity, max_batch=max_batch, threads=threads)
         self.capacity = capacity
-        self.max_batch = min(max_batch or 64, capacity)
+        self.max_batch = min(max_batch or DEFAULT_MAX_BATCH, capacity)
         self.manifest = bundle.manifest
         self._bundle = bundle
         self._threads = threads or default_threads()

@@ -54,7 +54,8 @@ parameters [
   {{ key: "device" value: {{ string_value: "cpu" }} }}, # cpu, or cuda
   {{ key: "precision" value: {{ string_value: "" }} }}, # of engines built by `nemostream build`; empty: the default
   {{ key: "engines" value: {{ string_value: "" }} }}, # their folder; empty: ~/.cache/nemostream/engines
-  {{ key: "threads" value: {{ string_value: "" }} }} # of ONNX Runtime on a CPU; empty: every core
+  {{ key: "threads" value: {{ string_value: "" }} }}, # of ONNX Runtime on a CPU; empty: every core
+  {{ key: "max_batch" value: {{ string_value: "" }} }} # streams in one step; empty: 64
 ]
 """
 _IDLE_SECONDS = 30
@@ -95,6 +96,8 @@ class TritonPythonModel:
             precision=parameters["precision"] or None,
             engines=parameters["engines"] or None,
             threads=int(parameters["threads"]) if parameters["threads"] else None,
+            # Not in the configurations of earlier versions, which are kept.
+            max_batch=int(parameters["max_batch"]) if parameters.get("max_batch") else None,
         )
         self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # with the time of their last request
         self._loop = asyncio.new_event_loop()

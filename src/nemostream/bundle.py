@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import BackendError, BundleError, OptionError
-from nemostream.external_data import external_files
+from nemostream.external_data import external_files, initializer_shapes
 from nemostream.untrusted import (
     MIB,
     SHA256,
@@ -474,6 +474,14 @@ class Bundle:
             raise BundleError(f"{self.path} has no tensor '{name}'; export the checkpoint again.") from error
         file = self._inside(self.manifest.weights.file)
         return np.memmap(file, weight.dtype, "r", weight.offset, weight.shape)
+
+    def weight_shapes(self, graph: str) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each weight of a graph, by name. Raises `BundleError` if the graph cannot be read."""
+        path = self.file(graph)
+        try:
+            return initializer_shapes(read_regular(path, MAX_GRAPH_BYTES))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read ({error}); copy or export it again.") from error
 
     def file(self, graph: str) -> Path:
         """Return the path of a graph by its name ("decoder"). Raises `BundleError` if it does not exist."""

@@ -104,9 +104,10 @@ def open_backend(
             return OrtBackend(bundle, capacity=capacity, max_batch=max_batch, threads=threads, plans=plans)
     if device != "cuda":
         raise OptionError(f"device is {device!r}; choose cpu or cuda.")
+    from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
     from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
-    rows = min(max_batch or 64, capacity)
+    rows = min(max_batch or DEFAULT_MAX_BATCH, capacity)
     gpu = CudaDevice()
     plans = _find_plans(bundle, store, None, precision or "fp16", gpu.architecture, rows, chunk_ms)
     for ms, plan in plans.items():
@@ -137,22 +138,34 @@ def _loading(bundle: Bundle, capacity: int) -> Iterator[None]:
 
 
 def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: int, max_batch: int) -> Any:
-    """Open a GPU backend with the encoder of each plan, by chunk size in ms."""
+    """Open a GPU backend with the encoder of each plan, by chunk size in ms. Closes the device if that fails."""
     from nemostream.runtime.backends.gpu.backend import GpuBackend, StepEncoder
+    from nemostream.runtime.backends.gpu.memory import activation_bytes, check_max_batch, encoder_sizes
 
     encoders: dict[int, StepEncoder] = {}
-    for ms, plan in plans.items():
-        recipe = plan.recipe
-        if recipe.backend == "onnxruntime":
-            from nemostream.runtime.backends.gpu.onnxruntime import OrtCudaEncoder
+    try:
+        chunks = {ms: bundle.manifest.chunk(ms) for ms in plans}
+        channels = {ms: encoder_sizes(bundle, chunk).channels for ms, chunk in chunks.items()}
+        check_max_batch(bundle.manifest, chunks.values(), max(channels.values()), min(max_batch, capacity))
+        for ms, plan in plans.items():
+            recipe = plan.recipe
+            if recipe.backend == "onnxruntime":
+                from nemostream.runtime.backends.gpu.onnxruntime import OrtCudaEncoder
 
-            graph = bundle.graph(recipe.graph)
-            encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cache_dtype, device)
-        else:
-            from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
+                row_bytes = activation_bytes(bundle.manifest, chunks[ms], channels[ms])
+                graph = bundle.graph(recipe.graph)
+                encoders[ms] = OrtCudaEncoder(plan.path, graph, recipe.cache_dtype, device, row_bytes)
+            else:
+                from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
-            encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cache_dtype, device)
-    return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
+                encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cache_dtype, device)
+        return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
+    except BaseException:
+        # Another attempt, with a smaller capacity, needs the memory.
+        for encoder in encoders.values():
+            encoder.close()
+        device.close()
+        raise
 
 
 def speech(manifest: Manifest) -> list[NDArray[np.float32]]:
@@ -207,6 +220,9 @@ def _choose_builder(
     note = "" if validate else ", not validated"  # part of the device's name, so that `open_backend` does not find it
     if provider:
         return _onnxruntime_builder(bundle, chunk, precision, provider, note)
+    from nemostream.runtime.backends.gpu.memory import check_max_batch, encoder_sizes
+
+    check_max_batch(bundle.manifest, [chunk], encoder_sizes(bundle, chunk).channels, max_batch)
     return _tensorrt_builder(bundle, chunk, precision, target, max_batch, note)
 
 

@@ -1,4 +1,4 @@
-"""List the files that an ONNX graph reads its weights from, without the `onnx` package (not in the base install).
+"""List the files and the shapes of an ONNX graph's weights, without the `onnx` package (not in the base install).
 
 Only recent versions of ONNX Runtime reject files outside the graph's folder (1.32 does, 1.22 reads any path), so a
 bundle is checked before its graphs are loaded. The parser reads as much of protobuf's wire format as this needs:
@@ -37,24 +37,51 @@ def external_files(model: bytes) -> set[str]:
         if kind == "Entry":
             entry = {number: bytes(value) for number, value in _fields(message) if number in (1, 2)}
             if entry.get(1) == b"location":
-                try:
-                    found.add(entry.get(2, b"").decode())
-                except UnicodeDecodeError as error:
-                    raise ValueError("it names a file that is not UTF-8") from error
+                found.add(_text(entry.get(2, b"")))
             continue
         inner = _FIELDS[kind]
         pending += [(inner[number], value, depth + 1) for number, value in _fields(message) if number in inner]
     return found
 
 
+def initializer_shapes(model: bytes) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every initializer of a serialized model by name. Raises `ValueError` if it is damaged."""
+    found: dict[str, tuple[int, ...]] = {}
+    for graph in (value for number, value in _fields(memoryview(model)) if number == 7):
+        for tensor in (value for number, value in _fields(graph) if number == 5):
+            name, shape = "", list[int]()
+            for number, value in _values(tensor):
+                if number == 8 and isinstance(value, memoryview):
+                    name = _text(value)
+                elif number == 1:
+                    shape += [value] if isinstance(value, int) else _varints(value)
+            found[name] = tuple(shape)
+    return found
+
+
+def _text(value: bytes | memoryview) -> str:
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("it has a name that is not UTF-8") from error
+
+
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Yield number and content of the length-delimited fields of a message."""
+    for number, value in _values(message):
+        if isinstance(value, memoryview):
+            yield number, value
+
+
+def _values(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield number and value of the integers and of the length-delimited fields of a message."""
     offset, end = 0, len(message)
     while offset < end:
         tag, offset = _varint(message, offset)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
-            _, offset = _varint(message, offset)
+            integer, offset = _varint(message, offset)
+            yield number, integer
         elif wire in (1, 5):
             offset += 8 if wire == 1 else 4
         elif wire == 2:
@@ -67,6 +94,15 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError("it is not a serialized ONNX model")
     if offset != end:
         raise ValueError("it is a truncated ONNX model")
+
+
+def _varints(message: memoryview) -> list[int]:
+    """Return the integers of a packed field."""
+    values, offset = list[int](), 0
+    while offset < len(message):
+        value, offset = _varint(message, offset)
+        values.append(value)
+    return values
 
 
 def _varint(message: memoryview, offset: int) -> tuple[int, int]:

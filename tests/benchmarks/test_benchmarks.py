@@ -348,6 +348,24 @@ def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
     assert "real-time streams" in shown(result, tmp_path)
 
 
+def test_capacity_with_small_batches(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`max_batch` limits the rows of a step, not the streams."""
+    rows: list[int] = []
+    evaluate = capacity.evaluate
+
+    def record(load: Any, steps: Any, case: Any) -> records.Row:
+        rows.extend(count for _, count, _ in steps)
+        return evaluate(load, steps, case)
+
+    monkeypatch.setattr(capacity, "evaluate", record)
+    monkeypatch.setattr(capacity, "speech", lambda manifest: [speech(manifest)[1][:16000]])
+    result = capacity.measure_capacity(demo_bundle, chunk_ms=(560,), simulate_realtime=4, max_batch=2)
+    assert max(rows) == 2 and result["method"]["max_batch"] == 2
+    assert len(result["rows"][0]["ms"]["final"]) == 12
+    with pytest.raises(OptionError):
+        capacity.measure_capacity(demo_bundle, max_batch=0)
+
+
 def test_a_failed_probe_is_repeated_once(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, verdicts = capacity.evaluate, iter([False, True, False, False, True])
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import nemostream
 from nemostream.bundle import Bundle, Manifest
 from nemostream.errors import NemostreamError
-from nemostream.external_data import external_files
+from nemostream.external_data import external_files, initializer_shapes
 from nemostream.plans import PlanStore, Recipe
 from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.snapshot import Checkpointer, StreamSnapshot
@@ -169,7 +169,7 @@ GRAPH = (nemostream.demo_bundle() / "joint.onnx").read_bytes()
 @fuzz
 @given(data=st.data())
 def test_graphs(data: st.DataObject) -> None:
-    """The reader of external file names accepts a graph, or raises one of its errors."""
+    """The readers of external file names and of weight shapes accept a graph, or raise one of their errors."""
     graph = bytearray(GRAPH)
     for _ in range(data.draw(st.integers(0, 4))):
         graph[data.draw(st.integers(0, len(graph) - 1))] = data.draw(st.integers(0, 255))
@@ -177,6 +177,7 @@ def test_graphs(data: st.DataObject) -> None:
     for model in (content, data.draw(st.binary(max_size=100))):
         try:
             assert all(isinstance(name, str) for name in external_files(model))
+            assert all(isinstance(name, str) for name in initializer_shapes(model))
         except ValueError as error:
             assert "ONNX" in str(error) or "UTF-8" in str(error) or "nested" in str(error)
 

@@ -36,6 +36,7 @@ from websockets.sync.client import connect
 
 import nemostream
 from nemostream.errors import NemostreamError, OptionError
+from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.serving import server as server_module
 from nemostream.serving import service
 from nemostream.serving.errors import Draining
@@ -128,6 +129,30 @@ def test_threads_leave_a_cpu_of_the_quota_free(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OptionError):
         service.Service(Settings(threads=3)).start()
     assert thread_counts == [1, 1, 4, 3]
+
+
+@pytest.mark.parametrize(("max_batch", "largest", "rows"), [(None, 64, 64), (3, 3, 3), (100, 100, 90)])
+def test_max_batch(monkeypatch: pytest.MonkeyPatch, max_batch: int | None, largest: int, rows: int) -> None:
+    """Steps have at most `max_batch` streams, and as many are used to measure the throughput."""
+    measured: list[int] = []
+    backends: list[Any] = []
+
+    def throughput(model: Any, chunk_ms: int, streams: int) -> float:
+        measured.append(streams)
+        return 1000.0
+
+    class Recorded(OrtBackend):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            backends.append(self)
+
+    monkeypatch.setattr(service, "measure_throughput", throughput)
+    monkeypatch.setattr("nemostream.runtime.backends.cpu.OrtBackend", Recorded)
+    here = service.Service(Settings(max_streams=90, max_batch=max_batch))
+    here.start()
+    here.close()
+    (backend,) = backends
+    assert measured == [rows] and backend.max_batch == largest
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
@@ -620,6 +645,12 @@ def test_precedence_of_flags_environment_and_file(tmp_path: Path, monkeypatch: p
     settings = read_settings(["--config", str(file), "--port", "3", "--degrade"])
     assert (settings.port, settings.max_streams, settings.host, settings.degrade) == (3, 2, "::1", True)
     assert [key.get_secret_value() for key in settings.api_keys] == ["a", "b"] and "a" not in repr(settings.api_keys)
+    file.write_text("max_batch = 5\n")
+    assert read_settings(["--config", str(file)]).max_batch == 5
+    monkeypatch.setenv("NEMOSTREAM_MAX_BATCH", "6")
+    assert read_settings(["--config", str(file)]).max_batch == 6
+    assert read_settings(["--config", str(file), "--max-batch", "7"]).max_batch == 7
+    file.write_text('api_keys = ["a", "b"]\n')
     monkeypatch.setenv("NEMOSTREAM_API_KEYS", "c, d")
     monkeypatch.setenv("NEMOSTREAM_CONFIG", str(file))
     assert [key.get_secret_value() for key in read_settings().api_keys] == ["c", "d"]
@@ -630,6 +661,7 @@ def test_precedence_of_flags_environment_and_file(tmp_path: Path, monkeypatch: p
     [
         (["--port", "x"], "port"),
         (["--max-streams", "0"], "max_streams"),
+        (["--max-batch", "0"], "max_batch"),
         (["--sing"], "--sing"),
         (["--endpoint-ms", "60001"], "endpoint_ms"),
         (["--config", "/nowhere.toml"], "/nowhere.toml"),

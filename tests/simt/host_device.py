@@ -57,8 +57,8 @@ class HostDevice:
 
     def allocate_host(self, size: int) -> NDArray[np.uint8]:
         self._check()
-        raw = np.zeros(size + 64, np.uint8)
-        array = raw[-raw.ctypes.data % 64 :][:size]
+        raw = np.zeros(size + kernels.ALIGNMENT, np.uint8)
+        array = raw[-raw.ctypes.data % kernels.ALIGNMENT :][:size]
         self.arrays[array.ctypes.data] = array
         return array
 
@@ -208,7 +208,13 @@ class OrtEncoder:
         self._graph, self._device = bundle.manifest.graphs[graph], device
         self.capturable = capturable and isinstance(device, HostDevice)
 
+    def memory_bytes(self, rows: int) -> int:
+        return 0
+
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
+        unaligned = [name for name, address in addresses.items() if address % kernels.ALIGNMENT]
+        assert not unaligned, f"TensorRT rejects the addresses of {unaligned}"
+
         def shape(tensor: Any) -> tuple[int, ...]:
             return tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
 

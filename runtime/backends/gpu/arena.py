@@ -1,14 +1,14 @@
 """Device memory of the GPU backend: the slots of all streams, weights, step buffers, and host buffers.
 
-Everything is allocated once. Slot arrays are layer first, [L, slots, ...] (`kernels/slots.cu`). Phrase automata are
-kept in a pool, one copy per distinct phrase list, as long as any slot uses it.
+Everything is allocated once, as `memory.MemoryLayout` describes. Slot arrays are layer first, [L, slots, ...]
+(`kernels/slots.cu`). Phrase automata are kept in a pool, one copy per distinct phrase list, as long as any slot uses
+it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,58 +18,47 @@ from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, CapacityError
 from nemostream.runtime.backends.base import Emissions, check_state
 from nemostream.runtime.backends.gpu import kernels
-from nemostream.runtime.backends.gpu.device import Device
+from nemostream.runtime.backends.gpu.device import Device, OutOfMemory
+from nemostream.runtime.backends.gpu.memory import (
+    BY_LAYER,
+    PHRASE_POOL_BYTES,
+    RESERVED_BYTES,
+    Layout,
+    MemoryLayout,
+    array_bytes,
+)
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 
-Shape = tuple[int, ...]
-Layout = dict[str, tuple[Shape, np.dtype]]  # shape and type of each array, by name
-
-PHRASE_POOL_BYTES = 32 << 20  # automata of 1.6 million tokens
-_RESERVED_BYTES = 512 << 20  # device memory left to the encoder
-_BY_LAYER = ("k", "v", "conv")  # slot arrays whose first axis is the layer
-
-_INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_FRAMES = np.zeros(0, np.int64)
 _NO_SCORES = np.zeros(0, np.float32)
 
 
 class Arena:
-    """All memory of a backend. `step` is the kernels' argument struct with its addresses filled in.
+    """All memory of a backend. `step` is the kernels' argument struct with the addresses of the arrays in `layout`.
 
-    Raises `BackendError` if the device does not have enough free memory, with a capacity that would fit.
+    `encoder_bytes` returns the memory that the encoders allocate later for a batch size. Raises `BackendError` if the
+    device does not have enough free memory, with a capacity that would fit.
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, cache_dtype: str, capacity: int, max_batch: int, chunks: list[ChunkConfig]
+        self, bundle: Bundle, device: Device, layout: MemoryLayout, encoder_bytes: Callable[[int], int]
     ) -> None:
-        manifest = self._manifest = bundle.manifest
-        # numpy has no bfloat16; its bits are stored.
-        self._cache_dtype = np.dtype({"float32": "f4", "float16": "f2", "bfloat16": "u2"}[cache_dtype])
-        self._device = device
-        self._max_rows = -(-max_batch // 4) * 4
-        self._max_frames = max(chunk.frames for chunk in chunks)
-        self._max_samples = max(chunk.samples for chunk in chunks)
-        self._max_tokens = self._max_rows * self._max_frames * manifest.decoder.max_symbols
-        self.slot_bytes = {name: capacity * size for name, size in _sizes(self._slot_layout()).items()}
-        buffers = _sizes(self._step_layout())
-        buffers |= {"slot_automaton": capacity * _INT32.itemsize, "phrase_pool": PHRASE_POOL_BYTES}
-        self._check_memory(buffers, capacity, max_batch)
-
-        arrays = kernels.weights(bundle, cache_dtype) | kernels.start_state(bundle)
-        sizes = self.slot_bytes | buffers | {name: array.nbytes for name, array in arrays.items()}
+        self.layout, self._device = layout, device
+        arrays = kernels.weights(bundle, layout.cache_dtype) | kernels.start_state(bundle)
+        weights = {name: array.nbytes for name, array in arrays.items()}
         self.step = np.zeros(1, kernels.STEP)[0]
-        for name, size in sizes.items():
-            self.step[name] = device.allocate(size)
+        self._allocate(layout.slot_bytes() | layout.buffer_bytes() | weights, encoder_bytes)
         for name, array in arrays.items():
             self.write(name, array)
-        rows = (self._max_rows,)
+        capacity, rows = layout.capacity, (layout.max_rows,)
         self._inputs = _HostBuffers(
             device,
             {
                 "slots": (rows, _INT32),
                 "lengths": (rows, _INT32),
-                "audio": ((self._max_rows * self._max_samples,), _FLOAT32),
+                "audio": ((layout.max_rows * layout.max_samples,), _FLOAT32),
             },
         )
         self._outputs = _HostBuffers(
@@ -79,7 +68,7 @@ class Arena:
                 "undecided": ((1,), _INT32),
                 "padding": ((2,), _INT32),
                 "failed": (rows, _INT32),
-                "tokens": ((self._max_tokens,), kernels.TOKEN),
+                "tokens": ((layout.max_tokens,), kernels.TOKEN),
             },
         )
         resets = device.allocate_host(capacity * _INT32.itemsize)
@@ -87,79 +76,52 @@ class Arena:
         self.step["host_input"], self.step["host_input_bytes"] = self._inputs.address, self._inputs.nbytes
         self.step["host_output"], self.step["host_output_bytes"] = self._outputs.address, self._outputs.nbytes
         self.step["reset_slots"] = resets.ctypes.data
-        self.step["slots"], self.step["max_rows"] = capacity, self._max_rows
-        self.step["max_pairs"] = self._max_rows * self._max_frames
+        self.step["slots"], self.step["max_rows"] = capacity, layout.max_rows
+        self.step["max_pairs"] = layout.max_rows * layout.max_frames
         self.step["lstm_words"] = arrays["lstm_weight"].shape[1]
 
         self._phrases: dict[int, Boosting] = {}  # by slot
         self._pool: dict[bytes, tuple[int, int]] = {}  # by digest: first byte in the pool, and the end
         self._users: Counter[bytes] = Counter()  # by digest: slots that use the phrases
 
-    def _check_memory(self, buffers: Mapping[str, int], capacity: int, max_batch: int) -> None:
-        """Raise `BackendError` if slots and buffers do not fit in the device's free memory."""
-        slots, others = sum(self.slot_bytes.values()), sum(buffers.values()) + _RESERVED_BYTES
-        free = self._device.free_bytes
-        if slots + others <= free:
-            return
-        fit = (free - others) * capacity // slots
-        raise BackendError(
-            f"{capacity} streams in batches of {max_batch} need {(slots + others) / 1e9:.1f} GB of memory on "
-            f"{self._device.name}, {free / 1e9:.1f} GB are free; "
-            + (f"load the model with capacity={fit} or less." if fit > 0 else "choose a smaller max_batch.")
+    def _allocate(self, sizes: Mapping[str, int], encoder_bytes: Callable[[int], int]) -> None:
+        """Allocate the arrays if they, and then the encoders, fit in the device's free memory."""
+        layout, free = self.layout, self._device.free_bytes
+        encoders = encoder_bytes(layout.max_batch) + RESERVED_BYTES
+        needed = sum(sizes.values()) + encoders
+        if needed > free:
+            raise BackendError(
+                f"{layout.capacity} streams in batches of {layout.max_batch} need {needed / 1e9:.1f} GB of memory on "
+                f"{self._device.name}, {free / 1e9:.1f} GB are free; {self._remedy(free, encoder_bytes)}"
+            )
+        allocated = 0
+        for name, size in sizes.items():
+            try:
+                self.step[name] = self._device.allocate(size)
+            except OutOfMemory as error:
+                raise self._out_of_memory(error, allocated, encoder_bytes) from error
+            allocated += size
+
+    def out_of_memory(self, error: OutOfMemory, encoder_bytes: Callable[[int], int]) -> BackendError:
+        """Return the error for an allocation that failed after those of the arena, with a capacity that fits."""
+        return self._out_of_memory(error, self.layout.nbytes, lambda rows: max(error.size, encoder_bytes(rows)))
+
+    def _out_of_memory(self, error: OutOfMemory, allocated: int, encoder_bytes: Callable[[int], int]) -> BackendError:
+        layout, available = self.layout, allocated + self._device.free_bytes
+        return BackendError(
+            f"{error.size / 1e6:.1f} MB cannot be allocated on {self._device.name} for {layout.capacity} streams in "
+            f"batches of {layout.max_batch}; {self._remedy(available, encoder_bytes)}"
         )
 
-    def _slot_layout(self) -> Layout:
-        """Arrays of one slot."""
-        spec, net = self._manifest.encoder, self._manifest.decoder
-        ring = (spec.layers, spec.heads, spec.cache, spec.d_model // spec.heads)
-        return {
-            "k": (ring, self._cache_dtype),
-            "v": (ring, self._cache_dtype),
-            "conv": ((spec.layers, spec.d_model, spec.conv_cache), self._cache_dtype),
-            "mel_cache": ((spec.mel_cache, self._manifest.features.mels), _FLOAT32),
-            "tail": ((self._manifest.features.tail,), _FLOAT32),
-            "predicted": ((net.joint,), _FLOAT32),
-            "h": ((net.layers, net.hidden), _FLOAT32),
-            "c": ((net.layers, net.hidden), _FLOAT32),
-            "node": ((), _INT32),
-            "position": ((), _INT64),
-        }
-
-    def _step_layout(self) -> Layout:
-        """Buffers of a step besides the slots, for the largest batch and the longest chunk."""
-        manifest, rows, frames, cache = self._manifest, self._max_rows, self._max_frames, self._cache_dtype
-        spec, net, mels = manifest.encoder, manifest.decoder, manifest.features.mels
-        d_k, tiles = spec.d_model // spec.heads, kernels.tiles(net.vocabulary + 1)
-        ring = (spec.layers, rows, spec.heads, spec.cache, d_k)
-        new = (spec.layers, rows, spec.heads, frames, d_k)
-        conv = (spec.layers, rows, spec.d_model, spec.conv_cache)
-        words = ("slot", "length", "count", "failed", "frame", "end", "label_frame", "symbols", "label", "automaton")
-        return {
-            **{f"row_{word}": ((rows,), _INT32) for word in words},
-            "row_position": ((rows,), _INT64),
-            "row_valid": ((rows,), _INT64),
-            "waveform": ((rows, manifest.features.tail + self._max_samples), _FLOAT32),
-            "mel": ((rows, spec.subsampling * frames, mels), _FLOAT32),
-            "row_mel_cache": ((rows, spec.mel_cache, mels), _FLOAT32),
-            "mel_cache_next": ((rows, spec.mel_cache, mels), _FLOAT32),
-            "row_k": (ring, cache),
-            "row_v": (ring, cache),
-            "row_conv": (conv, cache),
-            "k_new": (new, cache),
-            "v_new": (new, cache),
-            "conv_next": (conv, cache),
-            "encoded": ((rows, frames, net.joint), _FLOAT32),
-            "control": ((len(kernels.CONTROL),), _INT32),
-            "list_rows": ((2, rows), _INT32),
-            "list_first": ((2, rows), _INT32),
-            "list_pairs": ((2, rows * frames), _INT32),
-            "partial": ((rows * frames, tiles, 4), _FLOAT32),
-            "boosted": ((rows * frames, tiles, 4), _FLOAT32),
-            "bias": ((rows, net.vocabulary), _FLOAT32),
-            "emitted": ((rows,), _INT32),
-            "h_next": ((rows, net.layers, net.hidden), _FLOAT32),
-            "tokens": ((self._max_tokens,), kernels.TOKEN),
-        }
+    def _remedy(self, available: int, encoder_bytes: Callable[[int], int]) -> str:
+        """Return how to fit in `available` bytes; the memory is known not to suffice for these options."""
+        layout, available = self.layout, available - RESERVED_BYTES
+        capacity = min(layout.largest_capacity(available - encoder_bytes(layout.max_batch)), layout.capacity - 1)
+        if capacity >= layout.max_batch:
+            return f"load the model with capacity={capacity} or less."
+        if capacity := layout.largest_single_batch(available, encoder_bytes):
+            return f"load the model with capacity={capacity} or less, or with max_batch below {capacity}."
+        return "free memory on this GPU, or use one with more."
 
     def read(self, name: str, array: NDArray[Any]) -> None:
         """Fill an array from the start of a device buffer, a field of `kernels.FIELDS`, when queued work is done."""
@@ -190,11 +152,10 @@ class Arena:
             "conv_next": "conv_next",
         }
         addresses = {name: int(step[field]) for name, field in fields.items()}
-        slot_bytes, layers = _sizes(self._slot_layout()), self._manifest.encoder.layers
-        slots = int(step["slots"] if in_place else step["rows"])
-        for name in _BY_LAYER:
-            start, layer_bytes = int(step[name if in_place else f"row_{name}"]), slots * slot_bytes[name] // layers
-            for layer in range(layers):
+        rows = int(step["slots"] if in_place else step["rows"])
+        for name in BY_LAYER:
+            start, layer_bytes = int(step[name if in_place else f"row_{name}"]), self.layout.layer_bytes(name, rows)
+            for layer in range(self.layout.manifest.encoder.layers):
                 addresses[f"{name}_cache.{layer}"] = start + layer * layer_bytes
         return addresses
 
@@ -280,7 +241,7 @@ class Arena:
 
     def save(self, slot: int) -> dict[str, NDArray[Any]]:
         """See `Backend.save`."""
-        state = {name: np.empty(shape, dtype) for name, (shape, dtype) in self._slot_layout().items()}
+        state = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.layout.slot().items()}
         for address, part in self._parts(slot, state):
             self._device.read(address, part)
         phrases = self._phrases.get(slot)
@@ -294,17 +255,22 @@ class Arena:
 
     def _parts(self, slot: int, state: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield the address and array of each contiguous part of a slot: one layer of a cache, or a whole array."""
-        slots = int(self.step["slots"])
-        for name in self._slot_layout():
-            for layer, part in enumerate(state[name] if name in _BY_LAYER else [state[name]]):
-                yield int(self.step[name]) + (layer * slots + slot) * part.nbytes, part
+        layout = self.layout
+        for name in layout.slot():
+            start = int(self.step[name])
+            if name in BY_LAYER:
+                layer_bytes = layout.layer_bytes(name, layout.capacity)
+                for layer, part in enumerate(state[name]):
+                    yield start + layer * layer_bytes + slot * part.nbytes, part
+            else:
+                yield start + slot * state[name].nbytes, state[name]
 
 
 class _HostBuffers:
     """Two host buffers of the same layout that kernels access; `arrays` are [2, *shape], one per buffer."""
 
     def __init__(self, device: Device, layout: Layout) -> None:
-        sizes = _sizes(layout)
+        sizes = array_bytes(layout)
         self.nbytes = sum(sizes.values())  # of one buffer
         memory = device.allocate_host(2 * self.nbytes)
         self.address = memory.ctypes.data
@@ -315,8 +281,3 @@ class _HostBuffers:
             end = begin + sizes[name]
             self.arrays[name] = buffers[:, begin:end].view(dtype).reshape(2, *shape)
             begin = end
-
-
-def _sizes(layout: Layout) -> dict[str, int]:
-    """Bytes of each array."""
-    return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}

@@ -32,10 +32,11 @@ from numpy.typing import NDArray
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.plans import missing_engine_error
-from nemostream.runtime.backends.base import Batch, Emissions, at_least_one
+from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH, Batch, Emissions, at_least_one
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.arena import Arena
-from nemostream.runtime.backends.gpu.device import Device, DeviceEvent
+from nemostream.runtime.backends.gpu.device import Device, DeviceEvent, OutOfMemory
+from nemostream.runtime.backends.gpu.memory import MemoryLayout
 from nemostream.runtime.decoding.boosting import Boosting
 
 Ints = NDArray[np.int64]
@@ -52,6 +53,10 @@ class StepEncoder(Protocol):
 
     cache_dtype: str  # type of the caches: "float32", "float16" or "bfloat16"
     capturable: bool  # whether the work of `bind` can be captured
+
+    def memory_bytes(self, rows: int) -> int:
+        """Return the device memory that `bind` allocates for batches of up to `rows`; an upper bound or an estimate."""
+        ...
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
         """Bind inputs and outputs for batches of `rows` and return a function that enqueues the encoder.
@@ -106,7 +111,7 @@ class GpuBackend:
             )
         self.manifest = bundle.manifest
         self.capacity = capacity
-        self.max_batch = min(max_batch or 64, capacity)
+        self.max_batch = min(max_batch or DEFAULT_MAX_BATCH, capacity)
         self.buckets = buckets(self.max_batch)
         self.device = device
         self._chunks = {ms: self.manifest.chunk(ms) for ms in encoders}
@@ -115,19 +120,19 @@ class GpuBackend:
         macros = kernels.macros(self.manifest, self.cache_dtype, conditional=loop == "while")
         device.make_current()
         self._kernels = device.kernels(macros, kernels.entries(self.manifest))
-        self.arena = Arena(bundle, device, self.cache_dtype, capacity, self.max_batch, list(self._chunks.values()))
+        layout = MemoryLayout(self.manifest, self.cache_dtype, capacity, self.max_batch, tuple(self._chunks.values()))
+        self.bytes_per_stream = layout.bytes_per_stream  # device memory of one slot
+        self.arena = Arena(bundle, device, layout, self._encoder_bytes)
         self._buffer_index = 0  # of the host buffers for the next step
         self._pending: list[_PendingStep | None] = [None, None]  # by buffer
         self._reset_event: DeviceEvent | None = None
         self.reset(np.arange(capacity))
         self._captured: dict[tuple[int, int, bool], _CapturedStep] = {}
         self.failures = self._kernels.failures[:]  # errors of preferred kernel variants and loops
-        self.loop = self._capture_all(loop)
-
-    @property
-    def bytes_per_stream(self) -> int:
-        """Device memory of one slot."""
-        return sum(self.arena.slot_bytes.values()) // self.capacity
+        try:
+            self.loop = self._capture_all(loop)
+        except OutOfMemory as error:
+            raise self.arena.out_of_memory(error, self._encoder_bytes) from error
 
     def reset(self, slots: Ints) -> None:
         self._finish_host_loops()
@@ -210,6 +215,10 @@ class GpuBackend:
             encoder.close()
         self.device.close()
 
+    def _encoder_bytes(self, rows: int) -> int:
+        """Return the memory that all encoders allocate for batches of up to `rows` rows."""
+        return sum(encoder.memory_bytes(rows) for encoder in self._encoders.values())
+
     def _launch_for_slot(self, entry: str, slot: int, automaton: int = -1) -> None:
         """Queue a kernel that changes one slot."""
         arguments = self.arena.step.copy()
@@ -261,6 +270,8 @@ class GpuBackend:
                     step.capture(kind)
                     self._captured[key] = step
                 return kind
+            except OutOfMemory:
+                raise
             except BackendError as error:
                 self.failures.append(f"{kind}: {error}")
                 if kind == LOOPS[-1]:

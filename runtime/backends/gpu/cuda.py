@@ -26,6 +26,7 @@ from nemostream.extras import install_command
 from nemostream.plans import cache_folder, check_private, make_private
 from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.backends.gpu import kernels
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 from nemostream.untrusted import MIB, read_regular
 
 _MIN_CUDA_CORE = (1, 2)
@@ -107,7 +108,10 @@ class CudaDevice:
             self._thread.current = True
 
     def allocate(self, size: int) -> int:
-        memory = self._call("cuMemAlloc", max(size, 16))
+        status, memory = self._driver.cuMemAlloc(max(size, 16))
+        if status.name == "CUDA_ERROR_OUT_OF_MEMORY":
+            raise OutOfMemory(size)
+        self._check("cuMemAlloc", status)
         self._memory.append(memory)
         self._call("cuMemsetD8Async", memory, 0, max(size, 16), self.stream)
         return int(memory)
@@ -269,9 +273,12 @@ class CudaDevice:
         Raises `BackendError` unless it succeeds.
         """
         status, *results = getattr(self._driver, function)(*arguments)
+        self._check(function, status)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _check(self, function: str, status: Any) -> None:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise _failure("the GPU failed", f"{function} returned {status.name}")
-        return results[0] if len(results) == 1 else tuple(results)
 
 
 class CudaGraph:

@@ -13,6 +13,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.errors import BackendError
+
+
+class OutOfMemory(BackendError):
+    """The device cannot allocate `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"the GPU is out of memory: {size / 1e6:.1f} MB cannot be allocated.")
+        self.size = size
+
 
 class Launchable(Protocol):
     """Captured work."""
@@ -60,7 +70,7 @@ class Device(Protocol):
         ...
 
     def allocate(self, size: int) -> int:
-        """Allocate zeroed device memory, freed by `close`."""
+        """Allocate zeroed device memory, aligned to 256 bytes, freed by `close`. Raises `OutOfMemory`."""
         ...
 
     def allocate_host(self, size: int) -> NDArray[np.uint8]:

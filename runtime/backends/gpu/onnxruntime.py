@@ -7,6 +7,7 @@ thread. Not yet run on a GPU: see `docs/gpu.md`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nemostream.bundle import Graph
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.gpu.cuda import CudaDevice
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 
 _BFLOAT16 = 16  # TensorProto.BFLOAT16; numpy has no such type
 _TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": _BFLOAT16}
@@ -35,12 +37,13 @@ def check_provider() -> None:
 class OrtCudaEncoder:
     """`StepEncoder` for the typed graph in `path`; `graph` is the bundle's graph, with the same names and shapes.
 
+    `row_bytes` is an estimate of the working memory per row (`memory.activation_bytes`).
     Raises `BackendError` if the installed ONNX Runtime has no CUDA provider or cannot load the graph.
     """
 
     capturable = False  # ONNX Runtime captures its own graph; captures do not nest
 
-    def __init__(self, path: Path, graph: Graph, cache_dtype: str, device: CudaDevice) -> None:
+    def __init__(self, path: Path, graph: Graph, cache_dtype: str, device: CudaDevice, row_bytes: int) -> None:
         check_provider()
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA libraries from Python packages
@@ -60,7 +63,11 @@ class OrtCudaEncoder:
             raise BackendError(
                 f"ONNX Runtime's CUDA provider does not work on {device.name}; run `nemostream doctor` for details."
             )
+        self._row_bytes = row_bytes
         self._bindings = 0  # each has a CUDA graph of its own
+
+    def memory_bytes(self, rows: int) -> int:
+        return 2 * rows * self._row_bytes  # ONNX Runtime doubles its memory whenever it grows
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         binding = self._session.io_binding()
@@ -81,6 +88,8 @@ class OrtCudaEncoder:
             try:
                 self._session.run_with_iobinding(binding, options)
             except Exception as error:  # ONNX Runtime has its own exceptions
+                if size := re.search(r"Failed to allocate memory for requested buffer of size (\d+)", str(error)):
+                    raise OutOfMemory(int(size[1])) from error
                 raise BackendError(f"ONNX Runtime failed in {self._path}: {error}") from error
 
         return enqueue

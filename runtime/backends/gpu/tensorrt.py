@@ -45,6 +45,16 @@ class TrtEncoder:
         self._contexts: list[Any] = []
         self._memory, self._memory_bytes = 0, 0
 
+    def memory_bytes(self, rows: int) -> int:
+        engine = self._engine
+        # The size of a profile is that of its largest batch, so it is an upper bound.
+        sizes = [
+            int(engine.get_device_memory_size_for_profile_v2(profile))
+            for profile in range(engine.num_optimization_profiles)
+            if engine.get_tensor_profile_shape("mel", profile)[0][0] <= rows
+        ]
+        return max(sizes, default=0) + 2 * _ALIGNMENT
+
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         trt, engine = self._trt, self._engine
         # Each binding has its own context, because a captured context must not change. All contexts share their

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -80,8 +81,28 @@ app.command(rich_help_panel=_MODELS)(models.info)
 
 
 @app.command(rich_help_panel=_MACHINE)
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE", help="With --plan: the model bundle. Default: the sizes of the published 0.6B model."
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Compute how many streams fit in the memory of a GPU. Nothing is run on it.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --plan: a GPU, such as h100-80gb. Default: the GPU of this machine.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show which backends work on this machine and how to install the others."""
+    if plan:
+        from nemostream.cli.gpu_memory import print_plan
+
+        return print_plan(bundle, gpu, as_json)
+    if bundle is not None or gpu is not None:
+        raise OptionError("BUNDLE and --gpu need --plan.")
     from nemostream.cli.doctor import check_machine
 
     if not check_machine(as_json):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket as sockets
@@ -50,7 +51,30 @@ def test_configuration_matches_tritons_schema(repository: Path) -> None:
         "END": control.CONTROL_SEQUENCE_END,
     }
     assert parsed.sequence_batching.oldest.max_candidate_sequences == 256
-    assert set(parsed.parameters) == {"chunk_ms", "device", "precision", "engines", "threads"}
+    assert set(parsed.parameters) == {"chunk_ms", "device", "precision", "engines", "threads", "max_batch"}
+
+
+@pytest.mark.parametrize(("written", "passed"), [("", None), ("128", 128)])
+def test_max_batch(repository: Path, monkeypatch: pytest.MonkeyPatch, written: str, passed: int | None) -> None:
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as schema
+
+    from nemostream.serving.integrations.triton import TritonPythonModel
+
+    (config,) = repository.glob("*/config.pbtxt")
+    parsed = text_format.Parse(config.read_text(), schema.ModelConfig())
+    parameters = {name: {"string_value": value.string_value} for name, value in parsed.parameters.items()}
+    parameters["max_batch"]["string_value"] = written
+    loaded: list[Any] = []
+    monkeypatch.setattr(nemostream, "load", lambda *args, **options: loaded.append(options["max_batch"]))
+    TritonPythonModel().initialize(
+        {
+            "model_config": json.dumps({"parameters": parameters, "max_batch_size": parsed.max_batch_size}),
+            "model_version": "1",
+            "model_repository": str(config.parent),
+        }
+    )
+    assert loaded == [passed]
 
 
 def test_model_file_has_a_working_install_command(repository: Path) -> None:

@@ -22,6 +22,7 @@ from nemostream.runtime.decoding.greedy import ALPHA
 SOURCES = ("tile.cu", "features.cu", "slots.cu", "boosting.cu", "greedy.cu")
 BLOCK = 256  # threads per block of every kernel
 TILE_ROWS, TILE_COLUMNS = 16, 32
+ALIGNMENT = 256  # bytes, of the address of every encoder input and output; required by TensorRT
 GATHER_BLOCKS = 8  # blocks that share one row and layer in `gather` (grid z)
 MATMUL_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # the macro MATMUL_TYPE, by `cache_dtype`
 
@@ -50,9 +51,9 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("long long", "host_input_bytes"),  # of one buffer
     ("long long", "host_output_bytes"),
     # -- slots
-    ("char*", "k"),  # [L, S, heads, C, d_k]
+    ("char*", "k"),  # [L, S, heads, C, d_k], each layer padded to a multiple of ALIGNMENT bytes
     ("char*", "v"),
-    ("char*", "conv"),  # [L, S, D, K]
+    ("char*", "conv"),  # [L, S, D, K], padded
     ("float*", "mel_cache"),  # [S, 9, M]
     ("float*", "tail"),  # [S, tail]
     ("float*", "predicted"),  # [S, J]
@@ -97,9 +98,9 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("float*", "mel"),  # [B, 8T, M]
     ("float*", "row_mel_cache"),  # [B, 9, M]
     ("float*", "mel_cache_next"),
-    ("char*", "row_k"),  # [L, B, heads, C, d_k], gathered
+    ("char*", "row_k"),  # [L, B, heads, C, d_k], gathered, padded like the slots
     ("char*", "row_v"),
-    ("char*", "row_conv"),  # [L, B, D, K]
+    ("char*", "row_conv"),  # [L, B, D, K], padded
     ("const char*", "k_new"),  # [L, B, heads, T, d_k]
     ("const char*", "v_new"),
     ("const char*", "conv_next"),  # [L, B, D, K]
@@ -133,7 +134,7 @@ def source() -> str:
         "#define isfinite(x) (fabsf(x) < __uint_as_float(0x7f800000u))\n"
         "#define isnan(x) ((x) != (x))\n"
         "#endif\n"
-        f"#define BLOCK {BLOCK}\n#define GATHER_BLOCKS {GATHER_BLOCKS}\n"
+        f"#define BLOCK {BLOCK}\n#define GATHER_BLOCKS {GATHER_BLOCKS}\n#define ALIGNMENT {ALIGNMENT}\n"
         f"#define TILE_ROWS {TILE_ROWS}\n#define TILE_COLUMNS {TILE_COLUMNS}\n"
         f"#define ALPHA {ALPHA}f\n#define MAX_PHRASE_TOKENS {MAX_TOKENS}\n"
         f"enum {{ {', '.join(CONTROL)} }};\n"

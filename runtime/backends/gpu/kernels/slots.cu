@@ -1,8 +1,9 @@
 // Reading a step's input from the slots of its streams, and writing the new state back.
 //
 // Slot arrays are layer first, [L, slots, ...]: adjacent slots form a batch of a layer's cache, which the encoder can
-// read directly if row b is slot b (`in_place`). Otherwise `gather` copies the rows into contiguous buffers. A row
-// whose slot is -1 is idle: the encoder computes it, but nothing is written back and no token is emitted.
+// read directly if row b is slot b (`in_place`). Otherwise `gather` copies the rows into contiguous buffers. Each layer
+// is an input of the encoder, so layers are padded to ALIGNMENT bytes. A row whose slot is -1 is idle: the encoder
+// computes it, but nothing is written back and no token is emitted.
 
 #define D_K (D_MODEL / HEADS)
 #define RING_BYTES (HEADS * CACHE * D_K * CACHE_ITEMSIZE)  // K or V of one layer and slot
@@ -19,6 +20,12 @@ static __device__ __forceinline__ long long encoder_frames(long long samples) {
   if (frames == 0) return 0;
   for (int factor = SUBSAMPLING; factor > 1; factor /= 2) frames = frames / 2 + 1;
   return frames;
+}
+
+// Byte offset of a row of `bytes` bytes in one layer of an array of `rows` rows per layer.
+static __device__ __forceinline__ long long offset_of(int layer, int row, int rows, int bytes) {
+  const long long layer_bytes = ((long long)rows * bytes + ALIGNMENT - 1) & -(long long)ALIGNMENT;
+  return layer * layer_bytes + (long long)row * bytes;
 }
 
 static __device__ __forceinline__ void copy_bytes(char* to, const char* from, int bytes, int first, int stride) {
@@ -65,10 +72,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) gather(const Step s) {
     for (int i = first; i < MEL_CACHE; i += stride)
       s.row_mel_cache[(long long)row * MEL_CACHE + i] = s.mel_cache[(long long)slot * MEL_CACHE + i];
   if (s.in_place) return;
-  const long long from = layer * s.slots + slot, to = (long long)layer * s.rows + row;
-  copy_bytes(s.row_k + to * RING_BYTES, s.k + from * RING_BYTES, RING_BYTES, first, stride);
-  copy_bytes(s.row_v + to * RING_BYTES, s.v + from * RING_BYTES, RING_BYTES, first, stride);
-  copy_bytes(s.row_conv + to * CONV_BYTES, s.conv + from * CONV_BYTES, CONV_BYTES, first, stride);
+  const long long ring_from = offset_of(layer, slot, s.slots, RING_BYTES);
+  const long long ring_to = offset_of(layer, row, s.rows, RING_BYTES);
+  copy_bytes(s.row_k + ring_to, s.k + ring_from, RING_BYTES, first, stride);
+  copy_bytes(s.row_v + ring_to, s.v + ring_from, RING_BYTES, first, stride);
+  const long long conv_from = offset_of(layer, slot, s.slots, CONV_BYTES);
+  const long long conv_to = offset_of(layer, row, s.rows, CONV_BYTES);
+  copy_bytes(s.row_conv + conv_to, s.conv + conv_from, CONV_BYTES, first, stride);
 }
 
 // Write the new state to the slots: T rows of K and V into the rings, convolution and mel caches, audio tail,
@@ -76,17 +86,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK) gather(const Step s) {
 extern "C" __global__ void __launch_bounds__(BLOCK) scatter(const Step s) {
   const int row = blockIdx.x, layer = blockIdx.y, thread = threadIdx.x, slot = s.row_slot[row];
   if (slot < 0) return;
-  const long long position = s.row_position[row], index = layer * s.slots + slot;
+  const long long position = s.row_position[row], ring = offset_of(layer, slot, s.slots, RING_BYTES);
   const long long from = (long long)layer * s.rows + row;
   const int line = D_K * CACHE_ITEMSIZE, frames = s.frames;  // bytes of one frame of one head
   for (int i = thread; i < HEADS * frames * line / 16; i += BLOCK) {
     const int byte = i * 16, head = byte / (frames * line), frame = byte / line % frames, rest = byte % line;
-    const long long to = index * RING_BYTES + ((long long)head * CACHE + (position + frame) % CACHE) * line + rest;
+    const long long to = ring + ((long long)head * CACHE + (position + frame) % CACHE) * line + rest;
     const long long source = from * HEADS * frames * line + byte;
     *reinterpret_cast<uint4*>(s.k + to) = *reinterpret_cast<const uint4*>(s.k_new + source);
     *reinterpret_cast<uint4*>(s.v + to) = *reinterpret_cast<const uint4*>(s.v_new + source);
   }
-  copy_bytes(s.conv + index * CONV_BYTES, s.conv_next + from * CONV_BYTES, CONV_BYTES, thread, BLOCK);
+  copy_bytes(
+      s.conv + offset_of(layer, slot, s.slots, CONV_BYTES), s.conv_next + from * CONV_BYTES, CONV_BYTES, thread, BLOCK);
   if (layer) return;
   for (int i = thread; i < MEL_CACHE; i += BLOCK)
     s.mel_cache[(long long)slot * MEL_CACHE + i] = s.mel_cache_next[(long long)row * MEL_CACHE + i];
@@ -112,14 +123,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK) reset_decoder(const Step s) 
 // Reset the slots in `reset_slots` to the initial state. Grid (slots to reset, L), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) reset(const Step s) {
   const int slot = s.reset_slots[blockIdx.x], layer = blockIdx.y, thread = threadIdx.x;
-  const long long index = layer * s.slots + slot;
+  const long long ring = offset_of(layer, slot, s.slots, RING_BYTES);
+  const long long conv = offset_of(layer, slot, s.slots, CONV_BYTES);
   const uint4 zero = make_uint4(0, 0, 0, 0);
   // K and V are masked until written, but a masked NaN would still propagate.
   for (int i = thread; i < RING_BYTES / 16; i += BLOCK) {
-    reinterpret_cast<uint4*>(s.k + index * RING_BYTES)[i] = zero;
-    reinterpret_cast<uint4*>(s.v + index * RING_BYTES)[i] = zero;
+    reinterpret_cast<uint4*>(s.k + ring)[i] = zero;
+    reinterpret_cast<uint4*>(s.v + ring)[i] = zero;
   }
-  for (int i = thread; i < CONV_BYTES / 16; i += BLOCK) reinterpret_cast<uint4*>(s.conv + index * CONV_BYTES)[i] = zero;
+  for (int i = thread; i < CONV_BYTES / 16; i += BLOCK) reinterpret_cast<uint4*>(s.conv + conv)[i] = zero;
   if (layer) return;
   for (int i = thread; i < MEL_CACHE; i += BLOCK) s.mel_cache[(long long)slot * MEL_CACHE + i] = 0.0f;
   for (int i = thread; i < TAIL; i += BLOCK) s.tail[(long long)slot * TAIL + i] = 0.0f;

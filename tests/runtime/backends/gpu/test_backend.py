@@ -319,7 +319,7 @@ def state_of(backend: GpuBackend) -> list[bytes]:
     """Return all bytes of each slot."""
     memory, found = backend.arena, [b""] * backend.capacity
     layers = backend.manifest.encoder.layers
-    for name, size in memory.slot_bytes.items():
+    for name, size in memory.layout.slot_bytes().items():
         array = np.empty(size, np.uint8)
         memory.read(name, array)
         outer = layers if name in ("k", "v", "conv") else 1
@@ -381,7 +381,7 @@ def test_memory_per_stream_and_capacity_limit(demo_bundle: Bundle) -> None:
     make_backend(demo_bundle, [80], HostDevice(free_bytes=limit), capacity=fit, max_batch=2).close()
     with pytest.raises(BackendError, match="capacity="):
         make_backend(demo_bundle, [80], HostDevice(free_bytes=limit), capacity=fit + 1, max_batch=2)
-    with pytest.raises(BackendError, match="choose a smaller max_batch"):
+    with pytest.raises(BackendError, match="free memory on this GPU, or use one with more"):
         make_backend(demo_bundle, [80], HostDevice(free_bytes=1 << 20), capacity=4)
 
 

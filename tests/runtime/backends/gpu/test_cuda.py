@@ -19,6 +19,7 @@ from nemostream.bundle import Bundle
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.gpu import cuda, kernels
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 
 PTXAS = shutil.which("ptxas")
 
@@ -273,6 +274,21 @@ def test_every_kernel_is_loaded_before_a_capture(version: int, monkeypatch: pyte
     functions = [("cuModuleGetFunction", module, b"begin"), ("cuModuleGetFunction", module, b"join")]
     loads = [("cuFuncLoad", (module, b"begin")), ("cuFuncLoad", (module, b"join"))]
     assert found == functions + (loads if version >= 12040 else [])
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is distinguished from other errors, because a smaller capacity is a remedy."""
+    failing = {"cuMemAlloc": SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY")}
+    driver = Driver()
+    monkeypatch.setattr(driver, "cuMemAlloc", lambda size: (failing["cuMemAlloc"], None), raising=False)
+    device = make_device(monkeypatch, driver)
+    with pytest.raises(OutOfMemory, match=r"3\.0 MB cannot be allocated") as raised:
+        device.allocate(3_000_000)
+    assert raised.value.size == 3_000_000
+    failing["cuMemAlloc"] = ERROR
+    with pytest.raises(BackendError, match="cuMemAlloc returned CUDA_ERROR_INVALID_VALUE") as other:
+        device.allocate(3_000_000)
+    assert not isinstance(other.value, OutOfMemory)
 
 
 @pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncLoad"])

@@ -18,6 +18,7 @@ from host_device import HostDevice
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
+from nemostream.runtime.backends.gpu.device import OutOfMemory
 from nemostream.runtime.backends.gpu.onnxruntime import OrtCudaEncoder
 from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
@@ -76,6 +77,9 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         smallest, largest = PROFILES[profile]
         return [(rows, 56, 128) for rows in (smallest, largest, largest)]
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return [70_000, 64_000][profile]
 
     def create_runtime_config(self) -> Any:
         return types.SimpleNamespace(set_execution_context_allocation_strategy=self.strategies.append)
@@ -152,6 +156,19 @@ def test_tensorrt_binding(library: Any, engine_file: Path) -> None:
         small()
 
 
+def test_tensorrt_memory(library: Any, engine_file: Path) -> None:
+    """A bound for all batches up to a size; a profile for small batches may need more than that for large ones."""
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
+    for rows in (1, 8, 9, 64):
+        assert 70_000 <= encoder.memory_bytes(rows) <= 71_000
+    assert not library.engine.contexts
+    device = Device()
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", device)
+    encoder.bind(64, ADDRESSES)
+    encoder.bind(3, ADDRESSES)
+    assert sum(map(len, device.arrays.values())) <= encoder.memory_bytes(64)
+
+
 def test_invalid_engines(library: Any, engine_file: Path) -> None:
     encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Device())
     with pytest.raises(BackendError, match=r"not built for batches of 65; build it with a larger --max-batch"):
@@ -175,7 +192,7 @@ def test_onnxruntime_without_cuda(demo_bundle: Bundle, monkeypatch: pytest.Monke
     graph = demo_bundle.manifest.graphs["encoder-80ms"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=re.escape(f"has no CUDA provider: {install_command('cuda')}")):
-        OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "float32", Device())
+        OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "float32", Device(), 1000)
 
 
 def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,14 +220,17 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
 
         def run_with_iobinding(self, binding: Binding, options: Any) -> None:
             entries = ("gpu_graph_id", "disable_synchronize_execution_providers")
+            if calls.get("error"):
+                raise RuntimeError(calls["error"])
             calls["runs"].append(tuple(options.get_run_config_entry(name) for name in entries))
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     graph = demo_bundle.manifest.graphs["encoder-80ms"]
-    encoder = OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device())
+    encoder = OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device(), 1000)
     assert not encoder.capturable
+    assert encoder.memory_bytes(64) >= 64 * 1000
     layers = demo_bundle.manifest.encoder.layers
     names = [tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.name != "encoded"]
     addresses = {name: 64 * index for index, name in enumerate(names)}
@@ -228,3 +248,10 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     assert calls["in"]["k_cache.5"] == ("cuda", 0, 16, (1, 4, 70, 32), addresses["k_cache.5"])  # TensorProto.BFLOAT16
     assert calls["out"]["k_new"] == ("cuda", 0, 16, (layers, 1, 4, 1, 32), addresses["k_new"])
     assert calls["out"]["encoded_joint"][2] == np.float32
+    calls["error"] = "Non-zero status code: Failed to allocate memory for requested buffer of size 5000"
+    with pytest.raises(OutOfMemory) as raised:
+        first()
+    assert raised.value.size == 5000
+    calls["error"] = "an illegal memory access was encountered"
+    with pytest.raises(BackendError, match="illegal memory access"):
+        first()

@@ -137,6 +137,9 @@ class GivenFrames:
         self.device, self.cache_dtype, self.capturable = device, cache_dtype, isinstance(device, HostDevice)
         self.frames = np.zeros((0, CHUNK.frames, JOINT), np.float32)
 
+    def memory_bytes(self, rows: int) -> int:
+        return 0
+
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         if not self.capturable:
             return lambda: self.device.write(addresses["encoded_joint"], self.frames[:rows])
