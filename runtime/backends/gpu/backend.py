@@ -265,7 +265,9 @@ class GpuBackend:
                 self.failures.append(f"{kind}: {error}")
                 if kind == LOOPS[-1]:
                     reasons = " ".join(self.failures)
-                    raise BackendError(f"no step can be run on {self.device.name}: {reasons}") from error
+                    raise BackendError(
+                        f"no step can be run on {self.device.name}: {reasons} Run `nemostream doctor` for details."
+                    ) from error
         raise AssertionError("the last kind either works or raises")
 
     def _bind_step(self, chunk_ms: int, rows: int, in_place: bool) -> _CapturedStep:

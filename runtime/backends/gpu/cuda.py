@@ -325,7 +325,10 @@ class CudaKernels:
             except BackendError as error:
                 self.failures.append(f"{kind}{' with conditions' if conditional else ''}: {error}")
         else:
-            raise BackendError(f"no variant of the kernels can be loaded: {' '.join(self.failures)}")
+            raise BackendError(
+                f"no variant of the kernels can be loaded: {' '.join(self.failures)} Update the NVIDIA driver, or run "
+                "`nemostream doctor` for details."
+            )
         self.conditional = conditional
         self.format = kind  # for reports
 

@@ -88,6 +88,7 @@ class Driver:
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
     CUevent_flags = SimpleNamespace(CU_EVENT_BLOCKING_SYNC=1, CU_EVENT_DISABLE_TIMING=2)
+    CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUstreamCaptureStatus = SimpleNamespace(
         CU_STREAM_CAPTURE_STATUS_ACTIVE="active", CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated"
     )
@@ -293,7 +294,8 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
     assert (loaded.format, loaded.conditional, len(loaded.failures)) == ("cubin", False, 2)
     wanted = "unresolved external symbol." if where == "compile" else f"{where} returned CUDA_ERROR_INVALID_VALUE."
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
-    with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: "):
+    message = r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: .* Update the NVIDIA driver"
+    with pytest.raises(BackendError, match=message):
         make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData")).kernels({"CONDITIONAL": 1}, ())
 
 
@@ -349,7 +351,7 @@ def test_errors_name_a_remedy(error: str, remedy: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(ERROR, "name", error)
     event = device.record_event()
     device._driver.fails = lambda *_: True
-    for call, function in ((lambda: device.allocate(100), "cuMemAlloc"), (event.wait, "cuEventSynchronize")):
+    for call, function in ((lambda: device.allocate_host(100), "cuMemHostAlloc"), (event.wait, "cuEventSynchronize")):
         with pytest.raises(BackendError, match=f"the GPU failed: {function} returned {error}(; )?{remedy}"):
             call()
 
