@@ -89,6 +89,7 @@ class Driver:
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
     CUevent_flags = SimpleNamespace(CU_EVENT_BLOCKING_SYNC=1, CU_EVENT_DISABLE_TIMING=2)
+    CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUstreamCaptureStatus = SimpleNamespace(
         CU_STREAM_CAPTURE_STATUS_ACTIVE="active", CU_STREAM_CAPTURE_STATUS_INVALIDATED="invalidated"
     )
