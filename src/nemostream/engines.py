@@ -151,7 +151,8 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
         else:
             from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
-            encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cache_dtype, device)
+            library = recipe.backend.replace("-", "_")
+            encoders[ms] = TrtEncoder(plan.path, plan.files[0].sha256, library, recipe.cache_dtype, device)
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
 
 
@@ -241,22 +242,21 @@ def _tensorrt_builder(
     from nemostream.engine import precision as graphs
     from nemostream.engine.tensorrt import TensorRT
 
-    library = TensorRT()
-    # Only TensorRT for RTX builds for a GPU that is not present. `target` may also name the GPU of this machine.
-    local_gpu = _gpu_here() if target is None or target not in library.targets() else ""
-    if target is None and not local_gpu:
+    local_gpu = _gpu_here()
+    architecture = target or local_gpu
+    if not architecture:
         raise BackendError(
             "there is no NVIDIA GPU to build for: name one with --target (sm89), build for this CPU with --backend "
             "onnxruntime --precision int8, or run `nemostream doctor` to see what the GPU of this machine lacks."
         )
-    remote_gpu = None if target in (None, local_gpu) else target
+    library = TensorRT(architecture, present=architecture == local_gpu)
     recipe = Recipe.of(
         bundle,
         chunk.ms,
         backend=library.name,
         library=library.version,
         precision=precision,
-        device=f"{target or local_gpu}{note}",
+        device=f"{architecture}{note}",
         max_batch=max_batch,
         cache_dtype=graphs.CACHE_DTYPES[precision],
     )
@@ -267,12 +267,12 @@ def _tensorrt_builder(
         graph, weights = graphs.write_typed(bundle, chunk, precision, ranges, folder, recipe.stem)
         timings = store.folder / f"timings-{library.name}-{library.version}-{recipe.device}.cache"
         engine = folder / f"{recipe.stem}.engine"
-        engine.write_bytes(library.build(graph, remote_gpu, max_batch, timings, progress))
+        engine.write_bytes(library.build(graph, max_batch, timings, progress))
         graph.unlink()
         weights.unlink()
         return [engine]
 
-    return _Builder(recipe, build, runs_here=target is None)
+    return _Builder(recipe, build, runs_here=library.present)
 
 
 def _measure_ranges(bundle: Bundle, chunk: ChunkConfig, progress: Progress) -> dict[str, float]:
