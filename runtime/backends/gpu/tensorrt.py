@@ -180,8 +180,8 @@ class _CompiledKernels:
 
     _MAX_BYTES = 512 * MIB
 
-    def __init__(self, engine: Path, library: str, sha256: str, device: CudaDevice) -> None:
-        self._path = engine.with_suffix(".kernels")
+    def __init__(self, path: Path, library: str, sha256: str, device: CudaDevice) -> None:
+        self._path = path.with_suffix(".kernels")
         self._key = "\0".join([library, sha256, device.architecture, device.name, ""]).encode()
         self._cache: Any = None
         self._stored = b""
