@@ -33,6 +33,11 @@ _PRECISIONS = {
     ("onnxruntime", "cuda"): ("fp32", "fp16", "bf16"),
 }
 
+# Batches in the validation of an engine for a CPU, which has the same kernels for all sizes.
+_CPU_BATCHES = (2, 9)
+# Largest batch in the validation of an engine that was built without a limit.
+_MAX_VALIDATED_BATCH = 64
+
 
 def build_engine(
     bundle: Bundle,
@@ -152,7 +157,7 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
             from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
             library = recipe.backend.replace("-", "_")
-            encoders[ms] = TrtEncoder(plan.path, plan.files[0].sha256, library, recipe.cache_dtype, device)
+            encoders[ms] = TrtEncoder(plan.path, library, recipe.cache_dtype, device, plan.files[0].sha256)
     return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
 
 
@@ -306,11 +311,18 @@ def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress
     plans = {chunk.ms: plan}
     candidate: Any
     if plan.recipe.device == "cpu":
-        candidate = OrtBackend(bundle, capacity=2, plans=plans)
+        batches: tuple[int, ...] = _CPU_BATCHES
+        candidate = OrtBackend(bundle, capacity=max(batches), plans=plans)
     else:
+        from nemostream.engine.tensorrt import profiles
+        from nemostream.runtime.backends.gpu.backend import buckets
         from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
-        candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
+        max_batch = plan.recipe.max_batch or _MAX_VALIDATED_BATCH
+        # Every batch size for which steps are captured, and both ends of every optimisation profile.
+        ends = {end for profile in profiles(max_batch) for end in profile}
+        batches = tuple(sorted({*buckets(max_batch), *ends} - {1}))
+        candidate = open_gpu(bundle, CudaDevice(), plans, max(2, max_batch), max_batch)
     try:
         return validate_engine(
             bundle.manifest,
@@ -320,6 +332,7 @@ def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress
             reference,
             speech(bundle.manifest),
             lambda share: progress("comparison with fp32", share),
+            batches,
         )
     finally:
         candidate.close()

@@ -30,11 +30,11 @@ _REBUILD = "build it again with `nemostream build` on this machine"
 class TrtEncoder:
     """`StepEncoder` for the engine in `path`, built for this GPU by `library` ("tensorrt" or "tensorrt_rtx").
 
-    `sha256` is the hash of the engine, `cache_dtype` the type of its caches. Raises `BackendError` if the library is
+    `cache_dtype` is the type of its caches, `sha256` the hash of the engine. Raises `BackendError` if the library is
     missing or cannot load the engine.
     """
 
-    def __init__(self, path: Path, sha256: str, library: str, cache_dtype: str, device: CudaDevice) -> None:
+    def __init__(self, path: Path, library: str, cache_dtype: str, device: CudaDevice, sha256: str) -> None:
         try:
             trt = self._trt = import_module(library)
         except ImportError as error:
