@@ -231,8 +231,8 @@ def test_validation(precision: str, fault: dict[str, Any], message: str | None, 
     [
         (None, None),
         (other_kernels, None),
-        (wrong_above_8, r"a cosine similarity of .* with fp32 in row 8 of a batch of 9, step \d"),
-        (nan_in_row_5, "not finite in row 5 of a batch of 8, step 1"),
+        (wrong_above_8, r"a cosine similarity of .* with fp32 in step \d, row 8 of a batch of 9, at least 0.998"),
+        (nan_in_row_5, "not finite in step 1, row 5 of a batch of 8;"),
         (leaking, r"in row [036] of a batch of 8 changes by \S+ % if the other rows have other audio; at most 0.5 %"),
     ],
 )
@@ -257,12 +257,12 @@ def test_validation_of_batches(
         return
     figures = validate([8, 9])
     assert shares == sorted(shares) and shares[-1] == 1
-    assert (figures["rows"], figures["steps"], figures["neighbour_difference"]) == (9, alone["steps"], 0)
+    assert (figures["rows"], figures["neighbour_difference"]) == (9, 0)
+    assert {name: figures[name] for name in alone} == alone
     if fault:
         assert figures["batch_difference"] == pytest.approx(0.02, rel=0.01)
-        assert 0.999 < figures["cosine"] < 0.9999
     else:
-        assert figures["batch_difference"] < 1e-4 and figures["cosine"] > 0.999999
+        assert figures["batch_difference"] < 1e-4
 
 
 def test_validation_of_more_rows_than_streams(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_validation_of_more_rows_than_streams(demo_bundle: Bundle, monkeypatch: 
     figures = validate_engine(manifest, manifest.chunk(160), "fp16", candidate, *arguments)
     assert figures["rows"] == 8 and figures["cosine"] > 0.999999
     faulty: Any = FaultyBackend(candidate, encode=swapped)
-    with pytest.raises(EngineValidationError, match=r"in row 7 of a batch of 8, step \d"):
+    with pytest.raises(EngineValidationError, match=r"in step \d, row 7 of a batch of 8"):
         validate_engine(manifest, manifest.chunk(160), "fp16", faulty, *arguments)
 
 
@@ -296,7 +296,7 @@ def test_engine_with_wrong_rows_is_not_stored(
         return (wrong_above_8(encoded.copy()) if self._plans else encoded), counts
 
     monkeypatch.setattr(OrtBackend, "encode", faulty)
-    with pytest.raises(EngineValidationError, match="in row 8 of a batch of 9"):
+    with pytest.raises(EngineValidationError, match="row 8 of a batch of 9"):
         build_engine(demo_bundle, demo_bundle.manifest.chunk(160), "int8", PlanStore(tmp_path), backend="onnxruntime")
     assert PlanStore(tmp_path).all() == []
 
