@@ -66,10 +66,20 @@ def test_builds(
     """Without memory allocation at run time: the build fails if an engine could not be captured."""
     graph, weights = write_typed(demo_bundle, demo_bundle.manifest.chunk(ms), precision, ranges, tmp_path, "test")
     progress: list[tuple[str, float]] = []
-    engine = library.build(graph, 4, progress=lambda what, share: progress.append((what, share)))
+    timings = tmp_path / "timings.cache"
+    engine = library.build(graph, 4, timings, lambda what, share: progress.append((what, share)))
+    assert not timings.exists()  # TensorRT for RTX does not time kernels
     assert networks == [{"user_allocation": True, "capability": trt.ComputeCapability.SM89, "profiles": 1}]
     assert len(engine) > weights.stat().st_size // 2  # it contains the weights
     assert progress and all(0 <= share <= 1 for _, share in progress)
+
+
+def test_builds_several_profiles(
+    library: TensorRT, networks: list[dict[str, Any]], demo_bundle: Bundle, tmp_path: Path
+) -> None:
+    graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
+    assert library.build(graph, 9)
+    assert [(network["profiles"], network["user_allocation"]) for network in networks] == [(2, True)]
 
 
 def test_supported_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,11 +144,9 @@ def test_errors_of_the_library(library: TensorRT, tmp_path: Path, monkeypatch: p
 
 
 def test_timing_cache(library: TensorRT, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only TensorRT has one; TensorRT for RTX still accepts the same calls."""
+    """Only TensorRT has one; TensorRT for RTX still accepts its calls."""
     graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
     timings = tmp_path / "timings.cache"
-    library.build(graph, 1, timings)
-    assert not timings.exists()
     monkeypatch.setattr(library, "name", "tensorrt")
     library.build(graph, 1, timings)
     assert timings.read_bytes()
