@@ -57,6 +57,10 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
         assert plan.validation["steps"] >= MIN_STEPS
         assert MIN_COSINE["int8"] <= plan.validation["cosine"] < 1
         assert plan.validation["tokens"] > 5
+        assert plan.validation["rows"] == 9
+        # With a scale per frame, the rows of a batch are independent, though other kernels may run than for one row.
+        assert plan.validation["neighbour_difference"] == 0 <= plan.validation["batch_difference"] < 0.05
+    assert err.count("; batches of up to 9 rows ") == 4
     for ms in (80, 560):
         with (
             nemostream.load(chunk_ms=ms, threads=1) as wanted,
@@ -139,6 +143,34 @@ def other_tokens(emissions: Any) -> None:
         row ^= 1
 
 
+def wrong_above_8(encoded: np.ndarray) -> np.ndarray:
+    """Give row 8 and those after it the output of other rows."""
+    encoded[8:] = encoded[: len(encoded[8:])]
+    return encoded
+
+
+def nan_in_row_5(encoded: np.ndarray) -> np.ndarray:
+    encoded[5:6] = np.nan
+    return encoded
+
+
+def leaking(encoded: np.ndarray) -> np.ndarray:
+    """Add 3 % of the row before: not enough to fail the comparison with fp32."""
+    return encoded + 0.03 * np.roll(encoded, 1, axis=0) * (len(encoded) > 1)
+
+
+def other_kernels(encoded: np.ndarray) -> np.ndarray:
+    """Change every row of a batch by 2 %, whatever the other rows are."""
+    return rotated_by(encoded, 0.02) if len(encoded) > 1 else encoded
+
+
+def rotated_by(encoded: np.ndarray, size: float) -> np.ndarray:
+    """Add to every frame a change of this relative size, always the same for the same frame."""
+    change = np.roll(encoded, 1, axis=-1)
+    change *= size * np.linalg.norm(encoded, axis=-1, keepdims=True) / np.linalg.norm(change, axis=-1, keepdims=True)
+    return encoded + change
+
+
 def clip_tokens(ms: int = 560) -> int:
     """Return the number of tokens of the packaged clip, the only one the demo model is confident about."""
     with nemostream.load(chunk_ms=ms, threads=1) as model:
@@ -192,6 +224,81 @@ def test_validation(precision: str, fault: dict[str, Any], message: str | None, 
         assert figures["steps"] >= 36 and figures["tokens"] == clip_tokens()
         assert (figures["cosine"] > 0.9999999) == (not fault)
         assert shares == sorted(shares) and shares[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, None),
+        (other_kernels, None),
+        (wrong_above_8, r"a cosine similarity of .* with fp32 in step \d, row 8 of a batch of 9, at least 0.998"),
+        (nan_in_row_5, "not finite in step 1, row 5 of a batch of 8;"),
+        (leaking, r"in row [036] of a batch of 8 changes by \S+ % if the other rows have other audio; at most 0.5 %"),
+    ],
+)
+def test_validation_of_batches(
+    fault: Callable[[np.ndarray], np.ndarray] | None, message: str | None, demo_bundle: Bundle
+) -> None:
+    """Every row has its own audio and is compared with fp32, with itself alone, and with itself beside others."""
+    manifest, shares = demo_bundle.manifest, []  # type: ignore[var-annotated]
+    chunk, clips = manifest.chunk(160), speech(manifest)[1:]
+    candidate, reference = OrtBackend(demo_bundle, capacity=9), OrtBackend(demo_bundle, capacity=2)
+    faulty = FaultyBackend(candidate, **({"encode": fault} if fault else {}))
+
+    def validate(batches: list[int]) -> dict[str, Any]:
+        return validate_engine(manifest, chunk, "fp16", faulty, reference, clips, shares.append, batches)  # type: ignore[arg-type]
+
+    alone = validate([])
+    assert alone.keys() == {"steps", "cosine", "tokens", "seconds"}  # without batches, none of the faults is detected
+    shares.clear()
+    if message:
+        with pytest.raises(EngineValidationError, match=message):
+            validate([8, 9])
+        return
+    figures = validate([8, 9])
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert (figures["rows"], figures["neighbour_difference"]) == (9, 0)
+    assert {name: figures[name] for name in alone} == alone
+    if fault:
+        assert figures["batch_difference"] == pytest.approx(0.02, rel=0.01)
+    else:
+        assert figures["batch_difference"] < 1e-4
+
+
+def test_validation_of_more_rows_than_streams(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows five apart have the same audio. Wrong rows at the end of a large batch are detected too."""
+    from nemostream.engine import validate
+
+    monkeypatch.setattr(validate, "_MAX_STREAMS", 5)
+    manifest = demo_bundle.manifest
+    candidate, reference = OrtBackend(demo_bundle, capacity=8), OrtBackend(demo_bundle, capacity=2)
+
+    def swapped(encoded: np.ndarray) -> np.ndarray:
+        encoded[7:] = encoded[4:5]
+        return encoded
+
+    arguments: Any = (reference, speech(manifest)[1:], lambda share: None, [8])
+    figures = validate_engine(manifest, manifest.chunk(160), "fp16", candidate, *arguments)
+    assert figures["rows"] == 8 and figures["cosine"] > 0.999999
+    faulty: Any = FaultyBackend(candidate, encode=swapped)
+    with pytest.raises(EngineValidationError, match=r"in step \d, row 7 of a batch of 8"):
+        validate_engine(manifest, manifest.chunk(160), "fp16", faulty, *arguments)
+
+
+def test_engine_with_wrong_rows_is_not_stored(
+    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: only single streams were compared."""
+    encode = OrtBackend.encode
+
+    def faulty(self: OrtBackend, batch: Batch) -> Any:
+        encoded, counts = encode(self, batch)
+        return (wrong_above_8(encoded.copy()) if self._plans else encoded), counts
+
+    monkeypatch.setattr(OrtBackend, "encode", faulty)
+    with pytest.raises(EngineValidationError, match="row 8 of a batch of 9"):
+        build_engine(demo_bundle, demo_bundle.manifest.chunk(160), "int8", PlanStore(tmp_path), backend="onnxruntime")
+    assert PlanStore(tmp_path).all() == []
 
 
 def test_validation_needs_enough_speech(demo_bundle: Bundle) -> None:

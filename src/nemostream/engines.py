@@ -33,6 +33,11 @@ _PRECISIONS = {
     ("onnxruntime", "cuda"): ("fp32", "fp16", "bf16"),
 }
 
+# Batches in the validation of an engine for a CPU, which has the same kernels for all sizes.
+_CPU_BATCHES = (2, 9)
+# Largest batch in the validation of an engine that was built without a limit.
+_MAX_VALIDATED_BATCH = 64
+
 
 def build_engine(
     bundle: Bundle,
@@ -158,7 +163,8 @@ def open_gpu(bundle: Bundle, device: Any, plans: Mapping[int, Plan], capacity: i
             else:
                 from nemostream.runtime.backends.gpu.tensorrt import TrtEncoder
 
-                encoders[ms] = TrtEncoder(plan.path, recipe.backend.replace("-", "_"), recipe.cache_dtype, device)
+                library = recipe.backend.replace("-", "_")
+                encoders[ms] = TrtEncoder(plan.path, library, recipe.cache_dtype, device, plan.files[0].sha256)
         return GpuBackend(bundle, device, encoders, capacity=capacity, max_batch=max_batch)
     except BaseException:
         # Another attempt, with a smaller capacity, needs the memory.
@@ -257,22 +263,21 @@ def _tensorrt_builder(
     from nemostream.engine import precision as graphs
     from nemostream.engine.tensorrt import TensorRT
 
-    library = TensorRT()
-    # Only TensorRT for RTX builds for a GPU that is not present. `target` may also name the GPU of this machine.
-    local_gpu = _gpu_here() if target is None or target not in library.targets() else ""
-    if target is None and not local_gpu:
+    local_gpu = _gpu_here()
+    architecture = target or local_gpu
+    if not architecture:
         raise BackendError(
             "there is no NVIDIA GPU to build for: name one with --target (sm89), build for this CPU with --backend "
             "onnxruntime --precision int8, or run `nemostream doctor` to see what the GPU of this machine lacks."
         )
-    remote_gpu = None if target in (None, local_gpu) else target
+    library = TensorRT(architecture, present=architecture == local_gpu)
     recipe = Recipe.of(
         bundle,
         chunk.ms,
         backend=library.name,
         library=library.version,
         precision=precision,
-        device=f"{target or local_gpu}{note}",
+        device=f"{architecture}{note}",
         max_batch=max_batch,
         cache_dtype=graphs.CACHE_DTYPES[precision],
     )
@@ -283,12 +288,12 @@ def _tensorrt_builder(
         graph, weights = graphs.write_typed(bundle, chunk, precision, ranges, folder, recipe.stem)
         timings = store.folder / f"timings-{library.name}-{library.version}-{recipe.device}.cache"
         engine = folder / f"{recipe.stem}.engine"
-        engine.write_bytes(library.build(graph, remote_gpu, max_batch, timings, progress))
+        engine.write_bytes(library.build(graph, max_batch, timings, progress))
         graph.unlink()
         weights.unlink()
         return [engine]
 
-    return _Builder(recipe, build, runs_here=target is None)
+    return _Builder(recipe, build, runs_here=library.present)
 
 
 def _measure_ranges(bundle: Bundle, chunk: ChunkConfig, progress: Progress) -> dict[str, float]:
@@ -322,11 +327,18 @@ def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress
     plans = {chunk.ms: plan}
     candidate: Any
     if plan.recipe.device == "cpu":
-        candidate = OrtBackend(bundle, capacity=2, plans=plans)
+        batches: tuple[int, ...] = _CPU_BATCHES
+        candidate = OrtBackend(bundle, capacity=max(batches), plans=plans)
     else:
+        from nemostream.engine.tensorrt import profiles
+        from nemostream.runtime.backends.gpu.backend import buckets
         from nemostream.runtime.backends.gpu.cuda import CudaDevice
 
-        candidate = open_gpu(bundle, CudaDevice(), plans, 2, 2)
+        max_batch = plan.recipe.max_batch or _MAX_VALIDATED_BATCH
+        # Every batch size for which steps are captured, and both ends of every optimisation profile.
+        ends = {end for profile in profiles(max_batch) for end in profile}
+        batches = tuple(sorted({*buckets(max_batch), *ends} - {1}))
+        candidate = open_gpu(bundle, CudaDevice(), plans, max(2, max_batch), max_batch)
     try:
         return validate_engine(
             bundle.manifest,
@@ -336,6 +348,7 @@ def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress
             reference,
             speech(bundle.manifest),
             lambda share: progress("comparison with fp32", share),
+            batches,
         )
     finally:
         candidate.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -24,6 +25,7 @@ import soundfile
 
 import nemostream
 from nemostream.bundle import Bundle, sha256
+from nemostream.cli import doctor
 from nemostream.cli.main import app, main
 from nemostream.extras import install_command
 
@@ -505,6 +507,46 @@ def test_doctor(run: Run) -> None:
         if found[name] == "missing":
             line = next(line for line in completed.out.splitlines() if line.startswith(f"{name}  "))
             assert install_command(extra) in line
+
+
+def test_doctor_names_a_gpu_that_tensorrt_for_rtx_does_not_support(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is simulated; the list of architectures is the installed library's."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    gpu = {"name": b"NVIDIA H100 80GB HBM3", "capability": {75: 9, 76: 0}}
+
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return 0
+
+        def cuDriverGetVersion(self, version: Any) -> int:
+            version._obj.value = 13000
+            return 0
+
+        def cuDeviceGetCount(self, count: Any) -> int:
+            count._obj.value = 1
+            return 0
+
+        def cuDeviceGetName(self, name: Any, size: int, ordinal: int) -> int:
+            name.value = gpu["name"]
+            return 0
+
+        def cuDeviceGetAttribute(self, value: Any, attribute: int, ordinal: int) -> int:
+            value._obj.value = gpu["capability"][attribute]
+            return 0
+
+    types_of_c = {name: getattr(ctypes, name) for name in ("c_int", "create_string_buffer", "byref")}
+    monkeypatch.setattr(doctor, "ctypes", types.SimpleNamespace(CDLL=lambda name: Driver(), **types_of_c))
+    completed = run("doctor")
+    assert states(completed)["TensorRT for RTX"] == "broken"
+    line = next(line for line in completed.out.splitlines() if line.startswith("TensorRT for RTX"))
+    assert "does not support NVIDIA H100 80GB HBM3 (sm90), only sm75, " in line
+    assert install_command("tensorrt") in line and install_command("cuda") in line
+    assert "NVIDIA H100 80GB HBM3 (sm90)" in completed.out.split("NVIDIA driver")[1]
+
+    gpu |= {"name": b"NVIDIA L40S", "capability": {75: 8, 76: 9}}
+    completed = run("doctor")
+    assert states(completed)["TensorRT for RTX"] == "installed"
+    assert re.search(r"^TensorRT for RTX +installed +tensorrt_rtx [\d.]+, for sm89$", completed.out, re.MULTILINE)
 
 
 def test_doctor_with_a_damaged_bundle(

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
 
+import tensorrt_rtx as trt
+
 from nemostream.bundle import Bundle
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CACHE_DTYPES, write_typed
-from nemostream.engine.tensorrt import TensorRT, _profiles
+from nemostream.engine.tensorrt import TensorRT, architectures, profiles
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
+from nemostream.extras import install_command
 
 
 @pytest.fixture(scope="module")
 def library() -> TensorRT:
-    return TensorRT()
+    return TensorRT("sm89", present=False)
+
+
+@pytest.fixture
+def networks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings with which networks are built, read from the real configuration."""
+    settings: list[dict[str, Any]] = []
+
+    class Builder(trt.Builder):
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            settings.append(
+                {
+                    "user_allocation": config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION),
+                    "capability": config.get_compute_capability(0),
+                    "profiles": config.num_optimization_profiles,
+                }
+            )
+            return super().build_serialized_network(network, config)
+
+    monkeypatch.setattr(trt, "Builder", Builder)
+    return settings
 
 
 @pytest.fixture(scope="module")
@@ -29,44 +55,112 @@ def ranges(demo_bundle: Bundle) -> dict[str, float]:
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
 @pytest.mark.parametrize("precision", [*CACHE_DTYPES])
 def test_builds(
-    precision: str, ms: int, library: TensorRT, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
+    precision: str,
+    ms: int,
+    library: TensorRT,
+    networks: list[dict[str, Any]],
+    demo_bundle: Bundle,
+    ranges: dict[str, float],
+    tmp_path: Path,
 ) -> None:
+    """Without memory allocation at run time: the build fails if an engine could not be captured."""
     graph, weights = write_typed(demo_bundle, demo_bundle.manifest.chunk(ms), precision, ranges, tmp_path, "test")
     progress: list[tuple[str, float]] = []
-    engine = library.build(graph, "sm89", 4, None, lambda what, share: progress.append((what, share)))
+    timings = tmp_path / "timings.cache"
+    engine = library.build(graph, 4, timings, lambda what, share: progress.append((what, share)))
+    assert not timings.exists()  # TensorRT for RTX does not time kernels
+    assert networks == [{"user_allocation": True, "capability": trt.ComputeCapability.SM89, "profiles": 1}]
     assert len(engine) > weights.stat().st_size // 2  # it contains the weights
     assert progress and all(0 <= share <= 1 for _, share in progress)
 
 
-def test_targets(library: TensorRT, demo_bundle: Bundle, tmp_path: Path) -> None:
-    assert {"sm80", "sm89", "sm120"} <= set(library.targets())
+def test_builds_several_profiles(
+    library: TensorRT, networks: list[dict[str, Any]], demo_bundle: Bundle, tmp_path: Path
+) -> None:
     graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
-    with pytest.raises(OptionError, match=r"cannot build for sm90 without that GPU; it can for .*sm89"):
-        library.build(graph, "sm90", 4, None)
+    assert library.build(graph, 9)
+    assert [(network["profiles"], network["user_allocation"]) for network in networks] == [(2, True)]
+
+
+def test_supported_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT for RTX does not support the H100 (sm90), whether or not it is present."""
+    known = architectures(trt)
+    assert {"sm86", "sm89", "sm120"} <= set(known) and not {"sm90", "sm100"} & set(known)
+    assert known == sorted(known, key=lambda name: int(name[2:]))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert TensorRT("sm89", present=True).name == "tensorrt-rtx"
+    with pytest.raises(BackendError) as unsupported:
+        TensorRT("sm90", present=True)
+    message = str(unsupported.value)
+    assert "TensorRT for RTX" in message and "does not support this GPU (sm90), only sm75," in message
+    assert install_command("tensorrt") in message and install_command("cuda") in message
+    assert "--backend onnxruntime --target cuda" in message
+    for absent in ("sm90", "none", "current", "sm89; x"):
+        with pytest.raises(
+            OptionError, match=rf"cannot build for {absent} without that GPU; it can for .*sm89.*--backend"
+        ):
+            TensorRT(absent, present=False)
+
+
+def test_choice_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT for the GPU of this machine; TensorRT for RTX for a GPU that is not present."""
+    full = types.ModuleType("tensorrt")
+    monkeypatch.setattr(full, "__version__", "11.1.0.106", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt", full)
+    for architecture, present, name in (
+        ("sm89", True, "tensorrt"),
+        ("sm90", True, "tensorrt"),
+        ("sm89", False, "tensorrt-rtx"),
+    ):
+        assert TensorRT(architecture, present).name == name
+    with pytest.raises(OptionError, match=r"tensorrt-rtx .* cannot build for sm90 without that GPU"):
+        TensorRT("sm90", present=False)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(
+        OptionError, match=r"tensorrt 11\.1.* cannot build for sm89 without that GPU; build on the machine"
+    ):
+        TensorRT("sm89", present=False)
+    monkeypatch.setattr(full, "__version__", "10.12.0")
+    with pytest.raises(BackendError, match=r"TensorRT 10\.12\.0 is too old"):
+        TensorRT("sm89", present=True)
 
 
 def test_invalid_graph(library: TensorRT, tmp_path: Path) -> None:
     (tmp_path / "test.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"cannot read test.onnx: .+"):
-        library.build(tmp_path / "test.onnx", "sm89", 4, None)
+        library.build(tmp_path / "test.onnx", 4)
 
 
-def test_timing_cache(library: TensorRT, demo_bundle: Bundle, tmp_path: Path) -> None:
+def test_errors_of_the_library(library: TensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bindings raise if a constructor returns null; the library logs the reason."""
+
+    def no_builder(log: Any) -> None:
+        log.log(trt.ILogger.ERROR, "driver too old")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", no_builder)
+    with pytest.raises(BackendError, match=r"cannot build test.onnx: pybind11.*nullptr; driver too old"):
+        library.build(tmp_path / "test.onnx", 4)
+
+
+def test_timing_cache(library: TensorRT, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only TensorRT has one; TensorRT for RTX still accepts its calls."""
     graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
     timings = tmp_path / "timings.cache"
-    library.build(graph, "sm89", 1, timings)
+    monkeypatch.setattr(library, "name", "tensorrt")
+    library.build(graph, 1, timings)
     assert timings.read_bytes()
     timings.write_bytes(b"damaged")
-    assert library.build(graph, "sm89", 1, timings)
+    assert library.build(graph, 1, timings)
     assert timings.read_bytes() != b"damaged"
 
 
 def test_profiles_cover_every_batch() -> None:
-    assert _profiles(1) == [(1, 1)]
-    assert _profiles(8) == [(1, 8)]
-    assert _profiles(100) == [(1, 8), (9, 64), (65, 100)]
+    assert profiles(1) == [(1, 1)]
+    assert profiles(8) == [(1, 8)]
+    assert profiles(100) == [(1, 8), (9, 64), (65, 100)]
     for max_batch in range(1, 300):
-        rows = [row for smallest, largest in _profiles(max_batch) for row in range(smallest, largest + 1)]
+        rows = [row for smallest, largest in profiles(max_batch) for row in range(smallest, largest + 1)]
         assert rows == list(range(1, max_batch + 1))
 
 
@@ -78,5 +172,5 @@ def test_builds_the_full_size(ms: int, library: TensorRT, full_bundle: Bundle, t
     graph, weights = write_typed(full_bundle, full_bundle.manifest.chunk(ms), "fp16", None, tmp_path, "test")
     half = full_bundle.manifest.weights.bytes / 2
     assert weights.stat().st_size < 1.05 * half
-    engine = library.build(graph, "sm89", 8, None)
+    engine = library.build(graph, 8)
     assert 0.9 * half < len(engine) < 1.2 * half

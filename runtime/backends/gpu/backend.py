@@ -52,7 +52,11 @@ class StepEncoder(Protocol):
     """The encoder step of one chunk size on the device, built by `nemostream build`."""
 
     cache_dtype: str  # type of the caches: "float32", "float16" or "bfloat16"
-    capturable: bool  # whether the work of `bind` can be captured
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the work of the last `bind` can be captured. Read after this work has run once."""
+        ...
 
     def memory_bytes(self, rows: int) -> int:
         """Return the device memory that `bind` allocates for batches of up to `rows`; an upper bound or an estimate."""
@@ -287,6 +291,7 @@ class GpuBackend:
         self.arena.input_slots(self._buffer_index)[:] = -1
         _run(step.stages.values())
         self.device.record_event().wait()
+        step.capturable = self._encoders[chunk_ms].capturable
         self._switch_buffers()
         return step
 
@@ -298,7 +303,8 @@ class _CapturedStep:
         manifest, encoder = backend.manifest, backend._encoders[chunk.ms]
         layers, net = manifest.encoder.layers, manifest.decoder
         self.rows = rows
-        self._device, self._capturable = backend.device, encoder.capturable
+        self._device = backend.device
+        self.capturable = False  # whether the encoder can be captured: known after it has run once
         self._arguments = backend.arena.arguments(chunk, rows, in_place)
         enqueue = encoder.bind(rows, backend.arena.encoder_addresses(self._arguments, in_place))
 
@@ -350,7 +356,7 @@ class _CapturedStep:
     def capture_encoder(self) -> list[Work]:
         """Return the launch of the encoder alone."""
         enqueue = self.stages["encoder"]
-        if self._loop == "eager" or not self._capturable:
+        if self._loop == "eager" or not self.capturable:
             return [enqueue]
         return [self._device.capture(enqueue).launch]
 
@@ -359,7 +365,7 @@ class _CapturedStep:
         before, enqueue = [self.stages[name] for name in ("begin", "features", "gather")], self.stages["encoder"]
         if self._loop == "eager":
             return [*before, enqueue, *after]
-        if self._capturable:
+        if self.capturable:
             return [self._device.capture(lambda: _run([*before, enqueue, *after])).launch]
         captured = [self._device.capture(functools.partial(_run, part)).launch for part in (before, after)]
         return [captured[0], enqueue, captured[1]]

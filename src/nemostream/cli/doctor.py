@@ -25,6 +25,8 @@ class Finding:
     detail: str  # version, error, or the command that installs it
 
 
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_COMPUTE_CAPABILITY = (75, 76)
 _COLOURS = {"works": "green", "installed": "cyan", "missing": "yellow", "broken": "red"}
 
 
@@ -34,7 +36,7 @@ def check_machine(as_json: bool = False) -> bool:
         "ONNX Runtime, CPU": _check_onnxruntime_cpu,
         "ONNX Runtime, CUDA": _check_onnxruntime_cuda,
         "TensorRT": lambda: _check_library("tensorrt", "tensorrt"),
-        "TensorRT for RTX": lambda: _check_library("tensorrt_rtx", "tensorrt-rtx"),
+        "TensorRT for RTX": _check_tensorrt_rtx,
         "CUDA for Python": _check_cuda_python,
         "NVIDIA driver": _check_driver,
         "building engines": lambda: _check_library("onnx", "build"),
@@ -118,6 +120,23 @@ def _check_library(module: str, extra: str) -> Finding:
     return Finding("installed", f"{module} {getattr(found, '__version__', '')}".rstrip())
 
 
+def _check_tensorrt_rtx() -> Finding:
+    """Compare the architectures that the library lists with the first GPU, the one that the GPU backend uses."""
+    finding = _check_library("tensorrt_rtx", "tensorrt-rtx")
+    try:
+        gpu = next(iter(_gpus()[1]), None)
+    except (OSError, RuntimeError):
+        gpu = None
+    if finding.state != "installed" or gpu is None:
+        return finding
+    from nemostream.engine.tensorrt import architectures, unsupported_gpu
+
+    library = import_module("tensorrt_rtx")
+    if gpu.architecture in architectures(library):
+        return Finding("installed", f"{finding.detail}, for {gpu.architecture}")
+    return Finding("broken", unsupported_gpu(library, f"{gpu.name} ({gpu.architecture})"))
+
+
 def _check_cuda_python() -> Finding:
     versions = []
     for module, package in (("cuda.bindings", "cuda-bindings"), ("cuda.core", "cuda-core")):
@@ -131,14 +150,15 @@ def _check_cuda_python() -> Finding:
 def _check_driver() -> Finding:
     """Query the driver itself; installed libraries do not show whether there is a GPU."""
     try:
-        cuda_version, names = _gpus()
+        cuda_version, gpus = _gpus()
     except OSError:
         return Finding("missing", "no NVIDIA driver (libcuda); install NVIDIA's driver 580 or newer for CUDA 13")
     except RuntimeError as error:
         return Finding(
             "broken", f"the driver is installed but returns {error}; check that a GPU is visible to this process"
         )
-    return Finding("installed", f"CUDA {cuda_version}: {', '.join(names) or 'no GPU'}")
+    names = ", ".join(f"{gpu.name} ({gpu.architecture})" for gpu in gpus)
+    return Finding("installed", f"CUDA {cuda_version}: {names or 'no GPU'}")
 
 
 def has_gpu() -> bool:
@@ -149,21 +169,30 @@ def has_gpu() -> bool:
         return False
 
 
-def _gpus() -> tuple[str, list[str]]:
-    """Return the driver's CUDA version and the names of the GPUs.
+@dataclass(frozen=True)
+class _Gpu:
+    name: str
+    architecture: str  # "sm89"
+
+
+def _gpus() -> tuple[str, list[_Gpu]]:
+    """Return the driver's CUDA version and the GPUs.
 
     Raises `OSError` without a driver, `RuntimeError` if the driver returns an error.
     """
     cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
     number, count = ctypes.c_int(), ctypes.c_int()
     code = cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(number)) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    name, capability = ctypes.create_string_buffer(256), (ctypes.c_int(), ctypes.c_int())
+    gpus = []
+    for ordinal in range(0 if code else count.value):
+        code = code or cuda.cuDeviceGetName(name, len(name), ordinal)
+        for value, attribute in zip(capability, _COMPUTE_CAPABILITY, strict=True):
+            code = code or cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, ordinal)
+        gpus.append(_Gpu(name.value.decode(errors="replace"), f"sm{capability[0].value}{capability[1].value}"))
     if code:
         raise RuntimeError(f"CUDA error {code}")
-    name = ctypes.create_string_buffer(256)
-    names = [
-        name.value.decode(errors="replace") for i in range(count.value) if not cuda.cuDeviceGetName(name, len(name), i)
-    ]
-    return f"{number.value // 1000}.{number.value % 1000 // 10}", names
+    return f"{number.value // 1000}.{number.value % 1000 // 10}", gpus
 
 
 def _check_export() -> Finding:

@@ -158,6 +158,10 @@ def _describe_plan(plan: Plan, built: bool) -> str:
     if {"cosine", "tokens", "steps"} <= plan.validation.keys():
         cosine, tokens, steps = (plan.validation[key] for key in ("cosine", "tokens", "steps"))
         validation = f"cosine {cosine:.5f} and {tokens} equal tokens in {steps} steps"
+    if {"rows", "batch_difference"} <= plan.validation.keys():
+        rows, difference = plan.validation["rows"], plan.validation["batch_difference"]
+        change = f"change a row by up to {100 * difference:.2g} %" if difference else "do not change a row"
+        validation += f"; batches of up to {rows} rows {change}"
     return f"{plan.bytes / 1e6:.1f} MB, {origin}; {validation}"
 
 

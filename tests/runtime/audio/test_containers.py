@@ -230,7 +230,9 @@ def test_array_of_samples_is_accepted() -> None:
         pcm = np.frombuffer(data, "<f4" if name.endswith("float") else "<i2")
         for size, count in ((1, 600), (4096, 4096)):
             preprocessor = AudioPreprocessor(16000, 1, 16000)
-            actual = [block for start in range(0, count, size) for block in preprocessor.push(pcm[start : start + size])]
+            actual = [
+                block for start in range(0, count, size) for block in preprocessor.push(pcm[start : start + size])
+            ]
             assert sum(map(len, actual)) == count
 
 

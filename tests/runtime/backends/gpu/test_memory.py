@@ -316,7 +316,7 @@ def opened(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     class Encoder(OrtEncoder):
         closed = False
 
-        def __init__(self, path: Path, library: str, cache_dtype: str, device: Any) -> None:
+        def __init__(self, path: Path, library: str, cache_dtype: str, device: Any, sha256: str) -> None:
             super().__init__(demo_bundle, demo_bundle.manifest.chunk(80), device)
             encoders.append(self)
 
