@@ -172,7 +172,8 @@ def test_a_client_that_does_not_read_is_disconnected(
         bare.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
         bare.connect(("127.0.0.1", running.http))
         bare.sendall(
-            b"GET /v1/stream?chunk_ms=80&endpoint_ms=-1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /v1/stream?chunk_ms=80&endpoint_ms=-1 HTTP/1.1\r\n"
+            b"Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         audio = spoken[0].pcm[:64_000]  # 25 chunks; the text grows, and with it the events

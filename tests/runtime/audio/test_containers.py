@@ -230,10 +230,8 @@ def test_array_of_samples_is_accepted() -> None:
         pcm = np.frombuffer(data, "<f4" if name.endswith("float") else "<i2")
         for size, count in ((1, 600), (4096, 4096)):
             preprocessor = AudioPreprocessor(16000, 1, 16000)
-            actual = [
-                block for start in range(0, count, size) for block in preprocessor.push(pcm[start : start + size])
-            ]
-            assert sum(map(len, actual)) == count
+            pieces = (pcm[start : start + size] for start in range(0, count, size))
+            assert sum(len(block) for piece in pieces for block in preprocessor.push(piece)) == count
 
 
 # -- the streams of a file ---------------------------------------------------------------------------------------------
