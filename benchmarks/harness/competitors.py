@@ -97,9 +97,7 @@ class RunnerFactory:
         if implementation == "nemo":
             if kind == "built-in graph":
                 check_built_in_graph(self._model)  # before loading a model of its own
-                self._built_in_graph_model = self._built_in_graph_model or load_nemo(
-                    self._checkpoint, self.device_type
-                )
+                self._built_in_graph_model = self._built_in_graph_model or load_nemo(self._checkpoint, self.device_type)
                 return NemoRunner(self._built_in_graph_model, feed, chunk, kind)
             # Runners of the same type share a model.
             if "bf16" not in kind and kind != "graph":
