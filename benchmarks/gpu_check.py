@@ -62,6 +62,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,6 @@ from nemostream.benchmarks.harness.competitors import NEMOSTREAM
 from nemostream.benchmarks.harness.random_bundle import random_bundle
 from nemostream.benchmarks.harness.records import Progress, no_progress
 from nemostream.bundle import Bundle, ChunkConfig
-from nemostream.engine.tensorrt import TensorRT
 from nemostream.engines import build_engine, open_gpu, speech
 from nemostream.errors import BackendError, EngineValidationError
 from nemostream.extras import install_command
@@ -145,54 +145,62 @@ class SectionContext:
             partial.replace(path)
         return Bundle.open(path)
 
-    def open_engines(
+    def build(
         self,
         library: str,
         bundle: Bundle,
         chunks: Sequence[ChunkConfig],
-        capacity: int,
+        max_batch: int,
         precision: str = "fp16",
         validate: bool = True,
-    ) -> tuple[GpuBackend, dict[int, Plan]]:
-        """Build the engines of `chunks` and open a backend. Returns the backend and the engines by chunk size in ms.
+    ) -> dict[int, Plan]:
+        """Return the engines of `chunks` by chunk size in ms; they are kept for later sections.
 
         `library` is one of `LIBRARIES`; `why_unavailable` selects between the two kinds of TensorRT.
         """
         if library == "onnxruntime":
             check_provider()  # before writing the graph of a full-size model, which takes long
         backend, target = (library, "cuda") if library == "onnxruntime" else ("tensorrt", None)
-        plans = {
-            chunk.ms: build_engine(
-                bundle,
-                chunk,
-                precision,
-                self.store,
-                backend=backend,
-                target=target,
-                max_batch=capacity - 1,
-                validate=validate,
-            )[0]
-            for chunk in chunks
-        }
-        return open_gpu(bundle, self.device(), plans, capacity, capacity - 1), plans
+        options: dict[str, Any] = {"backend": backend, "target": target, "max_batch": max_batch, "validate": validate}
+        return {chunk.ms: build_engine(bundle, chunk, precision, self.store, **options)[0] for chunk in chunks}
 
-    def open_backend(self, bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
+    def open(self, bundle: Bundle, plans: Mapping[int, Plan], max_batch: int) -> GpuBackend:
+        backend: GpuBackend = open_gpu(bundle, self.device(), plans, max_batch + 1, max_batch)
+        return backend
+
+    def open_largest(self, bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
         """Open a backend with TensorRT engines, else ONNX Runtime, else without an encoder.
 
-        Returns the backend and the name of its encoder.
+        If it does not fit into the memory, batches are smaller. Returns the backend and the name of its encoder.
         """
         for library in ("tensorrt", "onnxruntime"):
             if library in self._unusable:
                 continue
             try:
-                backend, plans = self.open_engines(library, bundle, chunks, capacity, validate=False)
+                plans = self.build(library, bundle, chunks, capacity - 1, validate=False)
+                backend = _largest(functools.partial(self.open, bundle, plans), capacity - 1)
                 return backend, f"{plans[chunks[0].ms].recipe.backend} fp16"
             except Exception as error:  # libraries raise their own types
                 self._unusable[library] = f"{type(error).__name__}: {error}"
-        encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
-        without_encoder = GpuBackend(bundle, self.device(), encoders, capacity=capacity, max_batch=capacity - 1)
-        fill_encoder_output(without_encoder)
-        return without_encoder, f"none ({'; '.join(self._unusable.values())})"
+
+        def without_encoder(rows: int) -> GpuBackend:
+            encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
+            return GpuBackend(bundle, self.device(), encoders, capacity=rows + 1, max_batch=rows)
+
+        backend = _largest(without_encoder, capacity - 1)
+        fill_encoder_output(backend)
+        return backend, f"none ({'; '.join(self._unusable.values())})"
+
+
+def _largest(open_backend: Callable[[int], GpuBackend], max_batch: int) -> GpuBackend:
+    """Open a backend for `max_batch` rows, or half as many, and so on down to 64."""
+    while True:
+        try:
+            return open_backend(max_batch)
+        except BackendError:
+            if max_batch <= 64:
+                raise
+            max_batch //= 2
 
 
 def why_unavailable(library: str, architecture: str) -> str:
@@ -201,23 +209,24 @@ def why_unavailable(library: str, architecture: str) -> str:
     `library` is one of `LIBRARIES`, `architecture` the GPU ("sm90"). Selects "tensorrt-rtx" for the rest of this
     process if TensorRT is installed too.
     """
-    try:
-        if library == "onnxruntime":
+    if library == "onnxruntime":
+        try:
             check_provider()
-            return ""
-        if library == "tensorrt-rtx":
-            # `TensorRT` prefers the module tensorrt; None makes its import fail.
-            sys.modules["tensorrt"] = None  # type: ignore[assignment]
-        installed = TensorRT()
-    except BackendError as error:
-        return str(error)
-    if installed.name != library:
+        except BackendError as error:
+            return str(error)
+        return ""
+    if library == "tensorrt-rtx":
+        # `build_engine` prefers TensorRT; None makes its import fail.
+        sys.modules["tensorrt"] = None  # type: ignore[assignment]
+    try:
+        module = import_module(library.replace("-", "_"))
+    except ImportError as error:
         index = " --extra-index-url https://pypi.nvidia.com" if library == "tensorrt" else ""
-        return f"{library} is not installed: {install_command(library)}{index}."
-    if library == "tensorrt-rtx" and architecture not in installed.targets():
-        supported = ", ".join(installed.targets())
+        return f"{library} is not installed ({error}): {install_command(library)}{index}."
+    if library == "tensorrt-rtx" and not hasattr(module.ComputeCapability, architecture.upper()):
+        supported = ", ".join(name.lower() for name in dir(module.ComputeCapability) if name.startswith("SM"))
         return (
-            f"TensorRT for RTX {installed.version} does not support {architecture}, only {supported}; use TensorRT or "
+            f"TensorRT for RTX {module.__version__} does not support {architecture}, only {supported}; use TensorRT or "
             "onnxruntime-gpu."
         )
     return ""
@@ -247,9 +256,10 @@ def first_tokens(library: str, context: SectionContext) -> Report:
     result: Report = {"chunk_ms": chunk.ms, "precision": "fp16"}
     context.progress(f"building the {library} engine")
     try:
-        backend, plans = context.open_engines(library, demo, [chunk], streams + 1)
+        plans = context.build(library, demo, [chunk], streams)
     except EngineValidationError as error:
         return result | {"equal": False, "validation_error": str(error)}
+    backend = context.open(demo, plans, streams)
     result |= {"build_seconds": plans[chunk.ms].seconds, "engine_bytes": plans[chunk.ms].bytes, "loop": backend.loop}
     context.progress("comparing tokens")
     reference = OrtBackend(demo, capacity=streams)
@@ -269,25 +279,19 @@ def first_speed(library: str, context: SectionContext) -> Report:
     """Time the full-size model. Its engine is not validated: random weights do not change the time of a step."""
     if reason := why_unavailable(library, context.device().architecture):
         return {"unavailable": reason}
-    built: dict[int, Plan] = {}
+    bundle = _one_chunk_size(context.full_size_bundle())
+    context.progress(f"building the {library} engine")
+    plans = context.build(library, bundle, bundle.manifest.chunks, max(_FIRST_BATCHES), validate=False)
+    built = {"build_seconds": plans[_FIRST_CHUNK_MS].seconds, "engine_bytes": plans[_FIRST_CHUNK_MS].bytes}
 
     def make(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
-        context.progress(f"building the {library} engine")
-        backend, plans = context.open_engines(library, bundle, chunks, capacity, validate=False)
-        built.update(plans)
-        return backend, f"{library} fp16"
+        return context.open(bundle, plans, capacity - 1), f"{library} fp16"
 
-    figures = measure_speed(
-        _one_chunk_size(context.full_size_bundle()),
-        make,
-        _FIRST_BATCHES,
-        context.options.repeats,
-        None,
-        context.progress,
-        save=context.save,
-    )
-    plan = built[_FIRST_CHUNK_MS]
-    return figures | {"build_seconds": plan.seconds, "engine_bytes": plan.bytes}
+    def save(figures: Report) -> None:
+        context.save(figures | built)
+
+    repeats = context.options.repeats
+    return measure_speed(bundle, make, _FIRST_BATCHES, repeats, None, context.progress, save=save) | built
 
 
 def _one_chunk_size(bundle: Bundle) -> Bundle:
@@ -307,8 +311,8 @@ def int8(context: SectionContext) -> Report:
     result: Report = {"library": library, "chunk_ms": chunk.ms}
     for precision in ("fp16", "int8"):
         context.progress(f"building the {precision} engine")
-        capacity = max(_INT8_BATCHES) + 1
-        backend, plans = context.open_engines(library, bundle, [chunk], capacity, precision, validate=False)
+        plans = context.build(library, bundle, [chunk], max(_INT8_BATCHES), precision, validate=False)
+        backend = context.open(bundle, plans, max(_INT8_BATCHES))
         result[precision] = figures = {"engine_bytes": plans[chunk.ms].bytes}
         for batch in _INT8_BATCHES:
             times = stage_times(backend, chunk, batch, context.options.repeats)
@@ -427,7 +431,7 @@ def engines(context: SectionContext) -> Report:
 
 def soaking(context: SectionContext) -> Report:
     chunk = context.demo.manifest.chunk(80)
-    backend, encoder = context.open_backend(context.demo, [chunk], 9)
+    backend, encoder = context.open_largest(context.demo, [chunk], 9)
     return soak(backend, chunk, context.options.steps) | {"encoder": encoder, "loop": backend.loop}
 
 
@@ -437,7 +441,7 @@ def full_speed(context: SectionContext) -> Report:
     options = context.options
     return measure_speed(
         bundle,
-        context.open_backend,
+        context.open_largest,
         options.batch,
         options.repeats,
         rate,
@@ -471,7 +475,8 @@ def baseline(context: SectionContext) -> Report:
 def engine_in_while_node(context: SectionContext) -> Report:
     """Capture and launch an engine in the body of a WHILE node, which runs once as no kernel sets the condition."""
     chunk = context.demo.manifest.chunk(80)
-    backend, plans = context.open_engines("tensorrt", context.demo, [chunk], 2, validate=False)
+    plans = context.build("tensorrt", context.demo, [chunk], 1, validate=False)
+    backend = context.open(context.demo, plans, 1)
     device = backend.device
     silence = Batch(chunk, np.array([0]), np.zeros((1, chunk.samples), np.float32), np.array([chunk.samples]))
     enqueue = backend.stages(silence)["encoder"]

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from nemostream.benchmarks.harness.random_bundle import random_bundle
 from nemostream.benchmarks.harness.synthetic import Sizes
 from nemostream.benchmarks.studies import features
 from nemostream.bundle import Bundle, ChunkConfig
-from nemostream.engine.tensorrt import TensorRT
 from nemostream.errors import BackendError, EngineValidationError, OptionError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.base import Batch
@@ -104,6 +104,9 @@ def test_speed(small: Bundle) -> None:
     def make(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
         return make_backend(bundle, chunks, capacity), "on a CPU"
 
+    def make_for_one(bundle: Bundle, chunks: Sequence[ChunkConfig], capacity: int) -> tuple[GpuBackend, str]:
+        return make_backend(bundle, chunks, 2), "on a CPU"
+
     short = dataclasses.replace(small.manifest, chunks=small.manifest.chunks[:2])
     figures = gpu_speed.measure_speed(Bundle(small.path, short), make, (1, 2), 3, 1e9, messages.append)
     found = [(row["chunk_ms"], row["batch"]) for row in figures["rows"]]
@@ -117,6 +120,8 @@ def test_speed(small: Bundle) -> None:
         assert row["encoder_ms"] > 0 and row["undecoded_ms"] > 0 and row["whole_ms"] > 0
         assert 0 < row["host_ms"] < row["pipelined_ms"]
     assert set(figures["streams"]) == {80, 160} and figures["skipped_rows"] == 0
+    largest = gpu_speed.measure_speed(Bundle(small.path, short), make_for_one, (1, 2), 3, None, messages.append)
+    assert [row["batch"] for row in largest["rows"]] == [1, 1] and largest["skipped_rows"] == 2
     late = gpu_speed.measure_speed(Bundle(small.path, short), make, (1, 2), 3, None, messages.append, deadline=0.0)
     assert late["rows"] == [] and late["skipped_rows"] == 4
     table = gpu_report.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
@@ -385,24 +390,28 @@ def simulated_context(
     """Return a context whose engines are the bundle's own graphs on an emulated device."""
     options = argparse.Namespace(minutes=1, repeats=3, section="tokens_onnxruntime", batch=[1, 2], steps=10)
     context = gpu_check.SectionContext(options, tmp_path)
-    opened: list[tuple[str, int, str]] = []
+    built: list[tuple[str, int, str]] = []
 
-    def open_engines(
+    def build(
         library: str,
         bundle: Bundle,
         chunks: Sequence[ChunkConfig],
-        capacity: int,
+        max_batch: int,
         precision: str = "fp16",
         validate: bool = True,
-    ) -> tuple[GpuBackend, dict[int, Any]]:
-        opened.append((library, capacity, precision))
+    ) -> dict[int, Any]:
+        built.append((library, max_batch, precision))
         plan = argparse.Namespace(seconds=2.0, bytes=1000 if precision == "fp16" else 500)
-        return make_backend(bundle, chunks, capacity), {chunk.ms: plan for chunk in chunks}
+        return {chunk.ms: plan for chunk in chunks}
+
+    def open_plans(bundle: Bundle, plans: dict[int, Any], max_batch: int) -> GpuBackend:
+        return make_backend(bundle, [bundle.manifest.chunk(ms) for ms in plans], max_batch + 1)
 
     monkeypatch.setattr(context, "device", HostDevice)
-    monkeypatch.setattr(context, "open_engines", open_engines)
+    monkeypatch.setattr(context, "build", build)
+    monkeypatch.setattr(context, "open", open_plans)
     monkeypatch.setattr(context, "full_size_bundle", lambda: full_size)
-    monkeypatch.setattr(context, "opened", opened, raising=False)
+    monkeypatch.setattr(context, "built", built, raising=False)
     monkeypatch.setattr(gpu_check, "why_unavailable", lambda library, architecture: "")
     return context
 
@@ -415,7 +424,7 @@ def test_tokens_of_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monkey
     saved: list[dict[str, Any]] = []
     monkeypatch.setattr(context, "save", lambda result: saved.append(dict(result)))
     result = gpu_check.SECTIONS["tokens_onnxruntime"].run(context)
-    assert context.opened == [("onnxruntime", 4, "fp16")]
+    assert context.built == [("onnxruntime", 3, "fp16")]
     assert result["equal"] and result["tokens"] > 3 * 10 and result["streams"] == 3 and result["differences"] == []
     assert (result["failed_steps"], result["engine_bytes"], result["build_seconds"]) == (0, 1000, 2.0)
     assert [(row["chunk_ms"], row["batch"]) for row in result["rows"]] == [(560, 1), (560, 3)]
@@ -437,10 +446,10 @@ def test_tokens_of_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_engine_that_fails_validation_is_incorrect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = simulated_context(tmp_path, monkeypatch)
 
-    def open_engines(*arguments: Any, **options: Any) -> Any:
+    def build(*arguments: Any, **options: Any) -> Any:
         raise EngineValidationError("the fp16 engine for 560 ms failed validation.")
 
-    monkeypatch.setattr(context, "open_engines", open_engines)
+    monkeypatch.setattr(context, "build", build)
     result = gpu_check.SECTIONS["tokens_tensorrt"].run(context)
     assert result["equal"] is False and "failed validation" in result["validation_error"]
 
@@ -450,7 +459,7 @@ def test_first_speed(small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """One chunk size, batches of 1 and 8, one engine."""
     context = simulated_context(tmp_path, monkeypatch, small)
     result = gpu_check.SECTIONS["speed_tensorrt"].run(context)
-    assert context.opened == [("tensorrt", 9, "fp16")]
+    assert context.built == [("tensorrt", 8, "fp16")]
     assert [(row["chunk_ms"], row["batch"], row["encoder"]) for row in result["rows"]] == [
         (560, 1, "tensorrt fp16"),
         (560, 8, "tensorrt fp16"),
@@ -466,7 +475,7 @@ def test_int8_is_compared_with_fp16(small: Bundle, tmp_path: Path, monkeypatch: 
     available = ["tensorrt-rtx"]
     monkeypatch.setattr(gpu_check, "why_unavailable", lambda name, _: "" if name in available else "not installed")
     result = gpu_check.SECTIONS["int8"].run(context)
-    assert context.opened == [("tensorrt-rtx", 3, "fp16"), ("tensorrt-rtx", 3, "int8")]
+    assert context.built == [("tensorrt-rtx", 2, "fp16"), ("tensorrt-rtx", 2, "int8")]
     assert result["engine_bytes_ratio"] == 0.5 and result["library"] == "tensorrt-rtx"
     for name in ("encoder_ms_1", "encoder_ms_2"):
         assert result["int8"][name] > 0
@@ -487,18 +496,40 @@ def test_libraries_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = gpu_check.why_unavailable("tensorrt-rtx", "sm90")
     assert reason.startswith("TensorRT for RTX 1.7.1 does not support sm90, only sm120, sm75, sm86, sm89; use TensorRT")
     assert gpu_check.why_unavailable("tensorrt-rtx", "sm89") == ""
-    assert gpu_check.why_unavailable("tensorrt", "sm89").startswith("tensorrt is not installed: ")
+    assert gpu_check.why_unavailable("tensorrt", "sm89").startswith("tensorrt is not installed (")
 
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module("10.15.0"))
     assert gpu_check.why_unavailable("tensorrt", "sm90") == ""
-    assert TensorRT().name == "tensorrt"
+    assert import_module("tensorrt").__version__ == "10.15.0"
     assert gpu_check.why_unavailable("tensorrt-rtx", "sm89") == ""
-    assert TensorRT().name == "tensorrt-rtx"
+    with pytest.raises(ImportError):
+        import_module("tensorrt")
 
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    assert gpu_check.why_unavailable("tensorrt-rtx", "sm89").startswith("TensorRT is not installed")
+    assert gpu_check.why_unavailable("tensorrt-rtx", "sm89").startswith("tensorrt-rtx is not installed (")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "has no CUDA provider" in gpu_check.why_unavailable("onnxruntime", "sm90")
+
+
+def test_backend_with_smaller_batches_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def open_backend(max_batch: int) -> Any:
+        tried.append(max_batch)
+        if max_batch > 300:
+            raise BackendError("the device has too little memory.")
+        return "backend"
+
+    assert gpu_check._largest(open_backend, 1024) == "backend" and tried == [1024, 512, 256]
+
+    def missing(max_batch: int) -> Any:
+        tried.append(max_batch)
+        raise BackendError("no kernels.")
+
+    tried.clear()
+    with pytest.raises(BackendError, match="no kernels"):
+        gpu_check._largest(missing, 8)
+    assert tried == [8]
 
 
 def test_full_size_model_is_created_once(small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
