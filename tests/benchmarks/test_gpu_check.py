@@ -120,8 +120,9 @@ def test_speed(small: Bundle) -> None:
         assert row["encoder_ms"] > 0 and row["undecoded_ms"] > 0 and row["whole_ms"] > 0
         assert 0 < row["host_ms"] < row["pipelined_ms"]
     assert set(figures["streams"]) == {80, 160} and figures["skipped_rows"] == 0
-    largest = gpu_speed.measure_speed(Bundle(small.path, short), make_for_one, (1, 2), 3, None, messages.append)
-    assert [row["batch"] for row in largest["rows"]] == [1, 1] and largest["skipped_rows"] == 2
+    one = Bundle(small.path, dataclasses.replace(small.manifest, chunks=small.manifest.chunks[:1]))
+    largest = gpu_speed.measure_speed(one, make_for_one, (1, 2), 1, None, messages.append)
+    assert [row["batch"] for row in largest["rows"]] == [1] and largest["skipped_rows"] == 1
     late = gpu_speed.measure_speed(Bundle(small.path, short), make, (1, 2), 3, None, messages.append, deadline=0.0)
     assert late["rows"] == [] and late["skipped_rows"] == 4
     table = gpu_report.show({"environment": {"gpu": "none"}, "speed": figures, "seconds": 1.0})
@@ -456,20 +457,23 @@ def test_engine_that_fails_validation_is_incorrect(tmp_path: Path, monkeypatch: 
 
 @needs_compiler
 def test_first_speed(small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One chunk size, batches of 1 and 8, one engine."""
+    """One chunk size, one engine, its size and build time."""
+    monkeypatch.setattr(gpu_check, "_FIRST_CHUNK_MS", 80)  # 560 ms is slow on a CPU
+    monkeypatch.setattr(gpu_check, "_FIRST_BATCHES", (1, 2))
+    monkeypatch.setattr(gpu_speed, "calibrate_blank", lambda *arguments: 5.0)
     context = simulated_context(tmp_path, monkeypatch, small)
     result = gpu_check.SECTIONS["speed_tensorrt"].run(context)
-    assert context.built == [("tensorrt", 8, "fp16")]
-    assert [(row["chunk_ms"], row["batch"], row["encoder"]) for row in result["rows"]] == [
-        (560, 1, "tensorrt fp16"),
-        (560, 8, "tensorrt fp16"),
-    ]
+    assert context.built == [("tensorrt", 2, "fp16")]
+    rows = [(row["chunk_ms"], row["batch"], row["encoder"]) for row in result["rows"]]
+    assert rows == [(80, 1, "tensorrt fp16"), (80, 2, "tensorrt fp16")]
     assert (result["build_seconds"], result["engine_bytes"], result["skipped_rows"]) == (2.0, 1000, 0)
-    assert json.loads((tmp_path / "tokens_onnxruntime.json").read_text())["rows"][0]["p50_ms"] > 0  # saved
+    saved = json.loads((tmp_path / "tokens_onnxruntime.json").read_text())
+    assert len(saved["rows"]) == 2 and saved["engine_bytes"] == 1000
 
 
 @needs_compiler
 def test_int8_is_compared_with_fp16(small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "_FIRST_CHUNK_MS", 80)
     monkeypatch.setattr(gpu_check, "_INT8_BATCHES", (1, 2))
     context = simulated_context(tmp_path, monkeypatch, small)
     available = ["tensorrt-rtx"]
