@@ -168,7 +168,7 @@ def test_built_in_graph(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(ConformerEncoder, "set_streaming_cuda_graphs", set_streaming_cuda_graphs, raising=False)
     chunk = demo_bundle.manifest.chunk(560)
-    feed = AudioFeed(demo_bundle.manifest, speech(), 2, 98)
+    feed = AudioFeed(demo_bundle.manifest, speech(), 1, 98)
     tokens, models = [], []
     with competitors.RunnerFactory(demo_bundle, CHECKPOINT, "cpu", 1, None, lambda message: None) as factory:
         with pytest.raises(OptionError, match="a CUDA graph needs a GPU"):
