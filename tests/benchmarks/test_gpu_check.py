@@ -21,6 +21,7 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
+import nemostream
 from nemostream import engines
 from nemostream.benchmarks import baseline, gpu_check
 from nemostream.benchmarks.gpu import correctness
@@ -30,7 +31,7 @@ from nemostream.benchmarks.harness import roofline
 from nemostream.benchmarks.harness.random_bundle import random_bundle
 from nemostream.benchmarks.harness.synthetic import Sizes
 from nemostream.benchmarks.studies import features
-from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.bundle import Bundle, ChunkConfig, Tensor
 from nemostream.errors import BackendError, EngineValidationError, OptionError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.base import Batch
@@ -442,6 +443,44 @@ def test_tokens_of_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monkey
         assert not wrong["equal"] and wrong["different_streams"] == 3 and wrong["tokens"] == result["tokens"]
         assert (wrong["failed_steps"] > 0) == bool(np.isnan(value).any())
         assert wrong["differences"][1]["emitted"] != wrong["differences"][1]["expected"]
+
+
+class Fp16Encoder(OrtEncoder):
+    """The fp16 graph of an engine, on ONNX Runtime."""
+
+    cache_dtype = "float16"
+
+    def __init__(self, graph: Path, bundle: Bundle, chunk: ChunkConfig, device: HostDevice) -> None:
+        super().__init__(bundle, chunk, device)
+        self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        tensors = [*self._session.get_inputs(), *self._session.get_outputs()]
+        half = {tensor.name for tensor in tensors if tensor.type == "tensor(float16)"}
+
+        def typed(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(
+                dataclasses.replace(tensor, dtype="float16") if tensor.name in half else tensor for tensor in tensors
+            )
+
+        self._graph = dataclasses.replace(
+            self._graph, inputs=typed(self._graph.inputs), outputs=typed(self._graph.outputs)
+        )
+
+
+@needs_compiler
+def test_tokens_of_the_packaged_model_in_fp16(tmp_path: Path) -> None:
+    """Rounding to fp16, in the encoder and in the decoder, does not change the tokens that give the verdict."""
+    pytest.importorskip("onnx", reason="needs the build extra")
+    from nemostream.engine.precision import write_typed
+
+    demo = Bundle.open(nemostream.demo_bundle())
+    chunk = demo.manifest.chunk(560)
+    graph, _ = write_typed(demo, chunk, "fp16", None, tmp_path, "encoder")
+    device = HostDevice()
+    backend = GpuBackend(demo, device, {chunk.ms: Fp16Encoder(graph, demo, chunk, device)}, capacity=4, max_batch=3)
+    assert backend.cache_dtype == "float16"
+    reference, clip = OrtBackend(demo, capacity=3), engines.speech(demo.manifest)[1]
+    result = correctness.compare_tokens(demo.manifest, chunk, backend, reference, clip, 3)
+    assert result["equal"] and result["tokens"] > 3 * 10
 
 
 def test_engine_that_fails_validation_is_incorrect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
