@@ -4,8 +4,9 @@
 
 Without `--checkpoint`, a full-size model with random weights is created (`harness.synthetic`). The competitors use
 their fastest configuration (`harness.runners`, `harness.nemo`): NeMo in fp32, in bf16, with torch.compile, and on a GPU
-with its encoder step in a CUDA graph; the encoder of Hugging Face transformers; ONNX Runtime on NeMo's export; on a CPU
-sherpa-onnx. All run on `--device`. Method, for each chunk size and batch:
+with its encoder step in a CUDA graph, captured by this benchmark ("nemo graph") and by NeMo itself ("nemo built-in
+graph", for versions newer than 3.0.0); the encoder of Hugging Face transformers; ONNX Runtime on NeMo's export; on a
+CPU sherpa-onnx. All run on `--device`. Method, for each chunk size and batch:
 
 * Every runner processes the same audio from the start until its attention caches are full; the following steps are
   timed. After warm-up rounds come the timed rounds. In each round every runner takes one step, in random order, after a

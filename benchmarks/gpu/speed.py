@@ -237,9 +237,10 @@ def measure_speed(
 ) -> Report:
     """Return rows by chunk size and batch, and the number of streams that follows.
 
-    `make` opens a backend for chunk sizes and a capacity, and returns it with the name of its encoder. `bandwidth` is
-    in bytes per second. No row is started after `deadline` (`time.perf_counter`); `skipped_rows` counts the missing
-    rows. `save` is called with the rows so far after each row.
+    `make` opens a backend for chunk sizes and a capacity, or a smaller one, and returns it with the name of its
+    encoder. `bandwidth` is in bytes per second. No row is started after `deadline` (`time.perf_counter`);
+    `skipped_rows` counts the missing rows and those of larger batches than the backend's. `save` is called with the
+    rows so far after each row.
     """
     rows: list[Report] = []
     vocabulary = bundle.manifest.decoder.vocabulary
@@ -250,11 +251,13 @@ def measure_speed(
         capacity = max(batches) + 1
         backend, encoder = make(bundle, [chunk], capacity)
         try:
-            rate = calibrate_blank(backend, bundle, chunk, min(64, max(batches)))
+            rate = calibrate_blank(backend, bundle, chunk, min(64, max(batches), backend.max_batch))
             work = encoder_work(bundle, chunk, "fp32" if backend.cache_dtype == "float32" else "fp16", "cuda")
             for batch in batches:
                 if time.perf_counter() > deadline:
                     break
+                if batch > backend.max_batch:
+                    continue
                 progress(f"{chunk.ms} ms, batch {batch}, encoder {encoder.partition(' (')[0]}")
                 row = step_times(backend, chunk, batch, repeats) | device_times(backend, chunk, batch, repeats)
                 row |= stage_times(backend, chunk, batch, repeats)

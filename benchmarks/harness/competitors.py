@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nemostream.benchmarks.harness.nemo import NemoRunner, export_nemo, load_nemo
+from nemostream.benchmarks.harness.nemo import NemoRunner, check_built_in_graph, export_nemo, load_nemo
 from nemostream.benchmarks.harness.records import Progress
 from nemostream.benchmarks.harness.runners import (
     NemoOnnxRunner,
@@ -41,6 +41,7 @@ RUNNERS = {
         "nemo fp32",
         "nemo bf16",
         "nemo graph",
+        "nemo built-in graph",
         "nemo compile bf16",
         "transformers",
         "transformers bf16",
@@ -60,6 +61,7 @@ class RunnerFactory:
         self.bundle, self.device_type, self.progress = bundle, device.partition(":")[0], progress
         self._checkpoint, self._device, self._threads = checkpoint, device, threads
         self._bf16_model: Any = None
+        self._built_in_graph_model: Any = None
         self._transformers_model: Any = None
         self._folder = tempfile.TemporaryDirectory(prefix="nemostream-")
         self._engines = engines or Path(self._folder.name)
@@ -93,6 +95,10 @@ class RunnerFactory:
             exact = (kind, self.device_type) == ("fp32", "cpu")
             return NemostreamRunner(f"{NEMOSTREAM}, {kind}", backend, feed, chunk, exact=exact)
         if implementation == "nemo":
+            if kind == "built-in graph":
+                check_built_in_graph(self._model)  # before loading a model of its own
+                self._built_in_graph_model = self._built_in_graph_model or load_nemo(self._checkpoint, self.device_type)
+                return NemoRunner(self._built_in_graph_model, feed, chunk, kind)
             # Runners of the same type share a model.
             if "bf16" not in kind and kind != "graph":
                 return NemoRunner(self._model, feed, chunk, kind)

@@ -29,11 +29,15 @@ KINDS = {
         "bf16, forward of the encoder under torch.compile (static shapes, frozen weights, autotuned products)"
     ),
     "graph": "bf16, encoder step captured in a CUDA graph with static buffers, cache update included",
+    "built-in graph": "bf16, NeMo's own CUDA graph of the encoder step (`set_streaming_cuda_graphs`)",
 }
 
 
 class NemoRunner:
-    """NeMo's official step `conformer_stream_step` with its caches and hypotheses; `kind` is a key of `KINDS`."""
+    """NeMo's official step `conformer_stream_step` with its caches and hypotheses; `kind` is a key of `KINDS`.
+
+    Runners may share a model, except that "built-in graph" needs one of its own: it changes the encoder.
+    """
 
     covers = "mel to tokens"
 
@@ -45,7 +49,7 @@ class NemoRunner:
         self._device = next(model.parameters()).device
         # On a GPU, products in TF32 may change the tokens of a model with random weights.
         self.exact = kind in ("fp32", "compile") and self._device.type == "cpu"
-        self._dtype = torch.bfloat16 if kind == "graph" or "bf16" in kind else torch.float32
+        self._dtype = torch.bfloat16 if "graph" in kind or "bf16" in kind else torch.float32
         with torch.inference_mode():
             self._mel = feed.mel(model).to(self._device, self._dtype)
             model.to(self._dtype)
@@ -75,6 +79,8 @@ class NemoRunner:
                 self._model.encoder.cache_aware_stream_step(**self._inputs(position))
         if self._kind == "graph":
             self._capture(position)
+        if self._kind == "built-in graph":
+            self._enable_built_in_graph(position)
 
     def step(self, position: int) -> None:
         with self._torch.inference_mode():
@@ -100,6 +106,8 @@ class NemoRunner:
 
     def close(self) -> None:
         self._model.encoder.forward_internal = self._eager
+        if self._kind == "built-in graph":
+            self._model.encoder.set_streaming_cuda_graphs(False)
         self._caches = self._hypotheses = self._replay = None
 
     def _set_chunk(self, chunk: ChunkConfig) -> None:
@@ -125,6 +133,16 @@ class NemoRunner:
             "drop_extra_pre_encoded": 0 if first else self._model.encoder.streaming_cfg.drop_extra_pre_encoded,
         }
 
+    def _enable_built_in_graph(self, position: int) -> None:
+        """Let NeMo capture the step; the caches of these runs are discarded."""
+        check_built_in_graph(self._model)
+        encoder = self._model.encoder
+        helper = encoder.set_streaming_cuda_graphs(True, warmup_steps=1)
+        helper.force_cuda_graphs_mode("full_graph")  # otherwise NeMo runs eager, without an error, if capture fails
+        with self._torch.inference_mode():
+            for _ in range(helper.warmup_steps + 1):
+                encoder.cache_aware_stream_step(**self._inputs(position))
+
     def _capture(self, position: int) -> None:
         """Capture the encoder step on static copies of its inputs; the graph also updates the caches."""
         torch, encoder = self._torch, self._model.encoder
@@ -143,6 +161,23 @@ class NemoRunner:
             self._replay = record_graph(encoder_step)
             for name in names:
                 self._static[name].copy_(initial[name])
+
+
+def check_built_in_graph(model: Any) -> None:
+    """Raise `OptionError` unless the installed NeMo can capture the encoder step itself, on a GPU.
+
+    Source: pull request 15863 of NVIDIA-NeMo/Speech (merged in 2026), in no release up to 3.0.0.
+    """
+    import nemo
+    import torch
+
+    if not hasattr(model.encoder, "set_streaming_cuda_graphs"):
+        raise OptionError(
+            f"NeMo {nemo.__version__} has no CUDA graph of its own for the encoder step; install a version with "
+            "`set_streaming_cuda_graphs` (newer than 3.0.0)."
+        )
+    if not torch.cuda.is_available():
+        raise OptionError("a CUDA graph needs a GPU.")
 
 
 def record_graph(work: Callable[[], None]) -> Callable[[], None]:

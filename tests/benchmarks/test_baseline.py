@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ def test_all_runners(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mo
     # Speech like the training data: on other speech, small differences change the tokens.
     clip = engines.speech(demo_bundle.manifest)[1]
     monkeypatch.setattr(baseline, "speech", lambda: np.tile(np.append(clip, np.zeros(8000, np.float32)), 4))
-    names = [name for name in competitors.RUNNERS["cpu"] if "compile" not in name] + ["nemo graph"]
+    names = [name for name in competitors.RUNNERS["cpu"] if "compile" not in name]
+    names += ["nemo graph", "nemo built-in graph"]  # skipped without a GPU
     result = compare(demo_bundle, tuple(names), batches=(1, 3))
-    assert list(result["method"]["skipped"]) == ["nemo graph"]
+    assert list(result["method"]["skipped"]) == ["nemo graph", "nemo built-in graph"]
     assert "a CUDA graph needs a GPU" in result["method"]["skipped"]["nemo graph"]
-    assert len(result["rows"]) == 2 * (len(names) - 1)
+    assert len(result["rows"]) == 2 * (len(names) - 2)
     by_runner = {row["case"]["runner"]: row for row in result["rows"] if row["case"]["batch"] == 3}
     own = by_runner["nemostream, fp32"]["values"]["relative_time"]["nemostream, fp32"]
     assert own == {"median": 1.0, "min": 1.0, "max": 1.0}
@@ -62,6 +64,7 @@ def test_all_runners(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mo
     text = report.write_report([records.read(tmp_path / "x.json")], tmp_path / "x.md")
     assert text.count("| 560 ms | 3 |") == len(by_runner) and (tmp_path / "x-steps.png").exists()
     assert all(f"* {name}: " in text for name in by_runner) and "Skipped: nemo graph (OptionError" in text
+    assert "nemo built-in graph (OptionError" in text
 
 
 def test_ratios() -> None:
@@ -133,6 +136,75 @@ def test_captured_step(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> 
         tokens.append(runner.tokens())
         runner.close()
     assert tokens[0] == tokens[1] and sum(map(len, tokens[0])) > 4
+
+
+class StreamingGraph:
+    """The interface of NeMo's helper for CUDA graphs (pull request 15863). It counts steps and captures nothing."""
+
+    def __init__(self, encoder: Any, warmup_steps: int) -> None:
+        self.warmup_steps, self.mode, self.steps = warmup_steps, None, 0
+        self._step = encoder.cache_aware_stream_step
+
+    def force_cuda_graphs_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def __call__(self, **inputs: Any) -> Any:
+        # Only steps of this kind are captured.
+        assert inputs["processed_signal_length"] is not None and not inputs["keep_all_outputs"]
+        self.steps += 1
+        return self._step(**inputs)
+
+
+def set_streaming_cuda_graphs(encoder: Any, enabled: bool, warmup_steps: int = 3) -> StreamingGraph | None:
+    vars(encoder).pop("cache_aware_stream_step", None)
+    if enabled:
+        encoder.cache_aware_stream_step = StreamingGraph(encoder, warmup_steps)
+    return vars(encoder).get("cache_aware_stream_step")
+
+
+def test_built_in_graph(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo's CUDA graph is captured before the timed steps, must not fall back to eager, and is removed on close."""
+    from nemo.collections.asr.modules import ConformerEncoder
+
+    monkeypatch.setattr(ConformerEncoder, "set_streaming_cuda_graphs", set_streaming_cuda_graphs, raising=False)
+    chunk = demo_bundle.manifest.chunk(560)
+    feed = AudioFeed(demo_bundle.manifest, speech(), 1, 98)
+    tokens, models = [], []
+    with competitors.RunnerFactory(demo_bundle, CHECKPOINT, "cpu", 1, None, lambda message: None) as factory:
+        with pytest.raises(OptionError, match="a CUDA graph needs a GPU"):
+            factory.create("nemo built-in graph", feed, chunk, contextlib.ExitStack())
+        for module in (competitors, nemo):
+            monkeypatch.setattr(module, "check_built_in_graph", lambda model: None)
+        for name in ("nemo bf16", "nemo built-in graph"):
+            runner = factory.create(name, feed, chunk, contextlib.ExitStack())
+            models.append(runner._model)
+            runner.fill_caches(70)
+            helper = vars(runner._model.encoder).get("cache_aware_stream_step")
+            assert (helper is None) == (name == "nemo bf16")
+            if helper:
+                assert helper.mode == "full_graph" and helper.steps == helper.warmup_steps + 1
+            for position in range(70, 98, 7):
+                runner.step(position)
+            if helper:
+                assert helper.steps == helper.warmup_steps + 1 + 4
+            tokens.append(runner.tokens())
+            runner.close()
+            assert "cache_aware_stream_step" not in vars(runner._model.encoder)
+    assert models[0] is not models[1]  # the other runners stay eager
+    assert tokens[0] == tokens[1] and sum(map(len, tokens[0])) > 4
+
+
+def test_built_in_graph_is_detected() -> None:
+    """Versions up to 3.0.0 have none."""
+    from types import SimpleNamespace
+
+    from nemo import __version__
+    from nemo.collections.asr.modules import ConformerEncoder
+
+    if hasattr(ConformerEncoder, "set_streaming_cuda_graphs"):
+        pytest.skip("this version has it")
+    with pytest.raises(OptionError, match=f"NeMo {__version__} has no CUDA graph of its own for the encoder step"):
+        nemo.check_built_in_graph(SimpleNamespace(encoder=ConformerEncoder))
 
 
 def test_captured_step_does_not_synchronise(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
