@@ -30,6 +30,7 @@ class Unit:
     """A compiled source."""
 
     def __init__(self, library: Path) -> None:
+        self.path = library
         self._library = ctypes.CDLL(str(library))
 
     def launch(

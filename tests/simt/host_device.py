@@ -24,6 +24,8 @@ from nemostream.runtime.backends.gpu import kernels
 
 Work = Callable[[], None]
 
+STUB_NAME = "CUDA stub"  # name of the device of `tests/cuda_stub`
+
 
 class HostDevice:
     """A simulated device. `order` other than 0 shuffles threads and blocks (`cuda_on_cpu`).
@@ -190,7 +192,8 @@ class HostKernels:
 class OrtEncoder:
     """The bundle's fp32 encoder graph as a `StepEncoder`.
 
-    On a GPU it copies memory to the CPU, which cannot be captured.
+    On the CUDA stub (`tests/cuda_stub`), whose device memory is host memory, it is queued as a host function. On a GPU
+    it copies memory to the CPU, which cannot be captured.
     """
 
     cache_dtype = "float32"
@@ -201,17 +204,18 @@ class OrtEncoder:
         graph = f"encoder-{chunk.ms}ms"
         self._session = ort.InferenceSession(bundle.file(graph), options, providers=["CPUExecutionProvider"])
         self._graph, self._device = bundle.manifest.graphs[graph], device
-        self.capturable = capturable and isinstance(device, HostDevice)
+        self._copies = device.name not in (HostDevice.name, STUB_NAME)
+        self.capturable = capturable and not self._copies
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
         def shape(tensor: Any) -> tuple[int, ...]:
             return tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
 
-        if not isinstance(self._device, HostDevice):
+        if self._copies:
             return lambda: self._run_copied(addresses, shape)
 
         def view(tensor: Any) -> NDArray[Any]:
-            return self._device.view(addresses[tensor.name], shape(tensor), tensor.dtype)
+            return self._view(addresses[tensor.name], shape(tensor), tensor.dtype)
 
         inputs = {tensor.name: view(tensor) for tensor in self._graph.inputs}
         outputs = {tensor.name: view(tensor) for tensor in self._graph.outputs if tensor.name != "encoded"}
@@ -220,7 +224,15 @@ class OrtEncoder:
             for name, value in zip(outputs, self._session.run(list(outputs), inputs), strict=True):
                 outputs[name][...] = value
 
-        return lambda: self._device.queue(run)
+        if isinstance(self._device, HostDevice):
+            return lambda: self._device.queue(run)
+        return host_function(self._device, run)
+
+    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        if isinstance(self._device, HostDevice):
+            return self._device.view(address, shape, dtype)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
     def _run_copied(self, addresses: Mapping[str, int], shape: Callable[[Any], tuple[int, ...]]) -> None:
         inputs = {}
@@ -232,3 +244,15 @@ class OrtEncoder:
             self._device.write(addresses[name], value)
 
     def close(self) -> None: ...
+
+
+def host_function(device: Any, run: Work) -> Work:
+    """Return a function that queues `run` on a `CudaDevice`."""
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: run())
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+
+    def enqueue() -> None:
+        assert callback  # referenced as long as it may be called
+        device._call("cuLaunchHostFunc", device.stream, address, 0)
+
+    return enqueue

@@ -1,0 +1,154 @@
+"""A CUDA driver without a GPU (`libcuda.cpp`), on which the real cuda.bindings and cuda.core run.
+
+The driver must be found before `libcuda.so.1` of this machine, and must not be seen by tests that expect no GPU. So the
+tests that use it run in another process:
+
+    completed = run_pytest("tests/cuda_stub/driver_cases.py")
+
+That process loads this module as a pytest plugin, which replaces one function: `cuda.compile_kernels` returns an image
+that names the kernels compiled for the CPU (`tests/simt`), which `cuModuleLoadData` of the driver loads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SONAME = "libcuda.so.1"
+NO_COMPILER = shutil.which("g++") is None
+NO_CUDA_PYTHON = any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.core", "cuda.bindings"))
+MISSING = NO_COMPILER or NO_CUDA_PYTHON
+
+
+def build() -> Path:
+    """Compile the driver, or find it in the cache. Returns its folder."""
+    from nemostream.plans import cache_folder, check_private, make_private
+
+    source = (HERE / "libcuda.cpp").read_text()
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-Wl,-soname,{SONAME}", "-pthread"]
+    key = hashlib.sha256("\0".join([source, *flags]).encode()).hexdigest()[:24]
+    folder = cache_folder("cuda_stub") / key
+    check_private(folder.parent)
+    if not (folder / SONAME).exists():
+        make_private(folder.parent)
+        make_private(folder)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            compiled = Path(temporary) / SONAME
+            command = ["g++", *flags, "-o", str(compiled), str(HERE / "libcuda.cpp"), "-ldl"]
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode:
+                raise RuntimeError(f"g++ cannot compile the CUDA stub:\n{process.stderr}")
+            compiled.replace(folder / SONAME)
+    return folder
+
+
+def environment(**settings: int) -> dict[str, str]:
+    """Return the environment of a process that uses the driver, with settings such as `DRIVER_VERSION`."""
+    paths = [str(HERE), str(HERE.parent / "simt"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        "LD_LIBRARY_PATH": str(build()),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **{f"CUDA_STUB_{name}": str(value) for name, value in settings.items()},
+    }
+
+
+def run_pytest(*arguments: str, timeout_s: float = 600, **settings: int) -> subprocess.CompletedProcess[str]:
+    """Run tests in a process that uses the driver."""
+    command = [sys.executable, "-m", "pytest", "-p", "cuda_stub", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command += ["-q", "-rfEs", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+# -- in the process that uses the driver -------------------------------------------------------------------------------
+
+
+class Stub:
+    """Control of the driver, see the end of `libcuda.cpp`."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(SONAME)
+        self._library.cuda_stub_report.restype = ctypes.c_char_p
+        self._library.cuda_stub_calls.restype = ctypes.c_long
+        self._library.cuda_stub_fail.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+
+    @property
+    def violations(self) -> list[str]:
+        """Misuses of the driver."""
+        return self._library.cuda_stub_report(b"violations").decode().splitlines()
+
+    @property
+    def notes(self) -> list[str]:
+        """Legal calls that the backend should not make."""
+        return self._library.cuda_stub_report(b"notes").decode().splitlines()
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Number of objects of each kind that exist."""
+        lines = self._library.cuda_stub_report(b"live").decode().splitlines()
+        return {name: int(count) for name, count in map(str.split, lines)}
+
+    def fail(self, function: str, n: int, error: int, sticky: bool = False) -> None:
+        """Fail the n-th next call of a function ("*" for any) with an error; every later call too if `sticky`.
+
+        "execute" is the run of a kernel, "capture" a captured operation, which invalidates its capture.
+        """
+        self._library.cuda_stub_fail(function.encode(), n, error, sticky)
+
+    def calls(self, function: str) -> int:
+        """Number of calls since `clear`."""
+        return int(self._library.cuda_stub_calls(function.encode()))
+
+    def clear(self) -> None:
+        """Forget faults, violations, notes, calls, and the state of a lost device."""
+        self._library.cuda_stub_clear()
+
+
+def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: str = "cubin") -> bytes:
+    """Replace `cuda.compile_kernels`: return an image for the driver."""
+    from cuda_on_cpu import compile_for_cpu
+
+    from nemostream.runtime.backends.gpu import kernels
+
+    source = kernels.source()
+    library = compile_for_cpu(source, macros, _entries(source, tuple(macros.items()))).path
+    fields = kernels.STEP.fields
+    assert fields is not None
+    lines = [
+        "cuda_stub",
+        ".version 8.0",  # read from PTX
+        f"library {library}",
+        f"argument {kernels.STEP.itemsize}",
+        "pointers " + " ".join(str(fields[name][1]) for kind, name in kernels.FIELDS if kind.endswith("*")),
+    ]
+    return "\n".join(lines).encode() + b"\0"
+
+
+@functools.cache
+def _entries(source: str, macros: tuple[tuple[str, Any], ...]) -> list[str]:
+    """Return the kernels that a source has with these macros."""
+    command = ["g++", "-E", "-P", "-x", "c++", "-DCUDA_ON_CPU", *(f"-D{name}={value}" for name, value in macros), "-"]
+    text = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text)
+
+
+def pytest_configure(config: Any) -> None:
+    """Replace the compiler of the kernels when pytest loads this module as a plugin."""
+    from nemostream.runtime.backends.gpu import cuda
+
+    cuda.compile_kernels = compile_kernels
