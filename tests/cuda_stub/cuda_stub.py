@@ -21,9 +21,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -57,7 +59,7 @@ def build() -> Path:
 
 def environment(**settings: int) -> dict[str, str]:
     """Return the environment of a process that uses the driver, with settings such as `DRIVER_VERSION`."""
-    paths = [str(HERE), str(HERE.parent / "simt"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE), str(HERE.parent / "simt"), os.environ.get("PYTHONPATH", "")]
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
         "LD_LIBRARY_PATH": str(build()),
@@ -119,24 +121,29 @@ class Stub:
         self._library.cuda_stub_clear()
 
 
+def image(library: Path, argument_size: int, pointers: Sequence[int]) -> bytes:
+    """Return a module for the driver: kernels compiled for the CPU, whose argument has pointers at these bytes."""
+    lines = [
+        "cuda_stub",
+        ".version 8.0",  # read from PTX
+        f"library {library}",
+        f"argument {argument_size}",
+        f"pointers {' '.join(map(str, pointers))}",
+    ]
+    return "\n".join(lines).encode() + b"\0"
+
+
 def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: str = "cubin") -> bytes:
     """Replace `cuda.compile_kernels`: return an image for the driver."""
     from cuda_on_cpu import compile_for_cpu
 
     from nemostream.runtime.backends.gpu import kernels
 
-    source = kernels.source()
-    library = compile_for_cpu(source, macros, _entries(source, tuple(macros.items()))).path
-    fields = kernels.STEP.fields
+    source, fields = kernels.source(), kernels.STEP.fields
     assert fields is not None
-    lines = [
-        "cuda_stub",
-        ".version 8.0",  # read from PTX
-        f"library {library}",
-        f"argument {kernels.STEP.itemsize}",
-        "pointers " + " ".join(str(fields[name][1]) for kind, name in kernels.FIELDS if kind.endswith("*")),
-    ]
-    return "\n".join(lines).encode() + b"\0"
+    library = compile_for_cpu(source, macros, _entries(source, tuple(macros.items()))).path
+    pointers = [fields[name][1] for declared, name in kernels.FIELDS if declared.endswith("*")]
+    return image(library, kernels.STEP.itemsize, pointers)
 
 
 @functools.cache
@@ -147,8 +154,21 @@ def _entries(source: str, macros: tuple[tuple[str, Any], ...]) -> list[str]:
     return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text)
 
 
+# -- pytest plugin -----------------------------------------------------------------------------------------------------
+
+
 def pytest_configure(config: Any) -> None:
-    """Replace the compiler of the kernels when pytest loads this module as a plugin."""
     from nemostream.runtime.backends.gpu import cuda
 
     cuda.compile_kernels = compile_kernels
+
+
+@pytest.fixture(autouse=True)
+def stub() -> Iterator[Stub]:
+    """Control of the driver. A test fails if it leaves violations, so tests that provoke them `clear` them."""
+    control = Stub()
+    control.clear()
+    yield control
+    violations = control.violations
+    control.clear()
+    assert not violations, "\n".join(violations)

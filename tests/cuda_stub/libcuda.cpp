@@ -320,6 +320,7 @@ size_t total_memory() { return setting("CUDA_STUB_MEMORY", size_t(8) << 30); }
 int tick(const std::string& function) {
   Lock lock(state.lock);
   ++state.calls[function];
+  if (function.rfind("cu", 0) == 0) ++state.calls["*"];
   int error = SUCCESS;
   for (Fault& fault : state.faults) {
     if (fault.function != function && !(fault.function == "*" && function.rfind("cu", 0) == 0)) continue;

@@ -1,0 +1,26 @@
+"""The GPU backend through the real cuda.core and cuda.bindings, on a CUDA driver stub (`tests/cuda_stub`).
+
+The tests run in processes of their own, because other tests expect no GPU. This shows that the calls are those which
+the packages and the rules of the driver allow, and that failures are handled. It does not show what a driver does.
+"""
+
+from __future__ import annotations
+
+import pytest
+from cuda_stub import MISSING, run_pytest
+
+pytestmark = pytest.mark.skipif(MISSING, reason="needs g++ and cuda-python")
+
+
+def check(*arguments: str, **settings: int) -> None:
+    completed = run_pytest(*arguments, **settings)
+    assert completed.returncode == 0, completed.stdout[-20000:] + completed.stderr[-5000:]
+    assert " skipped" not in completed.stdout.splitlines()[-1], completed.stdout
+
+
+def test_driver_rules() -> None:
+    check("tests/cuda_stub/driver_cases.py")
+
+
+def test_backend_and_faults() -> None:
+    check("tests/cuda_stub/backend_cases.py")
