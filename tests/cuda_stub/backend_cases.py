@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_stub import Stub
-from host_device import OrtEncoder
+from cuda_stub import Stub, StubEncoder
 
 import nemostream
 from nemostream.bundle import Bundle
@@ -31,7 +30,7 @@ Tokens = list[tuple[list[int], list[int]]]
 
 
 def make_backend(bundle: Bundle, device: CudaDevice, loop: str = "while", capturable: bool = True) -> GpuBackend:
-    encoders = {CHUNK_MS: OrtEncoder(bundle, bundle.manifest.chunk(CHUNK_MS), device, capturable)}
+    encoders = {CHUNK_MS: StubEncoder(bundle, bundle.manifest.chunk(CHUNK_MS), device, capturable)}
     return GpuBackend(bundle, device, encoders, capacity=SLOTS, loop=loop)
 
 

@@ -5,8 +5,9 @@ tests that use it run in another process:
 
     completed = run_pytest("tests/cuda_stub/driver_cases.py")
 
-That process loads this module as a pytest plugin, which replaces one function: `cuda.compile_kernels` returns an image
-that names the kernels compiled for the CPU (`tests/simt`), which `cuModuleLoadData` of the driver loads.
+That process loads this module as a pytest plugin. It replaces one function of the package: `cuda.compile_kernels`
+returns an image with the path of the kernels compiled for the CPU (`tests/simt`), which the driver loads as a module.
+The encoder of the tests, `OrtEncoder`, becomes one that can be captured.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import host_device
+import numpy as np
 import pytest
+from host_device import OrtEncoder
+from numpy.typing import NDArray
+
+from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.plans import cache_folder, check_private, make_private
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,8 +45,6 @@ MISSING = NO_COMPILER or NO_CUDA_PYTHON
 
 def build() -> Path:
     """Compile the driver, or find it in the cache. Returns its folder."""
-    from nemostream.plans import cache_folder, check_private, make_private
-
     source = (HERE / "libcuda.cpp").read_text()
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-Wl,-soname,{SONAME}", "-pthread"]
     key = hashlib.sha256("\0".join([source, *flags]).encode()).hexdigest()[:24]
@@ -68,13 +74,16 @@ def environment(**settings: int) -> dict[str, str]:
     }
 
 
-def run_pytest(*arguments: str, timeout_s: float = 600, **settings: int) -> subprocess.CompletedProcess[str]:
-    """Run tests in a process that uses the driver."""
+def run_pytest(
+    *arguments: str, small_bundle: Path | None = None, timeout_s: float = 600, **settings: int
+) -> subprocess.CompletedProcess[str]:
+    """Run tests in a process that uses the driver. `small_bundle` is the bundle of the fixture of this name."""
     command = [sys.executable, "-m", "pytest", "-p", "cuda_stub", "-p", "no:xdist", "-p", "no:cacheprovider"]
     command += ["-q", "-rfEs", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=timeout_s
-    )
+    variables = environment(**settings)
+    if small_bundle:
+        variables["NEMOSTREAM_TEST_BUNDLE"] = str(small_bundle)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout_s)
 
 
 # -- in the process that uses the driver -------------------------------------------------------------------------------
@@ -154,6 +163,44 @@ def _entries(source: str, macros: tuple[tuple[str, Any], ...]) -> list[str]:
     return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text)
 
 
+def host_function(device: Any, run: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that queues `run` on a `CudaDevice`."""
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: run())
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+
+    def enqueue() -> None:
+        assert callback  # referenced as long as it may be called
+        device._call("cuLaunchHostFunc", device.stream, address, 0)
+
+    return enqueue
+
+
+class StubEncoder(OrtEncoder):
+    """The bundle's encoder graph, queued as a host function, which can be captured: device memory is host memory."""
+
+    def __init__(self, bundle: Bundle, chunk: ChunkConfig, device: Any, capturable: bool = True) -> None:
+        super().__init__(bundle, chunk, device, capturable)
+        self.capturable = capturable
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        super().bind(rows, addresses)  # checks the addresses
+
+        def view(tensor: Any) -> NDArray[Any]:
+            shape = tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
+            size = int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize
+            memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(addresses[tensor.name]))
+            return memory.view(tensor.dtype).reshape(shape)
+
+        inputs = {tensor.name: view(tensor) for tensor in self._graph.inputs}
+        outputs = {tensor.name: view(tensor) for tensor in self._graph.outputs if tensor.name != "encoded"}
+
+        def run() -> None:
+            for name, value in zip(outputs, self._session.run(list(outputs), inputs), strict=True):
+                outputs[name][...] = value
+
+        return host_function(self._device, run)
+
+
 # -- pytest plugin -----------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +208,7 @@ def pytest_configure(config: Any) -> None:
     from nemostream.runtime.backends.gpu import cuda
 
     cuda.compile_kernels = compile_kernels
+    host_device.OrtEncoder = StubEncoder
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as cu
 from cuda_on_cpu import compile_for_cpu
-from cuda_stub import Stub, image
-from host_device import host_function
+from cuda_stub import Stub, host_function, image
 
 from nemostream.errors import BackendError
 from nemostream.runtime.backends.gpu.cuda import CudaDevice

@@ -24,8 +24,6 @@ from nemostream.runtime.backends.gpu import kernels
 
 Work = Callable[[], None]
 
-STUB_NAME = "CUDA stub"  # name of the device of `tests/cuda_stub`
-
 
 class HostDevice:
     """A simulated device. `order` other than 0 shuffles threads and blocks (`cuda_on_cpu`).
@@ -192,8 +190,7 @@ class HostKernels:
 class OrtEncoder:
     """The bundle's fp32 encoder graph as a `StepEncoder`.
 
-    On the CUDA stub (`tests/cuda_stub`), whose device memory is host memory, it is queued as a host function. On a GPU
-    it copies memory to the CPU, which cannot be captured.
+    On a GPU it copies memory to the CPU, which cannot be captured.
     """
 
     cache_dtype = "float32"
@@ -204,18 +201,17 @@ class OrtEncoder:
         graph = f"encoder-{chunk.ms}ms"
         self._session = ort.InferenceSession(bundle.file(graph), options, providers=["CPUExecutionProvider"])
         self._graph, self._device = bundle.manifest.graphs[graph], device
-        self._copies = device.name not in (HostDevice.name, STUB_NAME)
-        self.capturable = capturable and not self._copies
+        self.capturable = capturable and isinstance(device, HostDevice)
 
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
         def shape(tensor: Any) -> tuple[int, ...]:
             return tuple(rows if axis == "B" else int(axis) for axis in tensor.shape)
 
-        if self._copies:
+        if not isinstance(self._device, HostDevice):
             return lambda: self._run_copied(addresses, shape)
 
         def view(tensor: Any) -> NDArray[Any]:
-            return self._view(addresses[tensor.name], shape(tensor), tensor.dtype)
+            return self._device.view(addresses[tensor.name], shape(tensor), tensor.dtype)
 
         inputs = {tensor.name: view(tensor) for tensor in self._graph.inputs}
         outputs = {tensor.name: view(tensor) for tensor in self._graph.outputs if tensor.name != "encoded"}
@@ -224,15 +220,7 @@ class OrtEncoder:
             for name, value in zip(outputs, self._session.run(list(outputs), inputs), strict=True):
                 outputs[name][...] = value
 
-        if isinstance(self._device, HostDevice):
-            return lambda: self._device.queue(run)
-        return host_function(self._device, run)
-
-    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        if isinstance(self._device, HostDevice):
-            return self._device.view(address, shape, dtype)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
+        return lambda: self._device.queue(run)
 
     def _run_copied(self, addresses: Mapping[str, int], shape: Callable[[Any], tuple[int, ...]]) -> None:
         inputs = {}
@@ -244,15 +232,3 @@ class OrtEncoder:
             self._device.write(addresses[name], value)
 
     def close(self) -> None: ...
-
-
-def host_function(device: Any, run: Work) -> Work:
-    """Return a function that queues `run` on a `CudaDevice`."""
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: run())
-    address = ctypes.cast(callback, ctypes.c_void_p).value
-
-    def enqueue() -> None:
-        assert callback  # referenced as long as it may be called
-        device._call("cuLaunchHostFunc", device.stream, address, 0)
-
-    return enqueue
