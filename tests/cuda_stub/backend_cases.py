@@ -36,7 +36,7 @@ def make_backend(bundle: Bundle, device: CudaDevice, loop: str = "while", captur
 
 def batches(bundle: Bundle, audio: np.ndarray, count: int = 12) -> list[Batch]:
     chunk = bundle.manifest.chunk(CHUNK_MS)
-    parts = audio[16000:][: count * chunk.samples].reshape(count, 1, chunk.samples)
+    parts = audio[: count * chunk.samples].reshape(count, 1, chunk.samples)
     return [Batch(chunk, np.arange(1), part, np.array([chunk.samples])) for part in parts]
 
 
@@ -49,13 +49,13 @@ def run(backend: Backend, steps: Sequence[Batch]) -> Tokens:
 
 @pytest.fixture(scope="module")
 def steps(small_bundle: Bundle, clips: dict[str, np.ndarray]) -> list[Batch]:
-    return batches(small_bundle, max(clips.values(), key=len))
+    return batches(small_bundle, next(iter(clips.values())))
 
 
 @pytest.fixture(scope="module")
 def wanted(small_bundle: Bundle, steps: list[Batch]) -> Tokens:
     tokens = run(OrtBackend(small_bundle, capacity=SLOTS, threads=1), steps)
-    assert sum(len(ids) for ids, _ in tokens) > 5
+    assert sum(len(ids) for ids, _ in tokens) > 2
     return tokens
 
 
