@@ -6,6 +6,7 @@ More tests of the backend run on the stub: those of `tests/runtime/backends/gpu`
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,12 +27,15 @@ from nemostream.runtime.decoding.boosting import Boosting
 CHUNK_MS = 80
 SLOTS = 1
 UNKNOWN, OUT_OF_MEMORY, LAUNCH_FAILED, UNAVAILABLE = 999, 2, 719, 46
+EVERY = int(os.environ.get("CUDA_STUB_EVERY", 1))  # calls tried of those that can fail: 1 for all of them
 Tokens = list[tuple[list[int], list[int]]]
 
 
-def make_backend(bundle: Bundle, device: CudaDevice, loop: str = "while", capturable: bool = True) -> GpuBackend:
+def make_backend(
+    bundle: Bundle, device: CudaDevice, loop: str = "while", capturable: bool = True, capacity: int = SLOTS
+) -> GpuBackend:
     encoders = {CHUNK_MS: StubEncoder(bundle, bundle.manifest.chunk(CHUNK_MS), device, capturable)}
-    return GpuBackend(bundle, device, encoders, capacity=SLOTS, loop=loop)
+    return GpuBackend(bundle, device, encoders, capacity, max_batch=1, loop=loop)
 
 
 def batches(bundle: Bundle, audio: np.ndarray, count: int = 12) -> list[Batch]:
@@ -170,14 +174,14 @@ def test_no_variant_loads(small_bundle: Bundle, device: CudaDevice, stub: Stub) 
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-def count_calls(stub: Stub, function: str, work: Callable[[], Any]) -> int:
-    """Return how often a function is called when nothing fails."""
+def calls_to_fail(stub: Stub, function: str, work: Callable[[], Any], every: int = EVERY) -> range:
+    """Return which calls of a function to fail: of those that are made if nothing fails, every n-th."""
     stub.clear()
     work()
     calls = stub.calls(function)
     stub.clear()
     assert calls
-    return calls
+    return range(1, calls + 1, every)
 
 
 def build_and_close(bundle: Bundle, loop: str = "while") -> None:
@@ -186,7 +190,7 @@ def build_and_close(bundle: Bundle, loop: str = "while") -> None:
 
 @pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
 def test_out_of_memory_at_each_allocation(function: str, small_bundle: Bundle, stub: Stub, nothing_left: Any) -> None:
-    for n in range(1, 1 + count_calls(stub, function, lambda: build_and_close(small_bundle))):
+    for n in calls_to_fail(stub, function, lambda: build_and_close(small_bundle)):
         device = CudaDevice()
         stub.fail(function, n, OUT_OF_MEMORY)
         with pytest.raises(BackendError, match=r"memory|MEMORY"):
@@ -202,12 +206,12 @@ def test_capture_invalidated_at_each_operation(
 ) -> None:
     """Another kind of loop is captured, and the tokens are the same."""
     loops = set()
-    for n in range(1, 1 + count_calls(stub, "capture", lambda: build_and_close(small_bundle, loop))):
+    for n in calls_to_fail(stub, "capture", lambda: build_and_close(small_bundle, loop)):
         stub.fail("capture", n, UNKNOWN)
         gpu = make_backend(small_bundle, CudaDevice(), loop)
         assert gpu.failures and gpu.loop != loop, n
         loops.add(gpu.loop)
-        assert run(gpu, steps[:6]) == wanted[:6], n
+        assert run(gpu, steps[:4]) == wanted[:4], n
         gpu.close()
         stub.clear()
     assert loops == {LOOPS[LOOPS.index(loop) + 1]}
@@ -232,7 +236,7 @@ def test_graph_function_that_fails(
     function: str, small_bundle: Bundle, steps: list[Batch], wanted: Tokens, stub: Stub
 ) -> None:
     """At each of its calls: another loop with the same tokens, or an error that names what failed."""
-    for n in range(1, 1 + count_calls(stub, function, lambda: build_and_close(small_bundle))):
+    for n in calls_to_fail(stub, function, lambda: build_and_close(small_bundle)):
         stub.fail(function, n, UNKNOWN)
         try:
             gpu = make_backend(small_bundle, CudaDevice())
@@ -281,25 +285,24 @@ def test_lost_device_at_each_call(
             assert run(gpu, steps[:2]) == wanted[:2]
             assert not n
         except BackendError as error:
-            assert n and ("UNAVAILABLE" in str(error) or "could not be started" in str(error))
+            assert n and ("the GPU" in str(error) or "could not be started" in str(error))
         calls = stub.calls("*")
         gpu.close()
         stub.clear()
         return calls
 
-    for n in range(1, first_steps(0), 3):
+    for n in range(1, first_steps(0), EVERY):
         first_steps(n)
     assert run(cpu, steps) == wanted
 
 
 def test_lost_device_while_building(small_bundle: Bundle, stub: Stub) -> None:
-    calls = count_calls(stub, "*", lambda: build_and_close(small_bundle))
-    for n in range(1, calls, max(calls // 40, 1)):
+    for n in calls_to_fail(stub, "*", lambda: build_and_close(small_bundle), every=8 * EVERY):
         stub.fail("*", n, UNAVAILABLE, sticky=True)
         try:
             build_and_close(small_bundle)
         except BackendError as error:
-            assert "UNAVAILABLE" in str(error) or "no usable NVIDIA GPU" in str(error), n
+            assert "UNAVAILABLE" in str(error) or "the GPU" in str(error) or "no usable NVIDIA GPU" in str(error), n
         gc.collect()
         stub.clear()
 
@@ -309,9 +312,9 @@ def test_streams_on_a_lost_device(demo_bundle: Bundle, stub: Stub) -> None:
     clip = nemostream.demo_clip()
     with nemostream.load(chunk_ms=CHUNK_MS, threads=1) as cpu:
         text = cpu.transcribe(clip).text
-        with nemostream.Model(demo_bundle, make_backend(demo_bundle, CudaDevice()), CHUNK_MS) as gpu:
-            assert gpu.transcribe(clip).text == text != ""
-            stub.fail("execute", 300, LAUNCH_FAILED)
+        # More than one slot: that of a failed stream is released when the step after the failed one is done.
+        with nemostream.Model(demo_bundle, make_backend(demo_bundle, CudaDevice(), capacity=4), CHUNK_MS) as gpu:
+            stub.fail("execute", 200, LAUNCH_FAILED)
             with pytest.raises(BackendError, match="LAUNCH_FAILED"):
                 gpu.transcribe(clip)
             with pytest.raises(BackendError):

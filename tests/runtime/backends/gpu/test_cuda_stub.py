@@ -14,15 +14,33 @@ from nemostream.bundle import Bundle
 pytestmark = pytest.mark.skipif(MISSING, reason="needs g++ and cuda-python")
 
 
+CASES, GPU_TESTS = "tests/cuda_stub/backend_cases.py", "tests/runtime/backends/gpu"
+
+
 def check(*arguments: str, bundle: Bundle | None = None, **settings: int) -> None:
     completed = run_pytest(*arguments, small_bundle=bundle and bundle.path, **settings)
     assert completed.returncode == 0, completed.stdout[-20000:] + completed.stderr[-5000:]
-    assert " skipped" not in completed.stdout.splitlines()[-1], completed.stdout
 
 
 def test_driver_rules() -> None:
     check("tests/cuda_stub/driver_cases.py")
 
 
-def test_backend_and_faults(small_bundle: Bundle) -> None:
-    check("tests/cuda_stub/backend_cases.py", bundle=small_bundle)
+def test_backend_and_some_faults(small_bundle: Bundle) -> None:
+    check(CASES, bundle=small_bundle, EVERY=11)
+
+
+@pytest.mark.slow
+def test_every_fault(small_bundle: Bundle) -> None:
+    check(CASES, bundle=small_bundle)
+
+
+def test_some_tests_of_the_backend(small_bundle: Bundle) -> None:
+    """Random batches of both chunk sizes, with all operations between steps."""
+    check(f"{GPU_TESTS}/test_backend.py", "-k", "gpu-1 and test_random_batches", bundle=small_bundle)
+
+
+@pytest.mark.slow
+def test_all_tests_of_the_backend(small_bundle: Bundle) -> None:
+    """Those that are marked `gpu`."""
+    check(f"{GPU_TESTS}/test_backend.py", f"{GPU_TESTS}/test_slots.py", "-m", "gpu", bundle=small_bundle)
