@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from nemostream.errors import BackendError
 from nemostream.runtime.backends.base import Backend, Batch
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.backends.gpu.backend import LOOPS, GpuBackend
-from nemostream.runtime.backends.gpu.cuda import CudaDevice
+from nemostream.runtime.backends.gpu.cuda import CudaDevice, CudaEvent
 from nemostream.runtime.decoding.boosting import Boosting
 
 CHUNK_MS = 80
@@ -149,6 +149,44 @@ def test_result_is_not_ready_before_the_wait(small_bundle: Bundle, steps: list[B
     gpu.close()
 
 
+def test_missing_wait_changes_the_tokens(
+    small_bundle: Bundle, steps: list[Batch], wanted: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check above is sensitive: without the wait for a step, its result is that of an earlier step."""
+    gpu = make_backend(small_bundle, CudaDevice())
+    monkeypatch.setattr(CudaEvent, "wait", lambda event: None)
+    assert run(gpu, steps) != wanted
+    monkeypatch.undo()
+    gpu.close()
+
+
+def test_device(stub: Stub, nothing_left: Any) -> None:
+    """Memory, copies, captures, events and timing of `CudaDevice`, with nothing left after `close`."""
+    device = CudaDevice()
+    assert (device.name, device.architecture) == ("CUDA stub", "sm90")
+    free = device.free_bytes
+    first, second = device.allocate(1000), device.allocate(1000)
+    assert free - device.free_bytes >= 2000
+    array = np.arange(250, dtype=np.float32)
+    found = np.ones_like(array)
+    device.read(first, found)
+    assert not found.any(), "memory is zeroed"
+    device.write(first, array)
+    graph = device.capture(lambda: device.copy(second, first, 1000))
+    device.read(second, found)
+    assert not found.any(), "a capture runs nothing"
+    assert device.elapsed_ms([graph.launch]) >= 0
+    device.read(second, found)
+    np.testing.assert_array_equal(found, array)
+    assert not device.allocate_host(100).any()
+    device.free(second)
+    event = device.record_event()
+    event.wait()
+    del event, graph
+    device.close()
+    device.close()
+
+
 # -- missing features --------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +207,49 @@ def test_no_variant_loads(small_bundle: Bundle, device: CudaDevice, stub: Stub) 
         stub.fail("cuModuleLoadData", n, 222)
     with pytest.raises(BackendError, match=r"no variant of the kernels can be loaded.*UNSUPPORTED_PTX_VERSION"):
         make_backend(small_bundle, device)
+
+
+class WaitingEncoder(StubEncoder):
+    """An encoder that waits for the device, as some libraries do in every call."""
+
+    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
+        enqueue = super().bind(rows, addresses)
+
+        def run() -> None:
+            enqueue()
+            self._device._call("cuStreamSynchronize", self._device.stream)
+
+        return run
+
+
+def test_encoder_that_cannot_be_captured(small_bundle: Bundle, steps: list[Batch], wanted: Tokens, stub: Stub) -> None:
+    """It claims that it can, but invalidates each capture: the step is not captured, and the tokens are right."""
+    device = CudaDevice()
+    encoder = WaitingEncoder(small_bundle, small_bundle.manifest.chunk(CHUNK_MS), device)
+    gpu = GpuBackend(small_bundle, device, {CHUNK_MS: encoder}, SLOTS)
+    assert gpu.loop == "eager" and all("CAPTURE_UNSUPPORTED" in failure for failure in gpu.failures)
+    assert stub.violations == ["cuStreamSynchronize was called for a capturing stream"] * 2
+    stub.clear()
+    assert run(gpu, steps) == wanted
+    gpu.close()
+
+
+DRIVER = int(os.environ.get("CUDA_STUB_DRIVER_VERSION", 13000))
+
+
+@pytest.mark.skipif(DRIVER == 13000, reason="needs another driver version")
+def test_older_driver(small_bundle: Bundle, steps: list[Batch], wanted: Tokens, stub: Stub) -> None:
+    """Before 12.3 there are no conditional nodes, and cuda.core cannot capture; 12.3 has no `cuFuncLoad`."""
+    gpu = make_backend(small_bundle, CudaDevice())
+    assert gpu.loop == ("while" if DRIVER >= 12030 else "eager"), gpu.failures
+    assert run(gpu, steps) == wanted
+    gpu.close()
+
+
+@pytest.mark.skipif("CUDA_STUB_DEVICES" not in os.environ, reason="needs a machine without a device")
+def test_no_device() -> None:
+    with pytest.raises(BackendError, match=r"no usable NVIDIA GPU .*NO_DEVICE.*nemostream doctor"):
+        CudaDevice()
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

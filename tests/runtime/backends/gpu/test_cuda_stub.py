@@ -30,14 +30,23 @@ def test_backend_and_some_faults(small_bundle: Bundle) -> None:
     check(CASES, bundle=small_bundle, EVERY=11)
 
 
+@pytest.mark.parametrize("version", [12020, 12030])
+def test_older_driver(version: int, small_bundle: Bundle) -> None:
+    check(CASES, "-k", "test_older_driver", bundle=small_bundle, DRIVER_VERSION=version)
+
+
+def test_no_device() -> None:
+    check(CASES, "-k", "test_no_device", DEVICES=0)
+
+
 @pytest.mark.slow
 def test_every_fault(small_bundle: Bundle) -> None:
     check(CASES, bundle=small_bundle)
 
 
 def test_some_tests_of_the_backend(small_bundle: Bundle) -> None:
-    """Random batches of both chunk sizes, with all operations between steps."""
-    check(f"{GPU_TESTS}/test_backend.py", "-k", "gpu-1 and test_random_batches", bundle=small_bundle)
+    """Random batches of both chunk sizes, with all operations between steps; threads run in a shuffled order."""
+    check(f"{GPU_TESTS}/test_backend.py", "-k", "gpu-1 and test_random_batches", bundle=small_bundle, ORDER=7)
 
 
 @pytest.mark.slow
