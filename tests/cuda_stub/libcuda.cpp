@@ -853,7 +853,8 @@ int queue_set(const char* function, Address target, unsigned value, size_t width
   std::string name = function;
   return enqueue(function, stream, MEMSET, name, [=] {
     CHECK(check_memory(name, target, width * count, true));
-    for (size_t i = 0; i < count; ++i) memcpy((char*)target + i * width, &value, width);
+    if (width == 1) memset((void*)target, int(value), count);
+    for (size_t i = 0; width > 1 && i < count; ++i) memcpy((char*)target + i * width, &value, width);
     return int(SUCCESS);
   });
 }

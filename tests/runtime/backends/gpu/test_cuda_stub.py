@@ -27,7 +27,7 @@ def test_driver_rules() -> None:
 
 
 def test_backend_and_some_faults(small_bundle: Bundle) -> None:
-    check(CASES, bundle=small_bundle, EVERY=11)
+    check(CASES, bundle=small_bundle, EVERY=17)
 
 
 @pytest.mark.parametrize("version", [12020, 12030])
