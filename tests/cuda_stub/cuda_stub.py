@@ -158,9 +158,10 @@ def compile_kernels(macros: Mapping[str, int | str], architecture: str, kind: st
 @functools.cache
 def _entries(source: str, macros: tuple[tuple[str, Any], ...]) -> list[str]:
     """Return the kernels that a source has with these macros."""
-    command = ["g++", "-E", "-P", "-x", "c++", "-DCUDA_ON_CPU", *(f"-D{name}={value}" for name, value in macros), "-"]
+    defines = ["-DCUDA_ON_CPU", "-D__launch_bounds__(...)=", *(f"-D{name}={value}" for name, value in macros)]
+    command = ["g++", "-E", "-P", "-x", "c++", *defines, "-"]
     text = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text)
+    return re.findall(r"__global__\s+void\s+(\w+)\s*\(", text)
 
 
 def host_function(device: Any, run: Callable[[], None]) -> Callable[[], None]:
