@@ -68,14 +68,14 @@ def environment(**settings: int) -> dict[str, str]:
     paths = [str(HERE), str(HERE.parent / "simt"), os.environ.get("PYTHONPATH", "")]
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
-        "LD_LIBRARY_PATH": str(build()),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(build()), os.environ.get("LD_LIBRARY_PATH", "")])),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         **{f"CUDA_STUB_{name}": str(value) for name, value in settings.items()},
     }
 
 
 def run_pytest(
-    *arguments: str, small_bundle: Path | None = None, timeout_s: float = 600, **settings: int
+    *arguments: str, small_bundle: Path | None = None, timeout_s: float = 1800, **settings: int
 ) -> subprocess.CompletedProcess[str]:
     """Run tests in a process that uses the driver. `small_bundle` is the bundle of the fixture of this name."""
     command = [sys.executable, "-m", "pytest", "-p", "cuda_stub", "-p", "no:xdist", "-p", "no:cacheprovider"]

@@ -19,7 +19,8 @@ CASES, GPU_TESTS = "tests/cuda_stub/backend_cases.py", "tests/runtime/backends/g
 
 def check(*arguments: str, bundle: Bundle | None = None, **settings: int) -> None:
     completed = run_pytest(*arguments, small_bundle=bundle and bundle.path, **settings)
-    assert completed.returncode == 0, completed.stdout[-20000:] + completed.stderr[-5000:]
+    output = completed.stdout[-20000:] + completed.stderr[-5000:]
+    assert completed.returncode == 0 and " passed" in completed.stdout, output
 
 
 def test_driver_rules() -> None:
