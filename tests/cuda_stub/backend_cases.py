@@ -274,7 +274,7 @@ def test_out_of_memory_at_each_allocation(function: str, small_bundle: Bundle, s
     for n in calls_to_fail(stub, function, lambda: build_and_close(small_bundle)):
         device = CudaDevice()
         stub.fail(function, n, OUT_OF_MEMORY)
-        with pytest.raises(BackendError, match=r"memory|MEMORY"):
+        with pytest.raises(BackendError, match=r"smaller capacity|smaller max_batch|or less|use one with more"):
             make_backend(small_bundle, device)
         device.close()
         stub.clear()
@@ -338,7 +338,7 @@ def test_failed_kernel(n: int, loop: str, small_bundle: Bundle, steps: list[Batc
     gpu = make_backend(small_bundle, CudaDevice(), loop)
     assert run(gpu, steps[:3]) == wanted[:3]
     stub.fail("execute", n, LAUNCH_FAILED)
-    with pytest.raises(BackendError, match="LAUNCH_FAILED"):
+    with pytest.raises(BackendError, match=r"LAUNCH_FAILED.*restart"):
         gpu.submit(steps[3]).result()
     for _ in range(3):
         with pytest.raises(BackendError, match=r"LAUNCH_FAILED|could not be started"):
