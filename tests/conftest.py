@@ -82,6 +82,8 @@ def small_bundle(request: pytest.FixtureRequest) -> Bundle:
     """A small bundle that emits many tokens: random weights if NeMo is installed, else the demo model."""
     from importlib.util import find_spec
 
+    if path := os.environ.get("NEMOSTREAM_TEST_BUNDLE"):  # of the test that started this process
+        return Bundle.open(path)
     return request.getfixturevalue("tiny_bundle" if find_spec("nemo") else "demo_bundle")
 
 

@@ -30,6 +30,7 @@ class Unit:
     """A compiled source."""
 
     def __init__(self, library: Path) -> None:
+        self.path = library
         self._library = ctypes.CDLL(str(library))
 
     def launch(
@@ -54,7 +55,7 @@ def _as_value(argument: Any) -> np.ndarray:
 
 def compile_for_cpu(source: str, defines: Mapping[str, Any], entries: Sequence[str]) -> Unit:
     """Compile a source with the given macros, or load it from the cache. `entries` are the kernels to launch."""
-    text = '#include "cuda_on_cpu.h"\n' + source + "\n" + "".join(f"SIMT_ENTRY({entry})\n" for entry in entries)
+    text = '#include "cuda_on_cpu.h"\n' + source + "\n" + "".join(f"SIMT_ENTRY({entry})\n" for entry in sorted(entries))
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-D_FORTIFY_SOURCE=0", "-ffp-contract=off", f"-I{HERE}"]
     flags += [f"-D{name}={value}" for name, value in defines.items()]
     key = hashlib.sha256("\0".join([text, (HERE / "cuda_on_cpu.h").read_text(), *flags]).encode()).hexdigest()[:24]
