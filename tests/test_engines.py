@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -436,6 +437,29 @@ def test_build_without_a_gpu(build: Callable[..., Any]) -> None:
     assert (code, out) == (7, "") and "no NVIDIA GPU to build for: name one with --target (sm89)" in err
     with pytest.raises(BackendError, match="no usable NVIDIA GPU"):
         nemostream.load(device="cuda")
+
+
+def test_build_for_an_h100_with_tensorrt_for_rtx(
+    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the library was asked to build for a GPU that it does not support."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    from nemostream import engines
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(engines, "_gpu_here", lambda: "sm90")
+    chunk, store = demo_bundle.manifest.chunk(80), PlanStore(tmp_path)
+    for target in (None, "sm90"):
+        with pytest.raises(
+            BackendError, match=r"does not support this GPU \(sm90\), only sm75, .*--backend onnxruntime"
+        ):
+            build_engine(demo_bundle, chunk, "fp16", store, target=target)
+    options = (demo_bundle, chunk, "fp16", "tensorrt")
+    assert not engines._choose_builder(*options, "sm89", 8, True).runs_here  # another GPU's
+    monkeypatch.setattr(engines, "_gpu_here", lambda: "sm89")
+    for target in (None, "sm89"):
+        builder = engines._choose_builder(*options, target, 8, True)
+        assert (builder.runs_here, builder.recipe.device, builder.recipe.backend) == (True, "sm89", "tensorrt-rtx")
 
 
 def test_build_without_tensorrt(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
