@@ -59,7 +59,7 @@ struct Warp {
   int live = 0, arrived = 0;
   unsigned generation = 0;
   uint64_t slot[kWarp];
-  float operands[kWarp][6][2];  // of a matrix product: the halves of each lane's four words of A and two of B
+  float a[16][16], b[8][16];  // operands of a matrix product: rows of A, columns of B
 };
 
 struct Thread {
@@ -274,19 +274,16 @@ inline void simt_mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned
     unsigned short bits = (unsigned short)(high ? word >> 16 : word);
     return kBfloat ? simt_bfloat_to_float(bits) : simt_half_to_float(bits);
   };
-  for (int i = 0; i < 6; ++i)
-    for (int half = 0; half < 2; ++half) warp->operands[lane][i][half] = to_float(i < 4 ? a[i] : b[i - 4], half);
+  // Lane 4g + m holds of a rows g and g + 8, of b column g, both at k = 2m, 2m + 1, 2m + 8, 2m + 9.
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i) warp->a[group + 8 * (i % 2)][2 * member + 8 * (i / 2) + half] = to_float(a[i], half);
+    for (int i = 0; i < 2; ++i) warp->b[group][2 * member + 8 * i + half] = to_float(b[i], half);
+  }
   simt::warp_barrier();
   for (int i = 0; i < 4; ++i) {
-    int row = group + 8 * (i / 2), column = 2 * member + i % 2;
+    const float *x = warp->a[group + 8 * (i / 2)], *y = warp->b[2 * member + i % 2];
     double sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      // Lane 4g + m holds of a rows g and g + 8, of b column g, both at k = 2m, 2m + 1, 2m + 8, 2m + 9.
-      int holder = (row % 8) * 4 + k % 8 / 2, word = row / 8 + 2 * (k / 8);
-      float x = warp->operands[holder][word][k % 2];
-      float y = warp->operands[column * 4 + k % 8 / 2][4 + k / 8][k % 2];
-      sum += double(x) * double(y);
-    }
+    for (int k = 0; k < 16; ++k) sum += double(x[k]) * double(y[k]);
     d[i] = float(sum);
   }
   simt::warp_barrier();

@@ -21,14 +21,16 @@ static __device__ __forceinline__ long long encoder_frames(long long samples) {
   return frames;
 }
 
-// Copy memory that does not overlap, in units of 16 bytes, of which this thread copies every `stride`th from `first` on.
-// Loads of several units are in flight at once.
+// Copy memory that does not overlap, in units of 16 bytes. This thread copies every `stride`th unit from `first` on,
+// first < stride; loads of four units are in flight at once.
 template <int bytes, int stride>
 static __device__ __forceinline__ void copy_bytes(char* __restrict__ to, const char* __restrict__ from, int first) {
   const uint4* __restrict__ source = reinterpret_cast<const uint4*>(from);
   uint4* __restrict__ target = reinterpret_cast<uint4*>(to);
+  constexpr int units = bytes / 16, rounds = units / stride;
 #pragma unroll 4
-  for (int i = first; i < bytes / 16; i += stride) target[i] = __ldg(source + i);
+  for (int round = 0; round < rounds; ++round) target[first + round * stride] = __ldg(source + first + round * stride);
+  if (first + rounds * stride < units) target[first + rounds * stride] = __ldg(source + first + rounds * stride);
 }
 
 // Read the step's slots, lengths and audio from the current host input buffer. Grid (rows, any), block BLOCK.
@@ -69,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) gather(const Step s) {
   const int first = blockIdx.z * BLOCK + threadIdx.x;
   if (layer == 0)
     for (int i = first; i < MEL_CACHE; i += stride)
-      s.row_mel_cache[(long long)row * MEL_CACHE + i] = s.mel_cache[(long long)slot * MEL_CACHE + i];
+      s.row_mel_cache[(long long)row * MEL_CACHE + i] = __ldg(s.mel_cache + (long long)slot * MEL_CACHE + i);
   if (s.in_place) return;
   const long long from = layer * s.slots + slot, to = (long long)layer * s.rows + row;
   copy_bytes<RING_BYTES, stride>(s.row_k + to * RING_BYTES, s.k + from * RING_BYTES, first);
@@ -97,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) scatter(const Step s) {
   copy_bytes<CONV_BYTES, BLOCK>(s.conv + index * CONV_BYTES, s.conv_next + from * CONV_BYTES, thread);
   if (layer) return;
   for (int i = thread; i < MEL_CACHE; i += BLOCK)
-    s.mel_cache[(long long)slot * MEL_CACHE + i] = s.mel_cache_next[(long long)row * MEL_CACHE + i];
+    s.mel_cache[(long long)slot * MEL_CACHE + i] = __ldg(s.mel_cache_next + (long long)row * MEL_CACHE + i);
   for (int i = thread; i < TAIL; i += BLOCK)
     s.tail[(long long)slot * TAIL + i] = s.waveform[(long long)row * (TAIL + s.samples) + s.samples + i];
   if (thread == 0) s.position[slot] = position + frames;

@@ -11,7 +11,6 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,11 +24,12 @@ from nemostream.runtime.backends.gpu import kernels
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
 
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
-# Compilers of one generation of instructions produce similar code; the others are slow tests.
+# A compilation takes seconds, so the relatives of an architecture that is tested are slow tests.
 ARCHITECTURES = [
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm86", "sm89", "sm100", "sm120")),
     "sm80",
     "sm90",
+    "sm120",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm86", "sm89", "sm100")),
 ]
 
 
@@ -82,25 +82,14 @@ def tool(name: str) -> str:
 
 # -- resources ---------------------------------------------------------------------------------------------------------
 
-# The most registers a thread may use and the most bytes of shared memory, by kernel. A multiprocessor has 65,536
-# registers: blocks of 256 threads with 40, 64, 80 and 128 registers run six, four, three and two at a time.
-REGISTERS = {
-    "begin": 40,
-    "features": 64,
-    "gather": 40,
-    "scatter": 64,
-    "start": 40,
-    "join": 128,
-    "decide": 64,
-    "lstm_0": 128,
-    "lstm_1": 128,
-    "project": 128,
-    "finish": 40,
-    "reset": 40,
-    "reset_decoder": 40,
-    "set_phrases": 40,
-}
-TILE_BYTES = {"float32": 16 * (512 + 4) * 4, "float16": 8 * 16 * 33 * 4, "bfloat16": 8 * 16 * 33 * 4}
+# The most registers of a thread and the most bytes of shared memory of a block. A multiprocessor has 65,536 registers:
+# six blocks of 256 threads fit with 40 registers, four with 64, two with 128.
+REGISTERS = dict.fromkeys(
+    ("begin", "features", "gather", "scatter", "start", "finish", "reset", "reset_decoder", "set_phrases"), 40
+) | {"decide": 64}
+PRODUCTS = ("join", "lstm_0", "lstm_1", "project")
+PRODUCT_REGISTERS = {"float32": 128, "float16": 64, "bfloat16": 64}
+PRODUCT_BYTES = {"float32": 16 * (512 + 4) * 4, "float16": 8 * 16 * 33 * 4, "bfloat16": 8 * 16 * 33 * 4}
 SHARED_BYTES = {"features": 2 * 512 * 8, "start": 1024, "decide": 8192}
 
 
@@ -121,12 +110,13 @@ def resources(log: str) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_kernels_stay_within_their_resources(architecture: str, cache_dtype: str) -> None:
     found = resources(compile_kernels(architecture, cache_dtype)[1])
-    assert found.keys() == set(kernels.entries(full_size())) == REGISTERS.keys()
-    limits = dict.fromkeys(("join", "lstm_0", "lstm_1", "project"), TILE_BYTES[cache_dtype]) | SHARED_BYTES
-    for name, (registers, shared, spilled) in found.items():
-        assert registers <= REGISTERS[name], (name, registers)
-        assert shared <= limits.get(name, 0), (name, shared)
-        assert spilled == 0, name
+    most_registers = REGISTERS | dict.fromkeys(PRODUCTS, PRODUCT_REGISTERS[cache_dtype])
+    most_shared = SHARED_BYTES | dict.fromkeys(PRODUCTS, PRODUCT_BYTES[cache_dtype])
+    assert found.keys() == set(kernels.entries(full_size()))
+    for name, (registers, shared, stack) in found.items():
+        assert registers <= most_registers[name], (name, registers)
+        assert shared <= most_shared.get(name, 0), (name, shared)
+        assert stack == 0, name
 
 
 # -- machine code ------------------------------------------------------------------------------------------------------
@@ -144,7 +134,7 @@ def disassemble(cubin: bytes, tmp_path: Path) -> dict[str, list[str]]:
     return found
 
 
-def opcode(instruction: str) -> str:
+def opcode_of(instruction: str) -> str:
     return re.sub(r"^@!?\w+\s+", "", instruction).split()[0]
 
 
@@ -159,39 +149,43 @@ def split(opcodes: list[str], separator: str) -> list[list[str]]:
     return parts
 
 
+def count(opcodes: list[str], *prefixes: str) -> int:
+    return sum(opcode.startswith(prefixes) for opcode in opcodes)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_machine_code(architecture: str, cache_dtype: str, tmp_path: Path) -> None:
     code = disassemble(compile_kernels(architecture, cache_dtype)[0], tmp_path)
     assert code.keys() == set(kernels.entries(full_size()))
-    opcodes = {name: [opcode(instruction) for instruction in code[name]] for name in code}
+    opcodes = {name: [opcode_of(instruction) for instruction in code[name]] for name in code}
 
-    # The rows of a product: each vector of four elements is stored at once, and loaded at once from each of its arrays.
+    # Products: each vector of four staged elements is stored at once, and loaded at once from each of its arrays. The
+    # compiler may move loads before the barrier that precedes the stores.
     store = "STS.128" if cache_dtype == "float32" else "STS.64"
-    for name, arrays in {"join": 2, "lstm_0": 1, "lstm_1": 1, "project": 1}.items():
-        staging = [part for part in split(opcodes[name], "BAR.SYNC") if store in part]
-        used = Counter(itertools.chain(*staging))
-        loads = sum(count for used_name, count in used.items() if used_name.startswith("LDG.E.128"))
-        assert loads == arrays * used[store] > 0, (name, used)
-        assert not [used_name for used_name in used if used_name.startswith(("I2F", "MUFU.RCP"))], name  # divisions
-        assert sum(used.values()) <= 10 * 4 * used[store], (name, used)
-        assert any(used_name.startswith("HMMA") for used_name in opcodes[name]) == (cache_dtype != "float32")
+    for name in PRODUCTS:
+        staging = list(itertools.chain(*(part for part in split(opcodes[name], "BAR.SYNC") if store in part)))
+        elements, loads = 4 * staging.count(store), count(opcodes[name], "LDG.E.128")
+        assert 4 * loads == (2 if name == "join" else 1) * elements > 0, (name, loads, elements)
+        assert count(staging, "I2F", "MUFU.RCP") == 0, name  # no divisions
+        moved = loads - count(staging, "LDG.E.128")
+        assert len(staging) + moved <= (7 if name == "join" else 4) * elements, (name, len(staging), elements)
+        assert (count(opcodes[name], "HMMA") > 0) == (cache_dtype != "float32"), name
 
     # Without a label, a block exits after one load.
     for name in ("lstm_0", "lstm_1", "project"):
         before = opcodes[name][: opcodes[name].index("EXIT")]
-        assert sum(used_name.startswith(("LDG", "BAR", "STS")) for used_name in before) == 1, (name, before)
+        assert count(before, "LDG", "BAR", "STS") == 1, (name, before)
 
     # Loads of a copy are in flight together.
-    before, *_ = split(opcodes["gather"], "STG.E.128")
-    assert sum(used_name.startswith("LDG.E.128") for used_name in before) >= 4
+    assert max(count(part, "LDG.E.128") for part in split(opcodes["gather"], "STG.E.128")) >= 3
 
     # A fence of the device also invalidates the L1 cache, before anything is read.
     for name in ("start", "decide", "finish"):
         fences = split(opcodes[name], "MEMBAR.SC.GPU")[1:]
         assert fences, name
         for after in fences:
-            read = next(i for i, used_name in enumerate(after) if used_name.startswith(("LD", "ATOM", "EXIT")))
+            read = next(i for i, opcode in enumerate(after) if opcode.startswith(("LD", "ATOM", "EXIT")))
             assert "CCTL.IVALL" in after[:read], (name, after)
 
 
