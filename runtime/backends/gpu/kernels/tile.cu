@@ -13,7 +13,7 @@
 #define WARPS (BLOCK / 32)
 #define DEPTH 512  // elements of the inner dimension staged at once, a multiple of 128
 #define STAGED_ROWS 2  // rows that a warp stages
-#define TILE_BLOCKS (MATMUL_TYPE ? 4 : 2)  // blocks of a product that a multiprocessor must have registers for
+#define TILE_BLOCKS (MATMUL_TYPE ? 4 : 2)  // blocks that fit into the registers of a multiprocessor; with more, they spill
 #define VECTORS (DEPTH / 128)  // of four elements, per lane and staged row
 
 static_assert(TILE_ROWS == STAGED_ROWS * WARPS, "the warps stage all rows of a tile");
@@ -80,8 +80,8 @@ union alignas(16) Tile {
   float sums[WARPS][TILE_ROWS][TILE_COLUMNS + 1];
 };
 
-// Stage elements `start` to `start + DEPTH` of the first `count` rows of a warp. All loads are issued before the first
-// of them is used.
+// Stage elements `start` to `start + DEPTH` of the first `count` rows of a warp. No load depends on another, so many are
+// in flight at once.
 template <int count, int depth, class Row>
 static __device__ __forceinline__ void stage(Tile& tile, const Row (&rows)[STAGED_ROWS], int start) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

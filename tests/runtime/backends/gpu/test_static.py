@@ -64,9 +64,13 @@ def compile_source(source: str, options: Iterable[str], kind: str = "CUBIN") -> 
 
 @functools.cache
 def compile_kernels(architecture: str, cache_dtype: str) -> tuple[bytes, str]:
+    return compile_source(kernels.source(), [*options(architecture, cache_dtype), "--ptxas-options=-v"])
+
+
+def options(architecture: str, cache_dtype: str) -> list[str]:
     macros = kernels.macros(full_size(), cache_dtype, conditional=True)
-    options = [f"-arch={architecture.replace('sm', 'sm_')}", "--std=c++17", "--ptxas-options=-v"]
-    return compile_source(kernels.source(), [*options, *(f"-D{name}={value}" for name, value in macros.items())])
+    defines = [f"-D{name}={value}" for name, value in macros.items()]
+    return [f"-arch={architecture.replace('sm', 'sm_')}", "--std=c++17", *defines]
 
 
 def tool(name: str) -> str:
@@ -76,7 +80,7 @@ def tool(name: str) -> str:
     found = [str(path) for folder in folders or () for path in Path(folder).glob(f"*/bin/{name}")]
     path = found[0] if found else shutil.which(name)
     if path is None:
-        pytest.skip(f"needs {name} (the package nvidia-cuda-{name})")
+        pytest.skip(f"needs {name} of the CUDA toolkit")
     return path
 
 
@@ -210,8 +214,21 @@ def test_condition_function_is_declared_as_in_cuda() -> None:
         }
     """
     for architecture in ("sm_80", "sm_90", "sm_120"):
-        options = [f"-arch={architecture}", "--std=c++17"]
-        one, _ = compile_source(f"{handle[0]}\n{ours[0]}\n{kernel}", options)
-        other, _ = compile_source(cuda + kernel, options)
+        flags = [f"-arch={architecture}", "--std=c++17"]
+        one, _ = compile_source(f"{handle[0]}\n{ours[0]}\n{kernel}", flags)
+        other, _ = compile_source(cuda + kernel, flags)
         assert b"cudaGraphSetConditional" in one
         assert one == other
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_ptx_needs_no_newer_version(cache_dtype: str, tmp_path: Path) -> None:
+    """Labelled as PTX 9.0, which the first drivers for CUDA 13 read, the PTX assembles."""
+    image, _ = compile_source(kernels.source(), options("sm90", cache_dtype), "PTX")
+    text, replaced = re.subn(r"^\.version \d+\.\d+$", ".version 9.0", image.rstrip(b"\0").decode(), flags=re.MULTILINE)
+    assert replaced == 1
+    (tmp_path / "kernels.ptx").write_text(text)
+    command = [tool("ptxas"), "-arch=sm_90", "-o", str(tmp_path / "kernels.cubin"), str(tmp_path / "kernels.ptx")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert b"cudaGraphSetConditional" in (tmp_path / "kernels.cubin").read_bytes()
