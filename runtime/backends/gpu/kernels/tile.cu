@@ -13,7 +13,7 @@
 #define WARPS (BLOCK / 32)
 #define DEPTH 512  // elements of the inner dimension staged at once, a multiple of 128
 #define STAGED_ROWS 2  // rows that a warp stages
-#define TILE_BLOCKS (MATMUL_TYPE ? 4 : 2)  // blocks that fit into the registers of a multiprocessor; with more, they spill
+#define TILE_BLOCKS (MATMUL_TYPE ? 4 : 2)  // blocks that fit into a multiprocessor's registers; with more they spill
 #define VECTORS (DEPTH / 128)  // of four elements, per lane and staged row
 
 static_assert(TILE_ROWS == STAGED_ROWS * WARPS, "the warps stage all rows of a tile");
@@ -80,8 +80,8 @@ union alignas(16) Tile {
   float sums[WARPS][TILE_ROWS][TILE_COLUMNS + 1];
 };
 
-// Stage elements `start` to `start + DEPTH` of the first `count` rows of a warp. No load depends on another, so many are
-// in flight at once.
+// Stage elements `start` to `start + DEPTH` of the first `count` rows of a warp. No load depends on another, so that
+// many are in flight at once.
 template <int count, int depth, class Row>
 static __device__ __forceinline__ void stage(Tile& tile, const Row (&rows)[STAGED_ROWS], int start) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -103,9 +103,9 @@ static __device__ __forceinline__ void stage(Tile& tile, const Row (&rows)[STAGE
 }
 
 // Compute column tile `column` of A B into `tile.sums[0]`. A has `depth` columns and `count` rows, of which the first
-// TILE_ROWS are used; the sums of rows beyond A are undefined. `rows(row)` returns a function of k, a multiple of 4, that
-// returns elements k to k + 3 of a row; elements beyond `depth` may be any finite number. B is packed with its depth
-// rounded up to 16. Must be called by every thread of the block.
+// TILE_ROWS are used; the sums of rows beyond A are undefined. `rows(row)` returns a function of k, a multiple of 4,
+// that returns elements k to k + 3 of a row; elements beyond `depth` may be any finite number. B is packed with its
+// depth rounded up to 16. Must be called by every thread of the block.
 template <int depth, class Rows>
 static __device__ __forceinline__ void product(
     Tile& tile, const unsigned* __restrict__ packed, int column, int count, Rows rows) {
