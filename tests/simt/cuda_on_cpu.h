@@ -59,7 +59,7 @@ struct Warp {
   int live = 0, arrived = 0;
   unsigned generation = 0;
   uint64_t slot[kWarp];
-  unsigned words[kWarp][8];
+  float a[16][16], b[8][16];  // operands of a matrix product: rows of A, columns of B
 };
 
 struct Thread {
@@ -270,23 +270,20 @@ template <bool kBfloat>
 inline void simt_mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   simt::Warp* warp = simt::current->warp;
   int lane = simt::current->lane, group = lane / 4, member = lane % 4;
-  for (int i = 0; i < 4; ++i) warp->words[lane][i] = a[i];
-  for (int i = 0; i < 2; ++i) warp->words[lane][4 + i] = b[i];
-  simt::warp_barrier();
   auto to_float = [](unsigned word, int high) {
     unsigned short bits = (unsigned short)(high ? word >> 16 : word);
     return kBfloat ? simt_bfloat_to_float(bits) : simt_half_to_float(bits);
   };
+  // Lane 4g + m holds of a rows g and g + 8, of b column g, both at k = 2m, 2m + 1, 2m + 8, 2m + 9.
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i) warp->a[group + 8 * (i % 2)][2 * member + 8 * (i / 2) + half] = to_float(a[i], half);
+    for (int i = 0; i < 2; ++i) warp->b[group][2 * member + 8 * i + half] = to_float(b[i], half);
+  }
+  simt::warp_barrier();
   for (int i = 0; i < 4; ++i) {
-    int row = group + 8 * (i / 2), column = 2 * member + i % 2;
+    const float *x = warp->a[group + 8 * (i / 2)], *y = warp->b[2 * member + i % 2];
     double sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      // Lane 4g + m holds of a rows g and g + 8, of b column g, both at k = 2m, 2m + 1, 2m + 8, 2m + 9.
-      int holder = (row % 8) * 4 + k % 8 / 2, word = row / 8 + 2 * (k / 8);
-      float x = to_float(warp->words[holder][word], k % 2);
-      float y = to_float(warp->words[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
-      sum += double(x) * double(y);
-    }
+    for (int k = 0; k < 16; ++k) sum += double(x[k]) * double(y[k]);
     d[i] = float(sum);
   }
   simt::warp_barrier();

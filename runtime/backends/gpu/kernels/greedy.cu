@@ -44,10 +44,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) start(const Step s) {
   const int row = blockIdx.x, thread = threadIdx.x, phrases = s.row_automaton[row];
   if (thread == 0) broken = 0;
   __syncthreads();
-  const float* encoded = s.encoded + (long long)row * s.frames * JOINT;
-  if (s.row_slot[row] >= 0)
-    for (int i = thread; i < s.frames * JOINT; i += BLOCK)
-      if (!isfinite(encoded[i])) broken = 1;
+  if (s.row_slot[row] >= 0) {
+    const float* encoded = s.encoded + (long long)row * s.frames * JOINT;
+    bool finite = true;
+    for (int i = thread; i < s.frames * JOINT; i += BLOCK) finite &= isfinite(__ldg(encoded + i));
+    if (!finite) broken = 1;
+  }
   if (phrases >= 0 && thread < 32)
     write_bias(automaton(s, phrases), s.bias + (long long)row * BLANK, s.node[s.row_slot[row]], chain);
   __syncthreads();
@@ -93,7 +95,7 @@ static __device__ __forceinline__ float total(float sum) {
 // to it, and the same sum for ALPHA times the logits. A tile with a NaN writes infinity as its largest. For rows with
 // phrases, also write the largest biased logit except blank's, its id, and its plain logit. Grid (any, VOCAB_TILES),
 // block BLOCK.
-extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
+extern "C" __global__ void __launch_bounds__(BLOCK, TILE_BLOCKS) join(const Step s) {
   __shared__ Tile tile;
   const int parity = s.control[ITERATION] % 2, pairs = s.control[PAIRS + parity], column = blockIdx.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, id = column * TILE_COLUMNS + lane;
@@ -101,10 +103,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) join(const Step s) {
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
     s.control[PAIRS + 1 - parity] = s.control[ROWS + 1 - parity] = s.control[EMITTED] = 0;
   for (int first = blockIdx.x * TILE_ROWS; first < pairs; first += gridDim.x * TILE_ROWS) {
-    product(tile, s.joint_weight, column, JOINT, [&](int row, int k) {
-      if (first + row >= pairs) return 0.0f;
+    product<JOINT>(tile, s.joint_weight, column, pairs - first, [&](int row) {
       const int pair = list[first + row], slot = s.row_slot[pair / s.frames];
-      return activate(s.encoded[(long long)pair * JOINT + k] + s.predicted[(long long)slot * JOINT + k]);
+      const float* encoded = s.encoded + (long long)pair * JOINT;
+      const float* predicted = s.predicted + (long long)slot * JOINT;
+      return [encoded, predicted](long long k) {
+        const float4 x = load4<JOINT>(encoded, k), y = load4<JOINT>(predicted, k);
+        return make_float4(activate(x.x + y.x), activate(x.y + y.y), activate(x.z + y.z), activate(x.w + y.w));
+      };
     });
     for (int row = warp; row < TILE_ROWS; row += WARPS) {
       const float negative = -__uint_as_float(0x7f800000u);
@@ -209,18 +215,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decide(const Step s) {
 static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // One LSTM layer for the rows that emitted a label. A column tile holds the four gates of eight units. Other blocks
-// read `h` too, so the new state is written to `h_next`, which `project` copies. Grid (any, HIDDEN / 8), block BLOCK.
+// read `h` too, so the new state is written to `h_next`, which `project` copies. In the last iteration of a step there
+// are usually no such rows, and every block exits after one load. Grid (any, HIDDEN / 8), block BLOCK.
 static __device__ __forceinline__ void lstm(const Step& s, int layer) {
   __shared__ Tile tile;
   const int emitted = s.control[EMITTED], column = blockIdx.y, thread = threadIdx.x;
   const unsigned* weight = s.lstm_weight + layer * s.lstm_words;
   for (int first = blockIdx.x * TILE_ROWS; first < emitted; first += gridDim.x * TILE_ROWS) {
-    product(tile, weight, column, 2 * HIDDEN, [&](int entry, int k) {
-      if (first + entry >= emitted) return 0.0f;
+    product<2 * HIDDEN>(tile, weight, column, emitted - first, [&](int entry) {
       const int row = s.emitted[first + entry];
-      if (k >= HIDDEN) return s.h[((long long)s.row_slot[row] * NET_LAYERS + layer) * HIDDEN + k - HIDDEN];
-      if (layer) return s.h_next[((long long)row * NET_LAYERS + layer - 1) * HIDDEN + k];
-      return s.embedding[(long long)s.row_label[row] * HIDDEN + k];
+      const float* input = layer ? s.h_next + ((long long)row * NET_LAYERS + layer - 1) * HIDDEN
+                                 : s.embedding + (long long)s.row_label[row] * HIDDEN;
+      const float* h = s.h + ((long long)s.row_slot[row] * NET_LAYERS + layer) * HIDDEN;
+      return [input, h](long long k) { return k < HIDDEN ? load4<HIDDEN>(input, k) : load4<HIDDEN>(h, k - HIDDEN); };
     });
     const int entry = thread / 8, unit = thread % 8, index = column * 8 + unit;
     if (entry < TILE_ROWS && first + entry < emitted) {
@@ -236,9 +243,9 @@ static __device__ __forceinline__ void lstm(const Step& s, int layer) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) lstm_0(const Step s) { lstm(s, 0); }
+extern "C" __global__ void __launch_bounds__(BLOCK, TILE_BLOCKS) lstm_0(const Step s) { lstm(s, 0); }
 #if NET_LAYERS > 1
-extern "C" __global__ void __launch_bounds__(BLOCK) lstm_1(const Step s) { lstm(s, 1); }
+extern "C" __global__ void __launch_bounds__(BLOCK, TILE_BLOCKS) lstm_1(const Step s) { lstm(s, 1); }
 #endif
 #if NET_LAYERS > 2
 #error "prediction networks have one or two layers"
@@ -246,13 +253,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) lstm_1(const Step s) { lstm(
 
 // Project the prediction to the joint size and update `h`, for the rows that emitted a label. Grid (any, tiles of
 // JOINT), block BLOCK.
-extern "C" __global__ void __launch_bounds__(BLOCK) project(const Step s) {
+extern "C" __global__ void __launch_bounds__(BLOCK, TILE_BLOCKS) project(const Step s) {
   __shared__ Tile tile;
   const int emitted = s.control[EMITTED], thread = threadIdx.x, lane = thread % 32;
   for (int first = blockIdx.x * TILE_ROWS; first < emitted; first += gridDim.x * TILE_ROWS) {
-    product(tile, s.project_weight, blockIdx.y, HIDDEN, [&](int entry, int k) {
-      if (first + entry >= emitted) return 0.0f;
-      return s.h_next[((long long)s.emitted[first + entry] * NET_LAYERS + NET_LAYERS - 1) * HIDDEN + k];
+    product<HIDDEN>(tile, s.project_weight, blockIdx.y, emitted - first, [&](int entry) {
+      const int row = s.emitted[first + entry];
+      const float* h = s.h_next + ((long long)row * NET_LAYERS + NET_LAYERS - 1) * HIDDEN;
+      return [h](long long k) { return load4<HIDDEN>(h, k); };
     });
     const int column = blockIdx.y * TILE_COLUMNS + lane;
     for (int entry = thread / 32; entry < TILE_ROWS && first + entry < emitted; entry += WARPS) {

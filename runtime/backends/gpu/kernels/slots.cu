@@ -28,9 +28,16 @@ static __device__ __forceinline__ long long offset_of(int layer, int row, int ro
   return layer * layer_bytes + (long long)row * bytes;
 }
 
-static __device__ __forceinline__ void copy_bytes(char* to, const char* from, int bytes, int first, int stride) {
-  for (int i = first; i < bytes / 16; i += stride)
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+// Copy memory that does not overlap, in units of 16 bytes. This thread copies every `stride`th unit from `first` on,
+// first < stride; loads of four units are in flight at once.
+template <int bytes, int stride>
+static __device__ __forceinline__ void copy_bytes(char* __restrict__ to, const char* __restrict__ from, int first) {
+  const uint4* __restrict__ source = reinterpret_cast<const uint4*>(from);
+  uint4* __restrict__ target = reinterpret_cast<uint4*>(to);
+  constexpr int units = bytes / 16, rounds = units / stride;
+#pragma unroll 4
+  for (int round = 0; round < rounds; ++round) target[first + round * stride] = __ldg(source + first + round * stride);
+  if (first + rounds * stride < units) target[first + rounds * stride] = __ldg(source + first + rounds * stride);
 }
 
 // Read the step's slots, lengths and audio from the current host input buffer. Grid (rows, any), block BLOCK.
@@ -67,18 +74,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK) begin(const Step s) {
 extern "C" __global__ void __launch_bounds__(BLOCK) gather(const Step s) {
   const int row = blockIdx.x, layer = blockIdx.y, slot = s.row_slot[row];
   if (slot < 0) return;
-  const int first = blockIdx.z * BLOCK + threadIdx.x, stride = GATHER_BLOCKS * BLOCK;
+  constexpr int stride = GATHER_BLOCKS * BLOCK;
+  const int first = blockIdx.z * BLOCK + threadIdx.x;
   if (layer == 0)
     for (int i = first; i < MEL_CACHE; i += stride)
-      s.row_mel_cache[(long long)row * MEL_CACHE + i] = s.mel_cache[(long long)slot * MEL_CACHE + i];
+      s.row_mel_cache[(long long)row * MEL_CACHE + i] = __ldg(s.mel_cache + (long long)slot * MEL_CACHE + i);
   if (s.in_place) return;
   const long long ring_from = offset_of(layer, slot, s.slots, RING_BYTES);
   const long long ring_to = offset_of(layer, row, s.rows, RING_BYTES);
-  copy_bytes(s.row_k + ring_to, s.k + ring_from, RING_BYTES, first, stride);
-  copy_bytes(s.row_v + ring_to, s.v + ring_from, RING_BYTES, first, stride);
+  copy_bytes<RING_BYTES, stride>(s.row_k + ring_to, s.k + ring_from, first);
+  copy_bytes<RING_BYTES, stride>(s.row_v + ring_to, s.v + ring_from, first);
   const long long conv_from = offset_of(layer, slot, s.slots, CONV_BYTES);
   const long long conv_to = offset_of(layer, row, s.rows, CONV_BYTES);
-  copy_bytes(s.row_conv + conv_to, s.conv + conv_from, CONV_BYTES, first, stride);
+  copy_bytes<CONV_BYTES, stride>(s.row_conv + conv_to, s.conv + conv_from, first);
 }
 
 // Write the new state to the slots: T rows of K and V into the rings, convolution and mel caches, audio tail,
@@ -93,14 +101,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK) scatter(const Step s) {
     const int byte = i * 16, head = byte / (frames * line), frame = byte / line % frames, rest = byte % line;
     const long long to = ring + ((long long)head * CACHE + (position + frame) % CACHE) * line + rest;
     const long long source = from * HEADS * frames * line + byte;
-    *reinterpret_cast<uint4*>(s.k + to) = *reinterpret_cast<const uint4*>(s.k_new + source);
-    *reinterpret_cast<uint4*>(s.v + to) = *reinterpret_cast<const uint4*>(s.v_new + source);
+    const uint4 k = __ldg(reinterpret_cast<const uint4*>(s.k_new + source));
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(s.v_new + source));
+    *reinterpret_cast<uint4*>(s.k + to) = k;
+    *reinterpret_cast<uint4*>(s.v + to) = v;
   }
-  copy_bytes(
-      s.conv + offset_of(layer, slot, s.slots, CONV_BYTES), s.conv_next + from * CONV_BYTES, CONV_BYTES, thread, BLOCK);
+  copy_bytes<CONV_BYTES, BLOCK>(
+      s.conv + offset_of(layer, slot, s.slots, CONV_BYTES), s.conv_next + from * CONV_BYTES, thread);
   if (layer) return;
   for (int i = thread; i < MEL_CACHE; i += BLOCK)
-    s.mel_cache[(long long)slot * MEL_CACHE + i] = s.mel_cache_next[(long long)row * MEL_CACHE + i];
+    s.mel_cache[(long long)slot * MEL_CACHE + i] = __ldg(s.mel_cache_next + (long long)row * MEL_CACHE + i);
   for (int i = thread; i < TAIL; i += BLOCK)
     s.tail[(long long)slot * TAIL + i] = s.waveform[(long long)row * (TAIL + s.samples) + s.samples + i];
   if (thread == 0) s.position[slot] = position + frames;

@@ -18,11 +18,11 @@ from host_device import HostDevice
 
 from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, File, Manifest, Weight
 from nemostream.errors import BackendError
-from nemostream.runtime.backends.base import Batch
+from nemostream.runtime.backends.base import Batch, Emissions
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.backend import GpuBackend, buckets
 from nemostream.runtime.decoding.boosting import MAX_TOKENS, Boosting
-from nemostream.runtime.decoding.greedy import DecoderState, Labels, greedy_reference
+from nemostream.runtime.decoding.greedy import DecoderState, Labels, greedy_reference, label_looping
 
 LAYERS, HIDDEN, JOINT, VOCABULARY, MAX_SYMBOLS = 2, 16, 40, 37, 3
 CHUNK = ChunkConfig(ms=400, frames=5, left=8, samples=6400)
@@ -48,13 +48,15 @@ class Net:
     Operands of products are rounded to `cache_dtype`; sums have the same order in all columns.
     """
 
-    blank, max_symbols = VOCABULARY, MAX_SYMBOLS
+    max_symbols = MAX_SYMBOLS
 
     def __init__(self, arrays: Mapping[str, np.ndarray], cache_dtype: str) -> None:
         self.arrays, self.cache_dtype = arrays, cache_dtype
+        self.blank = len(arrays["joint.out.bias"]) - 1
+        self._rounded = {name: rounded(array, cache_dtype) for name, array in arrays.items() if name.endswith("weight")}
 
     def _product(self, x: np.ndarray, name: str) -> np.ndarray:
-        left, right = rounded(x, self.cache_dtype), rounded(self.arrays[f"{name}.weight"], self.cache_dtype)
+        left, right = rounded(x, self.cache_dtype), self._rounded[f"{name}.weight"]
         return (left[:, :, None] * right[None]).sum(axis=1) + self.arrays[f"{name}.bias"]
 
     def predict(self, tokens: Any, h: Any, c: Any) -> Any:
@@ -76,19 +78,22 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def make_weights(rng: np.random.Generator, kind: str) -> dict[str, np.ndarray]:
+def make_weights(
+    rng: np.random.Generator, kind: str, hidden: int = HIDDEN, joint: int = JOINT, vocabulary: int = VOCABULARY
+) -> dict[str, np.ndarray]:
     def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
-    arrays = {"decoder.embedding": normal(VOCABULARY + 1, HIDDEN)}
+    narrow, small = (HIDDEN / hidden) ** 0.5, (JOINT / joint) ** 0.5  # so that sums are as large at every size
+    arrays = {"decoder.embedding": normal(vocabulary + 1, hidden)}
     arrays["decoder.embedding"][-1] = 0
     for layer in range(LAYERS):
-        arrays[f"decoder.lstm.{layer}.weight"] = normal(2 * HIDDEN, 4 * HIDDEN, scale=0.5)
-        arrays[f"decoder.lstm.{layer}.bias"] = normal(4 * HIDDEN)
-    arrays["joint.pred.weight"], arrays["joint.pred.bias"] = normal(HIDDEN, JOINT), normal(JOINT)
+        arrays[f"decoder.lstm.{layer}.weight"] = normal(2 * hidden, 4 * hidden, scale=0.5 * narrow)
+        arrays[f"decoder.lstm.{layer}.bias"] = normal(4 * hidden)
+    arrays["joint.pred.weight"], arrays["joint.pred.bias"] = normal(hidden, joint, scale=narrow), normal(joint)
     arrays["joint.out.weight"], arrays["joint.out.bias"] = (
-        normal(JOINT, VOCABULARY + 1, scale=0.3),
-        normal(VOCABULARY + 1),
+        normal(joint, vocabulary + 1, scale=0.3 * small),
+        normal(vocabulary + 1),
     )
     out, bias = arrays["joint.out.weight"], arrays["joint.out.bias"]
     if kind == "ties":  # every logit three times, in different lanes and tiles
@@ -116,11 +121,13 @@ def make_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
         tensors[name] = Weight(array.dtype.name, array.shape, len(blob))
         blob += np.ascontiguousarray(array).tobytes()
     (path / "weights.bin").write_bytes(blob)
+    hidden, joint = arrays["joint.pred.weight"].shape
+    vocabulary = len(arrays["joint.out.bias"]) - 1
     manifest = Manifest(
         name="test",
         features=FeatureConfig(sample_rate=16000, mels=16, window=400, hop=160, n_fft=512, preemphasis=0.97),
         encoder=EncoderConfig(layers=1, d_model=32, heads=2, subsampling=8, cache=8, conv_cache=8),
-        decoder=DecoderConfig(LAYERS, HIDDEN, JOINT, VOCABULARY, MAX_SYMBOLS, "relu"),
+        decoder=DecoderConfig(LAYERS, hidden, joint, vocabulary, MAX_SYMBOLS, "relu"),
         chunks=(CHUNK,),
         graphs={},
         weights=File("weights.bin", "", len(blob)),
@@ -133,9 +140,9 @@ def make_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
 class GivenFrames:
     """An encoder whose output is `frames` [B, T, J]."""
 
-    def __init__(self, device: Any, cache_dtype: str) -> None:
+    def __init__(self, device: Any, cache_dtype: str, joint: int = JOINT) -> None:
         self.device, self.cache_dtype, self.capturable = device, cache_dtype, isinstance(device, HostDevice)
-        self.frames = np.zeros((0, CHUNK.frames, JOINT), np.float32)
+        self.frames = np.zeros((0, CHUNK.frames, joint), np.float32)
 
     def memory_bytes(self, rows: int) -> int:
         return 0
@@ -143,7 +150,7 @@ class GivenFrames:
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
         if not self.capturable:
             return lambda: self.device.write(addresses["encoded_joint"], self.frames[:rows])
-        encoded = self.device.view(addresses["encoded_joint"], (rows, CHUNK.frames, JOINT), np.float32)
+        encoded = self.device.view(addresses["encoded_joint"], (rows, *self.frames.shape[1:]), np.float32)
 
         def run() -> None:
             encoded[: len(self.frames)] = self.frames[:rows]
@@ -206,11 +213,103 @@ def test_decoding_matches_reference(kind: str, cache_dtype: str, make_device: An
         assert [row for row in range(ROWS) if not alive[row]] == [7, 8]
 
 
-def some_phrases(rng: np.random.Generator) -> Boosting:
+def some_phrases(rng: np.random.Generator, vocabulary: int = VOCABULARY) -> Boosting:
     """Phrases over few tokens, so that they occur, overlap, and are suffixes of one another."""
-    few = rng.choice(VOCABULARY, 5, replace=False)
+    few = rng.choice(vocabulary, 5, replace=False)
     phrases = [(rng.choice(few, rng.integers(1, 7)).tolist(), float(rng.choice([0.5, 2, 6]))) for _ in range(12)]
-    return Boosting([*phrases, ([int(few[0])] * MAX_TOKENS, 1.0)], VOCABULARY)
+    return Boosting([*phrases, ([int(few[0])] * MAX_TOKENS, 1.0)], vocabulary)
+
+
+class LargeNet(Net):
+    """The same with products by BLAS, which are faster. `margin` is the smallest lead of a largest logit so far."""
+
+    margin = np.inf
+
+    def join(self, encoded: Any, predicted: Any) -> Any:
+        logits = super().join(encoded, predicted)
+        second, largest = np.partition(logits, -2, axis=1)[:, -2:].T
+        self.margin = min(self.margin, float((largest - second).min()))
+        return logits
+
+    def _product(self, x: np.ndarray, name: str) -> np.ndarray:
+        return rounded(x, self.cache_dtype) @ self._rounded[f"{name}.weight"] + self.arrays[f"{name}.bias"]
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(
+    ("hidden", "joint", "vocabulary", "rows", "count", "blank_bias", "seed"),
+    [
+        (16, 41, VOCABULARY, 17, 2, 0, 3),  # rows of the joint are not aligned to 16 bytes
+        (264, 515, VOCABULARY, 17, 2, 0, 3),  # inner dimensions just above those staged at once
+        (640, 640, 1024, 17, 1, 3, 4),  # published models
+        (640, 640, 13087, 3, 1, 4, 1),
+    ],
+)
+def test_sizes(
+    hidden: int,
+    joint: int,
+    vocabulary: int,
+    rows: int,
+    count: int,
+    blank_bias: float,
+    seed: int,
+    cache_dtype: str,
+    make_device: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens and state equal those of `label_looping` in float64.
+
+    The grids have one block along the rows, which computes both tiles of 17 rows. The last row is then equal, bit for
+    bit, to the same row decoded alone. The seeds were chosen so that no rounding decides a label.
+    """
+    monkeypatch.setattr("nemostream.runtime.backends.gpu.backend._MAX_ROW_BLOCKS", 1)
+    rng = np.random.default_rng(seed)
+    arrays = make_weights(rng, "random", hidden, joint, vocabulary)
+    arrays["joint.out.weight"] -= arrays["joint.out.weight"].mean(axis=0)  # labels depend on frames, not on biases
+    arrays["joint.out.bias"][-1] += blank_bias
+    bundle, net = make_bundle(tmp_path, arrays), LargeNet(arrays, cache_dtype)
+    length = bundle.manifest.lead + bundle.manifest.features.hop * count
+    assert bundle.manifest.encoder_frames(length - bundle.manifest.lead) == count
+    frames = rng.standard_normal((rows, CHUNK.frames, joint)).astype(np.float32)
+    phrases = [some_phrases(rng, vocabulary) if row == 1 else None for row in range(rows)]
+
+    def decode(only: slice) -> tuple[Emissions, list[dict[str, np.ndarray]]]:
+        device = make_device(order=7)
+        encoder = GivenFrames(device, cache_dtype, joint)
+        batch = len(frames[only])
+        backend = GpuBackend(bundle, device, {CHUNK.ms: encoder}, capacity=batch, max_batch=batch)
+        for slot, automaton in enumerate(phrases[only]):
+            backend.set_phrases(slot, automaton)
+        encoder.frames = frames[only]
+        audio = np.zeros((batch, CHUNK.samples), np.float32)
+        got = backend.submit(Batch(CHUNK, np.arange(batch), audio, np.full(batch, length))).result()
+        states = [backend.save(slot) for slot in range(batch)]
+        backend.close()
+        return got, states
+
+    got, states = decode(slice(None))
+    state = DecoderState.initial(net, LAYERS, hidden).repeat(rows)
+    wanted, failed = label_looping(net, frames, np.full(rows, count), state, phrases)
+    assert net.margin > 0.004
+    assert not failed.any() and not got.failed.any()
+    for row, labels in enumerate(wanted):
+        assert got.tokens[row].tolist() == labels.tokens, row
+        assert got.frames[row].tolist() == labels.frames, row
+        np.testing.assert_allclose(got.scores[row], labels.scores, atol=TOLERANCE[cache_dtype])
+        np.testing.assert_allclose(got.sum_p_alpha[row], labels.sum_p_alpha, rtol=TOLERANCE[cache_dtype])
+        for name in ("predicted", "h", "c"):
+            np.testing.assert_allclose(states[row][name], getattr(state, name)[row], atol=TOLERANCE[cache_dtype])
+    emitted = [token for labels in wanted for token in labels.tokens]
+    assert all(labels.tokens for labels in wanted)  # so more rows than a tile has emit labels at once
+    assert max(emitted) > vocabulary * 3 // 4
+
+    if rows <= kernels.TILE_ROWS:
+        return
+    alone, (last,) = decode(slice(rows - 1, rows))
+    for name in ("tokens", "frames", "scores", "sum_p_alpha"):
+        assert getattr(alone, name)[0].tobytes() == getattr(got, name)[-1].tobytes(), name
+    assert all(last[name].tobytes() == states[-1][name].tobytes() for name in ("predicted", "h", "c"))
 
 
 def _reference(
