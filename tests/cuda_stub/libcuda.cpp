@@ -1,13 +1,13 @@
 // A CUDA driver (`libcuda.so.1`) for tests without a GPU. The real cuda.bindings and cuda.core run on it.
 //
 // It implements the functions that the GPU backend and cuda.core call. Device memory is host memory, and a module is a
-// kernel source compiled for the CPU by `tests/simt`: its image is a text (see `cuModuleLoadData`) that names a library.
+// kernel source compiled for the CPU by `tests/simt`: its image is a text with the library's path (`cuModuleLoadData`).
 //
 // Work is queued and runs only when the host waits for it, so that a missing wait is noticed. Memory is not zeroed, is
 // followed by an inaccessible page, and stays inaccessible after it is freed. No handle is ever used twice.
 //
 // It is stricter than a driver. Each misuse is recorded as a violation and returns what a driver returns. A use that
-// a driver answers with undefined behaviour aborts the process. Calls that are legal but unwanted are recorded as notes.
+// a driver answers with undefined behaviour aborts the process. Legal but unwanted calls are recorded as notes.
 //
 // Tests control it through the functions `cuda_stub_*` at the end.
 #include <dlfcn.h>
@@ -861,8 +861,8 @@ int queue_set(const char* function, Address target, unsigned value, size_t width
 
 // Check a pointer to host memory.
 int check_host(const char* function, const void* pointer) {
-  return is_device_memory(pointer) ? violation(INVALID_VALUE, format("%s: device memory is used as host memory", function))
-                                   : SUCCESS;
+  if (!is_device_memory(pointer)) return SUCCESS;
+  return violation(INVALID_VALUE, format("%s: device memory is used as host memory", function));
 }
 
 int is_capturing(Handle stream) {
@@ -876,7 +876,8 @@ EXPORT int cuMemcpyHtoDAsync(Address target, const void* source, size_t size, Ha
   BEGIN(true);
   CHECK(check_memory(__func__, target, size, false));
   CHECK(check_host(__func__, source));
-  if (is_pinned(source, size) || is_capturing(stream)) return queue_copy(__func__, target, (Address)source, size, stream);
+  if (is_pinned(source, size) || is_capturing(stream))
+    return queue_copy(__func__, target, (Address)source, size, stream);
   // A driver stages pageable memory before it returns.
   auto staged = std::make_shared<std::vector<char>>((const char*)source, (const char*)source + size);
   return enqueue(__func__, stream, MEMCPY, __func__, [=] {
@@ -1039,7 +1040,8 @@ EXPORT int cuStreamWaitEvent(Handle handle, Handle event_handle, unsigned) {
     return violation(CAPTURE_ISOLATION, "a capturing stream waits for work outside the capture");
   }
   auto marker = event->marker;
-  stream->queue.push_back({"cuStreamWaitEvent", [=] { return marker->done ? 0 : drain(marker->stream, marker.get()); }});
+  Run wait = [=] { return marker->done ? 0 : drain(marker->stream, marker.get()); };
+  stream->queue.push_back({__func__, wait});
   return SUCCESS;
 }
 
@@ -1132,7 +1134,8 @@ EXPORT int cuEventElapsedTime(float* milliseconds, Handle first, Handle second) 
   CHECK(find_event(__func__, first, events[0]));
   CHECK(find_event(__func__, second, events[1]));
   for (auto& event : events) {
-    if (!event->marker || event->flags & 2) return violation(INVALID_HANDLE, "cuEventElapsedTime: no time was recorded");
+    if (!event->marker || event->flags & 2)
+      return violation(INVALID_HANDLE, "cuEventElapsedTime: no time was recorded");
     if (!event->marker->done) return NOT_READY;
   }
   auto elapsed = events[1]->marker->time - events[0]->marker->time;
@@ -1186,7 +1189,8 @@ EXPORT int cuModuleGetFunction(Handle* handle, Handle module_handle, const char*
   function->module = find(state.modules, module_handle, "module");
   if (!function->module) return INVALID_HANDLE;
   function->name = name;
-  function->launch = (decltype(function->launch))dlsym(function->module->library, (std::string("launch_") + name).c_str());
+  std::string symbol = std::string("launch_") + name;
+  function->launch = (decltype(function->launch))dlsym(function->module->library, symbol.c_str());
   if (!function->launch) return NOT_FOUND;
   *handle = insert(state.functions, function);
   return SUCCESS;
@@ -1507,7 +1511,8 @@ EXPORT int cuGraphAddNode(Handle* handle, Handle graph_handle, const Handle* nod
   auto found = graph->conditions.find(conditional.handle);
   if (found == graph->conditions.end() || found->second->used)
     return violation(INVALID_VALUE, "a conditional node needs a condition of its graph that no other node uses");
-  if (conditional.size != 1 || conditional.type > WHILE) return violation(INVALID_VALUE, "a conditional node of this type");
+  if (conditional.size != 1 || conditional.type > WHILE)
+    return violation(INVALID_VALUE, "a conditional node of this type");
   if (conditional.context && conditional.context != kContext)
     return violation(INVALID_VALUE, "a conditional node has an unknown context");
   auto condition = found->second;
@@ -1756,7 +1761,8 @@ EXPORT const char* cuda_stub_report(const char* kind) {
   if (!strcmp(kind, "live")) {
     size_t device = 0, host = 0;
     for (auto& [_, allocation] : state.allocations) (allocation.host ? host : device) += allocation.live;
-    text = format("device_memory %zu\nhost_memory %zu\nstreams %zu\nevents %zu\nmodules %zu\ngraphs %zu\nexecs %zu\nuser_objects %zu",
+    text = format("device_memory %zu\nhost_memory %zu\nstreams %zu\nevents %zu\nmodules %zu\ngraphs %zu\nexecs %zu\n"
+                  "user_objects %zu",
                   device, host, state.streams.size(), state.events.size(), state.modules.size(), state.graphs.size(),
                   state.execs.size(), state.user_objects.size());
     return text.c_str();
