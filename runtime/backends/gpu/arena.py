@@ -109,7 +109,7 @@ class Arena:
     def _out_of_memory(self, error: OutOfMemory, allocated: int, encoder_bytes: Callable[[int], int]) -> BackendError:
         layout, available = self.layout, allocated + self._device.free_bytes
         return BackendError(
-            f"{error.size / 1e6:.1f} MB cannot be allocated on {self._device.name} for {layout.capacity} streams in "
+            f"{error.amount} cannot be allocated on {self._device.name} for {layout.capacity} streams in "
             f"batches of {layout.max_batch}; {self._remedy(available, encoder_bytes)}"
         )
 

@@ -20,8 +20,9 @@ class OutOfMemory(BackendError):
     """The device cannot allocate `size` bytes."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(f"the GPU is out of memory: {size / 1e6:.1f} MB cannot be allocated.")
         self.size = size
+        self.amount = f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size} bytes"
+        super().__init__(f"the GPU is out of memory: {self.amount} cannot be allocated.")
 
 
 class Launchable(Protocol):

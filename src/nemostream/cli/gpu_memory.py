@@ -26,8 +26,8 @@ from nemostream.errors import BackendError, OptionError
 if TYPE_CHECKING:
     from nemostream.runtime.backends.gpu.memory import EncoderSizes
 
-# Memory in MiB, as nvidia-smi reports it. Sources: https://thundergolfer.com/blog/nvidia-gpu-memory-capacity, and
-# reports of nvidia-smi in public issues for the RTX cards.
+# Memory in MiB, as nvidia-smi reports it: https://thundergolfer.com/blog/nvidia-gpu-memory-capacity, and public reports
+# for the RTX cards. It differs by some MiB between drivers and boards.
 GPUS = {
     "h200-141gb": 143_771,
     "h100-80gb": 81_559,
