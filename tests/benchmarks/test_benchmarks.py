@@ -469,6 +469,7 @@ def test_quick_from_the_command_line(
     assert (tmp_path / "bench-results" / "quick-latency.png").exists()
 
 
+@pytest.mark.slow
 def test_quick_with_bundle_and_device(
     demo_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

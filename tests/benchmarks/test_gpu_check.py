@@ -98,6 +98,7 @@ def test_soak(small: Bundle) -> None:
     assert not gpu_speed.soak(backend, chunk, 10)["flat"]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_speed(small: Bundle) -> None:
     messages: list[str] = []
@@ -150,6 +151,7 @@ def test_stage_times(small: Bundle, loop: str, capturable: bool) -> None:
     assert before > 0 and gpu_speed.step_times(backend, chunk, 2, 3)["tokens_per_second"] == before
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_calibrated_blank(small: Bundle) -> None:
     """The calibrated rate is positive and of the right order; `force_blank` can be undone."""
