@@ -192,7 +192,12 @@ class SectionContext:
 
         def without_encoder(rows: int) -> GpuBackend:
             encoders = {chunk.ms: NoEncoder("float16") for chunk in chunks}
-            return GpuBackend(bundle, self.device(), encoders, capacity=rows + 1, max_batch=rows)
+            device = self.device()
+            try:
+                return GpuBackend(bundle, device, encoders, capacity=rows + 1, max_batch=rows)
+            except BaseException:
+                device.close()  # another attempt, with a smaller batch, needs the memory
+                raise
 
         backend = _largest(without_encoder, capacity - 1)
         fill_encoder_output(backend)
@@ -480,7 +485,10 @@ def baseline(context: SectionContext) -> Report:
 
 
 def engine_in_while_node(context: SectionContext) -> Report:
-    """Capture and launch an engine in the body of a WHILE node, which runs once as no kernel sets the condition."""
+    """Capture and launch an engine in the body of a WHILE node: whether the driver accepts it.
+
+    The body does not run, because no kernel sets the condition.
+    """
     chunk = context.demo.manifest.chunk(80)
     plans = context.build("tensorrt", context.demo, [chunk], 1, validate=False)
     backend = context.open(context.demo, plans, 1)

@@ -338,7 +338,14 @@ def _validate(bundle: Bundle, chunk: ChunkConfig, plan: Plan, progress: Progress
         # Every batch size for which steps are captured, and both ends of every optimisation profile.
         ends = {end for profile in profiles(max_batch) for end in profile}
         batches = tuple(sorted({*buckets(max_batch), *ends} - {1}))
-        candidate = open_gpu(bundle, CudaDevice(), plans, max(2, max_batch), max_batch)
+        try:
+            candidate = open_gpu(bundle, CudaDevice(), plans, max(2, max_batch), max_batch)
+        except BackendError as error:
+            reference.close()
+            raise BackendError(
+                f"the engine cannot be validated with {max_batch} streams in a step ({str(error).rstrip('.')}); "
+                "build it with a smaller --max-batch."
+            ) from error
     try:
         return validate_engine(
             bundle.manifest,

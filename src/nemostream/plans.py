@@ -216,7 +216,7 @@ class PlanStore:
             described = self.folder / f"{recipe.stem}.json"
             with self._lock():
                 described.unlink(missing_ok=True)
-                for path in built:
+                for path in Path(temporary).iterdir():  # also what `validate` left, such as compiled kernels
                     path.replace(self.folder / path.name)
                 self._describe(plan, described)
         return plan

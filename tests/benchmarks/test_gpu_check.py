@@ -133,7 +133,7 @@ def test_speed(small: Bundle) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("capturable", [True, False])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", ["while", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS[1:])])
 def test_stage_times(small: Bundle, loop: str, capturable: bool) -> None:
     """Each is run as often as it is counted, and the two lanes are as they were: the next step says what it would."""
     chunk, device = small.manifest.chunk(160), HostDevice()

@@ -104,7 +104,7 @@ def test_gpu_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
     monkeypatch.setattr(cuda, "CudaDevice", no_gpu)
     code, out, err = run(capsys, "--plan")
-    assert (code, out) == (2, "") and "no usable GPU" in err and all(name in err for name in GPUS)
+    assert (code, out) == (2, "") and "no usable NVIDIA GPU" in err and all(name in err for name in GPUS)
 
 
 def test_invalid_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

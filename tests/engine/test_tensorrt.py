@@ -52,7 +52,7 @@ def ranges(demo_bundle: Bundle) -> dict[str, float]:
     return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1:])
 
 
-@pytest.mark.parametrize("ms", [80, 160, 560, 1120])
+@pytest.mark.parametrize("ms", [560, *(pytest.param(ms, marks=pytest.mark.slow) for ms in (80, 160, 1120))])
 @pytest.mark.parametrize("precision", [*CACHE_DTYPES])
 def test_builds(
     precision: str,

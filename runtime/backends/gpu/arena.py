@@ -120,7 +120,7 @@ class Arena:
         if capacity >= layout.max_batch:
             return f"load the model with capacity={capacity} or less."
         if capacity := layout.largest_single_batch(available, encoder_bytes):
-            return f"load the model with capacity={capacity} or less, or with max_batch below {capacity}."
+            return f"load the model with capacity={capacity} or less."
         return "free memory on this GPU, or use one with more."
 
     def read(self, name: str, array: NDArray[Any]) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ from nemostream.runtime.decoding.boosting import Boosting
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+log = logging.getLogger(__name__)
+
 Work = Callable[[], None]  # queues work on the device
 
 LOOPS = ("while", "unrolled", "eager")  # kinds of decoding loop, in order of preference
@@ -137,6 +140,8 @@ class GpuBackend:
             self.loop = self._capture_all(loop)
         except OutOfMemory as error:
             raise self.arena.out_of_memory(error, self._encoder_bytes) from error
+        if self.loop != loop:
+            log.warning("steps run on the GPU with the slower loop %r: %s", self.loop, " ".join(self.failures))
 
     def reset(self, slots: Ints) -> None:
         self._finish_host_loops()

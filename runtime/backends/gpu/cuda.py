@@ -52,6 +52,7 @@ _DEVICE_LOST = (
     "MPS_CLIENT_TERMINATED",
     "NVLINK_UNCORRECTABLE",
 )
+_MIN_TENSOR_CORES = 80  # first architecture with the matrix instructions of `kernels/tile.cu`
 _CAN_LOAD_FUNCTIONS = 12040  # first driver version with `cuFuncLoad`
 
 
@@ -319,6 +320,11 @@ class CudaKernels:
 
     def __init__(self, device: CudaDevice, macros: Mapping[str, int | str], entries: tuple[str, ...]) -> None:
         self._device = device
+        if macros.get("MATMUL_TYPE") and int(device.architecture.removeprefix("sm")) < _MIN_TENSOR_CORES:
+            raise BackendError(
+                "16-bit engines need a GPU of compute capability 8.0 or newer, "
+                f"{device.name} is {device.architecture}; use precision='fp32' or device='cpu'."
+            )
         variants = [("cubin", False), ("ptx", False)]
         if macros["CONDITIONAL"]:
             variants = [("cubin", True), ("ptx", True), *variants]
@@ -402,13 +408,13 @@ def compile_kernels(
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
+        log = bytes(max(2, size))  # CPython shares all objects of one byte, and NVRTC writes into this one
         nvrtc.nvrtcGetProgramLog(program, log)
         message = log.rstrip(b"\0 \n").decode(errors="replace")
         raise BackendError(f"NVRTC cannot compile the kernels for {architecture} ({status.name}):\n{message}")
     name = "CUBIN" if kind == "cubin" else "PTX"
     _, size = getattr(nvrtc, f"nvrtcGet{name}Size")(program)
-    image = b" " * size
+    image = bytes(size)
     getattr(nvrtc, f"nvrtcGet{name}")(program, image)
     nvrtc.nvrtcDestroyProgram(program)
     _write_cache(cached, image)

@@ -95,4 +95,4 @@ class OrtCudaEncoder:
         return enqueue
 
     def close(self) -> None:
-        del self._session
+        self._session = None

@@ -62,7 +62,10 @@ class TrtEncoder:
         """Whether the work of the last `bind` can be captured. To be read after this work has run once."""
         # Only TensorRT for RTX has contexts that may allocate memory while they run, and this call.
         query = getattr(self._contexts[-1], "is_stream_capturable", None) if self._contexts else None
-        return query is None or bool(query(self._device.stream))
+        try:
+            return query is None or bool(query(self._device.stream))
+        except RuntimeError:
+            return False
 
     def memory_bytes(self, rows: int) -> int:
         engine = self._engine
@@ -104,7 +107,7 @@ class TrtEncoder:
     def close(self) -> None:
         self._contexts.clear()
         self._kernels.close()
-        del self._engine, self._runtime
+        self._engine = self._runtime = None
 
     def _bind_context(self, rows: int, profile: int, addresses: Mapping[str, int]) -> Any:
         """Return a context for batches of `rows` with its inputs, outputs and device memory.
@@ -184,8 +187,8 @@ class _CompiledKernels:
     """The kernels that TensorRT for RTX compiles when an engine first runs, kept in a file beside the engine.
 
     One cache serves all contexts of the engine. The file begins with a hash of its content and of everything that the
-    kernels depend on: a file that is damaged or from another library, engine or GPU is ignored and replaced. Errors of
-    the file system only cost another compilation at the next start.
+    kernels depend on: a file that is damaged or from another library, engine or GPU is ignored and replaced. Errors
+    only cost another compilation at the next start.
     """
 
     _MAX_BYTES = 512 * MIB
@@ -210,7 +213,10 @@ class _CompiledKernels:
 
     def save(self) -> None:
         """Write the cache to the file if it has changed."""
-        blob = self._cache.serialize() if self._cache is not None else None
+        try:
+            blob = self._cache.serialize() if self._cache is not None else None
+        except RuntimeError:
+            return
         content = self._encode(bytes(blob)) if blob is not None else b""
         if content == self._stored or not 0 < len(content) <= self._MAX_BYTES:
             return

@@ -124,7 +124,8 @@ def _gpu_memory(gpu: str | None) -> tuple[str, int]:
     try:
         device = CudaDevice()
     except BackendError as error:
-        raise OptionError(f"this machine has no usable GPU; choose one with --gpu: {', '.join(GPUS)}.") from error
+        reason = str(error).rstrip(".")
+        raise OptionError(f"{reason}; or choose a GPU with --gpu: {', '.join(GPUS)}.") from error
     try:
         return device.name, device.free_bytes - RESERVED_BYTES
     finally:

@@ -28,6 +28,7 @@ _COMPLETION = "_NEMOSTREAM_COMPLETE"  # environment variable set by the shell's 
 
 # Help panels of the commands.
 _SPEECH, _MODELS, _MACHINE = "Speech to text", "Models", "This machine"
+_PLAN = "Memory of a GPU"  # panel of options
 
 app = typer.Typer(
     name="nemostream",
@@ -89,10 +90,18 @@ def doctor(
         ),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Compute how many streams fit in the memory of a GPU. Nothing is run on it.")
+        bool,
+        typer.Option(
+            "--plan",
+            help="Compute how many streams fit in the memory of a GPU. Nothing is run on it.",
+            rich_help_panel=_PLAN,
+        ),
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="With --plan: a GPU, such as h100-80gb. Default: the GPU of this machine.")
+        str | None,
+        typer.Option(
+            help="With --plan: a GPU, such as h100-80gb. Default: the GPU of this machine.", rich_help_panel=_PLAN
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

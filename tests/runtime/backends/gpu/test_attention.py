@@ -172,7 +172,7 @@ def ptxas(macros: dict[str, int], architecture: str) -> dict[str, int]:
     _, program = nvrtc.nvrtcCreateProgram(attention.source().encode(), b"attention.cu", 0, None, None)
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytes(max(2, size))  # CPython shares all objects of one byte, and NVRTC writes into this one
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(program)
     text = log.decode()

@@ -292,6 +292,15 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not isinstance(other.value, OutOfMemory)
 
 
+def test_architectures_without_the_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = make_device(monkeypatch, Driver())
+    device.architecture = "sm75"
+    with pytest.raises(BackendError, match=r"compute capability 8\.0 or newer, .* is sm75; use precision='fp32'"):
+        device.kernels({"CONDITIONAL": 1, "MATMUL_TYPE": 1}, ("begin",))
+    monkeypatch.setattr(cuda, "compile_kernels", lambda *_: b"")
+    device.kernels({"CONDITIONAL": 1, "MATMUL_TYPE": 0}, ("begin",))
+
+
 @pytest.mark.parametrize("where", ["compile", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncLoad"])
 def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two variants fail at different points; the third is used, and the failures are recorded."""

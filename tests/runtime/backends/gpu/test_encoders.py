@@ -273,6 +273,14 @@ def test_failing_calls(call: str, outcome: Any, message: str, library: Any, engi
     assert "nemostream build" in str(error.value) or "capacity" in str(error.value)
 
 
+def test_closing_twice(library: Any, engine_file: Path) -> None:
+    """Benchmarks close a backend that their model has closed."""
+    encoder = open_encoder(engine_file)
+    encoder.bind(3, ADDRESSES)
+    encoder.close()
+    encoder.close()
+
+
 def test_tensorrt_memory(library: Any, engine_file: Path) -> None:
     """A bound for all batches up to a size; a profile for small batches may need more than that for large ones."""
     encoder = open_encoder(engine_file)

@@ -242,7 +242,7 @@ class LargeNet(Net):
         (16, 41, VOCABULARY, 17, 2, 0, 3),  # rows of the joint are not aligned to 16 bytes
         (264, 515, VOCABULARY, 17, 2, 0, 3),  # inner dimensions just above those staged at once
         (640, 640, 1024, 17, 1, 3, 4),  # published models
-        (640, 640, 13087, 3, 1, 4, 1),
+        pytest.param(640, 640, 13087, 3, 1, 4, 1, marks=pytest.mark.slow),
     ],
 )
 def test_sizes(

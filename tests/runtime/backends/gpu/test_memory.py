@@ -246,9 +246,8 @@ def test_encoder_memory_counts(demo_bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=f"capacity={fit} or less"):
         open_arena(fit + 1, 2)
 
-    with pytest.raises(
-        BackendError, match=r"or with max_batch below (\d+)"
-    ) as error:  # buffers and encoder alone do not fit
+    # Buffers and encoder alone do not fit.
+    with pytest.raises(BackendError, match=r"load the model with capacity=(\d+) or less") as error:
         open_arena(3000, 64)
     fit = fitting_capacity(error)
     open_arena(fit, fit)

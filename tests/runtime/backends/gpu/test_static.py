@@ -53,13 +53,14 @@ def compile_source(source: str, options: Iterable[str], kind: str = "CUBIN") -> 
     program = check(*nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, None, None))
     flags = [option.encode() for option in options]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-    log = b" " * check(*nvrtc.nvrtcGetProgramLogSize(program))
+    # At least two bytes: CPython shares all objects of one byte, and NVRTC writes into this one.
+    log = bytes(max(2, check(*nvrtc.nvrtcGetProgramLogSize(program))))
     check(*nvrtc.nvrtcGetProgramLog(program, log))
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    image = b" " * check(*getattr(nvrtc, f"nvrtcGet{kind}Size")(program))
+    image = bytes(check(*getattr(nvrtc, f"nvrtcGet{kind}Size")(program)))
     check(*getattr(nvrtc, f"nvrtcGet{kind}")(program, image))
     nvrtc.nvrtcDestroyProgram(program)
-    return image, log.decode()
+    return image, log.rstrip(b"\0").decode()
 
 
 @functools.cache
