@@ -33,8 +33,8 @@ from nemostream.serving.settings import Limits
 _MAX_LIVE_SECONDS = 1.5  # audio per message; a client that sends more at once is not live and has no latency
 _MIN_MESSAGE_BYTES = 2048  # the rate limit counts a smaller message as this many bytes
 _SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # audio of a message that is processed before other tasks run
-_BURST_SECONDS = 2.0  # of messages at the maximum rate that may arrive at once before a client is slowed down
-_OPERATION_SECONDS = 0.05  # that a request for the end of an utterance or a new stream costs, which needs a step
+_BURST_SECONDS = 2.0  # of messages at the maximum rate that a client may send at once before it is slowed down
+_OPERATION_SECONDS = 0.05  # that each end of an utterance and each new stream counts as: both need a step of the model
 
 
 class SessionObserver(Protocol):
@@ -210,7 +210,7 @@ class Session:
         await self._pace(_OPERATION_SECONDS)
 
     def continue_pace(self, session: Session) -> None:
-        """Count the messages of `session`, which the same client used before this one."""
+        """Continue the rate limit of `session`, which the same client used before this one."""
         self._pending_seconds, self._pending_at = session._pending_seconds, session._pending_at
 
     async def __aenter__(self) -> Session:

@@ -2,7 +2,7 @@
 
 uvicorn's protocols trust their peers: the head of a request may take forever, a small frame costs as much as a large
 one, and everything that one read returned is parsed at once. `Connections` counts and closes connections; the two
-protocol classes parse at most `_SLICE_BYTES` and `_SLICE_FRAMES` per turn of the event loop.
+protocol classes parse at most `_SLICE_BYTES` per turn of the event loop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HEAD_SECONDS = 20.0  # for the head of each request
 LINGER_SECONDS = 2.0  # for the rest of a body after its response, and for sending a response before closing
 MAX_HEAD_BYTES = 64 << 10  # of a request line and its headers together
 _MAX_HEAD_LINES = 256
-_SLICE_BYTES, _SLICE_FRAMES = 8 << 10, 100  # parsed per turn of the event loop: about a millisecond of work
+_SLICE_BYTES = 8 << 10  # parsed per turn of the event loop: a thousand of the smallest frames
 _CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and pongs: at once, and per second
 _MAX_UNREAD_BYTES = 16 << 10  # of events in the send buffer before a client counts as a slow reader
 _MAX_FRAGMENTS = 4096  # of one WebSocket message
@@ -231,13 +231,13 @@ class _SlicedParser:
             return
         if self._backlog and not self._is_full():
             data = bytes(self._backlog[:_SLICE_BYTES])
+            del self._backlog[:_SLICE_BYTES]
             try:
-                parsed = self.feed(data)
+                self.feed(data)
             except Exception:  # an error of a parser ends only this connection
                 log.exception("connection failed", extra={"peer": self.peer})
                 self.transport.abort()
                 return
-            del self._backlog[:parsed]
         if self._backlog:
             if not self._paused:
                 self._paused = True
@@ -249,10 +249,9 @@ class _SlicedParser:
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
-    def feed(self, data: bytes) -> int:
-        """Parse a slice, or its first part. Return the number of bytes parsed."""
+    def feed(self, data: bytes) -> None:
+        """Parse one slice."""
         cast(Any, super()).data_received(data)
-        return len(data)
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -386,21 +385,19 @@ class FrameSplitter:
     """Splits a client's WebSocket frames (RFC 6455, 5.2) into frames of at most `max_bytes` of payload.
 
     A larger frame becomes fragments of the same message, with the same masking key. Call it with received bytes; it
-    returns the bytes to parse and how many of the received ones it consumed: all, or those up to the end of the
-    `max_frames`-th frame. Bytes that are not a client's frame pass unchanged, for the parser to reject.
+    returns the bytes to parse. Bytes that are not a client's frame pass unchanged, for the parser to reject.
     """
 
-    def __init__(self, max_bytes: int, max_frames: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes - max_bytes % 4  # the masking key has four bytes
-        self._max_frames = max_frames
         self._head = b""  # of a frame, incomplete
         self._payload = 0  # bytes of the current fragment that are still to be received
         self._rest = 0  # bytes of the frame after the current fragment
         self._final, self._key = 0, b""
 
-    def __call__(self, data: bytes) -> tuple[bytes, int]:
-        output, position, frames = bytearray(), 0, 0
-        while position < len(data) and (frames < self._max_frames or self._payload or self._rest):
+    def __call__(self, data: bytes) -> bytes:
+        output, position = bytearray(), 0
+        while position < len(data):
             if self._payload:
                 payload = data[position : position + self._payload]
                 output += payload
@@ -414,8 +411,7 @@ class FrameSplitter:
                 position += missing
                 if len(self._head) >= 2 and len(self._head) == self._head_size():
                     output += self._frame()
-                    frames += 1
-        return bytes(output), position
+        return bytes(output)
 
     def _head_size(self) -> int:
         if len(self._head) < 2:
@@ -454,7 +450,7 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         transport.set_write_buffer_limits(high=_MAX_UNREAD_BYTES)
         self._control_frames, self._control_at = 0.0, time.monotonic()
         self._fragments = 0
-        self._frames = FrameSplitter(_MAX_FRAGMENT_BYTES, _SLICE_FRAMES)
+        self._frames = FrameSplitter(_MAX_FRAGMENT_BYTES)
         self._usual_bytes = self.conn.max_size or 0
         self._received = 0  # bytes of the incomplete message
         self._queued_large = self._handling_large = False
@@ -470,13 +466,11 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         self.conn.max_size = self.limits.message_bytes.get(event.path.partition("?")[0], self._usual_bytes)
         super().handle_connect(event)
 
-    def feed(self, data: bytes) -> int:
-        if not self.handshake_initiated:  # the data is the request
-            return super().feed(data)
-        frames, parsed = self._frames(data)
-        self._received += parsed
-        super().feed(frames)
-        return parsed
+    def feed(self, data: bytes) -> None:
+        if self.handshake_initiated:  # earlier data is the request
+            self._received += len(data)
+            data = self._frames(data)
+        super().feed(data)
 
     def proceed(self) -> None:
         """Continue parsing: a slot for the large message of this client is free."""

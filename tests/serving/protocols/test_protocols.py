@@ -310,14 +310,9 @@ def test_frame_splitter_keeps_messages() -> None:
     wire = b"".join(frame.serialize(mask=True) for frame in frames)
     expected = [frames[0].data, frames[1].data + frames[2].data, frames[3].data, frames[4].data]
     for step in (1, 7, 1000, len(wire)):
-        splitter, parser = FrameSplitter(1001, 3), Protocol(SERVER)
-        backlog = b""
+        splitter, parser = FrameSplitter(1001), Protocol(SERVER)
         for start in range(0, len(wire), step):
-            backlog += wire[start : start + step]
-            while backlog:
-                data, consumed = splitter(backlog)
-                backlog = backlog[consumed:]
-                parser.receive_data(data)
+            parser.receive_data(splitter(wire[start : start + step]))
         received: list[bytes] = []
         for frame in parser.events_received():
             assert len(frame.data) <= 1000  # type: ignore[union-attr]
@@ -326,17 +321,6 @@ def test_frame_splitter_keeps_messages() -> None:
             else:
                 received.append(bytes(frame.data))  # type: ignore[union-attr]
         assert parser.parser_exc is None and received == expected
-
-
-def test_frame_splitter_limits_frames() -> None:
-    """A read of many small frames is parsed in parts."""
-    from websockets.frames import Frame, Opcode
-
-    frame = Frame(Opcode.PONG, b"").serialize(mask=True)
-    splitter = FrameSplitter(1000, 100)
-    data, consumed = splitter(frame * 250)
-    assert len(data) == consumed == 100 * len(frame)
-    assert splitter(frame * 30)[1] == 30 * len(frame)
 
 
 # -- inverse text normalization ----------------------------------------------------------------------------------------
