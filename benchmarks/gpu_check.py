@@ -221,6 +221,8 @@ def why_unavailable(library: str, architecture: str) -> str:
     `library` is one of `LIBRARIES`, `architecture` the GPU ("sm90"). Selects "tensorrt-rtx" for the rest of this
     process if TensorRT is installed too.
     """
+    from nemostream.engine.tensorrt import architectures, unsupported_gpu
+
     if library == "onnxruntime":
         try:
             check_provider()
@@ -235,12 +237,8 @@ def why_unavailable(library: str, architecture: str) -> str:
     except ImportError as error:
         index = " --extra-index-url https://pypi.nvidia.com" if library == "tensorrt" else ""
         return f"{library} is not installed ({error}): {install_command(library)}{index}."
-    if library == "tensorrt-rtx" and not hasattr(module.ComputeCapability, architecture.upper()):
-        supported = ", ".join(name.lower() for name in dir(module.ComputeCapability) if name.startswith("SM"))
-        return (
-            f"TensorRT for RTX {module.__version__} does not support {architecture}, only {supported}; use TensorRT or "
-            "onnxruntime-gpu."
-        )
+    if library == "tensorrt-rtx" and architecture not in architectures(module):
+        return f"{unsupported_gpu(module, architecture)}."
     return ""
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -530,8 +531,8 @@ def test_int8_is_compared_with_fp16(small: Bundle, tmp_path: Path, monkeypatch: 
 
 
 def tensorrt_module(version: str, *architectures: str) -> Any:
-    names = {architecture.upper(): architecture for architecture in architectures}
-    return argparse.Namespace(__version__=version, ComputeCapability=argparse.Namespace(**names))
+    names = [architecture.upper() for architecture in architectures]
+    return argparse.Namespace(__version__=version, ComputeCapability=Enum("ComputeCapability", names))
 
 
 def test_libraries_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,7 +540,7 @@ def test_libraries_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", tensorrt_module("1.7.1", "sm75", "sm86", "sm89", "sm120"))
     reason = gpu_check.why_unavailable("tensorrt-rtx", "sm90")
-    assert reason.startswith("TensorRT for RTX 1.7.1 does not support sm90, only sm120, sm75, sm86, sm89; use TensorRT")
+    assert reason.startswith("TensorRT for RTX 1.7.1 does not support sm90, only sm75, sm86, sm89, sm120: install T")
     assert gpu_check.why_unavailable("tensorrt-rtx", "sm89") == ""
     assert gpu_check.why_unavailable("tensorrt", "sm89").startswith("tensorrt is not installed (")
 

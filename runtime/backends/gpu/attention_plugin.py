@@ -14,14 +14,14 @@ from typing import Any
 
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
-from nemostream.runtime.backends.gpu.cuda import compile_kernels
+from nemostream.runtime.backends.gpu.cuda import compile_kernels, with_ptx_version
 from nemostream.runtime.backends.gpu.kernels import attention
 
 PLUGIN = "nemostream::RingAttention"
 
 _MIN_VERSION = (10, 13)
 _ARCHITECTURE = "sm80"  # the driver compiles the PTX for the GPU, which may be newer
-_PTX_VERSION = b"8.0"  # of CUDA 12.0. NVRTC declares the version of its own release, which older drivers reject
+_PTX_VERSION = "8.0"  # of CUDA 12.0. NVRTC declares the version of its own release, which older drivers reject
 
 
 def register() -> None:
@@ -89,7 +89,7 @@ def ptx(frames: int, cache: int, heads: int, d_k: int, cache_dtype: str) -> str:
     """Return the kernel as PTX for chunks of `frames` frames and tensors of type `cache_dtype`. Needs NVRTC."""
     macros = attention.macros(frames, cache, heads, d_k, cache_dtype)
     image = compile_kernels(macros, _ARCHITECTURE, "ptx", attention.source())
-    return re.sub(rb"(\.version\s+)[0-9.]+", rb"\g<1>" + _PTX_VERSION, image.rstrip(b"\0 "), count=1).decode()
+    return with_ptx_version(image.rstrip(b"\0 "), _PTX_VERSION).decode()
 
 
 def _library() -> tuple[Any, Any]:

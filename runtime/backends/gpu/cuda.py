@@ -437,8 +437,13 @@ def lower_ptx_version(ptx: bytes, driver_version: int) -> bytes:
         except ValueError:  # no such version
             continue
         if needed <= driver_version:
-            return re.sub(rb"(\.version\s+)[0-9.]+", rb"\g<1>" + version.encode(), ptx, count=1)
+            return with_ptx_version(ptx, version)
     return ptx
+
+
+def with_ptx_version(ptx: bytes, version: str) -> bytes:
+    """Return PTX that declares `version` ("8.5"). Its instructions do not change."""
+    return re.sub(rb"(\.version\s+)[0-9.]+", rb"\g<1>" + version.encode(), ptx, count=1)
 
 
 @functools.cache
