@@ -123,7 +123,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
         ("[]", "not a nemostream manifest"),
         ('"nemostream-bundle"', "not a nemostream manifest"),
         (edited(lambda d: d.update(format="other")), "not a nemostream manifest"),
-        (edited(lambda d: d.update(version=1)), "version 1, but this nemostream reads version 2"),
+        (edited(lambda d: d.update(version=1)), "version 1, but this nemostream reads version 3"),
         (edited(lambda d: d.pop("version")), "version None"),
         (edited(lambda d: d.pop("chunks")), "'chunks'"),
         (edited(lambda d: d["encoder"].pop("layers")), "layers"),

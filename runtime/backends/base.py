@@ -38,6 +38,8 @@ class Batch:
     slots: NDArray[np.int64]  # [B], distinct
     audio: NDArray[np.float32]  # [B, chunk.samples], in [-1, 1]
     lengths: NDArray[np.int64]  # [B], 0 <= length <= chunk.samples
+    # [B] prompt id of each row (`LanguageConfig.prompts`), for prompted models; None: the default language
+    prompts: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

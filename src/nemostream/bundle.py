@@ -26,6 +26,7 @@ This module does not depend on ONNX, torch or devices.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ from nemostream.untrusted import (
 )
 
 FORMAT = "nemostream-bundle"
-VERSION = 2
+VERSION = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * MIB
 MAX_GRAPH_BYTES = 2048 * MIB  # protobuf's own limit
@@ -121,6 +122,58 @@ class DecoderConfig:
     def blank(self) -> int:
         """Id of blank, the last one."""
         return self.vocabulary
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Languages of a model. A prompted model has several, selected per stream by a prompt id."""
+
+    default: str = "en"  # of a stream that sets none
+    # Prompt id by name, in the checkpoint's spelling ("de-DE", "de", "auto"). Results report the first name of an id.
+    # Empty for a model of one language.
+    prompts: Mapping[str, int] = field(default_factory=dict)
+    count: int = 0  # of prompt ids, 0 for a model of one language
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The languages, one name each."""
+        by_id: dict[int, str] = {}
+        for name, prompt in self.prompts.items():
+            by_id.setdefault(prompt, name)
+        return tuple(by_id.values()) or (self.default,)
+
+    def name(self, language: str | None) -> str:
+        """Return the name of a language ("de" is "de-DE"); of the default for None.
+
+        Case is ignored and "_" is read as "-". A language without a region that is not in `prompts` selects the first
+        of its regions. Raises `OptionError` with suggestions if the model does not support the language.
+        """
+        if language is None:
+            language = self.default
+        if not isinstance(language, str):
+            raise OptionError(f"language is {short_repr(language)}; it must be a text such as {self.names[0]!r}.")
+        key = language.replace("_", "-").lower()
+        if not self.prompts:
+            if key.split("-")[0] == self.default.lower().split("-")[0]:
+                return self.default
+            raise OptionError(f"language is {short_repr(language)}; this model supports {self.default!r} only.")
+        known = {name.lower(): name for name in reversed(list(self.prompts))}
+        found = known.get(key) or next((name for name in self.prompts if name.lower().startswith(f"{key}-")), None)
+        if found is None:
+            hint = self._hint(key)
+            raise OptionError(f"language is {short_repr(language)}, which this model does not support; {hint}.")
+        return next(name for name, prompt in self.prompts.items() if prompt == self.prompts[found])
+
+    def prompt(self, language: str | None) -> int:
+        """Return the prompt id of a language, 0 for a model of one language. Raises `OptionError` as `name` does."""
+        return self.prompts.get(self.name(language), 0)
+
+    def _hint(self, key: str) -> str:
+        names = self.names
+        related = [name for name in names if name.lower().split("-")[0] == key.split("-")[0]]
+        near = related or difflib.get_close_matches(key, [name.lower() for name in names], 3, 0.5)
+        near = [name for name in names if name in near or name.lower() in near]
+        return f"similar ones are {', '.join(near)}" if near else f"choose one of {', '.join(sorted(names))}"
 
 
 @dataclass(frozen=True)
@@ -183,6 +236,7 @@ class Manifest:
     weights: File
     tensors: Mapping[str, Weight]  # by name: front end, prediction network, joint
     tokenizer: File
+    languages: LanguageConfig = field(default_factory=LanguageConfig)
     checkpoint: Mapping[str, Any] = field(default_factory=dict)  # source, sha256, config excerpt
     parity: Mapping[str, Any] = field(default_factory=dict)  # largest differences from NeMo, measured at export
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries used for the export
@@ -249,6 +303,9 @@ class Manifest:
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise BundleError(f"{where} is not a nemostream manifest: its 'format' is not '{FORMAT}'.")
         version = document.get("version")
+        if version == 2 and type(version) is int:  # the same, without languages
+            document = {**document, "version": VERSION, "languages": dataclasses.asdict(LanguageConfig())}
+            version = VERSION
         if type(version) is not int or version != VERSION:
             raise BundleError(
                 f"{where} has bundle version {short_repr(version)}, but this nemostream reads version {VERSION}; "
@@ -271,6 +328,8 @@ class Manifest:
 _NAME = text(r".{1,500}", "a printable text of 1 to 500 characters")
 _AXIS = text(r"[A-Za-z_]\w{0,63}", "the name of an axis or a positive number")
 _DIMENSION = integer(1, 1 << 24)
+_LANGUAGE = text(r"[A-Za-z]{2,20}([-_][A-Za-z0-9]{2,20}){0,3}", "the name of a language, such as 'de-DE'")
+_MAX_PROMPTS = 1 << 16
 _MAX_FILE_BYTES = 1 << 42
 _MAX_STATE = 1 << 28  # values in the caches of a stream; the 0.6B model has 3.6 million
 _TENSOR_DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
@@ -345,6 +404,12 @@ _MANIFEST: dict[str, Check] = {
         )
     ),
     "tokenizer": _FILE,
+    "languages": dataclass_of(
+        LanguageConfig,
+        default=_LANGUAGE,
+        prompts=mapping_of(integer(0, _MAX_PROMPTS - 1)),
+        count=integer(0, _MAX_PROMPTS),
+    ),
     "checkpoint": mapping,
     "parity": _parity,
     "versions": mapping_of(text()),
@@ -363,6 +428,15 @@ def _check_sizes(manifest: Manifest) -> None:
         raise ValueError(f"its caches have {state} values for each stream; at most {_MAX_STATE} are allowed")
     if not 0 <= manifest.lead < manifest.samples_per_frame:
         raise invalid("features.window", front.window, f"at most {2 * manifest.samples_per_frame} samples, two frames")
+    languages = manifest.languages
+    for name, prompt in languages.prompts.items():
+        _LANGUAGE(name, "languages.prompts")
+        if prompt >= languages.count:
+            raise invalid(f"languages.prompts.{name}", prompt, f"less than languages.count, which is {languages.count}")
+    if bool(languages.prompts) != bool(languages.count) or (
+        languages.prompts and languages.default not in languages.prompts
+    ):
+        raise invalid("languages.default", languages.default, "one of languages.prompts")
     seen: set[int] = set()
     for index, chunk in enumerate(manifest.chunks):
         name = f"chunks[{index}]"
