@@ -25,7 +25,13 @@ from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, openai_error, status_of
-from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
+from nemostream.serving.protocols.sockets import (
+    MAX_TEXT_CHARACTERS,
+    MIN_TEXT_BYTES,
+    close_with_error,
+    reject,
+    timed_out,
+)
 from nemostream.serving.service import Service
 from nemostream.serving.session import Session
 
@@ -107,6 +113,8 @@ async def serve(socket: WebSocket, service: Service) -> None:
         await connection.run()
     except WebSocketDisconnect:
         connection.session.close("the client disconnected")
+        if timed_out(socket):
+            service.metrics.timeouts.inc()
     except NemostreamError as error:
         connection.session.close(str(error))
         if isinstance(error, Expired):
