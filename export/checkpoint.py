@@ -1,4 +1,8 @@
-"""Read a `.nemo` checkpoint: validate its configuration, and return its weights as NumPy arrays.
+"""Checkpoints: the sizes and weights that the graphs are written from, and the reader of `.nemo` files.
+
+`Checkpoint` is independent of the file format: names of weights and configuration fields are NeMo's, and weights are
+NumPy arrays. `check_config` turns a NeMo configuration into a `ModelConfig`. Only the reader of `.nemo` files needs
+torch.
 
 A `.nemo` file is a tar archive of `model_config.yaml`, `model_weights.ckpt` (a PyTorch state dict) and the tokenizer.
 The configuration defines the model; unsupported values are rejected by field name before any work is done. Absent
@@ -44,10 +48,9 @@ _MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An unpacked checkpoint that the exporter supports. Weights stay memory-mapped until `array` returns them."""
+class ModelConfig:
+    """What the configuration of a supported model determines."""
 
-    name: str
     features: FeatureConfig
     encoder: EncoderConfig
     decoder: DecoderConfig
@@ -55,16 +58,33 @@ class Checkpoint:
     log_guard: float  # added to mel energies before the logarithm
     conv_norm: str  # "layer_norm" or "batch_norm"
     input_scale: float  # sqrt(d_model) with xscaling, else 1
-    joint_output: str  # name of the joint's last layer in the state dict, "joint.joint_net.2"
-    tokenizer: Path
-    state: Mapping[str, Any]  # name -> torch tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint(ModelConfig):
+    """A checkpoint that the exporter supports: its sizes, and its weights by their names in NeMo's state dict.
+
+    `state` reads an array when it is looked up, so that export needs memory for one tensor at a time.
+    """
+
+    name: str
+    tokenizer: Path  # SentencePiece model
+    state: Mapping[str, NDArray[Any]]
+
+    @property
+    def joint_output(self) -> str:
+        """Name of the joint's last layer, "joint.joint_net.2". Raises `CheckpointError` if there is none."""
+        layers = [n.removesuffix(".weight") for n in self.state if re.fullmatch(r"joint\.joint_net\..+\.weight", n)]
+        if not layers:
+            raise CheckpointError("the checkpoint has no tensor 'joint.joint_net.*.weight', the output of the joint.")
+        return max(layers)
 
     def array(self, name: str) -> NDArray[Any]:
-        """Return a tensor as a NumPy array, floating-point ones in fp32. Raises `CheckpointError` if it is missing."""
+        """Return a tensor, in fp32 if it is a floating-point one. Raises `CheckpointError` if it is missing."""
         if name not in self.state:
             raise CheckpointError(f"the checkpoint has no tensor '{name}', which its configuration requires.")
-        tensor = self.state[name]
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        array = self.state[name]
+        return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
 
     def has(self, name: str) -> bool:
         """Return whether the state dict has the tensor."""
@@ -85,41 +105,50 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
 
     Raises `CheckpointError` if the checkpoint is damaged or not supported.
     """
-    import torch  # not needed to reject a checkpoint by its configuration
-
     config = read_config(path)
-    features, encoder, decoder, chunks, extra = check_config(config)
+    model = check_config(config)
     if not path.stem.isprintable():
         raise CheckpointError(f"{short_repr(path.name)} has unprintable characters; rename the checkpoint.")
     found = _unpack(path, workdir, _tokenizer_name(config))
     if _WEIGHTS not in found:
         raise CheckpointError(f"{path} contains no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
-    try:
-        state = torch.load(found[_WEIGHTS], map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
-            f"({type(error).__name__}: {reason})."
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
-    outputs = sorted(n.removesuffix(".weight") for n in state if n.startswith("joint.joint_net.") and "weight" in n)
-    if not outputs:
+    state = _TorchState(path, found[_WEIGHTS])
+    if not any(name.startswith("joint.joint_net.") for name in state):
         raise CheckpointError(f"the weights of {path} contain no joint network.")
-    return Checkpoint(
-        name=path.stem,
-        features=features,
-        encoder=encoder,
-        decoder=decoder,
-        chunks=chunks,
-        joint_output=outputs[-1],
-        tokenizer=_tokenizer(config, found),
-        state=state,
-        **extra,
-    )
+    return Checkpoint(name=path.stem, tokenizer=_tokenizer(config, found), state=state, **vars(model))
+
+
+class _TorchState(Mapping[str, NDArray[Any]]):
+    """A PyTorch state dict whose tensors stay memory-mapped until they are looked up."""
+
+    def __init__(self, path: Path, weights: Path) -> None:
+        """Open the state dict in `weights`, a file of the checkpoint `path`. Raises `CheckpointError`."""
+        import torch  # not needed to reject a checkpoint by its configuration, nor to read other formats
+
+        try:
+            state = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+        if not isinstance(state, Mapping) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+        ):
+            raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
+        self._tensors = state
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bf16
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 # -- the archive -------------------------------------------------------------------------------------------------------
@@ -283,13 +312,8 @@ def _check_size(config: Any, max_values: int = 1_000_000) -> None:
             pending += value
 
 
-def check_config(
-    config: Mapping[str, Any],
-) -> tuple[FeatureConfig, EncoderConfig, DecoderConfig, tuple[ChunkConfig, ...], dict[str, Any]]:
-    """Return the sizes of the model. Raises `CheckpointError` naming the first unsupported field and its value.
-
-    The last item is a dictionary of the other fields of `Checkpoint` that the configuration determines.
-    """
+def check_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Return the sizes of the model. Raises `CheckpointError` naming the first unsupported field and its value."""
     _expect(config, "target", ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel"), class_name=True)
     for field in ("loss.loss_name", "decoding.model_type"):
         _expect(config, field, ("rnnt", "default", "warprnnt_numba", "warprnnt", None), None)
@@ -301,12 +325,15 @@ def check_config(
     decoder = _decoder(config)
     _expect(config, "encoder.xscaling", (True, False), True)
     scaled = _get(config, "encoder.xscaling", True)
-    extra = {
-        "log_guard": log_guard,
-        "conv_norm": _get(config, "encoder.conv_norm_type", "batch_norm"),
-        "input_scale": float(np.sqrt(encoder.d_model)) if scaled else 1.0,
-    }
-    return features, encoder, decoder, chunks, extra
+    return ModelConfig(
+        features=features,
+        encoder=encoder,
+        decoder=decoder,
+        chunks=chunks,
+        log_guard=log_guard,
+        conv_norm=_get(config, "encoder.conv_norm_type", "batch_norm"),
+        input_scale=float(np.sqrt(encoder.d_model)) if scaled else 1.0,
+    )
 
 
 def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
