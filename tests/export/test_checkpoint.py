@@ -55,7 +55,7 @@ CONFIG: dict[str, Any] = {
 
 def weights(state: Any = None) -> bytes:
     out = io.BytesIO()
-    torch.save({"joint.joint_net.2.weight": torch.zeros(3)} if state is None else state, out)
+    torch.save({"joint.joint_net.2.weight": torch.zeros(129, 48)} if state is None else state, out)
     return out.getvalue()
 
 
@@ -89,7 +89,7 @@ def test_only_weights_and_tokenizer_are_copied(tmp_path: Path, mode: str) -> Non
     path = archive(tmp_path / "good.nemo", members() + more, mode)
     found = checkpoint.open_checkpoint(path, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model_weights.ckpt", found.tokenizer.name}
-    assert found.tokenizer.read_bytes() == b"pieces" and found.array("joint.joint_net.2.weight").shape == (3,)
+    assert found.tokenizer.read_bytes() == b"pieces" and found.array("joint.joint_net.2.weight").shape == (129, 48)
     assert (found.encoder.layers, found.decoder.hidden, found.features.hop) == (2, 48, 160)
 
 

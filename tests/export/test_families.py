@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.synthetic import Sizes, model_config, train_tokenizer
-from nemostream.bundle import Bundle
+from nemostream.bundle import Bundle, LanguageConfig
 from nemostream.clips import read_clip
+from nemostream.errors import ParityError
+from nemostream.export import export_checkpoint
 from nemostream.export.bundle import write_bundle
 from nemostream.export.checkpoint import open_checkpoint
+from nemostream.export.parity import TOLERANCE, measure_parity
 from nemostream.step_loop import padded_chunks, run_steps
 
 pytestmark = pytest.mark.nemo
@@ -89,7 +93,13 @@ class Rows:
         return [output.take([0], axis) for output, axis in zip(outputs, batch, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt",
+        "hybrid_rnnt_ctc_bpe_models_prompt.EncDecHybridRNNTCTCBPEModelWithPrompt",
+    ],
+)
 def test_prompted_models_equal_nemo_with_a_prompt_per_row(kind: str, tmp_path: Path) -> None:
     import torch
 
@@ -120,3 +130,40 @@ def test_prompted_models_equal_nemo_with_a_prompt_per_row(kind: str, tmp_path: P
     languages = bundle.manifest.languages
     assert (languages.default, languages.count) == ("auto", 7)
     assert languages.names == ("en-US", "ja-JA", "zh", "auto") and languages.prompt("ja") == 3
+
+
+def test_multitalker_models_equal_nemo_for_one_speaker(tmp_path: Path) -> None:
+    """Without speaker targets, NeMo's encoder applies the speaker kernel to all frames, the other one to none."""
+    speaker = {"spk_kernel_type": "ff", "spk_kernel_layers": [0], "add_bg_spk_kernel": True}
+    target = f"{ASR}.multitalker_asr_models.EncDecMultiTalkerRNNTBPEModel"
+    changes = {**speaker, "model_defaults": {"enc_hidden": 32}}
+    nemo_model(tmp_path / "speakers.nemo", target, changes, n_layers=1, contexts=((70, 1),))
+    exported = export_checkpoint(tmp_path / "speakers.nemo", tmp_path / "exported").manifest
+    assert 0 < exported.parity["160ms"]["encoder"] <= TOLERANCE
+    # Without the kernels the output is another one.
+    source = open_checkpoint(tmp_path / "speakers.nemo", tmp_path / "unpacked")
+    (tmp_path / "plain").mkdir()
+    plain = write_bundle(dataclasses.replace(source, speaker_kernels=()), tmp_path / "plain", {})
+    with pytest.raises(ParityError, match="encoder-160ms differs"):
+        measure_parity(plain, tmp_path / "speakers.nemo", lambda message: None)
+
+
+def test_a_hybrid_model_of_another_language_and_one_context(tmp_path: Path) -> None:
+    """Also with a beam search in the configuration, which is reported, and xscaling."""
+    changes = {
+        "aux_ctc": AUX_CTC,
+        "encoder": {"att_context_size": [70, 6]},
+        "decoding": {"strategy": "beam", "beam": {"beam_size": 2}},
+        "loss": {"loss_name": "pytorch"},
+    }
+    target = f"{ASR}.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
+    nemo_model(tmp_path / "hybrid.nemo", target, changes, n_layers=1, pred_layers=1, xscaling=True, mels=80)
+    messages: list[str] = []
+    manifest = export_checkpoint(
+        tmp_path / "hybrid.nemo", tmp_path / "exported", messages.append, language="hi_IN"
+    ).manifest
+    assert 0 < manifest.parity["560ms"]["encoder"] <= TOLERANCE
+    assert [chunk.ms for chunk in manifest.chunks] == [560]
+    assert manifest.languages == LanguageConfig("hi-IN")
+    assert Bundle.open(tmp_path / "exported").manifest.languages.name("hi") == "hi-IN"
+    assert [message for message in messages if message.startswith("warning: decoding.strategy is 'beam', but")]
