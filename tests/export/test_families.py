@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.synthetic import Sizes, model_config, train_tokenizer
 from nemostream.bundle import Bundle, LanguageConfig
+from nemostream.cli import models
+from nemostream.cli.main import main
 from nemostream.clips import read_clip
 from nemostream.errors import ParityError
-from nemostream.export import export_checkpoint
+from nemostream.export import checkpoint, export_checkpoint
 from nemostream.export.bundle import write_bundle
 from nemostream.export.checkpoint import open_checkpoint
-from nemostream.export.parity import TOLERANCE, measure_parity
+from nemostream.export.parity import TOLERANCE
 from nemostream.step_loop import padded_chunks, run_steps
 
 pytestmark = pytest.mark.nemo
@@ -69,9 +70,9 @@ def nemo_model(out: Path, target: str, changes: dict[str, Any], **sizes: Any) ->
     return model
 
 
-def write(checkpoint: Path, folder: Path) -> Bundle:
+def write(path: Path, folder: Path) -> Bundle:
     (folder / "bundle").mkdir()
-    return write_bundle(open_checkpoint(checkpoint, folder / "unpacked"), folder / "bundle", {})
+    return write_bundle(open_checkpoint(path, folder / "unpacked"), folder / "bundle", {})
 
 
 class Rows:
@@ -132,7 +133,7 @@ def test_prompted_models_equal_nemo_with_a_prompt_per_row(kind: str, tmp_path: P
     assert languages.names == ("en-US", "ja-JA", "zh", "auto") and languages.prompt("ja") == 3
 
 
-def test_multitalker_models_equal_nemo_for_one_speaker(tmp_path: Path) -> None:
+def test_multitalker_models_equal_nemo_for_one_speaker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without speaker targets, NeMo's encoder applies the speaker kernel to all frames, the other one to none."""
     speaker = {"spk_kernel_type": "ff", "spk_kernel_layers": [0], "add_bg_spk_kernel": True}
     target = f"{ASR}.multitalker_asr_models.EncDecMultiTalkerRNNTBPEModel"
@@ -141,15 +142,17 @@ def test_multitalker_models_equal_nemo_for_one_speaker(tmp_path: Path) -> None:
     exported = export_checkpoint(tmp_path / "speakers.nemo", tmp_path / "exported").manifest
     assert 0 < exported.parity["160ms"]["encoder"] <= TOLERANCE
     # Without the kernels the output is another one.
-    source = open_checkpoint(tmp_path / "speakers.nemo", tmp_path / "unpacked")
-    (tmp_path / "plain").mkdir()
-    plain = write_bundle(dataclasses.replace(source, speaker_kernels=()), tmp_path / "plain", {})
+    monkeypatch.setattr(checkpoint, "_speaker_kernels", lambda config: ())
     with pytest.raises(ParityError, match="encoder-160ms differs"):
-        measure_parity(plain, tmp_path / "speakers.nemo", lambda message: None)
+        export_checkpoint(tmp_path / "speakers.nemo", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
-def test_a_hybrid_model_of_another_language_and_one_context(tmp_path: Path) -> None:
+def test_a_hybrid_model_of_another_language_and_one_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with a beam search in the configuration, which is reported, and xscaling."""
+    monkeypatch.setattr(models, "_silence_nemo", lambda: None)  # it changes the process
     changes = {
         "aux_ctc": AUX_CTC,
         "encoder": {"att_context_size": [70, 6]},
@@ -158,12 +161,13 @@ def test_a_hybrid_model_of_another_language_and_one_context(tmp_path: Path) -> N
     }
     target = f"{ASR}.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
     nemo_model(tmp_path / "hybrid.nemo", target, changes, n_layers=1, pred_layers=1, xscaling=True, mels=80)
-    messages: list[str] = []
-    manifest = export_checkpoint(
-        tmp_path / "hybrid.nemo", tmp_path / "exported", messages.append, language="hi_IN"
-    ).manifest
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path / "hybrid.nemo"), str(tmp_path / "exported"), "--language", "hi_IN"])
+    assert not ended.value.code
+    manifest = Bundle.open(tmp_path / "exported").manifest
     assert 0 < manifest.parity["560ms"]["encoder"] <= TOLERANCE
     assert [chunk.ms for chunk in manifest.chunks] == [560]
     assert manifest.languages == LanguageConfig("hi-IN")
-    assert Bundle.open(tmp_path / "exported").manifest.languages.name("hi") == "hi-IN"
-    assert [message for message in messages if message.startswith("warning: decoding.strategy is 'beam', but")]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(tmp_path / "exported")
+    assert "warning: decoding.strategy is 'beam', but nemostream decodes greedily" in printed.err
