@@ -120,7 +120,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 def _read_index(path: Path) -> dict[str, _Entry]:
     """Return the tensors of all files that an index names."""
     index = mapping(parse_json(read_regular(path, _MAX_HEADER_BYTES)), "the index")
-    names = {name: plain_name(file, "weight_map") for name, file in mapping(index.get("weight_map"), "weight_map").items()}
+    names = {
+        name: plain_name(file, "weight_map") for name, file in mapping(index.get("weight_map"), "weight_map").items()
+    }
     files = {file: _read_header(path.parent / file) for file in sorted(set(names.values()))}
     for name, file in names.items():
         if name not in files[file]:

@@ -142,11 +142,13 @@ def _charsmap(normalizer: Any) -> bytes:
         return b""
     if normalizer.get("type") == "Precompiled":
         try:
-            return base64.b64decode(_text(normalizer.get("precompiled_charsmap"), "precompiled_charsmap"), validate=True)
+            return base64.b64decode(
+                _text(normalizer.get("precompiled_charsmap"), "precompiled_charsmap"), validate=True
+            )
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"normalizer.precompiled_charsmap is not base64 ({error})") from error
     parts = normalizer.get("normalizers")
-    found = (_charsmap(part) for part in parts) if isinstance(parts, list) else iter(())
+    found = (_charsmap(part) for part in parts) if isinstance(parts, list) else ()
     return next((charsmap for charsmap in found if charsmap), b"")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from nemostream.bundle import sha256
 from nemostream.errors import CheckpointError
-from nemostream.export.checkpoint import Checkpoint, check_config, open_checkpoint, read_config
+from nemostream.export.checkpoint import Checkpoint, ModelConfig, check_config, open_checkpoint, read_config
 from nemostream.export.transformers_checkpoint import (
     CONFIG,
     FILES,
@@ -60,12 +60,9 @@ class Source:
             return folder.parent.parent.name.rpartition("--")[2]
         return folder.name or "model"
 
-    def check(self) -> None:
-        """Raise `CheckpointError` if the configuration is not supported; weights are not read."""
-        if self.path.is_file():
-            check_config(read_config(self.path))
-        else:
-            check_transformers(self.path)
+    def check(self) -> ModelConfig:
+        """Return the sizes of the model. Raises `CheckpointError` if it is not supported; weights are not read."""
+        return check_config(read_config(self.path)) if self.path.is_file() else check_transformers(self.path)
 
     def open(self, workdir: Path) -> Checkpoint:
         """Open the checkpoint; files that have to be unpacked or converted are written into `workdir`.

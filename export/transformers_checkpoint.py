@@ -9,6 +9,7 @@ The front end has no weights in this format: transformers computes window and me
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,6 @@ from nemostream.untrusted import (
     integer,
     list_of,
     mapping,
-    mapping_of,
     number,
     one_of,
     parse_json,
@@ -72,7 +72,17 @@ _BUFFERS = frozenset({"encoder.encode_positions.inv_freq"})  # computed
 
 def check_transformers(folder: Path) -> ModelConfig:
     """Return the sizes of the model without reading its weights. Raises `CheckpointError` if it is not supported."""
-    return check_config(_nemo_config(folder))
+    model = check_config(_nemo_config(folder))
+    if not model.languages.count:
+        return model
+    default = _Document.read(folder / CONFIG).get("default_prompt_id", integer(0, model.languages.count - 1), 101)
+    names = [name for name, prompt in model.languages.prompts.items() if prompt == default]
+    if not names:
+        raise CheckpointError(
+            f"not supported: {folder / CONFIG}: default_prompt_id is {default}, which has no name in the "
+            f"prompt_dictionary of {PROCESSOR}."
+        )
+    return dataclasses.replace(model, languages=dataclasses.replace(model.languages, default=names[0]))
 
 
 def open_transformers(folder: Path, name: str, workdir: Path) -> Checkpoint:
@@ -257,34 +267,12 @@ def _lookaheads(processor: _Document, encoder: _Document) -> list[int]:
 
 
 def _prompts(config: _Document, processor: _Document) -> dict[str, Any]:
-    """Return NeMo's `model_defaults` of a prompted model.
-
-    JSON has the names in alphabetical order; in NeMo's the canonical name of an id is the first. Of several names of an
-    id it has the form "de-DE", and NeMo's order of regions is not kept, so a region that repeats the language ("ja-JA")
-    is moved back where another one exists.
-    """
-    count = config.get("num_prompts", integer(1, 1 << 16), 128)
-    prompts = processor.get("prompt_dictionary", mapping_of(integer(0, count - 1)))
-
-    def rank(name: str) -> tuple[int, bool, bool]:
-        language, _, region = name.partition("-")
-        return prompts[name], not region, region.lower() == language and len(_names(prompts, prompts[name])) > 1
-
-    ordered = {name: prompts[name] for name in sorted(prompts, key=rank)}
-    default = config.get("default_prompt_id", integer(0, count - 1), 101)
-    if default not in prompts.values():
-        raise CheckpointError(
-            f"{config.where}: default_prompt_id is {default}, which has no name in the prompt_dictionary of {PROCESSOR}."
-        )
+    """Return NeMo's `model_defaults` of a prompted model."""
     return {
         "initialize_prompt_feature": True,
-        "num_prompts": count,
-        "prompt_dictionary": ordered,
+        "num_prompts": config.get("num_prompts", integer(1, 1 << 16), 128),
+        "prompt_dictionary": processor.get("prompt_dictionary", mapping),
     }
-
-
-def _names(prompts: Mapping[str, int], prompt: int) -> list[str]:
-    return [name for name, other in prompts.items() if other == prompt and "-" in name]
 
 
 class _Document:
