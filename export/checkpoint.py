@@ -105,6 +105,10 @@ class Checkpoint(ModelConfig):
             )
         return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
 
+    def has(self, name: str) -> bool:
+        """Return whether the state dict has the tensor."""
+        return name in self.state
+
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors that the graphs use, those of the largest ones taken from the first of their kind.

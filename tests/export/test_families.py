@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import yaml
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.synthetic import Sizes, model_config, train_tokenizer
@@ -73,6 +76,22 @@ def nemo_model(out: Path, target: str, changes: dict[str, Any], **sizes: Any) ->
 def write(path: Path, folder: Path) -> Bundle:
     (folder / "bundle").mkdir()
     return write_bundle(open_checkpoint(path, folder / "unpacked"), folder / "bundle", {})
+
+
+def set_field(path: Path, section: str, field: str, value: Any) -> None:
+    """Change a field of the configuration in a `.nemo` file."""
+    with tarfile.open(path) as archive:
+        members = [(member, archive.extractfile(member)) for member in archive]
+        contents = {member.name: file.read() for member, file in members if file is not None}
+    name = next(name for name in contents if name.endswith("model_config.yaml"))
+    config = yaml.safe_load(contents[name])
+    config[section][field] = value
+    contents[name] = yaml.safe_dump(config).encode()
+    with tarfile.open(path, "w") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 class Rows:
@@ -151,7 +170,7 @@ def test_multitalker_models_equal_nemo_for_one_speaker(tmp_path: Path, monkeypat
 def test_a_hybrid_model_of_another_language_and_one_context(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with a beam search in the configuration, which is reported, and xscaling."""
+    """Also with a beam search in the configuration, which is reported, a field of another version, and xscaling."""
     monkeypatch.setattr(models, "_silence_nemo", lambda: None)  # it changes the process
     changes = {
         "aux_ctc": AUX_CTC,
@@ -161,6 +180,7 @@ def test_a_hybrid_model_of_another_language_and_one_context(
     }
     target = f"{ASR}.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
     nemo_model(tmp_path / "hybrid.nemo", target, changes, n_layers=1, pred_layers=1, xscaling=True, mels=80)
+    set_field(tmp_path / "hybrid.nemo", "encoder", "conv_context_style", None)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(tmp_path / "hybrid.nemo"), str(tmp_path / "exported"), "--language", "hi_IN"])
     assert not ended.value.code
