@@ -61,7 +61,8 @@ RULES = {
         at_import=True,
     ),
     "nemostream.export": Rule(
-        frozenset({"numpy", "torch", "nemo", "onnx", "onnxruntime", "omegaconf", "yaml", "soundfile", "soxr"})
+        frozenset({"numpy", "torch", "nemo", "onnx", "onnxruntime", "omegaconf", "yaml", "soundfile", "soxr"}),
+        only={"nemostream.export.bundle": frozenset({"sentencepiece"})},
     ),
     "nemostream.engine": Rule(
         frozenset({"numpy", "onnx", "ml_dtypes"}),
