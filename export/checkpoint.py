@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -32,8 +31,7 @@ import yaml
 from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, LanguageConfig
-from nemostream.errors import BackendError, CheckpointError
-from nemostream.extras import install_command
+from nemostream.errors import CheckpointError
 from nemostream.untrusted import MIB, open_regular, short_repr
 
 _TRANSDUCERS = ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel")
@@ -182,10 +180,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
     """Validate the configuration, then copy weights and tokenizer into `workdir` (as large as the checkpoint).
 
-    Raises `CheckpointError` if the checkpoint is damaged or not supported, `BackendError` without PyTorch.
+    Raises `CheckpointError` if the checkpoint is damaged or not supported.
     """
-    if find_spec("torch") is None:
-        raise BackendError(f"reading the weights of a .nemo file needs PyTorch: {install_command('nemo')}.")
     config = read_config(path)
     model = check_config(config)
     if not path.stem.isprintable():
