@@ -26,8 +26,7 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .nemo file, a folder with one or with a model in transformers' format, or a model on Hugging Face: "
-            "owner/name, or owner/name@revision.",
+            help="A .nemo file, a folder with a checkpoint, or a model as owner/name or owner/name@revision.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the bundle.")],
@@ -48,7 +47,7 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Export a checkpoint to a bundle, and compare its outputs with NeMo's or another implementation's."""
+    """Export a checkpoint to a bundle, and compare the bundle's outputs with those of NeMo, transformers or NumPy."""
     if not triton:
         _export(checkpoint, out, language)
         return print(out)
@@ -67,8 +66,9 @@ def export(
 
 
 def _export(checkpoint: str, out: Path, language: str | None) -> None:
-    if find_spec("onnx") is None:
-        raise BackendError(f"exporting needs onnx: {install_command('export')}")
+    missing = [name for name in ("onnx", "yaml") if find_spec(name) is None]
+    if missing:
+        raise BackendError(f"exporting needs {' and '.join(missing)}: {install_command('export')}")
     from rich.console import Console
 
     start, console = time.monotonic(), Console(stderr=True, highlight=False)
@@ -87,20 +87,21 @@ def _export(checkpoint: str, out: Path, language: str | None) -> None:
             status.update("exporting")
 
         exported = export_checkpoint(checkpoint, out, progress, language=language)
-    reference = exported.manifest.parity.get("reference", "NeMo")
-    for name, figures in exported.manifest.parity.items():
+    parity = exported.manifest.parity
+    for name, figures in parity.items():
         if isinstance(figures, dict):
-            console.print(
-                f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of {reference}"
-            )
+            steps, worst, reference = figures["steps"], figures["encoder"], parity["reference"]
+            console.print(f"{name:>8}: {steps} steps, encoder within {worst:.1e} of {reference}")
 
 
 def _silence_nemo() -> None:
-    """Suppress NeMo's warnings and log messages about training data and optimizers."""
+    """Suppress NeMo's warnings and log messages about training data and optimizers, if it is installed."""
     import logging
     import warnings
 
     warnings.filterwarnings("ignore")
+    if find_spec("nemo") is None:
+        return
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)
