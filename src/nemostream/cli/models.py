@@ -75,8 +75,7 @@ def _export(checkpoint: str, out: Path, language: str | None) -> None:
     # NeMo and its dependencies print to standard output, which is reserved for results.
     with redirect_stdout(sys.stderr), console.status("loading") as status:
         try:
-            if find_spec("nemo") is not None:
-                _silence_nemo()
+            _silence_nemo()
             from nemostream.export import export_checkpoint
         except ImportError as error:
             raise BackendError(f"the export extra cannot be imported ({error}): {install_command('export')}") from error
