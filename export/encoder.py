@@ -15,6 +15,8 @@ Deviations from NeMo, all mathematically equivalent:
 * Folded into weights: 1/sqrt(d_k) into W_q and the position biases, the factor 1/2 of the macaron feed-forward into its
   second matrix, xscaling into the last matrix of the subsampling, batch norm into the depthwise convolution. Q, K and V
   are one matrix product.
+* The prompt kernel of a prompted model multiplies a one-hot vector: its columns and the bias are a table of rows, one
+  per prompt.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ def write_encoder(checkpoint: Checkpoint, chunk: ChunkConfig, store: WeightStore
         `mel` [B, F, M], new log-mel frames; `mel_cache` [B, 9, M], the frames before them (9 with subsampling 8);
         `position` [B] int64, encoder frames before this step;
         `valid` [B] int64, mel frames of the window (cache and new frames) before the end of the stream;
+        `prompt` [B] int64, the language of each row; only of prompted models;
         `k_cache.l`, `v_cache.l` [B, heads, C, d_k], rings; `conv_cache.l` [B, D, K]; for each layer l.
     Outputs:
-        `encoded` [B, T, D]; `encoded_joint` [B, T, J], `encoded` after the joint's projection;
+        `encoded` [B, T, D], after the prompt kernel of a prompted model;
+        `encoded_joint` [B, T, J], `encoded` after the joint's projection;
         `mel_cache_next` [B, 9, M]; `conv_next` [L, B, D, K];
         `k_new`, `v_new` [L, B, heads, T, d_k], the new rows: row t belongs at ring row (position + t) mod C.
     """
@@ -63,6 +67,7 @@ class _EncoderWriter:
         mel_cache = g.input("mel_cache", FLOAT, ["B", spec.mel_cache, mels])
         position = g.input("position", TensorProto.INT64, ["B"])
         valid = g.input("valid", TensorProto.INT64, ["B"])
+        prompt = g.input("prompt", TensorProto.INT64, ["B"]) if ckpt.languages.count else None
         ring: Shape = ["B", spec.heads, spec.cache, self.d_k]
         caches = [
             (
@@ -82,6 +87,9 @@ class _EncoderWriter:
             ["B", spec.mel_cache, mels],
         )
         x, new_valid = self._subsample(window, position, valid)
+        for kernel in ckpt.speaker_kernels:
+            g.scope(kernel)
+            x = self._add_speaker(x, kernel)
         g.scope("masks")
         frame_mask = self._frame_mask(new_valid)
         bias, index = self._attention_geometry(position, new_valid)
@@ -100,6 +108,9 @@ class _EncoderWriter:
             x = self._layer_norm(x, f"encoder.layers.{layer}.norm_out")
             for outputs, value in ((k_new, k), (v_new, v), (conv_next, state)):
                 outputs.append(g.unsqueeze(value, 0))
+        if prompt is not None:
+            g.scope("prompt")
+            x = self._apply_prompt(x, prompt)
         g.scope("")
         rows: Shape = [spec.layers, "B", spec.heads, frames, self.d_k]
         g.output("encoded", x, FLOAT, ["B", frames, spec.d_model])
@@ -212,7 +223,8 @@ class _EncoderWriter:
         """Return half of feed-forward module 1 or 2, x [B, T, D]."""
         name = f"encoder.layers.{layer}.feed_forward{which}"
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_feed_forward{which}")
-        return self._linear(self.g.silu(self._linear(x, f"{name}.linear1")), f"{name}.linear2", scale=0.5)
+        x = self.g.silu(self._layer_linear(x, f"{name}.linear1"))
+        return self._layer_linear(x, f"{name}.linear2", scale=0.5)
 
     def _attention(self, x: str, layer: int, k_cache: str, v_cache: str, bias: str, index: str) -> tuple[str, str, str]:
         """Return the attention output [B, T, D], and the new K and V [B, heads, T, d_k]."""
@@ -230,7 +242,7 @@ class _EncoderWriter:
             return g.transpose(g.op("Add", query, shift), 0, 2, 1, 3)
 
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_self_att")
-        fused_bias = g.weight(f"{name}.qkv.bias", lambda: qkv("bias")) if ckpt.has(f"{name}.linear_q.bias") else None
+        fused_bias = g.weight(f"{name}.qkv.bias", lambda: qkv("bias")) if ckpt.use_bias else None
         fused = g.linear(x, g.weight(f"{name}.qkv.weight", lambda: qkv("weight")), fused_bias)
         q, k, v = (g.reshape(part, 0, 0, heads, d_k) for part in g.split(fused, [width] * 3, 2))
         k, v = g.transpose(k, 0, 2, 1, 3), g.transpose(v, 0, 2, 1, 3)
@@ -246,14 +258,14 @@ class _EncoderWriter:
         old, new = g.split(weights, [self.spec.cache, self.chunk.frames], 3)
         context = g.op("Add", g.op("MatMul", old, v_cache), g.op("MatMul", new, v))
         context = g.reshape(g.transpose(context, 0, 2, 1, 3), 0, 0, width)
-        return self._linear(context, f"{name}.linear_out"), k, v
+        return self._layer_linear(context, f"{name}.linear_out"), k, v
 
     def _convolution(self, x: str, layer: int, cache: str, frame_mask: str) -> tuple[str, str]:
         """Return the output of the convolution module [B, T, D], and its next cache [B, D, K]."""
         g, spec, frames = self.g, self.spec, self.chunk.frames
         name = f"encoder.layers.{layer}.conv"
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_conv")
-        value, gate = g.split(self._linear(x, f"{name}.pointwise_conv1"), [spec.d_model] * 2, 2)
+        value, gate = g.split(self._layer_linear(x, f"{name}.pointwise_conv1"), [spec.d_model] * 2, 2)
         x = g.op("Mul", value, g.op("Sigmoid", gate))
         x = g.op("Mul", g.transpose(x, 0, 2, 1), frame_mask)
         x = g.concat(cache, x, axis=2)
@@ -263,15 +275,14 @@ class _EncoderWriter:
         x = g.transpose(x, 0, 2, 1)
         if self.ckpt.conv_norm == "layer_norm":
             x = self._layer_norm(x, f"{name}.batch_norm")
-        return self._linear(g.silu(x), f"{name}.pointwise_conv2"), state
+        return self._layer_linear(g.silu(x), f"{name}.pointwise_conv2"), state
 
     def _depthwise(self, name: str) -> tuple[str, str | None]:
         """Return weight [D, 1, K + 1] and bias [D], with the running statistics of a batch norm folded in."""
         g, ckpt = self.g, self.ckpt
-        has_bias = ckpt.has(f"{name}.depthwise_conv.bias")
         if ckpt.conv_norm == "layer_norm":
             weight = g.weight(f"{name}.depthwise_conv.weight", lambda: ckpt.array(f"{name}.depthwise_conv.weight"))
-            if not has_bias:
+            if not ckpt.use_bias:
                 return weight, None
             return weight, g.weight(f"{name}.depthwise_conv.bias", lambda: ckpt.array(f"{name}.depthwise_conv.bias"))
 
@@ -281,7 +292,7 @@ class _EncoderWriter:
                 for key in ("weight", "bias", "running_mean", "running_var")
             }
             scale = norm["weight"] / np.sqrt(norm["running_var"] + 1e-5)
-            shift = ckpt.array(f"{name}.depthwise_conv.bias") if has_bias else 0.0
+            shift = ckpt.array(f"{name}.depthwise_conv.bias") if ckpt.use_bias else 0.0
             weight = ckpt.array(f"{name}.depthwise_conv.weight") * scale[:, None, None]
             bias = (shift - norm["running_mean"]) * scale + norm["bias"]
             return weight.astype(np.float32), bias.astype(np.float32)
@@ -289,9 +300,43 @@ class _EncoderWriter:
         weight = g.weight(f"{name}.depthwise_conv.folded.weight", lambda: fold()[0])
         return weight, g.weight(f"{name}.depthwise_conv.folded.bias", lambda: fold()[1])
 
+    # -- multitalker and prompted models -----------------------------------------------------------------------------
+
+    def _add_speaker(self, x: str, kernel: str) -> str:
+        """Return x + kernel(x) [B, T, D] for the only speaker of a recording, x + kernel(0) for the background."""
+        g, ckpt = self.g, self.ckpt
+        if kernel.startswith("bg_"):
+
+            def background() -> Array:
+                hidden = np.maximum(ckpt.array(f"{kernel}.0.bias"), 0)
+                return ckpt.array(f"{kernel}.3.weight") @ hidden + ckpt.array(f"{kernel}.3.bias")
+
+            return g.op("Add", x, g.weight(f"{kernel}.background", background))
+        return g.op("Add", x, self._linear(g.op("Relu", self._linear(x, f"{kernel}.0")), f"{kernel}.3"))
+
+    def _apply_prompt(self, x: str, prompt: str) -> str:
+        """Return the prompt kernel of x [B, T, D] and a one-hot prompt: ReLU(x W1^T + table[prompt]) W2^T + b2."""
+        g, ckpt, width = self.g, self.ckpt, self.spec.d_model
+
+        def first() -> Array:
+            return ckpt.array("prompt_kernel.0.weight")
+
+        table = g.weight("prompt.table", lambda: first()[:, width:].T + ckpt.array("prompt_kernel.0.bias"))
+        row = g.unsqueeze(g.op("Gather", table, prompt, axis=0), 1)
+        hidden = g.linear(x, g.weight("prompt.in.weight", lambda: first()[:, :width].T), row)
+        return g.linear(
+            g.op("Relu", hidden),
+            g.weight("prompt.out.weight", lambda: ckpt.array("prompt_kernel.2.weight").T),
+            g.weight("prompt.out.bias", lambda: ckpt.array("prompt_kernel.2.bias")),
+        )
+
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _linear(self, x: str, name: str, scale: float = 1.0) -> str:
+    def _layer_linear(self, x: str, name: str, scale: float = 1.0) -> str:
+        """Return scale * (x W^T + b) of an encoder layer, where `use_bias` decides whether there is a b."""
+        return self._linear(x, name, scale, self.ckpt.use_bias)
+
+    def _linear(self, x: str, name: str, scale: float = 1.0, use_bias: bool = True) -> str:
         """Return scale * (x W^T + b), for a Linear or a pointwise convolution."""
         g, ckpt = self.g, self.ckpt
 
@@ -300,7 +345,7 @@ class _EncoderWriter:
             return (array.reshape(array.shape[:2]) * np.float32(scale)).T
 
         bias = None
-        if ckpt.has(f"{name}.bias"):
+        if use_bias:
             bias = g.weight(f"{name}.bias", lambda: ckpt.array(f"{name}.bias") * np.float32(scale))
         return g.linear(x, g.weight(f"{name}.weight", weight), bias)
 

@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.add_argument(name, dest=field.name, type=type(default), default=default, help=f"default: {default}")
     options = vars(parser.parse_args(arguments))
     if find_spec("nemo") is None:
-        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('export')}")
+        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('nemo')}")
     path = synthetic_model(options.pop("out"), options.pop("seed"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
