@@ -123,7 +123,8 @@ class WordBreaker:
 
 
 def _continues(character: str) -> bool:
-    return unicodedata.category(character)[0] in "PM" and character not in OPENING
+    category = unicodedata.category(character)
+    return (category[0] in "PM" or category == "Cf") and character not in OPENING
 
 
 def can_break(before: str, after: str, spaced: bool) -> bool:
