@@ -18,8 +18,6 @@ from nemostream.errors import BundleError
 from nemostream.runtime.text.scripts import CLOSING
 from nemostream.untrusted import MIB, read_regular
 
-# Punctuation that belongs to the preceding word, in the scripts of published models; no opening marks (¿, quotes).
-_CLOSING = frozenset(".,?!:;…。、，．！？：；،؛؟۔।॥;·։")
 _MAX_BYTES = 64 * MIB
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _LANGUAGE_PIECE = re.compile(r"\u2581?<([a-z]{2}-[A-Z]{2})>")  # NeMo's `lang_tag_pattern` (`rnnt_decoding.py`)
@@ -64,6 +62,9 @@ class Tokenizer:
         self.closing_punctuation = tuple(
             bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self._texts
         )
+        # Tags and pieces of white space, if there are tags: they are not visible in a text that contains nothing else.
+        spaces = {i for i, text in enumerate(self._texts) if text.isspace()} if self.tags else set()
+        self.invisible = self.tags | spaces
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE_PIECE.fullmatch(p))}
         # SentencePiece drops a space at the start of a text: text after a tag is decoded together with this piece.
         self.anchor = [self.unknown] if self.tags else []
