@@ -378,10 +378,12 @@ class StreamSession:
         events: list[Event] = []
         while self._pending_outputs:
             output = self._next_output()
-            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms)
+            language = self._language_names[self._prompt]
+            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms, language)
         if done and not self._end_reported:
             self._end_reported = True
-            events += self._event_builder.finish(tokens, self._stream.chunker.samples, seconds, self.chunk_ms)
+            samples, language = self._stream.chunker.samples, self._language_names[self._prompt]
+            events += self._event_builder.finish(tokens, samples, seconds, self.chunk_ms, language)
         return events
 
     def final(self) -> Result:

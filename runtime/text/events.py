@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
+from nemostream.runtime.text.languages import AUTO, reported_language
 from nemostream.runtime.text.scripts import WordBreaker
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Token, Word, WordGrouper, join_words
@@ -181,12 +182,12 @@ class _CurrentUtterance:
         self.stable_length = 0  # characters before the last word and the white space before it
         self._space: int | None = None  # position of the white space at the end of the text, if any
         self._breaker = WordBreaker()
-        self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer)
+        self._invisible, self._detokenizer = tokenizer.invisible, Detokenizer(tokenizer)
 
     def add(self, tokens: Sequence[Token]) -> None:
         for index, token in enumerate(tokens, len(self.transcript.tokens)):
-            self.language = self._tokenizer.languages.get(token.id, self.language)
-            if token.id not in self._tokenizer.invisible:
+            self.language = token.language or self.language
+            if token.id not in self._invisible:
                 self.last_visible = index
         self.transcript.tokens += tokens
         self._append(self._detokenizer.add([token.id for token in tokens]))
@@ -226,7 +227,7 @@ class _Step:
 
     audio: float
     chunk_ms: int
-    language: str | None
+    language: str
 
 
 class EventBuilder:
@@ -253,12 +254,11 @@ class EventBuilder:
         ends: Sequence[UtteranceEnd],
         audio: float,
         chunk_ms: int,
-        language: str | None = None,
+        language: str = AUTO,
     ) -> list[Event]:
         """Return the events of a step, after which the stream has the first `token_count` of `tokens`.
 
-        `audio` is the duration of the received audio in seconds, `language` the one that was set for the stream, or
-        None if the model detects it.
+        `audio` is the duration of the received audio in seconds, `language` the one that was set for the stream.
         """
         step = _Step(audio, chunk_ms, language)
         events: list[Event] = []
@@ -270,7 +270,7 @@ class EventBuilder:
         return events
 
     def finish(
-        self, tokens: Sequence[Token], end_sample: int, audio: float, chunk_ms: int, language: str | None = None
+        self, tokens: Sequence[Token], end_sample: int, audio: float, chunk_ms: int, language: str = AUTO
     ) -> list[Event]:
         """Return the last events of the stream, which ends at `end_sample`."""
         end = UtteranceEnd(len(tokens), end_sample, "finish")
@@ -345,7 +345,7 @@ class EventBuilder:
             grouper=current.grouper,
             text_from=current.event_length,
             tokens_from=current.event_tokens,
-            language=step.language or current.language,
+            language=reported_language(step.language, current.language),
             _prefix=_Prefix(
                 transcript,
                 len(tokens),

@@ -50,7 +50,8 @@ class Tokenizer:
             self.languages: Mapping[int, str] = MappingProxyType(languages)  # by id of a tag: its language, "de-DE"
             self.end_of_utterance = self._find_tag("<EOU>")
             self.backchannel = self._find_tag("<EOB>")
-            self.tags = frozenset({*languages, self.end_of_utterance, self.backchannel} - {None})
+            controls = (self.end_of_utterance, self.backchannel)
+            self.tags = frozenset(languages).union(token for token in controls if token is not None)
             self._texts = tuple(self._piece_text(i) for i in range(size))
             self._model.decode(list(range(size)))  # find invalid pieces now, not in a stream
         except BundleError:
