@@ -78,7 +78,7 @@ class Direction(enum.Enum):
 
 
 class VoiceAgent:
-    """The methods of NeMo's `NeMoTurnTakingService`, from its source. Its module imports pipecat, which may be missing."""
+    """The methods of NeMo's `NeMoTurnTakingService`, from its source: the module needs pipecat."""
 
     def __init__(self, bot_speaking: bool) -> None:
         self._handle_transcription, self._handle_completed_text, self._handle_backchannel_text = (
