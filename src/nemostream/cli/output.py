@@ -124,6 +124,7 @@ class Output:
             utterances,
             " ".join(part.text for part in parts if part.text) if self.itn else None,
             self._channel,
+            next((part.language for part in reversed(parts) if part.language), None),
         )
         # JSON is UTF-8 (RFC 8259); on a standard output with another encoding, escape what is not ASCII.
         ascii = self._folder is None and self._path is None and not _is_utf8(getattr(sys.stdout, "encoding", None))
