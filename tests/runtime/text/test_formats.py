@@ -234,7 +234,9 @@ def test_combining_marks_have_no_width() -> None:
     assert formats.cues(words)[0].lines == (f"{thai} {words[1].text}",)
 
 
-@pytest.mark.parametrize("text", ["東京", "a", "é", "ไทย", "한국어", "ｱｲ", "（", "العربية", "😀", "e\u0301", "می\u200cخواهم", "नमस्ते"])
+@pytest.mark.parametrize(
+    "text", ["東京", "a", "é", "ไทย", "한국어", "ｱｲ", "（", "العربية", "😀", "e\u0301", "می\u200cخواهم", "नमस्ते"]
+)
 def test_columns(text: str) -> None:
     assert columns(text) == width(text)
 
@@ -243,7 +245,7 @@ def test_columns(text: str) -> None:
     "text",
     [
         "قال الرجل: «مرحبا بكم في بيتي»، ثم جلس على الكرسي 25 دقيقة وشرب كوبا من الشاي؛ هل تريد أن تأكل شيئا؟",
-        "הוא אמר \"שלום\" (בשקט), ואז הלך הביתה ב-10:30; מה קרה אחר כך?",
+        'הוא אמר "שלום" (בשקט), ואז הלך הביתה ב-10:30; מה קרה אחר כך?',
         "او گفت: «نمی\u200cدانم کجا هستم»، اما iPhone را دید و رفت.",
     ],
 )
