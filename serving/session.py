@@ -79,6 +79,7 @@ class Session:
         self.id = secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
         self.requested_ms = requested_ms
+        self.language = options["language"]  # that the client or the server set
         self.audio = 0.0  # seconds received
         self.error: str | None = None
         self._model, self._limits, self._observer = model, limits, observer
@@ -193,6 +194,12 @@ class Session:
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """Set the chunk size of the stream from the next chunk on."""
         self._stream.set_chunk_ms(chunk_ms)
+
+    def set_language(self, language: str) -> None:
+        """Set the language of the stream from the next chunk on. `language` is a name of the model's languages."""
+        self._stream.set_language(language)
+        self.language = language
+        self._options = self._options | Options(language=language)  # of a stream that a WAV header opens
 
     async def pace(self, size: int, max_bytes: int | None = None) -> None:
         """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
