@@ -79,7 +79,6 @@ class Session:
         self.id = secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
         self.requested_ms = requested_ms
-        self.language = options["language"]  # that the client or the server set
         self.audio = 0.0  # seconds received
         self.error: str | None = None
         self._model, self._limits, self._observer = model, limits, observer
@@ -96,6 +95,16 @@ class Session:
     def text(self) -> str:
         """The text of all final utterances."""
         return " ".join(self._texts)
+
+    @property
+    def language(self) -> str:
+        """The language that is set."""
+        return self._stream.language
+
+    @property
+    def text_language(self) -> str | None:
+        """The language that is set; if the model detects it, the last one detected, and None before."""
+        return self._stream.result.language
 
     # -- for protocols -------------------------------------------------------------------------------------------------
 
@@ -198,8 +207,6 @@ class Session:
     def set_language(self, language: str) -> None:
         """Set the language of the stream from the next chunk on. `language` is a name of the model's languages."""
         self._stream.set_language(language)
-        self.language = language
-        self._options = self._options | Options(language=language)  # of a stream that a WAV header opens
 
     async def pace(self, size: int, max_bytes: int | None = None) -> None:
         """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
@@ -250,7 +257,8 @@ class Session:
                 )
             self._stream.close()
             self._rate, self._channels = decode.sample_rate, decode.channels
-            self._stream = self._model.astream(sample_rate=self._rate, channels=self._channels, **self._options)
+            options = self._options | Options(language=self.language)
+            self._stream = self._model.astream(sample_rate=self._rate, channels=self._channels, **options)
         return pcm
 
     async def _record(self, events: list[Event]) -> list[Event]:

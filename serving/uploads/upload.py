@@ -61,7 +61,7 @@ class Upload:
                 for event in await session.finish():
                     yield event
                 self.text, self.seconds, self.warning = session.text, recording.seconds, recording.warning
-                self.language = session.result_language
+                self.language = session.text_language
 
     async def _wait_for_live_streams(self, deadline: float) -> None:
         """Wait until results of live streams are on time. Raises `StreamError` and `Expired`."""
