@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import OptionError
+from nemostream.runtime.text.languages import AUTO
 
-AUTO = "auto"  # the prompt with which a model detects the language
 UNKNOWN = "unknown"  # in OpenAI's responses: the model detects the language and has not detected any
 
 # English names by code of ISO 639, as OpenAI's API returns them: the languages of Whisper, and those in the prompt
 # dictionaries of NVIDIA's checkpoints.
-_NAMES = dict(
-    entry.split(" ", 1)
-    for entry in (
+_NAMES: dict[str, str] = dict(
+    re.findall(
+        r"([a-z-]+) ([^,]+)",
         "af afrikaans, am amharic, ar arabic, as assamese, ay aymara, az azerbaijani, ba bashkir, be belarusian, "
         "bg bulgarian, bn bengali, bo tibetan, br breton, bs bosnian, ca catalan, cs czech, cy welsh, da danish, "
         "de german, el greek, en english, es spanish, et estonian, eu basque, fa persian, fi finnish, fil filipino, "
@@ -28,14 +29,14 @@ _NAMES = dict(
         "ro romanian, ru russian, rw kinyarwanda, sa sanskrit, sd sindhi, si sinhala, sk slovak, sl slovenian, "
         "sm samoan, sn shona, so somali, sq albanian, sr serbian, su sundanese, sv swedish, sw swahili, ta tamil, "
         "te telugu, tg tajik, th thai, tk turkmen, tl tagalog, to tongan, tr turkish, tt tatar, uk ukrainian, "
-        "ur urdu, uz uzbek, vi vietnamese, xh xhosa, yi yiddish, yo yoruba, yue cantonese, zh chinese, zu zulu"
-    ).split(", ")
+        "ur urdu, uz uzbek, vi vietnamese, xh xhosa, yi yiddish, yo yoruba, yue cantonese, zh chinese, zu zulu",
+    )
 )
 
 
 def english_name(language: str | None) -> str:
     """Return the lowercase English name of a language: "german" for "de-DE"; the code itself if it is not known."""
-    if language is None or language == AUTO:
+    if language is None:
         return UNKNOWN
     code = language.lower()
     return _NAMES.get(code) or _NAMES.get(code.partition("-")[0], language)
