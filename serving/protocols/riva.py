@@ -307,12 +307,13 @@ class _ResponseWriter:
 
 
 def _alternative(event: Event, config: Any) -> Any:
-    words = event.words
+    words, language = event.words, to_riva(event.language)
+    languages = dict.fromkeys(to_riva(word.language) or language for word in words)
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
         transcript=event.text + (" " if event.kind == "final" else ""),
         confidence=min((word.confidence for word in words), default=0.0),
-        language_code=[language] if (language := to_riva(event.language)) else [],
+        language_code=filter(None, languages),
     )
     if config.enable_word_time_offsets:
         alternative.words.extend(

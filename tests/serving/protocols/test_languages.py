@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
+import io
 import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,14 +19,17 @@ import numpy as np
 import openai
 import pytest
 import riva.client
+import soundfile
 from riva.client.proto import riva_asr_pb2
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 import nemostream
-from nemostream.bundle import LanguageConfig
+from nemostream.bundle import Bundle, LanguageConfig
 from nemostream.errors import OptionError
 from nemostream.serving.languages import english_name, from_riva, select_language
+from nemostream.serving.service import Service
+from nemostream.serving.settings import Settings, read_settings
 
 COMPLETED = "conversation.item.input_audio_transcription.completed"
 DELTA = "conversation.item.input_audio_transcription.delta"
@@ -45,7 +51,7 @@ def speech(spoken: Any) -> np.ndarray[Any, Any]:
 def texts(model: nemostream.Model, speech: Any) -> dict[str, str]:
     """The text of `speech` by language; it differs for each of them."""
     texts = {name: model.transcribe(speech, language=name).text for name in ("en-US", "de-DE", "ar-AR")}
-    assert len(set(texts.values())) == 3 and all(texts.values())  # TMP
+    assert len(set(texts.values())) == 3 and all(texts.values()) and "<" not in "".join(texts.values())
     return texts
 
 
@@ -136,10 +142,6 @@ def test_websocket_language_is_kept_for_a_wav_file(
     languages_server: Any, model: Any, spoken: Any, texts: dict[str, str]
 ) -> None:
     """A header with another sample rate opens a new stream."""
-    import io
-
-    import soundfile
-
     file = io.BytesIO()
     soundfile.write(file, np.frombuffer(spoken[0].pcm, np.int16)[::2], 8000, format="WAV")
     file.seek(0)
@@ -197,7 +199,7 @@ def test_websocket_ends_by_the_model(languages_server: Any, model: Any, speech: 
     reference = [event for event in model.listen(speech) if event.kind != "partial"]
     with connect(f"{languages_server.socket}/v1/stream") as socket:
         socket.recv()
-        *events, done = events_of(socket, speech.tobytes())
+        *events, _ = events_of(socket, speech.tobytes())
     assert not any("<" in event.get("text", "") for event in events)
     received = [(e["type"], e.get("text", ""), e.get("reason")) for e in events if e["type"] != "partial"]
     expected = [e for e in reference if e.reason != "finish"]
@@ -250,8 +252,8 @@ def test_riva_detected_languages(languages_server: Any, model: Any, spoken: Any)
     words = [(word.word, word.language_code) for one in alternatives for word in one.words]
     assert words == [(word.text, word.language) for event in expected for word in event.words]
     assert {language for _, language in words} == {"en-US", "de-DE"}
-    assert [list(one.language_code) for one in alternatives][-1] == ["de-DE"]
-    assert list(alternatives[0].language_code)[0] == "en-US"
+    for one, event in zip(alternatives, expected, strict=True):
+        assert list(one.language_code) == list(dict.fromkeys(word.language for word in event.words))
 
 
 def test_riva_finals_end_by_the_model(languages_server: Any, model: Any, speech: Any) -> None:
@@ -395,3 +397,46 @@ def test_realtime_turns_end_by_the_model(languages_server: Any, model: Any, spee
             assert events[-1].transcript == expected[0]
 
     asyncio.run(main())
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def test_default_language_of_the_server(
+    serve_here: Any, languages_bundle: Bundle, speech: Any, texts: dict[str, str]
+) -> None:
+    assert read_settings(["--language=de"]).language == "de"
+    with serve_here(bundle=languages_bundle.path, measure=False, language="de") as running:
+        assert json.loads(running.get("/readyz")[1])["language"] == "de-DE"
+        for query, name in (("", "de-DE"), ("?language=ar", "ar-AR")):
+            with connect(f"{running.socket}/v1/stream{query}") as socket:
+                assert json.loads(socket.recv())["language"] == name
+                assert events_of(socket, speech.tobytes())[-1]["text"] == texts[name]
+        result, *_ = recognise(running, speech.tobytes(), "")
+        assert list(result.alternatives[0].language_code) == ["de-DE"]
+    with pytest.raises(OptionError, match="similar ones are de-DE"):
+        Service(Settings(bundle=languages_bundle.path, measure=False, language="de-AT")).start()
+
+
+def test_a_model_of_one_language_reports_it(serve_here: Any, spoken: Any, tmp_path: Any) -> None:
+    source = Bundle.open(nemostream.demo_bundle())
+    shutil.copytree(source.path, tmp_path / "hindi")
+    manifest = dataclasses.replace(source.manifest, languages=LanguageConfig("hi"))
+    (tmp_path / "hindi" / "manifest.json").write_text(manifest.to_json())
+    clip = spoken[1]
+    with serve_here(bundle=tmp_path / "hindi", measure=False) as running:
+        with connect(f"{running.socket}/v1/stream?language=hi-IN") as socket:
+            assert json.loads(socket.recv())["language"] == "hi"
+            *events, _ = events_of(socket, clip.pcm)
+            assert {event["language"] for event in events if event["type"] == "final"} == {"hi"}
+        with connect(f"{running.socket}/v1/realtime?intent=transcription") as socket:
+            session = json.loads(socket.recv())["session"]
+            assert session["audio"]["input"]["transcription"]["language"] == "hi"
+        for code in ("", "hi-IN", "multi"):
+            (result,) = recognise(running, clip.pcm, code)
+            assert list(result.alternatives[0].language_code) == ["hi"]
+            assert {word.language_code for word in result.alternatives[0].words} == {"hi"}
+        create = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
+        assert create(model="any", file=clip.path, response_format="verbose_json").language == "hindi"
+        with pytest.raises(openai.BadRequestError, match="supports 'hi' only"):
+            create(model="any", file=clip.path, language="en")
