@@ -285,7 +285,7 @@ def test_languages_of_sequences(languages_bundle: Any, spoken: Any, tmp_path: Pa
     """The language of the configuration, of a sequence, and a change during a sequence."""
     import asyncio
 
-    from google.protobuf import json_format, text_format
+    from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as schema
 
     from nemostream.serving.integrations.triton import TritonPythonModel, bundle_in, write_repository
@@ -308,9 +308,13 @@ def test_languages_of_sequences(languages_bundle: Any, spoken: Any, tmp_path: Pa
 
     def initialized(language: str) -> TritonPythonModel:
         parsed.parameters["language"].string_value = language
-        model = TritonPythonModel()
-        document = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
+        document = {
+            "parameters": {name: {"string_value": value.string_value} for name, value in parsed.parameters.items()},
+            "output": [{"name": tensor.name} for tensor in parsed.output],
+            "max_batch_size": parsed.max_batch_size,
+        }
         folder = {"model_repository": str(config.parent), "model_version": "1"}
+        model = TritonPythonModel()
         model.initialize({"model_config": json.dumps(document), **folder})
         return model
 
