@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
+from nemostream.runtime.text.scripts import WordBreaker
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
-from nemostream.runtime.text.words import Token, Word, WordGrouper
+from nemostream.runtime.text.words import Token, Word, WordGrouper, join_words
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Event:
 
     def with_words(self, words: Sequence[Word]) -> Event:
         """Return this final event with other words and their text; the tokens are unchanged."""
-        text = " ".join(word.text for word in words)
+        text = join_words(words)
         event = replace(self, text=text, stable=text, text_from=0)
         event.__dict__["_rewritten"] = tuple(words)
         return event
@@ -167,6 +168,7 @@ class _CurrentUtterance:
         self.length = 0  # characters of the text
         self.stable_length = 0  # characters before the last word and the white space before it
         self._space: int | None = None  # position of the white space at the end of the text, if any
+        self._breaker = WordBreaker()
         self._detokenizer = Detokenizer(tokenizer)
 
     def add(self, tokens: Sequence[Token]) -> None:
@@ -191,20 +193,15 @@ class _CurrentUtterance:
     def _append(self, text: str) -> None:
         """Append to the text, and update `stable_length`."""
         self.transcript.parts.append(text)
-        begin, self.length = self.length, self.length + len(text)
-        stripped = text.rstrip()
-        if not stripped:
-            if text and self._space is None:
-                self._space = begin
-            return
-        before, *last_word = stripped.rsplit(maxsplit=1)
-        if last_word:
-            self.stable_length = begin + len(before)
-        elif stripped[0].isspace():
-            self.stable_length = begin if self._space is None else self._space
-        elif self._space is not None:
-            self.stable_length = self._space
-        self._space = begin + len(stripped) if len(stripped) < len(text) else None
+        for part, kind in self._breaker.split(text):
+            if kind == "space":
+                if self._space is None:
+                    self._space = self.length
+            elif self._space is not None:
+                self.stable_length, self._space = self._space, None
+            elif kind == "word":
+                self.stable_length = self.length
+            self.length += len(part)
 
 
 class EventBuilder:

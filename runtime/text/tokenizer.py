@@ -15,6 +15,7 @@ from types import MappingProxyType
 import sentencepiece
 
 from nemostream.errors import BundleError
+from nemostream.runtime.text.scripts import CLOSING
 from nemostream.untrusted import MIB, read_regular
 
 # Punctuation that belongs to the preceding word, in the scripts of published models; no opening marks (¿, quotes).
@@ -61,7 +62,7 @@ class Tokenizer:
         self.word_starts = tuple(text[:1] == " " for text in self._texts)  # by id: whether it starts a word
         # By id: whether it is only punctuation that belongs to the preceding word, even after a space.
         self.closing_punctuation = tuple(
-            bool(text.strip()) and _CLOSING.issuperset(text.strip()) for text in self._texts
+            bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self._texts
         )
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE_PIECE.fullmatch(p))}
         # SentencePiece drops a space at the start of a text: text after a tag is decoded together with this piece.
