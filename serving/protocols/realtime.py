@@ -141,6 +141,7 @@ class _RealtimeConnection:
             sample_rate=config.rate,
             encoding=_FORMATS[config.format][0],
             endpoint_ms=config.silence_ms,
+            endpoint_model=config.silence_ms is not None,
             language=config.language,
             client=self._socket.scope["nemostream.client"],
             phrases=config.phrases,

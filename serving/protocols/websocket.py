@@ -129,10 +129,10 @@ def _event_message(event: Event, words: bool) -> dict[str, Any]:
         "chunk_ms": event.chunk_ms,
     }
     if words:
-        # A partial has only its new words: all words in each would add up to the square of an utterance's length.
-        partial = event.kind == "partial"
-        message["words_from"] = event.words_from if partial else 0
-        message["words"] = [word_to_dict(word) for word in (event.new_words if partial else event.words)]
+        # Only a final has all words: all words in each event would add up to the square of an utterance's length.
+        final = event.kind == "final"
+        message["words_from"] = 0 if final else event.words_from
+        message["words"] = [word_to_dict(word) for word in (event.words if final else event.new_words)]
     return message
 
 
@@ -187,6 +187,7 @@ _OPTION_PARSERS: dict[str, Callable[[str], Any]] = {
     "chunk_ms": int,
     "language": str,
     "endpoint_ms": int,
+    "endpoint_model": _flag,
     "max_utterance_ms": int,
     "decoder": str,
     "phrases": _phrases,

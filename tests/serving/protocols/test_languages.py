@@ -205,9 +205,15 @@ def test_websocket_ends_by_the_model(languages_server: Any, model: Any, speech: 
     expected = [e for e in reference if e.reason != "finish"]
     assert received == [(event.kind, event.text, event.reason) for event in expected]
     assert ("end", "", "model") in received and "backchannel" in {kind for kind, _, _ in received}
-    ends = [event for event in events if event["type"] in ("end", "backchannel")]
-    times = [event.end for event in expected if event.kind in ("end", "backchannel")]
-    assert [event["time"] for event in ends] == [pytest.approx(time, abs=1e-3) for time in times]
+    for kind, name in (("end", "time"), ("backchannel", "end")):
+        times = [event.end for event in expected if event.kind == kind]
+        assert [event[name] for event in events if event["type"] == kind] == [
+            pytest.approx(time, abs=1e-3) for time in times
+        ]
+    with connect(f"{languages_server.socket}/v1/stream?endpoint_model=0") as socket:
+        socket.recv()
+        *events, _ = events_of(socket, speech.tobytes())
+    assert {event["type"] for event in events} == {"partial", "final"}
 
 
 # -- Riva --------------------------------------------------------------------------------------------------------------
@@ -376,7 +382,7 @@ def test_realtime_language(languages_server: Any, model: Any, speech: Any, texts
 
 
 def test_realtime_turns_end_by_the_model(languages_server: Any, model: Any, speech: Any) -> None:
-    """Turns end as those of server_vad, also if silence does not end one."""
+    """With server_vad, turns also end by the model; without turn detection, only commits end them."""
     expected = [event.text for event in finals(model, speech)]
 
     async def main() -> None:
@@ -395,6 +401,14 @@ def test_realtime_turns_end_by_the_model(languages_server: Any, model: Any, spee
                 COMPLETED,
             ]
             assert events[-1].transcript == expected[0]
+            await connection.input_audio_buffer.clear()
+            await until(connection, "input_audio_buffer.cleared")
+            await connection.session.update(session=transcription())
+            await until(connection, "session.updated")
+            await connection.input_audio_buffer.append(audio=base64.b64encode(speech.tobytes()).decode())
+            await connection.input_audio_buffer.commit()
+            events = await until(connection, COMPLETED)
+            assert events[-1].transcript == " ".join(expected)
 
     asyncio.run(main())
 
