@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.text.languages import AUTO
+from nemostream.runtime.text.scripts import ends_unspaced
 
 UNKNOWN = "unknown"  # in OpenAI's responses: the model detects the language and has not detected any
 
@@ -40,6 +41,11 @@ def english_name(language: str | None) -> str:
         return UNKNOWN
     code = language.lower()
     return _NAMES.get(code) or _NAMES.get(code.partition("-")[0], language)
+
+
+def separator(text: str) -> str:
+    """Return what separates an utterance from the next one: a space, nothing in scripts without spaces."""
+    return "" if ends_unspaced(text) else " "
 
 
 def select_language(languages: LanguageConfig, language: str | None, candidates: Iterable[str] = ()) -> str | None:

@@ -201,9 +201,10 @@ class Service:
     ) -> Session:
         """Admit and open a stream.
 
-        `language` None is the server's default, as is `endpoint_ms` 0; `endpoint_ms` None never ends an utterance by
-        silence, `endpoint_model` False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`). Raises `CapacityError` if the
-        server is full or overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options.
+        `language` None is the server's default, as is `endpoint_ms` 0. `endpoint_ms` None never ends an utterance by
+        silence, `endpoint_model` False never by the model. The stream of an `upload` was admitted already
+        (`UploadAdmission`). Raises `CapacityError` if the server is full or overloaded, `Draining` before the start and
+        while stopping, `OptionError` for invalid options.
         """
         requested_ms = self.settings.chunk_ms if chunk_ms is None else chunk_ms
         try:

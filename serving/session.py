@@ -27,6 +27,7 @@ from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import Client
 from nemostream.serving.errors import Expired
+from nemostream.serving.languages import separator
 from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.settings import Limits
 
@@ -94,7 +95,7 @@ class Session:
     @property
     def text(self) -> str:
         """The text of all final utterances."""
-        return " ".join(self._texts)
+        return "".join(text + separator(text) for text in self._texts[:-1]) + "".join(self._texts[-1:])
 
     @property
     def language(self) -> str:

@@ -26,7 +26,7 @@ from nemostream.runtime.audio.containers import container_of
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import Client, shorten
 from nemostream.serving.errors import Expired, status_of
-from nemostream.serving.languages import from_riva, to_riva
+from nemostream.serving.languages import from_riva, separator, to_riva
 from nemostream.serving.network.access import key_number, keys_of, request_key
 from nemostream.serving.network.proxies import TrustedProxies
 from nemostream.serving.service import Service
@@ -250,13 +250,14 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def _recognize(self, request: Any) -> Any:
         """Transcribe a recording. Raises `NemostreamError`."""
         config, options = request.config, await self._options(request.config)
+        language = self._service.check_language(options["language"])
         if container_of(request.audio) or config.encoding in _FILE_ENCODINGS:
             events, seconds = await self._recognize_file(request.audio, options)
         else:
             events, seconds = await self._recognize_samples(request.audio, config, options)
         results = [
             riva_asr_pb2.SpeechRecognitionResult(
-                alternatives=[_alternative(event, config)], channel_tag=1, audio_processed=event.audio
+                alternatives=[_alternative(event, config, language)], channel_tag=1, audio_processed=event.audio
             )
             for event in events
             if event.kind == "final"
@@ -295,7 +296,7 @@ class _ResponseWriter:
             if event.kind != "final" and not (event.kind == "partial" and self._config.interim_results):
                 continue
             result = riva_asr_pb2.StreamingRecognitionResult(
-                alternatives=[_alternative(event, self._config.config)],
+                alternatives=[_alternative(event, self._config.config, session.language)],
                 is_final=event.kind == "final",
                 stability=1.0,
                 channel_tag=1,
@@ -306,12 +307,13 @@ class _ResponseWriter:
                 await self._context.write(response)
 
 
-def _alternative(event: Event, config: Any) -> Any:
-    words, language = event.words, to_riva(event.language)
-    languages = dict.fromkeys(to_riva(word.language) or language for word in words)
+def _alternative(event: Event, config: Any, language: str) -> Any:
+    """Return the alternative of an event. `language` is that of the stream: words without a tag are in it."""
+    words, default = event.words, to_riva(language)
+    languages = dict.fromkeys(to_riva(word.language) or default for word in words)
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
-        transcript=event.text + (" " if event.kind == "final" else ""),
+        transcript=event.text + (separator(event.text) if event.kind == "final" else ""),
         confidence=min((word.confidence for word in words), default=0.0),
         language_code=filter(None, languages),
     )
@@ -322,7 +324,7 @@ def _alternative(event: Event, config: Any) -> Any:
                 start_time=round(1000 * word.start),
                 end_time=round(1000 * word.end),
                 confidence=word.confidence,
-                language_code=to_riva(word.language) or language,
+                language_code=to_riva(word.language) or default,
             )
             for word in words
         )

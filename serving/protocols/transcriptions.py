@@ -15,7 +15,7 @@ from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
-from nemostream.serving.languages import english_name, select_language
+from nemostream.serving.languages import english_name, select_language, separator
 from nemostream.serving.protocols.dependencies import ERROR_RESPONSES, ServiceDependency
 from nemostream.serving.uploads.upload import Upload
 
@@ -182,7 +182,7 @@ async def _server_sent_events(recording: Upload, finals_only: bool) -> AsyncIter
 
     With `finals_only` a delta is an utterance: the written form of a partial text could change.
     """
-    sent, utterance, separator = "", -1, ""
+    sent, utterance, space = "", -1, ""
     try:
         async for event in recording:
             assert event is not None
@@ -191,8 +191,8 @@ async def _server_sent_events(recording: Upload, finals_only: bool) -> AsyncIter
             if event.utterance != utterance:
                 sent, utterance = "", event.utterance
             if delta := event.text[len(sent) :]:
-                yield _sse({"type": "transcript.text.delta", "delta": (separator if not sent else "") + delta})
-                sent, separator = event.text, " "  # before the next utterance
+                yield _sse({"type": "transcript.text.delta", "delta": (space if not sent else "") + delta})
+                sent, space = event.text, separator(event.text)  # before the next utterance
         yield _sse({"type": "transcript.text.done", "text": recording.text})
     except NemostreamError as error:
         yield _sse({"error": {"message": str(error), "type": "server_error"}})
