@@ -160,11 +160,23 @@ class StreamSession:
         self._detokenizer = Detokenizer(tokenizer)
         self._text_tokens = 0  # tokens in the detokenizer's text
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=confidence.aggregation)
-        self._event_builder = EventBuilder(tokenizer, confidence.aggregation, self._rate)
+        self._event_builder = EventBuilder(
+            tokenizer, confidence.aggregation, self._rate, backchannels=endpoint is not None and endpoint.model
+        )
         self._end_reported = False  # whether `events` returned the stream's last event
         # State, restored from a snapshot if there is one
         self._endpointer = (
-            Endpointer(endpoint, manifest, tokenizer.word_starts, tokenizer.closing_punctuation) if endpoint else None
+            Endpointer(
+                endpoint,
+                manifest,
+                tokenizer.word_starts,
+                tokenizer.closing_punctuation,
+                tokenizer.invisible,
+                tokenizer.end_of_utterance,
+                tokenizer.backchannel,
+            )
+            if endpoint
+            else None
         )
         self._guard = RepetitionGuard(manifest)
         hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad, self._prompt)
@@ -366,10 +378,12 @@ class StreamSession:
         events: list[Event] = []
         while self._pending_outputs:
             output = self._next_output()
-            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms)
+            language = self._language_names[self._prompt]
+            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms, language)
         if done and not self._end_reported:
             self._end_reported = True
-            events += self._event_builder.finish(tokens, self._stream.chunker.samples, seconds, self.chunk_ms)
+            samples, language = self._stream.chunker.samples, self._language_names[self._prompt]
+            events += self._event_builder.finish(tokens, samples, seconds, self.chunk_ms, language)
         return events
 
     def final(self) -> Result:

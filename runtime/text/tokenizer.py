@@ -18,8 +18,6 @@ from nemostream.errors import BundleError
 from nemostream.runtime.text.scripts import CLOSING
 from nemostream.untrusted import MIB, read_regular
 
-# Punctuation that belongs to the preceding word, in the scripts of published models; no opening marks (¿, quotes).
-_CLOSING = frozenset(".,?!:;…。、，．！？：；،؛؟۔।॥;·։")
 _MAX_BYTES = 64 * MIB
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _LANGUAGE_PIECE = re.compile(r"\u2581?<([a-z]{2}-[A-Z]{2})>")  # NeMo's `lang_tag_pattern` (`rnnt_decoding.py`)
@@ -52,7 +50,8 @@ class Tokenizer:
             self.languages: Mapping[int, str] = MappingProxyType(languages)  # by id of a tag: its language, "de-DE"
             self.end_of_utterance = self._find_tag("<EOU>")
             self.backchannel = self._find_tag("<EOB>")
-            self.tags = frozenset({*languages, self.end_of_utterance, self.backchannel} - {None})
+            controls = (self.end_of_utterance, self.backchannel)
+            self.tags = frozenset(languages).union(token for token in controls if token is not None)
             self._texts = tuple(self._piece_text(i) for i in range(size))
             self._model.decode(list(range(size)))  # find invalid pieces now, not in a stream
         except BundleError:
@@ -64,6 +63,9 @@ class Tokenizer:
         self.closing_punctuation = tuple(
             bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self._texts
         )
+        # Tags and pieces of white space, if there are tags: they are not visible in a text that contains nothing else.
+        spaces = {i for i, text in enumerate(self._texts) if text.isspace()} if self.tags else set()
+        self.invisible = self.tags | spaces
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE_PIECE.fullmatch(p))}
         # SentencePiece drops a space at the start of a text: text after a tag is decoded together with this piece.
         self.anchor = [self.unknown] if self.tags else []
