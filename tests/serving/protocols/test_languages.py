@@ -59,6 +59,15 @@ def finals(model: nemostream.Model, audio: Any, **options: Any) -> list[nemostre
     return [event for event in model.listen(audio, **options) if event.kind == "final"]
 
 
+def text_with_change(model: nemostream.Model, audio: Any, at: int, first: str, second: str) -> str:
+    """Return the text of a stream whose language changes after `at` samples."""
+    with model.stream(language=first) as stream:
+        stream.push(audio[:at])
+        stream.set_language(second)
+        stream.push(audio[at:])
+        return stream.finish().text
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
@@ -123,24 +132,21 @@ def test_websocket_language(
     assert {event["language"] for event in events if event["type"] in ("partial", "final")} == {name}
 
 
-def test_websocket_language_changes_during_a_stream(languages_server: Any, model: Any, speech: Any) -> None:
+def test_websocket_language_changes_during_a_stream(
+    languages_server: Any, model: Any, speech: Any, texts: dict[str, str]
+) -> None:
     """The change takes effect at the same chunk as in Python, for any message size."""
     at = 3 * 8960 + 100
-    with model.stream(endpoint=nemostream.Endpoint()) as stream:
-        stream.push_events(speech[:at])
-        stream.set_language("de")
-        stream.push_events(speech[at:])
-        expected = stream.finish().text
-    unchanged = [model.transcribe(speech, language=name).text for name in ("en-US", "de-DE")]
-    assert expected not in unchanged
+    expected = text_with_change(model, speech, at, "en", "ar")
+    assert expected not in texts.values()
     first = [speech[begin : min(begin + 1111, at)].tobytes() for begin in range(0, at, 1111)]
-    change = {"type": "configure", "language": "de", "chunk_ms": 560}
+    change = {"type": "configure", "language": "ar", "chunk_ms": 560}
     with connect(f"{languages_server.socket}/v1/stream") as socket:
         assert json.loads(socket.recv())["language"] == "en-US"
         *events, done = events_of(socket, *first, change, speech[at:].tobytes())
     assert done["text"] == expected
     languages = [event["language"] for event in events if event["type"] in ("partial", "final")]
-    assert languages[0] == "en-US" and languages[-1] == "de-DE" and languages == sorted(languages, reverse=True)
+    assert languages[0] == "en-US" and languages[-1] == "ar-AR" and languages == sorted(languages, reverse=True)
 
 
 def test_websocket_language_is_kept_for_a_wav_file(
@@ -243,11 +249,17 @@ def recognise(running: Any, pcm: bytes, language_code: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("code", "name"), [("", "en-US"), ("de-DE", "de-DE"), ("de", "de-DE"), ("ar-AR", "ar-AR")])
-def test_riva_language(languages_server: Any, speech: Any, texts: dict[str, str], code: str, name: str) -> None:
+def test_riva_language(
+    languages_server: Any, model: Any, speech: Any, texts: dict[str, str], code: str, name: str
+) -> None:
     results = recognise(languages_server, speech.tobytes(), code)
     assert "".join(result.alternatives[0].transcript for result in results).strip() == texts[name]
-    for result in results:
-        assert list(result.alternatives[0].language_code) == [name]
+    expected = finals(model, speech, language=code or None)
+    for result, event in zip(results, expected, strict=True):
+        alternative, codes = result.alternatives[0], [word.language or name for word in event.words]
+        assert [word.language_code for word in alternative.words] == codes
+        assert list(alternative.language_code) == list(dict.fromkeys(codes))
+    assert results[0].alternatives[0].language_code == [name]  # it has no tag
     service = riva.client.ASRService(riva.client.Auth(uri=languages_server.address))
     config = riva.client.RecognitionConfig(sample_rate_hertz=16000, language_code=code)
     offline = service.offline_recognize(speech.tobytes(), config).results
@@ -366,16 +378,13 @@ def test_realtime_language(languages_server: Any, model: Any, speech: Any, texts
             assert (await update()).session.audio.input.transcription.language == "ar-AR"
             # While audio is buffered, the language can change, and takes effect at the same chunk as in Python.
             at = 3 * 8960 + 100
-            with model.stream(language="en") as stream:
-                stream.push(speech[:at])
-                stream.set_language("de")
-                stream.push(speech[at:])
-                expected = stream.finish().text
+            expected = text_with_change(model, speech, at, "en", "ar")
+            assert expected not in texts.values()
             await update(language="en")
             await append(speech[:at])
-            await connection.session.update(session=transcription(language="de"))
+            await connection.session.update(session=transcription(language="ar"))
             events = await until(connection, "session.updated")
-            assert events[-1].session.audio.input.transcription.language == "de-DE"
+            assert events[-1].session.audio.input.transcription.language == "ar-AR"
             await append(speech[at:])
             await connection.input_audio_buffer.commit()
             events += await until(connection, COMPLETED)

@@ -127,7 +127,7 @@ def test_language_selector(browser: Any, languages_server: Any, spoken: Any) -> 
         page.evaluate("document.getElementById('captions').replaceChildren()")
         page.select_option("#language", language)
         page.set_input_files("#file", spoken[0].path)
-        page.wait_for_function("document.getElementById('status').textContent === 'listening'")
+        page.wait_for_selector("#status:text-is('listening')", timeout=20_000)
         page.wait_for_selector("#status:text-is('done')", timeout=20_000)
         return page.eval_on_selector_all("#captions p", "all => all.map((one) => [one.lang, one.dir, one.innerText])")
 
