@@ -123,19 +123,21 @@ def test_language_selector(browser: Any, languages_server: Any, spoken: Any) -> 
     assert page.input_value("#language") == "en-US" and page.inner_text("#detected") == "–"
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
-    def transcribe(language: str) -> list[list[str]]:
+    def transcribe(language: str) -> list[list[str]]:  # while the recording of 2 s is played
         page.evaluate("document.getElementById('captions').replaceChildren()")
         page.select_option("#language", language)
-        page.set_input_files("#file", spoken[0].path)
+        page.set_input_files("#file", spoken[5].path)
         page.wait_for_selector("#status:text-is('listening')", timeout=20_000)
         page.wait_for_selector("#status:text-is('done')", timeout=20_000)
         return page.eval_on_selector_all("#captions p", "all => all.map((one) => [one.lang, one.dir, one.innerText])")
 
-    captions = transcribe("ar-AR")
-    assert captions and all(caption[:2] == ["ar-AR", "auto"] for caption in captions)
-    assert page.inner_text("#detected") == "Arabic" and "language=ar-AR" in urls[-1]
-    captions = transcribe("auto")
-    assert captions[-1][0] == "de-DE" and "<" not in captions[-1][2]  # the demo model's "." is this tag
+    first = spoken[5].text.split()[0]  # resampling in the browser may change a word
+    ((lang, direction, text),) = transcribe("en-US")
+    assert (lang, direction, text.split()[0]) == ("en-US", "auto", first)
+    assert page.inner_text("#detected") == "English" and "language=en-US" in urls[-1]
+    # Detected: the demo model's "." is the tag of German.
+    ((lang, direction, text),) = transcribe("auto")
+    assert (lang, direction, text.split()[0]) == ("de-DE", "auto", first) and "<" not in text
     assert page.inner_text("#detected") == "German"
     # A change during a stream.
     page.set_input_files("#file", spoken[0].path)
