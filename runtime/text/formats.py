@@ -58,6 +58,7 @@ class Transcript:
     utterances: Sequence[Utterance] | None = None  # None: not separated
     spoken: str | None = None  # the text before inverse text normalization; None: not normalized
     channel: int | None = None  # the selected channel of the recording, from 1; None: all
+    language: str | None = None  # None: unknown
 
 
 class Format(StrEnum):
@@ -107,15 +108,19 @@ def time_span(item: Word | Utterance | Event) -> dict[str, float]:
 
 
 def word_to_dict(word: Word) -> dict[str, Any]:
-    """Return a word as in JSON output and the WebSocket protocol: `text`, `start`, `end`, `confidence`."""
-    return {"text": word.text, **time_span(word), "confidence": round(word.confidence, 4)}
+    """Return a word as in JSON output and the WebSocket protocol.
+
+    The keys are `text`, `start`, `end` and `confidence`; also `language` if the model detected it.
+    """
+    body = {"text": word.text, **time_span(word), "confidence": round(word.confidence, 4)}
+    return body if word.language is None else {**body, "language": word.language}
 
 
 def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
     """Return a transcript as in JSON output.
 
-    The keys are `file`, `duration`, `text`, `words`, `tokens` and `chunk_ms`; also `utterances` if they are separated,
-    `spoken` if the text was normalized, and `channel` if one was selected.
+    The keys are `file`, `duration`, `text`, `words`, `tokens` and `chunk_ms`; also `language` if it is known,
+    `utterances` if they are separated, `spoken` if the text was normalized, and `channel` if one was selected.
     """
     body: dict[str, Any] = {
         "file": transcript.file,
@@ -134,6 +139,8 @@ def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
         ],
         "chunk_ms": transcript.chunk_ms,
     }
+    if transcript.language is not None:
+        body["language"] = transcript.language
     if transcript.utterances is not None:
         body["utterances"] = [{"text": one.text, **time_span(one)} for one in transcript.utterances]
     if transcript.spoken is not None:

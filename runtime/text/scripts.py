@@ -76,6 +76,11 @@ _INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
 Kind = Literal["space", "word", "rest"]
 
 
+def ends_unspaced(text: str) -> bool:
+    """Return whether a text ends with a character of a script without spaces, punctuation included."""
+    return bool(_CHARACTER.match(text[-1:]))
+
+
 class WordBreaker:
     """Divide a text, which is read in pieces, into words. Takes time proportional to the text."""
 
