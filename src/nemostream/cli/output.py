@@ -106,7 +106,7 @@ class Output:
         normalized = [self._normalize(part) for part in parts]
         utterances = (
             tuple(
-                Utterance(text, part.words[0].start, part.words[-1].end)
+                Utterance(text, part.words[0].start, part.words[-1].end, part.words[-1].language)
                 for (text, _), part in zip(normalized, parts, strict=True)
                 if part.words  # a token that is only a space makes no word
             )
