@@ -108,7 +108,7 @@ class InverseNormalizer:
         run: list[Word] = []
         for word in words:
             lead, _, trail = _split_punctuation(word.text)
-            if run and (lead or word.start - run[-1].end > _MAX_PAUSE):
+            if run and (lead or word.start - run[-1].end > _MAX_PAUSE or self._other_script(run[-1], word)):
                 written += self._normalize_run(run)
                 run = []
             run.append(word)
@@ -130,6 +130,10 @@ class InverseNormalizer:
                 part = self._tagged[code](part)
             written += part
         return tuple(written)
+
+    def _other_script(self, before: Word, after: Word) -> bool:
+        """Return whether two words cannot be part of one number because one is of a script with spaces."""
+        return self.language in _UNSPACED and not (ends_unspaced(before.text) and begins_unspaced(after.text))
 
     def _split(self, text: str) -> list[str]:
         """Divide a text into words, as those of a transcript."""
@@ -229,7 +233,8 @@ class InverseNormalizer:
     def _share_time(self, forms: list[str], words: Sequence[Word]) -> list[Word]:
         """Return a word for each form; they share the time of `words` in proportion to their characters."""
         start, end = words[0].start, max(word.end for word in words)
-        total, position, written = sum(map(len, forms)), 0, list[Word]()
+        total, position = sum(map(len, forms)), 0
+        written: list[Word] = []
         for form in forms:
             spaced = self._spaced(written[-1].text, form) if written else words[0].after_space
             begin, position = position, position + len(form)
