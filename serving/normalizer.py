@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +30,7 @@ log = logging.getLogger("nemostream.serving")
 _START_SECONDS = 600.0  # for loading the rules, which takes a minute in some languages
 _UTTERANCE_SECONDS = 60.0  # for one utterance
 _MAX_LINE_BYTES = 64 << 20  # of one response
+_MAX_MEMORY_BYTES = 8 << 30  # of one process; the rules of some languages need gigabytes while they load
 
 
 class Normalizer:
@@ -36,6 +38,7 @@ class Normalizer:
 
     def __init__(self) -> None:
         self._processes: dict[str, _Process] = {}  # by language
+        self._loading = asyncio.Lock()  # the rules of one language are loaded at a time
 
     async def start(self, language: str) -> None:
         """Load the rules of a language unless they are loaded; with "auto", they are loaded when they are needed.
@@ -70,14 +73,14 @@ class Normalizer:
             process.close()
 
     def _process(self, code: str) -> _Process:
-        return self._processes.setdefault(code, _Process(code))
+        return self._processes.setdefault(code, _Process(code, self._loading))
 
 
 class _Process:
     """The process of one language. One utterance at a time; the others wait."""
 
-    def __init__(self, language: str) -> None:
-        self._language = language
+    def __init__(self, language: str, loading: asyncio.Lock) -> None:
+        self._language, self._loading = language, loading
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
         self._request = 0  # number of the last request
@@ -120,7 +123,8 @@ class _Process:
             )
         except OSError as error:
             raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
-        await self._call(self._process, [], _START_SECONDS)
+        async with self._loading:
+            await self._call(self._process, [], _START_SECONDS)
         return self._process
 
     async def _call(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
@@ -152,6 +156,9 @@ def main() -> None:
     responses = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # output of the rules must not mix with responses
     os.nice(10)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MAX_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     normalizer = nemostream.InverseNormalizer(sys.argv[1])
     for line in sys.stdin:
         number, rows = json.loads(line)
