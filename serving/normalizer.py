@@ -108,22 +108,22 @@ class _Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
         environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "nemostream.serving.normalizer",
-                self._language,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-                limit=_MAX_LINE_BYTES,
-            )
-        except OSError as error:
-            raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
         async with self._loading:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "nemostream.serving.normalizer",
+                    self._language,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,
+                    limit=_MAX_LINE_BYTES,
+                )
+            except OSError as error:
+                raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
             await self._call(self._process, [], _START_SECONDS)
         return self._process
 
