@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.bundle import ChunkConfig
+from nemostream.bundle import ChunkConfig, LanguageConfig
 from nemostream.errors import OptionError
 
 if TYPE_CHECKING:
@@ -40,6 +40,17 @@ class Batch:
     lengths: NDArray[np.int64]  # [B], 0 <= length <= chunk.samples
     # [B] prompt id of each row (`LanguageConfig.prompts`), for prompted models; None: the default language
     prompts: NDArray[np.int64] | None = None
+
+    def prompt_ids(self, languages: LanguageConfig) -> NDArray[np.int64]:
+        """Return the prompt id of each row [B]; zeros for a model of one language.
+
+        Raises `OptionError` for an id that the model does not have: a device would read beyond its table.
+        """
+        if self.prompts is None or not languages.count:
+            return np.full(len(self.slots), languages.prompt(None))
+        if len(invalid := self.prompts[(self.prompts < 0) | (self.prompts >= languages.count)]):
+            raise OptionError(f"a prompt id is {invalid[0]}; this model has the ids 0 to {languages.count - 1}.")
+        return self.prompts
 
 
 @dataclass(frozen=True)

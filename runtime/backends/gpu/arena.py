@@ -58,6 +58,7 @@ class Arena:
             {
                 "slots": (rows, _INT32),
                 "lengths": (rows, _INT32),
+                "prompts": (rows, _INT32),
                 "audio": ((layout.max_rows * layout.max_samples,), _FLOAT32),
             },
         )
@@ -139,12 +140,16 @@ class Arena:
         return step
 
     def encoder_addresses(self, step: np.void, in_place: bool) -> dict[str, int]:
-        """Return the address of each encoder input and output, by its name in the graph."""
+        """Return the address of each encoder input and output, by its name in the graph.
+
+        Only the graphs of prompted models have the input `prompt`.
+        """
         fields = {
             "mel": "mel",
             "mel_cache": "row_mel_cache",
             "position": "row_position",
             "valid": "row_valid",
+            "prompt": "row_prompt",
             "encoded_joint": "encoded",
             "mel_cache_next": "mel_cache_next",
             "k_new": "k_new",
@@ -168,6 +173,10 @@ class Arena:
     def input_lengths(self, buffer_index: int) -> NDArray[np.int32]:
         """Samples of each row [max_rows] in an input buffer that belong to its stream."""
         return self._inputs.arrays["lengths"][buffer_index]
+
+    def input_prompts(self, buffer_index: int) -> NDArray[np.int32]:
+        """Prompt id of each row [max_rows] in an input buffer, idle rows included."""
+        return self._inputs.arrays["prompts"][buffer_index]
 
     def input_audio(self, buffer_index: int) -> NDArray[np.float32]:
         """Audio in an input buffer, flat: a step of B rows of N samples uses the first B * N."""

@@ -3,7 +3,7 @@
 The step of B streams is captured once per chunk size, bucket (B rounded up) and cache access, and then launched as one
 CUDA graph::
 
-    begin      read slots, lengths and PCM from host memory
+    begin      read slots, lengths, prompt ids and PCM from host memory
     features   compute log-mel
     gather     copy the rows' caches together, unless row b is slot b: then the encoder reads the slots in place
     (encoder)  the engine of `nemostream build`, TensorRT or ONNX Runtime
@@ -68,8 +68,8 @@ class StepEncoder(Protocol):
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
         """Bind inputs and outputs for batches of `rows` and return a function that enqueues the encoder.
 
-        `addresses` has every input and output of the graph (`export.encoder`) except `encoded`. Called before anything
-        is captured.
+        `addresses` has every input and output of the graph (`export.encoder`) except `encoded`, and `prompt`, which only
+        the graphs of prompted models have. Called before anything is captured.
         """
         ...
 
@@ -124,6 +124,7 @@ class GpuBackend:
         self._chunks = {ms: self.manifest.chunk(ms) for ms in encoders}
         self._encoders = dict(encoders)
         (self.cache_dtype,) = cache_dtypes
+        self._default_prompt = self.manifest.languages.prompt(None)
         macros = kernels.macros(self.manifest, self.cache_dtype, conditional=loop == "while")
         device.make_current()
         self._kernels = device.kernels(macros, kernels.entries(self.manifest))
@@ -248,6 +249,7 @@ class GpuBackend:
         """Fill the current input buffer. Returns the step to launch and the row of each stream of the batch."""
         if batch.chunk.ms not in self._chunks:
             raise missing_engine_error(batch.chunk.ms, self._chunks)
+        prompts = batch.prompt_ids(self.manifest.languages)
         for step in self._pending:
             # The last step with this buffer must be complete; if the host takes part in the loop, every step before.
             if step and (step.buffer_index == self._buffer_index or self.loop != "while"):
@@ -262,6 +264,9 @@ class GpuBackend:
         slots[:bucket] = -1
         slots[rows] = batch.slots
         self.arena.input_lengths(self._buffer_index)[rows] = batch.lengths
+        row_prompts = self.arena.input_prompts(self._buffer_index)
+        row_prompts[:bucket] = self._default_prompt  # of idle rows, which the encoder computes too
+        row_prompts[rows] = prompts
         audio[: bucket * batch.chunk.samples].reshape(bucket, -1)[rows] = batch.audio
         return self._captured[batch.chunk.ms, bucket, in_place], rows
 

@@ -103,6 +103,7 @@ class MemoryLayout:
             **{f"row_{word}": ((rows,), _INT32) for word in words},
             "row_position": ((rows,), _INT64),
             "row_valid": ((rows,), _INT64),
+            "row_prompt": ((rows,), _INT64),
             "waveform": ((rows, manifest.features.tail + self.max_samples), _FLOAT32),
             "mel": ((rows, spec.subsampling * frames, mels), _FLOAT32),
             "row_mel_cache": ((rows, spec.mel_cache, mels), _FLOAT32),
@@ -234,11 +235,21 @@ class EncoderSizes:
 
 
 def encoder_sizes(bundle: Bundle, chunk: ChunkConfig) -> EncoderSizes:
-    """Return the sizes of a chunk size's graph. Raises `BundleError` if it is not an encoder graph."""
+    """Return the sizes of a chunk size's graph.
+
+    Raises `BundleError` if it is not an encoder graph, or has a table of other prompt ids than the manifest, beyond
+    which the device would read.
+    """
     graph, bias = f"encoder-{chunk.ms}ms", "encoder.pre_encode.conv.0.bias"
     shapes = bundle.weight_shapes(graph)
     if len(shapes.get(bias, ())) != 1:
         raise BundleError(f"{bundle.file(graph)} has no weight {bias!r}; export the checkpoint again.")
+    prompts, count = shapes.get("prompt.table", (0,))[0], bundle.manifest.languages.count
+    if prompts != count:
+        raise BundleError(
+            f"{bundle.file(graph)} has a table of {prompts} prompt ids, the manifest states {count}; export the "
+            "checkpoint again."
+        )
     return EncoderSizes(shapes[bias][0], sum(map(prod, shapes.values())))
 
 

@@ -45,7 +45,8 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int", "automaton"),  # argument of `set_phrases`: word in the phrase pool where the automaton starts, -1 for none
     ("unsigned long long", "condition"),  # handle of the conditional node
     # -- host memory, two buffers of each
-    ("const char*", "host_input"),  # int slots [max_rows], int lengths [max_rows], float audio [B, N]
+    # int slots [max_rows], lengths [max_rows], prompts [max_rows]; float audio [B, N]
+    ("const char*", "host_input"),
     # int token count, undecided pairs, 2 unused; int failed [max_rows]; EmittedToken tokens[]
     ("char*", "host_output"),
     ("long long", "host_input_bytes"),  # of one buffer
@@ -94,6 +95,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int*", "row_automaton"),  # `slot_automaton` of its slot
     ("long long*", "row_position"),  # [B], also an encoder input
     ("long long*", "row_valid"),
+    ("long long*", "row_prompt"),  # prompt ids; only the encoders of prompted models read them
     ("float*", "waveform"),  # [B, tail + N]
     ("float*", "mel"),  # [B, 8T, M]
     ("float*", "row_mel_cache"),  # [B, 9, M]

@@ -40,7 +40,7 @@ static __device__ __forceinline__ void copy_bytes(char* __restrict__ to, const c
   if (first + rounds * stride < units) target[first + rounds * stride] = __ldg(source + first + rounds * stride);
 }
 
-// Read the step's slots, lengths and audio from the current host input buffer. Grid (rows, any), block BLOCK.
+// Read the step's slots, lengths, prompts and audio from the current host input buffer. Grid (rows, any), block BLOCK.
 extern "C" __global__ void __launch_bounds__(BLOCK) begin(const Step s) {
   const int row = blockIdx.x, thread = threadIdx.x;
   const char* input = s.host_input + (s.control[BUFFER] ? s.host_input_bytes : 0);
@@ -55,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) begin(const Step s) {
     s.row_length[row] = length;
     s.row_automaton[row] = slot < 0 ? -1 : s.slot_automaton[slot];
     s.row_position[row] = position;
+    s.row_prompt[row] = reinterpret_cast<const int*>(input)[2 * s.max_rows + row];  // idle rows have one too
     s.row_valid[row] = slot < 0 ? 0 : min(valid, (long long)(SUBSAMPLING + 1 + SUBSAMPLING * s.frames));
     s.row_count[row] = slot < 0 ? 0 : int(max(0ll, min(available, (long long)s.frames)));
     if (row == 0) {
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) begin(const Step s) {
     }
   }
   if (slot < 0) return;
-  const float* audio = reinterpret_cast<const float*>(input + 8 * s.max_rows) + (long long)row * s.samples;
+  const float* audio = reinterpret_cast<const float*>(input + 12 * s.max_rows) + (long long)row * s.samples;
   float* waveform = s.waveform + (long long)row * (TAIL + s.samples);
   for (int i = blockIdx.y * BLOCK + thread; i < TAIL + s.samples; i += gridDim.y * BLOCK)
     waveform[i] = i < TAIL ? s.tail[(long long)slot * TAIL + i] : audio[i - TAIL];
