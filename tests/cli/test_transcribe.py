@@ -355,7 +355,7 @@ def test_itn_in_every_format(run: Run, results: list[nemostream.Result], monkeyp
     def normalize(words: Sequence[Word]) -> tuple[Word, ...]:
         return replace(words[0], text=f"<{words[0].text}+{words[1].text}>", end=words[1].end), *words[2:]
 
-    monkeypatch.setattr(nemostream, "InverseNormalizer", lambda: normalize, raising=False)
+    monkeypatch.setattr(nemostream, "InverseNormalizer", lambda language: normalize, raising=False)
     row = json.loads(run(CLIPS[0], "--format", "json", "--itn")[1])
     first, second, *rest = results[0].words
     texts = [f"<{first.text}+{second.text}>", *(word.text for word in rest)]
