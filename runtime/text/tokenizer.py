@@ -80,6 +80,14 @@ class Tokenizer:
             ids += map(self._model.piece_to_id, self._pieces[token]) if token in self.tags else [token]
         return ids
 
+    def without_space(self, ids: Sequence[int]) -> list[int]:
+        """Return ids for the same text without the space at its start; none if the vocabulary has no piece for it."""
+        text = self._texts[ids[0]]
+        if text[:1] != " ":
+            return list(ids)
+        first = self._model.piece_to_id(text[1:]) if text[1:] else None
+        return [] if first == self.unknown else [*([] if first is None else [first]), *ids[1:]]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a complete list of ids, as SentencePiece does, without tags."""
         text = ""
