@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +30,7 @@ log = logging.getLogger("nemostream.serving")
 _START_SECONDS = 600.0  # for loading the rules, which takes a minute in some languages
 _UTTERANCE_SECONDS = 60.0  # for one utterance
 _MAX_LINE_BYTES = 64 << 20  # of one response
+_MAX_MEMORY_BYTES = 8 << 30  # of one process; the rules of some languages need gigabytes while they load
 
 
 class Normalizer:
@@ -36,6 +38,7 @@ class Normalizer:
 
     def __init__(self) -> None:
         self._processes: dict[str, _Process] = {}  # by language
+        self._loading = asyncio.Lock()  # the rules of one language are loaded at a time
 
     async def start(self, language: str) -> None:
         """Load the rules of a language unless they are loaded; with "auto", they are loaded when they are needed.
@@ -70,15 +73,16 @@ class Normalizer:
             process.close()
 
     def _process(self, code: str) -> _Process:
-        return self._processes.setdefault(code, _Process(code))
+        return self._processes.setdefault(code, _Process(code, self._loading))
 
 
 class _Process:
     """The process of one language. One utterance at a time; the others wait."""
 
-    def __init__(self, language: str) -> None:
-        self._language = language
+    def __init__(self, language: str, loading: asyncio.Lock) -> None:
+        self._language, self._loading = language, loading
         self._process: asyncio.subprocess.Process | None = None
+        self._loaded = False  # whether its rules are loaded
         self._lock = asyncio.Lock()
         self._request = 0  # number of the last request
 
@@ -102,26 +106,35 @@ class _Process:
                 process.kill()
 
     async def _ensure_process(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
-            return self._process
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "nemostream.serving.normalizer",
-                self._language,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-                limit=_MAX_LINE_BYTES,
-            )
-        except OSError as error:
-            raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
-        await self._call(self._process, [], _START_SECONDS)
+        if self._process is None or self._process.returncode is not None or not self._loaded:
+            async with self._loading:
+                return await self._load()
         return self._process
+
+    async def _load(self) -> asyncio.subprocess.Process:
+        """Return the process when its rules are loaded, also if the client that started it did not wait for them."""
+        if self._process is None or self._process.returncode is not None:
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
+            self._loaded = False
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "nemostream.serving.normalizer",
+                    self._language,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,
+                    limit=_MAX_LINE_BYTES,
+                )
+            except OSError as error:
+                raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
+        process = self._process
+        await self._call(process, [], _START_SECONDS)
+        self._loaded = True
+        return process
 
     async def _call(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
         """Return the response to a request. Responses to cancelled requests are skipped by their number."""
@@ -152,6 +165,9 @@ def main() -> None:
     responses = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # output of the rules must not mix with responses
     os.nice(10)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MAX_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     normalizer = nemostream.InverseNormalizer(sys.argv[1])
     for line in sys.stdin:
         number, rows = json.loads(line)

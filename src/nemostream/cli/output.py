@@ -108,7 +108,7 @@ class Output:
         normalized = [self._normalize(part) for part in parts]
         utterances = (
             tuple(
-                Utterance(text, part.words[0].start, part.words[-1].end)
+                Utterance(text, part.words[0].start, part.words[-1].end, part.words[-1].language)
                 for (text, _), part in zip(normalized, parts, strict=True)
                 if part.words  # a token that is only a space makes no word
             )
@@ -126,6 +126,7 @@ class Output:
             utterances,
             join_texts(part.text for part in parts) if self.itn else None,
             self._channel,
+            next((part.language for part in reversed(parts) if part.language), None),
         )
         # JSON is UTF-8 (RFC 8259); on a standard output with another encoding, escape what is not ASCII.
         ascii = self._folder is None and self._path is None and not _is_utf8(getattr(sys.stdout, "encoding", None))

@@ -38,6 +38,7 @@ class Word:
     end: float
     confidence: float = 0.9
     after_space: bool = True
+    language: str | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 import nemostream
 from nemostream.bundle import Bundle, LanguageConfig
 from nemostream.errors import OptionError
+from nemostream.runtime.text import itn
 from nemostream.serving.languages import english_name, from_riva, select_language, separator
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
@@ -189,6 +190,28 @@ def test_websocket_rejects_unknown_languages(languages_server: Any, speech: Any,
     # Nothing was changed, and the stream continues.
     assert done["text"] == texts["de-DE"]
     assert {event["chunk_ms"] for event in events if event["type"] == "final"} == {560}
+
+
+def test_inverse_text_normalization_needs_rules_for_the_language(
+    languages_bundle: Any, serve_here: Any, speech: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is loaded here: with "auto", the first tag of a language loads its rules."""
+    pytest.importorskip("nemo_text_processing", reason="needs the itn extra")
+    monkeypatch.setattr(itn, "LANGUAGES", ("en", "sv"))
+    message = "does not support the language 'de-DE'; it supports en, sv"
+    with serve_here(bundle=str(languages_bundle.path), measure=False) as running:
+        with pytest.raises(InvalidStatus) as caught, connect(f"{running.socket}/v1/stream?itn=1&language=de"):
+            pass
+        answer = caught.value.response
+        assert answer.status_code == 400 and message in json.loads(answer.body or b"")["error"]["message"]
+        create = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
+        with pytest.raises(openai.BadRequestError, match=message):
+            create(model="any", file=nemostream.demo_clip(), language="de", extra_body={"itn": "true"})
+        with connect(f"{running.socket}/v1/stream?itn=1&language=auto") as socket:
+            socket.recv()
+            *events, done = events_of(socket, {"type": "configure", "language": "de"}, speech[:8000].tobytes())
+        (rejected,) = [event for event in events if event["type"] == "rejected"]
+        assert message in rejected["message"] and done["type"] == "done"
 
 
 def test_websocket_detected_languages(languages_server: Any, model: Any, spoken: Any) -> None:
