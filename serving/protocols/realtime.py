@@ -344,15 +344,16 @@ class _RealtimeConnection:
     async def _send_completed(self, event: Event | None) -> None:
         if event:
             await self._send_delta(event)
-        await self._send(
-            {
-                "type": "conversation.item.input_audio_transcription.completed",
-                "item_id": self._item,
-                "content_index": 0,
-                "transcript": event.text if event else "",
-                "usage": {"type": "duration", "seconds": round(self._buffered, 3)},
-            }
-        )
+        completed: dict[str, Any] = {
+            "type": "conversation.item.input_audio_transcription.completed",
+            "item_id": self._item,
+            "content_index": 0,
+            "transcript": event.text if event else "",
+            "usage": {"type": "duration", "seconds": round(self._buffered, 3)},
+        }
+        if self._service.model.manifest.languages.prompts:  # models that detect the language, as OpenAI's do
+            completed["languages"] = to_openai(languages_of(event.words if event else (), self.session.language))
+        await self._send(completed)
         self._item, self._previous_item, self._sent_text = "", self._item, ""
 
     async def _send(self, event: dict[str, Any]) -> None:

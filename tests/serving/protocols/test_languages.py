@@ -339,9 +339,13 @@ def test_openai_languages(languages_server: Any, model: Any, spoken: Any, texts:
     ):
         verbose = create(model="any", file=path, response_format="verbose_json", **options)
         assert (verbose.text, verbose.language) == (texts[name], english), options
-    events = list(create(model="any", file=path, language="de", stream=True))
-    assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == texts["de-DE"]
-    assert events[-1].text == texts["de-DE"]
+    # The languages of both utterances; only the second one has a tag, that of German.
+    for language, name, codes in (("ar", "ar-AR", ["ar"]), ("en", "en-US", ["en", "de"]), ("auto", "en-US", ["de"])):
+        answer = create(model="any", file=path, language=language)
+        assert [language.code for language in answer.languages] == codes
+        events = list(create(model="any", file=path, language=language, stream=True))
+        assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == texts[name]
+        assert events[-1].text == texts[name] and [language.code for language in events[-1].languages] == codes
     for options in ({"language": "de-AT"}, {"languages": ["en", "de-AT"]}, {"language": "de", "languages": ["de-AT"]}):
         with pytest.raises(openai.BadRequestError, match="similar ones are de-DE"):
             create(model="any", file=path, **options)
@@ -413,8 +417,8 @@ def test_realtime_language(languages_server: Any, model: Any, speech: Any, texts
             await append(speech[at:])
             await connection.input_audio_buffer.commit()
             events += await until(connection, COMPLETED)
-            transcripts = [event.transcript for event in events if event.type == COMPLETED]
-            assert " ".join(transcripts) == expected
+            assert events[-1].transcript == expected
+            assert [language.code for language in events[-1].languages] == ["ar"]
 
     asyncio.run(main())
 
@@ -490,5 +494,6 @@ def test_a_model_of_one_language_reports_it(serve_here: Any, spoken: Any, tmp_pa
             assert {word.language_code for word in result.alternatives[0].words} == {"hi"}
         create = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
         assert create(model="any", file=clip.path, response_format="verbose_json").language == "hindi"
+        assert create(model="any", file=clip.path).languages is None
         with pytest.raises(openai.BadRequestError, match="supports 'hi' only"):
             create(model="any", file=clip.path, language="en")
