@@ -73,6 +73,11 @@ class Model:
         self._scheduler = Scheduler(self.manifest, backend)
         self._context = SessionContext(self._scheduler, self.manifest, self._tokenizer, delay_ms)
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages that a stream can be opened with, one name each; "auto" stands for detection."""
+        return self.manifest.languages.names
+
     @with_options
     def stream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Unpack[Options]) -> LiveStream:
         """Open a live stream, to which audio is pushed at `sample_rate`.
@@ -227,6 +232,7 @@ class Model:
         """
         self._scheduler.check_process()
         chunk_ms, phrases = options.get("chunk_ms"), options.get("phrases")
+        language = self.manifest.languages.name(options.get("language"))  # first: it is quick to check
         return StreamSession(
             self._context,
             sample_rate,
@@ -237,6 +243,7 @@ class Model:
             endpoint=options.get("endpoint"),
             phrases=None if phrases is None else self._compiled(phrases),
             vad=self._new_vad_filter() if options.get("vad") else None,
+            language=language,
             checkpointer=checkpointer,
             block=block,
         )
@@ -282,6 +289,7 @@ class Model:
             "endpoint": repr(options.get("endpoint")),
             "phrases": phrases and self._compiled(phrases).digest.tobytes().hex(),
             "vad": bool(options.get("vad")),
+            "language": self.manifest.languages.name(options.get("language")),
         }
 
     def _compiled(self, phrases: Mapping[str, float] | Sequence[str] | Boosting) -> Boosting:

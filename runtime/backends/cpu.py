@@ -146,6 +146,7 @@ class OrtBackend:
         """
         self.prepare(batch.chunk)
         manifest, chunk, state = self.manifest, batch.chunk, self._state
+        prompts = batch.prompt_ids(manifest.languages)
         position = state.position[batch.slots]
         received = position * manifest.samples_per_frame - manifest.lead + batch.lengths  # samples, this step included
         factor = manifest.encoder.subsampling
@@ -154,7 +155,7 @@ class OrtBackend:
         total = np.array([manifest.encoder_frames(int(samples)) for samples in received])
         counts = np.clip(total - position, 0, chunk.frames)
         try:
-            encoded = self._steps[chunk.ms].run(batch, position, valid)
+            encoded = self._steps[chunk.ms].run(batch, position, valid, prompts)
         except Exception as error:  # ONNX Runtime has its own exceptions
             raise BackendError(f"ONNX Runtime failed in a {chunk.ms} ms step: {error}") from error
         state.position[batch.slots] += chunk.frames
@@ -255,6 +256,7 @@ class _ChunkStep:
     ) -> None:
         spec = bundle.manifest.encoder
         self.state, self.chunk, self.cache = state, chunk, spec.cache
+        self.prompted = bundle.manifest.languages.count > 0  # whether the encoder has the input `prompt`
         self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
         self.encoder = _session(encoder, threads)
         graphs = bundle.manifest.graphs
@@ -271,7 +273,7 @@ class _ChunkStep:
         self._buffers: dict[str, NDArray[Any]] = {}  # for the largest batch; smaller ones use the beginning
         self._bound: dict[int, _BatchBindings] = {}  # by batch size
 
-    def run(self, batch: Batch, position: Ints, valid: Ints) -> Floats:
+    def run(self, batch: Batch, position: Ints, valid: Ints, prompts: Ints) -> Floats:
         """Run features and encoder, update the slots except `position`, and return `encoded_joint` [B, T, J]."""
         state, slots, rows = self.state, batch.slots, len(batch.slots)
         bound = self._bound.get(rows) or self._bound.setdefault(rows, _BatchBindings(self, rows))
@@ -281,6 +283,7 @@ class _ChunkStep:
         bound["mel_cache"][:] = state.mel_cache[slots]
         bound["position"][:] = position
         bound["valid"][:] = valid
+        bound["prompt"][:] = prompts
         first = int(slots[0])
         if int(slots[-1]) - first == rows - 1 and (np.diff(slots) == 1).all():
             bound.bind_caches([array[:, first : first + rows] for array in (state.k, state.v, state.conv)])
@@ -323,12 +326,15 @@ class _BatchBindings:
             self._arrays[name] = step.array(name, rows, step.state.k.dtype)
         for name in ("lengths", "position", "valid"):
             self._arrays[name] = step.array(name, rows, np.int64)
+        self._arrays["prompt"] = np.zeros(rows, np.int64)
         for name in ("audio", "audio_tail", "lengths"):
             _bind(self.features.bind_input, name, self[name])
         for name in ("mel", "audio_tail_next"):
             _bind(self.features.bind_output, name, self[name])
         for name in ("mel", "mel_cache", "position", "valid"):
             _bind(self.encoder.bind_input, name, self[name])
+        if step.prompted:
+            _bind(self.encoder.bind_input, "prompt", self["prompt"])
         for name in ("encoded_joint", "mel_cache_next", "k_new", "v_new", "conv_next"):
             _bind(self.encoder.bind_output, name, self[name])
 

@@ -46,6 +46,11 @@ class AsyncLiveStream:
         """Size of the last of these chunks, in milliseconds."""
         return self._session.chunk_ms
 
+    @property
+    def language(self) -> str:
+        """The name of the language that is set, one of the model's `languages`."""
+        return self._session.language
+
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
         await self._feed(self._session.feed, pcm)
@@ -82,6 +87,10 @@ class AsyncLiveStream:
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """As `LiveStream.set_chunk_ms`; never blocks."""
         self._session.set_chunk_ms(chunk_ms)
+
+    def set_language(self, language: str | None) -> None:
+        """As `LiveStream.set_language`; never blocks."""
+        self._session.set_language(language)
 
     def close(self) -> None:
         """As `LiveStream.close`; never blocks."""

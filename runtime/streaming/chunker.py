@@ -36,6 +36,7 @@ class WorkItem:
     audio: Floats = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)  # [chunk.samples]
     length: int = 0  # leading samples of `audio` that belong to the stream; the rest is zero
     reset_slot: bool = False  # the slot must be reset before the item is run
+    prompt: int = 0  # id of the language (`LanguageConfig.prompts`)
 
 
 class ChunkFilter(Protocol):
@@ -60,6 +61,7 @@ class _AudioChunk:
     audio: Floats  # [config.samples], zero from `length` on
     length: int  # samples in it
     begin_sample: int  # the stream's `samples` when it was opened
+    prompt: int = 0  # the stream's `prompt` when it was completed
 
 
 @dataclass
@@ -88,8 +90,11 @@ class Chunker:
     Digital silence (`skip_silence`) ends a recording. The audio after it starts a new one, as after `end_utterance`.
     """
 
-    def __init__(self, manifest: Manifest, chunk: ChunkConfig, chunk_filter: ChunkFilter | None = None) -> None:
+    def __init__(
+        self, manifest: Manifest, chunk: ChunkConfig, chunk_filter: ChunkFilter | None = None, prompt: int = 0
+    ) -> None:
         self.chunk = chunk  # size of the chunks after the one being filled
+        self.prompt = prompt  # language of the chunk being filled and of those after it
         self.samples = 0  # samples accepted so far, without the lead silence
         self.ended = False
         self._manifest, self._filter = manifest, chunk_filter
@@ -166,7 +171,7 @@ class Chunker:
         if self.ended:
             return
         self._flush()
-        self._queue.append(WorkItem("end_of_utterance", self.chunk, self.samples))
+        self._queue.append(WorkItem("end_of_utterance", self.chunk, self.samples, prompt=self.prompt))
         self._begin_recording()
 
     def save(self) -> dict[str, NDArray[Any]]:
@@ -186,6 +191,7 @@ class Chunker:
             "counts": np.array(counts, np.int64),
             "flags": np.array([self._in_silence, recording.reset_slot]),
             "sizes": np.array(sizes, np.int64),
+            "prompts": np.array([self.prompt, *(held.prompt for held in self._held)], np.int64),
             "filling": filling.audio[: filling.length].copy(),
             "held": np.concatenate([np.zeros(0, np.float32), *(held.audio for held in self._held)]),
         }
@@ -203,6 +209,10 @@ class Chunker:
             raise ValueError(f"sizes are {sizes}; at least two are required")
         in_silence, reset_slot = saved_array(state, "flags", np.bool_, 2).tolist()
         filling, chunk, *held = (manifest.chunk(ms) for ms in sizes)
+        prompt, *held_prompts = saved_counts(state, "prompts", 1 + len(held))
+        unknown = {prompt, *held_prompts} - {*(manifest.languages.prompts.values() or [0])}
+        if unknown:
+            raise ValueError(f"prompts are {sorted(unknown)}, which the model does not have")
         held_samples = sum(config.samples for config in held)
         first = not run_frames and not skipped and not held  # the chunk being filled contains the lead silence
         if in_silence:  # the recording is complete and the next one starts anew: only `end` matters
@@ -222,13 +232,14 @@ class Chunker:
         held_audio = saved_array(state, "held", np.float32, held_samples)
         if not (np.isfinite(filling_audio).all() and np.isfinite(held_audio).all()):
             raise ValueError("its audio is not finite")
-        self.samples, self.chunk, self._in_silence = samples, chunk, in_silence
+        self.samples, self.chunk, self.prompt, self._in_silence = samples, chunk, prompt, in_silence
         self._recording = _Recording(begin, end, run_frames, skipped, reset_slot)
         self._filling = _AudioChunk(filling, np.zeros(filling.samples, np.float32), length, chunk_begin)
         self._filling.audio[:length] = filling_audio
         at = 0
-        for config in held:
-            self._held.append(_AudioChunk(config, held_audio[at : at + config.samples], config.samples, 0))
+        for config, held_prompt in zip(held, held_prompts, strict=True):
+            audio = held_audio[at : at + config.samples]
+            self._held.append(_AudioChunk(config, audio, config.samples, 0, held_prompt))
             at += config.samples
 
     def _check_open(self) -> None:
@@ -256,6 +267,7 @@ class Chunker:
     def _close_chunk(self) -> None:
         """Run, hold or skip the chunk that is full, and open the next one."""
         chunk = self._filling
+        chunk.prompt = self.prompt
         self._held.append(chunk)
         if self._passes(chunk):
             self._run_held()
@@ -277,6 +289,7 @@ class Chunker:
         recording = self._recording
         frames = self._manifest.encoder_frames(self.samples - recording.begin_sample - recording.skipped_samples)
         while recording.run_frames < frames:
+            self._filling.prompt = self.prompt
             self._queue_run(self._filling, frames - recording.run_frames)
             self._filling = self._new_chunk()
 
@@ -295,7 +308,16 @@ class Chunker:
         recording.end_sample += frame * min(chunk.config.frames, max_frames)
         recording.run_frames += chunk.config.frames
         self._queue.append(
-            WorkItem("run", chunk.config, recording.end_sample, origin, chunk.audio, chunk.length, recording.reset_slot)
+            WorkItem(
+                "run",
+                chunk.config,
+                recording.end_sample,
+                origin,
+                chunk.audio,
+                chunk.length,
+                recording.reset_slot,
+                chunk.prompt,
+            )
         )
         recording.reset_slot = False
 
@@ -304,10 +326,10 @@ class Chunker:
         recording = self._recording
         recording.end_sample += self._manifest.samples_per_frame * chunk.config.frames
         recording.skipped_samples += chunk.length
-        self._queue.append(WorkItem("skip", chunk.config, recording.end_sample))
+        self._queue.append(WorkItem("skip", chunk.config, recording.end_sample, prompt=chunk.prompt))
 
     def _queue_silence(self, samples: int) -> None:
         """Queue `samples` of digital silence to be skipped, if any."""
         if samples > 0:
             self._recording.end_sample += samples
-            self._queue.append(WorkItem("skip", self.chunk, self._recording.end_sample))
+            self._queue.append(WorkItem("skip", self.chunk, self._recording.end_sample, prompt=self.prompt))

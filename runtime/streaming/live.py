@@ -42,6 +42,11 @@ class LiveStream:
         """Size of the last of these chunks, in milliseconds."""
         return self._session.chunk_ms
 
+    @property
+    def language(self) -> str:
+        """The name of the language that is set, one of the model's `languages`."""
+        return self._session.language
+
     def push(self, pcm: Pcm) -> list[Result]:
         """Append audio, wait for the chunks it completes and return one partial result for each.
 
@@ -85,6 +90,14 @@ class LiveStream:
         Pushed audio and the encoder's context are kept. Raises `OptionError` if the model does not support the size.
         """
         self._session.set_chunk_ms(chunk_ms)
+
+    def set_language(self, language: str | None) -> None:
+        """Change the language; None: to the model's default. Raises `OptionError` if the model does not support it.
+
+        The change takes effect with the chunk being filled: audio of chunks that are already complete is transcribed in
+        the previous language. The encoder's context is kept.
+        """
+        self._session.set_language(language)
 
     def close(self) -> None:
         """Release the slot at once. Does nothing after `finish`."""

@@ -171,6 +171,12 @@ class Scheduler:
         with self._lock:
             stream.chunker.set_chunk(chunk)
 
+    def set_prompt(self, stream: StreamState, prompt: int) -> None:
+        """Change a stream's language from its next chunk on. The state at the backend is the same for all languages."""
+        self.check_process()
+        with self._lock:
+            stream.chunker.prompt = prompt
+
     def collect(self, stream: StreamState) -> list[StepOutput]:
         """Return a stream's outputs since the last call, in order."""
         self.check_process()
@@ -369,6 +375,7 @@ class Scheduler:
                 np.array([stream.slot for stream in streams], np.int64),
                 np.stack([item.audio for item in items]),
                 np.array([item.length for item in items], np.int64),
+                np.array([item.prompt for item in items], np.int64) if self._manifest.languages.count else None,
             )
             return InFlightStep(streams, items, self._backend.submit(batch), started)
         except Exception as error:

@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     phrases: a list of phrases to boost, or a mapping of phrases to weights.
     confidence: a `Confidence`, the confidence measure (default: the model's).
     vad: skip chunks without speech; requires the `vad` extra (default: False).
+    language: one of the model's `languages`, such as "de" or "de-DE" (default: the model's).
     """
 
     chunk_ms: int | None
@@ -55,6 +56,7 @@ class Options(TypedDict, total=False):
     phrases: Mapping[str, float] | Sequence[str] | Boosting | None
     confidence: Confidence | None
     vad: bool
+    language: str | None
 
 
 _OPTIONS: dict[str, Any] = dict.fromkeys(Options.__annotations__) | {"vad": False}
@@ -132,12 +134,15 @@ class StreamSession:
         endpoint: Endpoint | None = None,
         phrases: Boosting | None = None,
         vad: VadFilter | None = None,
+        language: str | None = None,
         checkpointer: Checkpointer | None = None,
         block: bool = False,
     ) -> None:
         manifest, tokenizer = context.manifest, context.tokenizer
         self._scheduler, self._manifest, self._tokenizer = context.scheduler, manifest, tokenizer
         self._rate = manifest.features.sample_rate
+        languages = manifest.languages
+        self._language_names = {languages.prompt(name): name for name in languages.names}  # by prompt id
         # Audio
         self.preprocessor = AudioPreprocessor(sample_rate, channels, self._rate)
         self._silence = SilenceSplitter(self.preprocessor.sample_rate)
@@ -160,7 +165,7 @@ class StreamSession:
             Endpointer(endpoint, manifest, tokenizer.word_starts, tokenizer.closing_punctuation) if endpoint else None
         )
         self._guard = RepetitionGuard(manifest)
-        hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad)
+        hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad, languages.prompt(language))
         self._checkpointer, self._digest = checkpointer, Digest()
         self._snapshot = checkpointer.load() if checkpointer else None  # None once its audio has been fed again
         if checkpointer and self._snapshot:
@@ -202,6 +207,15 @@ class StreamSession:
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """Change the chunk size. Raises `OptionError` if the model does not support it."""
         self._scheduler.set_chunk(self._stream, self._manifest.chunk(chunk_ms))
+
+    @property
+    def language(self) -> str:
+        """The name of the language that is set."""
+        return self._language_names[self._stream.chunker.prompt]
+
+    def set_language(self, language: str | None) -> None:
+        """Change the language; None: to the model's default. Raises `OptionError` if the model does not support it."""
+        self._scheduler.set_prompt(self._stream, self._manifest.languages.prompt(language))
 
     def end_utterance(self) -> None:
         """End the utterance. Raises `StreamError` after `finish`."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nemostream.errors import OptionError
 from nemostream.untrusted import MIB, open_regular, parse_json, short_repr
 
-VERSION = 3
+VERSION = 4
 SECONDS = 30.0  # between two snapshots
 
 # Limits of a snapshot file. Its arrays are not compressed, so reading one takes no more memory than the file's size.

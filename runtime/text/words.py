@@ -32,6 +32,7 @@ class Token:
     end: float = field(compare=False)  # seconds: end of that frame, or of the recording if earlier
     score: float  # natural logarithm of its probability, given the audio and the tokens before it
     confidence: float  # 0 to 1, by the stream's `Confidence`
+    language: str | None = None  # of a language tag, such as "de-DE"; the text of a tag is empty
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Word:
     start: float  # seconds: time of its first token
     end: float  # seconds: end of its last token
     confidence: float  # 0 to 1: aggregate over its tokens, by the stream's `Confidence`
+    language: str | None = None  # of the language tag that follows it, if the model emitted one
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Result:
     final: bool
     decoded: float = 0.0  # seconds of audio processed by the model; trailing silence is counted up to here
     aggregation: str = "min"  # how the confidence of words is computed from that of tokens
+    language: str | None = None  # as set for the stream; with "auto": of the last language tag, None before the first
 
     @cached_property
     def words(self) -> tuple[Word, ...]:
