@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from host_device import HostDevice, OrtEncoder
+from host_device import OrtEncoder
 from prompted import LANGUAGES, prompted_bundle
 
 from nemostream.bundle import Bundle
@@ -57,7 +56,9 @@ def test_rows_with_different_prompts(gpu: GpuBackend, prompted: Bundle, clips: d
     for backend in (gpu, cpu, other):
         backend.reset(np.arange(CAPACITY))
     pending, emitted, changed = [], 0, 0
-    for step, slots in enumerate([[0, 1, 2, 3, 4], [0, 1, 3, 4], [1, 3], [4], [0, 2, 3], [0, 4], [0, 1, 2, 3, 4]] * 2):
+    for step, slots in enumerate(
+        [[0, 1, 2, 3, 4], [0, 1, 3, 4], [1, 3], [4], [0, 1, 3], [0, 4], [1, 2, 4], [0, 1, 2, 3, 4]]
+    ):
         chunk = prompted.manifest.chunk((560, 80)[step % 2])
         audio, lengths = speech(clips, chunk, step, slots), np.full(len(slots), chunk.samples)
         prompts = rng.choice(IDS, len(slots))
@@ -72,11 +73,11 @@ def test_rows_with_different_prompts(gpu: GpuBackend, prompted: Bundle, clips: d
             for value, expected in zip(got.scores, wanted.scores, strict=True):
                 np.testing.assert_allclose(value, expected, atol=1e-3)
             emitted += sum(map(len, got.tokens))
-    assert emitted > 20 and changed > 7, "the tokens depend on the prompts"
+    assert emitted > 20 and changed > 4, "the tokens depend on the prompts"
 
 
 def test_encoder_output(gpu: GpuBackend, prompted: Bundle, clips: dict[str, np.ndarray]) -> None:
-    """Rows are computed with their own prompts; without prompts, and in idle rows, with that of the default language."""
+    """Rows have their own prompts; without prompts, and in idle rows, it is that of the default language."""
     cpu, chunk = OrtBackend(prompted, capacity=CAPACITY, threads=1), prompted.manifest.chunk(560)
     default = LANGUAGES.prompt(None)
     assert default
@@ -103,18 +104,18 @@ def test_encoder_output(gpu: GpuBackend, prompted: Bundle, clips: dict[str, np.n
 
 
 @pytest.mark.parametrize("invalid", [-1, LANGUAGES.count, 1 << 32])
-def test_invalid_prompt_ids(
-    invalid: int, gpu: GpuBackend, small_bundle: Bundle, prompted: Bundle, clips: dict[str, np.ndarray]
-) -> None:
+def test_invalid_prompt_ids(invalid: int, gpu: GpuBackend, prompted: Bundle, clips: dict[str, np.ndarray]) -> None:
     """They are rejected before anything is launched, and the streams continue."""
     cpu, chunk = OrtBackend(prompted, capacity=CAPACITY, threads=1), prompted.manifest.chunk(560)
+    cpu.reset(np.arange(2))
     for step in range(4):
         audio, lengths = speech(clips, chunk, step, [0, 1]), np.full(2, chunk.samples)
         batch = Batch(chunk, np.arange(2), audio, lengths, np.array([3, 0]))
-        for backend in (gpu, cpu):
+        backends: list[Any] = [gpu, cpu]
+        for backend in backends:
             queued = getattr(gpu.device, "queued", 0)
             with pytest.raises(OptionError, match=f"a prompt id is {invalid}; this model has the ids 0 to 6"):
-                backend.submit(dataclasses.replace(batch, prompts=np.array([3, invalid])))  # type: ignore[attr-defined]
+                backend.submit(dataclasses.replace(batch, prompts=np.array([3, invalid])))
             assert getattr(gpu.device, "queued", 0) == queued
         assert tokens(gpu.submit(batch).result()) == tokens(cpu.submit(batch).result())
 
