@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import sentencepiece
 from onnx import helper
 
 from nemostream.bundle import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, Weight, sha256
@@ -19,27 +20,39 @@ from nemostream.export.decoder import write_decoder, write_joint
 from nemostream.export.encoder import write_encoder
 from nemostream.export.features import write_features
 from nemostream.export.graph import WeightStore
+from nemostream.export.languages import order_languages, select_language
 from nemostream.export.parity import measure_parity
 
 _LIBRARIES = ("nemostream", "nemo_toolkit", "torch", "onnx", "onnxruntime", "numpy")
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callable[[str], None] | None = None) -> Bundle:
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    progress: Callable[[str], None] | None = None,
+    *,
+    language: str | None = None,
+) -> Bundle:
     """Export a `.nemo` file, or a pretrained model by its NeMo name, into the bundle folder `out`.
 
     The graphs are compared with NeMo before the bundle appears at `out`: for each chunk size they may differ by at most
     1e-4 in fp32 over at least 12 consecutive steps of recorded speech. An existing bundle is replaced. `progress` is
-    called with a message before each step.
+    called with a message before each step, and with warnings. `language` is that of streams that set none: the default
+    of a prompted model, or the language of a model of one language, if it is not English.
 
     Raises `CheckpointError` if the checkpoint is not supported (before any work is done), `ParityError` if the output
-    of a graph differs from NeMo's, `OptionError` if `out` exists and is not a bundle.
+    of a graph differs from NeMo's, `OptionError` if `out` exists and is not a bundle, or if the model does not have
+    `language`.
     """
     report = progress or (lambda message: None)
     out = Path(out)
     if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"{out} exists and is not a bundle; choose another folder.")
     path = _resolve(checkpoint, report)
-    check_config(read_config(path))
+    config = check_config(read_config(path))
+    select_language(config.languages, language)
+    for warning in config.warnings:
+        report(f"warning: {warning}")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
@@ -48,7 +61,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callabl
         report(f"reading {path}")
         source = open_checkpoint(path, unpacked)
         origin = {"source": str(checkpoint), "sha256": sha256(path), "bytes": path.stat().st_size}
-        bundle = write_bundle(source, folder, origin, report)
+        bundle = write_bundle(source, folder, origin, report, language)
         del source  # it maps files of the folder that is removed next
         shutil.rmtree(unpacked)
         manifest = measure_parity(bundle, path, report)
@@ -61,9 +74,14 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, progress: Callabl
 
 
 def write_bundle(
-    source: Checkpoint, folder: Path, origin: Mapping[str, Any], report: Callable[[str], None] = lambda message: None
+    source: Checkpoint,
+    folder: Path,
+    origin: Mapping[str, Any],
+    report: Callable[[str], None] = lambda message: None,
+    language: str | None = None,
 ) -> Bundle:
     """Write graphs, weights, tokenizer and manifest into an empty folder, without comparing them with NeMo."""
+    languages = order_languages(select_language(source.languages, language), _pieces(source))
     graphs, weights, tensors = _write_graphs(source, folder, report)
     tokenizer = folder / "tokenizer.model"
     shutil.copyfile(source.tokenizer, tokenizer)
@@ -77,6 +95,7 @@ def write_bundle(
         weights=_file(weights),
         tensors=tensors,
         tokenizer=_file(tokenizer),
+        languages=languages,
         checkpoint=origin,
         versions={name: _version(name) for name in _LIBRARIES},
     )
@@ -101,6 +120,21 @@ def _resolve(checkpoint: str | Path, report: Callable[[str], None]) -> Path:
         raise CheckpointError(
             f"{checkpoint} is neither a file nor a model that NeMo could fetch ({type(error).__name__}: {reason})."
         ) from error
+
+
+def _pieces(source: Checkpoint) -> list[str]:
+    """Return the pieces of the tokenizer. Raises `CheckpointError` if they are not the model's vocabulary."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(source.tokenizer))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the tokenizer of {source.name} is not a SentencePiece model.") from error
+    pieces, vocabulary = tokenizer.get_piece_size(), source.decoder.vocabulary
+    if pieces != vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {source.name} has {pieces} pieces, but the model has {vocabulary} tokens; use the "
+            "tokenizer that the model was trained with."
+        )
+    return [tokenizer.id_to_piece(index) for index in range(pieces)]
 
 
 def _write_graphs(

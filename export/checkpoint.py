@@ -1,4 +1,8 @@
-"""Read a `.nemo` checkpoint: validate its configuration, and return its weights as NumPy arrays.
+"""Checkpoints: the sizes and weights that the graphs are written from, and the reader of `.nemo` files.
+
+`Checkpoint` is independent of the file format: names of weights and configuration fields are NeMo's, and weights are
+NumPy arrays. `check_config` turns a NeMo configuration into a `ModelConfig`. Only the reader of `.nemo` files needs
+torch.
 
 A `.nemo` file is a tar archive of `model_config.yaml`, `model_weights.ckpt` (a PyTorch state dict) and the tokenizer.
 The configuration defines the model; unsupported values are rejected by field name before any work is done. Absent
@@ -7,6 +11,7 @@ fields have NeMo's defaults (`collections/asr/modules/conformer_encoder.py`, `rn
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import re
@@ -24,9 +29,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig
+from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, LanguageConfig
 from nemostream.errors import CheckpointError
 from nemostream.untrusted import MIB, open_regular, short_repr
+
+_TRANSDUCERS = ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel")
+_PROMPTED = ("EncDecRNNTBPEModelWithPrompt", "EncDecHybridRNNTCTCBPEModelWithPrompt")
+_MULTITALKER = "EncDecMultiTalkerRNNTBPEModel"
+_STREAMING_MODEL = "nvidia/nemotron-speech-streaming-en-0.6b"
 
 _WEIGHTS, _CONFIG, _TOKENIZER = "model_weights.ckpt", "model_config.yaml", "tokenizer.model"
 _REQUIRED = object()
@@ -39,15 +49,15 @@ _MAX_MEMBERS = 10_000
 _MAX_RATIO = 200  # size of the contents of a compressed archive / size of the archive; weights hardly compress
 _MIN_CONTENT_LIMIT = 64 * MIB  # contents allowed at any ratio, because zeros compress well
 _MAX_READ_BYTES = 16 * MIB  # per call: tarfile reads an extended header in one call
+_NEMO_MAX_SYMBOLS = 10  # per frame, of a configuration that has no section for greedy decoding
 _MAX_ALIASES = 100  # in a configuration; those of NeMo have none
 _MAX_DEPTH = 50
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """An unpacked checkpoint that the exporter supports. Weights stay memory-mapped until `array` returns them."""
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the configuration of a supported model determines."""
 
-    name: str
     features: FeatureConfig
     encoder: EncoderConfig
     decoder: DecoderConfig
@@ -55,16 +65,38 @@ class Checkpoint:
     log_guard: float  # added to mel energies before the logarithm
     conv_norm: str  # "layer_norm" or "batch_norm"
     input_scale: float  # sqrt(d_model) with xscaling, else 1
-    joint_output: str  # name of the joint's last layer in the state dict, "joint.joint_net.2"
-    tokenizer: Path
-    state: Mapping[str, Any]  # name -> torch tensor
+    languages: LanguageConfig = dataclasses.field(
+        default_factory=LanguageConfig
+    )  # with prompts, in the checkpoint's order
+    speaker_kernels: tuple[str, ...] = ()  # of a multitalker model, before the first layer
+    warnings: tuple[str, ...] = ()  # for the user, one sentence each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(ModelConfig):
+    """A checkpoint that the exporter supports: its sizes, and its weights by their names in NeMo's state dict.
+
+    `state` reads an array when it is looked up, so that export needs memory for one tensor at a time.
+    """
+
+    name: str
+    tokenizer: Path  # SentencePiece model
+    state: Mapping[str, NDArray[Any]]
+
+    @property
+    def joint_output(self) -> str:
+        """Name of the joint's last layer, "joint.joint_net.2". Raises `CheckpointError` if there is none."""
+        layers = [n.removesuffix(".weight") for n in self.state if re.fullmatch(r"joint\.joint_net\..+\.weight", n)]
+        if not layers:
+            raise CheckpointError("the checkpoint has no tensor 'joint.joint_net.*.weight', the output of the joint.")
+        return max(layers)
 
     def array(self, name: str) -> NDArray[Any]:
-        """Return a tensor as a NumPy array, floating-point ones in fp32. Raises `CheckpointError` if it is missing."""
+        """Return a tensor, in fp32 if it is a floating-point one. Raises `CheckpointError` if it is missing."""
         if name not in self.state:
             raise CheckpointError(f"the checkpoint has no tensor '{name}', which its configuration requires.")
-        tensor = self.state[name]
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        array = self.state[name]
+        return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
 
     def has(self, name: str) -> bool:
         """Return whether the state dict has the tensor."""
@@ -85,41 +117,50 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
 
     Raises `CheckpointError` if the checkpoint is damaged or not supported.
     """
-    import torch  # not needed to reject a checkpoint by its configuration
-
     config = read_config(path)
-    features, encoder, decoder, chunks, extra = check_config(config)
+    model = check_config(config)
     if not path.stem.isprintable():
         raise CheckpointError(f"{short_repr(path.name)} has unprintable characters; rename the checkpoint.")
     found = _unpack(path, workdir, _tokenizer_name(config))
     if _WEIGHTS not in found:
         raise CheckpointError(f"{path} contains no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
-    try:
-        state = torch.load(found[_WEIGHTS], map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
-            f"({type(error).__name__}: {reason})."
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
-    outputs = sorted(n.removesuffix(".weight") for n in state if n.startswith("joint.joint_net.") and "weight" in n)
-    if not outputs:
+    state = _TorchState(path, found[_WEIGHTS])
+    if not any(name.startswith("joint.joint_net.") for name in state):
         raise CheckpointError(f"the weights of {path} contain no joint network.")
-    return Checkpoint(
-        name=path.stem,
-        features=features,
-        encoder=encoder,
-        decoder=decoder,
-        chunks=chunks,
-        joint_output=outputs[-1],
-        tokenizer=_tokenizer(config, found),
-        state=state,
-        **extra,
-    )
+    return Checkpoint(name=path.stem, tokenizer=_tokenizer(config, found), state=state, **vars(model))
+
+
+class _TorchState(Mapping[str, NDArray[Any]]):
+    """A PyTorch state dict whose tensors stay memory-mapped until they are looked up."""
+
+    def __init__(self, path: Path, weights: Path) -> None:
+        """Open the state dict in `weights`, a file of the checkpoint `path`. Raises `CheckpointError`."""
+        import torch  # not needed to reject a checkpoint by its configuration, nor to read other formats
+
+        try:
+            state = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+        if not isinstance(state, Mapping) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+        ):
+            raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
+        self._tensors = state
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bf16
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 # -- the archive -------------------------------------------------------------------------------------------------------
@@ -283,33 +324,93 @@ def _check_size(config: Any, max_values: int = 1_000_000) -> None:
             pending += value
 
 
-def check_config(
-    config: Mapping[str, Any],
-) -> tuple[FeatureConfig, EncoderConfig, DecoderConfig, tuple[ChunkConfig, ...], dict[str, Any]]:
-    """Return the sizes of the model. Raises `CheckpointError` naming the first unsupported field and its value.
-
-    The last item is a dictionary of the other fields of `Checkpoint` that the configuration determines.
-    """
-    _expect(config, "target", ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel"), class_name=True)
-    for field in ("loss.loss_name", "decoding.model_type"):
-        _expect(config, field, ("rnnt", "default", "warprnnt_numba", "warprnnt", None), None)
-    for field in ("model_defaults.tdt_durations", "decoding.durations", "model_defaults.initialize_prompt_feature"):
-        _expect(config, field, (None, [], False), None)
+def check_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Return the sizes of the model. Raises `CheckpointError` naming the first unsupported field and its value."""
+    _check_kind(config)
     _expect(config, "adapters", (None, {}), None)
     features, log_guard = _features(config)
     encoder, chunks = _encoder(config, features)
-    decoder = _decoder(config)
+    decoder, warnings = _decoder(config)
     _expect(config, "encoder.xscaling", (True, False), True)
     scaled = _get(config, "encoder.xscaling", True)
-    extra = {
-        "log_guard": log_guard,
-        "conv_norm": _get(config, "encoder.conv_norm_type", "batch_norm"),
-        "input_scale": float(np.sqrt(encoder.d_model)) if scaled else 1.0,
-    }
-    return features, encoder, decoder, chunks, extra
+    return ModelConfig(
+        features=features,
+        encoder=encoder,
+        decoder=decoder,
+        chunks=chunks,
+        log_guard=log_guard,
+        conv_norm=_get(config, "encoder.conv_norm_type", "batch_norm"),
+        input_scale=float(np.sqrt(encoder.d_model)) if scaled else 1.0,
+        languages=_languages(config),
+        speaker_kernels=_speaker_kernels(config),
+        warnings=warnings,
+    )
 
 
-def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def _check_kind(config: Mapping[str, Any]) -> None:
+    """Reject models that are not streaming transducers, naming an engine or a checkpoint to use instead."""
+    kind = _kind(config)
+    hint = ""
+    if "CTC" in kind and "RNNT" not in kind:
+        hint = "a CTC model has no transducer; use sherpa-onnx or NeMo for it"
+    elif kind in ("EncDecRNNTModel", "EncDecHybridRNNTCTCModel"):
+        hint = "a vocabulary of characters has no SentencePiece model; use NeMo for it"
+    _expect(config, "target", (*_TRANSDUCERS, *_PROMPTED, _MULTITALKER), class_name=True, hint=hint)
+    tdt = "a token-and-duration transducer (TDT) skips frames; use onnx-asr, sherpa-onnx or NeMo for it"
+    for path in ("loss.loss_name", "decoding.model_type"):
+        hint = tdt if _get(config, path, None) == "tdt" else ""
+        _expect(config, path, ("rnnt", "default", "warprnnt_numba", "warprnnt", "pytorch", None), None, hint=hint)
+    for path in ("model_defaults.tdt_durations", "decoding.durations"):
+        _expect(config, path, (None, []), None, hint=tdt)
+    style = _get(config, "encoder.att_context_style", "regular")
+    if style == "chunked_limited_with_rc":
+        hint = "this encoder has no caches and recomputes its left context; use sherpa-onnx or NeMo for it"
+    else:
+        hint = f"an offline encoder needs the complete recording; use a streaming one such as {_STREAMING_MODEL}"
+    _expect(config, "encoder.att_context_style", ("chunked_limited",), "regular", hint=hint)
+    prompted = "model_defaults.initialize_prompt_feature"
+    _expect(config, prompted, (True,) if kind in _PROMPTED else (None, False), None)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """Return the name of the model's class in NeMo."""
+    return str(_get(config, "target")).rpartition(".")[2]
+
+
+def _languages(config: Mapping[str, Any]) -> LanguageConfig:
+    """Return the prompt ids of a prompted model; the default is that of NeMo, "auto", if the model has it."""
+    if _kind(config) not in _PROMPTED:
+        return LanguageConfig()
+    count = _integer(config, "model_defaults.num_prompts", 128, 1, 1 << 16)
+    path = "model_defaults.prompt_dictionary"
+    names = _get(config, path)
+    if not isinstance(names, dict) or not names:
+        _reject(path, names, "a mapping from languages to prompt ids")
+    for name, prompt in names.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]{2,20}([-_][A-Za-z0-9]{2,20}){0,3}", name):
+            _reject(path, name, "names of languages, such as 'de-DE'")
+        if type(prompt) is not int or not 0 <= prompt < count:
+            _reject(f"{path}.{name}", prompt, f"a whole number from 0 to num_prompts - 1, which is {count - 1}")
+    default = next((name for name in ("auto", "en-US") if name in names), next(iter(names)))
+    return LanguageConfig(default, dict(names), count)
+
+
+def _speaker_kernels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the speaker kernels that NeMo applies to a recording of one speaker.
+
+    It skips kernels of later layers without speaker targets, but applies them if the targets are all ones, so only
+    those of layer 0 are well defined (NeMo, `multitalker_asr_mixins.py`).
+    """
+    if _kind(config) != _MULTITALKER or _get(config, "spk_kernel_type", None) is None:
+        return ()
+    _expect(config, "spk_kernel_type", ("ff",))
+    _expect(config, "spk_kernel_layers", ([0], ["0"]))
+    _expect(config, "add_bg_spk_kernel", (True, False), True)
+    return ("spk_kernels.0", "bg_spk_kernels.0")[: 1 + _get(config, "add_bg_spk_kernel", True)]
+
+
+def _decoder(config: Mapping[str, Any]) -> tuple[DecoderConfig, tuple[str, ...]]:
+    """Return the sizes of prediction network and joint, and warnings about the decoding strategy."""
     _expect(config, "decoder._target_", ("RNNTDecoder",), class_name=True)
     _expect(config, "decoder.normalization_mode", (None,), None)
     _expect(config, "decoder.blank_as_pad", (True,), True)
@@ -319,13 +420,23 @@ def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
     _expect(config, "joint.num_extra_outputs", (0, None), 0)
     _expect(config, "joint.jointnet.activation", ("relu", "sigmoid", "tanh"))
     _expect(config, "tokenizer.type", ("bpe",))
-    return DecoderConfig(
+    strategy = _get(config, "decoding.strategy", "greedy_batch")
+    if not isinstance(strategy, str):
+        _reject("decoding.strategy", strategy, "the name of a strategy")
+    greedy = strategy in ("greedy", "greedy_batch")
+    decoder = DecoderConfig(
         layers=_integer(config, "decoder.prednet.pred_rnn_layers", 1, 1, 100),
         hidden=hidden,
         joint=_integer(config, "joint.jointnet.joint_hidden", _REQUIRED, 1, 1 << 16),
         vocabulary=_vocabulary(config),
-        max_symbols=_max_symbols(config),
+        max_symbols=_max_symbols(config, None if greedy else _NEMO_MAX_SYMBOLS),
         activation=_get(config, "joint.jointnet.activation"),
+    )
+    if greedy:
+        return decoder, ()
+    return decoder, (
+        f"decoding.strategy is {short_repr(strategy)}, but nemostream decodes greedily: transcripts equal NeMo's with "
+        "the strategy greedy_batch.",
     )
 
 
@@ -343,13 +454,15 @@ def _vocabulary(config: Mapping[str, Any]) -> int:
     return vocabulary
 
 
-def _max_symbols(config: Mapping[str, Any]) -> int:
+def _max_symbols(config: Mapping[str, Any], default: int | None) -> int:
     """Return the limit of symbols per frame: as in `rnnt_decoding.py`, the newer field takes precedence."""
     for field in ("decoding.greedy.max_symbols", "decoding.greedy.max_symbols_per_step"):
         if (max_symbols := _get(config, field, None)) is not None:
             if type(max_symbols) is not int or not 1 <= max_symbols <= 10_000:
                 _reject(field, max_symbols, "a number from 1 to 10000")
             return max_symbols
+    if default is not None:
+        return default
     _reject("decoding.greedy.max_symbols", None, "a number; without a limit decoding may never leave a frame")
 
 
@@ -388,13 +501,12 @@ def _features(config: Mapping[str, Any]) -> tuple[FeatureConfig, float]:
 
 def _encoder(config: Mapping[str, Any], features: FeatureConfig) -> tuple[EncoderConfig, tuple[ChunkConfig, ...]]:
     _expect(config, "encoder._target_", ("ConformerEncoder",), class_name=True)
-    _expect(config, "encoder.att_context_style", ("chunked_limited",), "regular")
     _expect(config, "encoder.subsampling", ("dw_striding",), "striding")
     _expect(config, "encoder.subsampling_factor", (4, 8), 4)
     _expect(config, "encoder.causal_downsampling", (True,), False)
     _expect(config, "encoder.self_attention_model", ("rel_pos",), "rel_pos")
     _expect(config, "encoder.conv_norm_type", ("layer_norm", "batch_norm"), "batch_norm")
-    _expect(config, "encoder.conv_context_style", ("regular",), "regular")
+    _expect(config, "encoder.conv_context_style", ("regular", None), "regular")
     _expect(config, "encoder.reduction", (None,), None)
     d_model = _integer(config, "encoder.d_model", _REQUIRED, 1, 1 << 16)
     kernel = _integer(config, "encoder.conv_kernel_size", 31, 1, 4096)
@@ -481,15 +593,21 @@ def _get(config: Mapping[str, Any], path: str, default: Any = _REQUIRED) -> Any:
 
 
 def _expect(
-    config: Mapping[str, Any], path: str, supported: Iterable[Any], default: Any = _REQUIRED, class_name: bool = False
+    config: Mapping[str, Any],
+    path: str,
+    supported: Iterable[Any],
+    default: Any = _REQUIRED,
+    class_name: bool = False,
+    hint: str = "",
 ) -> None:
     """Reject a field whose value is not supported. With `class_name`, only the last part of a dotted name counts."""
     value = _get(config, path, default)
     compared = str(value).rpartition(".")[2] if class_name else value
     supported = tuple(supported)
     if not any(compared == known and isinstance(compared, bool) == isinstance(known, bool) for known in supported):
-        _reject(path, value, " or ".join(repr(known) for known in supported if known is not None) or "null")
+        _reject(path, value, " or ".join(repr(known) for known in supported if known is not None) or "null", hint)
 
 
-def _reject(path: str, value: Any, supported: str) -> NoReturn:
-    raise CheckpointError(f"not supported: {path} is {short_repr(value, 300)}; nemostream supports {supported}.")
+def _reject(path: str, value: Any, supported: str, hint: str = "") -> NoReturn:
+    hint = hint and f"; {hint}"
+    raise CheckpointError(f"not supported: {path} is {short_repr(value, 300)}; nemostream supports {supported}{hint}.")

@@ -15,6 +15,8 @@ Deviations from NeMo, all mathematically equivalent:
 * Folded into weights: 1/sqrt(d_k) into W_q and the position biases, the factor 1/2 of the macaron feed-forward into its
   second matrix, xscaling into the last matrix of the subsampling, batch norm into the depthwise convolution. Q, K and V
   are one matrix product.
+* The prompt kernel of a prompted model multiplies a one-hot vector: its columns and the bias are a table of rows, one
+  per prompt.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ def write_encoder(checkpoint: Checkpoint, chunk: ChunkConfig, store: WeightStore
         `mel` [B, F, M], new log-mel frames; `mel_cache` [B, 9, M], the frames before them (9 with subsampling 8);
         `position` [B] int64, encoder frames before this step;
         `valid` [B] int64, mel frames of the window (cache and new frames) before the end of the stream;
+        `prompt` [B] int64, the language of each row; only of prompted models;
         `k_cache.l`, `v_cache.l` [B, heads, C, d_k], rings; `conv_cache.l` [B, D, K]; for each layer l.
     Outputs:
-        `encoded` [B, T, D]; `encoded_joint` [B, T, J], `encoded` after the joint's projection;
+        `encoded` [B, T, D], after the prompt kernel of a prompted model;
+        `encoded_joint` [B, T, J], `encoded` after the joint's projection;
         `mel_cache_next` [B, 9, M]; `conv_next` [L, B, D, K];
         `k_new`, `v_new` [L, B, heads, T, d_k], the new rows: row t belongs at ring row (position + t) mod C.
     """
@@ -63,6 +67,7 @@ class _EncoderWriter:
         mel_cache = g.input("mel_cache", FLOAT, ["B", spec.mel_cache, mels])
         position = g.input("position", TensorProto.INT64, ["B"])
         valid = g.input("valid", TensorProto.INT64, ["B"])
+        prompt = g.input("prompt", TensorProto.INT64, ["B"]) if ckpt.languages.count else None
         ring: Shape = ["B", spec.heads, spec.cache, self.d_k]
         caches = [
             (
@@ -82,6 +87,9 @@ class _EncoderWriter:
             ["B", spec.mel_cache, mels],
         )
         x, new_valid = self._subsample(window, position, valid)
+        for kernel in ckpt.speaker_kernels:
+            g.scope(kernel)
+            x = self._add_speaker(x, kernel)
         g.scope("masks")
         frame_mask = self._frame_mask(new_valid)
         bias, index = self._attention_geometry(position, new_valid)
@@ -100,6 +108,9 @@ class _EncoderWriter:
             x = self._layer_norm(x, f"encoder.layers.{layer}.norm_out")
             for outputs, value in ((k_new, k), (v_new, v), (conv_next, state)):
                 outputs.append(g.unsqueeze(value, 0))
+        if prompt is not None:
+            g.scope("prompt")
+            x = self._apply_prompt(x, prompt)
         g.scope("")
         rows: Shape = [spec.layers, "B", spec.heads, frames, self.d_k]
         g.output("encoded", x, FLOAT, ["B", frames, spec.d_model])
@@ -288,6 +299,36 @@ class _EncoderWriter:
 
         weight = g.weight(f"{name}.depthwise_conv.folded.weight", lambda: fold()[0])
         return weight, g.weight(f"{name}.depthwise_conv.folded.bias", lambda: fold()[1])
+
+    # -- multitalker and prompted models -----------------------------------------------------------------------------
+
+    def _add_speaker(self, x: str, kernel: str) -> str:
+        """Return x + kernel(x) [B, T, D] for the only speaker of a recording, x + kernel(0) for the background."""
+        g, ckpt = self.g, self.ckpt
+        if kernel.startswith("bg_"):
+
+            def background() -> Array:
+                hidden = np.maximum(ckpt.array(f"{kernel}.0.bias"), 0)
+                return ckpt.array(f"{kernel}.3.weight") @ hidden + ckpt.array(f"{kernel}.3.bias")
+
+            return g.op("Add", x, g.weight(f"{kernel}.background", background))
+        return g.op("Add", x, self._linear(g.op("Relu", self._linear(x, f"{kernel}.0")), f"{kernel}.3"))
+
+    def _apply_prompt(self, x: str, prompt: str) -> str:
+        """Return the prompt kernel of x [B, T, D] and a one-hot prompt: ReLU(x W1^T + table[prompt]) W2^T + b2."""
+        g, ckpt, width = self.g, self.ckpt, self.spec.d_model
+
+        def first() -> Array:
+            return ckpt.array("prompt_kernel.0.weight")
+
+        table = g.weight("prompt.table", lambda: first()[:, width:].T + ckpt.array("prompt_kernel.0.bias"))
+        row = g.unsqueeze(g.op("Gather", table, prompt, axis=0), 1)
+        hidden = g.linear(x, g.weight("prompt.in.weight", lambda: first()[:, :width].T), row)
+        return g.linear(
+            g.op("Relu", hidden),
+            g.weight("prompt.out.weight", lambda: ckpt.array("prompt_kernel.2.weight").T),
+            g.weight("prompt.out.bias", lambda: ckpt.array("prompt_kernel.2.bias")),
+        )
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

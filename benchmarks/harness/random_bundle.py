@@ -56,6 +56,10 @@ class RandomCheckpoint(Checkpoint):
             return array
         return array / np.sqrt(np.float32(np.prod(shape[1:])))
 
+    @property
+    def joint_output(self) -> str:
+        return "joint.joint_net.2"
+
     def has(self, name: str) -> bool:
         return self.sizes.use_bias or not (name.endswith(".bias") and ".layers." in name and "norm" not in name)
 
@@ -125,7 +129,6 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
         log_guard=float(front_end.weight("features.guard")[0]),
         conv_norm=sizes.conv_norm_type,
         input_scale=1.0,
-        joint_output="joint.joint_net.2",
         tokenizer=front_end.path / front_end.manifest.tokenizer.file,
         state={},
         sizes=sizes,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemostream.cli.options import ENGINE, OUTPUT, EnginesOption, JsonOption
-from nemostream.errors import BackendError
+from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ def export(
         typer.Argument(metavar="CHECKPOINT", help="NeMo checkpoint: a .nemo file or the name of a pretrained model."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the bundle.")],
+    language: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODE",
+            help="Language of streams that set none, like hi or de-DE: the default of a model with several languages, "
+            "or the language of a model that was fine-tuned for another one than English. Default: auto or en.",
+        ),
+    ] = None,
     triton: Annotated[
         bool,
         typer.Option(
@@ -38,21 +46,23 @@ def export(
 ) -> None:
     """Export a NeMo checkpoint to a bundle and compare the bundle's outputs with NeMo's."""
     if not triton:
-        _export(checkpoint, out)
+        _export(checkpoint, out, language)
         return print(out)
     from nemostream.bundle import Bundle
     from nemostream.serving.integrations.triton import bundle_in, write_repository
 
     if Path(checkpoint).is_dir():
+        if language is not None:
+            raise OptionError("--language applies to the export of a checkpoint, not to the copy of a bundle.")
         Bundle.open(checkpoint)
         shutil.copytree(checkpoint, bundle_in(out), dirs_exist_ok=True)
     else:
-        _export(checkpoint, bundle_in(out))
+        _export(checkpoint, bundle_in(out), language)
     write_repository(out)
     print(out)
 
 
-def _export(checkpoint: str, out: Path) -> None:
+def _export(checkpoint: str, out: Path, language: str | None) -> None:
     missing = [name for name in ("nemo", "torch", "onnx") if find_spec(name) is None]
     if missing:
         raise BackendError(f"exporting needs {' and '.join(missing)}: {install_command('export')}")
@@ -72,7 +82,7 @@ def _export(checkpoint: str, out: Path) -> None:
             console.print(message, markup=False)
             status.update("exporting")
 
-        exported = export_checkpoint(checkpoint, out, progress)
+        exported = export_checkpoint(checkpoint, out, progress, language=language)
     for name, figures in exported.manifest.parity.items():
         if isinstance(figures, dict):
             console.print(f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of NeMo")
