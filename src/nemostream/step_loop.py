@@ -65,8 +65,13 @@ def run_steps(
     steps: Iterable[PaddedChunk],
     features: GraphSession,
     encoder: GraphSession,
+    prompt: int | None = None,
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Run a stream's steps through the features and encoder graphs; yield all outputs of both by name, B = 1."""
+    """Run a stream's steps through the features and encoder graphs; yield all outputs of both by name, B = 1.
+
+    `prompt` is a prompt id of a prompted model, None that of its default language.
+    """
+    languages = manifest.languages
     caches = {
         tensor.name: np.zeros([1 if axis == "B" else int(axis) for axis in tensor.shape], np.float32)
         for tensor in manifest.graphs[f"encoder-{chunk.ms}ms"].inputs
@@ -79,6 +84,8 @@ def run_steps(
         outputs = dict(zip(feature_names, features.run(feature_names, audio), strict=True))
         tail = outputs["audio_tail_next"]
         window = {"mel": outputs["mel"], "position": np.array([step.position]), "valid": np.array([step.valid])}
+        if languages.count:
+            window["prompt"] = np.array([languages.prompt(None) if prompt is None else prompt])
         outputs |= zip(encoder_names, encoder.run(encoder_names, window | caches), strict=True)
         advance_caches(manifest, caches, outputs, step.position)
         yield outputs
