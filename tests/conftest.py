@@ -53,6 +53,7 @@ def tiny_sizes(**changes: Any) -> dict[str, Any]:
         "pred_hidden": 48,
         "joint_hidden": 48,
         "vocab": 128,
+        "punctuation": False,
     }
     return sizes | changes
 

@@ -1,4 +1,7 @@
-"""Create a NeMo checkpoint with the exact shape of nemotron-speech-streaming-en-0.6b and random weights.
+"""Create a NeMo checkpoint with the exact shape of a published one and random weights.
+
+`FAMILIES` are the published checkpoints, from nemotron-speech-streaming-en-0.6b, the default, to models with language
+prompts, control tokens or an auxiliary CTC head. Each has its class, configuration fields and kind of tokenizer.
 
 The time of a step depends on shapes and not on the values of the weights, with two exceptions:
 
@@ -9,15 +12,16 @@ The time of a step depends on shapes and not on the values of the weights, with 
 The same seed gives the same weights with the same version of PyTorch on the same type of processor. Transcripts are
 meaningless.
 
-    nemostream bench synthetic OUT.nemo --seed 0
+    nemostream bench synthetic OUT.nemo --like nemotron-3.5 --layers 2 --seed 0
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from nemostream.benchmarks.harness.random_weights import MAX_SYMBOLS, calibrate_random_weights
+from nemostream.benchmarks.harness.tokenizers import train_tokenizer, write_multilingual_tokenizer
 from nemostream.clips import read_clip
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
@@ -57,21 +62,75 @@ class Sizes:
     pred_layers: int = 2
     joint_hidden: int = 640
     vocab: int = 1024  # without blank
+    piece_model: str = "bpe"  # or "unigram", as in SentencePiece
+    punctuation: bool = True  # and capital letters in the tokenizer
+    controls: Sequence[str] = ()  # control tokens, the last pieces of the tokenizer
+    aux_ctc: bool = False  # an auxiliary CTC head: EncDecHybridRNNTCTCBPEModel
+    # Prompt id by language; if not empty, the model is an EncDecRNNTBPEModelWithPrompt with a tokenizer of many scripts.
+    prompts: Mapping[str, int] = field(default_factory=dict)
+    num_prompts: int = 128
 
 
-def synthetic_model(out: str | Path, seed: int = 0, **overrides: Any) -> Path:
-    """Write a checkpoint with random weights to `out` and return its path; `overrides` are fields of `Sizes`.
+# A part of the published prompt dictionary, with names that share an id. There is no prompt "sl-SL", although the
+# tokenizer has the tag <sl-SL>.
+_PROMPTS = {
+    **{"en-US": 0, "en": 0, "en-GB": 1, "es-ES": 2, "es-US": 3, "es": 3, "zh-CN": 4, "zh-TW": 5, "hi-IN": 6, "hi": 6},
+    **{
+        "ar-AR": 7,
+        "ar": 7,
+        "fr-FR": 8,
+        "fr": 8,
+        "de-DE": 9,
+        "de": 9,
+        "ja-JP": 10,
+        "ru-RU": 11,
+        "pt-BR": 12,
+        "ko-KR": 14,
+    },
+    **{"el-GR": 21, "bg-BG": 30, "th-TH": 32, "vi-VN": 33, "sl-SI": 62, "he-IL": 64, "auto": 101},
+}
+_LARGE: Mapping[str, Any] = {"n_layers": 17, "d_model": 512, "pred_layers": 1, "punctuation": False}
 
-    Needs NeMo, and twice the size of the model both in memory and in the temporary folder while saving.
+# Fields of `Sizes` that differ from the defaults, by the name of a published checkpoint.
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "nemotron-en": {},  # nemotron-speech-streaming-en-0.6b
+    "nemotron-3.5": {  # nemotron-3.5-asr-streaming-0.6b: chunks of 320, 80, 560 and 1120 ms
+        "contexts": ((56, 3), (56, 0), (56, 6), (56, 13)),
+        "vocab": 13087,
+        "piece_model": "unigram",
+        "prompts": _PROMPTS,
+    },
+    # parakeet_realtime_eou_120m-v1; `use_bias` is not published and has NeMo's default
+    "eou-120m": {**_LARGE, "contexts": ((70, 1),), "use_bias": True, "vocab": 1026, "controls": ("<EOU>", "<EOB>")},
+    "hybrid-large": {  # stt_en_fastconformer_hybrid_large_streaming_multi
+        **_LARGE,
+        "mels": 80,
+        "use_bias": True,
+        "xscaling": True,
+        "piece_model": "unigram",
+        "aux_ctc": True,
+    },
+}
+
+
+def synthetic_model(out: str | Path, seed: int = 0, like: str = "nemotron-en", **overrides: Any) -> Path:
+    """Write a checkpoint with random weights to `out` and return its path.
+
+    `like` is one of `FAMILIES`, and `overrides` are fields of `Sizes`. Needs NeMo, and twice the size of the model both
+    in memory and in the temporary folder while saving.
     """
     import torch
-    from nemo.collections.asr.models import EncDecRNNTBPEModel
+    from nemo.collections.asr import models
 
-    out, sizes = Path(out), replace(Sizes(), **overrides)
+    out, sizes = Path(out), replace(Sizes(), **{**FAMILIES[like], **overrides})
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.manual_seed(seed)
-        train_tokenizer(Path(folder), sizes.vocab, seed)
-        model = EncDecRNNTBPEModel(cfg=model_config(sizes, Path(folder)))
+        if sizes.prompts:
+            write_multilingual_tokenizer(Path(folder), sizes.vocab, seed)
+        else:
+            train_tokenizer(Path(folder), sizes.vocab, seed, sizes.piece_model, sizes.punctuation, sizes.controls)
+        config = model_config(sizes, Path(folder))
+        model = getattr(models, config.target.rpartition(".")[2])(cfg=config)
         model.eval()
         with torch.no_grad():
             _randomise_constants(model)
@@ -89,25 +148,43 @@ def speech() -> np.ndarray:
 
 
 def model_config(sizes: Sizes, tokenizer: Path) -> Any:
-    """Return a NeMo configuration with the values of the 0.6B model.
+    """Return a NeMo configuration with the values of the published models.
 
     Source of the structure: `fastconformer_transducer_bpe_streaming.yaml` in NeMo.
     """
     from omegaconf import OmegaConf
 
+    models = "nemo.collections.asr.models"
+    target = f"{models}.rnnt_bpe_models.EncDecRNNTBPEModel"
+    defaults: dict[str, Any] = {
+        "enc_hidden": sizes.d_model,
+        "pred_hidden": sizes.pred_hidden,
+        "joint_hidden": sizes.joint_hidden,
+    }
+    if sizes.aux_ctc:
+        target = f"{models}.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
+    if sizes.prompts:
+        target = f"{models}.rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt"
+        defaults |= {"initialize_prompt_feature": True, "num_prompts": sizes.num_prompts}
+        defaults["prompt_dictionary"] = dict(sizes.prompts)
     asr = "nemo.collections.asr.modules"
+    contexts = [list(context) for context in sizes.contexts]
+    # NeMo adds the sizes to `aux_ctc`. The prompted model has no CTC head, but its configuration has this section.
+    ctc: dict[str, Any] = {
+        "ctc_loss_weight": 0.3,
+        "use_cer": False,
+        "ctc_reduction": "mean_batch",
+        "decoder": {"_target_": f"{asr}.ConvASRDecoder", "feat_in": None, "num_classes": -1, "vocabulary": []},
+        "decoding": {"strategy": "greedy"},
+    }
     return OmegaConf.create(
         {
-            "target": "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
+            "target": target,
             "sample_rate": _SAMPLE_RATE,
             "compute_eval_loss": False,
             "log_prediction": False,
             "rnnt_reduction": "mean_volume",
-            "model_defaults": {
-                "enc_hidden": sizes.d_model,
-                "pred_hidden": sizes.pred_hidden,
-                "joint_hidden": sizes.joint_hidden,
-            },
+            "model_defaults": defaults,
             "tokenizer": {"dir": str(tokenizer), "type": "bpe"},
             "preprocessor": {
                 "_target_": f"{asr}.AudioToMelSpectrogramPreprocessor",
@@ -129,7 +206,7 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
                 "feat_out": -1,
                 "n_layers": sizes.n_layers,
                 "d_model": sizes.d_model,
-                "use_bias": sizes.use_bias,
+                **({} if sizes.use_bias else {"use_bias": False}),  # as published
                 "subsampling": "dw_striding",
                 "subsampling_factor": sizes.subsampling,
                 "subsampling_conv_channels": sizes.conv_channels,
@@ -137,7 +214,7 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
                 "ff_expansion_factor": 4,
                 "self_attention_model": "rel_pos",
                 "n_heads": sizes.n_heads,
-                "att_context_size": [list(context) for context in sizes.contexts],
+                "att_context_size": contexts if len(contexts) > 1 else contexts[0],
                 "att_context_style": "chunked_limited",
                 "xscaling": sizes.xscaling,
                 "untie_biases": sizes.untie_biases,
@@ -166,7 +243,7 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
                 "_target_": f"{asr}.RNNTJoint",
                 "log_softmax": None,
                 "preserve_memory": False,
-                "fuse_loss_wer": False,
+                "fuse_loss_wer": sizes.aux_ctc or bool(sizes.prompts),
                 "fused_batch_size": 4,
                 "jointnet": {"joint_hidden": sizes.joint_hidden, "activation": "relu", "dropout": 0.2},
             },
@@ -174,60 +251,39 @@ def model_config(sizes: Sizes, tokenizer: Path) -> Any:
                 "strategy": "greedy_batch",
                 "greedy": {"max_symbols": MAX_SYMBOLS, "loop_labels": True, "use_cuda_graph_decoder": False},
             },
+            **({"aux_ctc": ctc} if sizes.aux_ctc or sizes.prompts else {}),
             "loss": {"loss_name": "default", "warprnnt_numba_kwargs": {"fastemit_lambda": 0.005, "clamp": -1.0}},
         }
     )
 
 
-def train_tokenizer(folder: Path, vocab: int, seed: int) -> None:
-    """Train a SentencePiece BPE model of `vocab` pieces on made-up words with Zipf frequencies.
-
-    Writes `tokenizer.model`, `tokenizer.vocab` and `vocab.txt` into `folder`.
-    """
-    import sentencepiece
-
-    rng = np.random.default_rng(seed)
-    onsets = ["", *"bcdfghjklmnprstvwyz", "st", "tr", "pl", "sh", "ch", "th", "qu"]
-    nuclei, codas = ["a", "e", "i", "o", "u", "ea", "ou"], ["", "", "n", "r", "s", "t", "l", "d", "ng", "ck", "x"]
-    syllables = [o + n + c for o in onsets for n in nuclei for c in codas]
-    words = ["".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(4000)]
-    frequencies = 1 / np.arange(1, len(words) + 1)
-    frequencies /= frequencies.sum()
-    lines = [" ".join(rng.choice(words, 12, p=frequencies)) for _ in range(4000)]
-    (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=vocab,
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    pieces = [line.partition("\t")[0] for line in (folder / "tokenizer.vocab").read_text(encoding="utf-8").splitlines()]
-    (folder / "vocab.txt").write_text("\n".join(pieces[1:]) + "\n", encoding="utf-8")  # [0] is <unk>
-
-
 def _encode(model: Any, sizes: Sizes, audio: Any) -> Any:
-    """Return the encoder output [N, T, D] of one recording for N conditions.
+    """Return the output [N, T, D] of encoder and prompt kernel for one recording and N conditions.
 
-    The conditions are all chunk sizes, and the longest chunk size at a gain of 0.3 and 2.
+    The conditions are all chunk sizes, and the longest chunk size at a gain of 0.3 and 2; for a prompted model each
+    with two of its prompts.
     """
     import torch
 
-    conditions = [(context, 1.0) for context in sizes.contexts] + [(sizes.contexts[0], gain) for gain in (0.3, 2.0)]
+    longest = max(sizes.contexts, key=lambda context: context[1])
+    conditions = [(context, 1.0) for context in sizes.contexts] + [(longest, gain) for gain in (0.3, 2.0)]
+    prompts = itertools.cycle(sorted(set(sizes.prompts.values())))
     outputs, samples = [], torch.tensor([len(audio)])
     for context, gain in conditions:
         model.encoder.set_default_att_context_size(list(context))
         mel, length = model.preprocessor(input_signal=gain * audio[None], length=samples)
-        outputs.append(model.encoder(audio_signal=mel, length=length)[0][0].T)
+        encoded = model.encoder(audio_signal=mel, length=length)[0][0].T
+        if not sizes.prompts:
+            outputs.append(encoded)
+        for prompt in itertools.islice(prompts, 2):
+            rows = torch.nn.functional.one_hot(torch.tensor(prompt), sizes.num_prompts).expand(len(encoded), -1)
+            outputs.append(model.prompt_kernel(torch.cat([encoded, rows.to(encoded)], dim=1)))
     model.encoder.set_default_att_context_size(list(sizes.contexts[0]))
     return torch.stack(outputs)
 
 
 def _randomise_constants(model: Any) -> None:
-    """Randomise all parameters that NeMo initialises to a constant."""
+    """Randomise all parameters that NeMo initialises to a constant, and make prompts change the encoder's output."""
     import torch
 
     for module in model.encoder.modules():
@@ -240,28 +296,28 @@ def _randomise_constants(model: Any) -> None:
         for name in ("pos_bias_u", "pos_bias_v"):
             if hasattr(module, name):
                 getattr(module, name).normal_(0.0, 0.3)
+    if hasattr(model, "prompt_kernel"):
+        # The prompt is one input among the encoder's D, so with the same scale its effect would be 1/sqrt(D).
+        model.prompt_kernel[0].weight[:, model.encoder.d_model :].normal_(0.0, 0.3)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="nemostream bench synthetic", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT.nemo", help="checkpoint to write")
+    parser.add_argument("--like", choices=FAMILIES, default="nemotron-en", help="published checkpoint with this shape")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    for field in fields(Sizes):
-        name, default = "--" + field.name.removeprefix("n_").replace("_", "-"), field.default
+    for size in fields(Sizes):
+        name, default = "--" + size.name.removeprefix("n_").replace("_", "-"), size.default
         if isinstance(default, bool):
             parser.add_argument(
-                name,
-                dest=field.name,
-                action=argparse.BooleanOptionalAction,
-                default=default,
-                help=f"{field.name} in NeMo",
+                name, dest=size.name, action=argparse.BooleanOptionalAction, help=f"{size.name} in NeMo"
             )
         elif isinstance(default, int | str):
-            parser.add_argument(name, dest=field.name, type=type(default), default=default, help=f"default: {default}")
-    options = vars(parser.parse_args(arguments))
+            parser.add_argument(name, dest=size.name, type=type(default), help=f"nemotron-en: {default}")
+    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     if find_spec("nemo") is None:
         raise BackendError(f"creating a checkpoint needs NeMo: {install_command('export')}")
-    path = synthetic_model(options.pop("out"), options.pop("seed"), **options)
+    path = synthetic_model(options.pop("out"), options.pop("seed"), options.pop("like"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -6,14 +6,16 @@ This module does not depend on streams or the tokenizer (a token carries its tex
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nemostream.runtime.decoding.confidence import AGGREGATIONS
+from nemostream.runtime.text.languages import LanguageTags
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _PARTS = re.compile(r"\s+|\S+")
@@ -84,7 +86,9 @@ class WordGrouper:
     def __init__(self, aggregation: str) -> None:
         self._aggregation, self._aggregate = aggregation, AGGREGATIONS[aggregation]
         self._lock = threading.Lock()
-        self._done: list[Word] = []
+        self._tags = LanguageTags()
+        self._done: list[Word] = []  # without languages, which later tags define
+        self._done_last: list[int] = []  # index of the last token of each
         # Positions at which the tokens can be split, as (token index, word index): the word begins with the token,
         # which is not part of another word and does not continue a character. `_done` has all words before the last
         # split.
@@ -94,7 +98,7 @@ class WordGrouper:
         """Return the words of the first `count` tokens (default: all)."""
         count = len(tokens) if count is None else count
         first, words = self.changed_words(tokens, count, count, final)
-        return (*self._done[:first], *words)
+        return (*map(self._labelled, self._done[:first], self._done_last, itertools.repeat(count)), *words)
 
     def changed_words(
         self, tokens: Sequence[Token], known: int, count: int, final: bool
@@ -102,13 +106,17 @@ class WordGrouper:
         """Return the words of the first `count` tokens that differ from those of the first `known` tokens.
 
         The result is the number of unchanged words before them, and the words. The last word of the known tokens may
-        have grown, so it is included.
+        have grown, so it is included; a language tag changes all words back to the previous tag.
         """
         with self._lock:
+            self._tags.extend(token.language for token in tokens[self._tags.count : count])
             self._advance(tokens, count)
+            if self._tags.labelled(count) > known:
+                known = self._tags.labelled(known)
             begin, word = self._splits[max(bisect_left(self._splits, (known, 0)) - 1, 0)]
         part = tokens[begin:count]
-        return word, tuple(self._make_word(part, *group) for group in _group(part, final))
+        groups = _group(part, final)
+        return word, tuple(self._labelled(self._make_word(part, *group), begin + group[2], count) for group in groups)
 
     def _advance(self, tokens: Sequence[Token], count: int) -> None:
         """Add the splits of the first `count` tokens, and the words before the last split."""
@@ -124,6 +132,7 @@ class WordGrouper:
         ]
         if splits:
             self._done += [self._make_word(part, *group) for group in groups[: splits[-1]]]
+            self._done_last += [begin + last for _, _, last in groups[: splits[-1]]]
             self._splits += [(begin + groups[index][1], word + index) for index in splits]
 
     def _make_word(self, tokens: Sequence[Token], text: str, first: int, last: int) -> Word:
@@ -131,6 +140,11 @@ class WordGrouper:
         end = tokens[last].end
         # The frame of the last tokens may begin after the end of the recording, to which their `end` is clipped.
         return Word(text, min(tokens[first].time, end), end, confidence)
+
+    def _labelled(self, word: Word, last: int, count: int) -> Word:
+        """Return the word with the language of its last token, by the tags among the first `count` tokens."""
+        language = self._tags.after(last, count)
+        return replace(word, language=language) if language else word
 
     def __reduce__(self) -> tuple[type[WordGrouper], tuple[str]]:
         return WordGrouper, (self._aggregation,)
