@@ -115,7 +115,8 @@ def random_bundle(
 ) -> Bundle:
     """Write a bundle with random weights into the folder `out`, replacing it, and return it.
 
-    `languages` are those of a prompted model; by default the model has one language. Needs 2.4 GB of disk space for the default sizes, and little memory.
+    `languages` are those of a prompted model; by default the model has one language. Needs 2.4 GB of disk space for
+    the default sizes, and little memory.
     """
     out, sizes, front_end = Path(out), sizes or Sizes(), Bundle.open(nemostream.demo_bundle())
     frame = front_end.manifest.features.hop * sizes.subsampling
