@@ -109,6 +109,10 @@ def test_round_trip_of_an_exported_manifest(demo_bundle: Bundle) -> None:
     }
 
 
+TWO = {"default": "de", "prompts": {"en": 0, "de": 1}, "count": 2}
+PROMPT = {"name": "prompt", "dtype": "int64", "shape": ["B"]}
+
+
 def edited(change: Callable[[dict[str, Any]], Any]) -> str:
     """Return a serialized manifest after `change`."""
     document = json.loads(make_manifest().to_json())
@@ -130,6 +134,14 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
         (edited(lambda d: d["encoder"].update(extra=1)), "extra"),
         (edited(lambda d: d["graphs"]["joint"].pop("sha256")), "'sha256'"),
         (edited(lambda d: d.update(graphs=[])), "export the checkpoint again"),
+        (
+            edited(lambda d: d.update(languages=TWO)),
+            "graph 'encoder-80ms' has no input 'prompt', but languages.count is 2",
+        ),
+        (
+            edited(lambda d: d["graphs"]["encoder-80ms"]["inputs"].append(PROMPT)),
+            "graph 'encoder-80ms' has an input 'prompt', but languages.count is 0",
+        ),
     ],
 )
 def test_invalid_manifests(text: str, message: str) -> None:

@@ -253,7 +253,7 @@ class Scheduler:
                 stream.endpointer.reset()
         elif endpointer := stream.endpointer:
             ends = endpointer.step(tokens, positions, item.end_sample)
-            if ends and endpointer.resets_decoder and endpointer.between_utterances:
+            if endpointer.reset_due:
                 self._reset_decoder_of(stream)
         if (guard := stream.guard) and item.kind == "run":
             if item.reset_slot:

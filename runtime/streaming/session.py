@@ -29,6 +29,7 @@ from nemostream.runtime.streaming.snapshot import Checkpointer, Digest, Stateful
 from nemostream.runtime.streaming.state import Hypothesis, StepOutput
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard
 from nemostream.runtime.text.events import Event, EventBuilder
+from nemostream.runtime.text.languages import LanguageTags, reported_language
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Result, Token
 
@@ -155,24 +156,37 @@ class StreamSession:
         self._end_sample = 0  # processed samples, up to the last output that was returned
         self.steps = 0  # chunks run, up to the last output that was returned
         self.chunk_ms = chunk.ms  # size of the last of these chunks
+        self._prompt = languages.prompt(language)  # of the last output that was returned
         self._detokenizer = Detokenizer(tokenizer)
         self._text_tokens = 0  # tokens in the detokenizer's text
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=confidence.aggregation)
-        self._event_builder = EventBuilder(tokenizer, confidence.aggregation, self._rate)
+        self._event_builder = EventBuilder(
+            tokenizer, confidence.aggregation, self._rate, backchannels=endpoint is not None and endpoint.model
+        )
         self._end_reported = False  # whether `events` returned the stream's last event
         # State, restored from a snapshot if there is one
         self._endpointer = (
-            Endpointer(endpoint, manifest, tokenizer.word_starts, tokenizer.closing_punctuation) if endpoint else None
+            Endpointer(
+                endpoint,
+                manifest,
+                tokenizer.word_starts,
+                tokenizer.closing_punctuation,
+                tokenizer.invisible,
+                tokenizer.end_of_utterance,
+                tokenizer.backchannel,
+            )
+            if endpoint
+            else None
         )
         self._guard = RepetitionGuard(manifest)
-        hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad, languages.prompt(language))
+        hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad, self._prompt)
         self._checkpointer, self._digest = checkpointer, Digest()
         self._snapshot = checkpointer.load() if checkpointer else None  # None once its audio has been fed again
         if checkpointer and self._snapshot:
             nodes = len(phrases.fail) if phrases else 1
             parts = self._parts(chunker, hypothesis)
             checkpointer.restore(self._snapshot, parts, manifest.decoder.vocabulary, nodes)
-            self._end_sample = chunker.end_sample
+            self._end_sample, self._prompt = chunker.end_sample, chunker.prompt
         # Last, so that an error above does not take a slot.
         self._stream = self._scheduler.open(
             chunker,
@@ -350,7 +364,7 @@ class StreamSession:
                 new = self._tokens.tokens[self._text_tokens : output.count]
                 text = self._detokenizer.push([token.id for token in new])
                 self._text_tokens = output.count
-            self._last = self._partial(text, output.count, self._end_sample, self.chunk_ms)
+            self._last = self._partial(text, output.count, self._end_sample, self.chunk_ms, self._prompt)
             results.append(self._last)
         return results
 
@@ -364,10 +378,12 @@ class StreamSession:
         events: list[Event] = []
         while self._pending_outputs:
             output = self._next_output()
-            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms)
+            language = self._language_names[self._prompt]
+            events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms, language)
         if done and not self._end_reported:
             self._end_reported = True
-            events += self._event_builder.finish(tokens, self._stream.chunker.samples, seconds, self.chunk_ms)
+            samples, language = self._stream.chunker.samples, self._language_names[self._prompt]
+            events += self._event_builder.finish(tokens, samples, seconds, self.chunk_ms, language)
         return events
 
     def final(self) -> Result:
@@ -397,26 +413,34 @@ class StreamSession:
 
     def _current_result(self, text: str) -> Result:
         """Return the result up to the newest output, which may be pending."""
-        end_sample, chunk_ms = self._end_sample, self.chunk_ms
+        end_sample, chunk_ms, prompt = self._end_sample, self.chunk_ms, self._prompt
         for output in self._pending_outputs:
-            end_sample = output.item.end_sample
+            end_sample, prompt = output.item.end_sample, output.item.prompt
             if output.item.kind == "run":
                 chunk_ms = output.item.chunk.ms
-        return self._partial(text, len(self._tokens.tokens), end_sample, chunk_ms)
+        return self._partial(text, len(self._tokens.tokens), end_sample, chunk_ms, prompt)
 
-    def _partial(self, text: str, count: int, end_sample: int, chunk_ms: int) -> Result:
+    def _partial(self, text: str, count: int, end_sample: int, chunk_ms: int, prompt: int) -> Result:
         """Return a result that is not final, with the first `count` tokens."""
         tokens = self._last.tokens
         if count > len(tokens):
             tokens = tuple(self._tokens.tokens[:count])
+        language = reported_language(self._language_names[prompt], self._tokens.languages.last(count))
         return Result(
-            text, tokens, self.preprocessor.seconds, chunk_ms, False, self._decoded(end_sample), self._aggregation
+            text,
+            tokens,
+            self.preprocessor.seconds,
+            chunk_ms,
+            False,
+            self._decoded(end_sample),
+            self._aggregation,
+            language,
         )
 
     def _next_output(self) -> StepOutput:
         """Consume the next pending output."""
         output = self._pending_outputs.popleft()
-        self._end_sample = output.item.end_sample
+        self._end_sample, self._prompt = output.item.end_sample, output.item.prompt
         if output.item.kind == "run":
             self.steps += 1
             self.chunk_ms = output.item.chunk.ms
@@ -435,13 +459,14 @@ class StreamSession:
 
 
 class _TokenList:
-    """The `Token`s of a stream, made from its hypothesis. `tokens` is appended to in place."""
+    """The `Token`s of a stream, made from its hypothesis, and its language tags. `tokens` is appended to in place."""
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, confidence: Confidence, delay_ms: int) -> None:
         self.tokens: list[Token] = []
+        self.languages = LanguageTags()
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self._delay = delay_ms * self._rate // 1000  # samples
-        self._piece = tokenizer.piece
+        self._piece, self._language_of_tag = tokenizer.piece, tokenizer.languages.get
         self._confidence_of = confidence.token_measure(manifest.decoder.vocabulary + 1)
 
     def extend(self, hypothesis: Hypothesis, count: int) -> None:
@@ -459,11 +484,13 @@ class _TokenList:
                 (position + frame) / rate,
                 score,
                 self._confidence_of(score, sum_p_alpha),
+                self._language_of_tag(id_),
             )
             for id_, position, score, sum_p_alpha in zip(
                 hypothesis.tokens[new], positions, hypothesis.scores[new], hypothesis.sum_p_alpha[new], strict=True
             )
         ]
+        self.languages.extend(map(self._language_of_tag, hypothesis.tokens[new]))
 
     def clip(self, count: int, end: float) -> None:
         """Clip the first `count` tokens to the end of their recording (seconds). Its last frames extend beyond it."""

@@ -6,13 +6,18 @@ The silence rule is NeMo's: more than `silence_ms` of consecutive frames without
 (`nemo/collections/asr/inference/streaming/endpointing/greedy/greedy_endpointing.py`, `detect_eou_given_timestamps`).
 NeMo applies it at the end of each step only; here it applies to every frame, so it does not depend on the chunk size.
 
+The model rule is that of NeMo's voice agent (`nemo/agents/voice_agent/pipecat/services/nemo/`: `streaming_asr.py`,
+`NemoStreamingASRService.transcribe`, and `turn_taking.py`, `_handle_transcription`): an utterance ends where the model
+emits `<EOU>`. NeMo examines the text of each step, and resets the decoder, the encoder caches and the features after
+it. Here the rule applies to every token, and only the decoder is reset, if `decoder` is "reset".
+
 This module does not depend on text or the scheduler. Positions are samples of the stream at the model's sample rate.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +28,7 @@ from nemostream.bundle import Manifest
 from nemostream.errors import OptionError
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 
-Reason = Literal["silence", "forced", "length", "finish"]
+Reason = Literal["model", "silence", "forced", "length", "finish"]
 
 _NEVER = 1 << 62
 _WORD_FRAMES = 5  # frames without a token after which a word is considered complete
@@ -37,6 +42,8 @@ class Endpoint:
     `max_utterance_ms`: an utterance of this duration ends after its current word; None disables the rule.
     `decoder`: "keep" continues with the decoder state; "reset" resets it at the end of the step in which an utterance
     ended and keeps the encoder caches, which recovers a decoder that is stuck in one output style.
+    `model`: an utterance ends where the model emits `<EOU>`, and `<EOB>` marks a backchannel, if the model has these
+    tokens; False ignores them.
 
     Raises `OptionError` for an invalid value.
     """
@@ -44,6 +51,7 @@ class Endpoint:
     silence_ms: int | None = 800
     max_utterance_ms: int | None = None
     decoder: Literal["keep", "reset"] = "keep"
+    model: bool = True
 
     def __post_init__(self) -> None:
         for name, minimum in (("silence_ms", 80), ("max_utterance_ms", 1000)):
@@ -52,6 +60,8 @@ class Endpoint:
                 raise OptionError(f"{name} is {value!r}; it must be at least {minimum} ms, or None.")
         if self.decoder not in ("keep", "reset"):
             raise OptionError(f"decoder is {self.decoder!r}; choose one of keep, reset.")
+        if not isinstance(self.model, bool):
+            raise OptionError(f"model is {self.model!r}; it must be True or False.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class Endpointer:
 
     `word_starts` states for each token id whether a word begins with it, `closing_punctuation` whether it is
     punctuation that belongs to the preceding word. Such punctuation neither ends nor starts an utterance: after the
-    end of an utterance, it still belongs to that utterance.
+    end of an utterance, it still belongs to that utterance. `invisible` tokens never start an utterance.
+    `end_of_utterance` and `backchannel` are the ids of `<EOU>` and `<EOB>`, if the model has them.
     """
 
     def __init__(
@@ -77,6 +88,9 @@ class Endpointer:
         manifest: Manifest,
         word_starts: Sequence[bool],
         closing_punctuation: Sequence[bool] | None = None,
+        invisible: Collection[int] = (),
+        end_of_utterance: int | None = None,
+        backchannel: int | None = None,
     ) -> None:
         rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self.resets_decoder = rule.decoder == "reset"
@@ -89,6 +103,9 @@ class Endpointer:
             self._max_length = rule.max_utterance_ms * rate // 1000
         self._word_starts = word_starts
         self._closing_punctuation = closing_punctuation or (False,) * len(word_starts)
+        self._invisible = invisible
+        self._end_of_utterance, self._backchannel = (end_of_utterance, backchannel) if rule.model else (None, None)
+        self._at_reset = False  # whether the last step ended where the decoder may be reset
         self._begun = False  # whether the stream has had an utterance
         self._count = 0  # tokens of the stream
         self._first: int | None = None  # sample of the utterance's first token; None between utterances
@@ -99,23 +116,37 @@ class Endpointer:
         """Whether there is no current utterance."""
         return self._first is None
 
+    @property
+    def reset_due(self) -> bool:
+        """Whether the decoder must be reset after the last step.
+
+        That is so if an utterance ended, or the model emitted `<EOU>` or `<EOB>`, and no text follows in the step.
+        """
+        return self.resets_decoder and self._at_reset
+
     def step(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> list[UtteranceEnd]:
         """Process a step; return the ends of utterances in it.
 
         `sample_positions` has the sample of each token, `end_sample` is the end of the audio processed so far.
         """
         ends: list[UtteranceEnd] = []
+        self._at_reset = False
         for token, sample_pos in zip(tokens, sample_positions, strict=True):
             self._end_before(sample_pos, ends)
             closing = self._closing_punctuation[token]
             new_word = self._word_starts[token] and not closing
             if self._first is not None and new_word and sample_pos - self._first >= self._max_length:
                 self._end(sample_pos, "length", ends)
-            if self._first is None and not (closing and self._begun):
+            if self._first is None and token not in self._invisible and not (closing and self._begun):
                 self._first, self._begun = sample_pos, True
             if self._first is not None:
                 self._last = sample_pos
+                self._at_reset = self._at_reset and token in self._invisible
             self._count += 1
+            if token in (self._end_of_utterance, self._backchannel):
+                self._at_reset = True
+            if token == self._end_of_utterance and self._first is not None:
+                self._end(sample_pos + self._frame, "model", ends)
         self._end_before(end_sample, ends)
         return ends
 
@@ -148,7 +179,7 @@ class Endpointer:
             self._end(min(by_silence, by_length), "length" if by_length < by_silence else "silence", ends)
 
     def _end(self, at: int, reason: Reason, ends: list[UtteranceEnd]) -> None:
-        self._first = None
+        self._first, self._at_reset = None, True
         ends.append(UtteranceEnd(self._count, at, reason))
 
 

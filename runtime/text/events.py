@@ -1,7 +1,8 @@
 """The events of a stream: partial and final transcripts of utterances, and their ends.
 
-The grammar of a stream is ``(partial* final? end)*``. Greedy RNN-T decoding never revises a token, so the text of a
-partial is a prefix of that of the next event. Only its last word may still grow; `stable` is the text before it.
+The grammar of a stream is ``((partial | backchannel)* final? end)*``. Greedy RNN-T decoding never revises a token, so
+the text of a partial is a prefix of that of the next event. Only its last word may still grow; `stable` is the text
+before it.
 
 All events of an utterance share its tokens and its text. Creating an event takes time and memory proportional to what
 is new in it, so the cost of all events of an utterance is proportional to the number of its tokens.
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
+from nemostream.runtime.text.languages import AUTO, reported_language
+from nemostream.runtime.text.scripts import WordBreaker
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
-from nemostream.runtime.text.words import Token, Word, WordGrouper
+from nemostream.runtime.text.words import Token, Word, WordGrouper, join_words
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,13 @@ class Event:
     """An update of an utterance. Times are seconds from the start of the stream.
 
     A *partial* has the transcript of the utterance so far, a *final* the complete one; neither is ever revised. An
-    *end* states when and why the utterance ended: by "silence" or "length" (see `Endpoint`), "forced" by the client,
-    or at the "finish" of the stream. An utterance without any token has no final, and the next utterance has the same
-    number.
+    *end* states when and why the utterance ended: by "model", "silence" or "length" (see `Endpoint`), "forced" by the
+    client, or at the "finish" of the stream. An utterance without any text has no final, and the next utterance has the
+    same number.
+
+    A *backchannel* states that the model classified the utterance so far as a backchannel, such as "mm-hmm": feedback
+    that does not take the turn. The utterance continues. Its text is included in later events, so a consumer may
+    ignore backchannels.
 
     `text`, `stable`, `tokens` and `words` cover the whole utterance and are computed when they are read. A consumer
     that keeps the values of earlier events can read only what is new, in time proportional to that:
@@ -35,21 +42,26 @@ class Event:
         text = text[: event.text_from] + event.new_text
         tokens = tokens[: event.tokens_from] + event.new_tokens
         words = words[: event.words_from] + event.new_words
+
+    "Earlier" and "previous" events are partials and finals; a backchannel can be read in the same way.
     """
 
-    kind: Literal["partial", "final", "end"]
+    kind: Literal["partial", "backchannel", "final", "end"]
     utterance: int  # number of the utterance, from 0
     text: str  # of the utterance; empty for an end
     stable: str  # the prefix of `text` that consists of complete words
     start: float  # time of the first token, in seconds; for an end: when the utterance ended
-    end: float  # end of the last token, in seconds; for an end: when the utterance ended
+    # End of the last token with text, in seconds; for a backchannel: of the token that marks it; for an end: as `start`
+    end: float
     audio: float  # seconds of audio received
     chunk_ms: int  # milliseconds
-    tokens: tuple[Token, ...] = field(repr=False)  # of the utterance; empty for an end
+    tokens: tuple[Token, ...] = field(repr=False)  # of the utterance, with its tags; empty for an end
     reason: Reason | None = None  # why the utterance ended, for an end
     grouper: WordGrouper = field(default_factory=lambda: WordGrouper("min"), repr=False, compare=False)
     text_from: int = field(default=0, repr=False)  # characters of `text` in the previous event of the utterance
     tokens_from: int = field(default=0, repr=False)  # tokens that are unchanged since the previous event
+    # As set for the stream; if the model detects it: of the utterance's last language tag, None before the first
+    language: str | None = None
 
     @property
     def words(self) -> tuple[Word, ...]:
@@ -98,7 +110,7 @@ class Event:
 
     def with_words(self, words: Sequence[Word]) -> Event:
         """Return this final event with other words and their text; the tokens are unchanged."""
-        text = " ".join(word.text for word in words)
+        text = join_words(words)
         event = replace(self, text=text, stable=text, text_from=0)
         event.__dict__["_rewritten"] = tuple(words)
         return event
@@ -164,12 +176,19 @@ class _CurrentUtterance:
         self.transcript = _Transcript([], [])
         self.grouper = WordGrouper(aggregation)
         self.event_length = self.event_tokens = self.event_parts = 0  # characters, tokens, parts of the last event
+        self.language: str | None = None  # of the last tag
+        self.last_visible = 0  # index of the last token that is not `Tokenizer.invisible`
         self.length = 0  # characters of the text
         self.stable_length = 0  # characters before the last word and the white space before it
         self._space: int | None = None  # position of the white space at the end of the text, if any
-        self._detokenizer = Detokenizer(tokenizer)
+        self._breaker = WordBreaker()
+        self._invisible, self._detokenizer = tokenizer.invisible, Detokenizer(tokenizer)
 
     def add(self, tokens: Sequence[Token]) -> None:
+        for index, token in enumerate(tokens, len(self.transcript.tokens)):
+            self.language = token.language or self.language
+            if token.id not in self._invisible:
+                self.last_visible = index
         self.transcript.tokens += tokens
         self._append(self._detokenizer.add([token.id for token in tokens]))
 
@@ -191,29 +210,35 @@ class _CurrentUtterance:
     def _append(self, text: str) -> None:
         """Append to the text, and update `stable_length`."""
         self.transcript.parts.append(text)
-        begin, self.length = self.length, self.length + len(text)
-        stripped = text.rstrip()
-        if not stripped:
-            if text and self._space is None:
-                self._space = begin
-            return
-        before, *last_word = stripped.rsplit(maxsplit=1)
-        if last_word:
-            self.stable_length = begin + len(before)
-        elif stripped[0].isspace():
-            self.stable_length = begin if self._space is None else self._space
-        elif self._space is not None:
-            self.stable_length = self._space
-        self._space = begin + len(stripped) if len(stripped) < len(text) else None
+        for part, kind in self._breaker.split(text):
+            if kind == "space":
+                if self._space is None:
+                    self._space = self.length
+            elif self._space is not None:
+                self.stable_length, self._space = self._space, None
+            elif kind == "word":
+                self.stable_length = self.length
+            self.length += len(part)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all events of a step have in common; see `EventBuilder.step`."""
+
+    audio: float
+    chunk_ms: int
+    language: str
 
 
 class EventBuilder:
     """Create the events of one stream from its tokens and the ends of its utterances.
 
-    `aggregation` defines the confidence of words (see `Confidence`), `rate` is the sample rate of `UtteranceEnd`.
+    `aggregation` defines the confidence of words (see `Confidence`), `rate` is the sample rate of `UtteranceEnd`,
+    `backchannels` enables events for backchannels.
     """
 
-    def __init__(self, tokenizer: Tokenizer, aggregation: str, rate: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, aggregation: str, rate: int, backchannels: bool = False) -> None:
+        self._backchannel = tokenizer.backchannel if backchannels else None
         self._tokenizer, self._aggregation, self._rate = tokenizer, aggregation, rate
         self._number = 0  # of the current utterance
         self._first_token = 0  # index of its first token in the stream
@@ -223,72 +248,104 @@ class EventBuilder:
         self._current = _CurrentUtterance(tokenizer, aggregation)
 
     def step(
-        self, tokens: Sequence[Token], token_count: int, ends: Sequence[UtteranceEnd], audio: float, chunk_ms: int
+        self,
+        tokens: Sequence[Token],
+        token_count: int,
+        ends: Sequence[UtteranceEnd],
+        audio: float,
+        chunk_ms: int,
+        language: str = AUTO,
     ) -> list[Event]:
         """Return the events of a step, after which the stream has the first `token_count` of `tokens`.
 
-        `audio` is the duration of the received audio in seconds.
+        `audio` is the duration of the received audio in seconds, `language` the one that was set for the stream.
         """
+        step = _Step(audio, chunk_ms, language)
         events: list[Event] = []
         for end in ends:
-            events += self._end_utterance(tokens, end, audio, chunk_ms)
-        if self._add_tokens(tokens, token_count):
-            events.append(self._make_event("partial", audio, chunk_ms))
+            events += self._end_utterance(tokens, end, step)
+        events += self._add_tokens(tokens, token_count, step)
+        if len(self._current.transcript.tokens) > self._current.event_tokens:
+            events.append(self._make_event("partial", step))
         return events
 
-    def finish(self, tokens: Sequence[Token], end_sample: int, audio: float, chunk_ms: int) -> list[Event]:
+    def finish(
+        self, tokens: Sequence[Token], end_sample: int, audio: float, chunk_ms: int, language: str = AUTO
+    ) -> list[Event]:
         """Return the last events of the stream, which ends at `end_sample`."""
-        return self._end_utterance(tokens, UtteranceEnd(len(tokens), end_sample, "finish"), audio, chunk_ms)
+        end = UtteranceEnd(len(tokens), end_sample, "finish")
+        return self._end_utterance(tokens, end, _Step(audio, chunk_ms, language))
 
-    def _add_tokens(self, tokens: Sequence[Token], token_count: int) -> bool:
-        """Process the first `token_count` tokens of the stream; return whether they extend the current utterance.
+    def _add_tokens(self, tokens: Sequence[Token], token_count: int, step: _Step) -> list[Event]:
+        """Process the first `token_count` tokens of the stream; return an event for each backchannel."""
+        events = []
+        for count in range(self._token_count + 1, token_count + 1):
+            if tokens[count - 1].id == self._backchannel and self._extend_utterance(tokens, count):
+                events.append(self._make_event("backchannel", step, tokens[count - 1].end))
+        self._extend_utterance(tokens, token_count)
+        return events
 
-        Punctuation after the end of an utterance belongs to that utterance. Its final has already been sent, so this
-        punctuation is dropped.
+    def _extend_utterance(self, tokens: Sequence[Token], token_count: int) -> bool:
+        """Process the first `token_count` tokens of the stream; return whether there is a current utterance.
+
+        Punctuation after the end of an utterance belongs to that utterance, and so do tags. Its final has already been
+        sent, so they are dropped. White space belongs to the utterance after it.
         """
         first = self._token_count
-        if self._between_utterances:
-            while first < token_count and self._tokenizer.closing_punctuation[tokens[first].id]:
-                first += 1
-            self._first_token = first
         self._token_count = token_count
-        if first == token_count:
-            return False
-        self._between_utterances = False
-        self._current.add(tokens[first:token_count])
+        if not self._current.transcript.tokens:
+            tokenizer, between = self._tokenizer, self._between_utterances
+            while first < token_count and (
+                (token := tokens[first].id) in tokenizer.invisible or (between and tokenizer.closing_punctuation[token])
+            ):
+                first += 1
+            if first == token_count:
+                return False
+            while first > self._first_token and tokens[first - 1].text.isspace():
+                first -= 1
+            self._first_token, self._between_utterances = first, False
+        if first < token_count:
+            self._current.add(tokens[first:token_count])
         return True
 
-    def _end_utterance(self, tokens: Sequence[Token], end: UtteranceEnd, audio: float, chunk_ms: int) -> list[Event]:
-        self._add_tokens(tokens, end.token_count)
+    def _end_utterance(self, tokens: Sequence[Token], end: UtteranceEnd, step: _Step) -> list[Event]:
+        events = self._add_tokens(tokens, end.token_count, step)
         # The last frames of a recording, and thus the end of an utterance, may be after the end of the recording.
         self._end_sample = max(self._end_sample, end.end_sample)
-        time, events = self._end_sample / self._rate, []
+        time = self._end_sample / self._rate
+        number = self._number
         if self._current.transcript.tokens:
             self._current.finish(tokens, self._first_token)
-            events.append(self._make_event("final", audio, chunk_ms))
-        events.append(Event("end", self._number, "", "", time, time, audio, chunk_ms, (), end.reason))
-        self._number += len(events) - 1
+            events.append(self._make_event("final", step))
+            self._number += 1
+        events.append(Event("end", number, "", "", time, time, step.audio, step.chunk_ms, (), end.reason))
         self._current = _CurrentUtterance(self._tokenizer, self._aggregation)
         self._first_token, self._between_utterances = end.token_count, True
         return events
 
-    def _make_event(self, kind: Literal["partial", "final"], audio: float, chunk_ms: int) -> Event:
-        """Return an event of the current utterance without copying its text and tokens; see `Event.__getattr__`."""
+    def _make_event(
+        self, kind: Literal["partial", "backchannel", "final"], step: _Step, end: float | None = None
+    ) -> Event:
+        """Return an event of the current utterance without copying its text and tokens; see `Event.__getattr__`.
+
+        `end` is by default that of the last token with text.
+        """
         current, event = self._current, object.__new__(Event)
         transcript = current.transcript
         tokens, parts = transcript.tokens, transcript.parts
-        end = tokens[-1].end
+        last = tokens[current.last_visible].end
         event.__dict__.update(
             kind=kind,
             utterance=self._number,
-            start=min(tokens[0].time, end),
-            end=end,
-            audio=audio,
-            chunk_ms=chunk_ms,
+            start=min(tokens[0].time, last),
+            end=last if end is None else end,
+            audio=step.audio,
+            chunk_ms=step.chunk_ms,
             reason=None,
             grouper=current.grouper,
             text_from=current.event_length,
             tokens_from=current.event_tokens,
+            language=reported_language(step.language, current.language),
             _prefix=_Prefix(
                 transcript,
                 len(tokens),
@@ -297,5 +354,6 @@ class EventBuilder:
                 "".join(parts[current.event_parts :]),
             ),
         )
-        current.event_length, current.event_tokens, current.event_parts = current.length, len(tokens), len(parts)
+        if kind != "backchannel":  # a consumer may ignore backchannels: the next event repeats what is new in it
+            current.event_length, current.event_tokens, current.event_parts = current.length, len(tokens), len(parts)
         return event

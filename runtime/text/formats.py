@@ -15,20 +15,25 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from nemostream.runtime.text.scripts import can_break, columns
+
 if TYPE_CHECKING:
     from nemostream.runtime.text.events import Event
     from nemostream.runtime.text.words import Token, Word
 
-# Limits of subtitles by the Netflix Timed Text Style Guide (general requirements; English, adult programmes).
-MAX_LINE_LENGTH, MAX_LINES = 42, 2  # characters per line; lines per subtitle
+# Limits of subtitles by the Netflix Timed Text Style Guide (general requirements; English, adult programmes). Lengths
+# are columns: a wide character of East Asia counts as two, a combining mark as none.
+MAX_LINE_LENGTH, MAX_LINES = 42, 2  # columns per line; lines per subtitle
 MIN_DURATION, MAX_DURATION = 5 / 6, 7.0  # seconds on screen
-READING_SPEED = 20.0  # characters per second
+READING_SPEED = 20.0  # columns per second
 MIN_GAP = 1 / 12  # seconds between two subtitles: two frames of film
 PAUSE = 1.0  # seconds of silence that always start a new subtitle; must be longer than MIN_DURATION + MIN_GAP
 
 _MIN_SHOWN_MS = 100  # on screen, even for words without any duration
 _OFFSET_SECONDS = 0.08  # unit of NeMo's offsets: an encoder frame
-_SENTENCE_END, _CLAUSE_END = re.compile(r"[.?!…]+[\"'”’)\]]*$"), re.compile(r"[,;:–—]+[\"'”’)\]]*$")
+_QUOTES = r"[\"'”’“»«)\]」』）】》]*$"
+_SENTENCE_END = re.compile(rf"[.?!…。．！？｡؟۔।॥։።፧။។\u037e]+{_QUOTES}")
+_CLAUSE_END = re.compile(rf"[,;:–—、，；：､،؛·\u0387፣፤፥፦၊៖]+{_QUOTES}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Transcript:
     utterances: Sequence[Utterance] | None = None  # None: not separated
     spoken: str | None = None  # the text before inverse text normalization; None: not normalized
     channel: int | None = None  # the selected channel of the recording, from 1; None: all
+    language: str | None = None  # None: unknown
 
 
 class Format(StrEnum):
@@ -102,15 +108,19 @@ def time_span(item: Word | Utterance | Event) -> dict[str, float]:
 
 
 def word_to_dict(word: Word) -> dict[str, Any]:
-    """Return a word as in JSON output and the WebSocket protocol: `text`, `start`, `end`, `confidence`."""
-    return {"text": word.text, **time_span(word), "confidence": round(word.confidence, 4)}
+    """Return a word as in JSON output and the WebSocket protocol.
+
+    The keys are `text`, `start`, `end` and `confidence`; also `language` if the model detected it.
+    """
+    body = {"text": word.text, **time_span(word), "confidence": round(word.confidence, 4)}
+    return body if word.language is None else {**body, "language": word.language}
 
 
 def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
     """Return a transcript as in JSON output.
 
-    The keys are `file`, `duration`, `text`, `words`, `tokens` and `chunk_ms`; also `utterances` if they are separated,
-    `spoken` if the text was normalized, and `channel` if one was selected.
+    The keys are `file`, `duration`, `text`, `words`, `tokens` and `chunk_ms`; also `language` if it is known,
+    `utterances` if they are separated, `spoken` if the text was normalized, and `channel` if one was selected.
     """
     body: dict[str, Any] = {
         "file": transcript.file,
@@ -129,6 +139,8 @@ def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
         ],
         "chunk_ms": transcript.chunk_ms,
     }
+    if transcript.language is not None:
+        body["language"] = transcript.language
     if transcript.utterances is not None:
         body["utterances"] = [{"text": one.text, **time_span(one)} for one in transcript.utterances]
     if transcript.spoken is not None:
@@ -214,8 +226,9 @@ def cues(words: Sequence[Word], duration: float | None = None) -> list[Cue]:
     Subtitles contain every word, do not overlap, do not begin before their words, have at most `MAX_LINES` lines and
     are shown for at most `MAX_DURATION`. Only a single word may exceed `MAX_LINE_LENGTH`. A subtitle is shown for at
     least `MIN_DURATION` and the time to read it if the next words and the end of the recording leave that much time.
-    Breaks are preferred at the end of a sentence or clause and at pauses. Dynamic programming minimizes the total cost
-    (as Knuth and Plass break paragraphs, 1981).
+    No line begins with closing or ends with opening punctuation. Breaks are preferred at the end of a sentence or
+    clause, at pauses and at spaces. Dynamic programming minimizes the total cost (as Knuth and Plass break paragraphs,
+    1981). The text is in logical order in every script.
     """
     layout = _Layout(words, duration)
     costs, best_begin = [0.0], [0]  # of the best layout of the first n words; where its last subtitle begins
@@ -231,31 +244,57 @@ def cues(words: Sequence[Word], duration: float | None = None) -> list[Cue]:
 
 
 class _Layout:
-    """Words in order, with times in whole milliseconds. `begin` and `end` are the word range [begin, end)."""
+    """Words in order, with times in whole milliseconds. `begin` and `end` are the word range [begin, end).
+
+    Words that must be on the same line are one word here.
+    """
 
     def __init__(self, words: Sequence[Word], duration: float | None) -> None:
-        kept = [(" ".join(word.text.split()), word) for word in words if word.text.split()]
-        self.texts = [text for text, _ in kept]
-        self.count = len(kept)
+        self.texts: list[str] = []
         self.starts: list[int] = []
         self.ends: list[int] = []
-        for _, word in kept:
-            self.starts.append(max(_ms(word.start), self.starts[-1] if self.starts else 0))
-            self.ends.append(max(_ms(word.end), self.starts[-1]))
+        self.spaces: list[str] = []  # before each word
+        for word in words:
+            if not (text := " ".join(word.text.split())):
+                continue
+            # Words of other recognisers do not state it.
+            space = " " if getattr(word, "after_space", True) else ""
+            start = max(_ms(word.start), self.starts[-1] if self.starts else 0)
+            end = max(_ms(word.end), start)
+            if (
+                self.texts
+                and start - self.ends[-1] < _ms(PAUSE)
+                and not can_break(self.texts[-1], text, bool(space))
+                and columns(joined := self.texts[-1] + space + text) <= MAX_LINE_LENGTH
+            ):
+                self.texts[-1], self.ends[-1] = joined, max(end, self.ends[-1])
+                continue
+            self.texts.append(text)
+            self.starts.append(start)
+            self.ends.append(end)
+            self.spaces.append(space)
+        self.count = len(self.texts)
         # Players stop at the end of the recording.
         self.recording_end = math.inf if duration is None else max([_ms(duration), *self.ends[-1:]])
-        self.offsets = [0]  # characters before each word, if a space follows every word
-        for text in self.texts:
-            self.offsets.append(self.offsets[-1] + len(text) + 1)
+        # Columns at which each word begins and ends if all of them are on one line.
+        self.left: list[int] = []
+        self.right: list[int] = []
+        for text, space in zip(self.texts, self.spaces, strict=True):
+            self.left.append((self.right[-1] if self.right else 0) + len(space))
+            self.right.append(self.left[-1] + columns(text))
+        self._break_costs = [0.0, *(self._break_cost(word) for word in range(1, self.count)), 0.0]
 
     def possible_begins(self, end: int) -> list[int]:
         """Return where a subtitle that ends before the word `end` may begin; a single word is always allowed."""
         begins, begin = [end - 1], end - 2
+        second = end - 1  # with which the second line begins if it is full
+        while second and self._fits(second - 1, end):
+            second -= 1
         while (
             begin >= 0
             and self._pause(begin + 1) < _ms(PAUSE)
             and self.ends[end - 1] - self.starts[begin] <= _ms(MAX_DURATION)
-            and self._line_breaks(begin, end)
+            and (begin >= second or self._fits(begin, second))
         ):
             begins.append(begin)
             begin -= 1
@@ -266,7 +305,7 @@ class _Layout:
         until = self.starts[end] - _ms(MIN_GAP) if end < self.count else self.recording_end
         available = max(0.0, min(_ms(MAX_DURATION), until - self.starts[begin]))
         shortage = max(0.0, 1 - available / self._needed_ms(begin, end))
-        return 0.5 + 8 * shortage + (self._break_cost(end) if end < self.count else 0.0)
+        return 0.5 + 8 * shortage + self._break_costs[end]
 
     def make_cues(self, bounds: Sequence[tuple[int, int]]) -> list[Cue]:
         """Return the subtitles of these word ranges."""
@@ -287,27 +326,26 @@ class _Layout:
         return max(_ms(MIN_DURATION), math.ceil(1000 * self._length(begin, end) / READING_SPEED))
 
     def _length(self, begin: int, end: int) -> int:
-        return self.offsets[end] - self.offsets[begin] - 1
+        return self.right[end - 1] - self.left[begin]
 
     def _pause(self, word: int) -> int:
         return self.starts[word] - self.ends[word - 1]
 
     def _break_cost(self, word: int) -> float:
-        """Return the cost of a break before a word: from 0 after a sentence to 2 within a phrase."""
+        """Return the cost of a break before a word: from 0 after a sentence to 2.5 within a phrase."""
         before = self.texts[word - 1]
         if _SENTENCE_END.search(before):
             return 0.0
         cost = 2.0 * max(0.0, 1 - max(0, self._pause(word)) / _ms(PAUSE))
+        if not self.spaces[word]:  # perhaps within a word of the language
+            cost += 0.5
         return min(cost, 0.75) if _CLAUSE_END.search(before) else cost
 
     def _fits(self, begin: int, end: int) -> bool:
         return self._length(begin, end) <= MAX_LINE_LENGTH or end - begin == 1
 
     def _line_breaks(self, begin: int, end: int) -> list[int]:
-        """Return the words with which the second line may begin; `end` if one line suffices.
-
-        Empty if the words do not fit into two lines.
-        """
+        """Return the words with which the second line may begin; `end` if one line suffices."""
         if self._fits(begin, end):
             return [end]
         return [word for word in range(begin + 1, end) if self._fits(begin, word) and self._fits(word, end)]
@@ -319,11 +357,13 @@ class _Layout:
             if word == end:
                 return 0.0
             unevenness = abs(self._length(begin, word) - self._length(word, end)) / MAX_LINE_LENGTH
-            return unevenness + self._break_cost(word)
+            return unevenness + self._break_costs[word]
 
         second = min(self._line_breaks(begin, end), key=cost)
-        lines = (self.texts[begin:second], self.texts[second:end])
-        return tuple(" ".join(line) for line in lines if line)
+        return tuple(self._text(*span) for span in ((begin, second), (second, end)) if span[0] < span[1])
+
+    def _text(self, begin: int, end: int) -> str:
+        return "".join(self.spaces[word] + self.texts[word] for word in range(begin, end)).lstrip()
 
 
 def _ms(seconds: float) -> int:

@@ -6,23 +6,30 @@ This module does not depend on blanks, frames or streams.
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import sentencepiece
 
 from nemostream.errors import BundleError
+from nemostream.runtime.text.scripts import CLOSING
 from nemostream.untrusted import MIB, read_regular
 
-# Punctuation that belongs to the preceding word, in the scripts of published models; no opening marks (¿, quotes).
-_CLOSING = frozenset(".,?!:;…。、，．！？：；،؛؟۔।॥;·։")
 _MAX_BYTES = 64 * MIB
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_LANGUAGE_PIECE = re.compile(r"\u2581?<([a-z]{2}-[A-Z]{2})>")  # NeMo's `lang_tag_pattern` (`rnnt_decoding.py`)
 
 
 class Tokenizer:
     """The SentencePiece model of a bundle, with `vocabulary` pieces. Thread-safe.
+
+    Some models emit *tags*: the language of the text before them (`<de-DE>`), the end of an utterance (`<EOU>`), or a
+    backchannel (`<EOB>`). Tags are not part of any text. White space before a tag is removed with it, and so is white
+    space at both ends of a text, as in NeMo (`decode_tokens_to_str_with_strip_punctuation`, `strip_lang_tags`). Without
+    tags in the vocabulary, all texts equal those of SentencePiece.
 
     Raises `BundleError` if the file is not a SentencePiece model or has another number of pieces.
     """
@@ -39,6 +46,12 @@ class Tokenizer:
             self.vocabulary = size
             self.unknown: int = self._model.unk_id()  # id for text that no piece covers
             self._pieces = tuple(self._model.id_to_piece(i) for i in range(size))
+            languages = {i: m[1] for i, piece in enumerate(self._pieces) if (m := _LANGUAGE_PIECE.fullmatch(piece))}
+            self.languages: Mapping[int, str] = MappingProxyType(languages)  # by id of a tag: its language, "de-DE"
+            self.end_of_utterance = self._find_tag("<EOU>")
+            self.backchannel = self._find_tag("<EOB>")
+            controls = (self.end_of_utterance, self.backchannel)
+            self.tags = frozenset(languages).union(token for token in controls if token is not None)
             self._texts = tuple(self._piece_text(i) for i in range(size))
             self._model.decode(list(range(size)))  # find invalid pieces now, not in a stream
         except BundleError:
@@ -48,20 +61,42 @@ class Tokenizer:
         self.word_starts = tuple(text[:1] == " " for text in self._texts)  # by id: whether it starts a word
         # By id: whether it is only punctuation that belongs to the preceding word, even after a space.
         self.closing_punctuation = tuple(
-            bool(text.strip()) and _CLOSING.issuperset(text.strip()) for text in self._texts
+            bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self._texts
         )
+        # Tags and pieces of white space, if there are tags: they are not visible in a text that contains nothing else.
+        spaces = {i for i, text in enumerate(self._texts) if text.isspace()} if self.tags else set()
+        self.invisible = self.tags | spaces
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE_PIECE.fullmatch(p))}
+        # SentencePiece drops a space at the start of a text: text after a tag is decoded together with this piece.
+        self.anchor = [self.unknown] if self.tags else []
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that starts at a word boundary; `unknown` for characters without a piece."""
-        return list(self._model.encode(text))
+        """Return the ids of a text that starts at a word boundary; `unknown` for characters without a piece.
+
+        The name of a tag in the text is encoded by its characters, never as the tag.
+        """
+        ids: list[int] = []
+        for token in self._model.encode(text):
+            ids += map(self._model.piece_to_id, self._pieces[token]) if token in self.tags else [token]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a complete list of ids, as SentencePiece does."""
-        return self._model.decode(list(ids)) if ids else ""
+        """Return the text of a complete list of ids, as SentencePiece does, without tags."""
+        text = ""
+        for tags, group in itertools.groupby(ids, self.tags.__contains__):
+            text = text.rstrip() if tags else text + self.decode_after(self.anchor, list(group))
+        return text.strip() if self.tags else text
+
+    def decode_after(self, before: list[int], ids: list[int]) -> str:
+        """Return the text that `ids` add to that of `before`. Neither contains tags."""
+        return self._model.decode(before + ids)[len(self._model.decode(before)) :]
+
+    def _find_tag(self, name: str) -> int | None:
+        token = self._model.piece_to_id(name)
+        return None if token == self.unknown else token
 
     def piece(self, token: int) -> str:
-        """Return the text of a single token, including its leading space; a byte piece is returned as `<0xE2>`."""
+        """Return the text of a single token with its leading space; "" for a tag, `<0xE2>` for a byte piece."""
         return self._texts[token]
 
     def count_incomplete(self, ids: Sequence[int]) -> int:
@@ -74,7 +109,7 @@ class Tokenizer:
         return len(decoder.getstate()[0])
 
     def _piece_text(self, token: int) -> str:
-        if self._model.is_control(token):
+        if token in self.tags or self._model.is_control(token):
             return ""
         if self._model.is_unknown(token):
             return self._model.decode([token])
@@ -84,7 +119,8 @@ class Tokenizer:
 class Detokenizer:
     """Incremental text of one stream, in time proportional to the new tokens.
 
-    Every returned text is a prefix of all later ones: the bytes of an incomplete character are held back.
+    Every returned text is a prefix of all later ones: the bytes of an incomplete character are held back. If the
+    vocabulary has tags, so is white space, until visible text follows it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -92,8 +128,10 @@ class Detokenizer:
         self.text = ""
         # The last tokens already in `text`, with at least one character. SentencePiece drops a leading space, so new
         # tokens are decoded together with them.
-        self._window: list[int] = []
+        self._window = tokenizer.anchor
         self._incomplete: list[int] = []  # byte pieces of an incomplete character
+        self._space = ""  # white space that was held back
+        self._begun = False  # whether the text has a visible character; only used if the vocabulary has tags
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that the new ids add. `text` is not updated."""
@@ -118,9 +156,30 @@ class Detokenizer:
         return self.text
 
     def _decode_new(self, ids: list[int]) -> str:
+        tokenizer = self._tokenizer
+        if not tokenizer.tags:
+            return self._decode_visible(ids)
+        text = ""
+        for tags, group in itertools.groupby(ids, tokenizer.tags.__contains__):
+            if tags:
+                self._window, self._space = tokenizer.anchor, ""
+            else:
+                text += self._hold_space(self._decode_visible(list(group)))
+        return text
+
+    def _hold_space(self, text: str) -> str:
+        """Return `text` after the white space that was held back; hold back the white space at its end."""
+        text = self._space + text
+        if not self._begun:
+            text = text.lstrip()
+        visible = text.rstrip()
+        self._space, self._begun = text[len(visible) :], self._begun or bool(visible)
+        return visible
+
+    def _decode_visible(self, ids: list[int]) -> str:
+        """Return the text that ids without tags add."""
         if not ids:
             return ""
-        decode = self._tokenizer.decode
-        text = decode(self._window + ids)[len(decode(self._window)) :]
-        self._window = ids if decode(ids) else self._window + ids
+        text = self._tokenizer.decode_after(self._window, ids)
+        self._window = ids if self._tokenizer.decode_after([], ids) else self._window + ids
         return text

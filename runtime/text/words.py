@@ -10,16 +10,15 @@ import itertools
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nemostream.runtime.decoding.confidence import AGGREGATIONS
 from nemostream.runtime.text.languages import LanguageTags
+from nemostream.runtime.text.scripts import WordBreaker
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_PARTS = re.compile(r"\s+|\S+")
-_CLOSING = frozenset(".,?!:;")  # punctuation that belongs to the preceding word, even after a space
 # SentencePiece decodes every invalid UTF-8 byte as U+FFFD; Python's "replace" would merge some of them.
 codecs.register_error("nemostream-byte", lambda error: ("\ufffd", getattr(error, "start", 0) + 1))
 
@@ -46,6 +45,7 @@ class Word:
     end: float  # seconds: end of its last token
     confidence: float  # 0 to 1: aggregate over its tokens, by the stream's `Confidence`
     language: str | None = None  # of the language tag that follows it, if the model emitted one
+    after_space: bool = True  # whether a space separates it from the preceding word in the text
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,20 @@ def group_words(tokens: Sequence[Token], aggregation: str = "min", final: bool =
     """Group tokens into words (as NeMo's `get_words_offsets`), in time proportional to the number of tokens.
 
     A word begins where the text has a space, which may be the first character of a token or a token of its own, and
-    includes punctuation after a space. `aggregation` names the function of the tokens' confidences that is the word's.
+    includes closing punctuation after a space. In scripts without spaces, a word begins at nearly every character
+    (`nemostream.runtime.text.scripts`). `aggregation` names the function of the tokens' confidences that is the word's.
     Unless `final`, the bytes of an incomplete character at the end are omitted, as in the text.
     """
     return WordGrouper(aggregation).words(tokens, final)
+
+
+def join_words(words: Iterable[Word]) -> str:
+    """Return the text of words, with spaces where the original text has them."""
+    return "".join(f"{' ' if word.after_space else ''}{word.text}" for word in words).lstrip()
+
+
+# The text of a word, its first and its last token, and whether it is after a space.
+_Group = tuple[str, int, int, bool]
 
 
 class WordGrouper:
@@ -89,10 +99,10 @@ class WordGrouper:
         self._tags = LanguageTags()
         self._done: list[Word] = []  # without languages, which later tags define
         self._done_last: list[int] = []  # index of the last token of each
-        # Positions at which the tokens can be split, as (token index, word index): the word begins with the token,
-        # which is not part of another word and does not continue a character. `_done` has all words before the last
-        # split.
-        self._splits = [(0, 0)]
+        # Positions at which the tokens can be split, as (token index, word index, after space): the word begins with
+        # the token, which is not part of another word and does not continue a character. `_done` has all words before
+        # the last split.
+        self._splits = [(0, 0, True)]
 
     def words(self, tokens: Sequence[Token], final: bool, count: int | None = None) -> tuple[Word, ...]:
         """Return the words of the first `count` tokens (default: all)."""
@@ -113,18 +123,18 @@ class WordGrouper:
             self._advance(tokens, count)
             if self._tags.labelled(count) > known:
                 known = self._tags.labelled(known)
-            begin, word = self._splits[max(bisect_left(self._splits, (known, 0)) - 1, 0)]
+            begin, word, after_space = self._splits[max(bisect_left(self._splits, (known, 0, False)) - 1, 0)]
         part = tokens[begin:count]
-        groups = _group(part, final)
+        groups = _group(part, after_space, final)
         return word, tuple(self._labelled(self._make_word(part, *group), begin + group[2], count) for group in groups)
 
     def _advance(self, tokens: Sequence[Token], count: int) -> None:
         """Add the splits of the first `count` tokens, and the words before the last split."""
-        begin, word = self._splits[-1]
+        begin, word, after_space = self._splits[-1]
         if count <= begin:  # a request for earlier tokens
             return
         part = tokens[begin:count]
-        groups = _group(part, False)
+        groups = _group(part, after_space, False)
         splits = [
             index
             for index in range(1, len(groups))
@@ -132,14 +142,14 @@ class WordGrouper:
         ]
         if splits:
             self._done += [self._make_word(part, *group) for group in groups[: splits[-1]]]
-            self._done_last += [begin + last for _, _, last in groups[: splits[-1]]]
-            self._splits += [(begin + groups[index][1], word + index) for index in splits]
+            self._done_last += [begin + last for _, _, last, _ in groups[: splits[-1]]]
+            self._splits += [(begin + groups[index][1], word + index, groups[index][3]) for index in splits]
 
-    def _make_word(self, tokens: Sequence[Token], text: str, first: int, last: int) -> Word:
+    def _make_word(self, tokens: Sequence[Token], text: str, first: int, last: int, after_space: bool) -> Word:
         confidence = self._aggregate([token.confidence for token in tokens[first : last + 1]])
         end = tokens[last].end
         # The frame of the last tokens may begin after the end of the recording, to which their `end` is clipped.
-        return Word(text, min(tokens[first].time, end), end, confidence)
+        return Word(text, min(tokens[first].time, end), end, confidence, after_space=after_space)
 
     def _labelled(self, word: Word, last: int, count: int) -> Word:
         """Return the word with the language of its last token, by the tags among the first `count` tokens."""
@@ -150,21 +160,21 @@ class WordGrouper:
         return WordGrouper, (self._aggregation,)
 
 
-def _group(tokens: Sequence[Token], final: bool) -> list[tuple[str, int, int]]:
-    """Return the text, the first and the last token of each word."""
-    groups: list[tuple[str, int, int]] = []
-    growing = False  # whether the last word may be continued
+def _group(tokens: Sequence[Token], after_space: bool, final: bool) -> list[_Group]:
+    """Return the words. `after_space`: whether the tokens follow a space."""
+    groups: list[_Group] = []
+    breaker = WordBreaker()
     space = -1  # a token that is only a space and belongs to the next word; -1: none
     for start, end, piece in _decode_bytes(tokens, final):
-        for part in _PARTS.findall(piece):
-            if part.isspace():
-                growing, space = False, start if part == piece else -1
-            elif growing or (groups and _CLOSING.issuperset(part)):
-                text, first, _ = groups[-1]
-                groups[-1], growing = (text + part, first, end), True
+        for part, kind in breaker.split(piece):
+            if kind == "space":
+                after_space, space = True, start if part == piece else -1
+            elif kind == "rest":
+                text, first, _, spaced = groups[-1]
+                groups[-1], after_space = (text + part, first, end, spaced), False
             else:
-                groups.append((part, start if space < 0 else space, end))
-                growing, space = True, -1
+                groups.append((part, start if space < 0 else space, end, after_space))
+                after_space, space = False, -1
     return groups
 
 

@@ -454,11 +454,16 @@ def _check_sizes(manifest: Manifest) -> None:
 
 
 def _check_graphs(manifest: Manifest) -> None:
-    """Raise `ValueError` if a graph is missing, or an input or output of one is too large to allocate."""
+    """Raise `ValueError` if a graph or its prompt input is missing, or one of its tensors is too large to allocate."""
     required = {f"{kind}-{chunk.ms}ms" for chunk in manifest.chunks for kind in ("features", "encoder")}
     required |= {"decoder", "joint"}
     if missing := sorted(required - manifest.graphs.keys()):
         raise ValueError(f"it has no graph '{missing[0]}'")
+    for name in (f"encoder-{chunk.ms}ms" for chunk in manifest.chunks):
+        prompted = any(tensor.name == "prompt" for tensor in manifest.graphs[name].inputs)
+        if prompted != bool(manifest.languages.count):
+            state = f"{'an' if prompted else 'no'} input 'prompt'"
+            raise ValueError(f"graph '{name}' has {state}, but languages.count is {manifest.languages.count}")
     for name, graph in manifest.graphs.items():
         for tensor in (*graph.inputs, *graph.outputs):
             if prod(axis for axis in tensor.shape if isinstance(axis, int)) > _MAX_STATE:

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 
 from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, File, Manifest
+from nemostream.runtime.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,25 @@ def tokenizer_model() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory) -> Tokenizer:
+    """A tokenizer with tags of languages, of the end of an utterance and of a backchannel, and byte fallback."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["yes, no. go on? stop wait now <EOU> ja nein \u4f60\u597d\u3002 again"] * 20),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=[".", ",", "?", "<en-US>", "<de-DE>", "\u2581<zh-CN>", "<EOU>", "<EOB>"],
+    )
+    path = tmp_path_factory.mktemp("tagged") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
 """A backend whose tokens are a checksum of the audio it received.
 
-The tokens of frame i encode a checksum of every sample that the slot received up to and including that frame. If one
-sample is lost, doubled, moved or in another slot, or if a slot is not reset, all later tokens differ. A stream that is
-saved and loaded continues with its checksum. The backend also checks the conditions that `backends.base` guarantees to
-a backend, and fails the batch if one is violated.
+The tokens of frame i encode a checksum of every sample that the slot received up to and including that frame, and for a
+prompted model of the prompt id of each frame. If one sample is lost, doubled, moved or in another slot, or if a slot is
+not reset, all later tokens differ. A stream that is saved and loaded continues with its checksum. The backend also
+checks the conditions that `backends.base` guarantees to a backend, and fails the batch if one is violated.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +36,20 @@ def encoder_frames(samples: int) -> int:
     return frames
 
 
-def expected(audio_N: np.ndarray, vocabulary: int) -> tuple[list[int], list[int]]:
-    """Return the tokens and frames of a whole recording at 16 kHz, computed from the definition."""
+def expected(audio_N: np.ndarray, vocabulary: int, prompts: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    """Return the tokens and frames of a whole recording at 16 kHz, computed from the definition.
+
+    `prompts` are those of its encoder frames, for a prompted model.
+    """
     frames = encoder_frames(len(audio_N))
     padded = np.zeros(frames * 1280, np.float32)
     part = audio_N[: max(frames * 1280 - 1081, 0)]
     padded[1081 : 1081 + len(part)] = part
     checksum, tokens = 0, []
-    for row in padded.reshape(-1, 1280):
+    for frame, row in enumerate(padded.reshape(-1, 1280)):
         checksum = zlib.crc32(row.tobytes(), checksum)
+        if prompts is not None:
+            checksum = zlib.crc32(bytes([prompts[frame]]), checksum)
         tokens += spell(checksum, vocabulary)
     return tokens, [i for i in range(frames) for _ in range(DIGITS)]
 
@@ -78,6 +83,7 @@ class FakeBackend:
         self.decoder_resets: list[tuple[int, int]] = []  # slot, and its position in frames
         self.in_flight = dict.fromkeys(range(capacity), 0)
         self.batches: list[tuple[int, list[int]]] = []  # chunk size in ms, slots
+        self.prompts: list[list[int]] = []  # of the rows of each batch
         self.max_in_flight = 0
         self.closed = False
         self.on_reset: Callable[[list[int]], None] = lambda slots: None
@@ -122,16 +128,20 @@ class FakeBackend:
         slots = batch.slots.tolist()
         self.batches.append((batch.chunk.ms, slots))
         self._check(batch)
+        self.prompts.append(batch.prompt_ids(self.manifest.languages).tolist())
         self.on_submit(batch)
         vocabulary = self.manifest.decoder.vocabulary
         tokens, frames, failed = [], [], []
-        for slot, audio, length in zip(slots, batch.audio, batch.lengths.tolist(), strict=True):
+        rows = zip(slots, batch.audio, batch.lengths.tolist(), self.prompts[-1], strict=True)
+        for slot, audio, length, prompt in rows:
             self.in_flight[slot] += 1
             start = self.position[slot]
             total = encoder_frames(start * 1280 - 1081 + length)
             row: list[int] = []
             for segment in audio.reshape(-1, 1280)[: total - start]:
                 self.checksum[slot] = zlib.crc32(segment.tobytes(), self.checksum[slot])
+                if self.manifest.languages.count:
+                    self.checksum[slot] = zlib.crc32(bytes([prompt]), self.checksum[slot])
                 row += spell(self.checksum[slot], vocabulary)
             tokens.append(np.array(row, np.int32))
             frames.append(start + np.arange(len(row), dtype=np.int64) // DIGITS)
@@ -158,5 +168,9 @@ class FakeBackend:
         assert slots == sorted(set(slots)) and 0 < rows <= self.max_batch
         assert (batch.slots.dtype, batch.lengths.dtype, batch.audio.dtype) == (np.int64, np.int64, np.float32)
         assert batch.audio.shape == (rows, batch.chunk.samples) and batch.lengths.shape == (rows,)
+        if self.manifest.languages.count:
+            assert batch.prompts is not None and batch.prompts.shape == (rows,) and batch.prompts.dtype == np.int64
+        else:
+            assert batch.prompts is None
         for audio, length in zip(batch.audio, batch.lengths.tolist(), strict=True):
             assert 0 <= length <= batch.chunk.samples and not audio[length:].any()

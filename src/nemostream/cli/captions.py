@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
+from nemostream.runtime.text.scripts import columns, unbreakable_spans
+
 _REDRAW_SECONDS = 0.05  # minimum time between two redraws
 _MIN_ETA_SECONDS = 2.0  # minimum elapsed time before the remaining time is estimated
 _CAPTION_LINES = 2
+_JOINERS = "\u200b\u200c\u200d"  # invisible characters of Khmer, Persian and Hindi words
 _FILE_WIDTH = 79  # columns of a line if standard error is not a terminal
 
 
@@ -127,8 +130,6 @@ class Captions:
     # -- live captions -------------------------------------------------------------------------------------------------
 
     def _caption_lines(self, row: _Row, width: int) -> list[str]:
-        from rich.cells import cell_len
-
         text, stable = _printable(row.text[self._caption_start :]), row.stable - self._caption_start
         bounds = _wrap(text, width)[-_CAPTION_LINES:]
         lines = []
@@ -136,7 +137,7 @@ class Captions:
             split = max(start, min(stable, end))
             dim = f"\x1b[2m{text[split:end]}\x1b[22m" if split < end else ""
             # Trailing spaces erase the previous text on every terminal.
-            lines.append(text[start:split] + dim + " " * (width - cell_len(text[start:end])))
+            lines.append(text[start:split] + dim + " " * (width - columns(text[start:end])))
         if bounds:
             self._caption_start += bounds[0][0]  # drop lines that scrolled off, so that line breaks stay stable
         return lines + [" " * width] * (_CAPTION_LINES - len(lines))
@@ -154,17 +155,20 @@ class Captions:
     # -- progress ------------------------------------------------------------------------------------------------------
 
     def _status_line(self, row: _Row, width: int) -> str:
-        from rich.cells import cell_len, set_cell_size
-
         head = self._progress()
         if len(self._rows) > 1:
             head += f"{os.path.basename(row.name)}: "
-        room, text = width - cell_len(head), row.text[-width:]
-        if len(text) < len(row.text) or cell_len(text) > room:  # keep the newest words
-            while cell_len(text) >= room and text:
+        head = _printable(head)
+        room, text = width - columns(head), _printable(row.text[-width:])
+        if len(text) < len(row.text) or columns(text) > room:  # keep the newest words
+            while columns(text) >= room and text:
                 text = text[1:]
+            text = text[_marks(text) :]
             text = f"…{text}"
-        return set_cell_size(_printable(head + text), width)
+        line = head + text
+        while columns(line) > width:
+            line = line[:-1]
+        return line + " " * (width - columns(line))
 
     def _progress(self) -> str:
         """Return the processed share in percent and the estimated time left.
@@ -190,27 +194,30 @@ class Captions:
 
 def _wrap(text: str, width: int) -> list[tuple[int, int]]:
     """Return the start and end of every line, broken between words; a word longer than a line is broken too."""
-    from rich.cells import cell_len
-
     lines: list[tuple[int, int]] = []
     start = end = 0
-    for word in re.finditer(r"\S+", text):
-        if end and cell_len(text[start : word.end()]) > width:
+    for word_start, word_end in unbreakable_spans(text):
+        if end and columns(text[start:word_end]) > width:
             lines.append((start, end))
             end = 0
-        start = start if end else word.start()
-        end = word.end()
-        while cell_len(text[start:end]) > width:
+        start = start if end else word_start
+        end = word_end
+        while columns(text[start:end]) > width:
             cut = start + 1
-            while cell_len(text[start : cut + 1]) <= width:
+            while columns(text[start : cut + 1]) <= width:
                 cut += 1
             lines.append((start, cut))
             start = cut
     return [*lines, (start, end)] if end else lines
 
 
+def _marks(text: str) -> int:
+    """Return the number of combining marks at the start of a text, whose character has been cut off."""
+    return next((index for index, character in enumerate(text) if columns(character)), len(text))
+
+
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() or c in _JOINERS else "?" for c in text)
 
 
 def _width() -> int:

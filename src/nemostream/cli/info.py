@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nemostream.bundle import Bundle
+from nemostream.bundle import Bundle, LanguageConfig
 
 
 def print_bundle_json(bundle: Bundle) -> None:
@@ -34,6 +34,7 @@ def print_bundle(bundle: Bundle) -> None:
         f"{encoder.cache} frames of context, x{encoder.subsampling} subsampling",
         "decoder": f"{decoder.layers} LSTM layer(s) of {decoder.hidden}, joint {decoder.joint}, "
         f"{decoder.vocabulary} tokens, max. {decoder.max_symbols} per frame",
+        "languages": _languages(manifest.languages),
         "checkpoint": f"{source.get('source', '?')}, sha256 {source.get('sha256', '?')[:16]}…",
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
@@ -60,6 +61,19 @@ def print_bundle(bundle: Bundle) -> None:
         graphs.add_row(name, _size(sizes[name]), str(len(graph.inputs)), str(len(graph.outputs)))
     graphs.add_row("shared weights", _size(manifest.weights.bytes), "", "")
     console.print(graphs)
+
+
+def _languages(languages: LanguageConfig) -> str:
+    """Return the names of the languages with their other names in brackets, the default first."""
+    aliases: dict[int, list[str]] = {}
+    for name, prompt in languages.prompts.items():
+        aliases.setdefault(prompt, []).append(name)
+    default = languages.name(None)
+    shown = []
+    for name in sorted(languages.names, key=lambda name: name != default):
+        others = [other for other in aliases.get(languages.prompt(name), ()) if other != name]
+        shown.append(name + f" ({', '.join(others)})" * bool(others) + " by default" * (name == default))
+    return ", ".join(shown)
 
 
 def _graph_sizes(bundle: Bundle) -> dict[str, int]:

@@ -85,6 +85,15 @@ def transcribe(
             rich_help_panel=RECOGNITION,
         ),
     ] = DecoderPolicy.keep,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Language of the audio, such as de or de-DE, or auto; `nemostream info` lists those of a model. "
+            "Default: the model's.",
+            rich_help_panel=RECOGNITION,
+        ),
+    ] = None,
     phrases: Annotated[
         list[str] | None,
         typer.Option(
@@ -184,7 +193,7 @@ def transcribe(
         raise OptionError("--channel applies to files only, not to standard input or the microphone.")
     if decoder is not DecoderPolicy.keep and endpoint_ms is None:
         raise OptionError(f"--decoder {decoder} needs --endpoint-ms.")
-    options = _stream_options(endpoint_ms, decoder, phrases, vad)
+    options = _stream_options(endpoint_ms, decoder, language, phrases, vad)
     # Two slots per parallel file: a failed file may hold its slot until the current step ends.
     capacity = 2 * max(1, min(len(names), MAX_PARALLEL))
     with ExitStack() as stack:
@@ -236,7 +245,9 @@ def _check_inputs(names: list[str], mic: bool) -> None:
         raise OptionError("standard input is not a pipe: pipe an audio file or raw 16 kHz mono 16-bit PCM into it.")
 
 
-def _stream_options(endpoint_ms: int | None, decoder: DecoderPolicy, phrases: list[str] | None, vad: bool) -> Options:
+def _stream_options(
+    endpoint_ms: int | None, decoder: DecoderPolicy, language: str | None, phrases: list[str] | None, vad: bool
+) -> Options:
     """Return the options of a stream that differ from the defaults."""
     options: Options = {}
     if endpoint_ms is not None:
@@ -244,6 +255,8 @@ def _stream_options(endpoint_ms: int | None, decoder: DecoderPolicy, phrases: li
 
         reset = decoder is DecoderPolicy.reset
         options["endpoint"] = Endpoint(silence_ms=endpoint_ms, decoder="reset" if reset else "keep")
+    if language is not None:
+        options["language"] = language
     if phrases:
         options["phrases"] = read_phrases(phrases)
     if vad:

@@ -56,6 +56,99 @@ def test_pieces_include_their_space(tokenizer, oracle):
     assert piece == {"\u2581the": " the", "he": "he", "<s>": "", "<unk>": " \u2047 ", "<0xE2>": "<0xE2>"}
 
 
+# -- tags --------------------------------------------------------------------------------------------------------------
+
+TAGS = ["<en-US>", "<de-DE>", "\u2581<zh-CN>", "<EOU>", "<EOB>"]
+TEXT = ["\u2581", "\u2581yes", "\u2581no", "on", ".", ",", "?", "\u4f60", "\u597d", "<unk>", "<s>", "\u2581ja", "o"]
+
+
+def strip_tags(texts: list[str]) -> str:
+    """The rule, piece by piece: a tag (None) removes the white space before it."""
+    whole = ""
+    for text in texts:
+        whole = whole.rstrip() if text is None else whole + text
+    return whole.strip()
+
+
+def test_tags_are_read_from_the_pieces(tagged, tokenizer):
+    ids = {piece: tagged._model.piece_to_id(piece) for piece in TAGS}
+    assert tagged.unknown not in ids.values() and set(ids.values()) == tagged.tags
+    languages = {ids["<en-US>"]: "en-US", ids["<de-DE>"]: "de-DE", ids["\u2581<zh-CN>"]: "zh-CN"}
+    assert tagged.languages == languages
+    assert (tagged.end_of_utterance, tagged.backchannel) == (ids["<EOU>"], ids["<EOB>"])
+    for token in tagged.tags:
+        assert tagged.piece(token) == "" and tagged.decode([token]) == ""
+        assert not tagged.word_starts[token] and not tagged.closing_punctuation[token]
+    assert (tokenizer.languages, tokenizer.end_of_utterance, tokenizer.backchannel) == ({}, None, None)
+    assert not tokenizer.tags
+
+
+@given(
+    pieces=st.lists(st.one_of(st.sampled_from(TAGS + TEXT).map(lambda piece: [piece]), BYTES), max_size=14),
+    cuts=st.lists(st.integers(0, 4), min_size=1, max_size=6),
+)
+@settings(max_examples=400, deadline=None)
+def test_text_without_tags(tagged, pieces, cuts):
+    """The text is that of NeMo's rule, contains no white space at its ends, and only grows."""
+    ids = [tagged._model.piece_to_id(piece) for group in pieces for piece in group]
+    expected, runs = [], []
+    for token in ids:  # byte pieces are decoded together
+        if token in tagged.tags:
+            runs.append(None)
+        elif runs and runs[-1]:
+            runs[-1].append(token)
+        else:
+            runs.append([token])
+    yes = tagged._model.piece_to_id("\u2581yes")
+    expected = strip_tags([run and tagged._model.decode([yes, *run])[len("yes") :] for run in runs])
+    assert tagged.decode(ids) == expected
+    detokenizer, at, before = Detokenizer(tagged), 0, ""
+    for size in (*cuts, *[1] * len(ids)):
+        text = detokenizer.push(ids[at : at + size])
+        at += size
+        assert text == text.strip() and text.startswith(before) and expected.startswith(text)
+        before = text
+    assert detokenizer.finish() == expected
+
+
+@pytest.mark.nemo
+@given(pieces=st.lists(st.sampled_from(TAGS[:3] + TEXT), max_size=14))
+@settings(max_examples=300, deadline=None)
+def test_text_without_language_tags_equals_nemo(tagged, pieces):
+    """NeMo's own method, without its removal of spaces before punctuation."""
+    decoding = pytest.importorskip("nemo.collections.asr.parts.submodules.rnnt_decoding")
+    nemo = object.__new__(decoding.RNNTBPEDecoding)
+    nemo.tokenizer, nemo.supported_punctuation = None, None
+    nemo.decode_ids_to_str = tagged._model.decode
+    nemo.set_strip_lang_tags(True)
+    ids = [tagged._model.piece_to_id(piece) for piece in pieces]
+    assert tagged.decode(ids) == nemo.decode_tokens_to_str_with_strip_punctuation(ids)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["\u2581yes", "\u2581", "<en-US>", "\u2581no"], "yes no"),
+        (["\u2581yes", "\u2581", "<EOU>"], "yes"),
+        (["<de-DE>", "\u2581ja", "\u2581"], "ja"),
+        (["\u4f60", "\u597d", "\u2581<zh-CN>", "\u4f60", "."], "\u4f60\u597d\u4f60."),
+        (["\u2581", "<EOB>", "<EOU>", "\u2581"], ""),
+    ],
+)
+def test_white_space_before_a_tag_is_removed(tagged, pieces, text):
+    ids = [tagged._model.piece_to_id(piece) for piece in pieces]
+    assert tagged.decode(ids) == Detokenizer(tagged).push(ids) == text
+
+
+@pytest.mark.parametrize(
+    "name", ["<EOU>", "<EOB>", "<en-US>", "\uff1cEOU\uff1e", "yes <de-DE> no", "<zh-CN>", "a<EOU><EOU>"]
+)
+def test_text_is_never_encoded_as_a_tag(tagged, name):
+    ids = tagged.encode(name)
+    assert ids and tagged.tags.isdisjoint(ids)
+    assert tagged.tags & set(tagged._model.encode(name))  # SentencePiece does
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", None])
 def test_damaged_or_missing_model(tmp_path, content):
     path = tmp_path / "tokenizer.model"

@@ -1,0 +1,167 @@
+"""Words and lines in all scripts: which characters begin a word, where a line may break, how wide a text is.
+
+Most languages separate words by spaces. Chinese, Japanese, Thai, Lao, Khmer and Burmese do not; finding their words
+needs a dictionary. The rule here needs none, depends on the text only, and never changes a word that is followed by
+another one:
+
+* Chinese and Japanese: one word per character. Small kana, the prolonged sound mark and iteration marks belong to the
+  character before them.
+* Thai, Lao, Khmer, Burmese: one word per character with its vowels, marks and stacked consonants. A vowel that is
+  written before its consonant begins the word.
+* A change between these scripts and others begins a word: "我用iPhone打" has four words.
+* Closing punctuation belongs to the word before it, even after a space. Opening punctuation belongs to the word after
+  it, even before a space.
+
+A grapheme cluster of these scripts is never divided. All other text is divided at white space only, as in NeMo.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Literal
+
+# Brackets and quotation marks of East Asia, whose direction does not depend on the language.
+_WIDE_OPENING, _WIDE_CLOSING = "「『（［｛〈《【〔〖〘〚〝｟｢", "」』）］｝〉》】〕〗〙〛〞〟｠｣"
+_WIDE_STOPS = "。、，．！？：；｡､"
+_STOPS = "၊။។៕៖"  # of Burmese and Khmer
+# Punctuation that belongs to the preceding word in every language. Quotation marks such as » and ” are not part of it:
+# they open a quotation in some languages.
+CLOSING = frozenset(".,?!:;…·\u0387\u037e،؛؟۔।॥։።፣፤፥፦፧)]}" + _STOPS + _WIDE_STOPS + _WIDE_CLOSING)
+OPENING = frozenset("¿¡([{«‹“‘„‚" + _WIDE_OPENING)
+
+# Letters of scripts without spaces, as ranges of a regular expression: Han, Bopomofo, kana.
+_EAST_ASIAN = (
+    "\u2e80-\u2fdf\u3006\u3007\u3021-\u3029\u3041-\u3096\u309f\u30a1-\u30fa\u30ff\u3105-\u312f\u31a0-\u31bf"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
+)
+_SMALL_KANA = "ぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶ\u31f0-\u31ff\uff67-\uff6f"
+_KANA_MARKS = "ー々〻ゝゞヽヾ〜～・\u3099-\u309c\uff70\uff9e\uff9f"
+# Thai and Lao, Burmese with its extensions, Khmer.
+_BLOCKS = (
+    range(0xE00, 0xF00),
+    range(0x1000, 0x10A0),
+    range(0x1780, 0x1800),
+    range(0xA9E0, 0xAA00),
+    range(0xAA60, 0xAA80),
+)
+_VOWELS_BEFORE = "เแโใไ\u0ec0-\u0ec4"  # written before their consonant
+_VOWELS_AFTER = "ะาำๅฯๆ\u0eaf\u0eb0\u0eb2\u0eb3\u0ebd\u0ec6\u17d7"  # letters that never begin a word
+_STACKING = "\u1039\u17d2"  # the next consonant is written below the previous one
+
+
+def _characters(category: str) -> str:
+    """Return the letters ("L") or marks ("M") of `_BLOCKS`."""
+    characters = (chr(code) for block in _BLOCKS for code in block)
+    return "".join(each for each in characters if unicodedata.category(each)[0] == category)
+
+
+_WIDE = re.escape(_WIDE_OPENING)
+# What continues a word, even after a space; \U000e0100 to \U000e01ef select variants of Han characters.
+_CONTINUING = (
+    f"{re.escape(_WIDE_STOPS + _WIDE_CLOSING)}{_STOPS}{_SMALL_KANA}{_KANA_MARKS}{_VOWELS_AFTER}{_characters('M')}"
+    "\U000e0100-\U000e01ef"
+)
+_LETTERS = _EAST_ASIAN + _characters("L")
+_PARTS = re.compile(
+    rf"\s+|[^\s{_LETTERS}{_CONTINUING}{_WIDE}]+|[{_CONTINUING}]+|[{_WIDE}]+|"
+    rf"[{_VOWELS_BEFORE}]*[{_LETTERS}](?:[{_STACKING}][{_LETTERS}]|[{_CONTINUING}])*"
+)
+_UNSPACED = re.compile(rf"(?P<continuing>[{_CONTINUING}])|(?P<opening>[{_WIDE}])|[{_LETTERS}]")
+_INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
+
+
+# A part of a text: white space, the beginning of a word, or its continuation.
+Kind = Literal["space", "word", "rest"]
+
+
+class WordBreaker:
+    """Divide a text, which is read in pieces, into words. Takes time proportional to the text."""
+
+    def __init__(self) -> None:
+        self._begun = False  # whether there is a word
+        # How the text ends: with white space, a word that any text continues, even after a space ("opening"), a word
+        # of a script without spaces, or another word.
+        self._end: Literal["space", "opening", "unspaced", "spaced"] = "space"
+        self._unspaced = False  # whether the last word is of a script without spaces
+
+    def split(self, piece: str) -> list[tuple[str, Kind]]:
+        """Divide the next piece of the text; its white space is included."""
+        parts: list[tuple[str, Kind]] = []
+        for part in _PARTS.findall(piece):
+            if part.isspace():
+                parts.append((part, "space"))
+                if self._end != "opening":
+                    self._end = "space"
+            elif not part.isascii() and (first := _UNSPACED.match(part)):
+                kind = first.lastgroup
+                begins = not self._begun or (self._end != "opening" and kind != "continuing")
+                parts.append((part, "word" if begins else "rest"))
+                self._begun = self._unspaced = True
+                self._end = "opening" if kind == "opening" or _INCOMPLETE.search(part) else "unspaced"
+            elif self._end == "spaced":
+                parts.append((part, "rest"))
+            elif self._end == "unspaced":
+                length = 0  # of the punctuation that belongs to the word
+                while length < len(part) and _continues(part[length]):
+                    length += 1
+                if length:
+                    parts.append((part[:length], "rest"))
+                if length < len(part):
+                    self._begin_spaced(part[length:], "word", parts)
+            elif self._end == "space" and self._begun and part[0] in CLOSING and CLOSING.issuperset(part):
+                parts.append((part, "rest"))
+                self._end = "unspaced" if self._unspaced else "spaced"
+            else:
+                self._begin_spaced(part, "word" if self._end == "space" else "rest", parts)
+        return parts
+
+    def _begin_spaced(self, part: str, kind: Kind, parts: list[tuple[str, Kind]]) -> None:
+        parts.append((part, kind))
+        self._end = "opening" if part[-1] in OPENING and OPENING.issuperset(part) else "spaced"
+        self._unspaced, self._begun = False, True
+
+
+def _continues(character: str) -> bool:
+    category = unicodedata.category(character)
+    return (category[0] in "PM" or category == "Cf") and character not in OPENING
+
+
+def can_break(before: str, after: str, spaced: bool) -> bool:
+    """Return whether a line may end between two words.
+
+    Not after opening and before closing punctuation (*kinsoku*). `spaced`: there is a space between the words.
+    """
+    if spaced:  # the same mark opens in one language and closes in another, so only marks that stand alone count
+        return not OPENING.issuperset(before) and not all(
+            each in CLOSING or unicodedata.category(each) in ("Pe", "Pf") for each in after
+        )
+    return before[-1] not in OPENING and after[0] not in CLOSING
+
+
+def unbreakable_spans(text: str) -> list[tuple[int, int]]:
+    """Return the start and end of the parts of a text that should not be broken across lines."""
+    spans: list[tuple[int, int]] = []
+    position, spaced, breaker = 0, False, WordBreaker()
+    for part, kind in breaker.split(text):
+        begin, position = position, position + len(part)
+        if kind == "space":
+            spaced = True
+            continue
+        if spans and (kind == "rest" or not can_break(text[slice(*spans[-1])], part, spaced)):
+            spans[-1] = spans[-1][0], position
+        else:
+            spans.append((begin, position))
+        spaced = False
+    return spans
+
+
+def columns(text: str) -> int:
+    """Return the width of a text in columns of a fixed-width font: 2 for wide characters, 0 for combining marks."""
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
