@@ -7,7 +7,6 @@ terminal, progress is not shown and captions are printed line by line, each line
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 import time
