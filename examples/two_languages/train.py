@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ RATE = 16000
 SEED, BATCH, LEARNING_RATE = 5, 12, 1.5e-3
 EARLY, LATE = 0, 3  # frames around the end of a digit in which its token may be emitted
 DIGITS = {
-    "en-US": "zero one two three four five six seven eight nine".split(),
-    "de-DE": "null eins zwei drei vier fünf sechs sieben acht neun".split(),
+    "en-US": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    "de-DE": ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"],
 }
 GERMAN = ("lucas", "yweweler")
 PROMPTS = {"en-US": 0, "en": 0, "de-DE": 1, "de": 1, "auto": 2}
@@ -185,7 +186,7 @@ class Trainer:
         """Return a prompt per frame; in half of the examples it changes, after a label."""
         prompts = np.full(frames, self.rng.integers(3))
         times = example.times
-        changes = [t + LATE + 1 for t, after in zip(times, times[1:], strict=False) if after > t + LATE + 1]
+        changes = [t + LATE + 1 for t, after in pairwise(times) if after > t + LATE + 1]
         if changes and self.rng.random() < 0.5:
             prompts[self.rng.choice(changes) :] = self.rng.integers(3)
         return prompts
