@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,25 +43,6 @@ def tokenizer_model() -> bytes:
 
 
 @pytest.fixture(scope="session")
-def tagged(tmp_path_factory) -> Tokenizer:
-    """A tokenizer with tags of languages, of the end of an utterance and of a backchannel, and byte fallback."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["yes, no. go on? stop wait now <EOU> ja nein \u4f60\u597d\u3002 again"] * 20),
-        model_writer=model,
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        user_defined_symbols=[".", ",", "?", "<en-US>", "<de-DE>", "\u2581<zh-CN>", "<EOU>", "<EOB>"],
-    )
-    path = tmp_path_factory.mktemp("tagged") / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    return Tokenizer(path, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
-
-
-@pytest.fixture(scope="session")
 def bundle(tmp_path_factory, tokenizer_model) -> Bundle:
     path = tmp_path_factory.mktemp("bundle")
     (path / "tokenizer.model").write_bytes(tokenizer_model)
@@ -79,6 +61,32 @@ def bundle(tmp_path_factory, tokenizer_model) -> Bundle:
         tokenizer=File("tokenizer.model", "", 0),
     )
     return Bundle(path, manifest)
+
+
+@pytest.fixture(scope="session")
+def tagged_bundle(tmp_path_factory, bundle) -> Bundle:
+    """A bundle whose tokenizer has tags of languages, of the end of an utterance and of a backchannel."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["yes, no. go on? stop wait now <EOU> ja nein \u4f60\u597d\u3002 again"] * 20),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=[".", ",", "?", "<en-US>", "<de-DE>", "\u2581<zh-CN>", "<EOU>", "<EOB>"],
+    )
+    path = tmp_path_factory.mktemp("tagged")
+    (path / "tokenizer.model").write_bytes(model.getvalue())
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    decoder = replace(bundle.manifest.decoder, vocabulary=vocabulary)
+    return Bundle(path, replace(bundle.manifest, decoder=decoder))
+
+
+@pytest.fixture(scope="session")
+def tagged(tagged_bundle) -> Tokenizer:
+    return Tokenizer(tagged_bundle.path / "tokenizer.model", tagged_bundle.manifest.decoder.vocabulary)
 
 
 @pytest.fixture(scope="session")

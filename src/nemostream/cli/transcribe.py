@@ -73,7 +73,8 @@ def transcribe(
         int | None,
         typer.Option(
             min=80,
-            help="Silence in ms that ends an utterance. Each utterance is one line of text; JSON has its times.",
+            help="Silence in ms that ends an utterance; models with <EOU> also end it by that token. Each utterance is "
+            "one line of text; JSON has its times.",
             rich_help_panel=RECOGNITION,
         ),
     ] = None,

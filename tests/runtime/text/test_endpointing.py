@@ -10,16 +10,43 @@ from nemostream.errors import OptionError
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer
 
 FRAME = 1280
-WORD_STARTS = (True, False)  # token 0 starts a word, token 1 continues it
+WORD_STARTS = (True, False, False, False, False)  # token 0 starts a word, token 1 continues it
+EOU, EOB, LANGUAGE = 2, 3, 4
 
 
-def run(manifest, rule: Endpoint, tokens: dict[int, list[int]], frames: int, steps: list[int]):
-    """Return the ends as (tokens, frame, reason), for steps of these numbers of frames."""
-    pointer, ends, at, step = Endpointer(rule, manifest, WORD_STARTS), [], 0, 0
+def make_pointer(manifest, rule: Endpoint) -> Endpointer:
+    return Endpointer(
+        rule, manifest, WORD_STARTS, invisible={EOU, EOB, LANGUAGE}, end_of_utterance=EOU, backchannel=EOB
+    )
+
+
+def run(manifest, rule: Endpoint, tokens: dict[int, list[int]], frames: int, steps: list[int], resets=None):
+    """Return the ends as (tokens, frame, reason), for steps of these numbers of frames.
+
+    Appends the frames after which the decoder must be reset to `resets`.
+    """
+    pointer, ends, at, step, count = make_pointer(manifest, rule), [], 0, 0, 0
     while at < frames:
         upto = min(at + steps[step % len(steps)], frames)
         new = [(token, frame * FRAME) for frame in range(at, upto) for token in tokens.get(frame, [])]
-        ends += pointer.step([token for token, _ in new], [sample_pos for _, sample_pos in new], upto * FRAME)
+        found = pointer.step([token for token, _ in new], [sample_pos for _, sample_pos in new], upto * FRAME)
+        if step % 3 == 2:  # saved and loaded
+            state, pointer_before = pointer.save(), pointer
+            pointer = make_pointer(manifest, rule)
+            pointer.load(state)
+            assert pointer.between_utterances == pointer_before.between_utterances
+        else:
+            pointer_before = pointer
+        # Where the decoder may be reset: after an end or a mark without text after it in the step.
+        places = [end.token_count for end in found]
+        places += [count + i + 1 for i, (token, _) in enumerate(new) if rule.model and token in (EOU, EOB)]
+        text = [count + i for i, (token, _) in enumerate(new) if token < EOU]
+        due = rule.decoder == "reset" and bool(places) and (not text or max(places) > text[-1])
+        assert pointer_before.reset_due == due
+        if due and resets is not None:
+            resets.append(upto)
+        ends += found
+        count += len(new)
         at, step = upto, step + 1
     return [(end.token_count, end.end_sample / FRAME, end.reason) for end in ends]
 
@@ -30,6 +57,9 @@ def reference(rule: Endpoint, tokens: dict[int, list[int]], frames: int):
     for frame in range(frames):
         blanks += 1
         for token in tokens.get(frame, []):
+            if first is None and token >= EOU:  # a tag does not start an utterance
+                count += 1
+                continue
             long = (
                 first is not None
                 and rule.max_utterance_ms is not None
@@ -39,6 +69,9 @@ def reference(rule: Endpoint, tokens: dict[int, list[int]], frames: int):
                 ends.append((count, frame, "length"))
                 first = None
             first, blanks, count = frame if first is None else first, 0, count + 1
+            if token == EOU and rule.model:
+                ends.append((count, frame + 1, "model"))
+                first = None
         if first is None:
             continue
         if rule.silence_ms is not None and blanks * 80 > -(-rule.silence_ms // 80) * 80:
@@ -51,15 +84,25 @@ def reference(rule: Endpoint, tokens: dict[int, list[int]], frames: int):
 
 
 TOKENS = st.dictionaries(st.integers(0, 120), st.lists(st.integers(0, 1), min_size=1, max_size=3), max_size=40)
+TAGGED_TOKENS = st.dictionaries(
+    st.integers(0, 120),
+    st.lists(st.sampled_from([0, 1, 0, 1, EOU, EOB, LANGUAGE]), min_size=1, max_size=4),
+    max_size=40,
+)
 RULES = st.builds(
     Endpoint,
+    model=st.booleans(),
+    decoder=st.sampled_from(["keep", "reset"]),
     silence_ms=st.one_of(st.none(), st.integers(80, 2000)),
     max_utterance_ms=st.one_of(st.none(), st.integers(13, 40).map(lambda frames: 80 * frames)),
 )
 
 
 @given(
-    rule=RULES, tokens=TOKENS, frames=st.integers(1, 150), steps=st.lists(st.integers(1, 14), min_size=1, max_size=5)
+    rule=RULES,
+    tokens=st.one_of(TOKENS, TAGGED_TOKENS),
+    frames=st.integers(1, 150),
+    steps=st.lists(st.integers(1, 14), min_size=1, max_size=5),
 )
 @settings(max_examples=400, deadline=None)
 def test_ends_do_not_depend_on_the_steps(manifest, rule, tokens, frames, steps):
@@ -82,6 +125,30 @@ def test_expected_ends(manifest):
     assert run(manifest, long, {0: [0], 18: [1], 20: [1]}, 40, [7]) == [(3, 26, "length")]
 
 
+def test_expected_ends_by_the_model(manifest):
+    rule = Endpoint(silence_ms=None, decoder="reset")
+    resets: list[int] = []
+    assert run(manifest, rule, {3: [0], 5: [EOU], 9: [0, EOU]}, 20, [7], resets) == [
+        (2, 6, "model"),
+        (4, 10, "model"),
+    ]
+    assert resets == [7, 14]
+    # Text of the next utterance in the same step: the decoder is not reset, as it has begun that utterance.
+    resets = []
+    assert run(manifest, rule, {3: [0, EOU, 0]}, 20, [7], resets) == [(2, 4, "model")] and resets == []
+    # A backchannel does not end the utterance. NeMo resets the decoder there too.
+    assert run(manifest, rule, {3: [0, EOB], 8: [0, EOU]}, 20, [7], resets) == [(4, 9, "model")] and resets == [7, 14]
+    # Without text there is no utterance to end; an utterance that ended by silence is not ended again.
+    assert run(manifest, rule, {3: [EOU], 9: [LANGUAGE, EOU]}, 20, [7]) == []
+    assert run(manifest, Endpoint(), {3: [0], 15: [EOU], 17: [0], 18: [EOU]}, 20, [7]) == [
+        (1, 15, "silence"),
+        (4, 19, "model"),
+    ]
+    ignored = Endpoint(silence_ms=None, model=False, decoder="reset")
+    resets = []
+    assert run(manifest, ignored, {3: [0, EOU, EOB]}, 200, [7], resets) == [] and resets == []
+
+
 def test_reset_starts_a_new_utterance(manifest):
     pointer = Endpointer(Endpoint(), manifest, WORD_STARTS)
     assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between_utterances
@@ -99,6 +166,7 @@ def test_reset_starts_a_new_utterance(manifest):
         ({"silence_ms": True}, "silence_ms is True"),
         ({"max_utterance_ms": 999}, "max_utterance_ms is 999; it must be at least 1000 ms"),
         ({"decoder": "forget"}, "decoder is 'forget'; choose one of keep, reset"),
+        ({"model": "yes"}, "model is 'yes'; it must be True or False"),
     ],
 )
 def test_invalid_rule_is_rejected(options, message):
