@@ -7,8 +7,12 @@ Data sets: NeMo manifests (`audio_filepath`, `text`, optional `offset` and `dura
 the Open ASR leaderboard by name, or any data set of the Hugging Face hub as `name:config:split` (columns `audio` and
 `text`; needs the `datasets` package). The default is the packaged clip. The word error rate is computed by `jiwer` over
 all utterances of a set. Texts are normalised by `whisper-normalizer` like on the leaderboard (`english`); use `basic`
-for strings of digits, because `english` joins them to one number, which is one word. Utterances whose reference is
-empty after normalisation are skipped, like on the leaderboard.
+for other languages, and for strings of digits, because `english` joins them to one number, which is one word. `basic`
+removes case and punctuation and keeps marks, which are vowels in Hindi and Thai; the dotted and the dotless i of
+Turkish are the same. Utterances whose reference is empty after normalisation are skipped, like on the leaderboard.
+
+Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words: each of their characters counts as a word,
+so the rate is a character error rate, and a mixed one for text with words of other scripts.
 
 With `--checkpoint`, NeMo transcribes the same samples offline with the attention mask of the same chunk size, one
 recording at a time. The table shows its word error rate and the share of its tokens that nemostream emits too. For the
@@ -46,6 +50,7 @@ from nemostream.benchmarks.latency import push_times
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
+from nemostream.runtime.text.scripts import separate_characters
 
 NORMALIZERS = ("english", "basic", "none")
 _CONCURRENT = 16  # recordings transcribed at the same time
@@ -55,15 +60,20 @@ _WARM_UP = 5  # chunks
 
 @cache
 def normalizer(name: str) -> Callable[[str], str]:
-    """Return a function that normalises texts. Raises `OptionError` for an unknown name."""
+    """Return a function that normalises texts and separates characters of scripts without spaces.
+
+    Raises `OptionError` for an unknown name.
+    """
     if name not in NORMALIZERS:
         raise OptionError(f"normalizer is {name!r}; choose one of {', '.join(NORMALIZERS)}.")
     if name == "none":
-        return lambda text: text
+        return separate_characters
     from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
 
-    return EnglishTextNormalizer() if name == "english" else BasicTextNormalizer()
+    normalise = EnglishTextNormalizer() if name == "english" else BasicTextNormalizer(preserve_marks=True)
+    fold = str.maketrans("İı", "ii")  # the language is not known, and lower case of "İ" would be two characters
+    return lambda text: separate_characters(normalise(text.translate(fold)))
 
 
 def plain(text: str) -> str:

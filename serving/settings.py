@@ -76,6 +76,9 @@ class Settings(BaseSettings, Limits):
     chunks: Annotated[list[int], NoDecode] = Field(
         [], description="Chunk sizes that clients may choose (comma-separated). Default: all of the model."
     )
+    language: str | None = Field(
+        None, description="Language of clients that set none: de-DE, or auto to detect it. Default: the model's."
+    )
     device: str = Field("cpu", description="Device: cpu, or cuda for a GPU.")
     precision: str | None = Field(None, description="Precision of the engines to use (`nemostream build`).")
     engines: Path | None = Field(None, description="Folder of engines. Default: ~/.cache/nemostream/engines.")

@@ -47,6 +47,7 @@ from nemostream.errors import AudioError
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.model import Model
 from nemostream.runtime.text.endpointing import Endpoint
+from nemostream.runtime.text.scripts import unbreakable_spans
 from nemostream.runtime.text.words import group_words
 
 VOICES = ("slt", "rms", "awb", "kal16")
@@ -169,7 +170,7 @@ def _measure_confidence(model: Model, clips: Sequence[Floats], texts: Sequence[s
     ):
         assert isinstance(result, nemostream.Result), result
         words = [plain(word.text) for word in result.words]
-        results.append((result, _hits([plain(word) for word in text.split()], words)))
+        results.append((result, _hits([plain(text[slice(*span)]) for span in unbreakable_spans(text)], words)))
     rows = []
     for measure in MEASURES:
         confidence, pairs = measure.token_measure(vocabulary), []

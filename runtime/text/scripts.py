@@ -68,11 +68,17 @@ _PARTS = re.compile(
     rf"[{_VOWELS_BEFORE}]*[{_LETTERS}](?:[{_STACKING}][{_LETTERS}]|[{_CONTINUING}])*"
 )
 _UNSPACED = re.compile(rf"(?P<continuing>[{_CONTINUING}])|(?P<opening>[{_WIDE}])|[{_LETTERS}]")
+_CHARACTER = re.compile(rf"[{_LETTERS}{_CONTINUING}{_WIDE}]")
 _INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
 
 
 # A part of a text: white space, the beginning of a word, or its continuation.
 Kind = Literal["space", "word", "rest"]
+
+
+def ends_unspaced(text: str) -> bool:
+    """Return whether a text ends with a character of a script without spaces, punctuation included."""
+    return bool(_CHARACTER.match(text[-1:]))
 
 
 class WordBreaker:
@@ -154,6 +160,11 @@ def unbreakable_spans(text: str) -> list[tuple[int, int]]:
             spans.append((begin, position))
         spaced = False
     return spans
+
+
+def separate_characters(text: str) -> str:
+    """Return the text with spaces around every character of a script without spaces, for character error rates."""
+    return " ".join(_CHARACTER.sub(r" \g<0> ", text).split()) if _CHARACTER.search(text) else text
 
 
 def columns(text: str) -> int:

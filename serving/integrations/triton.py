@@ -29,7 +29,8 @@ _MODEL = '''"""Written by `nemostream export --triton`."""
 from nemostream.serving.integrations.triton import TritonPythonModel  # noqa: F401
 '''
 _CONFIG = """# Written by `nemostream export --triton`. Live speech as sequences: 16 kHz mono, START with the first
-# request, END with the last one, whose audio may be empty. The parameter chunk_ms of the first one sets the chunk size.
+# request, END with the last one, whose audio may be empty. The parameter chunk_ms of the first one sets the chunk size,
+# the parameter language of any request the language from its audio on.
 name: "{name}"
 backend: "python"
 max_batch_size: {streams}
@@ -38,7 +39,8 @@ input [
 ]
 output [
   {{ name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }}, # the whole transcript so far; only appended to
-  {{ name: "WORD_STARTS" data_type: TYPE_FP32 dims: [ -1 ] }} # seconds
+  {{ name: "WORD_STARTS" data_type: TYPE_FP32 dims: [ -1 ] }}, # seconds
+  {{ name: "LANGUAGE" data_type: TYPE_STRING dims: [ 1 ] }} # as set, or as detected; empty: not detected yet
 ]
 sequence_batching {{
   max_sequence_idle_microseconds: {idle}
@@ -51,6 +53,7 @@ sequence_batching {{
 instance_group [ {{ kind: KIND_CPU count: 1 }} ] # one engine, on `device`
 parameters [
   {{ key: "chunk_ms" value: {{ string_value: "{chunk_ms}" }} }},
+  {{ key: "language" value: {{ string_value: "" }} }}, # of sequences that set none; empty: the model's default
   {{ key: "device" value: {{ string_value: "cpu" }} }}, # cpu, or cuda
   {{ key: "precision" value: {{ string_value: "" }} }}, # of engines built by `nemostream build`; empty: the default
   {{ key: "engines" value: {{ string_value: "" }} }}, # their folder; empty: ~/.cache/nemostream/engines
@@ -99,6 +102,11 @@ class TritonPythonModel:
             # Not in the configurations of earlier versions, which are kept.
             max_batch=int(parameters["max_batch"]) if parameters.get("max_batch") else None,
         )
+        # Earlier versions had neither this parameter nor the output LANGUAGE, and their configurations are kept.
+        self._language = parameters.get("language") or None
+        if self._language is not None:
+            self._model.manifest.languages.name(self._language)  # raises an error now, not in every sequence
+        self._outputs = {output["name"] for output in config.get("output", ())}
         self._streams: dict[str, tuple[AsyncLiveStream, float]] = {}  # with the time of their last request
         self._loop = asyncio.new_event_loop()
 
@@ -139,12 +147,13 @@ class TritonPythonModel:
             message = str(error) if expected else f"the stream failed ({error!r}); start a new sequence."
             return pb_utils.InferenceResponse([], pb_utils.TritonError(message))
         starts = [word.start for word in result.words]
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
-                pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
-            ]
-        )
+        outputs = [
+            pb_utils.Tensor("TEXT", np.array([[result.text.encode()]], object)),
+            pb_utils.Tensor("WORD_STARTS", np.array([starts], np.float32)),
+        ]
+        if "LANGUAGE" in self._outputs:
+            outputs.append(pb_utils.Tensor("LANGUAGE", np.array([[(result.language or "").encode()]], object)))
+        return pb_utils.InferenceResponse(outputs)
 
     async def _process(
         self, name: str, audio: np.ndarray[Any, Any], start: bool, end: bool, options: dict[str, Any]
@@ -152,10 +161,14 @@ class TritonPythonModel:
         if start:
             if old := self._streams.pop(name, None):
                 old[0].close()
-            self._streams[name] = self._model.astream(chunk_ms=options.get("chunk_ms")), time.monotonic()
+            language = options.get("language", self._language)
+            stream = self._model.astream(chunk_ms=options.get("chunk_ms"), language=language)
         elif name not in self._streams:
             raise OptionError("the sequence is not open: it failed, or was idle for too long; start a new one.")
-        stream = self._streams[name][0]
+        else:
+            stream = self._streams[name][0]
+            if "language" in options:
+                stream.set_language(options["language"])
         self._streams[name] = stream, time.monotonic()
         if len(audio):
             await stream.push(audio)

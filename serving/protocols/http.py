@@ -5,6 +5,7 @@ Recordings are in `transcriptions`, WebSockets in `websocket` (nemostream's) and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -131,15 +132,17 @@ def metrics(service: ServiceDependency) -> Response:
 @models.get("/v1/models")
 def list_models(service: ServiceDependency) -> dict[str, Any]:
     """List the one model that is served."""
-    return {"object": "list", "data": [_model(service.describe().get("model", "none"))]}
+    state = service.describe()
+    return {"object": "list", "data": [_model(state.get("model", "none"), state.get("languages", []))]}
 
 
 @models.get("/v1/models/{model_id:path}", responses=_NO_MODEL, response_model=None)
 def get_model(model_id: str, service: ServiceDependency) -> dict[str, Any] | Response:
     """Return the model, if it is the one that is served."""
-    name = service.model.manifest.name
+    manifest = service.model.manifest
+    name = manifest.name
     if model_id == name:
-        return _model(name)
+        return _model(name, manifest.languages.names)
     return error_response(
         404,
         f"there is no model {shorten(model_id)!r}, only {name!r}.",
@@ -149,8 +152,9 @@ def get_model(model_id: str, service: ServiceDependency) -> dict[str, Any] | Res
     )
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "nemostream"}
+def _model(name: str, languages: Iterable[str]) -> dict[str, Any]:
+    """Return a model object of OpenAI's API; `languages` is not part of that."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "nemostream", "languages": list(languages)}
 
 
 # -- WebSockets --------------------------------------------------------------------------------------------------------

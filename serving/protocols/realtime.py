@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from nemostream.bundle import LanguageConfig
 from nemostream.errors import AudioError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, openai_error, status_of
+from nemostream.serving.languages import select_language
 from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
 from nemostream.serving.service import Service
 from nemostream.serving.session import Session
@@ -92,6 +94,7 @@ class _Config:
     silence_ms: int | None  # None: no turn detection
     format: str = "audio/pcm"
     rate: int = 24000  # Hz
+    language: str | None = None  # None: the server's default
     keywords: tuple[str, ...] = ()
     phrases: Boosting | None = field(default=None, compare=False)  # compiled keywords
 
@@ -138,6 +141,8 @@ class _RealtimeConnection:
             sample_rate=config.rate,
             encoding=_FORMATS[config.format][0],
             endpoint_ms=config.silence_ms,
+            endpoint_model=config.silence_ms is not None,
+            language=config.language,
             client=self._socket.scope["nemostream.client"],
             phrases=config.phrases,
         )
@@ -207,7 +212,7 @@ class _RealtimeConnection:
                 "input_audio_buffer_commit_empty",
             )
         self._begin_item()
-        events = [event for event in await self.session.commit() if event.kind != "end"]
+        events = [event for event in await self.session.commit() if event.kind in ("partial", "final")]
         await self._send_events(events[:-1])  # utterances that a silence had ended are items of their own
         self._begin_item()
         await self._send_committed()
@@ -218,10 +223,12 @@ class _RealtimeConnection:
 
     async def _update(self, session: Any) -> None:
         old = self._config
-        new = _updated(old, session, self._service.settings.endpoint_ms)
+        new = _updated(old, session, self._service.settings.endpoint_ms, self._service.model.manifest.languages)
         if new.keywords != old.keywords:
             new = replace(new, phrases=await self._service.compile_phrases(list(new.keywords) or None))
-        if replace(new, model=old.model) == old:
+        if replace(new, model=old.model, language=old.language) == old:
+            if new.language is not None and new.language != self.session.language:
+                self.session.set_language(new.language)
             self._config = new
             return
         if self._buffered:
@@ -257,7 +264,7 @@ class _RealtimeConnection:
                 "threshold": 0.5,
                 "prefix_padding_ms": 0,
             }
-        transcription: dict[str, Any] = {"model": config.model, "language": "en"}
+        transcription: dict[str, Any] = {"model": config.model, "language": self.session.language}
         if config.keywords:
             transcription["keywords"] = list(config.keywords)
         return {
@@ -278,7 +285,7 @@ class _RealtimeConnection:
 
     async def _send_events(self, events: list[Event]) -> None:
         for event in events:
-            if event.kind == "end":
+            if event.kind not in ("partial", "final"):
                 continue
             if not self._item:
                 self._begin_item()
@@ -456,7 +463,7 @@ def _check_fields(values: Any, fields: dict[str, Any], path: str) -> None:
         _check_fields(value, inner, f"{path}{name}.")
 
 
-def _updated(config: _Config, session: Any, default_silence_ms: int) -> _Config:
+def _updated(config: _Config, session: Any, default_silence_ms: int, languages: LanguageConfig) -> _Config:
     """Return the config after an update with OpenAI's session object, without `phrases`. Raises `_EventError`."""
     if not isinstance(session, dict):
         raise _EventError("session must be an object.", "invalid_type", "session")
@@ -478,7 +485,7 @@ def _updated(config: _Config, session: Any, default_silence_ms: int) -> _Config:
         (session, "session.input_audio_transcription"),
     ):
         if (name := path.rpartition(".")[2]) in values:
-            config = _with_transcription(config, values[name], path)
+            config = _with_transcription(config, values[name], path, languages)
     if audio_format := audio_input.get("format") or session.get("input_audio_format"):
         name, rate = _parse_format(audio_format)
         config = replace(config, format=name, rate=rate)
@@ -492,22 +499,23 @@ def _updated(config: _Config, session: Any, default_silence_ms: int) -> _Config:
     return config
 
 
-def _with_transcription(config: _Config, values: Any, path: str) -> _Config:
-    """Return the config with the model and the keywords of a transcription object."""
+def _with_transcription(config: _Config, values: Any, path: str, languages: LanguageConfig) -> _Config:
+    """Return the config with the model, the language and the keywords of a transcription object."""
     if values is None:
         raise _EventError(f"{path} is null; this server only transcribes, so it cannot be turned off.", param=path)
     if values.get("delay") is not None:
         raise _EventError(
             f"{path}.delay is not supported; the server's chunk size sets the latency.", param=f"{path}.delay"
         )
-    languages = values.get("languages")
-    if languages is not None and not _is_list_of_strings(languages):
+    candidates = values.get("languages")
+    if candidates is not None and not _is_list_of_strings(candidates):
         raise _EventError(f"{path}.languages must be a list of strings.", "invalid_type", f"{path}.languages")
-    for language in (values.get("language"), *(languages or ())):
-        if language and not str(language).lower().startswith("en"):
-            raise _EventError(
-                f"language is {_short(language)}; this model supports English only.", param=f"{path}.language"
-            )
+    try:
+        language = select_language(languages, values.get("language"), candidates or ())
+    except OptionError as error:
+        raise _EventError(str(error), param=f"{path}.language") from error
+    if language is not None:
+        config = replace(config, language=language)
     if (keywords := values.get("keywords")) is not None:
         if not _is_list_of_strings(keywords):
             raise _EventError(f"{path}.keywords must be a list of strings.", "invalid_type", f"{path}.keywords")

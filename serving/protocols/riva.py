@@ -20,11 +20,13 @@ from urllib.parse import unquote
 import grpc
 from riva.client.proto import health_pb2, health_pb2_grpc, riva_asr_pb2, riva_asr_pb2_grpc, riva_audio_pb2
 
+from nemostream.bundle import LanguageConfig
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.audio.containers import container_of
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import Client, shorten
 from nemostream.serving.errors import Expired, status_of
+from nemostream.serving.languages import from_riva, separator, to_riva
 from nemostream.serving.network.access import key_number, keys_of, request_key
 from nemostream.serving.network.proxies import TrustedProxies
 from nemostream.serving.service import Service
@@ -177,7 +179,8 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
             )
         response = riva_asr_pb2.RivaSpeechRecognitionConfigResponse
         parameters = {
-            "language_code": "en-US",
+            # As Riva's models of several languages: clients split it at the commas.
+            "language_code": ",".join(to_riva(name) or "multi" for name in manifest.languages.names),
             "sample_rate": str(manifest.features.sample_rate),
             "type": "online",
             "streaming": "True",
@@ -222,7 +225,7 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
 
     async def _options(self, config: Any) -> dict[str, Any]:
         """Return the options for `Service.open`; phrases are compiled on a thread."""
-        options = _options(config)
+        options = _options(config, self._service.model.manifest.languages)
         return options | {
             "phrases": await self._service.compile_phrases(options.get("phrases")),
             "normalizer": await self._service.normalizer(_itn(config)),
@@ -247,13 +250,14 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def _recognize(self, request: Any) -> Any:
         """Transcribe a recording. Raises `NemostreamError`."""
         config, options = request.config, await self._options(request.config)
+        language = self._service.check_language(options["language"])
         if container_of(request.audio) or config.encoding in _FILE_ENCODINGS:
             events, seconds = await self._recognize_file(request.audio, options)
         else:
             events, seconds = await self._recognize_samples(request.audio, config, options)
         results = [
             riva_asr_pb2.SpeechRecognitionResult(
-                alternatives=[_alternative(event, config)], channel_tag=1, audio_processed=event.audio
+                alternatives=[_alternative(event, config, language)], channel_tag=1, audio_processed=event.audio
             )
             for event in events
             if event.kind == "final"
@@ -289,10 +293,10 @@ class _ResponseWriter:
 
     async def write(self, session: Session, events: Iterable[Event]) -> None:
         for event in events:
-            if event.kind == "end" or (event.kind == "partial" and not self._config.interim_results):
+            if event.kind != "final" and not (event.kind == "partial" and self._config.interim_results):
                 continue
             result = riva_asr_pb2.StreamingRecognitionResult(
-                alternatives=[_alternative(event, self._config.config)],
+                alternatives=[_alternative(event, self._config.config, session.language)],
                 is_final=event.kind == "final",
                 stability=1.0,
                 channel_tag=1,
@@ -303,13 +307,15 @@ class _ResponseWriter:
                 await self._context.write(response)
 
 
-def _alternative(event: Event, config: Any) -> Any:
-    words = event.words
+def _alternative(event: Event, config: Any, language: str) -> Any:
+    """Return the alternative of an event. `language` is that of the stream: words without a tag are in it."""
+    words, default = event.words, to_riva(language)
+    languages = dict.fromkeys(to_riva(word.language) or default for word in words)
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
-        transcript=event.text + (" " if event.kind == "final" else ""),
+        transcript=event.text + (separator(event.text) if event.kind == "final" else ""),
         confidence=min((word.confidence for word in words), default=0.0),
-        language_code=["en-US"],
+        language_code=filter(None, languages),
     )
     if config.enable_word_time_offsets:
         alternative.words.extend(
@@ -318,18 +324,15 @@ def _alternative(event: Event, config: Any) -> Any:
                 start_time=round(1000 * word.start),
                 end_time=round(1000 * word.end),
                 confidence=word.confidence,
-                language_code="en-US",
+                language_code=to_riva(word.language) or default,
             )
             for word in words
         )
     return alternative
 
 
-def _options(config: Any) -> dict[str, Any]:
+def _options(config: Any, languages: LanguageConfig) -> dict[str, Any]:
     """Return the options of a recognition config. Raises `OptionError` for those that are not supported."""
-    language = config.language_code.lower()
-    if language and not language.startswith(("en", "multi")):
-        raise OptionError(f"language_code is {shorten(config.language_code)!r}; this model supports English only.")
     for enabled, name in (
         (config.diarization_config.enable_speaker_diarization, "speaker diarization"),
         (config.enable_separate_recognition_per_channel, "separate recognition per channel"),
@@ -340,7 +343,7 @@ def _options(config: Any) -> dict[str, Any]:
     for key in config.custom_configuration:
         if key not in _CUSTOM_KEYS:
             raise OptionError(f"custom_configuration has no {shorten(key)!r}; its keys are {', '.join(_CUSTOM_KEYS)}.")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"language": from_riva(languages, config.language_code)}
     if chunk_ms := config.custom_configuration.get("chunk_ms"):
         if not (chunk_ms.isascii() and chunk_ms.isdigit()):  # int() raises ValueError for digits such as "²"
             raise OptionError(f"chunk_ms is {shorten(chunk_ms)!r}; it must be a whole number of milliseconds.")

@@ -15,6 +15,7 @@ from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
+from nemostream.serving.languages import english_name, select_language, separator
 from nemostream.serving.protocols.dependencies import ERROR_RESPONSES, ServiceDependency
 from nemostream.serving.uploads.upload import Upload
 
@@ -64,8 +65,13 @@ async def transcriptions(
     service: ServiceDependency,
     file: Annotated[UploadFile, File(description="WAV, FLAC, Ogg or MP3.")],
     model: Annotated[str, Form(description="Ignored: the server has one model.")] = "nemostream",
-    language: Annotated[str | None, Form(description="en, or omitted.")] = None,
-    languages: Annotated[list[str] | None, Form(alias="languages[]", description="en only, or omitted.")] = None,
+    language: Annotated[
+        str | None, Form(description="Language of the recording: de, de-DE, or auto. Default: the server's.")
+    ] = None,
+    languages: Annotated[
+        list[str] | None,
+        Form(alias="languages[]", description="Possible languages; among several, the model detects the language."),
+    ] = None,
     keywords: Annotated[list[str] | None, Form(alias="keywords[]", description="Phrases to boost.")] = None,
     prompt: Annotated[str | None, Form(description="Ignored.")] = None,
     response_format: Annotated[Literal["json", "text", "srt", "vtt", "verbose_json"], Form()] = "json",
@@ -83,7 +89,7 @@ async def transcriptions(
 ) -> Response:
     """Transcribe a recording."""
     _check_fields((await request.form()).keys())
-    _check_options([language, *(languages or ())], chunking_strategy, stream, response_format)
+    _check_options(chunking_strategy, stream, response_format)
     recording = Upload(
         service,
         "http",
@@ -92,6 +98,7 @@ async def transcriptions(
         # Server-sent events end by themselves when the client disconnects.
         None if stream else request.is_disconnected,
         chunk_ms=chunk_ms,
+        language=select_language(service.model.manifest.languages, language, languages or ()),
         client=request.scope["nemostream.client"],
         phrases=await service.compile_phrases(keywords or None),
         normalizer=await service.normalizer(itn),
@@ -113,12 +120,7 @@ def _check_fields(names: Iterable[str]) -> None:
             raise OptionError(f"the form field {shorten(name)!r} is not supported; use {', '.join(_FORM_FIELDS)}.")
 
 
-def _check_options(
-    languages: list[str | None], chunking_strategy: str | None, stream: bool, response_format: str
-) -> None:
-    for language in languages:
-        if language and not language.lower().startswith("en"):
-            raise OptionError(f"language is {shorten(language)!r}; this model supports English only.")
+def _check_options(chunking_strategy: str | None, stream: bool, response_format: str) -> None:
     if chunking_strategy not in (None, "", "auto"):
         raise OptionError(f"chunking_strategy is {shorten(chunking_strategy)!r}; only auto is supported.")
     if stream and response_format not in ("json", "text"):
@@ -152,7 +154,8 @@ def _response(
     }
     if response_format == "json":
         return JSONResponse(body, headers=headers)
-    body |= {"task": "transcribe", "language": "english", "duration": round(recording.seconds, 3)}
+    language = english_name(recording.language)
+    body |= {"task": "transcribe", "language": language, "duration": round(recording.seconds, 3)}
     if "word" in granularities:
         body["words"] = [{"word": word.text, **formats.time_span(word)} for word in words]
     if "segment" in granularities:
@@ -179,17 +182,17 @@ async def _server_sent_events(recording: Upload, finals_only: bool) -> AsyncIter
 
     With `finals_only` a delta is an utterance: the written form of a partial text could change.
     """
-    sent, utterance, separator = "", -1, ""
+    sent, utterance, space = "", -1, ""
     try:
         async for event in recording:
             assert event is not None
-            if event.kind == "end" or (finals_only and event.kind == "partial"):
+            if event.kind not in (("final",) if finals_only else ("partial", "final")):
                 continue
             if event.utterance != utterance:
                 sent, utterance = "", event.utterance
             if delta := event.text[len(sent) :]:
-                yield _sse({"type": "transcript.text.delta", "delta": (separator if not sent else "") + delta})
-                sent, separator = event.text, " "  # before the next utterance
+                yield _sse({"type": "transcript.text.delta", "delta": (space if not sent else "") + delta})
+                sent, space = event.text, separator(event.text)  # before the next utterance
         yield _sse({"type": "transcript.text.done", "text": recording.text})
     except NemostreamError as error:
         yield _sse({"error": {"message": str(error), "type": "server_error"}})

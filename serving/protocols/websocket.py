@@ -59,6 +59,7 @@ class _Connection:
                 "type": "ready",
                 "stream": session.id,
                 "chunk_ms": session.requested_ms,
+                "language": session.language,
                 "model": self._service.model.manifest.name,
             }
         )
@@ -83,7 +84,7 @@ class _Connection:
             await self._send_events(await session.commit())
             await self._send({"type": "committed", "audio": round(session.audio, 3)})
         elif kind == "configure":
-            self._service.set_chunk_ms(session, message.get("chunk_ms"))
+            await self._configure(message)
         elif kind == "finish":
             await self._send_events(await session.finish())
             await self._send({"type": "done", "text": session.text, "audio": round(session.audio, 3)})
@@ -93,6 +94,16 @@ class _Connection:
                 f"there is no message of type {shorten(kind)!r}; send commit, configure, finish, keepalive, or audio."
             )
         return False
+
+    async def _configure(self, message: dict[str, Any]) -> None:
+        """Change options. An invalid one changes nothing, and the stream continues."""
+        options = {name: message[name] for name in ("chunk_ms", "language") if name in message}
+        try:
+            if None in options.values() or not options:
+                raise OptionError("configure needs chunk_ms or language, and a value for each.")
+            self._service.configure(self._session, **options)
+        except OptionError as error:
+            await self._send({"type": "rejected", "code": status_of(error).code, "message": str(error)})
 
     async def _send_events(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -111,16 +122,17 @@ def _event_message(event: Event, words: bool) -> dict[str, Any]:
         return message | {"audio": round(event.audio, 3), "chunk_ms": event.chunk_ms}
     message |= {
         "text": event.text,
+        "language": event.language,
         "stable": event.stable,
         **time_span(event),
         "audio": round(event.audio, 3),
         "chunk_ms": event.chunk_ms,
     }
     if words:
-        # A partial has only its new words: all words in each would add up to the square of an utterance's length.
-        partial = event.kind == "partial"
-        message["words_from"] = event.words_from if partial else 0
-        message["words"] = [word_to_dict(word) for word in (event.new_words if partial else event.words)]
+        # Only a final has all words: all words in each event would add up to the square of an utterance's length.
+        final = event.kind == "final"
+        message["words_from"] = 0 if final else event.words_from
+        message["words"] = [word_to_dict(word) for word in (event.words if final else event.new_words)]
     return message
 
 
@@ -173,7 +185,9 @@ _OPTION_PARSERS: dict[str, Callable[[str], Any]] = {
     "channels": int,
     "encoding": str,
     "chunk_ms": int,
+    "language": str,
     "endpoint_ms": int,
+    "endpoint_model": _flag,
     "max_utterance_ms": int,
     "decoder": str,
     "phrases": _phrases,

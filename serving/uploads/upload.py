@@ -18,7 +18,8 @@ _POLL_SECONDS = 0.05  # between two checks whether live streams are on time agai
 class Upload:
     """The events of a recording, by asynchronous iteration. The first item is None: the recording was accepted.
 
-    `text`, `seconds` and `warning` (about a file that was cut short) are set at the end.
+    `text`, `language` (the stream's, or the last one that was detected), `seconds` and `warning` (about a file that was
+    cut short) are set at the end.
 
     `file` is the descriptor of an open file, which must stay open meanwhile. `is_disconnected` returns whether the
     client disconnected: the rest is not decoded then. `options` are those of `Service.open`. Decoding pauses while
@@ -36,6 +37,7 @@ class Upload:
         **options: Any,
     ) -> None:
         self.text, self.seconds, self.warning = "", 0.0, ""
+        self.language: str | None = None
         self._service, self._is_disconnected = service, is_disconnected
         self._events = self._run(transport, file, name, options)
 
@@ -59,6 +61,7 @@ class Upload:
                 for event in await session.finish():
                     yield event
                 self.text, self.seconds, self.warning = session.text, recording.seconds, recording.warning
+                self.language = session.text_language
 
     async def _wait_for_live_streams(self, deadline: float) -> None:
         """Wait until results of live streams are on time. Raises `StreamError` and `Expired`."""

@@ -48,6 +48,24 @@ def test_normalizers() -> None:
         accuracy.normalizer("latin")
 
 
+@pytest.mark.parametrize(
+    ("reference", "text", "errors", "words"),
+    [
+        ("明天下雨。", "明天下雪", 1, 4),  # by character
+        ("我用iPhone打电话", "我用 iPhone 打電話", 2, 6),  # words of other scripts are words
+        ("東京タワー、", "東京タワ", 1, 5),
+        ("น้อง ดี", "นองดี", 1, 6),  # a tone mark
+        ("한국어 문장", "한국어 문장이", 1, 2),  # Korean has spaces
+        ("हिंदी में", "हिदी में", 1, 2),  # a vowel mark is not removed
+        ("İstanbul IŞIK", "istanbul ışık", 0, 2),
+        ("Straße", "strasse", 1, 1),
+    ],
+)
+def test_scripts(reference: str, text: str, errors: int, words: int) -> None:
+    found = accuracy.word_errors([reference], [text], accuracy.normalizer("basic"))
+    assert (found["errors"], found["words"]) == (errors, words)
+
+
 def test_errors_of_each_utterance_add_up() -> None:
     references = ["a b c", "", "d", "e f"]
     found = accuracy.word_errors(references, ["a x", "noise", "d d d", "e f"], accuracy.normalizer("basic"))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from nemostream.bundle import LanguageConfig
 from nemostream.errors import NemostreamError
 
 pytest.importorskip("fastapi", reason="needs the serve extra")
@@ -212,7 +213,7 @@ def test_grpc_configurations(config: Any, data: bytes) -> None:
         any_config = config
     for candidate in (config, any_config):
         try:
-            riva._options(candidate)
+            riva._options(candidate, LanguageConfig())
         except NemostreamError as error:
             assert len(str(error)) < 1000
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 
 import nemostream
+from nemostream.bundle import Bundle, File, LanguageConfig, Tensor
 
 pytest.importorskip("fastapi", reason="needs the serve extra")
 
@@ -144,6 +149,76 @@ def server_here(**settings: Any) -> Iterator[Running]:
 def server() -> Iterator[Running]:
     """One server process for all tests that use it only as a client."""
     with server_process("--max-streams", "64", "--no-measure", "--idle-seconds", "60") as running:
+        yield running
+
+
+PROMPTS = {"en-US": 0, "en": 0, "de-DE": 1, "de": 1, "ar-AR": 2, "ar": 2, "auto": 3}
+TAGS = {",": "<EOU>", "▁and": "<EOB>", ".": "<de-DE>", "▁of": "<en-US>"}  # by the piece of the demo model
+
+
+@pytest.fixture(scope="session")
+def languages_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo model with prompts that change its words, and tags instead of some pieces, for the protocols.
+
+    The prompts en-US and auto keep the demo model's tokens. A prompt adds a vector to the encoder's output.
+    """
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    source, folder = Bundle.open(nemostream.demo_bundle()), tmp_path_factory.mktemp("languages") / "bundle"
+    shutil.copytree(source.path, folder)
+    manifest, count = source.manifest, len(set(PROMPTS.values()))
+    noise = np.random.default_rng(1).standard_normal((count, 1, manifest.decoder.joint))
+    table = (noise * np.array([0, 0.5, 1, 0])[:, None, None]).astype(np.float32)
+    graphs = dict(manifest.graphs)
+    for name, graph in manifest.graphs.items():
+        if not name.startswith("encoder"):
+            continue
+        path = folder / graph.file
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = ["unprompted" if name == "encoded_joint" else name for name in names]
+        model.graph.input.append(onnx.helper.make_tensor_value_info("prompt", onnx.TensorProto.INT64, ["B"]))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(table, "prompt.rows"))
+        model.graph.node.append(onnx.helper.make_node("Gather", ["prompt.rows", "prompt"], ["prompt.row"]))
+        model.graph.node.append(onnx.helper.make_node("Add", ["unprompted", "prompt.row"], ["encoded_joint"]))
+        onnx.save(model, path)
+        inputs = (*graph.inputs, Tensor("prompt", "int64", ("B",)))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        graphs[name] = dataclasses.replace(graph, sha256=digest, inputs=inputs)
+    tokenizer = with_pieces((folder / "tokenizer.model").read_bytes(), TAGS)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    file = File("tokenizer.model", hashlib.sha256(tokenizer).hexdigest(), len(tokenizer))
+    languages = LanguageConfig("en-US", PROMPTS, count)
+    manifest = dataclasses.replace(manifest, name="languages", graphs=graphs, tokenizer=file, languages=languages)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return Bundle.open(folder)
+
+
+def with_pieces(tokenizer: bytes, changes: dict[str, str]) -> bytes:
+    """Return a SentencePiece model with other pieces, which are user-defined symbols as in NVIDIA's tokenizers."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    # SentencePiece's own module requires a newer protobuf than Riva's client allows.
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="pieces.proto", package="pieces", syntax="proto2")
+    piece = file.message_type.add(name="Piece")
+    piece.field.add(name="piece", number=1, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
+    piece.field.add(name="type", number=3, type=kinds.TYPE_INT32, label=kinds.LABEL_OPTIONAL)
+    pieces = file.message_type.add(name="Model").field.add(name="pieces", number=1, type_name=".pieces.Piece")
+    pieces.type, pieces.label = kinds.TYPE_MESSAGE, kinds.LABEL_REPEATED
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    model = message_factory.GetMessageClass(pool.FindMessageTypeByName("pieces.Model")).FromString(tokenizer)
+    for one in model.pieces:  # the other fields are kept as unknown ones
+        if one.piece in changes:
+            one.piece, one.type = changes[one.piece], 4
+    return bytes(model.SerializeToString())
+
+
+@pytest.fixture(scope="session")
+def languages_server(languages_bundle: Bundle) -> Iterator[Running]:
+    """One server process of a model of several languages, which emits tags."""
+    with server_process("--bundle", str(languages_bundle.path), "--no-measure", "--idle-seconds", "60") as running:
         yield running
 
 

@@ -78,6 +78,7 @@ def test_pipecat(server: Any, spoken: Any) -> None:
     from pipecat.pipeline.runner import PipelineRunner
     from pipecat.pipeline.task import PipelineParams, PipelineTask
     from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+    from pipecat.transcriptions.language import Language
 
     frames: list[Frame] = []
 
@@ -116,3 +117,4 @@ def test_pipecat(server: Any, spoken: Any) -> None:
     interim = [frame.text for frame in frames if isinstance(frame, InterimTranscriptionFrame)]
     assert len(interim) >= 3 and all(any(clip.text.startswith(text) for clip in spoken[:2]) for text in interim)
     assert [frame.finalized for frame in frames if isinstance(frame, TranscriptionFrame)] == [True, True]
+    assert {frame.language for frame in frames if isinstance(frame, TranscriptionFrame)} == {Language.EN}

@@ -43,6 +43,7 @@ def test_configuration_matches_tritons_schema(repository: Path) -> None:
     assert {tensor.name: tensor.data_type for tensor in parsed.output} == {
         "TEXT": schema.TYPE_STRING,
         "WORD_STARTS": schema.TYPE_FP32,
+        "LANGUAGE": schema.TYPE_STRING,
     }
     kinds = {control.name: control.control[0].kind for control in parsed.sequence_batching.control_input}
     control = schema.ModelSequenceBatching.Control
@@ -51,7 +52,8 @@ def test_configuration_matches_tritons_schema(repository: Path) -> None:
         "END": control.CONTROL_SEQUENCE_END,
     }
     assert parsed.sequence_batching.oldest.max_candidate_sequences == 256
-    assert set(parsed.parameters) == {"chunk_ms", "device", "precision", "engines", "threads", "max_batch"}
+    names = {"chunk_ms", "language", "device", "precision", "engines", "threads", "max_batch"}
+    assert set(parsed.parameters) == names
 
 
 @pytest.mark.parametrize(("written", "passed"), [("", None), ("128", 128)])
@@ -187,6 +189,7 @@ class SequenceClient:
         result, error = self._results.get(timeout=60)
         if error is not None:
             raise error
+        assert result.as_numpy("LANGUAGE").tolist() == [[b"en"]]
         text = result.as_numpy("TEXT")[0, 0].decode()
         return result.get_response().id, text, result.as_numpy("WORD_STARTS")[0].tolist()
 
@@ -269,10 +272,66 @@ def test_a_failed_sequence_does_not_affect_others(triton: str, spoken: Any) -> N
         client.send(3, audio[:half], sequence_start=True, parameters={"chunk_ms": 123})
         with pytest.raises(InferenceServerException, match="123"):
             client.receive()
-        client.send(1, audio[half:], sequence_end=True)
+        client.send(3, audio[:half], sequence_start=True, parameters={"language": "de"})
+        with pytest.raises(InferenceServerException, match="'de'; this model supports 'en' only"):
+            client.receive()
+        client.send(1, audio[half:], sequence_end=True, parameters={"language": "en-US"})
         assert client.receive()[1] == spoken[0].text
     finally:
         client.close()
+
+
+def test_languages_of_sequences(languages_bundle: Any, spoken: Any, tmp_path: Path) -> None:
+    """The language of the configuration, of a sequence, and a change during a sequence."""
+    import asyncio
+
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as schema
+
+    from nemostream.serving.integrations.triton import TritonPythonModel, bundle_in, write_repository
+
+    bundle = bundle_in(tmp_path)
+    bundle.parent.mkdir(parents=True)
+    bundle.symlink_to(languages_bundle.path)
+    write_repository(tmp_path)
+    (config,) = tmp_path.glob("*/config.pbtxt")
+    parsed = text_format.Parse(config.read_text(), schema.ModelConfig())
+    audio = split(spoken[0].pcm, 10**9)[0]
+    at = 3 * 8960 + 100
+    with nemostream.load(languages_bundle.path) as model:
+        expected = {name: model.transcribe(audio, language=name) for name in ("de-DE", "ar-AR")}
+        with model.stream(language="ar") as stream:
+            stream.push(audio[:at])
+            stream.set_language("de")
+            stream.push(audio[at:])
+            changed = stream.finish()
+
+    def initialized(language: str) -> TritonPythonModel:
+        parsed.parameters["language"].string_value = language
+        document = {
+            "parameters": {name: {"string_value": value.string_value} for name, value in parsed.parameters.items()},
+            "output": [{"name": tensor.name} for tensor in parsed.output],
+            "max_batch_size": parsed.max_batch_size,
+        }
+        folder = {"model_repository": str(config.parent), "model_version": "1"}
+        model = TritonPythonModel()
+        model.initialize({"model_config": json.dumps(document), **folder})
+        return model
+
+    model = initialized("de")
+
+    async def process() -> None:
+        assert await model._process("1", audio, True, True, {}) == expected["de-DE"]
+        assert await model._process("1", audio, True, True, {"language": "ar"}) == expected["ar-AR"]
+        first = await model._process("1", audio[:at], True, False, {"language": "ar"})
+        last = await model._process("1", audio[at:], False, True, {"language": "de"})
+        assert first.language == "ar-AR" and last == changed and last.language == "de-DE"
+
+    asyncio.run(process())
+    model.finalize()
+    assert changed.text not in {result.text for result in expected.values()}
+    with pytest.raises(nemostream.OptionError, match="similar ones are de-DE"):
+        initialized("de-AT")
 
 
 def test_folder_that_is_not_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

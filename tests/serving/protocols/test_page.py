@@ -102,6 +102,51 @@ def test_layout_on_a_phone(page: Any) -> None:
     assert all(box["height"] >= 40 for box in map(lambda b: b.bounding_box(), page.query_selector_all("button, .file")))
 
 
+def test_one_language_has_no_selector(page: Any) -> None:
+    assert page.is_hidden("#language") and page.is_hidden("#detection")
+    assert all("language" not in url for url in page.urls)
+
+
+def test_language_selector(browser: Any, languages_server: Any, spoken: Any) -> None:
+    page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+    urls: list[str] = []
+    page.on("websocket", lambda socket: urls.append(socket.url))
+    page.goto(languages_server.url)
+    page.wait_for_selector("#language:visible")
+    options = page.eval_on_selector_all("#language option", "all => all.map((one) => [one.value, one.text])")
+    assert options == [
+        ["auto", "Detect language"],
+        ["ar-AR", "Arabic"],
+        ["en-US", "English"],
+        ["de-DE", "German"],
+    ]
+    assert page.input_value("#language") == "en-US" and page.inner_text("#detected") == "–"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+    def transcribe(language: str) -> list[list[str]]:  # while the recording of 2 s is played
+        page.evaluate("document.getElementById('captions').replaceChildren()")
+        page.select_option("#language", language)
+        page.set_input_files("#file", spoken[5].path)
+        page.wait_for_selector("#status:text-is('listening')", timeout=20_000)
+        page.wait_for_selector("#status:text-is('done')", timeout=20_000)
+        return page.eval_on_selector_all("#captions p", "all => all.map((one) => [one.lang, one.dir, one.innerText])")
+
+    first = spoken[5].text.split()[0]  # resampling in the browser may change a word
+    ((lang, direction, text),) = transcribe("en-US")
+    assert (lang, direction, text.split()[0]) == ("en-US", "auto", first)
+    assert page.inner_text("#detected") == "English" and "language=en-US" in urls[-1]
+    # Detected: the demo model's "." is the tag of German.
+    ((lang, direction, text),) = transcribe("auto")
+    assert (lang, direction, text.split()[0]) == ("de-DE", "auto", first) and "<" not in text
+    assert page.inner_text("#detected") == "German"
+    # A change during a stream.
+    page.set_input_files("#file", spoken[0].path)
+    page.wait_for_selector("#captions p.live", timeout=20_000)
+    page.select_option("#language", "ar-AR")
+    page.wait_for_selector("#captions p[lang=ar-AR]", timeout=20_000)
+    page.context.close()
+
+
 def test_message_when_all_streams_are_in_use(page: Any, server: Any) -> None:
     import json
 

@@ -192,7 +192,7 @@ def test_server_configuration_and_health(server: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"language_code": "de-DE"}, "English"),
+        ({"language_code": "de-DE"}, "supports 'en' only"),
         ({"profanity_filter": True}, "profanity"),
         ({"enable_separate_recognition_per_channel": True}, "channel"),
         ({"encoding": riva_audio_pb2.AudioEncoding.FLAC}, "FLAC"),

@@ -162,8 +162,6 @@ def test_invalid_options(server: Any, query: str, word: str) -> None:
         ("{", 1008, "option"),
         ("[]", 1008, "option"),
         ('{"type": "sing"}', 1008, "option"),
-        ('{"type": "configure", "chunk_ms": [1]}', 1008, "option"),
-        ('{"type": "configure"}', 1008, "option"),
     ],
 )
 def test_invalid_messages_end_the_stream(server: Any, message: str, code: int, name: str) -> None:
@@ -175,6 +173,28 @@ def test_invalid_messages_end_the_stream(server: Any, message: str, code: int, n
         with pytest.raises(ConnectionClosed):
             socket.recv()
         assert socket.close_code == code
+
+
+def test_an_invalid_change_is_rejected_and_the_stream_continues(server: Any, spoken: Any) -> None:
+    with connect(f"{server.socket}/v1/stream?chunk_ms=80") as socket:
+        socket.recv()
+        for change, word in (
+            ({"chunk_ms": [1]}, "80, 160, 560, 1120"),
+            ({"chunk_ms": 100}, "chunk_ms is 100"),
+            ({"chunk_ms": "x" * 60_000}, "chunk_ms"),
+            ({"chunk_ms": None}, "value"),
+            ({}, "chunk_ms"),
+            ({"chunk_ms": 160, "language": "de"}, "supports 'en' only"),
+        ):
+            socket.send(json.dumps({"type": "configure", **change}))
+            answer = json.loads(socket.recv())
+            assert (answer["type"], answer["code"]) == ("rejected", "option")
+            assert word in answer["message"] and answer["message"].endswith(".") and len(answer["message"]) < 500
+        socket.send(spoken[0].pcm)
+        socket.send(json.dumps({"type": "finish"}))
+        *events, done = [json.loads(event) for event in socket]
+    assert done["text"].split()[:2] == spoken[0].text.split()[:2]
+    assert {event["chunk_ms"] for event in events} == {80}
 
 
 def test_empty_messages_are_ignored(server: Any, spoken: Any) -> None:

@@ -1,0 +1,86 @@
+"""How the protocols name languages. `LanguageConfig` (`nemostream/bundle.py`) defines the languages of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from nemostream.bundle import LanguageConfig
+from nemostream.errors import OptionError
+from nemostream.runtime.text.languages import AUTO
+from nemostream.runtime.text.scripts import ends_unspaced
+
+UNKNOWN = "unknown"  # in OpenAI's responses: the model detects the language and has not detected any
+
+# English names by code of ISO 639, as OpenAI's API returns them: the languages of Whisper, and those in the prompt
+# dictionaries of NVIDIA's checkpoints.
+_NAMES: dict[str, str] = dict(
+    re.findall(
+        r"([a-z-]+) ([^,]+)",
+        "af afrikaans, am amharic, ar arabic, as assamese, ay aymara, az azerbaijani, ba bashkir, be belarusian, "
+        "bg bulgarian, bn bengali, bo tibetan, br breton, bs bosnian, ca catalan, cs czech, cy welsh, da danish, "
+        "de german, el greek, en english, es spanish, et estonian, eu basque, fa persian, fi finnish, fil filipino, "
+        "fo faroese, fr french, ga irish, gl galician, gn guarani, gu gujarati, ha hausa, haw hawaiian, he hebrew, "
+        "hi hindi, hr croatian, ht haitian creole, hu hungarian, hy armenian, id indonesian, ig igbo, is icelandic, "
+        "it italian, ja japanese, jv javanese, jw javanese, ka georgian, kk kazakh, km khmer, kn kannada, ko korean, "
+        "ku kurdish, ky kyrgyz, la latin, lb luxembourgish, ln lingala, lo lao, lt lithuanian, lv latvian, "
+        "mg malagasy, mi maori, mk macedonian, ml malayalam, mn mongolian, mr marathi, ms malay, mt maltese, "
+        "my myanmar, nah nahuatl, nb norwegian bokmål, ne nepali, nl dutch, nn nynorsk, no norwegian, ny chichewa, "
+        "oc occitan, om oromo, or odia, or-ke oromo, pa punjabi, pl polish, ps pashto, pt portuguese, qu quechua, "
+        "ro romanian, ru russian, rw kinyarwanda, sa sanskrit, sd sindhi, si sinhala, sk slovak, sl slovenian, "
+        "sm samoan, sn shona, so somali, sq albanian, sr serbian, su sundanese, sv swedish, sw swahili, ta tamil, "
+        "te telugu, tg tajik, th thai, tk turkmen, tl tagalog, to tongan, tr turkish, tt tatar, uk ukrainian, "
+        "ur urdu, uz uzbek, vi vietnamese, xh xhosa, yi yiddish, yo yoruba, yue cantonese, zh chinese, zu zulu",
+    )
+)
+
+
+def english_name(language: str | None) -> str:
+    """Return the lowercase English name of a language: "german" for "de-DE"; the code itself if it is not known."""
+    if language is None:
+        return UNKNOWN
+    code = language.lower()
+    return _NAMES.get(code) or _NAMES.get(code.partition("-")[0], language)
+
+
+def separator(text: str) -> str:
+    """Return what separates an utterance from the next one: a space, nothing in scripts without spaces."""
+    return "" if ends_unspaced(text) else " "
+
+
+def select_language(languages: LanguageConfig, language: str | None, candidates: Iterable[str] = ()) -> str | None:
+    """Return the name of the language that OpenAI's `language` and `languages` select; None if both are empty.
+
+    `candidates` are possible languages of the audio: one is the language, among several the model detects it. Raises
+    `OptionError` if the model supports one of them not, or if it cannot detect the language.
+    """
+    names = list(dict.fromkeys(languages.name(one) for one in candidates if one))
+    if language:
+        return languages.name(language)
+    if len(names) > 1:
+        if AUTO not in languages.prompts:
+            raise OptionError(
+                f"languages is {', '.join(names)}, but this model cannot detect the language; set one of them."
+            )
+        return languages.name(AUTO)
+    return names[0] if names else None
+
+
+def from_riva(languages: LanguageConfig, code: str) -> str | None:
+    """Return the name of the language that Riva's `language_code` selects; None for the server's default.
+
+    Riva's "multi" requests the detection of the language. A model of one language accepts it. Raises `OptionError` if
+    the model does not support the language.
+    """
+    if not code or (code.lower().startswith("multi") and not languages.prompts):
+        return None
+    if code.lower().replace("_", "-") in ("multi", "multi-language") and AUTO in languages.prompts:
+        return languages.name(AUTO)
+    return languages.name(code)
+
+
+def to_riva(language: str | None) -> str:
+    """Return Riva's code of a language: names of languages with their region; empty if it is unknown."""
+    if language is None or language == AUTO:
+        return ""
+    return "en-US" if language == "en" else language
