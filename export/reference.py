@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig
 from nemostream.errors import CheckpointError
-from nemostream.export.checkpoint import Checkpoint
+from nemostream.export.checkpoint import Checkpoint, read_config
 from nemostream.export.sources import Source
 
 Floats = NDArray[np.floating[Any]]
@@ -260,11 +260,16 @@ class NemoReference:
     def __init__(self, checkpoint: Path) -> None:
         import torch
         from nemo.collections.asr.models import ASRModel
+        from omegaconf import OmegaConf
 
         self.version = version("nemo_toolkit")
+        config, override = read_config(checkpoint), None
+        if config["encoder"].get("conv_context_style", "") is None:  # the default; NeMo 3.0 does not accept it
+            config["encoder"]["conv_context_style"] = "regular"
+            override = OmegaConf.create(config)
         try:
             with torch.inference_mode():
-                self._model = ASRModel.restore_from(str(checkpoint), map_location="cpu").eval().float()
+                self._model = ASRModel.restore_from(str(checkpoint), override, map_location="cpu").eval().float()
         except Exception as error:  # NeMo raises many types of exceptions
             raise CheckpointError(f"NeMo cannot restore {checkpoint}: {error}") from error
         # The class without prompts has no such attribute. NeMo applies the layer only if a prompt is set.

@@ -201,6 +201,8 @@ def _nemo_config(folder: Path) -> dict[str, Any]:
     mels = encoder.get("num_mel_bins", integer(1, 4096), 80)
     features.get("feature_size", one_of(mels), mels)
     rate = features.get("sampling_rate", integer(1000, 384_000), 16000)
+    bias = encoder.get("attention_bias", one_of(False, True), True)
+    encoder.get("convolution_bias", one_of(bias), True)
     hidden = config.get("decoder_hidden_size", integer(1, 1 << 16), 640)
     prompted = model_type == MODEL_TYPES[1]
     vocabulary = config.get("vocab_size", integer(2, 1 << 20), 13088 if prompted else 1025) - 1
@@ -225,6 +227,7 @@ def _nemo_config(folder: Path) -> dict[str, Any]:
             "_target_": f"{asr}.modules.ConformerEncoder",
             "feat_in": mels,
             "n_layers": encoder.get("num_hidden_layers", integer(1, 1000), 24),
+            "use_bias": bias,
             "d_model": encoder.get("hidden_size", integer(1, 1 << 16), 1024),
             "n_heads": encoder.get("num_attention_heads", integer(1, 1024), 8),
             "subsampling": "dw_striding",

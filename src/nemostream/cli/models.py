@@ -79,7 +79,7 @@ def _export(checkpoint: str, out: Path, language: str | None) -> None:
 
         def progress(message: str) -> None:
             console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  ", end="")
-            console.print(message, markup=False)
+            console.print(message, markup=False, soft_wrap=True)
             status.update("exporting")
 
         exported = export_checkpoint(checkpoint, out, progress, language=language)
