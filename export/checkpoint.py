@@ -1,8 +1,7 @@
 """Checkpoints: the sizes and weights that the graphs are written from, and the reader of `.nemo` files.
 
 `Checkpoint` is independent of the file format: names of weights and configuration fields are NeMo's, and weights are
-NumPy arrays. `check_config` turns a NeMo configuration into a `ModelConfig`. Only the reader of `.nemo` files needs
-torch.
+NumPy arrays. `check_config` turns a NeMo configuration into a `ModelConfig`. Neither needs NeMo or torch.
 
 A `.nemo` file is a tar archive of `model_config.yaml`, `model_weights.ckpt` (a PyTorch state dict) and the tokenizer.
 The configuration defines the model; unsupported values are rejected by field name before any work is done. Absent
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, LanguageConfig
 from nemostream.errors import CheckpointError
+from nemostream.export.state_dict import StateDict
 from nemostream.untrusted import MIB, open_regular, short_repr
 
 _TRANSDUCERS = ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel")
@@ -189,43 +189,20 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
     found = _unpack(path, workdir, _tokenizer_name(config))
     if _WEIGHTS not in found:
         raise CheckpointError(f"{path} contains no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
-    state = _TorchState(path, found[_WEIGHTS])
+    state = _read_state(path, found[_WEIGHTS])
     if not any(name.startswith("joint.joint_net.") for name in state):
         raise CheckpointError(f"the weights of {path} contain no joint network.")
     return Checkpoint(name=path.stem, tokenizer=_tokenizer(config, found), state=state, **vars(model))
 
 
-class _TorchState(Mapping[str, NDArray[Any]]):
-    """A PyTorch state dict whose tensors stay memory-mapped until they are looked up."""
-
-    def __init__(self, path: Path, weights: Path) -> None:
-        """Open the state dict in `weights`, a file of the checkpoint `path`. Raises `CheckpointError`."""
-        import torch  # not needed to reject a checkpoint by its configuration, nor to read other formats
-
-        try:
-            state = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
-            reason = str(error).strip().partition("\n")[0]
-            raise CheckpointError(
-                f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
-                f"({type(error).__name__}: {reason})."
-            ) from error
-        if not isinstance(state, Mapping) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-        ):
-            raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
-        self._tensors = state
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        tensor = self._tensors[name]
-        array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bf16
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _read_state(path: Path, weights: Path) -> StateDict:
+    """Return the state dict in `weights`, a file of the checkpoint `path`. Raises `CheckpointError`."""
+    try:
+        return StateDict(weights)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely ({error}); save the model again."
+        ) from error
 
 
 # -- the archive -------------------------------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ class SafeTensors(Mapping[str, NDArray[Any]]):
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array if sys.byteorder == "little" else array.astype(array.dtype.newbyteorder("="))
 
+    def is_floating(self, name: str) -> bool:
+        """Return whether the tensor has a floating-point type."""
+        return self._entries[name].dtype in ("F64", "F32", "F16", "BF16")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

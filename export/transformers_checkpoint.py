@@ -124,6 +124,11 @@ class _State(Mapping[str, NDArray[Any]]):
                     f"{folder} has the tensor {short_repr(name)}, which is not part of {' or '.join(MODEL_TYPES)}; "
                     "merge adapters into the weights before the export."
                 )
+            if not self._tensors.is_floating(name):
+                raise CheckpointError(
+                    f"{folder} has the tensor {short_repr(name)} in whole numbers; quantised weights are not "
+                    "supported: download the checkpoint in fp32, fp16 or bf16."
+                )
             self._names[renamed] = name
         self._front_end = frontend(features)
 

@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.add_argument(name, dest=size.name, type=type(default), help=f"nemotron-en: {default}")
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     if find_spec("nemo") is None:
-        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('export')}")
+        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('nemo')}")
     path = synthetic_model(options.pop("out"), options.pop("seed"), options.pop("like"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
