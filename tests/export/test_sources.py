@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import os
@@ -144,6 +145,9 @@ def test_invalid_names(given: str) -> None:
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 
+REVISIONS = {name: str(index) * 40 for index, name in enumerate(("main", "fine-tune", "several", "other"))}
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
     """The part of Hugging Face's HTTP interface that a download uses."""
 
@@ -153,22 +157,27 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.requests.append(self.path)
         _, *parts = self.path.partition("?")[0].split("/")
-        if parts[:2] == ["api", "models"] and len(parts) == 6 and parts[5] in self.files:
-            names = [{"rfilename": name} for name in self.files[parts[5]]]
-            return self._send(200, json.dumps({"id": "a/b", "sha": COMMITS["main"], "siblings": names}).encode())
-        if len(parts) == 5 and parts[2] == "resolve":
-            for files in (self.files.get(parts[3], {}), *self.files.values()):
-                if parts[4] in files:
-                    return self._send(200, files[parts[4]])
-        self._send(404, b"{}")
+        revision = next(
+            (name for name, commit in REVISIONS.items() if parts[-1 if "api" in parts else 3] in (name, commit)), ""
+        )
+        files = self.files.get(revision, {})
+        if parts[:2] == ["api", "models"] and files:
+            names = [{"rfilename": name} for name in files]
+            info: Any = {"id": "a/b", "sha": REVISIONS[revision], "siblings": names}
+            if "tree" in parts:
+                info = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
+            return self._send(200, json.dumps(info).encode(), revision)
+        if len(parts) == 5 and parts[2] == "resolve" and parts[4] in files:
+            return self._send(200, files[parts[4]], revision)
+        self._send(404, b"{}", "main")
 
     do_HEAD = do_GET
 
-    def _send(self, status: int, content: bytes) -> None:
+    def _send(self, status: int, content: bytes, revision: str) -> None:
         self.send_response(status)
         if status == 200:
-            self.send_header("X-Repo-Commit", COMMITS["main"])
-            self.send_header("ETag", f'"{len(content)}-{hash(content) & 0xFFFF:x}"')
+            self.send_header("X-Repo-Commit", REVISIONS[revision])
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         else:
             self.send_header("X-Error-Code", "RevisionNotFound")
         self.send_header("Content-Length", str(len(content)))
@@ -230,9 +239,8 @@ print(json.dumps(results))
 
     archive, folder, several, other, unknown = run(*revisions)
     assert archive[1:] == [{"b.nemo": "archive"}, ["fetching b.nemo of a/b@main from Hugging Face"]]
-    assert folder[1].keys() == {"config.json", "model.safetensors", "tokenizer.json", "b.nemo"} - {"b.nemo"} or (
-        folder[1] == {"b.nemo": "archive"}  # both revisions have one commit here
-    )
+    assert folder[1] == {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
+    assert folder[0].endswith(f"models--a--b/snapshots/{REVISIONS['fine-tune']}")
     assert not any("README" in request or "x.bin" in request for request in handler.requests)
     assert "several .nemo files, a.nemo, b.nemo" in several and "it has weights.bin" in other
     assert "a/b@unknown cannot be fetched from Hugging Face (RevisionNotFoundError" in unknown

@@ -167,7 +167,8 @@ INVALID = [
     ("processor_config.json", "feature_extractor.mel_filters_dtype", "bfloat16", "mel_filters_dtype is 'bfloat16'"),
     ("processor_config.json", "feature_extractor.sampling_rate", 0, "sampling_rate is 0"),
     ("tokenizer.json", "model.type", "WordPiece", "model.type is 'WordPiece'"),
-    ("tokenizer.json", "model.vocab", {"a": 0}, "it belongs to another model"),
+    ("tokenizer.json", "model.vocab", {"a": 0}, "which makes no token"),
+    ("config.json", "vocab_size", 96, "blank_token_id is 96"),
     ("tokenizer.json", "model.merges", [["x", "y", "z"]], "is not a pair of tokens"),
     ("tokenizer.json", "model.unk_token", "none", "no token for unknown text"),
 ]
@@ -205,6 +206,12 @@ def test_missing_and_truncated_files(prompted_folder: Path, tmp_path: Path) -> N
     folder = copy("no tokenizer")
     (folder / "tokenizer.json").unlink()
     reject(folder, "has no tokenizer.model or tokenizer.json")
+    folder = copy("other tokenizer")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    tokenizer["model"]["vocab"].pop(next(text for text, i in tokenizer["model"]["vocab"].items() if i == 95))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    reject(folder, "no token of id 95, but the model has 96 tokens: it belongs to another model")
     folder = copy("no json")
     (folder / "config.json").write_text("{")
     reject(folder, "config.json cannot be read")
