@@ -39,6 +39,7 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.itn import check_language
 from nemostream.serving.client import UNKNOWN_CLIENT, Client, shorten
 from nemostream.serving.errors import Draining
 from nemostream.serving.metrics import Metrics
@@ -294,12 +295,16 @@ class Service:
     def configure(self, session: Session, *, chunk_ms: Any = None, language: Any = None) -> None:
         """Change the options of an open stream that are not None, from the next chunk on.
 
-        Raises `OptionError` for a chunk size or a language that is not offered; then nothing is changed.
+        Raises `OptionError` for a chunk size or a language that is not offered, and for a language without rules if the
+        session has inverse text normalization; then nothing is changed.
         """
         if chunk_ms is not None:
             chunk_ms = self._check_chunk_ms(chunk_ms)
         if language is not None:
-            session.set_language(self.check_language(language))
+            language = self.check_language(language)
+            if session.itn:
+                check_language(language)
+            session.set_language(language)
         if chunk_ms is not None:
             session.requested_ms = chunk_ms
             session.set_chunk_ms(self.effective_chunk_ms(chunk_ms))
@@ -329,16 +334,18 @@ class Service:
         async with self._compilations:
             return await asyncio.to_thread(self.model.compile_phrases, phrases)
 
-    async def normalizer(self, enabled: bool) -> Normalizer | None:
-        """Return the inverse text normalization for `open`, or None. The first call loads it, which takes seconds.
+    async def normalizer(self, enabled: bool, language: str | None = None) -> Normalizer | None:
+        """Return the inverse text normalization for `open`, or None.
 
-        Raises `OptionError` if the server lacks the extra, `BackendError` if the rules cannot be loaded.
+        The first call for a language (None: the server's default) loads its rules, which takes seconds, in some
+        languages a minute. Raises `OptionError` if the server lacks the extra, or for a language without rules,
+        `BackendError` if the rules cannot be loaded.
         """
         if not enabled:
             return None
         if find_spec("nemo_text_processing") is None:
             raise OptionError(f"itn is not available: the server lacks the itn extra; {install_command('itn')}.")
-        await self._normalizer.start()
+        await self._normalizer.start(self.check_language(language))
         return self._normalizer
 
     # -- what sessions report ------------------------------------------------------------------------------------------

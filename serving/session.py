@@ -98,6 +98,11 @@ class Session:
         return "".join(text + separator(text) for text in self._texts[:-1]) + "".join(self._texts[-1:])
 
     @property
+    def itn(self) -> bool:
+        """Whether finals are in written form."""
+        return self._normalizer is not None
+
+    @property
     def language(self) -> str:
         """The language that is set."""
         return self._stream.language
@@ -267,7 +272,7 @@ class Session:
         for index, event in enumerate(events):
             if event.kind == "final":
                 if self._normalizer is not None:
-                    event = events[index] = await self._normalizer.rewrite(event)
+                    event = events[index] = await self._normalizer.rewrite(event, self.language)
                 self._texts.append(event.text)
                 self._observer.record_utterance(self, event)
         return events

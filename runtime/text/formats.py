@@ -43,6 +43,7 @@ class Utterance:
     text: str
     start: float
     end: float
+    language: str | None = None  # if the model detected it
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,10 @@ def transcript_to_dict(transcript: Transcript) -> dict[str, Any]:
     if transcript.language is not None:
         body["language"] = transcript.language
     if transcript.utterances is not None:
-        body["utterances"] = [{"text": one.text, **time_span(one)} for one in transcript.utterances]
+        body["utterances"] = [
+            {"text": one.text, **time_span(one)} | ({"language": one.language} if one.language else {})
+            for one in transcript.utterances
+        ]
     if transcript.spoken is not None:
         body["spoken"] = transcript.spoken
     if transcript.channel is not None:

@@ -8,6 +8,7 @@ word has the times of the spoken words that it replaces.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 import threading
@@ -16,15 +17,25 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from nemostream.errors import BackendError
+from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
+from nemostream.runtime.text.languages import AUTO
+from nemostream.runtime.text.scripts import CLOSING, OPENING, begins_unspaced, ends_unspaced, unbreakable_spans
+from nemostream.untrusted import short_repr
 
 if TYPE_CHECKING:
     from nemostream.runtime.text.words import Word
 
+LANGUAGES = ("ar", "de", "en", "es", "fr", "he", "hi", "hy", "ja", "ko", "mr", "pt", "ru", "sv", "vi", "zh")
+_UNSPACED = ("ja", "zh")  # written without spaces, also in the grammars
+
 # Punctuation before a word, the word, punctuation after it. The grammars require words without punctuation.
-_PARTS = re.compile(r"(?s)([\"'“‘(\[¿¡]*)(.*?)([.,?!;:…\"'”’)\]]*)")
-_COMPOUND = re.compile(r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty-[a-z]+")
+_QUOTES = "\"'«»“”„‘’‚‹›"
+_PARTS = re.compile(
+    rf"(?s)([{re.escape(_QUOTES + ''.join(sorted(OPENING)))}]*)(.*?)"
+    rf"([{re.escape(_QUOTES + ''.join(sorted(CLOSING)))}]*)"
+)
+_COMPOUND = re.compile(r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty-[a-z]+")  # English
 
 _MAX_PAUSE = 0.8  # seconds between two words of a number
 _MAX_WORDS = 100  # words per call of the grammars, whose run time grows faster than the number of words
@@ -34,19 +45,41 @@ _LOOKAHEAD = 20  # words; most numbers have fewer
 _Span = tuple[str | None, int, int]
 
 
-class InverseNormalizer:
-    """Convert English numbers, dates, times and amounts to written form. A callable on words. Thread-safe.
+def check_language(language: str) -> str:
+    """Return the language of the grammars for a language such as "de-DE", or "auto".
 
-    Construction takes seconds. Raises `BackendError` if the extra is not installed.
+    Raises `OptionError` if there are none.
+    """
+    code = re.split("[-_]", language, maxsplit=1)[0].lower() if isinstance(language, str) else ""
+    if code not in (*LANGUAGES, AUTO):
+        raise OptionError(
+            f"inverse text normalization does not support the language {short_repr(language)}; it supports "
+            f"{', '.join(LANGUAGES)}, and auto."
+        )
+    return code
+
+
+class InverseNormalizer:
+    """Convert numbers, dates, times and amounts to written form. A callable on words. Thread-safe.
+
+    `language` is one of `LANGUAGES`, with or without a region. With "auto", the grammars are those of the language tag
+    of each word (`Word.language`) and are loaded when they are first needed; words without a tag, and words of a
+    language without grammars, are unchanged.
+
+    Construction takes seconds, in some languages a minute. Raises `BackendError` if the extra is not installed,
+    `OptionError` if the language has no grammars.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, language: str = "en") -> None:
+        self.language = check_language(language)
+        self._tagged: dict[str, InverseNormalizer] = {}  # by language, for "auto"
+        self._loading = threading.Lock()
         try:
             logger = logging.getLogger("NeMo-text-processing")
             from nemo_text_processing.inverse_text_normalization.inverse_normalize import InverseNormalizer as Rules
 
             logger.handlers.clear()  # its handler logs every grammar
-            rules = Rules(lang="en")
+            rules = None if self.language == AUTO else Rules(lang=self.language)
         except ImportError as error:
             raise BackendError(
                 f"inverse text normalization needs more packages ({error}): {install_command('itn')}"
@@ -55,6 +88,7 @@ class InverseNormalizer:
 
         @lru_cache(4096)
         def normalize(spoken: str) -> str:
+            assert rules is not None
             with lock:
                 return rules.inverse_normalize(spoken, verbose=False)
 
@@ -68,11 +102,13 @@ class InverseNormalizer:
         aligned individually (*july 4 1999* for a date), these share the time in proportion to their characters. Words
         on which the grammars fail are unchanged.
         """
+        if self.language == AUTO:
+            return self._normalize_tagged(words)
         written: list[Word] = []
         run: list[Word] = []
         for word in words:
             lead, _, trail = _split_punctuation(word.text)
-            if run and (lead or word.start - run[-1].end > _MAX_PAUSE):
+            if run and (lead or word.start - run[-1].end > _MAX_PAUSE or self._other_script(run[-1], word)):
                 written += self._normalize_run(run)
                 run = []
             run.append(word)
@@ -80,6 +116,37 @@ class InverseNormalizer:
                 written += self._normalize_run(run)
                 run = []
         return (*written, *self._normalize_run(run)) if run else tuple(written)
+
+    def _normalize_tagged(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        """Normalize each part of the words by its language tag."""
+        written: list[Word] = []
+        for tag, group in itertools.groupby(words, lambda word: word.language):
+            part = tuple(group)
+            code = None if tag is None else tag.split("-")[0]
+            if code in LANGUAGES:
+                with self._loading:
+                    if code not in self._tagged:
+                        self._tagged[code] = InverseNormalizer(code)
+                part = self._tagged[code](part)
+            written += part
+        return tuple(written)
+
+    def _other_script(self, before: Word, after: Word) -> bool:
+        """Return whether two words cannot be part of one number because one is of a script with spaces."""
+        return self.language in _UNSPACED and not (ends_unspaced(before.text) and begins_unspaced(after.text))
+
+    def _split(self, text: str) -> list[str]:
+        """Divide a text into words, as those of a transcript."""
+        return [text[slice(*span)] for span in unbreakable_spans(text)] if self.language in _UNSPACED else text.split()
+
+    def _join(self, words: Sequence[str]) -> str:
+        """Return the text of words that `_split` divides again."""
+        return words[0] + "".join(
+            word if not self._spaced(before, word) else f" {word}" for before, word in itertools.pairwise(words)
+        )
+
+    def _spaced(self, before: str, after: str) -> bool:
+        return self.language not in _UNSPACED or not (ends_unspaced(before) or begins_unspaced(after))
 
     def _normalize_run(self, words: list[Word]) -> list[Word]:
         """Normalize words that have punctuation only before the first and after the last one."""
@@ -92,16 +159,18 @@ class InverseNormalizer:
         spoken: list[str] = []  # the grammars require lower case and "twenty two" instead of "twenty-two"
         owner: list[int] = []  # index of the word that each entry of `spoken` is part of
         for index, core in enumerate(cores):
-            parts = core.lower().split("-") if _COMPOUND.fullmatch(core.lower()) else [core.lower()]
+            core = core.lower()
+            compound = self.language == "en" and _COMPOUND.fullmatch(core)
+            parts = core.split("-") if compound else [core]
             spoken += parts
             owner += [index] * len(parts)
         try:
             if not all(spoken) or any(character.isspace() for core in spoken for character in core):
                 return words
-            forms = self._normalize(" ".join(spoken)).split()
+            forms = self._split(self._normalize(self._join(spoken)))
             if forms == spoken or not forms:
                 return words
-            spans = _to_words(self._align(spoken, forms), spoken, owner)
+            spans = self._to_words(self._align(spoken, forms), spoken, owner)
         except Exception:  # an error of the grammars must not lose the transcript
             return words
         written: list[Word] = []
@@ -114,7 +183,7 @@ class InverseNormalizer:
             form = (lead if first == 0 else "") + form
             if last == len(words):
                 form += trail[1:] if form.endswith(".") and trail.startswith(".") else trail
-            written += _share_time(form.split(), words[first:last])
+            written += self._share_time(self._split(form), words[first:last])
         return written
 
     def _align(self, spoken: list[str], forms: list[str]) -> list[_Span]:
@@ -128,7 +197,7 @@ class InverseNormalizer:
             # Inserted and deleted words belong to the span before.
             elif spans:
                 form, before, _ = spans.pop()
-                spans.append((" ".join([form or spoken[before], *forms[begin:end]]), before, last))
+                spans.append((self._join([form or spoken[before], *forms[begin:end]]), before, last))
             else:
                 raise ValueError("written words without spoken words")
         return spans
@@ -136,52 +205,53 @@ class InverseNormalizer:
     def _divide(self, spoken: list[str], first: int, last: int, forms: list[str]) -> list[_Span]:
         """Divide into the smallest spans that yield the same forms when normalized alone, within `_LOOKAHEAD` words."""
         for middle in range(first + 1, min(last, first + _LOOKAHEAD)):
-            head = self._normalize(" ".join(spoken[first:middle])).split()
+            head = self._split(self._normalize(self._join(spoken[first:middle])))
             if head != forms[: len(head)] or len(head) == len(forms):
                 continue
             remaining, seen = forms[len(head) :], min(last, middle + _LOOKAHEAD)
-            tail = self._normalize(" ".join(spoken[middle:seen])).split()
+            tail = self._split(self._normalize(self._join(spoken[middle:seen])))
             if tail == remaining if seen == last else tail[:1] == remaining[:1]:
-                form = None if head == spoken[first:middle] else " ".join(head)
+                form = None if head == spoken[first:middle] else self._join(head)
                 return [(form, first, middle), *self._divide(spoken, middle, last, remaining)]
-        return [(" ".join(forms), first, last)]
+        return [(self._join(forms), first, last)]
+
+    def _to_words(self, spans: list[_Span], spoken: list[str], owner: list[int]) -> list[_Span]:
+        """Convert spans of `spoken` to spans of words; spans that end within a word are joined."""
+        joined: list[_Span] = []
+        pending: list[_Span] = []
+        for span in spans:
+            pending.append(span)
+            first, last = pending[0][1], span[2]
+            if last == len(owner) or owner[last] != owner[last - 1]:
+                form = None
+                if any(form is not None for form, _, _ in pending):
+                    form = self._join([self._join(spoken[a:b]) if form is None else form for form, a, b in pending])
+                joined.append((form, owner[first], owner[last - 1] + 1))
+                pending = []
+        return joined
+
+    def _share_time(self, forms: list[str], words: Sequence[Word]) -> list[Word]:
+        """Return a word for each form; they share the time of `words` in proportion to their characters."""
+        start, end = words[0].start, max(word.end for word in words)
+        total, position = sum(map(len, forms)), 0
+        written: list[Word] = []
+        for form in forms:
+            spaced = self._spaced(written[-1].text, form) if written else words[0].after_space
+            begin, position = position, position + len(form)
+            written.append(
+                dataclasses.replace(
+                    words[0],
+                    text=form,
+                    start=start + (end - start) * begin / total,
+                    end=start + (end - start) * position / total,
+                    confidence=min(word.confidence for word in words),
+                    after_space=spaced,
+                )
+            )
+        return written
 
 
 def _split_punctuation(text: str) -> tuple[str, str, str]:
     match = _PARTS.fullmatch(text)
     assert match is not None  # the middle group matches anything
     return match[1], match[2], match[3]
-
-
-def _to_words(spans: list[_Span], spoken: list[str], owner: list[int]) -> list[_Span]:
-    """Convert spans of `spoken` to spans of words; spans that end within a word are joined."""
-    joined: list[_Span] = []
-    pending: list[_Span] = []
-    for span in spans:
-        pending.append(span)
-        first, last = pending[0][1], span[2]
-        if last == len(owner) or owner[last] != owner[last - 1]:
-            form = None
-            if any(form is not None for form, _, _ in pending):
-                form = " ".join(" ".join(spoken[a:b]) if form is None else form for form, a, b in pending)
-            joined.append((form, owner[first], owner[last - 1] + 1))
-            pending = []
-    return joined
-
-
-def _share_time(forms: list[str], words: Sequence[Word]) -> list[Word]:
-    """Return a word for each form; they share the time of `words` in proportion to their characters."""
-    start, end = words[0].start, max(word.end for word in words)
-    total, position, written = sum(map(len, forms)), 0, []
-    for form in forms:
-        begin, position = position, position + len(form)
-        written.append(
-            dataclasses.replace(
-                words[0],
-                text=form,
-                start=start + (end - start) * begin / total,
-                end=start + (end - start) * position / total,
-                confidence=min(word.confidence for word in words),
-            )
-        )
-    return written

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Literal
 
 # Brackets and quotation marks of East Asia, whose direction does not depend on the language.
@@ -79,6 +80,19 @@ Kind = Literal["space", "word", "rest"]
 def ends_unspaced(text: str) -> bool:
     """Return whether a text ends with a character of a script without spaces, punctuation included."""
     return bool(_CHARACTER.match(text[-1:]))
+
+
+def begins_unspaced(text: str) -> bool:
+    """Return whether a text begins with a character of a script without spaces, punctuation included."""
+    return bool(_CHARACTER.match(text))
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Return the text of consecutive utterances: with a space between them, except after a script without spaces."""
+    joined = ""
+    for text in texts:
+        joined += text if not (joined and text) or ends_unspaced(joined) else f" {text}"
+    return joined
 
 
 class WordBreaker:

@@ -228,7 +228,7 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         options = _options(config, self._service.model.manifest.languages)
         return options | {
             "phrases": await self._service.compile_phrases(options.get("phrases")),
-            "normalizer": await self._service.normalizer(_itn(config)),
+            "normalizer": await self._service.normalizer(_itn(config), options["language"]),
         }
 
     def _open(self, config: Any, options: dict[str, Any], upload: bool = False) -> Session:

@@ -90,6 +90,7 @@ async def transcriptions(
     """Transcribe a recording."""
     _check_fields((await request.form()).keys())
     _check_options(chunking_strategy, stream, response_format)
+    name = select_language(service.model.manifest.languages, language, languages or ())
     recording = Upload(
         service,
         "http",
@@ -98,10 +99,10 @@ async def transcriptions(
         # Server-sent events end by themselves when the client disconnects.
         None if stream else request.is_disconnected,
         chunk_ms=chunk_ms,
-        language=select_language(service.model.manifest.languages, language, languages or ()),
+        language=name,
         client=request.scope["nemostream.client"],
         phrases=await service.compile_phrases(keywords or None),
-        normalizer=await service.normalizer(itn),
+        normalizer=await service.normalizer(itn, name),
     )
     if stream:
         first = await anext(recording)  # raises errors before the response starts

@@ -27,7 +27,7 @@ async def serve(socket: WebSocket, service: Service) -> None:
         options = _options(socket.query_params)
         words = options.pop("words")
         options["phrases"] = await service.compile_phrases(options.get("phrases"))
-        options["normalizer"] = await service.normalizer(options.pop("itn"))
+        options["normalizer"] = await service.normalizer(options.pop("itn"), options.get("language"))
         session = service.open("websocket", client=socket.scope["nemostream.client"], **options)
     except NemostreamError as error:
         return await reject(socket, error)

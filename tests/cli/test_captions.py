@@ -14,12 +14,14 @@ import subprocess
 import sys
 import termios
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
 import pyte
 import pytest
 import soundfile
+import wcwidth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +39,10 @@ class Screen(pyte.Screen):
         for number in attributes or (0,):
             super().select_graphic_rendition({2: 3, 22: 23}.get(number, number))
 
+    def draw(self, data: str) -> None:
+        """Omit invisible characters that pyte does not support: it drops the text after them."""
+        super().draw(without_marks(data))
+
     def text(self) -> list[str]:
         """Return the lines down to the last one that is not empty."""
         return "\n".join(line.rstrip() for line in self.display).rstrip().split("\n")
@@ -49,6 +55,10 @@ class Screen(pyte.Screen):
             for column in range(self.columns)
             if self.buffer[row][column].italics
         ).strip()
+
+
+def without_marks(text: str) -> str:
+    return "".join(each for each in text if wcwidth.wcwidth(each) > 0)
 
 
 class Terminal:
@@ -286,6 +296,48 @@ def test_wide_characters_and_control_characters() -> None:
         terminal.read_all()
         assert [line.replace(" ", "") for line in terminal.screen.text()[1:]] == ["東京大阪京都", "神戸?[2Jab"]
     terminal.close()
+
+
+SCRIPTS = {
+    "我们今天去公园（明天去商场），好吗？": ["我们今天去公", "园（明天去商", "场），好吗？"],  # 12 columns
+    "「今日は」と言って、雨でした。": ["「今日は」と", "言って、雨で", "した。"],
+    "น้ำแข็งกี่ก้อนก็ได้ที่นี่": ["น้ำแข็งกี่ก้อนก็ได้", "ที่นี่"],
+    "مرحبا بكم في بيتي، كيف حالكم؟": ["مرحبا بكم في", "بيتي، كيف", "حالكم؟"],
+    "می\u200cخواهم این کتاب را": ["می\u200cخواهم این", "کتاب را"],
+    "वह घर की ओर जाता है": ["वह घर की ओर", "जाता है"],
+}
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_captions_in_all_scripts(text: str) -> None:
+    """Lines break between words, never before closing punctuation, and nothing of earlier captions remains."""
+    lines, terminal = SCRIPTS[text], Terminal(columns=13)
+    with captions_on(terminal, live=True) as shown:
+        for end in range(1, len(text) + 1):
+            shown.set_text(0, text[:end], 0)
+            shown.set_progress(0, 0.0)
+            terminal.read_all(0)
+        terminal.read_all()
+        # The emulator leaves an empty cell after a wide character.
+        assert ["".join(line.split(" ")) for line in terminal.screen.text()[1:]] == [
+            without_marks("".join(line.split(" "))) for line in lines[-2:]
+        ]
+        shown.finish(0)
+    terminal.read_all()
+    assert terminal.screen.text() == ["$ nemostream"]
+    terminal.close()
+
+
+@pytest.mark.parametrize("text", ["今天天气很好我们去公园", "น้ำแข็งกี่ก้อนก็ได้ที่นี่", "مرحبا بكم في بيتي"])
+def test_progress_line_of_all_scripts_has_the_width_of_the_terminal(text: str) -> None:
+    row = captions._Row("a.wav", text, processed=1.0, duration=2.0)
+    shown = Captions(["a.wav", "b.wav"])
+    shown._started = 0.0, 0.0
+    for width in range(24, 60):
+        line = shown._status_line(row, width)
+        assert wcwidth.wcswidth(line) == width
+        _, _, end = line.rstrip().rpartition("…")
+        assert text.endswith(end.rpartition("a.wav: ")[2]) and not unicodedata.combining(end[0])
 
 
 def test_printed_utterances_are_removed(terminal: Terminal) -> None:

@@ -341,6 +341,30 @@ def test_utterance_without_words() -> None:
     assert json.loads(written[0])["utterances"] == []
 
 
+def test_languages_of_utterances() -> None:
+    """The tag of a language is no word; JSON has the language of each utterance, and the last one of the recording."""
+
+    def event(number: int, text: str, tag: str | None) -> nemostream.Event:
+        tokens = [Token(1, f" {text}", number, number + 0.08, -0.1, 0.58)]
+        if tag:
+            tokens.append(Token(2, "", number + 0.08, number + 0.16, -0.1, 0.58, tag))
+        return nemostream.Event("final", number, text, text, number, 0.58, 1.0, 560, tuple(tokens), language=tag)
+
+    events = [event(0, "ja", "de-DE"), event(1, "yes", "en-US"), event(2, "no", None)]
+    output = Output(["a.wav"], formats.Format.json, split_utterances=True)
+    written: list[str] = []
+    output._write_text = lambda name, text: written.append(text)  # type: ignore[method-assign]
+    output.write("a.wav", events, 1.0, 560)
+    row = json.loads(written[0])
+    assert (row["language"], row["text"]) == ("en-US", "ja yes no")
+    assert [(one["text"], one.get("language")) for one in row["utterances"]] == [
+        ("ja", "de-DE"),
+        ("yes", "en-US"),
+        ("no", None),
+    ]
+    assert [token["text"] for token in row["tokens"]] == [" ja", "", " yes", "", " no"]
+
+
 def test_invalid_endpoint(run: Run) -> None:
     code, out, err = run(CLIPS[0], "--endpoint-ms", 10)
     assert (code, out) == (2, "") and "--endpoint-ms" in err
@@ -355,7 +379,7 @@ def test_itn_in_every_format(run: Run, results: list[nemostream.Result], monkeyp
     def normalize(words: Sequence[Word]) -> tuple[Word, ...]:
         return replace(words[0], text=f"<{words[0].text}+{words[1].text}>", end=words[1].end), *words[2:]
 
-    monkeypatch.setattr(nemostream, "InverseNormalizer", lambda: normalize, raising=False)
+    monkeypatch.setattr(nemostream, "InverseNormalizer", lambda language: normalize, raising=False)
     row = json.loads(run(CLIPS[0], "--format", "json", "--itn")[1])
     first, second, *rest = results[0].words
     texts = [f"<{first.text}+{second.text}>", *(word.text for word in rest)]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from nemostream.cli.standard_streams import write_all, write_unbuffered
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text.formats import Format, Transcript, Utterance, render
+from nemostream.runtime.text.scripts import join_texts
+from nemostream.runtime.text.words import join_words
 
 if TYPE_CHECKING:
     from nemostream.runtime.text.events import Event
@@ -106,7 +108,7 @@ class Output:
         normalized = [self._normalize(part) for part in parts]
         utterances = (
             tuple(
-                Utterance(text, part.words[0].start, part.words[-1].end)
+                Utterance(text, part.words[0].start, part.words[-1].end, part.words[-1].language)
                 for (text, _), part in zip(normalized, parts, strict=True)
                 if part.words  # a token that is only a space makes no word
             )
@@ -116,14 +118,15 @@ class Output:
         transcript = Transcript(
             # NeMo resolves relative names against the manifest's folder.
             os.path.abspath(name) if self.format is Format.manifest and name not in (STDIN, MICROPHONE) else name,
-            " ".join(text for text, _ in normalized if text),
+            join_texts(text for text, _ in normalized),
             [word for _, words in normalized for word in words],
             duration,
             [token for part in parts for token in part.tokens],
             chunk_ms,
             utterances,
-            " ".join(part.text for part in parts if part.text) if self.itn else None,
+            join_texts(part.text for part in parts) if self.itn else None,
             self._channel,
+            next((part.language for part in reversed(parts) if part.language), None),
         )
         # JSON is UTF-8 (RFC 8259); on a standard output with another encoding, escape what is not ASCII.
         ascii = self._folder is None and self._path is None and not _is_utf8(getattr(sys.stdout, "encoding", None))
@@ -133,7 +136,7 @@ class Output:
         if self.itn is None:
             return part.text, part.words
         words = self.itn(part.words)
-        return " ".join(word.text for word in words), words
+        return join_words(words), words
 
     def _write_text(self, name: str, text: str) -> None:
         target = "standard output" if self._path is None else str(self._path)

@@ -204,8 +204,6 @@ def transcribe(
         )
         if resume:
             _check_resume(resume, out, names[0])
-        if itn:
-            output.itn = nemostream.InverseNormalizer()  # takes seconds, so after the checks above
         model = stack.enter_context(
             nemostream.load(
                 bundle,
@@ -219,6 +217,8 @@ def transcribe(
             )
         )
         model.stream(**options).close()  # report invalid options once instead of once per file
+        if itn:  # takes seconds, so after the checks above
+            output.itn = nemostream.InverseNormalizer(model.manifest.languages.name(language))
         stop, exit_code = stack.enter_context(signals_stop()), 0
         if names:
             exit_code = transcribe_files(

@@ -19,6 +19,7 @@ from nemostream.cli.standard_streams import print_message, standard_input, suppr
 from nemostream.errors import AudioError, BackendError, NemostreamError, TruncatedAudioError
 from nemostream.extras import install_command
 from nemostream.runtime.text.formats import Format
+from nemostream.runtime.text.scripts import ends_unspaced
 
 if TYPE_CHECKING:
     from nemostream.runtime.audio.files import AudioFile
@@ -362,7 +363,8 @@ class _EventCollector:
                     written = self._output.write_utterance(self._name, event)
                 if written:
                     self._captions.clear_text(self._index)
-                self._caption_prefix = "" if written else f"{prefix}{event.text} "
+                space = "" if ends_unspaced(event.text) else " "
+                self._caption_prefix = "" if written else f"{prefix}{event.text}{space}"
 
 
 def _pace(blocks: Iterable[Any], rate: int, stop: StopRequest) -> Generator[Any]:

@@ -67,8 +67,9 @@ def check(events: list[Event]) -> None:
         assert (text, tokens, words) == (event.text, event.tokens, event.words)
         assert [token.end for token in tokens] == [token.end for token in event.tokens]
         assert words == group_words(tokens, final=event.kind == "final")
-        stable = text if event.kind == "final" else (text.rsplit(maxsplit=1)[:-1] or [""])[0]
-        assert event.stable == stable and event.stable_length == len(stable)
+        assert text.startswith(event.stable) and event.stable_length == len(event.stable)
+        if event.kind == "final" or all(each < "\u0e00" or each == "\ufffd" for each in text):
+            assert event.stable == (text if event.kind == "final" else (text.rsplit(maxsplit=1)[:-1] or [""])[0])
 
 
 @given(data=st.data())
@@ -108,6 +109,54 @@ def test_increments_add_up_to_the_transcript(tokenizer, data):
                 event.stable_length,
             )
         assert repr(event) == repr(pickle.loads(pickle.dumps(event))) and event.text in dataclasses.astuple(event)
+
+
+def test_stable_text_of_a_script_without_spaces(tmp_path):
+    model, text = io.BytesIO(), "我用iPhone打电话，好吗？ Да, 好"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20),
+        model_writer=model,
+        vocab_size=40,
+        model_type="char",
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    tokenizer = Tokenizer(path, size)
+    tokens = make_tokens(tokenizer, tokenizer.encode(text))
+    builder = EventBuilder(tokenizer, "min", 16000)
+    events = [event for count in range(1, len(tokens) + 1) for event in builder.step(tokens, count, [], 0.0, 80)]
+    stable = dict.fromkeys(event.stable for event in events)
+    assert list(stable) == [
+        *(
+            "",
+            "我",
+            "我用",
+            "我用iPhone",
+            "我用iPhone打",
+            "我用iPhone打电",
+            "我用iPhone打电话，",
+            "我用iPhone打电话，好",
+        ),
+        *("我用iPhone打电话，好吗？", "我用iPhone打电话，好吗？ Да,"),
+    ]
+    events += builder.finish(tokens, FRAME * len(tokens), 0.0, 80)
+    check(events)
+    assert [word.text for word in events[-2].words] == [
+        "我",
+        "用",
+        "iPhone",
+        "打",
+        "电",
+        "话，",
+        "好",
+        "吗？",
+        "Да,",
+        "好",
+    ]
 
 
 def test_event_created_directly_is_entirely_new(tokenizer):

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pysubs2
 import pytest
 import srt
+import wcwidth
 import webvtt
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.formats import Format, Transcript
+from nemostream.runtime.text.scripts import columns
 
 MIN_DURATION, MAX_DURATION, GAP, SPEED, WIDTH = 5 / 6, 7.0, 1 / 12, 20, 42
 MS = 0.0011  # seconds: two rounding errors
@@ -33,6 +37,8 @@ class Word:
     start: float
     end: float
     confidence: float = 0.9
+    after_space: bool = True
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,12 @@ def check(words: Sequence[Word], shown: Sequence[Shown], duration: float | None)
         assert 0 <= cue.start < cue.end
         assert cue.start >= first.start - MS
         assert len(cue.lines) <= 2
-        assert all(len(line) <= WIDTH or " " not in line for line in cue.lines)
+        assert all(width(line) <= WIDTH or " " not in line for line in cue.lines)
         assert cue.end - cue.start <= MAX_DURATION + MS
         if after is not None:
             assert after.start - cue.end >= GAP - MS
         # A subtitle is shown too briefly only if there is no more time.
-        needed = max(MIN_DURATION, len(" ".join(cue.lines)) / SPEED)
+        needed = max(MIN_DURATION, width(" ".join(cue.lines)) / SPEED)
         if cue.end - cue.start < min(needed, MAX_DURATION) - MS:
             if after is not None:
                 assert after.start - cue.end <= GAP + MS
@@ -184,6 +190,99 @@ def test_word_longer_than_a_line_has_its_own_line() -> None:
     shown = read_srt(formats.srt(make_words(f"the {word} is closed")))
     assert word in [line for cue in shown for line in cue.lines]
     assert " ".join(line for cue in shown for line in cue.lines) == f"the {word} is closed"
+
+
+# -- subtitles in all scripts ------------------------------------------------------------------------------------------
+
+
+def make_unspaced(text: str, rate: float = 6.0) -> list[Word]:
+    """Return a word per character, at `rate` characters per second; punctuation belongs to its neighbour."""
+    words: list[Word] = []
+    for index, part in enumerate(re.findall(r"\s?[「（“]*(?:[A-Za-z0-9]+|[^\s])[^\w\s「（“]*", text)):
+        words.append(Word(part.strip(), index / rate, (index + 1) / rate, after_space=part[0].isspace()))
+    assert "".join(" " * word.after_space + word.text for word in words) == text
+    return words
+
+
+def width(line: str) -> int:
+    """Return the columns of a terminal, by an independent implementation."""
+    return wcwidth.wcswidth(line)
+
+
+CHINESE = "我用iPhone打电话给她（我的姐姐），问她“今天下午有没有时间”，她说没有时间，因为明天要去北京出差。" * 3
+JAPANESE = "「これは本です」と先生が言って、みんなはその本を開いて読みました。明日はテストがあるそうです。" * 3
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE])
+def test_wide_characters(text: str) -> None:
+    """Lines have at most 42 columns; no line begins with closing or ends with opening punctuation."""
+    words = make_unspaced(text)
+    shown = read_srt(formats.srt(words, words[-1].end))
+    lines = [line for cue in shown for line in cue.lines]
+    assert "".join(lines) == text
+    assert all(20 < width(line) <= WIDTH for line in lines[:-1]) and width(lines[-1]) <= WIDTH
+    assert not any(line[0] in "，。、」）”" or line[-1] in "「（“" for line in lines)
+    assert sum(line[-1] in "，。、」”" for line in lines) > len(lines) / 2  # breaks at the end of clauses
+    for cue, after in pairwise(shown):
+        assert cue.end - cue.start >= min(sum(map(width, cue.lines)) / SPEED, after.start - GAP - cue.start) - MS
+
+
+def test_combining_marks_have_no_width() -> None:
+    thai = "น้ำแข็งกี่ก้อนก็ได้ที่นี่ดีที่สุด"
+    assert width(thai) < len(thai) and columns(thai) == width(thai)
+    words = [Word(thai, 0.0, 2.0), Word("ที่นี่ที่นี่ที่นี่", 2.0, 4.0)]
+    assert sum(len(word.text) for word in words) > WIDTH
+    assert formats.cues(words)[0].lines == (f"{thai} {words[1].text}",)
+
+
+@pytest.mark.parametrize(
+    "text", ["東京", "a", "é", "ไทย", "한국어", "ｱｲ", "（", "العربية", "😀", "e\u0301", "می\u200cخواهم", "नमस्ते"]
+)
+def test_columns(text: str) -> None:
+    assert columns(text) == width(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "قال الرجل: «مرحبا بكم في بيتي»، ثم جلس على الكرسي 25 دقيقة وشرب كوبا من الشاي؛ هل تريد أن تأكل شيئا؟",
+        'הוא אמר "שלום" (בשקט), ואז הלך הביתה ב-10:30; מה קרה אחר כך?',
+        "او گفت: «نمی\u200cدانم کجا هستم»، اما iPhone را دید و رفت.",
+    ],
+)
+def test_right_to_left_text_is_in_logical_order(text: str) -> None:
+    """Players order the text; lines have no marks of direction and nothing else than the text."""
+    words = make_words(text)
+    transcript = Transcript("talk.wav", text, words, 20.0)
+    for lines in (
+        [line for cue in read_srt(render(transcript, "srt")) for line in cue.lines],
+        [line for cue in webvtt.from_string(render(transcript, "vtt")) for line in cue.lines],
+    ):
+        assert " ".join(lines) == text
+    assert render(transcript, "text") == text + "\n"
+    assert json.loads(render(transcript, "json"))["text"] == text
+    assert [line.split()[4] for line in render(transcript, "ctm").splitlines()] == text.split()
+
+
+def test_marks_that_stand_alone_stay_beside_their_words() -> None:
+    """French puts spaces inside quotation marks."""
+    text = "Elle a demandé à tout le monde de venir « ici » ! Alors nous sommes venus « ici » avec nos « amis » ."
+    words = make_words(text)
+    lines = [line for cue in read_srt(formats.srt(words)) for line in cue.lines]
+    assert " ".join(lines) == text
+    assert not any(line[0] in "»!." or line[-1] == "«" for line in lines) and len(lines) > 2
+
+
+def test_words_of_other_recognisers_are_separated_by_spaces() -> None:
+    @dataclass(frozen=True)
+    class Plain:
+        text: str
+        start: float
+        end: float
+        confidence: float
+
+    (cue,) = formats.cues([Plain("one", 0.0, 0.4, 1.0), Plain("two", 0.4, 0.8, 1.0)])
+    assert cue.lines == ("one two",)
 
 
 def test_markup_is_escaped() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
+import unicodedata
+
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -11,7 +15,7 @@ from nemostream.errors import OptionError
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.text.scripts import CLOSING, OPENING
 from nemostream.runtime.text.tokenizer import Tokenizer
-from nemostream.runtime.text.words import Result, Token, Word, WordGrouper, group_words
+from nemostream.runtime.text.words import Result, Token, Word, WordGrouper, group_words, join_words
 
 
 def make_tokens(*pieces: str) -> list[Token]:
@@ -63,6 +67,25 @@ def test_confidence_of_a_word_is_aggregated_over_its_tokens(aggregation, expecte
     assert word == Word("abc", 0.0, 0.24, pytest.approx(expected))
 
 
+@pytest.fixture(scope="module")
+def punctuated(tmp_path_factory) -> Tokenizer:
+    """A tokenizer whose punctuation marks are pieces."""
+    model = io.BytesIO()
+    marks = ['"', "¿", "¡", "-", "&", "«", "»", "?", "!"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["he said hi there Hola qué tal sí rock roll now oui"] * 20),
+        model_writer=model,
+        vocab_size=70,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=marks,
+    )
+    path = tmp_path_factory.mktemp("marks") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
+
+
 @pytest.fixture(scope="session")
 def oracle(tokenizer_model):
     return sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
@@ -96,6 +119,132 @@ def test_words_equal_those_of_sentencepiece(bundle, oracle, pieces):
     assert grouper.words(tokens, True) == words
     starts, ends = [word.start for word in words], [word.end for word in words]
     assert starts == sorted(starts) and ends == sorted(ends) and all(a < b for a, b in zip(starts, ends, strict=True))
+
+
+# -- scripts without spaces --------------------------------------------------------------------------------------------
+
+# The text, with a line between its words.
+DIVIDED = [
+    "我|用|iPhone|打|电|话，|好|吗？",
+    "他|说：|“你|好”|（谢|谢）。|Hello,| world!| 再|见",
+    "今|天|2024|年，|GDP|增|长|5.2%。|花|了|$5",
+    "「ティ|ン|ブ|ク|トゥー」、|人々|が|いっ|た。",
+    "カ\u3099|ス|ﾃﾞｰ|ﾀ",
+    "葛\U000e0100|城|市",  # a variant of a character
+    "ส|วั|ส|ดี|ค|รั|บ| ผ|ม|ชื่|อ|เส|ม|ชา|ย| 25| บา|ท",
+    "น้ำ|แข็|ง|เก้า|อี้|ใน|โร|ง|เรี|ย|น",
+    "ພາ|ສາ|ລາ|ວ| ເກົ້າ",
+    "ភា|សា|ខ្មែ|រ។\u200b|ខ្ញុំ",
+    "မြ|န်|မာ|စာ။| မ|န္တ|လေး",
+    "Hola,| ¿qué| tal?| (Bien)| «Sí»| „Ja“| »Nein«",
+    "한국어는| 띄어쓰기가| 있습니다.",
+    "قال:| «مرحبا»،| كيف| حالك؟| می\u200cخواهم",
+    "क्या| हाल| है।| नमस्ते",
+]
+
+
+@pytest.mark.parametrize("divided", DIVIDED)
+def test_words_of_all_scripts(divided):
+    """The words do not depend on the tokens, and with their spaces they are the text."""
+    text, expected = divided.replace("|", ""), [part.strip() for part in divided.split("|")]
+    for pieces in (text, [text], re.split("(?<= )", text), [text[i : i + 3] for i in range(0, len(text), 3)]):
+        words = group_words(make_tokens(*pieces))
+        assert [word.text for word in words] == expected
+        assert join_words(words) == text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["我", "用", "i", "Phone"], [("我", 0, 0), ("用", 1, 1), ("iPhone", 2, 3)]),
+        (
+            [" 東京", "で", "す", "。"],
+            [("東", 0, 0), ("京", 0, 0), ("で", 1, 1), ("す。", 2, 3)],
+        ),  # a token of two words
+        (["ก", "ั", "บ"], [("กั", 0, 1), ("บ", 2, 2)]),
+        ([" ก", " ั", " า", " เ", " ก"], [("กัา", 0, 2), ("เก", 3, 4)]),  # marks and vowels after a space
+        (["「", "好", "」", " ", "。"], [("「好」。", 0, 4)]),
+        ([" «", " a", " »"], [("«a", 0, 1), ("»", 2, 2)]),  # » opens a quotation in German
+        ([" ¿", " que", " ?"], [("¿que?", 0, 2)]),
+        (["好", " ,", "好"], [("好,", 0, 1), ("好", 2, 2)]),
+        (["<0xE5>", "<0xA5>", "<0xBD>", "<0xE5>", "<0x90>", "<0x97>"], [("好", 0, 2), ("吗", 3, 5)]),
+        (["っ"], [("っ", 0, 0)]),  # no preceding word
+    ],
+)
+def test_tokens_of_words_without_spaces(pieces, expected):
+    assert spans(*pieces) == expected
+
+
+MIXED = st.lists(
+    st.sampled_from(
+        [
+            *"我好「」（。，、？ーっ々ティกเั้าあ",
+            "hello",
+            "a",
+            "5",
+            ".",
+            ",",
+            '"',
+            "(",
+            "«",
+            "»",
+            " ",
+            " ",
+            " ?",
+            "東京",
+            "العربية",
+        ]
+    ),
+    max_size=14,
+)
+
+
+@given(pieces=MIXED)
+@settings(max_examples=300, deadline=None)
+def test_incremental_words_of_mixed_scripts(pieces):
+    """Words are in order and complete, never change once another word follows, and never divide a cluster."""
+    tokens, grouper, known, words = make_tokens(*pieces), WordGrouper("min"), 0, ()
+    for count in range(len(tokens) + 1):
+        first, new = grouper.changed_words(tokens, known, count, False)
+        before, known, words = words, count, words[:first] + new
+        assert words[: max(len(before) - 1, 0)] == before[:-1]  # only the last word may change
+        assert words == group_words(tokens[:count]) == WordGrouper("min").words(tokens, False, count)
+    text = "".join(pieces)
+    assert "".join(word.text for word in words) == "".join(text.split())
+    assert all(unicodedata.category(word.text[0])[0] != "M" for word in words[1:])
+    assert not any(word.text[0] in "」。，、？ーっ々า" for word in words[1:])
+
+
+def test_space_before_punctuation_of_the_vocabulary_is_kept(punctuated):
+    """NeMo deletes white space before every punctuation mark of the vocabulary, which joins words (see below)."""
+    for text in ('he said "hi" there', "Hola ¿qué tal? ¡sí!", "rock & roll - now", "« oui »"):
+        ids = punctuated.encode(text)
+        assert any(punctuated.piece(i) in ('"', "¿", "¡", "-", "«") for i in ids)
+        assert punctuated.decode(ids) == text
+        words = group_words(make_tokens(*map(punctuated.piece, ids)))
+        assert "".join(word.text for word in words) == "".join(text.split())
+        assert [word.text for word in words] == (["«oui", "»"] if "«" in text else text.split())
+
+
+@pytest.mark.nemo
+def test_nemo_deletes_the_space(punctuated):
+    """The documented difference, with NeMo's own function."""
+    from nemo.collections.asr.parts.submodules.rnnt_decoding import AbstractRNNTDecoding
+    from nemo.collections.asr.parts.utils.tokenizer_utils import extract_punctuation_from_vocab
+
+    class Decoding(AbstractRNNTDecoding):
+        def __init__(self) -> None:
+            marks = extract_punctuation_from_vocab([punctuated.piece(i) for i in range(punctuated.vocabulary)])
+            self.supported_punctuation, self.strip_lang_tags = marks, False
+            self.space_before_punct_pattern = re.compile(rf"(\s)({'|'.join(map(re.escape, marks))})")
+
+        def decode_ids_to_str(self, tokens: list[int]) -> str:
+            return punctuated.decode(tokens)
+
+    Decoding.__abstractmethods__ = frozenset()
+    decode = Decoding().decode_tokens_to_str_with_strip_punctuation
+    assert decode(punctuated.encode('he said "hi" there')) == 'he said"hi" there'
+    assert decode(punctuated.encode("Hola ¿qué tal?")) == "Hola¿qué tal?"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Inverse text normalization by language in separate processes, with small grammars installed as a package."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemostream.errors import BackendError, OptionError
+from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.words import Token
+from nemostream.serving.normalizer import Normalizer
+
+GRAMMARS = """
+class InverseNormalizer:
+    def __init__(self, lang):
+        with open(__file__ + ".log", "a") as log:
+            log.write(lang + "\\n")
+        if lang == "sv":
+            raise MemoryError
+        self.replaced = {"de": ("zweiundzwanzig", "22"), "en": ("twenty two", "22"), "zh": ("二十二", "22")}[lang]
+
+    def inverse_normalize(self, text, verbose):
+        return text.replace(*self.replaced)
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Install the grammars for child processes; return the file of the languages that have been loaded."""
+    folder = tmp_path / "nemo_text_processing" / "inverse_text_normalization"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    (folder / "inverse_normalize.py").write_text(GRAMMARS, encoding="utf-8")
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    yield folder / "inverse_normalize.py.log"
+
+
+def final(*parts: tuple[str, str | None]) -> Event:
+    """Return a final event with these texts, each followed by a language tag or None."""
+    tokens: list[Token] = []
+    for text, language in parts:
+        tokens += [Token(0, each, 0.0, 0.1, -1.0, 0.9) for each in text]
+        if language:
+            tokens.append(Token(1, "", 0.0, 0.1, -1.0, 0.9, language))
+    text = "".join(text for text, _ in parts).strip()
+    return Event("final", 0, text, text, 0.0, 0.1, 1.0, 80, tuple(tokens))
+
+
+def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
+    async def run() -> list[str]:
+        normalizer = Normalizer()
+        try:
+            await normalizer.start("auto")
+            assert not log.exists()
+            await normalizer.start("de-DE")
+            german, chinese = final((" Zweiundzwanzig Hunde", None)), final(("我有二十二只狗。", None))
+            mixed = final(
+                (" zweiundzwanzig", "de-DE"), (" twenty two", "fi-FI"), (" twenty two", "en-GB"), (" x", None)
+            )
+            return [
+                (await normalizer.rewrite(event, language)).text
+                for event, language in (
+                    (german, "de-DE"),
+                    (german, "en-US"),
+                    (chinese, "zh-CN"),
+                    (german, "auto"),
+                    (mixed, "auto"),
+                    (german, "de-DE"),
+                )
+            ]
+        finally:
+            normalizer.close()
+
+    texts = [
+        "22 Hunde",
+        "Zweiundzwanzig Hunde",
+        "我有22只狗。",
+        "Zweiundzwanzig Hunde",
+        "22 twenty two 22 x",
+        "22 Hunde",
+    ]
+    assert asyncio.run(run()) == texts
+    assert log.read_text().split() == ["de", "en", "zh"]  # each once
+
+
+def test_languages_without_rules_are_rejected(log: Path) -> None:
+    with pytest.raises(OptionError, match="does not support the language 'fi-FI'; it supports ar, de"):
+        asyncio.run(Normalizer().start("fi-FI"))
+    assert not log.exists()
+
+
+def test_rules_that_cannot_be_loaded_lose_no_text(log: Path) -> None:
+    async def run() -> str:
+        normalizer, event = Normalizer(), final((" tjugotvå", None))
+        with pytest.raises(BackendError, match="it exited"):
+            await normalizer.start("sv-SE")
+        assert await normalizer.rewrite(event, "sv-SE") is event
+        return (await normalizer.rewrite(final((" twenty two", None)), "en-US")).text
+
+    assert asyncio.run(run()) == "22"
