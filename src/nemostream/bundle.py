@@ -171,7 +171,7 @@ class LanguageConfig:
     def _hint(self, key: str) -> str:
         names = self.names
         related = [name for name in names if name.lower().split("-")[0] == key.split("-")[0]]
-        near = related or difflib.get_close_matches(key, [name.lower() for name in names], 3, 0.5)
+        near = related or difflib.get_close_matches(key[:40], [name.lower() for name in names], 3, 0.5)
         near = [name for name in names if name in near or name.lower() in near]
         return f"similar ones are {', '.join(near)}" if near else f"choose one of {', '.join(sorted(names))}"
 
