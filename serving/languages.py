@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.text.languages import AUTO
 from nemostream.runtime.text.scripts import ends_unspaced
 
+_MAX_CANDIDATES = 128  # checking more would block the event loop
 UNKNOWN = "unknown"  # in OpenAI's responses: the model detects the language and has not detected any
 
 # English names by code of ISO 639, as OpenAI's API returns them: the languages of Whisper, and those in the prompt
@@ -48,12 +49,14 @@ def separator(text: str) -> str:
     return "" if ends_unspaced(text) else " "
 
 
-def select_language(languages: LanguageConfig, language: str | None, candidates: Iterable[str] = ()) -> str | None:
+def select_language(languages: LanguageConfig, language: str | None, candidates: Sequence[str] = ()) -> str | None:
     """Return the name of the language that OpenAI's `language` and `languages` select; None if both are empty.
 
     `candidates` are possible languages of the audio: one is the language, among several the model detects it. Raises
     `OptionError` if the model supports one of them not, or if it cannot detect the language.
     """
+    if len(candidates) > _MAX_CANDIDATES:
+        raise OptionError(f"languages has {len(candidates)} entries; the maximum is {_MAX_CANDIDATES}.")
     names = list(dict.fromkeys(languages.name(one) for one in candidates if one))
     if language:
         return languages.name(language)

@@ -65,9 +65,6 @@ class RandomCheckpoint(Checkpoint):
     def joint_output(self) -> str:
         return "joint.joint_net.2"
 
-    def has(self, name: str) -> bool:
-        return self.sizes.use_bias or not (name.endswith(".bias") and ".layers." in name and "norm" not in name)
-
     def _shape(self, name: str) -> tuple[int, ...]:
         s = self.sizes
         width, hidden, channels = s.d_model, s.pred_hidden, s.conv_channels
@@ -141,6 +138,7 @@ def random_bundle(
         log_guard=float(front_end.weight("features.guard")[0]),
         conv_norm=sizes.conv_norm_type,
         input_scale=1.0,
+        use_bias=sizes.use_bias,
         tokenizer=front_end.path / front_end.manifest.tokenizer.file,
         state={},
         sizes=sizes,

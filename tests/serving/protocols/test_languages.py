@@ -96,6 +96,8 @@ def test_candidate_languages_are_detected() -> None:
     with pytest.raises(OptionError, match="cannot detect"):
         select_language(without_detection, None, ["en", "de"])
     assert select_language(LanguageConfig(), None, ["en", "en-GB"]) == "en"
+    with pytest.raises(OptionError, match="the maximum is 128"):
+        select_language(prompted, None, ["de"] * 129)
 
 
 def test_codes_of_riva() -> None:
