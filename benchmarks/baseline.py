@@ -337,7 +337,7 @@ def prepared(checkpoint: Path | None, bundle: Path | None, progress: Progress) -
     Raises `OptionError` if NeMo is not installed or if there is too little free memory.
     """
     if find_spec("nemo") is None:
-        raise OptionError(f"the baseline needs NeMo: {install_command('export', 'bench')}")
+        raise OptionError(f"the baseline needs NeMo: {install_command('nemo', 'bench')}")
     from nemostream.export import export_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:

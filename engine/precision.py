@@ -5,8 +5,11 @@ makes every value fp32 or 16 bit and inserts casts between the two:
 
 * 16 bit: matrix products (linear layers, attention), convolutions except the first, the operations between them, and
   the caches.
-* fp32: layer norms, softmax and the sums that feed it, masks, sums along the residual path, mel and the first
-  convolution. Inputs and outputs other than the caches stay fp32.
+* fp32: layer norms, softmax and the sums that feed it, masks, sums along the residual path, mel, the first convolution,
+  and the last product of the subsampling. Inputs and outputs other than the caches stay fp32.
+
+The last product of the subsampling contains the factor sqrt(d_model) of models with xscaling: its output is in the
+thousands times 22.6, while the largest fp16 number is 65504. It is the start of the residual path, which is fp32.
 
 In 8-bit precisions, the large linear layers are also quantised: weights per column, inputs with one range per layer,
 measured on speech (`calibration`). Not quantised: attention and position products, convolutions, subsampling, and the
@@ -35,6 +38,7 @@ CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8"
 
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_SUBSAMPLED_WEIGHT = "encoder.pre_encode.out.weight"
 _QUANTISED_WEIGHTS = re.compile(
     r"\.(feed_forward[12]\.linear[12]|self_attn\.(qkv|linear_out)|conv\.pointwise_conv[12])\.weight$"
 )
@@ -163,7 +167,7 @@ class _GraphConverter:
                 value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
         first = next(node.name for node in graph.node if node.op_type == "Conv")
         for node in graph.node:
-            self._convert(node, fp32=node.name == first)
+            self._convert(node, fp32=node.name == first or _SUBSAMPLED_WEIGHT in node.input)
         for value in graph.output:
             value.type.tensor_type.elem_type = _TYPES[self._types[value.name] or ""]
         others = {name for node in self._nodes for name in node.input} - self._floats

@@ -6,8 +6,8 @@ needed because compilers have produced wrong results for this model without an e
 overflows (NeMo issue 14531).
 
 An engine has other kernels for other batch sizes. Therefore the encoder also processes batches in which every row has
-its own audio: each row is compared with fp32, with the engine's result for the row alone, and with its result beside
-other rows.
+its own audio, and in a prompted model other prompts than its neighbours: each row is compared with fp32, with the
+engine's result for the row alone, and with its result beside other rows.
 """
 
 from __future__ import annotations
@@ -141,15 +141,17 @@ class _Comparison:
 
     def compare_batches(self) -> dict[str, Any]:
         audio, lengths = _streams(self._manifest, self._chunk, self._clips, self._streams)
+        ids = sorted(set(self._manifest.languages.prompts.values()))
+        prompts = np.resize(ids, self._streams) if ids else None
 
         def encode(backend: EncoderBackend, streams: NDArray[Any]) -> tuple[Floats, NDArray[np.int64]]:
             """Return the encoder frames [K, B, T, J] of a batch of new streams, and their numbers [K, B]."""
-            slots = np.arange(len(streams))
+            slots, rows = np.arange(len(streams)), None if prompts is None else prompts[streams]
             backend.reset(slots)
             results = []
             for step in range(_ROW_STEPS):
                 encoded, counts = backend.encode(
-                    Batch(self._chunk, slots, audio[streams, step], lengths[streams, step])
+                    Batch(self._chunk, slots, audio[streams, step], lengths[streams, step], rows)
                 )
                 results.append((encoded.copy(), counts))
             self._advance(_ROW_STEPS * len(streams))

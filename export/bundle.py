@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import sentencepiece
 from onnx import helper
 
 from nemostream.bundle import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, Weight, sha256
-from nemostream.errors import CheckpointError, OptionError
-from nemostream.export.checkpoint import Checkpoint, check_config, open_checkpoint, read_config
+from nemostream.errors import OptionError
+from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.decoder import write_decoder, write_joint
 from nemostream.export.encoder import write_encoder
 from nemostream.export.features import write_features
 from nemostream.export.graph import WeightStore
 from nemostream.export.languages import order_languages, select_language
 from nemostream.export.parity import measure_parity
+from nemostream.export.reference import open_reference
+from nemostream.export.sources import find_source
 
 _LIBRARIES = ("nemostream", "nemo_toolkit", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -33,23 +34,26 @@ def export_checkpoint(
     *,
     language: str | None = None,
 ) -> Bundle:
-    """Export a `.nemo` file, or a pretrained model by its NeMo name, into the bundle folder `out`.
+    """Export a checkpoint into the bundle folder `out`.
 
-    The graphs are compared with NeMo before the bundle appears at `out`: for each chunk size they may differ by at most
-    1e-4 in fp32 over at least 12 consecutive steps of recorded speech. An existing bundle is replaced. `progress` is
-    called with a message before each step, and with warnings. `language` is that of streams that set none: the default
-    of a prompted model, or the language of a model of one language, if it is not English.
+    `checkpoint` is a `.nemo` file, a folder with one, a folder in transformers' format (`nemotron_asr_streaming`,
+    `nemotron3_5_asr`), a model on Hugging Face as "owner/name" or "owner/name@revision", or the name of a model that
+    NeMo can fetch. The graphs are compared with NeMo, transformers or NumPy (`nemostream.export.reference`) before the
+    bundle appears at `out`: for each chunk size they may differ by at most 1e-4 in fp32 over at least 12 consecutive
+    steps of recorded speech. An existing bundle is replaced. `progress` is called with a message before each step, and
+    with warnings. `language` is that of streams that set none: the default of a prompted model, or the language of a
+    model of one language, if it is not English.
 
     Raises `CheckpointError` if the checkpoint is not supported (before any work is done), `ParityError` if the output
-    of a graph differs from NeMo's, `OptionError` if `out` exists and is not a bundle, or if the model does not have
-    `language`.
+    of a graph differs from the reference's, `OptionError` if `out` exists and is not a bundle, or if the model does not
+    have `language`.
     """
     report = progress or (lambda message: None)
     out = Path(out)
     if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"{out} exists and is not a bundle; choose another folder.")
-    path = _resolve(checkpoint, report)
-    config = check_config(read_config(path))
+    found = find_source(checkpoint, report)
+    config = found.check()
     select_language(config.languages, language)
     for warning in config.warnings:
         report(f"warning: {warning}")
@@ -58,13 +62,11 @@ def export_checkpoint(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder, unpacked = Path(temporary) / "bundle", Path(temporary) / "checkpoint"
         folder.mkdir()
-        report(f"reading {path}")
-        source = open_checkpoint(path, unpacked)
-        origin = {"source": str(checkpoint), "sha256": sha256(path), "bytes": path.stat().st_size}
-        bundle = write_bundle(source, folder, origin, report, language)
-        del source  # it maps files of the folder that is removed next
-        shutil.rmtree(unpacked)
-        manifest = measure_parity(bundle, path, report)
+        report(f"reading {found.path}")
+        bundle = write_bundle(found.open(unpacked), folder, found.describe(), report, language)
+        report("loading the checkpoint for the comparison")
+        shutil.rmtree(unpacked, ignore_errors=True)  # as large as the checkpoint
+        manifest = measure_parity(bundle, open_reference(found, unpacked), report)
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
@@ -80,8 +82,8 @@ def write_bundle(
     report: Callable[[str], None] = lambda message: None,
     language: str | None = None,
 ) -> Bundle:
-    """Write graphs, weights, tokenizer and manifest into an empty folder, without comparing them with NeMo."""
-    languages = order_languages(select_language(source.languages, language), _pieces(source))
+    """Write graphs, weights, tokenizer and manifest into an empty folder, without comparing them with a reference."""
+    languages = order_languages(select_language(source.languages, language), source.pieces())
     graphs, weights, tensors = _write_graphs(source, folder, report)
     tokenizer = folder / "tokenizer.model"
     shutil.copyfile(source.tokenizer, tokenizer)
@@ -101,40 +103,6 @@ def write_bundle(
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(folder, manifest)
-
-
-def _resolve(checkpoint: str | Path, report: Callable[[str], None]) -> Path:
-    """Return the path of a checkpoint; fetch it with NeMo if it is the name of a pretrained model."""
-    path = Path(checkpoint)
-    if path.is_file():
-        return path
-    if path.suffix == ".nemo" or path.is_dir() or str(checkpoint).count("/") > 1:
-        raise CheckpointError(f"{checkpoint} is not a file; give a .nemo checkpoint or the name of a NeMo model.")
-    from nemo.collections.asr.models import ASRModel
-
-    report(f"fetching {checkpoint} with NeMo")
-    try:
-        return Path(ASRModel.from_pretrained(str(checkpoint), return_model_file=True, map_location="cpu"))
-    except Exception as error:  # NeMo and the hub raise many types of exceptions
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{checkpoint} is neither a file nor a model that NeMo could fetch ({type(error).__name__}: {reason})."
-        ) from error
-
-
-def _pieces(source: Checkpoint) -> list[str]:
-    """Return the pieces of the tokenizer. Raises `CheckpointError` if they are not the model's vocabulary."""
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(source.tokenizer))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the tokenizer of {source.name} is not a SentencePiece model.") from error
-    pieces, vocabulary = tokenizer.get_piece_size(), source.decoder.vocabulary
-    if pieces != vocabulary:
-        raise CheckpointError(
-            f"the tokenizer of {source.name} has {pieces} pieces, but the model has {vocabulary} tokens; use the "
-            "tokenizer that the model was trained with."
-        )
-    return [tokenizer.id_to_piece(index) for index in range(pieces)]
 
 
 def _write_graphs(

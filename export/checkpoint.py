@@ -1,8 +1,7 @@
 """Checkpoints: the sizes and weights that the graphs are written from, and the reader of `.nemo` files.
 
 `Checkpoint` is independent of the file format: names of weights and configuration fields are NeMo's, and weights are
-NumPy arrays. `check_config` turns a NeMo configuration into a `ModelConfig`. Only the reader of `.nemo` files needs
-torch.
+NumPy arrays. `check_config` turns a NeMo configuration into a `ModelConfig`. Neither needs NeMo or torch.
 
 A `.nemo` file is a tar archive of `model_config.yaml`, `model_weights.ckpt` (a PyTorch state dict) and the tokenizer.
 The configuration defines the model; unsupported values are rejected by field name before any work is done. Absent
@@ -21,16 +20,19 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import numpy as np
+import sentencepiece
 import yaml
 from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, LanguageConfig
 from nemostream.errors import CheckpointError
+from nemostream.export.state_dict import StateDict
 from nemostream.untrusted import MIB, open_regular, short_repr
 
 _TRANSDUCERS = ("EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel")
@@ -65,6 +67,7 @@ class ModelConfig:
     log_guard: float  # added to mel energies before the logarithm
     conv_norm: str  # "layer_norm" or "batch_norm"
     input_scale: float  # sqrt(d_model) with xscaling, else 1
+    use_bias: bool = True  # in the linear layers and convolutions of the encoder's layers
     languages: LanguageConfig = dataclasses.field(
         default_factory=LanguageConfig
     )  # with prompts, in the checkpoint's order
@@ -95,12 +98,89 @@ class Checkpoint(ModelConfig):
         """Return a tensor, in fp32 if it is a floating-point one. Raises `CheckpointError` if it is missing."""
         if name not in self.state:
             raise CheckpointError(f"the checkpoint has no tensor '{name}', which its configuration requires.")
-        array = self.state[name]
+        array, shape = self.state[name], self._shapes.get(name)
+        if shape is not None and array.shape != shape:
+            raise CheckpointError(
+                f"the tensor '{name}' of the checkpoint has the shape {list(array.shape)}, but its configuration "
+                f"requires {list(shape)}."
+            )
         return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
 
     def has(self, name: str) -> bool:
         """Return whether the state dict has the tensor."""
         return name in self.state
+
+    def pieces(self) -> list[str]:
+        """Return the pieces of the tokenizer. Raises `CheckpointError` if they are not the model's vocabulary."""
+        try:
+            tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"the tokenizer of {self.name} is not a SentencePiece model.") from error
+        size, vocabulary = tokenizer.get_piece_size(), self.decoder.vocabulary
+        if size != vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.name} has {size} pieces, but the model has {vocabulary} tokens; use the "
+                "tokenizer that the model was trained with."
+            )
+        return [tokenizer.id_to_piece(index) for index in range(size)]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors that the graphs use, those of the largest ones taken from the first of their kind.
+
+        The configuration does not determine the widths of feed-forward, prompt and speaker kernels, and the number of
+        channels of the subsampling.
+        """
+
+        def size(name: str) -> int:
+            return self.state[name].shape[0] if name in self.state and self.state[name].ndim else 0
+
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def linear(name: str, outputs: int, inputs: int, *kernel: int) -> None:
+            shapes.update({f"{name}.weight": (outputs, inputs, *kernel), f"{name}.bias": (outputs,)})
+
+        front, encoder, net = self.features, self.encoder, self.decoder
+        width, bins = encoder.d_model, front.mels
+        shapes["preprocessor.featurizer.window"] = (front.window,)
+        shapes["preprocessor.featurizer.fb"] = (1, front.mels, front.n_fft // 2 + 1)
+        channels = size("encoder.pre_encode.conv.0.weight")
+        for stage in range(encoder.subsampling.bit_length() - 1):
+            linear(f"encoder.pre_encode.conv.{3 * stage - 1 if stage else 0}", channels, 1, 3, 3)
+            if stage:
+                linear(f"encoder.pre_encode.conv.{3 * stage}", channels, channels, 1, 1)
+            bins = bins // 2 + 1
+        linear("encoder.pre_encode.out", width, channels * bins)
+        for kernel in self.speaker_kernels:
+            linear(f"{kernel}.0", inner := size(f"{kernel}.0.weight"), width)
+            linear(f"{kernel}.3", width, inner)
+        for layer in (f"encoder.layers.{index}" for index in range(encoder.layers)):
+            for part in ("feed_forward1", "feed_forward2"):
+                linear(f"{layer}.{part}.linear1", inner := size(f"{layer}.{part}.linear1.weight"), width)
+                linear(f"{layer}.{part}.linear2", width, inner)
+            for part in ("q", "k", "v", "out", "pos"):
+                linear(f"{layer}.self_attn.linear_{part}", width, width)
+            for letter in "uv":
+                shapes[f"{layer}.self_attn.pos_bias_{letter}"] = (encoder.heads, width // encoder.heads)
+            linear(f"{layer}.conv.pointwise_conv1", 2 * width, width, 1)
+            linear(f"{layer}.conv.depthwise_conv", width, 1, encoder.conv_cache + 1)
+            linear(f"{layer}.conv.pointwise_conv2", width, width, 1)
+            norms = ("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out")
+            for name in (*(f"{layer}.{norm}" for norm in norms), f"{layer}.conv.batch_norm"):
+                shapes |= {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+        if self.languages.count:
+            linear("prompt_kernel.0", inner := size("prompt_kernel.0.weight"), width + self.languages.count)
+            linear("prompt_kernel.2", width, inner)
+        shapes["decoder.prediction.embed.weight"] = (net.vocabulary + 1, net.hidden)
+        for layer_index in range(net.layers):
+            for side in "ih":
+                lstm = f"decoder.prediction.dec_rnn.lstm.{{}}_{side}h_l{layer_index}"
+                shapes[lstm.format("weight")] = (4 * net.hidden, net.hidden)
+                shapes[lstm.format("bias")] = (4 * net.hidden,)
+        linear("joint.enc", net.joint, width)
+        linear("joint.pred", net.joint, net.hidden)
+        linear(self.joint_output, net.vocabulary + 1, net.joint)
+        return shapes
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -124,43 +204,20 @@ def open_checkpoint(path: Path, workdir: Path) -> Checkpoint:
     found = _unpack(path, workdir, _tokenizer_name(config))
     if _WEIGHTS not in found:
         raise CheckpointError(f"{path} contains no {_WEIGHTS}; sharded or distributed checkpoints are not supported.")
-    state = _TorchState(path, found[_WEIGHTS])
+    state = _read_state(path, found[_WEIGHTS])
     if not any(name.startswith("joint.joint_net.") for name in state):
         raise CheckpointError(f"the weights of {path} contain no joint network.")
     return Checkpoint(name=path.stem, tokenizer=_tokenizer(config, found), state=state, **vars(model))
 
 
-class _TorchState(Mapping[str, NDArray[Any]]):
-    """A PyTorch state dict whose tensors stay memory-mapped until they are looked up."""
-
-    def __init__(self, path: Path, weights: Path) -> None:
-        """Open the state dict in `weights`, a file of the checkpoint `path`. Raises `CheckpointError`."""
-        import torch  # not needed to reject a checkpoint by its configuration, nor to read other formats
-
-        try:
-            state = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch, pickle and zipfile raise many types of exceptions
-            reason = str(error).strip().partition("\n")[0]
-            raise CheckpointError(
-                f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely "
-                f"({type(error).__name__}: {reason})."
-            ) from error
-        if not isinstance(state, Mapping) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-        ):
-            raise CheckpointError(f"{path}: {_WEIGHTS} is not a state dict (a mapping from names to tensors).")
-        self._tensors = state
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        tensor = self._tensors[name]
-        array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bf16
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _read_state(path: Path, weights: Path) -> StateDict:
+    """Return the state dict in `weights`, a file of the checkpoint `path`. Raises `CheckpointError`."""
+    try:
+        return StateDict(weights)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: {_WEIGHTS} is not a PyTorch state dict that can be read safely ({error}); save the model again."
+        ) from error
 
 
 # -- the archive -------------------------------------------------------------------------------------------------------
@@ -331,7 +388,8 @@ def check_config(config: Mapping[str, Any]) -> ModelConfig:
     features, log_guard = _features(config)
     encoder, chunks = _encoder(config, features)
     decoder, warnings = _decoder(config)
-    _expect(config, "encoder.xscaling", (True, False), True)
+    for path in ("encoder.xscaling", "encoder.use_bias"):
+        _expect(config, path, (True, False), True)
     scaled = _get(config, "encoder.xscaling", True)
     return ModelConfig(
         features=features,
@@ -341,6 +399,7 @@ def check_config(config: Mapping[str, Any]) -> ModelConfig:
         log_guard=log_guard,
         conv_norm=_get(config, "encoder.conv_norm_type", "batch_norm"),
         input_scale=float(np.sqrt(encoder.d_model)) if scaled else 1.0,
+        use_bias=_get(config, "encoder.use_bias", True),
         languages=_languages(config),
         speaker_kernels=_speaker_kernels(config),
         warnings=warnings,

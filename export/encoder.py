@@ -223,7 +223,8 @@ class _EncoderWriter:
         """Return half of feed-forward module 1 or 2, x [B, T, D]."""
         name = f"encoder.layers.{layer}.feed_forward{which}"
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_feed_forward{which}")
-        return self._linear(self.g.silu(self._linear(x, f"{name}.linear1")), f"{name}.linear2", scale=0.5)
+        x = self.g.silu(self._layer_linear(x, f"{name}.linear1"))
+        return self._layer_linear(x, f"{name}.linear2", scale=0.5)
 
     def _attention(self, x: str, layer: int, k_cache: str, v_cache: str, bias: str, index: str) -> tuple[str, str, str]:
         """Return the attention output [B, T, D], and the new K and V [B, heads, T, d_k]."""
@@ -241,7 +242,7 @@ class _EncoderWriter:
             return g.transpose(g.op("Add", query, shift), 0, 2, 1, 3)
 
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_self_att")
-        fused_bias = g.weight(f"{name}.qkv.bias", lambda: qkv("bias")) if ckpt.has(f"{name}.linear_q.bias") else None
+        fused_bias = g.weight(f"{name}.qkv.bias", lambda: qkv("bias")) if ckpt.use_bias else None
         fused = g.linear(x, g.weight(f"{name}.qkv.weight", lambda: qkv("weight")), fused_bias)
         q, k, v = (g.reshape(part, 0, 0, heads, d_k) for part in g.split(fused, [width] * 3, 2))
         k, v = g.transpose(k, 0, 2, 1, 3), g.transpose(v, 0, 2, 1, 3)
@@ -257,14 +258,14 @@ class _EncoderWriter:
         old, new = g.split(weights, [self.spec.cache, self.chunk.frames], 3)
         context = g.op("Add", g.op("MatMul", old, v_cache), g.op("MatMul", new, v))
         context = g.reshape(g.transpose(context, 0, 2, 1, 3), 0, 0, width)
-        return self._linear(context, f"{name}.linear_out"), k, v
+        return self._layer_linear(context, f"{name}.linear_out"), k, v
 
     def _convolution(self, x: str, layer: int, cache: str, frame_mask: str) -> tuple[str, str]:
         """Return the output of the convolution module [B, T, D], and its next cache [B, D, K]."""
         g, spec, frames = self.g, self.spec, self.chunk.frames
         name = f"encoder.layers.{layer}.conv"
         x = self._layer_norm(x, f"encoder.layers.{layer}.norm_conv")
-        value, gate = g.split(self._linear(x, f"{name}.pointwise_conv1"), [spec.d_model] * 2, 2)
+        value, gate = g.split(self._layer_linear(x, f"{name}.pointwise_conv1"), [spec.d_model] * 2, 2)
         x = g.op("Mul", value, g.op("Sigmoid", gate))
         x = g.op("Mul", g.transpose(x, 0, 2, 1), frame_mask)
         x = g.concat(cache, x, axis=2)
@@ -274,15 +275,14 @@ class _EncoderWriter:
         x = g.transpose(x, 0, 2, 1)
         if self.ckpt.conv_norm == "layer_norm":
             x = self._layer_norm(x, f"{name}.batch_norm")
-        return self._linear(g.silu(x), f"{name}.pointwise_conv2"), state
+        return self._layer_linear(g.silu(x), f"{name}.pointwise_conv2"), state
 
     def _depthwise(self, name: str) -> tuple[str, str | None]:
         """Return weight [D, 1, K + 1] and bias [D], with the running statistics of a batch norm folded in."""
         g, ckpt = self.g, self.ckpt
-        has_bias = ckpt.has(f"{name}.depthwise_conv.bias")
         if ckpt.conv_norm == "layer_norm":
             weight = g.weight(f"{name}.depthwise_conv.weight", lambda: ckpt.array(f"{name}.depthwise_conv.weight"))
-            if not has_bias:
+            if not ckpt.use_bias:
                 return weight, None
             return weight, g.weight(f"{name}.depthwise_conv.bias", lambda: ckpt.array(f"{name}.depthwise_conv.bias"))
 
@@ -292,7 +292,7 @@ class _EncoderWriter:
                 for key in ("weight", "bias", "running_mean", "running_var")
             }
             scale = norm["weight"] / np.sqrt(norm["running_var"] + 1e-5)
-            shift = ckpt.array(f"{name}.depthwise_conv.bias") if has_bias else 0.0
+            shift = ckpt.array(f"{name}.depthwise_conv.bias") if ckpt.use_bias else 0.0
             weight = ckpt.array(f"{name}.depthwise_conv.weight") * scale[:, None, None]
             bias = (shift - norm["running_mean"]) * scale + norm["bias"]
             return weight.astype(np.float32), bias.astype(np.float32)
@@ -332,7 +332,11 @@ class _EncoderWriter:
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _linear(self, x: str, name: str, scale: float = 1.0) -> str:
+    def _layer_linear(self, x: str, name: str, scale: float = 1.0) -> str:
+        """Return scale * (x W^T + b) of an encoder layer, where `use_bias` decides whether there is a b."""
+        return self._linear(x, name, scale, self.ckpt.use_bias)
+
+    def _linear(self, x: str, name: str, scale: float = 1.0, use_bias: bool = True) -> str:
         """Return scale * (x W^T + b), for a Linear or a pointwise convolution."""
         g, ckpt = self.g, self.ckpt
 
@@ -341,7 +345,7 @@ class _EncoderWriter:
             return (array.reshape(array.shape[:2]) * np.float32(scale)).T
 
         bias = None
-        if ckpt.has(f"{name}.bias"):
+        if use_bias:
             bias = g.weight(f"{name}.bias", lambda: ckpt.array(f"{name}.bias") * np.float32(scale))
         return g.linear(x, g.weight(f"{name}.weight", weight), bias)
 

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
+from prompted import prompted_bundle
 
 import nemostream
 from nemostream.bundle import Bundle
@@ -264,6 +265,29 @@ def test_validation_of_batches(
         assert figures["batch_difference"] == pytest.approx(0.02, rel=0.01)
     else:
         assert figures["batch_difference"] < 1e-4
+
+
+def test_validation_of_a_prompted_model(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Rows of a batch have different prompts, so an engine that confuses them fails."""
+    bundle = prompted_bundle(demo_bundle, tmp_path / "bundle")
+    manifest, clips = bundle.manifest, speech(bundle.manifest)[1:]
+
+    class MixedPrompts(FaultyBackend):
+        """Rows of a batch get the prompts of other rows, which is wrong only if those differ."""
+
+        def encode(self, batch: Batch) -> Any:
+            prompts = None if batch.prompts is None else np.roll(batch.prompts, 1)
+            return super().encode(dataclasses.replace(batch, prompts=prompts))
+
+    def validate(kind: type[FaultyBackend]) -> dict[str, Any]:
+        candidate: Any = kind(OrtBackend(bundle, capacity=5))
+        reference = OrtBackend(bundle, capacity=2)
+        return validate_engine(manifest, manifest.chunk(160), "fp16", candidate, reference, clips, batches=[5])
+
+    figures = validate(FaultyBackend)
+    assert figures["rows"] == 5 and figures["cosine"] > 0.999999
+    with pytest.raises(EngineValidationError, match=r"step 1, row 1 of a batch of 5"):
+        validate(MixedPrompts)
 
 
 def test_validation_of_more_rows_than_streams(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,11 @@ RULES = {
         at_import=True,
     ),
     "nemostream.export": Rule(
-        frozenset({"numpy", "torch", "nemo", "onnx", "onnxruntime", "omegaconf", "yaml", "soundfile", "soxr"})
+        frozenset({"numpy", "onnx", "onnxruntime", "sentencepiece", "yaml"}),
+        only={
+            "nemostream.export.reference": frozenset({"nemo", "omegaconf", "torch", "transformers"}),
+            "nemostream.export.sources": frozenset({"huggingface_hub", "nemo"}),
+        },
     ),
     "nemostream.engine": Rule(
         frozenset({"numpy", "onnx", "ml_dtypes"}),

@@ -94,6 +94,7 @@ def test_the_requirements_of_the_wheel(metadata: Message) -> None:
     assert all(">=" in need or need.startswith("nemostream[") for need in needs)  # every requirement has a lower bound
     extras = {
         "export",
+        "nemo",
         "build",
         "tensorrt",
         "tensorrt-rtx",

@@ -10,10 +10,12 @@ for comparisons with NeMo.
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
+import tempfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.benchmarks.harness.synthetic import Sizes
-from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig
+from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, LanguageConfig
 from nemostream.export.bundle import write_bundle
 from nemostream.export.checkpoint import Checkpoint
 
@@ -54,14 +56,17 @@ class RandomCheckpoint(Checkpoint):
         if name.endswith("embed.weight"):
             array[-1] = 0  # blank
             return array
-        return array / np.sqrt(np.float32(np.prod(shape[1:])))
+        scale = np.sqrt(np.float32(np.prod(shape[1:])))
+        if name == "prompt_kernel.0.weight":
+            array[:, self.sizes.d_model :] *= scale  # of one-hot prompts, which are one summand each
+        return array / scale
 
     @property
     def joint_output(self) -> str:
         return "joint.joint_net.2"
 
-    def has(self, name: str) -> bool:
-        return self.sizes.use_bias or not (name.endswith(".bias") and ".layers." in name and "norm" not in name)
+    def pieces(self) -> list[str]:
+        return []  # the tokenizer is the packaged model's, which may have another size
 
     def _shape(self, name: str) -> tuple[int, ...]:
         s = self.sizes
@@ -89,6 +94,10 @@ class RandomCheckpoint(Checkpoint):
             "joint.joint_net.2.bias": (s.vocab + 1,),
             "joint.enc.bias": (s.joint_hidden,),
             "joint.pred.bias": (s.joint_hidden,),
+            "prompt_kernel.0.weight": (2 * width, width + self.languages.count),
+            "prompt_kernel.0.bias": (2 * width,),
+            "prompt_kernel.2.weight": (width, 2 * width),
+            "prompt_kernel.2.bias": (width,),
             "prediction.embed.weight": (s.vocab + 1, hidden),
             **{f"lstm.weight_{side}h_l{n}": (4 * hidden, hidden) for side in "ih" for n in range(s.pred_layers)},
             **{f"lstm.bias_{side}h_l{n}": (4 * hidden,) for side in "ih" for n in range(s.pred_layers)},
@@ -101,10 +110,13 @@ class RandomCheckpoint(Checkpoint):
         raise KeyError(f"unknown tensor: {name}")
 
 
-def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) -> Bundle:
+def random_bundle(
+    out: str | Path, seed: int = 0, sizes: Sizes | None = None, languages: LanguageConfig | None = None
+) -> Bundle:
     """Write a bundle with random weights into the folder `out`, replacing it, and return it.
 
-    Needs 2.4 GB of disk space for the default sizes, and little memory.
+    `languages` are those of a prompted model; by default the model has one language. Needs 2.4 GB of disk space for
+    the default sizes, and little memory.
     """
     out, sizes, front_end = Path(out), sizes or Sizes(), Bundle.open(nemostream.demo_bundle())
     frame = front_end.manifest.features.hop * sizes.subsampling
@@ -129,15 +141,38 @@ def random_bundle(out: str | Path, seed: int = 0, sizes: Sizes | None = None) ->
         log_guard=float(front_end.weight("features.guard")[0]),
         conv_norm=sizes.conv_norm_type,
         input_scale=1.0,
+        use_bias=sizes.use_bias,
         tokenizer=front_end.path / front_end.manifest.tokenizer.file,
         state={},
         sizes=sizes,
+        languages=languages or LanguageConfig(),
         seed=seed,
         front_end=front_end,
     )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    return write_bundle(checkpoint, out, {"source": f"random weights, seed {seed}"})
+    with tempfile.NamedTemporaryFile(suffix=".model") as tokenizer:
+        tokenizer.write(_tokenizer(sizes.vocab))
+        tokenizer.flush()
+        checkpoint = replace(checkpoint, tokenizer=Path(tokenizer.name))
+        return write_bundle(checkpoint, out, {"source": f"random weights, seed {seed}"})
+
+
+def _tokenizer(vocabulary: int) -> bytes:
+    """Return a SentencePiece model of `vocabulary` pieces, which are made-up words."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(f"word{index}" for index in range(vocabulary)),
+        model_writer=model,
+        model_type="word",
+        vocab_size=vocabulary,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -66,7 +66,7 @@ class Sizes:
     punctuation: bool = True  # and capital letters in the tokenizer
     controls: Sequence[str] = ()  # control tokens, the last pieces of the tokenizer
     aux_ctc: bool = False  # an auxiliary CTC head: EncDecHybridRNNTCTCBPEModel
-    # Prompt id by language; if not empty, the model is an EncDecRNNTBPEModelWithPrompt with a tokenizer of many scripts.
+    # Prompt id by language. If not empty: an EncDecRNNTBPEModelWithPrompt, with a tokenizer of many scripts.
     prompts: Mapping[str, int] = field(default_factory=dict)
     num_prompts: int = 128
 
@@ -75,19 +75,8 @@ class Sizes:
 # tokenizer has the tag <sl-SL>.
 _PROMPTS = {
     **{"en-US": 0, "en": 0, "en-GB": 1, "es-ES": 2, "es-US": 3, "es": 3, "zh-CN": 4, "zh-TW": 5, "hi-IN": 6, "hi": 6},
-    **{
-        "ar-AR": 7,
-        "ar": 7,
-        "fr-FR": 8,
-        "fr": 8,
-        "de-DE": 9,
-        "de": 9,
-        "ja-JP": 10,
-        "ru-RU": 11,
-        "pt-BR": 12,
-        "ko-KR": 14,
-    },
-    **{"el-GR": 21, "bg-BG": 30, "th-TH": 32, "vi-VN": 33, "sl-SI": 62, "he-IL": 64, "auto": 101},
+    **{"ar-AR": 7, "ar": 7, "fr-FR": 8, "fr": 8, "de-DE": 9, "de": 9, "ja-JP": 10, "ja-JA": 10, "ru-RU": 11},
+    **{"pt-BR": 12, "ko-KR": 14, "el-GR": 21, "bg-BG": 30, "th-TH": 32, "sl-SI": 62, "he-IL": 64, "auto": 101},
 }
 _LARGE: Mapping[str, Any] = {"n_layers": 17, "d_model": 512, "pred_layers": 1, "punctuation": False}
 
@@ -316,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.add_argument(name, dest=size.name, type=type(default), help=f"nemotron-en: {default}")
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     if find_spec("nemo") is None:
-        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('export')}")
+        raise BackendError(f"creating a checkpoint needs NeMo: {install_command('nemo')}")
     path = synthetic_model(options.pop("out"), options.pop("seed"), options.pop("like"), **options)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

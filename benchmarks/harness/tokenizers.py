@@ -26,7 +26,7 @@ _SCRIPTS: Sequence[tuple[float, str, str, Sequence[str]]] = (
     (0.02, "ก", "ฮ", ("<th-TH>",)),
     (0.54, "一", "鿋", ("<zh-CN>",)),
 )
-_PUNCTUATION = "▁ . , ? ! ' \" - < > ¿ ¡ ، ؟ । 、 。 ， ？ 〜 ·".split()
+_PUNCTUATION = [*"▁.,?!'\"-<>¿¡،؟।、。，？〜·"]
 
 
 def train_tokenizer(
@@ -87,16 +87,21 @@ def write_multilingual_tokenizer(folder: Path, vocab: int, seed: int) -> None:
             pieces[tag] = None
             size = len(pieces) + int(share * (vocab - 64) / len(tags))
             while len(pieces) < size:
-                word = "▁" * int(rng.integers(2)) + "".join(rng.choice(letters, rng.integers(2, 6)))
-                pieces[next(unused, word)] = None
+                pieces[next(unused, None) or _word(rng, letters)] = None
     if len(pieces) > vocab - 1:
         raise ValueError(f"vocab is {vocab}; a tokenizer of many scripts has at least {len(pieces) + 1} pieces")
     while len(pieces) < vocab - 1:
-        pieces["▁" + "".join(rng.choice(list("abcdefghiklmnoprstu"), 7))] = None
+        pieces[_word(rng, [*"abcdefghijklmnopqrstuvwxyz"])] = None
     kinds = (_USER_DEFINED if piece == _SCRIPTS[0][3][0] else _NORMAL for piece in pieces)
     scored = ((piece, -3.0 - 0.01 * rank, kind) for rank, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)))
     (folder / "tokenizer.model").write_bytes(_pieces(itertools.chain([("<unk>", 0.0, _UNKNOWN)], scored)))
     _write_vocabulary(folder)
+
+
+def _word(rng: np.random.Generator, letters: Sequence[str]) -> str:
+    """Return two to five random letters, with or without a space before them."""
+    drawn = "".join(letters[i] for i in rng.integers(len(letters), size=rng.integers(2, 6)))
+    return "▁" * int(rng.integers(2)) + drawn
 
 
 def _pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:

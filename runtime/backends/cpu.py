@@ -32,6 +32,12 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 StageWrapper = Callable[[str, Callable[..., Any]], Callable[..., Any]]  # name and function to function
 
+# A joint of this size is slow if one thread reads its weights, or most joined frames are in vain. The weights of
+# published models have 2.6 MB (one language) and 33.5 MB (40 languages). The products of 32 pairs take about as long as
+# reading the weights.
+_LARGE_JOINT_BYTES = 16 << 20
+_LARGE_JOINT_PAIRS = 32
+
 # `nemostream/__init__.py` sets the variable; this also disables telemetry if ONNX Runtime was imported earlier.
 if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
     ort.disable_telemetry_events()
@@ -62,7 +68,7 @@ class OrtBackend:
         self._bundle = bundle
         self._threads = threads or default_threads()
         self._plans = plans
-        self.transducer = OrtTransducer(bundle)
+        self.transducer = OrtTransducer(bundle, self._threads)
         cache_dtypes = sorted({plan.recipe.cache_dtype for plan in plans.values()} if plans else {"float32"})
         if cache_dtypes not in (["float32"], ["float16"]):
             raise BackendError(
@@ -126,7 +132,12 @@ class OrtBackend:
         predictions = DecoderState(state.predicted[slots], state.h[slots], state.c[slots], state.node[slots])
         phrases = [self._phrases[slot] for slot in slots.tolist()]
         labels, failed = label_looping(
-            self.transducer, encoded, counts, predictions, phrases if phrases.count(None) < len(phrases) else ()
+            self.transducer,
+            encoded,
+            counts,
+            predictions,
+            phrases if phrases.count(None) < len(phrases) else (),
+            self.transducer.max_pairs,
         )
         state.set_decoder(slots, predictions)
         return CompletedStep(
@@ -357,12 +368,20 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 
 
 class OrtTransducer:
-    """Prediction network and joint network. Their calls are small and frequent: one thread, no IO binding."""
+    """Prediction network and joint network. Their calls are small and frequent: one thread, no IO binding.
 
-    def __init__(self, bundle: Bundle) -> None:
+    A joint with a large vocabulary is an exception. Its weights do not fit into a near cache, so it has `threads`
+    threads, and joins few frames after a label in vain (`max_pairs`). Neither changes a bit of its logits.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        net = bundle.manifest.decoder
+        large = net.joint * (net.vocabulary + 1) * 4 > _LARGE_JOINT_BYTES
+        self.max_pairs = _LARGE_JOINT_PAIRS if large else None
         self.blank, self.max_symbols = bundle.manifest.decoder.blank, bundle.manifest.decoder.max_symbols
         self.run_decoder = _session(bundle.file("decoder"), threads=1).run
-        self.run_joint = _session(bundle.file("joint"), threads=1).run
+        # Its threads do not spin between calls, because they would slow the encoder down.
+        self.run_joint = _session(bundle.file("joint"), threads if large else 1, spinning=not large).run
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         predicted, h, c = self.run_decoder(["predicted", "h_next", "c_next"], {"token": tokens, "h": h, "c": c})
@@ -372,9 +391,10 @@ class OrtTransducer:
         return self.run_joint(["logits"], {"encoded_joint": encoded, "predicted": predicted})[0]
 
 
-def _session(graph: Path, threads: int) -> ort.InferenceSession:
+def _session(graph: Path, threads: int, spinning: bool = True) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = 3  # errors only: users cannot act on warnings about the exported graphs
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -3,7 +3,8 @@
 At each encoder frame the joint combines the frame with the prediction for the labels so far. A label is emitted and
 changes the prediction; blank advances to the next frame. As long as no label is emitted the prediction does not change,
 so *all* remaining frames of a row can be joined with it at once: one call finds the next label of every row, and a
-chunk takes as many calls as the largest number of labels in a row, plus one.
+chunk takes as many calls as the largest number of labels in a row, plus one. The frames after a label are joined in
+vain; with a large vocabulary that costs more than additional calls, so the frames of a call can be limited.
 
 A row may have phrase boosting (`runtime/decoding/boosting.py`). The plain logits decide whether a frame is blank; if it
 is not, the label is the argmax of the other logits plus the boosting's bias. As in NeMo, scores are those of the plain
@@ -97,12 +98,14 @@ def label_looping(
     counts: Ints,
     state: DecoderState,
     boosts: Sequence[Boosting | None] = (),
+    max_pairs: int | None = None,
 ) -> tuple[list[Labels], NDArray[np.bool_]]:
     """Decode the first `counts[b]` of the T frames `encoded` [B, T, J] of each row; update `state` in place.
 
-    `boosts` has the phrases of each row, or is empty. Returns the labels of each row, and which rows have a value that
-    is not finite; such a row stops there, and no label is made of that value. Of equal logits the lowest id wins, as in
-    NeMo.
+    `boosts` has the phrases of each row, or is empty. A call of the joint has at most `max_pairs` (row, frame) pairs,
+    but at least one of each row; by default all remaining ones. Returns the labels of each row, and which rows have a
+    value that is not finite; such a row stops there, and no label is made of that value. Of equal logits the lowest id
+    wins, as in NeMo.
     """
     rows = len(encoded)
     emitted = [Labels() for _ in range(rows)]
@@ -111,8 +114,10 @@ def label_looping(
     symbols = np.zeros(rows, np.int64)  # labels emitted at that frame
     end = np.where(failed, 0, counts)
     while (active := np.flatnonzero(current < end)).size:
-        # All pairs (row, remaining frame), row by row.
+        # The pairs (row, remaining frame), row by row.
         remaining = end[active] - current[active]
+        if max_pairs is not None:
+            remaining = np.minimum(remaining, max(1, max_pairs // len(active)))
         first = np.cumsum(remaining) - remaining
         pair_row = np.repeat(active, remaining)
         pair_frame = np.arange(remaining.sum()) - np.repeat(first - current[active], remaining)
@@ -123,13 +128,14 @@ def label_looping(
         # the index of a NaN).
         stops = np.append(np.flatnonzero((best != net.blank) | ~finite), len(best))
         stop = stops[np.searchsorted(stops, first)]
-        current[active] = end[active]
+        current[active] += remaining
         found = stop < first + remaining
         active, stop = active[found], stop[found]
-        failed[active[~finite[stop]]] = True
+        broken = active[~finite[stop]]
+        failed[broken], end[broken] = True, 0
         active, stop = active[finite[stop]], stop[finite[stop]]
         if not active.size:
-            break
+            continue
         labels, frames = best[stop], pair_frame[stop]
         label_logits = logits[stop]
         scores, sum_p_alpha = label_scores(label_logits, labels)

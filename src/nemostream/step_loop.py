@@ -37,15 +37,16 @@ class PaddedChunk:
     length: int  # samples that belong to the stream, its leading silence included; less than S in the last step
     position: int  # encoder frames before this step
     valid: int  # mel frames of the encoder's window (cache and new frames) before the end of the stream
+    prompt: int = 0  # id of the language of this step, for prompted models
 
 
 def padded_chunks(manifest: Manifest, chunk: ChunkConfig, audio: Floats) -> Iterator[PaddedChunk]:
     """Yield the steps of a recording [N], its end included.
 
     `manifest.lead` samples of silence precede the recording. The number of steps is the smallest that emits every
-    encoder frame of NeMo's offline forward.
+    encoder frame of NeMo's offline forward. Their language is the default one.
     """
-    encoder = manifest.encoder
+    encoder, prompt = manifest.encoder, manifest.languages.prompt(None)
     steps = -(-manifest.encoder_frames(len(audio)) // chunk.frames)
     end = manifest.lead + len(audio)
     padded = np.zeros(max(steps * chunk.samples, end), np.float32)
@@ -56,7 +57,7 @@ def padded_chunks(manifest: Manifest, chunk: ChunkConfig, audio: Floats) -> Iter
         # The window starts at mel frame subsampling * (position - 2).
         valid = manifest.mel_frames(start + length - manifest.lead) - encoder.subsampling * (position - 2)
         valid = min(valid, encoder.mel_cache + encoder.subsampling * chunk.frames)
-        yield PaddedChunk(padded[start : start + chunk.samples], length, position, valid)
+        yield PaddedChunk(padded[start : start + chunk.samples], length, position, valid, prompt)
 
 
 def run_steps(
@@ -67,11 +68,13 @@ def run_steps(
     encoder: GraphSession,
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Run a stream's steps through the features and encoder graphs; yield all outputs of both by name, B = 1."""
+    inputs = manifest.graphs[f"encoder-{chunk.ms}ms"].inputs
     caches = {
         tensor.name: np.zeros([1 if axis == "B" else int(axis) for axis in tensor.shape], np.float32)
-        for tensor in manifest.graphs[f"encoder-{chunk.ms}ms"].inputs
+        for tensor in inputs
         if "cache" in tensor.name
     }
+    prompted = any(tensor.name == "prompt" for tensor in inputs)
     tail = np.zeros((1, manifest.features.tail), np.float32)
     feature_names, encoder_names = _output_names(features), _output_names(encoder)
     for step in steps:
@@ -79,6 +82,8 @@ def run_steps(
         outputs = dict(zip(feature_names, features.run(feature_names, audio), strict=True))
         tail = outputs["audio_tail_next"]
         window = {"mel": outputs["mel"], "position": np.array([step.position]), "valid": np.array([step.valid])}
+        if prompted:
+            window["prompt"] = np.array([step.prompt])
         outputs |= zip(encoder_names, encoder.run(encoder_names, window | caches), strict=True)
         advance_caches(manifest, caches, outputs, step.position)
         yield outputs

@@ -669,7 +669,7 @@ def test_baseline_uses_the_backend_that_runs(tmp_path: Path, monkeypatch: pytest
         patch.setattr(gpu_check, "prepared", lambda *arguments: contextlib.nullcontext((Path("x.nemo"), None)))
         assert gpu_check.baseline(context)["device"] == "cuda:onnxruntime" and devices == ["cuda", "cuda:onnxruntime"]
     monkeypatch.setattr(baseline, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match=re.escape(f"the baseline needs NeMo: {install_command('export', 'bench')}")):
+    with pytest.raises(OptionError, match=re.escape(f"the baseline needs NeMo: {install_command('nemo', 'bench')}")):
         gpu_check.baseline(context)
 
 

@@ -561,8 +561,8 @@ def test_doctor_with_a_damaged_bundle(
 
 
 def test_export_without_its_extra(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nemo", None)
-    run("export", "voice.nemo", tmp_path / "out").assert_failure(7, "nemo", install_command("export"))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    run("export", "voice.nemo", tmp_path / "out").assert_failure(7, "onnx", install_command("export"))
 
 
 def test_microphone_without_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,7 +604,7 @@ def test_export_without_a_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (5, "")
     *_, last = done.stderr.splitlines()
-    assert last.startswith("nemostream: ") and "no.nemo is not a file" in last
+    assert last.startswith("nemostream: ") and "no.nemo does not exist" in last
     assert "Traceback" not in done.stderr
 
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from attention_kernel import CpuAttention
 from cuda_on_cpu import MISSING
+from prompted import prompted_bundle
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.attention import DOMAIN, INPUTS, OP, fuse_attention
@@ -146,9 +147,19 @@ def test_another_graph_is_rejected(demo_bundle: Bundle) -> None:
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
 def test_step_equals_the_plain_graph(ms: int, demo_bundle: Bundle) -> None:
     """Rows at different positions, in permuted slots, next to idle rows; slots that no row uses are not read."""
-    chunk, spec = demo_bundle.manifest.chunk(ms), demo_bundle.manifest.encoder
-    plain = session(read_encoder(demo_bundle, chunk), demo_bundle.path)
-    fused = FusedEncoder(demo_bundle, chunk, fused_graph(demo_bundle, chunk), demo_bundle.path)
+    compare_step(ms, demo_bundle)
+
+
+@needs_compiler
+def test_step_of_a_prompted_model(demo_bundle: Bundle, tmp_path: Path) -> None:
+    compare_step(560, prompted_bundle(demo_bundle, tmp_path / "bundle"))
+
+
+def compare_step(ms: int, bundle: Bundle) -> None:
+    """Compare all outputs of a step of the fused graph with those of the plain graph."""
+    chunk, spec = bundle.manifest.chunk(ms), bundle.manifest.encoder
+    plain = session(read_encoder(bundle, chunk), bundle.path)
+    fused = FusedEncoder(bundle, chunk, fused_graph(bundle, chunk), bundle.path)
     rng = np.random.default_rng(ms)
     position = np.array([0, 1, chunk.frames, 69, 70, 71, 500])
     window = spec.mel_cache + spec.subsampling * chunk.frames
@@ -156,6 +167,8 @@ def test_step_equals_the_plain_graph(ms: int, demo_bundle: Bundle) -> None:
     rows, slots = len(position), len(position) + 3
     used = rng.permutation(slots)[:rows].astype(np.int32)
     feed: dict[str, Any] = {"position": position, "valid": valid}
+    if bundle.manifest.languages.count:
+        feed["prompt"] = np.arange(rows) % bundle.manifest.languages.count
     for value in plain.get_inputs():
         if value.name not in feed:
             feed[value.name] = rng.standard_normal([rows, *value.shape[1:]]).astype(KINDS[value.type])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
 
 import tensorrt_rtx as trt
+from prompted import LANGUAGES
 
 from nemostream.bundle import Bundle
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CACHE_DTYPES, write_typed
+from nemostream.engine.precision import CACHE_DTYPES, quantisable, read_encoder, write_typed
 from nemostream.engine.tensorrt import TensorRT, architectures, profiles
 from nemostream.engines import speech
 from nemostream.errors import BackendError, OptionError
@@ -39,6 +41,10 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
                     "user_allocation": config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION),
                     "capability": config.get_compute_capability(0),
                     "profiles": config.num_optimization_profiles,
+                    "inputs": {
+                        tensor.name: (tuple(tensor.shape), tensor.dtype)
+                        for tensor in map(network.get_input, range(network.num_inputs))
+                    },
                 }
             )
             return super().build_serialized_network(network, config)
@@ -50,6 +56,16 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ranges(demo_bundle: Bundle) -> dict[str, float]:
     return measure_ranges(demo_bundle, demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1:])
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny prompted model that the exporter wrote."""
+    from nemostream.benchmarks.harness.random_bundle import random_bundle
+    from nemostream.benchmarks.harness.synthetic import Sizes
+
+    sizes = Sizes(n_layers=2, d_model=64, n_heads=4, conv_channels=32, pred_hidden=48, joint_hidden=48, vocab=128)
+    return random_bundle(tmp_path_factory.mktemp("prompted") / "bundle", sizes=sizes, languages=LANGUAGES)
 
 
 @pytest.mark.parametrize("ms", [560, *(pytest.param(ms, marks=pytest.mark.slow) for ms in (80, 160, 1120))])
@@ -69,7 +85,10 @@ def test_builds(
     timings = tmp_path / "timings.cache"
     engine = library.build(graph, 4, timings, lambda what, share: progress.append((what, share)))
     assert not timings.exists()  # TensorRT for RTX does not time kernels
-    assert networks == [{"user_allocation": True, "capability": trt.ComputeCapability.SM89, "profiles": 1}]
+    (network,) = networks
+    inputs = {tensor.name for tensor in demo_bundle.graph(f"encoder-{ms}ms").inputs}
+    assert network.pop("inputs").keys() == inputs
+    assert network == {"user_allocation": True, "capability": trt.ComputeCapability.SM89, "profiles": 1}
     assert len(engine) > weights.stat().st_size // 2  # it contains the weights
     assert progress and all(0 <= share <= 1 for _, share in progress)
 
@@ -80,6 +99,30 @@ def test_builds_several_profiles(
     graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
     assert library.build(graph, 9)
     assert [(network["profiles"], network["user_allocation"]) for network in networks] == [(2, True)]
+
+
+FAST_BUILDS = {("sm80", "fp16"), ("sm86", "bf16"), ("sm89", "fp8"), ("sm120", "int8")}
+BUILDS = [
+    pytest.param(*build, marks=[] if build in FAST_BUILDS else pytest.mark.slow)
+    for build in itertools.product(("sm80", "sm86", "sm89", "sm120"), CACHE_DTYPES)
+    if build not in (("sm80", "fp8"), ("sm86", "fp8"))  # GPUs without fp8
+]
+
+
+@pytest.mark.parametrize(("architecture", "precision"), BUILDS)
+def test_builds_prompted_models(
+    architecture: str, precision: str, networks: list[dict[str, Any]], prompted: Bundle, tmp_path: Path
+) -> None:
+    """The prompts are an input like the positions, whose only axis is the batch."""
+    chunk = prompted.manifest.chunk(560)
+    ranges = dict.fromkeys(quantisable(read_encoder(prompted, chunk)), 4.0)
+    graph, _ = write_typed(prompted, chunk, precision, ranges, tmp_path, "test")
+    assert TensorRT(architecture, present=False).build(graph, 9)
+    (network,) = networks
+    assert (network["profiles"], network["user_allocation"]) == (2, True)
+    assert network["capability"] == getattr(trt.ComputeCapability, architecture.upper())
+    assert network["inputs"]["prompt"] == ((-1,), trt.int64)
+    assert network["inputs"].keys() == {tensor.name for tensor in prompted.graph("encoder-560ms").inputs}
 
 
 def test_supported_architectures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import pickle
+import re
 import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from nemostream.errors import CheckpointError
+from nemostream import demo_bundle
+from nemostream.bundle import Bundle, LanguageConfig
+from nemostream.errors import CheckpointError, OptionError
 
 checkpoint = pytest.importorskip("nemostream.export.checkpoint", reason="needs the export extra")
 torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from nemostream.export.bundle import write_bundle  # noqa: E402
+from nemostream.export.languages import order_languages, select_language  # noqa: E402
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model" / "demo.nemo"
 
 ASR = "nemo.collections.asr.modules"
 CONFIG: dict[str, Any] = {
@@ -55,7 +65,7 @@ CONFIG: dict[str, Any] = {
 
 def weights(state: Any = None) -> bytes:
     out = io.BytesIO()
-    torch.save({"joint.joint_net.2.weight": torch.zeros(3)} if state is None else state, out)
+    torch.save({"joint.joint_net.2.weight": torch.zeros(129, 48)} if state is None else state, out)
     return out.getvalue()
 
 
@@ -89,7 +99,7 @@ def test_only_weights_and_tokenizer_are_copied(tmp_path: Path, mode: str) -> Non
     path = archive(tmp_path / "good.nemo", members() + more, mode)
     found = checkpoint.open_checkpoint(path, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model_weights.ckpt", found.tokenizer.name}
-    assert found.tokenizer.read_bytes() == b"pieces" and found.array("joint.joint_net.2.weight").shape == (3,)
+    assert found.tokenizer.read_bytes() == b"pieces" and found.array("joint.joint_net.2.weight").shape == (129, 48)
     assert (found.encoder.layers, found.decoder.hidden, found.features.hop) == (2, 48, 160)
 
 
@@ -264,3 +274,152 @@ def test_invalid_weights_are_rejected_and_run_no_code(tmp_path: Path) -> None:
             checkpoint.open_checkpoint(path, tmp_path / f"out-{index}")
         assert "\n" not in str(caught.value)
     assert not proof.exists()
+
+
+PROMPTED = CONFIG | {
+    "target": "nemo.collections.asr.models.rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt",
+    "model_defaults": {
+        "initialize_prompt_feature": True,
+        "num_prompts": 8,
+        "prompt_dictionary": {"ja": 3, "ja-JA": 3, "ja-JP": 3, "zh-TW": 5, "en-US": 0, "en": 0, "auto": 7},
+    },
+}
+
+
+def test_languages_of_a_prompted_model() -> None:
+    languages = checkpoint.check_config(PROMPTED).languages
+    assert (languages.default, languages.count, languages.prompt("zh")) == ("auto", 8, 5)
+    assert checkpoint.check_config(CONFIG).languages == LanguageConfig("en")
+    for names, default in ({"de": 1, "en-US": 0}, "en-US"), ({"fr": 1, "de": 0}, "fr"):
+        defaults = PROMPTED["model_defaults"] | {"prompt_dictionary": names}
+        assert checkpoint.check_config(PROMPTED | {"model_defaults": defaults}).languages.default == default
+    # Ordered by id; the model's own tag comes first, then a name with a region.
+    ordered = order_languages(languages, ["<unk>", "▁<de-DE>", "<ja-JP>", "<zh-CN>", "auto", "<EOU>"])
+    assert list(ordered.prompts) == ["en-US", "en", "ja-JP", "ja-JA", "ja", "zh-TW", "auto"]
+    assert ordered.names == ("en-US", "ja-JP", "zh-TW", "auto") and ordered.default == "auto"
+    assert order_languages(dataclasses.replace(languages, default="ja"), ["<ja-JP>"]).default == "ja-JP"
+
+
+def test_the_language_of_an_export() -> None:
+    prompted, english = checkpoint.check_config(PROMPTED).languages, LanguageConfig()
+    assert select_language(prompted, None) == prompted and select_language(english, None) == english
+    assert select_language(prompted, "zh") == dataclasses.replace(prompted, default="zh-TW")
+    assert [select_language(english, name).default for name in ("hi", "hi_IN", "yue")] == ["hi", "hi-IN", "yue"]
+    with pytest.raises(OptionError, match="language is 'hi', which this model does not support"):
+        select_language(prompted, "hi")
+    for name in ("", "h", "hindi", "hi IN", "auto", "hi-", "हि"):
+        with pytest.raises(OptionError, match="must be the code of a language, like hi or hi-IN"):
+            select_language(english, name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reported"),
+    [
+        ("initialize_prompt_feature", False, "initialize_prompt_feature is False; nemostream supports True"),
+        ("num_prompts", "8", "num_prompts is '8'; nemostream supports a whole number"),
+        ("num_prompts", 7, "prompt_dictionary.auto is 7; nemostream supports a whole number from 0 to num_prompts"),
+        ("prompt_dictionary", None, "prompt_dictionary is None; nemostream supports a mapping"),
+        ("prompt_dictionary", {}, "prompt_dictionary is {}; nemostream supports a mapping"),
+        ("prompt_dictionary", ["en"], r"prompt_dictionary is \['en'\]; nemostream supports a mapping"),
+        ("prompt_dictionary", {"en": -1}, "prompt_dictionary.en is -1; nemostream supports"),
+        ("prompt_dictionary", {"en": "1"}, "prompt_dictionary.en is '1'; nemostream supports"),
+        ("prompt_dictionary", {"en": True}, "prompt_dictionary.en is True; nemostream supports"),
+        ("prompt_dictionary", {False: 3}, "prompt_dictionary is False; nemostream supports names of languages"),
+        ("prompt_dictionary", {"a b": 3}, "prompt_dictionary is 'a b'; nemostream supports names of languages"),
+    ],
+)
+def test_invalid_prompts_are_rejected(field: str, value: Any, reported: str) -> None:
+    config = PROMPTED | {"model_defaults": PROMPTED["model_defaults"] | {field: value}}
+    with pytest.raises(CheckpointError, match=f"not supported: model_defaults.{reported}") as caught:
+        checkpoint.check_config(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"target": "nemo.EncDecCTCModelBPE"}, "a CTC model has no transducer; use sherpa-onnx or NeMo"),
+        ({"target": "nemo.EncDecRNNTModel"}, "a vocabulary of characters has no SentencePiece model; use NeMo"),
+        ({"loss": {"loss_name": "tdt"}}, r"\(TDT\) skips frames; use onnx-asr, sherpa-onnx or NeMo"),
+        ({"model_defaults": {"tdt_durations": [0, 1]}}, r"\(TDT\) skips frames; use onnx-asr, sherpa-onnx or NeMo"),
+        (
+            {"encoder": CONFIG["encoder"] | {"att_context_style": "regular"}},
+            "use a streaming one such as nvidia/nemo",
+        ),
+        (
+            {"encoder": CONFIG["encoder"] | {"att_context_style": "chunked_limited_with_rc"}},
+            "recomputes its left context; use sherpa-onnx or NeMo",
+        ),
+    ],
+    ids=["ctc", "characters", "tdt", "durations", "offline", "buffered"],
+)
+def test_other_kinds_of_models_are_rejected_with_an_alternative(changes: dict[str, Any], hint: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^not supported: .*; nemostream supports .*; .*{hint}"):
+        checkpoint.check_config(CONFIG | changes)
+
+
+def test_configurations_of_other_versions_are_accepted() -> None:
+    for section, change in (
+        ("encoder", {"conv_context_style": None}),
+        ("encoder", {"att_context_size": [70, 1]}),
+        ("loss", {"loss_name": "pytorch"}),
+        ("decoding", {"strategy": "greedy"}),
+    ):
+        assert not checkpoint.check_config(CONFIG | {section: CONFIG.get(section, {}) | change}).warnings
+    for strategy in ("beam", "tsd", "alsd", "maes", "malsd_batch"):
+        model = checkpoint.check_config(CONFIG | {"decoding": {"strategy": strategy}})
+        assert model.decoder.max_symbols == 10
+        assert model.warnings[0].startswith(f"decoding.strategy is '{strategy}', but nemostream decodes greedily")
+
+
+MULTITALKER = CONFIG | {"target": "nemo.EncDecMultiTalkerRNNTBPEModel", "spk_kernel_type": "ff"}
+
+
+def test_speaker_kernels_of_multitalker_models() -> None:
+    kernels = checkpoint.check_config(MULTITALKER | {"spk_kernel_layers": [0]}).speaker_kernels
+    assert kernels == ("spk_kernels.0", "bg_spk_kernels.0")
+    foreground = MULTITALKER | {"spk_kernel_layers": [0], "add_bg_spk_kernel": False}
+    assert checkpoint.check_config(foreground).speaker_kernels == ("spk_kernels.0",)
+    assert checkpoint.check_config(MULTITALKER | {"spk_kernel_type": None}).speaker_kernels == ()
+    for changes in ({}, {"spk_kernel_layers": [0, 4]}, {"spk_kernel_layers": [0], "spk_kernel_type": "mha"}):
+        with pytest.raises(CheckpointError, match="spk_kernel_"):
+            checkpoint.check_config(MULTITALKER | changes)
+
+
+def test_missing_and_misshapen_tensors_and_another_tokenizer_are_reported(tmp_path: Path) -> None:
+    source = checkpoint.open_checkpoint(DEMO, tmp_path / "unpacked")
+    state = {name: source.state[name] for name in source.state}
+    cases: dict[str, Any] = {
+        "has no tensor 'joint.enc.bias', which": {"joint.enc.bias": None},
+        "has no tensor 'encoder.layers.1.norm_out.weight', which": {"encoder.layers.1.norm_out.weight": None},
+        "has no tensor 'joint.joint_net.*.weight'": {f"{source.joint_output}.weight": None},
+        "tensor 'decoder.prediction.embed.weight' of the checkpoint has the shape [7, 2], but its configuration "
+        f"requires [{source.decoder.vocabulary + 1}, {source.decoder.hidden}]": {
+            "decoder.prediction.embed.weight": np.zeros((7, 2), np.float32)
+        },
+        "tensor 'encoder.layers.0.feed_forward2.linear2.weight' of the checkpoint has the shape []": {
+            "encoder.layers.0.feed_forward2.linear2.weight": np.zeros((), np.float32)
+        },
+    }
+    for index, (message, changes) in enumerate(cases.items()):
+        changed = {name: array for name, array in (state | changes).items() if array is not None}
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            write_bundle(dataclasses.replace(source, state=changed), folder, {})
+    decoder = dataclasses.replace(source.decoder, vocabulary=source.decoder.vocabulary + 1)
+    with pytest.raises(CheckpointError, match=f"has {source.decoder.vocabulary} pieces, but the model has"):
+        write_bundle(dataclasses.replace(source, decoder=decoder), tmp_path, {})
+    (tmp_path / "other.model").write_bytes(b"pieces")
+    with pytest.raises(CheckpointError, match="the tokenizer of demo is not a SentencePiece model"):
+        write_bundle(dataclasses.replace(source, tokenizer=tmp_path / "other.model"), tmp_path, {})
+
+
+def test_the_demo_bundle_is_reproduced_bit_for_bit(tmp_path: Path) -> None:
+    """Graphs and weights of existing bundles do not change."""
+    (tmp_path / "bundle").mkdir()
+    bundle = write_bundle(checkpoint.open_checkpoint(DEMO, tmp_path / "unpacked"), tmp_path / "bundle", {})
+    packaged = Bundle.open(demo_bundle()).manifest
+    assert dataclasses.replace(bundle.manifest, checkpoint={}, parity={}, versions={}) == dataclasses.replace(
+        packaged, checkpoint={}, parity={}, versions={}
+    )

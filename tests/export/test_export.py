@@ -20,6 +20,7 @@ from nemostream.errors import CheckpointError, OptionError, ParityError
 from nemostream.export import export_checkpoint
 from nemostream.export.checkpoint import check_config, open_checkpoint, read_config
 from nemostream.export.parity import MIN_STEPS, TOLERANCE, measure_parity
+from nemostream.export.reference import NemoReference
 
 pytestmark = pytest.mark.nemo
 
@@ -142,7 +143,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "noise.nemo").write_bytes(b"not a tar" * 100)
     with pytest.raises(CheckpointError, match=r"noise\.nemo cannot be read as a \.nemo checkpoint"):
         export_checkpoint(tmp_path / "noise.nemo", tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"missing\.nemo is not a file"):
+    with pytest.raises(CheckpointError, match=r"missing\.nemo does not exist"):
         export_checkpoint(tmp_path / "missing.nemo", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("do not delete")
@@ -162,7 +163,7 @@ def test_a_wrong_graph_is_not_written(tiny_checkpoint: Path, tiny_bundle: Bundle
         weights.seek(offset)
         weights.write(np.float32(3.0).tobytes())
     with pytest.raises(ParityError, match=r"encoder-80ms differs from NeMo by .* most at frame \d+, step \d+"):
-        measure_parity(Bundle(copy, tiny_bundle.manifest), tiny_checkpoint, lambda message: None)
+        measure_parity(Bundle(copy, tiny_bundle.manifest), NemoReference(tiny_checkpoint), lambda message: None)
 
 
 def test_the_bundle(tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -212,25 +213,3 @@ def test_full_size_within_16_gb(full_export: Any, tmp_path: Path) -> None:
     assert on_disk <= 1.15 * weights
     for ms in (80, 160, 560, 1120):
         assert bundle.manifest.parity[f"{ms}ms"]["steps"] >= MIN_STEPS
-
-
-def test_pretrained_models_are_fetched_by_nemo(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Export by model name; `from_pretrained` is replaced, because the tests have no network."""
-    from nemo.collections.asr.models import ASRModel
-
-    calls = []
-
-    def fetch(name: str, **options: Any) -> str:
-        calls.append((name, options["return_model_file"]))
-        if "unknown" in name:
-            raise FileNotFoundError("no such model on the hub")
-        return str(tiny_checkpoint)
-
-    monkeypatch.setattr(ASRModel, "from_pretrained", fetch)
-    bundle = export_checkpoint("nvidia/nemotron-speech-streaming-en-0.6b", tmp_path / "bundle")
-    assert calls == [("nvidia/nemotron-speech-streaming-en-0.6b", True)]
-    assert bundle.manifest.checkpoint["source"] == "nvidia/nemotron-speech-streaming-en-0.6b"
-    with pytest.raises(CheckpointError, match=r"nvidia/unknown is neither a file nor a model.*no such model"):
-        export_checkpoint("nvidia/unknown", tmp_path / "none")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import yaml
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.synthetic import Sizes, model_config, train_tokenizer
-from nemostream.bundle import Bundle
+from nemostream.bundle import Bundle, LanguageConfig
+from nemostream.cli import models
+from nemostream.cli.main import main
 from nemostream.clips import read_clip
+from nemostream.errors import ParityError
+from nemostream.export import checkpoint, export_checkpoint
 from nemostream.export.bundle import write_bundle
 from nemostream.export.checkpoint import open_checkpoint
+from nemostream.export.parity import TOLERANCE
 from nemostream.step_loop import padded_chunks, run_steps
 
 pytestmark = pytest.mark.nemo
@@ -65,9 +73,25 @@ def nemo_model(out: Path, target: str, changes: dict[str, Any], **sizes: Any) ->
     return model
 
 
-def write(checkpoint: Path, folder: Path) -> Bundle:
+def write(path: Path, folder: Path) -> Bundle:
     (folder / "bundle").mkdir()
-    return write_bundle(open_checkpoint(checkpoint, folder / "unpacked"), folder / "bundle", {})
+    return write_bundle(open_checkpoint(path, folder / "unpacked"), folder / "bundle", {})
+
+
+def set_field(path: Path, section: str, field: str, value: Any) -> None:
+    """Change a field of the configuration in a `.nemo` file."""
+    with tarfile.open(path) as archive:
+        members = [(member, archive.extractfile(member)) for member in archive]
+        contents = {member.name: file.read() for member, file in members if file is not None}
+    name = next(name for name in contents if name.endswith("model_config.yaml"))
+    config = yaml.safe_load(contents[name])
+    config[section][field] = value
+    contents[name] = yaml.safe_dump(config).encode()
+    with tarfile.open(path, "w") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 class Rows:
@@ -89,7 +113,13 @@ class Rows:
         return [output.take([0], axis) for output, axis in zip(outputs, batch, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rnnt_bpe_models_prompt.EncDecRNNTBPEModelWithPrompt",
+        "hybrid_rnnt_ctc_bpe_models_prompt.EncDecHybridRNNTCTCBPEModelWithPrompt",
+    ],
+)
 def test_prompted_models_equal_nemo_with_a_prompt_per_row(kind: str, tmp_path: Path) -> None:
     import torch
 
@@ -120,3 +150,44 @@ def test_prompted_models_equal_nemo_with_a_prompt_per_row(kind: str, tmp_path: P
     languages = bundle.manifest.languages
     assert (languages.default, languages.count) == ("auto", 7)
     assert languages.names == ("en-US", "ja-JA", "zh", "auto") and languages.prompt("ja") == 3
+
+
+def test_multitalker_models_equal_nemo_for_one_speaker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without speaker targets, NeMo's encoder applies the speaker kernel to all frames, the other one to none."""
+    speaker = {"spk_kernel_type": "ff", "spk_kernel_layers": [0], "add_bg_spk_kernel": True}
+    target = f"{ASR}.multitalker_asr_models.EncDecMultiTalkerRNNTBPEModel"
+    changes = {**speaker, "model_defaults": {"enc_hidden": 32}}
+    nemo_model(tmp_path / "speakers.nemo", target, changes, n_layers=1, contexts=((70, 1),))
+    exported = export_checkpoint(tmp_path / "speakers.nemo", tmp_path / "exported").manifest
+    assert 0 < exported.parity["160ms"]["encoder"] <= TOLERANCE
+    # Without the kernels the output is another one.
+    monkeypatch.setattr(checkpoint, "_speaker_kernels", lambda config: ())
+    with pytest.raises(ParityError, match="encoder-160ms differs"):
+        export_checkpoint(tmp_path / "speakers.nemo", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_hybrid_model_of_another_language_and_one_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a beam search in the configuration, which is reported, a field of another version, and xscaling."""
+    monkeypatch.setattr(models, "_silence_nemo", lambda: None)  # it changes the process
+    changes = {
+        "aux_ctc": AUX_CTC,
+        "encoder": {"att_context_size": [70, 6]},
+        "decoding": {"strategy": "beam", "beam": {"beam_size": 2}},
+        "loss": {"loss_name": "pytorch"},
+    }
+    target = f"{ASR}.hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
+    nemo_model(tmp_path / "hybrid.nemo", target, changes, n_layers=1, pred_layers=1, xscaling=True, mels=80)
+    set_field(tmp_path / "hybrid.nemo", "encoder", "conv_context_style", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path / "hybrid.nemo"), str(tmp_path / "exported"), "--language", "hi_IN"])
+    assert not ended.value.code
+    manifest = Bundle.open(tmp_path / "exported").manifest
+    assert 0 < manifest.parity["560ms"]["encoder"] <= TOLERANCE
+    assert [chunk.ms for chunk in manifest.chunks] == [560]
+    assert manifest.languages == LanguageConfig("hi-IN")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(tmp_path / "exported")
+    assert "warning: decoding.strategy is 'beam', but nemostream decodes greedily" in printed.err

@@ -68,8 +68,8 @@ class StepEncoder(Protocol):
     def bind(self, rows: int, addresses: Mapping[str, int]) -> Work:
         """Bind inputs and outputs for batches of `rows` and return a function that enqueues the encoder.
 
-        `addresses` has every input and output of the graph (`export.encoder`) except `encoded`, and `prompt`, which only
-        the graphs of prompted models have. Called before anything is captured.
+        `addresses` has every input and output of the graph (`export.encoder`) except `encoded`. It also has `prompt`,
+        an input of the graphs of prompted models only. Called before anything is captured.
         """
         ...
 

@@ -198,11 +198,12 @@ def _gpus() -> tuple[str, list[_Gpu]]:
 def _check_export() -> Finding:
     """Read the packages' metadata, because importing NeMo takes half a minute."""
     versions = []
-    for package in ("nemo_toolkit", "torch", "onnx"):
+    for package in ("onnx", "pyyaml", "huggingface_hub", "nemo_toolkit", "transformers"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            return Finding("missing", f"{package}: {install_command('export')}")
+            if package in ("onnx", "pyyaml"):
+                return Finding("missing", f"{package}: {install_command('export')}")
     return Finding("installed", ", ".join(versions))
 
 

@@ -52,7 +52,8 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(chunks)
     others = (f"{name} {_difference(manifest.parity.get(name))}" for name in ("decoder", "joint"))
     console.print(
-        "Parity is the largest absolute difference from NeMo in fp32, measured during the export. "
+        f"Parity is the largest absolute difference from {manifest.parity.get('reference', 'NeMo')} in fp32, measured "
+        "during the export. "
         f"Also: {', '.join(others)}."
     )
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="NeMo checkpoint: a .nemo file or the name of a pretrained model."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A .nemo file, a folder with a checkpoint, or a model as owner/name or owner/name@revision.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the bundle.")],
     language: Annotated[
@@ -44,14 +47,14 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Export a NeMo checkpoint to a bundle and compare the bundle's outputs with NeMo's."""
+    """Export a checkpoint to a bundle, and compare the bundle's outputs with those of NeMo, transformers or NumPy."""
     if not triton:
         _export(checkpoint, out, language)
         return print(out)
-    from nemostream.bundle import Bundle
+    from nemostream.bundle import MANIFEST_NAME, Bundle
     from nemostream.serving.integrations.triton import bundle_in, write_repository
 
-    if Path(checkpoint).is_dir():
+    if (Path(checkpoint) / MANIFEST_NAME).is_file():
         if language is not None:
             raise OptionError("--language applies to the export of a checkpoint, not to the copy of a bundle.")
         Bundle.open(checkpoint)
@@ -63,14 +66,14 @@ def export(
 
 
 def _export(checkpoint: str, out: Path, language: str | None) -> None:
-    missing = [name for name in ("nemo", "torch", "onnx") if find_spec(name) is None]
+    missing = [name for name in ("onnx", "yaml") if find_spec(name) is None]
     if missing:
         raise BackendError(f"exporting needs {' and '.join(missing)}: {install_command('export')}")
     from rich.console import Console
 
     start, console = time.monotonic(), Console(stderr=True, highlight=False)
     # NeMo and its dependencies print to standard output, which is reserved for results.
-    with redirect_stdout(sys.stderr), console.status("loading NeMo") as status:
+    with redirect_stdout(sys.stderr), console.status("loading") as status:
         try:
             _silence_nemo()
             from nemostream.export import export_checkpoint
@@ -79,21 +82,25 @@ def _export(checkpoint: str, out: Path, language: str | None) -> None:
 
         def progress(message: str) -> None:
             console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  ", end="")
-            console.print(message, markup=False)
+            console.print(message, markup=False, soft_wrap=True)
             status.update("exporting")
 
         exported = export_checkpoint(checkpoint, out, progress, language=language)
-    for name, figures in exported.manifest.parity.items():
+    parity = exported.manifest.parity
+    for name, figures in parity.items():
         if isinstance(figures, dict):
-            console.print(f"{name:>8}: {figures['steps']} steps, encoder within {figures['encoder']:.1e} of NeMo")
+            steps, worst, reference = figures["steps"], figures["encoder"], parity["reference"]
+            console.print(f"{name:>8}: {steps} steps, encoder within {worst:.1e} of {reference}")
 
 
 def _silence_nemo() -> None:
-    """Suppress NeMo's warnings and log messages about training data and optimizers."""
+    """Suppress NeMo's warnings and log messages about training data and optimizers, if it is installed."""
     import logging
     import warnings
 
     warnings.filterwarnings("ignore")
+    if find_spec("nemo") is None:
+        return
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)

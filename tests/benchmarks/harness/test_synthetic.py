@@ -1,7 +1,9 @@
-"""The synthetic checkpoint: reproducible, with a realistic token rate and the shape of the published model."""
+"""Synthetic checkpoints: reproducible, with a realistic token rate and the properties of the published models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from numpy.typing import NDArray
 
 pytest.importorskip("nemo")
 
-from nemostream.benchmarks.harness.synthetic import Sizes, model_config, speech, synthetic_model
+from nemostream.benchmarks.harness.synthetic import FAMILIES, Sizes, model_config, speech, synthetic_model
 from nemostream.benchmarks.harness.timed import AudioFeed, timed_backend
+from nemostream.benchmarks.harness.tokenizers import write_multilingual_tokenizer
 from nemostream.bundle import Bundle
+from nemostream.export import export_checkpoint
+from nemostream.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.nemo
 
@@ -101,12 +106,113 @@ def test_token_rate_of_the_full_size_model(ms: int, full_bundle: Bundle) -> None
     assert 3 <= labels / (8 * counted * ms / 1000) <= 4.5
 
 
-def test_number_of_parameters_of_the_full_size_model() -> None:
+def parameters(sizes: Sizes) -> int:
+    """Return the number of parameters of the model, from an encoder of one and of two layers."""
     from nemo.core.classes import Serialization
 
-    def parameters(layers: int) -> int:
-        encoder = Serialization.from_config_dict(model_config(Sizes(n_layers=layers), Path("nowhere")).encoder)
+    def count(sizes: Sizes) -> int:
+        encoder = Serialization.from_config_dict(model_config(sizes, Path("nowhere")).encoder)
         return sum(parameter.numel() for parameter in encoder.parameters())
 
-    one, two = parameters(1), parameters(2)
-    assert round((one + (Sizes().n_layers - 1) * (two - one)) / 1e6, 1) == 609.1  # 609.6 with biases
+    one, two = count(replace(sizes, n_layers=1)), count(replace(sizes, n_layers=2))
+    return one + (sizes.n_layers - 1) * (two - one)
+
+
+def test_number_of_parameters_of_the_full_size_model() -> None:
+    encoder = parameters(Sizes())
+    assert round(encoder / 1e6, 1) == 609.1  # 609.6 with biases
+    # The published tensors of nemotron-3.5-asr-streaming-0.6b have 637,997,088 elements.
+    sizes = replace(Sizes(), **FAMILIES["nemotron-3.5"])
+    outputs, hidden, width = sizes.vocab + 1, sizes.pred_hidden, sizes.d_model
+    lstm = sizes.pred_layers * 8 * hidden * (hidden + 1)
+    joint = sizes.joint_hidden * (width + 1 + hidden + 1) + outputs * (sizes.joint_hidden + 1)
+    prompts = 2 * width * (width + sizes.num_prompts + 1) + width * (2 * width + 1)
+    assert encoder + outputs * hidden + lstm + joint + prompts == 637_997_088
+
+
+# -- families ----------------------------------------------------------------------------------------------------------
+
+# Two layers, so that there is a layer after the first; few pieces, but every kind of them.
+SMALL: dict[str, Any] = {"n_layers": 2, "d_model": 32, "n_heads": 2, "conv_channels": 8}
+SMALL |= {"pred_hidden": 24, "joint_hidden": 24}
+PIECES = {"nemotron-en": 128, "nemotron-3.5": 400, "eou-120m": 66, "hybrid-large": 64}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Bundle]]:
+    """Return the checkpoint and the bundle of a family, created on first use."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def make(like: str) -> tuple[Path, Bundle]:
+        path, bundle = folder / f"{like}.nemo", folder / like
+        if not path.is_file():
+            synthetic_model(path, 0, like, **SMALL, vocab=PIECES[like])
+            export_checkpoint(path, bundle)
+        return path, Bundle.open(bundle)
+
+    return make
+
+
+def tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer(bundle.path / "tokenizer.model", bundle.manifest.decoder.vocabulary)
+
+
+@pytest.mark.parametrize("like", FAMILIES)
+def test_families_are_restored_and_exported(like: str, family: Callable[[str], tuple[Path, Bundle]]) -> None:
+    """NeMo restores the class of the published checkpoint; the bundle has passed parity at every chunk size."""
+    from nemo.collections.asr.models import ASRModel
+
+    path, bundle = family(like)
+    model = ASRModel.restore_from(str(path), map_location="cpu")
+    classes = {"nemotron-3.5": "EncDecRNNTBPEModelWithPrompt", "hybrid-large": "EncDecHybridRNNTCTCBPEModel"}
+    assert type(model).__name__ == classes.get(like, "EncDecRNNTBPEModel")
+    chunks = {"nemotron-en": [80, 160, 560, 1120], "nemotron-3.5": [80, 320, 560, 1120], "eou-120m": [160]}
+    assert [chunk.ms for chunk in bundle.manifest.chunks] == chunks.get(like, [80, 160, 560, 1120])
+    assert model.joint.num_classes_with_blank == PIECES[like] + 1 == bundle.manifest.decoder.vocabulary + 1
+    assert bundle.manifest.features.mels == (80 if like == "hybrid-large" else 128)
+
+
+def test_the_prompted_family(family: Callable[[str], tuple[Path, Bundle]]) -> None:
+    """The bundle has the prompts, and the tokenizer tags, wide characters and punctuation of several scripts."""
+    _, bundle = family("nemotron-3.5")
+    languages, text = bundle.manifest.languages, tokenizer(bundle)
+    assert languages.count == 128 and languages.prompt("auto") == 101
+    assert languages.prompt("de") == languages.prompt("de-DE") == 9
+    assert {"en-US", "de-DE", "ja-JP", "th-TH", "zh-CN", "sl-SL"} <= set(text.languages.values())
+    assert sorted(text.languages) != list(
+        range(min(text.languages), max(text.languages) + 1)
+    )  # scattered, as published
+    for phrase in ("一丁七", "ก", "ぁ", "א", "¿", "？", "。"):
+        assert text.unknown not in text.encode(phrase), phrase
+        assert text.decode(text.encode(phrase)) == phrase
+
+
+def test_the_family_with_control_tokens(family: Callable[[str], tuple[Path, Bundle]]) -> None:
+    """They are the last two pieces, as 1024 and 1025 of the published model, and no part of a text."""
+    _, bundle = family("eou-120m")
+    text = tokenizer(bundle)
+    assert (text.end_of_utterance, text.backchannel) == (PIECES["eou-120m"] - 2, PIECES["eou-120m"] - 1)
+    assert text.decode([*text.encode("a"), text.end_of_utterance]) == "a"
+    assert replace(Sizes(), **FAMILIES["eou-120m"]).vocab - 2 == 1024
+
+
+def test_the_prompt_changes_the_tokens(family: Callable[[str], tuple[Path, Bundle]]) -> None:
+    """Otherwise a parity check on this checkpoint would not find a graph without prompts."""
+    import nemostream
+
+    _, bundle = family("nemotron-3.5")
+    with nemostream.load(bundle.path) as model:
+        results = {name: model.transcribe(speech(), language=name).tokens for name in ("en-US", "de-DE", "auto")}
+    assert len({tuple(tokens) for tokens in results.values()}) == 3
+    assert all(len(tokens) > 5 for tokens in results.values())
+
+
+def test_the_published_number_of_pieces(tmp_path: Path) -> None:
+    """A tokenizer of full size, with the ids of its tags reproducible."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_multilingual_tokenizer(tmp_path / name, 13087, seed=3)
+    first, again = (Tokenizer(tmp_path / name / "tokenizer.model", 13087) for name in "ab")
+    assert first.languages == again.languages and len(first.languages) >= 16
+    with pytest.raises(ValueError, match="vocab is 30"):
+        write_multilingual_tokenizer(tmp_path / "a", 30, seed=3)

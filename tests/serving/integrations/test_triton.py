@@ -334,8 +334,15 @@ def test_languages_of_sequences(languages_bundle: Any, spoken: Any, tmp_path: Pa
         initialized("de-AT")
 
 
-def test_folder_that_is_not_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_language_of_a_bundle_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["export", "--triton", "--language", "de", str(nemostream.demo_bundle()), str(tmp_path / "models")])
+    assert exited.value.code == 2 and "--language applies to the export" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_folder_that_is_neither_a_bundle_nor_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
         main(["export", "--triton", str(tmp_path), str(tmp_path / "models")])
-    assert exited.value.code == 4 and "manifest" in capsys.readouterr().err
+    assert exited.value.code == 5 and "neither a .nemo file" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()

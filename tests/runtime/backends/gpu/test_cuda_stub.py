@@ -46,11 +46,14 @@ def test_every_fault(small_bundle: Bundle) -> None:
 
 
 def test_some_tests_of_the_backend(small_bundle: Bundle) -> None:
-    """Random batches of both chunk sizes, with all operations between steps; threads run in a shuffled order."""
-    check(f"{GPU_TESTS}/test_backend.py", "-k", "gpu-1 and test_random_batches", bundle=small_bundle, ORDER=7)
+    """Random batches of both chunk sizes, with all operations between steps; prompts; shuffled threads."""
+    files = [f"{GPU_TESTS}/test_{name}.py" for name in ("backend", "prompts")]
+    tests = "gpu-1 and test_random_batches or test_prompts and test_encoder_output"
+    check(*files, "-m", "gpu", "-k", tests, bundle=small_bundle, ORDER=7)
 
 
 @pytest.mark.slow
 def test_all_tests_of_the_backend(small_bundle: Bundle) -> None:
     """Those that are marked `gpu`."""
-    check(f"{GPU_TESTS}/test_backend.py", f"{GPU_TESTS}/test_slots.py", "-m", "gpu", bundle=small_bundle)
+    files = [f"{GPU_TESTS}/test_{name}.py" for name in ("backend", "slots", "prompts")]
+    check(*files, "-m", "gpu", bundle=small_bundle)

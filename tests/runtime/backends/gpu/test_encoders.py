@@ -7,6 +7,7 @@ validated on a GPU only.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
@@ -18,7 +19,7 @@ import pytest
 from cuda_on_cpu import MISSING
 from host_device import HostDevice, OrtEncoder
 
-from nemostream.bundle import Bundle
+from nemostream.bundle import Bundle, Tensor
 from nemostream.engines import speech
 from nemostream.errors import BackendError
 from nemostream.extras import install_command
@@ -217,7 +218,7 @@ def test_tensorrt_binding(library: Any, engine_file: Path) -> None:
     """Each binding has its own context; all share one device memory, large enough for the largest so far."""
     encoder = open_encoder(engine_file)
     assert (encoder.cache_dtype, encoder.capturable) == ("float16", True)
-    large, small = encoder.bind(64, ADDRESSES), encoder.bind(3, ADDRESSES)
+    large, small = encoder.bind(64, {**ADDRESSES, "prompt": 4096}), encoder.bind(3, ADDRESSES)
     first, second = library.engine.contexts
     assert (first.profile, second.profile) == (1, 0)
     assert first.shapes == {"mel": (64, 56, 128), "k_cache.0": (64, 4, 70, 32)}
@@ -434,7 +435,7 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     assert encoder.memory_bytes(64) >= 64 * 1000
     layers = demo_bundle.manifest.encoder.layers
     names = [tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.name != "encoded"]
-    addresses = {name: 64 * index for index, name in enumerate(names)}
+    addresses = {name: 64 * index for index, name in enumerate(names)} | {"prompt": 4096}  # of prompted models only
     first, second = encoder.bind(2, addresses), encoder.bind(1, addresses)
     first()
     second()
@@ -449,6 +450,9 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     assert calls["in"]["k_cache.5"] == ("cuda", 0, 16, (1, 4, 70, 32), addresses["k_cache.5"])  # TensorProto.BFLOAT16
     assert calls["out"]["k_new"] == ("cuda", 0, 16, (layers, 1, 4, 1, 32), addresses["k_new"])
     assert calls["out"]["encoded_joint"][2] == np.float32
+    prompted = dataclasses.replace(graph, inputs=(*graph.inputs, Tensor("prompt", "int64", ("B",))))
+    OrtCudaEncoder(demo_bundle.file("encoder-80ms"), prompted, "bfloat16", Device(), 1000).bind(3, addresses)
+    assert calls["in"]["prompt"] == ("cuda", 0, np.int64, (3,), 4096)
     calls["error"] = "Non-zero status code: Failed to allocate memory for requested buffer of size 5000"
     with pytest.raises(OutOfMemory) as raised:
         first()
