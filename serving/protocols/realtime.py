@@ -26,7 +26,7 @@ from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, openai_error, status_of
-from nemostream.serving.languages import select_language
+from nemostream.serving.languages import languages_of, select_language, to_openai
 from nemostream.serving.protocols.sockets import (
     MAX_TEXT_CHARACTERS,
     MIN_TEXT_BYTES,
