@@ -462,9 +462,7 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
             self.queue.get_nowait()
         # `TCP_USER_TIMEOUT`: the system closed the connection because the client does not read.
         if isinstance(exc, TimeoutError) and self.handshake_initiated:
-            cast(dict[str, Any], self.scope)["nemostream.timed_out"] = (
-                True
-            )
+            cast(dict[str, Any], self.scope)["nemostream.timed_out"] = True
         super().connection_lost(exc)
 
     def handle_connect(self, event: Request) -> None:

@@ -17,7 +17,6 @@ from nemostream.cli.standard_streams import write_all, write_unbuffered
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text.formats import Format, Transcript, Utterance, render
 from nemostream.runtime.text.scripts import join_texts
-from nemostream.runtime.text.words import join_words
 
 if TYPE_CHECKING:
     from nemostream.runtime.text.events import Event
@@ -135,6 +134,8 @@ class Output:
     def _normalize(self, part: Result | Event) -> tuple[str, Sequence[Word]]:
         if self.itn is None:
             return part.text, part.words
+        from nemostream.runtime.text.words import join_words
+
         words = self.itn(part.words)
         return join_words(words), words
 
