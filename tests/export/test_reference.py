@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nemostream.benchmarks.harness.synthetic import synthetic_model
+from nemostream.benchmarks.harness.synthetic import Sizes, model_config, synthetic_model, train_tokenizer
 from nemostream.bundle import ChunkConfig
 from nemostream.clips import read_clip
 from nemostream.export.reference import NemoReference, NumpyReference, Reference, TransformersReference
@@ -88,6 +88,24 @@ def test_numpy_equals_nemo(changes: dict[str, Any], tmp_path: Path) -> None:
     path = synthetic_model(tmp_path / "variant.nemo", **(SIZES | changes))
     checkpoint = Source("variant", path).open(tmp_path / "unpacked")
     assert_equal(NumpyReference(checkpoint), NemoReference(path), checkpoint)
+
+
+def test_numpy_equals_nemo_for_one_speaker_of_a_multitalker_model(tmp_path: Path) -> None:
+    import torch
+    from nemo.collections.asr.models import EncDecMultiTalkerRNNTBPEModel
+    from omegaconf import OmegaConf
+
+    sizes = Sizes(**(SIZES | {"n_layers": 1, "contexts": ((56, 3),)}))
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        train_tokenizer(tmp_path, sizes.vocab, 0)
+        speaker = {"spk_kernel_type": "ff", "spk_kernel_layers": [0], "add_bg_spk_kernel": True}
+        target = "nemo.collections.asr.models.multitalker_asr_models.EncDecMultiTalkerRNNTBPEModel"
+        config = OmegaConf.merge(model_config(sizes, tmp_path), {"target": target, **speaker})
+        EncDecMultiTalkerRNNTBPEModel(cfg=config).eval().save_to(str(tmp_path / "speakers.nemo"))
+    checkpoint = Source("speakers", tmp_path / "speakers.nemo").open(tmp_path / "unpacked")
+    assert len(checkpoint.speaker_kernels) == 2
+    assert_equal(NumpyReference(checkpoint), NemoReference(tmp_path / "speakers.nemo"), checkpoint)
 
 
 @pytest.mark.parametrize("options", [{"xscaling": False}, {"xscaling": True, "biases": True}], ids=str)
