@@ -84,7 +84,7 @@ def test_auto_detects_the_language_of_the_voice(
 def test_auto_reports_a_change_of_the_voice(model: Model, recordings: dict[str, Floats]) -> None:
     """One stream with both recordings: the language changes with the first tag of the second one."""
     with model.stream(language="auto") as stream:
-        assert stream.language == "auto" and stream.result().language is None
+        assert stream.language == "auto" and stream.result.language is None
         stream.push(recordings["en-US"])
         stream.push(recordings["de-DE"])
         result = stream.finish()
