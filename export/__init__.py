@@ -1,7 +1,9 @@
-"""Export of a NeMo checkpoint to a bundle. Needs the `export` extra; the runtime does not import this package.
+"""Export of a checkpoint to a bundle. Needs the `export` extra; the runtime does not import this package.
 
-`checkpoint` reads and validates the checkpoint; `features`, `encoder` and `decoder` write the graphs with `graph`;
-`parity` compares the graphs with NeMo; `bundle` runs these steps.
+`sources` finds the checkpoint; `checkpoint` and `transformers_checkpoint` read and validate it, with the readers of
+file formats `state_dict`, `safetensors` and `sentencepiece_model`; `languages` orders the languages; `features`,
+`encoder` and `decoder` write the graphs with `graph`; `parity` compares the graphs with a `reference`; `bundle` runs
+these steps.
 """
 
 from nemostream.export.bundle import export_checkpoint

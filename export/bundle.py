@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import sentencepiece
 from onnx import helper
 
 from nemostream.bundle import MANIFEST_NAME, Bundle, File, Graph, Manifest, Tensor, Weight, sha256
-from nemostream.errors import CheckpointError, OptionError
+from nemostream.errors import OptionError
 from nemostream.export.checkpoint import Checkpoint
 from nemostream.export.decoder import write_decoder, write_joint
 from nemostream.export.encoder import write_encoder
@@ -84,7 +83,7 @@ def write_bundle(
     language: str | None = None,
 ) -> Bundle:
     """Write graphs, weights, tokenizer and manifest into an empty folder, without comparing them with a reference."""
-    languages = order_languages(select_language(source.languages, language), _pieces(source))
+    languages = order_languages(select_language(source.languages, language), source.pieces())
     graphs, weights, tensors = _write_graphs(source, folder, report)
     tokenizer = folder / "tokenizer.model"
     shutil.copyfile(source.tokenizer, tokenizer)
@@ -104,21 +103,6 @@ def write_bundle(
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(folder, manifest)
-
-
-def _pieces(source: Checkpoint) -> list[str]:
-    """Return the pieces of the tokenizer. Raises `CheckpointError` if they are not the model's vocabulary."""
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(source.tokenizer))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the tokenizer of {source.name} is not a SentencePiece model.") from error
-    pieces, vocabulary = tokenizer.get_piece_size(), source.decoder.vocabulary
-    if pieces != vocabulary:
-        raise CheckpointError(
-            f"the tokenizer of {source.name} has {pieces} pieces, but the model has {vocabulary} tokens; use the "
-            "tokenizer that the model was trained with."
-        )
-    return [tokenizer.id_to_piece(index) for index in range(pieces)]
 
 
 def _write_graphs(

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import numpy as np
+import sentencepiece
 import yaml
 from numpy.typing import NDArray
 
@@ -108,6 +109,20 @@ class Checkpoint(ModelConfig):
     def has(self, name: str) -> bool:
         """Return whether the state dict has the tensor."""
         return name in self.state
+
+    def pieces(self) -> list[str]:
+        """Return the pieces of the tokenizer. Raises `CheckpointError` if they are not the model's vocabulary."""
+        try:
+            tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"the tokenizer of {self.name} is not a SentencePiece model.") from error
+        size, vocabulary = tokenizer.get_piece_size(), self.decoder.vocabulary
+        if size != vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.name} has {size} pieces, but the model has {vocabulary} tokens; use the "
+                "tokenizer that the model was trained with."
+            )
+        return [tokenizer.id_to_piece(index) for index in range(size)]
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.text.languages import AUTO
 from nemostream.runtime.text.scripts import ends_unspaced
+from nemostream.runtime.text.words import Word
 
 _MAX_CANDIDATES = 128  # checking more would block the event loop
 UNKNOWN = "unknown"  # in OpenAI's responses: the model detects the language and has not detected any
@@ -80,6 +81,20 @@ def from_riva(languages: LanguageConfig, code: str) -> str | None:
     if code.lower().replace("_", "-") in ("multi", "multi-language") and AUTO in languages.prompts:
         return languages.name(AUTO)
     return languages.name(code)
+
+
+def languages_of(words: Iterable[Word], language: str) -> list[str]:
+    """Return the languages of words in order: those of their tags, else `language`, which is set for the stream.
+
+    Words without a tag have no language if the model detects it.
+    """
+    default = None if language == AUTO else language
+    return [name for name in dict.fromkeys(word.language or default for word in words) if name]
+
+
+def to_openai(names: Iterable[str]) -> list[dict[str, str]]:
+    """Return languages as OpenAI's list of detected languages, by codes of ISO 639."""
+    return [{"code": code} for code in dict.fromkeys(name.partition("-")[0] for name in names)]
 
 
 def to_riva(language: str | None) -> str:

@@ -82,6 +82,7 @@ class _Process:
     def __init__(self, language: str, loading: asyncio.Lock) -> None:
         self._language, self._loading = language, loading
         self._process: asyncio.subprocess.Process | None = None
+        self._loaded = False  # whether its rules are loaded
         self._lock = asyncio.Lock()
         self._request = 0  # number of the last request
 
@@ -105,10 +106,16 @@ class _Process:
                 process.kill()
 
     async def _ensure_process(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
-            return self._process
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
-        async with self._loading:
+        if self._process is None or self._process.returncode is not None or not self._loaded:
+            async with self._loading:
+                return await self._load()
+        return self._process
+
+    async def _load(self) -> asyncio.subprocess.Process:
+        """Return the process when its rules are loaded, also if the client that started it did not wait for them."""
+        if self._process is None or self._process.returncode is not None:
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
+            self._loaded = False
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -124,8 +131,10 @@ class _Process:
                 )
             except OSError as error:
                 raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
-            await self._call(self._process, [], _START_SECONDS)
-        return self._process
+        process = self._process
+        await self._call(process, [], _START_SECONDS)
+        self._loaded = True
+        return process
 
     async def _call(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
         """Return the response to a request. Responses to cancelled requests are skipped by their number."""

@@ -312,9 +312,10 @@ class Service:
     def check_language(self, language: Any) -> str:
         """Return the name of a language that a client requested; of the server's default for None.
 
-        Raises `OptionError` if the model does not support it.
+        Raises `OptionError` if the model does not support it, `Draining` before the start.
         """
-        return self.language if language is None else self.model.manifest.languages.name(language)
+        languages = self.model.manifest.languages
+        return self.language if language is None else languages.name(language)
 
     def effective_chunk_ms(self, requested_ms: int) -> int:
         """Return the chunk size for a stream that requested `requested_ms`, at the present degradation level."""

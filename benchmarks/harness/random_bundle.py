@@ -65,6 +65,9 @@ class RandomCheckpoint(Checkpoint):
     def joint_output(self) -> str:
         return "joint.joint_net.2"
 
+    def pieces(self) -> list[str]:
+        return []  # the tokenizer is the packaged model's, which may have another size
+
     def _shape(self, name: str) -> tuple[int, ...]:
         s = self.sizes
         width, hidden, channels = s.d_model, s.pred_hidden, s.conv_channels

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.errors import OptionError
+from nemostream.runtime.text.scripts import begins_unspaced
 from nemostream.runtime.text.tokenizer import Tokenizer
 
 WEIGHT = 1.0  # default weight of a phrase: NeMo's `context_score`
@@ -93,7 +94,8 @@ class Boosting:
         """Build the automaton from text: a list of phrases (weight `WEIGHT`), or a mapping of phrases to weights.
 
         Phrases must be spelled as the model writes them, including case. A phrase is tokenized by SentencePiece,
-        starting at a word boundary.
+        starting at a word boundary. A phrase that begins in a script without spaces is also boosted
+        within a word.
 
         Raises `OptionError` if there are no or too many phrases, if a phrase is empty, too long, or has characters
         outside the model's vocabulary, and if a weight is not in (0, `MAX_WEIGHT`].
@@ -132,7 +134,11 @@ class Boosting:
                 raise OptionError(
                     f"the phrase {_shorten(phrase)} has {len(tokens)} tokens; the maximum is {MAX_TOKENS}."
                 )
-            encoded.append((tokens, float(weight)))
+            inside = tokenizer.without_space(tokens) if begins_unspaced(phrase) else []
+            if inside:
+                encoded.append((inside, float(weight)))
+            if not inside or tokenizer.piece(tokens[0]) != " ":  # a space of its own would be boosted everywhere
+                encoded.append((tokens, float(weight)))
         return cls(encoded, tokenizer.vocabulary)
 
     def __len__(self) -> int:

@@ -41,7 +41,8 @@ class Endpoint:
     `silence_ms`: an utterance ends after more than this duration without a token; None disables the rule.
     `max_utterance_ms`: an utterance of this duration ends after its current word; None disables the rule.
     `decoder`: "keep" continues with the decoder state; "reset" resets it at the end of the step in which an utterance
-    ended and keeps the encoder caches, which recovers a decoder that is stuck in one output style.
+    ended, or a backchannel was marked, and keeps the encoder caches, which recovers a decoder that is stuck in one
+    output style.
     `model`: an utterance ends where the model emits `<EOU>`, and `<EOB>` marks a backchannel, if the model has these
     tokens; False ignores them.
 

@@ -87,6 +87,12 @@ def begins_unspaced(text: str) -> bool:
     return bool(_CHARACTER.match(text))
 
 
+def begins_word(text: str) -> bool:
+    """Return whether a word begins with the first character of a text, whatever precedes it."""
+    first = _UNSPACED.match(text)
+    return text[:1] == " " if first is None else first.lastgroup != "continuing"
+
+
 def join_texts(texts: Iterable[str]) -> str:
     """Return the text of consecutive utterances: with a space between them, except after a script without spaces."""
     joined = ""

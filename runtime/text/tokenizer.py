@@ -15,7 +15,7 @@ from types import MappingProxyType
 import sentencepiece
 
 from nemostream.errors import BundleError
-from nemostream.runtime.text.scripts import CLOSING
+from nemostream.runtime.text.scripts import CLOSING, begins_word
 from nemostream.untrusted import MIB, read_regular
 
 _MAX_BYTES = 64 * MIB
@@ -58,7 +58,7 @@ class Tokenizer:
             raise
         except (OSError, RuntimeError, ValueError, LookupError) as error:  # ValueError: not UTF-8
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
-        self.word_starts = tuple(text[:1] == " " for text in self._texts)  # by id: whether it starts a word
+        self.word_starts = tuple(map(begins_word, self._texts))  # by id: whether it starts a word
         # By id: whether it is only punctuation that belongs to the preceding word, even after a space.
         self.closing_punctuation = tuple(
             bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self._texts
@@ -79,6 +79,14 @@ class Tokenizer:
         for token in self._model.encode(text):
             ids += map(self._model.piece_to_id, self._pieces[token]) if token in self.tags else [token]
         return ids
+
+    def without_space(self, ids: Sequence[int]) -> list[int]:
+        """Return ids for the same text without the space at its start; none if the vocabulary has no piece for it."""
+        text = self._texts[ids[0]]
+        if text[:1] != " ":
+            return list(ids)
+        first = self._model.piece_to_id(text[1:]) if text[1:] else None
+        return [] if first == self.unknown else [*([] if first is None else [first]), *ids[1:]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a complete list of ids, as SentencePiece does, without tags."""

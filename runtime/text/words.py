@@ -171,7 +171,7 @@ def _group(tokens: Sequence[Token], after_space: bool, final: bool) -> list[_Gro
                 after_space, space = True, start if part == piece else -1
             elif kind == "rest":
                 text, first, _, spaced = groups[-1]
-                groups[-1], after_space = (text + part, first, end, spaced), False
+                groups[-1], after_space, space = (text + part, first, end, spaced), False, -1
             else:
                 groups.append((part, start if space < 0 else space, end, after_space))
                 after_space, space = False, -1

@@ -460,6 +460,9 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         self.limits.release_large(self)
         while not self.queue.empty():  # nobody can receive the results of these messages
             self.queue.get_nowait()
+        # `TCP_USER_TIMEOUT`: the system closed the connection because the client does not read.
+        if isinstance(exc, TimeoutError) and self.handshake_initiated:
+            cast(dict[str, Any], self.scope)["nemostream.timed_out"] = True
         super().connection_lost(exc)
 
     def handle_connect(self, event: Request) -> None:

@@ -26,8 +26,14 @@ from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, openai_error, status_of
-from nemostream.serving.languages import select_language
-from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
+from nemostream.serving.languages import languages_of, select_language, to_openai
+from nemostream.serving.protocols.sockets import (
+    MAX_TEXT_CHARACTERS,
+    MIN_TEXT_BYTES,
+    close_with_error,
+    reject,
+    timed_out,
+)
 from nemostream.serving.service import Service
 from nemostream.serving.session import Session
 
@@ -110,6 +116,8 @@ async def serve(socket: WebSocket, service: Service) -> None:
         await connection.run()
     except WebSocketDisconnect:
         connection.session.close("the client disconnected")
+        if timed_out(socket):
+            service.metrics.timeouts.inc()
     except NemostreamError as error:
         connection.session.close(str(error))
         if isinstance(error, Expired):
@@ -336,15 +344,16 @@ class _RealtimeConnection:
     async def _send_completed(self, event: Event | None) -> None:
         if event:
             await self._send_delta(event)
-        await self._send(
-            {
-                "type": "conversation.item.input_audio_transcription.completed",
-                "item_id": self._item,
-                "content_index": 0,
-                "transcript": event.text if event else "",
-                "usage": {"type": "duration", "seconds": round(self._buffered, 3)},
-            }
-        )
+        completed: dict[str, Any] = {
+            "type": "conversation.item.input_audio_transcription.completed",
+            "item_id": self._item,
+            "content_index": 0,
+            "transcript": event.text if event else "",
+            "usage": {"type": "duration", "seconds": round(self._buffered, 3)},
+        }
+        if self._service.model.manifest.languages.prompts:  # models that detect the language, as OpenAI's do
+            completed["languages"] = to_openai(languages_of(event.words if event else (), self.session.language))
+        await self._send(completed)
         self._item, self._previous_item, self._sent_text = "", self._item, ""
 
     async def _send(self, event: dict[str, Any]) -> None:

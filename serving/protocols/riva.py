@@ -26,7 +26,7 @@ from nemostream.runtime.audio.containers import container_of
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import Client, shorten
 from nemostream.serving.errors import Expired, status_of
-from nemostream.serving.languages import from_riva, separator, to_riva
+from nemostream.serving.languages import from_riva, languages_of, separator, to_riva
 from nemostream.serving.network.access import key_number, keys_of, request_key
 from nemostream.serving.network.proxies import TrustedProxies
 from nemostream.serving.service import Service
@@ -310,12 +310,11 @@ class _ResponseWriter:
 def _alternative(event: Event, config: Any, language: str) -> Any:
     """Return the alternative of an event. `language` is that of the stream: words without a tag are in it."""
     words, default = event.words, to_riva(language)
-    languages = dict.fromkeys(to_riva(word.language) or default for word in words)
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
         transcript=event.text + (separator(event.text) if event.kind == "final" else ""),
         confidence=min((word.confidence for word in words), default=0.0),
-        language_code=filter(None, languages),
+        language_code=map(to_riva, languages_of(words, language)),
     )
     if config.enable_word_time_offsets:
         alternative.words.extend(

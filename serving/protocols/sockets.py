@@ -21,6 +21,11 @@ async def reject(socket: WebSocket, error: NemostreamError) -> None:
     await socket.send_denial_response(exception_response(error))
 
 
+def timed_out(socket: WebSocket) -> bool:
+    """Return whether the system closed a disconnected socket because its client did not read (`TCP_USER_TIMEOUT`)."""
+    return bool(socket.scope.get("nemostream.timed_out"))
+
+
 async def close_with_error(socket: WebSocket, error: NemostreamError, event: dict[str, Any]) -> None:
     """Send `event` and close the socket with the code for `error`. A client that is gone is ignored."""
     try:

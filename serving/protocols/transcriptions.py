@@ -15,7 +15,7 @@ from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
-from nemostream.serving.languages import english_name, select_language, separator
+from nemostream.serving.languages import english_name, languages_of, select_language, separator, to_openai
 from nemostream.serving.protocols.dependencies import ERROR_RESPONSES, ServiceDependency
 from nemostream.serving.uploads.upload import Upload
 
@@ -104,12 +104,15 @@ async def transcriptions(
         phrases=await service.compile_phrases(keywords or None),
         normalizer=await service.normalizer(itn, name),
     )
+    # Only models that detect the language report the languages, as OpenAI's do.
+    reported = service.check_language(name) if service.model.manifest.languages.prompts else None
     if stream:
         first = await anext(recording)  # raises errors before the response starts
         assert first is None
-        return StreamingResponse(_server_sent_events(recording, finals_only=itn), media_type="text/event-stream")
+        events = _server_sent_events(recording, reported, finals_only=itn)
+        return StreamingResponse(events, media_type="text/event-stream")
     finals = [event async for event in recording if event and event.kind == "final"]
-    return _response(recording, finals, response_format, granularities or ["segment"])
+    return _response(recording, finals, reported, response_format, granularities or ["segment"])
 
 
 def _check_fields(names: Iterable[str]) -> None:
@@ -137,8 +140,13 @@ def _descriptor(file: UploadFile) -> int:
 
 
 def _response(
-    recording: Upload, finals: list[Event], response_format: str, granularities: list[Literal["word", "segment"]]
+    recording: Upload,
+    finals: list[Event],
+    stream_language: str | None,
+    response_format: str,
+    granularities: list[Literal["word", "segment"]],
 ) -> Response:
+    """Return the response. `stream_language` is the language that is set, None if languages are not reported."""
     warning = recording.warning.encode("ascii", "replace").decode()
     headers = {"Nemostream-Warning": warning} if warning else None
     words = [word for event in finals for word in event.words]
@@ -154,6 +162,8 @@ def _response(
         "usage": {"type": "duration", "seconds": round(recording.seconds)},
     }
     if response_format == "json":
+        if stream_language is not None:
+            body["languages"] = to_openai(languages_of(words, stream_language))
         return JSONResponse(body, headers=headers)
     language = english_name(recording.language)
     body |= {"task": "transcribe", "language": language, "duration": round(recording.seconds, 3)}
@@ -178,12 +188,13 @@ def _segment(event: Event) -> dict[str, Any]:
     }
 
 
-async def _server_sent_events(recording: Upload, finals_only: bool) -> AsyncIterator[str]:
+async def _server_sent_events(recording: Upload, stream_language: str | None, finals_only: bool) -> AsyncIterator[str]:
     """Yield OpenAI's server-sent events: what was added to the text, then the whole text.
 
-    With `finals_only` a delta is an utterance: the written form of a partial text could change.
+    `stream_language` is the language that is set, None if languages are not reported. With `finals_only` a delta is an
+    utterance: the written form of a partial text could change.
     """
-    sent, utterance, space = "", -1, ""
+    sent, utterance, space, languages = "", -1, "", list[str]()
     try:
         async for event in recording:
             assert event is not None
@@ -194,7 +205,10 @@ async def _server_sent_events(recording: Upload, finals_only: bool) -> AsyncIter
             if delta := event.text[len(sent) :]:
                 yield _sse({"type": "transcript.text.delta", "delta": (space if not sent else "") + delta})
                 sent, space = event.text, separator(event.text)  # before the next utterance
-        yield _sse({"type": "transcript.text.done", "text": recording.text})
+            if event.kind == "final" and stream_language is not None:
+                languages += languages_of(event.words, stream_language)
+        done: dict[str, Any] = {"type": "transcript.text.done", "text": recording.text}
+        yield _sse(done if stream_language is None else done | {"languages": to_openai(languages)})
     except NemostreamError as error:
         yield _sse({"error": {"message": str(error), "type": "server_error"}})
 

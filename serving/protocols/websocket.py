@@ -14,7 +14,13 @@ from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.formats import time_span, word_to_dict
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, status_of
-from nemostream.serving.protocols.sockets import MAX_TEXT_CHARACTERS, MIN_TEXT_BYTES, close_with_error, reject
+from nemostream.serving.protocols.sockets import (
+    MAX_TEXT_CHARACTERS,
+    MIN_TEXT_BYTES,
+    close_with_error,
+    reject,
+    timed_out,
+)
 from nemostream.serving.service import Service
 from nemostream.serving.session import Session
 
@@ -43,6 +49,8 @@ async def serve(socket: WebSocket, service: Service) -> None:
             await close_with_error(socket, error, event)
         except WebSocketDisconnect:
             session.close("the client disconnected")
+            if timed_out(socket):
+                service.metrics.timeouts.inc()
 
 
 class _Connection:

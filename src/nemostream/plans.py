@@ -46,7 +46,7 @@ from nemostream.untrusted import (
 )
 
 FORMAT = "nemostream-plan"
-VERSION = 2
+VERSION = 3  # raised when engines are built or validated differently: plans of other versions are built again
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 MAX_DESCRIPTION_BYTES = MIB
 

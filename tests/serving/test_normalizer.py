@@ -15,16 +15,20 @@ from nemostream.runtime.text.words import Token
 from nemostream.serving.normalizer import Normalizer
 
 GRAMMARS = """
+import time
+
 class InverseNormalizer:
     def __init__(self, lang):
         with open(__file__ + ".log", "a") as log:
             log.write(lang + "\\n")
         if lang == "sv":
             raise MemoryError
-        self.replaced = {"de": ("zweiundzwanzig", "22"), "en": ("twenty two", "22"), "zh": ("二十二", "22")}[lang]
+        if lang == "es":
+            time.sleep(1)
+        self.spoken = {"es": "veintidós", "de": "zweiundzwanzig", "en": "twenty two", "zh": "二十二"}[lang]
 
     def inverse_normalize(self, text, verbose):
-        return text.replace(*self.replaced)
+        return text.replace(self.spoken, "22")
 """
 
 
@@ -104,3 +108,19 @@ def test_rules_that_cannot_be_loaded_lose_no_text(log: Path) -> None:
         return (await normalizer.rewrite(final((" twenty two", None)), "en-US")).text
 
     assert asyncio.run(run()) == "22"
+
+
+def test_rules_are_loaded_once_if_the_first_client_leaves(log: Path) -> None:
+    async def run() -> str:
+        normalizer = Normalizer()
+        try:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await normalizer.start("es-ES")
+            await normalizer.start("es-US")
+            return (await normalizer.rewrite(final((" veintidós", None)), "es-ES")).text
+        finally:
+            normalizer.close()
+
+    assert asyncio.run(run()) == "22"
+    assert log.read_text().split() == ["es"]

@@ -30,6 +30,7 @@ import pytest
 import riva.client
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import WebSocketDenialResponse
 from websockets.asyncio.client import connect as asyncio_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -189,6 +190,10 @@ def test_models_endpoint_with_openai_client(server: Any) -> None:
     assert service.Service(Settings()).state == "starting"
     with TestClient(create_app(service.Service(Settings()))) as starting:
         assert starting.get("/v1/models/demo").status_code == 503
+        for query in ("", "?itn=1", "?language=de"):
+            with pytest.raises(WebSocketDenialResponse) as denied, starting.websocket_connect(f"/v1/stream{query}"):
+                pass
+            assert denied.value.status_code == 503
 
 
 def test_invalid_forms_have_openai_errors(server: Any, spoken: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -366,3 +368,38 @@ def test_phrase_starts_a_word(tmp_path: Path, tokenizer_model: bytes) -> None:
         assert boosting.bias(node)[token] == pytest.approx(3 if depth == 0 else 6 + math.log(depth + 1))
         node = boosting.next_node(node, token)
     assert node == len(boosting) - 1
+
+
+def test_phrase_of_a_script_without_spaces_is_boosted_within_text(tmp_path: Path) -> None:
+    """Chinese has a space at the start of a text only, as a token of its own or with the first character."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["我在北京友好", "北京", "友好 hello"] * 20),
+        model_writer=model,
+        vocab_size=30,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=["\u2581友", "\u2581去", "北", "京", "友", "好", "我"],
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer = Tokenizer(path, pieces.get_piece_size())
+    ids = {
+        piece: pieces.piece_to_id(piece) for piece in ("\u2581", "北", "京", "\u2581友", "友", "好", "我", "\u2581去")
+    }
+
+    def arrays(boosting: Boosting) -> list[list[float]]:
+        return [boosting.token.tolist(), boosting.first.tolist(), boosting.score.tolist()]
+
+    for phrase, paths in {
+        "北京": [["北", "京"]],
+        "友好": [["\u2581友", "好"], ["友", "好"]],
+        "去好": [["\u2581去", "好"]],  # no piece without the space
+    }.items():
+        expected = [([ids[piece] for piece in path], 2.0) for path in paths]
+        boosting = Boosting.from_phrases({phrase: 2.0}, tokenizer)
+        assert arrays(boosting) == arrays(Boosting(expected, tokenizer.vocabulary))
+    hello = Boosting.from_phrases({"hello": 2.0}, tokenizer)
+    assert arrays(hello) == arrays(Boosting([(pieces.encode("hello"), 2.0)], tokenizer.vocabulary))

@@ -168,6 +168,7 @@ def test_words_of_all_scripts(divided):
         ([" ¿", " que", " ?"], [("¿que?", 0, 2)]),
         (["好", " ,", "好"], [("好,", 0, 1), ("好", 2, 2)]),
         (["<0xE5>", "<0xA5>", "<0xBD>", "<0xE5>", "<0x90>", "<0x97>"], [("好", 0, 2), ("吗", 3, 5)]),
+        (["好", " ", "。", "吗"], [("好。", 0, 2), ("吗", 3, 3)]),
         (["っ"], [("っ", 0, 0)]),  # no preceding word
     ],
 )
@@ -211,6 +212,8 @@ def test_incremental_words_of_mixed_scripts(pieces):
         assert words == group_words(tokens[:count]) == WordGrouper("min").words(tokens, False, count)
     text = "".join(pieces)
     assert "".join(word.text for word in words) == "".join(text.split())
+    starts = [word.start for word in words]
+    assert starts == sorted(starts) and all(word.start < word.end for word in words)
     assert all(unicodedata.category(word.text[0])[0] != "M" for word in words[1:])
     assert not any(word.text[0] in "」。，、？ーっ々า" for word in words[1:])
 

@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 import nemostream
 from nemostream.bundle import Bundle, LanguageConfig
 from nemostream.errors import OptionError
+from nemostream.runtime.text import itn
 from nemostream.serving.languages import english_name, from_riva, select_language, separator
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
@@ -191,6 +192,28 @@ def test_websocket_rejects_unknown_languages(languages_server: Any, speech: Any,
     assert {event["chunk_ms"] for event in events if event["type"] == "final"} == {560}
 
 
+def test_inverse_text_normalization_needs_rules_for_the_language(
+    languages_bundle: Any, serve_here: Any, speech: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is loaded here: with "auto", the first tag of a language loads its rules."""
+    pytest.importorskip("nemo_text_processing", reason="needs the itn extra")
+    monkeypatch.setattr(itn, "LANGUAGES", ("en", "sv"))
+    message = "does not support the language 'de-DE'; it supports en, sv"
+    with serve_here(bundle=str(languages_bundle.path), measure=False) as running:
+        with pytest.raises(InvalidStatus) as caught, connect(f"{running.socket}/v1/stream?itn=1&language=de"):
+            pass
+        answer = caught.value.response
+        assert answer.status_code == 400 and message in json.loads(answer.body or b"")["error"]["message"]
+        create = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
+        with pytest.raises(openai.BadRequestError, match=message):
+            create(model="any", file=nemostream.demo_clip(), language="de", extra_body={"itn": "true"})
+        with connect(f"{running.socket}/v1/stream?itn=1&language=auto") as socket:
+            socket.recv()
+            *events, done = events_of(socket, {"type": "configure", "language": "de"}, speech[:8000].tobytes())
+        (rejected,) = [event for event in events if event["type"] == "rejected"]
+        assert message in rejected["message"] and done["type"] == "done"
+
+
 def test_websocket_detected_languages(languages_server: Any, model: Any, spoken: Any) -> None:
     """Events and words have the language of the tags; the demo model's "of" and "." are tags of en-US and de-DE."""
     audio = np.frombuffer(spoken[6].pcm, np.int16)
@@ -316,9 +339,13 @@ def test_openai_languages(languages_server: Any, model: Any, spoken: Any, texts:
     ):
         verbose = create(model="any", file=path, response_format="verbose_json", **options)
         assert (verbose.text, verbose.language) == (texts[name], english), options
-    events = list(create(model="any", file=path, language="de", stream=True))
-    assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == texts["de-DE"]
-    assert events[-1].text == texts["de-DE"]
+    # The languages of both utterances; only the second one has a tag, that of German.
+    for language, name, codes in (("ar", "ar-AR", ["ar"]), ("en", "en-US", ["en", "de"]), ("auto", "en-US", ["de"])):
+        answer = create(model="any", file=path, language=language)
+        assert [language.code for language in answer.languages] == codes
+        events = list(create(model="any", file=path, language=language, stream=True))
+        assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == texts[name]
+        assert events[-1].text == texts[name] and [language.code for language in events[-1].languages] == codes
     for options in ({"language": "de-AT"}, {"languages": ["en", "de-AT"]}, {"language": "de", "languages": ["de-AT"]}):
         with pytest.raises(openai.BadRequestError, match="similar ones are de-DE"):
             create(model="any", file=path, **options)
@@ -390,8 +417,8 @@ def test_realtime_language(languages_server: Any, model: Any, speech: Any, texts
             await append(speech[at:])
             await connection.input_audio_buffer.commit()
             events += await until(connection, COMPLETED)
-            transcripts = [event.transcript for event in events if event.type == COMPLETED]
-            assert " ".join(transcripts) == expected
+            assert events[-1].transcript == expected
+            assert [language.code for language in events[-1].languages] == ["ar"]
 
     asyncio.run(main())
 
@@ -467,5 +494,6 @@ def test_a_model_of_one_language_reports_it(serve_here: Any, spoken: Any, tmp_pa
             assert {word.language_code for word in result.alternatives[0].words} == {"hi"}
         create = openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0).audio.transcriptions.create
         assert create(model="any", file=clip.path, response_format="verbose_json").language == "hindi"
+        assert create(model="any", file=clip.path).languages is None
         with pytest.raises(openai.BadRequestError, match="supports 'hi' only"):
             create(model="any", file=clip.path, language="en")
