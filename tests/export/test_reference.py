@@ -29,7 +29,6 @@ SIZES = {
     "contexts": ((56, 3), (56, 0), (56, 13)),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as the English model": {},
     "batch norm, biases and xscaling, tied position biases": {
         "conv_norm_type": "batch_norm",
         "use_bias": True,
@@ -77,6 +76,11 @@ def assert_equal(got: Reference, wanted: Reference, checkpoint: Any) -> None:
 def close(got: NDArray[Any], wanted: NDArray[Any], tolerance: float) -> None:
     assert got.shape == wanted.shape
     np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance)
+
+
+def test_numpy_equals_nemo_with_the_options_of_the_english_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Source("tiny", tiny_checkpoint).open(tmp_path / "unpacked")
+    assert_equal(NumpyReference(checkpoint), NemoReference(tiny_checkpoint), checkpoint)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
