@@ -302,7 +302,7 @@ print(bundle.manifest.parity["reference"])
 """
 
 
-def export_without_libraries(source: Path, out: Path) -> Bundle:
+def export_without_libraries(source: str | Path, out: Path) -> Bundle:
     blocked = ("torch", "nemo", "transformers", "safetensors", "tokenizers", "omegaconf", "huggingface_hub")
     script = EXPORT.format(blocked=blocked, source=str(source), out=str(out))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -314,7 +314,9 @@ def export_without_libraries(source: Path, out: Path) -> Bundle:
 def test_nemo_files_are_exported_without_nemo_and_torch(
     tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
-    bundle = export_without_libraries(tiny_checkpoint, tmp_path / "bundle")
+    cached(tmp_path / "home", "a/tiny", {"tiny.nemo": tiny_checkpoint.read_bytes()})
+    bundle = export_without_libraries("a/tiny@refs/pr/3", tmp_path / "bundle")
+    assert bundle.manifest.name == "tiny" and bundle.manifest.checkpoint["revision"] == "c" * 40
     assert bundle.manifest.graphs == tiny_bundle.manifest.graphs
     assert bundle.manifest.weights == tiny_bundle.manifest.weights
     assert bundle.manifest.tokenizer == tiny_bundle.manifest.tokenizer
