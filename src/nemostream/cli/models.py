@@ -26,7 +26,7 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .nemo file, a folder with a checkpoint, or a model as owner/name or owner/name@revision.",
+            help="Checkpoint: a .nemo file, a folder with one, or a model as owner/name or owner/name@revision.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the bundle.")],
