@@ -36,6 +36,7 @@ def export(
             metavar="CODE",
             help="Language of streams that set none, like hi or de-DE: the default of a model with several languages, "
             "or the language of a model that was fine-tuned for another one than English. Default: auto or en.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     triton: Annotated[
