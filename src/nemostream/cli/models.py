@@ -26,7 +26,7 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .nemo file, a folder with a checkpoint, or a model as owner/name or owner/name@revision.",
+            help="Checkpoint: a .nemo file, a folder with one, or a model as owner/name or owner/name@revision.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the bundle.")],
@@ -36,6 +36,7 @@ def export(
             metavar="CODE",
             help="Language of streams that set none, like hi or de-DE: the default of a model with several languages, "
             "or the language of a model that was fine-tuned for another one than English. Default: auto or en.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     triton: Annotated[
