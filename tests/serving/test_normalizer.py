@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,17 @@ def final(*parts: tuple[str, str | None]) -> Event:
     return Event("final", 0, text, text, 0.0, 0.1, 1.0, 80, tuple(tokens))
 
 
+async def stop(normalizer: Normalizer) -> None:
+    """End the processes and wait until the event loop has noticed it."""
+    processes = [process._process for process in normalizer._processes.values()]
+    normalizer.close()
+    for process in processes:
+        if process is not None:
+            await process.wait()
+    gc.collect()
+    await asyncio.sleep(0.1)
+
+
 def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
     async def run() -> list[str]:
         normalizer = Normalizer()
@@ -79,7 +91,7 @@ def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
                 )
             ]
         finally:
-            normalizer.close()
+            await stop(normalizer)
 
     texts = [
         "22 Hunde",
@@ -102,10 +114,13 @@ def test_languages_without_rules_are_rejected(log: Path) -> None:
 def test_rules_that_cannot_be_loaded_lose_no_text(log: Path) -> None:
     async def run() -> str:
         normalizer, event = Normalizer(), final((" tjugotvå", None))
-        with pytest.raises(BackendError, match="it exited"):
-            await normalizer.start("sv-SE")
-        assert await normalizer.rewrite(event, "sv-SE") is event
-        return (await normalizer.rewrite(final((" twenty two", None)), "en-US")).text
+        try:
+            with pytest.raises(BackendError, match="it exited"):
+                await normalizer.start("sv-SE")
+            assert await normalizer.rewrite(event, "sv-SE") is event
+            return (await normalizer.rewrite(final((" twenty two", None)), "en-US")).text
+        finally:
+            await stop(normalizer)
 
     assert asyncio.run(run()) == "22"
 
@@ -120,7 +135,7 @@ def test_rules_are_loaded_once_if_the_first_client_leaves(log: Path) -> None:
             await normalizer.start("es-US")
             return (await normalizer.rewrite(final((" veintidós", None)), "es-ES")).text
         finally:
-            normalizer.close()
+            await stop(normalizer)
 
     assert asyncio.run(run()) == "22"
     assert log.read_text().split() == ["es"]
