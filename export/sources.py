@@ -53,7 +53,7 @@ class Source:
     @property
     def name(self) -> str:
         """Name of the model: of the file, or of the folder; of the repository if the folder is a snapshot of one."""
-        if self.path.is_file():
+        if not self.path.is_dir():
             return self.path.stem
         folder = self.path.resolve()
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
@@ -62,14 +62,14 @@ class Source:
 
     def check(self) -> ModelConfig:
         """Return the sizes of the model. Raises `CheckpointError` if it is not supported; weights are not read."""
-        return check_config(read_config(self.path)) if self.path.is_file() else check_transformers(self.path)
+        return check_transformers(self.path) if self.path.is_dir() else check_config(read_config(self.path))
 
     def open(self, workdir: Path) -> Checkpoint:
         """Open the checkpoint; files that have to be unpacked or converted are written into `workdir`.
 
         Raises `CheckpointError` if the checkpoint is damaged or not supported.
         """
-        if self.path.is_file():
+        if not self.path.is_dir():
             return open_checkpoint(self.path, workdir)
         if not self.name.isprintable():
             raise CheckpointError(f"{short_repr(self.name)} has unprintable characters; rename the folder.")
@@ -77,11 +77,11 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """Return the origin for the manifest: what was given, and hash and size of the weights."""
-        files = [self.path] if self.path.is_file() else weight_files(self.path)
+        files = weight_files(self.path) if self.path.is_dir() else [self.path]
         origin: dict[str, Any] = {"source": self.given, "sha256": sha256(files[0])}
         if len(files) > 1:
             origin["shards"] = {file.name: sha256(file) for file in files[1:]}
-        commit = self.path.parent.name if self.path.is_file() else self.path.name
+        commit = (self.path if self.path.is_dir() else self.path.parent).name
         if _COMMIT.fullmatch(commit):
             origin["revision"] = commit
         return origin | {"bytes": sum(file.stat().st_size for file in files)}
@@ -121,7 +121,10 @@ def _find(checkpoint: str | Path, report: Report) -> Path:
 
 def _in_folder(folder: Path) -> Path:
     """Return the checkpoint in a folder: its only `.nemo` file, or the folder itself. Raises `CheckpointError`."""
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror}).") from error
     if folder.name.startswith("models--") and "snapshots" in names:
         return _in_folder(_snapshot(folder, "main"))
     archives = [name for name in names if name.endswith(".nemo")]

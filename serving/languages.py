@@ -54,7 +54,7 @@ def select_language(languages: LanguageConfig, language: str | None, candidates:
     """Return the name of the language that OpenAI's `language` and `languages` select; None if both are empty.
 
     `candidates` are possible languages of the audio: one is the language, among several the model detects it. Raises
-    `OptionError` if the model supports one of them not, or if it cannot detect the language.
+    `OptionError` if the model does not support one of them, or cannot detect the language.
     """
     if len(candidates) > _MAX_CANDIDATES:
         raise OptionError(f"languages has {len(candidates)} entries; the maximum is {_MAX_CANDIDATES}.")
@@ -98,7 +98,7 @@ def to_openai(names: Iterable[str]) -> list[dict[str, str]]:
 
 
 def to_riva(language: str | None) -> str:
-    """Return Riva's code of a language: names of languages with their region; empty if it is unknown."""
+    """Return Riva's code of a language, with a region for English; empty if the language is not known."""
     if language is None or language == AUTO:
         return ""
     return "en-US" if language == "en" else language

@@ -84,6 +84,21 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
     nemostream.load(precision="int8", engines=engines).close()
 
 
+def test_int8_of_a_prompted_model(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Validated with different prompts in the rows of a batch, and used with one per stream."""
+    bundle, store = prompted_bundle(demo_bundle, tmp_path / "bundle"), PlanStore(tmp_path / "engines")
+    chunk = bundle.manifest.chunk(1120)
+    plan, built = build_engine(bundle, chunk, "int8", store, backend="onnxruntime")
+    assert built and (plan.validation["rows"], plan.validation["neighbour_difference"]) == (9, 0)
+    engine, fp32 = OrtBackend(bundle, capacity=2, plans={1120: plan}), OrtBackend(bundle, capacity=2)
+    audio = np.stack([speech(bundle.manifest)[0][: chunk.samples]] * 2)
+    batch = Batch(chunk, np.arange(2), audio, np.full(2, chunk.samples), np.array([0, 6]))
+    got, wanted = engine.encode(batch)[0], fp32.encode(batch)[0]
+    cosines = (got * wanted).sum(-1) / (np.linalg.norm(got, axis=-1) * np.linalg.norm(wanted, axis=-1))
+    assert cosines.min() > MIN_COSINE["int8"]
+    assert np.abs(wanted[0] - wanted[1]).max() > 1
+
+
 def test_only_built_chunk_sizes_can_be_used(build: Callable[..., Any], tmp_path: Path) -> None:
     assert build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 560)[0] == 0
     with nemostream.load(precision="int8", engines=tmp_path / "engines") as model:

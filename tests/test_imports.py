@@ -48,7 +48,7 @@ RULES = {
         frozenset({"numpy"}), only={"nemostream.__main__": frozenset({"nemostream.cli.interrupt"})}, at_import=True
     ),
     "nemostream.cli": Rule(
-        frozenset({"numpy", *(f"nemostream.runtime.text.{module}" for module in ("formats", "scripts", "words"))}),
+        frozenset({"numpy", *(f"nemostream.runtime.text.{name}" for name in ("formats", "scripts", "words"))}),
         only={
             "nemostream.cli.main": frozenset({"typer"}),
             "nemostream.cli.options": frozenset({"typer"}),

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import nemostream
+from nemostream.bundle import Bundle
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -163,3 +164,15 @@ def test_a_fresh_install_runs(fresh: Callable[..., str]) -> None:
 def test_export_in_a_fresh_install_names_the_missing_extra(fresh: Callable[..., str]) -> None:
     script = "import nemostream.cli.main; nemostream.cli.main._run(['export', 'a.nemo', 'out']) == 7 or exit(1)"
     assert fresh("python", "-c", script) == ""
+
+
+@pytest.mark.slow
+def test_the_export_extra_is_enough(wheel: Path, fresh: Callable[..., str]) -> None:
+    """It exports a `.nemo` file without NeMo and PyTorch, to the bundle that the package contains."""
+    fresh("python", "-m", "pip", "install", "--quiet", "--prefer-binary", f"{wheel}[export]")
+    lines = fresh("python", "-m", "pip", "list", "--format", "freeze").lower().splitlines()
+    assert not {line.partition("==")[0] for line in lines} & {"torch", "nemo-toolkit", "nemo_toolkit", "transformers"}
+    folder = fresh("nemostream", "export", str(ROOT / "examples" / "demo_model" / "demo.nemo"), "exported").strip()
+    script = "import sys; from nemostream.bundle import Bundle; print(Bundle.open(sys.argv[1]).manifest.weights.sha256)"
+    packaged = Bundle.open(nemostream.demo_bundle()).manifest
+    assert fresh("python", "-c", script, folder).strip() == packaged.weights.sha256

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from nemostream.bundle import LanguageConfig, Tensor
 from nemostream.step_loop import advance_caches, padded_chunks, run_steps
 
 
@@ -64,3 +67,41 @@ def test_state_is_carried_from_step_to_step(demo_bundle):
     (fresh,) = run_steps(manifest, chunk, steps[1:2], features, encoder)
     assert np.abs(second["encoded"] - fresh["encoded"]).max() > 1e-3
     assert {"mel", "audio_tail_next", "encoded", "encoded_joint", "k_new"} <= first.keys()
+
+
+class Recorder:
+    """A session that records its inputs, and returns zeros in the shapes of a graph's outputs."""
+
+    def __init__(self, graph) -> None:
+        self.graph, self.inputs = graph, []
+
+    def get_outputs(self):
+        return self.graph.outputs
+
+    def run(self, names, feed):
+        self.inputs.append(dict(feed))
+        sizes = ([1 if axis == "B" else axis for axis in tensor.shape] for tensor in self.graph.outputs)
+        return [np.zeros(size, np.float32) for size in sizes]
+
+
+def test_prompted_encoders_get_the_prompt_of_each_step(demo_bundle):
+    """The default language, unless a step has another one; other encoders have no such input."""
+    chunk = demo_bundle.manifest.chunk(560)
+    audio = np.zeros(3 * chunk.samples, np.float32)
+    graph = demo_bundle.manifest.graphs["encoder-560ms"]
+    prompted = dataclasses.replace(graph, inputs=(*graph.inputs, Tensor("prompt", "int64", ("B",))))
+    manifest = dataclasses.replace(
+        demo_bundle.manifest,
+        graphs={**demo_bundle.manifest.graphs, "encoder-560ms": prompted},
+        languages=LanguageConfig("de-DE", {"en-US": 0, "de-DE": 9}, 10),
+    )
+    for used, wanted in ((demo_bundle.manifest, None), (manifest, [9, 0, 9])):
+        steps = list(padded_chunks(used, chunk, audio))[:3]
+        steps[1] = dataclasses.replace(steps[1], prompt=0)
+        features, encoder = (Recorder(used.graphs[f"{kind}-560ms"]) for kind in ("features", "encoder"))
+        assert len(list(run_steps(used, chunk, steps, features, encoder))) == 3
+        assert all((inputs.keys() == {tensor.name for tensor in encoder.graph.inputs}) for inputs in encoder.inputs)
+        if wanted:
+            got = [inputs["prompt"] for inputs in encoder.inputs]
+            assert [prompt.tolist() for prompt in got] == [[prompt] for prompt in wanted]
+            assert all(prompt.dtype == np.int64 for prompt in got)

@@ -75,7 +75,8 @@ def _decode(inputs: DecodeInput, boosted: float) -> list[Labels]:
     """Decode with boosting for a share `boosted` of the rows."""
     rows = len(inputs.encoded)
     boosts = [boosting if row < boosted * rows else None for row, boosting in enumerate(inputs.boosts)]
-    return label_looping(inputs.net, inputs.encoded, inputs.counts, inputs.state, boosts if boosted else ())[0]
+    phrases, max_pairs = boosts if boosted else (), inputs.net.max_pairs
+    return label_looping(inputs.net, inputs.encoded, inputs.counts, inputs.state, phrases, max_pairs)[0]
 
 
 def _decode_without_confidence(inputs: DecodeInput) -> list[Labels]:
@@ -191,7 +192,7 @@ class RandomBlankTransducer:
     """
 
     def __init__(self, net: Any, frames_per_second: float) -> None:
-        self._net, self.blank, self.max_symbols = net, net.blank, net.max_symbols
+        self._net, self.blank, self.max_symbols, self.max_pairs = net, net.blank, net.max_symbols, net.max_pairs
         rate = TOKENS_PER_SECOND / frames_per_second
         self._share = rate / (1 + rate)  # of joint results that are labels: each frame also has one blank
 

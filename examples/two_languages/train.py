@@ -277,6 +277,8 @@ class Trainer:
             smooth = float(loss.detach()) if step == 0 else 0.95 * smooth + 0.05 * float(loss.detach())
             if step % 50 == 49:
                 print(f"step {step + 1} loss {smooth:.3f}, {time.process_time() - cpu:.0f} CPU s", flush=True)
+        self.model.eval()
+        self._rescale(cache[0])
 
     def _standardise(self, frames: torch.Tensor) -> None:
         """Initialise the prompt kernel for encoder frames [N, D] of another mean and variance than 0 and 1."""
@@ -284,6 +286,27 @@ class Trainer:
         with torch.no_grad():
             first.weight[:, :width] /= frames.std(dim=0)
             first.bias -= first.weight[:, :width] @ frames.mean(dim=0)
+
+    def _rescale(self, batch: Batch) -> None:
+        """Scale layers that are not followed by a normalisation, so that their outputs have a variance near 1.
+
+        ReLU layers commute with positive factors, so the model remains the same. Large outputs have large rounding
+        errors, and the exporter compares them with an absolute tolerance.
+        """
+        kernel, joint = self.model.prompt_kernel, self.model.joint
+        with torch.no_grad():
+            encoded = self.prompted(batch.encoded, torch.zeros(batch.encoded.shape[:2], dtype=torch.long))
+            projected = joint.project_encoder(encoded)
+            # Powers of two, so that rounding to float16 gives the same weights.
+            outer, inner = (2.0 ** round(float(output.std().log2())) for output in (encoded, projected))
+            for factor, parameters in (
+                (1 / outer, kernel[2].parameters()),
+                (outer / inner, [joint.enc.weight]),
+                (1 / inner, [joint.enc.bias, *joint.pred.parameters()]),
+                (inner, [joint.joint_net[2].weight]),
+            ):
+                for parameter in parameters:
+                    parameter *= factor
 
     @torch.inference_mode()
     def transcribe(self, example: Example, prompts: torch.Tensor, context: tuple[int, int]) -> list[int]:
@@ -311,6 +334,26 @@ class Trainer:
                     total += len(wanted)
                 shares.append(f"{wrong / total:.1%}")
             print(f"{80 * (context[1] + 1)} ms: wrong labels with en-US, de-DE, auto: {', '.join(shares)}", flush=True)
+
+    def clip(self, speaker: str) -> Example:
+        """Return the first example of held-out recordings without an error for any prompt and context.
+
+        One of the prompts changes in the pauses: English, German, English.
+        """
+        for seed in range(400):
+            rng = np.random.default_rng(seed)
+            example = self.recordings.example(rng, True, speaker, [[1, 2, 3], [4, 5, 6, 7], [8, 9, 0]])
+            changing = np.zeros(2000, int)
+            changing[example.times[3] : example.times[8]] = 1  # the ends of the groups
+            for prompts in (changing, *(np.full(2000, prompt) for prompt in range(3))):
+                wanted, _ = self.labels(example, prompts)
+                found = (self.transcribe(example, torch.from_numpy(prompts), context) for context in SIZES.contexts)
+                if any(tokens != wanted for tokens in found):
+                    break
+            else:
+                print(f"{speaker}: clip {seed}", flush=True)
+                return example
+        raise ValueError(f"no clip of {speaker} without errors")
 
 
 def distance(a: list[int], b: list[int]) -> int:
@@ -343,9 +386,7 @@ def main() -> None:
     if options.clips:
         options.clips.mkdir(parents=True, exist_ok=True)
         for name, speaker in (("english", "jackson"), ("german", "lucas")):
-            groups = [[1, 2, 3], [4, 5, 6, 7], [8, 9, 0]]
-            example = trainer.recordings.example(np.random.default_rng(SEED), True, speaker, groups)
-            soundfile.write(options.clips / f"{name}.flac", example.audio, RATE, subtype="PCM_16")
+            soundfile.write(options.clips / f"{name}.flac", trainer.clip(speaker).audio, RATE, subtype="PCM_16")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nemostream.benchmarks.harness.synthetic import synthetic_model
+from nemostream.benchmarks.harness.synthetic import Sizes, model_config, synthetic_model, train_tokenizer
 from nemostream.bundle import ChunkConfig
 from nemostream.clips import read_clip
 from nemostream.export.reference import NemoReference, NumpyReference, Reference, TransformersReference
@@ -29,7 +29,6 @@ SIZES = {
     "contexts": ((56, 3), (56, 0), (56, 13)),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as the English model": {},
     "batch norm, biases and xscaling, tied position biases": {
         "conv_norm_type": "batch_norm",
         "use_bias": True,
@@ -79,11 +78,34 @@ def close(got: NDArray[Any], wanted: NDArray[Any], tolerance: float) -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance)
 
 
+def test_numpy_equals_nemo_with_the_options_of_the_english_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Source("tiny", tiny_checkpoint).open(tmp_path / "unpacked")
+    assert_equal(NumpyReference(checkpoint), NemoReference(tiny_checkpoint), checkpoint)
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_numpy_equals_nemo(changes: dict[str, Any], tmp_path: Path) -> None:
     path = synthetic_model(tmp_path / "variant.nemo", **(SIZES | changes))
     checkpoint = Source("variant", path).open(tmp_path / "unpacked")
     assert_equal(NumpyReference(checkpoint), NemoReference(path), checkpoint)
+
+
+def test_numpy_equals_nemo_for_one_speaker_of_a_multitalker_model(tmp_path: Path) -> None:
+    import torch
+    from nemo.collections.asr.models import EncDecMultiTalkerRNNTBPEModel
+    from omegaconf import OmegaConf
+
+    sizes = Sizes(**(SIZES | {"n_layers": 1, "contexts": ((56, 3),)}))
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        train_tokenizer(tmp_path, sizes.vocab, 0)
+        speaker = {"spk_kernel_type": "ff", "spk_kernel_layers": [0], "add_bg_spk_kernel": True}
+        target = "nemo.collections.asr.models.multitalker_asr_models.EncDecMultiTalkerRNNTBPEModel"
+        config = OmegaConf.merge(model_config(sizes, tmp_path), {"target": target, **speaker})
+        EncDecMultiTalkerRNNTBPEModel(cfg=config).eval().save_to(str(tmp_path / "speakers.nemo"))
+    checkpoint = Source("speakers", tmp_path / "speakers.nemo").open(tmp_path / "unpacked")
+    assert len(checkpoint.speaker_kernels) == 2
+    assert_equal(NumpyReference(checkpoint), NemoReference(tmp_path / "speakers.nemo"), checkpoint)
 
 
 @pytest.mark.parametrize("options", [{"xscaling": False}, {"xscaling": True, "biases": True}], ids=str)

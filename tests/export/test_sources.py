@@ -80,6 +80,14 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert rejected(folder).endswith("has several .nemo files; give one of other.nemo, voice.nemo.")
 
 
+def test_other_kinds_of_files_are_rejected(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nemo")
+    (tmp_path / "voice.pt").write_bytes(b"x" * 1000)
+    for path in (tmp_path / "pipe.nemo", tmp_path / "voice.pt", Path("/dev/null")):
+        with pytest.raises(CheckpointError, match=r"cannot be read as a \.nemo checkpoint"):
+            find_source(path, print).check()
+
+
 @pytest.mark.parametrize("given", ["no.nemo", "./voice", "/none", "a/b/c", "~/none", "folder/no.nemo", ""])
 def test_paths_that_do_not_exist(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

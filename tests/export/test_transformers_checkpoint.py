@@ -224,3 +224,24 @@ def test_missing_and_truncated_files(prompted_folder: Path, tmp_path: Path) -> N
     header["base_model.adapter"] = header.pop("joint.head.bias")
     (folder / "model.safetensors").write_bytes(safetensors(header, data))
     reject(folder, "'base_model.adapter', which is not part of nemotron_asr_streaming or nemotron3_5_asr; merge")
+
+
+def test_damaged_safetensors_raise_no_other_errors(tmp_path: Path) -> None:
+    """Bytes of the header are changed: it is rejected, or arrays are still inside the file."""
+    rng = np.random.default_rng(0)
+    content = safetensors({"a": entry(0, 48, [3, 4]), "b": entry(48, 56, [4], "BF16")}, b"\0" * 56)
+    (tmp_path / "good").write_bytes(content)
+    assert {name: array.shape for name, array in SafeTensors(tmp_path / "good").items()} == {"a": (3, 4), "b": (4,)}
+    rejected = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(0, len(content) - 56)] = rng.integers(0, 256)
+        (tmp_path / "damaged").write_bytes(damaged)
+        try:
+            for array in SafeTensors(tmp_path / "damaged").values():
+                assert array.size <= 56
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            rejected += 1
+    assert rejected > 100

@@ -411,12 +411,12 @@ def test_configurations(config: Any) -> None:
     checkpoint = pytest.importorskip("nemostream.export.checkpoint", reason="needs the export extra")
     checkpoint.check_config(CONFIG)
     try:
-        features, encoder, decoder, chunks, _ = checkpoint.check_config(config)
+        model = checkpoint.check_config(config)
     except NemostreamError as error:
         check_message(error)
         return
     # An accepted configuration can be exported: no size is too large to allocate.
-    for spec in (features, encoder, decoder, *chunks):
+    for spec in (model.features, model.encoder, model.decoder, *model.chunks):
         for name, value in vars(spec).items():
             assert isinstance(value, int | float | str) and not isinstance(value, bool), name
             assert isinstance(value, str) or 0 <= value < 1 << 30, name

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,21 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder / "inverse_normalize.py.log"
 
 
+@asynccontextmanager
+async def open_normalizer() -> AsyncIterator[Normalizer]:
+    """Yield a normalizer. At the end its processes are closed, and awaited while their event loop runs."""
+    normalizer = Normalizer()
+    try:
+        yield normalizer
+    finally:
+        processes = [one._process for one in normalizer._processes.values() if one._process]
+        normalizer.close()
+        for process in processes:
+            assert process.stdout is not None
+            await process.wait()
+            await process.stdout.read()
+
+
 def final(*parts: tuple[str, str | None]) -> Event:
     """Return a final event with these texts, each followed by a language tag or None."""
     tokens: list[Token] = []
@@ -57,21 +72,9 @@ def final(*parts: tuple[str, str | None]) -> Event:
     return Event("final", 0, text, text, 0.0, 0.1, 1.0, 80, tuple(tokens))
 
 
-async def stop(normalizer: Normalizer) -> None:
-    """End the processes and wait until the event loop has noticed it."""
-    processes = [process._process for process in normalizer._processes.values()]
-    normalizer.close()
-    for process in processes:
-        if process is not None:
-            await process.wait()
-    gc.collect()
-    await asyncio.sleep(0.1)
-
-
 def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
     async def run() -> list[str]:
-        normalizer = Normalizer()
-        try:
+        async with open_normalizer() as normalizer:
             await normalizer.start("auto")
             assert not log.exists()
             await normalizer.start("de-DE")
@@ -90,8 +93,6 @@ def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
                     (german, "de-DE"),
                 )
             ]
-        finally:
-            await stop(normalizer)
 
     texts = [
         "22 Hunde",
@@ -113,29 +114,24 @@ def test_languages_without_rules_are_rejected(log: Path) -> None:
 
 def test_rules_that_cannot_be_loaded_lose_no_text(log: Path) -> None:
     async def run() -> str:
-        normalizer, event = Normalizer(), final((" tjugotvå", None))
-        try:
+        event = final((" tjugotvå", None))
+        async with open_normalizer() as normalizer:
             with pytest.raises(BackendError, match="it exited"):
                 await normalizer.start("sv-SE")
             assert await normalizer.rewrite(event, "sv-SE") is event
             return (await normalizer.rewrite(final((" twenty two", None)), "en-US")).text
-        finally:
-            await stop(normalizer)
 
     assert asyncio.run(run()) == "22"
 
 
 def test_rules_are_loaded_once_if_the_first_client_leaves(log: Path) -> None:
     async def run() -> str:
-        normalizer = Normalizer()
-        try:
+        async with open_normalizer() as normalizer:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
                     await normalizer.start("es-ES")
             await normalizer.start("es-US")
             return (await normalizer.rewrite(final((" veintidós", None)), "es-ES")).text
-        finally:
-            await stop(normalizer)
 
     assert asyncio.run(run()) == "22"
     assert log.read_text().split() == ["es"]

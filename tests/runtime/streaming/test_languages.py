@@ -12,6 +12,7 @@ import itertools
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -152,9 +153,10 @@ def test_a_chunk_that_a_filter_holds_back_keeps_its_language(prompted):
             chunker = reloaded
     chunker.finish()
     items += [chunker.take() for _ in range(chunker.queued)]
-    run = [item.prompt for item in items if item.kind == "run"]
-    assert run[0] == 0 and run[-1] == 6 and run.count(4) > 8  # a second before the first chunk that passes
-    assert [item.prompt for item in items] == sorted(item.prompt for item in items)
+    complete = [(number + 1) * 1280 - LEAD for number in range(len(items))]  # samples of the stream
+    assert [item.prompt for item in items] == [(0, 3, 4, 6)[min((at - 1) // 12_800, 3)] for at in complete]
+    assert {item.prompt for item in items if item.kind == "skip"} == {0, 3}
+    assert [item.prompt for item in items if item.kind == "run"][:4] == [0, 3, 3, 4]  # the first, and the lead
 
 
 # -- which languages ---------------------------------------------------------------------------------------------------
@@ -269,16 +271,24 @@ def test_a_resumed_transcription_has_the_same_language(model, backend, state):
     assert resumed == model.transcribe(audio, language="fr")
 
 
-def test_a_restored_stream_has_the_language_in_effect_at_the_snapshot(model, prompted):
+def test_a_restored_stream_has_the_language_in_effect_at_the_snapshot(model, tmp_path):
     """`transcribe` cannot change the language, but sessions can."""
-    manifest = prompted.manifest
-    changed, restored = Chunker(manifest, manifest.chunk(560)), Chunker(manifest, manifest.chunk(560), prompt=3)
-    changed.accept(noise(7, 100))
-    changed.prompt = 4
-    restored.load(changed.save())
-    assert restored.prompt == 4
-    restored.accept(noise(8, 9000))
-    assert restored.take().prompt == 4
+    checkpointer, audio = snapshot.Checkpointer(tmp_path / "state", {}), noise(7, 40_000)
+    with closing(model.open_session(16000, 1, language="fr", checkpointer=checkpointer)) as session:
+        session.feed(audio[:9000])
+        session.set_language("de")
+        session.feed(audio[9000:18_000])
+        session.wait()
+        assert session.result.language == "de-DE"  # of the last chunk, although the results are not collected yet
+        assert [result.language for result in session.collect()] == ["fr-FR", "de-DE"]
+        checkpointer.save(session.save())
+    with closing(model.open_session(16000, 1, language="fr", checkpointer=checkpointer)) as session:
+        assert session.language == session.result.language == "de-DE"
+        for begin, end in ((0, 9000), (9000, 18_000), (18_000, 40_000)):  # the same blocks
+            session.feed(audio[begin:end])
+        session.finish()
+        session.wait()
+        assert {result.language for result in session.collect()} == {session.final().language} == {"de-DE"}
 
 
 @pytest.mark.parametrize("prompts", [[1], [-1], [7], [], [4, 4], [4.0]])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from host_device import OrtEncoder
+from cuda_on_cpu import MISSING
+from host_device import HostDevice, OrtEncoder
 from prompted import LANGUAGES, prompted_bundle
 
 from nemostream.bundle import Bundle
@@ -101,6 +103,41 @@ def test_encoder_output(gpu: GpuBackend, prompted: Bundle, clips: dict[str, np.n
         used = np.empty(len(rows), np.int64)
         gpu.arena.read("row_prompt", used)
         assert used.tolist() == rows
+
+
+@pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")
+def test_exported_model(tmp_path: Path, clips: dict[str, np.ndarray]) -> None:
+    """A model that the exporter wrote, with the chunk sizes and the left context of nemotron-3.5-asr-streaming-0.6b."""
+    pytest.importorskip("onnx")
+    from nemostream.benchmarks.harness.random_bundle import random_bundle
+    from nemostream.benchmarks.harness.synthetic import Sizes
+
+    sizes = Sizes(
+        n_layers=2,
+        d_model=64,
+        n_heads=4,
+        conv_channels=8,
+        pred_hidden=48,
+        joint_hidden=48,
+        vocab=300,
+        contexts=((56, 3), (56, 0), (56, 6), (56, 13)),
+    )
+    bundle = random_bundle(tmp_path / "bundle", sizes=sizes, languages=LANGUAGES)
+    assert (bundle.manifest.encoder.cache, [chunk.ms for chunk in bundle.manifest.chunks]) == (56, [80, 320, 560, 1120])
+    decoder = dataclasses.replace(bundle.manifest.decoder, max_symbols=2)  # random weights emit as many as they can
+    bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, decoder=decoder))
+    chunk, device = bundle.manifest.chunk(320), HostDevice()
+    gpu = GpuBackend(bundle, device, {320: OrtEncoder(bundle, chunk, device)}, capacity=3)
+    cpu, found = OrtBackend(bundle, capacity=3, threads=1), set()
+    cpu.reset(np.arange(3))
+    for step in range(16):  # until the ring of 56 frames has wrapped around
+        audio, lengths = speech(clips, chunk, step, [0, 1, 2]), np.full(3, chunk.samples)
+        batch = Batch(chunk, np.arange(3), audio, lengths, np.array([0, 6, IDS[step % len(IDS)]]))
+        got = tokens(gpu.submit(batch).result())
+        assert got == tokens(cpu.submit(batch).result())
+        found.update(token for row, _ in got for token in row)
+    assert len(found) > 5
+    gpu.close()
 
 
 @pytest.mark.parametrize("invalid", [-1, LANGUAGES.count, 1 << 32])
