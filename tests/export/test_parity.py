@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,13 @@ def test_a_bundle_without_the_prompts_of_the_model(prompted_folder: Path, tmp_pa
 
 
 class Scaled(Mapping[str, NDArray[Any]]):
-    """The state of a checkpoint whose output layer is multiplied by `factor`."""
+    """The state of a checkpoint whose weights with `part` in their name are multiplied by `factor`."""
 
-    def __init__(self, state: Mapping[str, NDArray[Any]], factor: float) -> None:
-        self._state, self._factor = state, factor
+    def __init__(self, state: Mapping[str, NDArray[Any]], part: str, factor: float) -> None:
+        self._state, self._part, self._factor = state, part, factor
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._state[name] * np.float32(self._factor if "joint_net" in name else 1)
+        return self._state[name] * np.float32(self._factor if self._part in name else 1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -149,21 +150,27 @@ class Scaled(Mapping[str, NDArray[Any]]):
 
 
 class Noisy(NumpyReference):
-    """A reference whose log-probabilities are off by `noise`."""
+    """A reference whose log-probabilities, or prompted encoder frames, are off by `noise`."""
 
-    noise = 0.0
+    noise = prompt_noise = 0.0
 
     def join(self, projected: NDArray[Any], predicted: NDArray[Any]) -> NDArray[Any]:
         joined = super().join(projected, predicted)
         joined[3, 5] += self.noise
         return joined
 
+    def apply_prompt(self, encoded: NDArray[Any], prompts: NDArray[np.int64]) -> NDArray[Any]:
+        prompted = super().apply_prompt(encoded, prompts)
+        self.largest = float(np.abs(prompted).max())
+        prompted[3, 5] += self.prompt_noise
+        return prompted
+
 
 def test_the_tolerance_of_the_joint_is_relative_to_large_logits(transformers_folder: Path, tmp_path: Path) -> None:
     """1e-4 absolute up to 10, and 1e-5 of the largest log-probability above."""
     checkpoint = Source("x", transformers_folder).open(tmp_path / "unpacked")
     for factor in (1.0, 200.0):
-        scaled = dataclasses.replace(checkpoint, state=Scaled(checkpoint.state, factor))
+        scaled = dataclasses.replace(checkpoint, state=Scaled(checkpoint.state, "joint_net", factor))
         folder = tmp_path / str(factor)
         folder.mkdir()
         bundle = write_bundle(scaled, folder, {})
@@ -182,6 +189,23 @@ def test_the_tolerance_of_the_joint_is_relative_to_large_logits(transformers_fol
             reference.noise = 4e-5 * largest
             with pytest.raises(ParityError, match="joint differs from NumPy by"):
                 measure_parity(bundle, reference, quiet)
+
+
+def test_the_tolerance_of_prompted_frames_is_relative_to_large_values(prompted_folder: Path, tmp_path: Path) -> None:
+    """Other encoders end with a layer norm; the prompt layers do not."""
+    checkpoint = Source("x", prompted_folder).open(tmp_path / "unpacked")
+    for factor, noise, fails in ((1.0, 1.5e-4, True), (1000.0, 1.5e-4, False), (1000.0, None, True)):
+        scaled = dataclasses.replace(checkpoint, state=Scaled(checkpoint.state, "prompt_kernel.2", factor))
+        folder = tmp_path / f"{factor}-{noise}"
+        folder.mkdir()
+        bundle = write_bundle(scaled, folder, {})
+        bundle = Bundle(folder, dataclasses.replace(bundle.manifest, chunks=bundle.manifest.chunks[-1:]))
+        reference = Noisy(scaled)
+        measure_parity(bundle, reference, quiet)
+        assert (reference.largest < 10) == (factor == 1) and (factor == 1 or reference.largest > 40)
+        reference.prompt_noise = noise or 4e-5 * reference.largest
+        with pytest.raises(ParityError, match=r"encoder-\d+ms differs") if fails else nullcontext():
+            measure_parity(bundle, reference, quiet)
 
 
 def test_the_manifest_accepts_the_name_of_the_reference(demo_bundle: Bundle) -> None:
