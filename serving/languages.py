@@ -50,6 +50,21 @@ def separator(text: str) -> str:
     return "" if ends_unspaced(text) else " "
 
 
+_CODES = {name: code for code, name in reversed(_NAMES.items())}
+
+
+def _find(languages: LanguageConfig, language: str) -> str:
+    """Return the name of a language that a client gives as a code, or by its English name as Whisper's clients do.
+
+    A model of one language accepts every name that begins with its code, such as "eng". Raises `OptionError` if the
+    model does not support the language.
+    """
+    language = _CODES.get(language.lower(), language)
+    if not languages.prompts and language.lower().startswith(languages.default.lower()):
+        return languages.default
+    return languages.name(language)
+
+
 def select_language(languages: LanguageConfig, language: str | None, candidates: Sequence[str] = ()) -> str | None:
     """Return the name of the language that OpenAI's `language` and `languages` select; None if both are empty.
 
@@ -58,9 +73,9 @@ def select_language(languages: LanguageConfig, language: str | None, candidates:
     """
     if len(candidates) > _MAX_CANDIDATES:
         raise OptionError(f"languages has {len(candidates)} entries; the maximum is {_MAX_CANDIDATES}.")
-    names = list(dict.fromkeys(languages.name(one) for one in candidates if one))
+    names = list(dict.fromkeys(_find(languages, one) for one in candidates if one))
     if language:
-        return languages.name(language)
+        return _find(languages, language)
     if len(names) > 1:
         if AUTO not in languages.prompts:
             raise OptionError(
@@ -80,7 +95,7 @@ def from_riva(languages: LanguageConfig, code: str) -> str | None:
         return None
     if code.lower().replace("_", "-") in ("multi", "multi-language") and AUTO in languages.prompts:
         return languages.name(AUTO)
-    return languages.name(code)
+    return _find(languages, code)
 
 
 def languages_of(words: Iterable[Word], language: str) -> list[str]:

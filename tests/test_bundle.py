@@ -21,6 +21,7 @@ from nemostream.bundle import (
     FeatureConfig,
     File,
     Graph,
+    LanguageConfig,
     Manifest,
     Tensor,
     Weight,
@@ -372,3 +373,14 @@ def test_external_files_of_all_kinds_of_tensors(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, functions=[function])
     wanted = {"subgraph", "attribute", "initializer", "sparse", "indices", "function"}
     assert external_files(model.SerializeToString()) == wanted
+
+
+def test_names_of_languages_in_all_spellings() -> None:
+    """Checkpoints write names with "-" or "_"; so do users, in any case."""
+    languages = LanguageConfig("pt_BR", {"pt_BR": 0, "pt": 0, "zh_CN": 1, "zh-TW": 2, "auto": 3}, 4)
+    assert languages.name(None) == "pt_BR"
+    for spelling in ("pt_BR", "pt-BR", "PT_br", "pt"):
+        assert languages.name(spelling) == "pt_BR" and languages.prompt(spelling) == 0
+    assert languages.name("zh") == "zh_CN" and languages.name("ZH_tw") == "zh-TW"
+    with pytest.raises(OptionError, match="similar ones are zh_CN, zh-TW"):
+        languages.name("zh-HK")

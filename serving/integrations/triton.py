@@ -132,13 +132,23 @@ class TritonPythonModel:
             return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
         name = str(request.correlation_id())  # not a control input: Triton 2.x fails to batch those of strings
+        end = bool(tensor("END").flat[0])
+        try:  # before anything is processed: the stream stays open, and the request can be sent again
+            options = json.loads(request.parameters() or "{}")
+            if "language" in options:
+                options["language"] = self._model.manifest.languages.name(options["language"] or self._language)
+        except (OptionError, ValueError) as error:
+            if end and (stream := self._streams.pop(name, None)):  # Triton has ended the sequence
+                stream[0].close()
+            reason = error if isinstance(error, OptionError) else f"the request's parameters are not JSON ({error})."
+            return pb_utils.InferenceResponse([], pb_utils.TritonError(str(reason)))
         try:
             result = await self._process(
                 name,
                 tensor("AUDIO").reshape(-1),
                 bool(tensor("START").flat[0]),
-                bool(tensor("END").flat[0]),
-                json.loads(request.parameters() or "{}"),
+                end,
+                options,
             )
         except Exception as error:  # of this stream only; the other requests of the call continue
             if stream := self._streams.pop(name, None):

@@ -107,8 +107,10 @@ class _Connection:
         """Change options. An invalid one changes nothing, and the stream continues."""
         options = {name: message[name] for name in ("chunk_ms", "language") if name in message}
         try:
-            if None in options.values() or not options:
-                raise OptionError("configure needs chunk_ms or language, and a value for each.")
+            if not options:
+                raise OptionError("configure has no option; set chunk_ms, language, or both.")
+            if empty := [name for name, value in options.items() if value is None]:
+                raise OptionError(f"{empty[0]} of configure is null; set a value, or omit it.")
             self._service.configure(self._session, **options)
         except OptionError as error:
             await self._send({"type": "rejected", "code": status_of(error).code, "message": str(error)})

@@ -152,13 +152,17 @@ class LanguageConfig:
             language = self.default
         if not isinstance(language, str):
             raise OptionError(f"language is {short_repr(language)}; it must be a text such as {self.names[0]!r}.")
-        key = language.replace("_", "-").lower()
+        key = _language_key(language)
         if not self.prompts:
-            if key.split("-")[0] == self.default.lower().split("-")[0]:
+            if key.split("-")[0] == _language_key(self.default).split("-")[0]:
                 return self.default
             raise OptionError(f"language is {short_repr(language)}; this model supports {self.default!r} only.")
-        known = {name.lower(): name for name in reversed(list(self.prompts))}
-        found = known.get(key) or next((name for name in self.prompts if name.lower().startswith(f"{key}-")), None)
+        known: dict[str, str] = {}
+        for name in self.prompts:
+            known.setdefault(_language_key(name), name)
+        found = known.get(key) or next(
+            (name for name in known.values() if _language_key(name).startswith(f"{key}-")), None
+        )
         if found is None:
             hint = self._hint(key)
             raise OptionError(f"language is {short_repr(language)}, which this model does not support; {hint}.")
@@ -169,11 +173,17 @@ class LanguageConfig:
         return self.prompts.get(self.name(language), 0)
 
     def _hint(self, key: str) -> str:
-        names = self.names
-        related = [name for name in names if name.lower().split("-")[0] == key.split("-")[0]]
-        near = related or difflib.get_close_matches(key[:40], [name.lower() for name in names], 3, 0.5)
-        near = [name for name in names if name in near or name.lower() in near]
-        return f"similar ones are {', '.join(near)}" if near else f"choose one of {', '.join(sorted(names))}"
+        names = {_language_key(name): name for name in self.names}
+        related = [other for other in names if other.split("-")[0] == key.split("-")[0]]
+        near = related or difflib.get_close_matches(key[:40], names, 3, 0.5)
+        if near:
+            return f"similar ones are {', '.join(names[other] for other in names if other in near)}"
+        return f"choose one of {', '.join(sorted(names.values()))}"
+
+
+def _language_key(name: str) -> str:
+    """Return the form of a language's name that is compared: "de-de" for "de_DE"."""
+    return name.replace("_", "-").lower()
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def encoder_sizes(bundle: Bundle, chunk: ChunkConfig) -> EncoderSizes:
     shapes = bundle.weight_shapes(graph)
     if len(shapes.get(bias, ())) != 1:
         raise BundleError(f"{bundle.file(graph)} has no weight {bias!r}; export the checkpoint again.")
-    prompts, count = shapes.get("prompt.table", (0,))[0], bundle.manifest.languages.count
+    prompts, count = (shapes.get("prompt.table") or (0,))[0], bundle.manifest.languages.count
     if prompts != count:
         raise BundleError(
             f"{bundle.file(graph)} has a table of {prompts} prompt ids, the manifest states {count}; export the "

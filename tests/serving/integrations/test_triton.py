@@ -275,6 +275,9 @@ def test_a_failed_sequence_does_not_affect_others(triton: str, spoken: Any) -> N
         client.send(3, audio[:half], sequence_start=True, parameters={"language": "de"})
         with pytest.raises(InferenceServerException, match="'de'; this model supports 'en' only"):
             client.receive()
+        client.send(1, audio[half:], parameters={"language": "fr"})  # rejected; the sequence stays open
+        with pytest.raises(InferenceServerException, match="'fr'; this model supports 'en' only"):
+            client.receive()
         client.send(1, audio[half:], sequence_end=True, parameters={"language": "en-US"})
         assert client.receive()[1] == spoken[0].text
     finally:

@@ -111,6 +111,19 @@ def test_codes_of_riva() -> None:
     assert from_riva(LanguageConfig(), "en-GB") == "en"
 
 
+def test_languages_as_clients_write_them() -> None:
+    """English names, as Whisper's clients write them, and codes of three letters for a model of one language."""
+    prompted = LanguageConfig("en-US", {"en-US": 0, "en": 0, "de-DE": 1, "auto": 2}, 3)
+    assert select_language(prompted, "German") == "de-DE" and from_riva(prompted, "german") == "de-DE"
+    assert select_language(prompted, None, ["english"]) == "en-US"
+    for name in ("english", "English", "eng", "EN-us"):
+        assert select_language(LanguageConfig(), name) == from_riva(LanguageConfig(), name) == "en"
+    assert select_language(LanguageConfig("de"), "german") == "de"
+    for name in ("german", "de", "e"):
+        with pytest.raises(OptionError, match="this model supports 'en' only"):
+            select_language(LanguageConfig(), name)
+
+
 # -- WebSocket ---------------------------------------------------------------------------------------------------------
 
 
