@@ -21,9 +21,9 @@ demo: $(DEMO)/.package
 	@$(DEMO)/bin/nemostream transcribe "$$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')"
 
 # A file of tests at a time, so that fixtures of a module (servers, exports) are created once. Three workers keep two
-# cores busy while tests wait for servers.
+# cores busy while tests wait for servers; more threads of PyTorch would only wait for each other.
 test: lint
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
 # One process: full-size models take up to 10 GB each.
 test-all: test
