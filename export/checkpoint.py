@@ -45,7 +45,7 @@ _REQUIRED = object()
 # Limits for archives. The largest published checkpoint of this kind has 2.5 GB of weights and 220 kB of configuration,
 # most of it the vocabulary.
 _MAX_CONFIG_BYTES = 4 * MIB
-_MAX_TOKENIZER_BYTES = 64 * MIB
+MAX_TOKENIZER_BYTES = 64 * MIB
 _MAX_WEIGHTS_BYTES = 65536 * MIB
 _MAX_MEMBERS = 10_000
 _MAX_RATIO = 200  # size of the contents of a compressed archive / size of the archive; weights hardly compress
@@ -104,7 +104,13 @@ class Checkpoint(ModelConfig):
                 f"the tensor '{name}' of the checkpoint has the shape {list(array.shape)}, but its configuration "
                 f"requires {list(shape)}."
             )
-        return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
+        floating = np.issubdtype(array.dtype, np.floating)
+        if shape is not None and not floating:
+            raise CheckpointError(
+                f"the tensor '{name}' of the checkpoint has the type {array.dtype.name}, but weights must be floating "
+                "point; save the model in fp32, fp16 or bf16."
+            )
+        return array.astype(np.float32, copy=False) if floating else array
 
     def has(self, name: str) -> bool:
         """Return whether the state dict has the tensor."""
@@ -318,7 +324,7 @@ def _unpack(path: Path, workdir: Path, tokenizer: str) -> dict[str, Path]:
             is_tokenizer = name == tokenizer or (not tokenizer and name.endswith(_TOKENIZER))
             if name in found or not (name == _WEIGHTS or is_tokenizer):
                 continue
-            _check_member(path, member, _MAX_WEIGHTS_BYTES if name == _WEIGHTS else _MAX_TOKENIZER_BYTES)
+            _check_member(path, member, _MAX_WEIGHTS_BYTES if name == _WEIGHTS else MAX_TOKENIZER_BYTES)
             target = workdir / (_WEIGHTS if name == _WEIGHTS else f"tokenizer-{len(found)}.model")
             source = archive.extractfile(member)
             assert source is not None, "a regular file"

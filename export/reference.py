@@ -341,11 +341,14 @@ class NemoReference:
 
 # -- transformers ------------------------------------------------------------------------------------------------------
 
+_MAX_FRONT_END_ERROR = 1e-3  # mean over all bins; rounding causes 1e-6, a window of 398 instead of 400 samples 8e-3
+
 
 class TransformersReference:
     """transformers' model in fp32, and NumPy's front end.
 
-    transformers computes the front end in fp32, with errors of up to 5e-4 in quiet bins, and cannot use fp64.
+    transformers computes the front end in fp32, with errors of up to 5e-4 in quiet bins, and cannot use fp64. The two
+    are compared loosely: NumPy's uses the fields that the exporter read from the configuration.
     """
 
     library = "transformers"
@@ -357,11 +360,15 @@ class TransformersReference:
         self.version = version("transformers")
         self.prompts = checkpoint.languages.count
         self._front_end = NumpyReference(checkpoint)
+        self._folder, self._sample_rate = folder, checkpoint.features.sample_rate
         model = "Nemotron3_5AsrForRNNT" if self.prompts else "NemotronAsrStreamingForRNNT"
         log = logging.getLogger("transformers")
         level = log.level
         log.setLevel(logging.ERROR)
         try:
+            self._extractor = transformers.NemotronAsrStreamingFeatureExtractor.from_pretrained(
+                str(folder), local_files_only=True
+            )
             self._model = getattr(transformers, model).from_pretrained(
                 str(folder),
                 dtype=torch.float32,
@@ -377,7 +384,15 @@ class TransformersReference:
         self._model.eval()
 
     def features(self, audio: Floats) -> NDArray[np.float32]:
-        return self._front_end.features(audio)
+        features = self._front_end.features(audio)
+        out = self._extractor(audio, sampling_rate=self._sample_rate, return_tensors="pt")
+        theirs = out["input_features"][0, out["attention_mask"][0]].numpy()
+        if theirs.shape != features.shape or not np.abs(theirs - features).mean() <= _MAX_FRONT_END_ERROR:
+            raise CheckpointError(
+                f"the front end of transformers for {self._folder} computes other features; report the "
+                "feature_extractor of its configuration as a defect of the exporter."
+            )
+        return features
 
     def encode(self, mel: NDArray[np.float32], chunk: ChunkConfig) -> Floats:
         import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from nemostream.errors import CheckpointError
 from nemostream.untrusted import MIB, list_of, mapping, open_regular, parse_json, plain_name, read_regular, short_repr
 
-_MAX_HEADER_BYTES = 100 * MIB  # the limit of the format
+_MAX_HEADER_BYTES = 16 * MIB  # also of an index; the 0.6B model's header has 75 kB
 _MAX_TENSORS = 100_000
 # Little-endian, as in the file. NumPy has no bfloat16: its 16 bits are the upper half of a float32.
 _DTYPES = {
@@ -57,16 +58,12 @@ class SafeTensors(Mapping[str, NDArray[Any]]):
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._entries = _read_index(path) if path.suffix == ".json" else _read_header(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {error}; download it again.") from error
+        with _checkpoint_errors(path):
+            self._entries = _read_files(path) if path.suffix == ".json" else _read_header(path)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         entry = self._entries[name]
         dtype = np.dtype(_DTYPES[entry.dtype])
-        if not prod(entry.shape):  # an empty range of a file cannot be mapped
-            return np.zeros(entry.shape, np.float32 if entry.dtype == "BF16" else dtype)
         array: NDArray[Any] = np.memmap(entry.path, dtype, "r", entry.offset, entry.shape)
         if entry.dtype == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
@@ -81,6 +78,22 @@ class SafeTensors(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that `SafeTensors(path)` reads, `path` first. Raises `CheckpointError`."""
+    if path.suffix != ".json":
+        return [path]
+    with _checkpoint_errors(path):
+        return [path, *(path.parent / file for file in sorted(set(_read_index(path).values())))]
+
+
+@contextmanager
+def _checkpoint_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}; download it again.") from error
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
@@ -106,6 +119,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"{where} has the type {short_repr(dtype)}; supported are {', '.join(_DTYPES)}")
         shape = _SHAPE(fields["shape"], f"the shape of {where}")
+        if not prod(shape):
+            raise ValueError(f"{where} of shape {list(shape)} is empty")
         begin, end = _RANGE(fields["data_offsets"], f"data_offsets of {where}")
         if end - begin != prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
             raise ValueError(f"{where} of type {dtype} and shape {list(shape)} has {end - begin} bytes")
@@ -121,12 +136,18 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _read_index(path: Path) -> dict[str, _Entry]:
-    """Return the tensors of all files that an index names."""
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the names of all tensors, and of the file of each."""
     index = mapping(parse_json(read_regular(path, _MAX_HEADER_BYTES)), "the index")
-    names = {
-        name: plain_name(file, "weight_map") for name, file in mapping(index.get("weight_map"), "weight_map").items()
-    }
+    names = mapping(index.get("weight_map"), "weight_map")
+    if len(names) > _MAX_TENSORS:
+        raise ValueError(f"it has {len(names)} tensors; at most {_MAX_TENSORS} are allowed")
+    return {name: plain_name(file, "weight_map") for name, file in names.items()}
+
+
+def _read_files(path: Path) -> dict[str, _Entry]:
+    """Return the tensors of all files that an index names."""
+    names = _read_index(path)
     files = {file: _read_header(path.parent / file) for file in sorted(set(names.values()))}
     for name, file in names.items():
         if name not in files[file]:

@@ -22,7 +22,7 @@ from typing import Any
 from nemostream.errors import CheckpointError
 from nemostream.untrusted import MIB, parse_json, read_regular, short_repr
 
-_MAX_BYTES = 256 * MIB
+_MAX_BYTES = 16 * MIB  # the tokenizer.model of 13087 tokens has 0.4 MB
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -96,12 +96,21 @@ def find_source(checkpoint: str | Path, report: Report) -> Source:
 
 
 def _find(checkpoint: str | Path, report: Report) -> Path:
-    path, given = Path(checkpoint).expanduser(), str(checkpoint)
-    if path.is_dir():
+    given = str(checkpoint)
+    try:
+        path = Path(checkpoint).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user without a home, a folder without access
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise CheckpointError(
+            f"{short_repr(given)} cannot be found ({reason}); give a .nemo file, a folder with a checkpoint, or a "
+            "model as owner/name."
+        ) from error
+    if is_folder:
         return _in_folder(path)
     if path.name in WEIGHTS and path.is_file():
         return _in_folder(path.parent)
-    if path.exists():
+    if exists:
         return path  # the reader of archives rejects other files
     name, at, revision = given.partition("@")
     if isinstance(checkpoint, Path) or path.suffix == ".nemo" or not name or given[0] in "./~" or name.count("/") > 1:
@@ -156,6 +165,8 @@ def _from_hub(repository: str, revision: str, report: Report) -> Path:
         reason = ""
     except CheckpointError as error:
         cached, reason = None, str(error)
+    except (OSError, RuntimeError) as error:  # HF_HOME is too long, of an unknown user, or without access
+        cached, reason = None, f"the cache cannot be read: {str(error)[:300]}"
     if os.environ.get("HF_HUB_OFFLINE", os.environ.get("TRANSFORMERS_OFFLINE", "")).lower() in _TRUE:
         reason = f"HF_HUB_OFFLINE is set, and {reason}"
     elif find_spec("huggingface_hub") is None:

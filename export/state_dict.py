@@ -27,6 +27,8 @@ from nemostream.untrusted import MIB, open_regular, short_repr
 
 _MAX_PICKLE_BYTES = 4 * MIB  # the 0.6B model's has 0.1 MB; objects in memory are up to 64 times as large
 _MAX_READ_BYTES = 16 * MIB  # per call: zipfile reads the directory of an archive in one call
+_MAX_ARGUMENTS = 8  # of a call; torch has at most 7
+_MAX_AXES = 16
 _LOCAL_HEADER_BYTES = 30
 # Little-endian, as in the file. NumPy has no bfloat16: its 16 bits are the upper half of a float32.
 _DTYPES = {
@@ -90,8 +92,6 @@ class StateDict(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         tensor = self._tensors[name]
         dtype = np.dtype(_DTYPES[tensor.storage.kind])
-        if not prod(tensor.shape):  # an empty range of a file cannot be mapped
-            return np.zeros(tensor.shape, np.float32 if tensor.storage.kind == "BFloat16Storage" else dtype)
         values = np.memmap(self._path, dtype, "r", tensor.storage.offset, (tensor.storage.size,))[tensor.offset :]
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         array: NDArray[Any] = np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
@@ -167,7 +167,7 @@ class _Unpickler(_PythonUnpickler):
         if module == "torch" and name in _DTYPES:
             return name
         known = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): _ordered_dict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         }
@@ -179,8 +179,10 @@ class _Unpickler(_PythonUnpickler):
         if not isinstance(identifier, tuple) or len(identifier) != 5 or identifier[0] != "storage":
             raise ValueError("it refers to something that is not a storage")
         kind, key, size = identifier[1], identifier[2], identifier[4]
-        if kind not in _DTYPES or not isinstance(key, str) or type(size) is not int or size < 0:
+        if not isinstance(kind, str) or not isinstance(key, str) or type(size) is not int or size < 0:
             raise ValueError("it refers to an invalid storage")
+        if kind not in _DTYPES:
+            raise ValueError(f"it refers to a storage of the unknown type {short_repr(kind)}")
         offset, found = self._archive.locate(f"data/{key}")
         if size * np.dtype(_DTYPES[kind]).itemsize > found:
             raise ValueError(f"the storage {short_repr(key)} has {found} bytes, less than {size} values")
@@ -192,22 +194,55 @@ class _Unpickler(_PythonUnpickler):
         if type(self.stack[-1]) is not OrderedDict:
             raise ValueError("it sets attributes of something that is not a dictionary")
 
+    def load_reduce(self) -> None:
+        """Call a function. A tuple in the memo may be the arguments of many calls, so their number is limited."""
+        arguments = self.stack.pop()
+        function = self.stack[-1]
+        if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS or not callable(function):
+            raise ValueError("it has an invalid call")
+        self.stack[-1] = function(*arguments)
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        self._store([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        self._store(self.pop_mark())
+
+    def _store(self, items: list[Any]) -> None:
+        """Store keys and values in a dictionary. Keys are strings: the hash of a nested tuple is recursive in C."""
+        target = self.stack[-1]
+        if len(items) % 2 or not isinstance(target, dict) or not all(isinstance(key, str) for key in items[::2]):
+            raise ValueError("it stores something that is not named by a string, or not in a dictionary")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+
+def _ordered_dict(*arguments: Any) -> OrderedDict[str, Any]:
+    """Return an empty dictionary. With arguments, calls could copy one large dictionary many times."""
+    if arguments:
+        raise ValueError("it makes a dictionary from arguments")
+    return OrderedDict()
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     """Return a tensor inside a storage, as `torch._utils._rebuild_tensor_v2` does."""
-    values = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else ()
     if (
         not isinstance(storage, _Storage)
-        or not values
+        or not (isinstance(shape, tuple) and isinstance(strides, tuple))
         or len(shape) != len(strides)
-        or len(shape) > 16
-        or any(type(value) is not int or not 0 <= value < 1 << 48 for value in values)
+        or len(shape) > _MAX_AXES
+        or any(type(value) is not int or not 0 <= value < 1 << 48 for value in (offset, *shape, *strides))
     ):
         raise ValueError("a tensor has an invalid storage, offset, shape or stride")
+    if not prod(shape):
+        raise ValueError(f"a tensor of shape {list(shape)} is empty")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if prod(shape) > storage.size or (prod(shape) and last >= storage.size):
+    if prod(shape) > storage.size or last >= storage.size:
         raise ValueError(f"a tensor of shape {list(shape)} is larger than its storage of {storage.size} values")
     return _Tensor(storage, offset, shape, strides)
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import FeatureConfig
 from nemostream.errors import CheckpointError
-from nemostream.export.checkpoint import Checkpoint, ModelConfig, check_config
-from nemostream.export.safetensors import SafeTensors
+from nemostream.export.checkpoint import MAX_TOKENIZER_BYTES, Checkpoint, ModelConfig, check_config
+from nemostream.export.safetensors import SafeTensors, files_of
 from nemostream.export.sentencepiece_model import convert_tokenizer
 from nemostream.untrusted import (
     MIB,
@@ -86,28 +86,32 @@ def check_transformers(folder: Path) -> ModelConfig:
 
 
 def open_transformers(folder: Path, name: str, workdir: Path) -> Checkpoint:
-    """Open a checkpoint as `name`; write its tokenizer into `workdir` if it has to be converted.
+    """Open a checkpoint as `name`; copy its tokenizer into `workdir`, converted if necessary.
 
     Raises `CheckpointError` if the checkpoint is damaged or not supported.
     """
     model = check_transformers(folder)
     state = _State(folder, model.features)
-    tokenizer = folder / TOKENIZERS[0]
-    if not tokenizer.is_file():
-        source = folder / TOKENIZERS[1]
-        if not source.is_file():
-            raise CheckpointError(f"{folder} has no {' or '.join(TOKENIZERS)}; copy the one of the checkpoint there.")
-        workdir.mkdir(parents=True, exist_ok=True)
-        tokenizer = workdir / TOKENIZERS[0]
+    source = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+    if source is None:
+        raise CheckpointError(f"{folder} has no {' or '.join(TOKENIZERS)}; copy the one of the checkpoint there.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = workdir / TOKENIZERS[0]
+    if source.suffix == ".json":
         convert_tokenizer(source, tokenizer, model.decoder.vocabulary)
+    else:
+        try:
+            tokenizer.write_bytes(read_regular(source, MAX_TOKENIZER_BYTES))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source} cannot be read: {error}; download it again.") from error
     return Checkpoint(name=name, tokenizer=tokenizer, state=state, **vars(model))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that the weights are read from, at least one. Raises `CheckpointError` if there are none."""
+    """Return the files that the weights are read from: an index first. Raises `CheckpointError` if there are none."""
     for name in WEIGHTS:
         if (path := folder / name).is_file():
-            return [path] if path.suffix != ".json" else [path, *sorted(folder.glob("model-*.safetensors"))]
+            return files_of(path)
     raise CheckpointError(f"{folder} has a {CONFIG} but no {WEIGHTS[0]}; download the weights of the checkpoint.")
 
 
@@ -226,7 +230,7 @@ def _nemo_config(folder: Path) -> dict[str, Any]:
             "window_stride": features.get("hop_length", integer(1, 1 << 16), 160) / rate,
             "features": mels,
             "n_fft": features.get("n_fft", integer(2, 1 << 17), 512),
-            "preemph": features.get("preemphasis", number(0, 1), 0.97),
+            "preemph": None if features.is_null("preemphasis") else features.get("preemphasis", number(0, 1), 0.97),
         },
         "encoder": {
             "_target_": f"{asr}.modules.ConformerEncoder",
@@ -301,8 +305,12 @@ class _Document:
         """Return an object in a field."""
         return _Document(f"{self.where}: {name}", self.get(name, mapping))
 
+    def is_null(self, name: str) -> bool:
+        """Return whether a field is present without a value, where that differs from an absent field."""
+        return name in self.fields and self.fields[name] is None
+
     def get(self, name: str, check: Check, default: Any = _REQUIRED) -> Any:
-        """Return a field that passes the check, or `default` if it is absent. Raises `CheckpointError`."""
+        """Return a field that passes the check, or `default` if it is absent or null. Raises `CheckpointError`."""
         value = self.fields.get(name)
         if value is None:
             if default is _REQUIRED:

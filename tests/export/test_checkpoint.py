@@ -154,7 +154,7 @@ def test_sizes_are_limited_before_the_content_is_read(tmp_path: Path, monkeypatc
         tracemalloc.stop()
     truncated = archive(tmp_path / "truncated.nemo", members())
     truncated.write_bytes(truncated.read_bytes()[:-12_000])
-    monkeypatch.setattr(checkpoint, "_MAX_TOKENIZER_BYTES", 5)
+    monkeypatch.setattr(checkpoint, "MAX_TOKENIZER_BYTES", 5)
     for path in (truncated, archive(tmp_path / "tokenizer.nemo", members())):
         with pytest.raises(CheckpointError, match=path.name):
             checkpoint.open_checkpoint(path, tmp_path / f"out-{path.name}")
@@ -399,6 +399,9 @@ def test_missing_and_misshapen_tensors_and_another_tokenizer_are_reported(tmp_pa
         },
         "tensor 'encoder.layers.0.feed_forward2.linear2.weight' of the checkpoint has the shape []": {
             "encoder.layers.0.feed_forward2.linear2.weight": np.zeros((), np.float32)
+        },
+        "tensor 'joint.enc.weight' of the checkpoint has the type int64, but weights must be floating point": {
+            "joint.enc.weight": source.state["joint.enc.weight"].astype(np.int64)
         },
     }
     for index, (message, changes) in enumerate(cases.items()):

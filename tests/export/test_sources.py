@@ -95,6 +95,18 @@ def test_paths_that_do_not_exist(given: str, tmp_path: Path, monkeypatch: pytest
     assert "does not exist; give a .nemo file, a folder with a checkpoint, or a model as owner/name." in message
 
 
+@pytest.mark.parametrize("given", ["~nosuchuser/x", "a" * 300, f"./{'a' * 300}", "a/" * 3000])
+def test_paths_that_cannot_be_looked_up(given: str) -> None:
+    assert "give a .nemo file, a folder with a checkpoint, or a model as owner/name." in rejected(given)
+    assert "give a .nemo file" in rejected(Path(given))
+
+
+@pytest.mark.parametrize("home", ["~nosuchuser/x", "/" + "a" * 300])
+def test_a_cache_that_cannot_be_looked_up(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", home)
+    assert "the cache cannot be read: " in rejected("a/b")
+
+
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 

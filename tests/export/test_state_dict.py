@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -32,7 +34,6 @@ def test_every_kind_of_tensor(tmp_path: Path) -> None:
         "shared": base,
         "parameter": torch.nn.Parameter(base),
         "scalar": torch.tensor(3.5),
-        "empty": torch.zeros(0, 3),
     }
     for dtype in ("float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"):
         state[dtype] = (base / 3 - 2).to(getattr(torch, dtype))
@@ -101,6 +102,9 @@ INVALID = {
     "code": {"x": Call(print, "code")},
     "a class": {"x": Path("x")},
     "bytes": {"x": b"x"},
+    "an empty tensor": {"x": tensor(shape=(0, 3))},
+    "an empty tensor with huge axes": {"x": tensor(shape=((1 << 48) - 1, (1 << 48) - 1, 0), strides=(0, 0, 0))},
+    "a dictionary with contents": Call(OrderedDict, {"x": tensor()}),
 }
 
 
@@ -133,6 +137,51 @@ def test_invalid_archives(tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             StateDict(path)
             pytest.fail(name)
+
+
+NESTED = b")" + b"\x85" * 1_000_000  # a tuple of a tuple of ... the empty tuple: CPython computes its hash recursively
+STORAGE = b"X\x07\0\0\0storage"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"}" + NESTED + b"K\x01s",
+        b"}(" + NESTED + b"K\x01u",
+        b"(" + STORAGE + NESTED + b"X\x01\0\0\x000NK\x01tQ",
+        b"(" + NESTED + b"NNNNtQ",
+        NESTED + b")R",
+        b")" + NESTED + b"R",
+        NESTED,
+    ],
+    ids=["key", "keys", "kind of storage", "identifier", "function", "arguments", "value"],
+)
+def test_deeply_nested_tuples_are_rejected(content: bytes, tmp_path: Path) -> None:
+    """In a process of its own, which a stack overflow ends."""
+    script = """
+import sys
+from pathlib import Path
+from nemostream.export.state_dict import StateDict
+try:
+    StateDict(Path(sys.argv[1]))
+except ValueError as error:
+    print("rejected:", error)
+"""
+    path = archive(tmp_path / "a", b"\x80\x02" + content + b".")
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("rejected: ") and done.stdout.count("\n") == 1, done
+
+
+def test_objects_in_the_memo_are_not_copied(tmp_path: Path) -> None:
+    """A dictionary, or a tuple of arguments, that many calls copy needs memory or time without limit."""
+    large = b"}q\0(" + b"".join(b"X\x04\0\0\0%04dN" % index for index in range(5000)) + b"u"
+    copied = large + b"ccollections\nOrderedDict\nh\0\x85R"
+    with pytest.raises(ValueError, match="makes a dictionary from arguments"):
+        StateDict(archive(tmp_path / "dictionary", b"\x80\x02" + copied + b"."))
+    for function in (b"_rebuild_parameter", b"_rebuild_tensor_v2"):
+        repeated = b"(" + b"N" * 5000 + b"tq\0ctorch._utils\n" + function + b"\nh\0R"
+        with pytest.raises(ValueError, match="it has an invalid call"):
+            StateDict(archive(tmp_path / "arguments", b"\x80\x02" + repeated + b"."))
 
 
 def test_damaged_files_raise_no_other_errors(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemostream.bundle import FeatureConfig
+from nemostream.bundle import FeatureConfig, sha256
 from nemostream.errors import CheckpointError
 from nemostream.export import export_checkpoint
 from nemostream.export.checkpoint import Checkpoint
+from nemostream.export.reference import NumpyReference, TransformersReference
 from nemostream.export.safetensors import SafeTensors
-from nemostream.export.transformers_checkpoint import frontend, open_transformers
+from nemostream.export.sources import Source
+from nemostream.export.transformers_checkpoint import PROCESSOR, frontend, open_transformers
 
 pytestmark = pytest.mark.nemo
 
@@ -69,7 +72,7 @@ def test_all_types_of_safetensors(tmp_path: Path) -> None:
         str(dtype): (rng.standard_normal((3, 4)) * 50).astype(dtype)
         for dtype in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "?")
     }
-    arrays |= {"scalar": np.array(3.5, np.float32), "empty": np.zeros((0, 3), np.float32)}
+    arrays |= {"scalar": np.array(3.5, np.float32)}
     save_file(arrays, tmp_path / "all.safetensors", {"format": "np"})
     tensors = SafeTensors(tmp_path / "all.safetensors")
     assert tensors.keys() == arrays.keys()
@@ -113,6 +116,9 @@ def entry(begin: int, end: int, shape: list[Any], dtype: Any = "F32") -> dict[st
         (safetensors({"a": entry(0, 8, [2], [])}, b"\0" * 8), "the type"),
         (safetensors({"a": entry(0, 0, [1 << 47, 1 << 47])}), "has 0 bytes"),
         (safetensors({"a": entry(0, 8, [2])}, b"\0" * 8)[:-1], "its tensors end at byte"),
+        (safetensors({"a": entry(0, 0, [0, 3])}), r"'a' of shape \[0, 3\] is empty"),
+        (safetensors({"a": entry(0, 0, [1 << 48, 1 << 48, 0])}), "is empty"),
+        (safetensors(b" " * (17 << 20)), "header has 17825792 bytes; at most 16777216 are allowed"),
     ],
 )
 def test_malformed_safetensors(content: bytes, message: str, tmp_path: Path) -> None:
@@ -128,6 +134,85 @@ def test_malformed_index(name: Any, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         SafeTensors(tmp_path / "model.safetensors.index.json")
+
+
+def test_limits_of_documents(prompted_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(prompted_folder, folder)
+    for name in ("tokenizer.json", "model.safetensors.index.json", "tokenizer.model"):
+        with (folder / name).open("wb") as file:
+            file.truncate(65 << 20 if name == "tokenizer.model" else 17 << 20)
+    with pytest.raises(CheckpointError, match="larger than the limit of 16777216 bytes"):
+        SafeTensors(folder / "model.safetensors.index.json")
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model cannot be read: it is larger than the limit of 67108864"
+    ):
+        opened(folder, tmp_path)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match="larger than the limit of 16777216 bytes"):
+        opened(folder, tmp_path)
+
+
+def test_an_index_of_too_many_tensors_is_rejected_before_files_are_read(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {str(number): "none.safetensors" for number in range(100_001)}}))
+    with pytest.raises(CheckpointError, match="it has 100001 tensors; at most 100000 are allowed"):
+        SafeTensors(index)
+
+
+def test_the_files_that_are_hashed_are_those_that_are_read(transformers_folder: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(transformers_folder, folder)
+    names = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"no part of the model")
+    index = {"weight_map": dict.fromkeys(names, "weights.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    origin = Source("x", folder).describe()
+    assert origin["shards"] == {"weights.safetensors": sha256(folder / "weights.safetensors")}
+    assert origin["sha256"] == sha256(folder / "model.safetensors.index.json")
+
+
+def test_a_sentencepiece_model_is_copied(transformers_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(transformers_folder, folder)
+    converted = opened(folder, tmp_path).tokenizer.read_bytes()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(converted)
+    tokenizer = opened(folder, tmp_path).tokenizer
+    assert tokenizer.parent == tmp_path / "opened" and tokenizer.read_bytes() == converted
+
+
+@pytest.mark.parametrize("preemphasis", [None, 0.0, 0.5])
+def test_preemphasis_equals_transformers(
+    preemphasis: float | None, transformers_folder: Path, tmp_path: Path, clips: dict[str, Any]
+) -> None:
+    from transformers import NemotronAsrStreamingFeatureExtractor
+
+    folder = tmp_path / "model"
+    shutil.copytree(transformers_folder, folder)
+    edit(folder, PROCESSOR, lambda document: set_field(document, "feature_extractor.preemphasis", preemphasis))
+    checkpoint = opened(folder, tmp_path)
+    assert checkpoint.features.preemphasis == (preemphasis or 0.0)
+    audio = clips["cards-003"]
+    extractor = NemotronAsrStreamingFeatureExtractor.from_pretrained(folder)
+    assert extractor.preemphasis == preemphasis
+    out = extractor(audio, sampling_rate=16000, return_tensors="pt")
+    wanted = out.input_features[0, out.attention_mask[0]].numpy()
+    np.testing.assert_allclose(NumpyReference(checkpoint).features(audio), wanted, rtol=0, atol=1e-3)
+
+
+def test_a_misread_front_end_is_noticed(transformers_folder: Path, tmp_path: Path, clips: dict[str, Any]) -> None:
+    checkpoint, audio = opened(transformers_folder, tmp_path), clips["cards-003"]
+    TransformersReference(transformers_folder, checkpoint).features(audio)
+    for field, value in (("preemphasis", 0.96), ("preemphasis", 0.0), ("hop", 150), ("window", 398), ("n_fft", 1024)):
+        front = dataclasses.replace(checkpoint.features, **{field: value})
+        state = {**checkpoint.state, **frontend(front)}
+        misread = dataclasses.replace(checkpoint, features=front, state=state)
+        with pytest.raises(CheckpointError, match=r"computes other features; report"):
+            TransformersReference(transformers_folder, misread).features(audio)
 
 
 def edit(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> None:
