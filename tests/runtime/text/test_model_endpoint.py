@@ -38,9 +38,8 @@ def make_tokens(tokenizer, frames: list[list[str]]) -> list[tuple[Token, int]]:
             token = tokenizer._model.piece_to_id(piece)
             assert token != tokenizer.unknown
             language = tokenizer.languages.get(token)
-            found.append(
-                (Token(token, tokenizer.piece(token), 0.08 * frame, 0.08 * (frame + 1), -1.0, 0.5, language), frame)
-            )
+            text, tag = tokenizer.piece(token), token in tokenizer.tags
+            found.append((Token(token, text, 0.08 * frame, 0.08 * (frame + 1), -1.0, 0.5, language, tag), frame))
     return found
 
 
