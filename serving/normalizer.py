@@ -48,13 +48,14 @@ class Normalizer:
         if (code := check_language(language)) != AUTO:
             await self._process(code).start()
 
-    async def rewrite(self, event: Event, language: str) -> Event:
-        """Return a final event in written form. `language` is the one that is set for the stream.
+    async def rewrite(self, event: Event) -> Event:
+        """Return a final event in written form.
 
-        With "auto", the language of words is that of their tags. Words of a language without rules are unchanged, and
-        so is the event if a process fails, so that no text is lost.
+        If the model detects the language, that of words is the one of their tags. Words of a language without rules are
+        unchanged, and so is the event if a process fails, so that no text is lost.
         """
         words: list[Word] = []
+        language = event.set_language
         try:
             for tag, group in itertools.groupby(
                 event.words, lambda word: word.language if language == AUTO else language

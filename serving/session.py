@@ -272,7 +272,7 @@ class Session:
         for index, event in enumerate(events):
             if event.kind == "final":
                 if self._normalizer is not None:
-                    event = events[index] = await self._normalizer.rewrite(event, self.language)
+                    event = events[index] = await self._normalizer.rewrite(event)
                 self._texts.append(event.text)
                 self._observer.record_utterance(self, event)
         return events

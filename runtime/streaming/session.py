@@ -466,7 +466,7 @@ class _TokenList:
         self.languages = LanguageTags()
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self._delay = delay_ms * self._rate // 1000  # samples
-        self._piece, self._language_of_tag = tokenizer.piece, tokenizer.languages.get
+        self._piece, self._tags, self._language_of_tag = tokenizer.piece, tokenizer.tags, tokenizer.languages.get
         self._confidence_of = confidence.token_measure(manifest.decoder.vocabulary + 1)
 
     def extend(self, hypothesis: Hypothesis, count: int) -> None:
@@ -485,6 +485,7 @@ class _TokenList:
                 score,
                 self._confidence_of(score, sum_p_alpha),
                 self._language_of_tag(id_),
+                id_ in self._tags,
             )
             for id_, position, score, sum_p_alpha in zip(
                 hypothesis.tokens[new], positions, hypothesis.scores[new], hypothesis.sum_p_alpha[new], strict=True

@@ -60,8 +60,9 @@ class Event:
     grouper: WordGrouper = field(default_factory=lambda: WordGrouper("min"), repr=False, compare=False)
     text_from: int = field(default=0, repr=False)  # characters of `text` in the previous event of the utterance
     tokens_from: int = field(default=0, repr=False)  # tokens that are unchanged since the previous event
-    # As set for the stream; if the model detects it: of the utterance's last language tag, None before the first
+    # `set_language`; if the model detects the language: that of the utterance's last tag, None before the first
     language: str | None = None
+    set_language: str = AUTO  # the language that was set when the last text was recognized; not of an end
 
     @property
     def words(self) -> tuple[Word, ...]:
@@ -177,6 +178,7 @@ class _CurrentUtterance:
         self.grouper = WordGrouper(aggregation)
         self.event_length = self.event_tokens = self.event_parts = 0  # characters, tokens, parts of the last event
         self.language: str | None = None  # of the last tag
+        self.set_language = AUTO  # for the step of the last visible token; the silence after it may have another
         self.last_visible = 0  # index of the last token that is not `Tokenizer.invisible`
         self.length = 0  # characters of the text
         self.stable_length = 0  # characters before the last word and the white space before it
@@ -184,11 +186,11 @@ class _CurrentUtterance:
         self._breaker = WordBreaker()
         self._invisible, self._detokenizer = tokenizer.invisible, Detokenizer(tokenizer)
 
-    def add(self, tokens: Sequence[Token]) -> None:
+    def add(self, tokens: Sequence[Token], set_language: str) -> None:
         for index, token in enumerate(tokens, len(self.transcript.tokens)):
             self.language = token.language or self.language
             if token.id not in self._invisible:
-                self.last_visible = index
+                self.last_visible, self.set_language = index, set_language
         self.transcript.tokens += tokens
         self._append(self._detokenizer.add([token.id for token in tokens]))
 
@@ -227,7 +229,7 @@ class _Step:
 
     audio: float
     chunk_ms: int
-    language: str
+    set_language: str
 
 
 class EventBuilder:
@@ -280,12 +282,12 @@ class EventBuilder:
         """Process the first `token_count` tokens of the stream; return an event for each backchannel."""
         events = []
         for count in range(self._token_count + 1, token_count + 1):
-            if tokens[count - 1].id == self._backchannel and self._extend_utterance(tokens, count):
+            if tokens[count - 1].id == self._backchannel and self._extend_utterance(tokens, count, step):
                 events.append(self._make_event("backchannel", step, tokens[count - 1].end))
-        self._extend_utterance(tokens, token_count)
+        self._extend_utterance(tokens, token_count, step)
         return events
 
-    def _extend_utterance(self, tokens: Sequence[Token], token_count: int) -> bool:
+    def _extend_utterance(self, tokens: Sequence[Token], token_count: int, step: _Step) -> bool:
         """Process the first `token_count` tokens of the stream; return whether there is a current utterance.
 
         Punctuation after the end of an utterance belongs to that utterance, and so do tags. Its final has already been
@@ -305,7 +307,7 @@ class EventBuilder:
                 first -= 1
             self._first_token, self._between_utterances = first, False
         if first < token_count:
-            self._current.add(tokens[first:token_count])
+            self._current.add(tokens[first:token_count], step.set_language)
         return True
 
     def _end_utterance(self, tokens: Sequence[Token], end: UtteranceEnd, step: _Step) -> list[Event]:
@@ -345,7 +347,8 @@ class EventBuilder:
             grouper=current.grouper,
             text_from=current.event_length,
             tokens_from=current.event_tokens,
-            language=reported_language(step.language, current.language),
+            language=reported_language(current.set_language, current.language),
+            set_language=current.set_language,
             _prefix=_Prefix(
                 transcript,
                 len(tokens),

@@ -75,6 +75,9 @@ _INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
 
 # A part of a text: white space, the beginning of a word, or its continuation.
 Kind = Literal["space", "word", "rest"]
+# How a text ends: with white space, a word that any text continues, even after a space ("opening"), a word of a script
+# without spaces, or another word.
+_End = Literal["space", "opening", "unspaced", "spaced"]
 
 
 def ends_unspaced(text: str) -> bool:
@@ -106,9 +109,8 @@ class WordBreaker:
 
     def __init__(self) -> None:
         self._begun = False  # whether there is a word
-        # How the text ends: with white space, a word that any text continues, even after a space ("opening"), a word
-        # of a script without spaces, or another word.
-        self._end: Literal["space", "opening", "unspaced", "spaced"] = "space"
+        self._end: _End = "space"
+        self._before_space: _End = "space"  # how the text ends without its white space
         self._unspaced = False  # whether the last word is of a script without spaces
 
     def split(self, piece: str) -> list[tuple[str, Kind]]:
@@ -117,8 +119,8 @@ class WordBreaker:
         for part in _PARTS.findall(piece):
             if part.isspace():
                 parts.append((part, "space"))
-                if self._end != "opening":
-                    self._end = "space"
+                if self._end not in ("opening", "space"):
+                    self._before_space, self._end = self._end, "space"
             elif not part.isascii() and (first := _UNSPACED.match(part)):
                 kind = first.lastgroup
                 begins = not self._begun or (self._end != "opening" and kind != "continuing")
@@ -141,6 +143,11 @@ class WordBreaker:
             else:
                 self._begin_spaced(part, "word" if self._end == "space" else "rest", parts)
         return parts
+
+    def drop_space(self) -> None:
+        """Continue as if the text did not end with white space."""
+        if self._end == "space":
+            self._end = self._before_space
 
     def _begin_spaced(self, part: str, kind: Kind, parts: list[tuple[str, Kind]]) -> None:
         parts.append((part, kind))

@@ -33,7 +33,8 @@ class Token:
     end: float = field(compare=False)  # seconds: end of that frame, or of the recording if earlier
     score: float  # natural logarithm of its probability, given the audio and the tokens before it
     confidence: float  # 0 to 1, by the stream's `Confidence`
-    language: str | None = None  # of a language tag, such as "de-DE"; the text of a tag is empty
+    language: str | None = None  # of a language tag, such as "de-DE"
+    tag: bool = False  # whether it is a tag of the model (`Tokenizer.tags`), whose text is empty
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,19 @@ def group_words(tokens: Sequence[Token], aggregation: str = "min", final: bool =
 
     A word begins where the text has a space, which may be the first character of a token or a token of its own, and
     includes closing punctuation after a space. In scripts without spaces, a word begins at nearly every character
-    (`nemostream.runtime.text.scripts`). `aggregation` names the function of the tokens' confidences that is the word's.
+    (`nemostream.runtime.text.scripts`). A tag removes the white space before it, as in the text, so a word may continue
+    after it. `aggregation` names the function of the tokens' confidences that is the word's.
     Unless `final`, the bytes of an incomplete character at the end are omitted, as in the text.
     """
     return WordGrouper(aggregation).words(tokens, final)
 
 
 def join_words(words: Iterable[Word]) -> str:
-    """Return the text of words, with spaces where the original text has them."""
+    """Return the text of words, with spaces where the original text has them.
+
+    The result equals the text of the tokens, except for white space that words do not have: at both ends of the text,
+    before closing and after opening punctuation, and more than one space between words.
+    """
     return "".join(f"{' ' if word.after_space else ''}{word.text}" for word in words).lstrip()
 
 
@@ -166,6 +172,9 @@ def _group(tokens: Sequence[Token], after_space: bool, final: bool) -> list[_Gro
     breaker = WordBreaker()
     space = -1  # a token that is only a space and belongs to the next word; -1: none
     for start, end, piece in _decode_bytes(tokens, final):
+        if tokens[end].tag:  # the text does not have the white space before it
+            breaker.drop_space()
+            after_space, space = after_space and not groups, -1
         for part, kind in breaker.split(piece):
             if kind == "space":
                 after_space, space = True, start if part == piece else -1

@@ -352,7 +352,7 @@ class _RealtimeConnection:
             "usage": {"type": "duration", "seconds": round(self._buffered, 3)},
         }
         if self._service.model.manifest.languages.prompts:  # models that detect the language, as OpenAI's do
-            completed["languages"] = to_openai(languages_of(event.words if event else (), self.session.language))
+            completed["languages"] = to_openai(languages_of(event.words, event.set_language) if event else ())
         await self._send(completed)
         self._item, self._previous_item, self._sent_text = "", self._item, ""
 

@@ -250,14 +250,13 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def _recognize(self, request: Any) -> Any:
         """Transcribe a recording. Raises `NemostreamError`."""
         config, options = request.config, await self._options(request.config)
-        language = self._service.check_language(options["language"])
         if container_of(request.audio) or config.encoding in _FILE_ENCODINGS:
             events, seconds = await self._recognize_file(request.audio, options)
         else:
             events, seconds = await self._recognize_samples(request.audio, config, options)
         results = [
             riva_asr_pb2.SpeechRecognitionResult(
-                alternatives=[_alternative(event, config, language)], channel_tag=1, audio_processed=event.audio
+                alternatives=[_alternative(event, config)], channel_tag=1, audio_processed=event.audio
             )
             for event in events
             if event.kind == "final"
@@ -296,7 +295,7 @@ class _ResponseWriter:
             if event.kind != "final" and not (event.kind == "partial" and self._config.interim_results):
                 continue
             result = riva_asr_pb2.StreamingRecognitionResult(
-                alternatives=[_alternative(event, self._config.config, session.language)],
+                alternatives=[_alternative(event, self._config.config)],
                 is_final=event.kind == "final",
                 stability=1.0,
                 channel_tag=1,
@@ -307,14 +306,14 @@ class _ResponseWriter:
                 await self._context.write(response)
 
 
-def _alternative(event: Event, config: Any, language: str) -> Any:
-    """Return the alternative of an event. `language` is that of the stream: words without a tag are in it."""
-    words, default = event.words, to_riva(language)
+def _alternative(event: Event, config: Any) -> Any:
+    """Return the alternative of an event. Words without a tag have the language that was set for the event."""
+    words, default = event.words, to_riva(event.set_language)
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
         transcript=event.text + (separator(event.text) if event.kind == "final" else ""),
         confidence=min((word.confidence for word in words), default=0.0),
-        language_code=map(to_riva, languages_of(words, language)),
+        language_code=map(to_riva, languages_of(words, event.set_language)),
     )
     if config.enable_word_time_offsets:
         alternative.words.extend(

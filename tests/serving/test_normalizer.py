@@ -61,7 +61,7 @@ async def open_normalizer() -> AsyncIterator[Normalizer]:
             await process.stdout.read()
 
 
-def final(*parts: tuple[str, str | None]) -> Event:
+def final(*parts: tuple[str, str | None], set_language: str = "auto") -> Event:
     """Return a final event with these texts, each followed by a language tag or None."""
     tokens: list[Token] = []
     for text, language in parts:
@@ -69,7 +69,7 @@ def final(*parts: tuple[str, str | None]) -> Event:
         if language:
             tokens.append(Token(1, "", 0.0, 0.1, -1.0, 0.9, language))
     text = "".join(text for text, _ in parts).strip()
-    return Event("final", 0, text, text, 0.0, 0.1, 1.0, 80, tuple(tokens))
+    return Event("final", 0, text, text, 0.0, 0.1, 1.0, 80, tuple(tokens), set_language=set_language)
 
 
 def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
@@ -78,19 +78,19 @@ def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
             await normalizer.start("auto")
             assert not log.exists()
             await normalizer.start("de-DE")
-            german, chinese = final((" Zweiundzwanzig Hunde", None)), final(("我有二十二只狗。", None))
+            german = (" Zweiundzwanzig Hunde", None)
             mixed = final(
                 (" zweiundzwanzig", "de-DE"), (" twenty two", "fi-FI"), (" twenty two", "en-GB"), (" x", None)
             )
             return [
-                (await normalizer.rewrite(event, language)).text
-                for event, language in (
-                    (german, "de-DE"),
-                    (german, "en-US"),
-                    (chinese, "zh-CN"),
-                    (german, "auto"),
-                    (mixed, "auto"),
-                    (german, "de-DE"),
+                (await normalizer.rewrite(event)).text
+                for event in (
+                    final(german, set_language="de-DE"),
+                    final(german, set_language="en-US"),
+                    final(("我有二十二只狗。", None), set_language="zh-CN"),
+                    final(german),
+                    mixed,
+                    final(german, set_language="de-DE"),
                 )
             ]
 
@@ -114,12 +114,12 @@ def test_languages_without_rules_are_rejected(log: Path) -> None:
 
 def test_rules_that_cannot_be_loaded_lose_no_text(log: Path) -> None:
     async def run() -> str:
-        event = final((" tjugotvå", None))
+        event = final((" tjugotvå", None), set_language="sv-SE")
         async with open_normalizer() as normalizer:
             with pytest.raises(BackendError, match="it exited"):
                 await normalizer.start("sv-SE")
-            assert await normalizer.rewrite(event, "sv-SE") is event
-            return (await normalizer.rewrite(final((" twenty two", None)), "en-US")).text
+            assert await normalizer.rewrite(event) is event
+            return (await normalizer.rewrite(final((" twenty two", None), set_language="en-US"))).text
 
     assert asyncio.run(run()) == "22"
 
@@ -131,7 +131,7 @@ def test_rules_are_loaded_once_if_the_first_client_leaves(log: Path) -> None:
                 async with asyncio.timeout(0.2):
                     await normalizer.start("es-ES")
             await normalizer.start("es-US")
-            return (await normalizer.rewrite(final((" veintidós", None)), "es-ES")).text
+            return (await normalizer.rewrite(final((" veintidós", None), set_language="es-ES"))).text
 
     assert asyncio.run(run()) == "22"
     assert log.read_text().split() == ["es"]

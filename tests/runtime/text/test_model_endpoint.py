@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import itertools
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import nemostream
 from nemostream.runtime.model import Model
-from nemostream.runtime.text.endpointing import Endpoint, Endpointer
+from nemostream.runtime.text.endpointing import Endpoint, Endpointer, UtteranceEnd
 from nemostream.runtime.text.events import EventBuilder
 from nemostream.runtime.text.words import Token, group_words
 
@@ -37,9 +38,8 @@ def make_tokens(tokenizer, frames: list[list[str]]) -> list[tuple[Token, int]]:
             token = tokenizer._model.piece_to_id(piece)
             assert token != tokenizer.unknown
             language = tokenizer.languages.get(token)
-            found.append(
-                (Token(token, tokenizer.piece(token), 0.08 * frame, 0.08 * (frame + 1), -1.0, 0.5, language), frame)
-            )
+            text, tag = tokenizer.piece(token), token in tokenizer.tags
+            found.append((Token(token, text, 0.08 * frame, 0.08 * (frame + 1), -1.0, 0.5, language, tag), frame))
     return found
 
 
@@ -284,6 +284,25 @@ def test_expected_events(tagged, manifest):
     ]
     (final,) = (e for e in follow(tagged, manifest, frames, Endpoint(model=False), [3], "de-DE") if e.kind == "final")
     assert (final.text, final.language) == ("yes no. \u4f60", "de-DE")
+
+
+def test_language_of_the_text_and_not_of_the_silence_after_it(tagged):
+    """The language changes at the chunk in which the utterance ends."""
+    tokens = [token for token, _ in make_tokens(tagged, [["\u2581yes"], ["<de-DE>"], ["\u2581"], ["\u2581no"]])]
+    for first, then, expected in (
+        ("en-US", "de-DE", [("en-US", "en-US"), ("de-DE", "de-DE")]),
+        ("en-US", "auto", [("en-US", "en-US"), (None, "auto")]),
+        ("auto", "en-US", [("de-DE", "auto"), ("en-US", "en-US")]),
+    ):
+        builder = EventBuilder(tagged, "min", 16000)
+        events = builder.step(tokens, 1, [], 0.0, 80, first)
+        events += builder.step(tokens, 3, [UtteranceEnd(3, 3 * FRAME, "silence")], 0.0, 80, then)
+        events += builder.step(tokens, 4, [], 0.0, 80, then)
+        partial, final, end, following = events
+        assert (partial.kind, final.kind, end.kind) == ("partial", "final", "end")
+        assert [(event.language, event.set_language) for event in (final, following)] == expected
+        assert pickle.loads(pickle.dumps(final)).set_language == first
+        assert (partial.language, partial.set_language) == (None if first == "auto" else first, first)
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

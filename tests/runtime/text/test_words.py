@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from nemostream.errors import OptionError
 from nemostream.runtime.decoding.confidence import Confidence
-from nemostream.runtime.text.scripts import CLOSING, OPENING
-from nemostream.runtime.text.tokenizer import Tokenizer
+from nemostream.runtime.text.scripts import CLOSING, OPENING, WordBreaker
+from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Result, Token, Word, WordGrouper, group_words, join_words
 
 
@@ -264,3 +264,85 @@ def test_nemo_deletes_the_space(punctuated):
 def test_invalid_confidence_is_rejected(options, message):
     with pytest.raises(OptionError, match=message):
         Confidence(**options)
+
+
+# -- tags --------------------------------------------------------------------------------------------------------------
+
+TAGS = ["<en-US>", "<de-DE>", "\u2581<zh-CN>", "<EOU>", "<EOB>"]
+PLAIN = ["\u2581", "\u2581yes", "\u2581no", "on", "o", "\u4f60", "\u597d", "<unk>", "<s>", "\u2581ja"]
+CHARACTERS = st.sampled_from(["\u4e16", "\u2003", "(", "\u300c", "\u0e40", "\u0e01", "é"])
+TAGGED = st.one_of(
+    st.sampled_from([*TAGS, *PLAIN, ".", ",", "?", "<0x20>"]).map(lambda piece: [piece]),
+    CHARACTERS.map(lambda character: [f"<0x{byte:02X}>" for byte in character.encode()]),
+    st.binary(min_size=1, max_size=3).map(lambda data: [f"<0x{byte:02X}>" for byte in data]),
+)
+
+
+def tagged_tokens(tokenizer: Tokenizer, pieces: list[str]) -> list[Token]:
+    ids = [tokenizer._model.piece_to_id(piece) for piece in pieces]
+    return [
+        Token(
+            id_,
+            tokenizer.piece(id_),
+            float(index),
+            index + 1.0,
+            -1.0,
+            0.5,
+            tokenizer.languages.get(id_),
+            id_ in tokenizer.tags,
+        )
+        for index, id_ in enumerate(ids)
+    ]
+
+
+def without_space(text: str) -> str:
+    """Return a text without the white space that words do not have, from the text alone.
+
+    Words have a space before some closing punctuation, depending on the division into pieces; it is removed.
+    """
+    joined = space = ""
+    for part, kind in WordBreaker().split(text):
+        if kind == "space":
+            space = " "
+        else:
+            joined += part if kind == "rest" else space + part
+            space = ""
+    return re.sub(f" (?=[{re.escape(''.join(CLOSING))}])", "", joined.lstrip())
+
+
+@given(pieces=st.lists(TAGGED, max_size=14), data=st.data())
+@settings(max_examples=400, deadline=None)
+def test_words_follow_the_text_around_tags(tagged, pieces, data):
+    tokens = tagged_tokens(tagged, [piece for group in pieces for piece in group])
+    text = tagged.decode([token.id for token in tokens])
+    words = group_words(tokens)
+    assert without_space(join_words(words)) == without_space(text)
+    if all(group[0] in TAGS + PLAIN for group in pieces):
+        assert [word.text for word in words if word.text.isascii()] == re.findall(r"[a-z]+", text)
+        assert join_words(words) == re.sub(r"\s+", " ", text)
+    grouper, detokenizer, known, found = WordGrouper("min"), Detokenizer(tagged), 0, ()
+    for count in (*sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6))), len(tokens)):
+        partial = detokenizer.push([token.id for token in tokens[known:count]])
+        first, new = grouper.changed_words(tokens, known, count, final=False)
+        found, known = (*found[:first], *new), count
+        assert found == group_words(tokens[:count], final=False)
+        assert without_space(join_words(found)) == without_space(partial)
+    assert grouper.words(tokens, True) == words
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["\u4f60", "\u597d", "\u2581", "\u2581<zh-CN>", "\u4f60"], [("\u4f60", 0), ("\u597d", 1), ("\u4f60", 4)]),
+        (["\u2581yes", "\u2581", "<de-DE>", "on"], [("yeson", 0)]),
+        (["\u2581yes", "\u2581", "<EOU>", "\u2581no"], [("yes", 0), ("no", 3)]),
+        (["\u2581yes", "<EOB>", "\u2581", "on"], [("yes", 0), ("on", 2)]),
+        (["\u2581", "<de-DE>", "on"], [("on", 2)]),
+        (["\u2581yes", "\u2581", "<s>", "on"], [("yes", 0), ("on", 1)]),  # a control piece is not a tag
+    ],
+)
+def test_white_space_before_a_tag_is_not_part_of_words(tagged, pieces, expected):
+    tokens = tagged_tokens(tagged, pieces)
+    words = group_words(tokens)
+    assert [(word.text, word.start) for word in words] == expected
+    assert join_words(words) == tagged.decode([token.id for token in tokens])

@@ -165,6 +165,19 @@ def test_websocket_language_changes_during_a_stream(
     assert languages[0] == "en-US" and languages[-1] == "ar-AR" and languages == sorted(languages, reverse=True)
 
 
+def test_a_language_that_is_set_after_the_text_does_not_change_its_language(
+    languages_server: Any, model: Any, speech: Any
+) -> None:
+    """The utterance ends in a chunk of the next language, and the text is of the chunks before."""
+    audio = np.append(speech, np.zeros(8000, np.int16)).tobytes()
+    with connect(f"{languages_server.socket}/v1/stream?language=de") as socket:
+        change = {"type": "configure", "language": "ar"}
+        *events, _ = events_of(socket, audio, change, bytes(3200), {"type": "commit"})
+    expected = [event.text for event in finals(model, speech, language="de")]
+    results = [(event["text"], event["language"]) for event in events if event["type"] == "final"]
+    assert results == [(text, "de-DE") for text in expected]
+
+
 def test_websocket_language_is_kept_for_a_wav_file(
     languages_server: Any, model: Any, spoken: Any, texts: dict[str, str]
 ) -> None:
@@ -431,6 +444,13 @@ def test_realtime_language(languages_server: Any, model: Any, speech: Any, texts
             await connection.input_audio_buffer.commit()
             events += await until(connection, COMPLETED)
             assert events[-1].transcript == expected
+            assert [language.code for language in events[-1].languages] == ["ar"]
+            # After the text, it changes the language of the next item only.
+            await append(np.append(speech, np.zeros(8000, np.int16)))
+            await connection.session.update(session=transcription(language="de"))
+            await append(np.zeros(1600, np.int16))
+            await connection.input_audio_buffer.commit()
+            events = await until(connection, COMPLETED)
             assert [language.code for language in events[-1].languages] == ["ar"]
 
     asyncio.run(main())
