@@ -13,15 +13,17 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import resource
 import subprocess
 import sys
+import time
 from typing import Any
 
-from nemostream.errors import BackendError
+from nemostream.errors import BackendError, CapacityError
 from nemostream.runtime.text.events import Event
-from nemostream.runtime.text.itn import LANGUAGES, check_language
+from nemostream.runtime.text.itn import check_language, code_of
 from nemostream.runtime.text.languages import AUTO
 from nemostream.runtime.text.words import Word
 
@@ -31,41 +33,42 @@ _START_SECONDS = 600.0  # for loading the rules, which takes a minute in some la
 _UTTERANCE_SECONDS = 60.0  # for one utterance
 _MAX_LINE_BYTES = 64 << 20  # of one response
 _MAX_MEMORY_BYTES = 8 << 30  # of one process; the rules of some languages need gigabytes while they load
+_MAX_PROCESSES = 4  # so that clients cannot use up the memory by requesting every language
+_IDLE_SECONDS = 60.0  # after which a process can be ended for another language
+_RETRY_SECONDS = 300.0  # after a failed load; without this pause, each utterance would repeat it
 
 
 class Normalizer:
     """Rewrites final events with numbers, dates and amounts in digits, in the languages that have rules."""
 
     def __init__(self) -> None:
-        self._processes: dict[str, _Process] = {}  # by language
-        self._loading = asyncio.Lock()  # the rules of one language are loaded at a time
+        self._processes: dict[str, _Process] = {}  # by language, also those that do not run
+        self._first_loads = asyncio.Lock()  # the rules of one new language are loaded at a time
+        self._full = False  # whether the log has that no process was free
 
     async def start(self, language: str) -> None:
         """Load the rules of a language unless they are loaded; with "auto", they are loaded when they are needed.
 
-        Raises `OptionError` if there are none, `BackendError` if they cannot be loaded.
+        Raises `OptionError` if there are none, `BackendError` if they cannot be loaded, `CapacityError` if the
+        processes of other languages are all in use.
         """
         if (code := check_language(language)) != AUTO:
-            await self._process(code).start()
+            process = self._process(code)
+            self._reserve(process)
+            await process.start()
 
     async def rewrite(self, event: Event) -> Event:
         """Return a final event in written form.
 
-        If the model detects the language, that of words is the one of their tags. Words of a language without rules are
-        unchanged, and so is the event if a process fails, so that no text is lost.
+        With "auto", the language of words is that of their tags. Words are unchanged if their language has no rules,
+        while its rules are loaded for the first time, which can take minutes, and if its process fails, so that no text
+        is lost.
         """
         words: list[Word] = []
         language = event.set_language
-        try:
-            for tag, group in itertools.groupby(
-                event.words, lambda word: word.language if language == AUTO else language
-            ):
-                part = list(group)
-                code = (tag or "").split("-")[0]
-                words += await self._process(code).rewrite(part) if code in LANGUAGES else part
-        except BackendError as error:
-            log.error("inverse text normalization failed", extra={"reason": str(error)})
-            return event
+        for tag, group in itertools.groupby(event.words, lambda word: word.language if language == AUTO else language):
+            part = list(group)
+            words += await self._rewrite(part, code) if (code := code_of(tag)) else part
         return event if tuple(words) == event.words else event.with_words(words)
 
     def close(self) -> None:
@@ -73,69 +76,158 @@ class Normalizer:
         for process in list(self._processes.values()):
             process.close()
 
+    async def _rewrite(self, words: list[Word], code: str) -> list[Word]:
+        process = self._process(code)
+        if process.failed:  # was logged when it failed
+            return words
+        try:
+            self._reserve(process)
+            if process.loaded:
+                return await process.rewrite(words)
+            process.load()
+        except CapacityError as error:
+            if not self._full:
+                self._full = True
+                log.warning("inverse text normalization skipped", extra={"language": code, "reason": str(error)})
+        except BackendError as error:
+            log.error("inverse text normalization failed", extra={"language": code, "reason": str(error)})
+        return words
+
     def _process(self, code: str) -> _Process:
-        return self._processes.setdefault(code, _Process(code, self._loading))
+        return self._processes.setdefault(code, _Process(code, self._first_loads))
+
+    def _reserve(self, process: _Process) -> None:
+        """End the process that is idle for the longest time if a new one would exceed the limit.
+
+        Raises `CapacityError` if none is idle.
+        """
+        held = [one for one in self._processes.values() if one.held]
+        if process.held or process.failed or len(held) < _MAX_PROCESSES:
+            return
+        idle = [one for one in held if one.idle_seconds >= _IDLE_SECONDS]
+        if not idle:
+            raise CapacityError(
+                f"inverse text normalization is in use for {_MAX_PROCESSES} other languages, the maximum; try again "
+                "in a minute."
+            )
+        max(idle, key=lambda one: one.idle_seconds).end()
+        self._full = False
 
 
 class _Process:
     """The process of one language. One utterance at a time; the others wait."""
 
-    def __init__(self, language: str, loading: asyncio.Lock) -> None:
-        self._language, self._loading = language, loading
+    def __init__(self, language: str, first_loads: asyncio.Lock) -> None:
+        self.loaded = False  # whether its rules were loaded; a process that then exits is started again
+        self._language, self._first_loads = language, first_loads
         self._process: asyncio.subprocess.Process | None = None
-        self._loaded = False  # whether its rules are loaded
+        self._loading: asyncio.Task[None] | None = None
+        self._failure, self._failed_at = "", -math.inf  # of the last load
+        self._used_at = time.monotonic()
+        self._closed = False
         self._lock = asyncio.Lock()
         self._request = 0  # number of the last request
 
+    @property
+    def held(self) -> bool:
+        """Whether it counts as a process: it runs, or was loaded and starts again when it is needed."""
+        return self.loaded or self._is_loading
+
+    @property
+    def failed(self) -> bool:
+        """Whether its rules could not be loaded a short time ago."""
+        return time.monotonic() < self._failed_at + _RETRY_SECONDS
+
+    @property
+    def idle_seconds(self) -> float:
+        """The time since it was used; -1 while it is."""
+        return -1.0 if self._is_loading or self._lock.locked() else time.monotonic() - self._used_at
+
     async def start(self) -> None:
-        """Load the rules unless they are loaded. Raises `BackendError` if that fails."""
-        async with self._lock:
-            await self._ensure_process()
+        """Load the rules unless they are loaded. Raises `BackendError` if that fails, or failed a short time ago."""
+        self._used_at = time.monotonic()
+        if not self._runs and not self.failed:
+            await asyncio.shield(self.load())  # other clients need the rules also if this one does not wait for them
+        if not self.loaded:
+            raise BackendError(self._failure)
 
     async def rewrite(self, words: list[Word]) -> list[Word]:
         """Return the written words. Raises `BackendError` if the process fails."""
-        async with self._lock:
-            process = await self._ensure_process()
-            rows = [dataclasses.astuple(word) for word in words]
-            return [Word(*row) for row in await self._call(process, rows, _UTTERANCE_SECONDS)]
+        rows = [dataclasses.astuple(word) for word in words]
+        while True:
+            await self.start()
+            async with self._lock:
+                if self._process is not None and self._runs:  # it can exit while this utterance waits for another
+                    response = await self._call(self._process, rows, _UTTERANCE_SECONDS)
+                    self._used_at = time.monotonic()
+                    return [Word(*row) for row in response]
+
+    def load(self) -> asyncio.Task[None]:
+        """Load the rules in a task, which records a failure instead of raising it."""
+        if self._loading is None or self._loading.done():
+            self._loading = asyncio.create_task(self._load())
+        return self._loading
+
+    def end(self) -> None:
+        """End the process and free its memory; it is loaded again when it is needed."""
+        self.loaded = False
+        self._kill()
 
     def close(self) -> None:
-        """End the process. May be called from any thread."""
+        """End the process and start no other. May be called from any thread."""
+        self._closed = True
+        self._kill()
+
+    @property
+    def _runs(self) -> bool:
+        return self.loaded and self._process is not None and self._process.returncode is None
+
+    @property
+    def _is_loading(self) -> bool:
+        return self._loading is not None and not self._loading.done()
+
+    def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
-    async def _ensure_process(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None or not self._loaded:
-            async with self._loading:
-                return await self._load()
-        return self._process
-
-    async def _load(self) -> asyncio.subprocess.Process:
-        """Return the process when its rules are loaded, also if the client that started it did not wait for them."""
-        if self._process is None or self._process.returncode is not None:
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
-            self._loaded = False
-            try:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "nemostream.serving.normalizer",
-                    self._language,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    env=environment,
-                    start_new_session=True,
-                    limit=_MAX_LINE_BYTES,
+    async def _load(self) -> None:
+        try:
+            # A process that starts again does not wait for the first load of another language, which can take minutes.
+            async with contextlib.nullcontext() if self.loaded else self._first_loads, self._lock:
+                log.info("loading rules of inverse text normalization", extra={"language": self._language})
+                await self._call(await self._spawn(), [], _START_SECONDS)
+                self.loaded, self._used_at = True, time.monotonic()
+        except BackendError as error:
+            self.loaded = False
+            self._failure, self._failed_at = str(error), time.monotonic()
+            if not self._closed:
+                log.error(
+                    "rules of inverse text normalization cannot be loaded",
+                    extra={"language": self._language, "reason": str(error), "retry_seconds": _RETRY_SECONDS},
                 )
-            except OSError as error:
-                raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
-        process = self._process
-        await self._call(process, [], _START_SECONDS)
-        self._loaded = True
-        return process
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        if self._closed:
+            raise BackendError("inverse text normalization is closed; the server is stopping.")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "nemostream.serving.normalizer",
+                self._language,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+                limit=_MAX_LINE_BYTES,
+            )
+        except OSError as error:
+            raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
+        return self._process
 
     async def _call(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
         """Return the response to a request. Responses to cancelled requests are skipped by their number."""
@@ -155,7 +247,7 @@ class _Process:
             reason = f"no response in {seconds:.0f} s"
         except (OSError, ValueError) as error:
             reason = str(error)
-        self.close()
+        self._kill()
         raise BackendError(f"the process for inverse text normalization failed: {reason}.")
 
 

@@ -39,7 +39,7 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.events import Event
-from nemostream.runtime.text.itn import check_language
+from nemostream.runtime.text.itn import check_language as check_itn_language
 from nemostream.serving.client import UNKNOWN_CLIENT, Client, shorten
 from nemostream.serving.errors import Draining
 from nemostream.serving.metrics import Metrics
@@ -303,7 +303,7 @@ class Service:
         if language is not None:
             language = self.check_language(language)
             if session.itn:
-                check_language(language)
+                check_itn_language(language)
             session.set_language(language)
         if chunk_ms is not None:
             session.requested_ms = chunk_ms
@@ -340,7 +340,7 @@ class Service:
 
         The first call for a language (None: the server's default) loads its rules, which takes seconds, in some
         languages a minute. Raises `OptionError` if the server lacks the extra, or for a language without rules,
-        `BackendError` if the rules cannot be loaded.
+        `BackendError` if the rules cannot be loaded, `CapacityError` if too many other languages are in use.
         """
         if not enabled:
             return None

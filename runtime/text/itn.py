@@ -45,13 +45,19 @@ _LOOKAHEAD = 20  # words; most numbers have fewer
 _Span = tuple[str | None, int, int]
 
 
+def code_of(language: str | None) -> str | None:
+    """Return the language of the grammars for a language such as "de-DE" or "PT_br", None if there are none."""
+    code = re.split("[-_]", language, maxsplit=1)[0].lower() if isinstance(language, str) else ""
+    return code if code in LANGUAGES else None
+
+
 def check_language(language: str) -> str:
     """Return the language of the grammars for a language such as "de-DE", or "auto".
 
     Raises `OptionError` if there are none.
     """
-    code = re.split("[-_]", language, maxsplit=1)[0].lower() if isinstance(language, str) else ""
-    if code not in (*LANGUAGES, AUTO):
+    code = AUTO if isinstance(language, str) and language.lower() == AUTO else code_of(language)
+    if code is None:
         raise OptionError(
             f"inverse text normalization does not support the language {short_repr(language)}; it supports "
             f"{', '.join(LANGUAGES)}, and auto."
@@ -122,8 +128,7 @@ class InverseNormalizer:
         written: list[Word] = []
         for tag, group in itertools.groupby(words, lambda word: word.language):
             part = tuple(group)
-            code = None if tag is None else tag.split("-")[0]
-            if code in LANGUAGES:
+            if code := code_of(tag):
                 with self._loading:
                     if code not in self._tagged:
                         self._tagged[code] = InverseNormalizer(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from nemostream.errors import BackendError, OptionError
+from nemostream.errors import BackendError, CapacityError, OptionError
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Token
+from nemostream.serving import normalizer as module
 from nemostream.serving.normalizer import Normalizer
 
 GRAMMARS = """
-import time
+import os, time
 
 class InverseNormalizer:
     def __init__(self, lang):
@@ -24,8 +26,8 @@ class InverseNormalizer:
             log.write(lang + "\\n")
         if lang == "sv":
             raise MemoryError
-        if lang == "es":
-            time.sleep(1)
+        while os.path.exists(__file__ + ".hold-" + lang):
+            time.sleep(0.02)
         self.spoken = {"es": "veintidós", "de": "zweiundzwanzig", "en": "twenty two", "zh": "二十二"}[lang]
 
     def inverse_normalize(self, text, verbose):
@@ -44,6 +46,19 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     yield folder / "inverse_normalize.py.log"
+
+
+def hold(log: Path, language: str) -> Path:
+    """Hold up the load of a language until the returned file is deleted."""
+    file = log.with_name(f"inverse_normalize.py.hold-{language}")
+    file.touch()
+    return file
+
+
+async def loading(log: Path, language: str) -> None:
+    """Return when the load of a language has begun."""
+    while not log.exists() or language not in log.read_text().split():
+        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager
@@ -77,8 +92,9 @@ def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
         async with open_normalizer() as normalizer:
             await normalizer.start("auto")
             assert not log.exists()
-            await normalizer.start("de-DE")
-            german = (" Zweiundzwanzig Hunde", None)
+            for language in ("de-DE", "en-US", "zh-CN"):
+                await normalizer.start(language)
+            german, chinese = (" Zweiundzwanzig Hunde", None), ("我有二十二只狗。", None)
             mixed = final(
                 (" zweiundzwanzig", "de-DE"), (" twenty two", "fi-FI"), (" twenty two", "en-GB"), (" x", None)
             )
@@ -87,7 +103,8 @@ def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
                 for event in (
                     final(german, set_language="de-DE"),
                     final(german, set_language="en-US"),
-                    final(("我有二十二只狗。", None), set_language="zh-CN"),
+                    final(chinese, set_language="zh-CN"),
+                    final(chinese, set_language="ZH_cn"),
                     final(german),
                     mixed,
                     final(german, set_language="de-DE"),
@@ -97,6 +114,7 @@ def test_language_of_the_stream_or_of_the_tags(log: Path) -> None:
     texts = [
         "22 Hunde",
         "Zweiundzwanzig Hunde",
+        "我有22只狗。",
         "我有22只狗。",
         "Zweiundzwanzig Hunde",
         "22 twenty two 22 x",
@@ -112,26 +130,120 @@ def test_languages_without_rules_are_rejected(log: Path) -> None:
     assert not log.exists()
 
 
-def test_rules_that_cannot_be_loaded_lose_no_text(log: Path) -> None:
-    async def run() -> str:
+def test_rules_that_cannot_be_loaded_lose_no_text(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed load is repeated after some minutes only."""
+
+    async def run() -> None:
         event = final((" tjugotvå", None), set_language="sv-SE")
         async with open_normalizer() as normalizer:
+            for _ in range(2):
+                with pytest.raises(BackendError, match="it exited"):
+                    await normalizer.start("sv-SE")
+                assert await normalizer.rewrite(event) is event
+            await normalizer.start("en")
+            mixed = final((" tjugotvå", "sv-SE"), (" twenty two", "en-US"))
+            assert (await normalizer.rewrite(mixed)).text == "tjugotvå 22"
+            assert log.read_text().split() == ["sv", "en"]
+            monkeypatch.setattr(module, "_RETRY_SECONDS", 0.0)
             with pytest.raises(BackendError, match="it exited"):
                 await normalizer.start("sv-SE")
-            assert await normalizer.rewrite(event) is event
-            return (await normalizer.rewrite(final((" twenty two", None), set_language="en-US"))).text
 
-    assert asyncio.run(run()) == "22"
+    asyncio.run(run())
+    assert log.read_text().split() == ["sv", "en", "sv"]
 
 
 def test_rules_are_loaded_once_if_the_first_client_leaves(log: Path) -> None:
     async def run() -> str:
+        held = hold(log, "es")
         async with open_normalizer() as normalizer:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.2):
-                    await normalizer.start("es-ES")
+            first = asyncio.create_task(normalizer.start("es-ES"))
+            await loading(log, "es")
+            first.cancel()
+            held.unlink()
             await normalizer.start("es-US")
             return (await normalizer.rewrite(final((" veintidós", None), set_language="es-ES"))).text
 
     assert asyncio.run(run()) == "22"
     assert log.read_text().split() == ["es"]
+
+
+def test_a_process_starts_again_while_other_rules_are_loaded(log: Path) -> None:
+    async def run() -> str:
+        held = hold(log, "zh")
+        async with open_normalizer() as normalizer, asyncio.timeout(60):
+            await normalizer.start("en")
+            chinese = asyncio.create_task(normalizer.start("zh"))
+            await loading(log, "zh")
+            process = normalizer._processes["en"]._process
+            assert process is not None
+            process.kill()
+            await process.wait()
+            text = (await normalizer.rewrite(final((" twenty two", None), set_language="en-US"))).text
+            assert not chinese.done()
+            held.unlink()
+            await chinese
+        return text
+
+    assert asyncio.run(run()) == "22"
+    assert log.read_text().split() == ["en", "zh", "en"]
+
+
+@pytest.mark.parametrize("language", ["auto", "zh-CN"])  # detected, and set after the stream was opened
+def test_utterances_do_not_wait_for_new_rules(log: Path, language: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> str:
+        held = hold(log, "zh")
+        event = final(("二十二", "zh-CN"), set_language=language)
+        async with open_normalizer() as normalizer, asyncio.timeout(60):
+            for _ in range(2):
+                assert await normalizer.rewrite(event) is event
+            await loading(log, "zh")
+            assert await normalizer.rewrite(event) is event
+            opened = asyncio.create_task(normalizer.start("zh"))  # waits for the same load
+            await asyncio.sleep(0)
+            assert not opened.done()
+            held.unlink()
+            await opened
+            return (await normalizer.rewrite(event)).text
+
+    with caplog.at_level(logging.INFO, "nemostream.serving"):
+        assert asyncio.run(run()) == "22"
+    assert log.read_text().split() == ["zh"]
+    assert [record.message for record in caplog.records] == ["loading rules of inverse text normalization"]
+
+
+def test_the_number_of_processes_is_limited(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that is idle for the longest time ends, but not one that is in use."""
+    monkeypatch.setattr(module, "_MAX_PROCESSES", 2)
+
+    async def run() -> None:
+        held = hold(log, "es")
+        german = final((" zweiundzwanzig", None), set_language="de")
+        chinese = final(("二十二", None), set_language="zh")
+        async with open_normalizer() as normalizer, asyncio.timeout(60):
+            await normalizer.start("en")
+            await normalizer.start("de")
+            with pytest.raises(CapacityError, match="in use for 2 other languages"):
+                await normalizer.start("zh")
+            assert await normalizer.rewrite(chinese) is chinese
+            assert log.read_text().split() == ["en", "de"]
+            monkeypatch.setattr(module, "_IDLE_SECONDS", 0.0)
+            processes = [normalizer._processes[code]._process for code in ("en", "de")]
+            assert processes[0] is not None and processes[1] is not None
+            await normalizer.start("zh")
+            assert await processes[0].wait() != 0 and processes[1].returncode is None
+            assert (await normalizer.rewrite(german)).text == "22"
+            assert (await normalizer.rewrite(chinese)).text == "22"
+            assert log.read_text().split() == ["en", "de", "zh"]
+            spanish = asyncio.create_task(normalizer.start("es"))  # German ends
+            await loading(log, "es")
+            assert await normalizer.rewrite(german) is german  # Chinese ends, and German is loaded again
+            assert await processes[1].wait() != 0
+            with pytest.raises(CapacityError, match="in use"):  # both are loading
+                await normalizer.start("zh")
+            held.unlink()
+            await spanish
+            await normalizer.start("de")
+            assert (await normalizer.rewrite(german)).text == "22"
+
+    asyncio.run(run())
+    assert log.read_text().split() == ["en", "de", "zh", "es", "de"]

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from nemostream.errors import OptionError
-from nemostream.runtime.text.itn import LANGUAGES, InverseNormalizer, check_language
+from nemostream.runtime.text.itn import LANGUAGES, InverseNormalizer, check_language, code_of
 from nemostream.runtime.text.words import Token, Word, group_words, join_words
 
 REPLACED = {
@@ -60,6 +60,7 @@ def transcript(text: str, language: str | None = None) -> list[Word]:
 )
 def test_languages_with_and_without_a_region(language: str, code: str) -> None:
     assert check_language(language) == code
+    assert code_of(language) == (None if language == "auto" else code)
 
 
 @pytest.mark.parametrize("language", ["fi-FI", "", "english", "zhx", None])
@@ -108,4 +109,5 @@ def test_auto_uses_the_tag_of_each_word(loaded: list[str]) -> None:
     ]
     assert join_words(normalize(parts)) == "22 Hunde twenty two 22 twenty two"
     assert join_words(normalize(transcript("zweiundzwanzig", "de-AT"))) == "22"
+    assert join_words(normalize(transcript("zweiundzwanzig", "DE_de"))) == "22"  # as `check_language` accepts
     assert loaded == ["de", "en"]
