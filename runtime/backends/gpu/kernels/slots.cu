@@ -35,8 +35,17 @@ static __device__ __forceinline__ void copy_bytes(char* __restrict__ to, const c
   const uint4* __restrict__ source = reinterpret_cast<const uint4*>(from);
   uint4* __restrict__ target = reinterpret_cast<uint4*>(to);
   constexpr int units = bytes / 16, rounds = units / stride;
-#pragma unroll 4
-  for (int round = 0; round < rounds; ++round) target[first + round * stride] = __ldg(source + first + round * stride);
+  constexpr int ahead = 4, whole = rounds / ahead * ahead;
+#pragma unroll 1  // otherwise some compilers interleave loads and stores
+  for (int round = 0; round < whole; round += ahead) {
+    uint4 loaded[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) loaded[i] = __ldg(source + first + (round + i) * stride);
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) target[first + (round + i) * stride] = loaded[i];
+  }
+#pragma unroll
+  for (int round = whole; round < rounds; ++round) target[first + round * stride] = __ldg(source + first + round * stride);
   if (first + rounds * stride < units) target[first + rounds * stride] = __ldg(source + first + rounds * stride);
 }
 
