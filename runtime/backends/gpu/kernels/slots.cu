@@ -45,7 +45,8 @@ static __device__ __forceinline__ void copy_bytes(char* __restrict__ to, const c
     for (int i = 0; i < ahead; ++i) target[first + (round + i) * stride] = loaded[i];
   }
 #pragma unroll
-  for (int round = whole; round < rounds; ++round) target[first + round * stride] = __ldg(source + first + round * stride);
+  for (int round = whole; round < rounds; ++round)
+    target[first + round * stride] = __ldg(source + first + round * stride);
   if (first + rounds * stride < units) target[first + rounds * stride] = __ldg(source + first + rounds * stride);
 }
 
