@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def write_bundle(
         tokenizer=_file(tokenizer),
         languages=languages,
         checkpoint=origin,
-        versions={name: _version(name) for name in _LIBRARIES},
+        versions=_versions(),
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(folder, manifest)
@@ -141,8 +142,10 @@ def _file(path: Path) -> File:
     return File(path.name, sha256(path), path.stat().st_size)
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed as a package"
+def _versions() -> dict[str, str]:
+    """Return the versions of those libraries that are installed."""
+    versions = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

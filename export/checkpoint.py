@@ -30,7 +30,7 @@ import sentencepiece
 import yaml
 from numpy.typing import NDArray
 
-from nemostream.bundle import ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, LanguageConfig
+from nemostream.bundle import LANGUAGE_NAME, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, LanguageConfig
 from nemostream.errors import CheckpointError
 from nemostream.export.state_dict import StateDict
 from nemostream.untrusted import MIB, open_regular, short_repr
@@ -452,7 +452,7 @@ def _languages(config: Mapping[str, Any]) -> LanguageConfig:
     if not isinstance(names, dict) or not names:
         _reject(path, names, "a mapping from languages to prompt ids")
     for name, prompt in names.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]{2,20}([-_][A-Za-z0-9]{2,20}){0,3}", name):
+        if not isinstance(name, str) or not re.fullmatch(LANGUAGE_NAME, name):
             _reject(path, name, "names of languages, such as 'de-DE'")
         if type(prompt) is not int or not 0 <= prompt < count:
             _reject(f"{path}.{name}", prompt, f"a whole number from 0 to num_prompts - 1, which is {count - 1}")

@@ -389,8 +389,8 @@ class TransformersReference:
         theirs = out["input_features"][0, out["attention_mask"][0]].numpy()
         if theirs.shape != features.shape or not np.abs(theirs - features).mean() <= _MAX_FRONT_END_ERROR:
             raise CheckpointError(
-                f"the front end of transformers for {self._folder} computes other features; report the "
-                "feature_extractor of its configuration as a defect of the exporter."
+                f"the features of transformers' front end for {self._folder} differ from the exporter's; report this "
+                "with the feature_extractor of its configuration."
             )
         return features
 

@@ -50,6 +50,13 @@ class _Entry:
     offset: int  # bytes from the start of the file
 
 
+def to_native(array: NDArray[Any], bfloat16: bool) -> NDArray[Any]:
+    """Return a little-endian array in the byte order of this machine; with `bfloat16`, the floats of its bits."""
+    if bfloat16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array if sys.byteorder == "little" else array.astype(array.dtype.newbyteorder("="))
+
+
 class SafeTensors(Mapping[str, NDArray[Any]]):
     """The tensors of a `.safetensors` file, or of all files of a `.safetensors.index.json`, by name.
 
@@ -65,9 +72,7 @@ class SafeTensors(Mapping[str, NDArray[Any]]):
         entry = self._entries[name]
         dtype = np.dtype(_DTYPES[entry.dtype])
         array: NDArray[Any] = np.memmap(entry.path, dtype, "r", entry.offset, entry.shape)
-        if entry.dtype == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array if sys.byteorder == "little" else array.astype(array.dtype.newbyteorder("="))
+        return to_native(array, entry.dtype == "BF16")
 
     def is_floating(self, name: str) -> bool:
         """Return whether the tensor has a floating-point type."""

@@ -24,7 +24,7 @@ from nemostream.untrusted import MIB, parse_json, read_regular, short_repr
 
 _MAX_BYTES = 16 * MIB  # the tokenizer.model of 13087 tokens has 0.4 MB
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # A special token for tokenizers, so that it can be skipped; a piece with a text for SentencePiece.
 _LANGUAGE_TAG = re.compile(r"<[a-z]{2,3}-[A-Za-z]{2}>")
@@ -89,13 +89,13 @@ def _model(document: Any, vocabulary: int) -> bytes:
     for i in range(vocabulary):
         text = texts[i]
         if i == unknown:
-            piece_kind = _UNKNOWN
+            piece_kind = UNKNOWN
         elif bytes_known and _BYTE_PIECE.fullmatch(text):
-            piece_kind = _BYTE
+            piece_kind = BYTE
         elif i in special:
-            piece_kind = _CONTROL if special[i] and not _LANGUAGE_TAG.fullmatch(text) else _USER_DEFINED
+            piece_kind = CONTROL if special[i] and not _LANGUAGE_TAG.fullmatch(text) else USER_DEFINED
         else:
-            piece_kind = _NORMAL
+            piece_kind = NORMAL
         pieces.append(_Piece(text, scores.get(i, 0.0), piece_kind))
     trainer = _TrainerSpec(_BPE if kind == "BPE" else _UNIGRAM, vocabulary, bytes_known, unknown, texts[unknown])
     return b"".join(_serialize(pieces, trainer, _charsmap(document.get("normalizer"))))
@@ -195,8 +195,7 @@ class _TrainerSpec:
 def _serialize(pieces: list[_Piece], trainer: _TrainerSpec, charsmap: bytes) -> Iterator[bytes]:
     """Yield the fields of a `ModelProto`: pieces, trainer_spec, normalizer_spec."""
     for piece in pieces:
-        score = _tag(2, 5) + struct.pack("<f", piece.score)
-        yield _message(1, _message(1, piece.text.encode()) + score + _varint(3, piece.kind))
+        yield serialize_piece(piece.text, piece.score, piece.kind)
     yield _message(
         2,
         _varint(3, trainer.model_type)
@@ -210,6 +209,11 @@ def _serialize(pieces: list[_Piece], trainer: _TrainerSpec, charsmap: bytes) -> 
     # add_dummy_prefix, remove_extra_whitespaces and escape_whitespaces, as the converted normalizer does
     flags = b"".join(_varint(field, 1) for field in (3, 4, 5))
     yield _message(3, _message(1, name) + _message(2, charsmap) + flags)
+
+
+def serialize_piece(text: str, score: float, kind: int) -> bytes:
+    """Return a piece as a field of a serialized `ModelProto`, which may be appended to others."""
+    return _message(1, _message(1, text.encode()) + _tag(2, 5) + struct.pack("<f", score) + _varint(3, kind))
 
 
 def _tag(field: int, wire_type: int) -> bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.export.safetensors import to_native
 from nemostream.untrusted import MIB, open_regular, short_repr
 
 _MAX_PICKLE_BYTES = 4 * MIB  # the 0.6B model's has 0.1 MB; objects in memory are up to 64 times as large
@@ -95,9 +95,7 @@ class StateDict(Mapping[str, NDArray[Any]]):
         values = np.memmap(self._path, dtype, "r", tensor.storage.offset, (tensor.storage.size,))[tensor.offset :]
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         array: NDArray[Any] = np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
-        if tensor.storage.kind == "BFloat16Storage":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array if sys.byteorder == "little" else array.astype(array.dtype.newbyteorder("="))
+        return to_native(array, tensor.storage.kind == "BFloat16Storage")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.text.languages import AUTO
-from nemostream.runtime.text.scripts import ends_unspaced
 from nemostream.runtime.text.words import Word
 
 _MAX_CANDIDATES = 128  # checking more would block the event loop
@@ -43,11 +42,6 @@ def english_name(language: str | None) -> str:
         return UNKNOWN
     code = language.lower()
     return _NAMES.get(code) or _NAMES.get(code.partition("-")[0], language)
-
-
-def separator(text: str) -> str:
-    """Return what separates an utterance from the next one: a space, nothing in scripts without spaces."""
-    return "" if ends_unspaced(text) else " "
 
 
 _CODES = {name: code for code, name in reversed(_NAMES.items())}

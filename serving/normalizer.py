@@ -44,7 +44,7 @@ class Normalizer:
     def __init__(self) -> None:
         self._processes: dict[str, _Process] = {}  # by language, also those that do not run
         self._first_loads = asyncio.Lock()  # the rules of one new language are loaded at a time
-        self._full = False  # whether the log has that no process was free
+        self._full = False  # whether the lack of a free process was logged
 
     async def start(self, language: str) -> None:
         """Load the rules of a language unless they are loaded; with "auto", they are loaded when they are needed.

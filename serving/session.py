@@ -25,9 +25,9 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.scripts import join_texts
 from nemostream.serving.client import Client
 from nemostream.serving.errors import Expired
-from nemostream.serving.languages import separator
 from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.settings import Limits
 
@@ -95,7 +95,7 @@ class Session:
     @property
     def text(self) -> str:
         """The text of all final utterances."""
-        return "".join(text + separator(text) for text in self._texts[:-1]) + "".join(self._texts[-1:])
+        return join_texts(self._texts)
 
     @property
     def itn(self) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-# Types of pieces in `sentencepiece_model.proto`.
-_NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
+from nemostream.export.sentencepiece_model import NORMAL, UNKNOWN, USER_DEFINED, serialize_piece
 
 # Share of the pieces, range of the letters, and tags of each script, with about the shares of the tokenizer of
 # nemotron-3.5-asr-streaming-0.6b. Like there, the pieces of a language follow its tag, so that tags are scattered.
@@ -68,7 +66,7 @@ def train_tokenizer(
     )
     # Concatenated protobuf messages are one message: the pieces are appended.
     with (folder / "tokenizer.model").open("ab") as file:
-        file.write(_pieces((piece, 0.0, _USER_DEFINED) for piece in controls))
+        file.write(_pieces((piece, 0.0, USER_DEFINED) for piece in controls))
     _write_vocabulary(folder)
 
 
@@ -92,9 +90,9 @@ def write_multilingual_tokenizer(folder: Path, vocab: int, seed: int) -> None:
         raise ValueError(f"vocab is {vocab}; a tokenizer of many scripts has at least {len(pieces) + 1} pieces")
     while len(pieces) < vocab - 1:
         pieces[_word(rng, [*"abcdefghijklmnopqrstuvwxyz"])] = None
-    kinds = (_USER_DEFINED if piece == _SCRIPTS[0][3][0] else _NORMAL for piece in pieces)
+    kinds = (USER_DEFINED if piece == _SCRIPTS[0][3][0] else NORMAL for piece in pieces)
     scored = ((piece, -3.0 - 0.01 * rank, kind) for rank, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)))
-    (folder / "tokenizer.model").write_bytes(_pieces(itertools.chain([("<unk>", 0.0, _UNKNOWN)], scored)))
+    (folder / "tokenizer.model").write_bytes(_pieces(itertools.chain([("<unk>", 0.0, UNKNOWN)], scored)))
     _write_vocabulary(folder)
 
 
@@ -105,16 +103,8 @@ def _word(rng: np.random.Generator, letters: Sequence[str]) -> str:
 
 
 def _pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
-    """Return pieces (text, score, type) as field 1 of the protobuf message `ModelProto`.
-
-    The module that SentencePiece generates from the schema needs a newer protobuf than other dependencies allow.
-    """
-    encoded = b""
-    for text, score, kind in pieces:
-        name = text.encode()
-        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
-        encoded += b"\x0a" + bytes([len(piece)]) + piece
-    return encoded
+    """Return pieces (text, score, type) of a serialized SentencePiece model."""
+    return b"".join(serialize_piece(*piece) for piece in pieces)
 
 
 def _write_vocabulary(folder: Path) -> None:

@@ -142,8 +142,7 @@ class StreamSession:
         manifest, tokenizer = context.manifest, context.tokenizer
         self._scheduler, self._manifest, self._tokenizer = context.scheduler, manifest, tokenizer
         self._rate = manifest.features.sample_rate
-        languages = manifest.languages
-        self._language_names = {languages.prompt(name): name for name in languages.names}  # by prompt id
+        self._language_names = manifest.languages.by_prompt
         # Audio
         self.preprocessor = AudioPreprocessor(sample_rate, channels, self._rate)
         self._silence = SilenceSplitter(self.preprocessor.sample_rate)
@@ -156,7 +155,7 @@ class StreamSession:
         self._end_sample = 0  # processed samples, up to the last output that was returned
         self.steps = 0  # chunks run, up to the last output that was returned
         self.chunk_ms = chunk.ms  # size of the last of these chunks
-        self._prompt = languages.prompt(language)  # of the last output that was returned
+        self._prompt = manifest.languages.prompt(language)  # of the last output that was returned
         self._detokenizer = Detokenizer(tokenizer)
         self._text_tokens = 0  # tokens in the detokenizer's text
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=confidence.aggregation)

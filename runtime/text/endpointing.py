@@ -106,7 +106,8 @@ class Endpointer:
         self._closing_punctuation = closing_punctuation or (False,) * len(word_starts)
         self._invisible = invisible
         self._end_of_utterance, self._backchannel = (end_of_utterance, backchannel) if rule.model else (None, None)
-        self._at_reset = False  # whether the last step ended where the decoder may be reset
+        # Whether an utterance ended, or `<EOU>` or `<EOB>` was emitted, in the last step and no text follows in it
+        self._at_reset = False
         self._begun = False  # whether the stream has had an utterance
         self._count = 0  # tokens of the stream
         self._first: int | None = None  # sample of the utterance's first token; None between utterances

@@ -261,7 +261,7 @@ class _Layout:
         for word in words:
             if not (text := " ".join(word.text.split())):
                 continue
-            # Words of other recognisers do not state it.
+            # Words of other recognisers may lack the field.
             space = " " if getattr(word, "after_space", True) else ""
             start = max(_ms(word.start), self.starts[-1] if self.starts else 0)
             end = max(_ms(word.end), start)

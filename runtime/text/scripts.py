@@ -96,11 +96,16 @@ def begins_word(text: str) -> bool:
     return text[:1] == " " if first is None else first.lastgroup != "continuing"
 
 
+def separator(text: str) -> str:
+    """Return what separates an utterance from the next one: a space, nothing after a script without spaces."""
+    return "" if ends_unspaced(text) else " "
+
+
 def join_texts(texts: Iterable[str]) -> str:
-    """Return the text of consecutive utterances: with a space between them, except after a script without spaces."""
+    """Return the text of consecutive utterances."""
     joined = ""
     for text in texts:
-        joined += text if not (joined and text) or ends_unspaced(joined) else f" {text}"
+        joined += f"{separator(joined)}{text}" if joined and text else text
     return joined
 
 

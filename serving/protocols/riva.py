@@ -24,9 +24,10 @@ from nemostream.bundle import LanguageConfig
 from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError
 from nemostream.runtime.audio.containers import container_of
 from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.scripts import separator
 from nemostream.serving.client import Client, shorten
 from nemostream.serving.errors import Expired, status_of
-from nemostream.serving.languages import from_riva, languages_of, separator, to_riva
+from nemostream.serving.languages import from_riva, languages_of, to_riva
 from nemostream.serving.network.access import key_number, keys_of, request_key
 from nemostream.serving.network.proxies import TrustedProxies
 from nemostream.serving.service import Service

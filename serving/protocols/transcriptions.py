@@ -14,8 +14,9 @@ from fastapi.routing import APIRoute
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.text import formats
 from nemostream.runtime.text.events import Event
+from nemostream.runtime.text.scripts import separator
 from nemostream.serving.client import shorten
-from nemostream.serving.languages import english_name, languages_of, select_language, separator, to_openai
+from nemostream.serving.languages import english_name, languages_of, select_language, to_openai
 from nemostream.serving.protocols.dependencies import ERROR_RESPONSES, ServiceDependency
 from nemostream.serving.uploads.upload import Upload
 

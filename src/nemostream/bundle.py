@@ -31,6 +31,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ FORMAT = "nemostream-bundle"
 VERSION = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * MIB
+LANGUAGE_NAME = r"[A-Za-z]{2,20}([-_][A-Za-z0-9]{2,20}){0,3}"  # "de-DE"
 MAX_GRAPH_BYTES = 2048 * MIB  # protobuf's own limit
 
 
@@ -134,13 +136,18 @@ class LanguageConfig:
     prompts: Mapping[str, int] = field(default_factory=dict)
     count: int = 0  # of prompt ids, 0 for a model of one language
 
+    @cached_property
+    def by_prompt(self) -> Mapping[int, str]:
+        """The name of each prompt id; 0 is that of a model of one language."""
+        names: dict[int, str] = {}
+        for name, prompt in self.prompts.items():
+            names.setdefault(prompt, name)
+        return names or {0: self.default}
+
     @property
     def names(self) -> tuple[str, ...]:
         """The languages, one name each."""
-        by_id: dict[int, str] = {}
-        for name, prompt in self.prompts.items():
-            by_id.setdefault(prompt, name)
-        return tuple(by_id.values()) or (self.default,)
+        return tuple(self.by_prompt.values())
 
     def name(self, language: str | None) -> str:
         """Return the name of a language ("de" is "de-DE"); of the default for None.
@@ -157,20 +164,25 @@ class LanguageConfig:
             if key.split("-")[0] == _language_key(self.default).split("-")[0]:
                 return self.default
             raise OptionError(f"language is {short_repr(language)}; this model supports {self.default!r} only.")
-        known: dict[str, str] = {}
-        for name in self.prompts:
-            known.setdefault(_language_key(name), name)
-        found = known.get(key) or next(
-            (name for name in known.values() if _language_key(name).startswith(f"{key}-")), None
-        )
+        known = self._prompts_by_key
+        found = known.get(key)
+        if found is None:
+            found = next((prompt for other, prompt in known.items() if other.startswith(f"{key}-")), None)
         if found is None:
             hint = self._hint(key)
             raise OptionError(f"language is {short_repr(language)}, which this model does not support; {hint}.")
-        return next(name for name, prompt in self.prompts.items() if prompt == self.prompts[found])
+        return self.by_prompt[found]
 
     def prompt(self, language: str | None) -> int:
         """Return the prompt id of a language, 0 for a model of one language. Raises `OptionError` as `name` does."""
         return self.prompts.get(self.name(language), 0)
+
+    @cached_property
+    def _prompts_by_key(self) -> Mapping[str, int]:
+        prompts: dict[str, int] = {}
+        for name, prompt in self.prompts.items():
+            prompts.setdefault(_language_key(name), prompt)
+        return prompts
 
     def _hint(self, key: str) -> str:
         names = {_language_key(name): name for name in self.names}
@@ -338,7 +350,7 @@ class Manifest:
 _NAME = text(r".{1,500}", "a printable text of 1 to 500 characters")
 _AXIS = text(r"[A-Za-z_]\w{0,63}", "the name of an axis or a positive number")
 _DIMENSION = integer(1, 1 << 24)
-_LANGUAGE = text(r"[A-Za-z]{2,20}([-_][A-Za-z0-9]{2,20}){0,3}", "the name of a language, such as 'de-DE'")
+_LANGUAGE = text(LANGUAGE_NAME, "the name of a language, such as 'de-DE'")
 _MAX_PROMPTS = 1 << 16
 _MAX_FILE_BYTES = 1 << 42
 _MAX_STATE = 1 << 28  # values in the caches of a stream; the 0.6B model has 3.6 million

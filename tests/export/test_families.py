@@ -171,7 +171,7 @@ def test_a_hybrid_model_of_another_language_and_one_context(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a beam search in the configuration, which is reported, a field of another version, and xscaling."""
-    monkeypatch.setattr(models, "_silence_nemo", lambda: None)  # it changes the process
+    monkeypatch.setattr(models, "_silence_libraries", lambda: None)  # it changes the process
     changes = {
         "aux_ctc": AUX_CTC,
         "encoder": {"att_context_size": [70, 6]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,27 @@ def bundle(tmp_path_factory, tokenizer_model) -> Bundle:
         tokenizer=File("tokenizer.model", "", 0),
     )
     return Bundle(path, manifest)
+
+
+@pytest.fixture
+def character_tokenizer(tmp_path) -> Callable[[str], Tokenizer]:
+    """Return a function that makes a tokenizer with a piece for each character of a text."""
+
+    def make(text: str) -> Tokenizer:
+        model, path = io.BytesIO(), tmp_path / "characters.model"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([text] * 20),
+            model_writer=model,
+            vocab_size=40,
+            model_type="char",
+            normalization_rule_name="identity",
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        path.write_bytes(model.getvalue())
+        return Tokenizer(path, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
+
+    return make
 
 
 @pytest.fixture(scope="session")

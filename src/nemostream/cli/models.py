@@ -76,7 +76,7 @@ def _export(checkpoint: str, out: Path, language: str | None) -> None:
     # NeMo and its dependencies print to standard output, which is reserved for results.
     with redirect_stdout(sys.stderr), console.status("loading") as status:
         try:
-            _silence_nemo()
+            _silence_libraries()
             from nemostream.export import export_checkpoint
         except ImportError as error:
             raise BackendError(f"the export extra cannot be imported ({error}): {install_command('export')}") from error
@@ -94,11 +94,13 @@ def _export(checkpoint: str, out: Path, language: str | None) -> None:
             console.print(f"{name:>8}: {steps} steps, encoder within {worst:.1e} of {reference}")
 
 
-def _silence_nemo() -> None:
-    """Suppress NeMo's warnings and log messages about training data and optimizers, if it is installed."""
+def _silence_libraries() -> None:
+    """Suppress what NeMo and huggingface_hub print besides errors: training data, optimizers, failed requests."""
     import logging
+    import os
     import warnings
 
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the error that it raises is shown
     warnings.filterwarnings("ignore")
     if find_spec("nemo") is None:
         return

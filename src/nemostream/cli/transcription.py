@@ -19,7 +19,7 @@ from nemostream.cli.standard_streams import print_message, standard_input, suppr
 from nemostream.errors import AudioError, BackendError, NemostreamError, TruncatedAudioError
 from nemostream.extras import install_command
 from nemostream.runtime.text.formats import Format
-from nemostream.runtime.text.scripts import ends_unspaced
+from nemostream.runtime.text.scripts import separator
 
 if TYPE_CHECKING:
     from nemostream.runtime.audio.files import AudioFile
@@ -363,8 +363,7 @@ class _EventCollector:
                     written = self._output.write_utterance(self._name, event)
                 if written:
                     self._captions.clear_text(self._index)
-                space = "" if ends_unspaced(event.text) else " "
-                self._caption_prefix = "" if written else f"{prefix}{event.text}{space}"
+                self._caption_prefix = "" if written else f"{prefix}{event.text}{separator(event.text)}"
 
 
 def _pace(blocks: Iterable[Any], rate: int, stop: StopRequest) -> Generator[Any]:

@@ -111,21 +111,9 @@ def test_increments_add_up_to_the_transcript(tokenizer, data):
         assert repr(event) == repr(pickle.loads(pickle.dumps(event))) and event.text in dataclasses.astuple(event)
 
 
-def test_stable_text_of_a_script_without_spaces(tmp_path):
-    model, text = io.BytesIO(), "我用iPhone打电话，好吗？ Да, 好"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 20),
-        model_writer=model,
-        vocab_size=40,
-        model_type="char",
-        normalization_rule_name="identity",
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    tokenizer = Tokenizer(path, size)
+def test_stable_text_of_a_script_without_spaces(character_tokenizer):
+    text = "我用iPhone打电话，好吗？ Да, 好"
+    tokenizer = character_tokenizer(text)
     tokens = make_tokens(tokenizer, tokenizer.encode(text))
     builder = EventBuilder(tokenizer, "min", 16000)
     events = [event for count in range(1, len(tokens) + 1) for event in builder.step(tokens, count, [], 0.0, 80)]

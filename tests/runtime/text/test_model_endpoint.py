@@ -140,7 +140,7 @@ def nemo_turns(frames: list[list[str]], bot_speaking: bool) -> list[tuple[str, s
 
 
 def agent_turns(events, bot_speaking: bool) -> list[tuple[str, str]]:
-    """Return the turns and backchannels of an agent that uses our events: only while it speaks, backchannels count."""
+    """Return the turns and backchannels of an agent that uses events; backchannels count only while it plays audio."""
     turns, text, handled = [], "", 0
     for event in events:
         if event.kind == "backchannel" and bot_speaking:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import os
 
 import pytest
@@ -194,22 +193,10 @@ def test_error_for_a_malformed_model_is_one_line(tokenizer_model, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_words_of_scripts_without_spaces_start_at_their_tokens(tmp_path):
+def test_words_of_scripts_without_spaces_start_at_their_tokens(character_tokenizer):
     """An utterance that is too long ends before such a token; see `Endpointer`."""
-    model, text = io.BytesIO(), "我用iPhone（好）。っー ไม้ да"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 20),
-        model_writer=model,
-        vocab_size=40,
-        model_type="char",
-        normalization_rule_name="identity",
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    tokenizer = Tokenizer(path, size)
+    text = "我用iPhone（好）。っー ไม้ да"
+    tokenizer = character_tokenizer(text)
     starts = {tokenizer.piece(i): tokenizer.word_starts[i] for i in tokenizer.encode(text)}
     assert {piece for piece, start in starts.items() if start} == {" ", "我", "用", "（", "好", "ไ", "ม"}
     closing = {tokenizer.piece(i) for i in tokenizer.encode(text) if tokenizer.closing_punctuation[i]}

@@ -28,7 +28,8 @@ import nemostream
 from nemostream.bundle import Bundle, LanguageConfig
 from nemostream.errors import OptionError
 from nemostream.runtime.text import itn
-from nemostream.serving.languages import english_name, from_riva, select_language, separator
+from nemostream.runtime.text.scripts import separator
+from nemostream.serving.languages import english_name, from_riva, select_language
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
