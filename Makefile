@@ -1,6 +1,7 @@
 # make demo      install the package and transcribe the packaged recording
 # make test      lint, type check and all tests but the slow ones
 # make test-all  the slow tests too: full-size models and long runs
+# make mutants MODULE=scheduler   change a module in small ways and list the changes that no test detects
 # make docs      build the documentation site into build/site
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -11,9 +12,11 @@ PACKAGES := src export engine runtime serving benchmarks
 CODE := $(PACKAGES) tests examples docs/hooks.py
 # Directories too: the modification time of a directory changes when a file in it is deleted.
 SOURCES := $(shell find $(PACKAGES) -not -name '*.pyc' -not -name __pycache__ 2>/dev/null)
+# Workers take files in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --dist loadfile --no-loadscope-reorder
 PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
 
-.PHONY: demo test test-all lint format docs bundle clean
+.PHONY: demo test test-all mutants lint format docs bundle clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -23,11 +26,14 @@ demo: $(DEMO)/.package
 # A file of tests at a time, so that fixtures of a module (servers, exports) are created once. Three workers keep two
 # cores busy while tests wait for servers; more threads of PyTorch would only wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
+	$(PYTEST) -n 3 -m "not slow"
 
-# One process: full-size models take up to 10 GB each.
+# Two workers: full-size models take up to 10 GB, and half of these tests wait for servers and installations.
 test-all: test
-	$(VENV)/bin/python -m pytest -m slow
+	$(PYTEST) -n 2 -m slow
+
+mutants: $(VENV)/.package
+	$(VENV)/bin/python tests/mutation/mutants.py $(MODULE) $(ARGS)
 
 lint: $(VENV)/.package
 	$(VENV)/bin/ruff check $(CODE)

@@ -76,6 +76,12 @@ def normalizer(name: str) -> Callable[[str], str]:
     return lambda text: separate_characters(normalise(text.translate(fold)))
 
 
+def require_word_errors() -> None:
+    """Raise `BackendError` if a package for word error rates is missing."""
+    if find_spec("jiwer") is None or find_spec("whisper_normalizer") is None:
+        raise BackendError(f"word error rates need jiwer and whisper-normalizer: {install_command('bench')}")
+
+
 def plain(text: str) -> str:
     """Return the text without case and punctuation."""
     return normalizer("basic")(text).strip()
@@ -134,8 +140,7 @@ def measure_accuracy(
     validated. Raises `OptionError` for invalid options, `AudioError` if a recording cannot be read, `BackendError` if a
     package, device or engine is missing, and `EngineValidationError` if an engine does not match fp32.
     """
-    if find_spec("jiwer") is None or find_spec("whisper_normalizer") is None:
-        raise BackendError(f"word error rates need jiwer and whisper-normalizer: {install_command('bench')}")
+    require_word_errors()
     chunks = [bundle.manifest.chunk(ms) for ms in chunk_ms] if chunk_ms else list(bundle.manifest.chunks)
     normalise_text, rate = normalizer(normalise), bundle.manifest.features.sample_rate
     if checkpoint:
@@ -304,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
-        bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
+        bundle = command.open_bundle(options.bundle)
         sets: dict[str, Iterable[CorpusUtterance]] = {}
         for path in options.manifest:
             sets[path.stem] = read_manifest(path)[: options.limit]

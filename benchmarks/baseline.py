@@ -187,7 +187,12 @@ def _create_runners(
 
 
 def _time_rounds(
-    runners: Sequence[Runner], chunk: ChunkConfig, position: int, repeats: int
+    runners: Sequence[Runner],
+    chunk: ChunkConfig,
+    position: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[list[dict[str, float]], float]:
     """Return the seconds of a step by runner for each timed round, and the cores that other processes used."""
     other_work, rounds = OtherWork(), []
@@ -196,10 +201,10 @@ def _time_rounds(
             other_work = OtherWork()
         seconds = {}
         for runner in random.Random(number).sample(runners, len(runners)):
-            time.sleep(_PAUSE)
-            start = time.perf_counter()
+            sleep(_PAUSE)
+            start = clock()
             runner.step(position + number * chunk.frames)
-            seconds[runner.name] = time.perf_counter() - start
+            seconds[runner.name] = clock() - start
         rounds.append(seconds)
     return rounds[_WARM_UP:], other_work.cores()
 

@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.load import PACKET, SEARCH_RESOLUTION, LoadResult, StepRecorder, run_load
@@ -99,11 +98,7 @@ def measure_capacity(
                 rows.append(evaluate(load, recorder.steps, {**case, "streams": fixed, "simulate_realtime": True}))
                 found = None
             else:
-                found = search(
-                    lambda n: any(probe(n, probe_seconds)["values"]["passed"] for _ in range(2)), max_streams
-                )
-                while found and not probe(found, seconds, True)["values"]["passed"]:
-                    found = min(found - 1, math.floor(found * (1 - SEARCH_RESOLUTION)))
+                found = find_streams(probe, seconds, probe_seconds, max_streams)
         size = getattr(backend, "bytes_per_stream", None)
     return records.record(
         "capacity",
@@ -124,6 +119,18 @@ def measure_capacity(
             "other_work_cores": round(others.cores(), 3),
         },
     )
+
+
+def find_streams(
+    probe: Callable[[int, float, bool], Row], seconds: float, probe_seconds: float, max_streams: int
+) -> int:
+    """Return the confirmed maximum number of streams; `probe` runs a number of streams for some seconds."""
+    found = search(
+        lambda streams: any(probe(streams, probe_seconds, False)["values"]["passed"] for _ in range(2)), max_streams
+    )
+    while found and not probe(found, seconds, True)["values"]["passed"]:
+        found = min(found - 1, math.floor(found * (1 - SEARCH_RESOLUTION)))
+    return found
 
 
 def search(passes: Callable[[int], bool], maximum: int) -> int:
@@ -306,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         return measure_capacity(
-            Bundle.open(options.bundle or nemostream.demo_bundle()),
+            command.open_bundle(options.bundle),
             options.precision,
             options.chunk_ms or [560],
             seconds=options.seconds,

@@ -8,12 +8,22 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import nemostream
 from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.report import write_report
+from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, NemostreamError
 from nemostream.extras import install_command
 
 DEVICES = "cpu, cuda (TensorRT engines) or cuda:onnxruntime"
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of options that have one, unless the help states it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        known = action.default in (None, []) or "(default: " in (action.help or "")
+        return action.help if known else super()._get_help_string(action)
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -21,7 +31,7 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"nemostream bench {name}",
         description=(description or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder for the result, its tables and plots")
     parser.add_argument("--name", default=name, help="name of the output files, without suffix")
@@ -38,6 +48,11 @@ def add_engine_options(parser: argparse.ArgumentParser, several_devices: bool = 
     parser.add_argument("--engines", type=Path, help="folder of engines (default: ~/.cache/nemostream/engines)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--chunk-ms", type=int, nargs="+", help="chunk sizes in ms (default: all of the model)")
+
+
+def open_bundle(path: Path | None) -> Bundle:
+    """Open the bundle that an option names, or the packaged model."""
+    return Bundle.open(path or nemostream.demo_bundle())
 
 
 def write_study(result: records.Record, table: str, options: argparse.Namespace) -> None:

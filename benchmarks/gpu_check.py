@@ -12,7 +12,7 @@ size (560 ms), fp16 and batches of up to 8:
 
 * environment: GPU, driver, libraries.
 * tokens_LIBRARY: build the engine of the packaged model, compare the tokens of eight streams with those of the CPU
-  backend, and time steps of one stream and of eight.
+  backend and those of a copied stream with its source's, and time steps of one stream and of eight.
 * full_size_model: create a full-size model with random weights that emits about `TOKENS_PER_SECOND` per stream.
 * speed_LIBRARY: build its engine and measure what `speed` measures. TensorRT, whose builds take longest, is last and
   may use all time that is left.
@@ -29,8 +29,8 @@ The other sections run in the time that is left:
   nemostream, if NeMo is installed.
 * speed: all chunk sizes and batches of the full-size model: the whole step as the caller sees it, the same without
   tokens, with caches that must be gathered, with phrases for all streams, and launched back to back; the encoder alone,
-  and the step without decoding; the roofline; the resulting number of streams. If no engine runs, everything but the
-  encoder (features, gather, scatter, decoding).
+  and the step without decoding; a copy of a slot; the roofline; the resulting number of streams. If no engine runs,
+  everything but the encoder (features, gather, scatter, decoding).
 * engines: for each precision and chunk size, whether the engine of the packaged model can be built and passes the
   validation against fp32 (`engine.validate`), and its size.
 * soak: 10,000 steps in which streams start and end, with and without phrases; free memory before and after.
@@ -70,7 +70,7 @@ import numpy as np
 
 import nemostream
 from nemostream.benchmarks.baseline import compare_steps, prepared
-from nemostream.benchmarks.gpu.correctness import compare_tokens
+from nemostream.benchmarks.gpu.correctness import compare_copy, compare_tokens
 from nemostream.benchmarks.gpu.report import joined, show, verdict
 from nemostream.benchmarks.gpu.speed import (
     NoEncoder,
@@ -258,7 +258,7 @@ def environment(context: SectionContext) -> Report:
 
 
 def first_tokens(library: str, context: SectionContext) -> Report:
-    """Compare the tokens of the packaged model with those of the CPU backend, then time its steps."""
+    """Compare the tokens of the packaged model with those of the CPU backend, copy a stream, then time steps."""
     if reason := why_unavailable(library, context.device().architecture):
         return {"unavailable": reason}
     demo, streams = context.demo, max(_FIRST_BATCHES)
@@ -275,6 +275,8 @@ def first_tokens(library: str, context: SectionContext) -> Report:
     reference = OrtBackend(demo, capacity=streams)
     clip = speech(demo.manifest)[1]  # the model recognises this clip with confidence, so fp16 gives the same tokens
     result |= compare_tokens(demo.manifest, chunk, backend, reference, clip, streams)
+    context.save(result)
+    result |= compare_copy(demo.manifest, chunk, backend, clip)
     context.save(result)
     context.progress("timing steps")
     result["rows"] = [step_times(backend, chunk, batch, context.options.repeats) for batch in _FIRST_BATCHES]

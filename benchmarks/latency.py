@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_for
 from nemostream.benchmarks.harness import records, tables
@@ -131,28 +130,40 @@ def _measure(
 
 
 def _step_times(
-    backend: Backend, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int
+    backend: Backend,
+    feed: AudioFeed,
+    chunk: ChunkConfig,
+    warm_up: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, list[float]], float]:
     """Return the milliseconds of `repeats` steps and their parts after `warm_up` steps, and the mean calls per step."""
     times: dict[str, list[float]] = {"step": [], **{part: [] for part in PARTS}}
     calls = []
-    with _stage_clock(backend, chunk) as clock:
+    with _timed_stages(backend, chunk, clock) as stages:
         for step in range(warm_up + repeats):
             inputs = feed.batch(chunk, step * chunk.frames)
-            clock.clear()
-            start = time.perf_counter()
+            stages.clear()
+            start = clock()
             backend.submit(inputs).result()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if step < warm_up:
                 continue
             times["step"].append(1000 * elapsed)
-            for part, seconds in _parts(clock, elapsed).items():
+            for part, seconds in _parts(stages, elapsed).items():
                 times[part].append(1000 * seconds)
-            calls.append(clock.get("calls", 0))
+            calls.append(stages.get("calls", 0))
     return times, statistics.mean(calls)
 
 
-def push_times(model: Model, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, repeats: int) -> list[float]:
+def push_times(
+    model: Model,
+    feed: AudioFeed,
+    chunk: ChunkConfig,
+    warm_up: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Return the milliseconds from push to result of each stream for `repeats` chunks after `warm_up` chunks."""
     lead, rate, times = model.manifest.lead, model.manifest.features.sample_rate, []
     streams = [model.open_session(rate, 1, chunk_ms=chunk.ms) for _ in range(feed.rows)]
@@ -161,13 +172,13 @@ def push_times(model: Model, feed: AudioFeed, chunk: ChunkConfig, warm_up: int, 
         pcm = (32767 * feed.audio[:, begin:end]).astype(np.int16)
         start = []
         for stream, samples in zip(streams, pcm, strict=True):
-            start.append(time.perf_counter())
+            start.append(clock())
             stream.feed(samples)
         for stream, began in zip(streams, start, strict=True):
             stream.wait()
             stream.collect()
             if step >= warm_up:
-                times.append(1000 * (time.perf_counter() - began))
+                times.append(1000 * (clock() - began))
     for stream in streams:
         stream.close()
     return times
@@ -189,38 +200,40 @@ class _UnownedBackend:
 
 
 @contextmanager
-def _stage_clock(backend: Backend, chunk: ChunkConfig) -> Iterator[dict[str, float]]:
+def _timed_stages(
+    backend: Backend, chunk: ChunkConfig, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[dict[str, float]]:
     """Yield the seconds per stage of the steps in the `with` block and their number of "calls"; empty on a GPU."""
-    clock: dict[str, float] = {}
+    stages: dict[str, float] = {}
     if not isinstance(backend, OrtBackend):
-        yield clock
+        yield stages
         return
 
     def wrap(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
         part = "decode" if name in ("decoder", "joint") else name
 
         def timed(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return stage(*arguments, **options)
             finally:
-                clock[part] = clock.get(part, 0.0) + time.perf_counter() - start
+                stages[part] = stages.get(part, 0.0) + clock() - start
                 if part != "encode":
-                    clock["calls"] = clock.get("calls", 0) + 1
+                    stages["calls"] = stages.get("calls", 0) + 1
 
         return timed
 
     with backend.wrapped_stages(chunk, wrap):
-        yield clock
+        yield stages
 
 
-def _parts(clock: dict[str, float], elapsed: float) -> dict[str, float]:
+def _parts(stages: dict[str, float], elapsed: float) -> dict[str, float]:
     """Return the seconds of each part of a step that took `elapsed` seconds."""
-    if "encode" not in clock:
+    if "encode" not in stages:
         return {}
-    features, encoder, decode = (clock.get(part, 0.0) for part in PARTS[:3])
-    copies = clock["encode"] - features - encoder
-    return dict(zip(PARTS, (features, encoder, decode, copies, elapsed - clock["encode"] - decode), strict=True))
+    features, encoder, decode = (stages.get(part, 0.0) for part in PARTS[:3])
+    copies = stages["encode"] - features - encoder
+    return dict(zip(PARTS, (features, encoder, decode, copies, elapsed - stages["encode"] - decode), strict=True))
 
 
 def _device_times(
@@ -354,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
-        bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
+        bundle = command.open_bundle(options.bundle)
         return measure_latency(
             bundle,
             options.precision,

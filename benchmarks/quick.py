@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
-        bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
+        bundle = command.open_bundle(options.bundle)
         return measure_quick(
             bundle, options.repeats, records.report_progress, device=options.device, engines=options.engines
         )

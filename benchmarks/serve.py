@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import time
 import urllib.request
@@ -32,13 +31,14 @@ from typing import Any
 import numpy as np
 
 import nemostream
-from nemostream.benchmarks.command import make_parser, run
+from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
+from nemostream.benchmarks.harness.server_process import server_process
 from nemostream.bundle import Bundle
 from nemostream.engines import speech
-from nemostream.errors import BackendError, OptionError
+from nemostream.errors import OptionError
 
 GRACE_MS = 200  # allowed time to the final text beyond the chunk duration
 _RATE = 16000  # Hz
@@ -80,7 +80,7 @@ def measure_serving(
     clips = _clips(bundle, manifest)
     with nemostream.load(bundle.path, chunk.ms, capacity=4) as model:
         texts = [model.transcribe(clip).text for clip in clips]
-    start, others, rows = time.perf_counter(), OtherWork(), []
+    others, rows = OtherWork(), []
     command = [
         sys.executable,
         "-m",
@@ -101,34 +101,26 @@ def measure_serving(
         "--no-measure",
         *options,
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().strip()
-            if not url.startswith("http:"):
-                raise BackendError(f"the server did not start; run it to see the error: {' '.join(command)}")
-            for number in streams:
-                progress(f"{number} clients for {seconds:.0f} s")
-                server_cpu, client_cpu, begin, before = (
-                    _cpu_seconds(server.pid),
-                    time.process_time(),
-                    time.perf_counter(),
-                    _step_metrics(url),
-                )
-                results = asyncio.run(_run_clients(url, clips, texts, number, seconds, packet_ms / 1000))
-                elapsed = time.perf_counter() - begin
-                server_cores = (_cpu_seconds(server.pid) - server_cpu) / elapsed
-                client_cores = (time.process_time() - client_cpu) / elapsed
-                case = {"streams": number, "chunk_ms": chunk.ms, "packet_ms": packet_ms}
-                row = evaluate(results, case, elapsed, server_cores, client_cores)
-                steps, step_rows, step_seconds = (b - a for a, b in zip(before, _step_metrics(url), strict=True))
-                if steps:
-                    row["values"]["mean_batch"] = round(step_rows / steps, 2)
-                    row["values"]["step_ms"] = round(1000 * step_seconds / steps, 2)
-                rows.append(row)
-            server_cpu = _cpu_seconds(server.pid)
-        finally:
-            server.terminate()
+    with server_process(command) as (server, url):
+        for number in streams:
+            progress(f"{number} clients for {seconds:.0f} s")
+            server_cpu, client_cpu, begin, before = (
+                _cpu_seconds(server.pid),
+                time.process_time(),
+                time.perf_counter(),
+                _step_metrics(url),
+            )
+            results = asyncio.run(_run_clients(url, clips, texts, number, seconds, packet_ms / 1000))
+            elapsed = time.perf_counter() - begin
+            server_cores = (_cpu_seconds(server.pid) - server_cpu) / elapsed
+            client_cores = (time.process_time() - client_cpu) / elapsed
+            case = {"streams": number, "chunk_ms": chunk.ms, "packet_ms": packet_ms}
+            row = evaluate(results, case, elapsed, server_cores, client_cores)
+            steps, step_rows, step_seconds = (b - a for a, b in zip(before, _step_metrics(url), strict=True))
+            if steps:
+                row["values"]["mean_batch"] = round(step_rows / steps, 2)
+                row["values"]["step_ms"] = round(1000 * step_seconds / steps, 2)
+            rows.append(row)
     return records.record(
         "serve",
         rows,
@@ -141,7 +133,8 @@ def measure_serving(
             "recordings": len(clips),
             "grace_ms": GRACE_MS,
             "options": list(options),
-            "other_work_cores": round(max(0.0, others.cores() - server_cpu / (time.perf_counter() - start)), 3),
+            # The server has ended, so its CPU time is counted as this process's.
+            "other_work_cores": round(others.cores(), 3),
         },
     )
 
@@ -258,7 +251,12 @@ def _clips(bundle: Bundle, manifest: Path | None) -> list[Any]:
 def _step_metrics(url: str) -> tuple[float, float, float]:
     """Return the number of steps of the server since its start, their rows, and their seconds."""
     with urllib.request.urlopen(f"{url}/metrics") as response:
-        lines = response.read().decode().splitlines()
+        return parse_step_metrics(response.read().decode())
+
+
+def parse_step_metrics(text: str) -> tuple[float, float, float]:
+    """Return number, rows and seconds of the steps in Prometheus metrics, summed over all labels."""
+    lines = text.splitlines()
     names = "nemostream_step_streams_count", "nemostream_step_streams_sum", "nemostream_step_seconds_sum"
     count, rows, seconds = (sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in names)
     return count, rows, seconds
@@ -266,8 +264,13 @@ def _step_metrics(url: str) -> tuple[float, float, float]:
 
 def _cpu_seconds(pid: int) -> float:
     """Return the CPU seconds that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return parse_cpu_ticks(Path(f"/proc/{pid}/stat").read_text()) / os.sysconf("SC_CLK_TCK")
+
+
+def parse_cpu_ticks(stat: str) -> int:
+    """Return the user and system ticks of a process from its `/proc/PID/stat`; its name may contain spaces and ")"."""
+    fields = stat.rpartition(")")[2].split()  # from the third field, the state
+    return int(fields[11]) + int(fields[12])
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -362,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         return measure_serving(
-            Bundle.open(options.bundle or nemostream.demo_bundle()),
+            open_bundle(options.bundle),
             options.streams,
             options.chunk_ms,
             seconds=options.seconds,

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
@@ -63,12 +62,7 @@ def measure_throughput(
                 model.transcribe(sources[0])
                 for batch in batches:
                     progress(f"{precision}, {chunk.ms} ms, {batch} concurrent recordings")
-                    times = []
-                    with ThreadPoolExecutor(batch) as pool:
-                        for _ in range(repeats):
-                            start = time.perf_counter()
-                            audio = sum(result.duration for result in pool.map(model.transcribe, sources))
-                            times.append(time.perf_counter() - start)
+                    audio, times = time_set(model, sources, batch, repeats)
                     case = {"chunk_ms": chunk.ms, "batch": batch, "precision": precision}
                     values = {"audio_seconds": audio, "rtfx": records.rtfx(audio, statistics.median(times))}
                     rows.append(records.row(case, {"whole set": [1000 * seconds for seconds in times]}, values))
@@ -84,6 +78,19 @@ def measure_throughput(
             "other_work_cores": round(others.cores(), 3),
         },
     )
+
+
+def time_set(
+    model: Model, sources: Sequence[Any], batch: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, list[float]]:
+    """Transcribe all sources `repeats` times, `batch` concurrently. Return the audio seconds, and those of each run."""
+    times = []
+    with ThreadPoolExecutor(batch) as pool:
+        for _ in range(repeats):
+            start = clock()
+            audio = sum(result.duration for result in pool.map(model.transcribe, sources))
+            times.append(clock() - start)
+    return audio, times
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
@@ -131,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def measure() -> Record:
-        bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
+        bundle = command.open_bundle(options.bundle)
         if options.manifest:
             sources: list[Any] = [
                 each.source(bundle.manifest.features.sample_rate) for each in read_manifest(options.manifest)

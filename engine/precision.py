@@ -156,7 +156,7 @@ class _GraphConverter:
         self._initializers: dict[str, TensorProto] = {}
         self._casts: dict[tuple[str, str], str] = {}
         self._sources = {output: node for node in graph.node for output in node.output}
-        self._fp32_sums = self._find_fp32_sums()
+        self._score_sums = self._find_score_sums()
 
     def write(self, path: Path) -> list[Path]:
         """Convert the graph, write it, and return the files: graph and weights."""
@@ -181,21 +181,15 @@ class _GraphConverter:
         del graph.value_info[:]
         return _save(self._model, path, self._weights.path)
 
-    def _find_fp32_sums(self) -> set[str]:
-        """Return the sums on the residual path (inputs of layer norms) and of attention scores (of softmax)."""
+    def _find_score_sums(self) -> set[str]:
+        """Return the sums of attention scores, which feed softmax."""
         found: set[str] = set()
-
-        def mark(value: str, recursive: bool) -> None:
-            node = self._sources.get(value)
+        pending = [node.input[0] for node in self._model.graph.node if node.op_type == "Softmax"]
+        while pending:
+            node = self._sources.get(pending.pop())
             if node is not None and node.op_type == "Add":
                 found.add(node.name)
-                if recursive:
-                    for each in node.input:
-                        mark(each, recursive)
-
-        for node in self._model.graph.node:
-            if node.op_type in ("LayerNormalization", "Softmax"):
-                mark(node.input[0], recursive=node.op_type == "Softmax")
+                pending += node.input
         return found
 
     def _convert(self, node: NodeProto, fp32: bool) -> None:
@@ -206,14 +200,14 @@ class _GraphConverter:
             kind: str | None = None
             if types:
                 kind = self._dtype if node.output[0].startswith(_CACHES) else "float32"
-        elif fp32 or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._fp32_sums:
+        elif fp32 or node.op_type in ("LayerNormalization", "Softmax") or node.name in self._score_sums:
             kind = "float32"
         elif node.op_type in ("MatMul", "Conv"):
             kind = self._dtype
         elif node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
             kind = "float32"  # a mask
         elif node.op_type == "Add" and "float32" in types:
-            kind = "float32"
+            kind = "float32"  # along the residual path, which begins in fp32
         elif types:
             kind = self._dtype if self._dtype in types else "float32"
         elif floats:

@@ -39,6 +39,7 @@ class NemostreamSTTService(WebsocketSTTService):
         url: str = "ws://127.0.0.1:8000",
         *,
         chunk_ms: int = 160,
+        final_chunk_ms: int | None = None,  # larger: accurate finals, of the same latency; None: the server's default
         language: str | None = None,  # None: the server's default
         api_key: str | None = None,
         **options: Any,
@@ -49,6 +50,8 @@ class NemostreamSTTService(WebsocketSTTService):
         super().__init__(**options)
         self._url, self._api_key = url, api_key
         self._query = {"chunk_ms": chunk_ms} | ({"language": language} if language else {})
+        if final_chunk_ms is not None:
+            self._query["final_chunk_ms"] = final_chunk_ms
 
     async def start(self, frame: StartFrame) -> None:
         await super().start(frame)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.errors import AudioError, NemostreamError, OptionError, TruncatedAudioError
 from nemostream.runtime.audio.sources import AudioSource, Content, SourceLike, open_source
 from nemostream.runtime.audio.spool import is_file_content
@@ -27,7 +27,7 @@ from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.streaming.live import EventStream, LiveStream
 from nemostream.runtime.streaming.offline import Progress, transcribe_recording
-from nemostream.runtime.streaming.scheduler import Scheduler
+from nemostream.runtime.streaming.scheduler import Scheduler, StreamScheduler
 from nemostream.runtime.streaming.session import Options, Pcm, SessionContext, StreamSession, with_options
 from nemostream.runtime.streaming.snapshot import Checkpointer
 from nemostream.runtime.text.endpointing import Endpoint
@@ -47,7 +47,8 @@ class Model:
 
     `chunk_ms` and `confidence` are the defaults for streams. `delay_ms` is subtracted from the times of all tokens, to
     compensate for a model that emits them late. `engine` describes the backend; a transcription can only be resumed
-    with the same one. `backend` is a backend, or a function that opens one on the thread that runs it (`Scheduler`).
+    with the same one. `backend` is a backend, or a function that opens one on the thread that runs it (`Scheduler`);
+    `open_scheduler` opens a scheduler that needs none, because its backend is in another process.
     Raises `OptionError` if the model does not support the chunk size or `delay_ms` is out of range, `BundleError` if
     the tokenizer is damaged, and the errors of a `backend` function.
     """
@@ -55,11 +56,13 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        backend: Backend | Callable[[], Backend],
+        backend: Backend | Callable[[], Backend] | None,
         chunk_ms: int = 560,
         confidence: Confidence | None = None,
         delay_ms: int = 0,
         engine: str = "",
+        *,
+        open_scheduler: Callable[[Manifest, Tokenizer], StreamScheduler] | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.chunk_ms = self.manifest.chunk(chunk_ms).ms
@@ -68,10 +71,19 @@ class Model:
             raise OptionError(f"delay_ms is {delay_ms!r}; it must be whole milliseconds from 0 to {_MAX_DELAY_MS}.")
         self.delay_ms = delay_ms
         self.engine = engine
-        self._tokenizer = Tokenizer(bundle.path / self.manifest.tokenizer.file, self.manifest.decoder.vocabulary)
+        self._tokenizer = Tokenizer.of_bundle(bundle)
         self._silero: Silero | None = None
-        self._scheduler = Scheduler(self.manifest, backend)
+        if open_scheduler is not None:
+            self._scheduler = open_scheduler(self.manifest, self._tokenizer)
+        else:
+            assert backend is not None, "a model without a backend needs open_scheduler"
+            self._scheduler = Scheduler(self.manifest, backend)
         self._context = SessionContext(self._scheduler, self.manifest, self._tokenizer, delay_ms)
+
+    @property
+    def context(self) -> SessionContext:
+        """What all sessions share."""
+        return self._context
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -94,7 +106,7 @@ class Model:
         """
         from nemostream.runtime.streaming.aio import AsyncLiveStream  # imports asyncio, which only this needs
 
-        return AsyncLiveStream(lambda listener: self.open_session(sample_rate, channels, listener, **options))
+        return AsyncLiveStream(self.open_session(sample_rate, channels, **options))
 
     @with_options
     def listen(
@@ -110,8 +122,8 @@ class Model:
         _check_shape(source)
         options.setdefault("endpoint", Endpoint())
 
-        def open_session(sample_rate: int, channels: int, listener: Callable[[], None] | None = None) -> StreamSession:
-            return self.open_session(sample_rate, channels, listener, **options)
+        def open_session(sample_rate: int, channels: int) -> StreamSession:
+            return self.open_session(sample_rate, channels, **options)
 
         return EventStream(open_session, source, sample_rate, channels)
 
@@ -220,7 +232,6 @@ class Model:
         self,
         sample_rate: int,
         channels: int,
-        listener: Callable[[], None] | None = None,
         *,
         checkpointer: Checkpointer | None = None,
         block: bool = False,
@@ -232,13 +243,14 @@ class Model:
         """
         self._scheduler.check_process()
         chunk_ms, phrases = options.get("chunk_ms"), options.get("phrases")
+        final_chunk_ms = options.get("final_chunk_ms")
         language = self.manifest.languages.name(options.get("language"))  # first: it is quick to check
         return StreamSession(
             self._context,
             sample_rate,
             channels,
-            listener,
             chunk=self.manifest.chunk(self.chunk_ms if chunk_ms is None else chunk_ms),
+            final_chunk_ms=final_chunk_ms,
             confidence=options.get("confidence") or self.confidence,
             endpoint=options.get("endpoint"),
             phrases=None if phrases is None else self._compiled(phrases),
@@ -256,14 +268,18 @@ class Model:
         self,
         on_step: Callable[[ChunkConfig, int, float], None] | None,
         on_failure: Callable[[Exception], None] | None = None,
+        on_fallback: Callable[[NemostreamError], None] | None = None,
     ) -> None:
         """Set the callbacks for monitoring.
 
         `on_step` is called after every step with its chunk, its number of streams and its duration in seconds.
         `on_failure` is called with every error raised by the backend, once for all streams of a step. Both run on the
-        scheduler's thread, between two steps; they must be fast and must not raise.
+        scheduler's thread, between two steps; they must be fast and must not raise. `on_fallback` is called on the
+        thread of a stream for each final that has tokens of the stream's `chunk_ms` because its accurate lane
+        (`final_chunk_ms`) failed, with the lane's error.
         """
-        self._scheduler.on_step, self._scheduler.on_failure = on_step, on_failure
+        scheduler = self._scheduler
+        scheduler.on_step, scheduler.on_failure, scheduler.on_fallback = on_step, on_failure, on_fallback
 
     def close(self) -> None:
         """Fail the streams that are still open and close the backend. Does nothing if already closed."""
@@ -286,6 +302,7 @@ class Model:
             "sample_rate": audio.sample_rate,
             "channels": audio.channels,
             "chunk_ms": options.get("chunk_ms") or self.chunk_ms,
+            "final_chunk_ms": options.get("final_chunk_ms"),
             "endpoint": repr(options.get("endpoint")),
             "phrases": phrases and self._compiled(phrases).digest.tobytes().hex(),
             "vad": bool(options.get("vad")),

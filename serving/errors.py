@@ -1,11 +1,15 @@
-"""Errors of the server, and how every protocol reports an error: the only exception-to-status table."""
+"""Errors of the server and of its processes.
+
+How every protocol reports an error is in one table (`status_of`): the only exception-to-status table.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
+from nemostream import errors
+from nemostream.errors import AudioError, BackendError, CapacityError, NemostreamError, OptionError, StreamError
 
 
 class Draining(CapacityError):
@@ -48,6 +52,15 @@ _STATUSES = (
 def status_of(error: NemostreamError) -> ErrorStatus:
     """Return how an error is reported."""
     return next(status for status in _STATUSES if isinstance(error, status.error))
+
+
+def error_of(name: str, message: str, default: type[NemostreamError] = BackendError) -> NemostreamError:
+    """Return the error that another process has raised, from the name of its class and its message.
+
+    It is of the class `default` if nemostream has no class of errors of this name.
+    """
+    found = getattr(errors, name, None)
+    return (found if isinstance(found, type) and issubclass(found, NemostreamError) else default)(message)
 
 
 def openai_error(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

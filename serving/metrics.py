@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
+import prometheus_client.values
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 # Dense around the chunk sizes, 80 to 1120 ms: what matters is whether a step or a result takes less than its chunk.
 _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.28, 0.4, 0.56, 0.8, 1.12, 2.24, 5.0)
 _STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Metrics:
-    """The metrics of one server, in a registry of their own: several servers may run in one process."""
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where `prometheus_client` keeps the values of several processes
 
-    def __init__(self) -> None:
+
+class Metrics:
+    """The metrics of one server, in a registry of their own: several servers may run in one process.
+
+    With `shared`, `text` has the metrics of all processes of the server: sums, also of gauges (`share_metrics`).
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self._shared = shared
         self.registry = registry = CollectorRegistry()
-        self.streams = Gauge("nemostream_streams", "Open streams.", ["transport"], registry=registry)
-        self.max_streams = Gauge("nemostream_max_streams", "Maximum number of open live streams.", registry=registry)
+        self.streams = _gauge(registry, "nemostream_streams", "Open streams.", ["transport"])
+        self.max_streams = _gauge(registry, "nemostream_max_streams", "Maximum number of open live streams.")
         self.opened = Counter("nemostream_streams_opened", "Streams opened.", ["transport"], registry=registry)
         self.failed = Counter("nemostream_streams_failed", "Streams that failed.", ["transport"], registry=registry)
         self.rejected = Counter(
@@ -27,15 +39,23 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
-        self.uploads = Gauge(
-            "nemostream_uploads", "Recordings that are being received or transcribed.", registry=registry
-        )
+        self.uploads = _gauge(registry, "nemostream_uploads", "Recordings that are being received or transcribed.")
         self.timeouts = Counter(
             "nemostream_timeouts",
             "Clients disconnected by an idle, slow-reader or maximum-duration timeout.",
             registry=registry,
         )
         self.audio = Counter("nemostream_audio_seconds", "Seconds of audio received.", registry=registry)
+        self.final_fallbacks = Counter(
+            "nemostream_final_fallbacks",
+            "Finals with tokens of the small chunks because the accurate lane failed.",
+            registry=registry,
+        )
+        self.lanes_shed = Counter(
+            "nemostream_lanes_shed",
+            "Accurate lanes that were disabled or not opened under overload.",
+            registry=registry,
+        )
         self.utterances = Counter("nemostream_utterances", "Final utterances.", registry=registry)
         self.steps = Histogram(
             "nemostream_step_seconds",
@@ -52,17 +72,36 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.real_time = Gauge(
-            "nemostream_real_time_factor",
-            "Step time per second of audio received, over the last second.",
-            registry=registry,
+        self.real_time = _gauge(
+            registry, "nemostream_real_time_factor", "Step time per second of audio received, over the last second."
         )
-        self.degradation_level = Gauge(
-            "nemostream_degradation_level",
-            "Number of sizes by which chunks are larger than requested.",
-            registry=registry,
+        self.degradation_level = _gauge(
+            registry, "nemostream_degradation_level", "Number of sizes by which chunks are larger than requested."
         )
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        if not self._shared:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)
+
+
+def share_metrics(folder: str, process: str) -> None:
+    """Keep the values of this process's metrics in a folder, with those of the server's other processes.
+
+    Called before the metrics are made. A process that is started again with the same name continues its counters.
+    `process` has no underscore.
+    """
+    os.environ[_FOLDER] = folder
+    prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue(lambda: process)
+
+
+def remove_gauges(process: str) -> None:
+    """Remove the gauges of a process that ended; its counters remain in the sums."""
+    mark_process_dead(process)
+
+
+def _gauge(registry: CollectorRegistry, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+    return Gauge(name, text, labels, registry=registry, multiprocess_mode="livesum")

@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nemostream.errors import BackendError, CapacityError
@@ -26,6 +27,7 @@ from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.itn import check_language, code_of
 from nemostream.runtime.text.languages import AUTO
 from nemostream.runtime.text.words import Word
+from nemostream.serving.subprocesses import start_process
 
 log = logging.getLogger("nemostream.serving")
 
@@ -41,10 +43,12 @@ _RETRY_SECONDS = 300.0  # after a failed load; without this pause, each utteranc
 class Normalizer:
     """Rewrites final events with numbers, dates and amounts in digits, in the languages that have rules."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._processes: dict[str, _Process] = {}  # by language, also those that do not run
         self._first_loads = asyncio.Lock()  # the rules of one new language are loaded at a time
         self._full = False  # whether the lack of a free process was logged
+        self._closed = False
 
     async def start(self, language: str) -> None:
         """Load the rules of a language unless they are loaded; with "auto", they are loaded when they are needed.
@@ -72,7 +76,8 @@ class Normalizer:
         return event if tuple(words) == event.words else event.with_words(words)
 
     def close(self) -> None:
-        """End the processes. May be called from any thread."""
+        """End the processes, and start no other. May be called from any thread."""
+        self._closed = True
         for process in list(self._processes.values()):
             process.close()
 
@@ -94,7 +99,10 @@ class Normalizer:
         return words
 
     def _process(self, code: str) -> _Process:
-        return self._processes.setdefault(code, _Process(code, self._first_loads))
+        process = self._processes.setdefault(code, _Process(code, self._first_loads, self._clock))
+        if self._closed:
+            process.close()
+        return process
 
     def _reserve(self, process: _Process) -> None:
         """End the process that is idle for the longest time if a new one would exceed the limit.
@@ -117,13 +125,13 @@ class Normalizer:
 class _Process:
     """The process of one language. One utterance at a time; the others wait."""
 
-    def __init__(self, language: str, first_loads: asyncio.Lock) -> None:
+    def __init__(self, language: str, first_loads: asyncio.Lock, clock: Callable[[], float]) -> None:
         self.loaded = False  # whether its rules were loaded; a process that then exits is started again
-        self._language, self._first_loads = language, first_loads
+        self._language, self._first_loads, self._clock = language, first_loads, clock
         self._process: asyncio.subprocess.Process | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure, self._failed_at = "", -math.inf  # of the last load
-        self._used_at = time.monotonic()
+        self._used_at = self._clock()
         self._closed = False
         self._lock = asyncio.Lock()
         self._request = 0  # number of the last request
@@ -136,16 +144,16 @@ class _Process:
     @property
     def failed(self) -> bool:
         """Whether its rules could not be loaded a short time ago."""
-        return time.monotonic() < self._failed_at + _RETRY_SECONDS
+        return self._clock() < self._failed_at + _RETRY_SECONDS
 
     @property
     def idle_seconds(self) -> float:
         """The time since it was used; -1 while it is."""
-        return -1.0 if self._is_loading or self._lock.locked() else time.monotonic() - self._used_at
+        return -1.0 if self._is_loading or self._lock.locked() else self._clock() - self._used_at
 
     async def start(self) -> None:
         """Load the rules unless they are loaded. Raises `BackendError` if that fails, or failed a short time ago."""
-        self._used_at = time.monotonic()
+        self._used_at = self._clock()
         if not self._runs and not self.failed:
             await asyncio.shield(self.load())  # other clients need the rules also if this one does not wait for them
         if not self.loaded:
@@ -159,7 +167,7 @@ class _Process:
             async with self._lock:
                 if self._process is not None and self._runs:  # it can exit while this utterance waits for another
                     response = await self._call(self._process, rows, _UTTERANCE_SECONDS)
-                    self._used_at = time.monotonic()
+                    self._used_at = self._clock()
                     return [Word(*row) for row in response]
 
     def load(self) -> asyncio.Task[None]:
@@ -198,10 +206,10 @@ class _Process:
             async with contextlib.nullcontext() if self.loaded else self._first_loads, self._lock:
                 log.info("loading rules of inverse text normalization", extra={"language": self._language})
                 await self._call(await self._spawn(), [], _START_SECONDS)
-                self.loaded, self._used_at = True, time.monotonic()
+                self.loaded, self._used_at = True, self._clock()
         except BackendError as error:
             self.loaded = False
-            self._failure, self._failed_at = str(error), time.monotonic()
+            self._failure, self._failed_at = str(error), self._clock()
             if not self._closed:
                 log.error(
                     "rules of inverse text normalization cannot be loaded",
@@ -211,23 +219,22 @@ class _Process:
     async def _spawn(self) -> asyncio.subprocess.Process:
         if self._closed:
             raise BackendError("inverse text normalization is closed; the server is stopping.")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEMOSTREAM_")}
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
+            process = await start_process(
                 "nemostream.serving.normalizer",
                 self._language,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
                 limit=_MAX_LINE_BYTES,
             )
         except OSError as error:
             raise BackendError(f"the process for inverse text normalization cannot be started: {error}.") from error
-        return self._process
+        self._process = process
+        if self._closed:  # while it was started
+            self._kill()
+            raise BackendError("inverse text normalization is closed; the server is stopping.")
+        return process
 
     async def _call(self, process: asyncio.subprocess.Process, rows: list[Any], seconds: float) -> list[Any]:
         """Return the response to a request. Responses to cancelled requests are skipped by their number."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import signal
-import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grpc
 import uvicorn
 
 import nemostream
 from nemostream.errors import BackendError
+from nemostream.serving.logs import log_to_stderr
 from nemostream.serving.network.connections import (
     MAX_HEAD_BYTES,
     Connections,
@@ -25,11 +22,13 @@ from nemostream.serving.network.connections import (
     available_connections,
     protocol_classes,
 )
+from nemostream.serving.network.listening import bracketed, listen
 from nemostream.serving.network.proxies import TrustedProxies
+from nemostream.serving.processes.supervisor import supervise
 from nemostream.serving.protocols import riva
 from nemostream.serving.protocols.http import create_app
 from nemostream.serving.protocols.realtime import MAX_MESSAGE_BYTES
-from nemostream.serving.service import Service
+from nemostream.serving.service import SWITCH_SECONDS, Service
 from nemostream.serving.settings import Settings, read_settings
 
 log = logging.getLogger("nemostream.serving")
@@ -38,8 +37,6 @@ _GRPC_IDLE_SECONDS = 60.0  # after which a gRPC connection without a call is clo
 _GRPC_PING_SECONDS = 20.0  # between gRPC's pings, for their response, and for a handshake
 _GRPC_SPARE_CALLS = 64  # besides streams and recordings
 _GRPC_MAX_RECORDING = 16 << 20  # bytes of a recording in one gRPC message, which is held in memory
-_RECORD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}  # of every log record
-_SWITCH_SECONDS = 0.0005  # interval between two switches of threads that compute in Python
 
 
 async def serve(
@@ -47,21 +44,34 @@ async def serve(
     started: Callable[[dict[str, int], Service], None] = lambda ports, service: None,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Serve until `stop` is set, or without `stop` until SIGTERM or SIGINT.
+    """Serve with this process until `stop` is set, or without `stop` until SIGTERM or SIGINT.
 
     `started` is called with the ports and the service when the server is ready. Raises `BackendError` if a port is not
     available, and what loading the model raises.
     """
-    service = Service(settings)
-    listening = _listen(settings)
+    _warn_if_open(settings)
+    await serve_clients(Service(settings), settings, started, stop)
+    log.info("stopped")
+
+
+async def serve_clients(
+    service: Service,
+    settings: Settings,
+    started: Callable[[dict[str, int], Service], None],
+    stop: asyncio.Event | None = None,
+    connections: Callable[..., Connections] = Connections,
+) -> None:
+    """As `serve`, for a service. With `transports`, it is that of one of them, and all listen at the same ports.
+
+    `connections` is called with the arguments of `Connections`.
+    """
+    listening = listen(settings)
     ports = {"http_port": listening.getsockname()[1]}
-    http = _http(service, settings, ports)
+    http = _http(service, settings, ports, connections)
     riva_server = None
     if settings.grpc_port >= 0:
         riva_server, ports["grpc_port"] = _riva(service, settings)
         await riva_server.start()
-    if settings.public and not settings.api_keys:
-        log.warning("other machines can use this server without a key: set api_keys")
     stop = _on_signals(http) if stop is None else stop
     serving = asyncio.create_task(http.serve(sockets=[listening]))
     stopping = asyncio.create_task(stop.wait())
@@ -86,7 +96,11 @@ async def serve(
         await asyncio.wait({loading})
         await asyncio.to_thread(service.close)
     loading.result()  # raises if loading failed after the stop was requested
-    log.info("stopped")
+
+
+def _warn_if_open(settings: Settings) -> None:
+    if settings.public and not settings.api_keys:
+        log.warning("other machines can use this server without a key: set api_keys")
 
 
 def _on_signals(http: Server) -> asyncio.Event:
@@ -102,28 +116,19 @@ def _on_signals(http: Server) -> asyncio.Event:
     return stop
 
 
-def _listen(settings: Settings) -> socket.socket:
-    host, port = settings.host, settings.port
-    try:
-        listening = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
-    except OSError as error:
-        raise BackendError(f"cannot listen at {host}:{port} ({error.strerror}); choose another --port.") from error
-    # Inherited by the connections. The system closes one whose peer is connected but does not read: the server cannot
-    # close it while data is left to send.
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * settings.send_seconds))
-    return listening
-
-
-def _http(service: Service, settings: Settings, ports: dict[str, int]) -> Server:
-    limits = Connections(
+def _http(
+    service: Service,
+    settings: Settings,
+    ports: dict[str, int],
+    connections: Callable[..., Connections] = Connections,
+) -> Server:
+    limits = connections(
         available_connections(settings.max_connections),
         settings.max_connections_per_client,
         settings.body_seconds,
         TrustedProxies(settings.trusted_proxies),
         {"/v1/realtime": max(MAX_MESSAGE_BYTES, settings.max_message_bytes)},
+        clock=service.clock,
     )
     http, websocket = protocol_classes(limits)
     config = uvicorn.Config(
@@ -159,7 +164,7 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
             ("grpc.max_metadata_size", 16 << 10),
             ("grpc.absolute_max_metadata_size", 32 << 10),
             ("grpc.max_concurrent_streams", calls),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(settings.transports > 0)),
             ("grpc.max_connection_idle_ms", int(1000 * _GRPC_IDLE_SECONDS)),
             ("grpc.server_handshake_timeout_ms", ping_ms),
             ("grpc.keepalive_time_ms", ping_ms),
@@ -170,7 +175,7 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
         ],
     )
     riva.add_to(server, service)
-    address = f"{_bracketed(settings.host)}:{settings.grpc_port}"
+    address = f"{bracketed(settings.host)}:{settings.grpc_port}"
     try:
         if settings.tls_cert and settings.tls_key:
             pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
@@ -180,76 +185,23 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
         raise BackendError(f"cannot listen at {address}; choose another --grpc-port, or -1 to disable gRPC.") from error
 
 
-def _extra_fields(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _RECORD_FIELDS}
-
-
-class _TextLines(logging.Formatter):
-    """Text for people: time, level, event, and its fields as name=value."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = [f"{name}={_one_line(value)}" for name, value in _extra_fields(record).items() if value is not None]
-        line = " ".join([clock, record.levelname.lower(), _escaped(record.getMessage()), *fields])
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
-
-
-def _one_line(value: Any) -> str:
-    """Return a value on one line: quoted, with control characters escaped, unless it is a plain word.
-
-    Values may come from clients.
-    """
-    text = str(value)
-    return text if text.isprintable() and " " not in text and text else json.dumps(text)
-
-
-def _escaped(text: str) -> str:
-    return text if text.isprintable() else json.dumps(text)
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, event, and its fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {"time": f"{clock}.{int(record.msecs):03}Z", "level": record.levelname.lower()}
-        line |= {"event": record.getMessage(), **_extra_fields(record)}
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def log_to_stderr(text: bool = False) -> None:
-    """Write all log records to standard error, one line each: JSON, or with `text` plain text."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_TextLines() if text else _JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    # uvicorn reports a WebSocket that was rejected with a response as incomplete; the server logs rejections itself.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing handshake" not in str(record.msg))
-
-
 def _model_name(settings: Settings) -> str:
     return "the demo model" if settings.bundle is None else f"{settings.bundle}"
 
 
 def _url(settings: Settings, host: str, ports: dict[str, int]) -> str:
-    return f"{'https' if settings.tls_cert else 'http'}://{_bracketed(host)}:{ports['http_port']}"
+    return f"{'https' if settings.tls_cert else 'http'}://{bracketed(host)}:{ports['http_port']}"
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _summary(settings: Settings, ports: dict[str, int], service: Service) -> str:
+def _summary(settings: Settings, ports: dict[str, int], model: str, max_streams: int) -> str:
     """Return the text that a terminal shows when the server is ready."""
     all_addresses = settings.host in ("0.0.0.0", "::")
     host = "localhost" if all_addresses else settings.host
     suffix = "  (and every other address of this machine)" if all_addresses else ""
     lines = [f"Page:  {_url(settings, host, ports)}/{suffix}"]
     if "grpc_port" in ports:
-        lines.append(f"gRPC:  {_bracketed(host)}:{ports['grpc_port']}{suffix}")
-    lines.append(f"Ready: model {service.model.manifest.name}, at most {service.max_streams} streams. Ctrl-C stops.")
+        lines.append(f"gRPC:  {bracketed(host)}:{ports['grpc_port']}{suffix}")
+    lines.append(f"Ready: model {model}, at most {max_streams} streams. Ctrl-C stops.")
     return "\n".join(lines)
 
 
@@ -258,7 +210,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     settings = read_settings(arguments)
     # The scheduler's thread gives up the interpreter lock in each call of a graph, some hundred times per step. While
     # another thread computes in Python, it waits for this interval (default: 5 ms) each time.
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     log_to_stderr(text)
     if text:
@@ -266,12 +218,20 @@ def main(arguments: Sequence[str] = ()) -> None:
             f"nemostream {nemostream.__version__} is loading {_model_name(settings)} ...", file=sys.stderr, flush=True
         )
 
-    def started(ports: dict[str, int], service: Service) -> None:
-        gc.freeze()  # the model and the modules are never freed: do not scan them for cycles
+    def ready(ports: dict[str, int], model: str, max_streams: int) -> None:
         if text:
-            print(_summary(settings, ports, service), file=sys.stderr, flush=True)
+            print(_summary(settings, ports, model, max_streams), file=sys.stderr, flush=True)
         print(_url(settings, settings.host, ports), flush=True)
 
+    def started(ports: dict[str, int], service: Service) -> None:
+        gc.freeze()  # the model and the modules are never freed: do not scan them for cycles
+        ready(ports, service.model.manifest.name, service.max_streams)
+
+    if settings.transports:
+        _warn_if_open(settings)
+        asyncio.run(supervise(settings, ready, text))
+        log.info("stopped")
+        return
     uvicorn_loop = uvicorn.Config(app="", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
         runner.run(serve(settings, started))

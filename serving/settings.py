@@ -73,6 +73,11 @@ class Settings(BaseSettings, Limits):
         None, description="Bundle folder written by `nemostream export`. Default: the packaged demo."
     )
     chunk_ms: int = Field(560, description="Default chunk size in milliseconds. Smaller: lower latency, more compute.")
+    final_chunk_ms: int | None = Field(
+        None,
+        description="Default chunk size in milliseconds for the text of finals, larger than chunk_ms; each stream then "
+        "takes two slots. Default: that of chunk_ms.",
+    )
     chunks: Annotated[list[int], NoDecode] = Field(
         [], description="Chunk sizes that clients may choose (comma-separated). Default: all of the model."
     )
@@ -85,13 +90,20 @@ class Settings(BaseSettings, Limits):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Threads of ONNX Runtime on a CPU. Default: one less than the CPUs that the process may use.",
+        description="Threads of ONNX Runtime on a CPU. Default: the CPUs that the process may use, less one for each "
+        "process that serves the protocols.",
     )
     max_batch: int | None = Field(
         None,
         ge=1,
         description="Maximum number of streams in one step. Default: 64. On a GPU at most that of the engines "
         "(`nemostream build --max-batch`).",
+    )
+    transports: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Number of processes that serve the protocols for one engine process; 0: one process for all.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all networks of this machine.")
     port: int = Field(8000, ge=0, le=65535, description="Port for HTTP and WebSockets; 0: a free port.")

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import fcntl
+import hashlib
+import inspect
 import json
 import os
+import platform
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +48,34 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpus[int(worker[2:]) % len(cpus)]})
+
+
+# Files that take longest. Workers begin with them, so that none runs alone at the end. Of the slow tests, the one that
+# exports the full-size model is first, because others wait for the export.
+LONGEST = (
+    "engines",
+    "export",
+    "security",
+    "synthetic",
+    "hostile",
+    "tensorrt",
+    "cuda_stub",
+    "ray",
+    "kernels",
+    "gpu_check",
+    "exactness",
+    "benchmarks",
+    "operations",
+    "main",
+    "backend",
+    "docs",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def tiny_sizes(**changes: Any) -> dict[str, Any]:
@@ -88,18 +123,77 @@ def small_bundle(request: pytest.FixtureRequest) -> Bundle:
     return request.getfixturevalue("tiny_bundle" if find_spec("nemo") else "demo_bundle")
 
 
+def export_digest() -> str:
+    """Return a digest of what an exported model depends on besides its sizes: source files and versions."""
+    package = Path(nemostream.__file__).parent
+    harness = (package / "benchmarks" / "harness" / f"{name}.py" for name in HARNESS)
+    files = [*package.glob("*.py"), *package.glob("*.flac"), *harness]
+    files += [path for name in ("export", "cli") for path in (package / name).rglob("*.py")]
+    digest = hashlib.sha256(platform.python_version().encode() + platform.machine().encode())
+    for path in sorted(files):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    for library in ("nemo_toolkit", "torch", "transformers", "onnx", "onnxruntime", "sentencepiece", "numpy"):
+        try:
+            digest.update(f"{library} {version(library)}".encode())
+        except PackageNotFoundError:
+            digest.update(f"no {library}".encode())
+    return digest.hexdigest()
+
+
+HARNESS = ("random_weights", "synthetic", "tokenizers")  # what writes synthetic checkpoints
+
+
+class SharedFolders:
+    """Folders of models that are made once for all workers of a test run, and only read by tests.
+
+    If the environment variable NEMOSTREAM_TEST_CACHE names a folder, they are kept there for later runs.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._digest = root, export_digest()
+        root.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, make: Callable[[Path], object], key: object = None) -> Path:
+        """Return the folder that `make` fills. `key` is what its content depends on besides code and versions."""
+        tests = Path(inspect.getsourcefile(make) or "").read_bytes()
+        digest = hashlib.sha256(f"{self._digest} {key!r} ".encode() + tests).hexdigest()[:16]
+        folder, complete = self.root / f"{name}-{digest}", self.root / f"{name}-{digest}.complete"
+        with complete.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nemostream.benchmarks.harness.synthetic import synthetic_model
-
-    return synthetic_model(tmp_path_factory.mktemp("checkpoint") / "tiny.nemo", **tiny_sizes())
+def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SharedFolders:
+    if kept := os.environ.get("NEMOSTREAM_TEST_CACHE"):
+        return SharedFolders(Path(kept).absolute())
+    base = tmp_path_factory.getbasetemp()
+    return SharedFolders((base.parent if hasattr(request.config, "workerinput") else base) / "shared")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from nemostream.export import export_checkpoint
+def tiny_checkpoint(shared_folder: SharedFolders) -> Path:
+    def make(folder: Path) -> None:
+        from nemostream.benchmarks.harness.synthetic import synthetic_model
 
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+        synthetic_model(folder / "tiny.nemo", **tiny_sizes())
+
+    return shared_folder("checkpoint", make, tiny_sizes()) / "tiny.nemo"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, shared_folder: SharedFolders) -> Bundle:
+    def make(folder: Path) -> None:
+        from nemostream.export import export_checkpoint
+
+        export_checkpoint(tiny_checkpoint, folder / "tiny")
+
+    return Bundle.open(shared_folder("bundle", make, tiny_sizes()) / "tiny")
 
 
 @dataclass(frozen=True)
@@ -114,16 +208,19 @@ class FullExport:
 
 
 @pytest.fixture(scope="session")
-def full_export(tmp_path_factory: pytest.TempPathFactory) -> FullExport:
-    folder = tmp_path_factory.mktemp("full")
-    checkpoint, bundle = folder / "full.nemo", folder / "bundle"
-    synthetic = [sys.executable, "-m", "nemostream.benchmarks.harness.synthetic", str(checkpoint)]
-    subprocess.run(synthetic, check=True, capture_output=True, text=True)
-    checkpoint_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    export = [sys.executable, "-m", "nemostream", "export", str(checkpoint), str(bundle)]
-    exported = subprocess.run(export, check=True, capture_output=True, text=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return FullExport(checkpoint, bundle, exported.stderr, peak, checkpoint_peak)
+def full_export(shared_folder: SharedFolders) -> FullExport:
+    def make(folder: Path) -> None:
+        checkpoint = folder / "full.nemo"
+        synthetic = [sys.executable, "-m", "nemostream.benchmarks.harness.synthetic", str(checkpoint)]
+        subprocess.run(synthetic, check=True, capture_output=True, text=True)
+        checkpoint_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        export = [sys.executable, "-m", "nemostream", "export", str(checkpoint), str(folder / "bundle")]
+        exported = subprocess.run(export, check=True, capture_output=True, text=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        (folder / "export.json").write_text(json.dumps([exported.stderr, peak, checkpoint_peak]))
+
+    folder = shared_folder("full", make)
+    return FullExport(folder / "full.nemo", folder / "bundle", *json.loads((folder / "export.json").read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -75,11 +75,11 @@ def test_int8_for_this_cpu(build: Callable[..., Any], tmp_path: Path, demo_bundl
     assert (code, again, err.count("already built")) == (0, out, 4)
     assert {path: path.stat().st_mtime_ns for path in engines.iterdir()} == before
 
-    damaged = Path(out.splitlines()[1])
+    damaged = Path(out.splitlines()[3])
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     with pytest.raises(BackendError, match="missing or damaged"):
         nemostream.load(precision="int8", engines=engines)
-    code, _, err = build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 160, "--chunk-ms", 80)
+    code, _, err = build("--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", 1120, "--chunk-ms", 80)
     assert (code, err.count("built in"), err.count("already built")) == (0, 1, 1)
     nemostream.load(precision="int8", engines=engines).close()
 
@@ -337,7 +337,7 @@ def test_engine_with_wrong_rows_is_not_stored(
 
     monkeypatch.setattr(OrtBackend, "encode", faulty)
     with pytest.raises(EngineValidationError, match="row 8 of a batch of 9"):
-        build_engine(demo_bundle, demo_bundle.manifest.chunk(160), "int8", PlanStore(tmp_path), backend="onnxruntime")
+        build_engine(demo_bundle, demo_bundle.manifest.chunk(560), "int8", PlanStore(tmp_path), backend="onnxruntime")
     assert PlanStore(tmp_path).all() == []
 
 
@@ -481,7 +481,7 @@ def test_build_without_a_gpu(build: Callable[..., Any]) -> None:
 def test_build_for_an_h100_with_tensorrt_for_rtx(
     demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Regression: the library was asked to build for a GPU that it does not support."""
+    """Regression: an engine was built for a GPU that the library does not support."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     from nemostream import engines
 

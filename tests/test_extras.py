@@ -28,6 +28,14 @@ ROOT = Path(__file__).parents[1]
             {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "ab12"}},
             "pip install 'nemostream[serve,vad] @ git+https://host/x.git@ab12'",
         ),
+        (
+            {"url": "https://host/x", "vcs_info": {"vcs": "hg"}},
+            "pip install 'nemostream[serve,vad] @ hg+https://host/x'",
+        ),
+        ({"url": "https://host/x", "vcs_info": {}}, "pip install 'nemostream[serve,vad] @ git+https://host/x'"),
+        # A quote would end the argument of the shell; an archive on a server is not named by pip's record of it.
+        ({"url": "file://FOLDER/it's", "dir_info": {}}, "in a checkout of nemostream, pip install '.[serve,vad]'"),
+        ({"url": "https://hostFOLDER", "archive_info": {}}, "in a checkout of nemostream, pip install '.[serve,vad]'"),
         ({"url": "file:///gone/away", "dir_info": {}}, "in a checkout of nemostream, pip install '.[serve,vad]'"),
         (None, "in a checkout of nemostream, pip install '.[serve,vad]'"),
     ],
@@ -35,7 +43,8 @@ ROOT = Path(__file__).parents[1]
 def test_the_source_of_the_installation(
     recorded: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a b.whl").write_bytes(b"")
+    for name in ("a b.whl", "it's"):
+        (tmp_path / name).write_bytes(b"")
     text = None if recorded is None else json.dumps(recorded).replace("FOLDER", str(tmp_path))
     monkeypatch.setattr("nemostream.extras.distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
     assert install_command("serve", "vad") == command.replace("FOLDER", str(tmp_path))
@@ -46,6 +55,12 @@ def test_without_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("nemostream.extras.distribution", missing)
+    assert install_command("mic") == "in a checkout of nemostream, pip install '.[mic]'"
+    assert install_command() == "in a checkout of nemostream, pip install '.'"
+
+
+def test_a_damaged_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemostream.extras.distribution", lambda name: SimpleNamespace(read_text=lambda file: "{"))
     assert install_command("mic").endswith("pip install '.[mic]'")
 
 

@@ -100,6 +100,7 @@ RULES = {
             "nemostream.serving.settings": frozenset({"pydantic", "pydantic_settings"}),
             "nemostream.serving.metrics": frozenset({"prometheus_client"}),
             "nemostream.serving.server": frozenset({"grpc", "uvicorn"}),
+            "nemostream.serving.processes.transport": frozenset({"uvicorn"}),
             "nemostream.serving.network.access": frozenset({"starlette"}),
             "nemostream.serving.network.connections": frozenset({"h11", "uvicorn", "websockets"}),
             "nemostream.serving.network.responses": frozenset({"starlette"}),

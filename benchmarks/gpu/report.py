@@ -205,6 +205,7 @@ def show(report: Report) -> str:
             "undecoded": "undecoded_ms",
             "roofline": "roofline_ms",
             "tokens/s": "tokens_per_second",
+            "slot copy": "copy_ms",
         }
         head = ["engine", "chunk", "batch", *columns]
         figures = [

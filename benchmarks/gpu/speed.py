@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
-from nemostream.benchmarks.harness.records import Progress
+from nemostream.benchmarks.harness.records import Progress, percentile
 from nemostream.benchmarks.harness.roofline import encoder_work
 from nemostream.benchmarks.studies.features import random_phrases
 from nemostream.bundle import Bundle, ChunkConfig
@@ -45,7 +45,7 @@ def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> 
     """Run `steps` steps in which streams start and end at random; free memory must stay the same.
 
     The number of rows is random. Half of the streams have phrases. Every 50 steps, the state of one stream is saved and
-    loaded, and its decoder is reset.
+    loaded, its decoder is reset, and it is copied to the slot of another one.
     """
     rng = np.random.default_rng(seed)
     audio = speech(backend.manifest)[0]
@@ -53,7 +53,14 @@ def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> 
     positions = rng.integers(0, len(audio) - chunk.samples, backend.capacity)
     backend.reset(slots)
     phrases = [random_phrases(seed, [], backend.manifest.decoder.vocabulary) for seed in range(16)]
-    free_before, tokens, failed, pending = None, 0, 0, []
+    free_before, tokens, failed, pending = None, 0, 0, list[Any]()
+
+    def collect() -> None:
+        nonlocal tokens, failed
+        emissions = pending.pop(0).result()
+        tokens += len(emissions.all_tokens)
+        failed += int(emissions.failed.sum())
+
     for step in range(steps):
         if step == min(100, steps // 2):
             free_before = device.free_bytes
@@ -67,16 +74,17 @@ def soak(backend: GpuBackend, chunk: ChunkConfig, steps: int, seed: int = 0) -> 
             slot = int(rng.choice(slots))
             backend.load(slot, backend.save(slot))
             backend.reset_decoder(slots[slot : slot + 1])
+            target = int(rng.choice(np.delete(slots, slot)))
+            backend.copy(slots[slot : slot + 1], slots[target : target + 1])
+            positions[target] = positions[slot]
         rows = np.sort(rng.choice(slots, rng.integers(1, min(backend.max_batch, backend.capacity) + 1), replace=False))
         samples = np.stack([audio[start : start + chunk.samples] for start in positions[rows]])
         positions[rows] = (positions[rows] + chunk.samples) % (len(audio) - chunk.samples)
         pending.append(backend.submit(Batch(chunk, rows, samples, np.full(len(rows), chunk.samples))))
         if len(pending) == 2:
-            emissions = pending.pop(0).result()
-            tokens += sum(map(len, emissions.tokens))
-            failed += int(emissions.failed.sum())
-    for submitted in pending:
-        submitted.result()
+            collect()
+    while pending:
+        collect()
     free_after = device.free_bytes
     return {
         "steps": steps,
@@ -95,6 +103,7 @@ def step_times(
     repeats: int,
     gathered: bool = False,
     boosts: Sequence[Boosting] = (),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
     """Return the milliseconds from audio to tokens of steps with `rows` streams, one step at a time.
 
@@ -112,10 +121,10 @@ def step_times(
         positions = (starts + step * chunk.samples) % (len(clip) - chunk.samples)
         samples = np.stack([clip[start : start + chunk.samples] for start in positions])
         batch = Batch(chunk, slots, samples, np.full(rows, chunk.samples))
-        start = time.perf_counter()
+        start = clock()
         emissions = backend.submit(batch).result()
-        seconds.append(time.perf_counter() - start)
-        tokens += sum(map(len, emissions.tokens)) if step >= _WARM_UP else 0
+        seconds.append(clock() - start)
+        tokens += len(emissions.all_tokens) if step >= _WARM_UP else 0
     milliseconds = 1000 * np.array(seconds[_WARM_UP:])
     return {
         "chunk_ms": chunk.ms,
@@ -123,32 +132,34 @@ def step_times(
         "gathered": gathered,
         "repeats": repeats,
         "tokens_per_second": tokens / (rows * repeats * chunk.ms / 1000),
-        "p50_ms": float(np.percentile(milliseconds, 50)),
-        "p99_ms": float(np.percentile(milliseconds, 99)),
+        "p50_ms": percentile(milliseconds.tolist(), 50),
+        "p99_ms": percentile(milliseconds.tolist(), 99),
         "min_ms": float(milliseconds.min()),
         "raw_ms": milliseconds.round(4).tolist(),
     }
 
 
-def device_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int) -> Report:
+def device_times(
+    backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> Report:
     """Return the milliseconds per step at full load, and the part of the host in `submit` and in reading the result.
 
     Steps are launched back to back with two in flight, as in a loaded server.
     """
     batch = _same_audio(backend, chunk, rows)
     pending = [backend.submit(batch)]
-    host, start = 0.0, time.perf_counter()
+    host, start = 0.0, clock()
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = clock()
         pending.append(backend.submit(batch))
-        host += time.perf_counter() - begin
+        host += clock() - begin
         step = pending.pop(0)
         assert step.event
         step.event.wait()
-        begin = time.perf_counter()
+        begin = clock()
         step.result()
-        host += time.perf_counter() - begin
-    total = time.perf_counter() - start
+        host += clock() - begin
+    total = clock() - start
     pending.pop().result()
     return {"pipelined_ms": 1000 * total / repeats, "host_ms": 1000 * host / repeats}
 
@@ -166,6 +177,12 @@ def stage_times(backend: GpuBackend, chunk: ChunkConfig, rows: int, repeats: int
     if launches.whole is not None:
         stages["whole_ms"] = launches.whole
     return {name: backend.device.elapsed_ms(work * 2 * repeats) / (2 * repeats) for name, work in stages.items()}
+
+
+def copy_ms(backend: GpuBackend, repeats: int) -> float:
+    """Return the milliseconds to copy one slot; copies are launched back to back."""
+    source, target = np.array([0]), np.array([backend.capacity - 1])
+    return backend.device.elapsed_ms([lambda: backend.copy(source, target)] * repeats) / repeats
 
 
 def _same_audio(backend: GpuBackend, chunk: ChunkConfig, rows: int) -> Batch:
@@ -208,18 +225,18 @@ def force_blank(backend: GpuBackend, bundle: Bundle) -> NDArray[np.float32]:
     return before
 
 
-def copy_rate(device: Any) -> float:
+def copy_rate(device: Any, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the bytes per second read and written by copies of one gigabyte on the device; the best of eight."""
     size = 1 << 30
     first, second = device.allocate(size), device.allocate(size)
     best = 0.0
     for _ in range(8):
         device.record_event().wait()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(8):
             device.copy(second, first, size)
         device.record_event().wait()
-        best = max(best, 8 * 2 * size / (time.perf_counter() - start))
+        best = max(best, 8 * 2 * size / (clock() - start))
     for memory in (first, second):
         device.free(memory)
     return best
@@ -252,6 +269,7 @@ def measure_speed(
         backend, encoder = make(bundle, [chunk], capacity)
         try:
             rate = calibrate_blank(backend, bundle, chunk, min(64, max(batches), backend.max_batch))
+            copying = copy_ms(backend, repeats)
             work = encoder_work(bundle, chunk, "fp32" if backend.cache_dtype == "float32" else "fp16", "cuda")
             for batch in batches:
                 if time.perf_counter() > deadline:
@@ -268,7 +286,7 @@ def measure_speed(
                 row["silent_p50_ms"] = step_times(backend, chunk, batch, repeats)["p50_ms"]
                 backend.arena.write("joint_bias", bias)
                 row |= {"encoder": encoder, "calibrated_tokens_per_second": rate}
-                row["bytes_per_stream"] = backend.bytes_per_stream
+                row |= {"bytes_per_stream": backend.bytes_per_stream, "copy_ms": copying}
                 if bandwidth:
                     row["roofline_ms"] = 1000 * work.weight_bytes / bandwidth
                 rows.append(row)

@@ -104,10 +104,19 @@ def read_manifest(path: Path) -> list[CorpusUtterance]:
     return utterances
 
 
-def add_noise(clip: NDArray[np.float32], decibels: float, seed: int) -> NDArray[np.float32]:
-    """Add white noise at a signal-to-noise ratio of `decibels`; the same seed and length give the same noise."""
-    noise = np.random.default_rng([seed, len(clip)]).standard_normal(len(clip)).astype(np.float32)
-    return clip + noise * np.float32(np.sqrt((clip**2).mean() / 10 ** (decibels / 10)))
+def add_noise(
+    clip: NDArray[np.float32], decibels: float, seed: int, before: int = 0, after: int = 0
+) -> NDArray[np.float32]:
+    """Add white noise at a signal-to-noise ratio of `decibels`; the same seed and length give the same noise.
+
+    `before` and `after` are samples of noise alone at the start and the end; the ratio is that of the clip.
+    """
+    rng = np.random.default_rng([seed, len(clip)])
+    noise = rng.standard_normal(len(clip) + before + after).astype(np.float32)
+    noise = np.roll(noise, before)  # that of the clip does not depend on the rest
+    noise *= np.float32(np.sqrt((clip**2).mean() / 10 ** (decibels / 10)))
+    noise[before : before + len(clip)] += clip
+    return noise
 
 
 def packaged(manifest: Manifest) -> list[CorpusUtterance]:

@@ -111,18 +111,19 @@ def _count_labels(model: Any, frames: Tensor, blank_bias: Tensor) -> Tensor:
     output, state = model.decoder.predict(torch.full((len(frames), 1), blank), None, add_sos=False)
     predicted, counts = joint.project_prednet(output)[:, 0], torch.zeros(len(frames))
     for t in range(frames.shape[1]):
-        active = torch.ones(len(frames), dtype=torch.bool)
+        rows = torch.arange(len(frames))  # that have not emitted blank at this frame
         for _ in range(MAX_SYMBOLS):
-            logits = joint.joint_net(frames[:, t] + predicted)
-            logits[:, blank] += blank_bias
+            logits = joint.joint_net(frames[rows, t] + predicted[rows])
+            logits[:, blank] += blank_bias[rows]
             labels = logits.argmax(dim=1)
-            active &= labels != blank
-            if not active.any():
+            rows, labels = rows[labels != blank], labels[labels != blank]
+            if not len(rows):
                 break
-            counts += active & (t >= frames.shape[1] // 2)
-            output, after = model.decoder.predict(torch.where(active, labels, blank)[:, None], state, add_sos=False)
-            predicted = torch.where(active[:, None], joint.project_prednet(output)[:, 0], predicted)
-            state = [torch.where(active[:, None], new, old) for new, old in zip(after, state, strict=True)]
+            counts[rows] += t >= frames.shape[1] // 2
+            output, after = model.decoder.predict(labels[:, None], [part[:, rows] for part in state], add_sos=False)
+            predicted[rows] = joint.project_prednet(output)[:, 0]
+            for part, new in zip(state, after, strict=True):
+                part[:, rows] = new
     return counts
 
 

@@ -145,8 +145,8 @@ def read(path: str | Path) -> Record:
 
 
 def write(result: Record, path: Path) -> None:
-    """Write a result file with one line for each row."""
-    rows = ",\n".join("  " + json.dumps(each) for each in result["rows"])
+    """Write a result file with one line for each row, without spaces because some rows have many thousand samples."""
+    rows = ",\n".join("  " + json.dumps(each, separators=(",", ":")) for each in result["rows"])
     head = json.dumps(result | {"rows": []}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n", encoding="utf-8")
@@ -190,7 +190,7 @@ def commit(file: Path = Path(__file__)) -> str | None:
     """
     folder = str(file.resolve().parent)
     top = _output("git", "-C", folder, "rev-parse", "--show-toplevel")
-    if not top or not (Path(top) / "benchmarks" / file.name).is_file():
+    if not top or not (Path(top) / "benchmarks" / "harness" / file.name).is_file():
         return None
     return _output("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12")
 
@@ -229,17 +229,18 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _cpu_ticks() -> int:
+def _cpu_ticks(path: str = "/proc/stat") -> int:
     """Return the busy ticks of all cores since boot: user, nice, system, irq, softirq and steal."""
     try:
-        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+        fields = Path(path).read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
     except OSError:
         return 0
     return sum(int(field) for index, field in enumerate(fields) if index not in (3, 4))  # idle and iowait
 
 
-def _meminfo(field: str) -> int:
-    value = _first_of("/proc/meminfo", field)
+def _meminfo(field: str, path: str = "/proc/meminfo") -> int:
+    """Return the bytes of a field, which the file states in KiB (as "kB"); 0 if it has none."""
+    value = _first_of(path, field)
     return int(value.split()[0]) * 1024 if value else 0
 
 

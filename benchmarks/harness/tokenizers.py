@@ -45,11 +45,11 @@ def train_tokenizer(
     rng = np.random.default_rng(seed)
     onsets = ["", *"bcdfghjklmnprstvwyz", "st", "tr", "pl", "sh", "ch", "th", "qu"]
     nuclei, codas = ["a", "e", "i", "o", "u", "ea", "ou"], ["", "", "n", "r", "s", "t", "l", "d", "ng", "ck", "x"]
-    syllables = [o + n + c for o in onsets for n in nuclei for c in codas]
+    syllables = np.array([o + n + c for o in onsets for n in nuclei for c in codas])
     words = ["".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(4000)]
     frequencies = 1 / np.arange(1, len(words) + 1)
     frequencies /= frequencies.sum()
-    lines = [" ".join(rng.choice(words, 12, p=frequencies)) for _ in range(4000)]
+    lines = [" ".join(line) for line in rng.choice(words, (4000, 12), p=frequencies)]
     if punctuation:
         marks = rng.choice([".", "?", "!"], len(lines), p=[0.8, 0.15, 0.05])
         lines = [f"{line.capitalize()}{mark}".replace(" a", ", a", 1) for line, mark in zip(lines, marks, strict=True)]

@@ -27,7 +27,6 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.accuracy import plain
 from nemostream.benchmarks.harness import records, tables
@@ -85,7 +84,7 @@ def measure_boosting(
     clips = [_read_audio(manifest.parent / entry["audio_filepath"], bundle) for entry in entries]
     texts = [plain(entry["text"]) for entry in entries]
     phrases = Phrases.of(texts, _read_phrases([entry["text"] for entry in entries], phrase_file))
-    tokenizer = Tokenizer(bundle.path / bundle.manifest.tokenizer.file, bundle.manifest.decoder.vocabulary)
+    tokenizer = Tokenizer.of_bundle(bundle)
     chunk, rows = bundle.manifest.chunk(ms), list[Row]()
 
     def transcribe(noisy: Sequence[Floats], boosting: Boosting | None) -> list[str]:
@@ -254,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="boosting", help="name of the output files, without suffix")
     options = parser.parse_args(arguments)
     result = measure_boosting(
-        Bundle.open(options.bundle or nemostream.demo_bundle()),
+        command.open_bundle(options.bundle),
         options.manifest,
         options.weight,
         ms=options.chunk_ms,

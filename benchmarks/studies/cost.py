@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_for
 from nemostream.benchmarks.harness import records, tables
@@ -143,30 +142,39 @@ def fit_duration(segments: Sequence[float]) -> dict[str, float]:
     return {"change_ms": slope, "low_ms": float(low), "high_ms": float(high), "share": slope / median}
 
 
-def _batch_steps(bundle: Bundle, backend: Backend, chunk: ChunkConfig, batch: int, repeats: int) -> list[float]:
+def _batch_steps(
+    bundle: Bundle,
+    backend: Backend,
+    chunk: ChunkConfig,
+    batch: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Return the milliseconds of steps with full caches."""
     filled = -(-chunk.left // chunk.frames) + _WARM_UP
     feed, times = AudioFeed(bundle.manifest, speech(), batch, (filled + repeats) * chunk.frames), []
     backend.reset(np.arange(batch))
     for step in range(filled + repeats):
         inputs = feed.batch(chunk, step * chunk.frames)
-        start = time.perf_counter()
+        start = clock()
         backend.submit(inputs).result()
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(1000 * (clock() - start))
     return times[filled:]
 
 
-def _stream_steps(backend: Backend, chunk: ChunkConfig, steps: int) -> np.ndarray:
-    """Return the milliseconds of each step of one stream that repeats the clip."""
+def _stream_steps(
+    backend: Backend, chunk: ChunkConfig, steps: int, clock: Callable[[], float] = time.perf_counter
+) -> np.ndarray:
+    """Return the milliseconds of each step of one stream that repeats the clip, after the warm-up steps."""
     clip, times = speech(), np.empty(steps)
     offsets = np.arange(chunk.samples)
     backend.reset(np.array([0]))
     for step in range(steps):
         audio = clip[(offsets + step * chunk.samples) % len(clip)]
         batch = Batch(chunk, np.array([0]), audio[None], np.array([chunk.samples]))
-        start = time.perf_counter()
+        start = clock()
         backend.submit(batch).result()
-        times[step] = 1000 * (time.perf_counter() - start)
+        times[step] = 1000 * (clock() - start)
     return times[min(_WARM_UP, steps - 2) :]
 
 
@@ -249,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure() -> Record:
         return measure_cost(
-            Bundle.open(options.bundle or nemostream.demo_bundle()),
+            command.open_bundle(options.bundle),
             options.precision,
             options.batch,
             options.chunk_ms,

@@ -31,7 +31,6 @@ from unittest import mock
 
 import numpy as np
 
-import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
@@ -93,7 +92,7 @@ DECODE_CASES: dict[str, Callable[[DecodeInput], list[Labels]]] = {
 }
 
 
-class _SchedulerBlock:
+class SchedulerBlock:
     """Blocks the scheduler of a model until `end` is set."""
 
     def __init__(self, model: Model) -> None:
@@ -125,8 +124,8 @@ class ReplayBackend:
             step = self._emissions[self._step[slot]]
             rows.append((step.tokens[slot], step.frames[slot], step.scores[slot], step.sum_p_alpha[slot]))
             self._step[slot] += 1
-        tokens, frames, scores, sum_p_alpha = (tuple(part) for part in zip(*rows, strict=True))
-        return CompletedStep(Emissions(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
+        tokens, frames, scores, sum_p_alpha = zip(*rows, strict=True)
+        return CompletedStep(Emissions.of_rows(tokens, frames, scores, sum_p_alpha, np.zeros(len(slots), bool)))
 
     def reset(self, slots: Ints) -> None: ...
 
@@ -172,7 +171,7 @@ def _measure_host(bundle: Bundle, emissions: Sequence[Emissions], ms: int, batch
             for name in names:
                 model, streams = sessions[name]
                 # The scheduler is blocked until all streams have audio, so that it processes them in one step.
-                block = _SchedulerBlock(model)
+                block = SchedulerBlock(model)
                 for stream in streams:
                     stream.feed(audio[bundle.manifest.lead if step == 0 else 0 :])
                 start = time.perf_counter()
@@ -298,11 +297,11 @@ def _rows(
 
 def _emissions(decoded: Sequence[Labels], begin: int) -> Emissions:
     """Return the emissions of a step whose first frame is `begin`."""
-    return Emissions(
-        tuple(np.array(row.tokens, np.int32) for row in decoded),
-        tuple(np.array(row.frames, np.int64) + begin for row in decoded),
-        tuple(np.array(row.scores, np.float32) for row in decoded),
-        tuple(np.array(row.sum_p_alpha, np.float32) for row in decoded),
+    return Emissions.of_rows(
+        [row.tokens for row in decoded],
+        [[frame + begin for frame in row.frames] for row in decoded],
+        [row.scores for row in decoded],
+        [row.sum_p_alpha for row in decoded],
         np.zeros(len(decoded), bool),
     )
 
@@ -351,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="features", help="name of the output files, without suffix")
     options = parser.parse_args(arguments)
     result = measure_features(
-        Bundle.open(options.bundle or nemostream.demo_bundle()),
+        command.open_bundle(options.bundle),
         options.batch,
         options.chunk_ms,
         options.steps,

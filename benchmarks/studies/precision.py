@@ -22,7 +22,7 @@ from typing import Any
 import onnxruntime
 
 import nemostream
-from nemostream.benchmarks import accuracy
+from nemostream.benchmarks import accuracy, command
 from nemostream.benchmarks.harness.records import hardware
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     try:
         with tempfile.TemporaryDirectory(prefix="nemostream-") as folder:
-            bundle = Bundle.open(options.bundle or nemostream.demo_bundle())
+            bundle = command.open_bundle(options.bundle)
             report["words"] = word_errors(bundle, options.manifest, Path(folder))
     except NemostreamError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -202,7 +202,9 @@ def calibration(pairs: Sequence[tuple[float, bool]]) -> dict[str, Any]:
         for part in (index == number for number in range(BINS))
     ]
     error = sum(count * abs(confidence - share) for count, confidence, share in bins) / len(pairs)
-    rank = np.argsort(np.argsort(confidences, kind="stable"), kind="stable") + 1  # ties are ranked in order
+    ordered = np.sort(confidences)
+    # Equal confidences have the mean of their ranks.
+    rank = (np.searchsorted(ordered, confidences, "left") + np.searchsorted(ordered, confidences, "right") + 1) / 2
     hits, misses = int(correct.sum()), int((~correct).sum())
     area = (rank[correct].sum() - hits * (hits + 1) / 2) / (hits * misses) if hits and misses else float("nan")
     return {"words": len(pairs), "correct": hits, "bins": bins, "ece": float(error), "auroc": float(area)}

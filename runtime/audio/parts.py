@@ -146,7 +146,8 @@ def _flac_part(data: mmap.mmap, at: int, size: int) -> AudioPart:
     end = min((offset for offset in found if offset >= 0), default=size)
     at_total = begin + 21  # the number of samples: the low 4 bits of this byte and the next 4 bytes; 0 if unknown
     unknown = end > at_total + 5 and not data[at_total] & 0x0F and not any(data[at_total + 1 : at_total + 5])
-    if unknown and (total := _count_flac_samples(data, begin, end)):  # libsndfile does not accept 0
+    total = _count_flac_samples(data, begin, end) if unknown else None  # libsndfile does not accept 0
+    if total and total < 1 << 36:  # the field has 36 bits; a damaged frame may state more
         high, low = bytes([data[at_total] | total >> 32]), (total & 0xFFFFFFFF).to_bytes(4, "big")
         return AudioPart("FLAC", at, end, {at_total: high + low})
     return AudioPart("FLAC", at, end)

@@ -1,11 +1,11 @@
-"""Convert pushed audio to the model's input: mono float32 at the model's sample rate.
+"""Convert pushed audio to the model's input: mono at the model's sample rate, float32 or unchanged int16.
 
 This module does not depend on chunks, streams or the model. N is the number of samples per channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -17,6 +17,7 @@ from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.audio.containers import container_of, undecided
 from nemostream.runtime.audio.files import BLOCK, MAX_CHANNELS, MAX_PEAK, RATES, Floats, find_implausible
 
+_INT16 = np.dtype(np.int16)
 _HEAD_SIZE = 4096  # leading samples, or bytes, of a stream that are searched for a container signature
 
 
@@ -35,6 +36,7 @@ class AudioPreprocessor:
         self.received = 0  # samples of one channel, at the input's rate
         self._heads: dict[str, bytes] = {}  # leading bytes by view, while they may be a container's
         self._resampler = None
+        self._direct = self.channels == 1 and self.sample_rate == model_rate  # int16 needs no conversion but the scale
         if self.sample_rate != model_rate:
             self._resampler = soxr.ResampleStream(self.sample_rate, model_rate, 1, dtype="float32", quality="HQ")
 
@@ -43,17 +45,31 @@ class AudioPreprocessor:
         """Seconds of audio received so far."""
         return self.received / self.sample_rate
 
-    def push(self, pcm: NDArray[np.generic]) -> Iterator[Floats]:
-        """Process [N] or [N, channels] of int16, int32 (full scale) or float (in [-1, 1]); yield mono blocks.
+    def push(self, pcm: NDArray[Any]) -> Iterable[NDArray[Any]]:
+        """Process [N] or [N, channels] of int16, int32 (full scale) or float (in [-1, 1]); return mono blocks.
 
-        All of `pcm` is validated first: an `AudioError` leaves the stream unchanged. A block may share memory with
-        `pcm`.
+        All of `pcm` is validated first: an `AudioError` leaves the stream unchanged. The blocks are float32, and may
+        share memory with `pcm`; int16 that needs no conversion but the scale is returned unchanged.
         """
         self.check(pcm)
         if not self.received or self._heads:
             self._reject_container(pcm)
         self.received += len(pcm)
+        if pcm.dtype is _INT16 and pcm.ndim == 1 and self._resampler is None:
+            return (pcm,)
         return self._blocks(pcm)
+
+    def keeps(self, pcm: NDArray[Any]) -> bool:
+        """Return whether `push` would return `pcm` as the only block, without examining it."""
+        return (
+            type(pcm) is np.ndarray
+            and pcm.dtype is _INT16
+            and pcm.ndim == 1
+            and len(pcm) <= BLOCK
+            and self._direct
+            and not self._heads
+            and self.received > 0
+        )
 
     def finish(self) -> Floats:
         """Return the samples that the resampler still holds, [n]."""
@@ -70,6 +86,8 @@ class AudioPreprocessor:
 
     def check(self, pcm: NDArray[np.generic]) -> None:
         """Raise `AudioError` if `pcm` is not valid audio for this stream."""
+        if type(pcm) is np.ndarray and pcm.dtype is _INT16 and pcm.ndim == 1 and self.channels == 1:
+            return
         if not isinstance(pcm, np.ndarray):
             raise AudioError(
                 f"audio must be a numpy array, not {type(pcm).__name__}; wrap raw 16-bit PCM with "
@@ -86,7 +104,7 @@ class AudioPreprocessor:
         if pcm.dtype.kind == "f":
             for start in range(0, len(pcm), BLOCK):
                 # Checked as float32: values that overflow it count as infinite.
-                block = _float32(pcm[start : start + BLOCK])
+                block = as_float32(pcm[start : start + BLOCK])
                 if fault := find_implausible(block):
                     what, remedy = fault
                     invalid = ~(np.abs(block) <= MAX_PEAK if what.startswith("the value") else np.isfinite(block))
@@ -99,7 +117,7 @@ class AudioPreprocessor:
         views = {"unscaled": first.tobytes()}
         if first.dtype.kind == "f":  # int16 converted to float
             for scale in (32768, 32767):
-                samples = np.rint(np.clip(_float32(first) * np.float32(scale), -32768, 32767))
+                samples = np.rint(np.clip(as_float32(first) * np.float32(scale), -32768, 32767))
                 views[f"scaled by {scale}"] = samples.astype("<i2").tobytes()
         heads = {view: (self._heads.get(view, b"") + data)[:_HEAD_SIZE] for view, data in views.items()}
         if name := next(filter(None, map(container_of, heads.values())), None):
@@ -111,7 +129,7 @@ class AudioPreprocessor:
 
     def _blocks(self, frames: NDArray[np.generic]) -> Iterator[Floats]:
         for start in range(0, len(frames), BLOCK):
-            block = _float32(frames[start : start + BLOCK])
+            block = as_float32(frames[start : start + BLOCK])
             if block.ndim == 2:
                 block = block.mean(axis=1, dtype=np.float32)
             if self._resampler is not None:
@@ -119,7 +137,8 @@ class AudioPreprocessor:
             yield block
 
 
-def _float32(pcm: NDArray[np.generic]) -> Floats:
+def as_float32(pcm: NDArray[Any]) -> Floats:
+    """Return samples as float32 in [-1, 1]."""
     with np.errstate(over="ignore"):
         samples = pcm.astype(np.float32, copy=False)
     if pcm.dtype.kind == "i":

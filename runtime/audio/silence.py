@@ -29,6 +29,8 @@ class SilenceSplitter:
 
     def split(self, pcm: NDArray[Any]) -> list[tuple[NDArray[Any], bool]]:
         """Split [N] or [N, channels] into consecutive parts; return each part, and whether it is skipped."""
+        if self.keeps(pcm):
+            return [(pcm, False)]
         nonzero = pcm != 0 if pcm.ndim == 1 else pcm[:, 0] != 0
         for channel in range(1, pcm.shape[1] if pcm.ndim == 2 else 1):
             nonzero |= pcm[:, channel] != 0
@@ -47,6 +49,17 @@ class SilenceSplitter:
         if done < len(pcm):
             parts.append((pcm[done:], False))
         return parts
+
+    def keeps(self, pcm: NDArray[Any]) -> bool:
+        """Process [N] as `split` if obviously nothing of it is skipped, otherwise return False."""
+        if pcm.ndim != 1 or not len(pcm) or self._zeros + len(pcm) > self._max_zeros:
+            return False
+        if pcm[-1]:
+            self._zeros = 0
+        else:
+            nonzero = np.flatnonzero(pcm)
+            self._zeros = len(pcm) - 1 - int(nonzero[-1]) if len(nonzero) else self._zeros + len(pcm)
+        return True
 
     def restart(self) -> None:
         """Reset the count of zeros: a new recording follows."""

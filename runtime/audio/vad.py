@@ -68,6 +68,7 @@ class VadFilter:
         self._audio = np.zeros(CONTEXT, np.float32)  # the context, and samples of an incomplete window
         self._speaking = False
         self._windows: deque[bool] = deque()  # whether each window contains speech; those not yet used for a decision
+        self._followers: list[VadFilter] = []
         self._windows_used = 0
         self._speech_end = 0  # sample after the last window with speech
 
@@ -79,8 +80,22 @@ class VadFilter:
             probability, self._state = self._silero.speech_probability(window, self._state)
             self._speaking = probability >= (STOP if self._speaking else START)
             self._windows.append(self._speaking)
+            for follower in self._followers:
+                follower._windows.append(self._speaking)
             audio = audio[WINDOW:]
         self._audio = audio.copy()
+
+    def copy(self) -> VadFilter:
+        """Return a filter in the same state. Only `passes` and `restart` may be called."""
+        copy = VadFilter(self._silero)
+        copy._windows, copy._windows_used, copy._speech_end = self._windows.copy(), self._windows_used, self._speech_end
+        return copy
+
+    def follow(self) -> VadFilter:
+        """Return a filter for other chunks of the same audio, which receives the audio that is pushed to this one."""
+        follower = self.copy()
+        self._followers.append(follower)
+        return follower
 
     def passes(self, begin: int, end: int) -> bool:
         """Return whether the chunk of samples `begin` to `end` passes: it contains speech or follows speech closely."""

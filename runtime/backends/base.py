@@ -8,13 +8,15 @@ chunk size between steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nemostream.bundle import ChunkConfig, LanguageConfig
 from nemostream.errors import OptionError
@@ -28,7 +30,7 @@ DEFAULT_MAX_BATCH = 64  # rows in a batch
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one step: B streams with the same chunk size.
+    """Input of one step: B streams with the same chunk size. Its arrays are valid until `submit` returns.
 
     If a stream has ended, `lengths` is the number of leading samples of its row that belong to it (its lead silence
     included); the remaining samples must be zero.
@@ -55,13 +57,61 @@ class Batch:
 
 @dataclass(frozen=True)
 class Emissions:
-    """Output of one step. Row b belongs to `Batch.slots[b]`; all arrays of a row have one element per token."""
+    """Output of one step. Row b belongs to `Batch.slots[b]`.
 
-    tokens: tuple[NDArray[np.int32], ...]  # per row: emitted token ids in order, without blanks
-    frames: tuple[NDArray[np.int64], ...]  # per row: encoder frame of the stream at which each token was emitted
-    scores: tuple[NDArray[np.float32], ...]  # per row: log probability (natural logarithm) of each token
-    sum_p_alpha: tuple[NDArray[np.float32], ...]  # per row: sum of p ** greedy.ALPHA over the vocabulary, per token
+    Most rows of a step have no tokens, so the tokens of all rows are in one array, row after row: N in all. `tokens`,
+    `frames`, `scores` and `sum_p_alpha` have an array per row.
+    """
+
+    counts: NDArray[np.int64]  # [B], tokens of each row
+    all_tokens: NDArray[np.int32]  # [N], emitted token ids in order, without blanks
+    all_frames: NDArray[np.int64]  # [N], encoder frame of the stream at which each token was emitted
+    all_scores: NDArray[np.float32]  # [N], log probability (natural logarithm) of each token
+    all_sum_p_alpha: NDArray[np.float32]  # [N], sum of p ** greedy.ALPHA over the vocabulary, for each token
     failed: NDArray[np.bool_]  # [B], whether the row's values are not finite: its stream cannot continue
+
+    @classmethod
+    def of_rows(
+        cls,
+        tokens: Iterable[Sequence[int] | NDArray[Any]],
+        frames: Iterable[Sequence[int] | NDArray[Any]],
+        scores: Iterable[Sequence[float] | NDArray[Any]],
+        sum_p_alpha: Iterable[Sequence[float] | NDArray[Any]],
+        failed: ArrayLike,
+    ) -> Emissions:
+        """Return the output of rows with one sequence each: the first element of `tokens` has the tokens of row 0."""
+        tokens, flat = list(tokens), itertools.chain.from_iterable
+        return cls(
+            np.array([len(row) for row in tokens], np.int64),
+            np.array([*flat(tokens)], np.int32),
+            np.array([*flat(frames)], np.int64),
+            np.array([*flat(scores)], np.float32),
+            np.array([*flat(sum_p_alpha)], np.float32),
+            np.asarray(failed, np.bool_),
+        )
+
+    @cached_property
+    def tokens(self) -> list[NDArray[np.int32]]:
+        """The tokens of each row."""
+        return self._by_row(self.all_tokens)
+
+    @cached_property
+    def frames(self) -> list[NDArray[np.int64]]:
+        """The frames of each row."""
+        return self._by_row(self.all_frames)
+
+    @cached_property
+    def scores(self) -> list[NDArray[np.float32]]:
+        """The scores of each row."""
+        return self._by_row(self.all_scores)
+
+    @cached_property
+    def sum_p_alpha(self) -> list[NDArray[np.float32]]:
+        """`all_sum_p_alpha` of each row."""
+        return self._by_row(self.all_sum_p_alpha)
+
+    def _by_row(self, column: NDArray[Any]) -> list[NDArray[Any]]:
+        return np.split(column, np.cumsum(self.counts)[:-1])
 
 
 class Pending(Protocol):
@@ -118,6 +168,17 @@ class Backend(Protocol):
         """
         ...
 
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Copy the state and phrases of each source slot [N] into the target slot [N] at the same index.
+
+        Nothing is shared afterwards: both slots continue from the same state, independently. A source may be in a
+        pending step: the copy has the state that the step leaves. Targets may have any state, which is lost.
+
+        Raises `OptionError` if a slot does not exist, a target occurs twice or a target is a source; no slot is then
+        changed.
+        """
+        ...
+
     def submit(self, batch: Batch) -> Pending:
         """Start one step (features, encoder, greedy decoding), which advances the slots by `chunk.frames` frames."""
         ...
@@ -134,6 +195,23 @@ def at_least_one(**options: int | None) -> None:
             raise OptionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_copy(sources: NDArray[np.int64], targets: NDArray[np.int64], capacity: int) -> None:
+    """Raise `OptionError` unless `Backend.copy` accepts these slots in a backend of `capacity` slots."""
+    if sources.ndim != 1 or sources.shape != targets.shape:
+        raise OptionError(
+            f"the source slots have shape {sources.shape} and the target slots {targets.shape}; "
+            "give as many targets as sources, in arrays of one dimension."
+        )
+    for name, slots in (("source", sources), ("target", targets)):
+        if len(invalid := slots[(slots < 0) | (slots >= capacity)]):
+            raise OptionError(f"a {name} slot is {invalid[0]}; this backend has the slots 0 to {capacity - 1}.")
+    distinct, counts = np.unique(targets, return_counts=True)
+    if len(repeated := distinct[counts > 1]):
+        raise OptionError(f"slot {repeated[0]} is a target more than once; a target can have one source only.")
+    if len(both := np.intersect1d(sources, targets)):
+        raise OptionError(f"slot {both[0]} is both a source and a target; copy it in a call of its own.")
 
 
 def check_state(state: Mapping[str, NDArray[Any]], like: Mapping[str, NDArray[Any]]) -> None:

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
 from nemostream.plans import Plan, missing_engine_error
-from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH, Batch, Emissions, at_least_one, check_state
+from nemostream.runtime.backends.base import (
+    DEFAULT_MAX_BATCH,
+    Batch,
+    Emissions,
+    at_least_one,
+    check_copy,
+    check_state,
+)
 from nemostream.runtime.backends.cpus import default_threads
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, label_looping
@@ -124,6 +131,12 @@ class OrtBackend:
         for name, array in self._state.rows(slot).items():
             array[...] = state[name]
 
+    def copy(self, sources: Ints, targets: Ints) -> None:
+        check_copy(sources, targets, self.capacity)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self._state.copy(source, target)
+            self._phrases[target] = self._phrases[source]
+
     def submit(self, batch: Batch) -> CompletedStep:
         self.prepare(batch.chunk)
         encoded, counts = self.encode(batch)
@@ -141,11 +154,11 @@ class OrtBackend:
         )
         state.set_decoder(slots, predictions)
         return CompletedStep(
-            Emissions(
-                tuple(np.array(row.tokens, np.int32) for row in labels),
-                tuple(np.array(row.frames, np.int64) + first for row, first in zip(labels, start, strict=True)),
-                tuple(np.array(row.scores, np.float32) for row in labels),
-                tuple(np.array(row.sum_p_alpha, np.float32) for row in labels),
+            Emissions.of_rows(
+                [row.tokens for row in labels],
+                [[frame + first for frame in row.frames] for row, first in zip(labels, start.tolist(), strict=True)],
+                [row.scores for row in labels],
+                [row.sum_p_alpha for row in labels],
                 failed,
             )
         )
@@ -245,6 +258,13 @@ class _SlotArrays:
         """Set the decoder state of slots to `rows`: one row per slot, or one row for all."""
         self.predicted[slots], self.h[slots], self.c[slots] = rows.predicted, rows.h, rows.c
         self.node[slots] = rows.node
+
+    def copy(self, source: int, target: int) -> None:
+        for array in (self.k, self.v, self.conv):
+            for layer in array:  # of all layers at once, NumPy copies through a temporary array
+                layer[target] = layer[source]
+        for array in (self.audio_tail, self.mel_cache, self.predicted, self.h, self.c, self.node, self.position):
+            array[target] = array[source]
 
     def rows(self, slot: int) -> dict[str, NDArray[Any]]:
         """Return views of one slot's part of every array."""

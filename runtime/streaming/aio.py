@@ -6,10 +6,12 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 from nemostream.runtime.audio.sources import SourceLike, open_source
 from nemostream.runtime.streaming.session import OpenSession, Pcm, StreamSession
+from nemostream.runtime.streaming.state import StreamState
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
 
@@ -21,15 +23,17 @@ class AsyncLiveStream:
 
     For one event loop, and one task at a time. If a task is cancelled in `push` or `finish`, its audio is processed
     nevertheless and the results are returned by the next call. An asynchronous context manager.
-
-    `open_session` opens the session with the listener that it is called with.
     """
 
-    def __init__(self, open_session: Callable[[Callable[[], None]], StreamSession]) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
+    def __init__(self, session: StreamSession) -> None:
+        self._session = session
+        self._listener: _LoopListener | None = None  # once the event loop is known
         self._progress = asyncio.Event()
         self._feeding: asyncio.Task[None] | None = None  # the last call that `_feed` started on a thread
-        self._session = open_session(self._wake)
+        # For callers of `feed`: whether it may be called (with VAD it takes time), and the function that is called in
+        # the event loop when the result of `settled` may have changed.
+        self.feeds_at_once = not session.has_vad
+        self.on_progress: Callable[[], None] | None = None
 
     @property
     def result(self) -> Result:
@@ -80,6 +84,27 @@ class AsyncLiveStream:
         await self.finish()
         return self._session.events()
 
+    def feed(self, pcm: Pcm) -> None:
+        """Accept audio without waiting for its results; `push_events` without a task.
+
+        `on_progress` is called until `settled`; then `events` has its results. Raises as `push_events` does.
+        """
+        self._listen()
+        self._session.feed(pcm)
+
+    @property
+    def feeding(self) -> bool:
+        """Whether a thread accepts audio (with VAD). The accurate lane must not be set meanwhile."""
+        return self._feeding is not None and not self._feeding.done()
+
+    def settled(self) -> bool:
+        """Return whether every complete chunk was processed. Raises the stream's error if it failed."""
+        return self._session.settled()
+
+    def events(self) -> list[Event]:
+        """Return the events since the last call."""
+        return self._session.events()
+
     def check(self, pcm: Pcm) -> None:
         """Raise `AudioError` if `push` would reject `pcm`."""
         self._session.preprocessor.check(pcm)
@@ -87,6 +112,15 @@ class AsyncLiveStream:
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """As `LiveStream.set_chunk_ms`; never blocks."""
         self._session.set_chunk_ms(chunk_ms)
+
+    @property
+    def final_chunk_ms(self) -> int | None:
+        """As `LiveStream.final_chunk_ms`."""
+        return self._session.final_chunk_ms
+
+    def set_final_chunk_ms(self, final_chunk_ms: int | None) -> None:
+        """As `LiveStream.set_final_chunk_ms`; never blocks. Not to be called while another task awaits `push`."""
+        self._session.set_final_chunk_ms(final_chunk_ms)
 
     def set_language(self, language: str | None) -> None:
         """As `LiveStream.set_language`; never blocks."""
@@ -124,17 +158,51 @@ class AsyncLiveStream:
 
     async def _wait(self) -> None:
         """Wait until every complete chunk is processed."""
-        self._loop = asyncio.get_running_loop()
+        self._listen()
         while True:
             self._progress.clear()  # before the check: a change after the check sets it again
             if self._session.settled():
                 return
             await self._progress.wait()
 
+    def _listen(self) -> None:
+        """Register at the listener of the running event loop, once."""
+        if self._listener is None:
+            self._listener = _LoopListener.of(asyncio.get_running_loop())
+            self._session.notify(self._listener, self._wake)
+
     def _wake(self) -> None:
-        """Called on the scheduler's thread. Raises if the loop is closed; the scheduler then drops the stream."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._progress.set)
+        self._progress.set()
+        if self.on_progress is not None:
+            self.on_progress()
+
+
+class _LoopListener:
+    """Wakes the streams of one event loop: the loop receives one call per step, not one per stream."""
+
+    _of_loops: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopListener]] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopListener:
+        """Return the listener of an event loop. Called in this loop."""
+        listener = cls._of_loops.get(loop)
+        if listener is None:
+            listener = cls._of_loops[loop] = cls(loop)
+        return listener
+
+    def __call__(self, streams: list[StreamState]) -> None:
+        """Wake streams; called on any thread. Raises if the loop is closed; the scheduler then drops the streams."""
+        loop = self._loop()
+        if loop is None:
+            raise RuntimeError("the event loop does not exist any more.")
+        loop.call_soon_threadsafe(self._wake, streams)
+
+    def _wake(self, streams: list[StreamState]) -> None:
+        for stream in streams:
+            stream.consumer()
 
 
 async def events_of(
@@ -143,7 +211,7 @@ async def events_of(
     """Yield the events of a source (`EventStream`). Sources that are not asynchronous are read on a thread."""
 
     def open_stream(sample_rate: int, channels: int) -> AsyncLiveStream:
-        return AsyncLiveStream(lambda listener: open_session(sample_rate, channels, listener))
+        return AsyncLiveStream(open_session(sample_rate, channels))
 
     if isinstance(source, AsyncIterable):
         async with open_stream(sample_rate, channels) as stream:

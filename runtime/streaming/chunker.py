@@ -1,6 +1,7 @@
 """Cut a stream's audio into the chunks that the model processes.
 
-A plain state machine without threads, locks or a model. The scheduler owns it once the stream is open.
+A plain state machine without threads, locks or a model. It belongs to the thread that feeds the stream; others may use
+only `set_chunk` and `prompt`. The scheduler receives the complete items.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,24 +21,53 @@ from nemostream.errors import StreamError
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 
 Floats = NDArray[np.float32]
+Samples = NDArray[np.float32] | NDArray[np.int16]
+
+_NO_AUDIO: Floats = np.zeros(0, np.float32)
+_INT16, _FLOAT32 = np.dtype(np.int16), np.dtype(np.float32)
+INT16_SCALE = 2.0**-15  # of int16 samples; a power of two, so all products are exact
+_BLOCK_SAMPLES = 2560  # of a block; at least one chunk
+_SPARE_BLOCKS = 2  # that a stream keeps
 
 
-@dataclass(frozen=True)
-class WorkItem:
-    """The next item of a stream: a chunk to run, a chunk to skip, or the forced end of an utterance.
+class WorkItem(NamedTuple):
+    """The next item of a stream: a chunk to run, a chunk to skip, the forced end of an utterance, or a change of state.
+
+    A change is a copy of the stream ("branch") or a reset of its decoder; it has no output.
 
     Samples count from the stream's start. The slot counts frames from its last reset and only those that were run: its
     frame f begins at sample `origin_sample` + f * `Manifest.samples_per_frame`.
     """
 
-    kind: Literal["run", "skip", "end_of_utterance"]
+    kind: Literal["run", "skip", "end_of_utterance", "branch", "reset_decoder"]
     chunk: ChunkConfig
     end_sample: int  # samples of the stream processed or skipped, this item included
     origin_sample: int = 0
-    audio: Floats = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)  # [chunk.samples]
+    audio: Samples = _NO_AUDIO  # [chunk.samples]; valid until `block`, which contains it, is recycled
     length: int = 0  # leading samples of `audio` that belong to the stream; the rest is zero
     reset_slot: bool = False  # the slot must be reset before the item is run
     prompt: int = 0  # id of the language (`LanguageConfig.prompts`)
+    scale: float = 1.0  # by which `audio` must be multiplied: a step scales all its rows at once
+    block: Block | None = None  # if it is the last item in its block (`Chunker.recycle`)
+
+
+class Block:
+    """Memory for consecutive chunks of one size. `chunks` are views of `audio`.
+
+    Audio that is received as int16 is kept as int16: it takes half the memory, and thousands of streams write to it in
+    turn, so that it is rarely in the CPU's caches.
+    """
+
+    __slots__ = ("audio", "chunks")
+
+    def __init__(self, samples: int, dtype: np.dtype[Any]) -> None:
+        count = max(1, _BLOCK_SAMPLES // samples)
+        self.audio: Samples = np.empty(count * samples, dtype)
+        self.chunks = [self.audio[begin : begin + samples] for begin in range(0, count * samples, samples)]
+
+
+# Named tuples are created by tuple's constructor where every chunk of every stream passes: it is three times as fast.
+new_item = partial(tuple.__new__, WorkItem)
 
 
 class ChunkFilter(Protocol):
@@ -53,18 +84,21 @@ class ChunkFilter(Protocol):
         ...
 
 
-@dataclass
-class _AudioChunk:
-    """A chunk of audio, complete or being filled."""
+class _Chunk(NamedTuple):
+    """A chunk that was closed."""
 
     config: ChunkConfig
-    audio: Floats  # [config.samples], zero from `length` on
+    audio: Samples  # [config.samples], undefined from `length` on
     length: int  # samples in it
-    begin_sample: int  # the stream's `samples` when it was opened
-    prompt: int = 0  # the stream's `prompt` when it was completed
+    prompt: int  # the stream's `prompt` when it was closed
+    scale: float  # by which `audio` must be multiplied
+    block: Block | None  # if it is the last chunk in its block
 
 
-@dataclass
+_new_chunk = partial(tuple.__new__, _Chunk)
+
+
+@dataclass(slots=True)
 class _Recording:
     """Counters of the current recording. A forced end of an utterance and digital silence start a new one.
 
@@ -82,7 +116,8 @@ class Chunker:
     """Audio in, work items out.
 
     Each sample is copied once, into its chunk, so the cost of a push is proportional to its length and the caller may
-    reuse the array. The chunks cover exactly the encoder frames of NeMo's offline forward pass.
+    reuse the array. Consecutive chunks are adjacent in a block, so most pushes are one copy, and blocks are used again.
+    The chunks cover exactly the encoder frames of NeMo's offline forward pass.
 
     With a filter, chunks that do not pass are skipped, and the model processes the others as if they were contiguous.
     The first chunk of a recording is always run, because it contains the lead silence.
@@ -90,20 +125,55 @@ class Chunker:
     Digital silence (`skip_silence`) ends a recording. The audio after it starts a new one, as after `end_utterance`.
     """
 
+    __slots__ = (
+        "_at",
+        "_audio",
+        "_begin",
+        "_block",
+        "_block_end",
+        "_chunk_end",
+        "_config",
+        "_direct",
+        "_filter",
+        "_frame",
+        "_held",
+        "_in_silence",
+        "_lead",
+        "_manifest",
+        "_number",
+        "_queue",
+        "_recording",
+        "_scale",
+        "_spare",
+        "chunk",
+        "ended",
+        "prompt",
+        "samples",
+        "taken",
+    )
+
     def __init__(
         self, manifest: Manifest, chunk: ChunkConfig, chunk_filter: ChunkFilter | None = None, prompt: int = 0
     ) -> None:
         self.chunk = chunk  # size of the chunks after the one being filled
         self.prompt = prompt  # language of the chunk being filled and of those after it
         self.samples = 0  # samples accepted so far, without the lead silence
+        self.taken = 0  # items returned by `take`
         self.ended = False
         self._manifest, self._filter = manifest, chunk_filter
-        self._queue: deque[WorkItem] = deque()
-        self._held: deque[_AudioChunk] = deque()  # did not pass, but are the lead of the next chunk if that passes
+        self._frame = manifest.samples_per_frame
+        self._queue: list[WorkItem] = []
+        self._held: deque[_Chunk] = deque()  # did not pass, but are the lead of the next chunk if that passes
         self._recording = _Recording()
         self._in_silence = False  # digital silence is being skipped; the next audio starts a recording
-        # The lead silence is the beginning of the first chunk. It is shorter than any chunk.
-        self._filling = self._new_chunk(manifest.lead)
+        self._direct: np.dtype[Any] | None = None  # type of audio that may be written across the end of a chunk, if any
+        self._spare: deque[Block] = deque(maxlen=_SPARE_BLOCKS)
+        # The chunk being filled is `_audio[_begin:_chunk_end]`: number `_number` of block `_block`, of size `_config`.
+        # It has the samples up to `_at`, of which the first `_lead` are the lead silence.
+        self._at: int
+        self._chunk_end: int
+        self._open_block(chunk, _FLOAT32)
+        self._begin_with_lead()
 
     @property
     def end_sample(self) -> int:
@@ -111,40 +181,68 @@ class Chunker:
         return self._recording.end_sample
 
     @property
-    def queued(self) -> int:
-        """Number of items that `take` can return now."""
-        return len(self._queue)
+    def room(self) -> int:
+        """Number of samples that complete the chunk being filled."""
+        self._resize()
+        return self._chunk_end - self._at - (self._manifest.lead if self._in_silence else 0)
 
-    @property
-    def head(self) -> WorkItem:
-        """The item that `take` returns next."""
-        return self._queue[0]
+    def copy(self, chunk_filter: ChunkFilter | None = None) -> Chunker:
+        """Return a chunker in the same state. All queued items must have been taken."""
+        copy = Chunker(self._manifest, self.chunk, chunk_filter, self.prompt)
+        copy.load(self.save())
+        return copy
 
-    def take(self) -> WorkItem:
-        return self._queue.popleft()
+    def take(self) -> list[WorkItem]:
+        """Return the items that are complete since the last call."""
+        items, self._queue = self._queue, []
+        self.taken += len(items)
+        return items
+
+    def recycle(self, block: Block) -> None:
+        """Use a block again, once all items in it are in batches. May be called by any thread."""
+        self._spare.append(block)
 
     def set_chunk(self, chunk: ChunkConfig) -> None:
-        """Change the chunk size, also of the chunk being filled unless that already contains more samples."""
-        self.chunk = chunk
-        current = self._filling
-        if current.length < chunk.samples:
-            audio = np.zeros(chunk.samples, np.float32)
-            audio[: current.length] = current.audio[: current.length]
-            self._filling = _AudioChunk(chunk, audio, current.length, current.begin_sample)
+        """Change the chunk size, also of the chunk being filled unless that already contains more samples.
 
-    def accept(self, samples_N: Floats) -> None:
-        """Append audio: mono, at the model's rate. Raises `StreamError` after `finish`."""
+        May be called by any thread.
+        """
+        self.chunk = chunk  # `_resize` changes the chunk being filled, on the thread that fills it
+
+    def accept(self, samples_N: NDArray[Any]) -> None:
+        """Append audio: mono, at the model's rate, float32 in [-1, 1] or int16. Raises `StreamError` after `finish`."""
+        begin = self._at
+        end = begin + len(samples_N)
+        if samples_N.dtype is not self._direct or end > self._block_end or self.chunk is not self._config:
+            return self._accept_parts(samples_N)
+        self._audio[begin:end] = samples_N
+        self._at = end
+        self.samples += end - begin
+        while self._at >= self._chunk_end:
+            self._run_full_chunk()
+
+    def _accept_parts(self, samples_N: NDArray[Any]) -> None:
+        """Append audio in parts that do not extend beyond a chunk."""
         self._check_open()
         if self._in_silence and len(samples_N):
             self._begin_recording()
+        scale = INT16_SCALE if samples_N.dtype == _INT16 else 1.0
+        if scale < self._scale and self._length == self._lead:  # there is only silence before it
+            self._reopen(self._config, _INT16)
+        elif scale > self._scale:
+            self._reopen(self._config, _FLOAT32)
+        elif scale < self._scale:
+            samples_N = samples_N * np.float32(scale)
+        self._direct = self._audio.dtype if self._filter is None and not self._in_silence else None
         while len(samples_N):
-            filling = self._filling
-            part = samples_N[: len(filling.audio) - filling.length]
-            filling.audio[filling.length : filling.length + len(part)] = part
-            filling.length += len(part)
+            self._resize()
+            part = samples_N[: self._chunk_end - self._at]
+            end = self._at + len(part)
+            self._audio[self._at : end] = part
+            self._at = end
             self.samples += len(part)
             samples_N = samples_N[len(part) :]
-            if filling.length == len(filling.audio):
+            if end == self._chunk_end:
                 self._close_chunk()
 
     def skip_silence(self, samples: int) -> None:
@@ -155,15 +253,15 @@ class Chunker:
         self._check_open()
         if not self._in_silence:
             self._flush()
-            self._filling = self._new_chunk()
-            self._in_silence = True
+            self._in_silence, self._direct = True, None
         self.samples += samples
-        self._queue_silence((self.samples - self.end_sample) // self.chunk.samples * self.chunk.samples)
+        chunk = self.chunk.samples  # read once: `set_chunk` may be called meanwhile
+        self._queue_silence((self.samples - self.end_sample) // chunk * chunk)
 
     def finish(self) -> None:
         """End the stream: queue the remaining audio in zero-padded chunks, one for each encoder frame still missing."""
         if not self.ended:
-            self.ended = True
+            self.ended, self._direct = True, None
             self._flush()
 
     def end_utterance(self) -> None:
@@ -176,24 +274,25 @@ class Chunker:
 
     def save(self) -> dict[str, NDArray[Any]]:
         """Return the state for `load`. All queued items must have been taken."""
-        recording, filling = self._recording, self._filling
+        self._resize()
+        recording, length = self._recording, self._length
         counts = [
             self.samples,
             recording.begin_sample,
             recording.end_sample,
             recording.run_frames,
             recording.skipped_samples,
-            filling.length,
-            filling.begin_sample,
+            length,
+            self._chunk_begin_sample,
         ]
-        sizes = [filling.config.ms, self.chunk.ms, *(held.config.ms for held in self._held)]
+        sizes = [self._config.ms, self.chunk.ms, *(held.config.ms for held in self._held)]
         return {
             "counts": np.array(counts, np.int64),
             "flags": np.array([self._in_silence, recording.reset_slot]),
             "sizes": np.array(sizes, np.int64),
             "prompts": np.array([self.prompt, *(held.prompt for held in self._held)], np.int64),
-            "filling": filling.audio[: filling.length].copy(),
-            "held": np.concatenate([np.zeros(0, np.float32), *(held.audio for held in self._held)]),
+            "filling": self._audio[self._begin : self._at] * np.float32(self._scale),
+            "held": np.concatenate([_NO_AUDIO, *(held.audio * np.float32(held.scale) for held in self._held)]),
         }
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -216,7 +315,8 @@ class Chunker:
         held_samples = sum(config.samples for config in held)
         first = not run_frames and not skipped and not held  # the chunk being filled contains the lead silence
         if in_silence:  # the recording is complete and the next one starts anew: only `end` matters
-            consistent = not length and not held and begin <= chunk_begin <= samples and end <= samples + chunk.samples
+            latest = samples + 2 * manifest.samples_per_frame  # a frame ends less than two frames after its audio
+            consistent = not length and not held and begin <= chunk_begin <= samples and end <= latest
         else:
             queued = run_frames * manifest.samples_per_frame + skipped
             consistent = (
@@ -234,21 +334,109 @@ class Chunker:
             raise ValueError("its audio is not finite")
         self.samples, self.chunk, self.prompt, self._in_silence = samples, chunk, prompt, in_silence
         self._recording = _Recording(begin, end, run_frames, skipped, reset_slot)
-        self._filling = _AudioChunk(filling, np.zeros(filling.samples, np.float32), length, chunk_begin)
-        self._filling.audio[:length] = filling_audio
+        self._open_block(filling, _FLOAT32)
+        self._at = length
+        self._audio[:length] = filling_audio
+        self._lead = chunk_begin - (samples - length)
         at = 0
         for config, held_prompt in zip(held, held_prompts, strict=True):
             audio = held_audio[at : at + config.samples]
-            self._held.append(_AudioChunk(config, audio, config.samples, 0, held_prompt))
+            self._held.append(_Chunk(config, audio, config.samples, held_prompt, 1.0, None))
             at += config.samples
 
     def _check_open(self) -> None:
         if self.ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
 
-    def _new_chunk(self, length: int = 0) -> _AudioChunk:
-        """Return an empty chunk, or one that begins with `length` samples of silence."""
-        return _AudioChunk(self.chunk, np.zeros(self.chunk.samples, np.float32), length, self.samples)
+    @property
+    def _length(self) -> int:
+        return self._at - self._begin
+
+    @property
+    def _chunk_begin_sample(self) -> int:
+        """The stream's `samples` when the chunk being filled was opened."""
+        return self.samples - self._length + self._lead
+
+    def _open_block(self, chunk: ChunkConfig, dtype: np.dtype[Any]) -> None:
+        """Fill the first chunk of a block next."""
+        self._config = chunk
+        self._scale = 1.0 if dtype == _FLOAT32 else INT16_SCALE  # by which its audio must be multiplied
+        spare = self._spare
+        block = spare.popleft() if spare else None
+        if block is None or len(block.chunks[0]) != chunk.samples or block.audio.dtype != dtype:
+            block = Block(chunk.samples, dtype)
+        self._block, self._audio, self._block_end = block, block.audio, len(block.audio)
+        self._begin = self._at = self._number = self._lead = 0
+        self._chunk_end = chunk.samples
+
+    def _reopen(self, chunk: ChunkConfig, dtype: np.dtype[Any]) -> None:
+        """Move the audio of the chunk being filled to another block."""
+        filled, lead, scale = self._audio[self._begin : self._at], self._lead, self._scale
+        self._open_block(chunk, dtype)
+        self._audio[: len(filled)] = filled if scale == self._scale else filled * np.float32(scale)
+        self._at, self._lead = len(filled), lead
+
+    def _begin_with_lead(self) -> None:
+        """Put the silence before a recording into the chunk being filled, which is longer."""
+        self._lead = self._manifest.lead
+        self._audio[self._begin : self._begin + self._lead] = 0
+        self._at = self._begin + self._lead
+
+    def _take_chunk(self) -> _Chunk:
+        """Close the chunk being filled, and open the next one, which has the samples beyond its end."""
+        config, end = self._config, self._chunk_end
+        length = (self._at if self._at < end else end) - self._begin
+        block, audio, prompt, scale = self._block, self._block.chunks[self._number], self.prompt, self._scale
+        if end == self._block_end:
+            self._open_block(self.chunk, audio.dtype)
+            return _new_chunk((config, audio, length, prompt, scale, block))
+        self._number += 1
+        self._begin, self._lead, self._chunk_end = end, 0, end + config.samples
+        if self._at < end:
+            self._at = end
+        if self.chunk is not config:
+            self._resize()
+        return _new_chunk((config, audio, length, prompt, scale, None))
+
+    def _run_full_chunk(self) -> None:
+        """Queue the chunk being filled, which is full, and open the next one: `_close_chunk` without a filter.
+
+        Most chunks are closed here, so that is done in one function.
+        """
+        config, end, recording, block = self._config, self._chunk_end, self._recording, self._block
+        origin = recording.end_sample - self._frame * recording.run_frames
+        recording.end_sample = end_sample = recording.end_sample + self._frame * config.frames
+        recording.run_frames += config.frames
+        reset_slot, recording.reset_slot = recording.reset_slot, False
+        audio, last = block.chunks[self._number], end == self._block_end
+        self._queue.append(
+            new_item(
+                (
+                    "run",
+                    config,
+                    end_sample,
+                    origin,
+                    audio,
+                    config.samples,
+                    reset_slot,
+                    self.prompt,
+                    self._scale,
+                    block if last else None,
+                )
+            )
+        )
+        if last:
+            return self._open_block(self.chunk, audio.dtype)
+        self._number += 1
+        self._begin, self._lead, self._chunk_end = end, 0, end + config.samples
+        if self.chunk is not config:
+            self._resize()
+
+    def _resize(self) -> None:
+        """Apply `set_chunk` to the chunk being filled, unless it has as many samples."""
+        chunk = self.chunk  # read once: `set_chunk` may be called meanwhile
+        if self._config is not chunk and self._length < chunk.samples:
+            self._reopen(chunk, self._audio.dtype)
 
     def _begin_recording(self) -> None:
         """Start a new recording in the same slot. Positions keep counting from the stream's start."""
@@ -256,42 +444,46 @@ class Chunker:
         self._in_silence = False
         if self._filter:
             self._filter.restart(self.samples)
-        self._filling = self._new_chunk(self._manifest.lead)
+        self._begin_with_lead()
 
-    def _passes(self, chunk: _AudioChunk) -> bool:
-        """Return whether a chunk is run. The first of a recording is run without asking the filter."""
+    def _passes(self) -> bool:
+        """Return whether the chunk being filled is run. The first of a recording is run without asking the filter."""
         if not self._filter or not self._recording.run_frames:
             return True
-        return self._filter.passes(chunk.begin_sample, self.samples)
+        return self._filter.passes(self._chunk_begin_sample, self.samples)
 
     def _close_chunk(self) -> None:
         """Run, hold or skip the chunk that is full, and open the next one."""
-        chunk = self._filling
-        chunk.prompt = self.prompt
-        self._held.append(chunk)
-        if self._passes(chunk):
+        if self._filter is None:
+            chunk = self._take_chunk()
+            return self._queue_run(chunk, chunk.config.frames)
+        passes = self._passes()
+        self._held.append(self._take_chunk())
+        if passes:
             self._run_held()
-        elif self._filter:
-            while len(self._held) > 1 and self._lead_ms_without_first() >= self._filter.lead_ms:
-                self._queue_skip(self._held.popleft())
-        self._filling = self._new_chunk()
+            return
+        while len(self._held) > 1 and self._lead_ms_without_first() >= self._filter.lead_ms:
+            self._queue_skip(self._held.popleft())
 
     def _flush(self) -> None:
-        """Complete the recording: run or skip all audio that is not queued yet."""
+        """Complete the recording: run or skip all audio that is not queued yet. The next chunk is empty."""
+        self._resize()
         if self._in_silence:
             self._queue_silence(self.samples - self.end_sample)
             return
-        if not self._passes(self._filling):
+        if not self._passes():
             while self._held:
                 self._queue_skip(self._held.popleft())
-            return  # the chunks that were run have no frames left over
+            self._take_chunk()  # the chunks that were run have no frames left over
+            return
         self._run_held()
         recording = self._recording
         frames = self._manifest.encoder_frames(self.samples - recording.begin_sample - recording.skipped_samples)
         while recording.run_frames < frames:
-            self._filling.prompt = self.prompt
-            self._queue_run(self._filling, frames - recording.run_frames)
-            self._filling = self._new_chunk()
+            missing = frames - recording.run_frames
+            self._queue_run(self._take_chunk(), missing)
+        if self._length:
+            self._take_chunk()
 
     def _lead_ms_without_first(self) -> int:
         return sum(chunk.config.ms for chunk in itertools.islice(self._held, 1, None))
@@ -301,27 +493,22 @@ class Chunker:
             chunk = self._held.popleft()
             self._queue_run(chunk, chunk.config.frames)
 
-    def _queue_run(self, chunk: _AudioChunk, max_frames: int) -> None:
+    def _queue_run(self, chunk: _Chunk, max_frames: int) -> None:
         """Queue the recording's next chunk to be run. At most `max_frames` of its encoder frames are in the audio."""
-        recording, frame = self._recording, self._manifest.samples_per_frame
+        config, audio, length, prompt, scale, block = chunk
+        recording, frame, frames = self._recording, self._frame, config.frames
         origin = recording.end_sample - frame * recording.run_frames
-        recording.end_sample += frame * min(chunk.config.frames, max_frames)
-        recording.run_frames += chunk.config.frames
+        end_sample = recording.end_sample + frame * (frames if frames < max_frames else max_frames)
+        recording.end_sample = end_sample
+        recording.run_frames += frames
+        if length < config.samples:
+            audio[length:] = 0
+        reset_slot, recording.reset_slot = recording.reset_slot, False
         self._queue.append(
-            WorkItem(
-                "run",
-                chunk.config,
-                recording.end_sample,
-                origin,
-                chunk.audio,
-                chunk.length,
-                recording.reset_slot,
-                chunk.prompt,
-            )
+            new_item(("run", config, end_sample, origin, audio, length, reset_slot, prompt, scale, block))
         )
-        recording.reset_slot = False
 
-    def _queue_skip(self, chunk: _AudioChunk) -> None:
+    def _queue_skip(self, chunk: _Chunk) -> None:
         """Queue the recording's next chunk to be skipped."""
         recording = self._recording
         recording.end_sample += self._manifest.samples_per_frame * chunk.config.frames

@@ -91,6 +91,19 @@ class LiveStream:
         """
         self._session.set_chunk_ms(chunk_ms)
 
+    @property
+    def final_chunk_ms(self) -> int | None:
+        """Chunk size of the finals of the next utterance; None: that of partials."""
+        return self._session.final_chunk_ms
+
+    def set_final_chunk_ms(self, final_chunk_ms: int | None) -> None:
+        """Change the chunk size of finals (option `final_chunk_ms`); None: to that of partials.
+
+        A size takes effect with the next utterance if there was none before. Raises `OptionError` if it is not one of
+        the model's that are larger than `chunk_ms`, `CapacityError` if no slot is free, `StreamError` after `finish`.
+        """
+        self._session.set_final_chunk_ms(final_chunk_ms)
+
     def set_language(self, language: str | None) -> None:
         """Change the language; None: to the model's default. Raises `OptionError` if the model does not support it.
 

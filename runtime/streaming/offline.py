@@ -66,14 +66,14 @@ def transcribe_recording(
                 continue
             session.wait(BACKLOG)
             report()
-            if checkpointer and checkpointer.due:
+            if checkpointer and checkpointer.due and session.saveable:
                 session.wait()
                 checkpointer.save(session.save())
     except SourceStopped:
         if session.replaying:  # the saved snapshot is ahead of the audio fed so far: keep it
             return session.final()
         session.wait()
-        if checkpointer and (snapshot := session.save()).samples:
+        if checkpointer and session.saveable and (snapshot := session.save()).samples:
             checkpointer.save(snapshot)
     session.finish()
     session.wait()

@@ -12,24 +12,28 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import OptionError, StreamError
-from nemostream.runtime.audio.preprocessor import BLOCK, AudioPreprocessor
+from nemostream.runtime.audio.preprocessor import BLOCK, AudioPreprocessor, as_float32
 from nemostream.runtime.audio.silence import SilenceSplitter
+from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
-from nemostream.runtime.streaming.chunker import Chunker
-from nemostream.runtime.streaming.scheduler import Scheduler
+from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.lanes import AccurateLane, JoinedTokens, LaneState, TwoLanes
+from nemostream.runtime.streaming.scheduler import StreamScheduler
 from nemostream.runtime.streaming.snapshot import Checkpointer, Digest, Stateful, StreamSnapshot
-from nemostream.runtime.streaming.state import Hypothesis, StepOutput
-from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard
-from nemostream.runtime.text.events import Event, EventBuilder
-from nemostream.runtime.text.languages import LanguageTags, reported_language
+from nemostream.runtime.streaming.state import Hypothesis, Listener, StepOutput, StreamState
+from nemostream.runtime.streaming.tokens import SavedTokens, TokenList, clip
+from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard, UtteranceEnd
+from nemostream.runtime.text.events import Event, EventBuilder, RevisableText
+from nemostream.runtime.text.joining import Joiner
+from nemostream.runtime.text.languages import reported_language
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Result, Token
 
@@ -45,6 +49,7 @@ Pcm = NDArray[Any]  # [N] or [N, channels]: int16, int32, or float in [-1, 1]
 class Options(TypedDict, total=False):
     """
     chunk_ms: chunk size in milliseconds (default: the model's).
+    final_chunk_ms: larger chunk size for the text of finals (default: that of `chunk_ms`). Takes a second slot.
     endpoint: an `Endpoint`, the rules for the end of an utterance (default: none; for `listen`: `Endpoint()`).
     phrases: a list of phrases to boost, or a mapping of phrases to weights.
     confidence: a `Confidence`, the confidence measure (default: the model's).
@@ -53,6 +58,7 @@ class Options(TypedDict, total=False):
     """
 
     chunk_ms: int | None
+    final_chunk_ms: int | None
     endpoint: Endpoint | None
     phrases: Mapping[str, float] | Sequence[str] | Boosting | None
     confidence: Confidence | None
@@ -97,19 +103,29 @@ def with_options(method: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
+def final_chunk_of(manifest: Manifest, final_chunk_ms: int, chunk_ms: int) -> ChunkConfig:
+    """Return the chunk of an accurate lane beside one of `chunk_ms`. Raises `OptionError` if it is not larger."""
+    chunk = manifest.chunk(final_chunk_ms)
+    if chunk.ms <= chunk_ms:
+        larger = [str(one.ms) for one in manifest.chunks if one.ms > chunk_ms]
+        raise OptionError(
+            f"final_chunk_ms is {chunk.ms}; it must be larger than chunk_ms, {chunk_ms}"
+            + (f": choose one of {', '.join(larger)}." if larger else "; choose a smaller chunk_ms.")
+        )
+    return chunk
+
+
 class OpenSession(Protocol):
     """Opens a session with options that are already set."""
 
-    def __call__(
-        self, sample_rate: int, channels: int, listener: Callable[[], None] | None = None
-    ) -> StreamSession: ...
+    def __call__(self, sample_rate: int, channels: int) -> StreamSession: ...
 
 
 @dataclass(frozen=True)
 class SessionContext:
     """What all sessions of a model share."""
 
-    scheduler: Scheduler
+    scheduler: StreamScheduler
     manifest: Manifest
     tokenizer: Tokenizer
     delay_ms: int  # subtracted from the time of every token
@@ -118,9 +134,8 @@ class SessionContext:
 class StreamSession:
     """An open stream. Opened by `Model.open_session`. For one thread at a time, except `close`.
 
-    `listener` is called on the scheduler's thread when results may be available. With a `checkpointer`, the stream
-    continues from its snapshot: the same audio must be fed again from the start, and is not run again. `block=True`
-    waits for a free slot.
+    With a `checkpointer`, the stream continues from its snapshot: the same audio must be fed again from the start, and
+    is not run again. `block=True` waits for a free slot.
     """
 
     def __init__(
@@ -128,9 +143,9 @@ class StreamSession:
         context: SessionContext,
         sample_rate: int,
         channels: int,
-        listener: Callable[[], None] | None = None,
         *,
         chunk: ChunkConfig,
+        final_chunk_ms: int | None = None,
         confidence: Confidence,
         endpoint: Endpoint | None = None,
         phrases: Boosting | None = None,
@@ -140,7 +155,9 @@ class StreamSession:
         block: bool = False,
     ) -> None:
         manifest, tokenizer = context.manifest, context.tokenizer
+        final_chunk = None if final_chunk_ms is None else final_chunk_of(manifest, final_chunk_ms, chunk.ms)
         self._scheduler, self._manifest, self._tokenizer = context.scheduler, manifest, tokenizer
+        self._context, self._confidence = context, confidence
         self._rate = manifest.features.sample_rate
         self._language_names = manifest.languages.by_prompt
         # Audio
@@ -149,7 +166,7 @@ class StreamSession:
         self._vad = vad
         self._ended = False  # `finish` was called
         # Results
-        self._tokens = _TokenList(manifest, tokenizer, confidence, context.delay_ms)
+        self._tokens = TokenList(manifest, tokenizer, confidence, context.delay_ms)
         self._aggregation = confidence.aggregation
         self._pending_outputs: deque[StepOutput] = deque()  # of steps that no result or event covers yet
         self._end_sample = 0  # processed samples, up to the last output that was returned
@@ -159,38 +176,29 @@ class StreamSession:
         self._detokenizer = Detokenizer(tokenizer)
         self._text_tokens = 0  # tokens in the detokenizer's text
         self._last = Result("", (), 0.0, chunk.ms, False, aggregation=confidence.aggregation)
-        self._event_builder = EventBuilder(
-            tokenizer, confidence.aggregation, self._rate, backchannels=endpoint is not None and endpoint.model
-        )
+        self._backchannel = tokenizer.backchannel if endpoint is not None and endpoint.model else None
+        self._event_builder = EventBuilder(tokenizer, confidence.aggregation, self._rate, self._backchannel is not None)
         self._end_reported = False  # whether `events` returned the stream's last event
         # State, restored from a snapshot if there is one
-        self._endpointer = (
-            Endpointer(
-                endpoint,
-                manifest,
-                tokenizer.word_starts,
-                tokenizer.closing_punctuation,
-                tokenizer.invisible,
-                tokenizer.end_of_utterance,
-                tokenizer.backchannel,
-            )
-            if endpoint
-            else None
-        )
+        self._endpointer = Endpointer.of_tokenizer(endpoint, manifest, tokenizer) if endpoint else None
         self._guard = RepetitionGuard(manifest)
         hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad, self._prompt)
+        lane = None if final_chunk is None else self._new_lane(final_chunk)
         self._checkpointer, self._digest = checkpointer, Digest()
         self._snapshot = checkpointer.load() if checkpointer else None  # None once its audio has been fed again
         if checkpointer and self._snapshot:
             nodes = len(phrases.fail) if phrases else 1
-            parts = self._parts(chunker, hypothesis)
+            parts = self._parts(chunker, hypothesis, lane)
             checkpointer.restore(self._snapshot, parts, manifest.decoder.vocabulary, nodes)
             self._end_sample, self._prompt = chunker.end_sample, chunker.prompt
+        self._chunker = chunker
+        self._phrases = phrases
+        self._resets_decoder = endpoint is not None and endpoint.decoder == "reset"
+        self._accepts_unchanged = vad is None and checkpointer is None  # `_accept` only passes audio on
         # Last, so that an error above does not take a slot.
         self._stream = self._scheduler.open(
             chunker,
-            listener,
-            block,
+            block=block,
             hypothesis=hypothesis,
             endpointer=self._endpointer,
             guard=self._guard,
@@ -198,6 +206,18 @@ class StreamSession:
             saved_slot=self._snapshot.parts["slot"] if self._snapshot else None,
         )
         self._tokens.extend(hypothesis, len(hypothesis.tokens))
+        # With an accurate lane
+        self._received = 0  # outputs of the stream
+        self._lanes: TwoLanes | None = None  # once there was such a lane
+        self._joined_outputs: deque[_JoinedOutput] = deque()  # of steps that no result or event covers yet
+        self._lanes_ended = False  # the lanes were completed at the end of the stream
+        self._joined_end: tuple[UtteranceEnd, JoinedTokens] | None = None  # the last utterance
+        if lane is not None:
+            try:
+                self._open_lane(lane, block)
+            except BaseException:
+                self._scheduler.cancel(self._stream)
+                raise
 
     # -- audio ---------------------------------------------------------------------------------------------------------
 
@@ -208,27 +228,65 @@ class StreamSession:
         """
         self._scheduler.check_process()  # first, because a forked child has no threads for the VAD either
         self._check_open()
-        self.preprocessor.check(pcm)
-        for begin in range(0, max(len(pcm), 1), BLOCK):
-            for part, silent in self._silence.split(pcm[begin : begin + BLOCK]):
-                if silent:
-                    self._skip_silence(len(part))
-                    continue
-                for block in self.preprocessor.push(part):
-                    self._accept(block)
+        preprocessor = self.preprocessor
+        accepts_unchanged = self._accepts_unchanged and self._lanes is None
+        if accepts_unchanged and preprocessor.keeps(pcm) and self._silence.keeps(pcm):  # most audio of servers
+            preprocessor.received += len(pcm)
+            return self._scheduler.accept(self._stream, pcm)
+        preprocessor.check(pcm)
+        if len(pcm) <= BLOCK:
+            return self._feed_block(pcm)
+        for begin in range(0, len(pcm), BLOCK):
+            self._feed_block(pcm[begin : begin + BLOCK])
+
+    def _feed_block(self, pcm: Pcm) -> None:
+        for part, silent in self._silence.split(pcm):
+            if silent:
+                self._skip_silence(len(part))
+                continue
+            for block in self.preprocessor.push(part):
+                self._accept(block)
 
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """Change the chunk size. Raises `OptionError` if the model does not support it."""
         self._scheduler.set_chunk(self._stream, self._manifest.chunk(chunk_ms))
 
     @property
+    def final_chunk_ms(self) -> int | None:
+        """Chunk size of the accurate lane that is set; None without one."""
+        return self._lanes.chunk_ms if self._lanes else None
+
+    def set_final_chunk_ms(self, final_chunk_ms: int | None) -> None:
+        """Change the chunk size of finals; None: to that of partials.
+
+        A new accurate lane provides finals from the next utterance on. Without one, the current utterance keeps the
+        words that are complete. Raises `OptionError` if the model does not support the size, `CapacityError` if no slot
+        is free, `StreamError` after `finish`.
+        """
+        self._scheduler.check_process()
+        self._check_open()
+        if final_chunk_ms is None:
+            if self._lanes:
+                self._lanes.stop()
+            return
+        chunk = final_chunk_of(self._manifest, final_chunk_ms, self._chunker.chunk.ms)
+        lanes = self._lanes.lanes if self._lanes else []
+        if not lanes:
+            return self._branch_lane(chunk)
+        for lane in lanes:
+            lane.set_chunk(self._due(), chunk)
+
+    @property
     def language(self) -> str:
         """The name of the language that is set."""
-        return self._language_names[self._stream.chunker.prompt]
+        return self._language_names[self._chunker.prompt]
 
     def set_language(self, language: str | None) -> None:
         """Change the language; None: to the model's default. Raises `OptionError` if the model does not support it."""
-        self._scheduler.set_prompt(self._stream, self._manifest.languages.prompt(language))
+        prompt = self._manifest.languages.prompt(language)
+        self._scheduler.set_prompt(self._stream, prompt)
+        for lane in self._lanes.lanes if self._lanes else ():
+            lane.set_prompt(self._due(), prompt)
 
     def end_utterance(self) -> None:
         """End the utterance. Raises `StreamError` after `finish`."""
@@ -237,6 +295,8 @@ class StreamSession:
         self._accept(self.preprocessor.flush())
         self._silence.restart()
         self._scheduler.end_utterance(self._stream)
+        for lane in self._lanes.lanes if self._lanes else ():
+            lane.end_utterance(self._chunker.taken)
 
     def finish(self) -> None:
         """End the audio. Does nothing if already ended."""
@@ -246,17 +306,29 @@ class StreamSession:
         self._ended = True
         self._accept(self.preprocessor.finish())
         self._scheduler.finish(self._stream)
+        for lane in self._lanes.lanes if self._lanes else ():
+            lane.finish(self._chunker.taken)
 
     def _check_open(self) -> None:
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
 
     def _accept(self, block: NDArray[Any]) -> None:
-        if self._in_snapshot(block):
-            return
-        if self._vad:
-            self._vad.push(block)  # on this thread: on the scheduler's it would delay other streams
-        self._scheduler.accept(self._stream, block)
+        if self._vad or self._checkpointer:
+            block = as_float32(block)
+            if self._in_snapshot(block):
+                return
+            if self._vad:
+                self._vad.push(block)  # on this thread: on the scheduler's it would delay other streams
+        if self._lanes is None or not (lanes := self._lanes.lanes):
+            return self._scheduler.accept(self._stream, block)
+        block = block.copy()  # the lane receives it later; the caller may reuse the array
+        while len(block):  # part by part, so that the lane receives the audio of a chunk with the chunk's output
+            part, block = block[: (room := self._chunker.room)], block[room:]
+            due = self._chunker.taken + 1
+            self._scheduler.accept(self._stream, part)
+            for lane in lanes:
+                lane.accept(max(due, self._chunker.taken), part)
 
     def _skip_silence(self, samples: int) -> None:
         """Accept digital silence of `samples` input samples, which is not run (`runtime/audio/silence.py`)."""
@@ -269,25 +341,124 @@ class StreamSession:
             return
         if self._vad:
             self._vad.push(silence)
+        due = self._due()
         self._scheduler.skip_silence(self._stream, count)
+        for lane in self._lanes.lanes if self._lanes else ():
+            lane.skip_silence(max(due, self._chunker.taken), count)
+
+    # -- accurate lane -------------------------------------------------------------------------------------------------
+
+    def _due(self) -> int:
+        """Return the number of items of the stream of which the last one is not complete yet."""
+        return self._chunker.taken + 1
+
+    def _new_lane(self, chunk: ChunkConfig) -> _LaneParts:
+        """Return the parts of an accurate lane at the start of the stream."""
+        vad = self._vad.follow() if self._vad else None
+        return _LaneParts(
+            Chunker(self._manifest, chunk, vad, self._prompt),
+            Hypothesis(),
+            RepetitionGuard(self._manifest),
+            vad,
+            LaneState(),
+            SavedTokens([], self._tokenizer),
+        )
+
+    def _open_lane(self, lane: _LaneParts, block: bool) -> None:
+        """Open an accurate lane at the start of the stream, or as it was saved."""
+        snapshot = self._snapshot
+        stream = self._scheduler.open(
+            lane.chunker,
+            block=block,
+            hypothesis=lane.hypothesis,
+            guard=lane.guard,
+            phrases=self._phrases,
+            saved_slot=snapshot.parts["laneslot"] if snapshot else None,
+            may_branch=True,
+        )
+        self._use_lane(stream, lane.chunker, lane.vad, at_once=True, state=lane.state, begin=lane.state.fast_begin)
+        self._committed.settle(lane.joined.tokens)
+
+    def _branch_lane(self, chunk: ChunkConfig) -> None:
+        """Open an accurate lane that continues from the state of the stream."""
+        vad = self._vad.follow() if self._vad else None
+        chunker = self._chunker.copy(vad)
+        chunker.set_chunk(chunk)
+        self._use_lane(self._scheduler.branch(self._stream, chunker, may_branch=True), chunker, vad, at_once=False)
+
+    def _use_lane(
+        self,
+        stream: StreamState,
+        chunker: Chunker,
+        vad: VadFilter | None,
+        at_once: bool,
+        state: LaneState | None = None,
+        begin: int | None = None,
+    ) -> None:
+        """Use an accurate lane, `at_once` or with the next utterance; the current one begins with token `begin`."""
+        context, hypothesis = self._context, self._stream.hypothesis
+        if self._lanes is None:
+            self._revisable_events, first = self._event_builder.revisable()
+            self._committed = RevisableText(self._tokenizer)  # the tokens of utterances that have ended
+            if begin is None:
+                begin = first
+                self._committed.settle(self._tokens.tokens[:begin])
+            self._joiner = Joiner(self._manifest, self._tokenizer)
+            self._lanes = TwoLanes(hypothesis, self._tokens, self._joiner, begin)
+            for output in self._pending_outputs:
+                self._lanes.receive(0, output, False)
+        tokens = TokenList(self._manifest, self._tokenizer, self._confidence, context.delay_ms)
+        start = self._chunker.taken
+        lane = AccurateLane(
+            self._scheduler,
+            stream,
+            chunker,
+            tokens,
+            hypothesis,
+            self._tokens,
+            self._joiner,
+            vad=vad,
+            start=start,
+            state=state,
+        )
+        if self._stream.listener is not None:
+            lane.notify(self._stream.listener, self._stream.consumer)
+        self._lanes.start(lane, at_once)
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
     def save(self) -> StreamSnapshot:
-        """Return a snapshot. Every complete chunk must have been processed."""
-        stream, slot = self._stream, self._stream.slot
-        assert slot is not None, "a stream that was not finished has a slot"
-        parts = {name: part.save() for name, part in self._parts(stream.chunker, stream.hypothesis).items()}
-        parts["slot"] = self._scheduler.call(lambda backend: backend.save(slot))
+        """Return a snapshot. Every complete chunk must have been processed, and `saveable` be True."""
+        stream, lane = self._stream, None
+        slots = {"slot": stream.slot}
+        if self._lanes is not None and self._lanes.lane is not None:
+            while (joined := self._join_next()) is not None:
+                self._joined_outputs.append(joined)  # for the next results
+            accurate = self._lanes.lane
+            state, lane_stream = accurate.save()
+            guard, vad = lane_stream.guard, accurate.vad
+            assert lane_stream.chunker is not None and guard is not None
+            committed = SavedTokens(self._committed.settled, self._tokenizer)
+            lane = _LaneParts(lane_stream.chunker, lane_stream.hypothesis, guard, vad, state, committed)
+            slots["laneslot"] = lane_stream.slot
+        parts = {name: part.save() for name, part in self._parts(self._chunker, stream.hypothesis, lane).items()}
+        for name, slot in slots.items():
+            assert slot is not None, "a stream that was not finished has a slot"
+            parts[name] = self._scheduler.call(functools.partial(_save_slot, slot))
         return StreamSnapshot(parts, self._digest.samples, self._digest.value)
+
+    @property
+    def saveable(self) -> bool:
+        """Whether `save` can be called: the accurate lane, if one was requested, has not failed."""
+        return self._lanes is None or (self._lanes.lane is not None and not self._lanes.lane.stopped)
 
     @property
     def replaying(self) -> bool:
         """Whether audio that the snapshot already contains is still being fed."""
         return self._snapshot is not None
 
-    def _parts(self, chunker: Chunker, hypothesis: Hypothesis) -> dict[str, Stateful]:
-        """Return the parts of a snapshot except the slot."""
+    def _parts(self, chunker: Chunker, hypothesis: Hypothesis, lane: _LaneParts | None) -> dict[str, Stateful]:
+        """Return the parts of a snapshot except the slots."""
         parts: dict[str, Stateful | None] = {
             "chunker": chunker,
             "hypothesis": hypothesis,
@@ -295,6 +466,9 @@ class StreamSession:
             "endpoint": self._endpointer,
             "vad": self._vad,
         }
+        if lane is not None:
+            parts |= {"joined": lane.joined, "lane": lane.state, "lanevad": lane.vad, "lanechunker": lane.chunker}
+            parts |= {"lanehypothesis": lane.hypothesis, "laneguard": lane.guard}
         return {name: part for name, part in parts.items() if part}
 
     def _in_snapshot(self, block: NDArray[Any]) -> bool:
@@ -314,6 +488,12 @@ class StreamSession:
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
+    def notify(self, listener: Listener, consumer: Any) -> None:
+        """Call `listener` after changes, with `consumer` as that of the stream (`StreamState`)."""
+        self._stream.consumer, self._stream.listener = consumer, listener
+        if self._lanes:
+            self._lanes.notify(listener, consumer)
+
     @property
     def ended(self) -> bool:
         """Whether `finish` was called. Once the session has settled, the result is then final."""
@@ -326,15 +506,28 @@ class StreamSession:
 
     def settled(self) -> bool:
         """Return whether every complete chunk was processed. Raises the stream's error if it failed."""
-        return self._scheduler.settled(self._stream)
+        settled = self._scheduler.settled(self._stream)
+        if self._lanes is None:
+            return settled
+        self._fetch_outputs()
+        if settled:
+            self._complete_lanes()
+        return self._lanes.settled(self._ended) and settled
 
     def wait(self, backlog: int = 0) -> None:
         """Block until at most `backlog` complete chunks are unprocessed. Raises the stream's error if it failed."""
         self._scheduler.wait(self._stream, backlog)
+        if self._lanes is not None:
+            self._fetch_outputs()
+            if self._scheduler.settled(self._stream):
+                self._complete_lanes()
+            self._lanes.wait(self._ended)
 
     def close(self) -> None:
-        """Release the slot without waiting for pending audio. Does nothing if it is released."""
+        """Release the slots without waiting for pending audio. Does nothing if they are released."""
         self._scheduler.cancel(self._stream)
+        if self._lanes:
+            self._lanes.close()
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -344,6 +537,8 @@ class StreamSession:
         if self._last.final:
             return self._last
         self._fetch_outputs()
+        if self._lanes is not None:
+            return self._result_of_lanes()
         tokens = self._tokens.tokens
         text = self._last.text
         if len(tokens) > len(self._last.tokens):
@@ -353,6 +548,8 @@ class StreamSession:
     def collect(self) -> list[Result]:
         """Return one partial result for each step since the last call."""
         self._fetch_outputs()
+        if self._lanes is not None:
+            return self._results_of_lanes()
         results = []
         while self._pending_outputs:
             output = self._next_output()
@@ -369,7 +566,13 @@ class StreamSession:
 
     def events(self) -> list[Event]:
         """Return the events since the last call. The last event of the stream follows when all steps are done."""
-        self._fetch_outputs()
+        if self._lanes is not None:
+            self._fetch_outputs()
+            return self._events_of_lanes()
+        if self._ended or self._pending_outputs:
+            self._fetch_outputs()
+        elif not self._fetch_unless_quiet():
+            return []
         tokens, seconds = self._tokens.tokens, self.preprocessor.seconds
         done = self._ended and self.settled()
         if done:
@@ -377,11 +580,13 @@ class StreamSession:
         events: list[Event] = []
         while self._pending_outputs:
             output = self._next_output()
+            if not output.ends and output.count == self._event_builder.token_count:
+                continue
             language = self._language_names[self._prompt]
             events += self._event_builder.step(tokens, output.count, output.ends, seconds, self.chunk_ms, language)
         if done and not self._end_reported:
             self._end_reported = True
-            samples, language = self._stream.chunker.samples, self._language_names[self._prompt]
+            samples, language = self._chunker.samples, self._language_names[self._prompt]
             events += self._event_builder.finish(tokens, samples, seconds, self.chunk_ms, language)
         return events
 
@@ -389,6 +594,8 @@ class StreamSession:
         """Return the final result. All steps must be done."""
         if not self._last.final:
             self._fetch_outputs()
+            if self._lanes is not None:
+                return self._final_of_lanes()
             tokens = self._tokens.tokens
             self._tokens.clip(len(tokens), self.preprocessor.seconds)
             result = self._current_result(self._tokenizer.decode([token.id for token in tokens]))
@@ -398,6 +605,10 @@ class StreamSession:
     def discard_results(self) -> None:
         """Discard pending results."""
         self._fetch_outputs()
+        if self._lanes is not None:
+            while (joined := self._joined_outputs.popleft() if self._joined_outputs else self._join_next()) is not None:
+                self._consume(joined.output.item)
+            return
         while self._pending_outputs:
             self._next_output()
 
@@ -439,61 +650,174 @@ class StreamSession:
     def _next_output(self) -> StepOutput:
         """Consume the next pending output."""
         output = self._pending_outputs.popleft()
-        self._end_sample, self._prompt = output.item.end_sample, output.item.prompt
-        if output.item.kind == "run":
-            self.steps += 1
-            self.chunk_ms = output.item.chunk.ms
+        self._consume(output.item)
         return output
+
+    def _consume(self, item: WorkItem) -> None:
+        self._end_sample, self._prompt = item.end_sample, item.prompt
+        if item.kind == "run":
+            self.steps += 1
+            self.chunk_ms = item.chunk.ms
+
+    def _fetch_unless_quiet(self) -> bool:
+        """As `_fetch_outputs`, but consume outputs that cause no events, up to the first other one, at once.
+
+        Return whether there are pending outputs now. There must be none before.
+        """
+        outputs, known = self._scheduler.collect(self._stream), self._event_builder.token_count
+        for index, (item, count, ends) in enumerate(outputs):
+            if count != known or ends:
+                self._received += index
+                self._add_outputs(outputs[index:] if index else outputs)
+                return True
+            self._consume(item)
+        self._received += len(outputs)
+        return False
 
     def _fetch_outputs(self) -> None:
         """Move the stream's outputs from the scheduler to the pending ones, and add their tokens."""
-        outputs = self._scheduler.collect(self._stream)
-        if not outputs:
-            return
+        if outputs := self._scheduler.collect(self._stream):
+            self._add_outputs(outputs)
+
+    def _add_outputs(self, outputs: list[StepOutput]) -> None:
         self._pending_outputs += outputs
-        self._tokens.extend(self._stream.hypothesis, outputs[-1].count)
-        for output in outputs:
-            if output.item.kind == "end_of_utterance":
-                self._tokens.clip(output.count, output.item.end_sample / self._rate)
+        lanes, received = self._lanes, self._received
+        self._received += len(outputs)
+        if outputs[-1].count > len(self._tokens.tokens):
+            self._tokens.extend(self._stream.hypothesis, outputs[-1].count)
+        for item, count, ends in outputs:
+            if ends and item.kind == "end_of_utterance":
+                self._tokens.clip(count, item.end_sample / self._rate)
+        if lanes is not None:
+            for items, output in enumerate(outputs, received + 1):
+                lanes.receive(items, output, self._resets_decoder)
+
+    # -- results with an accurate lane ---------------------------------------------------------------------------------
+
+    def _complete_lanes(self) -> None:
+        """Complete the lanes at the end of the stream, once all its outputs were received."""
+        if self._ended and not self._lanes_ended:
+            assert self._lanes is not None
+            self._lanes_ended = True
+            self._lanes.end_stream(UtteranceEnd(len(self._tokens.tokens), self._chunker.samples, "finish"))
+
+    def _join_next(self) -> _JoinedOutput | None:
+        """Join the lanes for the next pending output. Return None without one, or if its finals are not known yet."""
+        lanes = self._lanes
+        assert lanes is not None
+        if not self._pending_outputs:
+            return None
+        if (joined := lanes.next(self._pending_outputs[0])) is None:
+            return None
+        finals, current = joined
+        for _, final in finals:
+            self._committed.settle(final.tokens)
+        return _JoinedOutput(self._pending_outputs.popleft(), finals, current, len(self._committed.settled))
+
+    def _join_end(self) -> None:
+        """Join the lanes at the end of the stream, if it is known and all outputs were joined."""
+        assert self._lanes is not None
+        if self._lanes_ended and self._joined_end is None and not self._pending_outputs:
+            end = UtteranceEnd(len(self._tokens.tokens), self._chunker.samples, "finish")
+            if finals := self._lanes.finals([end]):
+                self._joined_end = finals[0]
+                self._committed.settle(finals[0][1].tokens)
+
+    def _events_of_lanes(self) -> list[Event]:
+        builder, seconds = self._revisable_events, self.preprocessor.seconds
+        events: list[Event] = []
+        while (joined := self._joined_outputs.popleft() if self._joined_outputs else self._join_next()) is not None:
+            output = joined.output
+            self._consume(output.item)
+            language = self._language_names[self._prompt]
+            for end, final in joined.finals:
+                events += builder.end(final.tokens, end, seconds, self._chunk_ms_of(final), language)
+            new = self._tokens.tokens[self._text_tokens : output.count]
+            self._text_tokens = output.count
+            tokens, stable = joined.current.tokens, joined.current.stable
+            for token in new:
+                if token.id == self._backchannel:
+                    events += builder.backchannel(tokens, stable, token.end, seconds, self.chunk_ms, language)
+            events += builder.partial(tokens, stable, seconds, self.chunk_ms, language)
+        self._join_end()
+        if self._joined_end is not None and not self._end_reported:
+            self._end_reported = True
+            end, final = self._joined_end
+            language = self._language_names[self._prompt]
+            events += builder.end(final.tokens, end, seconds, self._chunk_ms_of(final), language)
+        return events
+
+    def _chunk_ms_of(self, final: JoinedTokens) -> int:
+        return final.chunk_ms or self.chunk_ms
+
+    def _results_of_lanes(self) -> list[Result]:
+        results = []
+        while (joined := self._joined_outputs.popleft() if self._joined_outputs else self._join_next()) is not None:
+            self._consume(joined.output.item)
+            if joined.output.item.kind == "run":
+                self._last = self._joined_result(joined.current.tokens, joined.committed)
+                results.append(self._last)
+        return results
+
+    def _result_of_lanes(self) -> Result:
+        """Return the result up to the newest output whose lanes were joined, and the current tokens of both lanes."""
+        assert self._lanes is not None
+        tokens = self._lanes.joined(len(self._tokens.tokens)).tokens
+        return self._joined_result(tokens, len(self._committed.settled))
+
+    def _final_of_lanes(self) -> Result:
+        while (joined := self._join_next()) is not None:
+            self._joined_outputs.append(joined)  # for `events`
+            self._end_sample, self._prompt = joined.output.item.end_sample, joined.output.item.prompt
+        self._join_end()
+        tokens = [*self._committed.settled]
+        clip(tokens, len(tokens), self.preprocessor.seconds)
+        text = self._tokenizer.decode([token.id for token in tokens])
+        self._last = dataclasses.replace(
+            self._joined_result([], len(tokens)), text=text, tokens=tuple(tokens), final=True
+        )
+        return self._last
+
+    def _joined_result(self, tokens: list[Token], committed: int) -> Result:
+        """Return a result with the first `committed` tokens of utterances that have ended, and those of the current."""
+        settled = self._committed.settled
+        all_tokens = (*settled[:committed], *tokens)
+        language = next((token.language for token in reversed(all_tokens) if token.language), None)
+        if committed == len(settled):
+            text = self._committed.with_tokens(tokens)
+        else:  # utterances have ended since
+            text = Detokenizer(self._tokenizer).push([token.id for token in all_tokens])
+        return Result(
+            text,
+            all_tokens,
+            self.preprocessor.seconds,
+            self.chunk_ms,
+            False,
+            self._decoded(self._end_sample),
+            self._aggregation,
+            reported_language(self._language_names[self._prompt], language),
+        )
 
 
-class _TokenList:
-    """The `Token`s of a stream, made from its hypothesis, and its language tags. `tokens` is appended to in place."""
+class _JoinedOutput(NamedTuple):
+    """The tokens of both lanes after an output of the stream."""
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, confidence: Confidence, delay_ms: int) -> None:
-        self.tokens: list[Token] = []
-        self.languages = LanguageTags()
-        self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
-        self._delay = delay_ms * self._rate // 1000  # samples
-        self._piece, self._tags, self._language_of_tag = tokenizer.piece, tokenizer.tags, tokenizer.languages.get
-        self._confidence_of = confidence.token_measure(manifest.decoder.vocabulary + 1)
+    output: StepOutput
+    finals: list[tuple[UtteranceEnd, JoinedTokens]]  # of the utterances that ended with it
+    current: JoinedTokens  # of the utterance after them
+    committed: int  # tokens of all utterances that have ended
 
-    def extend(self, hypothesis: Hypothesis, count: int) -> None:
-        """Append the tokens of the hypothesis up to the first `count`."""
-        new = slice(len(self.tokens), count)
-        rate, frame = self._rate, self._frame
-        positions = hypothesis.sample_positions[new]
-        if self._delay:
-            positions = [max(position - self._delay, 0) for position in positions]
-        self.tokens += [
-            Token(
-                id_,
-                self._piece(id_),
-                position / rate,
-                (position + frame) / rate,
-                score,
-                self._confidence_of(score, sum_p_alpha),
-                self._language_of_tag(id_),
-                id_ in self._tags,
-            )
-            for id_, position, score, sum_p_alpha in zip(
-                hypothesis.tokens[new], positions, hypothesis.scores[new], hypothesis.sum_p_alpha[new], strict=True
-            )
-        ]
-        self.languages.extend(map(self._language_of_tag, hypothesis.tokens[new]))
 
-    def clip(self, count: int, end: float) -> None:
-        """Clip the first `count` tokens to the end of their recording (seconds). Its last frames extend beyond it."""
-        while count and self.tokens[count - 1].end > end:
-            count -= 1
-            self.tokens[count] = dataclasses.replace(self.tokens[count], end=end)
+class _LaneParts(NamedTuple):
+    """The parts of an accurate lane that are saved and restored, except its slot."""
+
+    chunker: Chunker
+    hypothesis: Hypothesis
+    guard: RepetitionGuard
+    vad: VadFilter | None
+    state: LaneState
+    joined: SavedTokens  # of utterances that have ended
+
+
+def _save_slot(slot: int, backend: Backend) -> dict[str, NDArray[Any]]:
+    return backend.save(slot)

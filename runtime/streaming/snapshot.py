@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nemostream.errors import OptionError
 from nemostream.untrusted import MIB, open_regular, parse_json, short_repr
 
-VERSION = 4
+VERSION = 5
 SECONDS = 30.0  # between two snapshots
 
 # Limits of a snapshot file. Its arrays are not compressed, so reading one takes no more memory than the file's size.
@@ -53,7 +53,9 @@ class Stateful(Protocol):
 class StreamSnapshot:
     """The state of a stream: the arrays of each of its parts."""
 
-    parts: Mapping[str, SavedArrays]  # "slot", "chunker", "hypothesis", "guard", "endpoint", "vad"
+    # "slot", "chunker", "hypothesis", "guard", "endpoint", "vad"; with an accurate lane also "joined", "lane" and that
+    # lane's "laneslot", "lanechunker", "lanehypothesis", "laneguard", "lanevad"
+    parts: Mapping[str, SavedArrays]
     samples: int  # audio received, in samples at the model's rate
     digest: str  # `Digest.value` of that audio
 
@@ -137,7 +139,7 @@ class Checkpointer:
         except Exception as error:  # zipfile and NumPy raise many kinds of errors, not all documented
             raise self._error("is damaged or not a snapshot file") from error
         for name, value in self._about.items():
-            if about.get(name) != value:
+            if name not in about or about[name] != value:
                 raise self._error(f"was written with {name} {short_repr(about.get(name), 300)}, not {value!r}")
         parts: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in arrays.items():
@@ -152,11 +154,16 @@ class Checkpointer:
         Raises `OptionError` if the saved parts are invalid or inconsistent.
         """
         try:
-            if saved.parts.keys() != {*parts, "slot"}:
+            slots = {"slot", "laneslot"} if "lane" in parts else {"slot"}
+            if saved.parts.keys() != parts.keys() | slots:
                 raise ValueError(f"its parts are {', '.join(sorted(saved.parts))}")
             for name, part in parts.items():
                 part.load(saved.parts[name])
-            _check_consistent(saved, vocabulary, nodes)
+            _check_consistent(saved.parts, saved.samples, vocabulary, nodes)
+            if "lane" in parts:
+                lane = {name: saved.parts[f"lane{name}"] for name in ("slot", "chunker", "hypothesis", "guard")}
+                _check_consistent(lane, saved.samples, vocabulary, nodes)
+                _check_lane(saved.parts)
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
             raise self._error(f"is damaged ({error})") from error
 
@@ -223,12 +230,22 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
     return array
 
 
-def _check_consistent(saved: StreamSnapshot, vocabulary: int, nodes: int) -> None:
-    """Raise `ValueError` unless all saved parts are consistent with each other."""
-    parts = saved.parts
+def _check_lane(parts: Mapping[str, SavedArrays]) -> None:
+    """Raise `ValueError` unless the accurate lane is consistent with its stream and with the fast lane."""
+    outputs, tokens = parts["lane"]["outputs"], len(parts["lanehypothesis"]["tokens"])
+    if (int(outputs[-1, 0]) if len(outputs) else 0) != tokens:
+        raise ValueError("the accurate lane and its stream differ in their number of tokens")
+    if int(parts["lane"]["counts"][0]) > len(parts["hypothesis"]["tokens"]):
+        raise ValueError("the utterance begins after the last token")
+    if (np.diff(parts["lanehypothesis"]["sample_positions"]) < 0).any():
+        raise ValueError("the tokens of the accurate lane are not in order")
+
+
+def _check_consistent(parts: Mapping[str, SavedArrays], received: int, vocabulary: int, nodes: int) -> None:
+    """Raise `ValueError` unless all saved parts of a stream are consistent with each other."""
     samples, _, _, run_frames, *_ = parts["chunker"]["counts"].tolist()
-    if samples != saved.samples:
-        raise ValueError(f"the chunker has {samples} samples, but {saved.samples} were received")
+    if samples != received:
+        raise ValueError(f"the chunker has {samples} samples, but {received} were received")
     tokens = parts["hypothesis"]["tokens"]
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(f"a token is not in the vocabulary of {vocabulary} tokens")

@@ -1,4 +1,8 @@
-"""The scheduler's data: a stream's state, and what the scheduler and the streams' threads exchange."""
+"""The scheduler's data: a stream's state, and what the scheduler and the streams' threads exchange.
+
+A scheduler handles tens of thousands of these objects per second, so they have slots, and those that exist per step are
+named tuples.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.bundle import ChunkConfig
 from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.rows import Rows
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
 from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard, UtteranceEnd
 
@@ -39,6 +46,9 @@ class Hypothesis:
         self.scores += scores
         self.sum_p_alpha += sum_p_alpha
 
+    def copy(self) -> Hypothesis:
+        return Hypothesis([*self.tokens], [*self.sample_positions], [*self.scores], [*self.sum_p_alpha])
+
     def save(self) -> dict[str, NDArray[Any]]:
         return {
             "tokens": np.array(self.tokens, np.int32),
@@ -58,54 +68,103 @@ class Hypothesis:
         self.extend(*(array.tolist() for array in arrays.values()))
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """The result of one work item."""
+class StepOutput(NamedTuple):
+    """The result of one work item. Its audio is not valid any more."""
 
     item: WorkItem
-    count: int  # tokens in the stream's hypothesis after the item
+    count: int  # type: ignore[assignment]  # tokens in the stream's hypothesis after the item; hides `tuple.count`
     ends: Sequence[UtteranceEnd] = ()  # ends of utterances found with it
 
 
-@dataclass(eq=False)
-class StreamState:
-    """One stream: its audio, its slot at the backend and its tokens. Guarded by the scheduler's lock."""
+new_output = partial(tuple.__new__, StepOutput)  # with a tuple of all fields: three times as fast as the class
 
-    chunker: Chunker
+# Called with the streams that have changed: once after each step, on the scheduler's thread; after other changes, on
+# the thread that made them. It must not block.
+Listener = Callable[[list["StreamState"]], None]
+
+
+@dataclass(eq=False, slots=True)
+class StreamState:
+    """One stream: its audio, its slot at the backend and its tokens. Guarded by the scheduler's lock.
+
+    The chunker belongs to the thread that feeds the stream. It is None if another process cuts the audio.
+    """
+
+    chunker: Chunker | None
     slot: int | None  # None once released
-    progress: threading.Condition  # notified when the result of `Scheduler.settled` may have changed
-    listener: Callable[[], None] | None  # called at the same moments; for callers that cannot wait on a condition
+    listener: Listener | None = None
+    consumer: Any = None  # of the listener: what the stream is to it
     hypothesis: Hypothesis = field(default_factory=Hypothesis)
     endpointer: Endpointer | None = None
     guard: RepetitionGuard | None = None
     phrases: Boosting | None = None
     saved_slot: SavedArrays | None = None  # loaded into the slot after its first reset
-    in_flight: int = 0  # submitted steps without results; the slot is not released before this is 0
+    items: deque[WorkItem] = field(default_factory=deque)  # not in a step yet
+    ended: bool = False  # no items follow
+    branches: deque[StreamState] | None = None  # of the items of the kind "branch" that are not done, in order
+    source: StreamState | None = None  # of a branch, until it has the state of this stream
+    copied: int = 0  # tokens that a branch has from its source
+    may_branch: bool = False  # slots are reserved for its branches
+    in_flight: int = 0  # submitted items without results; the slot is not released before this is 0
+    quiet_until: int = 0  # sample before which a step without tokens changes nothing (`Scheduler._record_output`)
     outputs: deque[StepOutput] = field(default_factory=deque)  # not yet collected
     error: NemostreamError | None = None  # why the stream failed
+    progress: threading.Condition | None = None  # notified of every change; created when a thread first waits
+
+    def raise_error(self) -> None:
+        """Raise the stream's error if it failed."""
+        if self.error is not None:
+            raise copy_of(self.error)
 
     @property
     def finished(self) -> bool:
         """Whether no further work item will be run."""
-        return self.error is not None or (self.chunker.ended and not self.chunker.queued)
+        return self.error is not None or (self.ended and not self.items and self.source is None)
 
     @property
     def must_wait(self) -> bool:
         """Whether the next item must wait for the step in flight: its result may change the slot or must come first."""
-        head = self.chunker.head
+        head = self.items[0]
         if head.kind != "run" or head.reset_slot or (self.guard is not None and self.guard.loop_suspected):
             return True
         return self.endpointer is not None and self.endpointer.resets_decoder
 
 
-@dataclass(frozen=True)
-class InFlightStep:
-    """A submitted step: row b is `items[b]` of `streams[b]`."""
+class InFlightStep(NamedTuple):
+    """A submitted step: `items[b]` of `streams[b]`, then `rows`. Row b of the batch is row `order[b]` of these."""
 
+    chunk: ChunkConfig
+    slots: NDArray[np.int64]  # in the order of items and rows
     streams: list[StreamState]
     items: list[WorkItem]
+    rows: Rows
+    order: NDArray[np.int64] | None  # None: the same order
     pending: Pending
     started: float  # `time.perf_counter()` at submission
+
+
+class RowFeed(Protocol):
+    """Feeds a scheduler with rows. All methods are called on the scheduler's thread."""
+
+    def receive(self) -> None:
+        """Enqueue what has arrived. Called before each step is assembled, without the scheduler's lock."""
+        ...
+
+    def before_wait(self) -> None:
+        """Call `Scheduler.wake` when something arrives from now on, or has arrived since the last `receive`."""
+        ...
+
+    def audio(self, rows: Rows, samples: int) -> NDArray[np.float32]:
+        """Return the audio of rows [len(rows), samples], which the caller may keep."""
+        ...
+
+    def deliver(self, rows: Rows, streams: Sequence[StreamState]) -> None:
+        """Accept the results of a step: `rows` without tokens or ends, and streams whose outputs have others."""
+        ...
+
+    def stopped(self) -> None:
+        """No further step is run."""
+        ...
 
 
 class BackendCall:
@@ -127,3 +186,10 @@ class BackendCall:
     def fail(self, error: BaseException) -> None:
         self.error = error
         self.done.set()
+
+
+def copy_of(error: NemostreamError) -> NemostreamError:
+    """Return a copy: an exception raised twice, or by two threads, would mix their tracebacks."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,12 @@ from nemostream.bundle import Manifest
 from nemostream.errors import OptionError
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 
+if TYPE_CHECKING:
+    from nemostream.runtime.text.tokenizer import Tokenizer
+
 Reason = Literal["model", "silence", "forced", "length", "finish"]
 
-_NEVER = 1 << 62
+NEVER = 1 << 62  # a sample after the end of every stream
 _WORD_FRAMES = 5  # frames without a token after which a word is considered complete
 
 
@@ -97,7 +100,8 @@ class Endpointer:
         self.resets_decoder = rule.decoder == "reset"
         # Samples from the start of the last token's frame to the end of the utterance: NeMo's `millisecond_to_frames`,
         # one frame more, and the frame of the token.
-        self._silence = self._max_length = _NEVER
+        self._silence = self._max_length = NEVER
+        self._word = (1 + _WORD_FRAMES) * self._frame  # as `_silence`, to the end of the last word
         if rule.silence_ms is not None:
             self._silence = (-(-rule.silence_ms * rate // (1000 * self._frame)) + 2) * self._frame
         if rule.max_utterance_ms is not None:  # samples from the first token
@@ -112,6 +116,20 @@ class Endpointer:
         self._count = 0  # tokens of the stream
         self._first: int | None = None  # sample of the utterance's first token; None between utterances
         self._last = 0  # sample of its last token
+        self.next_end = NEVER  # sample at which the current utterance ends if no tokens follow
+
+    @classmethod
+    def of_tokenizer(cls, rule: Endpoint, manifest: Manifest, tokenizer: Tokenizer) -> Endpointer:
+        """Return the endpointer of a model's tokens."""
+        return cls(
+            rule,
+            manifest,
+            tokenizer.word_starts,
+            tokenizer.closing_punctuation,
+            tokenizer.invisible,
+            tokenizer.end_of_utterance,
+            tokenizer.backchannel,
+        )
 
     @property
     def between_utterances(self) -> bool:
@@ -132,6 +150,8 @@ class Endpointer:
         `sample_positions` has the sample of each token, `end_sample` is the end of the audio processed so far.
         """
         ends: list[UtteranceEnd] = []
+        if self._continues(tokens, sample_positions, end_sample):
+            return ends
         self._at_reset = False
         for token, sample_pos in zip(tokens, sample_positions, strict=True):
             self._end_before(sample_pos, ends)
@@ -150,7 +170,38 @@ class Endpointer:
             if token == self._end_of_utterance and self._first is not None:
                 self._end(sample_pos + self._frame, "model", ends)
         self._end_before(end_sample, ends)
+        self._set_next_end()
         return ends
+
+    def _continues(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
+        """Process a step in which the utterance only continues, as in most steps with tokens.
+
+        Return False, and change nothing, if an utterance may begin or end in it.
+        """
+        first, next_end, silence = self._first, self.next_end, self._silence
+        if first is None:
+            return False
+        last, longest = self._last, first + self._max_length
+        for token, sample_pos in zip(tokens, sample_positions, strict=True):
+            if sample_pos >= next_end or sample_pos >= longest:
+                return False
+            if token == self._end_of_utterance or token == self._backchannel:
+                return False
+            last = sample_pos
+            next_end, by_length = last + silence, last + self._word
+            if by_length < longest:
+                by_length = longest
+            if by_length < next_end:
+                next_end = by_length
+        if end_sample >= next_end:
+            return False
+        self._last, self._at_reset, self.next_end = last, False, next_end
+        self._count += len(tokens)
+        return True
+
+    def _set_next_end(self) -> None:
+        first = self._first
+        self.next_end = NEVER if first is None else min(self._end_by_silence(), self._end_by_length(first))
 
     def save(self) -> dict[str, NDArray[Any]]:
         """Return the state that `load` restores."""
@@ -160,25 +211,31 @@ class Endpointer:
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore a saved state. Raises `ValueError` if it is invalid."""
         count, first, last, begun = saved_array(state, "counts", np.int64, 4).tolist()
-        if not 0 <= count < 1 << 53 or not -1 <= first < 1 << 53 or not max(first, 0) <= last < 1 << 53:
+        if not 0 <= count < 1 << 53 or first < -1 or not max(first, 0) <= last < 1 << 53:
             raise ValueError(f"the counts of utterances are {[count, first, last]}")
         if begun not in (0, 1):
             raise ValueError(f"the counts of utterances have the flag {begun}; it must be 0 or 1")
         self._count, self._last, self._begun = count, last, bool(begun)
         self._first = None if first < 0 else first
+        self._set_next_end()
 
     def reset(self) -> None:
         """End the current utterance, on request of the client."""
-        self._first, self._begun = None, True
+        self._first, self._begun, self.next_end = None, True, NEVER
 
     def _end_before(self, sample_pos: int, ends: list[UtteranceEnd]) -> None:
         """End the utterance if a rule applies to the silence between its last token and `sample_pos`."""
         if self._first is None:
             return
-        by_silence = self._last + self._silence
-        by_length = max(self._first + self._max_length, self._last + (1 + _WORD_FRAMES) * self._frame)
+        by_silence, by_length = self._end_by_silence(), self._end_by_length(self._first)
         if sample_pos >= min(by_silence, by_length):
             self._end(min(by_silence, by_length), "length" if by_length < by_silence else "silence", ends)
+
+    def _end_by_silence(self) -> int:
+        return self._last + self._silence
+
+    def _end_by_length(self, first: int) -> int:
+        return max(first + self._max_length, self._last + self._word)
 
     def _end(self, at: int, reason: Reason, ends: list[UtteranceEnd]) -> None:
         self._first, self._at_reset = None, True
@@ -210,6 +267,9 @@ class RepetitionGuard:
 
         `tokens` and `sample_positions` are those of the whole stream, `end_sample` is the end of the step.
         """
+        if len(tokens) - self._start < self.WINDOW:
+            self.loop_suspected = False
+            return False
         loop = self._is_loop(tokens, sample_positions, end_sample)
         reset, self.loop_suspected = loop and self.loop_suspected, loop and not self.loop_suspected
         if reset:
@@ -232,7 +292,9 @@ class RepetitionGuard:
         self._start, self.loop_suspected = start, bool(suspected)
 
     def _is_loop(self, tokens: Sequence[int], sample_positions: Sequence[int], end_sample: int) -> bool:
-        if len(tokens) - self._start < self.WINDOW or end_sample - sample_positions[-1] > self._pause:
+        if end_sample - sample_positions[-1] > self._pause:
+            return False
+        if tokens[-1] not in tokens[-1 - self.CYCLE : -1]:  # most often; the test below takes longer
             return False
         tail = tokens[-self.WINDOW :]
         if not any(tail[-1 - c] == tail[-1] and tail[c:] == tail[:-c] for c in range(1, self.CYCLE + 1)):

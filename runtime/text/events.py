@@ -12,9 +12,10 @@ This module does not depend on endpointing rules, streams or the scheduler.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.languages import AUTO, reported_language
@@ -27,7 +28,8 @@ from nemostream.runtime.text.words import Token, Word, WordGrouper, join_words
 class Event:
     """An update of an utterance. Times are seconds from the start of the stream.
 
-    A *partial* has the transcript of the utterance so far, a *final* the complete one; neither is ever revised. An
+    A *partial* has the transcript of the utterance so far, a *final* the complete one. The text of an event begins with
+    that of the previous one; with `final_chunk_ms` only with the `stable` part of it, and the rest may be revised. An
     *end* states when and why the utterance ended: by "model", "silence" or "length" (see `Endpoint`), "forced" by the
     client, or at the "finish" of the stream. An utterance without any text has no final, and the next utterance has the
     same number.
@@ -49,7 +51,7 @@ class Event:
     kind: Literal["partial", "backchannel", "final", "end"]
     utterance: int  # number of the utterance, from 0
     text: str  # of the utterance; empty for an end
-    stable: str  # the prefix of `text` that consists of complete words
+    stable: str  # the prefix of `text` that consists of complete words, which are not revised
     start: float  # time of the first token, in seconds; for an end: when the utterance ended
     # End of the last token with text, in seconds; for a backchannel: of the token that marks it; for an end: as `start`
     end: float
@@ -106,6 +108,8 @@ class Event:
         return (self.tokens, len(self.tokens)) if prefix is None else (prefix.transcript.tokens, prefix.token_count)
 
     def _changed_words(self) -> tuple[int, tuple[Word, ...]]:
+        if (rewritten := self.__dict__.get("_rewritten")) is not None:
+            return 0, rewritten
         tokens, count = self._token_prefix()
         return self.grouper.changed_words(tokens, self.tokens_from, count, self.kind == "final")
 
@@ -117,7 +121,8 @@ class Event:
         return event
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Event, tuple(getattr(self, item.name) for item in fields(self))
+        state = {name: self.__dict__[name] for name in ("_rewritten",) if name in self.__dict__}
+        return Event, tuple(getattr(self, item.name) for item in fields(self)), state
 
     if not TYPE_CHECKING:  # a type checker would accept any attribute name
 
@@ -147,8 +152,7 @@ class _Transcript:
         return text
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Prefix:
+class _Prefix(NamedTuple):
     """The beginning of a transcript that an event refers to, instead of copies of its text and tokens."""
 
     transcript: _Transcript
@@ -223,8 +227,7 @@ class _CurrentUtterance:
             self.length += len(part)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """What all events of a step have in common; see `EventBuilder.step`."""
 
     audio: float
@@ -245,9 +248,15 @@ class EventBuilder:
         self._number = 0  # of the current utterance
         self._first_token = 0  # index of its first token in the stream
         self._end_sample = 0  # at which the last utterance ended
-        self._token_count = 0  # tokens of the stream that have been processed
+        self.token_count = 0  # tokens of the stream that have been processed
         self._between_utterances = False  # whether an utterance has ended and none has begun since
         self._current = _CurrentUtterance(tokenizer, aggregation)
+
+    def revisable(self) -> tuple[RevisableEventBuilder, int]:
+        """Return a builder that continues with revisable events, and the first token of the current utterance."""
+        builder = RevisableEventBuilder(self._tokenizer, self._aggregation, self._rate)
+        builder.continue_from(self._number, self._end_sample, self._between_utterances)
+        return builder, self._first_token
 
     def step(
         self,
@@ -281,7 +290,8 @@ class EventBuilder:
     def _add_tokens(self, tokens: Sequence[Token], token_count: int, step: _Step) -> list[Event]:
         """Process the first `token_count` tokens of the stream; return an event for each backchannel."""
         events = []
-        for count in range(self._token_count + 1, token_count + 1):
+        new = range(self.token_count + 1, token_count + 1) if self._backchannel is not None else ()
+        for count in new:
             if tokens[count - 1].id == self._backchannel and self._extend_utterance(tokens, count, step):
                 events.append(self._make_event("backchannel", step, tokens[count - 1].end))
         self._extend_utterance(tokens, token_count, step)
@@ -293,8 +303,8 @@ class EventBuilder:
         Punctuation after the end of an utterance belongs to that utterance, and so do tags. Its final has already been
         sent, so they are dropped. White space belongs to the utterance after it.
         """
-        first = self._token_count
-        self._token_count = token_count
+        first = self.token_count
+        self.token_count = token_count
         if not self._current.transcript.tokens:
             tokenizer, between = self._tokenizer, self._between_utterances
             while first < token_count and (
@@ -359,4 +369,151 @@ class EventBuilder:
         )
         if kind != "backchannel":  # a consumer may ignore backchannels: the next event repeats what is new in it
             current.event_length, current.event_tokens, current.event_parts = current.length, len(tokens), len(parts)
+        return event
+
+
+class RevisableText:
+    """The text of a growing list of tokens of which the last may be replaced.
+
+    Time and memory are proportional to the tokens that are new or not settled, and to the copied text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self.settled: list[Token] = []  # tokens that are not replaced any more
+        self.settled_text = ""
+
+    def settle(self, tokens: Sequence[Token]) -> None:
+        """Append tokens that are not replaced any more."""
+        self.settled += tokens
+        self.settled_text += self._detokenizer.add([token.id for token in tokens])
+
+    def with_tokens(self, tokens: Sequence[Token], final: bool = False) -> str:
+        """Return the text of the settled tokens and `tokens`; if `final`, including an incomplete character."""
+        detokenizer = copy.copy(self._detokenizer)
+        text = self.settled_text + detokenizer.add([token.id for token in tokens])
+        return text + detokenizer.flush() if final else text
+
+
+def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the length of the longest common prefix."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+class RevisableEventBuilder:
+    """Create the events of a stream whose partials may be revised: those of two lanes (`runtime/streaming/lanes.py`).
+
+    As `EventBuilder`, except that a partial may replace what follows the `stable` text of the previous one. If the
+    final of an utterance with partials has no text, its text is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, aggregation: str, rate: int) -> None:
+        self._tokenizer, self._aggregation, self._rate = tokenizer, aggregation, rate
+        self._number = 0  # of the current utterance
+        self._end_sample = 0  # at which the last utterance ended
+        self._between_utterances = False  # whether an utterance has ended and none has begun since
+        self._begin_utterance()
+
+    def continue_from(self, number: int, end_sample: int, between_utterances: bool) -> None:
+        """Continue a stream: with the number of its current utterance, and where the last one ended."""
+        self._number, self._end_sample, self._between_utterances = number, end_sample, between_utterances
+
+    def partial(
+        self, tokens: Sequence[Token], stable: int, audio: float, chunk_ms: int, language: str = AUTO
+    ) -> list[Event]:
+        """Return a partial if the current utterance has changed: it has `tokens`, of which `stable` cannot change."""
+        dropped = self._count_dropped(tokens)
+        tokens, stable = tokens[dropped:], max(stable - dropped, 0)
+        if not tokens or (tokens == self._last_tokens and stable == self._last_stable):
+            return []
+        return [self._event("partial", tokens, stable, _Step(audio, chunk_ms, language))]
+
+    def backchannel(
+        self, tokens: Sequence[Token], stable: int, end: float, audio: float, chunk_ms: int, language: str = AUTO
+    ) -> list[Event]:
+        """Return the event of a backchannel that the model marked at `end`, if there is a current utterance."""
+        dropped = self._count_dropped(tokens)
+        tokens, stable = tokens[dropped:], max(stable - dropped, 0)
+        if not tokens:
+            return []
+        return [self._event("backchannel", tokens, stable, _Step(audio, chunk_ms, language), end)]
+
+    def end(
+        self, tokens: Sequence[Token], end: UtteranceEnd, audio: float, chunk_ms: int, language: str = AUTO
+    ) -> list[Event]:
+        """Return the final of the current utterance, which has `tokens`, and its end."""
+        tokens = tokens[self._count_dropped(tokens) :]
+        number, step = self._number, _Step(audio, chunk_ms, language)
+        events = []
+        if tokens or self._last is not None:
+            events.append(self._event("final", tokens, len(tokens), step))
+            self._number += 1
+        # The last frames of a recording, and thus the end of an utterance, may be after the end of the recording.
+        self._end_sample = max(self._end_sample, end.end_sample)
+        time = self._end_sample / self._rate
+        events.append(Event("end", number, "", "", time, time, audio, chunk_ms, (), end.reason))
+        self._between_utterances = True
+        self._begin_utterance()
+        return events
+
+    def _begin_utterance(self) -> None:
+        self._text = RevisableText(self._tokenizer)
+        self._grouper = WordGrouper(self._aggregation)
+        self._last: Event | None = None  # partial
+        self._last_tokens: Sequence[Token] = ()
+        self._last_stable = 0
+
+    def _count_dropped(self, tokens: Sequence[Token]) -> int:
+        """Return the number of tokens that are not part of the utterance: see `EventBuilder._extend_utterance`."""
+        tokenizer, count = self._tokenizer, 0
+        while count < len(tokens) and (
+            (token := tokens[count].id) in tokenizer.invisible
+            or (self._between_utterances and tokenizer.closing_punctuation[token])
+        ):
+            count += 1
+        if count < len(tokens):
+            while count and tokens[count - 1].text.isspace():
+                count -= 1
+        return count
+
+    def _event(
+        self,
+        kind: Literal["partial", "backchannel", "final"],
+        tokens: Sequence[Token],
+        stable: int,
+        step: _Step,
+        end: float | None = None,
+    ) -> Event:
+        builder, settled = self._text, self._text.settled
+        if any(old is not new for old, new in zip(settled, tokens, strict=False)) or len(settled) > len(tokens):
+            builder = self._text = RevisableText(self._tokenizer)  # clipped tokens, or the lanes disagree
+            settled, self._grouper = builder.settled, WordGrouper(self._aggregation)
+        if stable > len(settled) and kind != "final":
+            builder.settle(tokens[len(settled) : stable])
+            self._grouper.changed_words(settled, len(settled), len(settled), False)
+        text = builder.with_tokens(tokens[len(settled) :], kind == "final")
+        last = self._last
+        visible = [token for token in tokens if token.id not in self._tokenizer.invisible]
+        stop = visible[-1].end if visible else last.end if last else 0.0
+        event = Event(
+            kind,
+            self._number,
+            text,
+            text if kind == "final" else builder.settled_text.rstrip(),
+            min(tokens[0].time, stop) if tokens else last.start if last else 0.0,
+            stop if end is None else end,
+            step.audio,
+            step.chunk_ms,
+            tuple(tokens),
+            grouper=self._grouper.copy(),
+            text_from=_common_prefix(last.text, text) if last else 0,
+            tokens_from=_common_prefix(list(map(id, self._last_tokens)), list(map(id, tokens))),
+            language=reported_language(
+                step.set_language, next((t.language for t in reversed(tokens) if t.language), None)
+            ),
+            set_language=step.set_language,
+        )
+        if kind == "partial":
+            self._last, self._last_tokens, self._last_stable = event, tokens, stable
         return event

@@ -21,13 +21,22 @@ class LanguageTags:
         self._positions: list[int] = []  # of each tag in the sequence
         self._languages: list[str] = []  # of each tag
 
+    def copy(self) -> LanguageTags:
+        copy = LanguageTags()
+        copy.count, copy._positions, copy._languages = self.count, [*self._positions], [*self._languages]
+        return copy
+
     def extend(self, languages: Iterable[str | None]) -> None:
         """Append tokens: for each the language if it is a tag, else None."""
         for language in languages:
-            if language is not None:
-                self._positions.append(self.count)
-                self._languages.append(language)
-            self.count += 1
+            self.append(language)
+
+    def append(self, language: str | None) -> None:
+        """Append one token, as `extend`."""
+        if language is not None:
+            self._positions.append(self.count)
+            self._languages.append(language)
+        self.count += 1
 
     def last(self, count: int) -> str | None:
         """Return the language of the last tag among the first `count` tokens."""

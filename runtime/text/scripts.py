@@ -9,8 +9,8 @@ another one:
 * Thai, Lao, Khmer, Burmese: one word per character with its vowels, marks and stacked consonants. A vowel that is
   written before its consonant begins the word.
 * A change between these scripts and others begins a word: "我用iPhone打" has four words.
-* Closing punctuation belongs to the word before it, even after a space. Opening punctuation belongs to the word after
-  it, even before a space.
+* Closing punctuation belongs to the word before it, even after a space; text that follows such punctuation without a
+  space begins a word. Opening punctuation belongs to the word after it, even before a space.
 
 A grapheme cluster of these scripts is never divided. All other text is divided at white space only, as in NeMo.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 # Brackets and quotation marks of East Asia, whose direction does not depend on the language.
@@ -70,13 +71,14 @@ _PARTS = re.compile(
 )
 _UNSPACED = re.compile(rf"(?P<continuing>[{_CONTINUING}])|(?P<opening>[{_WIDE}])|[{_LETTERS}]")
 _CHARACTER = re.compile(rf"[{_LETTERS}{_CONTINUING}{_WIDE}]")
+_SHORT = 16  # characters of a text whose parts are kept: the expression takes longer than everything else in `split`
 _INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
 
 
 # A part of a text: white space, the beginning of a word, or its continuation.
 Kind = Literal["space", "word", "rest"]
-# How a text ends: with white space, a word that any text continues, even after a space ("opening"), a word of a script
-# without spaces, or another word.
+# How a text ends: with white space, a word that any text continues, even after a space ("opening"), a word that only
+# punctuation continues ("unspaced": of a script without spaces, or closed by punctuation after a space), or another.
 _End = Literal["space", "opening", "unspaced", "spaced"]
 
 
@@ -109,6 +111,12 @@ def join_texts(texts: Iterable[str]) -> str:
     return joined
 
 
+@lru_cache(1 << 13)
+def _parts(piece: str) -> tuple[str, ...]:
+    """Return the parts of a text of few characters, which is most often that of a token."""
+    return tuple(_PARTS.findall(piece))
+
+
 class WordBreaker:
     """Divide a text, which is read in pieces, into words. Takes time proportional to the text."""
 
@@ -116,12 +124,11 @@ class WordBreaker:
         self._begun = False  # whether there is a word
         self._end: _End = "space"
         self._before_space: _End = "space"  # how the text ends without its white space
-        self._unspaced = False  # whether the last word is of a script without spaces
 
     def split(self, piece: str) -> list[tuple[str, Kind]]:
         """Divide the next piece of the text; its white space is included."""
         parts: list[tuple[str, Kind]] = []
-        for part in _PARTS.findall(piece):
+        for part in _parts(piece) if len(piece) <= _SHORT else _PARTS.findall(piece):
             if part.isspace():
                 parts.append((part, "space"))
                 if self._end not in ("opening", "space"):
@@ -130,21 +137,19 @@ class WordBreaker:
                 kind = first.lastgroup
                 begins = not self._begun or (self._end != "opening" and kind != "continuing")
                 parts.append((part, "word" if begins else "rest"))
-                self._begun = self._unspaced = True
+                self._begun = True
                 self._end = "opening" if kind == "opening" or _INCOMPLETE.search(part) else "unspaced"
             elif self._end == "spaced":
                 parts.append((part, "rest"))
-            elif self._end == "unspaced":
+            elif self._end == "unspaced" or (self._end == "space" and self._begun and part[0] in CLOSING):
                 length = 0  # of the punctuation that belongs to the word
                 while length < len(part) and _continues(part[length]):
                     length += 1
                 if length:
                     parts.append((part[:length], "rest"))
+                    self._end = "unspaced"
                 if length < len(part):
                     self._begin_spaced(part[length:], "word", parts)
-            elif self._end == "space" and self._begun and part[0] in CLOSING and CLOSING.issuperset(part):
-                parts.append((part, "rest"))
-                self._end = "unspaced" if self._unspaced else "spaced"
             else:
                 self._begin_spaced(part, "word" if self._end == "space" else "rest", parts)
         return parts
@@ -157,7 +162,7 @@ class WordBreaker:
     def _begin_spaced(self, part: str, kind: Kind, parts: list[tuple[str, Kind]]) -> None:
         parts.append((part, kind))
         self._end = "opening" if part[-1] in OPENING and OPENING.issuperset(part) else "spaced"
-        self._unspaced, self._begun = False, True
+        self._begun = True
 
 
 def _continues(character: str) -> bool:

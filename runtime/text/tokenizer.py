@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import sentencepiece
 
+from nemostream.bundle import Bundle
 from nemostream.errors import BundleError
 from nemostream.runtime.text.scripts import CLOSING, begins_word
 from nemostream.untrusted import MIB, read_regular
@@ -58,6 +59,7 @@ class Tokenizer:
             raise
         except (OSError, RuntimeError, ValueError, LookupError) as error:  # ValueError: not UTF-8
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
+        self.added_texts = self._find_added_texts()
         self.word_starts = tuple(map(begins_word, self._texts))  # by id: whether it starts a word
         # By id: whether it is only punctuation that belongs to the preceding word, even after a space.
         self.closing_punctuation = tuple(
@@ -69,6 +71,11 @@ class Tokenizer:
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE_PIECE.fullmatch(p))}
         # SentencePiece drops a space at the start of a text: text after a tag is decoded together with this piece.
         self.anchor = [self.unknown] if self.tags else []
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Tokenizer:
+        """Return the tokenizer of a bundle. Raises `BundleError` if it is damaged."""
+        return cls(bundle.path / bundle.manifest.tokenizer.file, bundle.manifest.decoder.vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text that starts at a word boundary; `unknown` for characters without a piece.
@@ -98,6 +105,20 @@ class Tokenizer:
     def decode_after(self, before: list[int], ids: list[int]) -> str:
         """Return the text that `ids` add to that of `before`. Neither contains tags."""
         return self._model.decode(before + ids)[len(self._model.decode(before)) :]
+
+    def _find_added_texts(self) -> tuple[str | None, ...]:
+        """Return for each id the text that it adds after any id for which this is not None.
+
+        None for ids that SentencePiece must decode together with others, or that add nothing visible.
+        """
+        visible = [i for i, text in enumerate(self._texts) if text.strip() and not _BYTE_PIECE.fullmatch(text)]
+        added: list[str | None] = [None] * self.vocabulary
+        if visible:
+            first = self._model.decode([visible[0]])
+            for i, text in zip(visible, self._model.decode([[visible[0], i] for i in visible]), strict=True):
+                if text == first + self._texts[i]:
+                    added[i] = self._texts[i]
+        return tuple(added)
 
     def _find_tag(self, name: str) -> int | None:
         token = self._model.piece_to_id(name)
@@ -143,6 +164,12 @@ class Detokenizer:
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that the new ids add. `text` is not updated."""
+        added, window = self._tokenizer.added_texts, self._window
+        if ids and window and not self._incomplete and not self._tokenizer.tags and added[window[-1]] is not None:
+            texts = [text for id_ in ids if (text := added[id_]) is not None]
+            if len(texts) == len(ids):  # most tokens: the result is the same without SentencePiece
+                self._window = list(ids)
+                return "".join(texts)
         ids = [*self._incomplete, *ids]
         complete = len(ids) - self._tokenizer.count_incomplete(ids)
         self._incomplete = ids[complete:]

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from nemostream.runtime.decoding.confidence import AGGREGATIONS
 from nemostream.runtime.text.languages import LanguageTags
@@ -35,6 +36,13 @@ class Token:
     confidence: float  # 0 to 1, by the stream's `Confidence`
     language: str | None = None  # of a language tag, such as "de-DE"
     tag: bool = False  # whether it is a tag of the model (`Tokenizer.tags`), whose text is empty
+
+
+def make_token(**fields: Any) -> Token:
+    """Return a token with all `fields`, in half the time of its constructor: one is made for each token emitted."""
+    token = object.__new__(Token)
+    token.__dict__.update(fields)
+    return token
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,14 @@ class WordGrouper:
         # the token, which is not part of another word and does not continue a character. `_done` has all words before
         # the last split.
         self._splits = [(0, 0, True)]
+
+    def copy(self) -> WordGrouper:
+        """Return a grouper for sequences that begin with the tokens of the calls so far."""
+        copy = WordGrouper(self._aggregation)
+        with self._lock:
+            copy._tags = self._tags.copy()
+            copy._done, copy._done_last, copy._splits = [*self._done], [*self._done_last], [*self._splits]
+        return copy
 
     def words(self, tokens: Sequence[Token], final: bool, count: int | None = None) -> tuple[Word, ...]:
         """Return the words of the first `count` tokens (default: all)."""

@@ -18,8 +18,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemostream.errors import BackendError, OptionError
+from nemostream.serving.logs import log_to_stderr
 from nemostream.serving.protocols.http import create_app
-from nemostream.serving.server import log_to_stderr
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
@@ -75,6 +75,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     if unsupported := [name for name in _RAY_OPTIONS if name in options]:
         raise OptionError(f"{unsupported[0]} is not supported with Ray Serve: set it in Ray's http_options.")
     settings = read_settings([_flag(name, value) for name, value in options.items()])
+    if settings.transports:
+        raise OptionError("transports is not supported with Ray Serve; its proxies are the transports, so omit it.")
     settings.host = "0.0.0.0"  # the address of Ray's proxy: clients may use literal addresses in the Host header
     if settings.device == "cpu" and settings.threads is None:
         settings.threads = 1  # replicas on one machine share its cores

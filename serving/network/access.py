@@ -54,8 +54,16 @@ class AccessMiddleware:
     checked because a page may rebind its own name to this server's address (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, uploads: UploadAdmission) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        uploads: UploadAdmission,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app, self._settings, self._metrics, self._uploads = app, settings, metrics, uploads
+        self._clock = clock
         self._keys = keys_of(settings)
         self._origins = {origin.rstrip("/") for origin in settings.origins}
         self._proxies = TrustedProxies(settings.trusted_proxies)
@@ -150,7 +158,7 @@ class AccessMiddleware:
     def _limited(self, headers: Headers, receive: Receive) -> Receive:
         """Limit the size of the body, the time between its parts and the total time."""
         idle_seconds, max_bytes, size = self._settings.idle_seconds, self._settings.max_upload_bytes, 0
-        deadline = time.monotonic() + self._settings.body_seconds
+        deadline = self._clock() + self._settings.body_seconds
         too_large, complete = (_content_length(headers) or 0) > max_bytes, False
 
         async def limited() -> Message:
@@ -158,7 +166,7 @@ class AccessMiddleware:
             if complete:  # the next message is the client's disconnection
                 return await receive()
             try:
-                async with asyncio.timeout(min(idle_seconds, deadline - time.monotonic())):
+                async with asyncio.timeout(min(idle_seconds, deadline - self._clock())):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "the request is not complete within the time limit; send it faster.") from None

@@ -1,8 +1,8 @@
 """uvicorn with limits on the number of connections, the duration of requests and the work per turn of the event loop.
 
-uvicorn's protocols trust their peers: the head of a request may take forever, a small frame costs as much as a large
-one, and everything that one read returned is parsed at once. `Connections` counts and closes connections; the two
-protocol classes parse at most `_SLICE_BYTES` per turn of the event loop.
+uvicorn's protocols do not limit the time for the head of a request and the number of small frames, which cost as much
+as large ones, and parse everything that one read returned at once. `Connections` counts and closes connections; the two
+protocol classes parse at most `_SLICE_BYTES`, or one complete frame of up to 64 KiB, per turn of the event loop.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import logging
 import os
 import resource
 import socket
+import sys
 import time
-from collections import Counter
-from collections.abc import Mapping
-from typing import Any, cast
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, cast
 
 import h11
 import uvicorn
@@ -25,8 +26,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request
+from websockets.server import ServerProtocol
 
 from nemostream.serving.network.proxies import TrustedProxies
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # an installation of websockets without its C extension
+    from websockets.utils import apply_mask
 
 log = logging.getLogger("nemostream.serving")
 
@@ -35,6 +42,7 @@ LINGER_SECONDS = 2.0  # for the rest of a body after its response, and for sendi
 MAX_HEAD_BYTES = 64 << 10  # of a request line and its headers together
 _MAX_HEAD_LINES = 256
 _SLICE_BYTES = 8 << 10  # parsed per turn of the event loop: a thousand of the smallest frames
+_MESSAGE_FRAMES = (0x81, 0x82)  # first byte of a text or a binary message in one frame, not compressed
 _CONTROL_BURST, _CONTROL_RATE = 100, 20.0  # pings and pongs: at once, and per second
 _MAX_UNREAD_BYTES = 16 << 10  # of events in the send buffer before a client counts as a slow reader
 _MAX_FRAGMENTS = 4096  # of one WebSocket message
@@ -42,6 +50,7 @@ _SERVICE_UNAVAILABLE = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n"
 )
 _MAX_FRAGMENT_BYTES = 256 << 10  # larger frames are split: the parser copies and unmasks a whole frame at once
+_MAX_SIZE = "max_message_size" if hasattr(ServerProtocol(), "max_message_size") else "max_size"  # since websockets 16
 _MAX_LARGE_MESSAGES = 16  # messages above `max_message_bytes` that all clients may send at once
 _CLOSED_STATES = (7, 8)  # TCP_CLOSE and TCP_CLOSE_WAIT in Linux
 _RESERVED_FILES = 24  # file descriptors for temporary files, decoder processes and other files of requests
@@ -57,6 +66,7 @@ class Connections:
         body_seconds: float,
         proxies: TrustedProxies | None = None,
         message_bytes: Mapping[str, int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Set the limits.
 
@@ -66,7 +76,7 @@ class Connections:
         self.proxies = TrustedProxies(()) if proxies is None else proxies
         self.max_connections = max_connections
         self.max_per_client = max_per_client or max(1, 3 * max_connections // 4)
-        self.body_seconds = body_seconds
+        self.body_seconds, self.clock = body_seconds, clock
         self._open: dict[Any, str] = {}  # transport -> address
         self._addresses: Counter[str] = Counter()
         self._requests: dict[Any, HttpProtocol] = {}  # transport -> protocol, of connections that are not WebSockets
@@ -84,12 +94,11 @@ class Connections:
         A connection that waits for a request is closed to make room for a new one.
         """
         address = protocol.client[0] if protocol.client else ""
-        if self._addresses[address] >= self.max_per_client and not self._evict(address):
+        if self.is_full(address) and not self._evict(address):
             return False
-        if len(self._open) >= self.max_connections and not self._evict(None):
+        if self.is_full(None) and not self._evict(None):
             return False
-        self._open[protocol.transport] = address
-        self._addresses[address] += 1
+        self.add(protocol.transport, address)
         self._requests[protocol.transport] = protocol
         return True
 
@@ -98,11 +107,10 @@ class Connections:
         before = self._open.get(transport)
         if before is None or before == address:
             return True
-        if self._addresses[address] >= self.max_per_client and not self._evict(address):
+        if self.is_full(address) and not self._evict(address):
             return False
-        self._open[transport] = address
-        self._addresses[address] += 1
-        self._release(before)
+        self.remove(transport)
+        self.add(transport, address)
         return True
 
     def upgraded(self, transport: Any) -> None:
@@ -114,9 +122,26 @@ class Connections:
         """Remove a connection. Later calls have no effect."""
         self._requests.pop(transport, None)
         self._sockets.discard(transport)
+        self.remove(transport)
+
+    def is_full(self, address: str | None) -> bool:
+        """Return whether the limit of one address, or (None) of all, is reached."""
+        if address is None:
+            return len(self._open) >= self.max_connections
+        return self._addresses[address] >= self.max_per_client
+
+    def add(self, transport: Any, address: str) -> None:
+        """Count a connection for an address."""
+        self._open[transport] = address
+        self._addresses[address] += 1
+
+    def remove(self, transport: Any) -> None:
+        """Stop counting a connection. Later calls have no effect."""
         address = self._open.pop(transport, None)
         if address is not None:
-            self._release(address)
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]
 
     def admit_large(self, protocol: WebSocketProtocol) -> bool:
         """Reserve a slot for a large message. Return False if all are in use; `proceed` is called when one is free."""
@@ -139,7 +164,7 @@ class Connections:
 
     def reap(self) -> None:
         """Close connections whose timeout passed. Called every second."""
-        now = time.monotonic()
+        now = self.clock()
         for protocol in list(self._requests.values()):
             protocol.reap(now)
         for transport in list(self._sockets):
@@ -147,11 +172,6 @@ class Connections:
             # this, and the data that it sent before would keep its stream open for minutes.
             if _peer_closed(transport):
                 transport.abort()
-
-    def _release(self, address: str) -> None:
-        self._addresses[address] -= 1
-        if not self._addresses[address]:
-            del self._addresses[address]
 
     def _evict(self, address: str | None) -> bool:
         """Close the connection that has waited longest for a request, of one address or (None) of all."""
@@ -174,10 +194,11 @@ def available_connections(max_connections: int) -> int:
     Raises the soft limit of file descriptors towards the hard one if needed.
     """
     needed = max_connections + 4 * _RESERVED_FILES + 1024
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < needed and soft < hard:
-        soft = min(hard, needed) if hard != resource.RLIM_INFINITY else needed
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < min(hard, needed):
+        soft = min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
     return max(8, min(max_connections, (soft - _used_files() - _RESERVED_FILES) * 2 // 3))  # the other third: gRPC
 
 
@@ -224,19 +245,30 @@ class _SlicedParser:
         if not self._scheduled:
             self._parse()
 
+    def _guarded(self, feed: Callable[[bytes], object], data: bytes) -> bool:
+        """Call `feed`. Return False if it raised."""
+        try:
+            feed(data)
+        except Exception:  # an error of a parser ends only this connection
+            log.exception("connection failed", extra={"peer": self.peer})
+            self.transport.abort()
+            return False
+        return True
+
+    def _slice_size(self) -> int:
+        """Return the number of bytes of the backlog to parse next."""
+        return _SLICE_BYTES
+
     def _parse(self) -> None:
         self._scheduled = False
         if self.transport.is_closing():
             self._backlog.clear()
             return
         if self._backlog and not self._is_full():
-            data = bytes(self._backlog[:_SLICE_BYTES])
-            del self._backlog[:_SLICE_BYTES]
-            try:
-                self.feed(data)
-            except Exception:  # an error of a parser ends only this connection
-                log.exception("connection failed", extra={"peer": self.peer})
-                self.transport.abort()
+            size = self._slice_size()
+            data = bytes(self._backlog[:size])
+            del self._backlog[:size]
+            if not self._guarded(self.feed, data):
                 return
         if self._backlog:
             if not self._paused:
@@ -276,7 +308,7 @@ class HttpProtocol(_SlicedParser, H11Protocol):
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
         self.log_peer(self.client[0] if self.client else "")
-        self.phase, self.since = "head", time.monotonic()
+        self.phase, self.since = "head", self.limits.clock()
         self._head_bytes = self._head_lines = 0
         if not self.limits.admit(self):
             transport.write(_SERVICE_UNAVAILABLE)
@@ -353,7 +385,7 @@ class HttpProtocol(_SlicedParser, H11Protocol):
         if phase == "body" and self.cycle is not None and self.cycle.response_complete:
             phase = "lingering"
         if phase != self.phase:
-            self.phase, self.since = phase, time.monotonic()
+            self.phase, self.since = phase, self.limits.clock()
             self._head_bytes = self._head_lines = 0
 
     def _head_fits(self, data: bytes) -> bool:
@@ -394,6 +426,11 @@ class FrameSplitter:
         self._payload = 0  # bytes of the current fragment that are still to be received
         self._rest = 0  # bytes of the frame after the current fragment
         self._final, self._key = 0, b""
+
+    @property
+    def between_frames(self) -> bool:
+        """Whether all frames that were passed to it are complete."""
+        return not (self._payload or self._rest or self._head)
 
     def __call__(self, data: bytes) -> bytes:
         output, position = bytearray(), 0
@@ -438,8 +475,24 @@ class FrameSplitter:
         return bytes([first, 0x80 | 127]) + self._payload.to_bytes(8, "big") + self._key
 
 
+class MessageHandler(Protocol):
+    """Processes messages without a task (`WebSocketProtocol.attach`)."""
+
+    def __call__(self, message: bytes | str) -> bool:
+        """Start to process a message; `done` or `defer` must follow once, during the call or later.
+
+        Returns False, without any effect, for a message that the application must receive.
+        """
+
+
 class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
-    """WebSockets, with limits on frames that cost more to handle than to send."""
+    """WebSockets, with limits on frames that cost more to handle than to send, and less overhead for usual messages.
+
+    A message that is one complete frame of at most 64 KiB is parsed here; the general parser takes several times
+    longer. An application may attach a handler that processes messages without a task; it finds this object in its
+    scope as "nemostream.connection". One message is processed at a time, by the handler or by the application. The
+    messages after it wait, and reading is paused.
+    """
 
     limits: Connections  # set by `protocol_classes`
 
@@ -448,36 +501,175 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         self.log_peer(self.client[0] if self.client else "")
         # Hundreds of events: the send timeout detects a slow reader before the system closes the connection.
         transport.set_write_buffer_limits(high=_MAX_UNREAD_BYTES)
-        self._control_frames, self._control_at = 0.0, time.monotonic()
+        self._control_frames, self._control_at = 0.0, self.limits.clock()
         self._fragments = 0
-        self._frames = FrameSplitter(_MAX_FRAGMENT_BYTES)
-        self._usual_bytes = self.conn.max_size or 0
+        self._splitter = FrameSplitter(_MAX_FRAGMENT_BYTES)
+        self._usual_bytes = self.config.ws_max_size
         self._received = 0  # bytes of the incomplete message
-        self._queued_large = self._handling_large = False
+        self._waiting: deque[bytes | str] = deque()  # messages that were received and are not processed yet
+        self._large: str | None = None  # the large message in `_waiting`
+        self._large_queued = self._handling_large = False
+        self._handler: MessageHandler | None = None
+        self._handling = False  # the handler is processing a message
+        self._handled: asyncio.Future[None] | None = None  # done when it is not any more
+        self._receiving = False  # the application waits for a message
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.limits.closed(self.transport)
         self.limits.release_large(self)
-        while not self.queue.empty():  # nobody can receive the results of these messages
+        self._waiting.clear()  # the results of these messages cannot be sent
+        while not self.queue.empty():
             self.queue.get_nowait()
-        # `TCP_USER_TIMEOUT`: the system closed the connection because the client does not read.
-        if isinstance(exc, TimeoutError) and self.handshake_initiated:
-            cast(dict[str, Any], self.scope)["nemostream.timed_out"] = True
+        scope = cast(dict[str, Any] | None, getattr(self, "scope", None))
+        if scope is not None:  # the handshake was not rejected
+            scope.pop("nemostream.connection", None)  # a cycle, which would keep the connection's memory
+            # `TCP_USER_TIMEOUT`: the system closed the connection because the client does not read.
+            if isinstance(exc, TimeoutError):
+                scope["nemostream.timed_out"] = True
         super().connection_lost(exc)
 
     def handle_connect(self, event: Request) -> None:
-        self.conn.max_size = self.limits.message_bytes.get(event.path.partition("?")[0], self._usual_bytes)
+        max_bytes = self.limits.message_bytes.get(event.path.partition("?")[0], self._usual_bytes)
+        setattr(self.conn, _MAX_SIZE, max_bytes)
         super().handle_connect(event)
+        if not self.close_sent:
+            cast(dict[str, Any], self.scope)["nemostream.connection"] = self
+
+    # -- for handlers --------------------------------------------------------------------------------------------------
+
+    def attach(self, handler: MessageHandler | None) -> None:
+        """Pass messages to `handler` first, whenever the application waits in `receive`. None removes the handler."""
+        self._handler = handler
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether `write_text` may be called: not while the client does not read, because nothing limits the buffer."""
+        return self.writable.is_set()
+
+    def write_text(self, texts: Iterable[str]) -> None:
+        """Send text messages with one write. Does nothing if the connection is closing."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        parts: list[bytes] = []
+        for text in texts:
+            data = text.encode()
+            size = len(data)
+            if size < 126:
+                parts += (bytes((0x81, size)), data)
+            elif size < 1 << 16:
+                parts += (b"\x81\x7e" + size.to_bytes(2, "big"), data)
+            else:
+                parts += (b"\x81\x7f" + size.to_bytes(8, "big"), data)
+        if parts:
+            self.transport.write(b"".join(parts))
+
+    def done(self) -> None:
+        """The handler's message is processed."""
+        self._handling = False
+        if self._handled is not None and not self._handled.done():
+            self._handled.set_result(None)
+        if self._waiting:
+            self.loop.call_soon(self._deliver)  # one message per turn of the event loop
+
+    def defer(self, result: Any) -> None:
+        """Let the application complete the handler's message: it receives an empty text with `result` as "deferred"."""
+        self.queue.put_nowait(cast(Any, {"type": "websocket.receive", "text": "", "deferred": result}))
+        self.done()
+
+    def _deliver(self) -> None:
+        """Pass the next message to the handler, or to the application if that is ready."""
+        if self._handling or not self._receiving or not self._waiting or not self.queue.empty():
+            return
+        message = self._waiting.popleft()
+        if self._paused and not self._waiting:
+            self._schedule()
+        if self._handler is not None and message is not self._large:
+            self._handling = True
+            if self._handler(message):
+                return
+            self._handling = False
+        self._queue_message(message)
+
+    def _queue_message(self, message: bytes | str) -> None:
+        if message is self._large:
+            self._large, self._large_queued = None, True
+        key = "text" if isinstance(message, str) else "bytes"
+        self.queue.put_nowait(cast(Any, {"type": "websocket.receive", key: message}))
+
+    def _queue_waiting(self) -> None:
+        """Pass all messages to the application: they come before the end of the connection."""
+        while self._waiting:
+            self._queue_message(self._waiting.popleft())
+
+    # -- receiving -----------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        # Usually one read returns one message, and none waits: no backlog is needed.
+        if self._backlog or self._scheduled or self._paused or self._frame_size(data) != len(data):
+            super().data_received(data)
+        elif not self.transport.is_closing():
+            self._guarded(self._receive_frame, data)
 
     def feed(self, data: bytes) -> None:
         if self.handshake_initiated:  # earlier data is the request
+            if self._frame_size(data) == len(data):
+                return self._receive_frame(data)
             self._received += len(data)
-            data = self._frames(data)
+            data = self._splitter(data)
         super().feed(data)
 
     def proceed(self) -> None:
         """Continue parsing: a slot for the large message of this client is free."""
         self._schedule()
+
+    def _slice_size(self) -> int:
+        return self._frame_size(self._backlog) or super()._slice_size()
+
+    def _frame_size(self, data: bytes | bytearray) -> int:
+        """Return the size of the frame at the start of `data` if that is complete and a message, else 0."""
+        if len(data) < 6 or data[0] not in _MESSAGE_FRAMES or self.frames or not self._splitter.between_frames:
+            return 0
+        if self.close_sent or not self.handshake_complete:
+            return 0
+        size, head = data[1] - 0x80, 6
+        if size == 126:
+            size, head = data[2] << 8 | data[3], 8
+        elif not 0 <= size < 126:  # not masked, or with a length of eight bytes
+            return 0
+        return head + size if size <= self._usual_bytes and len(data) >= head + size else 0
+
+    def _receive_frame(self, frame: bytes) -> None:
+        """Receive the message of a complete frame (`_frame_size`)."""
+        head = 8 if frame[1] == 0xFE else 6
+        data = apply_mask(frame[head:], frame[head - 4 : head])
+        self._received = 0
+        message = data if frame[0] == 0x82 else self._decoded(data)
+        if message is not None:
+            self._waiting.append(message)
+            self._deliver()
+            self._pause()
+
+    def _receive_message(self, message: bytes | str) -> None:
+        """Receive a message of the general parser, which may find many of them in one slice."""
+        self._waiting.append(message)
+        if len(self._waiting) == 1:
+            self.loop.call_soon(self._deliver)  # one message per turn of the event loop
+        self._pause()
+
+    def _pause(self) -> None:
+        """Pause reading while a message waits."""
+        if not self._paused and (self._waiting or not self.queue.empty()):
+            self._paused = True
+            self.transport.pause_reading()
+
+    def _decoded(self, data: bytes) -> str | None:
+        """Return the text of a message; close the connection and return None if it is not UTF-8."""
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            self.frames, self.curr_msg_data_type = [data], "text"
+            super().send_receive_event_to_app()
+            return None
 
     def handle_ping(self) -> None:
         if self._control_allowed():
@@ -486,6 +678,10 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
     def handle_pong(self, event: Frame) -> None:
         if self._control_allowed():
             super().handle_pong(event)
+
+    def handle_close(self, event: Frame) -> None:
+        self._queue_waiting()
+        super().handle_close(event)
 
     def handle_cont(self, event: Frame) -> None:
         self._fragments += 1
@@ -496,18 +692,22 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:
         self._fragments = self._received = 0
-        if sum(map(len, self.frames)) > self._usual_bytes:
-            # Base64 is ASCII; decoding other text takes longer and up to four times the memory.
-            if not all(map(bytes.isascii, map(bytes, self.frames))):
-                self._fail("a large message must be ASCII")
-                return
-            self._queued_large = True
-        self.read_paused = True  # else the parent class pauses reading, which is up to `_SlicedParser`
-        super().send_receive_event_to_app()
-        self.read_paused = False
-        if not self.queue.empty() and not self._paused:
-            self._paused = True
-            self.transport.pause_reading()
+        large = sum(map(len, self.frames)) > self._usual_bytes
+        # Base64 is ASCII; decoding other text takes longer and up to four times the memory.
+        if large and not all(map(bytes.isascii, map(bytes, self.frames))):
+            self._fail("a large message must be ASCII")
+            return
+        if self.close_sent:  # as the parent class: the client's close frame may follow
+            self.frames = []
+            return
+        data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+        self.frames = []
+        if self.curr_msg_data_type == "bytes":
+            self._receive_message(data)
+        elif (text := self._decoded(data)) is not None:
+            if large:
+                self._large = text
+            self._receive_message(text)
 
     async def send(self, message: Any) -> None:
         await super().send(message)
@@ -519,22 +719,30 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
             self._handling_large = False
             self.limits.release_large(self)
             self._schedule()
-        message = await super().receive()
-        if self._queued_large and message["type"] == "websocket.receive":
-            self._queued_large, self._handling_large = False, True
-        if self.queue.empty() and self._paused:
+        self._receiving = True
+        try:
+            self._deliver()
+            message: Any = await super().receive()
+            if self._handling:  # the client disconnected; its last results come first, as for an application
+                self._handled = self.loop.create_future()
+                await self._handled
+        finally:
+            self._receiving = False
+        if self._large_queued and message["type"] == "websocket.receive":
+            self._large_queued, self._handling_large = False, True
+        if self._paused and not self._waiting and self.queue.empty():
             self._schedule()
         return message
 
     def _is_full(self) -> bool:
         if not self.handshake_complete or self.close_sent:
             return False
-        if not self.queue.empty() or self._handling_large:
+        if self._waiting or not self.queue.empty() or self._handling_large:
             return True
         return self._received > self._usual_bytes and not self.limits.admit_large(self)
 
     def _control_allowed(self) -> bool:
-        now = time.monotonic()
+        now = self.limits.clock()
         self._control_frames = max(0.0, self._control_frames - _CONTROL_RATE * (now - self._control_at)) + 1
         self._control_at = now
         if self._control_frames <= _CONTROL_BURST:
@@ -546,6 +754,7 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         """Close the connection and notify the application."""
         if self.transport.is_closing():
             return
+        self._queue_waiting()
         self.conn.fail(CloseCode.POLICY_VIOLATION, reason)
         self.queue.put_nowait({"type": "websocket.disconnect", "code": 1008, "reason": reason})
         self.transport.write(b"".join(self.conn.data_to_send()))

@@ -59,7 +59,7 @@ def create_app(service: Service, ports: dict[str, int] | None = None) -> ASGIApp
     app.state.service, app.state.ports = service, ports or {}
     for router in (pages, operations, models, transcriptions_router, sockets):
         app.include_router(router)
-    return AccessMiddleware(app, service.settings, service.metrics, service.uploads)
+    return AccessMiddleware(app, service.settings, service.metrics, service.uploads, service.clock)
 
 
 class _Application(FastAPI):

@@ -3,7 +3,8 @@
 Every event and field of OpenAI's schema is supported, rejected by name or ignored; docs/protocols.md lists them.
 
 An item is an utterance. With turn detection (`server_vad`, the default) it ends after a silence, otherwise when the
-client commits its buffer. Deltas are sent while audio is received; they do not wait for the commit.
+client commits its buffer. Deltas are sent while audio is received; they do not wait for the commit. A delta cannot be
+revised, so with `final_chunk_ms` deltas have the text that is stable, and the last one has the rest.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import binascii
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nemostream.bundle import LanguageConfig
-from nemostream.errors import AudioError, NemostreamError, OptionError, StreamError
+from nemostream.errors import AudioError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import shorten
 from nemostream.serving.errors import Expired, openai_error, status_of
 from nemostream.serving.languages import languages_of, select_language, to_openai
+from nemostream.serving.protocols.direct import DirectAudio, deferred
 from nemostream.serving.protocols.sockets import (
     MAX_TEXT_CHARACTERS,
     MIN_TEXT_BYTES,
@@ -35,7 +37,7 @@ from nemostream.serving.protocols.sockets import (
     timed_out,
 )
 from nemostream.serving.service import Service
-from nemostream.serving.session import Session
+from nemostream.serving.session import OnPushed, Session
 
 _FORMATS = {"audio/pcm": ("pcm_s16le", 24000), "audio/pcmu": ("mulaw", 8000), "audio/pcma": ("alaw", 8000)}
 _BETA_FORMATS = {"pcm16": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}
@@ -43,7 +45,7 @@ _AUDIO_FIELD = re.compile(r'"audio"\s*:\s*"')
 _MAX_AUDIO_BYTES = 15 << 20  # of one input_audio_buffer.append, as in OpenAI's API
 MAX_MESSAGE_BYTES = _MAX_AUDIO_BYTES * 4 // 3 + MAX_TEXT_CHARACTERS  # base64, and the rest of the JSON
 _BASE64_SLICE = 1 << 20  # characters, a multiple of 4, that are decoded before other tasks run
-_MIN_COMMIT_SECONDS = 0.1  # of audio
+_MIN_COMMIT_MS = 100  # of audio
 _EVENTS = {  # the events of clients, and their fields besides type and event_id
     "session.update": ("session",),
     "transcription_session.update": ("session",),
@@ -51,6 +53,7 @@ _EVENTS = {  # the events of clients, and their fields besides type and event_id
     "input_audio_buffer.commit": (),
     "input_audio_buffer.clear": (),
 }
+_DIRECT_FIELDS = frozenset(("type", "event_id", *_EVENTS["input_audio_buffer.append"]))
 _TURN_DETECTION = dict.fromkeys(
     (
         "type",
@@ -63,7 +66,7 @@ _TURN_DETECTION = dict.fromkeys(
         "eagerness",
     )
 )
-_TRANSCRIPTION = dict.fromkeys(("model", "language", "languages", "keywords", "prompt", "delay"))
+_TRANSCRIPTION = dict.fromkeys(("model", "language", "languages", "keywords", "prompt", "delay", "final_chunk_ms"))
 _SESSION: dict[str, Any] = {  # the fields of a session, including the beta's; a dict lists the fields of an object
     "type": None,
     "include": None,
@@ -103,6 +106,7 @@ class _Config:
     language: str | None = None  # None: the server's default
     keywords: tuple[str, ...] = ()
     phrases: Boosting | None = field(default=None, compare=False)  # compiled keywords
+    final_chunk_ms: int | None = None  # None: the server's default, 0: that of partials
 
 
 async def serve(socket: WebSocket, service: Service) -> None:
@@ -141,6 +145,7 @@ class _RealtimeConnection:
         self._sent_text = ""  # of the current item, as deltas
         self._previous_item: str | None = None
         self._buffered = 0.0  # seconds of audio since the last commit
+        self._pushed: dict[str, Any] = {}  # the last event of `_start_push`, without its audio
         self.session = self._open(self._config)
 
     def _open(self, config: _Config) -> Session:
@@ -153,29 +158,58 @@ class _RealtimeConnection:
             language=config.language,
             client=self._socket.scope["nemostream.client"],
             phrases=config.phrases,
+            final_chunk_ms=config.final_chunk_ms,
         )
 
     async def run(self) -> None:
         """Process events until the client disconnects. Raises `NemostreamError` and `WebSocketDisconnect`."""
         await self._send({"type": "session.created", "session": self._session_object()})
-        while True:
-            async with self.session.receiving():
-                message = await self._socket.receive()
-            if message["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(message.get("code", 1006))
-            event: Any = None
-            try:
-                text = message.get("text")
-                del message
-                await self.session.pace(max(len(text or ""), MIN_TEXT_BYTES), MAX_MESSAGE_BYTES)
-                event = _parse(text)
-                del text
-                await self._handle(event)
-            except (OptionError, AudioError) as error:  # the event has no effect, the session continues
-                event_id = event.get("event_id") if isinstance(event, dict) else None
-                code = error.code if isinstance(error, _EventError) else "invalid_value"
-                param = error.param if isinstance(error, _EventError) else None
-                await self._send(_error_event(str(error), code, event_id if isinstance(event_id, str) else None, param))
+        with DirectAudio(self._socket.scope, self._start_push, self._texts_of):
+            while True:
+                async with self.session.receiving():
+                    message = await self._socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    raise WebSocketDisconnect(message.get("code", 1006))
+                await self._receive(message)
+
+    async def _receive(self, message: MutableMapping[str, Any]) -> None:
+        event: Any = None
+        try:
+            if (result := message.get("deferred")) is not None:
+                event = self._pushed
+                return await self._send_events(deferred(result))
+            text = message.pop("text", None)
+            await self.session.pace(len(text or ""), MAX_MESSAGE_BYTES, MIN_TEXT_BYTES)
+            event = _parse(text)
+            del text
+            await self._handle(event)
+        except (OptionError, AudioError) as error:  # the event has no effect, the session continues
+            event_id = event.get("event_id") if isinstance(event, dict) else None
+            code = error.code if isinstance(error, _EventError) else "invalid_value"
+            param = error.param if isinstance(error, _EventError) else None
+            await self._send(_error_event(str(error), code, event_id if isinstance(event_id, str) else None, param))
+
+    def _start_push(self, message: bytes | str, on_pushed: OnPushed) -> bool:
+        """Start to process an `input_audio_buffer.append` of usual size; the task receives all other messages."""
+        if isinstance(message, bytes) or len(message) > MAX_TEXT_CHARACTERS:
+            return False
+        try:
+            event = json.loads(message)
+            if not isinstance(event, dict) or not _DIRECT_FIELDS.issuperset(event):
+                return False
+            if event.get("type") != "input_audio_buffer.append" or not isinstance(event.get("audio"), str):
+                return False
+            audio = base64.b64decode(event["audio"], validate=True)
+        except (ValueError, RecursionError):  # the task reports the error
+            return False
+        session, before = self.session, self.session.audio
+
+        def pushed(result: list[Event] | Exception) -> None:
+            self._buffered += session.audio - before
+            on_pushed(result)
+
+        self._pushed = {"event_id": event.get("event_id")}
+        return bool(audio) and session.start_push(audio, pushed, max(len(message), MIN_TEXT_BYTES))
 
     async def _handle(self, event: dict[str, Any]) -> None:
         match _checked_type(event):
@@ -214,17 +248,19 @@ class _RealtimeConnection:
                 await self._send_events(events)
 
     async def _commit(self) -> None:
-        if self._buffered < _MIN_COMMIT_SECONDS:
+        buffered_ms = round(1000 * self._buffered, 3)  # the sum of many messages is not exact
+        if buffered_ms < _MIN_COMMIT_MS:
             raise _EventError(
-                f"the buffer has {1000 * self._buffered:.0f} ms of audio; a commit needs at least 100 ms.",
+                f"the buffer has {int(buffered_ms)} ms of audio; a commit needs at least {_MIN_COMMIT_MS} ms.",
                 "input_audio_buffer_commit_empty",
             )
         self._begin_item()
         events = [event for event in await self.session.commit() if event.kind in ("partial", "final")]
         await self._send_events(events[:-1])  # utterances that a silence had ended are items of their own
         self._begin_item()
-        await self._send_committed()
-        await self._send_completed(events[-1] if events else None)
+        await self._send(self._committed())
+        for message in self._completed(events[-1] if events else None):
+            await self._send(message)
         self._buffered = 0.0
 
     # -- options -------------------------------------------------------------------------------------------------------
@@ -234,9 +270,13 @@ class _RealtimeConnection:
         new = _updated(old, session, self._service.settings.endpoint_ms, self._service.model.manifest.languages)
         if new.keywords != old.keywords:
             new = replace(new, phrases=await self._service.compile_phrases(list(new.keywords) or None))
-        if replace(new, model=old.model, language=old.language) == old:
-            if new.language is not None and new.language != self.session.language:
-                self.session.set_language(new.language)
+        if replace(new, model=old.model, language=old.language, final_chunk_ms=old.final_chunk_ms) == old:
+            language = None if new.language == self.session.language else new.language
+            final_chunk_ms = None if new.final_chunk_ms == old.final_chunk_ms else new.final_chunk_ms
+            try:
+                self._service.configure(self.session, language=language, final_chunk_ms=final_chunk_ms)
+            except CapacityError as error:
+                raise OptionError(str(error)) from error
             self._config = new
             return
         if self._buffered:
@@ -275,6 +315,8 @@ class _RealtimeConnection:
         transcription: dict[str, Any] = {"model": config.model, "language": self.session.language}
         if config.keywords:
             transcription["keywords"] = list(config.keywords)
+        if self.session.requested_final_ms is not None:
+            transcription["final_chunk_ms"] = self.session.requested_final_ms
         return {
             "type": "transcription",
             "object": "realtime.transcription_session",
@@ -291,59 +333,60 @@ class _RealtimeConnection:
 
     # -- events to the client ------------------------------------------------------------------------------------------
 
-    async def _send_events(self, events: list[Event]) -> None:
+    def _messages_of(self, events: list[Event]) -> Iterator[dict[str, Any]]:
+        """Yield the messages for events of the stream."""
         for event in events:
             if event.kind not in ("partial", "final"):
                 continue
             if not self._item:
                 self._begin_item()
-                await self._send(
-                    {
-                        "type": "input_audio_buffer.speech_started",
-                        "item_id": self._item,
-                        "audio_start_ms": round(1000 * event.start),
-                    }
-                )
-            await self._send_delta(event)
+                yield {
+                    "type": "input_audio_buffer.speech_started",
+                    "item_id": self._item,
+                    "audio_start_ms": round(1000 * event.start),
+                }
+            yield from self._delta(event)
             if event.kind == "final":
-                await self._send(
-                    {
-                        "type": "input_audio_buffer.speech_stopped",
-                        "item_id": self._item,
-                        "audio_end_ms": round(1000 * event.end),
-                    }
-                )
-                await self._send_committed()
-                await self._send_completed(event)
+                yield {
+                    "type": "input_audio_buffer.speech_stopped",
+                    "item_id": self._item,
+                    "audio_end_ms": round(1000 * event.end),
+                }
+                yield self._committed()
+                yield from self._completed(event)
                 self._buffered = 0.0
+
+    def _texts_of(self, events: list[Event]) -> list[str]:
+        return [_with_id(message) for message in self._messages_of(events)]
+
+    async def _send_events(self, events: list[Event]) -> None:
+        for message in self._messages_of(events):
+            await self._send(message)
 
     def _begin_item(self) -> None:
         self._item = self._item or "item_" + secrets.token_hex(10)
 
-    async def _send_delta(self, event: Event) -> None:
-        if delta := event.text[len(self._sent_text) :]:
-            self._sent_text = event.text
-            await self._send(
-                {
-                    "type": "conversation.item.input_audio_transcription.delta",
-                    "item_id": self._item,
-                    "content_index": 0,
-                    "delta": delta,
-                }
-            )
-
-    async def _send_committed(self) -> None:
-        await self._send(
-            {
-                "type": "input_audio_buffer.committed",
+    def _delta(self, event: Event) -> Iterator[dict[str, Any]]:
+        text = event.stable if event.kind == "partial" and self.session.revises else event.text
+        if delta := text[len(self._sent_text) :]:
+            self._sent_text = text
+            yield {
+                "type": "conversation.item.input_audio_transcription.delta",
                 "item_id": self._item,
-                "previous_item_id": self._previous_item,
+                "content_index": 0,
+                "delta": delta,
             }
-        )
 
-    async def _send_completed(self, event: Event | None) -> None:
+    def _committed(self) -> dict[str, Any]:
+        return {
+            "type": "input_audio_buffer.committed",
+            "item_id": self._item,
+            "previous_item_id": self._previous_item,
+        }
+
+    def _completed(self, event: Event | None) -> Iterator[dict[str, Any]]:
         if event:
-            await self._send_delta(event)
+            yield from self._delta(event)
         completed: dict[str, Any] = {
             "type": "conversation.item.input_audio_transcription.completed",
             "item_id": self._item,
@@ -353,12 +396,16 @@ class _RealtimeConnection:
         }
         if self._service.model.manifest.languages.prompts:  # models that detect the language, as OpenAI's do
             completed["languages"] = to_openai(languages_of(event.words, event.set_language) if event else ())
-        await self._send(completed)
+        yield completed
         self._item, self._previous_item, self._sent_text = "", self._item, ""
 
-    async def _send(self, event: dict[str, Any]) -> None:
+    async def _send(self, message: dict[str, Any]) -> None:
         async with self.session.sending():
-            await self._socket.send_text(json.dumps({"event_id": _event_id(), **event}))
+            await self._socket.send_text(_with_id(message))
+
+
+def _with_id(message: dict[str, Any]) -> str:
+    return json.dumps({"event_id": _event_id(), **message})
 
 
 def _event_id() -> str:
@@ -525,6 +572,8 @@ def _with_transcription(config: _Config, values: Any, path: str, languages: Lang
         raise _EventError(str(error), param=f"{path}.language") from error
     if language is not None:
         config = replace(config, language=language)
+    if "final_chunk_ms" in values:
+        config = replace(config, final_chunk_ms=_parse_final_chunk_ms(values["final_chunk_ms"], path))
     if (keywords := values.get("keywords")) is not None:
         if not _is_list_of_strings(keywords):
             raise _EventError(f"{path}.keywords must be a list of strings.", "invalid_type", f"{path}.keywords")
@@ -567,6 +616,19 @@ def _parse_silence_ms(detection: Any, path: str, default_ms: int) -> int | None:
             param=f"{path}.silence_duration_ms",
         )
     return silence_ms
+
+
+def _parse_final_chunk_ms(value: Any, path: str) -> int:
+    """Return the chunk size of finals; 0 for null: that of partials. The service checks the size."""
+    if value is None:
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _EventError(
+            f"final_chunk_ms is {_short(value)}; it must be a number of milliseconds or null.",
+            "invalid_type",
+            f"{path}.final_chunk_ms",
+        )
+    return value
 
 
 def _is_list_of_strings(value: Any) -> bool:

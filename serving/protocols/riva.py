@@ -46,7 +46,7 @@ _FILE_ENCODINGS = (riva_audio_pb2.AudioEncoding.FLAC, riva_audio_pb2.AudioEncodi
 _CONFIG_SECONDS = 10.0  # for the first message of a stream
 _CLIENT: ContextVar[Client] = ContextVar("client")  # of the call that the current task handles
 _UNIT_BOOST = 20.0  # Riva's boost for a weight of 1
-_CUSTOM_KEYS = ("chunk_ms", "itn")  # of custom_configuration
+_CUSTOM_KEYS = ("chunk_ms", "final_chunk_ms", "itn")  # of custom_configuration
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -193,11 +193,12 @@ class _Recognizer(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
 
     async def _stream(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """Transcribe a stream. Raises `NemostreamError`."""
+        seconds = min(_CONFIG_SECONDS, self._service.settings.idle_seconds)
         try:
-            async with asyncio.timeout(min(_CONFIG_SECONDS, self._service.settings.idle_seconds)):
+            async with asyncio.timeout(seconds):
                 first = await anext(aiter(requests), None)
         except TimeoutError:
-            raise Expired(f"no streaming_config was received in {_CONFIG_SECONDS:.0f} s.") from None
+            raise Expired(f"no streaming_config was received in {seconds:.0f} s.") from None
         if first is None or not first.HasField("streaming_config"):
             raise OptionError("the first message of a stream must be its streaming_config.")
         _force_eou(first)
@@ -298,7 +299,7 @@ class _ResponseWriter:
             result = riva_asr_pb2.StreamingRecognitionResult(
                 alternatives=[_alternative(event, self._config.config)],
                 is_final=event.kind == "final",
-                stability=1.0,
+                stability=_stability(event) if session.revises else 1.0,
                 channel_tag=1,
                 audio_processed=event.audio,
             )
@@ -307,12 +308,17 @@ class _ResponseWriter:
                 await self._context.write(response)
 
 
+def _stability(event: Event) -> float:
+    """Return the share of the text that is not revised any more."""
+    return event.stable_length / len(event.text) if event.text else 1.0
+
+
 def _alternative(event: Event, config: Any) -> Any:
     """Return the alternative of an event. Words without a tag have the language that was set for the event."""
     words, default = event.words, to_riva(event.set_language)
     alternative = riva_asr_pb2.SpeechRecognitionAlternative(
         # Clients concatenate the results of a recording, so a final one ends with a space, as Riva's do.
-        transcript=event.text + (separator(event.text) if event.kind == "final" else ""),
+        transcript=event.text + (separator(event.text) if event.kind == "final" and event.text else ""),
         confidence=min((word.confidence for word in words), default=0.0),
         language_code=map(to_riva, languages_of(words, event.set_language)),
     )
@@ -343,10 +349,11 @@ def _options(config: Any, languages: LanguageConfig) -> dict[str, Any]:
         if key not in _CUSTOM_KEYS:
             raise OptionError(f"custom_configuration has no {shorten(key)!r}; its keys are {', '.join(_CUSTOM_KEYS)}.")
     options: dict[str, Any] = {"language": from_riva(languages, config.language_code)}
-    if chunk_ms := config.custom_configuration.get("chunk_ms"):
-        if not (chunk_ms.isascii() and chunk_ms.isdigit()):  # int() raises ValueError for digits such as "²"
-            raise OptionError(f"chunk_ms is {shorten(chunk_ms)!r}; it must be a whole number of milliseconds.")
-        options["chunk_ms"] = int(chunk_ms)
+    for name in ("chunk_ms", "final_chunk_ms"):
+        if value := config.custom_configuration.get(name):
+            if not (value.isascii() and value.isdigit()):  # int() raises ValueError for digits such as "²"
+                raise OptionError(f"{name} is {shorten(value)!r}; it must be a whole number of milliseconds.")
+            options[name] = int(value)
     if config.endpointing_config.stop_history:
         options["endpoint_ms"] = config.endpointing_config.stop_history
     if config.speech_contexts:

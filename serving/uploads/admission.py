@@ -28,6 +28,15 @@ class UploadAdmission:
         """Number of recordings that are being received or transcribed."""
         return self._clients.total()
 
+    @property
+    def size(self) -> int:
+        """Bytes that are reserved for them."""
+        return self._bytes
+
+    def count_of(self, client: Client) -> int:
+        """Return the number of recordings of a client."""
+        return self._clients[client.name]
+
     def admit(self, size: int | None, client: Client) -> AbstractContextManager[None]:
         """Admit a recording of `size` bytes (None: unknown) for as long as the returned context lasts.
 
@@ -38,29 +47,33 @@ class UploadAdmission:
         reason = ""
         if self.count >= limits.max_uploads:
             reason = f"all {limits.max_uploads} slots for recordings are in use; try again in a few seconds."
-        elif limits.max_streams_per_client and self._clients[client.name] >= limits.max_streams_per_client:
+        elif limits.max_streams_per_client and self.count_of(client) >= limits.max_streams_per_client:
             reason = f"this client already sends {limits.max_streams_per_client} recordings, the maximum per client."
-        elif self.count and self._bytes + size > limits.max_upload_total_bytes:
+        elif self.count and self.size + size > limits.max_upload_total_bytes:
             reason = (
-                f"the recordings that are being received already have {self._bytes >> 20} MiB; try again in a few "
+                f"the recordings that are being received already have {self.size >> 20} MiB; try again in a few "
                 "seconds."
             )
         if reason:
             self._metrics.rejected.labels("CapacityError").inc()
             log.info("stream rejected", extra={"transport": "upload", "reason": reason, "peer": client.address})
             raise CapacityError(reason)
-        return self._reserve(size, client.name)
+        return self._reserve(size, client)
+
+    def _reserve(self, size: int, client: Client) -> AbstractContextManager[None]:
+        return self._reserved(size, client)
 
     @contextmanager
-    def _reserve(self, size: int, client: str) -> Iterator[None]:
-        self._clients[client] += 1
+    def _reserved(self, size: int, client: Client) -> Iterator[None]:
+        name = client.name
+        self._clients[name] += 1
         self._bytes += size
         self._metrics.uploads.set(self.count)
         try:
             yield
         finally:
             self._bytes -= size
-            self._clients[client] -= 1
-            if not self._clients[client]:
-                del self._clients[client]
+            self._clients[name] -= 1
+            if not self._clients[name]:
+                del self._clients[name]
             self._metrics.uploads.set(self.count)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream import errors
-from nemostream.errors import AudioError, BackendError, NemostreamError
+from nemostream.errors import AudioError, BackendError
+from nemostream.serving.errors import error_of
 from nemostream.serving.uploads.decoder_process import FRAME, MAX_MEMORY
 
 BLOCK_SECONDS = 60.0  # for one frame of a process: the file's head, or one block
@@ -163,8 +163,7 @@ class Decoding:
         if kind == b"x":
             self._finished = True
             document = json.loads(payload)
-            error_class = getattr(errors, document["kind"], AudioError)
-            raise (error_class if issubclass(error_class, NemostreamError) else AudioError)(document["message"])
+            raise error_of(document["kind"], document["message"], AudioError)
         return kind, payload
 
     def _release(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -49,7 +48,7 @@ class Upload:
 
     async def _run(self, transport: str, file: int, name: str, options: dict[str, Any]) -> AsyncIterator[Event | None]:
         service = self._service
-        deadline = time.monotonic() + service.settings.max_seconds
+        deadline = service.clock() + service.settings.max_seconds
         async with service.decoders.decode(file, name) as recording:
             session = service.open(transport, sample_rate=service.decoders.rate, channels=1, upload=True, **options)
             async with session:
@@ -68,7 +67,7 @@ class Upload:
         while True:
             if self._is_disconnected and await self._is_disconnected():
                 raise StreamError("the client disconnected.")
-            if time.monotonic() > deadline:
+            if self._service.clock() > deadline:
                 raise Expired(
                     f"the recording took more than {self._service.settings.max_seconds:.0f} s, the longest allowed."
                 )

@@ -149,7 +149,6 @@ def load(
     from nemostream.runtime.model import Model
 
     opened = Bundle.open(demo_bundle() if bundle is None else bundle)
-    opened.manifest.chunk(chunk_ms)
     backend = partial(
         open_backend,
         opened,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-_MAX_DEPTH = 64  # of nested messages; a nested graph adds two levels
+_MAX_DEPTH = 96  # of nested messages; a nested graph adds three levels: node, attribute, graph
 
 # Message -> {field number: type of its message}. All other fields are skipped.
 _FIELDS: dict[str, dict[int, str]] = {
@@ -33,7 +33,7 @@ def external_files(model: bytes) -> set[str]:
     while pending:
         kind, message, depth = pending.pop()
         if depth > _MAX_DEPTH:
-            raise ValueError(f"its graphs are nested more than {_MAX_DEPTH // 2} deep")
+            raise ValueError(f"its graphs are nested more than {_MAX_DEPTH // 3} deep")
         if kind == "Entry":
             entry = {number: bytes(value) for number, value in _fields(message) if number in (1, 2)}
             if entry.get(1) == b"location":

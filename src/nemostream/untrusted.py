@@ -192,7 +192,7 @@ def mapping_of(check: Check, max_length: int = 10_000) -> Check:
 
     def checked(value: Any, name: str) -> dict[str, Any]:
         if len(mapping(value, name)) > max_length:
-            raise invalid(name, f"an object of {len(value)} entries", f"one of at most {max_length}")
+            raise ValueError(f"{name} is an object of {len(value)} entries; it must be one of at most {max_length}")
         return {key: check(entry, f"{name}.{short_repr(key)[1:-1]}") for key, entry in value.items()}
 
     return checked
@@ -203,8 +203,8 @@ def list_of(check: Check, min_length: int = 0, max_length: int = 10_000) -> Chec
 
     def checked(value: Any, name: str) -> tuple[Any, ...]:
         if not isinstance(value, list) or not min_length <= len(value) <= max_length:
-            found = f"a list of {len(value)}" if isinstance(value, list) else value
-            raise invalid(name, found, f"a list of {min_length} to {max_length} values")
+            found = f"a list of {len(value)}" if isinstance(value, list) else short_repr(value)
+            raise ValueError(f"{name} is {found}; it must be a list of {min_length} to {max_length} values")
         return tuple(check(entry, f"{name}[{index}]") for index, entry in enumerate(value))
 
     return checked

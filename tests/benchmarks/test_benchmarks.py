@@ -138,11 +138,11 @@ def test_latency_restores_the_backend(demo_bundle: Bundle) -> None:
     chunk, backend = demo_bundle.manifest.chunk(560), OrtBackend(demo_bundle, 2)
     backend.prepare(chunk)
     sessions = backend._steps[560].run_encoder, backend.transducer.run_joint
-    with latency._stage_clock(backend, chunk) as clock:
+    with latency._timed_stages(backend, chunk) as stages:
         backend.reset(np.arange(2))
         feed = latency.AudioFeed(demo_bundle.manifest, speech(demo_bundle.manifest)[0], 2, 7)
         backend.submit(feed.batch(chunk, 0)).result()
-        assert clock["encoder"] > 0 and clock["calls"] >= 3
+        assert stages["encoder"] > 0 and stages["calls"] >= 3
     assert (backend._steps[560].run_encoder, backend.transducer.run_joint) == sessions
     assert "encode" not in vars(backend)
 
@@ -306,17 +306,17 @@ def test_closing_streams_at_the_end_is_not_an_error(demo_bundle: Bundle, monkeyp
             return []
 
         monkeypatch.setattr(stream, "collect", close_while_collecting)
-        client._on_step()
+        client.on_step()
     assert not found.errors and not found.texts
 
 
-def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch, clock: Any) -> None:
     """Start times are spread over the chunk with `random_phase`, else equal; the chunk sizes alternate."""
     starts: list[tuple[int, float]] = []
 
     class Client:
         def __init__(
-            self, model: Any, clips: Any, order: Any, chunk_ms: int, result: load.LoadResult, start: float
+            self, model: Any, clips: Any, order: Any, chunk_ms: int, result: Any, start: float, *others: Any
         ) -> None:
             self.chunk_ms, self.start = chunk_ms, start
 
@@ -329,22 +329,24 @@ def test_phases_and_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self) -> None: ...
 
     monkeypatch.setattr(load, "_Client", Client)
-    load.run_load(None, [], 300, (80, 560, 1120), seconds=2.0)  # type: ignore[arg-type]
+    controlled: dict[str, Any] = {"clock": clock, "sleep": clock.sleep}
+    load.run_load(None, [], 300, (80, 560, 1120), seconds=2.0, **controlled)  # type: ignore[arg-type]
     for ms in (80, 560, 1120):
         offsets = [offset for size, offset in starts if size == ms]
         assert len(offsets) == 100 and min(offsets) >= 0 and max(offsets) < ms
         assert np.histogram(offsets, 4, (0, ms))[0].min() > 10
     starts.clear()
-    load.run_load(None, [], 5, (80, 560), seconds=1.0, random_phase=False)  # type: ignore[arg-type]
+    load.run_load(None, [], 5, (80, 560), seconds=1.0, random_phase=False, **controlled)  # type: ignore[arg-type]
     assert starts == [(80, 0.0), (560, 0.0), (80, 0.0), (560, 0.0), (80, 0.0)]
 
 
 def test_capacity(demo_bundle: Bundle, tmp_path: Path) -> None:
     result = capacity.measure_capacity(
-        demo_bundle, chunk_ms=(560, 1120), seconds=4, probe_seconds=3, max_streams=2, engines=tmp_path
+        demo_bundle, chunk_ms=(560, 1120), seconds=2, probe_seconds=2, max_streams=2, engines=tmp_path
     )
     streams = [(row["case"]["streams"], row["case"]["confirming"]) for row in result["rows"]]
     assert streams[0] == (1, False) and result["method"]["streams"] in (0, 1, 2)
+    assert {"step 560 ms", "result 560 ms"} <= result["rows"][0]["figures"].keys()
     assert "real-time streams" in shown(result, tmp_path)
 
 
@@ -496,8 +498,13 @@ SHORT = {
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_command_of_every_benchmark(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_of_every_benchmark(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A command writes tables, plots and a file that `report` reads. (For baseline see test_baseline.)"""
+    from nemostream.benchmarks.gpu import roofline as gpu_roofline
+
+    monkeypatch.setattr(gpu_roofline, "measure_machine", lambda threads: MACHINE)  # reads gigabytes
     out = ["--out", str(tmp_path), "--name", "it"]
     assert _run(["bench", name, *SHORT[name].split(), *out]) == 0
     output = capsys.readouterr().out

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_soak(small: Bundle) -> None:
     backend = make_backend(small, [chunk], 4)
     figures = gpu_speed.soak(backend, chunk, 60)
     assert (figures["steps"], figures["flat"], figures["failed_rows"]) == (60, True, 0)
-    assert {"set_phrases", "reset_decoder"} < set(backend.device.launches)
+    assert {"set_phrases", "reset_decoder", "copy"} < set(backend.device.launches)
     leaking = HostDevice()
     backend = make_backend(small, [chunk], 4, leaking)
     launch = leaking.queue
@@ -121,7 +121,7 @@ def test_speed(small: Bundle) -> None:
         assert row["roofline_ms"] == pytest.approx(1000 * weights / 1e9)
         assert row["calibrated_tokens_per_second"] > 0 and row["boosted_p50_ms"] > 0
         assert row["encoder_ms"] > 0 and row["undecoded_ms"] > 0 and row["whole_ms"] > 0
-        assert 0 < row["host_ms"] < row["pipelined_ms"]
+        assert 0 < row["host_ms"] < row["pipelined_ms"] and row["copy_ms"] > 0
     assert set(figures["streams"]) == {80, 160} and figures["skipped_rows"] == 0
     one = Bundle(small.path, dataclasses.replace(small.manifest, chunks=small.manifest.chunks[:1]))
     largest = gpu_speed.measure_speed(one, make_for_one, (1, 2), 1, None, messages.append)
@@ -433,7 +433,9 @@ def test_tokens_of_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert result["equal"] and result["tokens"] > 3 * 10 and result["streams"] == 3 and result["differences"] == []
     assert (result["failed_steps"], result["engine_bytes"], result["build_seconds"]) == (0, 1000, 2.0)
     assert [(row["chunk_ms"], row["batch"]) for row in result["rows"]] == [(560, 1), (560, 3)]
-    assert saved[0]["equal"] and "rows" not in saved[0]  # before steps are timed
+    assert saved[0]["equal"] and "copy_tokens_equal" not in saved[0]
+    assert saved[1]["copy_state_equal"] and "rows" not in saved[1]  # before steps are timed
+    assert result["copy_state_equal"] and result["copy_tokens_equal"]
 
     demo = context.demo
     chunk = demo.manifest.chunk(560)
@@ -446,6 +448,38 @@ def test_tokens_of_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monkey
         assert not wrong["equal"] and wrong["different_streams"] == 3 and wrong["tokens"] == result["tokens"]
         assert (wrong["failed_steps"] > 0) == bool(np.isnan(value).any())
         assert wrong["differences"][1]["emitted"] != wrong["differences"][1]["expected"]
+
+
+@needs_compiler
+def test_copies_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the copied state, of the tokens after it, and of a source that its copy changes."""
+    demo = Bundle.open(nemostream.demo_bundle())
+    chunk, clip = demo.manifest.chunk(560), engines.speech(demo.manifest)[1]
+    backend = make_backend(demo, [chunk], 3)
+    copy = backend.copy
+
+    def compare(after: Callable[[np.ndarray, np.ndarray], None]) -> tuple[bool, bool]:
+        def copied(sources: np.ndarray, targets: np.ndarray) -> None:
+            copy(sources, targets)
+            after(sources, targets)
+
+        monkeypatch.setattr(backend, "copy", copied)
+        found = correctness.compare_copy(demo.manifest, chunk, backend, clip)
+        return found["copy_state_equal"], found["copy_tokens_equal"]
+
+    def share(sources: np.ndarray, targets: np.ndarray) -> None:
+        def submit(batch: Batch) -> Any:
+            step = type(backend).submit(backend, batch)
+            if batch.slots[0] == targets[0]:
+                copy(targets, sources)
+            return step
+
+        monkeypatch.setattr(backend, "submit", submit)
+
+    assert compare(lambda sources, targets: None) == (True, True)
+    assert compare(lambda sources, targets: backend.reset(targets)) == (False, False)
+    assert compare(lambda sources, targets: backend.reset(np.concatenate([sources, targets]))) == (True, False)
+    assert compare(share) == (True, False)
 
 
 class Fp16Encoder(OrtEncoder):

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import termios
 import textwrap
+import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyte
@@ -410,3 +412,292 @@ def test_no_output_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None
         shown.set_progress(0, np.float64(0.5))
         shown.finish(0)
     assert capfd.readouterr().err == ""
+
+
+# -- what is written, with a controlled clock --------------------------------------------------------------------------
+
+
+class StandardError(io.StringIO):
+    """Standard error of 80 columns."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def fileno(self) -> int:
+        raise OSError
+
+    def take(self) -> str:
+        """Return what was written since the last call."""
+        text = self.getvalue()
+        self.seek(0)
+        self.truncate()
+        return text
+
+
+Writing = Callable[..., contextlib.AbstractContextManager[tuple[Captions, StandardError, Any]]]
+
+
+@pytest.fixture
+def writing(clock: Any) -> Writing:
+    """Return captions, standard error and the clock, which runs on from one call to the next."""
+
+    @contextlib.contextmanager
+    def call(
+        *names: str, live: bool = False, terminal: bool = True, kind: str = "xterm"
+    ) -> Iterator[tuple[Captions, StandardError, Any]]:
+        with pytest.MonkeyPatch.context() as patch:
+            err = StandardError(terminal)
+            patch.setattr(sys, "stderr", err)
+            patch.setattr(captions, "time", clock)
+            patch.setenv("TERM", kind)
+            with Captions(names or ("a.wav",), live) as shown:
+                yield shown, err, clock
+
+    return call
+
+
+def line(text: str) -> str:
+    """One line that is drawn over the previous one."""
+    return "\r" + text.ljust(79)
+
+
+def test_lines_are_redrawn_at_most_every_50_ms(writing: Writing) -> None:
+    with writing() as (shown, err, clock):
+        shown.start(0, 10.0)
+        shown.set_progress(0, 1.0)
+        assert err.take() == line(" 10 % ")
+        for seconds, drawn in ((0.04, False), (0.009, False), (0.0015, True), (0.049, False), (0.002, True)):
+            clock.now += seconds
+            shown.set_progress(0, 2.0)
+            assert err.take() == (line(" 20 % ") if drawn else "")
+
+
+def test_nothing_is_drawn_after_the_end(writing: Writing) -> None:
+    """A thread that still decodes would draw over the shell's prompt."""
+    for live, count in ((False, 1), (True, 2)):
+        with writing(live=live) as (shown, err, clock):
+            shown.start(0, 10.0)
+            shown.set_text(0, "one", 3)
+            shown.set_progress(0, 1.0)
+            up = "\r" + "\x1b[A" * (count - 1)
+            assert err.take().startswith("\r")
+            with shown:
+                pass
+            assert err.take() == up + "\n".join([" " * 79] * count) + up
+            clock.now += 9
+            shown.set_progress(0, 2.0)
+            shown.set_text(0, "one two", 7)
+            shown.set_progress(0, 3.0)
+            shown.finish(0)
+            assert err.take() == ""
+    with writing(live=True, terminal=False) as (shown, err, clock):
+        shown.set_text(0, "one", 3)
+        with shown:
+            pass
+        shown.set_progress(0, 3.0)
+        shown.clear_text(0)
+        shown.set_text(0, "two", 3)
+        shown.finish(0)
+        assert err.take() == ""
+
+
+def test_nothing_is_drawn_while_something_else_is_printed(writing: Writing) -> None:
+    with writing() as (shown, err, clock):
+        shown.start(0, 10.0)
+        shown.set_progress(0, 1.0)
+        clock.now += 1
+        err.take()
+        done = threading.Event()
+        thread = threading.Thread(target=lambda: (shown.set_progress(0, 5.0), done.set()))
+        with shown.hidden():
+            assert err.take() == "\r" + " " * 79 + "\r"
+            thread.start()
+            assert not done.wait(0.1) and err.take() == ""
+        thread.join(60)
+        assert err.take() == line(" 50 % ")
+        with shown.hidden():
+            err.take()
+        with shown.hidden():
+            assert err.take() == ""  # there is nothing to remove
+
+
+@pytest.mark.parametrize("method", ["set_progress", "clear_text", "finish"])
+def test_no_line_is_printed_while_something_else_is_printed(writing: Writing, method: str) -> None:
+    words = " ".join(["word"] * 20)
+    with writing("a", "b", live=True, terminal=False) as (shown, err, _):
+        shown.set_text(0, words, len(words))
+        done = threading.Event()
+
+        def work() -> None:
+            getattr(shown, method)(0, *([1.0] if method == "set_progress" else []))
+            done.set()
+
+        thread = threading.Thread(target=work, daemon=True)
+        with shown.hidden():
+            thread.start()
+            assert not done.wait(0.1) and err.take() == ""
+        thread.join(60)
+        lines = textwrap.wrap(words, 79)
+        assert err.take() == "".join(f"{one}\n" for one in (lines[:-1] if method == "set_progress" else lines))
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown_line"),
+    [
+        ([(0, 0, 0.0), (1.99, 0, 50.0)], " 50 % "),  # too early for an estimate
+        ([(0, 0, 0.0), (2.0, 0, 50.0)], " 50 % 0:02 left "),
+        ([(0, 0, 50.0), (10, 0, 60.0)], " 60 % 0:40 left "),  # what was resumed took no time
+        ([(0, 0, 50.0), (10, 0, 50.0)], " 50 % "),
+        ([(0, 0, 0.0), (61, 0, 1.0)], "  1 % 1:40:39 left "),
+        ([(0, 0, 0.0), (37, 0, 1.0)], "  1 % 1:01:03 left "),
+        ([(0, 0, 0.0), (36, 0, 1.0)], "  1 % 59:24 left "),
+        ([(0, 0, 0.0), (3, 0, 99.6)], "100 % 0:00 left "),
+        ([(0, 0, 0.0), (5, 0, 20.0), (5, 0, 50.0)], " 50 % 0:10 left "),
+    ],
+)
+def test_share_and_time_left(writing: Writing, steps: list[tuple[float, int, float]], shown_line: str) -> None:
+    with writing() as (shown, err, clock):
+        shown.start(0, 100.0)
+        for seconds, index, processed in steps:
+            clock.now += seconds
+            err.take()
+            shown.set_progress(index, processed)
+        assert err.take() == line(shown_line)
+
+
+def test_inputs_of_unknown_length_do_not_count(writing: Writing) -> None:
+    """Neither in the total nor in what is processed; those that have not started count as the mean of the others."""
+    with writing("a", "b", "c/d.wav", "e") as (shown, err, clock):
+        shown.start(0, 0.0)
+        shown.set_text(0, "live", 2)
+        shown.set_progress(0, 7.0)
+        assert err.take() == line("a: live")
+        shown.start(1, 30.0)
+        shown.start(2, 10.0)
+        clock.now += 1
+        shown.set_progress(1, 6.0)
+        assert err.take() == line(" 10 % a: live")  # of 30 + 10 + 20 seconds
+        shown.finish(0)
+        clock.now += 1
+        shown.set_progress(2, 3.0)
+        assert err.take() == line(" 15 % 0:11 left b: ")  # 9 seconds took 2, and 51 are left
+        shown.finish(1)
+        clock.now += 0.1
+        shown.set_progress(3, 0.0)
+        assert err.take().startswith("\r 55 % ")
+        for index in (2, 3):
+            shown.finish(index)
+        clock.now += 1
+        shown.set_progress(3, 0.0)
+        assert err.take().rstrip().endswith("e:")  # the last one stays
+
+
+def test_newest_words_are_shown_if_the_line_is_too_short(writing: Writing) -> None:
+    text = " ".join(str(number) for number in range(100, 150))
+    with writing() as (shown, err, clock):
+        shown.start(0, 10.0)
+        for size in (73, 74, 75, 199):
+            shown.set_text(0, text[:size], 0)
+            clock.now += 1 / 16
+            shown.set_progress(0, 1.0)
+            visible = text[:size] if size <= 73 else "…" + text[size - 72 : size]
+            assert err.take() == line(f" 10 % {visible}")
+    with writing("a" * 100, "b") as (shown, err, clock):  # a name that is longer than the line
+        shown.set_progress(0, 1.0)
+        assert err.take() == line("a" * 79)
+
+
+def test_lines_that_scrolled_off_do_not_return(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wider terminal shows the text from the first visible line on."""
+    with writing(live=True) as (shown, err, clock):
+        shown.set_text(0, "aaaa bbbb cccc dddd eeee", 24)
+        for width, first, second in ((9, "cccc dddd", "eeee"), (40, "cccc dddd eeee", ""), (9, "cccc dddd", "eeee")):
+            monkeypatch.setattr(captions, "_width", lambda width=width: width)
+            clock.now += 1
+            err.take()
+            shown.set_progress(0, 1.0)
+            assert err.take().rpartition("\r")[2].removeprefix("\x1b[A") == f"{first:{width}}\n{second:{width}}"
+
+
+def test_lines_that_may_still_change_do_not_scroll_off(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines are those of the last text, whatever was shown before."""
+    monkeypatch.setattr(captions, "_width", lambda: 9)
+    with writing(live=True) as (shown, err, clock):
+        for text, stable, first, second in (
+            ("aaaa bbbb cccc dddd eeee ffff", 4, "cccc dddd", "eeee ffff"),
+            ("aaaa bb", 4, "aaaa bb", ""),
+            ("aaaa bb ccc dddd eeee ff", 16, "ccc dddd", "eeee ff"),
+            ("aaaa bb ccc dddd", 16, "ccc dddd", ""),
+        ):
+            shown.set_text(0, text, stable)
+            clock.now += 1
+            err.take()
+            shown.set_progress(0, 1.0)
+            drawn = re.sub(r"\x1b\[\d*m", "", err.take()).rpartition("\r")[2].removeprefix("\x1b[A")
+            assert drawn == f"{first:9}\n{second:9}"
+
+
+def test_captions_of_a_file_are_printed_when_a_line_is_full(writing: Writing) -> None:
+    """Only what cannot change any more; the rest at the end of the input, or when the utterance is printed."""
+    text = " ".join(f"word{number * 7919}" for number in range(40))
+    lines = textwrap.wrap(text, 79)
+    for end in ("finish", "clear"):
+        with writing("a", "b", live=True, terminal=False) as (shown, err, clock):
+            printed = ""
+            for size in range(0, len(text) + 1, 3):
+                stable = max(0, text[:size].rfind(" "))
+                shown.set_text(0, text[:size], stable)
+                clock.now += 1
+                shown.set_progress(0, 1.0)
+                printed += err.take()
+                assert printed == "".join(f"{one}\n" for one in textwrap.wrap(text[:stable], 79)[:-1])
+            shown.set_text(0, text, len(text) if end == "clear" else 0)
+            if end == "clear":
+                shown.clear_text(0)
+            else:
+                shown.finish(0)
+            assert printed + err.take() == "".join(f"{one}\n" for one in lines)
+            index = int(end == "finish")  # the next utterance, or the next input
+            shown.set_text(index, "next one", 8)
+            clock.now += 1
+            shown.set_progress(index, 2.0)
+            assert err.take() == ""
+            shown.finish(index)
+            assert err.take() == "next one\n"
+
+
+def test_which_standard_errors_show_captions(writing: Writing) -> None:
+    for live, terminal, kind, expected in (
+        (False, False, "xterm", ""),
+        (True, False, "xterm", "one\n"),
+        (True, True, "dumb", "one\n"),
+        (False, True, "dumb", line("one")),
+        (False, True, "xterm", line("one")),
+        (True, True, "xterm", "\rone" + " " * 76 + "\n" + " " * 79),
+    ):
+        with writing(live=live, terminal=terminal, kind=kind) as (shown, err, _):
+            shown.set_text(0, "one", 3)
+            shown.set_progress(0, 1.0)
+            found = err.take()
+            if expected == "one\n":
+                assert found == ""
+                shown.finish(0)
+                found = err.take()
+            assert found == expected, (live, terminal, kind)
+
+
+def test_closed_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    for live in (False, True):
+        with Captions(["a"], live) as shown:
+            shown.start(0, 1.0)
+            shown.set_text(0, "one", 3)
+            shown.set_progress(0, 1.0)
+            shown.clear_text(0)
+            with shown.hidden():
+                pass
+            shown.finish(0)

@@ -439,6 +439,8 @@ def test_serve_help_without_its_extra_lists_all_settings() -> None:
 
     options = set(re.findall(r"^  --([a-z-]+) ", serve_help(), re.MULTILINE))
     assert options == {name.replace("_", "-") for name in settings.Settings.model_fields}
+    lines = serve_help().splitlines()
+    assert all(f"      {field.description}" in lines for field in settings.Settings.model_fields.values())
 
 
 def test_build_without_a_gpu_prints_a_working_command(

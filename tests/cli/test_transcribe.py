@@ -199,6 +199,21 @@ def test_decoder_reset(run: Run, pauses: str, utterances: list[nemostream.Event]
     assert "--endpoint-ms" in run(pauses, "--decoder", "reset")[2]
 
 
+def test_text_of_larger_chunks(run: Run, pauses: str) -> None:
+    """Without utterances, all is as with the larger chunks; utterances are those of the same stream in Python."""
+    sizes = ("--chunk-ms", 80, "--final-chunk-ms", 1120)
+    small, large = (json.loads(run(pauses, "--chunk-ms", ms, "--format", "json")[1]) for ms in (80, 1120))
+    assert small["words"] != large["words"] and large["chunk_ms"] == 1120
+    for more in ((), ("--realtime", "--live")):
+        assert json.loads(run(pauses, *sizes, *more, "--format", "json")[1]) == large
+    with nemostream.load(chunk_ms=80) as model:
+        rule = nemostream.Endpoint(silence_ms=400)
+        finals = [one for one in model.listen(pauses, final_chunk_ms=1120, endpoint=rule) if one.kind == "final"]
+    assert len(finals) > 1
+    assert run(pauses, *sizes, "--endpoint-ms", 400) == (0, "".join(f"{one.text}\n" for one in finals), "")
+    assert "final_chunk_ms is 80; it must be larger than chunk_ms" in run(pauses, "--final-chunk-ms", 80)[2]
+
+
 def test_short_options(run: Run, tmp_path: Path) -> None:
     assert run(CLIPS[0], "-f", "srt", "-o", tmp_path / "a.srt") == (0, "", "")
     assert (tmp_path / "a.srt").read_text() == run(CLIPS[0], "--format", "srt")[1]

@@ -5,6 +5,8 @@ More tests of the backend run on the stub: those of `tests/runtime/backends/gpu`
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import gc
 import os
 import threading
@@ -127,6 +129,23 @@ def test_slot_operations(small_bundle: Bundle, steps: list[Batch], stub: Stub) -
     gpu.close()
 
 
+def test_copy(small_bundle: Bundle, steps: list[Batch], wanted: Tokens, stub: Stub) -> None:
+    """Of a stream whose step is pending: one launch, nothing else. The copy continues while its source is reset."""
+    gpu = make_backend(small_bundle, CudaDevice(), capacity=3)
+    run(gpu, steps[:4])
+    pending = gpu.submit(steps[4])
+    calls = [stub.calls("*"), stub.calls("cuLaunchKernel")]
+    gpu.copy(np.array([0, 0]), np.array([2, 1]))
+    assert [stub.calls("*"), stub.calls("cuLaunchKernel")] == [number + 1 for number in calls]
+    gpu.reset(np.array([0]))
+    assert pending.result().tokens[0].tolist() == wanted[4][0]
+    for slot in (2, 1):
+        found = [gpu.submit(dataclasses.replace(batch, slots=np.array([slot]))).result() for batch in steps[5:]]
+        assert [(each.tokens[0].tolist(), each.frames[0].tolist()) for each in found] == wanted[5:]
+    assert stub.notes == []
+    gpu.close()
+
+
 def test_backend_on_another_thread(small_bundle: Bundle, steps: list[Batch], wanted: Tokens, stub: Stub) -> None:
     """A backend is built on one thread; another makes the device current and runs it."""
     gpu, found = make_backend(small_bundle, CudaDevice()), []
@@ -172,6 +191,12 @@ def test_device(stub: Stub, nothing_left: Any) -> None:
     device.read(first, found)
     assert not found.any(), "memory is zeroed"
     device.write(first, array)
+    # Device memory of the stub is host memory: the copy has run before `write` returns.
+    assert (np.ctypeslib.as_array((ctypes.c_float * 250).from_address(first)) == array).all()
+    pinned = device.allocate_host(1000).view(np.float32)
+    device.read(first, pinned)  # a driver does not wait for a copy to such memory
+    assert (pinned == array).all()
+    assert device.allocate(0) and len(device.allocate_host(0))
     graph = device.capture(lambda: device.copy(second, first, 1000))
     device.read(second, found)
     assert not found.any(), "a capture runs nothing"

@@ -70,6 +70,7 @@ def environment(**settings: int) -> dict[str, str]:
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(build()), os.environ.get("LD_LIBRARY_PATH", "")])),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # importing the plugins of installed packages takes a second
         **{f"CUDA_STUB_{name}": str(value) for name, value in settings.items()},
     }
 

@@ -267,14 +267,14 @@ def test_int8_on_a_cpu(demo_bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_ranges_are_the_largest_inputs(demo_bundle: Bundle, ranges: dict[str, float]) -> None:
-    """Compared with the largest input of one layer in steps run by the test."""
+    """Compared with the largest magnitudes of the inputs of all layers in steps run by the test."""
     chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1]
     model = read_encoder(demo_bundle, chunk)
     names = quantisable(model)
     assert ranges.keys() == names.keys()
-    weight = next(name for name in names if "layers.3.feed_forward2.linear1" in name)
-    model.graph.output.append(helper.make_tensor_value_info(names[weight], TensorProto.FLOAT, None))
-    found = []
+    for name in dict.fromkeys(names.values()):
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    lowest, highest = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     encoder = session(model.SerializeToString(), demo_bundle.path)
 
     class RecordingEncoder:
@@ -283,14 +283,36 @@ def test_ranges_are_the_largest_inputs(demo_bundle: Bundle, ranges: dict[str, fl
 
         def run(self, outputs: Any, inputs: Any) -> Any:
             values = encoder.run(outputs, inputs)
-            found.append(np.abs(values[outputs.index(names[weight])]).max())
+            for weight, name in names.items():
+                array = values[outputs.index(name)]
+                lowest[weight] = min(lowest[weight], float(array.min()))
+                highest[weight] = max(highest[weight], float(array.max()))
             return values
 
     steps = len(audio) // chunk.samples
     assert steps >= 4
     encode(RecordingEncoder(), demo_bundle, chunk, audio, steps=steps)
-    assert measure_ranges(demo_bundle, chunk, [audio])[weight] == pytest.approx(max(found), rel=1e-5)
+    wanted = {name: max(-lowest[name], highest[name]) for name in names}
+    assert any(-lowest[name] > highest[name] for name in names)
+    assert measure_ranges(demo_bundle, chunk, [audio]) == pytest.approx(wanted, rel=1e-5)
     assert all(math.isfinite(value) and value > 0 for value in ranges.values())
+
+
+def test_ranges_over_several_clips(demo_bundle: Bundle) -> None:
+    """The largest of all clips, in any order; the last chunk of a clip, which is padded, is not measured."""
+    chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[1]
+    size = chunk.samples
+    loud, quiet = audio[: 2 * size], audio[: 3 * size] * np.float32(0.02)
+    each = [measure_ranges(demo_bundle, chunk, [clip]) for clip in (loud, quiet)]
+    wanted = {name: max(ranges[name] for ranges in each) for name in each[0]}
+    assert wanted not in each, "each clip has the largest input of some layer"
+    shares: list[float] = []
+    for clips in ([loud, quiet], [quiet, loud]):
+        assert measure_ranges(demo_bundle, chunk, clips, shares.append) == wanted
+    # Whole chunks end at 560 ms less the lead, so the last chunk of each clip is a part: 2 and 3 chunks are measured.
+    assert shares[:5] == [0, pytest.approx(1 / 5), pytest.approx(2 / 5), pytest.approx(3 / 5), pytest.approx(4 / 5)]
+    padded = np.concatenate([loud, np.full(size // 2, 0.9, np.float32)])
+    assert measure_ranges(demo_bundle, chunk, [padded]) == measure_ranges(demo_bundle, chunk, [padded[: 2 * size]])
 
 
 def test_ranges_of_a_prompted_model(demo_bundle: Bundle, tmp_path: Path) -> None:
@@ -307,3 +329,229 @@ def test_invalid_range(demo_bundle: Bundle, ranges: dict[str, float], tmp_path: 
         for precision in ("int8", "fp8"):
             with pytest.raises(BackendError, match="calibrate on other audio"):
                 write_typed(demo_bundle, chunk, precision, invalid, tmp_path, "test")
+
+
+# -- stored values -----------------------------------------------------------------------------------------------------
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """Return the initializers of a graph by name."""
+    return {t.name: onnx.numpy_helper.to_array(t, str(path.parent)) for t in onnx.load(path).graph.initializer}
+
+
+def weights_of(bundle: Bundle, chunk: ChunkConfig) -> dict[str, np.ndarray]:
+    return stored(bundle.file(f"encoder-{chunk.ms}ms"))
+
+
+def edited_weight(bundle: Bundle, folder: Path, name: str, columns: np.ndarray) -> Bundle:
+    """Return a copy of a bundle with the first columns of a weight of the encoder replaced."""
+    shutil.copytree(bundle.path, folder)
+    graph = onnx.load(bundle.file("encoder-80ms"), load_external_data=False).graph
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == name)
+    where = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+    array = np.memmap(folder / "weights.bin", np.float32, "r+", where["offset"], tuple(tensor.dims))
+    array[:, : columns.shape[1]] = columns
+    array.flush()
+    return Bundle(folder, bundle.manifest)
+
+
+ROUNDED = "encoder.layers.0.self_attn.linear_out.weight"
+
+
+@pytest.fixture(scope="module")
+def hand_made(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with a weight whose first columns have a scale of 1, of 2, of 0 (all zeros), and of 448 / 127."""
+    rows = next(iter(weights_of(demo_bundle, demo_bundle.manifest.chunk(80))[ROUNDED].shape))
+    columns = np.zeros((rows, 4), np.float32)
+    columns[:8, 0] = [127, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -3.4]
+    columns[:8, 1] = [-254, 3, 5, 1, -1, 2.98, 253, 0]
+    columns[:4, 3] = [448, -448, 17, 0.001]
+    return edited_weight(demo_bundle, tmp_path_factory.mktemp("hand made") / "bundle", ROUNDED, columns)
+
+
+def test_int8_weights_are_rounded_to_nearest_even(hand_made: Bundle, ranges: dict[str, float], tmp_path: Path) -> None:
+    """Hand-computed columns, and for all weights the error is at most half a step; the largest value is 127."""
+    chunk = hand_made.manifest.chunk(80)
+    for_cpu, _ = write_int8_for_cpu(hand_made, chunk, tmp_path, "cpu")
+    for_gpu, _ = write_typed(hand_made, chunk, "int8", ranges, tmp_path, "gpu")
+    original = weights_of(hand_made, chunk)
+    for found, suffix in ((stored(for_cpu), "int8"), (stored(for_gpu), "values")):
+        values, scale = found[f"{ROUNDED}:{suffix}"], found[f"{ROUNDED}:scale"].astype(np.float64)
+        assert values.dtype == np.int8
+        assert values[:8, 0].tolist() == [127, 0, 2, 2, 0, -2, 126, -3]
+        assert values[:8, 1].tolist() == [-127, 2, 2, 0, 0, 1, 126, 0]
+        assert not values[:, 2].any() and np.isfinite(scale).all()
+        assert values[:4, 3].tolist() == [127, -127, 5, 0]
+        assert scale[[0, 1, 3]] == pytest.approx([1, 2, 448 / 127], rel=1e-3)
+        names = [name.removesuffix(f":{suffix}") for name in found if name.endswith(f":{suffix}")]
+        assert len(names) == 8 * hand_made.manifest.encoder.layers
+        for name in names:
+            weight, values = original[name].astype(np.float64), found[f"{name}:{suffix}"].astype(np.float64)
+            scale = np.maximum(np.abs(weight).max(axis=0) / 127, 1e-30)
+            np.testing.assert_allclose(values, weight / scale, rtol=0, atol=0.5 + 1e-4)
+            used = np.abs(weight).max(axis=0) > 0
+            assert (np.abs(values).max(axis=0) == 127 * used).all()
+            stored_scale = found[f"{name}:scale"]
+            assert stored_scale.dtype == (np.float32 if suffix == "int8" else np.float16)
+            np.testing.assert_allclose(stored_scale[used], scale[used], rtol=1e-6 if suffix == "int8" else 1e-3)
+
+
+@pytest.mark.parametrize(("precision", "largest"), [("int8", 127), ("fp8", 448)])
+def test_steps_are_the_measured_range_over_the_largest_value(
+    precision: str, largest: float, hand_made: Bundle, ranges: dict[str, float], tmp_path: Path
+) -> None:
+    chunk = hand_made.manifest.chunk(80)
+    path, _ = write_typed(hand_made, chunk, precision, ranges, tmp_path, "test")
+    found = stored(path)
+    for name, value in ranges.items():
+        assert found[f"{name}:step"].dtype == np.float16
+        assert float(found[f"{name}:step"]) == pytest.approx(value / largest, rel=1e-3)
+        assert not found[f"{name}:zero"].astype(np.float32).any()
+        assert found[f"{name}:zeros"].shape == found[f"{name}:scale"].shape == (found[f"{name}:values"].shape[1],)
+        assert not found[f"{name}:zeros"].astype(np.float32).any()
+    if precision == "fp8":
+        values = found[f"{ROUNDED}:values"].astype(np.float32)
+        assert values[:4, 3].tolist() == [448, -448, 16, 2**-9]  # E4M3: ties to even, and the smallest number
+        assert np.isfinite(values).all() and np.abs(values).max() == 448
+        assert float(found[f"{ROUNDED}:scale"][3]) == 1
+
+
+def test_int8_products_on_a_cpu_equal_integer_arithmetic(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Inputs and outputs of one layer, compared with NumPy: inputs have a scale per frame and the zero point 128."""
+    chunk = demo_bundle.manifest.chunk(560)
+    path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "test")
+    model, found = onnx.load(path, load_external_data=False), stored(path)
+    name = "encoder.layers.1.feed_forward1.linear2.weight"
+    product = next(n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat" and n.input[1] == f"{name}:int8")
+    y = product.output[0].removesuffix(":product")
+    (x,) = (n.input[0] for n in model.graph.node if n.op_type == "Abs" and n.output[0] == f"{y}:magnitude")
+    for value in (x, f"{y}:x8", y):
+        model.graph.output.append(onnx.ValueInfoProto(name=value))
+    encoder = session(model.SerializeToString(), tmp_path)
+    frames = chunk.frames
+    rng = np.random.default_rng(0)
+    inputs: dict[str, np.ndarray] = {}
+    for value in encoder.get_inputs():
+        shape = [2 if axis == "B" else axis for axis in value.shape]
+        if value.type == "tensor(float)":
+            inputs[value.name] = rng.standard_normal(shape).astype(np.float32)
+    inputs |= {"position": np.array([70, 700]), "valid": np.full(2, 9 + 8 * frames)}
+    got_x, got_x8, got_y = encoder.run([x, f"{y}:x8", y], inputs)
+    unit = np.maximum(np.abs(got_x).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-9))
+    quantised = np.clip(np.rint(got_x / unit), -128, 127)
+    assert got_x8.dtype == np.uint8
+    # The division may be rounded differently at a boundary between two steps.
+    assert np.abs(got_x8.astype(int) - 128 - quantised).max() <= 1
+    assert (got_x8.astype(int) - 128 == quantised).mean() > 0.999
+    assert np.abs(got_x8.astype(int) - 128).max(axis=-1).min() == 127
+    exact = (got_x8.astype(np.int64) - 128) @ found[f"{name}:int8"].astype(np.int64)
+    np.testing.assert_allclose(got_y, exact * found[f"{name}:scale"] * unit, rtol=1e-5, atol=1e-6)
+
+
+def test_silence_is_quantised_on_a_cpu(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Frames of zeros are divided by the smallest scale: the output is finite."""
+    chunk = demo_bundle.manifest.chunk(80)
+    path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "test")
+    model = onnx.load(path, load_external_data=False)
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name.startswith("int8/")}
+    assert {name: array.tolist() for name, array in constants.items()} == {
+        "int8/share": pytest.approx(1 / 127),
+        "int8/min_scale": pytest.approx(1e-9),
+        "int8/one": 1,
+        "int8/middle": 128,
+        "int8/zero": 0,
+        "int8/last": [-1],
+    }
+    encoder = session(path, tmp_path)
+    inputs = {
+        value.name: np.zeros([1 if axis == "B" else axis for axis in value.shape], np.float32)
+        for value in encoder.get_inputs()
+        if value.type == "tensor(float)"
+    }
+    for output in encoder.run(None, inputs | {"position": np.array([0]), "valid": np.array([17])}):
+        assert np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_sums_that_need_a_wide_range_are_fp32(
+    precision: str, demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
+) -> None:
+    """All sums on the residual path, and both sums of attention scores, whose terms may be large and cancel."""
+    path, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(160), precision, ranges, tmp_path, "test")
+    model = onnx.load(path, load_external_data=False)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
+    types |= {t.name: t.data_type for t in inferred.initializer}
+    sources = {output: node for node in model.graph.node for output in node.output}
+
+    def sums(value: str) -> list[str]:
+        """Return the sums that a value consists of, through casts."""
+        node = sources.get(value)
+        if node is None or node.op_type not in ("Add", "Cast"):
+            return []
+        inner = [output for name in node.input for output in sums(name)]
+        return [*inner, node.output[0]] if node.op_type == "Add" else inner
+
+    layers = demo_bundle.manifest.encoder.layers
+    scores = [sums(node.input[0]) for node in model.graph.node if node.op_type == "Softmax"]
+    assert [len(found) for found in scores] == [2] * layers
+    residual = [sums(node.input[0]) for node in model.graph.node if node.op_type == "LayerNormalization"]
+    assert max(len(found) for found in residual) >= 3
+    wide = {name for found in (*scores, *residual) for name in found}
+    # Biases of linear layers are added before the residual path begins, in 16 bit.
+    biases = {name for name in wide if any(".bias" in value for value in sources[name].input)}
+    first = {name for name in biases if any("pre_encode.out.bias" in value for value in sources[name].input)}
+    assert {types[name] for name in wide - biases | first} == {TensorProto.FLOAT}
+    for name in wide - biases:
+        assert {types[value] for value in sources[name].input} == {TensorProto.FLOAT}, name
+    masks = [
+        node for node in model.graph.node if node.op_type == "Where" or types.get(node.input[0]) == TensorProto.BOOL
+    ]
+    masks = [node for node in masks if types[node.output[0]] not in (TensorProto.BOOL, TensorProto.INT64)]
+    assert {node.op_type for node in masks} == {"Where", "Cast"}
+    assert {types[node.output[0]] for node in masks} == {TensorProto.FLOAT}
+    # A value is cast once to each type, however many nodes read it.
+    casts = [(node.input[0], node.attribute[0].i) for node in model.graph.node if node.op_type == "Cast"]
+    assert len(set(casts)) == len(casts)
+
+
+def test_weights_of_an_engine_are_aligned_and_complete(
+    demo_bundle: Bundle, ranges: dict[str, float], tmp_path: Path
+) -> None:
+    """Every external tensor begins at a multiple of 64 bytes, overlaps no other, and the file ends after the last."""
+    bundle = Bundle(tmp_path / "bundle", demo_bundle.manifest)
+    shutil.copytree(demo_bundle.path, bundle.path)
+    model = onnx.load(bundle.file("encoder-80ms"), load_external_data=False)
+    # The first weight has an odd size in every precision; that of all others is a multiple of 64 bytes.
+    odd = np.arange(1, 132, dtype=np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(odd, "odd"))
+    model.graph.node.insert(0, helper.make_node("Add", ["odd", "odd"], ["twice"], name="twice"))
+    model.graph.output.append(helper.make_tensor_value_info("twice", TensorProto.FLOAT, [131]))
+    bundle.file("encoder-80ms").write_bytes(model.SerializeToString())
+    for precision in ("fp32", "fp16", "int8"):
+        path, weights = write_typed(bundle, bundle.manifest.chunk(80), precision, ranges, tmp_path, precision)
+        end = 0
+        graph, arrays = onnx.load(path, load_external_data=False).graph, stored(path)
+        kind = "float32" if precision == "fp32" else "float16"
+        assert arrays[f"odd:{kind}"].tolist() == odd.tolist()
+        external = []
+        for tensor in graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                assert entries["location"] == weights.name
+                assert int(entries["length"]) == arrays[tensor.name].nbytes > 256
+                external.append((int(entries["offset"]), int(entries["length"])))
+        for offset, length in sorted(external):
+            assert offset % 64 == 0 and 0 <= offset - end < 64
+            end = offset + length
+        assert end == weights.stat().st_size and len(external) > 50
+        # Each name once, and none that no node reads.
+        names = [tensor.name for tensor in graph.initializer]
+        assert len(set(names)) == len(names)
+        assert set(names) <= {name for node in graph.node for name in node.input}
+        original = weights_of(bundle, bundle.manifest.chunk(80))
+        for name in ("encoder.layers.0.norm_out.weight", "joint.enc.bias"):
+            np.testing.assert_array_equal(
+                next(array for key, array in arrays.items() if key.startswith(f"{name}:")),
+                original[name].astype(next(key for key in arrays if key.startswith(f"{name}:")).rpartition(":")[2]),
+            )

@@ -6,6 +6,7 @@ import itertools
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import tensorrt_rtx as trt
 from prompted import LANGUAGES
 
 from nemostream.bundle import Bundle
+from nemostream.engine import tensorrt
 from nemostream.engine.calibration import measure_ranges
 from nemostream.engine.precision import CACHE_DTYPES, quantisable, read_encoder, write_typed
 from nemostream.engine.tensorrt import TensorRT, architectures, profiles
@@ -35,12 +37,23 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     settings: list[dict[str, Any]] = []
 
     class Builder(trt.Builder):
+        def __init__(self, log: Any) -> None:
+            super().__init__(log)
+            self.profiles: list[Any] = []
+
+        def create_optimization_profile(self) -> Any:
+            self.profiles.append(super().create_optimization_profile())
+            return self.profiles[-1]
+
         def build_serialized_network(self, network: Any, config: Any) -> Any:
             settings.append(
                 {
                     "user_allocation": config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION),
                     "capability": config.get_compute_capability(0),
                     "profiles": config.num_optimization_profiles,
+                    "auxiliary_streams": config.max_aux_streams,
+                    "strongly_typed": network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
+                    "batches": [[shape[0] for shape in profile.get_shape("mel")] for profile in self.profiles],
                     "inputs": {
                         tensor.name: (tuple(tensor.shape), tensor.dtype)
                         for tensor in map(network.get_input, range(network.num_inputs))
@@ -88,7 +101,14 @@ def test_builds(
     (network,) = networks
     inputs = {tensor.name for tensor in demo_bundle.graph(f"encoder-{ms}ms").inputs}
     assert network.pop("inputs").keys() == inputs
-    assert network == {"user_allocation": True, "capability": trt.ComputeCapability.SM89, "profiles": 1}
+    assert network == {
+        "user_allocation": True,
+        "capability": trt.ComputeCapability.SM89,
+        "profiles": 1,
+        "auxiliary_streams": 0,  # the backend captures the engine into its own graph
+        "strongly_typed": True,
+        "batches": [[1, 1, 4]],
+    }
     assert len(engine) > weights.stat().st_size // 2  # it contains the weights
     assert progress and all(0 <= share <= 1 for _, share in progress)
 
@@ -98,7 +118,9 @@ def test_builds_several_profiles(
 ) -> None:
     graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
     assert library.build(graph, 9)
-    assert [(network["profiles"], network["user_allocation"]) for network in networks] == [(2, True)]
+    (network,) = networks
+    assert (network["profiles"], network["user_allocation"]) == (2, True)
+    assert network["batches"] == [[1, 1, 8], [9, 9, 9]], "the smallest batch, that to optimise for, and the largest"
 
 
 FAST_BUILDS = {("sm80", "fp16"), ("sm86", "bf16"), ("sm89", "fp8"), ("sm120", "int8")}
@@ -184,6 +206,69 @@ def test_errors_of_the_library(library: TensorRT, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(trt, "Builder", no_builder)
     with pytest.raises(BackendError, match=r"cannot build test.onnx: pybind11.*nullptr; driver too old"):
         library.build(tmp_path / "test.onnx", 4)
+
+
+def test_failing_calls_of_the_builder(library: TensorRT, demo_bundle: Bundle, tmp_path: Path, monkeypatch: Any) -> None:
+    """Errors have at most three messages of the library, and no warnings."""
+    graph, _ = write_typed(demo_bundle, demo_bundle.manifest.chunk(80), "fp16", None, tmp_path, "test")
+    results: dict[str, Any] = {}
+
+    class Config:
+        """A configuration some of whose calls fail."""
+
+        def __init__(self, config: Any) -> None:
+            self.__dict__["config"] = config
+
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *_: results[name]) if name in results else getattr(self.config, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self.config, name, value)
+
+    class Builder(trt.Builder):
+        def __init__(self, log: Any) -> None:
+            super().__init__(log)
+            self.log = log
+
+        def create_builder_config(self) -> Any:
+            return Config(super().create_builder_config())
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            for severity, message in (
+                (trt.ILogger.WARNING, "a warning"),
+                (trt.ILogger.INTERNAL_ERROR, "first"),
+                (trt.ILogger.INFO, "information"),
+                *((trt.ILogger.ERROR, message) for message in ("second", "third", "fourth")),
+            ):
+                self.log.log(severity, message)
+            return None
+
+    monkeypatch.setattr(trt, "Builder", Builder)
+    name = f"{library.name} {library.version}"
+    for call, result, message in (
+        ("set_compute_capability", False, f"{name} rejects sm89: no reason given"),
+        ("add_optimization_profile", -1, f"{name} rejects the profile for batches of 1 to 8 of test.onnx: no reason"),
+        (None, None, f"{name} cannot build test.onnx: first; second; third$"),
+    ):
+        results.clear()
+        results.update({call: result} if call else {})
+        with pytest.raises(BackendError, match=message):
+            library.build(graph, 9)
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of each phase, at most ten times per second."""
+    clock, reported = [1000.0], list[tuple[str, float]]()
+    monkeypatch.setattr(tensorrt, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monitor = tensorrt._monitor(trt, lambda phase, share: reported.append((phase, share)))
+    monitor.phase_start("outer", None, 4)
+    monitor.phase_start("inner", "outer", 0)
+    for phase, step, seconds in (("outer", 1, 0.0), ("inner", 0, 0.09), ("outer", 3, 0.02), ("inner", 1, 0.2)):
+        clock[0] += seconds
+        assert monitor.step_complete(phase, step), "the build continues"
+    monitor.phase_finish("inner")
+    monitor.phase_finish("inner")
+    assert reported == [("outer", 0.25), ("outer", 0.75), ("inner", 1.0)]
 
 
 def test_timing_cache(library: TensorRT, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,12 +106,20 @@ def transformers_factory() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def transformers_folder(transformers_factory: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def transformers_folder(transformers_factory: Callable[..., Path], shared_folder: Callable[..., Path]) -> Path:
     """A model of one language."""
-    return transformers_factory(tmp_path_factory.mktemp("transformers") / "tiny", prompted=False)
+
+    def make(folder: Path) -> None:
+        transformers_factory(folder / "tiny", prompted=False)
+
+    return shared_folder("transformers", make) / "tiny"
 
 
 @pytest.fixture(scope="session")
-def prompted_folder(transformers_factory: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompted_folder(transformers_factory: Callable[..., Path], shared_folder: Callable[..., Path]) -> Path:
     """A prompted model."""
-    return transformers_factory(tmp_path_factory.mktemp("transformers") / "prompted", prompted=True)
+
+    def make(folder: Path) -> None:
+        transformers_factory(folder / "prompted", prompted=True)
+
+    return shared_folder("transformers-prompted", make) / "prompted"

@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 import tarfile
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_only_weights_and_tokenizer_are_copied(tmp_path: Path, mode: str) -> Non
         entry("./model_weights.ckpt", b"1"),
         entry("./sparse", b"1", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}),
     ],
-    ids=lambda evil: evil[0].name,
+    ids=lambda evil: evil[0].name.replace("\\", "|"),  # pytest escapes a backslash again in a second collection
 )
 def test_members_that_nemo_never_writes_are_rejected(tmp_path: Path, evil: tuple[tarfile.TarInfo, bytes]) -> None:
     path = archive(tmp_path / "evil.nemo", [*members(), evil], format=tarfile.PAX_FORMAT)
@@ -158,6 +159,12 @@ def test_sizes_are_limited_before_the_content_is_read(tmp_path: Path, monkeypatc
     for path in (truncated, archive(tmp_path / "tokenizer.nemo", members())):
         with pytest.raises(CheckpointError, match=path.name):
             checkpoint.open_checkpoint(path, tmp_path / f"out-{path.name}")
+
+
+def test_empty_headers_and_files_are_read(tmp_path: Path) -> None:
+    parts = [entry("x", type=tarfile.XHDTYPE), *members(), entry("./empty.txt")]
+    found = checkpoint.open_checkpoint(archive(tmp_path / "any.nemo", parts), tmp_path / "out")
+    assert found.name == "any" and found.tokenizer.read_bytes() == b"pieces"
 
 
 BILLION_LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
@@ -274,6 +281,109 @@ def test_invalid_weights_are_rejected_and_run_no_code(tmp_path: Path) -> None:
             checkpoint.open_checkpoint(path, tmp_path / f"out-{index}")
         assert "\n" not in str(caught.value)
     assert not proof.exists()
+
+
+def test_the_tokenizer_that_the_configuration_names(tmp_path: Path) -> None:
+    """By its file name without `nemo:`; without a name, the first that ends with tokenizer.model."""
+    more = [
+        entry("./a/other_tokenizer.model", b"other"),
+        entry("./special.spm", b"special"),
+        entry("./b/special.spm", b"x"),
+    ]
+
+    def found(model_path: Any) -> bytes:
+        config = CONFIG | {"tokenizer": {"type": "bpe"} | ({} if model_path is None else {"model_path": model_path})}
+        parts = [*more, *members(**{"model_config.yaml": yaml.safe_dump(config).encode()})]
+        path = archive(tmp_path / "any.nemo", parts)
+        with tempfile.TemporaryDirectory(dir=tmp_path) as out:
+            return bytes(checkpoint.open_checkpoint(path, Path(out)).tokenizer.read_bytes())
+
+    assert found(None) == b"other"
+    assert found("nemo:0123_tokenizer.model") == found("0123_tokenizer.model") == b"pieces"
+    assert found("nemo:special.spm") == b"special", "the first of two"
+    with pytest.raises(CheckpointError, match=r"not contain its SentencePiece model \(tokenizer.model_path: 'gone'\)"):
+        found("nemo:gone")
+    with pytest.raises(
+        CheckpointError, match=r"^not supported: tokenizer.model_path is 5; nemostream supports the name"
+    ):
+        found(5)
+
+
+def test_files_that_are_missing_in_an_archive(tmp_path: Path) -> None:
+    parts = {member.name: (member, content) for member, content in members()}
+    for name, message in (
+        ("./model_config.yaml", "is not a .nemo checkpoint: it contains no model_config.yaml"),
+        ("./model_weights.ckpt", "contains no model_weights.ckpt; sharded or distributed checkpoints"),
+        ("./0123_tokenizer.model", "does not contain its SentencePiece model"),
+    ):
+        path = archive(tmp_path / "any.nemo", [part for key, part in parts.items() if key != name])
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            checkpoint.open_checkpoint(path, tmp_path / f"out-{len(name)}")
+    path = archive(tmp_path / "a\nb.nemo", members())
+    with pytest.raises(CheckpointError, match="has unprintable characters; rename the checkpoint"):
+        checkpoint.open_checkpoint(path, tmp_path / "out")
+
+
+def test_limits_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of members, and the size of each kind of file, at the limit and one above it."""
+    good = archive(tmp_path / "good.nemo", members())
+    sizes = {member.name: member.size for member, _ in members()}
+    for limit, value, message in (
+        ("_MAX_MEMBERS", len(sizes), "it has more than 2 members"),
+        ("_MAX_CONFIG_BYTES", sizes["./model_config.yaml"], "model_config.yaml' has .* bytes; at most"),
+        ("MAX_TOKENIZER_BYTES", sizes["./0123_tokenizer.model"], "0123_tokenizer.model' has 6 bytes; at most 5"),
+        ("_MAX_WEIGHTS_BYTES", sizes["./model_weights.ckpt"], "model_weights.ckpt' has .* bytes; at most"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, limit, value)
+            checkpoint.open_checkpoint(good, tmp_path / f"{limit}-good")
+            patch.setattr(checkpoint, limit, value - 1)
+            with pytest.raises(CheckpointError, match=message):
+                checkpoint.open_checkpoint(good, tmp_path / limit)
+
+
+def test_limits_of_a_configuration(tmp_path: Path) -> None:
+    """Aliases, depth and the number of values, at the limit and above it."""
+
+    def read(text: str) -> Any:
+        return checkpoint.read_config(archive(tmp_path / "any.nemo", members(**{"model_config.yaml": text.encode()})))
+
+    for aliases, accepted in ((100, True), (101, False)):
+        text = "a: &x 1\nb: [" + ", ".join(["*x"] * aliases) + "]\n"
+        if accepted:
+            assert read(text) == {"a": 1, "b": [1] * aliases}
+        else:
+            with pytest.raises(CheckpointError, match="it has more than 100 aliases"):
+                read(text)
+    for depth, accepted in ((48, True), (49, False)):  # a mapping, lists, and a number
+        text = "a: " + "[" * depth + "1" + "]" * depth
+        if accepted:
+            assert str(read(text)["a"]) == "[" * depth + "1" + "]" * depth
+        else:
+            with pytest.raises(CheckpointError, match="it is nested more than 50 deep"):
+                read(text)
+    # 50 aliases of 50 aliases of n values are 2551 n + 2604 values.
+    fifty = [", ".join([f"*{name}"] * 50) for name in "xy"]
+    for values, accepted in ((390, True), (391, False)):
+        text = f"a: &x [{', '.join(['1'] * values)}]\nb: &y [{fifty[0]}]\nc: [{fifty[1]}]\n"
+        if accepted:
+            assert len(read(text)["c"]) == 50
+        else:
+            with pytest.raises(CheckpointError, match="it has more than 1000000 values"):
+                read(text)
+
+
+def test_compressed_archives_are_limited_by_their_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contents of 64 MiB are always allowed, more only up to 200 times the size of the archive."""
+    parts = members(**{"vocab.txt": bytes(2**20)})
+    path = archive(tmp_path / "zeros.nemo", parts, "w:gz")
+    checkpoint.open_checkpoint(path, tmp_path / "out")
+    monkeypatch.setattr(checkpoint, "_MIN_CONTENT_LIMIT", 2**20)
+    monkeypatch.setattr(checkpoint, "_MAX_RATIO", 1.2 * 2**20 / path.stat().st_size)
+    checkpoint.open_checkpoint(path, tmp_path / "ratio")
+    monkeypatch.setattr(checkpoint, "_MAX_RATIO", 1)
+    with pytest.raises(CheckpointError, match=r"more than the archive contains|larger than the limit"):
+        checkpoint.open_checkpoint(path, tmp_path / "rejected")
 
 
 PROMPTED = CONFIG | {

@@ -131,6 +131,75 @@ def test_a_minimal_model(tmp_path: Path) -> None:
     assert model.decode([3, 1, 2]) == "abab"
 
 
+@pytest.mark.parametrize("charsmap", ["", "AAEC"])
+def test_every_field_of_a_model(charsmap: str, tmp_path: Path) -> None:
+    """protobuf reads the file. Ids of -1 are stated, because SentencePiece has beginning and end by default."""
+    protocol = pytest.importorskip("transformers.utils.sentencepiece_model_pb2_new", exc_type=ImportError)
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap} if charsmap else None
+    (tmp_path / "t.json").write_text(json.dumps({"model": MODEL, "added_tokens": ADDED, "normalizer": normalizer}))
+    convert_tokenizer(tmp_path / "t.json", tmp_path / "t.model", 4)
+    found = protocol.ModelProto.FromString((tmp_path / "t.model").read_bytes())
+    kinds = protocol.ModelProto.SentencePiece.Type
+    assert [(piece.piece, piece.score, piece.type) for piece in found.pieces] == [
+        ("<unk>", -1, kinds.UNKNOWN),
+        ("a", -2, kinds.NORMAL),
+        ("b", -3, kinds.NORMAL),
+        ("ab", 0, kinds.NORMAL),
+    ]
+    assert found.trainer_spec == protocol.TrainerSpec(
+        model_type=protocol.TrainerSpec.ModelType.BPE,
+        vocab_size=4,
+        byte_fallback=False,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_piece="<unk>",
+    )
+    assert found.normalizer_spec == protocol.NormalizerSpec(
+        name="nmt_nfkc" if charsmap else "identity",
+        precompiled_charsmap=bytes([0, 1, 2] if charsmap else []),
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=True,
+        escape_whitespaces=True,
+    )
+
+
+def converted(tmp_path: Path, document: Any, size: int) -> sentencepiece.SentencePieceProcessor:
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    convert_tokenizer(tmp_path / "t.json", tmp_path / "t.model", size)
+    return sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+
+
+def test_scores_follow_the_order_of_merges(tmp_path: Path) -> None:
+    """The first merge has the highest score; tokens that no merge makes have lower ones, in the order of their ids."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5, "abc": 6, "x": 7}
+    merges = ["b c", ["a", "b"], "a bc", "ab c"]  # the last makes a token again
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "unk_token": "<unk>"}
+    found = converted(tmp_path, {"model": model}, 8)
+    assert [found.get_score(i) for i in range(8)] == [-3, -4, -5, -6, -1, 0, -2, -7]
+    assert found.encode("abc", out_type=str) != ["ab", "c"]
+    assert found.unk_id() == 0 and found.is_unknown(0)
+
+
+def test_kinds_of_added_tokens(tmp_path: Path) -> None:
+    """Special tokens are control pieces, except tags of languages; others are user-defined; bytes need all 256."""
+    texts = ["<unk>", "a", "<en-US>", "<EOU>", "<ctl>", "<eng-US>", "<en-USA>", "<0x41>"]
+    model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(texts)}, "merges": [], "unk_token": "<unk>"}
+    special = {"<en-US>": True, "<EOU>": False, "<ctl>": True, "<eng-US>": True, "<en-USA>": True}
+    added = [{"id": texts.index(text), "content": text, "special": kind} for text, kind in special.items()]
+    found = converted(tmp_path, {"model": model, "added_tokens": added}, len(texts))
+    assert [texts[i] for i in range(len(texts)) if found.is_control(i)] == ["<ctl>", "<en-USA>"]
+    assert not any(found.is_byte(i) for i in range(len(texts)))
+    texts = ["a", "<unk>", *(f"<0x{value:02X}>" for value in range(256))]
+    model = {"type": "Unigram", "vocab": [[t, -float(i)] for i, t in enumerate(texts)], "unk_id": 1}
+    found = converted(tmp_path, {"model": model}, len(texts))
+    assert [found.is_byte(i) for i in range(258)] == [False] * 2 + [True] * 256
+    assert found.unk_id() == 1 and found.decode([2 + 0xC3, 2 + 0xA9]) == "é"
+    assert [found.get_score(i) for i in (0, 2, 257)] == [0, -2, -257]
+    assert [found.encode("é")[-2:]] == [[2 + 0xC3, 2 + 0xA9]]
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
@@ -145,7 +214,8 @@ def test_a_minimal_model(tmp_path: Path) -> None:
         ({"model": MODEL | {"merges": [5]}}, "not a pair of tokens"),
         ({"model": MODEL | {"unk_token": None}}, "no token for unknown text"),
         ({"model": MODEL, "added_tokens": [{"id": 1, "content": "x"}]}, "id 1 of another token"),
-        ({"model": MODEL, "added_tokens": 5}, "not a list"),
+        ({"model": MODEL, "added_tokens": 5}, "added_tokens is 5, not a list"),
+        ({"model": MODEL, "added_tokens": [5]}, "added_tokens is 5, not an object"),
         ({"model": MODEL, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "not base64"),
         ({"model": {"type": "Unigram", "vocab": [["a", "b"]]}}, "not a token and its score"),
         ({"model": {"type": "Unigram", "vocab": [["a", 1e300]]}}, "not a float32"),

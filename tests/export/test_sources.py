@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,89 @@ def test_invalid_names(given: str) -> None:
     assert "is not a revision" in message or "is neither a file nor the name of a model" in message
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "offline"),
+    [
+        ("HF_HUB_OFFLINE", "1", True),
+        ("HF_HUB_OFFLINE", "ON", True),
+        ("HF_HUB_OFFLINE", "yes", True),
+        ("HF_HUB_OFFLINE", "true", True),
+        ("HF_HUB_OFFLINE", "0", False),
+        ("TRANSFORMERS_OFFLINE", "1", True),
+        ("TRANSFORMERS_OFFLINE", "", False),
+    ],
+)
+def test_variables_that_forbid_downloads(
+    variable: str, value: str, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the library that downloads, the message states which of both is the reason."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("nemostream.export.sources.find_spec", lambda name: None)
+    message = rejected("a/b")
+    assert ("HF_HUB_OFFLINE is set" in message) == offline == ("installs huggingface_hub" not in message)
+
+
+def test_files_that_are_found_are_listed(tmp_path: Path) -> None:
+    """At most six names, in alphabetical order; hidden files are not listed."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for name in ("h", "g", "f", "e", "d", "c", ".hidden"):
+        (folder / name).touch()
+    assert "it has c, d, e, f, g, h: give" in rejected(folder)
+    (folder / "b").touch()
+    (folder / "a").touch()
+    assert "it has a, b, c, d, e, f and 2 more: give" in rejected(folder)
+    for index in range(11):
+        (folder / f"{index:02}.nemo").touch()
+    assert rejected(folder).endswith("give one of " + ", ".join(f"{index:02}.nemo" for index in range(10)) + ".")
+
+
+def test_each_part_of_a_folder_is_needed(tmp_path: Path) -> None:
+    for names, complete in (
+        (["config.json", "model.safetensors"], True),
+        (["config.json", "model.safetensors.index.json"], True),
+        (["config.json"], False),
+        (["model.safetensors"], False),
+        (["config.json", "model.bin"], False),
+    ):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        if complete:
+            assert found(folder) == found(folder / names[1]) == folder
+        else:
+            assert "has neither a .nemo file nor config.json and model.safetensors" in rejected(folder)
+
+
+def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file, of a folder, and of a folder that is given relative to itself or by a link."""
+    folder = tmp_path / "voice.v2"
+    folder.mkdir()
+    (folder / "english.large.nemo").touch()
+    assert Source("x", folder / "english.large.nemo").name == "english.large"
+    assert Source("x", folder).name == "voice.v2"
+    (tmp_path / "link").symlink_to(folder)
+    assert Source("x", tmp_path / "link").name == "voice.v2"
+    monkeypatch.chdir(folder)
+    assert Source("x", Path(".")).name == "voice.v2"
+    snapshot = tmp_path / "models--some--one--name" / "snapshots" / ("a" * 40)
+    other = tmp_path / "name" / "snapshots" / ("a" * 40)
+    for path, name in ((snapshot, "name"), (other, "a" * 40)):
+        path.mkdir(parents=True)
+        assert Source("x", path).name == name
+    (tmp_path / "a\nb").mkdir()
+    with pytest.raises(CheckpointError, match="has unprintable characters; rename the folder"):
+        Source("x", tmp_path / "a\nb").open(tmp_path)
+
+
+def test_the_origin_of_a_file_without_a_revision(tmp_path: Path) -> None:
+    (tmp_path / "voice.nemo").write_bytes(b"12345")
+    origin = Source("given", tmp_path / "voice.nemo").describe()
+    assert origin == {"source": "given", "sha256": hashlib.sha256(b"12345").hexdigest(), "bytes": 5}
+
+
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +314,8 @@ def test_downloads_with_the_real_client(hub: tuple[str, type[_Hub]], tmp_path: P
         "other": {"weights.bin": b""},
     }
     script = """
-import json, sys
+import json, sys, time
+time.sleep = lambda seconds: None  # between the attempts to reach the server
 from nemostream.errors import CheckpointError
 from nemostream.export.sources import find_source
 results = []
@@ -267,6 +353,83 @@ print(json.dumps(results))
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens
     (again,) = run("a/b")
     assert again[0] == archive[0] and "the cached copy of a/b@main is used" in again[2][0]
+
+
+class _Client(types.ModuleType):
+    """`huggingface_hub` with one repository, `a/b`, whose files are fetched into a folder."""
+
+    def __init__(self, folder: Path, *files: str) -> None:
+        super().__init__("huggingface_hub")
+        self.__spec__ = ModuleSpec(self.__name__, None)
+        self.folder, self.files, self.calls = folder, files, list[tuple[Any, ...]]()
+        self.HfApi = lambda: types.SimpleNamespace(list_repo_files=self.list_repo_files)
+
+    def list_repo_files(self, repository: str, *, revision: str) -> list[str]:
+        if not self.files:
+            raise ConnectionError("no route. Retry")
+        self.calls.append(("list", repository, revision))
+        return list(self.files)
+
+    def hf_hub_download(self, repository: str, file: str, *, revision: str) -> str:
+        self.calls.append(("file", repository, file, revision))
+        return str(self._write(file) / file)
+
+    def snapshot_download(self, repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        self.calls.append(("snapshot", repository, revision, *allow_patterns))
+        return str(self._write(*(file for file in self.files if file in allow_patterns)))
+
+    def _write(self, *files: str) -> Path:
+        for file in files:
+            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / file).touch()
+        return self.folder
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (["README.md", "b.nemo", "config.json", "model.safetensors"], ["b.nemo"]),
+        (["old/a.nemo", "old/b.nemo", "c.nemo"], ["c.nemo"]),
+        (["config.json", "model.safetensors", "x.bin", "a.nemo.md"], ["config.json", "model.safetensors"]),
+        (
+            ["x.py", "tokenizer.json", "model.safetensors.index.json", "model-1.safetensors", "config.json"],
+            ["config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.json"],
+        ),
+        (["b.nemo", "a.nemo"], "a/b@v2 has several .nemo files, a.nemo, b.nemo; download one and give its path."),
+        (["config.json", "x.bin"], "a/b@v2 has neither a .nemo file nor config.json and model.safetensors; it has "),
+        (["model.safetensors", "x.bin"], "it has model.safetensors, x.bin."),
+        (["x/y.nemo"], "it has x/y.nemo."),
+    ],
+)
+def test_the_files_of_a_repository_that_are_fetched(
+    files: list[str], fetched: list[str] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only archive in its first folder; else what the exporter reads of transformers' format."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    client, messages = _Client(tmp_path / "fetched", *files), list[str]()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    if isinstance(fetched, str):
+        assert fetched in rejected("a/b@v2")
+        assert not client.folder.exists()
+        return
+    path = find_source("a/b@v2", messages.append).path
+    what, calls = "", [("list", "a/b", "v2"), ("snapshot", "a/b", "v2", *fetched)]
+    if fetched[0].endswith(".nemo"):
+        what, calls[1] = f"{fetched[0]} of ", ("file", "a/b", fetched[0], "v2")
+    assert client.calls == calls and messages == [f"fetching {what}a/b@v2 from Hugging Face"]
+    assert path == (client.folder / fetched[0] if what else client.folder)
+
+
+def test_the_cache_without_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", _Client(tmp_path))
+    message = rejected("a/b")
+    assert message.startswith("a/b@main cannot be fetched from Hugging Face (ConnectionError: no route); check the ")
+    folder, messages = cached(tmp_path / "home", "a/b", {"b.nemo": b""}), list[str]()
+    assert find_source("a/b", messages.append).path == folder / "snapshots" / COMMITS["main"] / "b.nemo"
+    assert messages == [
+        "Hugging Face cannot be reached (ConnectionError: no route); the cached copy of a/b@main is used"
+    ]
 
 
 def test_without_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

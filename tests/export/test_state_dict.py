@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import zipfile
@@ -70,7 +71,7 @@ def archive(path: Path, content: Any, size: int = 16, **members: bytes) -> Path:
         Pickler(out, protocol=2).dump(content)
         content = out.getvalue()
     with zipfile.ZipFile(path, "w") as file:
-        for name, data in {"data.pkl": content, "data/0": b"\0" * size, **members}.items():
+        for name, data in ({"data.pkl": content, "data/0": b"\0" * size} | members).items():
             file.writestr(f"x/{name}", data)
     return path
 
@@ -99,7 +100,7 @@ INVALID = {
     "missing strides": {"x": tensor(strides=(1,))},
     "a shape of floats": {"x": tensor(shape=(2.0, 2))},
     "no storage": {"x": tensor(storage=5)},
-    "code": {"x": Call(print, "code")},
+    "code": {"x": Call(eval, "print()")},  # not `print` itself, which Ray replaces
     "a class": {"x": Path("x")},
     "bytes": {"x": b"x"},
     "an empty tensor": {"x": tensor(shape=(0, 3))},
@@ -113,6 +114,79 @@ def test_invalid_contents(content: Any, tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(ValueError):
         StateDict(archive(tmp_path / "a", content))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "accepted"),
+    [
+        (0, (4,), (1,), True),
+        (1, (3,), (1,), True),
+        (1, (4,), (1,), False),
+        (3, (), (), True),
+        (4, (), (), False),
+        (0, (2, 2), (1, 2), True),
+        (0, (2, 2), (0, 3), True),
+        (0, (2, 2), (1, 3), False),
+        (0, (2,), (3,), True),
+        (1, (2,), (3,), False),
+        (0, (1,) * 16, (0,) * 16, True),
+        (0, (1,) * 17, (0,) * 17, False),
+        (0, (True,), (1,), False),
+        (False, (2,), (1,), False),
+        (0, [2], [1], False),
+    ],
+)
+def test_tensors_are_inside_their_storage(
+    offset: Any, shape: Any, strides: Any, accepted: bool, tmp_path: Path
+) -> None:
+    """In a storage of the values 0 to 3; NumPy computes the same elements."""
+    path = archive(tmp_path / "a", {"x": tensor(offset, shape, strides)}, **{"data/0": struct.pack("<4f", 0, 1, 2, 3)})
+    if not accepted:
+        with pytest.raises(ValueError):
+            StateDict(path)
+        return
+    found = StateDict(path)["x"]
+    assert found.shape == shape
+    for index in np.ndindex(shape):
+        assert found[index] == offset + sum(i * stride for i, stride in zip(index, strides, strict=True))
+
+
+def test_messages_of_invalid_archives(tmp_path: Path) -> None:
+    for members, message in (
+        ({"data/0": b"\0" * 15}, "the storage '0' has 15 bytes, less than 4 values"),
+        ({"byteorder": b"big"}, "its byte order is b'big'; little is supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StateDict(archive(tmp_path / "a", {"x": tensor()}, **members))
+    assert len(StateDict(archive(tmp_path / "a", {"x": tensor()}, byteorder=b"little"))) == 1
+    for kind, message in ((torch.ComplexFloatStorage, "ComplexFloatStorage', which no state dict needs"),):
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value: Any, kind: Any = kind) -> Any:
+                return ("storage", kind, "0", "cpu", 2) if isinstance(value, Stored) else None
+
+        out = io.BytesIO()
+        Pickler(out, protocol=2).dump({"x": tensor(shape=(2,), strides=(1,))})
+        with pytest.raises(ValueError, match=message):
+            StateDict(archive(tmp_path / "a", out.getvalue()))
+    for identifier, message in (
+        (("other", torch.FloatStorage, "0", "cpu", 4), "something that is not a storage"),
+        (("storage", torch.FloatStorage, "0", "cpu"), "something that is not a storage"),
+        (("storage", torch.FloatStorage, 0, "cpu", 4), "an invalid storage"),
+        (("storage", torch.FloatStorage, "0", "cpu", -4), "an invalid storage"),
+        (("storage", torch.FloatStorage, "0", "cpu", 4.0), "an invalid storage"),
+        (("storage", "Float", "0", "cpu", 4), "the unknown type 'Float'"),
+        (("storage", torch.FloatStorage, "7", "cpu", 4), "it has no member 'data/7'"),
+    ):
+
+        class Other(pickle.Pickler):
+            def persistent_id(self, value: Any, identifier: Any = identifier) -> Any:
+                return identifier if isinstance(value, Stored) else None
+
+        out = io.BytesIO()
+        Other(out, protocol=2).dump({"x": tensor()})
+        with pytest.raises(ValueError, match=message):
+            StateDict(archive(tmp_path / "a", out.getvalue()))
 
 
 def test_invalid_archives(tmp_path: Path) -> None:

@@ -153,11 +153,20 @@ def test_limits_of_documents(prompted_folder: Path, tmp_path: Path) -> None:
         opened(folder, tmp_path)
 
 
-def test_an_index_of_too_many_tensors_is_rejected_before_files_are_read(tmp_path: Path) -> None:
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {str(number): "none.safetensors" for number in range(100_001)}}))
-    with pytest.raises(CheckpointError, match="it has 100001 tensors; at most 100000 are allowed"):
-        SafeTensors(index)
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_the_number_of_tensors_is_limited(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file, and of an index before its files are read; at the limit and above it."""
+    monkeypatch.setattr("nemostream.export.safetensors._MAX_TENSORS", 2)
+    header = {name: entry(4 * position, 4 * position + 4, [1]) for position, name in enumerate(names)}
+    paths = tmp_path / "model.safetensors.index.json", tmp_path / "x.safetensors"
+    paths[0].write_text(json.dumps({"weight_map": dict.fromkeys(names, paths[1].name if names == "ab" else "none")}))
+    paths[1].write_bytes(safetensors({"__metadata__": {"format": "np"}} | header, bytes(4 * len(names))))
+    for path in paths:
+        if names == "ab":
+            assert SafeTensors(path).keys() == {"a", "b"}
+        else:
+            with pytest.raises(CheckpointError, match="it has 3 tensors; at most 2 are allowed"):
+                SafeTensors(path)
 
 
 def test_the_files_that_are_hashed_are_those_that_are_read(transformers_folder: Path, tmp_path: Path) -> None:

@@ -16,15 +16,27 @@ from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig,
 from nemostream.runtime.text.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="session")
-def fake():
-    """The module `fake_backend.py`, which is not on `sys.path` in pytest's importlib mode."""
-    name = "nemostream_tests_fake_backend"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fake_backend.py"))
+def module_at(path: str):
+    """Import a module of the tests, which is not on `sys.path` in pytest's importlib mode."""
+    file = Path(__file__).parent / path
+    name = f"nemostream_tests_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake():
+    """The module `fake_backend.py`."""
+    return module_at("fake_backend.py")
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The module `streaming/reference.py`."""
+    return module_at("streaming/reference.py")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nemostream.bundle import Manifest
-from nemostream.runtime.backends.base import Batch, Emissions, check_state
+from nemostream.runtime.backends.base import Batch, Emissions, check_copy, check_state
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 
 DIGITS = 3
@@ -123,6 +123,14 @@ class FakeBackend:
         check_state(state, self.save(slot))
         self.position[slot], self.checksum[slot] = int(state["position"]), int(state["checksum"])
 
+    def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        self._on_one_thread()
+        check_copy(sources, targets, self.capacity)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            assert self.in_flight[target] == 0, f"slot {target} was overwritten while a step used it"
+            for state in (self.position, self.checksum, self.phrases):
+                state[target] = state[source]
+
     def submit(self, batch: Batch) -> FakeStep:
         self._on_one_thread()
         slots = batch.slots.tolist()
@@ -148,11 +156,9 @@ class FakeBackend:
             failed.append(self.fails(slot, start))
             self.position[slot] = start + batch.chunk.frames
         self.max_in_flight = max(self.max_in_flight, sum(self.in_flight.values()))
-        scores = tuple(-np.arange(len(row), dtype=np.float32) for row in tokens)
-        sum_p_alpha = tuple(1 + np.arange(len(row), dtype=np.float32) for row in tokens)
-        return FakeStep(
-            self, batch, Emissions(tuple(tokens), tuple(frames), scores, sum_p_alpha, np.array(failed, bool))
-        )
+        scores = [-np.arange(len(row), dtype=np.float32) for row in tokens]
+        sum_p_alpha = [1 + np.arange(len(row), dtype=np.float32) for row in tokens]
+        return FakeStep(self, batch, Emissions.of_rows(tokens, frames, scores, sum_p_alpha, failed))
 
     def close(self) -> None:
         self._on_one_thread()

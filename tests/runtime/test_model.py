@@ -16,7 +16,9 @@ import soxr
 
 from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, BackendError, BundleError, CapacityError, OptionError, StreamError
+from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.model import Model
+from nemostream.runtime.streaming import snapshot
 
 TIMEOUT = 20  # seconds after which a hanging test fails
 
@@ -374,3 +376,91 @@ def test_the_models_delay_is_subtracted_from_all_times(bundle, fake):
     for delay in (-1, 5001, 0.1, True):
         with pytest.raises(OptionError, match="delay_ms is"):
             Model(bundle, fake.FakeBackend(bundle.manifest), delay_ms=delay)
+    with Model(bundle, fake.FakeBackend(bundle.manifest), delay_ms=5000) as model:
+        assert {token.time for token in model.transcribe(audio).tokens} == {0.0}
+
+
+# -- options of a model ------------------------------------------------------------------------------------------------
+
+
+def test_the_models_confidence_is_the_default_of_its_streams(bundle, fake):
+    audio, probability = noise(1, 9000), Confidence("max_prob", alpha=1.0)
+    with Model(bundle, fake.FakeBackend(bundle.manifest)) as model:
+        default = model.transcribe(audio)
+        wanted = model.transcribe(audio, confidence=probability)
+        assert default.tokens != wanted.tokens
+    with Model(bundle, fake.FakeBackend(bundle.manifest), confidence=probability) as model:
+        assert model.transcribe(audio) == wanted
+        assert model.transcribe(audio, confidence=Confidence()) == default
+        assert next(event for event in model.listen(audio) if event.kind == "final").tokens == wanted.tokens
+    size = bundle.manifest.decoder.vocabulary + 1
+    for token in wanted.tokens:  # 1 for certainty, 0 for a uniform distribution over the vocabulary and blank
+        assert token.confidence == pytest.approx((size * np.exp(token.score) - 1) / (size - 1))
+
+
+def test_listening_without_a_rule_has_one_utterance(model):
+    audio = np.concatenate([noise(1, 9000), np.full(30_000, 1e-4, np.float32)])
+    assert [event.reason for event in model.listen(audio, endpoint=None) if event.kind == "end"] == ["finish"]
+    with model.stream() as stream:
+        stream.push(audio)
+        assert stream.finish_events()[-1].reason == "finish"
+
+
+def test_callbacks_for_monitoring_are_set_and_removed(model, backend):
+    def fail(batch):
+        raise raised
+
+    raised, steps, failures = RuntimeError("gone"), [], []
+    model.watch(lambda *step: steps.append(step), failures.append)
+    model.transcribe(noise(1, 9000), chunk_ms=1120)
+    assert [(chunk.ms, rows) for chunk, rows, _ in steps] == [(1120, 1)] and failures == []
+    submit, backend.on_submit = backend.on_submit, fail
+    for _ in range(2):
+        with pytest.raises(BackendError, match="gone"):
+            model.transcribe(noise(1, 9000))
+        model.watch(None)
+    assert failures == [raised] and len(steps) == 1
+    backend.on_submit = submit
+    model.transcribe(noise(1, 9000))
+    assert len(steps) == 1
+
+
+def test_the_graph_of_the_voice_activity_detection_is_loaded_once(model, monkeypatch):
+    from nemostream.runtime.audio import vad
+
+    loaded = []
+    monkeypatch.setattr(vad, "Silero", lambda: loaded.append("graph") or object())
+    streams = [model.open_session(16000, 1, vad=vad_) for vad_ in (False, True, True)]
+    assert [stream.has_vad for stream in streams] == [False, True, True] and loaded == ["graph"]
+    for stream in streams:
+        stream.close()
+
+
+def test_a_snapshot_is_kept_on_request(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "SECONDS", 0.0)
+    audio, state = noise(1, 200_000), tmp_path / "state"
+    wanted = model.transcribe(audio)
+    assert model.transcribe(audio, resume=state, keep_state=True) == wanted
+    assert state.exists()
+    assert model.transcribe(audio, resume=str(state), keep_state=True) == wanted and state.exists()
+    assert model.transcribe(audio, resume=state) == wanted and not list(tmp_path.iterdir())
+    with pytest.raises(OptionError, match="resume is 3; it must be the path of a file"):
+        model.transcribe(audio, resume=3)
+
+
+def test_many_recordings_are_started_ahead_of_the_results(model):
+    """The results of twice as many recordings as run at the same time may wait for the first one."""
+    opened = []
+
+    def sources():
+        for number in range(20):
+            opened.append(number)
+            yield noise(number, 300)
+
+    results = model.transcribe_many(sources(), together=3)
+    assert opened == []
+    next(results)
+    assert len(opened) == 6
+    next(results)
+    assert len(opened) == 7
+    assert len(list(results)) == 18 and len(opened) == 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -75,8 +76,13 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def server_process(*arguments: str, **variables: str) -> Iterator[Running]:
-    """Run `nemostream serve` on free ports."""
+    """Run `nemostream serve` on free ports.
+
+    With the environment variable TEST_TRANSPORTS, servers have that many transport processes.
+    """
     command = [sys.executable, "-m", "nemostream", "serve", "--port", "0", "--grpc-port", "0", *arguments]
+    if (count := os.environ.get("TEST_TRANSPORTS")) and "--transports" not in arguments:
+        command += ["--transports", count]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables
     )
@@ -227,7 +233,7 @@ def serve_here() -> Callable[..., Any]:
     return server_here
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_process() -> Callable[..., Any]:
     return server_process
 
@@ -252,3 +258,27 @@ def spoken() -> list[Clip]:
             clips.append(Clip(path, audio.tobytes(), model.transcribe(path).text, len(audio) / rate))
     assert all(clip.text for clip in clips)
     return clips
+
+
+@pytest.fixture(scope="session")
+def fakes() -> Any:
+    """The module `fakes.py`, which is not on `sys.path` in pytest's importlib mode."""
+    name = "nemostream_tests_serving_fakes"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fakes.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def clock(fakes: Any) -> Any:
+    """A clock that the test advances, or its event loop."""
+    return fakes.VirtualClock()
+
+
+@pytest.fixture
+def model(fakes: Any) -> Any:
+    """A model without an engine."""
+    return fakes.FakeModel()

@@ -335,19 +335,11 @@ def test_the_capacity_plan_quotes_the_results() -> None:
     results = ROOT / "benchmarks" / "results"
     serve = json.loads((results / "serve-demo-cpu-2-cores.json").read_text())
     rows = {row["case"]["streams"]: row for row in serve["rows"]}
-    rates = {n: row["values"]["audio_seconds"] / 0.1 / row["values"]["seconds"] for n, row in rows.items()}
     maximum = max(n for n, row in rows.items() if row["values"]["passed"])
     above = min(n for n in rows if n > maximum)
     p99 = {n: f"{rows[n]['figures']['final text']['p99']:.0f} ms" for n in (maximum, above)}
     assert rows[maximum]["case"]["packet_ms"] == 100
-    planned = int(rates[maximum] // 100 * 100)
-    for figure in (
-        f"{rates[maximum]:,.0f} messages a second",
-        f"{maximum} streams, p99 {p99[maximum]}; of {above} streams {p99[above]}",
-        f"plan {planned:,} messages a second",
-        f"**{planned // 10} streams at 100 ms, {planned // 5} at",
-    ):
-        assert figure in page, figure
+    assert f"{maximum} streams, p99 {p99[maximum]}; of {above} streams {p99[above]}" in page
     latency = json.loads((results / "latency-cpu-2-cores.json").read_text())
     case = {"chunk_ms": 560, "batch": 8, "precision": "int8", "backend": "cpu"}
     (step,) = [row for row in latency["rows"] if row["case"] == case]

@@ -153,17 +153,18 @@ def test_idle_timeout_and_maximum_duration(serve_here: Any, spoken: Any) -> None
         wait_until(lambda: free_slots(running) == all_slots(running))
 
 
+@pytest.mark.parametrize("size", [64_000, 2560])  # longer than a second, and short: received with and without a task
 def test_a_client_that_does_not_read_is_disconnected(
-    serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch
+    serve_here: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    listen = server._listen
+    listen = server.listen
 
     def listen_with_small_buffers(settings: Any) -> sockets.socket:
         listening = listen(settings)
         listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 4096)  # accepted sockets inherit it
         return listening
 
-    monkeypatch.setattr(server, "_listen", listen_with_small_buffers)
+    monkeypatch.setattr(server, "listen", listen_with_small_buffers)
     monkeypatch.setattr(connections, "_MAX_UNREAD_BYTES", 1024)
     with serve_here(send_seconds=1, max_streams=4, measure=False) as running:
         healthy = open_stream(running)
@@ -178,11 +179,12 @@ def test_a_client_that_does_not_read_is_disconnected(
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         audio = spoken[0].pcm[:64_000]  # 25 chunks; the text grows, and with it the events
-        frame = bytes([0x82, 0x80 | 126, *len(audio).to_bytes(2, "big"), 0, 0, 0, 0]) + audio
+        parts = [audio[start : start + size] for start in range(0, len(audio), size)]
+        frames = [bytes([0x82, 0x80 | 126, *len(part).to_bytes(2, "big"), 0, 0, 0, 0]) + part for part in parts]
         bare.settimeout(60)
         with pytest.raises(ConnectionError):  # the connection is closed, so that it holds no memory
             while True:
-                bare.sendall(frame)
+                bare.sendall(b"".join(frames))
         wait_until(lambda: running.metric("nemostream_timeouts_total") == 1)
         healthy.send(spoken[0].pcm[HALF:])
         assert finish(healthy) == spoken[0].text
@@ -241,14 +243,13 @@ def test_half_open_sockets(serve_here: Any, spoken: Any, monkeypatch: pytest.Mon
 def test_backpressure_on_a_fast_client(serve_here: Any, spoken: Any) -> None:
     """The server buffers the chunks of a single message per stream; further audio stays with the client."""
     with serve_here(measure=False) as running:
-        backend = running.service.model._scheduler._backend
+        scheduler = running.service.model._scheduler
+        backend = scheduler._backend
         submit, queue_lengths = backend.submit, [0]
 
         def slow_submit(batch: Any) -> Any:
             time.sleep(0.05)
-            queue_lengths.append(
-                max(stream.chunker.queued for stream in running.service.model._scheduler._streams.values())
-            )
+            queue_lengths.append(max(len(stream.items) for stream in list(scheduler._streams.values())))
             return submit(batch)
 
         backend.submit = slow_submit
@@ -287,14 +288,14 @@ def test_an_engine_error_ends_only_the_streams_of_its_step(serve_here: Any, spok
 
             def failing_submit(batch: Any) -> Any:
                 if batch.chunk.ms == 160:
-                    raise RuntimeError("the device is on fire")
+                    raise RuntimeError("the step failed")
                 return submit(batch)
 
             backend.submit = failing_submit
             small.send(spoken[0].pcm[HALF:])
             large.send(spoken[0].pcm[HALF:])
             error = last_event(small)
-            assert error["code"] == "model" and "on fire" in error["message"] and small.close_code == 1011
+            assert error["code"] == "model" and "the step failed" in error["message"] and small.close_code == 1011
             assert finish(large) == spoken[0].text
         assert running.get("/healthz")[0] == 200
         for _ in range(5):  # repeated failures without a successful step
@@ -488,6 +489,72 @@ def test_overload_degrades_and_recovers(serve_here: Any, spoken: Any) -> None:
         again.send(spoken[0].pcm)
         again.send(json.dumps({"type": "finish"}))
         assert {event["chunk_ms"] for event in map(json.loads, again) if "chunk_ms" in event} == {160}
+
+
+def finals_of(socket: ClientConnection, pcm: bytes) -> list[tuple[str, int]]:
+    """Send audio and end the utterance. Return the text and the chunk size of its finals."""
+    socket.send(pcm)
+    socket.send(json.dumps({"type": "commit"}))
+    finals = []
+    while (event := json.loads(socket.recv()))["type"] != "committed":
+        if event["type"] == "final":
+            finals.append((event["text"], event["chunk_ms"]))
+    return finals
+
+
+def test_overload_disables_accurate_lanes(serve_here: Any, spoken: Any) -> None:
+    """And enables them again; the text is always that of the chunk size. New streams have no such lane meanwhile."""
+    texts = {}
+    for ms in (80, 1120):
+        with nemostream.load(chunk_ms=ms) as model:
+            texts[ms] = [model.transcribe(clip.path).text for clip in spoken]
+    pcm, small, large = next(
+        (clip.pcm, *pair) for clip, *pair in zip(spoken, texts[80], texts[1120], strict=True) if pair[0] != pair[1]
+    )
+    with serve_here(measure=False, chunk_ms=80, final_chunk_ms=1120) as running:
+        update_load = manual_load(running)
+
+        def load(latency: float, seconds: int) -> None:
+            done = threading.Event()
+            for _ in range(seconds):
+                running.loop.call_soon_threadsafe(update_load, latency)
+            running.loop.call_soon_threadsafe(done.set)
+            assert done.wait(10)
+
+        socket = open_stream(running, "endpoint_ms=-1")
+        assert finals_of(socket, pcm) == [(large, 1120)]
+        load(1.5, 3)
+        assert finals_of(socket, b"") == [] and finals_of(socket, pcm) == [(small, 80)]
+        new = open_stream(running, "endpoint_ms=-1")
+        assert finals_of(new, pcm) == [(small, 80)]
+        assert running.metric("nemostream_lanes_shed_total") == 2
+        load(0.1, 10)
+        for one in (socket, new):
+            finals_of(one, b"")  # lanes begin with the next utterance
+            assert finals_of(one, pcm) == [(large, 1120)]
+            assert finish(one)
+        assert running.metric("nemostream_lanes_shed_total") == 2
+        assert running.metric("nemostream_final_fallbacks_total") == 0
+
+
+def test_a_final_without_its_accurate_lane_is_counted(serve_here: Any, spoken: Any) -> None:
+    with serve_here(measure=False, chunk_ms=80) as running:
+        scheduler = running.service.model.context.scheduler
+
+        def fail(sources: Any, targets: Any) -> None:
+            raise RuntimeError("the copy failed")
+
+        pcm = spoken[0].pcm + bytes(64000)  # an utterance that ends by silence: a copy completes the accurate lane
+        socket, other = open_stream(running, "final_chunk_ms=1120"), open_stream(running)
+        copy = scheduler.call(lambda backend: backend.copy)
+        scheduler.call(lambda backend: setattr(backend, "copy", fail))
+        assert [chunk_ms for _, chunk_ms in finals_of(socket, pcm)] == [80]
+        assert finals_of(other, pcm) and running.metric("nemostream_final_fallbacks_total") == 1
+        scheduler.call(lambda backend: setattr(backend, "copy", copy))
+        assert [chunk_ms for _, chunk_ms in finals_of(socket, pcm)] == [1120]
+        assert running.metric("nemostream_final_fallbacks_total") == 1
+        assert finish(socket) and finish(other)
+        assert running.metric("nemostream_streams_failed_total") == 0
 
 
 def test_an_overloaded_server_rejects_streams(serve_here: Any) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+import resource
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,6 +35,9 @@ class InverseNormalizer:
         self.spoken = {"es": "veintidós", "de": "zweiundzwanzig", "en": "twenty two", "zh": "二十二"}[lang]
 
     def inverse_normalize(self, text, verbose):
+        while "slow" in text and os.path.exists(__file__ + ".hold-text"):
+            time.sleep(0.02)
+        print("output of the rules")
         return text.replace(self.spoken, "22")
 """
 
@@ -62,18 +69,27 @@ async def loading(log: Path, language: str) -> None:
 
 
 @asynccontextmanager
-async def open_normalizer() -> AsyncIterator[Normalizer]:
+async def open_normalizer(clock: Callable[[], float] = time.monotonic) -> AsyncIterator[Normalizer]:
     """Yield a normalizer. At the end its processes are closed, and awaited while their event loop runs."""
-    normalizer = Normalizer()
+    normalizer = Normalizer(clock)
     try:
         yield normalizer
     finally:
-        processes = [one._process for one in normalizer._processes.values() if one._process]
-        normalizer.close()
-        for process in processes:
-            assert process.stdout is not None
-            await process.wait()
-            await process.stdout.read()
+        await close(normalizer)
+
+
+async def close(normalizer: Normalizer) -> None:
+    """Close a normalizer and await its processes. A process that outlives its event loop fails when it is collected."""
+    processes = [one._process for one in normalizer._processes.values() if one._process]
+    normalizer.close()
+    for process in processes:
+        await end(process)
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    assert process.stdout is not None
+    await process.wait()
+    await process.stdout.read()
 
 
 def final(*parts: tuple[str, str | None], set_language: str = "auto") -> Event:
@@ -130,12 +146,12 @@ def test_languages_without_rules_are_rejected(log: Path) -> None:
     assert not log.exists()
 
 
-def test_rules_that_cannot_be_loaded_lose_no_text(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed load is repeated after some minutes only."""
+def test_rules_that_cannot_be_loaded_lose_no_text(log: Path, clock: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A failed load is repeated after five minutes only, and is logged once."""
 
     async def run() -> None:
         event = final((" tjugotvå", None), set_language="sv-SE")
-        async with open_normalizer() as normalizer:
+        async with open_normalizer(clock) as normalizer:
             for _ in range(2):
                 with pytest.raises(BackendError, match="it exited"):
                     await normalizer.start("sv-SE")
@@ -143,8 +159,14 @@ def test_rules_that_cannot_be_loaded_lose_no_text(log: Path, monkeypatch: pytest
             await normalizer.start("en")
             mixed = final((" tjugotvå", "sv-SE"), (" twenty two", "en-US"))
             assert (await normalizer.rewrite(mixed)).text == "tjugotvå 22"
+            clock.now = 299.9
+            assert await normalizer.rewrite(event) is event
+            with pytest.raises(BackendError, match="it exited"):
+                await normalizer.start("sv-SE")
             assert log.read_text().split() == ["sv", "en"]
-            monkeypatch.setattr(module, "_RETRY_SECONDS", 0.0)
+            errors = [record for record in caplog.records if record.levelname == "ERROR"]
+            assert [(one.language, one.retry_seconds) for one in errors] == [("sv", 300)]  # type: ignore[attr-defined]
+            clock.now = 300
             with pytest.raises(BackendError, match="it exited"):
                 await normalizer.start("sv-SE")
 
@@ -211,29 +233,40 @@ def test_utterances_do_not_wait_for_new_rules(log: Path, language: str, caplog: 
     assert [record.message for record in caplog.records] == ["loading rules of inverse text normalization"]
 
 
-def test_the_number_of_processes_is_limited(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that is idle for the longest time ends, but not one that is in use."""
+def test_the_number_of_processes_is_limited(
+    log: Path, clock: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process that is idle for the longest time, at least a minute, ends, but not one that is in use."""
     monkeypatch.setattr(module, "_MAX_PROCESSES", 2)
 
     async def run() -> None:
         held = hold(log, "es")
         german = final((" zweiundzwanzig", None), set_language="de")
         chinese = final(("二十二", None), set_language="zh")
-        async with open_normalizer() as normalizer, asyncio.timeout(60):
-            await normalizer.start("en")
+        async with open_normalizer(clock) as normalizer, asyncio.timeout(60):
             await normalizer.start("de")
+            clock.now = 5
+            await normalizer.start("en")
+            clock.now = 40
+            assert (await normalizer.rewrite(german)).text == "22"
+            clock.now = 64.9
             with pytest.raises(CapacityError, match="in use for 2 other languages"):
                 await normalizer.start("zh")
-            assert await normalizer.rewrite(chinese) is chinese
-            assert log.read_text().split() == ["en", "de"]
-            monkeypatch.setattr(module, "_IDLE_SECONDS", 0.0)
+            for _ in range(2):
+                assert await normalizer.rewrite(chinese) is chinese
+            skipped = [one.language for one in caplog.records if "skipped" in one.message]  # type: ignore[attr-defined]
+            assert skipped == ["zh"]  # logged once
+            assert log.read_text().split() == ["de", "en"]
+            clock.now = 65
             processes = [normalizer._processes[code]._process for code in ("en", "de")]
             assert processes[0] is not None and processes[1] is not None
             await normalizer.start("zh")
             assert await processes[0].wait() != 0 and processes[1].returncode is None
             assert (await normalizer.rewrite(german)).text == "22"
+            clock.now += 1
             assert (await normalizer.rewrite(chinese)).text == "22"
-            assert log.read_text().split() == ["en", "de", "zh"]
+            assert log.read_text().split() == ["de", "en", "zh"]
+            clock.now += 60
             spanish = asyncio.create_task(normalizer.start("es"))  # German ends
             await loading(log, "es")
             assert await normalizer.rewrite(german) is german  # Chinese ends, and German is loaded again
@@ -246,4 +279,76 @@ def test_the_number_of_processes_is_limited(log: Path, monkeypatch: pytest.Monke
             assert (await normalizer.rewrite(german)).text == "22"
 
     asyncio.run(run())
-    assert log.read_text().split() == ["en", "de", "zh", "es", "de"]
+    assert log.read_text().split() == ["de", "en", "zh", "es", "de"]
+
+
+def test_an_utterance_does_not_receive_the_response_to_another(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled call, a timeout and a process that ends leave the next utterance unaffected."""
+    monkeypatch.setenv("NEMOSTREAM_API_KEYS", "hidden")
+    held = log.with_name("inverse_normalize.py.hold-text")
+    slow, quick = final((" slow twenty two", None), set_language="en"), final((" twenty two", None), set_language="en")
+
+    async def run() -> None:
+        async with open_normalizer() as normalizer, asyncio.timeout(60):
+            await normalizer.start("en")
+            process = normalizer._processes["en"]._process
+            assert process is not None
+            status = Path("/proc", str(process.pid))
+            assert os.getsid(process.pid) == process.pid  # Ctrl-C in the server's terminal does not end it
+            assert b"hidden" not in (status / "environ").read_bytes()
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            limit = 8 << 30 if hard == resource.RLIM_INFINITY else min(8 << 30, hard)
+            (line,) = [one for one in (status / "limits").read_text().splitlines() if "address space" in one]
+            assert line.split()[3] == str(limit)
+            nice = int((status / "stat").read_text().rpartition(")")[2].split()[16])
+            assert nice == min(19, os.nice(0) + 10)
+            held.touch()
+            cancelled = asyncio.create_task(normalizer.rewrite(slow))
+            await asyncio.sleep(0)
+            while not normalizer._processes["en"]._lock.locked():
+                await asyncio.sleep(0.01)
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            held.unlink()
+            assert (await normalizer.rewrite(quick)).text == "22"
+            assert (await normalizer.rewrite(slow)).text == "slow 22"
+            assert log.read_text().split() == ["en"]
+            held.touch()
+            monkeypatch.setattr(module, "_UTTERANCE_SECONDS", 0.2)
+            other = final((" slow twenty two slow", None), set_language="en")
+            assert await normalizer.rewrite(other) is other  # no response in time
+            await end(process)
+            assert process.returncode != 0
+            held.unlink()
+            monkeypatch.setattr(module, "_UTTERANCE_SECONDS", 60.0)
+            assert (await normalizer.rewrite(quick)).text == "22"
+            assert log.read_text().split() == ["en", "en"]
+            await close(normalizer)
+            with pytest.raises(BackendError, match="is closed"):
+                await normalizer.start("de")
+            assert await normalizer.rewrite(quick) is quick
+        assert log.read_text().split() == ["en", "en"]
+
+    asyncio.run(run())
+
+
+def test_an_utterance_may_be_long(log: Path) -> None:
+    async def run() -> str:
+        async with open_normalizer() as normalizer, asyncio.timeout(60):
+            await normalizer.start("en")
+            return (await normalizer.rewrite(final((" word" * 2000 + " twenty two", None), set_language="en"))).text
+
+    assert asyncio.run(run()) == "word " * 2000 + "22"
+
+
+def test_a_process_that_starts_while_the_server_stops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    normalizer, killed = Normalizer(), []
+
+    async def create(*arguments: Any, **options: Any) -> Any:
+        normalizer.close()
+        return SimpleNamespace(returncode=None, kill=lambda: killed.append(arguments[-1]))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    with pytest.raises(BackendError, match="is closed; the server is stopping"):
+        asyncio.run(normalizer.start("en"))
+    assert killed == ["en"]

@@ -38,8 +38,8 @@ from websockets.sync.client import connect
 import nemostream
 from nemostream.errors import NemostreamError, OptionError
 from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.serving import logs, service
 from nemostream.serving import server as server_module
-from nemostream.serving import service
 from nemostream.serving.errors import Draining
 from nemostream.serving.network.access import key_number
 from nemostream.serving.protocols.http import create_app
@@ -93,7 +93,7 @@ def test_measure_option(monkeypatch: pytest.MonkeyPatch, measure: bool) -> None:
     measured: list[int] = []
     steps: dict[int, int] = {}
 
-    def throughput(model: Any, chunk_ms: int, streams: int) -> float:
+    def throughput(model: Any, chunk_ms: int, streams: int, **options: Any) -> float:
         measured.append(chunk_ms)
         return 20.0
 
@@ -138,7 +138,7 @@ def test_max_batch(monkeypatch: pytest.MonkeyPatch, max_batch: int | None, large
     measured: list[int] = []
     backends: list[Any] = []
 
-    def throughput(model: Any, chunk_ms: int, streams: int) -> float:
+    def throughput(model: Any, chunk_ms: int, streams: int, **options: Any) -> float:
         measured.append(streams)
         return 1000.0
 
@@ -156,8 +156,14 @@ def test_max_batch(monkeypatch: pytest.MonkeyPatch, max_batch: int | None, large
     assert measured == [rows] and backend.max_batch == largest
 
 
+@pytest.fixture(scope="module")
+def server_with_key(serve_here: Any) -> Any:
+    with serve_here(api_keys=["k"], measure=False) as running:
+        yield running
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
-def test_head_is_get_without_a_body(path: str, server: Any, serve_here: Any) -> None:
+def test_head_is_get_without_a_body(path: str, server: Any, server_with_key: Any) -> None:
     responses = {}
     for method in ("GET", "HEAD"):
         with sockets.create_connection(("127.0.0.1", server.http)) as socket:
@@ -172,9 +178,8 @@ def test_head_is_get_without_a_body(path: str, server: Any, serve_here: Any) -> 
         )
     assert responses["HEAD"][:2] == responses["GET"][:2] and " 200 " in responses["HEAD"][0]
     assert responses["GET"][2] and not responses["HEAD"][2]
-    with serve_here(api_keys=["k"], measure=False) as running:  # no key is required for the same paths
-        status = httpx.head(running.url + path).status_code
-        assert status == running.get(path)[0] == (401 if path == "/metrics" else 200)
+    status = httpx.head(server_with_key.url + path).status_code  # no key is required for the same paths
+    assert status == server_with_key.get(path)[0] == (401 if path == "/metrics" else 200)
 
 
 def test_models_endpoint_with_openai_client(server: Any) -> None:
@@ -327,7 +332,7 @@ def test_control_characters_are_escaped_in_text_logs() -> None:
     record = logging.makeLogRecord(
         {"msg": "request denied", "path": "/a b\x1b[2J\n00:00:00 info ready", "levelname": "INFO"}
     )
-    line = server_module._TextLines().format(record)
+    line = logs.TextLines().format(record)
     assert line.isprintable() and json.loads(line.partition("path=")[2]) == "/a b\x1b[2J\n00:00:00 info ready"
 
 
@@ -441,6 +446,8 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "step_seconds": "histogram",
         "step_streams": "histogram",
         "latency_seconds": "histogram",
+        "final_fallbacks": "counter",
+        "lanes_shed": "counter",
         "real_time_factor": "gauge",
         "degradation_level": "gauge",
         "requests_denied": "counter",

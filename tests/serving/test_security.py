@@ -34,8 +34,8 @@ from websockets.sync.client import connect
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.serving.network import connections
-from nemostream.serving.network.access import host_allowed, key_number
-from nemostream.serving.settings import Settings, read_settings
+from nemostream.serving.network.access import key_number
+from nemostream.serving.settings import read_settings
 from nemostream.serving.uploads import decoder_process, decoding
 from nemostream.serving.uploads.decoding import DecoderPool
 
@@ -292,9 +292,10 @@ def test_decoders_do_not_inherit_secrets(serve_process: Any, spoken: Any) -> Non
         with bare(running) as client:
             client.sendall(upload_head(len(body)).replace(b"\r\n\r\n", b"\r\nX-Api-Key: hidden-key\r\n\r\n") + body)
             assert b" 200 " in read_response(client)
-        tasks = Path(f"/proc/{running.process.pid}/task").glob("*/children")
-        children = [pid for task in tasks for pid in task.read_text().split()]
-        processes = [Path(f"/proc/{pid}") for pid in children]
+        processes = [Path(f"/proc/{running.process.pid}")]
+        for process in processes:  # grows: descendants too
+            children = [pid for task in process.glob("task/*/children") for pid in task.read_text().split()]
+            processes += [Path(f"/proc/{pid}") for pid in children]
         decoders = [path for path in processes if b"decoder_process" in (path / "cmdline").read_bytes()]
         assert decoders
         assert all(b"hidden" not in (path / "environ").read_bytes() for path in decoders)
@@ -397,7 +398,7 @@ def test_connections_are_limited_by_available_file_descriptors(tmp_path: Path) -
     assert 8 <= int(run.stdout) <= 70
     here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert hard < 4096 or int(here.stdout) == 1024  # the soft limit is raised
+    assert 0 <= hard < 4096 or int(here.stdout) == 1024  # the soft limit is raised
 
 
 def test_connections_per_address_are_limited(serve_here: Any) -> None:
@@ -642,14 +643,14 @@ def test_uploads_wait_while_live_streams_are_delayed(serve_here: Any, spoken: An
         body = form(spoken[0].path.read_bytes(), "a.flac", response_format="text")
         with connect(f"{running.socket}/v1/stream") as live:
             live.recv()
-            running.service._latency_history.append(2.0)
+            running.service.load.history.append(2.0)
             with bare(running) as client:
                 client.sendall(upload_head(len(body)) + body)
                 wait_until(lambda: len(running.service.sessions) == 2)
                 client.settimeout(1)
                 with pytest.raises(TimeoutError):
                     client.recv(100)
-                running.service._latency_history.clear()
+                running.service.load.history.clear()
                 client.settimeout(30)
                 assert spoken[0].text.encode() in read_response(client)
             live.send(json.dumps({"type": "finish"}))
@@ -739,29 +740,6 @@ def test_an_unknown_host_is_denied(serve_here: Any, path: str) -> None:
             )
             assert b" 403 " in read_response(client)
         assert running.metric("nemostream_requests_denied_total") == 2
-
-
-def test_allowed_hosts() -> None:
-    local, public = Settings(), Settings(host="0.0.0.0", hosts=["ASR.example."])
-    for host, allowed_locally, allowed_publicly in (
-        ("localhost", True, True),
-        ("127.0.0.1:8000", True, True),
-        ("[::1]:8000", True, True),
-        ("nemostream:80", True, True),
-        ("192.0.2.7:8000", False, True),
-        ("[2001:db8::1]", False, True),
-        ("asr.example", False, True),
-        ("asr.example.:8000", False, True),
-        ("evil.example", False, False),
-        ("127.0.0.1.evil.example", False, False),
-        ("localhost.evil.example", False, False),
-        ("", False, False),
-        ("[::1", False, False),
-        ("*", True, True),
-    ):
-        assert host_allowed(host, local) is allowed_locally, host
-        assert host_allowed(host, public) is allowed_publicly, host
-    assert host_allowed("anything.example", Settings(hosts=["*"]))
 
 
 @pytest.mark.parametrize("value", ["", ",", "a,,b", " ", "a, "])

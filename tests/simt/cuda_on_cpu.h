@@ -1,9 +1,15 @@
 // Runs CUDA kernels on a CPU: the same source compiled by g++, with one fiber per CUDA thread.
 //
 // This tests the results of the kernels on machines without a GPU. The threads of a block take turns: each runs until
-// it reaches a barrier or a warp operation. Threads and blocks are shuffled from a seed, so that a missing barrier, or
-// blocks that depend on each other's order, cause results that change with the seed. Not covered: speed, memory
-// ordering between warps, and code that only nvcc rejects (other tests compile the same source with NVRTC).
+// it reaches a barrier or a warp operation. A missing barrier, or blocks that depend on each other's order, cause
+// results that change with the order (`simt_order`): 0 is ascending, 1 descending; any other number is the seed of a
+// random schedule. If it is even, the order of threads changes between any two barriers or warp operations, and warps
+// overtake each other; if it is odd, a random warp runs until it waits for the others. Not covered: speed, and code that
+// only nvcc rejects (other tests compile the same source with NVRTC).
+//
+// Shared memory is filled with NaN before each block. Of memory ordering, only the ticket of the last block
+// (`atomicInc`) is checked: the thread must execute a fence of the device between its last barrier and the ticket, so
+// that other blocks see the writes before the ticket, and another one after it.
 //
 // If a thread returns from a kernel while another of its block waits at a barrier, the process is aborted with a
 // message; on a GPU this hangs or is undefined.
@@ -15,6 +21,7 @@
 #include <cstring>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -27,7 +34,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__
-#define __shared__ static
+#define __shared__ static __attribute__((section("simt_shared")))
 #define __constant__ static
 #define __restrict__
 #define __launch_bounds__(...)
@@ -50,6 +57,10 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
+// The first and last byte of all variables in shared memory; null in a source without any.
+extern "C" char __start_simt_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" char __stop_simt_shared[] __attribute__((weak, visibility("hidden")));
+
 namespace simt {
 
 constexpr size_t kStack = 128 << 10;
@@ -66,7 +77,10 @@ struct Thread {
   uint3 index;
   Warp* warp = nullptr;
   int lane = 0;
-  bool started = false, done = false;
+  bool created = false, done = false;
+  bool waits = false;     // at a barrier of the block,
+  unsigned waits_in = 0;  // whose generation was this
+  bool released = false, unacquired = false;  // a fence before the ticket; a ticket without a fence after it
   ucontext_t context;
   jmp_buf where;
   std::vector<char> stack;
@@ -80,6 +94,7 @@ inline int live, waiting;
 inline unsigned generation;
 inline const std::function<void()>* body;
 inline unsigned order_seed = 0;
+inline const char* problem = nullptr;  // the first use that is undefined on a GPU
 inline std::vector<Thread*> pool;
 
 inline void yield() {
@@ -87,13 +102,17 @@ inline void yield() {
 }
 
 inline void barrier() {
+  current->released = false;
   unsigned mine = generation;
   if (++waiting == live) {
     waiting = 0;
     ++generation;
     return;
   }
+  current->waits = true;
+  current->waits_in = mine;
   while (mine == generation) yield();
+  current->waits = false;
 }
 
 inline void warp_barrier() {
@@ -107,7 +126,19 @@ inline void warp_barrier() {
   while (mine == warp->generation) yield();
 }
 
+inline void fence() {
+  current->released = true;
+  current->unacquired = false;
+}
+
+inline void take_ticket() {
+  if (!current->released) problem = "a ticket is taken without a fence before it";
+  current->released = false;
+  current->unacquired = true;
+}
+
 inline void leave() {
+  if (current->unacquired) problem = "a ticket is taken without a fence after it";
   current->done = true;
   --live;
   --current->warp->live;
@@ -118,13 +149,24 @@ inline void leave() {
   }
 }
 
+// The function of every fiber, which is used for one thread of each block: creating a context takes system calls.
 inline void trampoline() {
-  (*body)();
-  leave();
-  _longjmp(scheduler, 1);
+  for (;;) {
+    (*body)();
+    leave();
+    yield();
+  }
 }
 
-inline void run_block(int threads) {
+// Order numbers as `order_seed` demands.
+inline void arrange(std::vector<int>& order, std::mt19937& random) {
+  if (order_seed == 1) std::reverse(order.begin(), order.end());
+  if (order_seed > 1) std::shuffle(order.begin(), order.end(), random);
+}
+
+// `shared` to `shared_end` is the block's shared memory.
+inline void run_block(int threads, char* shared, char* shared_end) {
+  if (shared) std::memset(shared, 0xff, shared_end - shared);
   static std::vector<Warp> warps;
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   while ((int)pool.size() < threads) {
@@ -139,20 +181,36 @@ inline void run_block(int threads) {
     thread.index = {t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y};
     thread.warp = &warps[t / kWarp];
     thread.lane = t % kWarp;
-    thread.started = thread.done = false;
+    thread.done = thread.waits = thread.released = thread.unacquired = false;
     ++thread.warp->live;
     order[t] = t;
   }
   std::mt19937 random(order_seed + 7919 * block_index.x);
-  if (order_seed) std::shuffle(order.begin(), order.end(), random);
+  arrange(order, random);
+  const auto can_run = [threads](int warp) {
+    for (int t = warp * kWarp; t < std::min(threads, (warp + 1) * kWarp); ++t)
+      if (!pool[t]->done && !(pool[t]->waits && pool[t]->waits_in == generation)) return true;
+    return false;
+  };
+  volatile int running = 0;  // warp, if one runs at a time
   while (live) {
+    volatile unsigned resting = 0, step = 1, first = 0;  // bit w of `resting`: warp w does not run in this turn
+    if (order_seed > 1 && order_seed % 2) {
+      while (!can_run(running)) running = random() % warps.size();
+      resting = ~(1u << running);
+    } else if (order_seed > 1) {
+      resting = random(), first = random() % threads;
+      do step = random() % threads;
+      while (std::gcd(unsigned(step), unsigned(threads)) != 1);
+    }
     for (volatile int i = 0; i < threads; i = i + 1) {
-      Thread* thread = pool[order[i]];
-      if (thread->done) continue;
+      const int number = order[(i * step + first) % threads];
+      Thread* thread = pool[number];
+      if (thread->done || resting >> number / kWarp & 1) continue;
       current = thread;
       if (_setjmp(scheduler)) continue;
-      if (thread->started) _longjmp(thread->where, 1);
-      thread->started = true;
+      if (thread->created) _longjmp(thread->where, 1);
+      thread->created = true;
       getcontext(&thread->context);
       thread->context.uc_stack.ss_sp = thread->stack.data();
       thread->context.uc_stack.ss_size = thread->stack.size();
@@ -163,18 +221,19 @@ inline void run_block(int threads) {
   }
 }
 
-inline void run(const unsigned* grid, const unsigned* block, const std::function<void()>& kernel) {
+inline void run(const unsigned* grid, const unsigned* block, const std::function<void()>& kernel, char* shared,
+                char* shared_end) {
   grid_dim = {grid[0], grid[1], grid[2]};
   block_dim = {block[0], block[1], block[2]};
   body = &kernel;
   unsigned blocks = grid[0] * grid[1] * grid[2];
-  std::vector<unsigned> order(blocks);
+  std::vector<int> order(blocks);
   for (unsigned b = 0; b < blocks; ++b) order[b] = b;
   std::mt19937 random(order_seed);
-  if (order_seed) std::shuffle(order.begin(), order.end(), random);
+  arrange(order, random);
   for (unsigned b : order) {
     block_index = {b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]};
-    run_block(block[0] * block[1] * block[2]);
+    run_block(block[0] * block[1] * block[2], shared, shared_end);
   }
 }
 
@@ -206,7 +265,7 @@ T exchange(T value, int from) {
 
 inline void __syncthreads() { simt::barrier(); }
 inline void __syncwarp(unsigned = ~0u) { simt::warp_barrier(); }
-inline void __threadfence() {}
+inline void __threadfence() { simt::fence(); }
 inline void __threadfence_block() {}
 template <class T> T __shfl_sync(unsigned, T value, int lane, int = 32) { return simt::exchange(value, lane); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask, int = 32) {
@@ -239,7 +298,7 @@ template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T atomicAdd(T* p, T v) { T old = *p; *p = old + v; return old; }
 template <class T> T atomicMax(T* p, T v) { T old = *p; *p = std::max(old, v); return old; }
 template <class T> T atomicExch(T* p, T v) { T old = *p; *p = v; return old; }
-inline unsigned atomicInc(unsigned* p, unsigned top) { unsigned old = *p; *p = old >= top ? 0 : old + 1; return old; }
+inline unsigned atomicInc(unsigned* p, unsigned top) { simt::take_ticket(); unsigned old = *p; *p = old >= top ? 0 : old + 1; return old; }
 inline float __int_as_float(int x) { float f; std::memcpy(&f, &x, 4); return f; }
 inline int __float_as_int(float f) { int x; std::memcpy(&x, &f, 4); return x; }
 inline float __uint_as_float(unsigned x) { float f; std::memcpy(&f, &x, 4); return f; }
@@ -291,7 +350,10 @@ inline void simt_mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned
 
 extern "C" inline __attribute__((used)) void simt_order(unsigned seed) { simt::order_seed = seed; }
 
+// Return the first problem since the last call, or null.
+extern "C" inline __attribute__((used)) const char* simt_problem() { return std::exchange(simt::problem, nullptr); }
+
 #define SIMT_ENTRY(name)                                                                          \
   extern "C" __attribute__((used)) void launch_##name(const unsigned* grid, const unsigned* block, void** arguments) { \
-    simt::run(grid, block, [&] { simt::call(name, arguments); });                                 \
+    simt::run(grid, block, [&] { simt::call(name, arguments); }, __start_simt_shared, __stop_simt_shared);             \
   }

@@ -32,16 +32,22 @@ class Unit:
     def __init__(self, library: Path) -> None:
         self.path = library
         self._library = ctypes.CDLL(str(library))
+        self._library.simt_problem.restype = ctypes.c_char_p
 
     def launch(
         self, entry: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], order: int = 0
     ) -> None:
-        """Run a kernel to completion. `order` other than 0 is a seed that shuffles threads and blocks."""
+        """Run a kernel to completion, with the order of threads and blocks of `cuda_on_cpu.h`.
+
+        Raises `AssertionError` for a use of fences that is undefined on a GPU.
+        """
         values = [_as_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         self._library.simt_order(ctypes.c_uint(order))
         function = getattr(self._library, f"launch_{entry}")
         function((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), pointers)
+        problem = self._library.simt_problem()
+        assert problem is None, f"{entry}: {problem.decode()}"
 
 
 def _as_value(argument: Any) -> np.ndarray:

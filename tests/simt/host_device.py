@@ -1,17 +1,20 @@
 """`gpu.device.Device` on the CPU: the kernels run through `cuda_on_cpu.h`, the encoder through ONNX Runtime.
 
-It checks what a GPU does not report: work is queued and runs only when the host waits, a capture runs nothing, a thread
-must make the device current before it calls, and memory that is read or written must have been allocated.
+It checks what a GPU does not report: work is queued and runs only when the host waits for it, a capture runs nothing, a
+thread must make the device current before it calls, and memory that is read or written must have been allocated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,18 @@ from nemostream.errors import BackendError
 from nemostream.runtime.backends.gpu import kernels
 
 Work = Callable[[], None]
+MARGIN = 0xFF  # bytes of it are NaN in every floating-point type
+
+
+def surrounded(size: int) -> tuple[NDArray[np.uint8], tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Return an aligned array of zeros, and the memory before and after it, which is filled with `MARGIN`."""
+    align = kernels.ALIGNMENT
+    raw = np.zeros(size + 3 * align, np.uint8)
+    begin = align + -raw.ctypes.data % align
+    margins = raw[begin - align : begin], raw[begin + size :][:align]
+    for margin in margins:
+        margin[:] = MARGIN
+    return raw[begin : begin + size], margins
 
 
 class HostDevice:
@@ -42,10 +57,14 @@ class HostDevice:
         self.thread = threading.get_ident()
         self.threads: set[int] = set()  # that used the device
         self.arrays: dict[int, NDArray[np.uint8]] = {}
+        self._margins: list[tuple[NDArray[np.uint8], ...]] = []  # around each array
         self.closed = False
         self.launches: list[str] = []  # names of the kernels run
+        self.grids: dict[str, tuple[int, int, int]] = {}  # of the last launch of each
+        self.steps: deque[np.void] = deque(maxlen=1000)  # arguments of the last launches
         self.queued = 0  # number of launches by the host
-        self._queue: list[Work] = []
+        self._queue: deque[Work] = deque()
+        self._finished = 0  # work that has left the queue
         self._capture: list[Work] | None = None
         self._conditions: list[NDArray[np.uint32]] = []
 
@@ -57,9 +76,9 @@ class HostDevice:
 
     def allocate_host(self, size: int) -> NDArray[np.uint8]:
         self._check()
-        raw = np.zeros(size + kernels.ALIGNMENT, np.uint8)
-        array = raw[-raw.ctypes.data % kernels.ALIGNMENT :][:size]
+        array, margins = surrounded(size)
         self.arrays[array.ctypes.data] = array
+        self._margins.append(margins)
         return array
 
     def write(self, address: int, array: NDArray[Any]) -> None:
@@ -144,12 +163,21 @@ class HostDevice:
             self.queued += 1
             self._queue.append(work)
 
-    def drain(self) -> None:
+    @property
+    def end(self) -> int:
+        """The number of pieces of work that have been queued."""
+        return self._finished + len(self._queue)
+
+    def drain(self, end: int | None = None) -> None:
+        """Run what was queued while `self.end` was at most `end`; everything if it is None."""
         self._check()
         assert self._capture is None, "waiting during a capture"
-        queue, self._queue = self._queue, []
-        for work in queue:
+        while self._queue and (end is None or self._finished < end):
+            work = self._queue.popleft()
+            self._finished += 1
             work()
+        written = [margin for pair in self._margins for margin in pair if not (margin == MARGIN).all()]
+        assert not written, "memory outside the arrays was written"
 
     def _check(self) -> None:
         assert not self.closed, "the device was used after close"
@@ -166,11 +194,13 @@ class HostGraph:
 
 
 class HostEvent:
+    """An event for which a wait runs only the work that was queued before it."""
+
     def __init__(self, device: HostDevice) -> None:
-        self.device = device
+        self.device, self.end = device, device.end
 
     def wait(self) -> None:
-        self.device.drain()
+        self.device.drain(self.end)
 
 
 class HostKernels:
@@ -187,9 +217,19 @@ class HostKernels:
 
         def run() -> None:
             self._device.launches.append(entry)
+            self._device.grids[entry] = grid
+            self._device.steps.append(step)
             self._unit.launch(entry, grid, (kernels.BLOCK, 1, 1), [step], self._device.order)
 
         self._device.queue(run)
+
+
+@functools.lru_cache(maxsize=4)
+def open_session(path: Path, modified: int) -> ort.InferenceSession:
+    """Return a session of a graph, shared by all encoders of the file: tests create hundreds of them."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 class OrtEncoder:
@@ -201,10 +241,9 @@ class OrtEncoder:
     cache_dtype = "float32"
 
     def __init__(self, bundle: Bundle, chunk: ChunkConfig, device: Any, capturable: bool = True) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
         graph = f"encoder-{chunk.ms}ms"
-        self._session = ort.InferenceSession(bundle.file(graph), options, providers=["CPUExecutionProvider"])
+        path = bundle.file(graph)
+        self._session = open_session(path, path.stat().st_mtime_ns)
         self._graph, self._device = bundle.manifest.graphs[graph], device
         self.capturable = capturable and isinstance(device, HostDevice)
 

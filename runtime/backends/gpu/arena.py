@@ -30,9 +30,6 @@ from nemostream.runtime.backends.gpu.memory import (
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
-_NO_TOKENS = np.zeros(0, np.int32)
-_NO_FRAMES = np.zeros(0, np.int64)
-_NO_SCORES = np.zeros(0, np.float32)
 
 
 class Arena:
@@ -194,18 +191,19 @@ class Arena:
         out = {name: array[buffer_index] for name, array in self._outputs.arrays.items()}
         failed = out["failed"][rows] != 0
         emitted = out["tokens"][: int(out["token_count"][0])]
-        emitted = emitted[np.argsort(emitted["row"], kind="stable")]
-        counts = np.bincount(emitted["row"], minlength=bucket)
-        ends = np.cumsum(counts)
-        tokens, frames = [_NO_TOKENS] * len(rows), [_NO_FRAMES] * len(rows)
-        scores, sum_p_alpha = [_NO_SCORES] * len(rows), [_NO_SCORES] * len(rows)
-        for index in np.flatnonzero(counts[rows]).tolist():
-            row = rows[index]
-            part = emitted[ends[row] - counts[row] : ends[row]]
-            tokens[index], frames[index] = part["token"].astype(np.int32), part["frame"].astype(np.int64)
-            scores[index] = part["score"].astype(np.float32)
-            sum_p_alpha[index] = part["sum_p_alpha"].astype(np.float32)
-        return Emissions(tuple(tokens), tuple(frames), tuple(scores), tuple(sum_p_alpha), failed)
+        index = np.full(bucket, -1)  # of each row in the batch; idle rows are not in it
+        index[rows] = np.arange(len(rows))
+        index = index[emitted["row"]]
+        order = np.argsort(index, kind="stable")[np.count_nonzero(index < 0) :]
+        emitted = emitted[order]
+        return Emissions(
+            np.bincount(index[order], minlength=len(rows)),
+            emitted["token"].astype(np.int32),
+            emitted["frame"].astype(np.int64),
+            emitted["score"].astype(np.float32),
+            emitted["sum_p_alpha"].astype(np.float32),
+            failed,
+        )
 
     # -- phrases -------------------------------------------------------------------------------------------------------
 
@@ -215,8 +213,9 @@ class Arena:
         Raises `CapacityError` if the pool has no room; the slot then keeps its previous phrases.
         """
         if phrases is not None:
-            image, digest = kernels.automaton(phrases), phrases.digest.tobytes()
+            digest = phrases.digest.tobytes()
             if digest not in self._pool:
+                image = kernels.automaton(phrases)
                 begin = self._find_gap(image.nbytes)
                 self._device.write(int(self.step["phrase_pool"]) + begin, image)
                 self._pool[digest] = (begin, begin + image.nbytes)
@@ -230,6 +229,10 @@ class Arena:
             return -1
         self._phrases[slot] = phrases
         return self._pool[digest][0] // 4
+
+    def copy_phrases(self, source: int, target: int) -> None:
+        """Assign the phrases of one slot to another. Nothing is written: the pool has their automaton."""
+        self.set_phrases(target, self._phrases.get(source))
 
     def _find_gap(self, size: int) -> int:
         """Return the first byte of a free range of the pool. Raises `CapacityError` if there is none."""

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError, OptionError
 from nemostream.plans import missing_engine_error
-from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH, Batch, Emissions, at_least_one
+from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH, Batch, Emissions, at_least_one, check_copy
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.arena import Arena
 from nemostream.runtime.backends.gpu.device import Device, DeviceEvent, OutOfMemory
@@ -171,6 +171,19 @@ class GpuBackend:
         self._finish_host_loops()
         self.arena.load(slot, state)
 
+    def copy(self, sources: Ints, targets: Ints) -> None:
+        check_copy(sources, targets, self.capacity)
+        self._finish_host_loops()
+        for first in range(0, len(sources), kernels.COPY_SLOTS):
+            some = slice(first, first + kernels.COPY_SLOTS)
+            # The slots are in the argument, not in host memory, so that a copy need not wait for the one before it.
+            arguments, count = self.arena.step.copy(), len(sources[some])
+            arguments["sources"][:count], arguments["targets"][:count] = sources[some], targets[some]
+            grid = (count, self.manifest.encoder.layers, kernels.GATHER_BLOCKS)
+            self._kernels.launch("copy", grid, arguments)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self.arena.copy_phrases(source, target)
+
     def submit(self, batch: Batch) -> _PendingStep:
         self.device.make_current()
         captured, rows = self._prepare(batch)
@@ -186,7 +199,6 @@ class GpuBackend:
         self.device.make_current()
         captured, rows = self._prepare(batch)
         _run(captured.stages.values())
-        self.device.record_event().wait()
         self._switch_buffers()
         encoded = np.empty((captured.rows, batch.chunk.frames, self.manifest.decoder.joint), np.float32)
         counts = np.empty(captured.rows, np.int32)

@@ -51,6 +51,7 @@ _DEVICE_LOST = (
     "MISALIGNED_ADDRESS",
     "MPS_CLIENT_TERMINATED",
     "NVLINK_UNCORRECTABLE",
+    "TENSOR_MEMORY_LEAK",
 )
 _MIN_TENSOR_CORES = 80  # first architecture with the matrix instructions of `kernels/tile.cu`
 _CAN_LOAD_FUNCTIONS = 12040  # first driver version with `cuFuncLoad`

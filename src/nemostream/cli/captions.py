@@ -74,7 +74,7 @@ class Captions:
         """Set the seconds of audio processed so far and redraw."""
         self._rows[index].processed = seconds
         if self._started is None:
-            self._started = time.monotonic(), sum(row.processed for row in self._rows)
+            self._started = time.monotonic(), self._processed()
         self._draw()
 
     def clear_text(self, index: int) -> None:
@@ -130,15 +130,16 @@ class Captions:
 
     def _caption_lines(self, row: _Row, width: int) -> list[str]:
         text, stable = _printable(row.text[self._caption_start :]), row.stable - self._caption_start
-        bounds = _wrap(text, width)[-_CAPTION_LINES:]
+        wrapped = _wrap(text, width)
+        bounds = wrapped[-_CAPTION_LINES:]
         lines = []
         for start, end in bounds:
             split = max(start, min(stable, end))
             dim = f"\x1b[2m{text[split:end]}\x1b[22m" if split < end else ""
             # Trailing spaces erase the previous text on every terminal.
             lines.append(text[start:split] + dim + " " * (width - columns(text[start:end])))
-        if bounds:
-            self._caption_start += bounds[0][0]  # drop lines that scrolled off, so that line breaks stay stable
+        # Drop lines that scrolled off, so that line breaks stay the same; not after text that may still change.
+        self._caption_start += max((start for start, _ in wrapped[: 1 - _CAPTION_LINES] if start <= stable), default=0)
         return lines + [" " * width] * (_CAPTION_LINES - len(lines))
 
     def _print_lines(self, row: _Row, all_lines: bool = False) -> None:
@@ -169,6 +170,10 @@ class Captions:
             line = line[:-1]
         return line + " " * (width - columns(line))
 
+    def _processed(self) -> float:
+        """Return the seconds processed of all inputs whose duration is known."""
+        return sum(row.processed for row in self._rows if row.duration)
+
     def _progress(self) -> str:
         """Return the processed share in percent and the estimated time left.
 
@@ -179,7 +184,7 @@ class Captions:
             return ""
         not_started = sum(row.duration is None for row in self._rows)
         total = sum(durations) * (1 + not_started / len(durations))
-        processed = sum(row.processed for row in self._rows if row.duration)
+        processed = self._processed()
         head = f"{100 * processed / total:3.0f} % "
         assert self._started is not None
         start_time, start_processed = self._started

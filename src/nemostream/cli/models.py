@@ -18,6 +18,8 @@ from nemostream.errors import BackendError, OptionError
 from nemostream.extras import install_command
 
 if TYPE_CHECKING:
+    from logging import LogRecord
+
     from nemostream.plans import Plan
 
 
@@ -102,11 +104,14 @@ def _silence_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the error that it raises is shown
     warnings.filterwarnings("ignore")
-    if find_spec("nemo") is None:
-        return
-    from nemo.utils import logging as nemo_logging
+    # NeMo sets the level of its logger when it is imported, which takes seconds and is not needed for every checkpoint.
+    logging.getLogger("nemo_logger").addFilter(_is_error)
 
-    nemo_logging.setLevel(logging.ERROR)
+
+def _is_error(record: LogRecord) -> bool:
+    from logging import ERROR
+
+    return record.levelno >= ERROR
 
 
 def build(

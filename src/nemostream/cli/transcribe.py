@@ -69,6 +69,14 @@ def transcribe(
             rich_help_panel=RECOGNITION,
         ),
     ] = 560,
+    final_chunk_ms: Annotated[
+        int | None,
+        typer.Option(
+            help="Larger chunk size in ms for the text that is written; --chunk-ms is then that of captions and of "
+            "the ends of utterances. Default: --chunk-ms.",
+            rich_help_panel=RECOGNITION,
+        ),
+    ] = None,
     endpoint_ms: Annotated[
         int | None,
         typer.Option(
@@ -197,6 +205,9 @@ def transcribe(
     options = _stream_options(endpoint_ms, decoder, language, phrases, vad)
     # Two slots per parallel file: a failed file may hold its slot until the current step ends.
     capacity = 2 * max(1, min(len(names), MAX_PARALLEL))
+    if final_chunk_ms is not None:
+        options["final_chunk_ms"] = final_chunk_ms
+        capacity = 2 * capacity + 2  # an accurate lane each, and the slots that are reserved for finals
     with ExitStack() as stack:
         inputs = [*names, *[MICROPHONE] * mic]
         output = stack.enter_context(

@@ -72,6 +72,7 @@ def transcribe_files(
     """
     pool = ThreadPoolExecutor(min(len(names), MAX_PARALLEL))
     exit_code, not_started = 0, 0
+    chunk_ms = options.get("final_chunk_ms") or model.chunk_ms
     with suppress_decoder_messages(), Captions(names, live) as captions:
         jobs = [
             _InputJob(
@@ -88,7 +89,7 @@ def transcribe_files(
                     finally:
                         captions.finish(index)
                     with captions.hidden():
-                        code = _write(transcription, job.name, output, model.chunk_ms, resume, len(names))
+                        code = _write(transcription, job.name, output, chunk_ms, resume, len(names))
                 except _NotStarted:
                     not_started += 1
                     continue
@@ -179,7 +180,8 @@ def transcribe_microphone(model: Model, output: Output, options: Options, stop: 
         collector = _EventCollector(output, MICROPHONE, captions, 0)
         collector.run(stream, blocks(), STDIN_RATE, stop_on=KeyboardInterrupt)
         captions.finish(0)
-    output.write(MICROPHONE, collector.finals, collector.duration, model.chunk_ms)
+    chunk_ms = options.get("final_chunk_ms") or model.chunk_ms
+    output.write(MICROPHONE, collector.finals, collector.duration, chunk_ms)
 
 
 class _InputJob:
@@ -357,7 +359,7 @@ class _EventCollector:
                 continue
             prefix = self._caption_prefix
             self._captions.set_text(self._index, prefix + event.text, len(prefix) + len(event.stable))
-            if event.kind == "final":
+            if event.kind == "final" and event.text:  # without text, it only withdraws the partials
                 self.finals.append(event)
                 with self._captions.hidden():
                     written = self._output.write_utterance(self._name, event)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemostream.benchmarks import report
 from nemostream.benchmarks.harness import records, tables
+from nemostream.bundle import Bundle
 from nemostream.errors import OptionError
+
+RESULTS = report.ROOT / "benchmarks" / "results"
 
 
 def test_percentiles_are_samples() -> None:
@@ -74,44 +81,47 @@ def test_other_work_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert records.available_memory() >= 0
     # Two cores are busy for ten seconds; this process and its children use eight seconds of them.
     ticks, clock = os.sysconf("SC_CLK_TCK"), iter([100.0, 110.0])
-    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     busy = iter([1000 * ticks, 1020 * ticks])
     monkeypatch.setattr(records, "_cpu_ticks", lambda: next(busy))
-    mine = iter([(1.0, 0.0, 0.0, 0.0, 0.0), (5.0, 1.0, 2.0, 1.0, 0.0)])
-    monkeypatch.setattr(records.os, "times", lambda: next(mine))
+    mine = iter([(1.0, 0.0, 0.0, 0.0, 3.0), (5.0, 1.0, 2.0, 1.0, 13.0)])  # the last is the time since boot
+    monkeypatch.setattr(records, "os", SimpleNamespace(times=lambda: next(mine), sysconf=os.sysconf))
     assert records.OtherWork().cores() == pytest.approx((20 - 8) / 10)
 
 
 def test_commit_of_own_checkout_only(tmp_path: Path) -> None:
     """The commit is that of a nemostream checkout, also of a package installed in it, not of another project."""
-    for project, folder in (("ours", "benchmarks"), ("theirs", "source")):
+    here = Path(records.__file__).resolve().relative_to(report.ROOT)  # benchmarks/...
+    nested = Path(".venv") / "lib" / "nemostream" / here
+    for project, path in (("ours", here), ("theirs", Path("source") / here.name)):
         top = tmp_path / project
-        (top / folder).mkdir(parents=True)
-        (top / folder / "record.py").write_text("")
-        installed = top / ".venv" / "lib" / "nemostream" / "benchmarks" / "record.py"
-        installed.parent.mkdir(parents=True)
-        installed.write_text("")
+        for file in (top / path, top / nested):
+            file.parent.mkdir(parents=True)
+            file.write_text("")
         git = ["git", "-C", str(top), "-c", "user.name=n", "-c", "user.email=e@x"]
         subprocess.run([*git, "init", "-q"], check=True)
-        subprocess.run([*git, "add", folder], check=True)
+        subprocess.run([*git, "add", path], check=True)
         subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
     head = subprocess.run(
         ["git", "-C", str(tmp_path / "ours"), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    nested = Path(".venv") / "lib" / "nemostream" / "benchmarks" / "record.py"
-    assert records.commit(tmp_path / "ours" / "benchmarks" / "record.py") == head
-    assert records.commit(tmp_path / "ours" / nested) == head
+    assert records.commit(tmp_path / "ours" / here) == records.commit(tmp_path / "ours" / nested) == head
     assert records.commit(tmp_path / "theirs" / nested) is None
-    assert records.commit(tmp_path / "record.py") is None
+    assert records.commit(tmp_path / here.name) is None
+    (tmp_path / "ours" / here).write_text("changed")
+    assert records.commit(tmp_path / "ours" / here) == f"{head}-dirty"
 
 
 def test_tables() -> None:
-    assert [tables.digits(x) for x in (0, 0.01234, 0.5, 1.234, 12.34, 123.4)] == [
+    assert [tables.digits(x) for x in (0, 0.01234, 0.5, 1, 1.234, 10, 12.34, 100, 123.4)] == [
         "0",
         "0.012",
         "0.500",
+        "1.00",
         "1.23",
+        "10.0",
         "12.3",
+        "100",
         "123",
     ]
     assert tables.spread([3.0, 1.0, 2.0]) == "2.00 [1.00–3.00]"
@@ -121,3 +131,132 @@ def test_tables() -> None:
     assert "unreliable" in tables.other_load([0.02, 0.11])
     table = tables.markdown(["a", "b", "c"], [[1, "", 2], [3, "", ""]])
     assert table.splitlines() == ["| a | c |", "| --- | --- |", "| 1 | 2 |", "| 3 |  |"]
+
+
+# -- environment -------------------------------------------------------------------------------------------------------
+
+
+def test_busy_ticks(tmp_path: Path) -> None:
+    """User, nice, system, irq, softirq and steal of all cores; not idle, iowait, and guests, which count as user."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  1 20 300 4000 50000 600000 7000000 80000000 900000000 5\ncpu0 9 9 9 9 9 9 9 9 9 9\n")
+    assert records._cpu_ticks(str(stat)) == 87600321
+    assert records._cpu_ticks(str(tmp_path / "missing")) == 0
+
+
+def test_memory_is_in_bytes(tmp_path: Path) -> None:
+    """The kernel's "kB" are KiB."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       25165824 kB\nMemFree:         3 kB\nMemAvailable:    12582912 kB\nPages: 7\n")
+    assert records._meminfo("MemTotal", str(meminfo)) == 24 << 30
+    assert records._meminfo("MemAvailable", str(meminfo)) == 12 << 30
+    assert records._meminfo("Mem", str(meminfo)) == records._meminfo("MemTotal", str(tmp_path / "missing")) == 0
+
+
+def test_description_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        ("/proc/cpuinfo", "model name"): "CPU 1",
+        ("/proc/cpuinfo", "cpu family"): "26",
+        ("/proc/cpuinfo", "model"): "2",
+        ("/proc/cpuinfo", "stepping"): "3",
+        ("/proc/meminfo", "MemTotal"): "24641536 kB",
+        ("/proc/meminfo", "MemAvailable"): "2048 kB",
+    }
+    monkeypatch.setattr(records, "_first_of", lambda path, field: files[path, field])
+    monkeypatch.setattr(records, "os", SimpleNamespace(sched_getaffinity=lambda pid: {0, 1, 5}))
+    monkeypatch.setattr(records, "_output", lambda *command: "GPU" if command[0] == "nvidia-smi" else None)
+    assert records.hardware() == {
+        "cpu": "CPU 1",
+        "cpu_id": "cpu family 26 model 2 stepping 3",
+        "cores": 3,
+        "memory_gib": 23.5,
+        "system": records.platform.platform(),
+        "gpu": "GPU",
+    }
+    assert records.available_memory() == 2 << 20
+
+
+def test_fields_of_a_file_have_exact_names(tmp_path: Path) -> None:
+    (tmp_path / "info").write_text("model name\t: a : b\nmodel\t\t: 7\nmodel\t\t: 8\n")
+    found = [records._first_of(str(tmp_path / "info"), field) for field in ("model name", "model", "name")]
+    assert found == ["a : b", "7", ""]
+
+
+def test_missing_programs_have_no_output() -> None:
+    assert records._output("no-such-program-here") is None
+    assert records._output("false") is None
+    assert records._output("echo", " a b ") == "a b"
+
+
+def test_other_work_is_not_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters with different resolutions may show less work of all processes than of this one."""
+    clock = iter([100.0, 101.0])
+    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(records, "_cpu_ticks", lambda: 0)
+    mine = iter([(1.0, 0.0, 0.0, 0.0, 0.0), (1.5, 0.0, 0.0, 0.0, 9.0)])
+    monkeypatch.setattr(records, "os", SimpleNamespace(times=lambda: next(mine), sysconf=os.sysconf))
+    assert records.OtherWork().cores() == 0.0
+
+
+# -- files and figures -------------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_row_are_rounded_to_a_ten_thousandth(tmp_path: Path) -> None:
+    """The statistics are those of the samples in the file."""
+    row = records.row({"a": 1}, {"step": [1.00004, 2.00006]}, {"b": 2})
+    assert row == {
+        "case": {"a": 1},
+        "ms": {"step": [1.0, 2.0001]},
+        "figures": {"step": records.figures([1.0, 2.0001])},
+        "values": {"b": 2},
+    }
+    made = records.record("latency", [row, row], model={"name": "m"}, method={"threads": 2})
+    records.write(made, tmp_path / "x.json")
+    lines = (tmp_path / "x.json").read_text().splitlines()
+    rows = [line for line in lines if line.startswith('  {"case":{"a":1},"ms":{"step":[1.0,2.0001]},"figures":{')]
+    assert len(rows) == 2 and rows[0].endswith('"values":{"b":2}},') and rows[1].endswith('"values":{"b":2}}')
+
+
+def test_figures_of_committed_results() -> None:
+    """The statistics of every sample in the repository, computed by NumPy's nearest-rank method."""
+    checked = 0
+    for path in sorted(RESULTS.glob("*.json")):
+        for row in json.loads(path.read_text()).get("rows", []):
+            for name, samples in row["ms"].items():
+                if not samples:
+                    continue
+                ranked = np.percentile(samples, (50, 90, 95, 99), method="inverted_cdf").tolist()
+                expected = {"n": len(samples), "avg": np.mean(samples), "min": min(samples), "max": max(samples)}
+                expected |= dict(zip(("p50", "p90", "p95", "p99"), ranked, strict=True))
+                assert row["figures"][name] == pytest.approx(expected), (path.name, row["case"], name)
+                assert records.figures(samples) == row["figures"][name]
+                checked += len(samples)
+    assert checked > 100_000
+
+
+def test_model_of_a_result(demo_bundle: Bundle) -> None:
+    assert records.model_of(demo_bundle.manifest) == {"name": "demo", "layers": 8, "d_model": 128}
+
+
+def test_head_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "commit", lambda: "abc")
+    monkeypatch.setattr(records.sys, "orig_argv", ["python", "-m", "it", "a b"])
+    made = records.record("cost", [], model={"name": "m"}, method={"threads": 2})
+    assert list(made) == [
+        *("schema", "benchmark", "command", "time", "commit", "hardware", "versions", "model", "method", "rows"),
+    ]
+    assert (made["benchmark"], made["command"], made["commit"]) == ("cost", "python -m it 'a b'", "abc")
+    assert (made["model"], made["method"], made["rows"]) == ({"name": "m"}, {"threads": 2}, [])
+    time = datetime.datetime.fromisoformat(made["time"].replace("Z", "+00:00"))
+    assert abs((datetime.datetime.now(datetime.UTC) - time).total_seconds()) < 3600
+
+
+def test_units_of_rates() -> None:
+    assert tables.rates({"read (sum)": 12.4, "fp32 product": 99.6, "copy": 3000.0}) == (
+        "read (sum) 12 GB/s; fp32 product 100 GFLOP/s; copy 3000 GB/s"
+    )
+    assert tables.rates({}) == "none"
+
+
+def test_no_load_is_known() -> None:
+    assert tables.other_load([]) == "Other processes used 0.00 cores."

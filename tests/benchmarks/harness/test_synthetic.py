@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,41 @@ def weights(checkpoint: Path) -> dict[str, NDArray[np.float32]]:
 
     model = ASRModel.restore_from(str(checkpoint), map_location="cpu")
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def test_labels_are_counted_as_row_by_row() -> None:
+    """The plain twin of the count over all rows: one row, frame and label after another."""
+    import torch
+    from nemo.collections.asr.modules import RNNTDecoder, RNNTJoint
+
+    from nemostream.benchmarks.harness import random_weights
+
+    def count(model: Any, frames: Any, blank_bias: float) -> int:
+        blank, found = model.joint.num_classes_with_blank - 1, 0
+        output, state = model.decoder.predict(torch.tensor([[blank]]), None, add_sos=False)
+        for t, frame in enumerate(frames):
+            for _ in range(random_weights.MAX_SYMBOLS):
+                logits = model.joint.joint_net(frame + model.joint.project_prednet(output)[0, 0])
+                logits[blank] += blank_bias
+                label = int(logits.argmax())
+                if label == blank:
+                    break
+                found += t >= len(frames) // 2
+                output, state = model.decoder.predict(torch.tensor([[label]]), state, add_sos=False)
+        return found
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        sizes = {"pred_hidden": 16, "encoder_hidden": 16, "joint_hidden": 24, "activation": "relu"}
+        decoder = RNNTDecoder({"pred_hidden": 16, "pred_rnn_layers": 2}, vocab_size=30).eval()
+        joint = RNNTJoint(sizes, num_classes=30, vocabulary=[str(label) for label in range(30)]).eval()
+        for parameter in (*decoder.parameters(), *joint.parameters()):
+            parameter *= 3  # so that the state matters
+        model = SimpleNamespace(decoder=decoder, joint=joint)
+        frames, blank_bias = torch.randn(16, 20, 24), torch.linspace(0.0, 6.0, 16)
+        found = random_weights._count_labels(model, frames, blank_bias).tolist()
+        assert found == [count(model, *row) for row in zip(frames, blank_bias.tolist(), strict=True)]
+    assert len(set(found)) > 8 and max(found) > 50 > 10 > min(found)
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ HELD_OUT = Path(__file__).parents[3] / "examples" / "demo_model" / "heldout" / "
 
 
 def test_features(demo_bundle: Bundle) -> None:
-    result = features.measure_features(demo_bundle, batch=3, steps=4, threads=1)
+    messages: list[str] = []
+    result = features.measure_features(demo_bundle, batch=3, steps=4, threads=1, progress=messages.append)
+    assert messages == [f"step {number} of 4" for number in (1, 2, 3, 4)] and result["benchmark"] == "features"
     cases = len(features.DECODE_CASES)
     assert [row["case"]["decode"] for row in result["rows"][:cases]] == list(features.DECODE_CASES)
     assert [row["case"]["host"] for row in result["rows"][cases:]] == list(features.HOST_CASES)
@@ -37,6 +39,14 @@ def test_features(demo_bundle: Bundle) -> None:
         np.testing.assert_allclose(row["ms"]["added"], added, atol=1e-3)
         assert row["values"]["share"] == pytest.approx(np.median(added) / row["values"]["step_ms"], abs=1e-3)
         assert row["values"]["labels_per_second"] > 0
+    assert result["method"] | {"other_work_cores": 0} == {
+        "steps": 4,
+        "warm_up": 3,
+        "threads": 1,
+        "phrases": 300,
+        "weight": 1.0,
+        "other_work_cores": 0,
+    }
     # Confidences do not change the tokens.
     assert others[0]["values"]["labels_per_second"] == plain["values"]["labels_per_second"]
     assert features.table(result).count("\n| ") == 4 + len(features.DECODE_CASES) + len(features.HOST_CASES)
@@ -47,11 +57,11 @@ def test_replayed_tokens(demo_bundle: Bundle) -> None:
     rng, results = np.random.default_rng(0), {name: [] for name in features.HOST_CASES}
     rows = [[rng.integers(1, 11, rng.integers(0, 4)) for _ in range(3)] for _ in range(6)]
     emissions = [
-        Emissions(
-            tuple(row.astype(np.int32) for row in step),
-            tuple(np.full(len(row), 7 * index, np.int64) for row in step),
-            tuple(np.zeros(len(row), np.float32) for row in step),
-            tuple(np.ones(len(row), np.float32) for row in step),
+        Emissions.of_rows(
+            step,
+            [np.full(len(row), 7 * index) for row in step],
+            [np.zeros(len(row)) for row in step],
+            [np.ones(len(row)) for row in step],
             np.zeros(3, bool),
         )
         for index, step in enumerate(rows)
@@ -73,7 +83,9 @@ def test_replayed_tokens(demo_bundle: Bundle) -> None:
 
 
 def test_token_rate_with_random_weights(demo_bundle: Bundle) -> None:
-    result = features.measure_features(demo_bundle, batch=16, steps=12, threads=1, random_weights=True)
+    result = features.measure_features(demo_bundle, batch=7, threads=1, random_weights=True)
+    assert result["method"]["steps"] == 30
+    assert {(row["case"]["chunk_ms"], row["case"]["batch"]) for row in result["rows"]} == {(560, 7)}
     for row in result["rows"][: len(features.DECODE_CASES)]:
         assert row["values"]["labels_per_second"] == pytest.approx(features.TOKENS_PER_SECOND, rel=0.25)
 
@@ -81,6 +93,8 @@ def test_token_rate_with_random_weights(demo_bundle: Bundle) -> None:
 def test_phrases_of_streams_differ() -> None:
     phrases = [features.random_phrases(seed, [1, 2, 3], 50) for seed in range(3)]
     assert len({boosting.digest.tobytes() for boosting in phrases}) == 3
+    again = features.random_phrases(1, [1, 2, 3], 50)  # the same in every run
+    assert again.digest.tobytes() == phrases[1].digest.tobytes()
     assert all(len(boosting) > features.PHRASES for boosting in phrases)
 
 
@@ -140,3 +154,18 @@ def test_decode_agrees_with_transcribe(demo_bundle: Bundle, clips: dict[str, np.
         for index in (0, 5, 63, 64, 69):
             assert got[index] == [token.id for token in model.transcribe(some[index]).tokens]
     assert sum(map(len, got)) > 20
+
+
+def test_decode_boosts_the_phrases(demo_bundle: Bundle, clips: dict[str, np.ndarray]) -> None:
+    """Phrases with a large weight are emitted although the audio does not contain them, as in `transcribe`."""
+    pytest.importorskip("jiwer", reason="needs the bench extra")
+    import nemostream
+    from nemostream.benchmarks.studies import boosting
+
+    clip, chunk, phrases = next(iter(clips.values()))[:32000], demo_bundle.manifest.chunk(560), {"seven": 40.0}
+    tokenizer = Tokenizer(demo_bundle.path / "tokenizer.model", demo_bundle.manifest.decoder.vocabulary)
+    found = boosting.decode(demo_bundle, chunk, [clip], Boosting.from_phrases(phrases, tokenizer))
+    with nemostream.load(demo_bundle.path, threads=1) as model:
+        assert "seven" not in model.transcribe(clip).text
+        expected = model.transcribe(clip, phrases=phrases)
+    assert found == [[token.id for token in expected.tokens]] and "seven" in expected.text

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 import nemostream
 from nemostream.benchmarks import report
@@ -37,18 +42,46 @@ def test_auroc_is_the_probability_of_a_higher_confidence() -> None:
     assert area == pytest.approx(np.mean([a > b for a in values[correct] for b in values[~correct]]))
 
 
-def test_hits_agree_with_jiwer() -> None:
+def cost(reference: list[str], words: list[str], hits: list[bool]) -> float:
+    """Return the edit distance of an alignment that matches exactly the words in `hits` with equal reference words."""
+    costs = np.full((len(reference) + 1, len(words) + 1), np.inf)
+    for i, j in itertools.product(range(len(reference) + 1), range(len(words) + 1)):
+        before = [0.0] if i == j == 0 else []
+        if i:
+            before.append(costs[i - 1, j] + 1)
+        if j and not hits[j - 1]:
+            before.append(costs[i, j - 1] + 1)
+        if i and j and (reference[i - 1] == words[j - 1]) == hits[j - 1]:
+            before.append(costs[i - 1, j - 1] + (not hits[j - 1]))
+        costs[i, j] = min(before, default=np.inf)
+    return float(costs[-1, -1])
+
+
+def test_hits_are_those_of_a_minimum_alignment() -> None:
+    """There may be several minimum alignments; this is one of them, with the edit distance that jiwer finds."""
     jiwer = pytest.importorskip("jiwer")
     rng = random.Random(0)
     for _ in range(300):
         reference, words = ([rng.choice("abc") for _ in range(rng.randrange(1, 8))] for _ in range(2))
         hits = transcripts._hits(reference, words)
-        assert len(hits) == len(words)
-        # There may be several minimum alignments; this is one of them if the number of substitutions is possible.
         minimum = jiwer.process_words(" ".join(reference), " ".join(words))
         edits = minimum.substitutions + minimum.insertions + minimum.deletions
-        substitutions = len(reference) + len(words) - 2 * sum(hits) - edits
-        assert 0 <= substitutions <= min(len(reference), len(words)) - sum(hits)
+        assert len(hits) == len(words) and cost(reference, words, hits) == edits, (reference, words)
+
+
+@pytest.mark.parametrize(
+    ("reference", "words", "hits"),
+    [
+        ("one two three", "one too three", [True, False, True]),
+        ("one two", "one and two", [True, False, True]),
+        ("one and two", "one two", [True, True]),
+        ("one two", "two one", [False, False]),  # two substitutions, rather than an insertion and a deletion
+        ("", "one", [False]),
+        ("one", "", []),
+    ],
+)
+def test_hits_of_examples(reference: str, words: str, hits: list[bool]) -> None:
+    assert transcripts._hits(reference.split(), words.split()) == hits
 
 
 def test_sum_p_alpha_from_confidence() -> None:
@@ -73,6 +106,80 @@ def test_phone_times_of_flite() -> None:
     assert len(pause) > 500 and np.abs(pause).max() < 0.05 * np.abs(audio).max()  # the audio is silent in the pause
 
 
+def test_command_and_output_of_flite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phones are printed as name:end. Audio at another rate is resampled: a tone of 1 kHz stays one."""
+    tone = np.sin(2 * np.pi * 1000 / 8000 * np.arange(8000)).astype(np.float32) * 0.5
+    soundfile.write(tmp_path / "tone.wav", tone, 8000)
+    program = tmp_path / "flite"
+    program.write_text(
+        f"""#!/bin/sh
+printf '%s\\n' "$@" > '{tmp_path}/arguments'
+while [ "$1" != -o ]; do shift; done
+cp '{tmp_path}/tone.wav' "$2"
+echo pau:0.200 t:0.300 uw:0.425 pau:0.525
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    audio, phones = transcripts.synthesise("slt", "two words")
+    assert phones == [("pau", 0.2), ("t", 0.3), ("uw", 0.425), ("pau", 0.525)]
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments[:-1] == ["-voice", "slt", "-psdur", "-t", "two words", "-o"] and arguments[-1].endswith(".wav")
+    assert audio.dtype == np.float32 and audio.shape == (16000,) and np.abs(np.fft.rfft(audio)).argmax() == 1000
+    soundfile.write(tmp_path / "tone.wav", tone, 16000, subtype="FLOAT")
+    assert np.array_equal(transcripts.synthesise("slt", "two words")[0], tone)
+
+
+def test_errors_of_flite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flite").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "flite").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        transcripts.synthesise("slt", "two")
+
+
+@pytest.mark.parametrize("flite", [None, "/usr/bin/flite"])
+def test_measurements(flite: str | None, demo_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measurement has the recordings and texts of the manifest; times need flite."""
+    for number in range(2):
+        soundfile.write(tmp_path / f"{number}.wav", np.full(160, number / 4), 16000, subtype="FLOAT")
+    entries = [{"audio_filepath": f"{number}.wav", "text": f"text {number}"} for number in range(2)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    model: Any = SimpleNamespace(manifest=demo_bundle.manifest, chunk_ms=160)
+    calls: list[Any] = []
+    messages: list[str] = []
+
+    def measure(name: str) -> Any:
+        def measured(given: Any, *inputs: Any) -> list[Any]:
+            *clips, texts, progress = inputs
+            means = [[float(clip.mean()) for clip in each] for each in clips]
+            calls.append((name, given is model, means, texts, progress == messages.append))
+            return [records.row({"measurement": name}, {})]
+
+        return measured
+
+    monkeypatch.setattr(shutil, "which", {"flite": flite}.get)
+    for name in ("_measure_times", "_measure_confidence", "_measure_decoder_resets"):
+        monkeypatch.setattr(transcripts, name, measure(name))
+    result = transcripts.measure_transcripts(model, tmp_path / "m.jsonl", messages.append)
+    texts = ["text 0", "text 1"]
+    expected = [("_measure_times", True, [], texts, True)] if flite else []
+    expected += [(f"_measure_{name}", True, [[0.0, 0.25]], texts, True) for name in ("confidence", "decoder_resets")]
+    assert calls == expected and [row["case"]["measurement"] for row in result["rows"]] == [call[0] for call in calls]
+    assert messages == ([] if flite else ["flite is not installed: word times are skipped"])
+    assert result["benchmark"] == "transcripts" and result["model"]["name"] == "demo"
+    assert result["method"] == {
+        "voices": ("slt", "rms", "awb", "kal16"),
+        "decibels": (20, 15, 10, 5),
+        "noise_draws": 4,
+        "bins": 10,
+        "pauses": (1.2, 2.0, 4.0, 8.0),
+        "silence_ms": 800,
+        "chunk_ms": 160,
+        "manifest": "m.jsonl",
+    }
+
+
 def test_the_whole_benchmark_on_a_few_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ROOT / "examples" / "demo_model" / "heldout"
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()[:3]]
@@ -86,6 +193,37 @@ def test_the_whole_benchmark_on_a_few_recordings(tmp_path: Path, monkeypatch: py
     kinds = {row["case"]["measurement"] for row in result["rows"]}
     assert kinds >= {"confidence", "decoder"} and "expected calibration error" in text
     assert (tmp_path / "few-reliability.png").stat().st_size > 1000
+
+
+def test_plot_of_calibration() -> None:
+    """Points of the bins that contain words, marked because there may be only one; the diagonal is perfect."""
+    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
+    axes = figure.Figure().subplots()
+    empty = [[0, 0.0, 0.0]]
+    rows = [
+        records.row(
+            {"measurement": "confidence", "measure": measure, "norm": "exp", "alpha": 0.5},
+            {},
+            {"words": 8, "correct": 6, "bins": bins, "ece": 0.01234, "auroc": 0.98765},
+        )
+        for measure, bins in (
+            ("tsallis", [[2, 0.05, 0.5], *empty * 8, [6, 0.975, 0.875]]),
+            ("max_prob", [*empty * 9, [8, 0.95, 0.75]]),
+        )
+    ]
+    text = transcripts._show_confidence(rows, axes)
+    assert text.startswith("Confidence, 8 words, 75.0 % correct:\n\n")
+    assert "| tsallis, exp | 0.012 | 0.988 |\n| max_prob, alpha 0.5 | 0.012 | 0.988 |" in text.replace(" (default)", "")
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert [label.partition(",")[0] for label in lines] == ["perfect calibration", "tsallis", "max_prob"]
+    perfect, first, second = lines.values()
+    assert [line.get_xydata().tolist() for line in lines.values()] == [
+        [[0, 0], [1, 1]],
+        [[0.05, 0.5], [0.975, 0.875]],
+        [[0.95, 0.75]],
+    ]
+    assert (perfect.get_label(), perfect.get_marker()) == ("perfect calibration", "None")
+    assert first.get_marker() == second.get_marker() == "o"
 
 
 def test_docs_page_contains_the_result() -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,18 +13,18 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemostream.errors import AudioError, OptionError
+from nemostream.errors import AudioError, OptionError, TruncatedAudioError
 from nemostream.runtime.audio import sources
 from nemostream.runtime.audio.files import AudioFile
-from nemostream.runtime.audio.preprocessor import AudioPreprocessor
-from nemostream.runtime.audio.sources import read_pcm16
+from nemostream.runtime.audio.preprocessor import AudioPreprocessor, as_float32
+from nemostream.runtime.audio.sources import open_pipe, open_source, read_pcm16
 
 RNG = np.random.default_rng(3)
 NOISE = (RNG.standard_normal(200_000) * 0.1).astype(np.float32)
 
 
 def process(preprocessor: AudioPreprocessor, *pushes: np.ndarray) -> np.ndarray:
-    blocks = [block for pcm in pushes for block in preprocessor.push(pcm)]
+    blocks = [as_float32(block) for pcm in pushes for block in preprocessor.push(pcm)]
     return np.concatenate([np.zeros(0, np.float32), *blocks, preprocessor.finish()])
 
 
@@ -31,6 +34,23 @@ def test_integers_are_scaled_and_floats_are_unchanged():
     for dtype in (np.float16, np.float32, np.float64, ">f4"):
         assert process(AudioPreprocessor(16000, 1, 16000), np.array([-1, 0.5], dtype)).tolist() == [-1, 0.5]
     assert process(AudioPreprocessor(16000, 1, 16000), np.array([16384], ">i2")).tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rate", "unchanged"),
+    [
+        (np.int16, (3,), 16000, True),
+        (">i2", (3,), 16000, False),
+        (np.int16, (3, 1), 16000, False),
+        (np.int16, (3,), 8000, False),
+        (np.int32, (3,), 16000, False),
+    ],
+)
+def test_only_int16_that_needs_no_conversion_is_returned_unchanged(dtype, shape, rate, unchanged):
+    pcm = np.ones(shape, dtype)
+    (block,) = AudioPreprocessor(rate, 1, 16000).push(pcm)
+    assert (block is pcm) == unchanged
+    assert block.dtype == (np.int16 if unchanged else np.float32) and block.ndim == 1
 
 
 def test_channels_are_averaged():
@@ -115,6 +135,68 @@ def test_unsupported_rates(rate):
 def test_unsupported_channel_counts(channels):
     with pytest.raises(OptionError, match=f"channels is {channels}"):
         AudioPreprocessor(16000, channels, 16000)
+
+
+def test_limits_are_inclusive():
+    for rate in (4000, 768_000):
+        assert AudioPreprocessor(rate, 64, 16000).sample_rate == rate
+    with pytest.raises(OptionError, match="channels is 65, not 1 to 64"):
+        AudioPreprocessor(16000, 65, 16000)
+    loudest = np.array([32.0, -32.0], np.float32)
+    assert process(AudioPreprocessor(16000, 1, 16000), loudest).tolist() == [32, -32]
+    for value, scale in ((-40.0, "int16 scale"), (65536.0, "int16 scale"), (-65537.0, "larger integers")):
+        with pytest.raises(AudioError, match=f"the value {abs(value):.6g} at sample 2 of this push .*{scale}"):
+            AudioPreprocessor(16000, 1, 16000).push(np.array([*loudest, value], np.float32))
+
+
+@given(
+    channels=st.integers(1, 4),
+    dtype=st.sampled_from(["<i2", ">i2", "<i4", "<f4", "<f8"]),
+    rates=st.sampled_from([(16000, 16000), (44100, 16000), (16000, 8000), (8000, 16000)]),
+    cuts=st.lists(st.integers(0, 3000), max_size=4),
+)
+@settings(max_examples=40)
+def test_samples_are_scaled_mixed_and_then_resampled(channels, dtype, rates, cuts):
+    pcm = NOISE[: 3000 * channels].reshape(-1, channels)
+    if dtype[1] == "i":
+        pcm = np.rint(pcm * 2.0 ** (8 * int(dtype[2]) - 1))
+    pcm = pcm.astype(dtype)
+    scaled = pcm.astype(np.float32) / np.float32(1 if dtype[1] == "f" else 2.0 ** (8 * int(dtype[2]) - 1))
+    expected = scaled.mean(axis=1)
+    if rates[0] != rates[1]:
+        expected = soxr.resample(expected, *rates, quality="HQ")
+    preprocessor, before = AudioPreprocessor(rates[0], channels, rates[1]), pcm.copy()
+    actual = process(preprocessor, *np.split(pcm, sorted(cuts)))
+    assert np.array_equal(actual, expected) and actual.dtype == np.float32
+    assert preprocessor.received == 3000 and preprocessor.seconds == 3000 / rates[0]
+    assert np.array_equal(pcm, before)  # the caller's samples are unchanged
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_audio_after_a_flush_is_a_new_recording(rate):
+    preprocessor = AudioPreprocessor(rate, 1, 16000)
+    for part in (NOISE[:5000], NOISE[5000:12_000]):
+        blocks = [*preprocessor.push(part), preprocessor.flush()]
+        alone = soxr.resample(part, rate, 16000, quality="HQ") if rate != 16000 else part
+        assert np.array_equal(np.concatenate(blocks), alone)
+    assert preprocessor.received == 12_000
+
+
+def test_files_are_recognized_only_at_the_start_of_a_stream():
+    """A rejected push leaves the stream unchanged, including its record of the first bytes."""
+    file = io.BytesIO()
+    soundfile.write(file, NOISE[:4000], 16000, format="FLAC")
+    content = np.frombuffer(file.getvalue()[:4000], "<i2")
+    preprocessor = AudioPreprocessor(16000, 1, 16000)
+    assert len(process(preprocessor, content[:1])) == 1  # "fL" is not a container yet
+    for _ in range(2):
+        with pytest.raises(AudioError, match="bytes of a FLAC file"):
+            preprocessor.push(content[1:])
+        assert preprocessor.received == 1
+    assert len(process(preprocessor, np.zeros(2, np.int16))) == 2
+    assert len(process(preprocessor, content)) == len(content)  # later in the stream, these are samples
+    preprocessor = AudioPreprocessor(16000, 1, 16000)
+    assert len(process(preprocessor, NOISE[:4096], content)) == 4096 + len(content)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -255,3 +337,152 @@ def test_raw_pcm_that_ends_within_a_sample(data, channels, extra):
 def test_empty_raw_pcm():
     with pytest.raises(AudioError, match="no raw PCM received"):
         list(read_pcm16(io.BytesIO(b"")))
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+def wav_file(stated: int, pcm: np.ndarray = NOISE[:32_000]) -> bytes:
+    """Return a 16-bit WAV file at 8 kHz whose header states `stated` samples."""
+    file = io.BytesIO()
+    soundfile.write(file, pcm, 8000, format="WAV", subtype="PCM_16")
+    data = bytearray(file.getvalue())
+    data[40:44] = struct.pack("<I", 2 * stated * (1 if pcm.ndim == 1 else pcm.shape[1]))
+    return bytes(data)
+
+
+def every_kind_of_source(data: bytes, folder: Path) -> Iterator[tuple[Any, int, int]]:
+    """Yield the file as each kind of source, and a sample rate and number of channels that do not apply to it."""
+    path = folder / "a.wav"
+    path.write_bytes(data)
+    for source in (path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), path.open("rb")):
+        yield source, 16000, 7
+    yield AudioFile(path), 16000, 7
+
+
+def test_sources_of_a_file_have_its_rate_channels_and_samples(tmp_path):
+    pcm = NOISE[:60_000].reshape(-1, 2)
+    for source, rate, channels in every_kind_of_source(wav_file(30_000, pcm), tmp_path):
+        with open_source(source, rate, channels) as opened:
+            assert (opened.sample_rate, opened.channels, opened.duration) == (8000, 2, 3.75), source
+            assert np.abs(np.concatenate(list(opened.blocks)) - pcm).max() <= 1 / 32768
+        if isinstance(source, AudioFile):
+            with open_source(source, rate, channels) as again:  # the caller closes it
+                assert again.duration == 3.75
+            source.close()
+
+
+def test_truncated_sources(tmp_path):
+    """All available samples come first; nothing is raised if the consumer stops before the end."""
+    for source, rate, channels in every_kind_of_source(wav_file(40_000), tmp_path):
+        blocks = []
+        with (
+            pytest.raises(TruncatedAudioError, match=r"1\.00 s of the 5\.00 s"),
+            open_source(source, rate, channels) as opened,
+        ):
+            blocks = list(opened.blocks)
+        assert sum(map(len, blocks)) == 32_000
+    for source, rate, channels in every_kind_of_source(wav_file(400_000, NOISE), tmp_path):
+        with open_source(source, rate, channels) as opened:
+            assert len(next(iter(opened.blocks))) < len(NOISE)
+
+
+def test_arrays_are_divided_into_blocks():
+    mono, stereo = NOISE[: sources.BLOCK + 5], NOISE[:200_000].reshape(-1, 2)
+    for array, channels in ((mono, 1), (stereo, 2), (stereo.astype(np.int16), 2), (mono[:, None], 1)):
+        with open_source(array, 8000, 3) as opened:
+            assert (opened.sample_rate, opened.channels, opened.duration) == (8000, channels, len(array) / 8000)
+            blocks = list(opened.blocks)
+            assert [len(block) for block in blocks] == [sources.BLOCK, len(array) - sources.BLOCK]
+            assert np.array_equal(np.concatenate(blocks), array) and blocks[0].dtype == array.dtype
+
+
+def test_iterables_have_the_given_rate_and_channels():
+    arrays = [NOISE[:100], NOISE[:7]]
+    with open_source(iter(arrays), 44100, 2) as opened:
+        assert (opened.sample_rate, opened.channels, opened.duration) == (44100, 2, 0.0)
+        assert list(opened.blocks) == arrays
+
+
+class Asynchronous:
+    async def __aiter__(self):
+        yield NOISE
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros(0, np.int16), "the audio is empty"),
+        (np.zeros((0, 2)), "the audio is empty"),
+        (np.zeros((2, 2, 2)), r"shape \[2, 2, 2\]"),
+        (Asynchronous(), "needs `async for`"),
+        (5, "unsupported audio source of type int; pass a path, "),
+        (b"", "is empty"),
+    ],
+)
+def test_invalid_sources(source, message):
+    with pytest.raises(AudioError, match=message), open_source(source, 16000, 1):
+        pass
+
+
+# -- WAV files on standard input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("subtype", "endian", "streamed"),
+    [
+        ("PCM_16", "LITTLE", True),
+        ("FLOAT", "LITTLE", True),
+        ("PCM_16", "BIG", False),
+        ("FLOAT", "BIG", False),
+        ("PCM_24", "LITTLE", False),
+        ("ALAW", "LITTLE", False),
+        ("DOUBLE", "LITTLE", False),
+    ],
+)
+def test_wav_on_standard_input_equals_the_file(subtype, endian, streamed, size):
+    """Only sample formats that need no decoder are processed before the end of the input."""
+    file, stereo = io.BytesIO(), NOISE[:3000].reshape(-1, 2)
+    soundfile.write(file, stereo, 24000, format="WAV", subtype=subtype, endian=endian)
+    pipe = Dribble(file.getvalue(), [size] * (10_000 // size))
+    with open_pipe(pipe, 16000, 7) as opened:
+        assert (len(pipe.data) > 0) == (streamed and size < 1 << 20)
+        assert (opened.sample_rate, opened.channels) == (24000, 2)
+        actual = np.concatenate(list(opened.blocks))
+        assert opened.duration == (0.0 if streamed else 1500 / 24000)
+    file.seek(0)
+    expected = soundfile.read(file, dtype="float32")[0]
+    assert np.array_equal(actual / np.float32(32768) if actual.dtype == np.int16 else actual, expected)
+
+
+def test_wav_on_standard_input_may_lack_20_ms(tmp_path):
+    """As in a file."""
+    for missing, raises in ((160, False), (161, True)):
+        data = wav_file(32_000 + missing)
+        for source in (Dribble(data, [1000] * 50), io.BytesIO(data)):
+            opener = open_pipe(source, 16000) if isinstance(source, Dribble) else open_source(source, 16000, 1)
+            count, truncated = 0, False
+            try:
+                with opener as opened:
+                    count = sum(map(len, opened.blocks))
+            except TruncatedAudioError:
+                truncated = True
+            assert (count, truncated) == (32_000, raises)
+
+
+def test_wav_without_samples_on_standard_input():
+    for data in (wav_file(0)[:44], wav_file(1)[:45]):
+        with (
+            pytest.raises(AudioError, match="standard input contains no audio"),
+            open_pipe(io.BytesIO(data), 16000) as opened,
+        ):
+            list(opened.blocks)
+
+
+def test_raw_pcm_on_standard_input_has_the_given_rate_and_channels():
+    pcm = RNG.integers(-32768, 32768, (200_000, 3)).astype("<i2")
+    with open_pipe(io.BytesIO(pcm.tobytes()), 44100, 3) as opened:
+        assert (opened.sample_rate, opened.channels, opened.duration) == (44100, 3, 0.0)
+        blocks = list(opened.blocks)
+    assert len(blocks) > 1 and np.array_equal(np.concatenate(blocks), pcm) and blocks[0].dtype == np.int16

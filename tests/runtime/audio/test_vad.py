@@ -7,6 +7,8 @@ import asyncio
 import itertools
 import re
 import threading
+import types
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,7 +202,7 @@ def test_silence_is_not_run_and_words_are_exact(silero, demo, spoken, ms):
         ends = [512 * (w + 1) for w in range(end // 512) if speech[w]]
         return begin - max([stop for stop in ends if stop <= begin], default=0) < 16000 or any(s > begin for s in ends)
 
-    ranges = passed_ranges(len(spoken), ms, silero.LEAD_MS, loud)
+    ranges = passed_ranges(len(spoken), ms, 400, loud)
     passed_audio = np.concatenate([spoken[begin:end] for begin, end in ranges])
     expected = demo.transcribe(passed_audio, chunk_ms=ms)
     demo.watch(lambda chunk, rows, seconds: steps.append(rows))
@@ -274,7 +276,8 @@ def test_invalid_audio_is_rejected_with_vad_too(silero, demo):
 def test_missing_extra_is_reported_with_the_install_command(demo, monkeypatch):
     from nemostream.runtime.audio import vad
 
-    monkeypatch.setattr(vad, "find_spec", lambda name: None)
+    found = itertools.cycle([None, types.SimpleNamespace(origin=None)])  # a folder without a package has no origin
+    monkeypatch.setattr(vad, "find_spec", lambda name: next(found))
     monkeypatch.setattr(demo, "_silero", None)
     for _ in range(6):  # more often than there are slots
         with pytest.raises(BackendError, match=re.escape(install_command("vad"))):
@@ -291,3 +294,139 @@ def test_other_sample_rates_are_rejected(bundle, fake):
         pytest.raises(OptionError, match="vad requires a model with a sample rate of 16000 Hz, not 8000 Hz"),
     ):
         model.stream(vad=True)
+
+
+# -- the filter with scripted probabilities ----------------------------------------------------------------------------
+
+
+class ScriptedSilero:
+    """Returns the given probabilities in order, and 0 afterwards."""
+
+    def __init__(self, *probabilities: float) -> None:
+        self.probabilities = list(probabilities)
+
+    def speech_probability(self, window, state):
+        return (self.probabilities.pop(0) if self.probabilities else 0.0), state
+
+
+class ChecksumSilero:
+    """Rarely speech. Each probability and state depend on every bit of the window and of the state before it."""
+
+    def speech_probability(self, window, state):
+        assert window.shape == (576,) and window.dtype == state.dtype == np.float32 and state.shape == (2, 1, 128)
+        checksum = zlib.crc32(window.tobytes() + state.tobytes())
+        state = np.random.default_rng(checksum).random((2, 1, 128), np.float32)
+        number = checksum % 100
+        return 0.6 if number < 3 else 0.42 if number < 60 else 0.1, state
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "speech_windows"),
+    [
+        ([0.4999, 0.4999], 0),  # 0.5 starts speech
+        ([0.5], 1),
+        ([0.5, 0.35], 2),  # below 0.35 ends it
+        ([0.5, 0.3499, 0.4999], 1),
+        ([0.0, 0.9, 0.35, 0.49, 0.34, 0.49], 4),
+        ([0.5, 0.1, 0.5], 3),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True], ids=["", "saved and loaded after every push"])
+def test_speech_starts_at_one_probability_and_ends_below_another(silero, probabilities, speech_windows, saved):
+    """A second of audio passes after the last window of speech, to the sample."""
+    net = ScriptedSilero(*[0.0] * 40, *probabilities)
+    vad_filter = silero.VadFilter(net)
+    for _ in range(120):
+        vad_filter.push(np.zeros(512, np.float32))
+        if saved:
+            state = vad_filter.save()
+            vad_filter = silero.VadFilter(net)
+            vad_filter.load(state)
+    last = 512 * (40 + speech_windows) if speech_windows else 0
+    assert vad_filter.passes(20_480, 24_576) is (speech_windows > 0)
+    assert not vad_filter.passes(last + 16_000, 60_000)
+    assert vad_filter.passes(last + 15_999, 60_000)
+    vad_filter.restart(70_000)
+    assert vad_filter.passes(85_999, 60_000) and not vad_filter.passes(86_000, 60_000)
+
+
+def test_first_window_of_a_stream_needs_the_higher_probability(silero):
+    for probability, begin in ((0.4999, 16_000), (0.5, 16_512)):
+        vad_filter = silero.VadFilter(ScriptedSilero(probability))
+        vad_filter.push(np.zeros(17_000, np.float32))
+        assert vad_filter.passes(begin - 1, 16_384 + 512) and not vad_filter.passes(begin, 16_384 + 512)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    chunks=st.lists(st.integers(1, 9000), min_size=20, max_size=40),
+    restarts=st.sets(st.integers(0, 39), max_size=2),
+    saves=st.sets(st.integers(0, 39), max_size=5),
+    seed=st.integers(0, 1 << 30),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_saved_filter_continues_unchanged(silero, sizes, chunks, restarts, saves, seed):
+    """Decisions equal the definition, although the filter is replaced by a new one that loads its state."""
+    net, total = ChecksumSilero(), sum(chunks)
+    audio = np.random.default_rng(seed).random(total, np.float32)
+    padded, state, speaking, speech = np.pad(audio, (64, 0)), np.zeros((2, 1, 128), np.float32), False, []
+    for at in range(0, total - 511, 512):
+        probability, state = net.speech_probability(padded[at : at + 576], state)
+        speaking = probability >= (0.35 if speaking else 0.5)
+        speech.append(speaking)
+    vad_filter, pushed, turn, begin, last = silero.VadFilter(net), 0, itertools.cycle(sizes), 0, 0
+    for number, size in enumerate(chunks):
+        end = begin + size
+        while pushed < end:  # may be ahead of the decisions, as in a stream
+            more = next(turn)
+            vad_filter.push(audio[pushed : pushed + more])
+            pushed = min(pushed + more, total)
+        if number in saves:
+            saved = vad_filter.save()
+            vad_filter.push(np.ones(700, np.float32))  # must not change what was saved
+            vad_filter.passes(begin, end)
+            vad_filter = silero.VadFilter(net)
+            vad_filter.load(saved)
+        ends = [512 * (k + 1) for k in range(begin // 512, end // 512) if speech[k]]
+        assert vad_filter.passes(begin, end) is bool(begin - last < 16_000 or ends)
+        last = max([last, *ends])
+        if number in restarts:
+            vad_filter.restart(end)
+            last = end
+        begin = end
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"audio": np.zeros(63, np.float32)}, "counters"),
+        ({"audio": np.zeros(576, np.float32)}, "counters"),
+        ({"counts": np.array([0, 0, 2])}, "counters"),
+        ({"counts": np.array([0, 0, -1])}, "counts"),
+        ({"counts": np.array([0, 0])}, "counts"),
+        ({"audio": np.full(64, np.nan, np.float32)}, "finite"),
+        ({"state": np.full((2, 1, 128), np.inf, np.float32)}, "finite"),
+        *(({"state": np.zeros(shape, np.float32)}, "state") for shape in ((1, 1, 128), (2, 2, 128), (2, 1, 127))),
+        ({"state": np.zeros((2, 1, 128))}, "state"),
+        ({"audio": np.zeros((64, 1), np.float32)}, "audio"),
+        ({"audio": np.zeros(64)}, "audio"),
+        ({"windows": np.zeros(2, np.int64)}, "windows"),
+    ],
+)
+def test_invalid_saved_state_changes_nothing(silero, changes, message):
+    vad_filter = silero.VadFilter(ChecksumSilero())
+    vad_filter.push(np.ones(1500, np.float32))
+    before = vad_filter.save()
+    with pytest.raises(ValueError, match=message):
+        vad_filter.load(before | changes)
+    after = vad_filter.save()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_silero_that_cannot_be_loaded(silero, tmp_path, monkeypatch):
+    package = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(silero, "find_spec", lambda name: package)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "silero_vad.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BackendError, match=f"cannot load {tmp_path}/models/silero_vad.onnx"):
+        silero.Silero()

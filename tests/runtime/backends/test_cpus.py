@@ -73,6 +73,15 @@ def test_version_1_on_the_host(tmp_path: Path) -> None:
     assert usable_cpus(proc) == 2
 
 
+def test_mount_point_with_a_space(tmp_path: Path) -> None:
+    """The kernel writes it as an octal escape."""
+    (folder := tmp_path / "a b").mkdir()
+    proc = process(folder, "0::/\n", V2, cpu_max="300000 100000")
+    text = (proc / "mountinfo").read_text()
+    (proc / "mountinfo").write_text(text.replace("a b", "a\\040b"))
+    assert usable_cpus(proc) == 3
+
+
 @pytest.mark.parametrize("files", [{}, {"cpu_max": "invalid"}, {"cpu_max": "1 0"}])
 def test_unreadable_quota_is_ignored(tmp_path: Path, files: dict[str, str]) -> None:
     assert usable_cpus(process(tmp_path, "0::/../up\n", V2, **files)) == 8

@@ -1,4 +1,4 @@
-"""Phrase boosting compared with NeMo's boosting tree, with the definition, and with expected results."""
+"""Phrase boosting compared with the definition and with expected results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.bundle import Bundle
 from nemostream.errors import OptionError
-from nemostream.runtime.backends.base import Batch
-from nemostream.runtime.backends.cpu import OrtBackend
-from nemostream.runtime.decoding.boosting import MAX_PHRASES, MAX_TOKENS, Boosting
+from nemostream.runtime.decoding.boosting import MAX_PHRASES, MAX_TOKENS, NO_PHRASES, Boosting
 from nemostream.runtime.text.tokenizer import Tokenizer
 
 Phrases = list[tuple[list[int], float]]
@@ -51,6 +49,26 @@ def test_expected_biases() -> None:
     assert boosting.next_node(two, 4) == boosting.next_node(boosting.next_node(0, 2), 4) != 0
     assert boosting.next_node(two, 0) == 0
     assert len(boosting) == 6
+
+
+def test_arrays_of_the_automaton() -> None:
+    """Nodes are breadth first, children are ordered by token; backends read the arrays in these types."""
+    boosting = Boosting([([1, 2, 3], 1.0), ([2, 4], 2.0)], 5)
+    second, third = 2 + math.log(2), 2 + math.log(3)
+    # The root, 1, 2, 1 2, 2 4, 1 2 3.
+    arrays = {
+        "first": ([1, 3, 4, 5, 6, 6, 6], np.int32),
+        "token": ([-1, 1, 2, 2, 4, 3], np.int32),
+        "score": ([0, 1, 2, second, 4 + math.log(2), third], np.float32),
+        "fail": ([0, 0, 0, 2, 0, 0], np.int32),
+        "penalty": ([0, -1, -2, 2 - (1 + second), 0, 0], np.float32),
+    }
+    for name, (expected, dtype) in arrays.items():
+        array = getattr(boosting, name)
+        assert array.dtype == dtype and array.shape == (len(expected),)
+        np.testing.assert_allclose(array, expected, rtol=1e-6)
+    assert boosting.vocabulary == len(boosting.bias(0)) == 5
+    assert all(boosting.bias(node).dtype == np.float32 for node in range(6))
 
 
 def plain_bias(phrases: Phrases, emitted: list[int], vocabulary: int) -> np.ndarray:
@@ -106,189 +124,6 @@ def test_equals_the_definition(seed: int) -> None:
         node = boosting.next_node(node, emitted[-1])
 
 
-def nemo_tree(phrases: Phrases, vocabulary: int) -> Any:
-    """NeMo's tree of tokens. Largest weight first: otherwise NeMo lowers shared scores (`ContextGraph.build`)."""
-    from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import GPUBoostingTreeModel
-    from nemo.collections.asr.parts.context_biasing.context_graph_universal import ContextGraph
-
-    graph = ContextGraph(context_score=1.0, depth_scaling=2.0)
-    ordered = sorted(phrases, key=lambda phrase: -phrase[1])
-    graph.build([tokens for tokens, _ in ordered], scores=[weight for _, weight in ordered])
-    return GPUBoostingTreeModel.from_context_graph(
-        graph, vocab_size=vocabulary, unk_score=0.0, final_eos_score=1.0, use_triton=False, uniform_weights=False
-    )
-
-
-@pytest.mark.nemo
-def test_bit_identical_to_nemo() -> None:
-    rng, met = np.random.default_rng(0), set()
-    for _ in range(60):
-        vocabulary = int(rng.integers(3, 12))
-        phrases = random_phrases(rng, vocabulary)
-        boosting, tree = Boosting(phrases, vocabulary), nemo_tree(phrases, vocabulary)
-        assert len(boosting) == tree.num_states
-        for _ in range(10):
-            node, state = 0, tree.get_init_states(1)
-            for _ in range(12):
-                expected, following = tree.advance(state)
-                np.testing.assert_array_equal(boosting.bias(node), expected[0].detach().numpy())
-                token = int(rng.integers(vocabulary))
-                node, state = boosting.next_node(node, token), following[:, token]
-                met.add(node)
-    assert len(met) > 30
-
-
-# -- NeMo's decoding ---------------------------------------------------------------------------------------------------
-
-
-def stream(backend: OrtBackend, bundle: Bundle, parts: list[tuple[np.ndarray, int]], chunk: ChunkConfig) -> Any:
-    """Return the tokens, scores and `sum_p_alpha` of a recording in slot 0."""
-    columns: list[list[Any]] = [[], [], []]
-    for samples, length in parts:
-        step = backend.submit(Batch(chunk, np.array([0]), samples[None], np.array([length]))).result()
-        for column, part in zip(columns, (step.tokens, step.scores, step.sum_p_alpha), strict=True):
-            column += part[0].tolist()
-    return columns
-
-
-def nemo_decoding(oracle: Any, tree: Any = None, confidence: dict[str, Any] | None = None) -> Any:
-    """Return a function that decodes `encoded` [T, D] with NeMo's batched greedy decoding of the oracle's model."""
-    import copy
-
-    import torch
-    from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
-    from omegaconf import OmegaConf
-
-    model = oracle.model
-    config = OmegaConf.create(OmegaConf.to_container(copy.deepcopy(model.cfg.decoding), resolve=True))
-    config.strategy = "greedy_batch"
-    if confidence:
-        config.confidence_cfg = {"preserve_token_confidence": True, "exclude_blank": True, "method_cfg": confidence}
-    decoding = RNNTBPEDecoding(config, decoder=model.decoder, joint=model.joint, tokenizer=model.tokenizer)
-    if tree is not None:
-        computer = decoding.decoding.decoding_computer
-        computer.fusion_models, computer.fusion_models_alpha = [tree], [1.0]
-
-    def decode(encoded: np.ndarray) -> Any:
-        with torch.inference_mode():
-            frames = torch.from_numpy(encoded.T[None].copy())
-            return decoding.rnnt_decoder_predictions_tensor(
-                frames, torch.tensor([len(encoded)]), return_hypotheses=True
-            )[0]
-
-    return decode
-
-
-@pytest.mark.nemo
-@pytest.mark.parametrize("which", ["demo", "tiny"])
-@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0, "mixed"])
-def test_tokens_equal_nemos_with_its_boosting_tree(
-    which: str, weight: Any, clips: Any, cut_chunks: Any, request: pytest.FixtureRequest
-) -> None:
-    bundle, oracle = request.getfixturevalue(f"{which}_bundle"), request.getfixturevalue(f"{which}_oracle")
-    rng, vocabulary, chunk = np.random.default_rng(3), bundle.manifest.decoder.vocabulary, bundle.manifest.chunk(560)
-    backend = OrtBackend(bundle, capacity=1)
-    spoken = changed = 0
-    plain = nemo_decoding(oracle)
-    for audio in list(clips.values()):
-        encoded = oracle.encode(oracle.features(audio), chunk)
-        before = [int(token) for token in plain(encoded).y_sequence]
-        some = np.unique([*before, *rng.integers(0, vocabulary, 4)])  # tokens that are likely for the model
-        phrases = [
-            (
-                rng.choice(some, rng.integers(1, 5)).tolist(),
-                float(rng.choice([0.5, 1, 3]) if weight == "mixed" else weight),
-            )
-            for _ in range(12)
-        ]
-        # And a third of all tokens that were not emitted, some of which are likely.
-        others = np.setdiff1d(np.arange(vocabulary), before)
-        phrases += [([int(token)], phrases[0][1]) for token in rng.choice(others, vocabulary // 3, replace=False)]
-        expected = [int(token) for token in nemo_decoding(oracle, nemo_tree(phrases, vocabulary))(encoded).y_sequence]
-        backend.reset(np.array([0]))
-        backend.set_phrases(0, Boosting(phrases, vocabulary))
-        assert stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)[0] == expected
-        spoken, changed = spoken + len(expected), changed + (expected != before)
-    assert spoken > 20
-    assert changed > 1
-
-
-@pytest.mark.nemo
-def test_phrases_are_tokenized_and_weighted_as_in_nemo(demo_oracle: Any, tokenizer: Tokenizer) -> None:
-    """From text, with NeMo's configuration of a boosting tree and its default weight."""
-    from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import (
-        BoostingTreeModelConfig,
-        GPUBoostingTreeModel,
-    )
-
-    phrases = ["two zero two", "zero", "nine one one", "nine one two four", "four"]
-    tree = GPUBoostingTreeModel.from_config(
-        BoostingTreeModelConfig(key_phrases_list=phrases, use_triton=False), demo_oracle.model.tokenizer
-    )
-    boosting = Boosting.from_phrases(phrases, tokenizer)
-    rng, likely = np.random.default_rng(1), sorted({token for phrase in phrases for token in tokenizer.encode(phrase)})
-    for _ in range(20):
-        node, state = 0, tree.get_init_states(1)
-        for _ in range(6):
-            expected, following = tree.advance(state)
-            np.testing.assert_array_equal(boosting.bias(node), expected[0].detach().numpy())
-            token = int(rng.choice(likely))
-            node, state = boosting.next_node(node, token), following[:, token]
-
-
-def nemo_measure(score: np.ndarray, sum_p_alpha: np.ndarray, method: dict[str, Any], v: int) -> np.ndarray:
-    """NeMo's formulas (`get_confidence_measure_bank`) as functions of the score and `sum_p_alpha` of a token."""
-    t = method["alpha"]
-    if method["name"] == "max_prob":
-        return (np.exp(t * score) * v**t - 1) / (v**t - 1)
-    linear = method["entropy_norm"] == "lin"
-    if method["entropy_type"] == "renyi":
-        if linear:
-            return 1 + np.log2(sum_p_alpha) / (t - 1) / math.log2(v)
-        return (sum_p_alpha ** (1 / (t - 1)) * v - 1) / (v - 1)
-    if linear:
-        return 1 + (1 - sum_p_alpha) / (v ** (1 - t) - 1)
-    minimum = math.exp((1 - v ** (1 - t)) / (1 - t))
-    return (np.exp((1 - sum_p_alpha) / (1 - t)) - minimum) / (1 - minimum)
-
-
-METHODS = [{"name": "max_prob", "alpha": alpha} for alpha in (0.33, 1.0)] + [
-    {"name": "entropy", "alpha": 0.33, "entropy_type": kind, "entropy_norm": norm}
-    for kind in ("tsallis", "renyi")
-    for norm in ("lin", "exp")
-]
-
-
-@pytest.mark.nemo
-@pytest.mark.parametrize("boosted", [False, True])
-@pytest.mark.parametrize("which", ["demo", "tiny"])
-def test_confidence_equals_nemo(
-    which: str, boosted: bool, clips: Any, cut_chunks: Any, request: pytest.FixtureRequest
-) -> None:
-    """The score and `sum_p_alpha` of tokens yield NeMo's confidence on the same audio.
-
-    With boosting, NeMo's `max_prob` is that of the most likely label; ours is that of the emitted one.
-    """
-    bundle, oracle = request.getfixturevalue(f"{which}_bundle"), request.getfixturevalue(f"{which}_oracle")
-    rng, vocabulary, chunk = np.random.default_rng(4), bundle.manifest.decoder.vocabulary, bundle.manifest.chunk(560)
-    phrases: Phrases = [(rng.integers(0, vocabulary, 2).tolist(), 2.0) for _ in range(40)]
-    backend, compared, found = OrtBackend(bundle, capacity=1), 0, []
-    for audio in list(clips.values())[:4]:
-        backend.reset(np.array([0]))
-        backend.set_phrases(0, Boosting(phrases, vocabulary) if boosted else None)
-        emitted = stream(backend, bundle, cut_chunks(bundle.manifest, chunk, audio), chunk)
-        found.append((oracle.encode(oracle.features(audio), chunk), *emitted))
-    for method in METHODS[2:] if boosted else METHODS:
-        decode = nemo_decoding(oracle, nemo_tree(phrases, vocabulary) if boosted else None, method)
-        for encoded, tokens, scores, sum_p_alpha in found:
-            expected = decode(encoded)
-            assert tokens == [int(token) for token in expected.y_sequence]
-            actual = nemo_measure(np.array(scores), np.array(sum_p_alpha), method, vocabulary + 1)
-            np.testing.assert_allclose(actual, expected.token_confidence, atol=2e-4, err_msg=str(method))
-            compared += len(tokens)
-    assert compared > 40
-
-
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
@@ -298,15 +133,23 @@ def test_confidence_equals_nemo(
         ([], "phrases is empty"),
         ({}, "phrases is empty"),
         ("one two", "phrases is 'one two'; pass a list of phrases"),
+        (b"one", "phrases is b'one'; pass a list of phrases"),
+        ({"one"}, r"phrases is \{'one'\}; pass a list of phrases"),
         (5, "phrases is 5; pass a list of phrases"),
         ([["one", 2]], r"the phrase \['one', 2\] is not a string"),
         ([None], "the phrase None is not a string"),
         (["\ud800"], "is not Unicode text"),
+        (["one \udfff"], "is not Unicode text"),
+        (["\ud7ff"], "has characters outside the model's vocabulary"),
+        (["\ue000"], "has characters outside the model's vocabulary"),
         (["one", ""], "the phrase '' is empty"),
         (["  "], "the phrase '  ' is empty"),
         ([3], "the phrase 3 is not a string"),
         (["one", "Zürich"], "the phrase 'Zürich' has characters outside the model's vocabulary"),
         (["one " * 65], "has 65 tokens; the maximum is 64"),
+        (["one " * 250], "has 250 tokens; the maximum is 64"),
+        (["one " * 250 + "o"], "has 1001 characters; the maximum is 1000"),
+        ({"one": 1.0, "two": 100.1}, "the phrase 'two' has weight 100.1"),
         ({"one": 0}, "the phrase 'one' has weight 0; it must be above 0 and at most 100"),
         ({"one": -1.5}, "weight -1.5"),
         ({"one": math.nan}, "weight nan"),
@@ -320,6 +163,48 @@ def test_confidence_equals_nemo(
 def test_invalid_phrases_are_rejected(phrases: Any, message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(OptionError, match=message):
         Boosting.from_phrases(phrases, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "phrases", ["x" * 10**6, ["x" * 10**6], [["x" * 10**6] * 9], {"one": 10**200}, {"one": "x" * 10**6}]
+)
+def test_message_about_a_huge_value_is_short(phrases: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(OptionError) as caught:
+        Boosting.from_phrases(phrases, tokenizer)
+    assert len(str(caught.value)) < 600
+
+
+def test_limits_are_inclusive(tokenizer: Tokenizer) -> None:
+    boosting = Boosting.from_phrases({" ".join(["one"] * MAX_TOKENS): 100.0}, tokenizer)
+    assert len(boosting) == MAX_TOKENS + 1 and boosting.score[1] == 100
+
+
+def test_node_with_more_arcs_than_a_warp_has_threads() -> None:
+    """The root and an inner node with 100 arcs; a suffix of the inner node's path with 60, 40 of which are the same."""
+    vocabulary = 200
+    phrases: Phrases = [([7, 9, token], 1.0 + token / 100) for token in range(100)]
+    phrases += [([9, token], 2.0) for token in range(60, 120)]
+    phrases += [([token], 0.5) for token in range(100, 200)]
+    boosting = Boosting(phrases, vocabulary)
+    for emitted in ([], [7], [7, 9], [9], [7, 9, 63], [7, 9, 110], [7, 9, 199], [150]):
+        node = functools.reduce(boosting.next_node, emitted, 0)
+        for _ in range(2):  # computed, and from the cache
+            np.testing.assert_allclose(boosting.bias(node), plain_bias(phrases, emitted, vocabulary), atol=1e-4)
+
+
+def test_digest_covers_tokens_weights_and_vocabulary() -> None:
+    base: tuple[Phrases, int] = ([([1, 2], 1.0), ([2, 3], 1.0)], 5)
+    others: list[tuple[Phrases, int]] = [
+        ([([1, 2], 1.0), ([2, 4], 1.0)], 5),
+        ([([1, 2], 1.0), ([2, 3], 1.5)], 5),
+        ([([1, 2], 1.0), ([2, 3], 1.0), ([1], 1.0)], 5),  # only a penalty differs
+        ([([1, 2], 1.0)], 5),
+        (base[0], 6),
+    ]
+    digests = [Boosting(*each).digest.tobytes() for each in (base, *others)]
+    assert len(set(digests)) == len(digests) and all(len(digest) == 32 for digest in digests)
+    assert Boosting(*base).digest.tobytes() == digests[0]
+    assert NO_PHRASES.tobytes() == bytes(32)
 
 
 def test_maximum_number_of_phrases(tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.decoding.greedy import DecoderState, greedy_reference, label_looping
+from nemostream.runtime.decoding.greedy import DecoderState, greedy_reference, label_looping, label_scores
 
 J = 4
 
@@ -152,6 +152,108 @@ def test_non_finite_frames_are_rejected_before_decoding() -> None:
     assert failed.tolist() == [True, False]
     assert not labels[0].tokens
     assert len(labels[1].tokens) == 3 * net.max_symbols
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("column", [0, 2, 3])
+@pytest.mark.parametrize("frame", [0, 3, 7])
+def test_row_stops_at_logits_that_are_not_finite(value: float, column: int, frame: int) -> None:
+    """In a label or in blank, in the first, an inner or the last frame; the labels before it are kept."""
+    rng = np.random.default_rng(1)
+    table = rng.standard_normal((2, 8, 9, 4)).astype(np.float32)
+    table[1, frame, :, column] = value
+    net = TableNet(table)
+    start = DecoderState.initial(net, 1, 1)
+    for max_pairs in (None, 2):
+        state = start.repeat(2)
+        labels, failed = label_looping(net, net.frames(), np.full(2, 8), state, max_pairs=max_pairs)
+        assert failed.tolist() == [False, True]
+        for row, frames in ((0, 8), (1, frame)):
+            alone = start.repeat(1)
+            before = greedy_reference(net, net.frames()[row, :frames], alone)
+            assert (labels[row].tokens, labels[row].frames) == (before.tokens, before.frames)
+            for name in ("predicted", "h", "c"):
+                np.testing.assert_array_equal(getattr(state, name)[row], getattr(alone, name)[0])
+        with pytest.raises(FloatingPointError, match=f"the logits of frame {frame} are not finite"):
+            greedy_reference(net, net.frames()[1], start.repeat(1))
+
+
+def test_row_of_logits_of_minus_infinity_fails() -> None:
+    net = TableNet(np.full((1, 2, 9, 4), -np.inf, np.float32))
+    labels, failed = label_looping(net, net.frames(), np.array([2]), DecoderState.initial(net, 1, 1))
+    assert failed.tolist() == [True] and not labels[0].tokens
+
+
+def test_impossible_labels_do_not_fail() -> None:
+    """A logit of minus infinity is a probability of zero."""
+    table = np.full((1, 2, 9, 4), -np.inf, np.float32)
+    table[0, :, :, 1], table[0, :, :, 3] = [[1.0], [0.0]], [[0.0], [1.0]]
+    net = TableNet(table)
+    labels, failed = label_looping(net, net.frames(), np.array([2]), DecoderState.initial(net, 1, 1))
+    assert not failed.any() and labels[0].frames == [0] * 5 and labels[0].tokens == [1] * 5
+    p = np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum()
+    np.testing.assert_allclose(labels[0].scores, [np.log(p[0])] * 5)
+    np.testing.assert_allclose(labels[0].sum_p_alpha, [(p**0.33).sum()] * 5)
+
+
+@pytest.mark.parametrize(
+    ("max_pairs", "sizes"),
+    [
+        (None, [8, 4, 2]),  # all remaining frames of every row; again from the frame of each label
+        (6, [5, 4, 2]),
+        (4, [4, 4, 4, 2]),
+        (3, [2, 2, 3, 3, 2]),
+        (1, [2, 2, 1, 1, 1, 1, 1, 1]),  # at least one frame of each row
+    ],
+)
+def test_pairs_of_each_call(max_pairs: int | None, sizes: list[int]) -> None:
+    """Row 0 has two frames without a label, row 1 has six frames with a label at frames 2 and 4."""
+
+    calls = []
+
+    class Counting:
+        blank, max_symbols = 1, 5
+
+        def predict(self, tokens, h, c):  # type: ignore[no-untyped-def]
+            return h[:, 0] + 1, h + 1, c  # the number of labels, and 1 for the initial blank
+
+        def join(self, encoded, predicted):  # type: ignore[no-untyped-def]
+            calls.append(len(encoded))
+            label = (encoded == 2) & (predicted == 1) | (encoded == 4) & (predicted == 2)
+            return np.concatenate([label, ~label], axis=1).astype(np.float32)
+
+    net = Counting()
+    encoded = np.stack([np.full((6, 1), 9), np.arange(6)[:, None]]).astype(np.float32)
+    state = DecoderState.initial(net, 1, 1).repeat(2)
+    labels, _ = label_looping(net, encoded, np.array([2, 6]), state, max_pairs=max_pairs)
+    assert [(row.tokens, row.frames) for row in labels] == [([], []), ([0, 0], [2, 4])]
+    assert calls == sizes
+
+
+def test_initial_state_is_that_after_blank() -> None:
+    net = TableNet(np.zeros((1, 1, 9, 4), np.float32))
+    state = DecoderState.initial(net, 2, 3)
+    predicted, h, c = net.predict(np.array([3]), np.zeros((1, 2, 3), np.float32), np.zeros((1, 2, 3), np.float32))
+    for actual, expected in ((state.predicted, predicted), (state.h, h), (state.c, c), (state.node, [0])):
+        np.testing.assert_array_equal(actual, expected)
+    state = DecoderState(*(np.arange(1, 5, dtype=np.float32)[:, None] * [[1, 2]] for _ in range(3)), np.arange(4))
+    one = DecoderState(state.predicted[2:3], state.h[1:2], state.c[3:4], state.node[2:3])
+    three = one.repeat(3)
+    assert (three.predicted.tolist(), three.h.tolist()) == ([[3, 6]] * 3, [[2, 4]] * 3)
+    assert (three.c.tolist(), three.node.tolist()) == ([[4, 8]] * 3, [2] * 3)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 1025])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_scores_are_those_of_the_softmax(vocabulary: int, scale: float) -> None:
+    """Compared with float64; of large logits, the exponentials do not overflow."""
+    logits = (scale * np.random.default_rng(2).standard_normal((5, vocabulary)) + 500).astype(np.float32)
+    labels = logits.argmax(axis=1)
+    shifted = logits.astype(np.float64) - 500
+    p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    scores, sum_p_alpha = label_scores(logits, labels)
+    np.testing.assert_allclose(scores, np.log(p[np.arange(5), labels]), atol=1e-12)
+    np.testing.assert_allclose(sum_p_alpha, (p**0.33).sum(axis=1), rtol=1e-12)
 
 
 def test_large_vocabulary(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nemostream.bundle import LanguageConfig
 from nemostream.errors import StreamError
 from nemostream.runtime.streaming.chunker import Chunker
 
@@ -16,7 +18,7 @@ LENGTHS = [0, 1, 159, 160, 198, 199, 200, 1279, 1280, 1478, 1479, 7878, 7879, 78
 
 
 def drain(chunker: Chunker) -> list[tuple[np.ndarray, int]]:
-    return [(item.audio, item.length) for item in (chunker.take() for _ in range(chunker.queued))]
+    return [(item.audio, item.length) for item in chunker.take()]
 
 
 @pytest.mark.parametrize("ms", [80, 160, 560, 1120])
@@ -69,9 +71,9 @@ def test_encoder_frames_equal_counted_convolution_windows(manifest, fake, sample
 def test_a_chunk_is_queued_at_its_last_sample(manifest):
     chunker = Chunker(manifest, manifest.chunk(80))
     chunker.accept(np.ones(198, np.float32))
-    assert chunker.queued == 0
+    assert len(chunker.take()) == 0
     chunker.accept(np.ones(1, np.float32))
-    assert chunker.queued == 1
+    assert len(chunker.take()) == 1
 
 
 def test_the_callers_array_can_be_reused_after_accept(manifest):
@@ -89,7 +91,7 @@ def test_audio_after_finish_is_rejected_and_a_second_finish_has_no_effect(manife
     chunker.accept(np.ones(5000, np.float32))
     chunker.finish()
     chunker.finish()
-    assert chunker.queued == 1
+    assert len(chunker.take()) == 1
     with pytest.raises(StreamError, match="was finished; open a new one"):
         chunker.accept(np.ones(1, np.float32))
 
@@ -97,18 +99,16 @@ def test_audio_after_finish_is_rejected_and_a_second_finish_has_no_effect(manife
 @given(changes=st.lists(st.tuples(st.integers(0, 9000), st.sampled_from([80, 160, 560, 1120])), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_changes_of_the_chunk_size_lose_no_audio(manifest, fake, changes):
-    chunker, samples, sizes = Chunker(manifest, manifest.chunk(160)), 0, []
+    chunker, samples = Chunker(manifest, manifest.chunk(160)), 0
     audio = np.arange(1, 1 + sum(length for length, _ in changes), dtype=np.float32)
     for length, ms in changes:
         chunker.accept(audio[samples : samples + length])
         samples += length
         chunker.set_chunk(manifest.chunk(ms))
     chunker.finish()
-    chunks = []
-    while chunker.queued:
-        item = chunker.take()
-        sizes.append(item.chunk)
-        chunks.append((item.audio, item.length))
+    items = chunker.take()
+    sizes = [item.chunk for item in items]
+    chunks = [(item.audio, item.length) for item in items]
     covered, frames = sum(size.frames for size in sizes), fake.encoder_frames(samples)
     assert covered >= frames and (not sizes or covered - sizes[-1].frames < frames)
     assert [len(row) for row, _ in chunks] == [size.samples for size in sizes]
@@ -122,11 +122,13 @@ def test_a_new_chunk_size_applies_to_the_chunk_being_filled(manifest):
     chunker.accept(np.ones(100, np.float32))
     chunker.set_chunk(manifest.chunk(80))
     chunker.accept(np.ones(99, np.float32))
-    assert chunker.queued == 1 and chunker.head.chunk.ms == 80
+    assert [item.chunk.ms for item in chunker.take()] == [80]
     chunker.accept(np.ones(1000, np.float32))
     chunker.set_chunk(manifest.chunk(560))
     chunker.accept(np.ones(280, np.float32))
-    assert chunker.queued == 1
+    assert not chunker.take()
+    chunker.accept(np.ones(8960 - 1280, np.float32))
+    assert [item.chunk.ms for item in chunker.take()] == [560]
 
 
 # -- filters and forced ends of utterances -----------------------------------------------------------------------------
@@ -147,7 +149,7 @@ class ScriptedFilter:
 
 
 def items(chunker: Chunker) -> list:
-    return [chunker.take() for _ in range(chunker.queued)]
+    return chunker.take()
 
 
 @given(
@@ -259,3 +261,373 @@ def test_a_forced_end_restarts_the_filter(manifest):
         "skip",
         "skip",
     ]
+
+
+@pytest.mark.parametrize("end", ["finish", "end_utterance"])
+def test_digital_silence_is_skipped_in_whole_chunks_and_its_rest_at_the_end(manifest, end):
+    chunker, found = Chunker(manifest, manifest.chunk(560)), []
+    chunker.prompt = 3
+    chunker.accept(np.ones(5000, np.float32))
+    for samples in (1, 1400, 8958, 1, 17_921):  # the recording's five frames end at sample 6400
+        chunker.skip_silence(samples)
+        found.append([(item.kind, item.end_sample, item.chunk.ms, item.prompt) for item in items(chunker)])
+    assert found == [[("run", 6400, 560, 3)], [], [], [("skip", 15_360, 560, 3)], [("skip", 33_280, 560, 3)]]
+    assert (chunker.samples, chunker.end_sample) == (33_281, 33_280)
+    getattr(chunker, end)()
+    last = [("end_of_utterance", 33_281)] if end == "end_utterance" else []
+    assert [(item.kind, item.end_sample) for item in items(chunker)] == [("skip", 33_281), *last]
+    if end == "finish":
+        with pytest.raises(StreamError, match="was finished"):
+            chunker.skip_silence(1)
+        return
+    chunker.accept(np.ones(5000, np.float32))
+    chunker.finish()
+    (item,) = items(chunker)
+    assert (item.kind, item.origin_sample, item.end_sample, item.reset_slot) == ("run", 33_281, 39_681, True)
+
+
+# -- saved states ------------------------------------------------------------------------------------------------------
+
+
+class PassesFrom:
+    """A filter that passes chunks that begin at a multiple of `every` samples or later, up to `length` after it."""
+
+    lead_ms = 400
+
+    def __init__(self, every: int, length: int) -> None:
+        self.every, self.length = every, length
+
+    def passes(self, begin: int, end: int) -> bool:
+        return begin % self.every < self.length
+
+    def restart(self, at: int) -> None: ...
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("accept"), st.integers(0, 9000)),
+        st.tuples(st.just("set_chunk"), st.sampled_from([80, 160, 560, 1120])),
+        st.tuples(st.just("skip_silence"), st.integers(1, 9000)),
+        st.tuples(st.just("end_utterance"), st.just(0)),
+        st.tuples(st.just("set_prompt"), st.sampled_from([0, 3])),
+    ),
+    max_size=12,
+)
+
+
+def apply(manifest, chunker: Chunker, operations: list, seed: int) -> list:
+    for number, (name, value) in enumerate(operations):
+        if name == "accept":
+            chunker.accept(np.random.default_rng(seed + number).standard_normal(value).astype(np.float32))
+        elif name == "set_chunk":
+            chunker.set_chunk(manifest.chunk(value))
+        elif name == "set_prompt":
+            chunker.prompt = value
+        else:
+            getattr(chunker, name)(*([value] if name == "skip_silence" else []))
+    return [item._replace(audio=item.audio.tolist(), block=None) for item in items(chunker)]
+
+
+@given(
+    before=OPERATIONS,
+    after=OPERATIONS,
+    ms=st.sampled_from([80, 560]),
+    chunk_filter=st.sampled_from([None, PassesFrom(30_000, 6000), PassesFrom(20_000, 12_000)]),
+)
+# The last frame of a recording can end 2240 samples after its audio.
+@example(before=[("accept", 4160), ("skip_silence", 1)], after=[("accept", 9000)], ms=80, chunk_filter=None)
+@settings(max_examples=150, deadline=None)
+def test_a_restored_chunker_continues_like_the_saved_one(manifest, before, after, ms, chunk_filter):
+    languages = LanguageConfig("de-DE", {"en-US": 0, "de-DE": 3}, 4)
+    manifest = dataclasses.replace(manifest, languages=languages)
+    chunker, restored = (Chunker(manifest, manifest.chunk(ms), chunk_filter) for _ in range(2))
+    apply(manifest, chunker, before, 0)
+    state = chunker.save()
+    kept = {name: array.copy() for name, array in state.items()}
+    restored.load(state)
+    assert (restored.samples, restored.end_sample, restored.chunk) == (
+        chunker.samples,
+        chunker.end_sample,
+        chunker.chunk,
+    )
+    assert {name: array.tolist() for name, array in restored.save().items()} == {
+        name: array.tolist() for name, array in kept.items()
+    }
+    for operations, seed in ((after, 100), ([("finish", 0)], 0)):
+        assert apply(manifest, restored, operations, seed) == apply(manifest, chunker, operations, seed)
+    assert all(np.array_equal(state[name], array) for name, array in kept.items())  # the state is a copy
+
+
+def counters(samples, begin, end, run, skipped, length, chunk_begin):
+    return {
+        "counts": np.array([samples, begin, end, run, skipped, length, chunk_begin], np.int64),
+        "filling": np.zeros(length, np.float32),
+    }
+
+
+# Each state violates one condition only. The chunk size is 560 ms (8960 samples), the lead has 1081 samples.
+CONTRADICTIONS = {
+    "more audio than the chunk being filled has": counters(20_000, 0, 8960, 7, 0, 12_121, 7879),
+    "as much audio as the chunk being filled has": counters(16_839, 0, 8960, 7, 0, 8960, 7879),
+    "a recording that begins after the last sample": counters(100, 1181, 1181, 0, 0, 0, 1181),
+    "less audio than chunks": counters(20_000, 1, 17_921, 14, 0, 3161, 16_839),
+    "another end": counters(20_000, 0, 17_919, 14, 0, 3161, 16_839),
+    "another begin of the chunk being filled": counters(20_000, 0, 17_920, 14, 0, 3161, 16_838),
+    "a first chunk without the lead": counters(5500, 5000, 5000, 0, 0, 1581, 3919),
+    "a second chunk with the lead": counters(20_000, 0, 17_920, 14, 0, 3161, 17_920),
+}
+CONSISTENT = {
+    "two chunks": counters(20_000, 0, 17_920, 14, 0, 3161, 16_839),
+    "the first chunk": counters(5500, 5000, 5000, 0, 0, 1581, 5000),
+    "skipped audio": counters(20_000, 0, 17_920, 7, 8960, 3161, 16_839),
+    "a later recording": counters(25_000, 5000, 22_920, 14, 0, 3161, 21_839),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS | CONSISTENT)
+def test_counters_that_contradict_each_other_are_rejected(manifest, name):
+    chunker = Chunker(manifest, manifest.chunk(560))
+    state = {**chunker.save(), **(CONTRADICTIONS | CONSISTENT)[name]}
+    if name in CONSISTENT:
+        chunker.load(state)
+        return
+    with pytest.raises(ValueError, match="counters contradict each other"):
+        chunker.load(state)
+    fresh = Chunker(manifest, manifest.chunk(560))
+    assert apply(manifest, chunker, [("accept", 20_000)], 1) == apply(manifest, fresh, [("accept", 20_000)], 1)
+
+
+def test_counters_within_silence_that_contradict_each_other_are_rejected(manifest):
+    chunker = Chunker(manifest, manifest.chunk(560))
+    chunker.accept(np.ones(5000, np.float32))
+    chunker.skip_silence(10_000)
+    items(chunker)
+    state = chunker.save()
+    samples, begin, *_, chunk_begin = state["counts"].tolist()
+    assert (samples, begin, chunk_begin) == (15_000, 0, 15_000)
+    for index, accepted, rejected in ((1, chunk_begin, chunk_begin + 1), (6, samples, samples + 1)):
+        for value in (accepted, rejected):
+            counts = state["counts"].copy()
+            counts[index] = value
+            restored = Chunker(manifest, manifest.chunk(560))
+            if value == accepted:
+                restored.load({**state, "counts": counts})
+                continue
+            with pytest.raises(ValueError, match="counters contradict each other"):
+                restored.load({**state, "counts": counts})
+    held = {"sizes": np.array([560, 560, 560]), "prompts": np.zeros(2, np.int64), "held": np.zeros(8960, np.float32)}
+    counts = state["counts"].copy()
+    counts[5] = 1
+    for change in (held, {"counts": counts, "filling": np.zeros(1, np.float32)}):
+        with pytest.raises(ValueError, match="counters contradict each other"):
+            Chunker(manifest, manifest.chunk(560)).load({**state, **change})
+    for value, valid in ((samples + 2 * 1280, True), (samples + 2 * 1280 + 1, False)):
+        counts = state["counts"].copy()
+        counts[2] = value
+        restored = Chunker(manifest, manifest.chunk(560))
+        if valid:
+            restored.load({**state, "counts": counts})
+            continue
+        with pytest.raises(ValueError, match="counters contradict each other"):
+            restored.load({**state, "counts": counts})
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def without_memory(item) -> tuple:
+    """Return an item as a step sees it: its audio multiplied by its scale, and everything but the memory."""
+    audio = item.audio * np.float32(item.scale)
+    assert audio.dtype == np.float32
+    return item._replace(audio=audio.tobytes(), scale=1.0, block=None)
+
+
+PARTS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["int16", "float"]), st.integers(0, 9000)),
+        st.tuples(st.just("set_chunk"), st.sampled_from([80, 160, 560, 1120])),
+        st.tuples(st.just("skip_silence"), st.integers(1, 9000)),
+        st.tuples(st.just("end_utterance"), st.just(0)),
+    ),
+    max_size=16,
+)
+
+
+@given(parts=PARTS, ms=st.sampled_from([80, 560]), chunk_filter=st.sampled_from([None, PassesFrom(30_000, 6000)]))
+@settings(max_examples=150, deadline=None)
+def test_int16_audio_gives_the_same_items_as_float_audio(manifest, parts, ms, chunk_filter):
+    """Also if both alternate within a chunk, bit for bit."""
+    mixed, floats = (Chunker(manifest, manifest.chunk(ms), chunk_filter) for _ in range(2))
+    for number, (name, value) in enumerate(parts):
+        rng = np.random.default_rng(number)
+        if name == "int16":
+            audio = rng.integers(-32768, 32768, value).astype(np.int16)
+            mixed.accept(audio)
+            floats.accept((audio / 32768).astype(np.float32))
+        elif name == "float":
+            audio = rng.uniform(-1, 1, value).astype(np.float32) * np.float32(2.0) ** rng.integers(-30, 1)
+            mixed.accept(audio)
+            floats.accept(audio)
+        else:
+            for chunker in (mixed, floats):
+                if name == "set_chunk":
+                    chunker.set_chunk(manifest.chunk(value))
+                else:
+                    getattr(chunker, name)(*([value] if name == "skip_silence" else []))
+    states = [{name: array.tolist() for name, array in chunker.save().items()} for chunker in (mixed, floats)]
+    assert states[0] == states[1]
+    for chunker in (mixed, floats):
+        chunker.finish()
+    assert [without_memory(item) for item in mixed.take()] == [without_memory(item) for item in floats.take()]
+
+
+class Consumer:
+    """Takes items as the scheduler does: some time after they are complete, in order; recycles blocks later still."""
+
+    def __init__(self, chunker: Chunker) -> None:
+        self.chunker, self.waiting, self.recyclable = chunker, [], []
+        # For each recording, the audio of its items that are run, when they are in batches
+        self.received: list[list[np.ndarray]] = []
+        self.memory: list[int] = []  # address of the audio of each item
+
+    def take(self) -> None:
+        self.waiting += self.chunker.take()
+
+    def batch(self, count: int) -> None:
+        for item in self.waiting[:count]:
+            if item.kind == "run":
+                assert not item.audio[item.length :].any()
+                if item.reset_slot or not self.received:
+                    self.received.append([])
+                self.received[-1].append(item.audio[: item.length] * np.float32(item.scale))
+                self.memory.append(item.audio.ctypes.data)
+            if item.block is not None:
+                self.recyclable.append(item.block)
+        del self.waiting[:count]
+
+    def recycle(self, count: int) -> None:
+        for block in self.recyclable[:count]:
+            self.chunker.recycle(block)
+        del self.recyclable[:count]
+
+
+CONSUMPTION = st.lists(
+    st.one_of(
+        st.tuples(st.just("float"), st.integers(0, 6000)),
+        st.tuples(st.just("int16"), st.integers(0, 6000)),
+        st.tuples(st.just("take"), st.just(0)),
+        st.tuples(st.just("batch"), st.integers(1, 9)),
+        st.tuples(st.just("recycle"), st.integers(1, 3)),
+        st.tuples(st.just("set_chunk"), st.sampled_from([80, 160, 560, 1120])),
+        st.tuples(st.just("end_utterance"), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@given(operations=CONSUMPTION, ms=st.sampled_from([80, 160, 560]))
+@settings(max_examples=200, deadline=None)
+def test_recycled_memory_is_not_used_before_its_items_are_in_batches(manifest, fake, operations, ms):
+    chunker = Chunker(manifest, manifest.chunk(ms))
+    consumer, recordings = Consumer(chunker), [[]]
+    for number, (name, value) in enumerate(operations):
+        rng = np.random.default_rng(number)
+        if name == "float":
+            recordings[-1].append(rng.uniform(-1, 1, value).astype(np.float32))
+            chunker.accept(recordings[-1][-1])
+        elif name == "int16":
+            audio = rng.integers(-32768, 32768, value).astype(np.int16)
+            recordings[-1].append((audio / 32768).astype(np.float32))
+            chunker.accept(audio)
+        elif name == "set_chunk":
+            chunker.set_chunk(manifest.chunk(value))
+        elif name == "end_utterance":
+            chunker.end_utterance()
+            recordings.append([])
+        elif name == "take":
+            consumer.take()
+        else:
+            getattr(consumer, name)(value)
+    chunker.finish()
+    consumer.take()
+    consumer.batch(len(consumer.waiting))
+    wholes = [np.concatenate([np.zeros(1081, np.float32), *parts]) for parts in recordings]
+    wholes = [whole for whole in wholes if fake.encoder_frames(len(whole) - 1081)]  # shorter ones have no items
+    assert len(consumer.received) == len(wholes)
+    for received, whole in zip(consumer.received, wholes, strict=True):
+        audio, frames = np.concatenate(received), fake.encoder_frames(len(whole) - 1081)
+        assert len(audio) >= min(1280 * frames, len(whole)) and np.array_equal(audio, whole[: len(audio)])
+
+
+def test_a_stream_whose_blocks_are_recycled_needs_no_new_memory(manifest):
+    for ms in (80, 160, 560, 1120):
+        chunker = Chunker(manifest, manifest.chunk(ms))
+        consumer = Consumer(chunker)
+        for number in range(400):
+            chunker.accept(np.full(manifest.chunk(ms).samples, number, np.float32))
+            consumer.take()
+            consumer.batch(1)
+            consumer.recycle(1)
+        assert len(consumer.memory) == 400
+        # One block is filled while another one is in a batch.
+        assert len(set(consumer.memory)) <= 2 * len(chunker._block.chunks), ms
+
+
+# -- changes of the chunk size by another thread -----------------------------------------------------------------------
+
+
+class Switching(Chunker):
+    """A chunker whose chunk size another thread may have changed at every read of it."""
+
+    __slots__ = ("choices", "sizes")
+
+    def __init__(self, manifest, sizes: list[int], choices: np.random.Generator) -> None:
+        self.sizes, self.choices = [manifest.chunk(ms) for ms in sizes], choices
+        super().__init__(manifest, self.sizes[0])
+
+    @property
+    def chunk(self):
+        return self.sizes[self.choices.integers(len(self.sizes))]
+
+    @chunk.setter
+    def chunk(self, chunk) -> None: ...
+
+
+@given(
+    sizes=st.lists(st.sampled_from([80, 160, 560, 1120]), min_size=2, max_size=4),
+    pushes=st.lists(st.tuples(st.sampled_from(["accept", "accept", "skip_silence"]), st.integers(0, 9000)), max_size=9),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_chunk_size_that_changes_at_any_time_loses_no_audio(manifest, fake, sizes, pushes, seed):
+    chunker = Switching(manifest, sizes, np.random.default_rng(seed))
+    recordings, silent, at = [[0, np.zeros(0, np.float32)]], False, 0
+    for name, samples in pushes:
+        if name == "skip_silence":
+            chunker.skip_silence(samples)
+            silent = True
+            assert chunker.end_sample <= chunker.samples + 2 * 1280  # its last frame may end after its audio
+        else:
+            audio = np.arange(at + 1, at + samples + 1, dtype=np.float32)
+            chunker.accept(audio)
+            if silent and samples:
+                recordings.append([at, np.zeros(0, np.float32)])
+                silent = False
+            recordings[-1][1] = np.concatenate([recordings[-1][1], audio])
+        at += samples
+        assert chunker.samples == at
+    chunker.finish()
+    found = items(chunker)
+    for begin, audio in recordings:
+        frames, ran = fake.encoder_frames(len(audio)), []
+        while frames and found and (found[0].kind != "run" or not found[0].reset_slot or not ran):
+            item = found.pop(0)
+            if item.kind == "run":
+                assert item.origin_sample == begin and len(item.audio) == item.chunk.samples
+                ran.append(item)
+        whole = np.concatenate([np.zeros(1081, np.float32), audio])
+        received = np.concatenate([np.zeros(0, np.float32), *(item.audio[: item.length] for item in ran)])
+        assert np.array_equal(received, whole[: len(received)])
+        covered = sum(item.chunk.frames for item in ran)
+        assert covered >= frames and (not ran or covered - ran[-1].chunk.frames < frames)
+    assert all(item.kind == "skip" for item in found)

@@ -15,6 +15,8 @@ import pytest
 
 import nemostream
 from nemostream.errors import BackendError, NemostreamError
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 TIMEOUT = 60  # seconds; a child that takes longer hangs
@@ -91,10 +93,11 @@ def test_a_model_in_a_forked_child_raises(model: Any, use: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "act", ["push", "push_events", "finish", "end_utterance", "finish_events", "result", "set_chunk_ms"]
+    "act",
+    ["push", "push_events", "finish", "end_utterance", "finish_events", "result", "set_chunk_ms", "set_language"],
 )
 def test_a_stream_in_a_forked_child_raises(model: Any, act: str) -> None:
-    arguments = {"push": [AUDIO], "push_events": [AUDIO], "set_chunk_ms": [160]}.get(act, [])
+    arguments = {"push": [AUDIO], "push_events": [AUDIO], "set_chunk_ms": [160], "set_language": ["en"]}.get(act, [])
     with model.stream() as stream:
         stream.push(AUDIO)
         found = in_child(lambda: stream.result if act == "result" else getattr(stream, act)(*arguments))
@@ -122,8 +125,42 @@ def test_a_lock_held_at_the_fork_does_not_block_the_child(model: Any) -> None:
 def test_close_in_a_forked_child_has_no_effect(model: Any) -> None:
     with model.stream() as stream:
         stream.push(AUDIO)
-        assert in_child(lambda: (stream.close(), model.close())) == "returned (None, None)"
+        with model._scheduler._lock:  # held by another thread at the fork
+            assert in_child(lambda: (stream.close(), model.close())) == "returned (None, None)"
         assert stream.finish().final
+
+
+def test_no_call_of_the_scheduler_blocks_in_a_forked_child(bundle: Any, fake: Any) -> None:
+    manifest = bundle.manifest
+    chunk = manifest.chunk(80)
+    scheduler = Scheduler(manifest, fake.FakeBackend(manifest))
+    stream = scheduler.open(Chunker(manifest, chunk))
+    calls: dict[str, Callable[[], Any]] = {
+        "open": lambda: scheduler.open(Chunker(manifest, chunk)),
+        "accept": lambda: scheduler.accept(stream, np.zeros(9, np.float32)),
+        "finish": lambda: scheduler.finish(stream),
+        "end_utterance": lambda: scheduler.end_utterance(stream),
+        "settled": lambda: scheduler.settled(stream),
+        "wait": lambda: scheduler.wait(stream),
+        "set_chunk": lambda: scheduler.set_chunk(stream, chunk),
+        "set_prompt": lambda: scheduler.set_prompt(stream, 0),
+        "collect": lambda: scheduler.collect(stream),
+        "call": lambda: scheduler.call(lambda backend: None),
+    }
+
+    def errors() -> list[str]:
+        found = []
+        for name, call in calls.items():
+            try:
+                call()
+            except BackendError as error:
+                if "load the model in the child process" in str(error):
+                    found.append(name)
+        return found
+
+    with scheduler._lock:
+        assert in_child(errors) == f"returned {list(calls)}"
+    scheduler.close()
 
 
 def test_a_model_loaded_in_the_child_works(model: Any) -> None:

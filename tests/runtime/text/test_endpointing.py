@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemostream.errors import OptionError
-from nemostream.runtime.text.endpointing import Endpoint, Endpointer
+from nemostream.runtime.text.endpointing import NEVER, Endpoint, Endpointer, UtteranceEnd
 
 FRAME = 1280
 WORD_STARTS = (True, False, False, False, False)  # token 0 starts a word, token 1 continues it
@@ -149,6 +152,141 @@ def test_expected_ends_by_the_model(manifest):
     assert run(manifest, ignored, {3: [0, EOU, EOB]}, 200, [7], resets) == [] and resets == []
 
 
+@pytest.mark.parametrize(
+    ("rate", "rule", "end_sample", "reason"),
+    [
+        # The frame of the token, the silence rounded up to frames of 80 ms, and one frame more: NeMo's rule.
+        (16000, Endpoint(silence_ms=80), 3 * FRAME, "silence"),
+        (16000, Endpoint(silence_ms=81), 4 * FRAME, "silence"),
+        (16000, Endpoint(silence_ms=1040), 15 * FRAME, "silence"),
+        (16000, Endpoint(silence_ms=1041), 16 * FRAME, "silence"),
+        (16000, Endpoint(silence_ms=80_001), 1003 * FRAME, "silence"),
+        # Frames of 160 ms.
+        (8000, Endpoint(silence_ms=160), 3 * FRAME, "silence"),
+        (8000, Endpoint(silence_ms=801), 8 * FRAME, "silence"),
+        # The maximum length begins with the first token and is exact to the sample.
+        (16000, Endpoint(silence_ms=None, max_utterance_ms=1000), 16_000, "length"),
+        (16000, Endpoint(silence_ms=None, max_utterance_ms=1003), 16_048, "length"),
+        (8000, Endpoint(silence_ms=None, max_utterance_ms=1003), 8_024, "length"),
+        (44100, Endpoint(silence_ms=None, max_utterance_ms=1001), 44_144, "length"),
+        # The earlier rule applies; at the same sample that is silence.
+        (16000, Endpoint(silence_ms=1040, max_utterance_ms=1199), 19_184, "length"),
+        (16000, Endpoint(silence_ms=1040, max_utterance_ms=1200), 15 * FRAME, "silence"),
+        (16000, Endpoint(silence_ms=1040, max_utterance_ms=1201), 15 * FRAME, "silence"),
+    ],
+)
+def test_limits_are_exact_to_the_sample(manifest, rate, rule, end_sample, reason):
+    manifest = replace(manifest, features=replace(manifest.features, sample_rate=rate))
+    for first in (0, 7 * FRAME):
+        expected = UtteranceEnd(1, first + end_sample, reason)
+        assert make_pointer(manifest, rule).step([0], [first], first + end_sample) == [expected]
+        pointer = make_pointer(manifest, rule)
+        assert pointer.step([0], [first], first + end_sample - 1) == []
+        assert pointer.step([], [], first + end_sample) == [expected]
+        assert pointer.step([], [], first + 10 * end_sample) == []  # only once
+
+
+def test_utterance_of_the_maximum_length_ends_after_its_word(manifest):
+    """A word is complete before a token that begins another one, or after five frames without a token."""
+    rule = Endpoint(silence_ms=None, max_utterance_ms=1000)
+    for token, position, expected in (
+        (0, 16_000, UtteranceEnd(2, 16_000, "length")),
+        (0, 15_999, None),
+        (1, 16_000, None),
+    ):
+        pointer = make_pointer(manifest, rule)
+        assert pointer.step([0, 1], [0, 10 * FRAME], 15_999) == []
+        found = pointer.step([token], [position], position)
+        assert found == ([] if expected is None else [expected])
+        # The token belongs to the next utterance if one has ended.
+        last = position + (16_000 if expected else 6 * FRAME)
+        assert pointer.step([], [], last - 1) == []
+        assert pointer.step([], [], last) == [UtteranceEnd(3, last, "length")]
+
+
+def test_every_saved_field_is_restored(manifest):
+    """Each decides a later end: the count, the first and the last token, and whether there was an utterance."""
+    closing = 2
+
+    def make(**rule):
+        return Endpointer(Endpoint(**rule), manifest, (True, False, False), (False, False, True))
+
+    def resume(pointer, **rule):
+        restored = make(**rule)
+        restored.load(pointer.save())
+        assert restored.between_utterances == pointer.between_utterances
+        return restored
+
+    silence, length = {"silence_ms": 800}, {"silence_ms": None, "max_utterance_ms": 2000}
+    for rule, end in ((silence, 20 * FRAME), (length, 2 * FRAME + 32_000)):
+        pointer = make(**rule)
+        assert pointer.step([0, 1, 1], [2 * FRAME, 5 * FRAME, 8 * FRAME], 9 * FRAME) == []
+        pointer = resume(pointer, **rule)
+        assert pointer.step([], [], end - 1) == []
+        (found,) = pointer.step([], [], end)
+        assert (found.token_count, found.end_sample) == (3, end)
+        # After an utterance, closing punctuation does not start another one; before the first utterance it does.
+        pointer = resume(pointer, **rule)
+        assert pointer.step([closing], [end], end + 100 * FRAME) == []
+        (found,) = resume(pointer, **rule).step([0], [end + 101 * FRAME], end + 200 * FRAME)
+        assert found.token_count == 5
+        (found,) = resume(make(**rule), **rule).step([closing], [FRAME], 100 * FRAME)
+        assert found.token_count == 1
+
+
+def test_utterance_that_starts_at_the_first_sample_is_restored(manifest):
+    pointer = make_pointer(manifest, Endpoint())
+    pointer.step([0], [0], FRAME)
+    restored = make_pointer(manifest, Endpoint())
+    restored.load(pointer.save())
+    assert not restored.between_utterances and restored.step([], [], 12 * FRAME) == [
+        UtteranceEnd(1, 12 * FRAME, "silence")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([-1, -1, 0, 0], r"counts of utterances are \[-1, -1, 0\]"),
+        ([1 << 53, -1, 0, 0], "counts of utterances are"),
+        ([0, -2, 0, 0], "counts of utterances are"),
+        ([0, 1 << 53, 1 << 53, 1], "counts of utterances are"),
+        ([0, -1, -1, 0], "counts of utterances are"),
+        ([1, 5, 4, 1], r"counts of utterances are \[1, 5, 4\]"),
+        ([1, 5, 1 << 53, 1], "counts of utterances are"),
+        ([1, 5, 5, 2], "the flag 2; it must be 0 or 1"),
+        ([1, 5, 5, -1], "the flag -1; it must be 0 or 1"),
+        ([1, 5, 5], "counts has the shape"),
+        ([1, 5, 5, 1, 0], "counts has the shape"),
+        ([[1, 5, 5, 1]], "counts is not an array of 1 dimensions of int64"),
+    ],
+)
+def test_invalid_state_is_rejected(manifest, counts, message):
+    pointer = make_pointer(manifest, Endpoint())
+    pointer.step([0, 1], [FRAME, 2 * FRAME], 3 * FRAME)
+    before = pointer.save()
+    with pytest.raises(ValueError, match=message):
+        pointer.load({"counts": np.array(counts, np.int64)})
+    np.testing.assert_array_equal(pointer.save()["counts"], before["counts"])
+
+
+@pytest.mark.parametrize("counts", [[0, -1, 0, 0], [(1 << 53) - 1, -1, (1 << 53) - 1, 1], [1, 5, 5, 1], [3, 0, 0, 1]])
+def test_saved_state_equals_the_loaded_one(manifest, counts):
+    pointer = make_pointer(manifest, Endpoint())
+    assert pointer.save()["counts"].tolist() == [0, -1, 0, 0]
+    pointer.load({"counts": np.array(counts, np.int64)})
+    assert pointer.save()["counts"].tolist() == counts and pointer.save()["counts"].dtype == np.int64
+    with pytest.raises(ValueError, match="int64"):
+        pointer.load({"counts": np.array(counts, np.float64)})
+
+
+def test_punctuation_after_a_reset_does_not_start_an_utterance(manifest):
+    """The client may request an end before the first token."""
+    pointer = Endpointer(Endpoint(), manifest, (True, False), (False, True))
+    pointer.reset()
+    assert pointer.step([1], [0], 100 * FRAME) == [] and pointer.between_utterances
+
+
 def test_reset_starts_a_new_utterance(manifest):
     pointer = Endpointer(Endpoint(), manifest, WORD_STARTS)
     assert pointer.step([0], [0], 5 * FRAME) == [] and not pointer.between_utterances
@@ -164,6 +302,9 @@ def test_reset_starts_a_new_utterance(manifest):
         ({"silence_ms": 79}, "silence_ms is 79; it must be at least 80 ms, or None"),
         ({"silence_ms": 0.8}, r"silence_ms is 0\.8"),
         ({"silence_ms": True}, "silence_ms is True"),
+        ({"silence_ms": 800.0}, r"silence_ms is 800\.0; it must be at least 80 ms"),
+        ({"silence_ms": "800"}, "silence_ms is '800'"),
+        ({"max_utterance_ms": 2000.0}, r"max_utterance_ms is 2000\.0"),
         ({"max_utterance_ms": 999}, "max_utterance_ms is 999; it must be at least 1000 ms"),
         ({"decoder": "forget"}, "decoder is 'forget'; choose one of keep, reset"),
         ({"model": "yes"}, "model is 'yes'; it must be True or False"),
@@ -172,6 +313,29 @@ def test_reset_starts_a_new_utterance(manifest):
 def test_invalid_rule_is_rejected(options, message):
     with pytest.raises(OptionError, match=message):
         Endpoint(**options)
+
+
+def test_smallest_values_are_valid():
+    assert (Endpoint(silence_ms=80).silence_ms, Endpoint(max_utterance_ms=1000).max_utterance_ms) == (80, 1000)
+
+
+def test_no_reset_is_due_before_the_first_step(manifest):
+    pointer = make_pointer(manifest, Endpoint(decoder="reset"))
+    assert not pointer.reset_due and pointer.between_utterances
+    assert pointer.step([0, EOU], [0, 0], FRAME) and pointer.reset_due
+    assert pointer.step([], [], 2 * FRAME) == [] and not pointer.reset_due  # only after the step of the end
+
+
+def test_every_token_has_a_position(manifest):
+    for tokens, positions in (([0, 1], [0]), ([0], [0, FRAME])):
+        with pytest.raises(ValueError, match="zip"):
+            make_pointer(manifest, Endpoint()).step(tokens, positions, 2 * FRAME)
+
+
+def test_default_rule():
+    """NeMo's silence of 800 ms and the ends of the model; the decoder is kept."""
+    rule = Endpoint()
+    assert (rule.silence_ms, rule.max_utterance_ms, rule.decoder, rule.model) == (800, None, "keep", True)
 
 
 @pytest.mark.nemo
@@ -191,3 +355,53 @@ def test_silence_rule_equals_nemo(manifest, tokens, silence, frames):
             begin, count = frame, count + len(new)
             expected.append((count, frame + 1, "silence"))
     assert run(manifest, Endpoint(silence_ms=silence), tokens, frames, [7, 2, 14]) == expected
+
+
+STEPS = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 4)), max_size=3)), max_size=6
+)
+
+
+@given(
+    steps=STEPS,
+    rule=st.builds(
+        Endpoint,
+        silence_ms=st.sampled_from([None, 80, 240, 800]),
+        max_utterance_ms=st.sampled_from([None, 1000, 1500]),
+        decoder=st.sampled_from(["keep", "reset"]),
+    ),
+    silent=st.lists(st.integers(0, 1 << 20), max_size=4),
+    forced=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_steps_without_tokens_before_the_next_end_change_nothing_and_a_step_to_it_ends(
+    manifest, steps, rule, silent, forced
+):
+    pointer, at = make_pointer(manifest, rule), 0
+    for frames, tokens in steps:
+        new = sorted((at + frame % frames * FRAME, token) for frame, token in tokens)
+        at += frames * FRAME
+        pointer.step([token for _, token in new], [sample_pos for sample_pos, _ in new], at)
+    if forced:
+        pointer.reset()
+    end = pointer.next_end
+    state = pointer.save()["counts"].tolist()
+    if pointer.between_utterances:
+        assert end == NEVER
+    else:
+        assert end > at or forced
+    limit = min(end, at + (1 << 21))
+    for sample in [*sorted(at + offset % (limit - at) for offset in silent), limit - 1]:
+        assert pointer.step([], [], sample) == []
+        assert not pointer.reset_due and pointer.next_end == end and pointer.save()["counts"].tolist() == state
+    if end < NEVER:
+        (found,) = pointer.step([], [], end)
+        assert (found.end_sample, found.token_count) == (end, state[0]) and found.reason in ("silence", "length")
+        assert pointer.next_end == NEVER and pointer.reset_due == (rule.decoder == "reset")
+
+
+def test_an_utterance_without_rules_has_no_next_end(manifest):
+    pointer = make_pointer(manifest, Endpoint(silence_ms=None))
+    pointer.step([0], [0], FRAME)
+    assert not pointer.between_utterances and pointer.next_end >= NEVER
+    assert pointer.step([], [], 1 << 60) == []

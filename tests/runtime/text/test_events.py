@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, UtteranceEnd
 from nemostream.runtime.text.events import Event, EventBuilder
 from nemostream.runtime.text.tokenizer import Tokenizer
-from nemostream.runtime.text.words import Token, group_words
+from nemostream.runtime.text.words import Token, Word, group_words
 
 FRAME = 1280
 
@@ -152,6 +152,85 @@ def test_event_created_directly_is_entirely_new(tokenizer):
     event = Event("partial", 0, "the quick fox", "the quick", 0.0, 1.0, 1.0, 80, tokens)
     assert (event.new_text, event.new_tokens, event.words_from) == (event.text, tokens, 0)
     assert event.new_words == event.words == group_words(tokens) and event.stable_length == 9
+    assert (event.reason, event.tokens_from, event.text_from) == (None, 0, 0)
+    assert (event.language, event.set_language) == (None, "auto")
+    shown = repr(event)
+    assert "the quick fox" in shown and not any(name in shown for name in ("Token(", "grouper", "_from"))
+    with pytest.raises(AttributeError, match="'Event' object has no attribute 'speaker'"):
+        event.speaker  # noqa: B018
+
+
+def test_events_have_the_audio_and_the_chunk_size_of_their_step(tagged):
+    """Also the end of an utterance, which `rate` converts from samples to seconds and which is never before another."""
+    pieces = ["\u2581yes", "<EOB>", "\u2581no"]
+    tokens = make_tokens(tagged, [tagged._model.piece_to_id(piece) for piece in pieces])
+    builder = EventBuilder(tagged, "min", 8000, backchannels=True)
+    events = builder.step(tokens, 1, [], 0.25, 80)
+    events += builder.step(tokens, 2, [], 1.5, 560)
+    events += builder.step(tokens, 3, [UtteranceEnd(2, 10_000, "silence")], 2.75, 1120)
+    events += builder.finish(tokens, 9_000, 3.125, 160)
+    assert [(e.kind, e.utterance, e.audio, e.chunk_ms, e.reason) for e in events] == [
+        ("partial", 0, 0.25, 80, None),
+        ("backchannel", 0, 1.5, 560, None),
+        ("partial", 0, 1.5, 560, None),
+        ("final", 0, 2.75, 1120, None),
+        ("end", 0, 2.75, 1120, "silence"),
+        ("partial", 1, 2.75, 1120, None),
+        ("final", 1, 3.125, 160, None),
+        ("end", 1, 3.125, 160, "finish"),
+    ]
+    ends = [event for event in events if event.kind == "end"]
+    assert [(event.start, event.end) for event in ends] == [(1.25, 1.25), (1.25, 1.25)]
+
+
+def test_utterance_does_not_start_after_the_end_of_the_recording(tokenizer):
+    (token,) = make_tokens(tokenizer, tokenizer.encode("the"), [10])
+    builder = EventBuilder(tokenizer, "min", 16000)
+    (partial,) = builder.step([token], 1, [], 0.0, 80)
+    final, _ = builder.finish([dataclasses.replace(token, end=0.75)], 12_000, 0.0, 80)
+    assert [(event.start, event.end) for event in (partial, final)] == [(0.8, pytest.approx(0.88)), (0.75, 0.75)]
+
+
+def test_confidence_of_words_is_aggregated_as_requested(tokenizer):
+    """By the event, by a copy of it, and by its increments."""
+    tokens = [
+        dataclasses.replace(token, confidence=0.5 + 0.125 * index)
+        for index, token in enumerate(make_tokens(tokenizer, [*tokenizer.encode("zz"), *tokenizer.encode("zz")]))
+    ]
+    for aggregation in ("min", "max", "mean", "prod"):
+        builder = EventBuilder(tokenizer, aggregation, 16000)
+        events = builder.step(tokens, len(tokens) - 1, [], 0.0, 80)
+        events += builder.step(tokens, len(tokens), [UtteranceEnd(len(tokens), FRAME, "forced")], 0.0, 80)
+        events += builder.step([*tokens, *tokens], 2 * len(tokens), [], 0.0, 80)  # the next utterance
+        partial, final, _, other = events
+        for event, count in ((partial, len(tokens) - 1), (final, len(tokens)), (other, len(tokens))):
+            expected = group_words(tokens[:count], aggregation)
+            assert event.words == pickle.loads(pickle.dumps(event)).words == copy.copy(event).words == expected
+            assert event.new_words == expected[event.words_from :]
+    assert len({group_words(tokens, aggregation)[0].confidence for aggregation in ("min", "max", "mean", "prod")}) == 4
+
+
+def test_words_of_a_final_can_be_replaced(tokenizer):
+    """The tokens, and everything else, are those of the original; all words and the whole text are new."""
+    tokens = make_tokens(tokenizer, tokenizer.encode("the quick fox"))
+    builder = EventBuilder(tokenizer, "max", 16000)
+    builder.step(tokens, 2, [], 0.0, 80)
+    final, _ = builder.finish(tokens, 7 * FRAME, 1.5, 560, "de-DE")
+    assert final.text_from > 0 and final.tokens_from == 2
+    written = [Word("the", 0.0, 0.1, 0.5), Word("42", 0.1, 0.9, 0.25), Word("!", 0.9, 1.0, 1.0, after_space=False)]
+    event = final.with_words(written)
+    assert (event.text, event.stable, event.words) == ("the 42!", "the 42!", tuple(written))
+    assert (event.text_from, event.new_text, event.stable_length) == (0, "the 42!", 7)
+    assert (event.words_from, event.new_words) == (0, tuple(written))
+    assert (event.tokens, event.tokens_from, event.new_tokens) == (tuple(tokens), 2, tuple(tokens[2:]))
+    changed = {"text", "stable", "text_from"}
+    for item in dataclasses.fields(Event):
+        if item.name not in changed:
+            assert getattr(event, item.name) == getattr(final, item.name)
+    for twin in (copy.copy(event), copy.deepcopy(event), pickle.loads(pickle.dumps(event))):
+        assert (twin, twin.words, twin.new_words) == (event, event.words, event.new_words)
+    assert final.with_words([]).text == "" and final.with_words([]).words == ()
+    assert final.words == group_words(tokens, "max")  # the original is unchanged
 
 
 def test_memory_and_increments_of_an_hour_are_linear(tokenizer):

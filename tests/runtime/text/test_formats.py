@@ -24,8 +24,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nemostream.runtime.text import formats
-from nemostream.runtime.text.formats import Format, Transcript
+from nemostream.runtime.text.formats import Cue, Format, Transcript, Utterance
 from nemostream.runtime.text.scripts import columns
+from nemostream.runtime.text.words import Token
 
 MIN_DURATION, MAX_DURATION, GAP, SPEED, WIDTH = 5 / 6, 7.0, 1 / 12, 20, 42
 MS = 0.0011  # seconds: two rounding errors
@@ -192,6 +193,115 @@ def test_word_longer_than_a_line_has_its_own_line() -> None:
     assert " ".join(line for cue in shown for line in cue.lines) == f"the {word} is closed"
 
 
+def shown_ms(words: Sequence[Word], duration: float | None = None) -> list[tuple[int, int, str]]:
+    """Return the start and end in milliseconds and the text of each subtitle."""
+    return [
+        (round(1000 * cue.start), round(1000 * cue.end), "/".join(cue.lines)) for cue in formats.cues(words, duration)
+    ]
+
+
+LONG = "w" * 30  # is read in 1.5 s at 20 characters per second
+
+
+@pytest.mark.parametrize(
+    ("words", "duration", "expected"),
+    [
+        # Long enough to be read, for the minimum duration, and until its words end; at most 7 s.
+        ([Word(LONG, 1.0, 1.5)], None, [(1000, 2500, LONG)]),
+        ([Word("w" * 31, 1.0, 1.5)], None, [(1000, 2550, "w" * 31)]),
+        ([Word("w" * 16, 1.0, 1.5)], None, [(1000, 1833, "w" * 16)]),
+        ([Word("w", 1.0, 2.75)], None, [(1000, 2750, "w")]),
+        ([Word("w", 1.0, 8.0)], None, [(1000, 8000, "w")]),
+        ([Word("w", 1.0, 8.001)], None, [(1000, 8000, "w")]),
+        # Not after the recording ends, unless its words do; at least 100 ms.
+        ([Word(LONG, 1.0, 1.5)], 2.0, [(1000, 2000, LONG)]),
+        ([Word(LONG, 1.0, 1.5)], 1.25, [(1000, 1500, LONG)]),
+        ([Word("w", 1.0, 1.0)], 1.0, [(1000, 1100, "w")]),
+        # Two frames of film before the next subtitle, which a pause of 1 s begins.
+        ([Word(LONG, 0.0, 0.5), Word("x", 1.5, 1.75)], None, [(0, 1417, LONG), (1500, 2333, "x")]),
+        ([Word(LONG, 0.0, 0.5), Word("x", 1.499, 1.749)], None, [(0, 1749, f"{LONG} x")]),
+        ([Word("v", 0.0, 0.5), Word("x", 9.0, 9.25)], None, [(0, 833, "v"), (9000, 9833, "x")]),
+        # Words of more than 7 s are two subtitles.
+        ([Word("v", 0.0, 3.5), Word("x", 3.5, 7.0)], None, [(0, 7000, "v x")]),
+        ([Word("v", 0.0, 3.5), Word("x", 3.5, 7.001)], None, [(0, 3417, "v"), (3500, 7001, "x")]),
+        # Words at the same time do not fit on two lines: the next subtitle begins after the previous one and the gap.
+        ([Word("w" * 42, 1.0, 1.0)] * 3, 1.0, [(1000, 1100, "w" * 42), (1183, 1283, f"{'w' * 42}/{'w' * 42}")]),
+        # A word whose end is before its start ends there; white space is not a word.
+        ([Word("v", 1.0, 0.5), Word("x", 1.999, 2.0)], None, [(1000, 2000, "v x")]),
+        ([Word("v", 1.0, 0.5), Word("x", 2.0, 2.0)], None, [(1000, 1833, "v"), (2000, 2833, "x")]),
+        ([Word("v", 1.0, 2.0), Word(" ", 2.0, 9.0), Word("x y", 2.0, 2.5)], None, [(1000, 2500, "v x y")]),
+    ],
+)
+def test_times_are_exact_to_the_millisecond(
+    words: list[Word], duration: float | None, expected: list[tuple[int, int, str]]
+) -> None:
+    assert shown_ms(words, duration) == expected
+
+
+def test_times_are_rounded_to_milliseconds() -> None:
+    assert formats.cues([Word("w", 1.0004, 3.0006)]) == [Cue(1.0, 3.001, ("w",))]
+    assert formats.cues([Word("w", 1.0006, 3.0004)]) == [Cue(1.001, 3.0, ("w",))]
+
+
+def lines_of(marks: dict[int, str], pauses: dict[int, float], spaced: Sequence[int] = range(12)) -> tuple[str, ...]:
+    """Return the lines of 12 words of 4 characters, which do not fit on one line.
+
+    `marks` are appended to the n-th words, `pauses` are in seconds after the n-th words, `spaced` are the words after
+    a space.
+    """
+    words, at = [], 0.0
+    for number in range(12):
+        words.append(Word("word" + marks.get(number, ""), at, at + 0.25, after_space=number in spaced))
+        at += 0.25 + pauses.get(number, 0.0)
+    (cue,) = formats.cues(words)
+    return cue.lines
+
+
+@pytest.mark.parametrize(
+    ("marks", "pauses", "first"),
+    [
+        ({}, {}, 6),  # lines of the same length
+        ({4: ","}, {}, 5),  # the end of a clause is better
+        ({4: ","}, {6: 0.25}, 5),
+        ({3: "."}, {}, 4),  # and the end of a sentence
+        ({3: ".", 5: ","}, {}, 4),
+        ({3: '."'}, {}, 4),
+        ({}, {4: 0.5}, 5),  # and a pause, by its duration
+        ({}, {4: 0.5, 6: 0.625}, 7),
+        ({6: ","}, {4: 0.5}, 7),
+        ({6: ","}, {4: 0.75}, 5),
+        ({4: ",", 6: ","}, {4: 0.75}, 5),
+        ({5: "."}, {4: 0.9}, 6),
+    ],
+)
+def test_lines_are_broken_at_the_best_place(marks: dict[int, str], pauses: dict[int, float], first: int) -> None:
+    upper, lower = lines_of(marks, pauses)
+    assert (len(upper.split()), len(lower.split())) == (first, 12 - first)
+
+
+def test_lines_are_broken_at_a_space_rather_than_within_text_without_spaces() -> None:
+    for first in (4, 8):
+        upper, lower = lines_of({}, {}, spaced=[first])
+        assert (len(upper), len(lower)) == (4 * first, 48 - 4 * first)
+
+
+def test_line_of_42_columns_is_full() -> None:
+    assert shown_ms([Word("w" * 20, 0.0, 1.0), Word("x" * 21, 1.0, 2.0)]) == [(0, 2100, f"{'w' * 20} {'x' * 21}")]
+    assert shown_ms([Word("w" * 20, 0.0, 1.0), Word("x" * 22, 1.0, 2.0)]) == [(0, 2150, f"{'w' * 20}/{'x' * 22}")]
+
+
+def test_documents() -> None:
+    """SubRip and WebVTT, character by character."""
+    words = [Word("w" * 40, 0.5, 2.0), Word("&<x>", 2.0, 3.5), Word("-->", 3661.0045, 3663.25)]
+    assert formats.srt(words) == (
+        f"1\n00:00:00,500 --> 00:00:03,500\n{'w' * 40}\n&<x>\n\n2\n01:01:01,004 --> 01:01:03,250\n→\n"
+    )
+    assert formats.vtt(words) == (
+        f"WEBVTT\n\n00:00:00.500 --> 00:00:03.500\n{'w' * 40}\n&amp;&lt;x&gt;\n"
+        "\n01:01:01.004 --> 01:01:03.250\n--&gt;\n"
+    )
+
+
 # -- subtitles in all scripts ------------------------------------------------------------------------------------------
 
 
@@ -333,6 +443,95 @@ def test_json(transcript: Transcript) -> None:
         (w.text, pytest.approx(w.start, abs=5e-4), pytest.approx(w.end, abs=5e-4), 0.9) for w in transcript.words
     ]
     assert "spoken" not in row
+
+
+FULL = Transcript(
+    file="talks/é.wav",
+    text="$2 é.",
+    words=[Word("$2", 0.1234, 0.5678, 0.87654, language="en-US"), Word("é.", 1.0006, 2.0, 0.5)],
+    duration=9.87654,
+    tokens=[Token(7, " two", 0.1234, 0.2034, -0.123456, 0.87654), Token(9, " é.", 1.0006, 2.0, -2.0, 0.5, "en-US")],
+    chunk_ms=560,
+    utterances=[Utterance("$2", 0.1234, 0.5678, "en-US"), Utterance("é.", 1.0006, 2.0)],
+    spoken="two é.",
+    channel=2,
+    language="en",
+)
+
+
+def test_every_field_of_json() -> None:
+    document = render(FULL, "json")
+    assert document.endswith("\n") and document.count("\n") == 1 and "é" in document
+    assert json.loads(document) == {
+        "file": "talks/é.wav",
+        "duration": 9.877,
+        "text": "$2 é.",
+        "words": [
+            {"text": "$2", "start": 0.123, "end": 0.568, "confidence": 0.8765, "language": "en-US"},
+            {"text": "é.", "start": 1.001, "end": 2.0, "confidence": 0.5},
+        ],
+        "tokens": [
+            {"id": 7, "text": " two", "time": 0.123, "score": -0.1235, "confidence": 0.8765},
+            {"id": 9, "text": " é.", "time": 1.001, "score": -2.0, "confidence": 0.5},
+        ],
+        "chunk_ms": 560,
+        "language": "en",
+        "utterances": [
+            {"text": "$2", "start": 0.123, "end": 0.568, "language": "en-US"},
+            {"text": "é.", "start": 1.001, "end": 2.0},
+        ],
+        "spoken": "two é.",
+        "channel": 2,
+    }
+    escaped = formats.render(FULL, Format.json, ascii=True)
+    assert escaped.isascii() and json.loads(escaped) == json.loads(document)
+    plain = Transcript(FULL.file, "", [], 0.0)
+    assert list(json.loads(render(plain, "json"))) == ["file", "duration", "text", "words", "tokens", "chunk_ms"]
+
+
+def test_every_field_of_the_manifest() -> None:
+    """Offsets are in encoder frames of 80 ms."""
+    document = render(FULL, "manifest")
+    assert document.endswith("\n") and document.isascii()
+    assert json.loads(document) == {
+        "audio_filepath": "talks/é.wav",
+        "duration": 9.877,
+        "pred_text": "$2 é.",
+        "word": [
+            {"word": "$2", "start_offset": 2, "end_offset": 7, "start": 0.123, "end": 0.568},
+            {"word": "é.", "start_offset": 13, "end_offset": 25, "start": 1.001, "end": 2.0},
+        ],
+        "words": ["$2", "é."],
+        "word_confidence": [0.8765, 0.5],
+    }
+
+
+def test_every_field_of_ctm_and_text() -> None:
+    assert render(FULL, "ctm") == "é 2 0.123 0.444 $2 0.8765\né 2 1.001 0.999 é. 0.5000\n"
+    assert render(Transcript("a.wav", "", [Word("of  all", 0.0, 1.0)], 1.0), "ctm") == (
+        "a 1 0.000 1.000 of_all 0.9000\n"
+    )
+    assert render(FULL, "text") == "$2\né.\n"  # a line for each utterance
+    assert render(Transcript("a.wav", "$2 é.", [], 1.0, utterances=()), "text") == ""
+    assert render(Transcript("a.wav", "$2 é.", [], 1.0), "text") == "$2 é.\n"
+
+
+def test_subtitles_end_with_the_recording() -> None:
+    nothing_more = Transcript("a.wav", "w", [Word("w", 1.0, 1.25)], 1.5)
+    assert "00:00:01,000 --> 00:00:01,500" in render(nothing_more, "srt")
+    assert "00:00:01.000 --> 00:00:01.500" in render(nothing_more, "vtt")
+
+
+def test_suffixes_of_files() -> None:
+    assert {format.value: format.suffix for format in Format} == {
+        "text": ".txt",
+        "json": ".json",
+        "srt": ".srt",
+        "vtt": ".vtt",
+        "ctm": ".ctm",
+        "manifest": ".json",
+    }
+    assert [format.value for format in Format if format.one_per_file] == ["srt", "vtt"]
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from nemostream.errors import OptionError
 from nemostream.runtime.text.itn import LANGUAGES, InverseNormalizer, check_language, code_of
 from nemostream.runtime.text.words import Token, Word, group_words, join_words
 
+TIMEOUT = 20
 REPLACED = {
     "de": {"zweiundzwanzig": "22", "drei euro": "3 €"},
     "en": {"twenty two": "22"},
@@ -111,3 +114,92 @@ def test_auto_uses_the_tag_of_each_word(loaded: list[str]) -> None:
     assert join_words(normalize(transcript("zweiundzwanzig", "de-AT"))) == "22"
     assert join_words(normalize(transcript("zweiundzwanzig", "DE_de"))) == "22"  # as `check_language` accepts
     assert loaded == ["de", "en"]
+
+
+@pytest.mark.parametrize("at", ["construction", "call"])
+def test_threads_wait_for_the_grammars(at: str, loaded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grammars of a language are loaded once, and are called by one thread at a time: their parser has state."""
+    rules = sys.modules["nemo_text_processing.inverse_text_normalization.inverse_normalize"].InverseNormalizer
+    normalize, running, threads, results = InverseNormalizer("auto"), [0], [], []
+
+    def interrupted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            running[0] += 1
+            assert running[0] == 1, "two threads are in the grammars"
+            if not threads:
+                threads.append(threading.Thread(target=run, args=("zweiundzwanzig Hunde",), daemon=True))
+                threads[0].start()
+                threads[0].join(0.2)  # it ends here only if it does not wait for this thread
+            result = function(*args, **options)
+            running[0] -= 1
+            return result
+
+        return call
+
+    def run(text: str) -> None:
+        results.append(join_words(normalize(transcript(text, "de-DE"))))
+
+    name = "__init__" if at == "construction" else "inverse_normalize"
+    monkeypatch.setattr(rules, name, interrupted(getattr(rules, name)))
+    run("zweiundzwanzig")
+    threads[0].join(TIMEOUT)
+    assert not threads[0].is_alive()
+    assert (sorted(results), loaded) == (["22", "22 Hunde"], ["de"])
+
+
+def word_times(words: tuple[Word, ...]) -> list[tuple[str, float, float, float]]:
+    return [(word.text, word.start, word.end, word.confidence) for word in words]
+
+
+def test_written_word_has_the_times_and_the_lowest_confidence_of_the_spoken_words(loaded: list[str]) -> None:
+    """A pause of 0.8 s is part of a number, a longer one is not; an overlapping word may end later."""
+    words = [Word("Twenty", 0.0, 1.5, 0.5, after_space=False), Word("two", 1.0, 1.25, 0.25), Word("x", 3.0, 4.0, 0.75)]
+    normalize = InverseNormalizer("en")
+    assert word_times(normalize(words)) == [("22", 0.0, 1.5, 0.25), ("x", 3.0, 4.0, 0.75)]
+    assert not normalize(words)[0].after_space
+    for pause, texts in ((0.75, ["22"]), (0.875, ["twenty", "two"])):
+        pair = [Word("twenty", 0.0, 0.25, 0.5), Word("two", 0.25 + pause, 2.0, 0.5)]
+        assert [word.text for word in normalize(pair)] == texts
+
+
+def test_case_and_punctuation_are_those_of_the_spoken_words(loaded: list[str]) -> None:
+    normalize = InverseNormalizer("en")
+    for text, written in {
+        "Twenty-two": "22",
+        "(twenty two)": "(22)",
+        "Doctor. twenty, two": "Doctor. twenty, two",
+        "Twenty two, TWENTY TWO!": "22, 22!",
+        "twenty twenty two": "twenty 22",
+        "Sixty-four Two-three": "Sixty-four Two-three",  # unchanged, with case and hyphens
+        "ninety-eight twenty-two": "ninety-eight 22",
+    }.items():
+        assert join_words(normalize(transcript(text))) == written
+
+
+def test_long_runs_are_divided_at_the_longest_pause_in_their_middle(loaded: list[str], monkeypatch: Any) -> None:
+    """At most 100 words for each call; the outer quarters are not divided."""
+    rules = sys.modules["nemo_text_processing.inverse_text_normalization.inverse_normalize"].InverseNormalizer
+    calls: list[int] = []
+    original = rules.inverse_normalize
+
+    def count(self: Any, text: str, verbose: bool) -> str:
+        calls.append(len(text.split()))
+        return original(self, text, verbose)
+
+    monkeypatch.setattr(rules, "inverse_normalize", count)
+
+    def run(number: int, pauses: dict[int, float]) -> list[int]:
+        words, at = [], 0.0
+        for index in range(number):
+            at += pauses.get(index, 0.125)
+            words.append(Word(f"w{index}", at, at + 0.125, 0.5))
+            at += 0.125
+        calls.clear()
+        assert InverseNormalizer("en")(words) == tuple(words)
+        return calls
+
+    assert run(100, {50: 0.5}) == [100]
+    assert run(101, {20: 0.75, 40: 0.5, 60: 0.25, 80: 0.75}) == [40, 61]
+    assert run(104, {25: 0.75, 26: 0.5}) == [26, 78]
+    assert run(104, {26: 0.5, 77: 0.625, 78: 0.75}) == [77, 27]
+    assert run(3, {1: 0.875}) == [1, 2]

@@ -47,15 +47,7 @@ def follow(
     tokenizer, manifest, frames: list[list[str]], rule: Endpoint, steps: list[int], language="auto", backchannels=True
 ):
     """Return the events of pieces by frame, processed in steps of these numbers of frames."""
-    pointer = Endpointer(
-        rule,
-        manifest,
-        tokenizer.word_starts,
-        tokenizer.closing_punctuation,
-        tokenizer.invisible,
-        tokenizer.end_of_utterance,
-        tokenizer.backchannel,
-    )
+    pointer = Endpointer.of_tokenizer(rule, manifest, tokenizer)
     builder = EventBuilder(tokenizer, "min", 16000, rule.model and backchannels)
     placed, events, at = make_tokens(tokenizer, frames), [], 0
     tokens = [token for token, _ in placed]
@@ -333,7 +325,7 @@ def scripted(fake):
                 tokens.append(np.array([token for token, _ in emitted], np.int32))
                 frames.append(np.array([frame for _, frame in emitted], np.int64))
             scores = tuple(np.full(len(row), -0.5, np.float32) for row in tokens)
-            step.emissions = type(step.emissions)(tuple(tokens), tuple(frames), scores, scores, step.emissions.failed)
+            step.emissions = step.emissions.of_rows(tokens, frames, scores, scores, step.emissions.failed)
             return step
 
     return Scripted

@@ -48,6 +48,76 @@ def test_sequences_that_are_not_a_loop(manifest):
     assert resets(manifest, [5] * 1000, itertools.cycle([1] * 99 + [24])) != []
 
 
+def test_reset_is_after_the_second_step_with_192_tokens(manifest):
+    """With a token in each step of one frame; the tokens before a reset are not counted again."""
+    assert resets(manifest, [5] * 600, frames=1) == [193, 386, 579]
+    assert resets(manifest, [0, 1, 2, 3, 4, 5, 6] * 86, frames=1) == [193, 386, 579]
+    # The last 192 tokens decide: those before them may differ.
+    assert resets(manifest, [8, 9, *[5] * 200], frames=1) == [195]
+
+
+def test_pauses_of_two_seconds_do_not_interrupt_a_loop(manifest):
+    """Between two tokens, and between the last token and the end of a step: 32,000 samples, and one more."""
+    tokens = [5] * 192
+    for pause, loop in ((32_000, True), (32_001, False)):
+        for at in (1, 100, 191):  # the pause is before this token
+            positions = [index + (pause - 1 if index >= at else 0) for index in range(192)]
+            guard = RepetitionGuard(manifest)
+            assert [guard.step(tokens, positions, positions[-1] + 1) for _ in range(2)] == [False, loop]
+        guard = RepetitionGuard(manifest)
+        assert [guard.step(tokens, list(range(192)), 191 + pause) for _ in range(2)] == [False, loop]
+
+
+def test_loop_must_last_for_two_consecutive_steps(manifest):
+    loop, other = [5] * 192, [5] * 191 + [6]
+    positions = [FRAME * index for index in range(192)]
+    guard, end_sample = RepetitionGuard(manifest), 192 * FRAME
+    assert not guard.step(loop, positions, end_sample) and guard.loop_suspected
+    assert not guard.step(other, positions, end_sample) and not guard.loop_suspected
+    assert not guard.step(loop, positions, end_sample) and guard.loop_suspected
+    assert guard.step(loop, positions, end_sample) and not guard.loop_suspected
+    assert not guard.step(loop, positions, end_sample) and not guard.loop_suspected  # the tokens are not counted again
+
+
+def test_every_saved_field_is_restored(manifest):
+    tokens, positions = [5] * 400, [FRAME * index for index in range(400)]
+
+    def resume(guard):
+        restored = RepetitionGuard(manifest)
+        restored.load(guard.save())
+        assert restored.loop_suspected == guard.loop_suspected
+        return restored
+
+    guard = RepetitionGuard(manifest)
+    guard.restart(100)
+    guard = resume(guard)
+    assert not guard.step(tokens[:291], positions[:291], 291 * FRAME) and not guard.loop_suspected
+    assert not guard.step(tokens[:292], positions[:292], 292 * FRAME) and guard.loop_suspected
+    guard = resume(guard)
+    assert guard.step(tokens[:293], positions[:293], 293 * FRAME)
+    # A reset for another reason starts the detection again.
+    guard = RepetitionGuard(manifest)
+    assert not guard.step(tokens[:192], positions[:192], 192 * FRAME) and guard.loop_suspected
+    guard.restart(0)
+    assert not guard.loop_suspected and not guard.step(tokens[:192], positions[:192], 192 * FRAME)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([-1, 0], "counter must be in"),
+        ([1 << 53, 0], "counter must be in"),
+        ([0, -1], "counter must be in"),
+        ([7, 2], r"the repetition guard's counts are \[7, 2\]"),
+        ([7], "shape"),
+        ([7, 1, 0], "shape"),
+    ],
+)
+def test_invalid_state_is_rejected(manifest, counts, message):
+    with pytest.raises(ValueError, match=message):
+        RepetitionGuard(manifest).load({"counts": np.array(counts, np.int64)})
+
+
 def test_restored_guard_equals_the_saved_one(manifest):
     tokens, sample_positions = [4] * 400, [FRAME * i for i in range(400)]
     guards = [RepetitionGuard(manifest), RepetitionGuard(manifest)]
@@ -87,7 +157,7 @@ def looping(fake):
                     frames[row] = frames[row][:: fake.DIGITS]
                     tokens[row] = np.array(frames[row] % 5, np.int32)
             scores = tuple(np.zeros(len(row), np.float32) for row in tokens)
-            step.emissions = type(emissions)(tuple(tokens), tuple(frames), scores, scores, emissions.failed)
+            step.emissions = emissions.of_rows(tokens, frames, scores, scores, emissions.failed)
             return step
 
     return Looping

@@ -31,7 +31,7 @@ PIECES = st.one_of(
 
 
 @given(pieces=st.lists(PIECES, max_size=12), cuts=st.lists(st.integers(0, 4), min_size=1, max_size=6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_incremental_text_equals_sentencepiece_and_only_grows(tokenizer, oracle, pieces, cuts):
     ids = [oracle.piece_to_id(piece) for group in pieces for piece in group]
     whole = oracle.decode(ids)
@@ -45,6 +45,29 @@ def test_incremental_text_equals_sentencepiece_and_only_grows(tokenizer, oracle,
     assert detokenizer.finish() == detokenizer.finish() == whole
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["\u2581", "\u2581the"],
+        ["\u2581", "he"],
+        ["<s>", "\u2581the", "\u2581again"],
+        ["</s>", "<s>", "he"],
+        ["<unk>", "\u2581the"],
+        ["\u2581the", "<unk>", "he"],
+        ["\u2581the", "<s>", "\u2581again"],
+        ["\u2581the", "\u2581", "\u2581again"],
+        ["\u2581the", "<0xE2>", "<0x82>", "<0xAC>", "he"],
+        ["<0x20>", "\u2581the", "\u2581again"],
+    ],
+)
+def test_tokens_one_by_one_give_the_text_of_sentencepiece(tokenizer, oracle, pieces):
+    ids = [oracle.piece_to_id(piece) for piece in pieces]
+    detokenizer = Detokenizer(tokenizer)
+    for id_ in ids:
+        detokenizer.push([id_])
+    assert detokenizer.finish() == oracle.decode(ids)
+
+
 def test_bytes_of_an_incomplete_character_are_held_back(tokenizer, oracle):
     detokenizer = Detokenizer(tokenizer)
     the, *euro = (oracle.piece_to_id(piece) for piece in ("\u2581the", "<0xE2>", "<0x82>", "<0xAC>"))
@@ -54,6 +77,38 @@ def test_bytes_of_an_incomplete_character_are_held_back(tokenizer, oracle):
 def test_pieces_include_their_space(tokenizer, oracle):
     piece = {name: tokenizer.piece(oracle.piece_to_id(name)) for name in ("\u2581the", "he", "<s>", "<unk>", "<0xE2>")}
     assert piece == {"\u2581the": " the", "he": "he", "<s>": "", "<unk>": " \u2047 ", "<0xE2>": "<0xE2>"}
+
+
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_incomplete_bytes_are_counted(tokenizer, oracle, character):
+    """0 to 3 bytes of a character, after complete characters and other pieces."""
+    the, *data = (oracle.piece_to_id(p) for p in ("\u2581the", *(f"<0x{byte:02X}>" for byte in character.encode())))
+    for count in range(len(data) + 1):
+        expected = count % len(data)
+        for before in ([], [the], data, [the, *data]):
+            assert tokenizer.count_incomplete([*before, *data[:count]]) == expected
+    assert tokenizer.count_incomplete([*data[:1], the]) == 0  # another piece follows: it remains incomplete
+    assert tokenizer.count_incomplete([oracle.piece_to_id("<0xFF>")]) == 0  # begins no character
+
+
+def test_text_is_held_back_only_if_a_character_is_incomplete(tokenizer, oracle):
+    """`add` and `flush` return what is new; an incomplete character at the end is replaced by U+FFFD for each byte."""
+    euro = [oracle.piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    the, he = oracle.piece_to_id("\u2581the"), oracle.piece_to_id("he")
+    detokenizer = Detokenizer(tokenizer)
+    assert [
+        detokenizer.add(ids) for ids in ([the], [], euro[:2], euro[2:], [the, euro[0]], [he], [euro[0], euro[1]])
+    ] == [
+        "the",
+        "",
+        "",
+        "€",
+        " the",
+        "\ufffdhe",
+        "",
+    ]
+    assert [detokenizer.flush() for _ in range(2)] == ["\ufffd\ufffd", ""]
+    assert detokenizer.add([the]) == " the"
 
 
 # -- tags --------------------------------------------------------------------------------------------------------------
@@ -81,6 +136,12 @@ def test_tags_are_read_from_the_pieces(tagged, tokenizer):
         assert not tagged.word_starts[token] and not tagged.closing_punctuation[token]
     assert (tokenizer.languages, tokenizer.end_of_utterance, tokenizer.backchannel) == ({}, None, None)
     assert not tokenizer.tags
+    # Tags and white space; without tags, white space is text as in SentencePiece.
+    spaces = {i for i in range(tagged.vocabulary) if tagged.piece(i).isspace()}
+    assert spaces == {tagged._model.piece_to_id("\u2581")}
+    assert tagged.invisible == tagged.tags | spaces and tokenizer.invisible == set()
+    with pytest.raises(TypeError):
+        tagged.languages[0] = "de-DE"
 
 
 @given(
@@ -147,6 +208,22 @@ def test_text_is_never_encoded_as_a_tag(tagged, name):
     ids = tagged.encode(name)
     assert ids and tagged.tags.isdisjoint(ids)
     assert tagged.tags & set(tagged._model.encode(name))  # SentencePiece does
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["\u2581yes", "on"], ["yes", "on"]),
+        (["\u2581", "on"], ["on"]),
+        (["\u2581o", "o"], ["o", "o"]),
+        (["on", "\u2581"], ["on", "\u2581"]),
+        (["\u2581"], []),
+    ],
+)
+def test_ids_without_the_space_at_the_start(tagged, pieces, expected):
+    to_id = tagged._model.piece_to_id
+    assert tagged.unknown not in map(to_id, pieces)
+    assert tagged.without_space([*map(to_id, pieces)]) == [*map(to_id, expected)]
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", None])

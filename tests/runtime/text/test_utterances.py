@@ -51,7 +51,7 @@ def quiet(fake):
                 for rows in (emissions.tokens, emissions.frames)
             )
             scores = tuple(-row.astype(np.float32) / 100 for row in tokens)  # independent of the position in the step
-            step.emissions = type(emissions)(tokens, frames, scores, tuple(1 - row for row in scores), emissions.failed)
+            step.emissions = emissions.of_rows(tokens, frames, scores, [1 - row for row in scores], emissions.failed)
             return step
 
     return Quiet

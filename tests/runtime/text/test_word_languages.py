@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemostream.runtime.text.languages import AUTO, LanguageTags, reported_language
 from nemostream.runtime.text.words import Token, WordGrouper, group_words
 
 
@@ -95,3 +96,31 @@ def test_the_number_of_words_read_again_is_proportional_to_the_tokens() -> None:
         _, new = grouper.changed_words(tokens, count - 1, count, final=False)
         read += len(new)
     assert read < 3 * len(tokens)
+
+
+@given(st.lists(st.lists(st.sampled_from([None, None, "en-US", "de-DE", "fr-FR"]), max_size=5), max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_tags_of_a_growing_sequence(parts: list[list[str | None]]) -> None:
+    """Every position and every number of tokens, by definition."""
+    tags, tokens = LanguageTags(), []
+    for part in parts:
+        tags.extend(part)
+        tokens += part
+        assert tags.count == len(tokens)
+        for count in range(len(tokens) + 1):
+            before = [language for language in tokens[:count] if language]
+            assert tags.last(count) == (before[-1] if before else None)
+            assert tags.labelled(count) == max((i + 1 for i in range(count) if tokens[i]), default=0)
+            for position in range(count + 1):
+                following = [language for language in tokens[position:count] if language]
+                assert tags.after(position, count) == (following[0] if following else None)
+
+
+def test_reported_language() -> None:
+    """The language that was set; that of the last tag if the model detects it."""
+    assert [reported_language(language, tag) for language in ("de", AUTO) for tag in ("en-US", None)] == [
+        "de",
+        "de",
+        "en-US",
+        None,
+    ]

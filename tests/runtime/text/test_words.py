@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import pickle
 import re
+import threading
 import unicodedata
 
 import pytest
@@ -55,6 +58,15 @@ def test_expected_words(pieces, expected):
     assert spans(*pieces) == expected
 
 
+def test_tokens_are_equal_if_only_their_end_differs():
+    """The end of a token may be clipped to the recording after it was reported."""
+    token = Token(1, " a", 0.08, 0.16, -1.0, 0.5, "de-DE", True)
+    others = {"id": 2, "text": "a", "time": 0.0, "score": -2.0, "confidence": 0.25, "language": None, "tag": False}
+    assert {*others, "end"} == {item.name for item in dataclasses.fields(Token)}
+    assert token == dataclasses.replace(token, end=0.1)
+    assert all(token != dataclasses.replace(token, **{name: value}) for name, value in others.items())
+
+
 def test_incomplete_character_is_omitted_until_the_result_is_final():
     tokens = tuple(make_tokens(" a", "<0xE2>", "<0x82>"))
     assert [word.text for word in Result("a", tokens, 1.0, 80, False).words] == ["a"]
@@ -65,6 +77,45 @@ def test_incomplete_character_is_omitted_until_the_result_is_final():
 def test_confidence_of_a_word_is_aggregated_over_its_tokens(aggregation, expected):
     (word,) = group_words(make_tokens(" a", "b", "c"), aggregation)
     assert word == Word("abc", 0.0, 0.24, pytest.approx(expected))
+
+
+@pytest.mark.parametrize("aggregation", ["min", "max", "mean", "prod"])
+def test_words_of_a_result_have_its_aggregation(aggregation):
+    tokens = tuple(make_tokens(" a", "b", " c", "d"))
+    result = Result("ab cd", tokens, 1.0, 80, True, aggregation=aggregation)
+    assert result.words == group_words(tokens, aggregation)
+    assert pickle.loads(pickle.dumps(WordGrouper(aggregation))).words(tokens, True) == result.words
+
+
+def test_word_does_not_start_after_the_end_of_the_recording():
+    """The frame of the last tokens may begin after the end, to which the ends of tokens are clipped."""
+    tokens = [dataclasses.replace(token, end=min(token.end, 0.14)) for token in make_tokens(" a", "b", " c", "d")]
+    assert [(word.start, word.end) for word in group_words(tokens)] == [(0.0, 0.14), (0.14, 0.14)]
+
+
+@pytest.mark.parametrize("interrupted", [0, 1, 2])
+def test_grouper_may_be_used_by_several_threads(interrupted):
+    """A second thread reads the words while the first one reads its tokens for the n-th time."""
+    tokens = make_tokens(*[" a", "b", " c", "", " d"] * 9)
+    tokens = [token if token.text else dataclasses.replace(token, language="de-DE", tag=True) for token in tokens]
+    plain, found, reads = tokens[:25], [], []
+    grouper = WordGrouper("min")
+    thread = threading.Thread(target=lambda: found.append(grouper.words(plain, False)), daemon=True)
+
+    class Tokens(list):
+        def __getitem__(self, index):
+            if isinstance(index, slice):
+                reads.append(index)
+                if len(reads) == interrupted + 1:
+                    thread.start()
+                    thread.join(0.2)  # it ends here only if it does not wait for this thread
+            return super().__getitem__(index)
+
+    found.append(grouper.words(Tokens(plain), False))
+    thread.join(20)
+    assert not thread.is_alive()
+    assert found == [group_words(plain, final=False)] * 2
+    assert grouper.words(tokens, False) == group_words(tokens, final=False)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,15 +11,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from nemostream.errors import OptionError
+from nemostream.errors import BackendError, OptionError
 
 ray = pytest.importorskip("ray", reason="needs the ray extra")
 serve = pytest.importorskip("ray.serve", reason="needs the ray extra")
@@ -41,6 +43,7 @@ def cluster() -> Iterator[str]:
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "nemostream.serving.integrations.ray_app:proxy_middlewares",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine, a proxy takes longer to start than 3 * 5 s
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -78,7 +81,7 @@ def states() -> set[str]:
     return set(serve.status().applications["default"].deployments["nemostream"].replica_states)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -191,3 +194,98 @@ def test_options_are_checked_before_deployment() -> None:
         build(port=80)
     with pytest.raises(OptionError, match="chunk_ms"):
         build(chunk_ms="short")
+    with pytest.raises(OptionError, match="transports is not supported with Ray Serve"):
+        build(transports=2)
+
+
+# -- without a cluster -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "closed"),
+    [
+        (["websocket.accept", "websocket.send"], [], True),
+        (["websocket.accept", "websocket.close"], [], False),
+        (["websocket.accept"], ["websocket.receive"], True),
+        (["websocket.accept"], ["websocket.receive", "websocket.disconnect"], False),
+        (["websocket.http.response.start", "websocket.http.response.body"], [], False),
+        ([], [], False),
+    ],
+)
+def test_a_socket_that_its_replica_left_open_is_closed(sent: list[str], received: list[str], closed: bool) -> None:
+    from nemostream.serving.integrations.ray_app import proxy_middlewares
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for kind in sent:
+            await send({"type": kind})
+        for kind in received:
+            assert (await receive())["type"] == kind
+        raise ConnectionError
+
+    messages: list[Any] = []
+    kinds = iter(received)
+
+    async def receive() -> Any:
+        return {"type": next(kinds)}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    (middleware,) = proxy_middlewares()
+    with pytest.raises(ConnectionError):
+        asyncio.run(middleware.cls(app)({"type": "websocket"}, receive, send))
+    last = {"type": "websocket.close", "code": 1012, "reason": "the engine of this stream is gone; connect again."}
+    assert messages == [*({"type": kind} for kind in sent), *([last] if closed else [])]
+    messages.clear()
+    kinds = iter(received)
+    with pytest.raises(ConnectionError):
+        asyncio.run(middleware.cls(app)({"type": "http"}, receive, send))
+    assert messages == [{"type": kind} for kind in sent]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("max_streams", 7, "--max-streams=7"),
+        ("measure", True, "--measure"),
+        ("measure", False, "--no-measure"),
+        ("chunks", [80, 560], "--chunks=80,560"),
+        ("api_keys", ("a", "b"), "--api-keys=a,b"),
+        ("device", "cuda", "--device=cuda"),
+    ],
+)
+def test_arguments_are_flags(name: str, value: Any, flag: str) -> None:
+    from nemostream.serving.integrations.ray_app import _flag
+
+    assert _flag(name, value) == flag
+
+
+def test_the_deployment_has_the_limits_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+
+    def deployment(replica: Any, **values: Any) -> Any:
+        options.update(values)
+        return SimpleNamespace(bind=lambda settings: settings)
+
+    monkeypatch.setattr(serve, "deployment", deployment)
+    settings = build(max_streams=10, drain_seconds=33)
+    assert (settings.max_streams, options["max_ongoing_requests"], options["graceful_shutdown_timeout_s"]) == (
+        10,
+        20,
+        33,
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "task_done", "healthy"),
+    [("ready", False, True), ("failed", False, False), ("draining", False, False), ("ready", True, False)],
+)
+def test_a_replica_that_must_be_replaced_is_not_healthy(state: str, task_done: bool, healthy: bool) -> None:
+    from nemostream.serving.integrations.ray_app import Replica
+
+    replica = SimpleNamespace(
+        _service=SimpleNamespace(state=state),
+        _tasks=[SimpleNamespace(done=lambda: False), SimpleNamespace(done=lambda: task_done)],
+    )
+    with nullcontext() if healthy else pytest.raises(BackendError, match=f"the engine is {state}"):
+        asyncio.run(Replica.check_health(replica))  # type: ignore[arg-type]

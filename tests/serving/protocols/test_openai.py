@@ -151,6 +151,32 @@ def test_a_realtime_session_with_commits(server: Any, spoken: Any) -> None:
     asyncio.run(main())
 
 
+def test_a_realtime_session_with_accurate_finals(server: Any, spoken: Any) -> None:
+    async def main() -> None:
+        client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")
+        async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+            await until(connection, "session.created")
+            session: Any = manual(transcription={"final_chunk_ms": 1120})
+            await connection.session.update(session=session)
+            await until(connection, "session.updated")
+            early = 0
+            with nemostream.load(chunk_ms=1120) as model:
+                for clip in spoken:
+                    pcm = at_24_khz(clip.pcm)
+                    for start in range(0, len(pcm), 4800):
+                        await connection.input_audio_buffer.append(audio=encoded(pcm[start : start + 4800]))
+                    await connection.input_audio_buffer.commit()
+                    events = await until(connection, COMPLETED)
+                    expected = model.transcribe(np.frombuffer(pcm, np.int16), sample_rate=24000).text
+                    assert events[-1].transcript == expected
+                    deltas = [event.delta for event in events if event.type == DELTA]
+                    assert "".join(deltas) == expected
+                    early += len(deltas) > 1
+            assert early > 0
+
+    asyncio.run(main())
+
+
 def test_a_realtime_session_with_turn_detection(server: Any, spoken: Any) -> None:
     async def main() -> None:
         client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator
@@ -90,6 +91,47 @@ def test_file_with_a_change_of_the_chunk_size(page: Any, spoken: Any) -> None:
     captions, words = page.inner_text("#captions").split(), spoken[0].text.split()
     assert sum(word in captions for word in words) >= len(words) - 2
     assert page.errors == []
+
+
+def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> None:
+    """What is shown as stable is not changed, in the same elements; the grey rest is replaced."""
+    urls: list[str] = []
+    page.on("websocket", lambda socket: urls.append(socket.url))
+    silence = np.zeros(16000, np.int16)
+    clips = [part for clip in spoken[:3] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
+    soundfile.write(tmp_path / "voice.wav", np.concatenate(clips), 16000)
+    page.check("#chunks input[value='80']", force=True)
+    assert not page.is_checked("#accurate")
+    page.check("#accurate", force=True)
+    page.evaluate(
+        """() => {
+            const original = show;
+            window.seen = [];
+            show = (event) => {
+                original(event);
+                const line = document.querySelector("#captions p:last-child");
+                const [stable, open] = line.children;
+                const colors = [stable, open].map((part) => getComputedStyle(part).color);
+                seen.push({ type: event.type, stable: stable.textContent, open: open.textContent, colors,
+                            number: [...line.parentNode.children].indexOf(line) });
+            };
+        }"""
+    )
+    page.set_input_files("#file", tmp_path / "voice.wav")
+    page.wait_for_selector("#status:text-is('done')", timeout=40_000)
+    assert "chunk_ms=80&final_chunk_ms=1120" in urls[-1]
+    seen, revised = page.evaluate("seen"), 0
+    for before, after in itertools.pairwise(seen):
+        if before["number"] == after["number"]:
+            assert (after["stable"] + after["open"]).startswith(before["stable"])
+            revised += not (after["stable"] + after["open"]).startswith(before["stable"] + before["open"])
+    assert revised > 0 and any(one["stable"] and one["open"] for one in seen)
+    assert all(one["colors"][0] == seen[0]["colors"][0] != one["colors"][1] for one in seen)
+    finals = [one for one in seen if one["type"] == "final"]
+    assert len(finals) == 3 and all(one["stable"] and not one["open"] for one in finals)
+    assert page.query_selector_all("#captions p.live") == [] and page.errors == []
+    page.check("#chunks input[value='1120']", force=True)
+    assert page.is_disabled("#accurate")
 
 
 def test_note_about_the_demo_model(page: Any) -> None:

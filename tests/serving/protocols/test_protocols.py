@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import random
 import re
 import typing
 from importlib.util import find_spec
@@ -21,8 +20,6 @@ from openai.types.audio import transcription_create_params
 from openai.types.realtime import realtime_client_event_param, realtime_transcription_session_create_request_param
 from riva.client.proto import riva_asr_pb2, riva_common_pb2
 from websockets.sync.client import connect
-
-from nemostream.serving.network.connections import FrameSplitter
 
 DOCS = Path(__file__).parents[3] / "docs" / "protocols.md"
 COMPLETED = "conversation.item.input_audio_transcription.completed"
@@ -295,32 +292,6 @@ def test_limits_of_large_messages(server: Any) -> None:
             except Exception:  # closed while sending or afterwards
                 pass
         assert socket.protocol.close_code == code
-
-
-def test_frame_splitter_keeps_messages() -> None:
-    """The parser of websockets gets the same messages, for any partition of the data."""
-    from websockets.frames import Frame, Opcode
-    from websockets.protocol import SERVER, Protocol
-
-    chance = random.Random(5)
-    frames = [
-        Frame(Opcode.BINARY if begin else Opcode.CONT, chance.randbytes(size), fin=fin)
-        for begin, size, fin in ((1, 0, True), (1, 5000, False), (0, 70_000, True), (1, 125, True), (1, 126, True))
-    ]
-    wire = b"".join(frame.serialize(mask=True) for frame in frames)
-    expected = [frames[0].data, frames[1].data + frames[2].data, frames[3].data, frames[4].data]
-    for step in (1, 7, 1000, len(wire)):
-        splitter, parser = FrameSplitter(1001), Protocol(SERVER)
-        for start in range(0, len(wire), step):
-            parser.receive_data(splitter(wire[start : start + step]))
-        received: list[bytes] = []
-        for frame in parser.events_received():
-            assert len(frame.data) <= 1000  # type: ignore[union-attr]
-            if frame.opcode == Opcode.CONT:  # type: ignore[union-attr]
-                received[-1] += frame.data  # type: ignore[union-attr]
-            else:
-                received.append(bytes(frame.data))  # type: ignore[union-attr]
-        assert parser.parser_exc is None and received == expected
 
 
 # -- inverse text normalization ----------------------------------------------------------------------------------------

@@ -72,6 +72,27 @@ def test_a_streamed_file_gives_the_same_text_as_transcribe(
     assert all(word.start_time < word.end_time and 0 < word.confidence <= 1 for word in words)
 
 
+def test_interim_results_of_small_and_finals_of_large_chunks(server: Any, spoken: Any) -> None:
+    import nemostream
+
+    service, revised = recogniser(server), 0
+    with nemostream.load(chunk_ms=1120) as model:
+        expected = [model.transcribe(clip.path).text for clip in spoken]
+    for clip, text in zip(spoken, expected, strict=True):
+        config = streaming(encoding=riva.client.AudioEncoding.LINEAR_PCM, sample_rate_hertz=16000)
+        config.config.endpointing_config.stop_history = 60_000
+        riva.client.add_custom_configuration_to_config(config, "chunk_ms:80,final_chunk_ms:1120")
+        chunks = [clip.pcm[start : start + 2560] for start in range(0, len(clip.pcm), 2560)]
+        found, partial, final = collect(service.streaming_response_generator(chunks, config))
+        assert found == text and len(final) == 1
+        assert all(0 <= one.stability <= 1 for one in partial) and final[0].stability == 1
+        assert {0.0} < {one.stability for one in partial}
+        revised += any(not text.startswith(one.alternatives[0].transcript) for one in partial)
+        recording = service.offline_recognize(clip.pcm, config.config)
+        assert "".join(one.alternatives[0].transcript for one in recording.results).strip() == text
+    assert revised > 0
+
+
 def test_interim_results_and_words_are_optional(server: Any, spoken: Any) -> None:
     clip = spoken[1]
     chunks = [clip.pcm[start : start + 3200] for start in range(0, len(clip.pcm), 3200)]

@@ -52,6 +52,60 @@ def test_a_stream_gives_the_same_text_as_transcribe(server: Any, spoken: Any, ch
     assert [word["start"] for word in words] == [t.time for t in expected.tokens if t.text.startswith(" ")]
 
 
+def test_partials_are_revised_up_to_what_is_stable(server: Any, spoken: Any) -> None:
+    """With chunks of 80 ms for partials and of 1120 ms for finals, which are those of the same stream in Python."""
+    audio = b"".join(clip.pcm + bytes(38400) for clip in spoken[:5])
+    with nemostream.load(chunk_ms=80) as model:
+        listened = model.listen(np.frombuffer(audio, np.int16), final_chunk_ms=1120, endpoint=nemostream.Endpoint())
+        expected = [event for event in listened if event.kind == "final"]
+    with connect(f"{server.socket}/v1/stream?chunk_ms=80&final_chunk_ms=1120&words=1") as socket:
+        *events, done = stream(socket, audio, 2222)
+    revisions, words, before = 0, [], {"stable": "", "text": ""}
+    finals = []
+    for event in events:
+        if event["type"] == "end":
+            words, before = [], {"stable": "", "text": ""}
+            continue
+        assert event["text"].startswith(before["stable"]) and event["text"].startswith(event["stable"])
+        words = words[: event["words_from"]] + event["words"]
+        assert " ".join(word["text"] for word in words) == event["text"]
+        assert event["stable"] in ("", event["text"]) or event["text"][len(event["stable"])] == " "
+        revisions += not event["text"].startswith(before["text"])
+        before = event
+        if event["type"] == "final":
+            assert event["stable"] == event["text"]
+            finals.append(event)
+    assert revisions > 0
+    assert [event["text"] for event in finals] == [event.text for event in expected]
+    assert {event["chunk_ms"] for event in finals} == {1120} and done["text"] == " ".join(one.text for one in expected)
+    assert {event["chunk_ms"] for event in events if event["type"] == "partial"} == {80}
+    times = [word["start"] for event in finals for word in event["words"]]
+    assert times == [pytest.approx(word.start, abs=1e-3) for event in expected for word in event.words]
+
+
+def test_the_chunk_size_of_finals_is_changed_at_run_time(server: Any, spoken: Any) -> None:
+    """A recording and its end, with each setting. The text is that of the chunk size that was set."""
+    texts = {}
+    for ms in (80, 1120):
+        with nemostream.load(chunk_ms=ms) as model:
+            texts[ms] = [model.transcribe(clip.path).text for clip in spoken]
+    differing = [index for index, pair in enumerate(zip(*texts.values(), strict=True)) if len(set(pair)) == 2]
+    index = differing[0]
+    with connect(f"{server.socket}/v1/stream?chunk_ms=80&endpoint_ms=-1") as socket:
+        assert json.loads(socket.recv())["final_chunk_ms"] is None
+        for setting, ms in ((None, 80), (1120, 1120), (0, 80), (1120, 1120)):
+            socket.send(json.dumps({"type": "configure", "final_chunk_ms": setting}))
+            socket.send(json.dumps({"type": "commit"}))  # an accurate lane begins with the next utterance
+            socket.send(spoken[index].pcm)
+            socket.send(json.dumps({"type": "commit"}))
+            finals: list[str] = []
+            for _ in range(2):
+                while (event := json.loads(socket.recv()))["type"] != "committed":
+                    if event["type"] == "final":
+                        finals.append(event["text"])
+            assert finals == [texts[ms][index]]
+
+
 def test_utterances_end_by_silence_and_length(server: Any, spoken: Any) -> None:
     """The events are those of the same stream in Python, for any message size."""
     audio = np.frombuffer(spoken[0].pcm + bytes(64000) + spoken[3].pcm + bytes(64000), np.int16)
@@ -161,7 +215,7 @@ def test_invalid_options(server: Any, query: str, word: str) -> None:
     [
         ("{", 1008, "option"),
         ("[]", 1008, "option"),
-        ('{"type": "sing"}', 1008, "option"),
+        ('{"type": "unknown"}', 1008, "option"),
     ],
 )
 def test_invalid_messages_end_the_stream(server: Any, message: str, code: int, name: str) -> None:

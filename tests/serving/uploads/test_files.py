@@ -7,11 +7,12 @@ import io
 import json
 import struct
 import sys
-import types
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -249,56 +250,44 @@ def test_uploads_of_chained_ogg_and_of_unscaled_floats(server: Any, spoken: Any,
     assert status in (400, 415, 422) and "big.wav" in text and "divide by 32768" in text
 
 
-@pytest.mark.parametrize("container", FORMATS)
-def test_triton_rejects_file_content(
-    spoken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
-) -> None:
-    """The file's bytes are sent as float samples, converted from 16-bit and from 32-bit values."""
+@pytest.fixture(scope="module")
+def triton_model(fakes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Triton's backend, with a function that makes a request."""
     from nemostream.serving.integrations.triton import TritonPythonModel, bundle_in
 
-    class Tensor:
-        def __init__(self, name: str, value: Any) -> None:
-            self.name, self.value = name, value
-
-        def as_numpy(self) -> Any:
-            return self.value
-
-    utils = types.SimpleNamespace(
-        Tensor=Tensor,
-        TritonError=str,
-        InferenceResponse=lambda tensors, error=None: error,
-        get_input_tensor_by_name=lambda request, name: Tensor(name, request[name]),
-    )
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
-
-    class Request(dict):
-        def correlation_id(self) -> int:
-            return 7
-
-        def parameters(self) -> str:
-            return ""
-
-    bundle = bundle_in(tmp_path)
+    bundle = bundle_in(tmp_path_factory.mktemp("triton"))
     bundle.parent.mkdir(parents=True)
     bundle.symlink_to(nemostream.demo_bundle())
     strings = {"chunk_ms": "560", "device": "cpu", "precision": "", "engines": "", "threads": ""}
     config = {"parameters": {name: {"string_value": value} for name, value in strings.items()}, "max_batch_size": 4}
     model = TritonPythonModel()
-    model.initialize(
-        {
-            "model_config": json.dumps(config),
-            "model_version": "1",
-            "model_repository": str(bundle.parents[1]),
-        }
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "triton_python_backend_utils", fakes.triton_utils())
+        model.initialize(
+            {
+                "model_config": json.dumps(config),
+                "model_version": "1",
+                "model_repository": str(bundle.parents[1]),
+            }
+        )
+        try:
+            yield model
+        finally:
+            model.finalize()
+
+
+@pytest.mark.parametrize("container", FORMATS)
+def test_triton_rejects_file_content(spoken: Any, triton_model: Any, container: str) -> None:
+    """The file's bytes are sent as float samples, converted from 16-bit and from 32-bit values."""
+
+    def request(audio: Any) -> Any:
+        flag = np.array([[1]])
+        return SimpleNamespace(AUDIO=audio, START=flag, END=flag, correlation_id=lambda: 7, parameters=lambda: "")
+
     data = encode(spoken[0], container)[:4096]
-    try:
-        for audio in (np.frombuffer(data, "<i2") / np.float32(32768), np.frombuffer(data, "<f4")):
-            with np.errstate(all="ignore"):
-                request = Request(AUDIO=audio[None], START=np.array([[1]]), END=np.array([[1]]))
-                (error,) = model.execute([request])
-            assert error and ("bytes of a" in error or "NaN" in error or "scale" in error)
-        request = Request(AUDIO=np.zeros((1, 16000), "<f4"), START=np.array([[1]]), END=np.array([[1]]))
-        assert model.execute([request]) == [None]
-    finally:
-        model.finalize()
+    for audio in (np.frombuffer(data, "<i2") / np.float32(32768), np.frombuffer(data, "<f4")):
+        with np.errstate(all="ignore"):
+            (error,) = triton_model.execute([request(audio[None])])
+        assert error and ("bytes of a" in error or "NaN" in error or "scale" in error)
+    (response,) = triton_model.execute([request(np.zeros((1, 16000), "<f4"))])
+    assert response["TEXT"].shape == (1, 1)

@@ -23,7 +23,8 @@ SOURCES = ("tile.cu", "features.cu", "slots.cu", "boosting.cu", "greedy.cu")
 BLOCK = 256  # threads per block of every kernel
 TILE_ROWS, TILE_COLUMNS = 16, 32
 ALIGNMENT = 256  # bytes, of the address of every encoder input and output; required by TensorRT
-GATHER_BLOCKS = 8  # blocks that share one row and layer in `gather` (grid z)
+GATHER_BLOCKS = 8  # blocks that share one row and layer in `gather` and `copy` (grid z)
+COPY_SLOTS = 8  # slots that a launch of `copy` can copy
 MATMUL_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # the macro MATMUL_TYPE, by `cache_dtype`
 
 # Elements of `Step.control`, counters in device memory.
@@ -43,6 +44,8 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("int", "looping"),  # the decoding loop is a conditional graph node
     ("int", "slot"),  # argument of `reset_decoder` and `set_phrases`
     ("int", "automaton"),  # argument of `set_phrases`: word in the phrase pool where the automaton starts, -1 for none
+    ("SlotList", "sources"),  # arguments of `copy`
+    ("SlotList", "targets"),
     ("unsigned long long", "condition"),  # handle of the conditional node
     # -- host memory, two buffers of each
     # int slots [max_rows], lengths [max_rows], prompts [max_rows]; float audio [B, N]
@@ -119,8 +122,14 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("float*", "h_next"),  # [B, R, P]
     ("EmittedToken*", "tokens"),  # see `TOKEN`
 )
-_NUMPY = {"int": "i4", "unsigned long long": "u8", "long long": "i8"}
-STEP = np.dtype([(name, _NUMPY.get(kind, "u8")) for kind, name in FIELDS], align=True)
+_NUMPY = {
+    "int": np.dtype("i4"),
+    "unsigned long long": np.dtype("u8"),
+    "long long": np.dtype("i8"),
+    "SlotList": np.dtype(("i4", COPY_SLOTS)),
+}
+_POINTER = np.dtype("u8")
+STEP = np.dtype([(name, _NUMPY.get(kind, _POINTER)) for kind, name in FIELDS], align=True)
 TOKEN = np.dtype([("row", "i4"), ("token", "i4"), ("frame", "i4"), ("score", "f4"), ("sum_p_alpha", "f4")])
 
 
@@ -141,6 +150,7 @@ def source() -> str:
         f"#define ALPHA {ALPHA}f\n#define MAX_PHRASE_TOKENS {MAX_TOKENS}\n"
         f"enum {{ {', '.join(CONTROL)} }};\n"
         "struct EmittedToken { int row, token, frame; float score, sum_p_alpha; };\n"
+        f"struct SlotList {{ int slot[{COPY_SLOTS}]; }};\n"
         f"struct Step {{\n{fields}}};\n"
     )
     folder = resources.files(__name__)
@@ -201,7 +211,7 @@ def entries(manifest: Manifest) -> tuple[str, ...]:
     """Return the names of the kernels."""
     lstm = tuple(f"lstm_{layer}" for layer in range(manifest.decoder.layers))
     step = ("begin", "features", "gather", "scatter", "start", "join", "decide", *lstm, "project", "finish")
-    return (*step, "reset", "reset_decoder", "set_phrases")
+    return (*step, "reset", "reset_decoder", "copy", "set_phrases")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -162,3 +162,34 @@ extern "C" __global__ void __launch_bounds__(BLOCK) reset(const Step s) {
     s.position[slot] = 0;
   }
 }
+
+static __device__ __forceinline__ void copy_row(float* array, int size, int target, int source, int first, int stride) {
+  for (int i = first; i < size; i += stride)
+    array[(long long)target * size + i] = __ldg(array + (long long)source * size + i);
+}
+
+// Copy the state of each slot in `sources`, with its phrases, to the slot in `targets`. No target is a source. Grid
+// (slots to copy, L, GATHER_BLOCKS), block BLOCK.
+extern "C" __global__ void __launch_bounds__(BLOCK) copy(const Step s) {
+  const int source = s.sources.slot[blockIdx.x], target = s.targets.slot[blockIdx.x], layer = blockIdx.y;
+  constexpr int stride = GATHER_BLOCKS * BLOCK;
+  const int first = blockIdx.z * BLOCK + threadIdx.x;
+  const long long ring_from = offset_of(layer, source, s.slots, RING_BYTES);
+  const long long ring_to = offset_of(layer, target, s.slots, RING_BYTES);
+  copy_bytes<RING_BYTES, stride>(s.k + ring_to, s.k + ring_from, first);
+  copy_bytes<RING_BYTES, stride>(s.v + ring_to, s.v + ring_from, first);
+  const long long conv_from = offset_of(layer, source, s.slots, CONV_BYTES);
+  const long long conv_to = offset_of(layer, target, s.slots, CONV_BYTES);
+  copy_bytes<CONV_BYTES, stride>(s.conv + conv_to, s.conv + conv_from, first);
+  if (layer) return;
+  copy_row(s.mel_cache, MEL_CACHE, target, source, first, stride);
+  copy_row(s.tail, TAIL, target, source, first, stride);
+  copy_row(s.predicted, JOINT, target, source, first, stride);
+  copy_row(s.h, NET_LAYERS * HIDDEN, target, source, first, stride);
+  copy_row(s.c, NET_LAYERS * HIDDEN, target, source, first, stride);
+  if (first == 0) {
+    s.node[target] = s.node[source];
+    s.slot_automaton[target] = s.slot_automaton[source];
+    s.position[target] = s.position[source];
+  }
+}

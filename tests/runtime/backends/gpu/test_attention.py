@@ -142,8 +142,37 @@ def test_arguments_have_one_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sizes", "tile"),
+    [
+        ((7, *FULL, "float16"), 128),  # 128 rows of 272 bytes, 7 queries of 128 units, and 7 x 77 scores: 40,556 bytes
+        ((7, *FULL, "float32"), 64),  # 64 rows of 528 bytes, with 5,740 bytes of queries and scores: 39,532 bytes
+        ((27, *FULL, "float32"), 32),
+        ((20, 300, 1, 64, "bfloat16"), 128),  # 48 KiB
+        ((58, 70, 1, 64, "float16"), 32),  # 48 KiB
+    ],
+)
+def test_as_many_rows_are_staged_as_fit(sizes: tuple[int, int, int, int, str], tile: int) -> None:
+    """In the 48 KiB of shared memory that a block has. Staged rows have an odd number of 16-byte vectors."""
+    frames, cache, heads, d_k, cache_dtype = sizes
+    assert attention.macros(*sizes) == {
+        "FRAMES": frames,
+        "CACHE": cache,
+        "HEADS": heads,
+        "D_K": d_k,
+        "TILE": tile,
+        "BLOCK": 256,
+        "CELL_TYPE": CACHE_DTYPES.index(cache_dtype),
+    }
+
+
+@pytest.mark.parametrize(
     ("sizes", "message"),
-    [((7, 70, 4, 44, "float16"), "heads of 88 bytes"), ((100, 70, 1, 128, "float32"), "shared memory for 100 frames")],
+    [
+        ((7, 70, 4, 44, "float16"), "heads of 88 bytes; a multiple of 16"),
+        ((7, 70, 4, 2, "float32"), "heads of 8 bytes; a multiple of 16"),
+        ((100, 70, 1, 128, "float32"), "shared memory for 100 frames and heads of 512 bytes"),
+        ((59, 70, 1, 64, "float16"), "needs 50156 bytes of shared memory for 59 frames and heads of 128 bytes"),
+    ],
 )
 def test_unsupported_sizes(sizes: Any, message: str) -> None:
     with pytest.raises(BackendError, match=f"{message}.*build the engine without it"):

@@ -118,8 +118,11 @@ def descriptions(frames: int, dtype: str) -> dict[str, TensorDesc]:
 
 
 @pytest.mark.parametrize(("frames", "dtype"), [(1, "FP32"), (7, "FP16"), (14, "BF16")])
-def test_registered_plugin(frames: int, dtype: str, plugins: FakePlugins, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_plugin(
+    frames: int, dtype: str, plugins: FakePlugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     attention_plugin.register()
     attention_plugin.register()  # once per process
     inputs = descriptions(frames, dtype)
@@ -151,9 +154,10 @@ def test_registered_plugin(frames: int, dtype: str, plugins: FakePlugins, monkey
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
-def test_ptx_is_assembled_for_newer_gpus(cache_dtype: str, tmp_path: Path) -> None:
+def test_ptx_is_assembled_for_newer_gpus(cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The declared version of PTX has all instructions that the kernel uses."""
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ptxas = shutil.which("ptxas")
     if ptxas is None:
         pytest.skip("needs ptxas of the CUDA toolkit")

@@ -55,6 +55,9 @@ class Streams:
         )
         self.position[slot] = 0
 
+    def copy(self, source: int, target: int) -> None:
+        self.audio[target], self.position[target] = self.audio[source], self.position[source]
+
     def ended(self, slot: int) -> bool:
         return self.position[slot] >= len(self.audio[slot])
 
@@ -88,7 +91,8 @@ def test_random_batches_of_random_streams(
 ) -> None:
     """Random subsets of five streams, mixed chunk sizes, streams that end and start, two pending steps.
 
-    Between steps, a random stream's phrases are set or removed, its decoder is reset, or its state is saved or loaded.
+    Between steps, a random stream's phrases are set or removed, its decoder is reset, its state is saved or loaded, or
+    it is copied to the slots of two others.
     """
     rng = np.random.default_rng(seed)
     gpu, cpu, streams = (
@@ -114,7 +118,7 @@ def test_random_batches_of_random_streams(
             for slot in ended:
                 phrases[slot], saved[slot] = None, None
         slot = int(rng.integers(CAPACITY))
-        action = rng.choice(["set_phrases", "reset_decoder", "save", "load", "nothing"])
+        action = rng.choice(["set_phrases", "reset_decoder", "save", "load", "copy", "nothing"])
         if action == "set_phrases":
             phrases[slot], saved[slot] = some_phrases(rng, small_bundle) if rng.random() < 0.7 else None, None
         for index, backend in enumerate((gpu, cpu)):
@@ -124,6 +128,12 @@ def test_random_batches_of_random_streams(
                 backend.reset_decoder(np.array([slot]))
             elif action == "load" and saved[slot]:
                 backend.load(slot, saved[slot][index])
+            elif action == "copy":
+                backend.copy(np.array([slot, slot]), (slot + np.array([1, 3])) % CAPACITY)
+        if action == "copy":
+            for target in ((slot + 1) % CAPACITY, (slot + 3) % CAPACITY):
+                streams.copy(slot, target)
+                phrases[target], saved[target] = phrases[slot], None
         if action == "save":
             saved[slot] = (gpu.save(slot), cpu.save(slot))
         chunk = small_bundle.manifest.chunk(int(rng.choice([80, 560])))
@@ -414,8 +424,8 @@ def test_failed_step_fails_only_its_streams(demo_bundle: Bundle, monkeypatch: py
     gpu = make_backend(demo_bundle, [560], HostDevice())
     original, fail = HostDevice.drain, [False]
 
-    def drain(device: HostDevice) -> None:
-        original(device)
+    def drain(device: HostDevice, end: int | None = None) -> None:
+        original(device, end)
         if fail[0]:
             fail[0] = False
             raise BackendError("the GPU failed in a step.")
@@ -435,10 +445,10 @@ def test_lost_device_fails_all_its_streams(demo_bundle: Bundle, monkeypatch: pyt
     device, clip = HostDevice(), nemostream.demo_clip()
     original, lost = HostDevice.drain, [False]
 
-    def drain(self: HostDevice) -> None:
+    def drain(self: HostDevice, end: int | None = None) -> None:
         if self is device and lost[0]:
             raise BackendError("the GPU failed: restart the process.")
-        original(self)
+        original(self, end)
 
     monkeypatch.setattr(HostDevice, "drain", drain)
     with (

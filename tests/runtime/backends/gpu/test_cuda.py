@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemostream.bundle import Bundle
@@ -51,15 +54,20 @@ class Builder:
 
     def complete(self) -> Any:
         assert self.ended
-        return SimpleNamespace(upload=lambda stream: None)
+        called = self.driver.called
+        return SimpleNamespace(
+            upload=lambda stream: called.append(("upload", stream.handle)),
+            launch=lambda stream: called.append(("launch", stream.handle)),
+        )
 
     def while_loop(self, condition: Any) -> Builder:
-        assert self.state == "active"
+        assert self.state == "active" and condition.handle == 3
         body = Builder(self.driver, self)
         self.bodies.add(body)
         return body
 
     def create_condition(self, default_value: int) -> Any:
+        assert default_value == 0, "a loop that no kernel starts does not run"
         return SimpleNamespace(handle=3)
 
     def end_capture(self) -> None:
@@ -121,13 +129,86 @@ class Driver:
         return sum(call[0] == name for call in self.called)
 
 
+class MemoryDriver(Driver):
+    """A driver whose memory is that of this process, filled with 7. What is queued runs when the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: dict[int, Any] = {}
+        self.queued: list[Callable[[], Any]] = []
+        self.launches: list[tuple[Any, ...]] = []
+
+    def block(self, size: int) -> int:
+        block = (ctypes.c_uint8 * size)(*[7] * size)
+        self.blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def check(self, address: int, size: int) -> None:
+        assert any(begin <= address and address + size <= begin + len(block) for begin, block in self.blocks.items())
+
+    def cuMemGetInfo(self) -> tuple[Any, int, int]:
+        return OK, 5_000_000_000, 8_000_000_000
+
+    def cuMemAlloc(self, size: int) -> tuple[Any, int]:
+        return OK, self.block(size)
+
+    def cuMemHostAlloc(self, size: int, flags: int) -> tuple[Any, int]:
+        assert flags == self.CU_MEMHOSTALLOC_PORTABLE | self.CU_MEMHOSTALLOC_DEVICEMAP, "kernels access it"
+        return OK, self.block(size)
+
+    def free(self, address: int) -> tuple[Any]:
+        del self.blocks[address]
+        return (OK,)
+
+    cuMemFree = cuMemFreeHost = free
+
+    def cuMemsetD8Async(self, address: int, value: int, size: int, stream: int) -> tuple[Any]:
+        self.check(address, size)
+        self.queued.append(lambda: ctypes.memset(address, value, size))
+        return (OK,)
+
+    def copy(self, target: int, source: int, size: int, stream: int, on_device: tuple[int, ...]) -> tuple[Any]:
+        assert stream == 1
+        for address in on_device:
+            self.check(address, size)
+        self.queued.append(lambda: ctypes.memmove(target, source, size))
+        return (OK,)
+
+    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[Any]:
+        return self.copy(target, source, size, stream, (target,))
+
+    def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> tuple[Any]:
+        return self.copy(target, source, size, stream, (source,))
+
+    def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[Any]:
+        return self.copy(target, source, size, stream, (target, source))
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[Any]:
+        assert stream == 1
+        while self.queued:
+            self.queued.pop(0)()
+        return (OK,)
+
+    def cuLaunchKernel(self, function: Any, *arguments: int) -> tuple[Any]:
+        """Copies the argument, as a driver does before it returns."""
+        *sizes, stream, pointers, extra = arguments
+        assert not extra
+        argument = ctypes.string_at(ctypes.c_uint64.from_address(pointers).value, kernels.STEP.itemsize)
+        self.launches.append((function, tuple(sizes), stream, argument))
+        return (OK,)
+
+
 def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = "1.2.2") -> Any:
     class Device:
         compute_capability, name = SimpleNamespace(major=9, minor=0), "fake"
 
-        def __init__(self, ordinal: int) -> None: ...
+        def __init__(self, ordinal: int) -> None:
+            driver.called.append(("device", ordinal))
 
-        def set_current(self) -> None: ...
+        def set_current(self) -> None:
+            driver.called.append(("set_current", threading.get_ident()))
+            if driver.fails("set_current"):
+                raise RuntimeError("CUDA_ERROR_INVALID_CONTEXT: no context.")
 
         def create_stream(self) -> Any:
             return SimpleNamespace(handle=1, close=lambda: driver.called.append("close"))
@@ -147,8 +228,130 @@ def make_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, version: str = 
 
 
 def test_old_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match=re.escape(f"cuda-core 0.9.1 is too old: {install_command('gpu')}")):
-        make_device(monkeypatch, Driver(), "0.9.1")
+    for version in ("0.9.1", "1.1.9"):
+        with pytest.raises(BackendError, match=re.escape(f"cuda-core {version} is too old: {install_command('gpu')}")):
+            make_device(monkeypatch, Driver(), version)
+    make_device(monkeypatch, Driver(), "1.2.0")
+    make_device(monkeypatch, Driver(), "1.10.0")
+
+
+def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_device(monkeypatch, Driver())
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(BackendError, match=r"needs cuda-python \(.*\): " + re.escape(install_command("gpu"))):
+        cuda.CudaDevice()
+
+
+@pytest.mark.parametrize("failing", ["set_current", "cuDriverGetVersion"])
+def test_device_that_cannot_be_used(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"no usable NVIDIA GPU \(.*CUDA_ERROR_INVALID.*; run `nemostream doctor`"):
+        make_device(monkeypatch, Driver(lambda name, *_: name == failing))
+
+
+def test_device_is_made_current_once_in_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    device = make_device(monkeypatch, driver)
+    assert driver.called[:2] == [("device", 0), ("set_current", threading.get_ident())]
+    failures: list[BackendError] = []
+
+    def work() -> None:
+        driver.fails = lambda name, *_: name == "set_current"
+        try:
+            device.make_current()
+        except BackendError as error:
+            failures.append(error)
+        driver.fails = lambda *_: False
+        device.make_current()  # again, because it failed
+        device.make_current()
+
+    driver.called.clear()
+    device.make_current()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    device.make_current()
+    assert driver.called == [("set_current", thread.ident)] * 2
+    assert str(failures[0]) == "the GPU cannot be used: CUDA_ERROR_INVALID_CONTEXT: no context."
+
+
+# -- memory and launches -----------------------------------------------------------------------------------------------
+
+
+def test_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are complete when a call returns, and change no other memory."""
+    driver = MemoryDriver()
+    device = make_device(monkeypatch, driver)
+    assert (device.name, device.architecture, device.free_bytes) == ("fake", "sm90", 5_000_000_000)
+    first, second, empty = (device.allocate(size) for size in (24, 40, 0))
+    assert len({first, second, empty}) == 3
+    assert empty, "an address, although nothing is stored there"
+    found = np.full(10, 9, np.int32)
+    device.read(second, found)
+    assert not found.any(), "memory is zeroed"
+
+    array = np.arange(12, dtype=np.int32)
+    device.write(first + 4, array[2:10:2])  # not contiguous
+    array[:] = -1  # the caller may change it
+    device.write(first, array[:0])
+    device.read(first, found[:6])
+    assert found.tolist() == [0, 2, 4, 6, 8, 0, 0, 0, 0, 0]
+
+    device.copy(second + 8, first, 24)
+    device.read(second, found)
+    assert found.tolist() == [0, 0, 0, 2, 4, 6, 8, 0, 0, 0]
+    device.free(first)
+    assert first not in driver.blocks and second in driver.blocks
+    device.close()
+    assert not driver.blocks
+
+
+def test_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = MemoryDriver()
+    device = make_device(monkeypatch, driver)
+    for size in (0, 5, 100):
+        array = device.allocate_host(size)
+        assert array.dtype == np.uint8 and len(array) >= size and not array.any()
+        block = driver.blocks[array.ctypes.data]
+        block[size // 2] = 3  # as a kernel does
+        assert array[size // 2] == 3
+        array[0] = 4
+        assert block[0] == 4 and len(array) == len(block)
+    device.close()
+    assert not driver.blocks
+
+
+def test_kernel_is_launched_with_its_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device's stream; during a capture on the captured stream."""
+    driver = MemoryDriver()
+    monkeypatch.setattr(cuda, "compile_kernels", lambda *_: b"")
+    device = make_device(monkeypatch, driver)
+    loaded = device.kernels({"CONDITIONAL": 0}, ("begin", "join"))
+    step = np.zeros(1, kernels.STEP)[0]
+    step["rows"], step["tokens"] = 7, 1 << 40
+    expected = step.tobytes()
+    loaded.launch("join", (5, 2, 3), step)
+    step["rows"] = 8
+    device.capture(lambda: loaded.launch("begin", (1, 1, 1), step))
+    module = (b"",)  # the fake driver returns its arguments
+    assert driver.launches == [
+        ((module, b"join"), (5, 2, 3, kernels.BLOCK, 1, 1, 0), 1, expected),
+        ((module, b"begin"), (1, 1, 1, kernels.BLOCK, 1, 1, 0), 100, step.tobytes()),
+    ]
+
+
+# -- captures ----------------------------------------------------------------------------------------------------------
+
+
+def test_captured_graph_is_uploaded_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both on the device's stream: the first launch does not have to upload the graph."""
+    driver, streams = Driver(), []
+    device = make_device(monkeypatch, driver)
+    driver.called.clear()
+    graph = device.capture(lambda: streams.append(device.stream))
+    assert streams == [100], "the work is captured once, on a stream of its own"
+    graph.launch()
+    graph.launch()
+    assert driver.called == [("upload", 1), ("launch", 1), ("launch", 1)]
 
 
 @pytest.mark.parametrize(
@@ -221,12 +424,19 @@ def test_a_captured_loop_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_waiting_sleeps_where_cpus_are_few(cpus: int, blocking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "usable_cpus", lambda: cpus)
     driver = Driver()
-    event = make_device(monkeypatch, driver).record_event()
+    device = make_device(monkeypatch, driver)
     driver.called.clear()
+    event = device.record_event()
     event.wait()
     del event
     flags = 2 + blocking
-    assert driver.called == [("cuEventSynchronize", (flags,)), ("cuEventDestroy", (flags,))]
+    event = (flags,)  # the fake driver returns its arguments
+    assert driver.called == [
+        ("cuEventCreate", flags),
+        ("cuEventRecord", event, 1),
+        ("cuEventSynchronize", event),
+        ("cuEventDestroy", event),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -237,11 +447,21 @@ def test_timing_destroys_its_events(failing: str | None, monkeypatch: pytest.Mon
     calls = {"cuEventCreate": 2, "cuEventRecord": 2, "cuEventSynchronize": 1, "cuEventElapsedTime": 1}
     driver = Driver(lambda name, *_: name == failing and driver.count(name) == calls[name])
     device = make_device(monkeypatch, driver)
+    driver.called.clear()
     if failing:
         with pytest.raises(BackendError, match=failing):
             device.elapsed_ms([])
     else:
-        assert device.elapsed_ms([]) == 1.5
+        assert device.elapsed_ms([lambda: driver.called.append("first"), lambda: driver.called.append("second")]) == 1.5
+        event = (0,)  # the fake driver returns its arguments
+        assert driver.called[2:-2] == [
+            ("cuEventRecord", event, 1),
+            "first",
+            "second",
+            ("cuEventRecord", event, 1),
+            ("cuEventSynchronize", event),
+            ("cuEventElapsedTime", event, event),
+        ]
     assert driver.count("cuEventDestroy") == (1 if failing == "cuEventCreate" else 2)
 
 
@@ -265,7 +485,7 @@ def test_close_frees_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("version", [12030, 12040])
 def test_every_kernel_is_loaded_before_a_capture(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drivers load kernels lazily, at their first launch; those before CUDA 12.4 cannot be asked to."""
+    """Drivers load kernels lazily, at their first launch; drivers before CUDA 12.4 have no call for it."""
     driver = Driver()
     driver.results["cuDriverGetVersion"] = version
     monkeypatch.setattr(cuda, "compile_kernels", lambda *_: b"")
@@ -307,6 +527,7 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
     tried: list[tuple[str, int]] = []
 
     def compile_kernels(macros: dict[str, int], architecture: str, kind: str) -> bytes:
+        assert macros["MELS"] == 128 and architecture == "sm90"
         tried.append((kind, macros["CONDITIONAL"]))
         if where == "compile" and len(tried) < 3:
             raise BackendError("unresolved external symbol.")
@@ -314,14 +535,16 @@ def test_first_loadable_kernel_variant_is_used(where: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(cuda, "compile_kernels", compile_kernels)
     device = make_device(monkeypatch, Driver(lambda name, *_: name == where and len(tried) < 3))
-    loaded = device.kernels({"CONDITIONAL": 1}, ("begin", "finish"))
+    loaded = device.kernels({"CONDITIONAL": 1, "MELS": 128}, ("begin", "finish"))
     assert tried == [("cubin", 1), ("ptx", 1), ("cubin", 0)]
     assert (loaded.format, loaded.conditional, len(loaded.failures)) == ("cubin", False, 2)
     wanted = "unresolved external symbol." if where == "compile" else f"{where} returned CUDA_ERROR_INVALID_VALUE."
     assert all(wanted in failure for failure in loaded.failures) and "ptx with conditions" in loaded.failures[1]
     message = r"no variant of the kernels can be loaded: cubin with conditions: .* ptx: .* Update the NVIDIA driver"
     with pytest.raises(BackendError, match=message):
-        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData")).kernels({"CONDITIONAL": 1}, ())
+        make_device(monkeypatch, Driver(lambda name, *_: name == "cuModuleLoadData")).kernels(
+            {"CONDITIONAL": 1, "MELS": 128}, ()
+        )
 
 
 @pytest.mark.parametrize(
@@ -360,6 +583,17 @@ def test_lowered_ptx_is_assembled(
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "kernels.o").read_bytes().startswith(b"\x7fELF")
+
+
+def test_errors_after_which_a_process_must_be_restarted() -> None:
+    """Those whose documentation in cuda-python states it, and not those that a smaller model avoids."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-python")
+    lost = [error.name for error in driver.CUresult if "must be terminated and relaunched" in (error.__doc__ or "")]
+    lost = lost or ["CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"]  # a version without documentation
+    for name in (*lost, "CUDA_ERROR_ASSERT", "CUDA_ERROR_ECC_UNCORRECTABLE"):
+        assert "no GPU call of this process can succeed" in str(cuda._failure("the GPU failed", name)), name
+    for name in ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
+        assert "restart" not in str(cuda._failure("the GPU failed", name)), name
 
 
 @pytest.mark.parametrize(

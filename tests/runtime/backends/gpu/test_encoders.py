@@ -52,6 +52,7 @@ class Context:
         self.memory: Any = None
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert stream == Device.stream
         self.profile = profile
         return self.failures("set_optimization_profile_async", True)
 
@@ -74,6 +75,7 @@ class Context:
         self.memory = (address, size)
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.shapes.keys() | {"encoded_joint"} == self.addresses.keys() and self.memory
         self.runs.append(stream)
         if self.config.cache:
             self.config.cache.compile(self.shapes["mel"][0])
@@ -105,6 +107,7 @@ class Engine:
         return SHAPES[name]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert name == "mel"
         smallest, largest = PROFILES[profile]
         return [(rows, 56, 128) for rows in (smallest, largest, largest)]
 
@@ -136,6 +139,7 @@ class RuntimeCache:
     """The compiled kernels, one byte per number of rows."""
 
     compilations: ClassVar[list[int]] = []
+    serializations: ClassVar[list[int]] = []  # how many kernels each has
 
     def __init__(self) -> None:
         self.rows = b""
@@ -146,6 +150,7 @@ class RuntimeCache:
             self.rows += bytes([rows])
 
     def serialize(self) -> bytes:
+        self.serializations.append(len(self.rows))
         return b"kernels" + self.rows
 
     def deserialize(self, blob: bytes) -> bool:
@@ -192,6 +197,7 @@ def rtx(library: Any, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     library.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER="EAGER")
     library.CudaGraphStrategy = types.SimpleNamespace(DISABLED="DISABLED")
     monkeypatch.setattr(RuntimeCache, "compilations", [])
+    monkeypatch.setattr(RuntimeCache, "serializations", [])
     return library
 
 
@@ -242,6 +248,10 @@ def test_contexts_that_cannot_be_captured(rtx: Any, engine_file: Path) -> None:
     for rows, capturable in ((64, False), (8, True), (9, False), (1, True)):
         encoder.bind(rows, ADDRESSES)()
         assert encoder.capturable == capturable
+        config = rtx.engine.contexts[-1].config
+        # A kernel that is compiled in the background, or a graph of the library, could not be captured.
+        strategies = config.dynamic_shapes_kernel_specialization_strategy, config.cuda_graph_strategy
+        assert strategies == ("EAGER", "DISABLED")
 
 
 FAILED = RuntimeError("Error Code 3")  # pybind11 raises, where C++ returns false
@@ -293,6 +303,25 @@ def test_tensorrt_memory(library: Any, engine_file: Path) -> None:
     encoder.bind(64, ADDRESSES)
     encoder.bind(3, ADDRESSES)
     assert sum(map(len, device.arrays.values())) <= encoder.memory_bytes(64)
+
+
+def test_device_memory_is_aligned(library: Any, engine_file: Path) -> None:
+    """It is within what was allocated, wherever an allocation begins."""
+    allocated: list[tuple[int, int]] = []
+
+    class Unaligned(Device):
+        def allocate(self, size: int) -> int:
+            allocated.append((10_001, size))
+            return 10_001
+
+    encoder = TrtEncoder(engine_file, "fake_tensorrt", "float16", Unaligned(), SHA256)
+    for rows, count in ((9, 1), (64, 2), (9, 2), (64, 2)):  # allocated again only if it is too small
+        encoder.bind(rows, ADDRESSES)
+        address, size = library.engine.contexts[-1].memory
+        (begin, allocation) = allocated[-1]
+        assert len(allocated) == count
+        assert size >= 1000 * rows and address % 256 == 0
+        assert begin <= address and address + size <= begin + allocation
 
 
 def test_invalid_engines(library: Any, engine_file: Path) -> None:
@@ -358,6 +387,16 @@ def test_compiled_kernels_are_kept(rtx: Any, engine_file: Path, monkeypatch: pyt
     assert [path.name for path in engine_file.parent.iterdir() if path.is_file()] == [engine_file.name]
 
 
+def test_kernels_are_saved_after_the_first_run_of_each_binding(rtx: Any, engine_file: Path) -> None:
+    """Not in every step: the library copies all of them."""
+    encoder = open_encoder(engine_file)
+    works = [encoder.bind(rows, ADDRESSES) for rows in (64, 3)]
+    for _ in range(3):
+        for work in works:
+            work()
+    assert RuntimeCache.serializations == [1, 2]
+
+
 @pytest.mark.skipif(MISSING, reason="needs g++ to run the kernels on a CPU")
 def test_only_bindings_that_cannot_be_captured_leave_the_graph(demo_bundle: Bundle) -> None:
     """Batches of one are a single launch, larger ones three; the tokens are those of the CPU backend."""
@@ -404,7 +443,10 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     calls: dict[str, Any] = {"in": {}, "out": {}, "runs": []}
 
     class Binding:
+        rows = 0
+
         def bind_input(self, name: str, device: str, index: int, kind: Any, shape: Any, address: int) -> None:
+            self.rows = shape[0]
             calls["in"][name] = (device, index, kind, tuple(shape), address)
 
         def bind_output(self, name: str, device: str, index: int, kind: Any, shape: Any, address: int) -> None:
@@ -412,7 +454,8 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
 
     class Session:
         def __init__(self, path: Path, options: Any, providers: Any) -> None:
-            calls["providers"] = providers
+            calls["path"], calls["providers"] = path, providers
+            assert isinstance(options, onnxruntime.SessionOptions)
 
         def get_providers(self) -> list[str]:
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -424,15 +467,16 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
             entries = ("gpu_graph_id", "disable_synchronize_execution_providers")
             if calls.get("error"):
                 raise RuntimeError(calls["error"])
-            calls["runs"].append(tuple(options.get_run_config_entry(name) for name in entries))
+            calls["runs"].append((binding.rows, *(options.get_run_config_entry(name) for name in entries)))
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: calls.update(preloaded=True), raising=False)
     graph = demo_bundle.manifest.graphs["encoder-80ms"]
     encoder = OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device(), 1000)
     assert not encoder.capturable
-    assert encoder.memory_bytes(64) >= 64 * 1000
+    assert encoder.memory_bytes(64) == 2 * 64 * 1000  # ONNX Runtime doubles its memory whenever it grows
+    assert calls["preloaded"]
     layers = demo_bundle.manifest.encoder.layers
     names = [tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.name != "encoded"]
     addresses = {name: 64 * index for index, name in enumerate(names)} | {"prompt": 4096}  # of prompted models only
@@ -440,10 +484,11 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     first()
     second()
     first()
-    assert calls["runs"] == [("1", "1"), ("2", "1"), ("1", "1")]
+    assert calls["runs"] == [(2, "1", "1"), (1, "2", "1"), (2, "1", "1")]
+    assert calls["path"] == demo_bundle.file("encoder-80ms")
     ((provider, options),) = calls["providers"]
     assert provider == "CUDAExecutionProvider"
-    assert (options["user_compute_stream"], options["enable_cuda_graph"]) == ("77", "1")
+    assert options == {"user_compute_stream": "77", "enable_cuda_graph": "1", "use_tf32": "0"}
     assert calls["in"].keys() | calls["out"].keys() == set(names)
     assert calls["in"]["mel"] == ("cuda", 0, np.float32, (1, 8, 128), addresses["mel"])
     assert calls["in"]["position"][2] == np.int64
@@ -460,3 +505,9 @@ def test_onnxruntime_binding(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     calls["error"] = "an illegal memory access was encountered"
     with pytest.raises(BackendError, match="illegal memory access"):
         first()
+    monkeypatch.setattr(Session, "get_providers", lambda self: ["CPUExecutionProvider"])  # as ONNX Runtime falls back
+    with pytest.raises(BackendError, match=r"CUDA provider does not work on .*; run `nemostream doctor`"):
+        OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device(), 1000)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: Session("", None, {}.pop("no graph")))
+    with pytest.raises(BackendError, match=r"ONNX Runtime cannot load .* on .*: 'no graph'"):
+        OrtCudaEncoder(demo_bundle.file("encoder-80ms"), graph, "bfloat16", Device(), 1000)

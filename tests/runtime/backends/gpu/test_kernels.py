@@ -8,156 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from host_device import HostDevice
+from decoding_model import (
+    CHUNK,
+    HIDDEN,
+    JOINT,
+    LAYERS,
+    MAX_SYMBOLS,
+    VOCABULARY,
+    GivenFrames,
+    Net,
+    make_bundle,
+    make_weights,
+    rounded,
+    some_phrases,
+)
 
-from nemostream.bundle import Bundle, ChunkConfig, DecoderConfig, EncoderConfig, FeatureConfig, File, Manifest, Weight
+from nemostream.bundle import Bundle, DecoderConfig, EncoderConfig, Manifest
 from nemostream.errors import BackendError
 from nemostream.runtime.backends.base import Batch, Emissions
 from nemostream.runtime.backends.gpu import kernels
 from nemostream.runtime.backends.gpu.backend import GpuBackend, buckets
-from nemostream.runtime.decoding.boosting import MAX_TOKENS, Boosting
+from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, Labels, greedy_reference, label_looping
 
-LAYERS, HIDDEN, JOINT, VOCABULARY, MAX_SYMBOLS = 2, 16, 40, 37, 3
-CHUNK = ChunkConfig(ms=400, frames=5, left=8, samples=6400)
 ROWS = 21  # more than a tile
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 # Absolute tolerance of scores. A sum may be rounded to different 16-bit values from fp32 and from float64.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-
-
-def rounded(array: np.ndarray, cache_dtype: str) -> np.ndarray:
-    """Round an array to `cache_dtype` and return it in float64."""
-    if cache_dtype == "float32":
-        return array.astype(np.float64)
-    bits = kernels.to_16bit(np.asarray(array, np.float32), cache_dtype)
-    if cache_dtype == "float16":
-        return bits.view(np.float16).astype(np.float64)
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-class Net:
-    """Transducer in numpy.
-
-    Operands of products are rounded to `cache_dtype`; sums have the same order in all columns.
-    """
-
-    max_symbols = MAX_SYMBOLS
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], cache_dtype: str) -> None:
-        self.arrays, self.cache_dtype = arrays, cache_dtype
-        self.blank = len(arrays["joint.out.bias"]) - 1
-        self._rounded = {name: rounded(array, cache_dtype) for name, array in arrays.items() if name.endswith("weight")}
-
-    def _product(self, x: np.ndarray, name: str) -> np.ndarray:
-        left, right = rounded(x, self.cache_dtype), self._rounded[f"{name}.weight"]
-        return (left[:, :, None] * right[None]).sum(axis=1) + self.arrays[f"{name}.bias"]
-
-    def predict(self, tokens: Any, h: Any, c: Any) -> Any:
-        x, new_h, new_c = self.arrays["decoder.embedding"][tokens], [], []
-        for layer in range(LAYERS):
-            gates = self._product(np.concatenate([x, h[:, layer]], axis=1), f"decoder.lstm.{layer}")
-            i, f, g, o = np.split(gates, 4, axis=1)
-            new_c.append(_sigmoid(f) * c[:, layer] + _sigmoid(i) * np.tanh(g))
-            x = _sigmoid(o) * np.tanh(new_c[-1])
-            new_h.append(x)
-        return self._product(x, "joint.pred"), np.stack(new_h, axis=1), np.stack(new_c, axis=1)
-
-    def join(self, encoded: Any, predicted: Any) -> Any:
-        x = encoded + predicted
-        return self._product(np.where(x < 0, 0, x), "joint.out")
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def make_weights(
-    rng: np.random.Generator, kind: str, hidden: int = HIDDEN, joint: int = JOINT, vocabulary: int = VOCABULARY
-) -> dict[str, np.ndarray]:
-    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (scale * rng.standard_normal(shape)).astype(np.float32)
-
-    narrow, small = (HIDDEN / hidden) ** 0.5, (JOINT / joint) ** 0.5  # so that sums are as large at every size
-    arrays = {"decoder.embedding": normal(vocabulary + 1, hidden)}
-    arrays["decoder.embedding"][-1] = 0
-    for layer in range(LAYERS):
-        arrays[f"decoder.lstm.{layer}.weight"] = normal(2 * hidden, 4 * hidden, scale=0.5 * narrow)
-        arrays[f"decoder.lstm.{layer}.bias"] = normal(4 * hidden)
-    arrays["joint.pred.weight"], arrays["joint.pred.bias"] = normal(hidden, joint, scale=narrow), normal(joint)
-    arrays["joint.out.weight"], arrays["joint.out.bias"] = (
-        normal(joint, vocabulary + 1, scale=0.3 * small),
-        normal(vocabulary + 1),
-    )
-    out, bias = arrays["joint.out.weight"], arrays["joint.out.bias"]
-    if kind == "ties":  # every logit three times, in different lanes and tiles
-        out[:, 12:24], bias[12:24] = out[:, :12], bias[:12]
-        out[:, 24:36], bias[24:36] = out[:, :12], bias[:12]
-        out[:, 36:], bias[36:] = out[:, :2], bias[:2]  # blank too: labels of the same probability come before it
-    bias[-1] += {"blanks": 100, "labels": -100, "random": 2.5}.get(kind, 0)
-    if kind == "nan embedding":
-        arrays["decoder.embedding"][:8] = np.nan
-    if kind == "infinite logits":
-        out[3, 5] = np.inf  # if unit 3 is positive
-    return arrays
-
-
-def make_bundle(path: Path, arrays: Mapping[str, np.ndarray]) -> Bundle:
-    """Write the parts of a bundle that the GPU backend reads."""
-    features = {
-        "features.window_left": np.ones(199),
-        "features.window_right": np.ones(199),
-        "features.filters": np.ones((257, 16)),
-        "features.guard": np.full(1, 1e-6),
-    }
-    tensors, blob = {}, b""
-    for name, array in (features | dict(arrays)).items():
-        tensors[name] = Weight(array.dtype.name, array.shape, len(blob))
-        blob += np.ascontiguousarray(array).tobytes()
-    (path / "weights.bin").write_bytes(blob)
-    hidden, joint = arrays["joint.pred.weight"].shape
-    vocabulary = len(arrays["joint.out.bias"]) - 1
-    manifest = Manifest(
-        name="test",
-        features=FeatureConfig(sample_rate=16000, mels=16, window=400, hop=160, n_fft=512, preemphasis=0.97),
-        encoder=EncoderConfig(layers=1, d_model=32, heads=2, subsampling=8, cache=8, conv_cache=8),
-        decoder=DecoderConfig(LAYERS, hidden, joint, vocabulary, MAX_SYMBOLS, "relu"),
-        chunks=(CHUNK,),
-        graphs={},
-        weights=File("weights.bin", "", len(blob)),
-        tensors=tensors,
-        tokenizer=File("tokenizer.model", "", 0),
-    )
-    return Bundle(path, manifest)
-
-
-class GivenFrames:
-    """An encoder whose output is `frames` [B, T, J]."""
-
-    def __init__(self, device: Any, cache_dtype: str, joint: int = JOINT) -> None:
-        self.device, self.cache_dtype, self.capturable = device, cache_dtype, isinstance(device, HostDevice)
-        self.frames = np.zeros((0, CHUNK.frames, joint), np.float32)
-
-    def memory_bytes(self, rows: int) -> int:
-        return 0
-
-    def bind(self, rows: int, addresses: Mapping[str, int]) -> Callable[[], None]:
-        if not self.capturable:
-            return lambda: self.device.write(addresses["encoded_joint"], self.frames[:rows])
-        encoded = self.device.view(addresses["encoded_joint"], (rows, *self.frames.shape[1:]), np.float32)
-
-        def run() -> None:
-            encoded[: len(self.frames)] = self.frames[:rows]
-
-        return lambda: self.device.queue(run)
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
@@ -211,13 +93,6 @@ def test_decoding_matches_reference(kind: str, cache_dtype: str, make_device: An
         assert 3 < alive.count(True) < ROWS - 3  # some rows emitted one of these labels and some did not
     if kind not in ("nan embedding", "infinite logits"):
         assert [row for row in range(ROWS) if not alive[row]] == [7, 8]
-
-
-def some_phrases(rng: np.random.Generator, vocabulary: int = VOCABULARY) -> Boosting:
-    """Phrases over few tokens, so that they occur, overlap, and are suffixes of one another."""
-    few = rng.choice(vocabulary, 5, replace=False)
-    phrases = [(rng.choice(few, rng.integers(1, 7)).tolist(), float(rng.choice([0.5, 2, 6]))) for _ in range(12)]
-    return Boosting([*phrases, ([int(few[0])] * MAX_TOKENS, 1.0)], vocabulary)
 
 
 class LargeNet(Net):
@@ -439,6 +314,48 @@ def test_packed_weights_can_be_unpacked(cache_dtype: str, depth: int, columns: i
     assert not found[depth:].any() and not found[:, columns:].any()
 
 
+@pytest.mark.parametrize(
+    ("value", "float16", "bfloat16"),
+    [
+        (1.0, 0x3C00, 0x3F80),
+        (-2.0, 0xC000, 0xC000),
+        # Half way between two values: the one whose last bit is 0.
+        (1 + 2**-8, 0x3C04, 0x3F80),
+        (1 + 3 * 2**-8, 0x3C0C, 0x3F82),
+        (-1 - 3 * 2**-8, 0xBC0C, 0xBF82),
+        (1 + 2**-11, 0x3C00, 0x3F80),
+        (1 + 3 * 2**-11, 0x3C02, 0x3F80),
+        # Just above and below it.
+        (1 + 2**-8 + 2**-23, 0x3C04, 0x3F81),
+        (1 + 3 * 2**-8 - 2**-23, 0x3C0C, 0x3F81),
+        (2 - 2**-9, 0x3FFE, 0x4000),  # up to the next power of two
+        (2.0**-14, 0x0400, 0x3880),
+        (np.inf, 0x7C00, 0x7F80),
+    ],
+)
+def test_rounding_to_16_bits(value: float, float16: int, bfloat16: int) -> None:
+    array = np.array([0, value], np.float32)
+    assert kernels.to_16bit(array, "float16").tolist() == [0, float16]
+    assert kernels.to_16bit(array, "bfloat16").tolist() == [0, bfloat16]
+    strided = np.array([[value, 5], [0, 5]], np.float32)[:, 0]
+    assert kernels.to_16bit(strided, "bfloat16").tolist() == [bfloat16, 0]
+
+
+def test_ranges_of_mel_filters(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest range of bins that has all of a filter, empty for an empty filter."""
+    filters = np.array(demo_bundle.weight("features.filters"))
+    filters[:, :5] = 0
+    for mel, bins in ((1, [0]), (2, [256]), (3, [7, 9]), (4, [0, 256])):
+        filters[bins, mel] = 0.5
+    monkeypatch.setattr(
+        Bundle, "weight", lambda self, name, weight=Bundle.weight: filters if "filters" in name else weight(self, name)
+    )
+    found = kernels.weights(demo_bundle, "float32")
+    assert found["filter_bins"][:5].tolist() == [[0, 0], [0, 1], [256, 257], [7, 10], [0, 257]]
+    for mel, (first, end) in enumerate(found["filter_bins"]):
+        np.testing.assert_array_equal(np.flatnonzero(filters[:, mel])[[0, -1]] if mel else [0, -1], [first, end - 1])
+
+
 def test_buckets_cover_every_batch() -> None:
     assert buckets(1) == (1,)
     assert buckets(6) == (1, 2, 4, 6)
@@ -480,7 +397,45 @@ def test_kernels_compile(
         assert cached.read_bytes() == image
         cached.write_bytes(b"cached")
         assert compile_kernels(macros, architecture, kind) == b"cached"  # not compiled again
-    assert b"cudaGraphSetConditional" not in compile_kernels({**macros, "CONDITIONAL": 0}, architecture, "ptx")
+    if architecture == "sm80":  # the source does not depend on the architecture
+        plain = compile_kernels({**macros, "CONDITIONAL": 0}, architecture, "ptx")
+        assert b".visible .entry join" in plain and b"cudaGraphSetConditional" not in plain
+
+
+def test_compiled_kernels_are_cached_by_everything_that_they_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python")
+    from nemostream.runtime.backends.gpu.cuda import compile_kernels
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = 'extern "C" __global__ void first(int* x) { *x = VALUE; }'
+    calls: list[tuple[Any, ...]] = [
+        ({"VALUE": 1}, "sm80", "ptx", source),
+        ({"VALUE": 2}, "sm80", "ptx", source),
+        ({"VALUE": 1}, "sm90", "ptx", source),
+        ({"VALUE": 1}, "sm80", "cubin", source),
+        ({"VALUE": 1}, "sm80", "ptx", source.replace("first", "second")),
+    ]
+    images = [compile_kernels(*call) for call in calls]
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(set(images)) == len(files) == len(calls) and {*files.values()} == {*images}
+    assert [compile_kernels(*call) for call in calls] == images
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, 99, 0))  # another release of the compiler
+    compile_kernels(*calls[0])
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(calls) + 1
+
+
+def test_sizes_at_the_limits(demo_bundle: Bundle) -> None:
+    """Heads of 16 bytes and a window that fills the FFT except its zeros."""
+    manifest = demo_bundle.manifest
+    features = dataclasses.replace(manifest.features, window=514)
+    encoder = dataclasses.replace(manifest.encoder, d_model=32, heads=4)
+    decoder = dataclasses.replace(manifest.decoder, hidden=8, layers=1)
+    found = kernels.macros(
+        dataclasses.replace(manifest, features=features, encoder=encoder, decoder=decoder), "float16", conditional=False
+    )
+    assert (found["WINDOW"], found["HIDDEN"], found["NET_LAYERS"], found["CONDITIONAL"]) == (514, 8, 1, 0)
 
 
 def test_compiler_log_is_in_the_error(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,6 +452,7 @@ def test_compiler_log_is_in_the_error(demo_bundle: Bundle, tmp_path: Path, monke
     ("changes", "message"),
     [
         ({"features": {"n_fft": 500}}, "an FFT of 500"),
+        ({"features": {"window": 515}}, "a window of 515 in an FFT of 512"),
         ({"decoder": {"layers": 3}}, "a prediction network of 3 layers"),
         ({"decoder": {"hidden": 100}}, "a prediction network of 100 units"),
         ({"encoder": {"heads": 32}}, "attention heads of 8 bytes"),

@@ -78,6 +78,16 @@ def test_layout_is_what_is_allocated(cache_dtype: str, capacity: int, max_batch:
     assert sum(device.sizes) == layout.nbytes
     for name, size in (layout.slot_bytes() | layout.buffer_bytes() | layout.weight_bytes()).items():
         assert len(device.arrays[int(memory.step[name])]) == size, name
+    # By these the kernels find the parts of an array.
+    parts = {
+        "list_rows": 2 * memory.step["max_rows"] * 4,
+        "list_pairs": 2 * memory.step["max_pairs"] * 4,
+        "lstm_weight": demo_bundle.manifest.decoder.layers * memory.step["lstm_words"] * 4,
+        "slot_automaton": memory.step["slots"] * 4,
+        "host_input": 2 * memory.step["host_input_bytes"],
+        "host_output": 2 * memory.step["host_output_bytes"],
+    }
+    assert parts == {name: len(device.arrays[int(memory.step[name])]) for name in parts}
     pointers = {name for kind, name in kernels.FIELDS if "*" in kind} - {"host_input", "host_output", "reset_slots"}
     assert pointers == (layout.slot_bytes() | layout.buffer_bytes() | layout.weight_bytes()).keys()
 
@@ -109,6 +119,58 @@ def test_published_model(cache_dtype: str, itemsize: int, demo_bundle: Bundle) -
     assert rows["mel"] == 4096 * 56 * 128 * 4
     small = dataclasses.replace(layout, capacity=4096, max_batch=64)
     assert sum(small.buffer_bytes().values()) < 0.6e9 * itemsize / 2 * 1.1
+
+
+@pytest.mark.parametrize(("cache_dtype", "itemsize"), [("float16", 2), ("bfloat16", 2), ("float32", 4)])
+def test_buffers_of_the_published_model(cache_dtype: str, itemsize: int, demo_bundle: Bundle) -> None:
+    """The sizes of the arrays that `kernels.FIELDS` describes, for 64 rows of 7 frames, and the whole phrase pool."""
+    manifest = published(demo_bundle.manifest)
+    layout = MemoryLayout(manifest, cache_dtype, 200, 61, (manifest.chunk(80), manifest.chunk(560)))
+    assert (layout.max_rows, layout.max_frames, layout.max_samples) == (64, 7, 8960)
+    symbols = manifest.decoder.max_symbols
+    integers = ("slot", "length", "count", "failed", "frame", "end", "label_frame", "symbols", "label", "automaton")
+    ring, frames = 64 * 24 * 1024 * 70 * itemsize, 64 * 24 * 1024 * 7 * itemsize
+    conv = 64 * 24 * 1024 * 8 * itemsize
+    assert layout.buffer_bytes() == {
+        **{f"row_{name}": 64 * 4 for name in integers},
+        **dict.fromkeys(("row_position", "row_valid", "row_prompt"), 64 * 8),
+        "waveform": 64 * (239 + 8960) * 4,
+        "mel": 64 * 56 * 128 * 4,
+        "row_mel_cache": 64 * 9 * 128 * 4,
+        "mel_cache_next": 64 * 9 * 128 * 4,
+        **{"row_k": ring, "row_v": ring, "row_conv": conv},
+        **{"k_new": frames, "v_new": frames, "conv_next": conv},
+        "encoded": 64 * 7 * 640 * 4,
+        "control": 9 * 4,
+        "list_rows": 2 * 64 * 4,
+        "list_first": 2 * 64 * 4,
+        "list_pairs": 2 * 64 * 7 * 4,
+        "partial": 64 * 7 * 33 * 16,  # 1,025 logits are 33 tiles of at most 32
+        "boosted": 64 * 7 * 33 * 16,
+        "bias": 64 * 1024 * 4,
+        "emitted": 64 * 4,
+        "h_next": 64 * 2 * 640 * 4,
+        "tokens": 64 * 7 * symbols * 20,
+        "slot_automaton": 200 * 4,
+        "phrase_pool": 32 << 20,
+    }
+    assert layout.weight_bytes() == {
+        "window": 398 * 8,
+        "twiddles": 256 * 2 * 8,
+        "filters": 257 * 128 * 8,
+        "filter_bins": 128 * 2 * 4,
+        "guard": 8,
+        "embedding": 1025 * 640 * 4,
+        "lstm_weight": 2 * 1280 * 2560 * itemsize,
+        "lstm_bias": 2 * 2560 * 4,
+        "project_weight": 640 * 640 * itemsize,
+        "project_bias": 640 * 4,
+        "joint_weight": 640 * 33 * 32 * itemsize,
+        "joint_bias": 1025 * 4,
+        "start_predicted": 640 * 4,
+        "start_h": 2 * 640 * 4,
+        "start_c": 2 * 640 * 4,
+    }
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Slot operations between steps on every backend: save, load, decoder reset, phrases."""
+"""Slot operations between steps on every backend: save, load, copy, decoder reset, phrases."""
 
 from __future__ import annotations
 
@@ -192,6 +192,163 @@ def test_set_phrases_applies_from_the_next_step(make: Any, small_bundle: Bundle,
     assert [step(backend, small_bundle, part, 1, 560) for part in parts] == plain
 
 
+# -- copy --------------------------------------------------------------------------------------------------------------
+
+
+def state_of(backend: Backend, slot: int) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in backend.save(slot).items()}
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+def test_copied_stream_continues_in_both_slots(
+    boosted: bool, make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any
+) -> None:
+    """From any chunk on, both are equal bit for bit to the stream without a copy, and to a saved and loaded one."""
+    chunk = small_bundle.manifest.chunk(80)
+    parts = cut_chunks(small_bundle.manifest, chunk, clips["librivox-sense-0870"][:64000])
+    phrases = phrases_of(small_bundle) if boosted else None
+    alone, backend, loaded = make(1), make(4), make(1)
+    alone.reset(np.arange(1))
+    alone.set_phrases(0, phrases)
+    whole, states = [], []
+    for part in parts:
+        states.append(state_of(alone, 0))
+        whole.append(step(alone, small_bundle, part, 0, 80))
+    states.append(state_of(alone, 0))
+    assert sum(map(len, whole)) > 4
+    for cut in (0, 9, len(parts) // 2, len(parts) - 1):
+        backend.reset(np.arange(4))
+        for slot in (0, 3):  # have another state, and other phrases
+            backend.set_phrases(slot, phrases_of(small_bundle, slot))
+            step(backend, small_bundle, parts[-2], slot, 80)
+        backend.set_phrases(1, phrases)
+        for part in parts[:cut]:
+            step(backend, small_bundle, part, 1, 80)
+        backend.copy(np.array([1, 1]), np.array([3, 0]))
+        assert [state_of(backend, slot) for slot in (0, 1, 3)] == [states[cut]] * 3
+        loaded.reset(np.arange(1))
+        loaded.set_phrases(0, phrases)
+        loaded.load(0, backend.save(1))
+        for part in parts[:5]:  # other audio than that of the source
+            step(backend, small_bundle, part, 3, 80)
+        other = state_of(backend, 3)
+        assert other != state_of(backend, 1) == states[cut]
+        for number, part in enumerate(parts[cut:], cut):
+            found = [step(backend, small_bundle, part, slot, 80) for slot in (0, 1)]
+            assert found == [whole[number]] * 2 == [step(loaded, small_bundle, part, 0, 80)] * 2
+        assert state_of(backend, 0) == state_of(backend, 1) == state_of(loaded, 0) == states[-1]
+        assert state_of(backend, 3) == other
+
+
+def test_copies_change_their_chunk_size(make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """A stream of 80 ms is copied; the copy continues with 560 ms, the source with 80 ms."""
+    short, long = (
+        cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(ms), clips["librivox-sense-0870"])
+        for ms in (80, 560)
+    )
+    backend, expected, cut = make(3), make(2), 4
+    for each in (backend, expected):
+        each.reset(np.arange(each.capacity))
+    for part in short[: 7 * cut]:
+        step(backend, small_bundle, part, 0, 80)
+        for slot in (0, 1):
+            step(expected, small_bundle, part, slot, 80)
+    backend.copy(np.array([0]), np.array([2]))
+    tokens = 0
+    for number in range(cut, cut + 3):
+        wanted = step(expected, small_bundle, long[number], 1, 560)
+        assert step(backend, small_bundle, long[number], 2, 560) == wanted
+        tokens += len(wanted)
+        for part in short[7 * number : 7 * number + 7]:
+            assert step(backend, small_bundle, part, 0, 80) == step(expected, small_bundle, part, 0, 80)
+    assert tokens > 4
+    assert state_of(backend, 2) == state_of(expected, 1) != state_of(backend, 0) == state_of(expected, 0)
+
+
+def test_copy_while_a_step_is_pending(make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """A copy has the state after the pending steps of its source; those of its target return what they do without."""
+    chunk = small_bundle.manifest.chunk(80)
+    parts = cut_chunks(small_bundle.manifest, chunk, clips["librivox-sense-0870"][:40000])
+    backend, expected = make(3), make(3)
+    for each in (backend, expected):
+        each.reset(np.arange(3))
+        each.set_phrases(0, phrases_of(small_bundle))
+    tokens = 0
+    for first in range(0, len(parts) - 1, 2):
+        steps: list[list[Any]] = [[], []]
+        for slot, part in ((0, parts[first]), (1, parts[first + 1])):
+            batch = Batch(chunk, np.array([slot]), part[0][None], np.array([part[1]]))
+            steps[0].append(backend.submit(batch))
+            steps[1].append(expected.submit(batch).result())
+        backend.copy(np.array([0]), np.array([1]))
+        expected.set_phrases(1, phrases_of(small_bundle))
+        expected.load(1, expected.save(0))
+        for found, wanted in zip(steps[0], steps[1], strict=True):
+            assert found.result().tokens[0].tolist() == wanted.tokens[0].tolist()
+            assert found.result().scores[0].tolist() == wanted.scores[0].tolist()
+            tokens += len(wanted.all_tokens)
+        assert [state_of(backend, slot) for slot in range(3)] == [state_of(expected, slot) for slot in range(3)]
+    assert tokens > 10
+
+
+def test_phrases_of_a_copy_are_its_own(make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """Source and copy have the same phrases until one of them changes; a reset of one keeps those of the other."""
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(560), clips["librivox-sense-0870"])[:6]
+    lists = [phrases_of(small_bundle, seed) for seed in range(3)]
+    backend, alone = make(3), make(1)
+
+    def stream(backend: Backend, slot: int) -> list[Any]:
+        return [step(backend, small_bundle, part, slot, 560) for part in parts]
+
+    results = []
+    for phrases in (*lists, None):
+        alone.reset(np.arange(1))
+        alone.set_phrases(0, phrases)
+        results.append(stream(alone, 0))
+    assert all(one != other for i, one in enumerate(results) for other in results[:i])
+    for released, kept in ((0, 2), (2, 0)):  # source, copy
+        for release in (lambda slot: backend.set_phrases(slot, None), lambda slot: backend.reset(np.array([slot]))):
+            backend.reset(np.arange(3))
+            backend.set_phrases(0, lists[0])
+            backend.copy(np.array([0]), np.array([2]))
+            release(released)
+            backend.set_phrases(1, lists[1])  # is stored in the first gap, which must not be the other slot's list
+            assert [stream(backend, slot) for slot in (released, 1, kept)] == [results[3], results[1], results[0]]
+    backend.reset(np.arange(3))
+    for slot in range(3):
+        backend.set_phrases(slot, lists[slot])
+    backend.copy(np.array([1, 1]), np.array([0, 2]))  # nothing uses the other lists any more
+    assert [stream(backend, slot) for slot in range(3)] == [results[1]] * 3
+
+
+COPY_ERRORS = [
+    ([0], [3], "a target slot is 3; this backend has the slots 0 to 2"),
+    ([0, -1], [1, 2], "a source slot is -1; this backend has the slots 0 to 2"),
+    ([0, 0], [2, 2], "slot 2 is a target more than once; a target can have one source only"),
+    ([0, 1], [1, 2], "slot 1 is both a source and a target; copy it in a call of its own"),
+    ([0], [0], "slot 0 is both a source and a target"),
+    ([0, 1], [2], r"the source slots have shape \(2,\) and the target slots \(1,\); give as many targets as sources"),
+    ([[0]], [[1]], r"shape \(1, 1\) .* in arrays of one dimension"),
+]
+
+
+def test_copies_that_are_rejected(make: Any, small_bundle: Bundle, clips: Any, cut_chunks: Any) -> None:
+    """No slot is then changed; an empty copy changes none either."""
+    parts = cut_chunks(small_bundle.manifest, small_bundle.manifest.chunk(80), clips["cards-001"])
+    backend = make(3)
+    backend.reset(np.arange(3))
+    backend.set_phrases(1, phrases_of(small_bundle))
+    for slot in range(3):
+        step(backend, small_bundle, parts[slot], slot, 80)
+    before = [state_of(backend, slot) for slot in range(3)]
+    for sources, targets, message in COPY_ERRORS:
+        with pytest.raises(OptionError, match=message):
+            backend.copy(np.array(sources), np.array(targets))
+    backend.copy(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    assert [state_of(backend, slot) for slot in range(3)] == before
+    assert len({str(state) for state in before}) == 3
+
+
 # -- GPU backend only --------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +377,8 @@ def test_pending_steps_are_not_affected(loop: str, small_bundle: Bundle, clips: 
                 backend.reset_decoder(np.array([0, 2]))
             if turn % 4 == 3:
                 backend.load(2, states[-1])
+            if turn % 4 == 0:
+                backend.copy(np.array([0]), np.array([1 + turn % 8 // 4]))
         for step in pending[:-1]:
             step.result()
     emitted = 0
@@ -254,6 +413,16 @@ def test_phrase_pool(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
     backend.set_phrases(2, None)
     backend.set_phrases(2, lists[2])
     assert len(backend.arena._pool) == 2
+    backend.copy(np.array([2, 2]), np.array([1, 3]))
+    assert len(backend.arena._pool) == 1 and backend.arena._users.total() == 3
+    backend.set_phrases(2, None)
+    backend.reset(np.array([1]))
+    backend.set_phrases(0, lists[1])
+    with pytest.raises(CapacityError):
+        backend.set_phrases(2, lists[0])  # slot 3 still uses the copied list
+    backend.copy(np.array([1]), np.array([0]))  # a source without phrases
+    backend.set_phrases(2, lists[0])
+    assert len(backend.arena._pool) == 2 and backend.arena._users.total() == 2
     for slot in (2, 3):
         backend.set_phrases(slot, None)
     assert not backend.arena._pool and not backend.arena._users and not backend.arena._phrases

@@ -1,0 +1,262 @@
+"""Tables and plots of latency results, changes between results, and files of reports."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the bench extra")
+
+from matplotlib import figure
+
+from nemostream.benchmarks import latency, report
+from nemostream.benchmarks.harness import records
+
+BOUND = {"memory": 0.5, "compute": 0.1, "roofline": 0.5, "bound_by": "memory"}
+
+
+def latency_row(batch: int, backend: str, **times: list[float]) -> records.Row:
+    case = {"chunk_ms": 80, "batch": batch, "precision": "fp32", "backend": backend}
+    values = {"other_work_cores": 0.01 * batch, "launches": 3.5, "roofline_ms": BOUND, "bytes_per_stream": 1_260_000}
+    return records.row(case, times, values)
+
+
+def latency_result() -> records.Record:
+    parts = {"features": [0.25], "encoder": [1.0], "decode": [0.5], "copies": [0.125]}
+    rows = [
+        latency_row(1, "cpu", step=[1.0, 2.0, 3.0], push=[5.0], host=[0.0625], **parts),
+        latency_row(4, "cuda", step=[9.0], device=[1.0], push=[10.0], **parts),
+    ]
+    method = {"threads": 2, "repeats": 3, "warm_up": 5, "device": "cpu cuda"}
+    method["machine"] = {"cpu": {"read (sum)": 12.0}, "cuda": {"copy": 3000.0}}
+    return records.record("latency", rows, model={"name": "m", "layers": 3, "d_model": 4}, method=method)
+
+
+def test_latency_tables() -> None:
+    """On a GPU, the roofline is compared with the time on the device."""
+    axes = {name: figure.Figure().subplots() for name in ("breakdown", "roofline")}
+    lines = latency.show(latency_result(), axes.__getitem__).splitlines()
+    assert lines[0].startswith("Times in milliseconds; 2 CPU threads; 3 steps per case after 5 warm-up steps")
+    tables = [line for line in lines if line.startswith("|") and "---" not in line]
+    assert tables == [
+        "| chunk | batch | precision | backend | time | avg | min | p50 | p90 | p95 | p99 | roofline, ms | "
+        "roofline ÷ p50 |",
+        "| 80 ms | 1 | fp32 | cpu | step | 2.00 | 1.00 | 2.00 | 3.00 | 3.00 | 3.00 | 0.500, memory | 25 % |",
+        "| 80 ms | 1 | fp32 | cpu | push | 5.00 | 5.00 | 5.00 | 5.00 | 5.00 | 5.00 |  |  |",
+        "| 80 ms | 4 | fp32 | cuda | step | 9.00 | 9.00 | 9.00 | 9.00 | 9.00 | 9.00 |  |  |",
+        "| 80 ms | 4 | fp32 | cuda | device | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 0.500, memory | 50 % |",
+        "| 80 ms | 4 | fp32 | cuda | push | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 |  |  |",
+        "| chunk | batch | precision | backend | features | encoder | decode | copies | host | launches |",
+        "| 80 ms | 1 | fp32 | cpu | 0.250 | 1.00 | 0.500 | 0.125 | 0.062 | 3.50 |",
+        "| 80 ms | 4 | fp32 | cuda | 0.250 | 1.00 | 0.500 | 0.125 |  | 3.50 |",
+    ]
+    assert lines[-4:] == [
+        "Other processes used 0.04 cores.",
+        "Measured rates, cpu: read (sum) 12 GB/s.",
+        "Measured rates, cuda: copy 3000 GB/s.",
+        "State per stream: 1.26 MB.",
+    ]
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes["breakdown"].containers}
+    assert heights == {
+        "features": [0.25, 0.25],
+        "encoder": [1.0, 1.0],
+        "decode": [0.5, 0.5],
+        "copies": [0.125, 0.125],
+        "host": [0.0625, 0.0],
+    }
+    bottoms = [bars[0].get_y() for bars in axes["breakdown"].containers]
+    assert bottoms == [0.0, 0.25, 1.25, 1.75, 1.875]
+    (ratios,) = axes["roofline"].containers
+    assert [bar.get_height() for bar in ratios] == [4.0, 2.0]
+    labels = [label.get_text() for label in axes["roofline"].get_xticklabels()]
+    assert labels == ["80\n× 1\ncpu", "80\n× 4\ncuda"]
+
+
+RESULTS = report.ROOT / "benchmarks" / "results"
+TABLES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem in report.committed(report.ROOT))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_committed_tables_are_those_of_the_results(name: str) -> None:
+    text = report.show(records.read(RESULTS / f"{name}.json"), report._no_plot)
+    assert text.strip() in (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", report.committed(report.ROOT))
+def test_committed_plots_have_the_titles_labels_and_names_of_the_results(name: str) -> None:
+    axes: dict[str, Any] = {}
+
+    def plot(kind: str) -> Any:
+        axes[kind] = figure.Figure().subplots()
+        return axes[kind]
+
+    report.show(records.read(RESULTS / f"{name}.json"), plot)
+    assert sorted(axes) == sorted(path.stem.removeprefix(f"{name}-") for path in RESULTS.glob(f"{name}-*.svg"))
+    for kind, drawn in axes.items():
+        texts = [drawn.get_title(), drawn.get_xlabel(), drawn.get_ylabel()]
+        texts += [text.get_text() for text in drawn.get_legend().get_texts()] if drawn.get_legend() else []
+        picture = (RESULTS / f"{name}-{kind}.svg").read_text(encoding="utf-8")
+        shown = {html.unescape(found) for found in re.findall(r">([^<>]+)</(?:text|tspan)>", picture)}
+        assert all(texts) and set(texts) <= shown, (kind, set(texts) - shown)
+
+
+def test_where_a_result_was_measured() -> None:
+    result = latency_result()
+    result |= {"command": "/x/python -m nemostream.benchmarks.latency --bundle /a/b", "time": "T", "commit": None}
+    result["hardware"] = {"gpu": "GPU", "cpu": "CPU", "cores": 2, "memory_gib": 23.5}
+    result["versions"] = {"python": "3", "nemostream": "1", "numpy": "2", "onnx": "4"}
+    assert report.measured_on(result) == (
+        "`nemostream bench latency --bundle b`, T, commit unknown. GPU; CPU, 2 cores, 23.5 GiB. numpy 2, onnx 4. "
+        "Model: m, 3 layers, d_model 4."
+    )
+    result["hardware"]["gpu"], result["commit"], result["model"] = None, "abc", {}
+    assert report.measured_on(result).endswith("commit abc. CPU, 2 cores, 23.5 GiB. numpy 2, onnx 4. Model: ?.")
+    assert report.describe({"name": "m"}) == "m"
+
+
+def test_files_of_several_results(tmp_path: Path) -> None:
+    """Each benchmark has its plots, and is compared with earlier results of the same benchmark only."""
+    cost = json.loads((report.ROOT / "benchmarks" / "results" / "cost-demo-cpu-2-cores.json").read_text())
+    text = report.write_report([latency_result(), cost], tmp_path / "r.md", [latency_result()])
+    assert text == (tmp_path / "r.md").read_text(encoding="utf-8")
+    names = ("latency-breakdown", "latency-roofline", "cost-duration", "cost-batch")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(f"r-{name}.png" for name in names)
+    assert [f"![r-{name}](r-{name}.png)" in text for name in names] == [True] * 4
+    assert text.count("### Changes since") == 1
+    assert text.index("## latency") < text.index("### Changes since") < text.index("## cost")
+
+
+def times(*samples: float) -> records.Record:
+    row = records.row({"batch": 1}, {"step": list(samples)}, {})
+    return records.record("latency", [row], model={}, method={})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (100.0, 103.1, "slower"),
+        (100.0, 102.9, ""),  # two runs differ by up to 3 %
+        (100.0, 97.1, ""),
+        (100.0, 96.9, "faster"),
+    ],
+)
+def test_smallest_change_of_a_time(before: float, after: float, verdict: str) -> None:
+    (change,) = report.compare(times(*[after] * 9), times(*[before] * 9))
+    assert (change.before, change.after, change.verdict) == (before, after, verdict)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (100, 110, ""),
+        (100, 111, "better"),
+        (100, 90, ""),
+        (100, 89, "worse"),
+        (3, 4, ""),
+        (3, 5, "better"),
+        (0, 2, "better"),
+    ],
+)
+def test_smallest_change_of_a_number_of_streams(before: int, after: int, verdict: str) -> None:
+    """Two steps of the search: 10 %, and at least one stream."""
+
+    def result(streams: int) -> records.Record:
+        method = {"streams": streams, "chunk_ms": "80", "precision": "fp32"}
+        return records.record("capacity", [], model={}, method=method)
+
+    (change,) = report.compare(result(after), result(before))
+    assert (change.metric, change.before, change.after, change.verdict) == ("streams", before, after, verdict)
+    text = report.changes(result(after), result(before))
+    assert (f"| {after / before:.2f} |" if before else "| before | after |  |") in text
+    assert ("within noise" in text) == (not verdict)
+
+
+def test_precisions_are_not_compared() -> None:
+    def result(benchmark: str, precision: str) -> records.Record:
+        return records.record(benchmark, [], model={}, method={"streams": 5, "chunk_ms": "80", "precision": precision})
+
+    assert report.compare(result("capacity", "fp32"), result("capacity", "int8")) == []
+    assert report.compare(result("serve", "fp32"), result("serve", "fp32")) == []
+
+
+def test_changes_of_rates_use_the_same_words() -> None:
+    """Errors and words of each utterance: 5 and 10 % of 40 words."""
+
+    def result(*errors: int) -> records.Record:
+        values = {"by_utterance": [[each, words] for each, words in zip(errors, (10, 30), strict=True)]}
+        return records.record("accuracy", [records.row({"set": "s"}, {}, values)], model={}, method={})
+
+    (change,) = report.compare(result(1, 3), result(0, 2))
+    assert (change.metric, change.before, change.after, change.increase) == ("WER, %", 5.0, 10.0, "worse")
+
+
+def test_differing_device_is_reported() -> None:
+    new, old = times(1.0), times(1.0)
+    new["method"] = {"device": "cuda"}
+    old["method"] = {"device": "cpu"}
+    text = report.changes(new, old)
+    assert "**The device differs**" in text and "hardware differs" not in text
+    old["commit"], old["time"] = None, "T"
+    assert report.changes(new, old).startswith("### Changes since T, commit unknown\n\nTimes are medians.")
+
+
+def test_headlines_are_of_the_first_result_of_each_benchmark() -> None:
+    def capacity(streams: int) -> records.Record:
+        method = {"streams": streams, "chunk_ms": "80", "precision": "fp32", "seconds": 60.0}
+        return records.record("capacity", [], model={"layers": 1, "d_model": 2}, method=method)
+
+    lines = report._headlines({"a": latency_result(), "b": capacity(7), "c": capacity(9)})
+    assert len(lines) == 3 and lines[0].startswith("* **7 real-time streams**") and lines[1] == ""
+    ignored: Any = report._no_plot("x").plot(1).anything
+    assert ignored is not None
+
+
+def test_pages_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From all results in the checkout whose benchmark has a report, with their plots; the rest of the README stays."""
+    begin = "<!-- performance: written by `nemostream bench report --pages` -->"
+    end = "<!-- performance: end -->"
+    readme, page, results = (
+        tmp_path / "README.md",
+        tmp_path / "docs" / "performance.md",
+        tmp_path / "benchmarks/results",
+    )
+    readme.write_text(f"before – this\n\n{begin}\n\nold\n\n{end}\n\nafter\n", encoding="utf-8")
+    page.parent.mkdir()
+    committed = report.ROOT / "benchmarks" / "results"
+    records.write(records.read(committed / "baseline-80ms-batch-1-cpu-2-cores.json"), results / "b.json")
+    records.write(latency_result(), results / "a.json")
+    records.write(records.read(committed / "boosting-demo.json"), results / "c.json")  # on another page
+    (results / "d.json").write_text('{"schema": "another"}')
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.main(["--pages"])
+    assert capsys.readouterr().err == f"written: {readme}\nwritten: {page}\n"
+    before, headline, after = readme.read_text(encoding="utf-8").partition("* **One step of 1 streams at 80 ms**")
+    assert (before, bool(headline)) == (f"before – this\n\n{begin}\n\n", True)
+    _, _, after = after.partition("\n")
+    assert after == (
+        "\nAll tables, plots, methods and machines are in [docs/performance.md](docs/performance.md).\n\n"
+        f"{end}\n\nafter\n"
+    )
+    text = page.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[:3] == [
+        "# Performance",
+        "",
+        "This page is generated by `nemostream bench report --pages` from the results in `benchmarks/results`. The",
+    ]
+    assert [line for line in lines if line.startswith(("## ", "!["))] == [
+        "## a",
+        "![a-breakdown.svg](../benchmarks/results/a-breakdown.svg)",
+        "![a-roofline.svg](../benchmarks/results/a-roofline.svg)",
+        "## b",
+        "![b-steps.svg](../benchmarks/results/b-steps.svg)",
+    ]
+    assert "| 80 ms | 1 | fp32 | cpu | push | 5.00 |" in text
+    assert text.endswith("b-steps.svg)\n")
+    drawn = [f"{name}.{kind}" for name in ("a-breakdown", "a-roofline", "b-steps") for kind in ("png", "svg")]
+    assert sorted(path.name for path in results.iterdir() if path.suffix != ".json") == drawn
