@@ -140,6 +140,9 @@ class AccurateLane:
             self._outputs_before = state.outputs_before
             chunker.taken = len(state.outputs)
             tokens.extend(stream.hypothesis, self._count(len(state.outputs)))
+        # The last result of `joined`, and what it was computed from, which most steps do not change
+        self._joined_for: tuple[int, int, bool] | None = None
+        self._last_joined = JoinedTokens([], 0)
         self.stopped = False  # no more audio is processed: the lane failed, or was disabled
         self.error: NemostreamError | None = None  # why it failed
 
@@ -172,6 +175,7 @@ class AccurateLane:
     def begin(self, token: int) -> None:
         """Begin an utterance with a token of the fast lane, which the lane has too, before any other result is used."""
         self._fast_begin = self._begin = token
+        self._joined_for = None
 
     def advance(self, items: int) -> None:
         """Apply the operations that are due after `items` items of the fast lane."""
@@ -319,7 +323,10 @@ class AccurateLane:
         before must have been returned by `finals`.
         """
         self._collect()
-        return self._joined(len(self._outputs) if limit is None else min(limit, len(self._outputs)), fast_count)
+        outputs = len(self._outputs) if limit is None else min(limit, len(self._outputs))
+        if self._joined_for != (key := (outputs, fast_count, self.stopped)):
+            self._joined_for, self._last_joined = key, self._joined(outputs, fast_count)
+        return self._last_joined
 
     def finals(self) -> list[tuple[UtteranceEnd, JoinedTokens]] | None:
         """Return the utterances that ended in the next output with ends; None if their tokens are not known yet."""
@@ -378,6 +385,7 @@ class AccurateLane:
         self._fast_begin, self._begin = end.token_count, begin
         self._before, self._boundary, self._found = before, end.end_sample, None
         self._outputs_before = min(completion.outputs, len(self._outputs))
+        self._joined_for = None
 
     def _joined(self, outputs: int, fast_count: int) -> JoinedTokens:
         hypothesis, count = self._stream.hypothesis, self._count(outputs)

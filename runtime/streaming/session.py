@@ -270,7 +270,7 @@ class StreamSession:
                 self._lanes.stop()
             return
         chunk = final_chunk_of(self._manifest, final_chunk_ms, self._chunker.chunk.ms)
-        lanes = self._lanes.lanes if self._lanes else []
+        lanes = self._active_lanes
         if not lanes:
             return self._branch_lane(chunk)
         for lane in lanes:
@@ -285,7 +285,7 @@ class StreamSession:
         """Change the language; None: to the model's default. Raises `OptionError` if the model does not support it."""
         prompt = self._manifest.languages.prompt(language)
         self._scheduler.set_prompt(self._stream, prompt)
-        for lane in self._lanes.lanes if self._lanes else ():
+        for lane in self._active_lanes:
             lane.set_prompt(self._due(), prompt)
 
     def end_utterance(self) -> None:
@@ -295,7 +295,7 @@ class StreamSession:
         self._accept(self.preprocessor.flush())
         self._silence.restart()
         self._scheduler.end_utterance(self._stream)
-        for lane in self._lanes.lanes if self._lanes else ():
+        for lane in self._active_lanes:
             lane.end_utterance(self._chunker.taken)
 
     def finish(self) -> None:
@@ -306,7 +306,7 @@ class StreamSession:
         self._ended = True
         self._accept(self.preprocessor.finish())
         self._scheduler.finish(self._stream)
-        for lane in self._lanes.lanes if self._lanes else ():
+        for lane in self._active_lanes:
             lane.finish(self._chunker.taken)
 
     def _check_open(self) -> None:
@@ -320,7 +320,7 @@ class StreamSession:
                 return
             if self._vad:
                 self._vad.push(block)  # on this thread: on the scheduler's it would delay other streams
-        if self._lanes is None or not (lanes := self._lanes.lanes):
+        if not (lanes := self._active_lanes):
             return self._scheduler.accept(self._stream, block)
         block = block.copy()  # the lane receives it later; the caller may reuse the array
         while len(block):  # part by part, so that the lane receives the audio of a chunk with the chunk's output
@@ -343,10 +343,15 @@ class StreamSession:
             self._vad.push(silence)
         due = self._due()
         self._scheduler.skip_silence(self._stream, count)
-        for lane in self._lanes.lanes if self._lanes else ():
+        for lane in self._active_lanes:
             lane.skip_silence(max(due, self._chunker.taken), count)
 
     # -- accurate lane -------------------------------------------------------------------------------------------------
+
+    @property
+    def _active_lanes(self) -> Sequence[AccurateLane]:
+        """The accurate lanes that receive audio."""
+        return self._lanes.lanes if self._lanes is not None else ()
 
     def _due(self) -> int:
         """Return the number of items of the stream of which the last one is not complete yet."""
@@ -606,7 +611,7 @@ class StreamSession:
         """Discard pending results."""
         self._fetch_outputs()
         if self._lanes is not None:
-            while (joined := self._joined_outputs.popleft() if self._joined_outputs else self._join_next()) is not None:
+            while (joined := self._next_joined()) is not None:
                 self._consume(joined.output.item)
             return
         while self._pending_outputs:
@@ -699,7 +704,7 @@ class StreamSession:
         if self._ended and not self._lanes_ended:
             assert self._lanes is not None
             self._lanes_ended = True
-            self._lanes.end_stream(UtteranceEnd(len(self._tokens.tokens), self._chunker.samples, "finish"))
+            self._lanes.end_stream(self._stream_end())
 
     def _join_next(self) -> _JoinedOutput | None:
         """Join the lanes for the next pending output. Return None without one, or if its finals are not known yet."""
@@ -714,19 +719,27 @@ class StreamSession:
             self._committed.settle(final.tokens)
         return _JoinedOutput(self._pending_outputs.popleft(), finals, current, len(self._committed.settled))
 
+    def _next_joined(self) -> _JoinedOutput | None:
+        """Return the joined lanes for the next output that no result or event covers; None if there is none yet."""
+        return self._joined_outputs.popleft() if self._joined_outputs else self._join_next()
+
+    def _stream_end(self) -> UtteranceEnd:
+        """Return the end of the last utterance, once all outputs were received."""
+        return UtteranceEnd(len(self._tokens.tokens), self._chunker.samples, "finish")
+
     def _join_end(self) -> None:
         """Join the lanes at the end of the stream, if it is known and all outputs were joined."""
         assert self._lanes is not None
-        if self._lanes_ended and self._joined_end is None and not self._pending_outputs:
-            end = UtteranceEnd(len(self._tokens.tokens), self._chunker.samples, "finish")
-            if finals := self._lanes.finals([end]):
-                self._joined_end = finals[0]
-                self._committed.settle(finals[0][1].tokens)
+        if not self._lanes_ended or self._joined_end is not None or self._pending_outputs:
+            return
+        if finals := self._lanes.finals([self._stream_end()]):
+            self._joined_end = finals[0]
+            self._committed.settle(finals[0][1].tokens)
 
     def _events_of_lanes(self) -> list[Event]:
         builder, seconds = self._revisable_events, self.preprocessor.seconds
         events: list[Event] = []
-        while (joined := self._joined_outputs.popleft() if self._joined_outputs else self._join_next()) is not None:
+        while (joined := self._next_joined()) is not None:
             output = joined.output
             self._consume(output.item)
             language = self._language_names[self._prompt]
@@ -752,7 +765,7 @@ class StreamSession:
 
     def _results_of_lanes(self) -> list[Result]:
         results = []
-        while (joined := self._joined_outputs.popleft() if self._joined_outputs else self._join_next()) is not None:
+        while (joined := self._next_joined()) is not None:
             self._consume(joined.output.item)
             if joined.output.item.kind == "run":
                 self._last = self._joined_result(joined.current.tokens, joined.committed)

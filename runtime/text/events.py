@@ -254,8 +254,14 @@ class EventBuilder:
 
     def revisable(self) -> tuple[RevisableEventBuilder, int]:
         """Return a builder that continues with revisable events, and the first token of the current utterance."""
-        builder = RevisableEventBuilder(self._tokenizer, self._aggregation, self._rate)
-        builder.continue_from(self._number, self._end_sample, self._between_utterances)
+        builder = RevisableEventBuilder(
+            self._tokenizer,
+            self._aggregation,
+            self._rate,
+            number=self._number,
+            end_sample=self._end_sample,
+            between_utterances=self._between_utterances,
+        )
         return builder, self._first_token
 
     def step(
@@ -406,18 +412,24 @@ class RevisableEventBuilder:
 
     As `EventBuilder`, except that a partial may replace what follows the `stable` text of the previous one. If the
     final of an utterance with partials has no text, its text is empty.
+
+    To continue a stream, `number` is that of its current utterance, `end_sample` is where the last one ended, and
+    `between_utterances` states whether none has begun since.
     """
 
-    def __init__(self, tokenizer: Tokenizer, aggregation: str, rate: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        aggregation: str,
+        rate: int,
+        *,
+        number: int = 0,
+        end_sample: int = 0,
+        between_utterances: bool = False,
+    ) -> None:
         self._tokenizer, self._aggregation, self._rate = tokenizer, aggregation, rate
-        self._number = 0  # of the current utterance
-        self._end_sample = 0  # at which the last utterance ended
-        self._between_utterances = False  # whether an utterance has ended and none has begun since
-        self._begin_utterance()
-
-    def continue_from(self, number: int, end_sample: int, between_utterances: bool) -> None:
-        """Continue a stream: with the number of its current utterance, and where the last one ended."""
         self._number, self._end_sample, self._between_utterances = number, end_sample, between_utterances
+        self._begin_utterance()
 
     def partial(
         self, tokens: Sequence[Token], stable: int, audio: float, chunk_ms: int, language: str = AUTO

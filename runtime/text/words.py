@@ -145,9 +145,17 @@ class WordGrouper:
             self._advance(tokens, count)
             if self._tags.labelled(count) > known:
                 known = self._tags.labelled(known)
-            begin, word, after_space = self._splits[max(bisect_left(self._splits, (known, 0, False)) - 1, 0)]
+            index = bisect_left(self._splits, (known, 0, False))
+            splits = self._splits[max(index - 2, 0) : max(index, 1)]
+        begin, word, after_space = splits[-1]
         part = tokens[begin:count]
         groups = _group(part, after_space, final)
+        if (
+            not groups and len(splits) > 1
+        ):  # the first character is incomplete: a request for more tokens added the split
+            begin, word, after_space = splits[0]
+            part = tokens[begin:count]
+            groups = _group(part, after_space, final)
         return word, tuple(self._labelled(self._make_word(part, *group), begin + group[2], count) for group in groups)
 
     def _advance(self, tokens: Sequence[Token], count: int) -> None:
