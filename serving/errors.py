@@ -44,10 +44,6 @@ class StateSuperseded(StateError):
         super().__init__(message)
 
 
-class StateForbidden(StateError):
-    """The stream belongs to another API key than that of the client who resumes it."""
-
-
 class StateConflict(StateError):
     """Events between the last one that the client received and the oldest one in the state are lost."""
 
@@ -80,7 +76,6 @@ _STATUSES = (
         Expired, "expired", 408, "invalid_request_error", "DEADLINE_EXCEEDED", 1008, realtime_code="session_expired"
     ),
     ErrorStatus(StateStoreError, "state", 503, "server_error", "UNAVAILABLE", 1013, retry_seconds=5),
-    ErrorStatus(StateForbidden, "state", 403, "permission_error", "PERMISSION_DENIED", 1008),
     ErrorStatus(StateConflict, "state", 409, "invalid_request_error", "OUT_OF_RANGE", 1008),
     ErrorStatus(StateSuperseded, "state", 409, "invalid_request_error", "ABORTED", 1008),
     ErrorStatus(StateError, "state", 404, "invalid_request_error", "NOT_FOUND", 1008),
