@@ -232,10 +232,8 @@ class Service:
             )
             if not upload:
                 self._admit(client, requested_final_ms is not None)
-            session = Session(
+            session = self._new_session(
                 model,
-                self.settings,
-                self,
                 transport=transport,
                 sample_rate=sample_rate,
                 channels=channels,
@@ -250,8 +248,6 @@ class Service:
                 saved=saved,
                 snapshot=snapshot,
             )
-        except ValueError as error:
-            raise StateError(f"the stored state cannot be used: {error}; open a new stream.") from error
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
             log.info(
@@ -285,6 +281,14 @@ class Service:
             session.set_chunk_ms(self.effective_chunk_ms(requested_ms))
             self._set_lane(session)
         return session
+
+    def _new_session(self, model: Model, **options: Any) -> Session:
+        try:
+            return Session(model, self.settings, self, **options)
+        except NemostreamError:  # some of them are a `ValueError` too
+            raise
+        except ValueError as error:
+            raise StateError(f"the stored state cannot be used: {error}; open a new stream.") from error
 
     def _endpoint(
         self,

@@ -125,7 +125,12 @@ class Session:
             self._rate, self._channels = saved.sample_rate, saved.channels
             self.audio, self._texts, self.revises = saved.audio, [*saved.texts], saved.revises
             self._opened_at -= saved.open_seconds
-        self._stream = AsyncLiveStream(model.open_session(self._rate, self._channels, snapshot=snapshot, **options))
+        self._stream: AsyncLiveStream
+        if snapshot is None:
+            self._stream = model.astream(sample_rate=self._rate, channels=self._channels, **options)
+        else:
+            session = model.open_session(self._rate, self._channels, snapshot=snapshot, **options)
+            self._stream = AsyncLiveStream(session)
         self._on_pushed: OnPushed | None = None  # of a call of `start_push` whose audio is not decoded yet
         self._push_start = 0.0, 0.0, 0  # of the last call: the time, seconds of its audio, the stream's steps
         self._pending_seconds, self._pending_at = 0.0, clock()  # leaky bucket of `pace`
