@@ -225,5 +225,7 @@ def test_the_package_of_the_cipher_is_needed_only_with_a_key(monkeypatch: pytest
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert Sealer(None).seal(TOKEN, b"data")
-    with pytest.raises(BackendError, match=r"encrypted states need the package cryptography \(No module.+\): .+\[state\]"):
+    with pytest.raises(
+        BackendError, match=r"encrypted states need the package cryptography \(No module.+\): .+\[state\]"
+    ):
         Sealer(KEY)
