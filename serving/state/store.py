@@ -289,9 +289,7 @@ class DirectoryStore:
                 return
             with suppress(OSError):  # on a full disk the state is deleted all the same
                 _create(folder, f"{newest + 1}.end")
-            for file in _list(folder):
-                if file.kind != "end":
-                    _delete(folder, file.name)
+            _delete_all(folder, [file for file in _list(folder) if file.kind != "end"])
             os.fsync(folder)
 
     def sweep(self) -> int:
@@ -316,8 +314,7 @@ class DirectoryStore:
             if os.fstat(folder).st_mtime >= oldest:
                 return False
             files = _list(folder)
-            for file in sorted(files, key=lambda file: file.kind == "end"):  # no state must be left without its end
-                _delete(folder, file.name)
+            _delete_all(folder, files)
             with suppress(OSError):  # a state was stored meanwhile
                 os.rmdir(self._folder / token)
             return any(file.kind == "state" for file in files)
@@ -334,7 +331,7 @@ class DirectoryStore:
 
     @contextmanager
     def _open(self, token: str, create: bool = False) -> Iterator[int]:
-        """Open the folder of a stream. Raises `StateNotFound` if it does not exist."""
+        """Open the folder of a stream. Without `create`, raises `StateNotFound` if it is missing or deleted."""
         root = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if create:
@@ -350,6 +347,10 @@ class DirectoryStore:
             os.close(root)
         try:
             yield folder
+        except FileNotFoundError as error:
+            if create:
+                raise
+            raise StateNotFound from error
         finally:
             os.close(folder)
 
@@ -404,6 +405,12 @@ def _create(folder: int, name: str) -> None:
 def _delete(folder: int, name: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
+
+
+def _delete_all(folder: int, files: list[_File]) -> None:
+    """Delete files, in an order in which no state becomes the newest one, and none is left without its end."""
+    for file in sorted(files, key=lambda file: (file.kind == "end", file.epoch)):
+        _delete(folder, file.name)
 
 
 def _read(folder: int, name: str) -> bytes:

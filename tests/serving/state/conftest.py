@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,19 +69,19 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture
-def forked() -> Iterator[Callable[[Callable[[], None]], int]]:
-    """Run a function in a copy of this process, until the copy has ended or stopped; return the copy's process ID.
+def forked() -> Iterator[Callable[..., int]]:
+    """Call a function in a copy of this process, until the copy has ended or stopped; return the copy's process ID.
 
     It ends with the status 0, or with 1 if the function raised an exception. If it has stopped, it still exists.
     """
     children: list[int] = []
 
-    def fork(function: Callable[[], None]) -> int:
+    def fork(function: Callable[..., object], *arguments: Any) -> int:
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                function()
+                function(*arguments)
                 status = 0
             finally:
                 os._exit(status)
