@@ -283,7 +283,8 @@ class AsyncStream:
         self._lost_at: float | None = None  # when events ceased to flow
         self._setbacks = 0  # connections in a row that were lost early
         self._task: asyncio.Task[None] | None = None
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # that ended the stream
+        self._error_trace: TracebackType | None = None
 
     # -- for callers ---------------------------------------------------------------------------------------------------
 
@@ -355,8 +356,7 @@ class AsyncStream:
         while not self._events:
             if self._text is not None:
                 raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
+            self._raise_error()
             self._news.clear()
             await self._news.wait()
         return self._events.popleft()
@@ -391,8 +391,7 @@ class AsyncStream:
     async def _append(self, message: bytes | str) -> None:
         """Append to the backlog as soon as it has room."""
         while True:
-            if self._error is not None:
-                raise self._error
+            self._raise_error()
             if self._task is None:
                 raise StreamError("the stream is not open; use it in `async with`.")
             if self._finish_requested:
@@ -426,9 +425,15 @@ class AsyncStream:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._error = self._error or error
+        if self._error is None:
+            self._error, self._error_trace = error, error.__traceback__
         self._news.set()
         self._room.set()
+
+    def _raise_error(self) -> None:
+        """Raise the error that ended the stream, if any."""
+        if self._error is not None:
+            raise self._error.with_traceback(self._error_trace)  # without the frames of earlier calls
 
     def _lost(self, reason: str) -> StreamLost:
         return StreamLost(reason, " ".join(filter(None, [*self._finals, self._partial])))
