@@ -838,12 +838,12 @@ def test_a_refusal_that_concerns_all_servers(status: int) -> None:
 
 def test_servers_that_stay_away() -> None:
     async def main() -> None:
-        async with running(reset) as (cluster, urls):
-            async with AsyncStream([*urls, await closed_url()], max_reconnect_seconds=0.2) as stream:
-                await stream.send(audio(2))
-                cluster.servers[0].close(close_connections=False)
-                with pytest.raises(Unavailable, match=r"for 0.2 s: .*Connection refused; .*Connection refused\.$"):
-                    await anext(stream)
+        closed = await closed_url()
+        async with running(reset) as (cluster, urls), AsyncStream([*urls, closed], max_reconnect_seconds=0.2) as stream:
+            await stream.send(audio(2))
+            cluster.servers[0].close(close_connections=False)
+            with pytest.raises(Unavailable, match=r"for 0.2 s: .*Connection refused; .*Connection refused\.$"):
+                await anext(stream)
 
     run(main())
 
@@ -1112,7 +1112,7 @@ def test_formats_of_audio(encoding: str, pcm: Any, size: int | str) -> None:
 @pytest.mark.parametrize("script", [serve_all, freeze, reset])
 def test_closing_early_ends_all_tasks(script: Script) -> None:
     async def main() -> None:
-        async with running(script, *[Refusal(503)] * 100) as (cluster, urls):
+        async with running(script, *[Refusal(503)] * 100) as (_, urls):
             before = asyncio.all_tasks()
             async with AsyncStream(urls) as stream:
                 await stream.send(bytes(1 << 20))
