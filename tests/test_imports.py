@@ -60,6 +60,8 @@ RULES = {
         },
         at_import=True,
     ),
+    # One module, which clients install without anything else.
+    "nemostream.client": Rule(frozenset({"websockets"})),
     "nemostream.export": Rule(
         frozenset({"numpy", "onnx", "onnxruntime", "sentencepiece", "yaml"}),
         only={
@@ -190,7 +192,7 @@ def test_a_module_imports_only_what_its_package_may(module: str) -> None:
 def test_every_package_has_a_rule() -> None:
     links = {f"nemostream.{path.name}" for path in PACKAGE.iterdir() if path.is_symlink()}
     # Benchmarks compare the packages, so they may import all of them.
-    assert set(RULES) == (links - {"nemostream.benchmarks"}) | {"nemostream", "nemostream.cli"}
+    assert set(RULES) == (links - {"nemostream.benchmarks"}) | {"nemostream", "nemostream.cli", "nemostream.client"}
     assert {module for rule in RULES.values() for module in rule.only} <= set(MODULES)
 
 
@@ -219,6 +221,9 @@ def test_every_package_has_a_rule() -> None:
         ("engines", "if TYPE_CHECKING:\n    from nemostream.runtime.model import Model", []),
         ("bundle", "class C:\n    import rich", ["rich"]),
         ("bundle", "from nemostream.errors import BundleError", []),
+        ("client", "from websockets.exceptions import ConnectionClosed\nfrom nemostream.errors import StreamError", []),
+        ("client", "def f():\n    import numpy", ["numpy"]),
+        ("client", "from nemostream.runtime.text.words import Word", ["nemostream.runtime.text.words"]),
     ],
 )
 def test_the_rule_finds_violations(module: str, source: str, found: list[str]) -> None:
@@ -309,6 +314,11 @@ def test_importing_nemostream_is_cheap() -> None:
 def test_importing_the_contract_is_cheap() -> None:
     found = loaded(f"import {', '.join(sorted(CONTRACT))}") - sys.stdlib_module_names
     assert found <= {"nemostream", "numpy"}
+
+
+def test_the_client_needs_only_websockets() -> None:
+    found = loaded("import nemostream.client") - sys.stdlib_module_names
+    assert found == {"nemostream", "websockets"}
 
 
 def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:

@@ -117,9 +117,9 @@ class Event:
         tokens, count = self._token_prefix()
         return self.grouper.changed_words(tokens, self.tokens_from, count, self.kind == "final")
 
-    def with_words(self, words: Sequence[Word]) -> Event:
-        """Return this final event with other words and their text; the tokens are unchanged."""
-        text = join_words(words)
+    def with_words(self, words: Sequence[Word], text: str | None = None) -> Event:
+        """Return this final event with other words and their text (default: as joined); the tokens are unchanged."""
+        text = join_words(words) if text is None else text
         event = replace(self, text=text, stable=text, text_from=0)
         event.__dict__["_rewritten"] = tuple(words)
         return event

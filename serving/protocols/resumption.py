@@ -54,11 +54,12 @@ class EventLog:
 
     def add(self, text: str, is_result: bool) -> str | None:
         """Return the message of an event with its sequence number; None if the client has it."""
-        self.sequence += 1
+        number = self.sequence + 1
         self.results += is_result
-        if self._has(is_result):
+        if self._has(number, is_result):
+            self.sequence = min(number, self._received)
             return None
-        self.sequence = max(self.sequence, self._received + 1)
+        self.sequence = max(number, self._received + 1)
         message = f'{text[:-1]}, "sequence": {self.sequence}}}'
         self._events.append((self.sequence, message))
         self._bytes += len(message)
@@ -66,10 +67,11 @@ class EventLog:
             self._drop()
         return message
 
-    def _has(self, is_result: bool) -> bool:
+    def _has(self, number: int, is_result: bool) -> bool:
+        """Return whether the client has received an event, of which `number` is the number if nothing has changed."""
         if is_result:
             return self.results <= self._results_received
-        return self.results < self._results_received or self.sequence <= self._received
+        return self.results < self._results_received or number <= self._received
 
     def confirm(self, received: int) -> None:
         """Drop the events up to number `received`."""

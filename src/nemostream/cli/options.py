@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-INPUT, RECOGNITION, OUTPUT, ENGINE = "Input", "Recognition", "Output", "Model and engine"
+INPUT, RECOGNITION, OUTPUT, ENGINE, SERVER = "Input", "Recognition", "Output", "Model and engine", "Server"
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 EnginesOption = Annotated[

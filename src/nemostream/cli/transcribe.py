@@ -8,14 +8,15 @@ import sys
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nemostream.cli.interrupt import Interrupted, signals_stop
-from nemostream.cli.options import ENGINE, INPUT, OUTPUT, RECOGNITION, EnginesOption
+from nemostream.cli.options import ENGINE, INPUT, OUTPUT, RECOGNITION, SERVER, EnginesOption
 from nemostream.cli.output import MICROPHONE, STDIN, Output, check_writable
 from nemostream.cli.phrases import read_phrases
+from nemostream.cli.remote import RemoteModel
 from nemostream.cli.transcription import MAX_PARALLEL, transcribe_files, transcribe_microphone
 from nemostream.errors import OptionError
 from nemostream.runtime.text.formats import Format
@@ -179,6 +180,26 @@ def transcribe(
             rich_help_panel=ENGINE,
         ),
     ] = None,
+    servers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="Server that transcribes live input (--realtime, --mic or -) in place of a local model, such as "
+            "http://127.0.0.1:8000 (needs the `client` extra). Repeat it for servers that continue the stream if this "
+            "one fails.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NEMOSTREAM_API_KEY",
+            metavar="KEY",
+            help="API key of the server. In the environment variable, other users of the machine cannot see it.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
 ) -> None:
     """Transcribe audio files, a pipe or the microphone.
 
@@ -202,6 +223,16 @@ def transcribe(
         raise OptionError("--channel applies to files only, not to standard input or the microphone.")
     if decoder is not DecoderPolicy.keep and endpoint_ms is None:
         raise OptionError(f"--decoder {decoder} needs --endpoint-ms.")
+    if servers:
+        local = {
+            "--bundle": bundle,
+            "--device": device if device != "cpu" else None,
+            "--precision": precision,
+            "--engines": engines,
+            "--threads": threads,
+            "--delay-ms": delay_ms or None,
+        }
+        _check_server(live_input=realtime or mic or names == [STDIN], local=local)
     options = _stream_options(endpoint_ms, decoder, language, phrases, vad)
     # Two slots per parallel file: a failed file may hold its slot until the current step ends.
     capacity = 2 * max(1, min(len(names), MAX_PARALLEL))
@@ -215,20 +246,24 @@ def transcribe(
         )
         if resume:
             _check_resume(resume, out, names[0])
-        model = stack.enter_context(
-            nemostream.load(
-                bundle,
-                chunk_ms,
-                capacity=capacity,
-                threads=threads,
-                device=device,
-                precision=precision,
-                engines=engines,
-                delay_ms=delay_ms,
+        model: Any
+        if servers:
+            model = RemoteModel(servers, api_key, chunk_ms, itn)
+        else:
+            model = stack.enter_context(
+                nemostream.load(
+                    bundle,
+                    chunk_ms,
+                    capacity=capacity,
+                    threads=threads,
+                    device=device,
+                    precision=precision,
+                    engines=engines,
+                    delay_ms=delay_ms,
+                )
             )
-        )
         model.stream(**options).close()  # report invalid options once instead of once per file
-        if itn:  # takes seconds, so after the checks above
+        if itn and not servers:  # takes seconds, so after the checks above
             output.itn = nemostream.InverseNormalizer(model.manifest.languages.name(language))
         stop, exit_code = stack.enter_context(signals_stop()), 0
         if names:
@@ -255,6 +290,14 @@ def _check_inputs(names: list[str], mic: bool) -> None:
         raise OptionError("standard input is closed: pipe an audio file or raw 16 kHz mono 16-bit PCM into it.")
     if STDIN in names and sys.stdin.isatty():
         raise OptionError("standard input is not a pipe: pipe an audio file or raw 16 kHz mono 16-bit PCM into it.")
+
+
+def _check_server(live_input: bool, local: dict[str, Any]) -> None:
+    """Raise `OptionError` for options that do not apply to a server. `local`: the values of those of local models."""
+    if not live_input:
+        raise OptionError("--server needs live input: FILE with --realtime, - or --mic.")
+    if given := [name for name, value in local.items() if value is not None]:
+        raise OptionError(f"{given[0]} applies to a local model, not to --server: set it where the server is started.")
 
 
 def _stream_options(

@@ -16,7 +16,7 @@ from nemostream.cli.captions import Captions
 from nemostream.cli.interrupt import StopRequest
 from nemostream.cli.output import MICROPHONE, STDIN, Output
 from nemostream.cli.standard_streams import print_message, standard_input, suppress_decoder_messages
-from nemostream.errors import AudioError, BackendError, NemostreamError, TruncatedAudioError
+from nemostream.errors import AudioError, BackendError, NemostreamError, StreamError, TruncatedAudioError
 from nemostream.extras import install_command
 from nemostream.runtime.text.formats import Format
 from nemostream.runtime.text.scripts import separator
@@ -41,7 +41,7 @@ class _Transcription:
     duration: float  # seconds of audio received
     stopped: bool = False  # by a signal, before the end of the input
     warning: str = ""
-    truncated: TruncatedAudioError | None = None  # the input ended before the length in its header
+    error: NemostreamError | None = None  # that ended the input early: a truncated file, or a stream that was lost
 
     @property
     def has_text(self) -> bool:
@@ -113,13 +113,14 @@ def _write(
     from nemostream.runtime.streaming.snapshot import discard
 
     code = 0
-    if transcription.has_text or not (transcription.stopped and output.format is Format.text):
+    incomplete = transcription.stopped or isinstance(transcription.error, StreamError)
+    if transcription.has_text or not (incomplete and output.format is Format.text):
         output.write(name, transcription.parts, transcription.duration, chunk_ms)
     if transcription.warning:
         print_message(f"{name}: {transcription.warning}")
-    if transcription.truncated:
-        print_message(str(transcription.truncated))
-        code = transcription.truncated.exit_code
+    if transcription.error:
+        print_message(str(transcription.error))
+        code = transcription.error.exit_code
     if transcription.stopped:
         print_message(_interrupted_message(name, transcription, resume, inputs))
     elif resume:
@@ -182,6 +183,8 @@ def transcribe_microphone(model: Model, output: Output, options: Options, stop: 
         captions.finish(0)
     chunk_ms = options.get("final_chunk_ms") or model.chunk_ms
     output.write(MICROPHONE, collector.finals, collector.duration, chunk_ms)
+    if collector.error:
+        raise collector.error
 
 
 class _InputJob:
@@ -220,7 +223,7 @@ class _InputJob:
 
         self.opened = True
         self._captions.start(self._index, 0.0)
-        truncated = None
+        cut = None
         try:
             with (
                 open_pipe(standard_input(self._stop), STDIN_RATE) as source,
@@ -228,8 +231,8 @@ class _InputJob:
             ):
                 collector.run(stream, self._ignore_errors_when_stopped(source.blocks), source.sample_rate)
         except TruncatedAudioError as error:  # the audio before the cut was transcribed; expected after a signal
-            truncated = None if self._stop.is_set() else error
-        return _Transcription(collector.finals, collector.duration, self._stop.is_set(), truncated=truncated)
+            cut = None if self._stop.is_set() else error
+        return _Transcription(collector.finals, collector.duration, self._stop.is_set(), error=collector.error or cut)
 
     def _ignore_errors_when_stopped(self, blocks: Iterable[Any]) -> Generator[Any]:
         try:
@@ -248,15 +251,15 @@ class _InputJob:
                 raise _NotStarted
             self.opened = True
             self._captions.start(self._index, file.duration)
-            truncated = None
+            cut = None
             try:
                 parts, duration = self._transcribe(file, collector)
             except TruncatedAudioError as error:  # the audio before the cut was transcribed
-                truncated, result = error, error.result
+                cut, result = error, error.result
                 parts, duration = ([result], result.duration) if result else (collector.finals, collector.duration)
             stopped = file.stopped or (self._realtime and self._stop.is_set())
             warning = _cancelling_channels(file) if file.cancels else ""
-            return _Transcription(parts, duration, stopped, warning, truncated)
+            return _Transcription(parts, duration, stopped, warning, collector.error or cut)
 
     def _transcribe(self, file: AudioFile, collector: _EventCollector) -> tuple[Sequence[Result | Event], float]:
         if self._realtime:
@@ -337,20 +340,27 @@ class _EventCollector:
     def __init__(self, output: Output, name: str, captions: Captions, index: int) -> None:
         self.finals: list[Event] = []
         self.duration = 0.0  # seconds received
+        self.error: StreamError | None = None  # that ended the stream early
         self._output, self._name, self._captions, self._index = output, name, captions, index
         self._caption_prefix = ""  # previous utterances that the captions still show
 
     def run(
         self, stream: LiveStream, blocks: Iterable[Any], rate: int, stop_on: type[BaseException] | None = None
     ) -> None:
-        """Push blocks until they end or `stop_on` is raised, then finish the stream."""
+        """Push blocks until they end or `stop_on` is raised, then finish the stream.
+
+        A `StreamError` is kept as `error`, so that the text before it is written.
+        """
         samples = 0
-        with suppress(*[stop_on] if stop_on else []):
-            for block in blocks:
-                samples += len(block)
-                self.add(stream.push_events(block))
-                self._captions.set_progress(self._index, samples / rate)
-        self.add(stream.finish_events())
+        try:
+            with suppress(*[stop_on] if stop_on else []):
+                for block in blocks:
+                    samples += len(block)
+                    self.add(stream.push_events(block))
+                    self._captions.set_progress(self._index, samples / rate)
+            self.add(stream.finish_events())
+        except StreamError as error:
+            self.error = error
 
     def add(self, events: Sequence[Event]) -> None:
         for event in events:
