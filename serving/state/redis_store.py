@@ -68,8 +68,7 @@ class RedisStore:
                 url,
                 socket_timeout=_TIMEOUT,
                 socket_connect_timeout=_TIMEOUT,
-                # Idle connections are closed by a server that restarts. A timeout is not tried again.
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+                retry=Retry(NoBackoff(), 0),  # the caller tries again, with the next state
             )
             pool = self._client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # raises an error for unknown parameters; does not connect
