@@ -1072,6 +1072,7 @@ def test_a_value_of_another_program_is_reported(redis_server: Any) -> None:
         "redis://:secret@host:70000",
         "redis://:secret@host?unknown=1",
         "redis://:secret@[::1",
+        "redis://:secret/word@host",
     ],
 )
 def test_invalid_urls_are_rejected(url: str) -> None:
