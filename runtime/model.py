@@ -29,7 +29,7 @@ from nemostream.runtime.streaming.live import EventStream, LiveStream
 from nemostream.runtime.streaming.offline import Progress, transcribe_recording
 from nemostream.runtime.streaming.scheduler import Scheduler, StreamScheduler
 from nemostream.runtime.streaming.session import Options, Pcm, SessionContext, StreamSession, with_options
-from nemostream.runtime.streaming.snapshot import Checkpointer
+from nemostream.runtime.streaming.snapshot import Checkpointer, StreamSnapshot
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.runtime.text.words import Result
@@ -234,12 +234,13 @@ class Model:
         channels: int,
         *,
         checkpointer: Checkpointer | None = None,
+        snapshot: StreamSnapshot | None = None,
         block: bool = False,
         **options: Unpack[Options],
     ) -> StreamSession:
         """Open a session, the non-blocking interface that all kinds of streams are built on; see `StreamSession`.
 
-        Raises as `stream` does.
+        Raises as `stream` does, and `ValueError` if the snapshot is not one of a stream with these options.
         """
         self._scheduler.check_process()
         chunk_ms, phrases = options.get("chunk_ms"), options.get("phrases")
@@ -257,6 +258,7 @@ class Model:
             vad=self._new_vad_filter() if options.get("vad") else None,
             language=language,
             checkpointer=checkpointer,
+            snapshot=snapshot,
             block=block,
         )
 

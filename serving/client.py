@@ -9,10 +9,14 @@ _MAX_CHARACTERS = 300  # of a client's text in a log line or an error message
 
 @dataclass(frozen=True)
 class Client:
-    """The sender of a request. `name` is the key of per-client limits: an API key's number, else the address."""
+    """The sender of a request. `name` is the key of per-client limits: an API key's number, else the address.
+
+    `owner` is a digest of the API key, the same on all servers; empty without keys.
+    """
 
     name: str = ""
     address: str = ""
+    owner: str = ""
 
 
 UNKNOWN_CLIENT = Client()

@@ -22,6 +22,36 @@ class Expired(StreamError):
     unread = False  # whether the client does not read its results
 
 
+class StateError(NemostreamError, RuntimeError):
+    """The stored state of a resumable stream cannot be used: it is damaged, or of another key, model or version."""
+
+
+class StateNotFound(StateError):
+    """No state is stored for a token: it is unknown, its stream has ended, or its state has expired."""
+
+    def __init__(
+        self,
+        message: str = "the stream cannot be resumed: its state is unknown to this server, has expired, or was deleted "
+        "at the end of the stream; open a new stream.",
+    ) -> None:
+        super().__init__(message)
+
+
+class StateSuperseded(StateError):
+    """Another process has resumed the stream, or the stream has ended: this process must not store its state."""
+
+    def __init__(self, message: str = "the stream was resumed over another connection, or has ended.") -> None:
+        super().__init__(message)
+
+
+class StateConflict(StateError):
+    """Events between the last one that the client received and the oldest one in the state are lost."""
+
+
+class StateStoreError(StateError):
+    """The state store cannot be read or written. Trying again later may succeed."""
+
+
 @dataclass(frozen=True)
 class ErrorStatus:
     """How the protocols report one class of errors."""
@@ -45,6 +75,10 @@ _STATUSES = (
     ErrorStatus(
         Expired, "expired", 408, "invalid_request_error", "DEADLINE_EXCEEDED", 1008, realtime_code="session_expired"
     ),
+    ErrorStatus(StateStoreError, "state", 503, "server_error", "UNAVAILABLE", 1013, retry_seconds=5),
+    ErrorStatus(StateConflict, "state", 409, "invalid_request_error", "OUT_OF_RANGE", 1008),
+    ErrorStatus(StateSuperseded, "state", 409, "invalid_request_error", "ABORTED", 1008),
+    ErrorStatus(StateError, "state", 404, "invalid_request_error", "NOT_FOUND", 1008),
     ErrorStatus(NemostreamError, "model", 500, "server_error", "INTERNAL", 1011),
 )
 

@@ -56,6 +56,20 @@ class Metrics:
             "Accurate lanes that were disabled or not opened under overload.",
             registry=registry,
         )
+        self.states_stored = Counter("nemostream_states_stored", "States of streams stored.", registry=registry)
+        self.state_errors = Counter(
+            "nemostream_state_errors", "States of streams that could not be stored.", registry=registry
+        )
+        self.state_seconds = Histogram(
+            "nemostream_state_seconds",
+            "Time from the request of a stream's state until it is stored.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.resumed = Counter("nemostream_streams_resumed", "Streams resumed.", registry=registry)
+        self.moved = Counter(
+            "nemostream_streams_moved", "Streams handed over when the server stops.", registry=registry
+        )
         self.utterances = Counter("nemostream_utterances", "Final utterances.", registry=registry)
         self.steps = Histogram(
             "nemostream_step_seconds",

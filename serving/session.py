@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from nemostream.runtime.audio.containers import WavStream, container_of, undecid
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.session import Options
+from nemostream.runtime.streaming.snapshot import StreamSnapshot
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.scripts import join_texts
 from nemostream.serving.client import Client
@@ -59,6 +61,26 @@ class SessionObserver(Protocol):
         """The session was closed; may be called more than once."""
 
 
+@dataclass(frozen=True)
+class SavedSession:
+    """The state of a session that another one continues, except that of its stream. Its fields can be written as JSON.
+
+    `Session.saved` returns it, and the options of `Service.open` that are not part of it.
+    """
+
+    id: str
+    audio: float  # seconds received
+    texts: list[str]  # of finals
+    revises: bool
+    open_seconds: float  # since the stream was opened
+    sample_rate: int  # Hz; it may come from a WAV header, and so may the channels and the encoding
+    channels: int
+    encoding: str
+    started: bool  # whether it is known that the audio is, or is not, a WAV file
+    wav: list[int | None] | None  # `WavStream.state` of a WAV file
+    is_wav: bool
+
+
 class Session:
     """One client's stream; opened by `Service.open`. For one task at a time; an asynchronous context manager.
 
@@ -83,8 +105,10 @@ class Session:
         normalizer: Normalizer | None = None,
         clock: Callable[[], float] = time.monotonic,
         requested_final_ms: int | None = None,
+        saved: SavedSession | None = None,
+        snapshot: StreamSnapshot | None = None,
     ) -> None:
-        self.id = secrets.token_hex(6)
+        self.id = saved.id if saved else secrets.token_hex(6)
         self.transport, self.client, self.upload = transport, client, upload
         self.requested_ms, self.requested_final_ms = requested_ms, requested_final_ms
         self.revises = options.get("final_chunk_ms") is not None  # whether partials may revise what is not stable
@@ -94,12 +118,22 @@ class Session:
         self._normalizer, self._clock = normalizer, clock
         self._decode = _AudioDecoder(encoding, channels, sample_rate)
         self._rate, self._channels, self._options = sample_rate, channels, options.copy()  # as they are set
-        self._stream: AsyncLiveStream = model.astream(sample_rate=sample_rate, channels=channels, **options)
+        self._opened_at = self._quiet_since = clock()
+        self._texts: list[str] = []
+        if saved:
+            self._decode = _AudioDecoder.resumed(saved)
+            self._rate, self._channels = saved.sample_rate, saved.channels
+            self.audio, self._texts, self.revises = saved.audio, [*saved.texts], saved.revises
+            self._opened_at -= saved.open_seconds
+        self._stream: AsyncLiveStream
+        if snapshot is None:
+            self._stream = model.astream(sample_rate=self._rate, channels=self._channels, **options)
+        else:
+            session = model.open_session(self._rate, self._channels, snapshot=snapshot, **options)
+            self._stream = AsyncLiveStream(session)
         self._on_pushed: OnPushed | None = None  # of a call of `start_push` whose audio is not decoded yet
         self._push_start = 0.0, 0.0, 0  # of the last call: the time, seconds of its audio, the stream's steps
-        self._opened_at = self._quiet_since = clock()
-        self._pending_seconds, self._pending_at = 0.0, self._opened_at  # leaky bucket of `pace`
-        self._texts: list[str] = []
+        self._pending_seconds, self._pending_at = 0.0, clock()  # leaky bucket of `pace`
         self._ended = False
 
     @property
@@ -255,6 +289,43 @@ class Session:
         events += await self._record(await self._stream.finish_events())
         self.close()
         return events
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session was neither finished nor closed."""
+        return not self._ended
+
+    @property
+    def is_pushing(self) -> bool:
+        """Whether audio of `start_push` is not decoded yet."""
+        return self._on_pushed is not None
+
+    def save(self) -> tuple[SavedSession, int, Callable[[], StreamSnapshot]] | None:
+        """Begin to save the session, so that another one can continue it.
+
+        Returns the state, the number of the bytes received last that are not part of it, because they are the beginning
+        of a sample or of a WAV header, and a function that returns the snapshot of the stream (`AsyncLiveStream.save`).
+        None if the session cannot be saved at present. All events must have been returned. Raises the stream's error.
+        """
+        if self._ended or self.is_pushing or (decoder := self._decode.save()) is None:
+            return None
+        if (complete := self._stream.save()) is None:
+            return None
+        pending, encoding, started, is_wav, wav = decoder
+        saved = SavedSession(
+            self.id,
+            self.audio,
+            [*self._texts],
+            self.revises,
+            self._clock() - self._opened_at,
+            self._rate,
+            self._channels,
+            encoding,
+            started,
+            wav,
+            is_wav,
+        )
+        return saved, pending, complete
 
     def close(self, error: str | None = None) -> None:
         """Release the stream. Later calls have no effect."""
@@ -475,6 +546,29 @@ class _AudioDecoder:
             samples = self._table[samples]
         return samples if self.channels == 1 else samples.reshape(-1, self.channels)
 
+    def save(self) -> tuple[int, str, bool, bool, list[int | None] | None] | None:
+        """Return the number of pending bytes, and the state without them (as in `SavedSession`).
+
+        None if bytes between those that are pending were processed.
+        """
+        wav, pending = self._wav, len(self._rest) + len(self._start or b"")
+        if wav is None:
+            return pending, self._encoding, self._start is None, False, None
+        if wav.pending and self._rest:
+            return None
+        state = wav.state()
+        if state is not None and state[4] is not None:
+            state[4] += len(self._rest)  # they are received again
+        return pending + wav.pending, self._encoding, self._start is None, True, state
+
+    @classmethod
+    def resumed(cls, saved: SavedSession) -> _AudioDecoder:
+        """Return a decoder in a saved state. Raises `ValueError` if it is not valid."""
+        decoder = cls(saved.encoding, saved.channels, saved.sample_rate)
+        decoder._start = None if saved.started else b""
+        decoder._wav = WavStream.resumed(saved.wav) if saved.is_wav else None
+        return decoder
+
     def reset(self) -> None:
         """Discard incomplete samples; the next bytes may be a new WAV file."""
         self._rest, self._start = b"", b""
@@ -482,6 +576,7 @@ class _AudioDecoder:
             self._wav = None
 
     def _set_encoding(self, encoding: str) -> None:
+        self._encoding = encoding
         name, self._table = ENCODINGS[encoding]
         self._dtype = np.dtype(name)
         self._frame_bytes = self._dtype.itemsize * self.channels

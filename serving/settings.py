@@ -118,6 +118,20 @@ class Settings(BaseSettings, Limits):
         False, description="Move streams to larger chunks under overload, and back afterwards."
     )
     drain_seconds: float = Field(60, ge=0, description="Time for streams to finish after SIGTERM.")
+    state_store: str = Field(
+        "memory",
+        description="Where the states of resumable streams are kept: memory (of this server), none, the path of a "
+        "folder that may be shared by servers, or redis://HOST (Redis or Valkey).",
+    )
+    state_seconds: float = Field(
+        5, gt=0, description="Seconds between two stored states of a resumable stream; clients keep as much audio."
+    )
+    state_retention: float = Field(
+        300, gt=0, description="Seconds for which the state of a stream without a connection is kept."
+    )
+    state_key_file: Path | None = Field(
+        None, description="File with a key of 32 bytes (base64 or hexadecimal) that encrypts the states."
+    )
     api_keys: Annotated[list[SecretStr] | None, NoDecode] = Field(
         None, description="API keys that clients must send (comma-separated). Default: no key is required."
     )

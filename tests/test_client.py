@@ -720,7 +720,9 @@ def test_a_lost_connection_is_resumed(name: str, stored: bool, monkeypatch: pyte
             (event["type"], event.get("text", ""), event["sequence"]) for event in expected.events()
         ]
         assert second.received == expected and stream.text == "760 bytes"
-        assert cluster.requests[1] == (0, {"resume": first.token, "received": str(first.sequence)})
+        results = sum(event["type"] not in ("partial", "backchannel") for event in expected.events()[: first.sequence])
+        query = {"resume": first.token, "received": str(first.sequence), "results": str(results)}
+        assert cluster.requests[1] == (0, query)
         assert stream.reconnects == 1 and len(stream.gaps) == 1 and stream.gaps[0] > 0
 
     run(main())

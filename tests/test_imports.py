@@ -113,6 +113,8 @@ RULES = {
             "nemostream.serving.protocols.websocket": frozenset({"starlette"}),
             "nemostream.serving.protocols.realtime": frozenset({"starlette"}),
             "nemostream.serving.protocols.riva": frozenset({"grpc", "riva"}),
+            "nemostream.serving.state.redis_store": frozenset({"redis"}),
+            "nemostream.serving.state.sealing": frozenset({"cryptography"}),
             "nemostream.serving.integrations.ray_app": frozenset({"ray", "starlette"}),
             "nemostream.serving.integrations.triton": frozenset({"triton_python_backend_utils"}),
         },

@@ -103,6 +103,7 @@ def test_the_requirements_of_the_wheel(metadata: Message) -> None:
         "cuda",
         "bench",
         "serve",
+        "state",
         "client",
         "ray",
         "mic",

@@ -44,6 +44,7 @@ from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, Floats, Ints, Labels, label_looping
 from nemostream.runtime.model import Model
+from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.streaming.session import StreamSession
 from nemostream.runtime.text.endpointing import Endpoint
 
@@ -97,7 +98,9 @@ class SchedulerBlock:
 
     def __init__(self, model: Model) -> None:
         self._started, self.end = Event(), Event()
-        self._thread = Thread(target=model._scheduler.call, args=(self._wait,))
+        scheduler = model._scheduler
+        assert isinstance(scheduler, Scheduler)
+        self._thread = Thread(target=scheduler.call, args=(self._wait,))
         self._thread.start()
         self._started.wait()
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nemostream.errors import AudioError
 
@@ -223,6 +224,30 @@ class WavStream:
     def missing(self) -> float:
         """Seconds of audio that the header announces and that have not been received."""
         return (self._left or 0) / max(self.header.bytes_per_second, 1) if self.header else 0.0
+
+    @property
+    def pending(self) -> int:
+        """Number of bytes received last that are the beginning of a header or chunk."""
+        return len(self._buffer)
+
+    def state(self) -> list[int | None] | None:
+        """Return the state for `resumed`, without the pending bytes; None before the first header."""
+        if (header := self.header) is None:
+            return None
+        return [header.format_tag, header.bits, header.sample_rate, header.channels, self._left, self._skip]
+
+    @classmethod
+    def resumed(cls, state: Sequence[Any] | None) -> WavStream:
+        """Return a parser in a saved state. Raises `ValueError` if it is not valid."""
+        stream = cls()
+        if state is None:
+            return stream
+        tag, bits, rate, channels, left, skip = state
+        if not all(type(number) is int and number >= 0 for number in (tag, bits, rate, channels, left or 0, skip)):
+            raise ValueError(f"the state of a WAV file is {list(state)}")
+        stream.header = WavHeader(tag, bits, rate, channels, rate * channels * bits // 8, 0, None, None)
+        stream._left, stream._skip = left, skip
+        return stream
 
     @property
     def complete(self) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.runtime.streaming.snapshot import SavedArrays, saved_counts
+
 SECONDS = 10  # longer than the encoder's left context (5.6 s) and than pauses in speech
 
 
@@ -60,6 +62,14 @@ class SilenceSplitter:
             nonzero = np.flatnonzero(pcm)
             self._zeros = len(pcm) - 1 - int(nonzero[-1]) if len(nonzero) else self._zeros + len(pcm)
         return True
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        """Return the state for `load`."""
+        return {"counts": np.array([self._zeros], np.int64)}
+
+    def load(self, state: SavedArrays) -> None:
+        """Restore a saved state. Raises `ValueError` if it does not come from `save`."""
+        (self._zeros,) = saved_counts(state, "counts", 1)
 
     def restart(self) -> None:
         """Reset the count of zeros: a new recording follows."""

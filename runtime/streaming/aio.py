@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, ref
 
 from nemostream.runtime.audio.sources import SourceLike, open_source
 from nemostream.runtime.streaming.session import OpenSession, Pcm, StreamSession
+from nemostream.runtime.streaming.snapshot import StreamSnapshot
 from nemostream.runtime.streaming.state import StreamState
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
@@ -125,6 +126,10 @@ class AsyncLiveStream:
     def set_language(self, language: str | None) -> None:
         """As `LiveStream.set_language`; never blocks."""
         self._session.set_language(language)
+
+    def save(self) -> Callable[[], StreamSnapshot] | None:
+        """Begin to save the stream (`StreamSession.save_live`); never blocks, but the function that it returns does."""
+        return self._session.save_live()
 
     def close(self) -> None:
         """As `LiveStream.close`; never blocks."""

@@ -83,13 +83,15 @@ class LaneState:
         outputs = saved_array(state, "outputs", np.int64, None, 2)
         before = saved_array(state, "before", np.int64, None, 2)
         found = saved_counts(state, "found")
-        if (np.diff(outputs, axis=0) < 0).any() or (outputs < 0).any() or outputs_before > len(outputs):
+        # Not their ends: the last frame of a recording ends after its audio, where the next recording begins.
+        if (np.diff(outputs[:, 0]) < 0).any() or (outputs < 0).any() or outputs_before > len(outputs):
             raise ValueError("the outputs of the accurate lane are not in order")
-        if (before < 0).any() or (np.diff(before[:, 1]) < 0).any() or has_before > 1:
-            raise ValueError("the words before the utterance are not in order")
+        if (before < 0).any() or has_before > 1:
+            raise ValueError("the words before the utterance have a negative token or position")
         count = int(outputs[-1, 0]) if len(outputs) else 0
-        if begin > count or len(found) not in (0, 2) or (found and (found[0] >= len(outputs) or found[1] > count)):
-            raise ValueError(f"the utterance begins with token {begin} of {count}, or {found}")
+        # `begin` may be after them: it is known from the completion of the previous utterance, which has more tokens.
+        if len(found) not in (0, 2) or (found and (found[0] >= len(outputs) or found[1] > count)):
+            raise ValueError(f"the utterance begins with token {found} of {count}")
         self.fast_begin, self.begin, self.boundary, self.outputs_before = fast_begin, begin, boundary, outputs_before
         self.outputs = [(tokens, samples) for tokens, samples in outputs.tolist()]
         if has_before:
@@ -279,6 +281,17 @@ class AccurateLane:
             self.stopped or self._settled(self._stream, 0 if ended else _BACKLOG)
         )
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the lane was stopped, or has processed what it received and completed all utterances.
+
+        A lane that began while the stream ran must have run a chunk.
+        """
+        if self.stopped:
+            return True
+        self._collect()
+        return bool(self._outputs or not self._stream.copied) and not self._completions and self._settled(self._stream)
+
     def wait(self, ended: bool) -> None:
         """Block until `settled`."""
         self._collect()
@@ -372,6 +385,8 @@ class AccurateLane:
         outputs = min(completion.outputs, len(self._outputs))
         joined = self._joined(outputs, end.token_count)
         error = self.error or (completion.branch and completion.branch.error)
+        if completion.whole:
+            clip(joined.tokens, len(joined.tokens), end.end_sample / self._joiner.rate)
         if error and joined.tokens and self._scheduler.on_fallback is not None:
             self._scheduler.on_fallback(error)
         if self.stopped:
@@ -415,7 +430,7 @@ class AccurateLane:
             for output in range(self._outputs_before, len(self._outputs)):
                 found, end_sample = self._outputs[output]
                 if end_sample >= limit:
-                    self._found = output, self._continuation(self._stream.hypothesis, begin, found)
+                    self._found = output, self._continuation(self._stream.hypothesis, min(self._begin, found), found)
                     break
         if self._found is not None and self._found[0] < outputs:
             return self._found[1], True
@@ -458,6 +473,16 @@ class TwoLanes:
     def chunk_ms(self) -> int | None:
         """Chunk size of the lane that is used from the next utterance on, in milliseconds."""
         return self.lanes[-1].chunk_ms if self.lanes else None
+
+    @property
+    def begin(self) -> int:
+        """First token of the current utterance in the fast lane."""
+        return self._begin
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether all ends that were received were returned, and the lane has processed what it received."""
+        return not self._ends and self._next is None and (self.lane is None or self.lane.at_rest)
 
     @property
     def lanes(self) -> list[AccurateLane]:

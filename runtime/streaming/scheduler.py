@@ -28,6 +28,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -39,6 +40,7 @@ from nemostream.errors import BackendError, CapacityError, NemostreamError, Stre
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.streaming.chunker import Chunker, Floats, WorkItem, new_item
 from nemostream.runtime.streaming.rows import ROW, RowQueue, Rows
+from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import (
     BackendCall,
     InFlightStep,
@@ -88,7 +90,7 @@ class StreamScheduler(ABC):
     """What schedulers of streams have in common: `Scheduler`, and that of a process whose engine is another process.
 
     The chunker of a stream is used on the thread that calls `accept`, `skip_silence`, `finish` and `end_utterance`, one
-    thread at a time. `wait`, `call`, `close` and `open(block=True)` block; the other methods do not.
+    thread at a time. `wait`, `close` and `open(block=True)` block; the other methods do not.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -127,8 +129,12 @@ class StreamScheduler(ABC):
         """
 
     @abstractmethod
-    def call(self, function: Callable[[Backend], T]) -> T:
-        """Call a function with the backend on the scheduler's thread, between two steps. Blocks; raises its errors."""
+    def save(self, stream: StreamState) -> Future[dict[str, SavedArrays]]:
+        """Return the parts of a snapshot that belong to the scheduler: "slot", "guard", "endpoint" (what there is).
+
+        The stream must have settled; what is enqueued after the call is not part of the result. Raises the stream's
+        error if it failed; the result has the errors of the backend.
+        """
 
     @abstractmethod
     def cancel(self, stream: StreamState) -> None:
@@ -375,6 +381,21 @@ class Scheduler(StreamScheduler):
             self._wake()
 
     def call(self, function: Callable[[Backend], T]) -> T:
+        """Call a function with the backend on the scheduler's thread, between two steps. Blocks; raises its errors."""
+        return self._call(function).result()
+
+    def save(self, stream: StreamState) -> Future[dict[str, SavedArrays]]:
+        stream.raise_error()
+
+        def save(backend: Backend) -> dict[str, SavedArrays]:
+            if stream.slot is None:
+                raise StreamError(STREAM_CLOSED)
+            parts = {"guard": stream.guard, "endpoint": stream.endpointer}
+            return {"slot": backend.save(stream.slot)} | {name: part.save() for name, part in parts.items() if part}
+
+        return self._call(save)
+
+    def _call(self, function: Callable[[Backend], T]) -> Future[T]:
         self.check_process()
         call = BackendCall(function)
         with self._lock:
@@ -382,10 +403,7 @@ class Scheduler(StreamScheduler):
                 raise copy_of(self._closed)
             self._calls.append(call)
             self._wake()
-        call.done.wait()
-        if call.error:
-            raise call.error
-        return call.result
+        return call.future
 
     def cancel(self, stream: StreamState) -> None:
         if _forks != self._forks:  # the stream belongs to the parent process
@@ -955,7 +973,7 @@ class Scheduler(StreamScheduler):
             self._wake()
             self._slot_released.notify_all()
         for call in calls:
-            call.fail(copy_of(error))
+            call.future.set_exception(copy_of(error))
         self._notify(streams)
 
 

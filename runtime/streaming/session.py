@@ -21,17 +21,24 @@ from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import OptionError, StreamError
 from nemostream.runtime.audio.preprocessor import BLOCK, AudioPreprocessor, as_float32
 from nemostream.runtime.audio.silence import SilenceSplitter
-from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
 from nemostream.runtime.streaming.lanes import AccurateLane, JoinedTokens, LaneState, TwoLanes
 from nemostream.runtime.streaming.scheduler import StreamScheduler
-from nemostream.runtime.streaming.snapshot import Checkpointer, Digest, Stateful, StreamSnapshot
+from nemostream.runtime.streaming.snapshot import (
+    Checkpointer,
+    Digest,
+    SavedArrays,
+    Stateful,
+    StreamSnapshot,
+    restore,
+    saved_counts,
+)
 from nemostream.runtime.streaming.state import Hypothesis, Listener, StepOutput, StreamState
 from nemostream.runtime.streaming.tokens import SavedTokens, TokenList, clip
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard, UtteranceEnd
-from nemostream.runtime.text.events import Event, EventBuilder, RevisableText
+from nemostream.runtime.text.events import Event, EventBuilder, EventState, RevisableText
 from nemostream.runtime.text.joining import Joiner
 from nemostream.runtime.text.languages import reported_language
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
@@ -152,6 +159,7 @@ class StreamSession:
         vad: VadFilter | None = None,
         language: str | None = None,
         checkpointer: Checkpointer | None = None,
+        snapshot: StreamSnapshot | None = None,
         block: bool = False,
     ) -> None:
         manifest, tokenizer = context.manifest, context.tokenizer
@@ -185,12 +193,18 @@ class StreamSession:
         hypothesis, chunker = Hypothesis(), Chunker(manifest, chunk, vad, self._prompt)
         lane = None if final_chunk is None else self._new_lane(final_chunk)
         self._checkpointer, self._digest = checkpointer, Digest()
-        self._snapshot = checkpointer.load() if checkpointer else None  # None once its audio has been fed again
+        # The checkpointer's; None once its audio has been fed again
+        self._snapshot = checkpointer.load() if checkpointer else None
+        parts, nodes = self._parts(chunker, hypothesis, lane), len(phrases.fail) if phrases else 1
         if checkpointer and self._snapshot:
-            nodes = len(phrases.fail) if phrases else 1
-            parts = self._parts(chunker, hypothesis, lane)
             checkpointer.restore(self._snapshot, parts, manifest.decoder.vocabulary, nodes)
             self._end_sample, self._prompt = chunker.end_sample, chunker.prompt
+        events, last = EventState(), _LastOutput([0, chunk.ms, self._prompt, 0])
+        if snapshot:
+            restore(snapshot, parts | self._live_parts(events, last), manifest.decoder.vocabulary, nodes)
+            self.steps, self.chunk_ms, self._prompt, self._end_sample = last.counts
+        self._tokens.extend(hypothesis, len(hypothesis.tokens))
+        self._event_builder.resume(events, self._tokens.tokens)
         self._chunker = chunker
         self._phrases = phrases
         self._resets_decoder = endpoint is not None and endpoint.decoder == "reset"
@@ -203,9 +217,8 @@ class StreamSession:
             endpointer=self._endpointer,
             guard=self._guard,
             phrases=phrases,
-            saved_slot=self._snapshot.parts["slot"] if self._snapshot else None,
+            saved_slot=saved.parts["slot"] if (saved := snapshot or self._snapshot) else None,
         )
-        self._tokens.extend(hypothesis, len(hypothesis.tokens))
         # With an accurate lane
         self._received = 0  # outputs of the stream
         self._lanes: TwoLanes | None = None  # once there was such a lane
@@ -214,10 +227,15 @@ class StreamSession:
         self._joined_end: tuple[UtteranceEnd, JoinedTokens] | None = None  # the last utterance
         if lane is not None:
             try:
-                self._open_lane(lane, block)
+                self._open_lane(lane, block, saved)
             except BaseException:
                 self._scheduler.cancel(self._stream)
                 raise
+            if snapshot:  # the events of the current utterance follow those that were returned
+                self._text_tokens = len(hypothesis.tokens)
+                assert self._lanes is not None
+                tokens, stable, _ = self._lanes.joined(self._text_tokens)
+                self._revisable_events.partial(tokens, stable, self.preprocessor.seconds, self.chunk_ms)
 
     # -- audio ---------------------------------------------------------------------------------------------------------
 
@@ -369,9 +387,8 @@ class StreamSession:
             SavedTokens([], self._tokenizer),
         )
 
-    def _open_lane(self, lane: _LaneParts, block: bool) -> None:
+    def _open_lane(self, lane: _LaneParts, block: bool, snapshot: StreamSnapshot | None) -> None:
         """Open an accurate lane at the start of the stream, or as it was saved."""
-        snapshot = self._snapshot
         stream = self._scheduler.open(
             lane.chunker,
             block=block,
@@ -434,23 +451,54 @@ class StreamSession:
 
     def save(self) -> StreamSnapshot:
         """Return a snapshot. Every complete chunk must have been processed, and `saveable` be True."""
-        stream, lane = self._stream, None
-        slots = {"slot": stream.slot}
         if self._lanes is not None and self._lanes.lane is not None:
             while (joined := self._join_next()) is not None:
                 self._joined_outputs.append(joined)  # for the next results
-            accurate = self._lanes.lane
+        return self._begin_save({})()
+
+    def save_live(self) -> Callable[[], StreamSnapshot] | None:
+        """Begin to save the stream so that it can continue without its earlier audio (option `snapshot`).
+
+        Every complete chunk must have been processed and its events returned. The result is a function that returns the
+        snapshot of the present state, whatever the stream does meanwhile. It blocks and may be called on any thread;
+        it raises the errors of the backend. None if the stream cannot be saved at present: an accurate lane has not
+        completed what it received, or was stopped during the current utterance. Raises the stream's error if it failed.
+        """
+        if self._ended or self._pending_outputs or self._joined_outputs or not self._scheduler.settled(self._stream):
+            return None
+        events = self._event_builder.state()
+        if (lanes := self._lanes) is not None:
+            if not lanes.at_rest or (self._revisable_events.begun and (lanes.lane is None or lanes.lane.stopped)):
+                return None
+            language = self._language_names[self._prompt]
+            events = self._revisable_events.state(lanes.begin, len(self._tokens.tokens), language)
+        last = _LastOutput([self.steps, self.chunk_ms, self._prompt, self._end_sample])
+        return self._begin_save(self._live_parts(events, last))
+
+    def _begin_save(self, more: dict[str, Stateful]) -> Callable[[], StreamSnapshot]:
+        """Return a function that returns a snapshot of the present state, with more parts."""
+        stream, lane = self._stream, None
+        saving = {"": self._scheduler.save(stream)}  # by the prefix of the names of its parts
+        if self._lanes is not None and (accurate := self._lanes.lane) is not None and not accurate.stopped:
             state, lane_stream = accurate.save()
-            guard, vad = lane_stream.guard, accurate.vad
-            assert lane_stream.chunker is not None and guard is not None
+            assert lane_stream.chunker is not None
             committed = SavedTokens(self._committed.settled, self._tokenizer)
-            lane = _LaneParts(lane_stream.chunker, lane_stream.hypothesis, guard, vad, state, committed)
-            slots["laneslot"] = lane_stream.slot
-        parts = {name: part.save() for name, part in self._parts(self._chunker, stream.hypothesis, lane).items()}
-        for name, slot in slots.items():
-            assert slot is not None, "a stream that was not finished has a slot"
-            parts[name] = self._scheduler.call(functools.partial(_save_slot, slot))
-        return StreamSnapshot(parts, self._digest.samples, self._digest.value)
+            lane = _LaneParts(lane_stream.chunker, lane_stream.hypothesis, None, accurate.vad, state, committed)
+            saving["lane"] = self._scheduler.save(lane_stream)
+        of_scheduler = {f"{prefix}{name}" for prefix in saving for name in ("guard", "endpoint")}
+        parts: dict[str, SavedArrays] = {
+            name: part.save()
+            for name, part in (self._parts(self._chunker, stream.hypothesis, lane) | more).items()
+            if name not in of_scheduler
+        }
+        samples, digest = self._digest.samples if self._checkpointer else self._chunker.samples, self._digest.value
+
+        def complete() -> StreamSnapshot:
+            for prefix, saved in saving.items():
+                parts.update({f"{prefix}{name}": arrays for name, arrays in saved.result().items()})
+            return StreamSnapshot(parts, samples, digest)
+
+        return complete
 
     @property
     def saveable(self) -> bool:
@@ -475,6 +523,10 @@ class StreamSession:
             parts |= {"joined": lane.joined, "lane": lane.state, "lanevad": lane.vad, "lanechunker": lane.chunker}
             parts |= {"lanehypothesis": lane.hypothesis, "laneguard": lane.guard}
         return {name: part for name, part in parts.items() if part}
+
+    def _live_parts(self, events: EventState, last: _LastOutput) -> dict[str, Stateful]:
+        """Return the further parts of a snapshot of a stream that continues without its earlier audio."""
+        return {"audio": self.preprocessor, "silence": self._silence, "events": events, "last": last}
 
     def _in_snapshot(self, block: NDArray[Any]) -> bool:
         """Return whether the snapshot already contains this audio. Raises `OptionError` if its audio differs."""
@@ -704,6 +756,7 @@ class StreamSession:
         if self._ended and not self._lanes_ended:
             assert self._lanes is not None
             self._lanes_ended = True
+            self._tokens.clip(len(self._tokens.tokens), self.preprocessor.seconds)
             self._lanes.end_stream(self._stream_end())
 
     def _join_next(self) -> _JoinedOutput | None:
@@ -826,11 +879,21 @@ class _LaneParts(NamedTuple):
 
     chunker: Chunker
     hypothesis: Hypothesis
-    guard: RepetitionGuard
+    guard: RepetitionGuard | None  # None when saving: the scheduler saves it
     vad: VadFilter | None
     state: LaneState
     joined: SavedTokens  # of utterances that have ended
 
 
-def _save_slot(slot: int, backend: Backend) -> dict[str, NDArray[Any]]:
-    return backend.save(slot)
+class _LastOutput:
+    """The number of steps, and the chunk size (ms), prompt and end of the last output, as a part of a snapshot."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        return {"counts": np.array(self.counts, np.int64)}
+
+    def load(self, state: SavedArrays) -> None:
+        """Restore a saved state. Raises `ValueError` if it does not come from `save`."""
+        self.counts = saved_counts(state, "counts", 4)

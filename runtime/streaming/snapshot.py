@@ -5,6 +5,9 @@ far. On resuming, the recording is read and resampled again from the start, whic
 processed is compared with the digest and not run. The result is bit-identical to that of an uninterrupted run.
 
 The file is a NumPy `.npz` archive without pickles. It is replaced atomically.
+
+A server continues a stream without its earlier audio (`dump`, `load`): the snapshot then also contains the state of the
+resampler and of the events.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +35,7 @@ VERSION = 5
 SECONDS = 30.0  # between two snapshots
 
 # Limits of a snapshot file. Its arrays are not compressed, so reading one takes no more memory than the file's size.
-_MAX_BYTES = 4096 * MIB
+MAX_BYTES = 4096 * MIB
 _MAX_ARRAYS = 64
 _MAX_DOCUMENT_BYTES = MIB
 _WINDOW, _CONTEXT = 512, 64  # as in `runtime.audio.vad`, which cannot be imported without ONNX Runtime
@@ -54,7 +57,8 @@ class StreamSnapshot:
     """The state of a stream: the arrays of each of its parts."""
 
     # "slot", "chunker", "hypothesis", "guard", "endpoint", "vad"; with an accurate lane also "joined", "lane" and that
-    # lane's "laneslot", "lanechunker", "lanehypothesis", "laneguard", "lanevad"
+    # lane's "laneslot", "lanechunker", "lanehypothesis", "laneguard", "lanevad". Of a stream that continues without its
+    # earlier audio also "audio", "silence", "events".
     parts: Mapping[str, SavedArrays]
     samples: int  # audio received, in samples at the model's rate
     digest: str  # `Digest.value` of that audio
@@ -129,42 +133,20 @@ class Checkpointer:
         if not self.path.exists():
             return None
         try:
-            arrays = _read_arrays(self.path)
-            document = parse_json(arrays.pop("document").tobytes())
-            about, samples, digest = document["about"], document["samples"], document["digest"]
-            if not isinstance(about, dict) or type(samples) is not int or not 0 <= samples < 1 << 53:
-                raise ValueError("a field of the document has the wrong type")
-            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{0,32}", digest):
-                raise ValueError("the digest is not a hexadecimal string")
-        except Exception as error:  # zipfile and NumPy raise many kinds of errors, not all documented
+            with open_regular(self.path) as file:
+                about, saved = load(file, os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
             raise self._error("is damaged or not a snapshot file") from error
         for name, value in self._about.items():
             if name not in about or about[name] != value:
                 raise self._error(f"was written with {name} {short_repr(about.get(name), 300)}, not {value!r}")
-        parts: dict[str, dict[str, NDArray[Any]]] = {}
-        for name, array in arrays.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = array
-        return StreamSnapshot(parts, samples, digest)
+        return saved
 
     def restore(self, saved: StreamSnapshot, parts: Mapping[str, Stateful], vocabulary: int, nodes: int) -> None:
-        """Load each saved part into the part of the stream with the same name.
-
-        `vocabulary` is the size of the model's vocabulary, `nodes` that of the automaton of the stream's phrases.
-        Raises `OptionError` if the saved parts are invalid or inconsistent.
-        """
+        """As `restore`. Raises `OptionError` if the saved parts are invalid or inconsistent."""
         try:
-            slots = {"slot", "laneslot"} if "lane" in parts else {"slot"}
-            if saved.parts.keys() != parts.keys() | slots:
-                raise ValueError(f"its parts are {', '.join(sorted(saved.parts))}")
-            for name, part in parts.items():
-                part.load(saved.parts[name])
-            _check_consistent(saved.parts, saved.samples, vocabulary, nodes)
-            if "lane" in parts:
-                lane = {name: saved.parts[f"lane{name}"] for name in ("slot", "chunker", "hypothesis", "guard")}
-                _check_consistent(lane, saved.samples, vocabulary, nodes)
-                _check_lane(saved.parts)
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+            restore(saved, parts, vocabulary, nodes)
+        except ValueError as error:
             raise self._error(f"is damaged ({error})") from error
 
     @property
@@ -174,15 +156,12 @@ class Checkpointer:
 
     def save(self, saved: StreamSnapshot) -> None:
         """Replace the file atomically: a process that is killed leaves the old file or the new one."""
-        document = {"about": self._about, "samples": saved.samples, "digest": saved.digest}
-        arrays = {f"{part}.{name}": array for part, rows in saved.parts.items() for name, array in rows.items()}
-        data = io.BytesIO()
-        np.savez(data, allow_pickle=False, document=np.frombuffer(json.dumps(document).encode(), np.uint8), **arrays)
+        data = dump(self._about, saved)
         self._part_file.unlink(missing_ok=True)
         # The file contains a transcript: it is created anew, readable by this user only, and links are not followed.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         with open(os.open(self._part_file, flags, 0o600), "wb") as file:
-            file.write(data.getbuffer())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(self._part_file, self.path)
@@ -200,16 +179,65 @@ class Checkpointer:
         return OptionError(f"resume: {self.path} {problem}; delete it to start over, or use another file.")
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a file written by `Checkpointer.save`. Raises many kinds of errors for other files."""
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        size, members = os.fstat(file.fileno()).st_size, archive.infolist()
+def restore(saved: StreamSnapshot, parts: Mapping[str, Stateful], vocabulary: int, nodes: int) -> None:
+    """Load each saved part into the part of the stream with the same name. Slots are loaded by the scheduler.
+
+    `vocabulary` is the size of the model's vocabulary, `nodes` that of the automaton of the stream's phrases.
+    Raises `ValueError` if the saved parts are invalid or inconsistent.
+    """
+    try:
+        slots = {"slot", "laneslot"} if "lane" in parts else {"slot"}
+        if saved.parts.keys() != parts.keys() | slots:
+            raise ValueError(f"its parts are {', '.join(sorted(saved.parts))}")
+        for name, part in parts.items():
+            part.load(saved.parts[name])
+        _check_consistent(saved.parts, saved.samples, vocabulary, nodes)
+        if "lane" in parts:
+            lane = {name: saved.parts[f"lane{name}"] for name in ("slot", "chunker", "hypothesis", "guard")}
+            _check_consistent(lane, saved.samples, vocabulary, nodes)
+            _check_lane(saved.parts)
+    except (TypeError, KeyError, IndexError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def dump(about: Mapping[str, Any], saved: StreamSnapshot) -> memoryview:
+    """Return the content of a snapshot file. `about` can be written as JSON."""
+    document = {"about": about, "samples": saved.samples, "digest": saved.digest}
+    arrays = {f"{part}.{name}": array for part, rows in saved.parts.items() for name, array in rows.items()}
+    data = io.BytesIO()
+    np.savez(data, allow_pickle=False, document=np.frombuffer(json.dumps(document).encode(), np.uint8), **arrays)
+    return data.getbuffer()
+
+
+def load(file: IO[bytes], size: int) -> tuple[dict[str, Any], StreamSnapshot]:
+    """Return what was written with `dump`. Raises `ValueError` if the file, of `size` bytes, is damaged."""
+    try:
+        arrays = _read_arrays(file, size)
+        document = parse_json(arrays.pop("document").tobytes())
+        about, samples, digest = document["about"], document["samples"], document["digest"]
+        if not isinstance(about, dict) or type(samples) is not int or not 0 <= samples < 1 << 53:
+            raise ValueError("a field of the document has the wrong type")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{0,32}", digest):
+            raise ValueError("the digest is not a hexadecimal string")
+    except Exception as error:  # zipfile and NumPy raise many kinds of errors, not all documented
+        raise ValueError(f"the snapshot is damaged ({error})") from error
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, array in arrays.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = array
+    return about, StreamSnapshot(parts, samples, digest)
+
+
+def _read_arrays(file: IO[bytes], size: int) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file written by `dump`. Raises many kinds of errors for other files."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
         names = [member.filename for member in members]
         if len(members) > _MAX_ARRAYS or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
             raise ValueError("it contains files that are not saved arrays")
         if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
             raise ValueError("an array is compressed")
-        if size > _MAX_BYTES or sum(member.file_size for member in members) > size:
+        if size > MAX_BYTES or sum(member.file_size for member in members) > size:
             raise ValueError("its arrays are larger than the file")
         return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
 
@@ -237,8 +265,6 @@ def _check_lane(parts: Mapping[str, SavedArrays]) -> None:
         raise ValueError("the accurate lane and its stream differ in their number of tokens")
     if int(parts["lane"]["counts"][0]) > len(parts["hypothesis"]["tokens"]):
         raise ValueError("the utterance begins after the last token")
-    if (np.diff(parts["lanehypothesis"]["sample_positions"]) < 0).any():
-        raise ValueError("the tokens of the accurate lane are not in order")
 
 
 def _check_consistent(parts: Mapping[str, SavedArrays], received: int, vocabulary: int, nodes: int) -> None:

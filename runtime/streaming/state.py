@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -168,24 +169,17 @@ class RowFeed(Protocol):
 
 
 class BackendCall:
-    """A function to call on the scheduler's thread, and its result, for which another thread waits."""
+    """A function to call on the scheduler's thread, and its result."""
 
     def __init__(self, function: Callable[[Backend], Any]) -> None:
         self._function = function
-        self.done = threading.Event()
-        self.result: Any = None
-        self.error: BaseException | None = None
+        self.future: Future[Any] = Future()
 
     def run(self, backend: Backend) -> None:
         try:
-            self.result = self._function(backend)
+            self.future.set_result(self._function(backend))
         except Exception as error:
-            self.error = error
-        self.done.set()
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.done.set()
+            self.future.set_exception(error)
 
 
 def copy_of(error: NemostreamError) -> NemostreamError:

@@ -13,10 +13,14 @@ This module does not depend on endpointing rules, streams or the scheduler.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.languages import AUTO, reported_language
 from nemostream.runtime.text.scripts import WordBreaker
@@ -179,7 +183,7 @@ class _CurrentUtterance:
 
     def __init__(self, tokenizer: Tokenizer, aggregation: str) -> None:
         self.transcript = _Transcript([], [])
-        self.grouper = WordGrouper(aggregation)
+        self._aggregation, self.grouper = aggregation, WordGrouper(aggregation)
         self.event_length = self.event_tokens = self.event_parts = 0  # characters, tokens, parts of the last event
         self.language: str | None = None  # of the last tag
         self.set_language = AUTO  # for the step of the last visible token; the silence after it may have another
@@ -212,6 +216,7 @@ class _CurrentUtterance:
             changed = tokens[first + unchanged : first + len(known)]
             self.transcript = _Transcript([*known[:unchanged], *changed], self.transcript.parts)
             self.event_tokens = min(self.event_tokens, unchanged)
+            self.grouper = WordGrouper(self._aggregation)  # the old one may have words of the replaced tokens
 
     def _append(self, text: str) -> None:
         """Append to the text, and update `stable_length`."""
@@ -235,6 +240,35 @@ class _Step(NamedTuple):
     set_language: str
 
 
+class EventState:
+    """The progress of the events of a stream, as a part of a snapshot. The tokens are in other parts."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the current utterance
+        self.first_token = 0  # index of its first token in the stream
+        self.end_sample = 0  # at which the last utterance ended
+        self.token_count = 0  # tokens of the stream that have been processed
+        self.between_utterances = False  # whether an utterance has ended and none has begun since
+        self.begun = False  # whether the current utterance has tokens
+        self.language = AUTO  # that was set for the last of them
+
+    def save(self) -> dict[str, NDArray[Any]]:
+        counts = [self.number, self.first_token, self.end_sample, self.token_count, self.between_utterances, self.begun]
+        return {
+            "counts": np.array(counts, np.int64),
+            "language": np.frombuffer(self.language.encode(), np.uint8),
+        }
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Restore a saved state. Raises `ValueError` if it does not come from `save`."""
+        number, first, end_sample, count, between, begun = saved_counts(state, "counts", 6)
+        if between > 1 or begun > 1 or (between and begun) or (begun and first >= count) or first > count:
+            raise ValueError(f"the counts of the events are {[number, first, end_sample, count, between, begun]}")
+        self.number, self.first_token, self.end_sample, self.token_count = number, first, end_sample, count
+        self.between_utterances, self.begun = bool(between), bool(begun)
+        self.language = saved_array(state, "language", np.uint8, None).tobytes().decode()
+
+
 class EventBuilder:
     """Create the events of one stream from its tokens and the ends of its utterances.
 
@@ -251,6 +285,29 @@ class EventBuilder:
         self.token_count = 0  # tokens of the stream that have been processed
         self._between_utterances = False  # whether an utterance has ended and none has begun since
         self._current = _CurrentUtterance(tokenizer, aggregation)
+
+    def state(self) -> EventState:
+        """Return the progress, for `resume`."""
+        state = EventState()
+        state.number, state.first_token, state.end_sample = self._number, self._first_token, self._end_sample
+        state.token_count, state.between_utterances = self.token_count, self._between_utterances
+        state.begun, state.language = bool(self._current.transcript.tokens), self._current.set_language
+        return state
+
+    def resume(self, state: EventState, tokens: Sequence[Token]) -> None:
+        """Continue from a saved state of a stream that has `tokens`. The next event follows those that were returned.
+
+        Raises `ValueError` if the stream has fewer tokens than were processed.
+        """
+        if state.token_count > len(tokens):
+            raise ValueError(f"events have {state.token_count} tokens; the stream has {len(tokens)}")
+        self._number, self._first_token, self._end_sample = state.number, state.first_token, state.end_sample
+        self.token_count, self._between_utterances = state.token_count, state.between_utterances
+        if state.begun:
+            current = self._current
+            current.add(tokens[state.first_token : state.token_count], state.language)
+            current.event_length, current.event_tokens = current.length, len(current.transcript.tokens)
+            current.event_parts = len(current.transcript.parts)
 
     def revisable(self) -> tuple[RevisableEventBuilder, int]:
         """Return a builder that continues with revisable events, and the first token of the current utterance."""
@@ -430,6 +487,25 @@ class RevisableEventBuilder:
         self._tokenizer, self._aggregation, self._rate = tokenizer, aggregation, rate
         self._number, self._end_sample, self._between_utterances = number, end_sample, between_utterances
         self._begin_utterance()
+
+    def state(self, first_token: int, token_count: int, language: str) -> EventState:
+        """Return the progress, for a stream that continues with token `first_token` of `token_count`.
+
+        Its current utterance is not part of it: it is the next `partial`.
+        """
+        state = EventState()
+        state.number, state.end_sample, state.between_utterances = (
+            self._number,
+            self._end_sample,
+            self._between_utterances,
+        )
+        state.first_token, state.token_count, state.language = first_token, token_count, language
+        return state
+
+    @property
+    def begun(self) -> bool:
+        """Whether the current utterance has events."""
+        return self._last is not None
 
     def partial(
         self, tokens: Sequence[Token], stable: int, audio: float, chunk_ms: int, language: str = AUTO

@@ -6,6 +6,7 @@ Every HTTP request and WebSocket passes `AccessMiddleware` before the applicatio
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -91,7 +92,11 @@ class AccessMiddleware:
         number = key_number(request_key(headers), self._keys) if self._keys else None
         if self._keys and number is None and scope["path"] not in _PUBLIC_PATHS:
             return await self._deny(scope, receive, send, _KEY_REQUIRED, address)
-        client = scope["nemostream.client"] = Client(address if number is None else f"key {number}", address)
+        client = scope["nemostream.client"] = (
+            Client(address, address)
+            if number is None
+            else Client(f"key {number}", address, hashlib.sha256(self._keys[number]).hexdigest())
+        )
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
         await self._call_limited(scope, headers, client, receive, send)

@@ -513,8 +513,10 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         self._handling = False  # the handler is processing a message
         self._handled: asyncio.Future[None] | None = None  # done when it is not any more
         self._receiving = False  # the application waits for a message
+        self._lost, self._close_confirmed = asyncio.Event(), False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set()
         self.limits.closed(self.transport)
         self.limits.release_large(self)
         self._waiting.clear()  # the results of these messages cannot be sent
@@ -679,7 +681,16 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         if self._control_allowed():
             super().handle_pong(event)
 
+    async def wait_closed(self) -> bool:
+        """Wait for the end of the connection. Return whether the client has confirmed this server's close frame.
+
+        It has then received all messages.
+        """
+        await self._lost.wait()
+        return self._close_confirmed
+
     def handle_close(self, event: Frame) -> None:
+        self._close_confirmed = bool(self.close_sent)
         self._queue_waiting()
         super().handle_close(event)
 

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, cast
 
 import numpy as np
@@ -27,11 +28,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig
-from nemostream.errors import CapacityError, NemostreamError
+from nemostream.errors import CapacityError, NemostreamError, StreamError
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.chunker import INT16_SCALE, Floats, WorkItem
 from nemostream.runtime.streaming.rows import ROW, Rows
 from nemostream.runtime.streaming.scheduler import Scheduler
+from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import StreamState
 from nemostream.serving.logs import log_to_stderr
 from nemostream.serving.metrics import Metrics, share_metrics
@@ -49,12 +51,15 @@ from nemostream.serving.processes.link import (
     RESULTS,
     RUN,
     RUN_INT16,
+    SAVE,
+    SAVED,
     STREAM,
     FrameReader,
     FrameWriter,
     Results,
     SharedAudio,
     dump_error,
+    dump_parts,
     frame,
     load_fields,
 )
@@ -165,7 +170,7 @@ class TransportLink:
             self._host.fail(error)
             return True
         assert state.slot is not None
-        stream.fields = {}
+        stream.fields, stream.tokens = {}, len(state.hypothesis.tokens)
         self._begin(stream, state)
         return True
 
@@ -250,6 +255,8 @@ class TransportLink:
             return
         if kind == CANCEL:
             return self._cancel(stream)
+        if kind == SAVE:
+            return self._save(stream)
         if kind == LAST:
             stream.ended = True
             if stream.state is not None:
@@ -280,6 +287,23 @@ class TransportLink:
             self._scheduler.enqueue(state, items, last)
         if last or state.outputs:  # done at once, without a step
             self([state])
+
+    def _save(self, stream: _Stream) -> None:
+        """Send the state of a stream when the scheduler has it; none if it cannot be saved."""
+
+        def send(future: Future[dict[str, SavedArrays]]) -> None:
+            state = b"" if future.exception() else dump_parts(future.result())
+            with self._lock:
+                self._send(frame(SAVED, STREAM.pack(stream.number) + state))
+
+        try:
+            if stream.state is None:
+                raise StreamError("the stream has no slot yet.")
+            future = self._scheduler.save(stream.state)
+        except NemostreamError as error:
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(send)
 
     def _cancel(self, stream: _Stream) -> None:
         stream.cancelled = True

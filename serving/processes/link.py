@@ -10,6 +10,7 @@ transport       `ITEMS`      `ITEM` records: work items, and branches, ends and 
 engine          `RESULTS`    `Results`: the outputs of one step
 engine          `ERROR`      stream (uint32), then JSON: name of the class and message
 engine          `CLOSED`     streams (uint32 each) whose slots are released
+engine          `SAVED`      stream (uint32), then the answer to `SAVE`: parts of a snapshot (`dump_parts`) or nothing
 =============== ============ =======================================================================
 
 Audio is in anonymous shared memory, which both processes map: a region for each stream, in which the transport places
@@ -30,6 +31,7 @@ import struct
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -37,13 +39,14 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Manifest
 from nemostream.errors import NemostreamError
+from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import Hypothesis
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.errors import error_of
 
 FRAME = struct.Struct("<II")
-OPEN, ITEMS, RESULTS, ERROR, CLOSED = range(1, 6)
+OPEN, ITEMS, RESULTS, ERROR, CLOSED, SAVED = range(1, 7)
 
 # kind, reset_slot, index of the chunk size, stream, prompt, offset in the region (int16 words), length, end_sample,
 # origin_sample
@@ -56,7 +59,8 @@ ITEM_DTYPE = np.dtype(
 )
 # Kinds of items: chunks of float32 and of int16 audio to run, and others; no items follow `LAST` and `CANCEL`.
 # `BRANCH` opens a stream whose number is `offset`, with the fields of the other; `reset_slot` is its `may_branch`.
-RUN, RUN_INT16, SKIP, END_OF_UTTERANCE, RESET_DECODER, BRANCH, LAST, CANCEL = range(8)
+# `SAVE` requests the state of a stream after the items before it.
+RUN, RUN_INT16, SKIP, END_OF_UTTERANCE, RESET_DECODER, BRANCH, SAVE, LAST, CANCEL = range(9)
 ITEM_KINDS = {"run": RUN, "skip": SKIP, "end_of_utterance": END_OF_UTTERANCE, "reset_decoder": RESET_DECODER}
 ITEM_NAMES: dict[int, Any] = {number: name for name, number in ITEM_KINDS.items()}
 STREAM = struct.Struct("<I")
@@ -144,15 +148,24 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._parts: list[bytes] = []  # of a long frame, after `_rest`: they are joined once, when it is complete
+        self._missing = 0  # bytes of it
 
     def __call__(self, data: bytes) -> list[tuple[int, memoryview]]:
         """Return the complete frames: kind and payload."""
-        data = self._rest + data if self._rest else data
+        if self._missing > len(data):
+            self._parts.append(data)
+            self._missing -= len(data)
+            return []
+        if self._rest:
+            data = b"".join([self._rest, *self._parts, data])
+            self._parts, self._missing = [], 0
         view, at, frames = memoryview(data), 0, []
         while at + FRAME.size <= len(data):
             kind, size = FRAME.unpack_from(data, at)
             end = at + FRAME.size + size
             if end > len(data):
+                self._missing = end - len(data)
                 break
             frames.append((kind, view[at + FRAME.size : end]))
             at = end
@@ -279,22 +292,40 @@ def dump_fields(fields: Mapping[str, Any], manifest: Manifest, tokenizer: Tokeni
     return buffer.getvalue()
 
 
+def dump_parts(parts: Mapping[str, SavedArrays]) -> bytes:
+    """Return parts of a snapshot for the other process."""
+    return pickle.dumps(parts, pickle.HIGHEST_PROTOCOL)
+
+
+def load_parts(data: memoryview) -> dict[str, SavedArrays]:
+    """Return the parts that `dump_parts` was called with. Raises `UnpicklingError` for classes of other modules."""
+    parts: dict[str, SavedArrays] = _Unpickler(data).load()
+    return parts
+
+
 def load_fields(data: bytes | memoryview, manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the fields that `dump_fields` was called with. Raises `UnpicklingError` for classes of other modules."""
     shared = _shared_objects(manifest, tokenizer)
 
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, name: str) -> Any:
-            return shared[name]
-
-        def find_class(self, module: str, name: str) -> Any:
-            if not f"{module}.".startswith(_MODULES):
-                raise pickle.UnpicklingError(f"the fields of a stream have an object of {module}.{name}.")
-            return super().find_class(module, name)
-
-    fields: dict[str, Any] = Unpickler(io.BytesIO(data)).load()
-    fields["phrases"] = Unpickler(io.BytesIO(fields["phrases"])).load()
+    fields: dict[str, Any] = _Unpickler(data, shared).load()
+    fields["phrases"] = _Unpickler(fields["phrases"]).load()
     return fields
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads objects of this package's runtime and of NumPy only; `shared` are those that were replaced by names."""
+
+    def __init__(self, data: bytes | memoryview, shared: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(io.BytesIO(data))
+        self._shared = shared
+
+    def persistent_load(self, name: str) -> Any:
+        return self._shared[name]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not f"{module}.".startswith(_MODULES):
+            raise pickle.UnpicklingError(f"the fields of a stream have an object of {module}.{name}.")
+        return super().find_class(module, name)
 
 
 def _shared_objects(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -15,17 +15,18 @@ import heapq
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.bundle import Manifest
 from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
-from nemostream.runtime.backends.base import Backend
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
 from nemostream.runtime.streaming.scheduler import BRANCH_ITEM, MODEL_CLOSED, STREAM_CLOSED, StreamScheduler
+from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import Hypothesis, Listener, StreamState, copy_of, new_output
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.errors import Draining
@@ -43,6 +44,8 @@ from nemostream.serving.processes.link import (
     RESULTS,
     RUN,
     RUN_INT16,
+    SAVE,
+    SAVED,
     STREAM,
     FrameReader,
     FrameWriter,
@@ -52,6 +55,7 @@ from nemostream.serving.processes.link import (
     dump_fields,
     frame,
     load_error,
+    load_parts,
 )
 
 _READ_BYTES = 1 << 18
@@ -70,6 +74,11 @@ class RemoteStream(StreamState):
     opened: bool = True  # whether the engine knows the number; a branch is opened in the order of its source's items
     sent: deque[WorkItem] = field(default_factory=deque)  # items at the engine, and branches between them
     last_sent: bool = False  # whether `LAST` was sent
+    saves: deque[Future[dict[str, SavedArrays]]] = field(default_factory=deque)  # requested with `SAVE`
+
+    def fail_saves(self, error: NemostreamError) -> None:
+        while self.saves:
+            self.saves.popleft().set_exception(copy_of(error))
 
 
 class _EngineLink:
@@ -100,6 +109,7 @@ class _EngineLink:
         """Remove a stream and return it."""
         stream = self.streams.pop(number)
         stream.slot = None
+        stream.fail_saves(StreamError(STREAM_CLOSED))
         heapq.heappush(self.free, number)
         return stream
 
@@ -168,6 +178,14 @@ class RemoteScheduler(StreamScheduler):
                     stream = link.streams.get(STREAM.unpack_from(payload)[0])
                     if stream is not None and stream.error is None:
                         self._fail(stream, load_error(bytes(payload[STREAM.size :])), changed)
+                elif kind == SAVED:
+                    stream = link.streams.get(STREAM.unpack_from(payload)[0])
+                    if stream is not None and stream.saves:
+                        saved = stream.saves.popleft()
+                        if len(payload) > STREAM.size:
+                            saved.set_result(load_parts(payload[STREAM.size :]))
+                        else:
+                            saved.set_exception(BackendError("the engine could not save the stream."))
                 elif kind == CLOSED:
                     for (number,) in STREAM.iter_unpack(payload):
                         changed[link.release(number)] = None
@@ -256,12 +274,9 @@ class RemoteScheduler(StreamScheduler):
 
         The limits of the server (`Board`) ensure that every stream gets one. A stream with `may_branch` does not wait
         for those that are being closed: it fails with `CapacityError` if no slot is free. Raises `Draining` while there
-        is no engine, `CapacityError` if no region of the link is free, `StreamError` after `close`, and `BackendError`
-        for a stream that is resumed.
+        is no engine, `CapacityError` if no region of the link is free, `StreamError` after `close`.
         """
-        hypothesis: Hypothesis = fields.pop("hypothesis", None) or Hypothesis()
-        if hypothesis.tokens or fields.get("saved_slot") is not None:
-            self._unavailable("resuming a stream")
+        hypothesis: Hypothesis = fields.get("hypothesis") or Hypothesis()
         with self._lock:
             if self._closed is not None:
                 raise copy_of(self._closed)
@@ -309,9 +324,18 @@ class RemoteScheduler(StreamScheduler):
                 stream.ended = True
             self._send_items(cast(RemoteStream, stream), {})
 
-    def call(self, function: Callable[[Backend], Any]) -> NoReturn:
-        """Raise `BackendError`: the backend is in another process."""
-        self._unavailable("saving a stream")
+    def save(self, stream: StreamState) -> Future[dict[str, SavedArrays]]:
+        """Return the parts of a snapshot that belong to the engine. Raises the stream's error if it failed."""
+        assert isinstance(stream, RemoteStream)
+        future: Future[dict[str, SavedArrays]] = Future()
+        with self._lock:
+            stream.raise_error()
+            if stream.slot is None:
+                raise StreamError(STREAM_CLOSED)
+            stream.saves.append(future)
+            stream.link.items += ITEM.pack(SAVE, 0, 0, stream.slot, 0, 0, 0, 0, 0)
+            self._schedule_flush()
+        return future
 
     def cancel(self, stream: StreamState) -> None:
         """Drop a stream in any state. Does nothing if it is done."""
@@ -431,6 +455,7 @@ class RemoteScheduler(StreamScheduler):
         """Fail a stream and its branches that have not begun. Adds all to `changed`."""
         if stream.error is None:
             stream.error = error
+        stream.fail_saves(error)
         changed[stream] = None
         branches, stream.branches, stream.source = stream.branches or (), None, None
         stream.items.clear()
@@ -439,11 +464,6 @@ class RemoteScheduler(StreamScheduler):
                 self._cancel(cast(RemoteStream, branch), copy_of(error), changed)
         if stream.progress is not None:
             stream.progress.notify_all()
-
-    # -- without the lock ----------------------------------------------------------------------------------------------
-
-    def _unavailable(self, action: str) -> NoReturn:
-        raise BackendError(f"{action} is not available in a transport process; load the model in this process.")
 
 
 def _is_done(stream: StreamState) -> bool:

@@ -356,6 +356,8 @@ async def supervise(settings: Settings, ready: Ready, text: bool = False) -> Non
             reserved.append(grpc)
             ports["grpc_port"] = grpc.getsockname()[1]
         share_metrics(folder, "supervisor")
+        if settings.state_store == "memory":  # a stream may be resumed over another transport process
+            settings = settings.model_copy(update={"state_store": f"{folder}/states"})
         await Supervisor(settings, ports, ready, text, folder).run()
     finally:
         for one in reserved:

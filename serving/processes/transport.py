@@ -155,6 +155,7 @@ class TransportService(Service):
         Blocks. Raises `BundleError` and `OptionError`.
         """
         settings = self.settings
+        self.open_states()
         bundle = open_bundle(settings)
         self._check_manifest(bundle.manifest)
         self.chunks = available_chunks(bundle.manifest, settings)
@@ -197,8 +198,12 @@ class TransportService(Service):
             self.state = "starting"
 
     async def drain(self) -> None:
-        """Reject new streams, and wait for open ones of all transports for at most `drain_seconds`."""
+        """Reject new streams, hand over resumable ones, and wait for the others for at most `drain_seconds`.
+
+        The others are those of all transports.
+        """
         self.state = "draining"
+        await self.hand_over()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
                 while self.sessions or self._row.board.sessions:

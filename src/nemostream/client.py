@@ -274,6 +274,7 @@ class AsyncStream:
         self._news = asyncio.Event()  # there are events, or the stream has ended
         self._token = ""  # of a resumable stream
         self._sequence = 0  # of the last event received
+        self._results = 0  # events received that are not partials or backchannels
         self._receipt_due = False  # whether `received` is to be sent
         self._stored_at = 0.0  # when the server last reported what is stored
         self._finals: list[str] = []
@@ -489,7 +490,9 @@ class AsyncStream:
 
     async def _attempt(self, server: str) -> _Connection:
         """Connect to a server. Raises `_Refused`, or `Rejected` or `StreamLost` if no server will accept the stream."""
-        query = {"resume": self._token, "received": self._sequence} if self._token else self._query
+        query = self._query
+        if self._token:
+            query = {"resume": self._token, "received": self._sequence, "results": self._results}
         url = self._urls[server]
         tls: dict[str, Any] = {"ssl": self._ssl} if self._ssl is not None and url.startswith("wss:") else {}
         try:
@@ -650,6 +653,7 @@ class AsyncStream:
             if sequence > self._sequence + 1:
                 raise self._lost(f"{connection.server} skipped the events {self._sequence + 1} to {sequence - 1}.")
             self._sequence = sequence
+            self._results += message["type"] not in ("partial", "backchannel")
         connection.progress = True
         if self._lost_at is not None:
             self.gaps.append(connection.heard_at - self._lost_at)

@@ -19,7 +19,16 @@ from nemostream.errors import AudioError, BackendError, CapacityError, Nemostrea
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.serving import errors, service
 from nemostream.serving.client import Client, shorten
-from nemostream.serving.errors import Draining, Expired, status_of
+from nemostream.serving.errors import (
+    Draining,
+    Expired,
+    StateConflict,
+    StateError,
+    StateNotFound,
+    StateStoreError,
+    StateSuperseded,
+    status_of,
+)
 from nemostream.serving.metrics import Metrics
 from nemostream.serving.settings import Settings
 from nemostream.serving.uploads.admission import UploadAdmission
@@ -966,6 +975,11 @@ STATUSES = {
     OptionError: ("option", 400, "invalid_request_error", "INVALID_ARGUMENT", 1008, None, None),
     AudioError: ("audio", 400, "invalid_request_error", "INVALID_ARGUMENT", 1007, None, None),
     Expired: ("expired", 408, "invalid_request_error", "DEADLINE_EXCEEDED", 1008, None, "session_expired"),
+    StateStoreError: ("state", 503, "server_error", "UNAVAILABLE", 1013, 5, None),
+    StateConflict: ("state", 409, "invalid_request_error", "OUT_OF_RANGE", 1008, None, None),
+    StateSuperseded: ("state", 409, "invalid_request_error", "ABORTED", 1008, None, None),
+    StateNotFound: ("state", 404, "invalid_request_error", "NOT_FOUND", 1008, None, None),
+    StateError: ("state", 404, "invalid_request_error", "NOT_FOUND", 1008, None, None),
     BackendError: ("model", 500, "server_error", "INTERNAL", 1011, None, None),
     NemostreamError: ("model", 500, "server_error", "INTERNAL", 1011, None, None),
 }

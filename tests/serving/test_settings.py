@@ -34,6 +34,8 @@ BOUNDS: dict[str, tuple[Any, Any, Any, Any]] = {
     "grpc_port": (-1, -2, 65535, 65536),
     "endpoint_ms": (80, 79, 60_000, 60_001),
     "drain_seconds": (0, -0.001, None, None),
+    "state_seconds": (0.001, 0, None, None),
+    "state_retention": (0.001, 0, None, None),
 }
 
 

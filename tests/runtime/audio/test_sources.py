@@ -76,8 +76,50 @@ def test_resampling_does_not_depend_on_the_pushes(rate, sizes):
     preprocessor = AudioPreprocessor(rate, 1, 16000)
     streamed = process(preprocessor, *pushes)
     whole = np.concatenate(pushes)
-    assert np.array_equal(streamed, soxr.resample(whole, rate, 16000, quality="HQ"))
+    oracle = soxr.resample(whole, rate, 16000, quality="HQ")
+    assert len(streamed) == len(oracle) and np.abs(streamed - oracle).max(initial=0) < 5e-7
+    assert np.array_equal(streamed, process(AudioPreprocessor(rate, 1, 16000), whole))
     assert preprocessor.seconds == len(whole) / rate
+
+
+@given(
+    rate=st.sampled_from([8000, 11025, 22050, 44100, 44101, 48000]),
+    sizes=st.lists(st.integers(0, 90_000), min_size=1, max_size=12),
+    flushes=st.sets(st.integers(0, 11), max_size=2),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_saved_state_continues_with_the_same_samples(rate, sizes, flushes):
+    """Saved before each push, also while two segments of the resampler overlap, and before its first output."""
+    noise = np.concatenate([NOISE, NOISE, NOISE])
+    whole, saved = AudioPreprocessor(rate, 1, 16000), AudioPreprocessor(rate, 1, 16000)
+    at = 0
+    for number, size in enumerate(sizes):
+        state, saved = saved.save(), AudioPreprocessor(rate, 1, 16000)
+        saved.load({name: array.copy() for name, array in state.items()})
+        found, expected = (
+            [*one.push(noise[at : at + size]), *([one.flush()] if number in flushes else [])] for one in (saved, whole)
+        )
+        assert np.array_equal(np.concatenate([NOISE[:0], *found]), np.concatenate([NOISE[:0], *expected]))
+        assert saved.seconds == whole.seconds
+        at += size
+    assert np.array_equal(saved.finish(), whole.finish())
+
+
+@pytest.mark.parametrize(
+    ("rate", "counts", "history"),
+    [
+        (8000, [5, 0, 11], 5),
+        (8000, [40_000, 7, 0], 30_000),
+        (8000, [40_000, 30_000, 80_000], 100),
+        (8000, [5], 5),
+        (16000, [5], 5),
+        (16000, [5, 0, 5], 0),
+        (8000, [-1, 0, 0], 0),
+    ],
+)
+def test_invalid_states_are_rejected(rate, counts, history):
+    with pytest.raises(ValueError):
+        AudioPreprocessor(rate, 1, 16000).load({"counts": np.array(counts), "history": NOISE[:history]})
 
 
 def test_large_push_is_resampled_like_many_small_ones():

@@ -29,6 +29,7 @@ import nemostream
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, CapacityError, StreamError
 from nemostream.runtime.model import Model
+from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
 from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.text.endpointing import Endpoint
@@ -752,18 +753,72 @@ def test_items_for_an_engine_that_does_not_read_are_kept(engine: Engine, monkeyp
         assert tokens == fake.expected(audio, BUNDLE.manifest.decoder.vocabulary)[0]
 
 
-def test_snapshots_need_the_model_in_the_same_process(engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"final_chunk_ms": 1120}, {"endpoint": Endpoint(400, decoder="reset")}])
+def test_a_stream_that_is_saved_continues_at_another_engine(heldout: Any, options: dict[str, Any]) -> None:
+    """The tokens and scores of finals are those of one process without an interruption."""
+    pause = (np.random.default_rng(0).standard_normal(20_000) * 1e-3).astype(np.float32)
+    speech = np.concatenate([part for audio in heldout[:2] for part in (audio, pause)])
+    options = {"chunk_ms": 80, "endpoint": Endpoint(), **options}
+    with nemostream.load(BUNDLE.path) as local:
+        expected = finals_of([*local.listen(speech, **options)])
+
+    async def main() -> list[Any]:
+        events, saved = [], 0
+        with transport(engines[0]) as one, transport(engines[1]) as two:
+            model, stream = one, one.astream(**options)
+            for number, at in enumerate(range(0, len(speech), 5000)):
+                events += await stream.push_events(speech[at : at + 5000])
+                if number % 4 == 0 and (complete := stream.save()) is not None:
+                    snapshot, saved = await asyncio.to_thread(complete), saved + 1
+                    stream.close()
+                    model = two if model is one else one
+                    stream = AsyncLiveStream(model.open_session(16000, 1, snapshot=snapshot, **options))
+            assert saved > 5
+            return events + await stream.finish_events()
+
+    engines = [Engine(model=nemostream.load(BUNDLE.path)) for _ in range(2)]
+    try:
+        assert finals_of(asyncio.run(main())) == expected
+    finally:
+        for engine in engines:
+            engine.close()
+    assert len(expected) >= 4
+
+
+def finals_of(events: list[Any]) -> list[Any]:
+    kept = [event for event in events if event.kind in ("final", "end")]
+    return [(event.kind, event.utterance, event.text, event.tokens, event.end, event.reason) for event in kept]
+
+
+def test_saving_a_stream_that_ends_fails(engine: Engine) -> None:
     async def main() -> None:
         with transport(engine) as model:
-            with pytest.raises(BackendError, match="saving a stream is not available in a transport process"):
-                model._scheduler.call(lambda backend: None)
-            with pytest.raises(BackendError, match="resuming a stream is not available"):
-                model._scheduler.open(None, saved_slot={})
+            stream = model.astream(chunk_ms=80)
+            await stream.push(np.ones(3000, np.int16))
+            complete = stream.save()
+            assert complete is not None
+            stream.close()
+            with pytest.raises(StreamError):
+                await asyncio.to_thread(complete)
+            other = model.astream(chunk_ms=80)
+            await other.push(np.ones(3000, np.int16))
+            with mock.patch.object(engine.backend, "save", side_effect=ZeroDivisionError):
+                complete = other.save()
+                assert complete is not None
+                with pytest.raises(BackendError, match="the engine could not save the stream"):
+                    await asyncio.to_thread(complete)
+            complete = other.save()
+            assert complete is not None and (await asyncio.to_thread(complete)).parts["slot"]
+            engine.crash()
+            with pytest.raises(BackendError):
+                other.save()
+                await until(lambda: model._scheduler._link is None)
+                other.save()
 
     asyncio.run(main())
 
 
 def test_no_public_method_needs_the_backend_of_this_process() -> None:
-    feed = {"set_feed", "enqueue_rows", "wake"}  # for the engine process
+    feed = {"set_feed", "enqueue_rows", "wake", "call"}  # for the engine process, and for tests
     public = {name for name in vars(Scheduler) if not name.startswith("_")} - feed
     assert public and public <= set(vars(remote.RemoteScheduler))

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import copy
+import hashlib
 import itertools
+import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
 import soundfile
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+from websockets.sync.client import connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -141,7 +156,9 @@ def test_note_about_the_demo_model(page: Any) -> None:
 
 def test_layout_on_a_phone(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert all(box["height"] >= 40 for box in map(lambda b: b.bounding_box(), page.query_selector_all("button, .file")))
+    assert all(
+        box["height"] >= 40 for box in map(lambda b: b.bounding_box(), page.query_selector_all("button:visible, .file"))
+    )
 
 
 def test_one_language_has_no_selector(page: Any) -> None:
@@ -190,8 +207,6 @@ def test_language_selector(browser: Any, languages_server: Any, spoken: Any) -> 
 
 
 def test_message_when_all_streams_are_in_use(page: Any, server: Any) -> None:
-    import json
-
     def full(route: Any) -> None:
         body = json.loads(server.get("/readyz")[1]) | {"streams": 64}
         route.fulfill(body=json.dumps(body), content_type="application/json")
@@ -201,3 +216,573 @@ def test_message_when_all_streams_are_in_use(page: Any, server: Any) -> None:
     page.click("#mic")
     page.wait_for_selector("#status.bad", timeout=10_000)
     assert "in use" in page.inner_text("#status")
+
+
+# -- resumption: a scripted server that loses connections --------------------------------------------------------------
+
+BLOCK = 9001  # bytes of which the scripted server makes a word: its states are inside of messages and of samples
+WORDS = 4  # of an utterance
+STORED = 3  # blocks between two states
+RATE = 16000
+
+
+def word_of(block: bytes) -> str:
+    return base64.b32encode(hashlib.sha256(block).digest())[:6].decode()
+
+
+def captions_of(audio: bytes) -> list[str]:
+    """Return the finals of a stream of which no connection was lost."""
+    words = [word_of(audio[start : start + BLOCK]) for start in range(0, len(audio), BLOCK)]
+    return [" ".join(words[start : start + WORDS]) for start in range(0, len(words), WORDS)]
+
+
+@dataclass
+class Stream:
+    """What the scripted server has of a stream; the state that it stores is a copy."""
+
+    audio: bytes = b""
+    controls: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (bytes before it, message)
+    blocks: int = 0
+    words: list[str] = field(default_factory=list)  # of the open utterance
+    events: list[dict[str, Any]] = field(default_factory=list)  # number n has the sequence n + 1
+    finished: bool = False
+
+    def position(self) -> dict[str, int]:
+        return {"bytes": len(self.audio), "controls": len(self.controls), "sequence": len(self.events)}
+
+    def stored(self) -> Stream:
+        """Return the state at the end of the newest block, or of the stream."""
+        state = copy.deepcopy(self)
+        if not self.finished:
+            state.audio = self.audio[: self.blocks * BLOCK]
+            state.controls = [control for control in self.controls if control[0] <= len(state.audio)]
+        return state
+
+    def next_block(self) -> bool:
+        """Make a word of the next complete block. Return whether there is one."""
+        block = self.audio[self.blocks * BLOCK : (self.blocks + 1) * BLOCK]
+        if len(block) < BLOCK:
+            return False
+        self.blocks += 1
+        self._add(word_of(block))
+        return True
+
+    def finish(self) -> None:
+        if rest := self.audio[self.blocks * BLOCK :]:
+            self._add(word_of(rest))
+        if self.words:
+            self._event("final")
+        self.finished = True
+        self.events.append({"type": "done", "text": "", "audio": len(self.audio) / (2 * RATE)})
+
+    def _add(self, word: str) -> None:
+        self.words.append(word)
+        self._event("partial")
+        if len(self.words) == WORDS:
+            self._event("final")
+            self.words = []
+
+    def _event(self, kind: str) -> None:
+        text = " ".join(self.words)
+        stable = text if kind == "final" else " ".join(self.words[:-1])
+        seconds = len(self.audio) / (2 * RATE)
+        self.events.append({"type": kind, "text": text, "stable": stable, "language": None, "audio": seconds})
+
+
+class Proxy:
+    """A TCP proxy of a local port, which loses connections. While `down`, new ones are aborted."""
+
+    def __init__(self, target: int = 0) -> None:
+        self.target, self.url, self.down = target, "", False
+        self._connections: list[_Forwarded] = []
+
+    def freeze(self) -> None:
+        """Forward nothing more on the open connections, and close nothing."""
+        for connection in self._connections:
+            connection.frozen = True
+
+    def abort(self) -> None:
+        """Close all open connections without a close frame."""
+        self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        for connection in self._connections:
+            for writer in connection.writers:
+                writer.transport.abort()
+        self._connections.clear()
+
+    async def run(self, started: threading.Event, stopped: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        async with await asyncio.start_server(self._accept, "127.0.0.1", 0) as server:
+            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            started.set()
+            await asyncio.to_thread(stopped.wait)
+            self._abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.down:
+            return writer.transport.abort()
+        target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        connection = _Forwarded((writer, target_writer))
+        self._connections.append(connection)
+        await asyncio.gather(connection.forward(reader, target_writer), connection.forward(target_reader, writer))
+
+
+@dataclass
+class _Forwarded:
+    writers: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
+    frozen: bool = False
+
+    async def forward(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(1 << 16):
+                if not self.frozen:
+                    target.write(data)
+                    await target.drain()
+        if not self.frozen:
+            target.close()
+
+
+class ScriptedServer:
+    """The page, and one stream with version 1 of resumption behind a proxy.
+
+    `cuts` are (bytes, way): after how many bytes of the stream a connection is lost, and how: "abort" and "freeze" are
+    methods of the proxy; "moved", "model", "1011" and "1000" are what a server may send. `ready` are the fields of
+    /readyz, `refuse` is the status of a handshake, 0 if it is accepted.
+    """
+
+    def __init__(self) -> None:
+        self.proxy = Proxy()
+        self.state = Stream()
+        self.cuts: list[tuple[int, str]] = []
+        self.resumption: dict[str, Any] | None = {"version": 1, "token": "t" * 22, "seconds": 300.0}
+        self.ready = {"status": "ready", "streams": 1, "max_streams": 4, "model": "scripted", "chunks_ms": [80, 560]}
+        self.ready |= {"chunk_ms": 560, "final_chunk_ms": None, "languages": ["en"], "language": "en"}
+        self.refuse = 0
+        self.blocked = False  # whether `done` is delayed
+        self.stores = True  # whether states can be stored
+        self.queries: list[dict[str, str]] = []
+        self.received: list[int] = []
+        self._epoch = 0  # of the newest connection
+
+    # -- HTTP
+
+    def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
+        path = urlsplit(request.path).path
+        if path == "/v1/stream":
+            if not self.refuse:
+                return None
+            self.queries.append(dict(parse_qsl(urlsplit(request.path).query)))
+            return connection.respond(HTTPStatus(self.refuse), "{}")
+        if path == "/":
+            page = resources.files("nemostream.serving.protocols") / "page.html"
+            response = connection.respond(HTTPStatus.OK, page.read_text(encoding="utf-8"))
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "text/html; charset=utf-8"
+            return response
+        status = HTTPStatus.OK if self.ready["status"] == "ready" else HTTPStatus.SERVICE_UNAVAILABLE
+        return connection.respond(status, json.dumps(self.ready))
+
+    # -- the stream
+
+    async def _serve(self, socket: ServerConnection) -> None:
+        with suppress(ConnectionClosed):
+            await self._run(socket)
+
+    async def _run(self, socket: ServerConnection) -> None:
+        assert socket.request is not None
+        query = dict(parse_qsl(urlsplit(socket.request.path).query))
+        self.queries.append(query)
+        self._epoch += 1
+        epoch = self._epoch
+        if "resume" not in query:
+            self.state = Stream()
+        stream, sent = copy.deepcopy(self.state), 0
+        position = stream.position()
+        resumption = self.resumption and self.resumption | position
+        await socket.send(json.dumps({"type": "ready", "resumption": resumption}))
+
+        async def send_events() -> None:
+            """Send events, the known ones too, which clients ignore."""
+            nonlocal sent
+            while sent < len(stream.events) and not (self.blocked and stream.events[sent]["type"] == "done"):
+                sent += 1
+                await socket.send(json.dumps(stream.events[sent - 1] | {"sequence": sent}))
+
+        async def store() -> None:
+            if self.resumption and self.stores and epoch == self._epoch:
+                self.state = stream.stored()
+                await socket.send(json.dumps({"type": "stored"} | self.state.position()))
+
+        await send_events()
+        while not stream.finished:
+            message = await socket.recv()
+            if isinstance(message, bytes):
+                stream.audio += message
+                while stream.next_block():
+                    await send_events()
+                    if stream.blocks % STORED == 0:
+                        await store()
+            else:
+                control = json.loads(message)
+                if control["type"] == "received":
+                    self.received.append(control["sequence"])
+                    continue
+                stream.controls.append((len(stream.audio), control))
+                if control["type"] == "finish":
+                    stream.finish()
+                    await send_events()
+                    await store()
+            if self.cuts and len(stream.audio) > self.cuts[0][0]:
+                await self._lose(socket, self.cuts.pop(0)[1])
+        while self.blocked:
+            await asyncio.sleep(0.01)
+        await send_events()
+        self.state = stream
+
+    async def _lose(self, socket: ServerConnection, way: str) -> None:
+        if way in ("abort", "freeze"):
+            getattr(self.proxy, way)()
+        elif way == "moved":
+            await socket.send(json.dumps({"type": "moved", "message": "the server is stopping."}))
+            await socket.close(1012)
+        elif way == "model":
+            await socket.send(json.dumps({"type": "error", "code": "model", "message": "the engine failed."}))
+            await socket.close(1011)
+        else:
+            await socket.close(int(way))
+
+    async def run(self, started: threading.Event, stopped: threading.Event) -> None:
+        options: dict[str, Any] = {"ping_interval": None, "close_timeout": 0.1, "process_request": self._respond}
+        async with serve(self._serve, "127.0.0.1", 0, subprotocols=["nemostream"], **options) as server:
+            self.proxy.target = next(iter(server.sockets)).getsockname()[1]
+            await self.proxy.run(started, stopped)
+
+
+@contextmanager
+def on_thread(run: Any) -> Iterator[None]:
+    started, stopped = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(run(started, stopped)), daemon=True)
+    thread.start()
+    assert started.wait(10)
+    yield
+    stopped.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    server = ScriptedServer()
+    with on_thread(server.run):
+        yield server
+
+
+RECORD = """() => {
+    window.recorded = [];  // audio, and controls as text, in the order in which the page has them
+    window.states = [];
+    const { push, control, change } = ResumableStream.prototype;
+    ResumableStream.prototype.push = function (pcm) {
+        window.stream = this;
+        const kept = push.call(this, pcm);
+        recorded.push(kept ? btoa(String.fromCharCode(...new Uint8Array(pcm))) : null);
+        return kept;
+    };
+    ResumableStream.prototype.control = function (message) {
+        recorded.push(message);
+        control.call(this, message);
+    };
+    ResumableStream.prototype.change = function (state, reason) {
+        states.push(state);
+        change.call(this, state, reason);
+    };
+    // Noise in messages of 20 ms, eight times as fast as a microphone.
+    window.speak = async (seconds) => {
+        call ??= open(16000, () => { call = null; });
+        for (let n = 0; n < 50 * seconds && call; n++) {
+            call.audio(Float32Array.from({ length: 320 }, () => Math.random() - 0.5));
+            if (n % 4 === 0) await new Promise((resolve) => setTimeout(resolve, 10));
+        }
+    };
+}"""
+
+
+@pytest.fixture
+def live(browser: Any, scripted: ScriptedServer) -> Iterator[Any]:
+    """The page of the scripted server."""
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    page = context.new_page()
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(scripted.proxy.url)
+    page.wait_for_selector("#chunks input")
+    page.evaluate(RECORD)
+    yield page
+    assert page.errors == []
+    context.close()
+
+
+def recorded(page: Any) -> tuple[bytes, list[tuple[int, dict[str, Any]]]]:
+    """Return the audio of the page, and its controls with their places."""
+    audio, controls = b"", []
+    for message in page.evaluate("recorded"):
+        if isinstance(message, str):
+            audio += base64.b64decode(message)
+        elif message is not None:
+            controls.append((len(audio), message))
+    return audio, controls
+
+
+def captions(page: Any) -> list[str]:
+    return page.eval_on_selector_all("#captions p", "all => all.map((one) => one.innerText)")
+
+
+def finish(page: Any) -> None:
+    page.evaluate("call.finish()")
+    page.wait_for_selector("#status:has-text('done')", timeout=20_000)
+
+
+def check(page: Any, server: ScriptedServer) -> None:
+    """Check that the server has everything that the page recorded, once, and the page has every caption once."""
+    audio, controls = recorded(page)
+    assert server.state.finished and server.state.audio == audio and server.state.controls == controls
+    assert captions(page) == captions_of(audio) and len(audio) > 10 * BLOCK
+    assert page.is_hidden("#connection") and not page.query_selector("#captions .live")
+
+
+@pytest.mark.parametrize("way", ["abort", "freeze", "moved", "model", "1011", "1000"])
+def test_no_audio_is_lost_or_repeated(live: Any, scripted: ScriptedServer, way: str) -> None:
+    scripted.cuts = [(BLOCK // 2, way), (5 * BLOCK + 7, way), (6 * BLOCK - 8, way)]
+    live.evaluate("ResumableStream.silenceMs = 1000")
+    live.evaluate("speak(2)")
+    for chunk_ms in (80, 560):  # controls in between
+        live.check(f"#chunks input[value='{chunk_ms}']", force=True)
+        live.evaluate("speak(2)")
+    live.evaluate("async () => { while (states.filter((one) => one === 'open').length < 4) await speak(0.1); }")
+    live.evaluate("speak(2)")
+    live.wait_for_function("() => stream.bufferedBytes < 40000")  # `stored` was received
+    finish(live)
+    check(live, scripted)
+    first, *resumes = scripted.queries
+    assert first["resumable"] == "1" and "resume" not in first and len(resumes) == 3
+    assert all(query.keys() == {"resume", "received", "results"} and query["resume"] == "t" * 22 for query in resumes)
+    assert scripted.received and scripted.received == sorted(scripted.received)
+
+
+def test_microphone_with_lost_connections(live: Any, scripted: ScriptedServer) -> None:
+    scripted.cuts = [(7 * BLOCK, "abort"), (20 * BLOCK + 1, "moved")]
+    live.click("#mic")
+    live.wait_for_function("() => states.filter((state) => state === 'open').length === 3", timeout=20_000)
+    live.wait_for_function("() => document.querySelectorAll('#captions p').length > 8", timeout=20_000)
+    live.click("#mic")
+    live.wait_for_selector("#status:text-is('done')")
+    check(live, scripted)
+    assert live.get_attribute("#mic", "aria-pressed") == "false"
+
+
+def test_recording_continues_while_the_server_is_unreachable(live: Any, scripted: ScriptedServer) -> None:
+    live.evaluate("speak(3)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.context.set_offline(True)
+    live.wait_for_selector("#connection:visible")
+    live.evaluate("speak(3)")
+    assert "reconnecting" in live.inner_text("[role=status]") and live.is_disabled("#file")
+    assert re.fullmatch(r"0:\d\d", live.inner_text("[role=timer]"))
+    live.wait_for_selector("#status:has-text('the server is unreachable')")
+    live.wait_for_function("() => /Recording continues: 0:0[3-6] of at most 2:00/.test(document.body.innerText)")
+    assert live.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert live.query_selector("#abandon").bounding_box()["height"] >= 40
+    live.evaluate("ResumableStream.maxDelayMs = 1e6")  # so that only the event `online` leads to an attempt
+    live.wait_for_function("() => stream.state === 'waiting' && stream.failures > 2")
+    live.evaluate("() => { clearTimeout(stream.timer); stream.loss = null; }")
+    scripted.proxy.down = False
+    live.context.set_offline(False)
+    live.wait_for_selector("#connection", state="hidden")
+    assert live.inner_text("#status") == "listening" and live.is_enabled("#file")
+    live.evaluate("speak(1)")
+    finish(live)
+    check(live, scripted)
+
+
+def test_a_visible_page_reconnects_at_once(live: Any, scripted: ScriptedServer) -> None:
+    live.evaluate("ResumableStream.maxDelayMs = 0")
+    live.evaluate("speak(3)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.wait_for_function("() => stream.state === 'waiting' && stream.failures > 1")
+    live.evaluate("() => { stream.resume = () => {}; }")
+    live.wait_for_function("() => stream.state === 'waiting'")
+    scripted.proxy.down = False
+    live.evaluate("() => { delete stream.resume; document.dispatchEvent(new Event('visibilitychange')); }")
+    finish(live)
+    check(live, scripted)
+
+
+def test_finish_while_the_connection_is_lost(live: Any, scripted: ScriptedServer) -> None:
+    live.evaluate("speak(3)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.wait_for_selector("#connection:visible")
+    live.evaluate("call.finish()")
+    live.wait_for_selector("#kept:has-text('The recording has ended')")
+    scripted.proxy.down = False
+    live.wait_for_selector("#status:text-is('done')", timeout=20_000)
+    check(live, scripted)
+
+
+def test_the_connection_is_lost_before_done(live: Any, scripted: ScriptedServer) -> None:
+    """The server has stored `finish`; it sends the remaining events after the resume."""
+    scripted.blocked = True
+    live.evaluate("speak(4)")
+    live.evaluate("call.finish()")
+    live.wait_for_function("() => stream.queue.length === 0")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.wait_for_selector("#connection:visible")
+    scripted.blocked = scripted.proxy.down = False
+    live.wait_for_selector("#status:text-is('done')", timeout=20_000)
+    check(live, scripted)
+
+
+@pytest.mark.parametrize("state", [{"status": "draining"}, {"streams": 4}])
+def test_a_server_that_accepts_no_streams_is_tried_again(
+    live: Any, scripted: ScriptedServer, state: dict[str, Any]
+) -> None:
+    before = scripted.ready
+    live.evaluate("ResumableStream.maxDelayMs = 100")
+    live.evaluate("speak(3)")
+    scripted.ready, scripted.refuse = before | state, 503
+    scripted.proxy.abort()
+    live.wait_for_function("() => stream.failures > ResumableStream.maxRefusals + 1")
+    reason = "the server is draining" if "status" in state else "all streams are in use"
+    live.wait_for_selector(f"#status:has-text('{reason}')")
+    scripted.ready, scripted.refuse = before, 0
+    live.wait_for_selector("#connection", state="hidden")
+    finish(live)
+    check(live, scripted)
+
+
+def test_a_refused_resume_ends_the_stream(live: Any, scripted: ScriptedServer) -> None:
+    live.evaluate("speak(4)")
+    live.wait_for_selector("#captions .live")
+    scripted.refuse = 404
+    scripted.proxy.abort()
+    live.wait_for_selector("#status:has-text('the server rejects the resumption')", timeout=20_000)
+    assert "the transcript so far is kept" in live.inner_text("#status")
+    assert live.is_hidden("#connection") and live.is_enabled("#file") and live.evaluate("call === null")
+    assert len(scripted.queries) == 4  # a refusal is confirmed twice
+    kept = captions(live)
+    words = " ".join(kept).split()
+    assert words == " ".join(captions_of(recorded(live)[0])).split()[: len(words)]
+    assert not live.query_selector("#captions .live")
+    scripted.refuse, first = 0, len(scripted.queries)
+    live.evaluate("recorded.length = 0")
+    live.evaluate("speak(4)")  # a new stream, after the captions of the old one
+    finish(live)
+    assert "resume" not in scripted.queries[first]
+    assert captions(live) == [*kept, *captions_of(recorded(live)[0])]
+
+
+def test_a_stream_ends_when_its_state_has_expired(live: Any, scripted: ScriptedServer) -> None:
+    scripted.resumption |= {"seconds": 0.5}
+    live.evaluate("speak(3)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.wait_for_selector("#status:has-text('no connection for 0.5 s')", timeout=20_000)
+    assert live.is_hidden("#connection") and captions(live)
+
+
+def test_a_stream_is_given_up(live: Any, scripted: ScriptedServer) -> None:
+    live.evaluate("speak(3)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.click("#abandon")
+    assert live.inner_text("#status") == "stopped; the end of the transcript is missing"
+    assert live.is_hidden("#connection") and live.evaluate("call === null") and captions(live)
+
+
+def test_the_buffer_is_bounded(live: Any, scripted: ScriptedServer) -> None:
+    """What does not fit is discarded, and the user is informed; the rest is transcribed."""
+    live.evaluate("ResumableStream.bufferSeconds = 4")
+    live.evaluate("speak(2)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.wait_for_selector("#connection:visible")
+    live.evaluate("speak(6)")
+    live.wait_for_selector("#connection.full:has-text('new audio is discarded')")
+    assert live.evaluate("stream.bufferedBytes <= stream.capacity")
+    discarded = live.evaluate("recorded.filter((one) => one === null).length") * 0.02
+    assert 2 <= discarded < 5
+    scripted.proxy.down = False
+    live.wait_for_selector(f"#status:text-is('listening; {int(np.ceil(discarded))} s of audio were discarded')")
+    live.evaluate("speak(2)")
+    finish(live)
+    check(live, scripted)
+
+
+def test_the_server_cannot_store(live: Any, scripted: ScriptedServer) -> None:
+    """A connection is not limited by the buffer; only a resume from an old position is impossible."""
+    live.evaluate("ResumableStream.bufferSeconds = 2")
+    scripted.stores = False
+    live.evaluate("speak(5)")
+    audio = recorded(live)[0]
+    live.wait_for_function(f"() => document.querySelectorAll('#captions p').length >= {len(audio) // BLOCK // WORDS}")
+    assert live.evaluate("stream.droppedBytes") == 0 and live.evaluate("stream.bufferedBytes <= stream.capacity")
+    scripted.proxy.abort()
+    live.wait_for_selector("#status:has-text('the stream cannot be resumed')", timeout=20_000)
+    assert [text for text in captions(live) if len(text.split()) == WORDS] == captions_of(audio)[:-1]
+
+
+def test_a_server_without_resumption(live: Any, scripted: ScriptedServer) -> None:
+    scripted.resumption = None
+    live.evaluate("speak(4)")
+    assert live.evaluate("stream.queue.length") == 0  # nothing is kept
+    live.evaluate("ResumableStream.silenceMs = 0")  # no `stored` is sent, so silence has no meaning
+    live.evaluate("stream.tick()")
+    live.evaluate("speak(1)")
+    finish(live)
+    audio = recorded(live)[0]
+    assert scripted.state.audio == audio and captions(live) == captions_of(audio)
+    live.evaluate("ResumableStream.silenceMs = 15000")
+    live.evaluate("speak(3)")
+    scripted.proxy.down = True
+    scripted.proxy.abort()
+    live.wait_for_selector("#status:text-is('the server is unreachable')")
+    assert live.is_hidden("#connection") and live.evaluate("call === null")
+
+
+def test_cuts_do_not_change_the_transcript(browser: Any, server: Any, spoken: Any, tmp_path: Path) -> None:
+    """With the real server. The same audio is sent again, on a connection that is not lost."""
+    with connect(f"{server.socket}/v1/stream?resumable=1") as socket:
+        if "resumption" not in json.loads(socket.recv()):
+            pytest.skip("the server has no resumption")
+    silence = np.zeros(16000, np.int16)
+    clips = [part for clip in spoken[:4] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
+    soundfile.write(tmp_path / "voice.wav", np.concatenate(clips), 16000)
+    proxy, urls = Proxy(server.http), []
+    with on_thread(proxy.run):
+        page = browser.new_context().new_page()
+        page.on("websocket", lambda socket: urls.append(socket.url))
+        page.goto(proxy.url)
+        page.wait_for_selector("#chunks input")
+        page.evaluate(RECORD)
+        page.evaluate("ResumableStream.silenceMs = 6000")
+        page.set_input_files("#file", tmp_path / "voice.wav")
+        page.wait_for_selector("#captions p.live", timeout=20_000)
+        proxy.abort()
+        page.wait_for_function("() => document.querySelectorAll('#captions p').length > 1", timeout=20_000)
+        proxy.freeze()
+        page.wait_for_selector("#status:text-is('done')", timeout=60_000)
+        audio, texts = recorded(page)[0], captions(page)
+        opened = page.evaluate("states.filter((state) => state === 'open').length")
+        page.context.close()
+    assert opened == 3 and "resumable=1" in urls[0] and "resume=" in urls[1]
+    with connect(
+        urls[0].replace(proxy.url.replace("http", "ws"), server.socket).replace("resumable=1", "resumable=0")
+    ) as socket:
+        for start in range(0, len(audio), 3200):
+            socket.send(audio[start : start + 3200])
+        socket.send(json.dumps({"type": "finish"}))
+        events = [json.loads(event) for event in socket]
+    assert texts == [event["text"] for event in events if event["type"] == "final"] and len(texts) >= 4

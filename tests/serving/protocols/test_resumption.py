@@ -1,0 +1,372 @@
+"""Resumable streams: connections are lost at random moments, and no event is lost, repeated or changed.
+
+The oracle is a stream without interruption on the same server. `Talker` is a client written from docs/websocket.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+RESULTS = ("final", "end", "committed", "done")
+
+
+class Talker:
+    """A client that keeps what the server has not stored. `actions` are audio (bytes) and controls (dict), in order."""
+
+    def __init__(self, actions: list[Any], seed: int | None = None, **options: Any) -> None:
+        self.options, self.random = options, random.Random(seed)
+        self.items: list[Any] = []  # messages: bytes or dict
+        for action in actions:
+            if isinstance(action, dict):
+                self.items.append(action)
+                continue
+            while action:
+                size = self.random.choice([1, 317, 2560, 5000]) if seed is not None else 2560
+                self.items.append(action[:size])
+                action = action[size:]
+        self.token: str | None = None
+        self.stored = (0, 0)
+        self.events: list[dict[str, Any]] = []
+        self.ready: list[dict[str, Any]] = []
+        self.other: list[dict[str, Any]] = []  # moved, rejected, error
+        self.resumed = 0
+
+    @property
+    def received(self) -> int:
+        return self.events[-1]["sequence"] if self.events else 0
+
+    def query(self) -> str:
+        if self.token is None:
+            return urlencode({"resumable": 1, **self.options})
+        results = sum(event["type"] in RESULTS for event in self.events)
+        return urlencode({"resume": self.token, "received": self.received, "results": results})
+
+    async def talk(self, server: str, cut_after: int | None = None, pause: float = 0.0, **headers: str) -> bool:
+        """Send until `done`, or cut the connection after so many messages. Return whether the stream is done."""
+        async with connect(f"{server}/v1/stream?{self.query()}", additional_headers=headers) as socket:
+            ready = json.loads(await socket.recv())
+            self.ready.append(ready)
+            assert ready["type"] == "ready"
+            resumption = ready["resumption"]
+            assert resumption["version"] == 1 and self.token in (None, resumption["token"])
+            self.resumed += self.token is not None
+            self.token = resumption["token"]
+            self.stored = resumption["bytes"], resumption["controls"]
+            receiver = asyncio.create_task(self._receive(socket))
+            with suppress(ConnectionClosed):
+                for count, item in enumerate(self._rest()):
+                    if count == cut_after:
+                        break
+                    await socket.send(json.dumps(item) if isinstance(item, dict) else item)
+                    await asyncio.sleep(pause if not isinstance(item, dict) else 0)
+                else:
+                    cut_after = None
+            if cut_after is not None:
+                await asyncio.sleep(pause * self.random.random() * 4)
+                socket.transport.abort()
+            await receiver
+        return bool(self.events) and self.events[-1]["type"] == "done"
+
+    def _rest(self) -> list[Any]:
+        """Return the messages after the stored position; the first may be a part of one."""
+        skip_bytes, skip_controls = self.stored
+        rest = []
+        for item in self.items:
+            if isinstance(item, dict):
+                if skip_controls:
+                    skip_controls -= 1
+                else:
+                    rest.append(item)
+            elif skip_bytes >= len(item):
+                skip_bytes -= len(item)
+            else:
+                rest.append(item[skip_bytes:])
+                skip_bytes = 0
+        assert (skip_bytes, skip_controls) == (0, 0)
+        return rest
+
+    async def _receive(self, socket: ClientConnection) -> None:
+        with suppress(ConnectionClosed):
+            async for text in socket:
+                message = json.loads(text)
+                if message["type"] == "stored":
+                    with suppress(ConnectionClosed):  # messages that have arrived are read nevertheless
+                        await socket.send(json.dumps({"type": "received", "sequence": self.received}))
+                elif message["type"] in ("rejected", "moved", "error"):
+                    self.other.append(message)
+                else:
+                    assert message["sequence"] > self.received, (message, self.events[-1])
+                    self.events.append(message)
+
+    def checked(self) -> list[dict[str, Any]]:
+        """Return the events without what depends on the time of the connection."""
+        return [{name: value for name, value in event.items() if name != "audio"} for event in self.events]
+
+
+def finals(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ignored = ("sequence", "words_from")
+    return [
+        {name: value for name, value in event.items() if name not in ignored}
+        for event in events
+        if event["type"] in RESULTS
+    ]
+
+
+def pcm(samples: np.ndarray) -> bytes:
+    return (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+@pytest.fixture(scope="module")
+def speech(heldout: Any) -> np.ndarray:
+    pause = (np.random.default_rng(0).standard_normal(16_000) * 1e-3).astype(np.float32)
+    return np.concatenate([part for audio in heldout[:3] for part in (audio, pause)])
+
+
+@pytest.fixture(scope="module")
+def resuming(serve_here: Any) -> Any:
+    """A server that stores the state of a stream after every few messages."""
+    with serve_here(state_seconds=0.05, max_streams=8, measure=False, idle_seconds=2) as server:
+        yield server
+
+
+async def rest_of(socket: ClientConnection) -> list[dict[str, Any]]:
+    """Return all messages until the connection is closed."""
+    messages = []
+    with suppress(ConnectionClosed):
+        async for text in socket:
+            messages.append(json.loads(text))
+    return messages
+
+
+async def uninterrupted(server: str, actions: list[Any], **options: Any) -> Talker:
+    talker = Talker(actions, **options)
+    assert await talker.talk(server), talker.other
+    assert [event["sequence"] for event in talker.events] == list(range(1, len(talker.events) + 1))
+    return talker
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_ms": 80, "words": 1},
+        {"chunk_ms": 160, "endpoint_ms": 300, "decoder": "reset", "phrases": '["voicemail"]'},
+        {"chunk_ms": 560, "sample_rate": 8000, "encoding": "mulaw"},
+        {"chunk_ms": 80, "final_chunk_ms": 560},
+        {"chunk_ms": 80, "vad": 1},
+    ],
+)
+def test_no_event_is_lost_or_repeated(resuming: Any, speech: np.ndarray, options: dict[str, Any]) -> None:
+    """Cut at random moments, also while states are being stored and events are being sent."""
+    audio = pcm(speech)
+    if options.get("encoding") == "mulaw":
+        audio = bytes(np.random.default_rng(0).integers(0, 256, len(speech) // 2, np.uint8))  # noise has words too
+        audio = audio[:40_000]
+    third = len(audio) // 3
+    configure = {"type": "configure", "chunk_ms": 160}
+    actions = [audio[:third], {"type": "commit"}, audio[third : 2 * third], configure, audio[2 * third :]]
+    actions.append({"type": "finish"})
+
+    async def main() -> None:
+        expected = await uninterrupted(resuming.socket, actions, **options)
+        for seed in range(3):
+            talker = Talker(actions, seed, **options)
+            done, cuts = False, 0
+            while not done:
+                cuts += 1
+                cut = None if cuts > 12 else talker.random.choice([0, 1, 3, 8, 20])
+                done = await talker.talk(resuming.socket, cut, pause=talker.random.choice([0, 0.002, 0.01]))
+            assert cuts > 2 and not talker.other
+            if "final_chunk_ms" in options:
+                assert finals(talker.checked()) == finals(expected.checked())
+            else:
+                assert talker.checked() == expected.checked()
+
+    asyncio.run(main())
+    assert resuming.metric("nemostream_state_errors_total") == 0
+
+
+@pytest.mark.parametrize("encoding", ["PCM_16", "FLOAT", "ULAW"])
+def test_a_wav_file_is_resumed(resuming: Any, speech: np.ndarray, encoding: str, tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "speech.wav", speech, 16_000, encoding)
+    actions = [(tmp_path / "speech.wav").read_bytes(), {"type": "finish"}]
+
+    async def main() -> None:
+        expected = await uninterrupted(resuming.socket, actions, chunk_ms=80)
+        talker, done, cuts = Talker(actions, 1, chunk_ms=80), False, 0
+        while not done:
+            cuts += 1
+            done = await talker.talk(resuming.socket, [1, 3, 9, 30, 50, 90, None][min(cuts, 7) - 1], pause=0.005)
+        assert talker.checked() == expected.checked() and talker.resumed >= 3
+        assert len(expected.events) > 20
+
+    asyncio.run(main())
+
+
+def test_a_second_connection_takes_over(resuming: Any, speech: np.ndarray) -> None:
+    """The first one is still open, as after a network that drops packets silently."""
+    actions = [pcm(speech), {"type": "finish"}]
+
+    async def main() -> None:
+        expected = await uninterrupted(resuming.socket, actions, chunk_ms=80)
+        talker = Talker(actions, chunk_ms=80)
+        async with connect(f"{resuming.socket}/v1/stream?{talker.query()}") as old:
+            talker.token = json.loads(await old.recv())["resumption"]["token"]
+            for item in talker.items[:20]:
+                await old.send(item)
+            await asyncio.sleep(0.3)
+            assert await talker.talk(resuming.socket)
+            received = await rest_of(old)
+            assert old.close_code == 1012 and received[-1]["type"] == "moved"
+        assert talker.checked() == expected.checked()
+
+    asyncio.run(main())
+
+
+def test_a_silent_client_can_resume(resuming: Any, speech: np.ndarray) -> None:
+    actions = [pcm(speech), {"type": "finish"}]
+
+    async def main() -> None:
+        expected = await uninterrupted(resuming.socket, actions, chunk_ms=80)
+        talker = Talker(actions, chunk_ms=80)
+        async with connect(f"{resuming.socket}/v1/stream?{talker.query()}") as old:
+            talker.token = json.loads(await old.recv())["resumption"]["token"]
+            for item in talker.items[:50]:
+                await old.send(item)
+            received = await rest_of(old)
+            assert received[-1]["code"] == "expired"
+            talker.events += [message for message in received if "sequence" in message][:3]
+        assert await talker.talk(resuming.socket)
+        assert talker.ready[0]["resumption"]["bytes"] == sum(map(len, talker.items[:50]))
+        assert talker.checked() == expected.checked()
+
+    asyncio.run(main())
+
+
+def test_the_state_is_deleted_at_the_end(resuming: Any, speech: np.ndarray) -> None:
+    async def main() -> None:
+        talker = await uninterrupted(resuming.socket, [pcm(speech[:8000]), {"type": "finish"}])
+        await asyncio.sleep(0.2)
+        with pytest.raises(InvalidStatus) as refused:
+            await talker.talk(resuming.socket)
+        assert refused.value.response.status_code == 404
+        error = json.loads(refused.value.response.body)["error"]
+        assert error["code"] == "state" and "open a new stream" in error["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "word"),
+    [
+        ("resume=short&received=0&results=0", 400, "resume has an invalid value"),
+        ("resume=0123456789abcdef0123&received=-1&results=0", 400, "received has an invalid value"),
+        ("resume=0123456789abcdef0123&received=0", 400, "resume needs the option results"),
+        ("resume=0123456789abcdef0123&received=0&results=0&words=1", 400, "no option besides resume 'words'"),
+        ("resume=0123456789abcdef0123&received=0&results=0", 404, "cannot be resumed"),
+        ("resumable=2", 400, "resumable has an invalid value"),
+    ],
+)
+def test_invalid_requests_are_rejected(resuming: Any, query: str, status: int, word: str) -> None:
+    async def main() -> None:
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(f"{resuming.socket}/v1/stream?{query}")
+        assert refused.value.response.status_code == status
+        assert word in json.loads(refused.value.response.body)["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_events_that_are_not_kept_are_a_conflict(resuming: Any, speech: np.ndarray) -> None:
+    """A client that confirms events, and then claims not to have them."""
+
+    async def main() -> None:
+        talker = Talker([pcm(speech), {"type": "finish"}], chunk_ms=80)
+        assert not await talker.talk(resuming.socket, 120, pause=0.005)
+        await asyncio.sleep(0.2)
+        talker.events.clear()
+        with pytest.raises(InvalidStatus) as refused:
+            await talker.talk(resuming.socket)
+        assert refused.value.response.status_code == 409
+        assert json.loads(refused.value.response.body)["error"]["code"] == "state"
+
+    asyncio.run(main())
+
+
+def test_an_invalid_message_ends_the_stream_for_good(resuming: Any, speech: np.ndarray) -> None:
+    async def main() -> None:
+        talker = Talker([pcm(speech[:8000]), {"type": "what"}])
+        assert not await talker.talk(resuming.socket)
+        assert [message["code"] for message in talker.other] == ["option"]
+        with pytest.raises(InvalidStatus, match="404"):
+            await talker.talk(resuming.socket)
+
+    asyncio.run(main())
+
+
+def test_without_a_store_streams_are_not_resumable(serve_here: Any, speech: np.ndarray) -> None:
+    async def main(server: str) -> None:
+        async with connect(f"{server}/v1/stream?resumable=1") as socket:
+            assert json.loads(await socket.recv())["resumption"] is None
+            await socket.send(pcm(speech[:30_000]))
+            await socket.send('{"type": "finish"}')
+            messages = [json.loads(text) async for text in socket]
+            assert messages[-1]["type"] == "done" and "sequence" not in messages[-1]
+        async with connect(f"{server}/v1/stream") as socket:
+            assert "resumption" not in json.loads(await socket.recv())
+        with pytest.raises(InvalidStatus, match="404"):
+            await connect(f"{server}/v1/stream?resume=0123456789abcdef0123&received=0&results=0")
+
+    with serve_here(state_store="none", measure=False) as server:
+        asyncio.run(main(server.socket))
+
+
+@pytest.mark.parametrize("store", ["folder", "transports"])
+def test_another_server_continues(serve_process: Any, speech: np.ndarray, tmp_path: Path, store: str) -> None:
+    """On SIGTERM the streams move; after SIGKILL they continue from the last state. With API keys and encryption."""
+    (tmp_path / "key").write_text("00" * 32)
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    arguments = ["--state-store", f"{tmp_path}/states", "--state-key-file", f"{tmp_path}/key", "--no-measure"]
+    arguments += ["--api-keys-file", f"{tmp_path}/keys", "--state-seconds", "0.3"]
+    if store == "transports":
+        arguments += ["--transports", "2"]
+    actions = [pcm(speech), {"type": "finish"}]
+
+    async def main() -> None:
+        headers = {"x-api-key": "one"}
+        with serve_process(*arguments) as one, serve_process(*arguments) as two:
+            expected = Talker(actions, chunk_ms=80)
+            assert await expected.talk(two.socket, **headers)
+            talkers = [Talker(actions, chunk_ms=80) for _ in range(3)]
+            talking = [asyncio.create_task(talker.talk(one.socket, pause=0.03, **headers)) for talker in talkers]
+            await asyncio.sleep(1.5)
+            one.process.terminate()
+            assert await asyncio.gather(*talking) == [False] * 3
+            assert all(talker.other[-1]["type"] == "moved" for talker in talkers)
+            one.process.wait(30)
+            with pytest.raises(InvalidStatus, match="404"):  # the state belongs to the other key
+                await talkers[0].talk(two.socket, **{"x-api-key": "two"})
+            talking = [asyncio.create_task(talker.talk(two.socket, pause=0.03, **headers)) for talker in talkers]
+            await asyncio.sleep(1.0)
+            two.process.kill()
+            assert await asyncio.gather(*talking) == [False] * 3
+            with serve_process(*arguments) as three:
+                for talker in talkers:
+                    assert await talker.talk(three.socket, **headers)
+                    assert talker.checked() == expected.checked()
+                    assert talker.ready[1]["resumption"]["bytes"] > 0
+                    assert talker.ready[2]["resumption"]["bytes"] > talker.ready[1]["resumption"]["bytes"]
+        assert not [*(tmp_path / "states").rglob("*.state")]
+
+    asyncio.run(main())
