@@ -3,17 +3,19 @@
     pipeline = Pipeline([transport.input(), vad, NemostreamSTTService(), context.user(), llm, tts, transport.output()])
 
 Pushes an `InterimTranscriptionFrame` while words are spoken and a `TranscriptionFrame` when an utterance ends: after a
-silence, or at once when the pipeline's VAD detects that the user stopped speaking. Needs `pip install pipecat-ai`.
+silence, or at once when the pipeline's VAD detects that the user stopped speaking. After a lost connection the stream
+continues (docs/client.md). Needs `pip install pipecat-ai` and the extra `client`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlencode
 
 from pipecat.frames.frames import (
+    CancelFrame,
+    EndFrame,
     Frame,
     InterimTranscriptionFrame,
     StartFrame,
@@ -22,21 +24,22 @@ from pipecat.frames.frames import (
 )
 from pipecat.processors.frame_processor import FrameDirection
 from pipecat.services.settings import STTSettings
-from pipecat.services.stt_service import WebsocketSTTService
+from pipecat.services.stt_service import STTService
 from pipecat.transcriptions.language import Language
 from pipecat.utils.time import time_now_iso8601
-from websockets.asyncio.client import connect
-from websockets.protocol import State
+
+from nemostream.client import AsyncStream
+from nemostream.errors import NemostreamError
 
 _LANGUAGES = {language.value: language for language in Language}
 
 
-class NemostreamSTTService(WebsocketSTTService):
+class NemostreamSTTService(STTService):
     """Streams the pipeline's audio to `nemostream serve`."""
 
     def __init__(
         self,
-        url: str = "ws://127.0.0.1:8000",
+        servers: str | Iterable[str] = "http://127.0.0.1:8000",
         *,
         chunk_ms: int = 160,
         final_chunk_ms: int | None = None,  # larger: accurate finals, of the same latency; None: the server's default
@@ -44,69 +47,65 @@ class NemostreamSTTService(WebsocketSTTService):
         api_key: str | None = None,
         **options: Any,
     ) -> None:
-        # The server ends a stream that sends nothing for 30 s, as a pipeline may while the bot speaks.
-        options.setdefault("keepalive_timeout", 10)
         options.setdefault("settings", STTSettings(model="nemostream", language=language))
         super().__init__(**options)
-        self._url, self._api_key = url, api_key
-        self._query = {"chunk_ms": chunk_ms} | ({"language": language} if language else {})
-        if final_chunk_ms is not None:
-            self._query["final_chunk_ms"] = final_chunk_ms
+        self._servers, self._api_key = servers, api_key
+        self._query = {"chunk_ms": chunk_ms, "final_chunk_ms": final_chunk_ms, "language": language}
+        self._stream: AsyncStream | None = None
 
     async def start(self, frame: StartFrame) -> None:
         await super().start(frame)
-        await self._connect()
+        stream = AsyncStream(self._servers, api_key=self._api_key, sample_rate=self.sample_rate, **self._query)
+        try:
+            await stream.open()
+        except NemostreamError as error:
+            return await self._report(error)
+        self._stream = stream
+        self._receiver = self.create_task(self._receive(stream))
+        await self._call_event_handler("on_connected")
+
+    async def stop(self, frame: EndFrame) -> None:
+        await super().stop(frame)
+        await self._close()
+
+    async def cancel(self, frame: CancelFrame) -> None:
+        await super().cancel(frame)
+        await self._close()
 
     async def run_stt(self, audio: bytes) -> AsyncGenerator[Frame | None, None]:
-        if self._is_keepalive_ready():
-            await self.send_with_retry(audio, self._report_error)
+        if self._stream is not None:
+            with suppress(NemostreamError):  # reported by `_receive`
+                await self._stream.send(audio)
         yield None
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         await super().process_frame(frame, direction)
-        if isinstance(frame, VADUserStoppedSpeakingFrame) and self._is_keepalive_ready():
+        if isinstance(frame, VADUserStoppedSpeakingFrame) and self._stream is not None:
             self.request_finalize()
-            await self._websocket.send(json.dumps({"type": "commit"}))
+            with suppress(NemostreamError):
+                await self._stream.commit()
 
-    async def _send_keepalive(self, silence: bytes) -> None:
-        await self._websocket.send(json.dumps({"type": "keepalive"}))
-
-    async def _connect(self) -> None:
-        await self._connect_websocket()
-        await super()._connect()
-        self._receiver = self.create_task(self._receive_task_handler(self._report_error))
-
-    async def _disconnect(self) -> None:
-        await super()._disconnect()
-        if receiver := getattr(self, "_receiver", None):
-            self._receiver = None
-            await self.cancel_task(receiver)
-        await self._disconnect_websocket()
-
-    async def _connect_websocket(self) -> None:
-        if self._websocket is not None and self._websocket.state is State.OPEN:
-            return
-        query = urlencode({"sample_rate": self.sample_rate, **self._query})
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else None
-        self._websocket = await connect(f"{self._url}/v1/stream?{query}", additional_headers=headers)
-        await self._call_event_handler("on_connected")
-
-    async def _disconnect_websocket(self) -> None:
-        if self._websocket is not None:
-            await self._websocket.close()
-            self._websocket = None
+    async def _close(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            await self.cancel_task(self._receiver)
+            await stream.close()
             await self._call_event_handler("on_disconnected")
 
-    async def _receive_messages(self) -> None:
-        async for message in self._websocket:
-            event = json.loads(message)
-            if event["type"] in ("partial", "final"):
-                final = event["type"] == "final"
-                kind = TranscriptionFrame if final else InterimTranscriptionFrame
-                if final:
-                    self.confirm_finalize()
-                language = event["language"] or ""
-                known = _LANGUAGES.get(language) or _LANGUAGES.get(language.partition("-")[0])
-                await self.push_frame(kind(event["text"], "", time_now_iso8601(), known, result=event))
-            elif event["type"] == "error":
-                await self.push_error(event["message"])
+    async def _receive(self, stream: AsyncStream) -> None:
+        try:
+            async for event in stream:
+                if event.type in ("partial", "final"):
+                    final = event.type == "final"
+                    kind = TranscriptionFrame if final else InterimTranscriptionFrame
+                    if final:
+                        self.confirm_finalize()
+                    language = event.language or ""
+                    known = _LANGUAGES.get(language) or _LANGUAGES.get(language.partition("-")[0])
+                    await self.push_frame(kind(event.text, "", time_now_iso8601(), known, result=event))
+        except NemostreamError as error:
+            await self._report(error)
+
+    async def _report(self, error: NemostreamError) -> None:
+        await self._call_event_handler("on_connection_error", str(error))
+        await self.push_error(str(error), exception=error)

@@ -85,7 +85,7 @@ class CapacityError(NemostreamError, RuntimeError):
 
 
 class StreamError(NemostreamError, RuntimeError):
-    """A stream was used after its end, or its state became unusable. Exit code 9."""
+    """A stream was used after its end, its state became unusable, or its connection was lost. Exit code 9."""
 
     exit_code = 9
 

@@ -28,9 +28,8 @@ def load(name: str) -> Any:
 
 
 def test_the_voice_agent_example(server: Any, spoken: Any) -> None:
-    url = f"{server.socket}/v1/stream"
     completed = subprocess.run(
-        [sys.executable, EXAMPLES / "voice_agent.py", url], input=spoken[0].pcm, capture_output=True, check=True
+        [sys.executable, EXAMPLES / "voice_agent.py", server.url], input=spoken[0].pcm, capture_output=True, check=True
     )
     assert completed.stdout.decode().split() == spoken[0].text.split()
     code = (EXAMPLES / "voice_agent.py").read_text().split('"""')[2]
@@ -94,7 +93,7 @@ def test_pipecat(server: Any, spoken: Any, final_chunk_ms: int | None) -> None:
             await self.push_frame(frame, direction)
 
     async def main() -> None:
-        stt = load("pipecat_stt").NemostreamSTTService(server.socket, chunk_ms=560, final_chunk_ms=final_chunk_ms)
+        stt = load("pipecat_stt").NemostreamSTTService(server.url, chunk_ms=560, final_chunk_ms=final_chunk_ms)
         task = PipelineTask(
             Pipeline([stt, FrameRecorder()]), params=PipelineParams(audio_in_sample_rate=16000), idle_timeout_secs=None
         )
