@@ -761,9 +761,13 @@ def test_the_server_of_the_stream_is_tried_first_and_then_the_others() -> None:
     run(main())
 
 
-def test_a_stream_moves_to_the_next_server() -> None:
+@pytest.mark.parametrize("script", [closing(1012, MOVED), freeze])
+def test_a_stream_moves_to_the_next_server(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_PING_SECONDS", 0.05)
+    monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.2)
+
     async def main() -> None:
-        async with running(closing(1012, MOVED), count=3) as (cluster, urls), AsyncStream(urls) as stream:
+        async with running(script, count=3) as (cluster, urls), AsyncStream(urls) as stream:
             await stream.finish()
             assert [event.type async for event in stream] == ["done"]
             assert [number for number, _ in cluster.requests] == [0, 1]

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 _PATH = "/v1/stream"
 _RESUMPTION_VERSION = 1
-_CONNECT_SECONDS = 5.0  # for the handshake, and for `ready` after it
+_CONNECT_SECONDS = 10.0  # for the handshake, and for `ready` after it
 _CLOSE_SECONDS = 1.0  # for the closing handshake
 _PING_SECONDS, _SILENCE_SECONDS = 3.0, 9.0  # a connection on which nothing is received for the latter is lost
 _KEEPALIVE_SECONDS = 10.0  # without a message of the client; the server ends a stream after 30 s
@@ -183,7 +183,7 @@ class _Connection:
     opened_at: float
     heard_at: float  # when something was received last
     reason: str = ""  # why it ends, as far as known
-    moved: bool = False  # the server is stopping
+    leave: bool = False  # the server is stopping or does not answer: other servers are tried first
     progress: bool = False  # whether it has delivered a new event
 
 
@@ -452,7 +452,7 @@ class AsyncStream:
         if self._setbacks:
             await asyncio.sleep(_backoff(self._setbacks))
         names = list(self._urls)
-        index = names.index(lost.server) + lost.moved
+        index = names.index(lost.server) + lost.leave
         connection = await self._connect(names[index:] + names[:index], retry=True)
         self.reconnects += 1
         return connection
@@ -641,7 +641,7 @@ class AsyncStream:
         elif kind == "rejected":
             self._deliver(Event("rejected", reason=str(message["message"])))
         elif kind == "moved":
-            connection.moved = True
+            connection.leave = True
             connection.reason = f"{connection.server}: {str(message.get('message')).rstrip('.')}"
         elif kind == "error":
             self._handle_error(connection, message)
@@ -722,6 +722,7 @@ class AsyncStream:
             except ConnectionClosed:
                 return
             await asyncio.sleep(max(0.0, now + _PING_SECONDS - clock()))
+        connection.leave = True
         connection.reason = f"{connection.server} has not answered for {_SILENCE_SECONDS:g} s"
         connection.socket.transport.abort()
 
