@@ -507,10 +507,7 @@ class AsyncStream:
                 **tls,
             )
         except InvalidStatus as error:
-            refusal = self._refusal(server, error.response)
-            if refusal is None:
-                return await self._attempt(server)
-            raise refusal from error
+            raise self._refusal(server, error.response) from error
         except (OSError, EOFError, UnicodeError, WebSocketException) as error:
             raise _Refused(_describe(error)) from error
         now = asyncio.get_running_loop().time()
@@ -527,8 +524,8 @@ class AsyncStream:
             raise
         return connection
 
-    def _refusal(self, server: str, response: Response) -> Exception | None:
-        """Return the error for an HTTP response. None: try again, without the option that an old server lacks."""
+    def _refusal(self, server: str, response: Response) -> Exception:
+        """Return the error for an HTTP response: `_Refused`, or `StreamLost` or `Rejected` if it is final."""
         status, code, message = response.status_code, None, ""
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             error = json.loads(response.body or b"")["error"]
@@ -542,8 +539,6 @@ class AsyncStream:
             if code == "state" and status in (403, 409):
                 return self._lost(f"{server} does not resume the stream: {reason}.")
             return _Refused(reason, None)
-        if status == 400 and "'resumable'" in message and self._query.pop("resumable", None):
-            return None
         return Rejected(f"{server} rejected the stream: {reason}.")
 
     def _begin(self, connection: _Connection, message: str | bytes) -> None:

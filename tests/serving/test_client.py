@@ -244,14 +244,6 @@ def test_a_lost_stream_leaves_its_text(
 # -- resumption --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def resumption(server: Any) -> None:
-    """Skip a test if the server does not store streams."""
-    with Stream(server.url) as stream:
-        if not stream.resumable:
-            pytest.skip("this server does not store streams")
-
-
 class Proxy:
     """Forwards TCP connections to a server, and cuts them."""
 
@@ -291,7 +283,7 @@ class Proxy:
 
 
 @pytest.mark.parametrize("options", [{"chunk_ms": 160}, {"chunk_ms": 80, "final_chunk_ms": 1120, "words": True}])
-def test_cut_connections_change_no_event(server: Any, spoken: Any, resumption: None, options: Any) -> None:
+def test_cut_connections_change_no_event(server: Any, spoken: Any, options: Any) -> None:
     pcm = speech(spoken)
     expected = transcribed(server.url, pcm, **options)
     assert sum(event.type == "final" for event in expected) >= 4
@@ -330,7 +322,6 @@ def two_servers(serve_process: Callable[..., Any], store: Path) -> Iterator[list
 def test_another_server_continues_the_stream(
     serve_process: Callable[..., Any],
     spoken: Any,
-    resumption: None,
     tmp_path: Path,
     number: signal.Signals,
     monkeypatch: pytest.MonkeyPatch,
@@ -342,6 +333,7 @@ def test_another_server_continues_the_stream(
         expected = transcribed(servers[1].url, pcm, chunk_ms=160)
         with Stream([one.url for one in servers], chunk_ms=160) as stream:
             half = len(pcm) // 4 * 2
+            assert stream.resumable
             stream.send(pcm[:half])
             events = [next(stream)]
             while events[-1].type != "final":
@@ -359,7 +351,7 @@ def test_another_server_continues_the_stream(
     assert comparable(events, {}) == comparable(expected, {})
 
 
-def test_servers_without_a_shared_store(serve_process: Callable[..., Any], spoken: Any, resumption: None) -> None:
+def test_servers_without_a_shared_store(serve_process: Callable[..., Any], spoken: Any) -> None:
     with serve_process("--no-measure") as first, serve_process("--no-measure") as second:
         with Stream([first.url, second.url], max_reconnect_seconds=1) as stream:
             stream.send(spoken[0].pcm)
@@ -372,7 +364,7 @@ def test_servers_without_a_shared_store(serve_process: Callable[..., Any], spoke
 
 
 def test_the_command_line_continues_on_another_server(
-    serve_process: Callable[..., Any], spoken: Any, resumption: None, run: Run, tmp_path: Path, no_model: None
+    serve_process: Callable[..., Any], spoken: Any, run: Run, tmp_path: Path, no_model: None
 ) -> None:
     with two_servers(serve_process, tmp_path / "states") as servers:
         watching = threading.Thread(target=kill_after, args=(servers[0], spoken[0].seconds / 2))
