@@ -727,16 +727,16 @@ def test_a_frozen_server_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     """The send buffers are full, so that not even a ping can be sent."""
     monkeypatch.setattr(client, "_PING_SECONDS", 0.05)
     monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(Received, "events", lambda self: [])
+    monkeypatch.setitem(globals(), "EVENT_BYTES", 1 << 30)
 
     async def main() -> None:
-        async with running(freeze, serve_all_unstored) as (cluster, urls):
-            async with AsyncStream(urls, max_buffered_seconds=600) as stream:
-                await stream.send(bytes(8 << 20))
-                await stream.finish()
-                while cluster.sessions[-1].received.controls != [(8 << 20, FINISH)]:
-                    await asyncio.sleep(0.05)
-                assert stream.reconnects == 1
+        scripts = freeze, serve_all_unstored
+        async with running(*scripts) as (cluster, urls), AsyncStream(urls, max_buffered_seconds=600) as stream:
+            await stream.send(bytes(8 << 20))
+            await stream.finish()
+            assert [event.type async for event in stream] == ["done"]
+            assert cluster.sessions[0].received == Received() and stream.reconnects == 1
+            assert cluster.sessions[1].received == Received(bytes(8 << 20), [(8 << 20, FINISH)])
 
     run(main())
 
@@ -965,7 +965,6 @@ def test_everything_is_received_once(plan: tuple[list[bytes | dict[str, Any]], l
 
 def test_send_waits_until_audio_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MESSAGE_BYTES", 1000)
-    monkeypatch.setattr(Received, "events", lambda self: [])
     proceed = asyncio.Event()
 
     async def script(session: Session) -> None:
