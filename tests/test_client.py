@@ -139,12 +139,16 @@ async def serve_all(session: Session) -> None:
     await session.serve()
 
 
+async def serve_all_unstored(session: Session) -> None:
+    await session.serve(store=False)
+
+
 class Cluster:
     """Servers that share a store. Each connection is served by the next of `scripts`, or to its end if none is left."""
 
-    def __init__(self, *scripts: Script, resumption: bool | None = True) -> None:
+    def __init__(self, *scripts: Script, resumption: bool = True) -> None:
         self.scripts = deque(scripts)
-        self.resumption = resumption  # None: the option is unknown; False: no state is kept
+        self.resumption = resumption  # whether states are kept
         self.store: dict[str, Received] = {}
         self.requests: list[tuple[int, dict[str, str]]] = []  # number of the server, and query
         self.headers: list[Any] = []
@@ -162,14 +166,12 @@ class Cluster:
             self.requests.append((number, query))
             self.headers.append(request.headers)
             step = script or (self.scripts.popleft() if self.scripts else serve_all)
-            if self.resumption is None and "resumable" in query:
-                step = Refusal(400, "option")
-            elif "resume" in query and query["resume"] not in self.store and not isinstance(step, Refusal):
+            if "resume" in query and query["resume"] not in self.store and not isinstance(step, Refusal):
                 step = Refusal(404)
             if not isinstance(step, Refusal):
                 socket.step, socket.query = step, query  # type: ignore[attr-defined]
                 return None
-            error = {"message": f"no option 'resumable'; refused with {step.status}.", "code": step.code}
+            error = {"message": f"refused with {step.status}.", "code": step.code}
             response = socket.respond(HTTPStatus(step.status), json.dumps({"error": error}))
             for name, value in step.headers.items():
                 response.headers[name] = value
@@ -181,11 +183,11 @@ class Cluster:
             session = Session(self, socket, token, int(socket.query.get("received", 0)))
             self.sessions.append(session)
             ready: dict[str, Any] = {"type": "ready", "stream": token}
-            if self.resumption and ("resumable" in socket.query or "resume" in socket.query):
+            if self.resumption:
                 state = session.received
                 position = {"bytes": len(state.audio), "controls": len(state.controls), "sequence": len(state.events())}
                 ready["resumption"] = {"version": 1, "token": token, "seconds": 300.0, **position}
-            elif self.resumption is False:
+            else:
                 ready["resumption"] = None
             try:
                 await session.send(**ready)
@@ -541,12 +543,10 @@ def test_invalid_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 200])
 def test_a_rejected_stream_is_not_tried_elsewhere(status: int) -> None:
     async def main() -> None:
-        async with running(*[Refusal(status, "option")] * 2, count=2) as (cluster, urls):
-            with pytest.raises(
-                Rejected, match=rf"HTTP {status}, no option 'resumable'; refused with {status}\.$|HTTP 200"
-            ):
+        async with running(Refusal(status, "option"), count=2) as (cluster, urls):
+            with pytest.raises(Rejected, match=rf"HTTP {status}, refused with {status}\.$|HTTP 200"):
                 await AsyncStream(urls).open()
-            assert len(cluster.requests) == 1 + (status == 400)  # once more without the option `resumable`
+            assert len(cluster.requests) == 1
 
     run(main())
 
@@ -570,8 +570,7 @@ def test_no_server_accepts_the_stream() -> None:
             with pytest.raises(Unavailable) as caught:
                 await AsyncStream([urls[0], closed]).open()
         assert str(caught.value) == (
-            f"no server accepted the stream: {urls[0]}: HTTP 429, no option 'resumable'; refused with 429; "
-            f"{closed}: Connection refused."
+            f"no server accepted the stream: {urls[0]}: HTTP 429, refused with 429; {closed}: Connection refused."
         )
         assert caught.value.text == "" and caught.value.exit_code == StreamError.exit_code
 
@@ -627,23 +626,19 @@ def test_a_stream_is_opened_once() -> None:
 # -- servers without resumption ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resumption", [False, None])
-def test_a_server_without_resumption(resumption: bool | None) -> None:
+def test_a_server_without_resumption() -> None:
     async def cut(session: Session) -> None:
         await session.receive()
         session.socket.transport.abort()
 
-    async def serve_plain(session: Session) -> None:
-        await session.serve(store=False)
-
     async def main() -> None:
-        async with running(serve_plain, serve_plain, resumption=resumption) as (cluster, urls):
+        async with running(serve_all_unstored, resumption=False) as (cluster, urls):
             async with AsyncStream(urls, max_buffered_seconds=0.1) as stream:
                 assert not stream.resumable
                 await stream.send(audio(200_000))  # more than the buffer
                 await stream.finish()
                 assert [event async for event in stream][-1].text == "200000 bytes"
-            cluster.scripts = deque([cut, cut])
+            cluster.scripts = deque([cut])
             async with AsyncStream(urls) as stream:
                 await stream.send(audio(250))
                 with pytest.raises(StreamLost, match=r"was lost; the server does not store streams") as caught:
@@ -731,17 +726,18 @@ def test_a_lost_connection_is_resumed(name: str, stored: bool, monkeypatch: pyte
 def test_a_frozen_server_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The send buffers are full, so that not even a ping can be sent."""
     monkeypatch.setattr(client, "_PING_SECONDS", 0.05)
-    monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setitem(globals(), "EVENT_BYTES", 1 << 30)
 
     async def main() -> None:
-        async with running(freeze) as (cluster, urls), AsyncStream(urls, max_buffered_seconds=600) as stream:
-            await stream.send(bytes(16 << 20))
+        scripts = freeze, serve_all_unstored
+        async with running(*scripts) as (cluster, urls), AsyncStream(urls, max_buffered_seconds=600) as stream:
+            await stream.send(bytes(8 << 20))
             await stream.finish()
-            while cluster.sessions[-1].received.controls != [(16 << 20, FINISH)]:
-                await asyncio.sleep(0.05)
-            assert stream.reconnects == 1
+            assert [event.type async for event in stream] == ["done"]
+            assert cluster.sessions[0].received == Received() and stream.reconnects == 1
+            assert cluster.sessions[1].received == Received(bytes(8 << 20), [(8 << 20, FINISH)])
 
-    monkeypatch.setattr(Received, "events", lambda self: [])
     run(main())
 
 
@@ -761,9 +757,13 @@ def test_the_server_of_the_stream_is_tried_first_and_then_the_others() -> None:
     run(main())
 
 
-def test_a_stream_moves_to_the_next_server() -> None:
+@pytest.mark.parametrize("script", [closing(1012, MOVED), freeze])
+def test_a_stream_moves_to_the_next_server(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_PING_SECONDS", 0.05)
+    monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.2)
+
     async def main() -> None:
-        async with running(closing(1012, MOVED), count=3) as (cluster, urls), AsyncStream(urls) as stream:
+        async with running(script, count=3) as (cluster, urls), AsyncStream(urls) as stream:
             await stream.finish()
             assert [event.type async for event in stream] == ["done"]
             assert [number for number, _ in cluster.requests] == [0, 1]
@@ -965,7 +965,6 @@ def test_everything_is_received_once(plan: tuple[list[bytes | dict[str, Any]], l
 
 def test_send_waits_until_audio_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MESSAGE_BYTES", 1000)
-    monkeypatch.setattr(Received, "events", lambda self: [])
     proceed = asyncio.Event()
 
     async def script(session: Session) -> None:
@@ -1252,7 +1251,7 @@ def test_a_thread_that_iterates_ends_when_the_stream_is_closed(cluster: Any) -> 
 
 
 def test_a_stream_that_is_not_accepted_leaves_no_thread(cluster: Any) -> None:
-    _, url = cluster(Refusal(400, "option"), Refusal(400, "option"))
+    _, url = cluster(Refusal(400, "option"))
     with pytest.raises(Rejected, match="HTTP 400"), Stream(url):
         pass
     assert not client_threads()

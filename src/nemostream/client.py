@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 _PATH = "/v1/stream"
 _RESUMPTION_VERSION = 1
-_CONNECT_SECONDS = 5.0  # for the handshake, and for `ready` after it
+_CONNECT_SECONDS = 10.0  # for the handshake, and for `ready` after it
 _CLOSE_SECONDS = 1.0  # for the closing handshake
 _PING_SECONDS, _SILENCE_SECONDS = 3.0, 9.0  # a connection on which nothing is received for the latter is lost
 _KEEPALIVE_SECONDS = 10.0  # without a message of the client; the server ends a stream after 30 s
@@ -183,7 +183,7 @@ class _Connection:
     opened_at: float
     heard_at: float  # when something was received last
     reason: str = ""  # why it ends, as far as known
-    moved: bool = False  # the server is stopping
+    leave: bool = False  # the server is stopping or does not answer: other servers are tried first
     progress: bool = False  # whether it has delivered a new event
 
 
@@ -452,7 +452,7 @@ class AsyncStream:
         if self._setbacks:
             await asyncio.sleep(_backoff(self._setbacks))
         names = list(self._urls)
-        index = names.index(lost.server) + lost.moved
+        index = names.index(lost.server) + lost.leave
         connection = await self._connect(names[index:] + names[:index], retry=True)
         self.reconnects += 1
         return connection
@@ -507,10 +507,7 @@ class AsyncStream:
                 **tls,
             )
         except InvalidStatus as error:
-            refusal = self._refusal(server, error.response)
-            if refusal is None:
-                return await self._attempt(server)
-            raise refusal from error
+            raise self._refusal(server, error.response) from error
         except (OSError, EOFError, UnicodeError, WebSocketException) as error:
             raise _Refused(_describe(error)) from error
         now = asyncio.get_running_loop().time()
@@ -527,8 +524,8 @@ class AsyncStream:
             raise
         return connection
 
-    def _refusal(self, server: str, response: Response) -> Exception | None:
-        """Return the error for an HTTP response. None: try again, without the option that an old server lacks."""
+    def _refusal(self, server: str, response: Response) -> Exception:
+        """Return the error for an HTTP response: `_Refused`, or `StreamLost` or `Rejected` if it is final."""
         status, code, message = response.status_code, None, ""
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             error = json.loads(response.body or b"")["error"]
@@ -542,8 +539,6 @@ class AsyncStream:
             if code == "state" and status in (403, 409):
                 return self._lost(f"{server} does not resume the stream: {reason}.")
             return _Refused(reason, None)
-        if status == 400 and "'resumable'" in message and self._query.pop("resumable", None):
-            return None
         return Rejected(f"{server} rejected the stream: {reason}.")
 
     def _begin(self, connection: _Connection, message: str | bytes) -> None:
@@ -641,7 +636,7 @@ class AsyncStream:
         elif kind == "rejected":
             self._deliver(Event("rejected", reason=str(message["message"])))
         elif kind == "moved":
-            connection.moved = True
+            connection.leave = True
             connection.reason = f"{connection.server}: {str(message.get('message')).rstrip('.')}"
         elif kind == "error":
             self._handle_error(connection, message)
@@ -722,6 +717,7 @@ class AsyncStream:
             except ConnectionClosed:
                 return
             await asyncio.sleep(max(0.0, now + _PING_SECONDS - clock()))
+        connection.leave = True
         connection.reason = f"{connection.server} has not answered for {_SILENCE_SECONDS:g} s"
         connection.socket.transport.abort()
 
