@@ -3,14 +3,14 @@
     nemostream bench survival
     nemostream bench survival --streams 6 --seconds 20 --faults kill cut --seed 1
 
-`--servers` processes of `nemostream serve` share a state store in a folder, behind HAProxy if it is installed, else behind
-a TCP balancer in this process. Clients (`nemostream.client.AsyncStream`) send audio in real time, while faults are
-injected at times and servers that `--seed` determines:
+`--servers` processes of `nemostream serve` share a state store in a folder, behind HAProxy if it is installed, else
+behind a TCP balancer in this process. Clients (`nemostream.client.AsyncStream`) send audio in real time, while faults
+are injected at times and servers that `--seed` determines:
 
 * *kill*: SIGKILL; *terminate*: SIGTERM. The process is started again after it has ended.
 * *freeze*: SIGSTOP for 8 s, at most a quarter of `--seconds`; then SIGCONT.
 * *cut*: all connections between the balancer and a server are closed; with `--direct`, those of half of the clients.
-* *full*: the disk of the store is full for 4 s: a tmpfs that a file fills, or, if none can be mounted, an error of fsync.
+* *full*: the disk of the store is full for 4 s: a tmpfs that a file fills, or, if none can be mounted, fsync fails.
 * *slow*: each fsync of a server takes one second longer, for 4 s.
 
 The oracle is a stream of the same audio to a server without faults. All events must be equal to its events, field by
@@ -104,6 +104,7 @@ def measure_survival(
     chunk, others = bundle.manifest.chunk(chunk_ms).ms, OtherWork()
     recordings = _recordings(bundle, seconds)
     with tempfile.TemporaryDirectory(prefix="survival-") as name, _store(Path(name)) as store:
+        kind = "tmpfs" if store.is_mount() else "folder"
         cluster = Cluster(bundle, chunk, Path(name), store, servers, streams)
         try:
             found = asyncio.run(
@@ -124,7 +125,7 @@ def measure_survival(
             "faults": list(faults),
             "seed": seed,
             "balancer": balancer,
-            "store": "tmpfs" if store.is_mount() else "folder",
+            "store": kind,
             "threads": records.cores(),
             "device": "cpu",
             "other_work_cores": round(others.cores(), 3),  # the servers have ended, and count as this process
@@ -296,7 +297,7 @@ class HaProxy:
         lines = ["global", f" stats socket {self._admin} level admin", " maxconn 4096", "defaults", " mode tcp"]
         lines += [" timeout connect 1s", " timeout client 1h", " timeout server 1h", " timeout check 1s"]
         lines += [" option redispatch", "listen streams", f" bind 127.0.0.1:{port}", " balance leastconn"]
-        lines += [" option httpchk GET /readyz"]
+        lines += [" option httpchk", " http-check send meth GET uri /readyz ver HTTP/1.1 hdr Host 127.0.0.1"]
         for server in servers:
             check = "check inter 500ms fall 2 rise 1 on-marked-down shutdown-sessions"
             lines.append(f" server s{server.port} 127.0.0.1:{server.port} {check}")
@@ -410,7 +411,7 @@ async def _run(
     rng, clients, injected = random.Random(seed), list[AsyncStream](), list[Injected]()
     progress("texts without faults")
     await cluster.reference.start()
-    options = {"chunk_ms": chunk_ms, "words": True}
+    options: dict[str, Any] = {"chunk_ms": chunk_ms, "words": True}
     expected = []
     for index, audio in enumerate(recordings[:streams]):
         expected.append(await _transcribe(AsyncStream(cluster.reference.url, **options), audio, index, paced=False))
@@ -420,7 +421,7 @@ async def _run(
     try:
         await asyncio.gather(*(server.start() for server in cluster.servers))
         async with _balancer(cluster, clients, direct, rng) as balancer:
-            await _connectable(balancer.urls[0])
+            await _answers(balancer.urls[0])
             clients += [
                 AsyncStream(
                     balancer.urls[index % len(balancer.urls) :] + balancer.urls[: index % len(balancer.urls)], **options
@@ -449,16 +450,19 @@ async def _run(
             await server.stop()
 
 
-async def _connectable(url: str) -> None:
-    """Wait until a balancer accepts connections."""
-    port = int(url.rpartition(":")[2])
+async def _answers(url: str) -> None:
+    """Wait until a server answers through a balancer. Raises `BackendError`."""
+    address = url.removeprefix("http://")
     for _ in range(100):
         with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(f"GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+            answer = await reader.readline()
             writer.close()
-            return
+            if b" 200 " in answer:
+                return
         await asyncio.sleep(0.1)
-    raise BackendError("HAProxy did not start.")
+    raise BackendError("the balancer has not reached a server for 10 s.")
 
 
 async def _transcribe(stream: AsyncStream, audio: bytes, number: int, *, paced: bool, delay: float = 0.0) -> Transcript:
@@ -565,7 +569,7 @@ def rows_of(
             "faults": sum(kind in (fault.kind, "all") for fault in injected),
             "streams": len(affected),
             "reconnects": sum(each.reconnects for each in affected) if kind == "all" else len(gaps),
-            "equal": sum(_same(each.events, oracle) for each, oracle in zip(affected, oracles, strict=True)),
+            "equal": sum(each.events == oracle for each, oracle in zip(affected, oracles, strict=True)),
             "lost_events": sum(
                 len({*range(1, len(oracle) + 1)} - {*own}) for own, oracle in zip(numbers, oracles, strict=True)
             ),
@@ -575,11 +579,6 @@ def rows_of(
         }
         rows.append(records.row({"fault": kind}, {"gap": [1000 * gap for gap in gaps]}, values))
     return rows
-
-
-def _same(events: Sequence[Event], oracle: Sequence[Event]) -> bool:
-    """Return whether all events are equal; those of the oracle's server have the same numbers."""
-    return list(events) == list(oracle)
 
 
 def show(result: Record, plot: Callable[[str], Any]) -> str:
@@ -617,10 +616,11 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     method = result["method"]
     text = (
         f"{method['streams']} streams of {method['seconds']:.0f} s with {method['chunk_ms']} ms chunks, "
-        f"{method['servers']} servers, balancer: {method['balancer']}, store: {method['store']}, seed {method['seed']}; "
-        f"clients and servers on the same {method['threads']} cores. Gaps in seconds, from the moment at which a client "
-        "notices a loss to its next new event. Of each fault: the streams that reconnected after it, and how many of "
-        "them have exactly the events of a stream without interruption. "
+        f"{method['servers']} servers, balancer: {method['balancer']}, store: {method['store']}, "
+        f"seed {method['seed']}; "
+        f"clients and servers on the same {method['threads']} cores. Gaps in seconds, from the moment at which a "
+        "client notices a loss to its next new event. Of each fault: the streams that reconnected after it, and how "
+        "many of them have exactly the events of a stream without interruption. "
         f"{tables.other_load([method['other_work_cores']])}"
     )
     return f"{text}\n\n{tables.markdown(head, lines)}\n"
