@@ -65,9 +65,8 @@ class Replica:
 
         Streams are still accepted: proxies may not know yet that the replica is stopping. They are handed over later.
         """
-        handed_over = _shares_states(self._service.settings)
         while True:
-            if handed_over and _is_stopping():
+            if _is_stopping():
                 await self._service.hand_over()
             await asyncio.sleep(_STOP_POLL_SECONDS)
 
@@ -168,11 +167,6 @@ def proxy_middlewares() -> list[Middleware]:
     `nemostream.serving.integrations.ray_app:proxy_middlewares` in the environment of every node.
     """
     return [Middleware(CloseOnReplicaFailure)]
-
-
-def _shares_states(settings: Settings) -> bool:
-    """Return whether another replica can continue a stream. It could not with states in memory."""
-    return settings.state_store not in ("memory", "none")
 
 
 def _is_stopping() -> bool:

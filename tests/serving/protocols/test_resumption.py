@@ -387,6 +387,24 @@ def test_without_a_store_streams_are_not_resumable(serve_here: Any, speech: np.n
         asyncio.run(main(server.socket))
 
 
+@pytest.mark.parametrize("arguments", [[], ["--transports", "1"]])
+def test_streams_finish_if_their_states_end_with_the_server(
+    serve_process: Any, speech: np.ndarray, arguments: list[str]
+) -> None:
+    """With states in memory, a stream that was handed over could not be resumed anywhere."""
+
+    async def main() -> None:
+        with serve_process("--no-measure", *arguments) as server:
+            talker = Talker([pcm(speech), {"type": "finish"}], chunk_ms=80)
+            talking = asyncio.create_task(talker.talk(server.socket, pause=0.02))
+            await asyncio.sleep(1)
+            server.process.terminate()
+            assert await talking and not talker.other
+            assert server.process.wait(30) == 0
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("store", ["folder", "transports"])
 def test_another_server_continues(serve_process: Any, speech: np.ndarray, tmp_path: Path, store: str) -> None:
     """On SIGTERM the streams move; after SIGKILL they continue from the last state. With API keys and encryption."""
