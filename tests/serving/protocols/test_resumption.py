@@ -301,7 +301,9 @@ def test_a_silent_client_can_resume(resuming: Any, speech: np.ndarray) -> None:
                 await old.send(item)
             received = await rest_of(old)
             assert received[-1]["code"] == "expired"
-            talker.events += [message for message in received if "sequence" in message][:3]
+            talker.events += [message for message in received if "sequence" in message and message["type"] != "stored"][
+                :3
+            ]
         assert await talker.talk(resuming.socket)
         assert talker.ready[0]["resumption"]["bytes"] == sum(map(len, talker.items[:50]))
         assert talker.checked() == expected.checked()
