@@ -13,10 +13,10 @@ are injected at times and servers that `--seed` determines:
 * *full*: the disk of the store is full for 4 s: a tmpfs that a file fills, or, if none can be mounted, fsync fails.
 * *slow*: each fsync of a server takes one second longer, for 4 s.
 
-The oracle is a stream of the same audio to one of the servers, before any fault. All events must be equal to its events, field by
-field except `audio` (which depends on the time of the connection), and their numbers must be 1, 2, 3 and so on. A
-reconnection belongs to the fault that began last before it was noticed. A gap is the time from the moment at which the
-client notices the loss to the next new event. The command fails with exit code 1 if an event differs.
+The oracle is a stream of the same audio to one of the servers, before any fault. All events must be equal to its
+events, field by field except `audio` (which depends on the time of the connection), and their numbers must be 1, 2, 3
+and so on. A reconnection belongs to the fault that began last before it was noticed. A gap is the time from the moment
+at which the client notices the loss to the next new event. The command fails with exit code 1 if an event differs.
 """
 
 from __future__ import annotations
