@@ -35,7 +35,7 @@ def test_streams_survive(balancer: str, demo_bundle: Bundle, monkeypatch: pytest
     if balancer != "HAProxy":
         monkeypatch.setattr(survival, "haproxy", lambda: None)
     faults = ["kill", "terminate", "freeze", "cut"] if balancer == "HAProxy" else ["kill", "cut"]
-    result = survival.measure_survival(demo_bundle, 6, 12 if balancer == "HAProxy" else 6, faults=faults, chunk_ms=160)
+    result = survival.measure_survival(demo_bundle, 6, 8 if balancer == "HAProxy" else 5, faults=faults, chunk_ms=160)
     assert result["method"]["balancer"] == balancer
     assert [row(result, fault)["faults"] for fault in faults] == [1] * len(faults)
     check(result, 6)
