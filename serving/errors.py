@@ -22,7 +22,7 @@ class Expired(StreamError):
     unread = False  # whether the client does not read its results
 
 
-class StateError(NemostreamError, RuntimeError):
+class StateError(StreamError):
     """The stored state of a resumable stream cannot be used: it is damaged, or of another key, model or version."""
 
 

@@ -119,7 +119,7 @@ def test_websocket_options(pairs: list[tuple[str, str]]) -> None:
     except NemostreamError as error:
         assert len(str(error)) < 1000
     else:
-        assert set(options) <= {*NAMES, "itn"}
+        assert set(options) <= {*NAMES, "itn", "resumable"}
 
 
 async def decoded(audio: Any) -> bytes:

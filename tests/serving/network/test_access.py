@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import Any
 
@@ -280,7 +281,8 @@ def test_requests_need_one_of_the_keys(fakes: Any, kind: str) -> None:
             assert headers_of(sent)["www-authenticate"] == "Bearer" and not server.scopes
             assert all(one["type"].startswith("websocket.http." if kind == "websocket" else "http.") for one in sent)
         else:
-            assert server.scopes[0]["nemostream.client"] == Client(name, "192.0.2.7")
+            owner = hashlib.sha256(b"two" if name == "key 1" else b"one").hexdigest()
+            assert server.scopes[0]["nemostream.client"] == Client(name, "192.0.2.7", owner)
     assert server.denied("key") == denials
     for path in ("/", "/healthz", "/readyz"):
         server.scopes.clear()
