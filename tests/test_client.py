@@ -11,7 +11,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -383,6 +383,20 @@ def test_an_idle_stream_is_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
                 await asyncio.sleep(0.01)
             await stream.finish()
             assert [event.type async for event in stream] == ["done"]
+
+    run(main())
+
+
+def test_a_connection_that_answers_pings_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_PING_SECONDS", 0.05)
+    monkeypatch.setattr(client, "_SILENCE_SECONDS", 0.3)
+
+    async def main() -> None:
+        async with running() as (cluster, urls), AsyncStream(urls) as stream:
+            await asyncio.sleep(1)
+            await stream.finish()
+            assert [event.type async for event in stream] == ["done"]
+            assert len(cluster.requests) == 1
 
     run(main())
 
@@ -821,8 +835,12 @@ def test_no_server_has_the_state() -> None:
                     await anext(stream)
             assert caught.value.text == "one tw" and stream.text == "one"
             assert [number for number, _ in cluster.requests] == [0, 0, 1]
-            with pytest.raises(StreamLost):
-                await stream.finish()
+            depths = []
+            for _ in range(2):
+                with pytest.raises(StreamLost) as caught:
+                    await stream.finish()
+                depths.append(len(caught.traceback))
+            assert depths[0] == depths[1]  # the traceback of an error that is raised again does not grow
 
     run(main())
 
@@ -996,6 +1014,22 @@ def test_send_waits_until_audio_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
     run(main())
 
 
+def test_a_control_of_another_task_does_not_divide_audio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_MESSAGE_BYTES", 1000)
+
+    async def main() -> None:
+        async with running() as (cluster, urls), AsyncStream(urls, max_buffered_seconds=0.125) as stream:
+            sending = asyncio.create_task(stream.send(audio(20_000)))  # it waits for room
+            await asyncio.sleep(0)
+            await stream.commit()
+            await sending
+            await stream.finish()
+            assert [event async for event in stream][-1].text == "20000 bytes"
+            assert cluster.sessions[0].received.controls == [(20_000, COMMIT), (20_000, FINISH)]
+
+    run(main())
+
+
 def test_a_server_that_stores_nothing_does_not_stop_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MESSAGE_BYTES", 1000)
     monkeypatch.setattr(client, "_STORE_SECONDS", 0.1)
@@ -1111,28 +1145,21 @@ def test_formats_of_audio(encoding: str, pcm: Any, size: int | str) -> None:
 
 
 @pytest.mark.parametrize("script", [serve_all, freeze, reset])
-def test_closing_early_ends_all_tasks(script: Script) -> None:
+def test_closing_early_ends_all_tasks(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "EVENT_BYTES", 1 << 30)
+
     async def main() -> None:
         async with running(script, *[Refusal(503)] * 100) as (_, urls):
-            before = asyncio.all_tasks()
             async with AsyncStream(urls) as stream:
-                await stream.send(bytes(1 << 20))
+                await stream.send(bytes(3 << 20))  # more than the buffers of the connection hold
                 reading = asyncio.create_task(anext(stream))
-                await asyncio.sleep(0.01)
-            if script is not serve_all:
-                with pytest.raises(StreamError, match="closed"):
-                    await reading
-            with suppress(StreamError):
-                await reading
-            with pytest.raises(StreamError, match="closed"):
-                await stream.send(b"12")
-            with pytest.raises(StreamError, match="closed"):
-                while True:
-                    await anext(stream)
+                await asyncio.sleep(0.05)
+                connection = stream._connection
+            assert script is reset or (connection and connection.socket.transport.is_closing())
+            for call in (reading, stream.send(b"12"), anext(stream)):
+                with pytest.raises(StreamError, match=r"^the stream is closed\.$"):
+                    await call
             await stream.close()
-            await asyncio.sleep(0.3)  # tasks of the server
-            names = {task.get_name() for task in asyncio.all_tasks() - before}
-            assert not names & {"nemostream-client"}
             assert not [task for task in asyncio.all_tasks() if "AsyncStream" in repr(task)]
 
     run(main())

@@ -348,6 +348,10 @@ def test_another_server_continues_the_stream(
             assert stream.reconnects == 1
         if number == signal.SIGSTOP:
             servers[0].process.send_signal(signal.SIGCONT)
+        limit = time.monotonic() + 10
+        while (states := [*(tmp_path / "states").rglob("*.state")]) and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert states == []  # deleted after `done`
     assert comparable(events, {}) == comparable(expected, {})
 
 
