@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import asyncio
 import json
+import signal
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -1275,6 +1276,22 @@ def test_a_thread_that_iterates_ends_when_the_stream_is_closed(cluster: Any) -> 
         ["the stream is not open; use it in `with`."],
     )
     assert not client_threads()
+
+
+def test_a_call_that_is_interrupted_loses_no_event(cluster: Any) -> None:
+    _, url = cluster()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a background job
+    try:
+        with Stream(url) as stream:
+            timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+            stream.send(audio(100))
+            stream.finish()
+            assert [event.type for event in stream] == ["partial", "done"]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_stream_that_is_not_accepted_leaves_no_thread(cluster: Any) -> None:
