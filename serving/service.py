@@ -62,6 +62,7 @@ log = logging.getLogger("nemostream.serving")
 _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
 _STREAMS_PER_RESERVED_SLOT = 16  # with accurate lanes, for the completion of finals (`StreamScheduler.open`)
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
+MEMORY = "memory"  # the state store of one process; of several processes, a colon and a temporary folder follow
 _MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
 TRIM_SECONDS = 15  # between two calls of `trim_memory`
@@ -148,7 +149,12 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
 
     async def hand_over(self) -> None:
-        """Store the states of all resumable streams, and close their connections, in at most `drain_seconds`."""
+        """Store the states of all resumable streams, and close their connections, in at most `drain_seconds`.
+
+        Does nothing if the states end with this server.
+        """
+        if self.settings.state_store.startswith(MEMORY):
+            return
         moves = [asyncio.create_task(move()) for move in list(self.resumable.values())]
         if moves:
             _, late = await asyncio.wait(moves, timeout=self.settings.drain_seconds)
@@ -159,7 +165,8 @@ class Service:
         """Open the state store. Blocks. Raises `OptionError` for an invalid store or key."""
         file = self.settings.state_key_file
         key = None if file is None else read_key(file)
-        self.states = open_store(self.settings.state_store, self.settings.state_retention, key)
+        folder = self.settings.state_store.removeprefix(f"{MEMORY}:")
+        self.states = open_store(folder, self.settings.state_retention, key)
 
     def close(self) -> None:
         """Release the engine; streams that are still open fail."""

@@ -799,11 +799,24 @@ def test_a_full_server_is_tried_again() -> None:
 
 def test_retry_after_is_respected() -> None:
     async def main() -> None:
-        busy = Refusal(503, "draining", {"Retry-After": "600"})
+        busy = Refusal(503, "capacity", {"Retry-After": "600"})
         async with running(reset, busy, *[Refusal(503)] * 3, count=2) as (cluster, urls), AsyncStream(urls) as stream:
             await stream.finish()
             assert [event.type async for event in stream] == ["done"]
             assert [number for number, _ in cluster.requests] == [0, 0, 1, 1, 1, 1]
+
+    run(main())
+
+
+def test_a_stopping_server_is_tried_again_soon() -> None:
+    """Its URL may be that of a load balancer, which selects another server then."""
+
+    async def main() -> None:
+        stopping = [Refusal(503, "draining", {"Retry-After": "600"})] * 2
+        async with running(reset, *stopping) as (cluster, urls), AsyncStream(urls) as stream:
+            await stream.finish()
+            assert [event.type async for event in stream] == ["done"]
+            assert len(cluster.requests) == 4 and stream.reconnects == 1
 
     run(main())
 

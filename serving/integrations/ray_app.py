@@ -4,15 +4,21 @@
 Kubernetes see `deploy/rayservice.yaml`. Ray's proxy accepts connections, balances them by the number of streams per
 replica, adds and removes replicas, drains a replica before it removes it, and replaces one that died. Riva's gRPC is
 not available: Ray's gRPC proxy does not support bidirectional streams.
+
+With a state store that the replicas share, resumable streams continue on other replicas, after the death of theirs or
+when it is removed. Ray waits for the requests of a replica before it calls its destructor, a WebSocket is a request,
+and no hook is called before. The replica therefore polls the attribute by which Ray marks a replica that is stopping.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
+from ray._private import worker as ray_worker
 from ray.util import metrics as ray_metrics
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,9 +29,12 @@ from nemostream.serving.protocols.http import create_app
 from nemostream.serving.service import Service
 from nemostream.serving.settings import Settings, read_settings
 
+log = logging.getLogger("nemostream.serving")
+
 _TARGET_LOAD = 0.7  # share of a replica's streams above which another replica is started
 _RAY_OPTIONS = ("host", "port", "grpc_port", "tls_cert", "tls_key")  # set by Ray, not by the application
 _METRICS_SECONDS = 5.0  # between two exports of metrics
+_STOP_POLL_SECONDS = 0.5
 
 
 class Replica:
@@ -35,7 +44,8 @@ class Replica:
         log_to_stderr(settings.log_format == "text")
         self._service = Service(settings)
         await asyncio.to_thread(self._service.start)
-        self._tasks = [asyncio.create_task(self._service.monitor()), asyncio.create_task(self._export_metrics())]
+        tasks = [self._service.monitor(), self._export_metrics(), self._hand_over_when_stopping()]
+        self._tasks = [asyncio.create_task(task) for task in tasks]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # called by Ray after the constructor
         return create_app(self._service)
@@ -49,6 +59,16 @@ class Replica:
         for task in self._tasks:
             task.cancel()
         await asyncio.to_thread(self._service.close)
+
+    async def _hand_over_when_stopping(self) -> None:
+        """Hand over resumable streams from when Ray stops this replica until it ends.
+
+        Streams are still accepted: proxies may not know yet that the replica is stopping. They are handed over later.
+        """
+        while True:
+            if _is_stopping():
+                await self._service.hand_over()
+            await asyncio.sleep(_STOP_POLL_SECONDS)
 
     async def _export_metrics(self) -> None:
         """Export counters and gauges to Ray: behind its proxy `/metrics` is that of an arbitrary replica."""
@@ -77,6 +97,11 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     settings = read_settings([_flag(name, value) for name, value in options.items()])
     if settings.transports:
         raise OptionError("transports is not supported with Ray Serve; its proxies are the transports, so omit it.")
+    if max_replicas > 1 and settings.state_store == "memory":
+        log.warning(
+            "state_store is memory, which replicas do not share: streams cannot be resumed on another replica. Set it "
+            "to a shared folder or to redis://HOST, or to none."
+        )
     settings.host = "0.0.0.0"  # the address of Ray's proxy: clients may use literal addresses in the Host header
     if settings.device == "cpu" and settings.threads is None:
         settings.threads = 1  # replicas on one machine share its cores
@@ -142,6 +167,13 @@ def proxy_middlewares() -> list[Middleware]:
     `nemostream.serving.integrations.ray_app:proxy_middlewares` in the environment of every node.
     """
     return [Middleware(CloseOnReplicaFailure)]
+
+
+def _is_stopping() -> bool:
+    """Return whether Ray is stopping the replica of this process. Ray has no public interface for that."""
+    worker = ray_worker.global_worker
+    replica = getattr(worker.actors.get(worker.actor_id), "_replica_impl", None)
+    return getattr(replica, "_shutting_down", False)
 
 
 def _flag(name: str, value: Any) -> str:

@@ -27,7 +27,7 @@ from nemostream.serving.network.listening import reserve_port
 from nemostream.serving.processes.board import Board, Kind
 from nemostream.serving.processes.control import Control, Start, digest_of, start_file
 from nemostream.serving.processes.link import SharedAudio, socket_pair
-from nemostream.serving.service import available_chunks, live_slots, open_bundle
+from nemostream.serving.service import MEMORY, available_chunks, live_slots, open_bundle
 from nemostream.serving.settings import Settings
 from nemostream.serving.subprocesses import start_process
 
@@ -356,8 +356,8 @@ async def supervise(settings: Settings, ready: Ready, text: bool = False) -> Non
             reserved.append(grpc)
             ports["grpc_port"] = grpc.getsockname()[1]
         share_metrics(folder, "supervisor")
-        if settings.state_store == "memory":  # a stream may be resumed over another transport process
-            settings = settings.model_copy(update={"state_store": f"{folder}/states"})
+        if settings.state_store == MEMORY:  # a stream may be resumed over another transport process
+            settings = settings.model_copy(update={"state_store": f"{MEMORY}:{folder}/states"})
         await Supervisor(settings, ports, ready, text, folder).run()
     finally:
         for one in reserved:

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from nemostream.errors import StreamError
 from nemostream.runtime.streaming import snapshot as snapshots
 from nemostream.runtime.streaming.snapshot import StreamSnapshot
 from nemostream.serving.client import Client
@@ -217,11 +218,16 @@ class Resumption:
         position, about = self._position, self._about(session, saved, pending)
         position["bytes"] -= pending
         self._stored_at, self.utterance_ended = began, False
-        self._saving = asyncio.create_task(self._store(about, position, complete, began))
+        self._saving = asyncio.create_task(self._store(session, about, position, complete, began))
         return True
 
     async def _store(
-        self, about: Mapping[str, Any], position: dict[str, int], complete: Callable[[], StreamSnapshot], began: float
+        self,
+        session: Session,
+        about: Mapping[str, Any],
+        position: dict[str, int],
+        complete: Callable[[], StreamSnapshot],
+        began: float,
     ) -> None:
         service = self._service
 
@@ -234,7 +240,8 @@ class Resumption:
         except StateSuperseded as error:
             self.on_superseded(error)
         except Exception as error:  # the client keeps what it sends; the next state is stored later
-            self._report(error)
+            if session.is_open or not isinstance(error, StreamError):  # else the stream has ended meanwhile
+                self._report(error)
         else:
             self._stored = position
             service.metrics.states_stored.inc()

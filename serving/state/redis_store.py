@@ -62,14 +62,12 @@ class RedisStore:
         self._error = redis.RedisError
         self._milliseconds = max(1, round(1000 * retention_seconds))
         try:
-            parts = urlsplit(url)
-            self._address = f"{parts.hostname or 'localhost'}:{parts.port or 6379}"  # without the password
+            self._address = _address(url)
             self._client = redis.Redis.from_url(
                 url,
                 socket_timeout=_TIMEOUT,
                 socket_connect_timeout=_TIMEOUT,
-                # Idle connections are closed by a server that restarts. A timeout is not tried again.
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+                retry=Retry(NoBackoff(), 0),  # the caller tries again, with the next state
             )
             pool = self._client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # raises an error for unknown parameters; does not connect
@@ -106,3 +104,12 @@ class RedisStore:
             return self._client.eval(script, 1, f"nemostream:state:{token}", *arguments)
         except (self._error, OSError) as error:
             raise StateStoreError(f"the state store, Redis at {self._address}, failed: {error}.") from error
+
+
+def _address(url: str) -> str:
+    """Return the host and port of a URL, without the password. Raises `ValueError`."""
+    parts = urlsplit(url)
+    try:
+        return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+    except ValueError:  # its message would contain a part of a password with a slash
+        raise ValueError("its port is not a number up to 65535; write / in a password as %2F") from None

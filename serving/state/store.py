@@ -373,7 +373,7 @@ def _list(folder: int) -> list[_File]:
 def _check_newest(folder: int, epoch: int) -> list[_File]:
     """Return the files of a stream. Raises `StateSuperseded` if a newer epoch was claimed or the stream was deleted."""
     files = _list(folder)
-    if any(file.kind == "end" or file.epoch > epoch for file in files):
+    if any(file.epoch > epoch for file in files):
         raise StateSuperseded
     return files
 

@@ -532,7 +532,8 @@ class AsyncStream:
             code, message = error.get("code"), str(error.get("message"))
         reason = f"HTTP {status}, {message}".rstrip(" ,.")
         if status in _RETRIED_STATUSES or status >= 500:
-            seconds = response.headers.get("Retry-After", "")
+            # A URL may be that of a load balancer: the next attempt may reach another server than the one that stops.
+            seconds = "" if code == "draining" else response.headers.get("Retry-After", "")
             return _Refused(reason, float(seconds) if seconds.isdecimal() else 0.0)
         if self._token:
             # The server has the stream and will not continue it; any other server would answer the same.

@@ -110,6 +110,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "manifest": None,
         "options": [],
     },
+    "survival": {
+        "streams": 60,
+        "seconds": 120.0,
+        "servers": 3,
+        "chunk_ms": 560,
+        "faults": ["kill", "terminate", "freeze", "cut", "full", "slow"],
+        "seed": 0,
+        "direct": False,
+    },
     "throughput": {
         "sources": 32 * 2,
         "precisions": ["fp32"],
@@ -239,6 +248,18 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
             "packet_ms": 20,
             "manifest": Path("m.jsonl"),
             "options": ["--threads", "3"],  # of the server
+        },
+    ),
+    "survival": (
+        "--streams 3 --seconds 5.5 --servers 2 --chunk-ms 80 --faults cut kill --seed 4 --direct",
+        {
+            "streams": 3,
+            "seconds": 5.5,
+            "servers": 2,
+            "chunk_ms": 80,
+            "faults": ["cut", "kill"],
+            "seed": 4,
+            "direct": True,
         },
     ),
     "throughput": (

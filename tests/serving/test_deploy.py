@@ -275,14 +275,14 @@ def test_requirements_exclude_vulnerable_versions() -> None:
 
 
 def test_the_image_pins_every_package_that_it_installs() -> None:
-    """The pins cover all dependencies of the extras serve and ray, as declared by the installed packages."""
+    """The pins cover all dependencies of the extras serve, state and ray, as declared by the installed packages."""
     from importlib.metadata import PackageNotFoundError, requires
 
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     versions, seen = pinned(), set()
-    pending = required("serve", "ray")
+    pending = required("serve", "state", "ray")
     while pending:
         requirement = pending.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
@@ -294,7 +294,7 @@ def test_the_image_pins_every_package_that_it_installs() -> None:
         try:
             inner = [Requirement(line) for line in requires(name) or ()]
         except PackageNotFoundError:
-            continue  # the ray extra is not installed
+            continue  # the extra is not installed
         environments = [
             {"extra": extra, "python_version": "3.12", "python_full_version": "3.12.12"} for extra in extras or {""}
         ]

@@ -130,6 +130,7 @@ _BENCHMARKS = (
     "lanes",
     "serve",
     "host",
+    "survival",
     "transcripts",
     "synthetic",
     "report",
@@ -153,9 +154,9 @@ def bench(
     """Measure speed and accuracy on this machine.
 
     *quick* takes less than a minute. *baseline* compares with NeMo and other systems; *serve* starts a server and
-    measures it under load; *host* measures everything except the model; *synthetic* creates a full-size model with
-    random weights to measure with; *report* shows earlier results side by side. `nemostream bench NAME --help` lists
-    the options of a benchmark.
+    measures it under load; *survival* ends and freezes servers; *host* measures everything except the model;
+    *synthetic* creates a full-size model with random weights to measure with; *report* shows earlier results side by
+    side. `nemostream bench NAME --help` lists the options of a benchmark.
 
     Results are written to `bench-results/` as JSON, tables and plots.
     """

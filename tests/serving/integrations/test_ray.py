@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket as sockets
@@ -12,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from nemostream.client import Event, Stream
 from nemostream.errors import BackendError, OptionError
 
 ray = pytest.importorskip("ray", reason="needs the ray extra")
@@ -155,6 +158,84 @@ def test_a_stopping_replica_finishes_its_streams(two_replicas: str, spoken: Any)
     wait_until(lambda: len(replicas()) == 1)
 
 
+class ResumableStreams:
+    """Streams of the client library on both replicas, half of whose audio is sent and stored."""
+
+    def __init__(self, address: str, pcm: bytes, stack: ExitStack) -> None:
+        self._pcm, self._half = pcm, len(pcm) // 4 * 2
+        self.uninterrupted = self._transcribe(Stream(f"http://{address}", api_key="secret"))
+        assert self.uninterrupted[-1].type == "done"
+        self._streams = [
+            stack.enter_context(Stream(f"http://{address}", api_key="secret", max_reconnect_seconds=120))
+            for _ in range(STREAMS)
+        ]
+        self._events: list[list[Event]] = []
+        for stream in self._streams:
+            stream.send(pcm[: self._half])
+            self._events.append([next(stream)])
+
+    def _transcribe(self, stream: Stream) -> list[Event]:
+        with stream:
+            stream.send(self._pcm)
+            stream.finish()
+            return [replace(event, audio=0.0) for event in stream]
+
+    def finish(self) -> None:
+        """Send the rest. The events, except the field `audio`, must be those of a stream without interruption."""
+        for stream, events in zip(self._streams, self._events, strict=True):
+            stream.send(self._pcm[self._half :])
+            stream.finish()
+            events += stream
+            assert [replace(event, audio=0.0) for event in events] == self.uninterrupted
+
+    @property
+    def reconnects(self) -> list[int]:
+        return [stream.reconnects for stream in self._streams]
+
+    @property
+    def gaps(self) -> list[float]:
+        return [round(gap, 2) for stream in self._streams for gap in stream.gaps]
+
+
+@pytest.fixture
+def resumable(cluster: str, tmp_path: Path) -> dict[str, Any]:
+    """Two replicas that share a folder for states. Return the arguments of the application."""
+    args = {"min_replicas": 2, "max_replicas": 2, "state_store": str(tmp_path / "states"), "state_seconds": 1}
+    serve.run(build(**args))
+    wait_until(lambda: len(replicas()) == 2)
+    return args
+
+
+@pytest.mark.slow
+def test_streams_of_a_killed_replica_continue_on_the_other_one(
+    cluster: str, resumable: dict[str, Any], spoken: Any
+) -> None:
+    with ExitStack() as stack:
+        streams = ResumableStreams(cluster, spoken[0].pcm, stack)
+        victim = min(replicas())
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: victim not in replicas())
+        streams.finish()
+        print("seconds without events:", streams.gaps)
+        assert 0 < sum(map(bool, streams.reconnects)) < STREAMS
+    wait_until(lambda: len(replicas()) == 2)
+
+
+@pytest.mark.slow
+def test_an_update_replaces_replicas_while_resumable_streams_are_open(
+    cluster: str, resumable: dict[str, Any], spoken: Any
+) -> None:
+    """Without hand-over, the old replicas would exist until their streams end: here they do not end before."""
+    with ExitStack() as stack:
+        streams = ResumableStreams(cluster, spoken[0].pcm, stack)
+        old = replicas()
+        serve.run(build(**resumable, send_seconds=11, drain_seconds=600))
+        wait_until(lambda: len(replicas()) == 2 and not replicas() & old)
+        streams.finish()
+        print("seconds without events:", streams.gaps, "connections:", streams.reconnects)
+        assert all(streams.reconnects)
+
+
 @pytest.mark.slow
 def test_a_stream_is_rejected_when_all_replicas_are_full(two_replicas: str) -> None:
     with ExitStack() as stack:
@@ -196,6 +277,16 @@ def test_options_are_checked_before_deployment() -> None:
         build(chunk_ms="short")
     with pytest.raises(OptionError, match="transports is not supported with Ray Serve"):
         build(transports=2)
+
+
+def test_a_store_that_replicas_do_not_share_causes_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "nemostream.serving"):
+        build(max_replicas=1)
+        build(state_store="none")
+        build(state_store="./states")
+        assert not caplog.messages
+        build()
+        assert ["state_store is memory" in message for message in caplog.messages] == [True]
 
 
 # -- without a cluster -------------------------------------------------------------------------------------------------

@@ -15,8 +15,13 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from nemostream.serving.errors import StateConflict
+from nemostream.serving.protocols.resumption import EventLog
 
 RESULTS = ("final", "end", "committed", "done")
 
@@ -125,6 +130,56 @@ def finals(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def pcm(samples: np.ndarray) -> bytes:
     return (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+@given(
+    partials=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    again=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    saved=st.integers(0, 40),
+    received=st.integers(0, 40),
+    same=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_events_after_a_resume(partials: list[int], again: list[int], saved: int, received: int, same: bool) -> None:
+    """Whether or not the number of partials before each result is the same again: no result is lost or repeated."""
+
+    def events(counts: list[int]) -> list[tuple[str, bool]]:
+        rows = []
+        for number, count in enumerate(counts):
+            rows += [(json.dumps({"partial": f"{number}.{index}"}), False) for index in range(count)]
+            rows.append((json.dumps({"result": number}), True))
+        return rows
+
+    first = events(partials)
+    saved, received = min(saved, len(first)), min(received, len(first))
+    log = EventLog()
+    messages = [json.loads(log.add(*event) or "") for event in first[:saved]]
+    state = json.loads(json.dumps(log.save()))
+    messages += [json.loads(log.add(*event) or "") for event in first[saved:]]
+    assert [message["sequence"] for message in messages] == list(range(1, len(first) + 1))
+    has = messages[:received]
+    results = sum("result" in message for message in has)
+    resumed = EventLog(**state)
+    has += [json.loads(text) for text in resumed.resume(received, results)]
+    begun = sum(is_result for _, is_result in first[:saved])  # results before the state
+    rest = first[saved:] if same else [*events([0] * begun + again[: len(partials) - begun])[begun:]]
+    has += [json.loads(text) for event in rest if (text := resumed.add(*event)) is not None]
+    assert [message["sequence"] for message in has] == list(range(1, len(has) + 1))
+    assert [message["result"] for message in has if "result" in message] == list(range(len(partials)))
+    if same:
+        assert has == messages
+
+
+def test_the_log_of_a_client_that_confirms_nothing_is_bounded() -> None:
+    log = EventLog()
+    for number in range(5000):
+        log.add(json.dumps({"number": number}), False)
+    assert len(log.save()["events"]) == 4096
+    with pytest.raises(StateConflict, match="received is 903, but the events before number 905"):
+        log.resume(903, 0)
+    assert json.loads(EventLog(**log.save()).resume(904, 0)[0]) == {"number": 904, "sequence": 905}
+    log.confirm(4999)
+    assert [json.loads(text)["number"] for text in log.resume(4999, 0)] == [4999]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +301,9 @@ def test_a_silent_client_can_resume(resuming: Any, speech: np.ndarray) -> None:
                 await old.send(item)
             received = await rest_of(old)
             assert received[-1]["code"] == "expired"
-            talker.events += [message for message in received if "sequence" in message][:3]
+            talker.events += [message for message in received if "sequence" in message and message["type"] != "stored"][
+                :3
+            ]
         assert await talker.talk(resuming.socket)
         assert talker.ready[0]["resumption"]["bytes"] == sum(map(len, talker.items[:50]))
         assert talker.checked() == expected.checked()
@@ -330,6 +387,24 @@ def test_without_a_store_streams_are_not_resumable(serve_here: Any, speech: np.n
 
     with serve_here(state_store="none", measure=False) as server:
         asyncio.run(main(server.socket))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--transports", "1"]])
+def test_streams_finish_if_their_states_end_with_the_server(
+    serve_process: Any, speech: np.ndarray, arguments: list[str]
+) -> None:
+    """With states in memory, a stream that was handed over could not be resumed anywhere."""
+
+    async def main() -> None:
+        with serve_process("--no-measure", *arguments) as server:
+            talker = Talker([pcm(speech), {"type": "finish"}], chunk_ms=80)
+            talking = asyncio.create_task(talker.talk(server.socket, pause=0.02))
+            await asyncio.sleep(1)
+            server.process.terminate()
+            assert await talking and not talker.other
+            assert server.process.wait(30) == 0
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("store", ["folder", "transports"])
