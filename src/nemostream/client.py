@@ -700,9 +700,9 @@ class AsyncStream:
     async def _watch(self, connection: _Connection) -> None:
         """Abort the connection if nothing is received after several pings.
 
-        Pings are counted instead of seconds, because this process may have been suspended. The keepalive of `websockets`
-        would end connections of busy servers, which read a ping after the audio that was sent before it, and would not
-        notice a frozen server while its ping waits for room in the send buffer.
+        Pings are counted instead of seconds, because this process may have been suspended. The keepalive of
+        `websockets` would end connections of busy servers, which read a ping after the audio that was sent before it,
+        and would not notice a frozen server while its ping waits for room in the send buffer.
         """
         clock = asyncio.get_running_loop().time
 
