@@ -44,7 +44,12 @@ class Replica:
         log_to_stderr(settings.log_format == "text")
         self._service = Service(settings)
         await asyncio.to_thread(self._service.start)
-        tasks = [self._service.monitor(), self._export_metrics(), self._hand_over_when_stopping()]
+        tasks = [self._service.monitor(), self._export_metrics()]
+        if _shares_states(settings):
+            if (replica := _ray_replica()) is None:
+                log.warning("streams are not handed over when the replica is stopped: this version of Ray is unknown.")
+            else:
+                tasks.append(self._hand_over_when_stopping(replica))
         self._tasks = [asyncio.create_task(task) for task in tasks]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # called by Ray after the constructor
@@ -60,13 +65,13 @@ class Replica:
             task.cancel()
         await asyncio.to_thread(self._service.close)
 
-    async def _hand_over_when_stopping(self) -> None:
+    async def _hand_over_when_stopping(self, replica: Any) -> None:
         """Hand over resumable streams from when Ray stops this replica until it ends.
 
         Streams are still accepted: proxies may not know yet that the replica is stopping. They are handed over later.
         """
         while True:
-            if _is_stopping():
+            if replica._shutting_down:
                 await self._service.hand_over()
             await asyncio.sleep(_STOP_POLL_SECONDS)
 
@@ -169,11 +174,16 @@ def proxy_middlewares() -> list[Middleware]:
     return [Middleware(CloseOnReplicaFailure)]
 
 
-def _is_stopping() -> bool:
-    """Return whether Ray is stopping the replica of this process. Ray has no public interface for that."""
+def _shares_states(settings: Settings) -> bool:
+    """Return whether another replica can continue a stream. It could not with states in memory."""
+    return settings.state_store not in ("memory", "none")
+
+
+def _ray_replica() -> Any | None:
+    """Return Ray's object for the replica of this process; None if it has no attribute `_shutting_down`."""
     worker = ray_worker.global_worker
     replica = getattr(worker.actors.get(worker.actor_id), "_replica_impl", None)
-    return getattr(replica, "_shutting_down", False)
+    return replica if hasattr(replica, "_shutting_down") else None
 
 
 def _flag(name: str, value: Any) -> str:

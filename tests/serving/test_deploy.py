@@ -185,6 +185,18 @@ def test_the_manifest_is_a_rayservice(service: Any) -> None:
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
 
 
+def test_all_replicas_keep_states_on_the_same_volume(service: Any) -> None:
+    args = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
+    store = Path(args["state_store"])
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    mounts = {Path(mount["mountPath"]): mount for mount in group["containers"][0]["volumeMounts"]}
+    # The server creates a folder in the volume, which other users can access.
+    mount = mounts[store.parent]
+    assert "readOnly" not in mount
+    (volume,) = [volume for volume in group["volumes"] if volume["name"] == mount["name"]]
+    assert set(volume) == {"name", "persistentVolumeClaim"} and "readOnly" not in volume["persistentVolumeClaim"]
+
+
 def test_the_ray_version_satisfies_the_extra(service: Any) -> None:
     minimum = re.search(r"ray\[serve\]>=(\d+)\.(\d+)", (ROOT / "pyproject.toml").read_text())
     assert minimum
