@@ -41,7 +41,7 @@ _PATH = "/v1/stream"
 _RESUMPTION_VERSION = 1
 _CONNECT_SECONDS = 10.0  # for the handshake, and for `ready` after it
 _CLOSE_SECONDS = 1.0  # for the closing handshake
-_PING_SECONDS, _SILENCE_SECONDS = 3.0, 9.0  # a connection on which nothing is received for the latter is lost
+_PING_SECONDS, _MAX_SILENT_PINGS = 3.0, 3  # a connection on which nothing is received after so many pings is lost
 _KEEPALIVE_SECONDS = 10.0  # without a message of the client; the server ends a stream after 30 s
 _MIN_BACKOFF, _MAX_BACKOFF = 0.1, 5.0  # seconds before a server is tried again
 # Connections in a row that are lost without a new event, each within `_STABLE_SECONDS`, before the stream is given up:
@@ -698,17 +698,20 @@ class AsyncStream:
                         await socket.send(json.dumps({"type": "keepalive"}))
 
     async def _watch(self, connection: _Connection) -> None:
-        """Abort the connection if nothing is received for `_SILENCE_SECONDS`, although pings are sent.
+        """Abort the connection if nothing is received after several pings.
 
-        The keepalive of `websockets` would end connections of busy servers, which read a ping after the audio that was
-        sent before it, and would not notice a frozen server while its ping waits for room in the send buffer.
+        Pings are counted instead of seconds, because this process may have been suspended. The keepalive of
+        `websockets` would end connections of busy servers, which read a ping after the audio that was sent before it,
+        and would not notice a frozen server while its ping waits for room in the send buffer.
         """
         clock = asyncio.get_running_loop().time
 
         def heard(pong: Any) -> None:
             connection.heard_at = clock()
 
-        while (now := clock()) < connection.heard_at + _SILENCE_SECONDS:
+        silent = 0  # pings after which nothing was received
+        while silent < _MAX_SILENT_PINGS:
+            now, heard_at = clock(), connection.heard_at
             try:
                 async with asyncio.timeout(_PING_SECONDS):
                     pong: Any = await connection.socket.ping()
@@ -718,8 +721,9 @@ class AsyncStream:
             except ConnectionClosed:
                 return
             await asyncio.sleep(max(0.0, now + _PING_SECONDS - clock()))
+            silent = silent + 1 if connection.heard_at == heard_at else 0
         connection.leave = True
-        connection.reason = f"{connection.server} has not answered for {_SILENCE_SECONDS:g} s"
+        connection.reason = f"{connection.server} has not answered for {_MAX_SILENT_PINGS * _PING_SECONDS:g} s"
         connection.socket.transport.abort()
 
 

@@ -199,6 +199,61 @@ def test_options_that_exclude_each_other(
     assert model.log == [] and list(tmp_path.iterdir()) == []
 
 
+class FakeRemoteModel:
+    def __init__(self, model: FakeModel) -> None:
+        self.created: list[tuple[Any, ...]] = []
+        self.stream = model.stream
+
+    def __call__(self, *arguments: Any) -> FakeRemoteModel:
+        self.created.append(arguments)
+        return self
+
+
+@pytest.fixture
+def remote(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> FakeRemoteModel:
+    remote = FakeRemoteModel(model)
+    monkeypatch.setattr(module, "RemoteModel", remote)
+    return remote
+
+
+def test_a_server_takes_the_place_of_the_model(
+    run: Run, model: FakeModel, remote: FakeRemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("a", "b", "--realtime", "--server", "http://x", "--server", "http://y", "--itn", "--vad")[0] == 0
+    assert model.files.pop().output.itn is None  # the server has normalized the text
+    monkeypatch.setenv("NEMOSTREAM_API_KEY", "of the environment")
+    assert run("-", "--server", "http://x", "--chunk-ms", 80)[0] == 0
+    assert run("--mic", "--server", "http://x", "--api-key", "given")[0] == 0
+    assert remote.created == [
+        (["http://x", "http://y"], None, 560, True),
+        (["http://x"], "of the environment", 80, False),
+        (["http://x"], "given", 560, False),
+    ]
+    assert model.streams == [{"vad": True}, {}, {}] and "load" not in model.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a"], "--server needs live input: FILE with --realtime, - or --mic"),
+        (["a", "-"], "--server needs live input"),
+        (["a", "--mic"], "--server needs live input"),
+        (["a", "--realtime", "--bundle", "b"], "--bundle applies to a local model, not to --server"),
+        (["a", "--realtime", "--device", "cuda"], "--device applies to a local model"),
+        (["a", "--realtime", "--precision", "fp32"], "--precision applies to a local model"),
+        (["a", "--realtime", "--engines", "e"], "--engines applies to a local model"),
+        (["a", "--realtime", "--threads", 1], "--threads applies to a local model"),
+        (["a", "--realtime", "--delay-ms", 80], "--delay-ms applies to a local model"),
+    ],
+)
+def test_options_that_exclude_a_server(
+    run: Run, model: FakeModel, remote: FakeRemoteModel, arguments: list[Any], message: str
+) -> None:
+    code, out, err = run(*arguments, "--server", "http://x")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"nemostream: {message}")
+    assert model.log == [] and remote.created == []
+
+
 def test_standard_input_must_be_a_pipe(run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = SimpleNamespace(isatty=lambda: True)
     for stdin, message in ((None, "standard input is closed"), (terminal, "standard input is not a pipe")):

@@ -326,8 +326,7 @@ def test_another_server_continues_the_stream(
     number: signal.Signals,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nemostream.client._SILENCE_SECONDS", 3.0)  # the server is frozen for SIGSTOP
-    monkeypatch.setattr("nemostream.client._PING_SECONDS", 0.5)
+    monkeypatch.setattr("nemostream.client._PING_SECONDS", 1.0)  # the server is frozen for SIGSTOP
     pcm = speech(spoken)
     with two_servers(serve_process, tmp_path / "states") as servers:
         expected = transcribed(servers[1].url, pcm, chunk_ms=160)
@@ -348,6 +347,10 @@ def test_another_server_continues_the_stream(
             assert stream.reconnects == 1
         if number == signal.SIGSTOP:
             servers[0].process.send_signal(signal.SIGCONT)
+        limit = time.monotonic() + 10
+        while (states := [*(tmp_path / "states").rglob("*.state")]) and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert states == []  # deleted after `done`
     assert comparable(events, {}) == comparable(expected, {})
 
 

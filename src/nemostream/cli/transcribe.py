@@ -232,7 +232,7 @@ def transcribe(
             "--threads": threads,
             "--delay-ms": delay_ms or None,
         }
-        _check_server(live_input=realtime or mic or names == [STDIN], local=local)
+        _check_server(live_input=realtime or all(name == STDIN for name in names), local=local)
     options = _stream_options(endpoint_ms, decoder, language, phrases, vad)
     # Two slots per parallel file: a failed file may hold its slot until the current step ends.
     capacity = 2 * max(1, min(len(names), MAX_PARALLEL))
