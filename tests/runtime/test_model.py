@@ -16,8 +16,8 @@ import soxr
 
 from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, BackendError, BundleError, CapacityError, OptionError, StreamError
-from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.audio.preprocessor import AudioPreprocessor
+from nemostream.runtime.decoding.confidence import Confidence
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming import snapshot
 
