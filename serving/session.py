@@ -73,12 +73,7 @@ class SavedSession:
     texts: list[str]  # of finals
     revises: bool
     open_seconds: float  # since the stream was opened
-    sample_rate: int  # Hz; it may come from a WAV header, and so may the channels and the encoding
-    channels: int
-    encoding: str
-    started: bool  # whether it is known that the audio is, or is not, a WAV file
-    wav: list[int | None] | None  # `WavStream.state` of a WAV file
-    is_wav: bool
+    decoder: dict[str, Any]  # arguments of `_AudioDecoder.resumed`
 
 
 class Session:
@@ -121,8 +116,8 @@ class Session:
         self._opened_at = self._quiet_since = clock()
         self._texts: list[str] = []
         if saved:
-            self._decode = _AudioDecoder.resumed(saved)
-            self._rate, self._channels = saved.sample_rate, saved.channels
+            self._decode = _AudioDecoder.resumed(**saved.decoder)
+            self._rate, self._channels = self._decode.sample_rate, self._decode.channels
             self.audio, self._texts, self.revises = saved.audio, [*saved.texts], saved.revises
             self._opened_at -= saved.open_seconds
         self._stream: AsyncLiveStream
@@ -295,11 +290,6 @@ class Session:
         """Whether the session was neither finished nor closed."""
         return not self._ended
 
-    @property
-    def is_pushing(self) -> bool:
-        """Whether audio of `start_push` is not decoded yet."""
-        return self._on_pushed is not None
-
     def save(self) -> tuple[SavedSession, int, Callable[[], StreamSnapshot]] | None:
         """Begin to save the session, so that another one can continue it.
 
@@ -307,24 +297,12 @@ class Session:
         of a sample or of a WAV header, and a function that returns the snapshot of the stream (`AsyncLiveStream.save`).
         None if the session cannot be saved at present. All events must have been returned. Raises the stream's error.
         """
-        if self._ended or self.is_pushing or (decoder := self._decode.save()) is None:
+        if self._ended or self._on_pushed or (pending := self._decode.pending) is None:
             return None
         if (complete := self._stream.save()) is None:
             return None
-        pending, encoding, started, is_wav, wav = decoder
-        saved = SavedSession(
-            self.id,
-            self.audio,
-            [*self._texts],
-            self.revises,
-            self._clock() - self._opened_at,
-            self._rate,
-            self._channels,
-            encoding,
-            started,
-            wav,
-            is_wav,
-        )
+        open_seconds = self._clock() - self._opened_at
+        saved = SavedSession(self.id, self.audio, [*self._texts], self.revises, open_seconds, self._decode.save())
         return saved, pending, complete
 
     def close(self, error: str | None = None) -> None:
@@ -546,27 +524,39 @@ class _AudioDecoder:
             samples = self._table[samples]
         return samples if self.channels == 1 else samples.reshape(-1, self.channels)
 
-    def save(self) -> tuple[int, str, bool, bool, list[int | None] | None] | None:
-        """Return the number of pending bytes, and the state without them (as in `SavedSession`).
+    @property
+    def pending(self) -> int | None:
+        """Number of bytes received last that `save` does not include: the beginning of a sample or of a WAV header.
 
-        None if bytes between those that are pending were processed.
+        None if bytes between them were processed.
         """
-        wav, pending = self._wav, len(self._rest) + len(self._start or b"")
-        if wav is None:
-            return pending, self._encoding, self._start is None, False, None
-        if wav.pending and self._rest:
-            return None
-        state = wav.state()
-        if state is not None and state[4] is not None:
-            state[4] += len(self._rest)  # they are received again
-        return pending + wav.pending, self._encoding, self._start is None, True, state
+        header = self._wav.pending if self._wav else 0
+        return None if header and self._rest else len(self._rest) + len(self._start or b"") + header
+
+    def save(self) -> dict[str, Any]:
+        """Return the state without the pending bytes, as arguments of `resumed`. It can be written as JSON."""
+        wav = self._wav.state() if self._wav else None
+        if wav and wav[4] is not None:
+            wav[4] += len(self._rest)  # they are received again
+        return {
+            "encoding": self._encoding,
+            "channels": self.channels,
+            "sample_rate": self.sample_rate,
+            "started": self._start is None,
+            "wav": wav,
+        }
 
     @classmethod
-    def resumed(cls, saved: SavedSession) -> _AudioDecoder:
-        """Return a decoder in a saved state. Raises `ValueError` if it is not valid."""
-        decoder = cls(saved.encoding, saved.channels, saved.sample_rate)
-        decoder._start = None if saved.started else b""
-        decoder._wav = WavStream.resumed(saved.wav) if saved.is_wav else None
+    def resumed(
+        cls, encoding: str, channels: int, sample_rate: int, started: bool, wav: list[int | None] | None
+    ) -> _AudioDecoder:
+        """Return a decoder in a saved state. `started`: it is known whether the audio is a WAV file; `wav`: its state.
+
+        Raises `ValueError` if the state is not valid.
+        """
+        decoder = cls(encoding, channels, sample_rate)
+        decoder._start = None if started else b""
+        decoder._wav = None if wav is None else WavStream.resumed(wav)
         return decoder
 
     def reset(self) -> None:

@@ -230,17 +230,17 @@ class WavStream:
         """Number of bytes received last that are the beginning of a header or chunk."""
         return len(self._buffer)
 
-    def state(self) -> list[int | None] | None:
-        """Return the state for `resumed`, without the pending bytes; None before the first header."""
+    def state(self) -> list[int | None]:
+        """Return the state for `resumed`, without the pending bytes; empty before the first header."""
         if (header := self.header) is None:
-            return None
+            return []
         return [header.format_tag, header.bits, header.sample_rate, header.channels, self._left, self._skip]
 
     @classmethod
-    def resumed(cls, state: Sequence[Any] | None) -> WavStream:
+    def resumed(cls, state: Sequence[Any]) -> WavStream:
         """Return a parser in a saved state. Raises `ValueError` if it is not valid."""
         stream = cls()
-        if state is None:
+        if not state:
             return stream
         tag, bits, rate, channels, left, skip = state
         if not all(type(number) is int and number >= 0 for number in (tag, bits, rate, channels, left or 0, skip)):

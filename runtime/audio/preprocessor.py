@@ -229,7 +229,7 @@ class _Resampler:
     def _resample(self, audio: Floats) -> None:
         while len(audio):
             part, audio = audio[: self._boundary - self._received], audio[self._boundary - self._received :]
-            self._history.append(part)
+            self._history.append(part.copy())  # the caller may reuse its array
             self._received += len(part)
             self._push(part)
             if self._received == self._boundary:

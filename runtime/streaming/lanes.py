@@ -58,12 +58,16 @@ class _Completion:
 
 
 class LaneState:
-    """The progress of an accurate lane as a part of a snapshot; its stream and its audio are other parts."""
+    """The progress of an accurate lane, a part of a snapshot. Its stream and its audio are other parts."""
 
     def __init__(self) -> None:
-        self.outputs: list[tuple[int, int]] = []
-        self.fast_begin = self.begin = self.boundary = self.outputs_before = 0
+        self.outputs: list[tuple[int, int]] = []  # of each output: tokens and processed samples after it
+        self.fast_begin = 0  # first token of the current utterance in the fast lane
+        self.begin = 0  # in this lane; not after it while `before` is set
+        # The words of the previous utterance, its end, and the lane's outputs before it. The lane's first word after
+        # them is known once it has passed that end: output `found[0]` was the first to do so.
         self.before: TokenSpan | None = None
+        self.boundary = self.outputs_before = 0
         self.found: tuple[int, int] | None = None
 
     def save(self) -> dict[str, NDArray[Any]]:
@@ -126,20 +130,10 @@ class AccurateLane:
         self.chunk_ms = chunker.chunk.ms
         # Operations on the lane, each with the number of items of the fast lane after whose outputs it is due
         self._operations: deque[tuple[int, Callable[[], None]]] = deque()
-        self._outputs: list[tuple[int, int]] = []  # of each output: tokens and processed samples after it
         self._completions: deque[_Completion] = deque()
         self.start = start
-        self._fast_begin = 0  # first token of the current utterance in the fast lane
-        self._begin = 0  # in this lane; not after it while `_before` is set
-        # The words of the previous utterance, its end, and the lane's outputs before it. The lane's first word after
-        # them is known once it has passed that end: output `_found[0]` was the first to do so.
-        self._before: TokenSpan | None = None
-        self._boundary = self._outputs_before = 0
-        self._found: tuple[int, int] | None = None
+        self._state = state or LaneState()
         if state is not None:
-            self._outputs, self._fast_begin, self._begin = state.outputs, state.fast_begin, state.begin
-            self._before, self._boundary, self._found = state.before, state.boundary, state.found
-            self._outputs_before = state.outputs_before
             chunker.taken = len(state.outputs)
             tokens.extend(stream.hypothesis, self._count(len(state.outputs)))
         # The last result of `joined`, and what it was computed from, which most steps do not change
@@ -176,7 +170,7 @@ class AccurateLane:
 
     def begin(self, token: int) -> None:
         """Begin an utterance with a token of the fast lane, which the lane has too, before any other result is used."""
-        self._fast_begin = self._begin = token
+        self._state.fast_begin = self._state.begin = token
         self._joined_for = None
 
     def advance(self, items: int) -> None:
@@ -227,11 +221,7 @@ class AccurateLane:
             self._attempt(self._operations.popleft()[1])
         self._wait(self._stream, 0)
         self._collect()
-        state = LaneState()
-        state.outputs, state.fast_begin, state.begin = self._outputs, self._fast_begin, self._begin
-        state.before, state.boundary, state.found = self._before, self._boundary, self._found
-        state.outputs_before = self._outputs_before
-        return state, self._stream
+        return self._state, self._stream
 
     def _add(self, due: int, operation: Callable[[], None]) -> None:
         if not self.stopped:
@@ -290,7 +280,9 @@ class AccurateLane:
         if self.stopped:
             return True
         self._collect()
-        return bool(self._outputs or not self._stream.copied) and not self._completions and self._settled(self._stream)
+        if self._stream.copied and not self._state.outputs:
+            return False
+        return not self._completions and self._settled(self._stream)
 
     def wait(self, ended: bool) -> None:
         """Block until `settled`."""
@@ -299,13 +291,13 @@ class AccurateLane:
             if completion.branch is not None:
                 self._wait(completion.branch, 0)
         if not self.stopped:
-            due = ended or any(len(self._outputs) < completion.outputs for completion in self._completions)
+            due = ended or any(len(self._state.outputs) < completion.outputs for completion in self._completions)
             self._wait(self._stream, 0 if due else _BACKLOG)
 
     def _completed(self, completion: _Completion) -> bool:
         if completion.branch is not None and not self._settled(completion.branch):
             return False
-        return self.stopped or len(self._outputs) >= completion.outputs
+        return self.stopped or len(self._state.outputs) >= completion.outputs
 
     def _settled(self, stream: StreamState, backlog: int = 0) -> bool:
         """Return whether a stream has settled or failed."""
@@ -336,7 +328,7 @@ class AccurateLane:
         before must have been returned by `finals`.
         """
         self._collect()
-        outputs = len(self._outputs) if limit is None else min(limit, len(self._outputs))
+        outputs = len(self._state.outputs) if limit is None else min(limit, len(self._state.outputs))
         if self._joined_for != (key := (outputs, fast_count, self.stopped)):
             self._joined_for, self._last_joined = key, self._joined(outputs, fast_count)
         return self._last_joined
@@ -354,14 +346,14 @@ class AccurateLane:
         """Return the tokens of the utterance that ended with `end`, and begin the next one."""
         if (branch := completion.branch) is not None and branch.error is None:
             hypothesis, known, count = branch.hypothesis, branch.copied, len(branch.hypothesis.tokens)
-        elif branch is None and not completion.stopped and len(self._outputs) >= completion.outputs:
+        elif branch is None and not completion.stopped and len(self._state.outputs) >= completion.outputs:
             hypothesis = self._stream.hypothesis
             known = count = self._count(completion.outputs)
         else:
             return self._final_without_completion(completion, end)
         begin, _ = self._find_begin(hypothesis, count, completion.outputs)
         lane = TokenSpan(hypothesis.tokens, hypothesis.sample_positions, begin, count)
-        fast = TokenSpan(self._fast.tokens, self._fast.sample_positions, self._fast_begin, end.token_count)
+        fast = TokenSpan(self._fast.tokens, self._fast.sample_positions, self._state.fast_begin, end.token_count)
         last = completion.whole and end is completion.ends[-1]
         if last:
             stop = count
@@ -382,7 +374,7 @@ class AccurateLane:
 
     def _final_without_completion(self, completion: _Completion, end: UtteranceEnd) -> JoinedTokens:
         """Return the tokens that both lanes have, because the lane or its branch failed."""
-        outputs = min(completion.outputs, len(self._outputs))
+        outputs = min(completion.outputs, len(self._state.outputs))
         joined = self._joined(outputs, end.token_count)
         error = self.error or (completion.branch and completion.branch.error)
         if completion.whole:
@@ -392,25 +384,25 @@ class AccurateLane:
         if self.stopped:
             self._begin_next(completion, end, self._count(outputs), None)
         else:
-            fast = TokenSpan(self._fast.tokens, self._fast.sample_positions, self._fast_begin, end.token_count)
-            self._begin_next(completion, end, self._begin, fast)
+            fast = TokenSpan(self._fast.tokens, self._fast.sample_positions, self._state.fast_begin, end.token_count)
+            self._begin_next(completion, end, self._state.begin, fast)
         return joined._replace(stable=len(joined.tokens))
 
     def _begin_next(self, completion: _Completion, end: UtteranceEnd, begin: int, before: TokenSpan | None) -> None:
-        self._fast_begin, self._begin = end.token_count, begin
-        self._before, self._boundary, self._found = before, end.end_sample, None
-        self._outputs_before = min(completion.outputs, len(self._outputs))
+        self._state.fast_begin, self._state.begin = end.token_count, begin
+        self._state.before, self._state.boundary, self._state.found = before, end.end_sample, None
+        self._state.outputs_before = min(completion.outputs, len(self._state.outputs))
         self._joined_for = None
 
     def _joined(self, outputs: int, fast_count: int) -> JoinedTokens:
         hypothesis, count = self._stream.hypothesis, self._count(outputs)
         begin, found = self._find_begin(hypothesis, count, outputs)
         lane = TokenSpan(hypothesis.tokens, hypothesis.sample_positions, begin, count)
-        fast = TokenSpan(self._fast.tokens, self._fast.sample_positions, self._fast_begin, fast_count)
+        fast = TokenSpan(self._fast.tokens, self._fast.sample_positions, self._state.fast_begin, fast_count)
         if begin == count and self.stopped:
-            following = self._fast_begin
+            following = self._state.fast_begin
         else:
-            end_sample = self._outputs[outputs - 1][1] if outputs else 0
+            end_sample = self._state.outputs[outputs - 1][1] if outputs else 0
             count, following = self._joiner.join(lane, fast, end_sample)
         stable = self._joiner.complete_words(lane) - begin if found else 0
         tokens = self._tokens.tokens[begin:count] + self._fast_tokens.tokens[following:fast_count]
@@ -422,33 +414,34 @@ class AccurateLane:
         `count` is the number of tokens of `hypothesis` to use, `outputs` the number of the lane's outputs before. It is
         certain if the lane has passed the end of the previous utterance with these outputs.
         """
-        begin = min(self._begin, count)
-        if self._before is None:
+        begin = min(self._state.begin, count)
+        if self._state.before is None:
             return begin, True
-        if self._found is None:
-            limit = self._boundary + self._joiner.tolerance
-            for output in range(self._outputs_before, len(self._outputs)):
-                found, end_sample = self._outputs[output]
+        if self._state.found is None:
+            limit = self._state.boundary + self._joiner.tolerance
+            for output in range(self._state.outputs_before, len(self._state.outputs)):
+                found, end_sample = self._state.outputs[output]
                 if end_sample >= limit:
-                    self._found = output, self._continuation(self._stream.hypothesis, min(self._begin, found), found)
+                    begin_then = min(self._state.begin, found)
+                    self._state.found = output, self._continuation(self._stream.hypothesis, begin_then, found)
                     break
-        if self._found is not None and self._found[0] < outputs:
-            return self._found[1], True
+        if self._state.found is not None and self._state.found[0] < outputs:
+            return self._state.found[1], True
         return self._continuation(hypothesis, begin, count), False
 
     def _continuation(self, hypothesis: Hypothesis, begin: int, count: int) -> int:
-        assert self._before is not None
+        assert self._state.before is not None
         lane = TokenSpan(hypothesis.tokens, hypothesis.sample_positions, begin, count)
-        return self._joiner.continuation(self._before, lane, self._boundary)
+        return self._joiner.continuation(self._state.before, lane, self._state.boundary)
 
     def _count(self, outputs: int) -> int:
         """Return the number of tokens of the lane after its first outputs."""
-        return self._outputs[outputs - 1][0] if outputs else 0
+        return self._state.outputs[outputs - 1][0] if outputs else 0
 
     def _collect(self) -> None:
         """Receive the lane's outputs."""
         if outputs := self._scheduler.collect(self._stream):
-            self._outputs += [(output.count, output.item.end_sample) for output in outputs]
+            self._state.outputs += [(output.count, output.item.end_sample) for output in outputs]
             self._tokens.extend(self._stream.hypothesis, outputs[-1].count)
 
 

@@ -200,13 +200,13 @@ def restore(saved: StreamSnapshot, parts: Mapping[str, Stateful], vocabulary: in
         raise ValueError(str(error)) from error
 
 
-def dump(about: Mapping[str, Any], saved: StreamSnapshot) -> memoryview:
+def dump(about: Mapping[str, Any], saved: StreamSnapshot) -> bytes:
     """Return the content of a snapshot file. `about` can be written as JSON."""
     document = {"about": about, "samples": saved.samples, "digest": saved.digest}
     arrays = {f"{part}.{name}": array for part, rows in saved.parts.items() for name, array in rows.items()}
     data = io.BytesIO()
     np.savez(data, allow_pickle=False, document=np.frombuffer(json.dumps(document).encode(), np.uint8), **arrays)
-    return data.getbuffer()
+    return data.getvalue()
 
 
 def load(file: IO[bytes], size: int) -> tuple[dict[str, Any], StreamSnapshot]:

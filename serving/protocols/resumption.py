@@ -18,7 +18,7 @@ import io
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nemostream.errors import StreamError
@@ -104,7 +104,8 @@ class EventLog:
 class Resumption:
     """What makes a stream resumable: its token, the position of its client, its events, and the storing of its state.
 
-    For the event loop. `options` are those of the connection, `saved` and `snapshot` the state to continue from.
+    For the event loop. `options` are those that the client requested. Of a stream that continues, `received_bytes` and
+    `controls` are the position, and `resent` the messages that the client has not received.
     """
 
     def __init__(
@@ -119,17 +120,14 @@ class Resumption:
         received_bytes: int = 0,
         controls: int = 0,
         events: EventLog | None = None,
-        saved: SavedSession | None = None,
-        snapshot: StreamSnapshot | None = None,
-        resent: Iterable[str] = (),
+        resent: Sequence[str] = (),
     ) -> None:
-        self.token, self.options, self.saved, self.snapshot = token, options, saved, snapshot
-        self.resent = [*resent]  # messages that the client has not received
+        self.token, self.options, self.resent = token, options, resent
         self.bytes, self.controls = received_bytes, controls  # processed so far
         self.events = events or EventLog()
         self._service, self._states, self._client, self._epoch = service, states, client, epoch
         self._key = _key_of(token, client)
-        self._saving: asyncio.Task[None] | None = None
+        self._saving: asyncio.Task[bool] | None = None  # returns whether the state is stored
         self._stored = self._position  # of the last state
         self._stored_at = service.clock()
         self.utterance_ended = False  # since the last state
@@ -150,10 +148,13 @@ class Resumption:
         return resumption
 
     @classmethod
-    async def resume(cls, service: Service, client: Client, token: str, received: int, results: int) -> Resumption:
+    async def resume(
+        cls, service: Service, client: Client, token: str, received: int, results: int
+    ) -> tuple[Resumption, dict[str, Any]]:
         """Return that of a stored stream, whose client has received `received` events, `results` of them results.
 
-        Its connection, if it is open at this server, is closed. Raises `StateError` if the stream cannot be resumed.
+        The second value is the state of the session, as arguments of `Service.open`. The stream's connection is closed
+        if it is open at this server. Raises `StateError` if the stream cannot be resumed.
         """
         if (states := service.states) is None:
             raise StateError("this server stores no states (option state_store); open a new stream.")
@@ -169,7 +170,7 @@ class Resumption:
         events = EventLog(**about["events"])
         resent = events.resume(received, results)
         service.metrics.resumed.inc()
-        return cls(
+        resumption = cls(
             service,
             states,
             client,
@@ -179,10 +180,9 @@ class Resumption:
             received_bytes=about["bytes"],
             controls=about["controls"],
             events=events,
-            saved=saved,
-            snapshot=snapshot,
             resent=resent,
         )
+        return resumption, {"saved": saved, "snapshot": snapshot}
 
     def describe(self) -> dict[str, Any]:
         """Return the field `resumption` of `ready`."""
@@ -228,7 +228,8 @@ class Resumption:
         position: dict[str, int],
         complete: Callable[[], StreamSnapshot],
         began: float,
-    ) -> None:
+    ) -> bool:
+        """Store a state. Return whether it is stored."""
         service = self._service
 
         def store() -> None:
@@ -240,28 +241,30 @@ class Resumption:
         except StateSuperseded as error:
             self.on_superseded(error)
         except Exception as error:  # the client keeps what it sends; the next state is stored later
-            if session.is_open or not isinstance(error, StreamError):  # else the stream has ended meanwhile
+            ended = isinstance(error, StreamError) and not isinstance(error, StateError) and not session.is_open
+            if not ended:
                 self._report(error)
         else:
             self._stored = position
             service.metrics.states_stored.inc()
             service.metrics.state_seconds.observe(service.clock() - began)
             self.on_stored({"type": "stored", **position})
+            return True
         finally:
             self._saving = None
+        return False
 
     async def save(self, session: Session) -> bool:
-        """Store the state now, when the stream is at rest. Return whether it is stored. Raises the stream's error."""
+        """Store the state as soon as the stream is at rest. Return whether it is stored. Raises the stream's error."""
         limit = self._service.clock() + self._service.settings.send_seconds
         while session.is_open and self._service.clock() < limit:
-            if self._saving is not None:
+            if self._saving is not None:  # an earlier state
                 await asyncio.wait([self._saving])
-            elif self._begin(session):
-                assert self._saving is not None
-                position = self._position
-                await asyncio.wait([self._saving])
-                return self._stored["sequence"] == position["sequence"]
-            await asyncio.sleep(_RETRY_SECONDS)
+            elif self._begin(session) and (saving := self._saving) is not None:
+                await asyncio.wait([saving])
+                return saving.result()
+            else:
+                await asyncio.sleep(_RETRY_SECONDS)
         return False
 
     async def delete(self) -> None:
@@ -306,7 +309,7 @@ def _model_of(service: Service) -> str:
 
 def _encode(about: Mapping[str, Any], snapshot: StreamSnapshot | None) -> bytes:
     """Return a state. A stream without audio has no snapshot."""
-    return bytes(snapshots.dump(about, snapshot or StreamSnapshot({}, 0, "")))
+    return snapshots.dump(about, snapshot or StreamSnapshot({}, 0, ""))
 
 
 def _decode(data: bytes) -> tuple[dict[str, Any], StreamSnapshot | None]:

@@ -37,32 +37,22 @@ SUBPROTOCOL = "nemostream"
 _MOVE = "nemostream.move"  # type of the message that ends a resumable connection
 _MOVED = "the server is stopping; resume the stream, on another server if there is one."
 _NOT_STORED = "the server is stopping, and its newest state is older than usual; resume the stream."
-_POLL_SECONDS = 0.005
 
 
 async def serve(socket: WebSocket, service: Service) -> None:
     """Serve one connection."""
     client: Client = socket.scope["nemostream.client"]
     try:
-        given, resumption = _options(socket.query_params), None
-        if "resume" in given:
-            resumption = await Resumption.resume(service, client, given["resume"], given["received"], given["results"])
-            given = resumption.options
-        options = {name: value for name, value in given.items() if name not in ("words", "resumable", "itn")}
-        options["phrases"] = await service.compile_phrases(options.get("phrases"))
-        options["normalizer"] = await service.normalizer(given["itn"], options.get("language"))
-        if resumption is not None:
-            options |= {"saved": resumption.saved, "snapshot": resumption.snapshot}
-        session = service.open("websocket", client=client, **options)
+        session, options, resumption = await _open(socket.query_params, service, client)
     except NemostreamError as error:
         return await reject(socket, error)
     async with session:
-        if given["resumable"] and resumption is None:
-            resumption = await Resumption.open(service, client, given)
+        if options["resumable"] and resumption is None:
+            resumption = await Resumption.open(service, client, options)
         await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None)
         if resumption is None:
-            return await _run(_Connection(socket, session, service, given), socket, session, service)
-        connection = _ResumableConnection(socket, session, service, given, resumption)
+            return await _run(_Connection(socket, session, service, options), socket, session, service)
+        connection = _ResumableConnection(socket, session, service, options, resumption)
         service.resumable[resumption.token] = connection.move
         try:
             await _run(connection, socket, session, service)
@@ -70,6 +60,26 @@ async def serve(socket: WebSocket, service: Service) -> None:
             connection.ended.set()
             if service.resumable.get(resumption.token) == connection.move:
                 del service.resumable[resumption.token]
+
+
+async def _open(
+    query: QueryParams, service: Service, client: Client
+) -> tuple[Session, dict[str, Any], Resumption | None]:
+    """Open the session that a query requests; return it, its options, and what makes a stream that continues resumable.
+
+    A state of many megabytes is not referred to afterwards.
+    """
+    options, resumption = _options(query), None
+    state: dict[str, Any] = {}
+    if "resume" in options:
+        resumption, state = await Resumption.resume(
+            service, client, options["resume"], options["received"], options["results"]
+        )
+        options = resumption.options
+    arguments = {name: value for name, value in options.items() if name not in ("words", "resumable", "itn")}
+    arguments["phrases"] = await service.compile_phrases(options.get("phrases"))
+    arguments["normalizer"] = await service.normalizer(options["itn"], options.get("language"))
+    return service.open("websocket", client=client, **arguments, **state), options, resumption
 
 
 async def _run(connection: _Connection, socket: WebSocket, session: Session, service: Service) -> None:
@@ -94,7 +104,7 @@ class _Connection:
 
     def __init__(self, socket: WebSocket, session: Session, service: Service, options: dict[str, Any]) -> None:
         self._socket, self._session, self._service, self._words = socket, session, service, options["words"]
-        self._asked = options["resumable"]
+        self._resumable = options["resumable"]
 
     async def run(self) -> None:
         """Process messages until the client finishes. Raises `NemostreamError` and `WebSocketDisconnect`."""
@@ -129,7 +139,7 @@ class _Connection:
             "language": session.language,
             "model": self._service.model.manifest.name,
         }
-        await self._send(ready | ({"resumption": self._resumption_fields()} if self._asked else {}))
+        await self._send(ready | ({"resumption": self._resumption_fields()} if self._resumable else {}))
 
     def _resumption_fields(self) -> dict[str, Any] | None:
         return None
@@ -252,9 +262,6 @@ class _ResumableConnection(_Connection):
 
     async def _save(self) -> bool:
         """Store the state after the audio that is being processed. Return False if it is not stored."""
-        limit = asyncio.get_running_loop().time() + self._service.settings.send_seconds
-        while self._session.is_pushing and asyncio.get_running_loop().time() < limit:
-            await asyncio.sleep(_POLL_SECONDS)
         try:
             return await self._resumption.save(self._session)
         except NemostreamError:  # the stream has failed: the last state is kept
