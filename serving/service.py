@@ -39,6 +39,7 @@ from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
 from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.model import Model
+from nemostream.runtime.streaming.scheduler import STREAMS_PER_RESERVED_SLOT
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.streaming.snapshot import StreamSnapshot
 from nemostream.runtime.text.endpointing import Endpoint
@@ -60,7 +61,6 @@ from nemostream.untrusted import short_repr
 log = logging.getLogger("nemostream.serving")
 
 _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
-_STREAMS_PER_RESERVED_SLOT = 16  # with accurate lanes, for the completion of finals (`StreamScheduler.open`)
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
 MEMORY = "memory"  # the state store of one process; of several processes, a colon and a temporary folder follow
 _MAX_SAVES = 4  # states of streams that are stored at the same time
@@ -713,7 +713,7 @@ def available_chunks(manifest: Manifest, settings: Settings) -> tuple[int, ...]:
 
 def slots_of(streams: int, accurate_streams: int) -> int:
     """Return the slots that live streams take, of which `accurate_streams` have an accurate lane."""
-    return streams + accurate_streams + -(-accurate_streams // _STREAMS_PER_RESERVED_SLOT)
+    return streams + accurate_streams + -(-accurate_streams // STREAMS_PER_RESERVED_SLOT)
 
 
 def live_slots(settings: Settings, max_streams: int) -> int:

@@ -55,7 +55,7 @@ from nemostream.runtime.text.endpointing import NEVER, UtteranceEnd
 
 T = TypeVar("T")
 
-_STREAMS_PER_RESERVED_SLOT = 16  # a branch runs only a few steps
+STREAMS_PER_RESERVED_SLOT = 16  # that may branch: a branch runs only a few steps
 
 BRANCH_ITEM = WorkItem("branch", cast(Any, None), 0)  # where a branch begins in the items of its source
 
@@ -434,7 +434,7 @@ class Scheduler(StreamScheduler):
 
     def _has_slot(self, may_branch: bool) -> bool:
         """Return whether a slot is free that is not reserved for branches."""
-        return len(self._free) > -(-(self._branching + may_branch) // _STREAMS_PER_RESERVED_SLOT)
+        return len(self._free) > -(-(self._branching + may_branch) // STREAMS_PER_RESERVED_SLOT)
 
     def _check_capacity(self, may_branch: bool) -> None:
         if not self._has_slot(may_branch):
