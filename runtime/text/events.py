@@ -240,17 +240,17 @@ class _Step(NamedTuple):
     set_language: str
 
 
+@dataclass
 class EventState:
     """The progress of the events of a stream, as a part of a snapshot. The tokens are in other parts."""
 
-    def __init__(self) -> None:
-        self.number = 0  # of the current utterance
-        self.first_token = 0  # index of its first token in the stream
-        self.end_sample = 0  # at which the last utterance ended
-        self.token_count = 0  # tokens of the stream that have been processed
-        self.between_utterances = False  # whether an utterance has ended and none has begun since
-        self.begun = False  # whether the current utterance has tokens
-        self.language = AUTO  # that was set for the last of them
+    number: int = 0  # of the current utterance
+    first_token: int = 0  # index of its first token in the stream
+    end_sample: int = 0  # at which the last utterance ended
+    token_count: int = 0  # tokens of the stream that have been processed
+    between_utterances: bool = False  # whether an utterance has ended and none has begun since
+    begun: bool = False  # whether the current utterance has tokens
+    language: str = AUTO  # that was set for the last of them
 
     def save(self) -> dict[str, NDArray[Any]]:
         counts = [self.number, self.first_token, self.end_sample, self.token_count, self.between_utterances, self.begun]
@@ -288,11 +288,15 @@ class EventBuilder:
 
     def state(self) -> EventState:
         """Return the progress, for `resume`."""
-        state = EventState()
-        state.number, state.first_token, state.end_sample = self._number, self._first_token, self._end_sample
-        state.token_count, state.between_utterances = self.token_count, self._between_utterances
-        state.begun, state.language = bool(self._current.transcript.tokens), self._current.set_language
-        return state
+        return EventState(
+            self._number,
+            self._first_token,
+            self._end_sample,
+            self.token_count,
+            self._between_utterances,
+            bool(self._current.transcript.tokens),
+            self._current.set_language,
+        )
 
     def resume(self, state: EventState, tokens: Sequence[Token]) -> None:
         """Continue from a saved state of a stream that has `tokens`. The next event follows those that were returned.
@@ -493,14 +497,8 @@ class RevisableEventBuilder:
 
         Its current utterance is not part of it: it is the next `partial`.
         """
-        state = EventState()
-        state.number, state.end_sample, state.between_utterances = (
-            self._number,
-            self._end_sample,
-            self._between_utterances,
-        )
-        state.first_token, state.token_count, state.language = first_token, token_count, language
-        return state
+        between = self._between_utterances
+        return EventState(self._number, first_token, self._end_sample, token_count, between, language=language)
 
     @property
     def begun(self) -> bool:
