@@ -62,10 +62,9 @@ log = logging.getLogger("nemostream.serving")
 _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
 _STREAMS_PER_RESERVED_SLOT = 16  # with accurate lanes, for the completion of finals (`StreamScheduler.open`)
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
-MEMORY = "memory"  # the state store of one process; of several processes, a colon and a temporary folder follow
 _MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
-TRIM_SECONDS = 15  # between two calls of `trim_memory`
+CLEANUP_SECONDS = 15  # between two calls of `Service.clean_up`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000
 MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
@@ -90,6 +89,7 @@ class Service:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.max_streams = settings.max_streams
         self.sessions: set[Session] = set()
+        self.state_store = settings.state_store
         self.states: StateStore | None = None  # opened by `start`
         self.saving = asyncio.Semaphore(_MAX_SAVES)  # states that are being stored
         # By the token of a resumable stream: stores its state and closes its connection (`protocols/resumption.py`)
@@ -151,9 +151,9 @@ class Service:
     async def hand_over(self) -> None:
         """Store the states of all resumable streams, and close their connections, in at most `drain_seconds`.
 
-        Does nothing if the states end with this server.
+        Does nothing if no other server can continue them.
         """
-        if self.settings.state_store.startswith(MEMORY):
+        if not self.settings.shares_states:
             return
         moves = [asyncio.create_task(move()) for move in list(self.resumable.values())]
         if moves:
@@ -165,8 +165,7 @@ class Service:
         """Open the state store. Blocks. Raises `OptionError` for an invalid store or key."""
         file = self.settings.state_key_file
         key = None if file is None else read_key(file)
-        folder = self.settings.state_store.removeprefix(f"{MEMORY}:")
-        self.states = open_store(folder, self.settings.state_retention, key)
+        self.states = open_store(self.state_store, self.settings.state_retention, key)
 
     def close(self) -> None:
         """Release the engine; streams that are still open fail."""
@@ -572,13 +571,12 @@ class Service:
         return state
 
     async def monitor(self) -> None:
-        """Update the load once per second, and trim memory now and then, until cancelled."""
+        """Update the load once per second, and clean up now and then, until cancelled."""
         audio = self._audio_seconds()
         for second in itertools.count(1):
             await asyncio.sleep(1)
-            if second % TRIM_SECONDS == 0:
-                await asyncio.to_thread(trim_memory)
-                await self._sweep_states()
+            if second % CLEANUP_SECONDS == 0:
+                await self.clean_up()
             with self._lock:
                 step_seconds, self._step_seconds = self._step_seconds, 0.0
             before, audio = audio, self._audio_seconds()
@@ -587,7 +585,9 @@ class Service:
             self._latencies.clear()
             self.update_load(percentile_90(latencies))
 
-    async def _sweep_states(self) -> None:
+    async def clean_up(self) -> None:
+        """Free memory of finished requests, and delete expired states."""
+        await asyncio.to_thread(trim_memory)
         if self.states is None:
             return
         try:
@@ -601,22 +601,22 @@ class Service:
         These are the accurate lanes, and with `degrade` the degradation level.
         """
         has_lanes = any(session.final_chunk_ms is not None for session in self.sessions)
-        shed, max_level = self.load.sheds_lanes, len(self.chunks) - 1 if self.settings.degrade else 0
-        changed = self.load.update(latency, max_level, has_lanes)
-        if self.load.level != self.degradation_level:
-            self.metrics.degradation_level.set(self.load.level)
-            self.set_degradation_level(self.load.level)
-            log.warning("chunk sizes changed", extra={"degradation_level": self.load.level})
-        elif changed:
-            log.warning("accurate lanes enabled" if shed else "accurate lanes disabled")
-        for session in self.sessions:  # also those whose lane failed, or had no free slot
-            self._set_lane(session)
+        self.load.update(latency, len(self.chunks) - 1 if self.settings.degrade else 0, has_lanes)
+        self.metrics.degradation_level.set(self.load.level)
+        self.set_degradation_level(self.load.level)
+        self.update_lanes()
 
     def set_degradation_level(self, level: int) -> None:
-        """Move all streams to chunks that are larger than requested by `level` sizes, without accurate lanes if any."""
+        """Move all streams to chunks that are larger than requested by `level` sizes. `update_lanes` must follow."""
+        if level == self.degradation_level:
+            return
         self.degradation_level = level
         for session in self.sessions:
             session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
+
+    def update_lanes(self) -> None:
+        """Enable or disable accurate lanes as the load requires, also those that failed or had no free slot."""
+        for session in self.sessions:
             self._set_lane(session)
 
     def _on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:

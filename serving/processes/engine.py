@@ -511,7 +511,7 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     control, start, board_file = connect()
     log_to_stderr(start.text, start.name)
-    share_metrics(start.metrics, start.name)
+    share_metrics(start.folder, start.name)
     metrics, board = Metrics(), Board(board_file, start.transports, start.entries)
     settings, began = start.restore_settings(), time.monotonic()
     try:
