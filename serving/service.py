@@ -206,10 +206,10 @@ class Service:
 
         `chunk_ms`, `final_chunk_ms` and `language` None are the server's defaults, as is `endpoint_ms` 0.
         `final_chunk_ms` 0 is that of partials. `endpoint_ms` None never ends an utterance by silence, `endpoint_model`
-        False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`); nobody waits for
-        its partials, so it has chunks of `final_chunk_ms` only. Raises `CapacityError` if the server is full or
-        overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options, `StateError` for
-        an invalid state.
+        False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`); the latency of
+        its partials does not matter, so it has chunks of `final_chunk_ms` only. Raises `CapacityError` if the server is
+        full or overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options,
+        `StateError` for an invalid state.
         """
         try:
             if self.state == "draining":
@@ -421,11 +421,11 @@ class Service:
     def _set_lane(self, session: Session) -> None:
         """Enable or disable the accurate lane of a stream, as it was requested and the load allows it."""
         final_ms = self._effective_final_ms(session.requested_ms, session.requested_final_ms)
-        if final_ms == session.final_chunk_ms or not session.lane_can_change:  # the next second tries again
+        if final_ms == session.final_chunk_ms or not session.lane_can_change:  # `update_lanes` tries again
             return
         try:
             session.set_final_chunk_ms(final_ms)
-        except NemostreamError:  # a stream that ends still has the slot: the next second; or this one has failed
+        except NemostreamError:  # it has failed, or another stream that ends still has the slot (`update_lanes`)
             return
         if self.lanes_shed and session.requested_final_ms is not None:
             self.metrics.lanes_shed.inc()
