@@ -67,7 +67,7 @@ _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
 CLEANUP_SECONDS = 15  # between two calls of `Service.clean_up`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000
-MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
+_MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
 SWITCH_SECONDS = 0.0005  # interval between two switches of threads that compute in Python
 _STARTING = "the server is still starting; try again in a moment."
 DEMO_NOTE = (
@@ -102,7 +102,6 @@ class Service:
         self._compilations = asyncio.Semaphore(_MAX_COMPILATIONS)
         self._clients: Counter[str] = Counter()  # live streams by client
         self._model: Model | None = None
-        self._failures = 0  # of the engine, in a row
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
         self._latency_metrics: dict[int, Any] = {}  # by chunk size
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
@@ -136,7 +135,8 @@ class Service:
         self.chunks, self.language = loaded.chunks, loaded.language
         self.max_streams = loaded.max_streams
         self.metrics.max_streams.set(self.max_streams)
-        loaded.model.watch(self._on_step, self._on_failure, self.record_fallback)
+        recorder = StepRecorder(self.metrics, self._add_step, self._set_engine_state)
+        loaded.model.watch(recorder.on_step, recorder.on_failure, self.record_fallback)
         self._model, self.state = loaded.model, "ready"
         log_ready(loaded, self.settings, self.clock() - start)
 
@@ -619,29 +619,49 @@ class Service:
         for session in self.sessions:
             self._set_lane(session)
 
-    def _on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
-        """Record a step. Called on the scheduler's thread."""
-        self.metrics.steps.labels(chunk.ms).observe(seconds)
-        self.metrics.batch.observe(rows)
+    def _add_step(self, seconds: float) -> None:
         with self._lock:
             self._step_seconds += seconds
-            self._failures = 0
-            if self.state == "failed":
-                self.state = "ready"
 
-    def _on_failure(self, error: Exception) -> None:
-        """Record a failed step. Called on the scheduler's thread.
-
-        A single failure may be caused by a stream; repeated ones are failures of the engine.
-        """
-        with self._lock:
-            self._failures += 1
-            if self._failures == MAX_FAILURES and self.state == "ready":
-                self.state = "failed"
-                log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
+    def _set_engine_state(self, state: Literal["ready", "failed"]) -> None:
+        if self.state != "draining":
+            self.state = state
 
     def _audio_seconds(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
+
+
+class StepRecorder:
+    """Records the steps of an engine, and detects that it has failed. Called on the scheduler's thread.
+
+    A single failure may be caused by a stream; repeated ones are failures of the engine. `add_step` is called with the
+    duration of each step in seconds, `set_state` when the engine has failed, and at its first step afterwards.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        add_step: Callable[[float], None],
+        set_state: Callable[[Literal["ready", "failed"]], None],
+    ) -> None:
+        self._metrics, self._add_step, self._set_state = metrics, add_step, set_state
+        self._failures = 0  # in a row
+
+    def on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
+        """Record a step."""
+        self._metrics.steps.labels(chunk.ms).observe(seconds)
+        self._metrics.batch.observe(rows)
+        self._add_step(seconds)
+        if self._failures >= _MAX_FAILURES:
+            self._set_state("ready")
+        self._failures = 0
+
+    def on_failure(self, error: Exception) -> None:
+        """Record a failed step."""
+        self._failures += 1
+        if self._failures == _MAX_FAILURES:
+            log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
+            self._set_state("failed")
 
 
 @dataclass(frozen=True)
