@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+
+log = logging.getLogger("nemostream.serving")
 
 _LATE_CHUNKS, _EARLY_CHUNKS = 0.8, 0.3  # latency in chunks above which results are late, below which early
 _LATE_SECONDS, _EARLY_SECONDS = 3, 10  # after which the degradation level rises, falls
@@ -31,8 +34,8 @@ class LoadControl:
         recent = list(self.history)[-_LATE_SECONDS:]
         return len(recent) == _LATE_SECONDS and min(recent) > _LATE_CHUNKS
 
-    def update(self, latency: float, max_level: int, has_lanes: bool) -> bool:
-        """Add a second's latency (90th percentile, in chunks). Return whether `level` or `sheds_lanes` changed.
+    def update(self, latency: float, max_level: int, has_lanes: bool) -> None:
+        """Add a second's latency (90th percentile, in chunks), update `level` and `sheds_lanes`, and log a change.
 
         The level is at most `max_level`. `has_lanes` is whether a stream has an accurate lane.
         """
@@ -49,10 +52,13 @@ class LoadControl:
             else:
                 sheds_lanes = False
         if (level, sheds_lanes) == (self.level, self.sheds_lanes):
-            return False
+            return
+        if level != self.level:
+            log.warning("chunk sizes changed", extra={"degradation_level": level})
+        else:
+            log.warning("accurate lanes disabled" if sheds_lanes else "accurate lanes enabled")
         self.level, self.sheds_lanes = level, sheds_lanes
         self.history.clear()
-        return True
 
 
 def percentile_90(latencies: list[float]) -> float:

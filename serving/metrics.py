@@ -12,8 +12,6 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 # Dense around the chunk sizes, 80 to 1120 ms: what matters is whether a step or a result takes less than its chunk.
 _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.28, 0.4, 0.56, 0.8, 1.12, 2.24, 5.0)
 _STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where `prometheus_client` keeps the values of several processes
 
 

@@ -62,13 +62,12 @@ log = logging.getLogger("nemostream.serving")
 
 _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are just ending
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
-MEMORY = "memory"  # the state store of one process; of several processes, a colon and a temporary folder follow
 _MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
-TRIM_SECONDS = 15  # between two calls of `trim_memory`
+CLEANUP_SECONDS = 15  # between two calls of `Service.clean_up`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000
-MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
+_MAX_FAILURES = 5  # of the engine in a row; then only a restart helps
 SWITCH_SECONDS = 0.0005  # interval between two switches of threads that compute in Python
 _STARTING = "the server is still starting; try again in a moment."
 DEMO_NOTE = (
@@ -90,6 +89,7 @@ class Service:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.max_streams = settings.max_streams
         self.sessions: set[Session] = set()
+        self.state_store = settings.state_store
         self.states: StateStore | None = None  # opened by `start`
         self.saving = asyncio.Semaphore(_MAX_SAVES)  # states that are being stored
         # By the token of a resumable stream: stores its state and closes its connection (`protocols/resumption.py`)
@@ -102,7 +102,6 @@ class Service:
         self._compilations = asyncio.Semaphore(_MAX_COMPILATIONS)
         self._clients: Counter[str] = Counter()  # live streams by client
         self._model: Model | None = None
-        self._failures = 0  # of the engine, in a row
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
         self._latency_metrics: dict[int, Any] = {}  # by chunk size
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
@@ -136,7 +135,8 @@ class Service:
         self.chunks, self.language = loaded.chunks, loaded.language
         self.max_streams = loaded.max_streams
         self.metrics.max_streams.set(self.max_streams)
-        loaded.model.watch(self._on_step, self._on_failure, self.record_fallback)
+        recorder = StepRecorder(self.metrics, self._add_step, self._set_engine_state)
+        loaded.model.watch(recorder.on_step, recorder.on_failure, self.record_fallback)
         self._model, self.state = loaded.model, "ready"
         log_ready(loaded, self.settings, self.clock() - start)
 
@@ -151,9 +151,9 @@ class Service:
     async def hand_over(self) -> None:
         """Store the states of all resumable streams, and close their connections, in at most `drain_seconds`.
 
-        Does nothing if the states end with this server.
+        Does nothing if no other server can continue them.
         """
-        if self.settings.state_store.startswith(MEMORY):
+        if not self.settings.shares_states:
             return
         moves = [asyncio.create_task(move()) for move in list(self.resumable.values())]
         if moves:
@@ -165,8 +165,7 @@ class Service:
         """Open the state store. Blocks. Raises `OptionError` for an invalid store or key."""
         file = self.settings.state_key_file
         key = None if file is None else read_key(file)
-        folder = self.settings.state_store.removeprefix(f"{MEMORY}:")
-        self.states = open_store(folder, self.settings.state_retention, key)
+        self.states = open_store(self.state_store, self.settings.state_retention, key)
 
     def close(self) -> None:
         """Release the engine; streams that are still open fail."""
@@ -207,10 +206,10 @@ class Service:
 
         `chunk_ms`, `final_chunk_ms` and `language` None are the server's defaults, as is `endpoint_ms` 0.
         `final_chunk_ms` 0 is that of partials. `endpoint_ms` None never ends an utterance by silence, `endpoint_model`
-        False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`); nobody waits for
-        its partials, so it has chunks of `final_chunk_ms` only. Raises `CapacityError` if the server is full or
-        overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options, `StateError` for
-        an invalid state.
+        False never by the model. The stream of an `upload` was admitted already (`UploadAdmission`); the latency of
+        its partials does not matter, so it has chunks of `final_chunk_ms` only. Raises `CapacityError` if the server is
+        full or overloaded, `Draining` before the start and while stopping, `OptionError` for invalid options,
+        `StateError` for an invalid state.
         """
         try:
             if self.state == "draining":
@@ -422,11 +421,11 @@ class Service:
     def _set_lane(self, session: Session) -> None:
         """Enable or disable the accurate lane of a stream, as it was requested and the load allows it."""
         final_ms = self._effective_final_ms(session.requested_ms, session.requested_final_ms)
-        if final_ms == session.final_chunk_ms or not session.lane_can_change:  # the next second tries again
+        if final_ms == session.final_chunk_ms or not session.lane_can_change:  # `update_lanes` tries again
             return
         try:
             session.set_final_chunk_ms(final_ms)
-        except NemostreamError:  # a stream that ends still has the slot: the next second; or this one has failed
+        except NemostreamError:  # it has failed, or another stream that ends still has the slot (`update_lanes`)
             return
         if self.lanes_shed and session.requested_final_ms is not None:
             self.metrics.lanes_shed.inc()
@@ -572,13 +571,12 @@ class Service:
         return state
 
     async def monitor(self) -> None:
-        """Update the load once per second, and trim memory now and then, until cancelled."""
+        """Update the load once per second, and clean up now and then, until cancelled."""
         audio = self._audio_seconds()
         for second in itertools.count(1):
             await asyncio.sleep(1)
-            if second % TRIM_SECONDS == 0:
-                await asyncio.to_thread(trim_memory)
-                await self._sweep_states()
+            if second % CLEANUP_SECONDS == 0:
+                await self.clean_up()
             with self._lock:
                 step_seconds, self._step_seconds = self._step_seconds, 0.0
             before, audio = audio, self._audio_seconds()
@@ -587,7 +585,9 @@ class Service:
             self._latencies.clear()
             self.update_load(percentile_90(latencies))
 
-    async def _sweep_states(self) -> None:
+    async def clean_up(self) -> None:
+        """Free memory of finished requests, and delete expired states."""
+        await asyncio.to_thread(trim_memory)
         if self.states is None:
             return
         try:
@@ -601,47 +601,67 @@ class Service:
         These are the accurate lanes, and with `degrade` the degradation level.
         """
         has_lanes = any(session.final_chunk_ms is not None for session in self.sessions)
-        shed, max_level = self.load.sheds_lanes, len(self.chunks) - 1 if self.settings.degrade else 0
-        changed = self.load.update(latency, max_level, has_lanes)
-        if self.load.level != self.degradation_level:
-            self.metrics.degradation_level.set(self.load.level)
-            self.set_degradation_level(self.load.level)
-            log.warning("chunk sizes changed", extra={"degradation_level": self.load.level})
-        elif changed:
-            log.warning("accurate lanes enabled" if shed else "accurate lanes disabled")
-        for session in self.sessions:  # also those whose lane failed, or had no free slot
-            self._set_lane(session)
+        self.load.update(latency, len(self.chunks) - 1 if self.settings.degrade else 0, has_lanes)
+        self.metrics.degradation_level.set(self.load.level)
+        self.set_degradation_level(self.load.level)
+        self.update_lanes()
 
     def set_degradation_level(self, level: int) -> None:
-        """Move all streams to chunks that are larger than requested by `level` sizes, without accurate lanes if any."""
+        """Move all streams to chunks that are larger than requested by `level` sizes. `update_lanes` must follow."""
+        if level == self.degradation_level:
+            return
         self.degradation_level = level
         for session in self.sessions:
             session.set_chunk_ms(self.effective_chunk_ms(session.requested_ms))
+
+    def update_lanes(self) -> None:
+        """Enable or disable accurate lanes as the load requires, also those that failed or had no free slot."""
+        for session in self.sessions:
             self._set_lane(session)
 
-    def _on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
-        """Record a step. Called on the scheduler's thread."""
-        self.metrics.steps.labels(chunk.ms).observe(seconds)
-        self.metrics.batch.observe(rows)
+    def _add_step(self, seconds: float) -> None:
         with self._lock:
             self._step_seconds += seconds
-            self._failures = 0
-            if self.state == "failed":
-                self.state = "ready"
 
-    def _on_failure(self, error: Exception) -> None:
-        """Record a failed step. Called on the scheduler's thread.
-
-        A single failure may be caused by a stream; repeated ones are failures of the engine.
-        """
-        with self._lock:
-            self._failures += 1
-            if self._failures == MAX_FAILURES and self.state == "ready":
-                self.state = "failed"
-                log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
+    def _set_engine_state(self, state: Literal["ready", "failed"]) -> None:
+        if self.state != "draining":
+            self.state = state
 
     def _audio_seconds(self) -> float:
         return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
+
+
+class StepRecorder:
+    """Records the steps of an engine, and detects that it has failed. Called on the scheduler's thread.
+
+    A single failure may be caused by a stream; repeated ones are failures of the engine. `add_step` is called with the
+    duration of each step in seconds, `set_state` when the engine has failed, and at its first step afterwards.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        add_step: Callable[[float], None],
+        set_state: Callable[[Literal["ready", "failed"]], None],
+    ) -> None:
+        self._metrics, self._add_step, self._set_state = metrics, add_step, set_state
+        self._failures = 0  # in a row
+
+    def on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
+        """Record a step."""
+        self._metrics.steps.labels(chunk.ms).observe(seconds)
+        self._metrics.batch.observe(rows)
+        self._add_step(seconds)
+        if self._failures >= _MAX_FAILURES:
+            self._set_state("ready")
+        self._failures = 0
+
+    def on_failure(self, error: Exception) -> None:
+        """Record a failed step."""
+        self._failures += 1
+        if self._failures == _MAX_FAILURES:
+            log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
+            self._set_state("failed")
 
 
 @dataclass(frozen=True)

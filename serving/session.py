@@ -63,9 +63,9 @@ class SessionObserver(Protocol):
 
 @dataclass(frozen=True)
 class SavedSession:
-    """The state of a session that another one continues, except that of its stream. Its fields can be written as JSON.
+    """The state of a session that another one continues, except that of its stream (`Session.save`).
 
-    `Session.saved` returns it, and the options of `Service.open` that are not part of it.
+    Its fields can be written as JSON. The options of `Service.open` are not part of it.
     """
 
     id: str
@@ -180,11 +180,10 @@ class Session:
     def start_push(self, data: bytes, on_pushed: OnPushed, message_bytes: int = 0) -> bool:
         """Start to process audio as `push` does; `on_pushed` is called with the new events, or with an error.
 
-        For the rate limit, `message_bytes` are added to the size of the audio.
-
-        It is called in the event loop, maybe before this method returns. Nothing else may be pushed before. Returns
-        False, without any effect, if the session cannot process the audio without a task: if the client must be slowed
-        down, if the message is long, and with VAD or inverse text normalization.
+        `on_pushed` is called in the event loop, maybe before this method returns. Nothing else may be pushed before.
+        For the rate limit, `message_bytes` are added to the size of the audio. Returns False, without any effect, if
+        the session cannot process the audio without a task: if the client must be slowed down, if the message is long,
+        and with VAD or inverse text normalization.
         """
         size, now = len(data), self._clock()
         limits, stream = self._limits, self._stream

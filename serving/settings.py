@@ -28,6 +28,8 @@ from pydantic_settings import (
 from nemostream.errors import OptionError
 from nemostream.serving.network.proxies import TrustedProxies
 
+MEMORY = "memory"  # `state_store`: states that end with the server
+
 
 class Limits(BaseModel):
     """Limits of streams, recordings and connections. Seconds are wall-clock seconds."""
@@ -119,7 +121,7 @@ class Settings(BaseSettings, Limits):
     )
     drain_seconds: float = Field(60, ge=0, description="Time for streams to finish after SIGTERM.")
     state_store: str = Field(
-        "memory",
+        MEMORY,
         description="Where the states of resumable streams are kept: memory (of this server), none, the path of a "
         "folder that may be shared by servers, or redis://HOST (Redis or Valkey).",
     )
@@ -211,6 +213,11 @@ class Settings(BaseSettings, Limits):
             if file is not None and not file.is_file():
                 raise ValueError(f"no such file: {file}")
         return self
+
+    @property
+    def shares_states(self) -> bool:
+        """Whether another server can continue a stream. It could not with states in memory."""
+        return self.state_store not in (MEMORY, "none")
 
     @property
     def public(self) -> bool:

@@ -27,7 +27,7 @@ from nemostream.errors import BackendError, OptionError
 from nemostream.serving.logs import log_to_stderr
 from nemostream.serving.protocols.http import create_app
 from nemostream.serving.service import Service
-from nemostream.serving.settings import Settings, read_settings
+from nemostream.serving.settings import MEMORY, Settings, read_settings
 
 log = logging.getLogger("nemostream.serving")
 
@@ -45,7 +45,7 @@ class Replica:
         self._service = Service(settings)
         await asyncio.to_thread(self._service.start)
         tasks = [self._service.monitor(), self._export_metrics()]
-        if _shares_states(settings):
+        if settings.shares_states:
             if (replica := _ray_replica()) is None:
                 log.warning("streams are not handed over when the replica is stopped: this version of Ray is unknown.")
             else:
@@ -68,7 +68,7 @@ class Replica:
     async def _hand_over_when_stopping(self, replica: Any) -> None:
         """Hand over resumable streams from when Ray stops this replica until it ends.
 
-        Streams are still accepted: proxies may not know yet that the replica is stopping. They are handed over later.
+        Streams are still accepted: proxies may still assign some to this replica. They are handed over later.
         """
         while True:
             if replica._shutting_down:
@@ -102,7 +102,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     settings = read_settings([_flag(name, value) for name, value in options.items()])
     if settings.transports:
         raise OptionError("transports is not supported with Ray Serve; its proxies are the transports, so omit it.")
-    if max_replicas > 1 and settings.state_store == "memory":
+    if max_replicas > 1 and settings.state_store == MEMORY:
         log.warning(
             "state_store is memory, which replicas do not share: streams cannot be resumed on another replica. Set it "
             "to a shared folder or to redis://HOST, or to none."
@@ -172,11 +172,6 @@ def proxy_middlewares() -> list[Middleware]:
     `nemostream.serving.integrations.ray_app:proxy_middlewares` in the environment of every node.
     """
     return [Middleware(CloseOnReplicaFailure)]
-
-
-def _shares_states(settings: Settings) -> bool:
-    """Return whether another replica can continue a stream. It could not with states in memory."""
-    return settings.state_store not in ("memory", "none")
 
 
 def _ray_replica() -> Any | None:

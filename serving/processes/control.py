@@ -29,7 +29,7 @@ class Start:
     settings: dict[str, Any]  # of `Settings`; they were validated
     name: str  # in log lines and metrics
     text: bool  # whether log lines are plain text
-    metrics: str  # folder (`share_metrics`)
+    folder: str  # temporary, of the server: for metrics (`share_metrics`), and the states of `state_store` memory
     transports: int
     entries: int  # of the board
     manifest: str  # digest of the bundle's manifest (`digest_of`)

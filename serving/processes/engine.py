@@ -27,7 +27,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from nemostream.bundle import ChunkConfig
 from nemostream.errors import CapacityError, NemostreamError, StreamError
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.chunker import INT16_SCALE, Floats, WorkItem
@@ -63,7 +62,7 @@ from nemostream.serving.processes.link import (
     frame,
     load_fields,
 )
-from nemostream.serving.service import MAX_FAILURES, SWITCH_SECONDS, load_model, log_ready
+from nemostream.serving.service import SWITCH_SECONDS, StepRecorder, load_model, log_ready
 
 log = logging.getLogger("nemostream.serving")
 
@@ -482,36 +481,12 @@ class EngineHost:
         os.eventfd_write(self._wake_file, 1)
 
 
-class _Recorder:
-    """Records steps and failures, and reports to the supervisor when the engine has failed, and when it works again."""
-
-    def __init__(self, metrics: Metrics, board: Board, control: Control) -> None:
-        self._metrics, self._board, self._control = metrics, board, control
-        self._failures = 0  # in a row
-
-    def on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
-        """Record a step. Called on the scheduler's thread."""
-        self._metrics.steps.labels(chunk.ms).observe(seconds)
-        self._metrics.batch.observe(rows)
-        self._board.add_step(seconds)
-        if self._failures >= MAX_FAILURES:
-            self._control.send(state="ready")
-        self._failures = 0
-
-    def on_failure(self, error: Exception) -> None:
-        """Record a failed step. Called on the scheduler's thread."""
-        self._failures += 1
-        if self._failures == MAX_FAILURES:
-            log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
-            self._control.send(state="failed")
-
-
 def main() -> None:
     """Load the model and serve the transports."""
     sys.setswitchinterval(SWITCH_SECONDS)
     control, start, board_file = connect()
     log_to_stderr(start.text, start.name)
-    share_metrics(start.metrics, start.name)
+    share_metrics(start.folder, start.name)
     metrics, board = Metrics(), Board(board_file, start.transports, start.entries)
     settings, began = start.restore_settings(), time.monotonic()
     try:
@@ -520,7 +495,7 @@ def main() -> None:
     except NemostreamError as error:
         control.send_error(error)
         raise SystemExit(1) from error
-    recorder = _Recorder(metrics, board, control)
+    recorder = StepRecorder(metrics, board.add_step, lambda state: control.send(state=state))
     loaded.model.watch(recorder.on_step, recorder.on_failure)
     try:
         host = EngineHost(loaded.model, control)

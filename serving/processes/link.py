@@ -305,9 +305,7 @@ def load_parts(data: memoryview) -> dict[str, SavedArrays]:
 
 def load_fields(data: bytes | memoryview, manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the fields that `dump_fields` was called with. Raises `UnpicklingError` for classes of other modules."""
-    shared = _shared_objects(manifest, tokenizer)
-
-    fields: dict[str, Any] = _Unpickler(data, shared).load()
+    fields: dict[str, Any] = _Unpickler(data, _shared_objects(manifest, tokenizer)).load()
     fields["phrases"] = _Unpickler(fields["phrases"]).load()
     return fields
 

@@ -71,7 +71,7 @@ class RemoteStream(StreamState):
     link: _EngineLink
     region: Region
     audio: NDArray[np.int16]  # the memory of the region
-    opened: bool = True  # whether the engine knows the number; a branch is opened in the order of its source's items
+    opened: bool = True  # whether the number was sent to the engine; that of a branch follows its source's items
     sent: deque[WorkItem] = field(default_factory=deque)  # items at the engine, and branches between them
     last_sent: bool = False  # whether `LAST` was sent
     saves: deque[Future[dict[str, SavedArrays]]] = field(default_factory=deque)  # requested with `SAVE`

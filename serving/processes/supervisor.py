@@ -27,7 +27,7 @@ from nemostream.serving.network.listening import reserve_port
 from nemostream.serving.processes.board import Board, Kind
 from nemostream.serving.processes.control import Control, Start, digest_of, start_file
 from nemostream.serving.processes.link import SharedAudio, socket_pair
-from nemostream.serving.service import MEMORY, available_chunks, live_slots, open_bundle
+from nemostream.serving.service import available_chunks, live_slots, open_bundle
 from nemostream.serving.settings import Settings
 from nemostream.serving.subprocesses import start_process
 
@@ -80,12 +80,12 @@ class _Process:
 class Supervisor:
     """All processes of one server. Use `supervise`."""
 
-    def __init__(self, settings: Settings, ports: dict[str, int], ready: Ready, text: bool, metrics: str) -> None:
+    def __init__(self, settings: Settings, ports: dict[str, int], ready: Ready, text: bool, folder: str) -> None:
         grpc_port = ports.get("grpc_port", settings.grpc_port)
         self._settings = settings.model_copy(update={"port": ports["http_port"], "grpc_port": grpc_port})
         self._manifest = open_bundle(settings).manifest
         self._chunk_sizes = len(available_chunks(self._manifest, settings))  # raises before any process is started
-        self._ports, self._on_ready, self._text, self._folder = ports, ready, text, metrics
+        self._ports, self._on_ready, self._text, self._folder = ports, ready, text, folder
         # A stream with an accurate lane has two entries.
         streams = 2 * settings.max_streams
         self._entries = streams + settings.max_uploads + settings.max_connections + _SPARE_REGIONS
@@ -206,7 +206,7 @@ class Supervisor:
             settings=self._settings.__dict__,
             name=name,
             text=self._text,
-            metrics=self._folder,
+            folder=self._folder,
             transports=self._settings.transports,
             entries=self._entries,
             manifest=digest_of(self._manifest),
@@ -325,14 +325,9 @@ class Supervisor:
 
         These are the accurate lanes, and with `degrade` the degradation level.
         """
-        level, shed = self._load.level, self._load.sheds_lanes
         max_level = self._chunk_sizes - 1 if self._settings.degrade else 0
-        changed = self._load.update(latency, max_level, self._board.open_lanes > 0)
-        if self._load.level != level:
-            self._metrics.degradation_level.set(self._load.level)
-            log.warning("chunk sizes changed", extra={"degradation_level": self._load.level})
-        elif changed:
-            log.warning("accurate lanes enabled" if shed else "accurate lanes disabled")
+        self._load.update(latency, max_level, self._board.open_lanes > 0)
+        self._metrics.degradation_level.set(self._load.level)
 
     def _load_message(self) -> tuple[bool, bool, int, bool]:
         return self._load.overloaded, self._load.is_late, self._load.level, self._load.sheds_lanes
@@ -349,15 +344,13 @@ async def supervise(settings: Settings, ready: Ready, text: bool = False) -> Non
         raise OptionError("transports needs Linux; omit the option to serve with one process.")
     http = reserve_port(settings.host, settings.port, "--port")
     reserved, ports = [http], {"http_port": http.getsockname()[1]}
-    folder = tempfile.mkdtemp(prefix="nemostream-metrics-")
+    folder = tempfile.mkdtemp(prefix="nemostream-")
     try:
         if settings.grpc_port >= 0:
             grpc = reserve_port(settings.host, settings.grpc_port, "--grpc-port")
             reserved.append(grpc)
             ports["grpc_port"] = grpc.getsockname()[1]
         share_metrics(folder, "supervisor")
-        if settings.state_store == MEMORY:  # a stream may be resumed over another transport process
-            settings = settings.model_copy(update={"state_store": f"{MEMORY}:{folder}/states"})
         await Supervisor(settings, ports, ready, text, folder).run()
     finally:
         for one in reserved:

@@ -32,16 +32,9 @@ from nemostream.serving.processes.board import Board, Kind, Row
 from nemostream.serving.processes.control import Control, Start, connect
 from nemostream.serving.processes.remote import RemoteScheduler
 from nemostream.serving.server import serve_clients
-from nemostream.serving.service import (
-    SWITCH_SECONDS,
-    TRIM_SECONDS,
-    Service,
-    available_chunks,
-    open_bundle,
-    trim_memory,
-)
+from nemostream.serving.service import CLEANUP_SECONDS, SWITCH_SECONDS, Service, available_chunks, open_bundle
 from nemostream.serving.session import Session
-from nemostream.serving.settings import Settings
+from nemostream.serving.settings import MEMORY, Settings
 from nemostream.serving.uploads.admission import UploadAdmission
 
 _POLL_SECONDS = 0.05  # between two checks whether other transports have open streams
@@ -182,8 +175,7 @@ class TransportService(Service):
             self.state, self.max_streams = message["engine"], message["max_streams"]
         if "load" in message:
             self._overloaded, self._late, level, self._sheds_lanes = message["load"]
-            if level != self.degradation_level:
-                self.set_degradation_level(level)
+            self.set_degradation_level(level)
             self.update_lanes()
 
     def _attach(self) -> None:
@@ -297,32 +289,33 @@ class TransportService(Service):
         return self._sheds_lanes or self.degradation_level > 0
 
     def update_lanes(self) -> None:
-        """Enable or disable accurate lanes as the load requires, also those that failed; report how many are open."""
-        for session in self.sessions:
-            self._set_lane(session)
+        """As in a server of one process, and report how many are open."""
+        super().update_lanes()
         self._row.set_open_lanes(sum(session.final_chunk_ms is not None for session in self.sessions))
 
     async def monitor(self) -> None:
-        """Update the accurate lanes once per second, and trim memory now and then, until cancelled.
+        """Update the accurate lanes once per second, and clean up now and then, until cancelled.
 
         The supervisor measures the load.
         """
         for second in itertools.count(1):
             await asyncio.sleep(1)
             self.update_lanes()
-            if second % TRIM_SECONDS == 0:
-                await asyncio.to_thread(trim_memory)
+            if second % CLEANUP_SECONDS == 0:
+                await self.clean_up()
 
 
 async def _run(control: Control, start: Start, board_file: int) -> None:
     settings = start.restore_settings()
     row = Row(Board(board_file, start.transports, start.entries), start.transport)
     service = TransportService(settings, row, start.check)
+    if settings.state_store == MEMORY:  # a stream may be resumed over another transport
+        service.state_store = f"{start.folder}/states"
 
     def receive() -> None:
         message = control.receive()
         if message is None:  # the supervisor has ended
-            shutil.rmtree(start.metrics, ignore_errors=True)
+            shutil.rmtree(start.folder, ignore_errors=True)
             os._exit(1)
         service.handle(*message)
 
@@ -344,7 +337,7 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     control, start, board_file = connect()
     log_to_stderr(start.text, start.name)
-    share_metrics(start.metrics, start.name)
+    share_metrics(start.folder, start.name)
     with asyncio.Runner(loop_factory=uvicorn.Config(app="", log_config=None).get_loop_factory()) as runner:
         runner.run(_run(control, start, board_file))
 

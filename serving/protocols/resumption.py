@@ -204,9 +204,8 @@ class Resumption:
         if self._saving is not None:
             return
         settings, age = self._service.settings, self._service.clock() - self._stored_at
-        changed = self._position != self._stored
-        due = changed and (age >= settings.state_seconds or (self.utterance_ended and age >= _MIN_SECONDS))
-        if due or age >= settings.state_retention / _REWRITES:
+        due = age >= settings.state_seconds or (self.utterance_ended and age >= _MIN_SECONDS)
+        if (due and self._position != self._stored) or age >= settings.state_retention / _REWRITES:
             self._begin(session)
 
     def _begin(self, session: Session) -> bool:

@@ -130,8 +130,11 @@ class _Connection:
         """Store the state of a resumable stream after the loss of its connection, or with `error`, its failure."""
 
     async def _begin(self) -> None:
+        await self._send(self._ready() | ({"resumption": None} if self._resumable else {}))
+
+    def _ready(self) -> dict[str, Any]:
         session = self._session
-        ready = {
+        return {
             "type": "ready",
             "stream": session.id,
             "chunk_ms": session.requested_ms,
@@ -139,10 +142,6 @@ class _Connection:
             "language": session.language,
             "model": self._service.model.manifest.name,
         }
-        await self._send(ready | ({"resumption": self._resumption_fields()} if self._resumable else {}))
-
-    def _resumption_fields(self) -> dict[str, Any] | None:
-        return None
 
     async def _receive(self) -> Any:
         return await self._socket.receive()
@@ -268,11 +267,8 @@ class _ResumableConnection(_Connection):
             return False
 
     async def _begin(self) -> None:
-        await super()._begin()
+        await self._send(self._ready() | {"resumption": self._resumption.describe()})
         await self._send_texts(self._resumption.resent)
-
-    def _resumption_fields(self) -> dict[str, Any]:
-        return self._resumption.describe()
 
     async def _receive(self) -> Any:
         receiving: asyncio.Future[Any] = asyncio.ensure_future(self._socket.receive())

@@ -682,7 +682,7 @@ def test_an_engine_ends_with_the_supervisor(monkeypatch: pytest.MonkeyPatch, err
         raise error
 
     start = SimpleNamespace(
-        transports=1, entries=1, text=False, name="", metrics="", restore_settings=Settings, check=lambda manifest: None
+        transports=1, entries=1, text=False, name="", folder="", restore_settings=Settings, check=lambda manifest: None
     )
     with closing(socket.socket()) as connection:
         control, board = SimpleNamespace(socket=connection, send=send), Board.create(1, 1)

@@ -8,6 +8,7 @@ import errno
 import os
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from nemostream.serving.processes.link import SharedAudio
 from nemostream.serving.processes.supervisor import Supervisor, supervise
 from nemostream.serving.processes.transport import SharedConnections, SharedUploadAdmission, TransportService
 from nemostream.serving.settings import Settings, read_settings
+from nemostream.serving.state.sealing import stored_name
 
 ONE, TWO = Client("one", "192.0.2.1"), Client("two", "192.0.2.2")
 
@@ -420,6 +422,34 @@ def test_a_lane_that_failed_is_opened_again(fakes: Any, file: int, monkeypatch: 
         with pytest.raises(asyncio.CancelledError):
             await one.monitor()
         assert delays == [1, 1] and session.final_chunk_ms == 560 and one._row.board.open_lanes == 1
+
+    asyncio.run(main())
+
+
+def test_a_transport_deletes_expired_states(
+    fakes: Any, file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, expired, current = tmp_path / "states", "a" * 32, "b" * 32
+
+    async def main() -> None:
+        one, _ = services(fakes, file, state_store=str(store), state_retention=100)
+        assert one.states is not None
+        one.states.put(expired, 1, b"old")
+        one.states.put(current, 1, b"new")
+        (folder,) = [path for path in store.iterdir() if path.name == stored_name(expired)]
+        os.utime(folder, (0, 0))
+        seconds = 0
+
+        async def sleep(duration: float) -> None:
+            nonlocal seconds
+            seconds += 1
+            if seconds == 17:
+                raise asyncio.CancelledError
+
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        with pytest.raises(asyncio.CancelledError):
+            await one.monitor()
+        assert not folder.exists() and one.states.claim(current) == (2, b"new")
 
     asyncio.run(main())
 

@@ -545,7 +545,7 @@ def test_clients_of_other_protocols_get_the_error_of_a_killed_engine(serve_proce
 def test_a_killed_supervisor_leaves_no_process_and_no_file(serve_process: Any, tmp_path: Path) -> None:
     with serve_process("--transports", "2", "--no-measure", TMPDIR=str(tmp_path)) as running:
         processes = list(children(running).values())
-        assert len(processes) == 3 and len(list(tmp_path.iterdir())) == 1  # the folder of metrics
+        assert len(processes) == 3 and len(list(tmp_path.iterdir())) == 1  # the temporary folder
         running.process.kill()
         wait_until(lambda: gone(processes))
         assert not list(tmp_path.iterdir())
@@ -562,7 +562,7 @@ def test_sigterm_finishes_the_streams_of_all_transports(serve_process: Any, spok
         for stream in streams:
             stream.send(spoken[0].pcm[:half])
         processes = list(children(running).values())
-        assert len(processes) == 3 and len(list(tmp_path.iterdir())) == 1  # the folder of metrics
+        assert len(processes) == 3 and len(list(tmp_path.iterdir())) == 1  # the temporary folder
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: running.get("/readyz")[0] == 503)
         wait_until(lambda: all(running.get("/readyz")[0] == 503 for _ in range(8)))
