@@ -169,7 +169,6 @@ class Resumption:
         saved = SavedSession(**about["session"]) if snapshot is not None else None
         events = EventLog(**about["events"])
         resent = events.resume(received, results)
-        service.metrics.resumed.inc()
         resumption = cls(
             service,
             states,

@@ -79,7 +79,10 @@ async def _open(
     arguments = {name: value for name, value in options.items() if name not in ("words", "resumable", "itn")}
     arguments["phrases"] = await service.compile_phrases(options.get("phrases"))
     arguments["normalizer"] = await service.normalizer(options["itn"], options.get("language"))
-    return service.open("websocket", client=client, **arguments, **state), options, resumption
+    session = service.open("websocket", client=client, **arguments, **state)
+    if resumption is not None:
+        service.metrics.resumed.inc()
+    return session, options, resumption
 
 
 async def _run(connection: _Connection, socket: WebSocket, session: Session, service: Service) -> None:
