@@ -572,7 +572,10 @@ class AsyncStream:
 
     def _check_sent(self, connection: _Connection, position: _Position, sent: _Position) -> None:
         if position.bytes > sent.bytes or position.controls > sent.controls:
-            raise self._lost(f"{connection.server} has stored more than was sent: {position} instead of {sent}.")
+            raise self._lost(
+                f"{connection.server} has stored {position.bytes} bytes and {position.controls} controls, but "
+                f"{sent.bytes} bytes and {sent.controls} controls were sent."
+            )
 
     # -- messages ------------------------------------------------------------------------------------------------------
 

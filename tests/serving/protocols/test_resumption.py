@@ -28,7 +28,7 @@ RESULTS = ("final", "end", "committed", "done")
 
 
 class ResumingClient:
-    """A client that sends again what the server has not stored. `actions` are audio (bytes) and controls (dict), in order."""
+    """A client that keeps what is not stored. `actions` are audio (bytes) and controls (dict), in order."""
 
     def __init__(self, actions: list[Any], seed: int | None = None, **options: Any) -> None:
         self.options, self.random = options, random.Random(seed)
