@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 import nemostream
 from nemostream.bundle import Bundle, ChunkConfig, Manifest
+from nemostream.cli.main import main
 
 SPEECH = Path(__file__).parent / "speech"
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,20 @@ def make_device(request: pytest.FixtureRequest) -> Any:
     except BackendError as error:
         pytest.skip(str(error))
     return lambda **options: CudaDevice()
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs `transcribe` and returns its exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            main(["transcribe", *map(str, arguments)])
+        assert isinstance(exited.value.code, int)
+        return (exited.value.code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ def check_token(token: str) -> None:
 def stored_name(token: str) -> str:
     """Return the name of a stream in a store, from which the token cannot be computed.
 
-    A token gives access to the transcript of its stream. Who can list the store but lacks the key must not obtain it.
+    A token gives access to the transcript of its stream. It must not be visible to a user who can list the store but
+    does not have the key.
     """
     return hashlib.blake2b(token.encode(), digest_size=24, person=b"nemostream name").hexdigest()
 

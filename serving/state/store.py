@@ -32,7 +32,8 @@ _MEMORY_BYTES = 2 << 30  # of `MemoryStore`: about 290 states of the 0.6B model
 class StateStore(Protocol):
     """Stores the newest state of each stream. Called on threads; thread-safe.
 
-    A state is kept for the retention of the store after the last `put` or `claim`. Then nothing is known of its stream.
+    A state is kept for the retention of the store after the last `put` or `claim`. Then the epoch of its stream is
+    deleted too.
     """
 
     def put(self, token: str, epoch: int, data: bytes) -> None:
@@ -68,7 +69,7 @@ class StateStore(Protocol):
 def open_store(spec: str, retention_seconds: float, key: bytes | None = None) -> StateStore | None:
     """Return the store that `spec` describes: `memory`, `none`, a Redis URL, or the path of a folder.
 
-    States in folders and in Redis are sealed, and encrypted if there is a key of 32 bytes. Redis is not connected to.
+    States in folders and in Redis are sealed, and encrypted if there is a key of 32 bytes. Does not connect to Redis.
     Raises `OptionError` for other values, and `BackendError` if a package is missing.
     """
     if spec == "none":

@@ -22,8 +22,8 @@ import random
 import ssl
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -33,7 +33,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.http11 import Response
 
-from nemostream.errors import AudioError, OptionError, StreamError
+from nemostream.errors import AudioError, NemostreamError, OptionError, StreamError
 
 T = TypeVar("T")
 
@@ -41,12 +41,12 @@ _PATH = "/v1/stream"
 _RESUMPTION_VERSION = 1
 _CONNECT_SECONDS = 10.0  # for the handshake, and for `ready` after it
 _CLOSE_SECONDS = 1.0  # for the closing handshake
-_PING_SECONDS, _MAX_SILENT_PINGS = 3.0, 3  # a connection on which nothing is received after so many pings is lost
+_PING_SECONDS, _MAX_UNANSWERED_PINGS = 3.0, 3  # a connection on which nothing is received after so many pings is lost
 _KEEPALIVE_SECONDS = 10.0  # without a message of the client; the server ends a stream after 30 s
 _MIN_BACKOFF, _MAX_BACKOFF = 0.1, 5.0  # seconds before a server is tried again
 # Connections in a row that are lost without a new event, each within `_STABLE_SECONDS`, before the stream is given up:
 # a stream may make every server fail.
-_MAX_SETBACKS, _STABLE_SECONDS = 8, 10.0
+_MAX_EARLY_LOSSES, _STABLE_SECONDS = 8, 10.0
 _STORE_SECONDS = 30.0  # without `stored`, after which a full buffer is emptied
 _MESSAGE_BYTES = 64 << 10  # of audio in one message
 _MAX_EVENT_BYTES = 64 << 20
@@ -181,7 +181,8 @@ class _Connection:
     socket: ClientConnection
     server: str
     opened_at: float
-    heard_at: float  # when something was received last
+    received_at: float  # when a message or a pong was received last
+    stored_at: float  # when the server last reported what is stored; first when the connection was opened
     reason: str = ""  # why it ends, as far as known
     leave: bool = False  # the server is stopping or does not answer: other servers are tried first
     progress: bool = False  # whether it has delivered a new event
@@ -276,13 +277,12 @@ class AsyncStream:
         self._sequence = 0  # of the last event received
         self._results = 0  # events received that are not partials or backchannels
         self._receipt_due = False  # whether `received` is to be sent
-        self._stored_at = 0.0  # when the server last reported what is stored
         self._finals: list[str] = []
         self._partial = ""  # text of the unfinished utterance
         self._text: str | None = None  # of all utterances, once `done` is received
         self._connection: _Connection | None = None
-        self._lost_at: float | None = None  # when events ceased to flow
-        self._setbacks = 0  # connections in a row that were lost early
+        self._lost_at: float | None = None  # when the connection was lost, until the next new event
+        self._early_losses = 0  # connections in a row that were lost early
         self._task: asyncio.Task[None] | None = None
         self._error: Exception | None = None  # that ended the stream
         self._error_trace: TracebackType | None = None
@@ -399,14 +399,15 @@ class AsyncStream:
                 raise StreamError("the stream is finished: nothing can be sent after finish.")
             if self._backlog.size < self._max_bytes:
                 break
-            patience = self._stored_at + _STORE_SECONDS - asyncio.get_running_loop().time()
-            connected = self._connection is not None
-            if connected and patience <= 0 and self._backlog.start < self._sent:
-                self._drop_sent()
-                continue
+            timeout = None
+            if self._connection is not None and self._backlog.start < self._sent:
+                timeout = self._connection.stored_at + _STORE_SECONDS - asyncio.get_running_loop().time()
+                if timeout <= 0:
+                    self._drop_sent()
+                    continue
             self._room.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience if connected and patience > 0 else None):
+                async with asyncio.timeout(timeout):
                     await self._room.wait()
         self._backlog.append(message)
         self._outgoing.set()
@@ -422,7 +423,7 @@ class AsyncStream:
         try:
             while not await self._use(connection):
                 connection = await self._resume(connection)
-        except Exception as error:  # whatever it is, callers must not wait
+        except Exception as error:  # of any class: callers must not wait for a task that has ended
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -446,11 +447,11 @@ class AsyncStream:
         now = asyncio.get_running_loop().time()
         self._lost_at = self._lost_at or now
         early = not lost.progress and now - lost.opened_at < _STABLE_SECONDS
-        self._setbacks = self._setbacks + 1 if early else 0
-        if self._setbacks > _MAX_SETBACKS:
-            raise self._lost(f"{self._setbacks} connections in a row were lost without a new event; {lost.reason}.")
-        if self._setbacks:
-            await asyncio.sleep(_backoff(self._setbacks))
+        self._early_losses = self._early_losses + 1 if early else 0
+        if self._early_losses > _MAX_EARLY_LOSSES:
+            raise self._lost(f"{self._early_losses} connections in a row were lost without a new event; {lost.reason}.")
+        if self._early_losses:
+            await asyncio.sleep(_backoff(self._early_losses))
         names = list(self._urls)
         index = names.index(lost.server) + lost.leave
         connection = await self._connect(names[index:] + names[:index], retry=True)
@@ -511,16 +512,15 @@ class AsyncStream:
         except (OSError, EOFError, UnicodeError, WebSocketException) as error:
             raise _Refused(_describe(error)) from error
         now = asyncio.get_running_loop().time()
-        connection = _Connection(socket, server, now, now)
+        connection = _Connection(socket, server, opened_at=now, received_at=now, stored_at=now)
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 message = await socket.recv()
             self._begin(connection, message)
-        except (TimeoutError, ConnectionClosed) as error:
+        except BaseException as error:
             socket.transport.abort()
-            raise _Refused(_describe(error)) from error
-        except BaseException:
-            socket.transport.abort()
+            if isinstance(error, TimeoutError | ConnectionClosed):
+                raise _Refused(_describe(error)) from error
             raise
         return connection
 
@@ -544,7 +544,7 @@ class AsyncStream:
 
     def _begin(self, connection: _Connection, message: str | bytes) -> None:
         """Process `ready`. Raises `_Refused` if the server sends an error instead, and `StreamLost`."""
-        with _Valid(self, connection, message) as ready:
+        with self._parsed(connection, message) as ready:
             if ready["type"] == "error":
                 self._handle_error(connection, ready)
                 raise _Refused(str(ready["message"]).rstrip("."))
@@ -557,7 +557,6 @@ class AsyncStream:
                 self._sent = position
             elif self._token:
                 raise self._lost(f"{connection.server} accepted the stream, but did not resume it.")
-        self._stored_at = connection.opened_at
 
     def _check_kept(self, connection: _Connection, position: _Position) -> None:
         """Raise `StreamLost` if the backlog does not have all that follows a position."""
@@ -573,7 +572,10 @@ class AsyncStream:
 
     def _check_sent(self, connection: _Connection, position: _Position, sent: _Position) -> None:
         if position.bytes > sent.bytes or position.controls > sent.controls:
-            raise self._lost(f"{connection.server} has stored more than was sent: {position} instead of {sent}.")
+            raise self._lost(
+                f"{connection.server} has stored {position.bytes} bytes and {position.controls} controls, but "
+                f"{sent.bytes} bytes and {sent.controls} controls were sent."
+            )
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -612,8 +614,8 @@ class AsyncStream:
         try:
             while self._text is None:
                 message = await connection.socket.recv()
-                connection.heard_at = clock()
-                with _Valid(self, connection, message) as event:
+                connection.received_at = clock()
+                with self._parsed(connection, message) as event:
                     self._handle(connection, event)
         except ConnectionClosed as error:
             connection.reason = connection.reason or f"the connection to {connection.server} {_describe(error)}"
@@ -623,6 +625,19 @@ class AsyncStream:
                 await connection.socket.wait_closed()
         return True
 
+    @contextmanager
+    def _parsed(self, connection: _Connection, message: str | bytes) -> Iterator[dict[str, Any]]:
+        """A context with the JSON object of a message; errors that an invalid message causes become `StreamLost`."""
+        try:
+            found = json.loads(message)
+            if not isinstance(found, dict):
+                raise TypeError(f"the message is of type {type(found).__name__}")
+            yield found
+        except NemostreamError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise self._lost(f"{connection.server} sent an invalid message: {message[:200]!r}.") from error
+
     def _handle(self, connection: _Connection, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind in _TRANSCRIPT:
@@ -631,7 +646,7 @@ class AsyncStream:
             position = _Position(int(message["bytes"]), int(message["controls"]))
             self._check_sent(connection, position, self._sent)
             self._backlog.discard(position)
-            self._stored_at, self._receipt_due = connection.heard_at, True
+            connection.stored_at, self._receipt_due = connection.received_at, True
             self._room.set()
             self._outgoing.set()
         elif kind == "rejected":
@@ -652,7 +667,7 @@ class AsyncStream:
             self._results += message["type"] not in ("partial", "backchannel")
         connection.progress = True
         if self._lost_at is not None:
-            self.gaps.append(connection.heard_at - self._lost_at)
+            self.gaps.append(connection.received_at - self._lost_at)
             self._lost_at = None
         event = _to_event(message)
         if event.type in ("partial", "backchannel"):
@@ -706,24 +721,24 @@ class AsyncStream:
         """
         clock = asyncio.get_running_loop().time
 
-        def heard(pong: Any) -> None:
-            connection.heard_at = clock()
+        def on_pong(pong: Any) -> None:
+            connection.received_at = clock()
 
-        silent = 0  # pings after which nothing was received
-        while silent < _MAX_SILENT_PINGS:
-            now, heard_at = clock(), connection.heard_at
+        unanswered = 0  # pings in a row after which nothing was received
+        while unanswered < _MAX_UNANSWERED_PINGS:
+            now, received_at = clock(), connection.received_at
             try:
                 async with asyncio.timeout(_PING_SECONDS):
                     pong: Any = await connection.socket.ping()
-                pong.add_done_callback(heard)
+                pong.add_done_callback(on_pong)
             except TimeoutError:
                 pass
             except ConnectionClosed:
                 return
             await asyncio.sleep(max(0.0, now + _PING_SECONDS - clock()))
-            silent = silent + 1 if connection.heard_at == heard_at else 0
+            unanswered = unanswered + 1 if connection.received_at == received_at else 0
         connection.leave = True
-        connection.reason = f"{connection.server} has not answered for {_MAX_SILENT_PINGS * _PING_SECONDS:g} s"
+        connection.reason = f"{connection.server} has not answered for {_MAX_UNANSWERED_PINGS * _PING_SECONDS:g} s"
         connection.socket.transport.abort()
 
 
@@ -861,31 +876,6 @@ class Stream:
             raise
 
 
-class _Valid:
-    """A context with the JSON object of a message; errors that an invalid message causes become `StreamLost`."""
-
-    def __init__(self, stream: AsyncStream, connection: _Connection, message: str | bytes) -> None:
-        self._stream, self._connection, self._message = stream, connection, message
-
-    def __enter__(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self._message)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise self._error()
-        return found
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, LookupError | TypeError | AttributeError) or type(error) is ValueError:
-            raise self._error() from error
-
-    def _error(self) -> StreamLost:
-        return self._stream._lost(f"{self._connection.server} sent an invalid message: {self._message[:200]!r}.")
-
-
 def _stream_url(server: str) -> str:
     """Return the URL of the WebSocket of a server. Raises `OptionError`."""
     try:
@@ -931,4 +921,4 @@ def _describe(error: Exception) -> str:
         return f"was closed with code {error.rcvd.code}" + (f" ({error.rcvd.reason})" if error.rcvd.reason else "")
     if isinstance(error, ConnectionError) and error.errno:
         return os.strerror(error.errno)
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return getattr(error, "strerror", None) or str(error) or "timed out"  # only a `TimeoutError` has no text

@@ -21,7 +21,6 @@ import soundfile
 import soxr
 
 import nemostream
-from nemostream.cli.main import main
 from nemostream.client import AsyncStream, Event, Rejected, Stream, StreamLost
 from nemostream.errors import AudioError
 
@@ -122,20 +121,6 @@ def test_an_api_key(serve_here: Callable[..., Any]) -> None:
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `transcribe`; return its exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            main(["transcribe", *map(str, arguments)])
-        assert isinstance(exited.value.code, int)
-        return (exited.value.code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture

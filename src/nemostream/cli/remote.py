@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,19 +48,12 @@ class RemoteModel:
         )
         return RemoteStream(stream, sample_rate, channels)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
 
 class RemoteStream:
     """A stream of a server, with the interface of `LiveStream` for events. A context manager.
 
-    If the stream is lost, the text of the unfinished utterance is a last final before the error is raised.
+    Events are returned as iterators, which raise the error of a lost stream after its last events. The text of an
+    unfinished utterance is then a final.
     """
 
     def __init__(self, stream: client.Stream, sample_rate: int, channels: int) -> None:
@@ -74,12 +67,12 @@ class RemoteStream:
         self._reader = threading.Thread(target=self._read, name="nemostream-events", daemon=True)
         self._reader.start()
 
-    def push_events(self, pcm: Any) -> list[Event]:
-        """Send audio as `LiveStream.push_events` accepts it, and return the events received so far."""
+    def push_events(self, pcm: Any) -> Iterator[Event]:
+        """Send audio as `LiveStream.push_events` accepts it, and yield the events received so far."""
         return self._send([*self._audio.push(pcm)], last=False)
 
-    def finish_events(self) -> list[Event]:
-        """End the audio, and return the remaining events."""
+    def finish_events(self) -> Iterator[Event]:
+        """End the audio, and yield the remaining events."""
         return self._send([self._audio.finish()], last=True)
 
     def close(self) -> None:
@@ -95,28 +88,22 @@ class RemoteStream:
     ) -> None:
         self.close()
 
-    def _send(self, blocks: Sequence[Any], last: bool) -> list[Event]:
+    def _send(self, blocks: Sequence[Any], last: bool) -> Iterator[Event]:
         from nemostream.runtime.audio.preprocessor import as_float32
 
-        failed = False
         try:
             for block in blocks:
                 self._stream.send(as_float32(block))
             if last:
                 self._stream.finish()
-        except NemostreamError:  # that has ended the stream: the reader reports it, after the last events
-            failed = True
-        if last or failed:
+        except NemostreamError:  # the stream has ended: `_read` appends the error after the last events
+            last = True
+        if last:
             self._reader.join()
-        events: list[Event] = []
         while self._received:
-            if isinstance(item := self._received[0], NemostreamError):
-                if events:
-                    break
+            if isinstance(item := self._received.popleft(), NemostreamError):
                 raise item
-            events.append(item)
-            self._received.popleft()
-        return events
+            yield item
 
     def _read(self) -> None:
         """Receive events until the stream ends."""
@@ -158,7 +145,7 @@ def _to_event(event: client.Event, words: Sequence[client.Word] | None) -> Event
 
 
 def _to_words(words: Sequence[client.Word], text: str) -> list[Word]:
-    """Return words of the runtime, which know whether a space precedes them in the text."""
+    """Return words of the runtime, with the field `after_space` according to the text."""
     made, position = [], 0
     for word in words:
         start = text.find(word.text, position)

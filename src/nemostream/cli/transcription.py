@@ -362,7 +362,7 @@ class _EventCollector:
         except StreamError as error:
             self.error = error
 
-    def add(self, events: Sequence[Event]) -> None:
+    def add(self, events: Iterable[Event]) -> None:
         for event in events:
             self.duration = event.audio
             if event.kind == "end":

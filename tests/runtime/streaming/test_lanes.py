@@ -1,7 +1,7 @@
 """Streams with an accurate lane: finals equal those of a stream with its chunk size, no word is lost or repeated.
 
 The oracle of a real model is a stream of one chunk size, which receives the audio up to the end of the utterance. In
-other tests a fake speaks a word per frame, whatever the chunk size is, so both lanes and all branches must agree.
+other tests a fake emits a word per frame, whatever the chunk size is, so both lanes and all branches must agree.
 """
 
 from __future__ import annotations

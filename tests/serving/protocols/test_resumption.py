@@ -1,6 +1,6 @@
 """Resumable streams: connections are lost at random moments, and no event is lost, repeated or changed.
 
-The oracle is a stream without interruption on the same server. `Talker` is a client written from docs/websocket.md.
+The oracle is a stream without interruption on the same server. `ResumingClient` is written from docs/websocket.md.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -26,8 +27,8 @@ from nemostream.serving.protocols.resumption import EventLog
 RESULTS = ("final", "end", "committed", "done")
 
 
-class Talker:
-    """A client that keeps what the server has not stored. `actions` are audio (bytes) and controls (dict), in order."""
+class ResumingClient:
+    """A client that keeps what is not stored. `actions` are audio (bytes) and controls (dict), in order."""
 
     def __init__(self, actions: list[Any], seed: int | None = None, **options: Any) -> None:
         self.options, self.random = options, random.Random(seed)
@@ -57,7 +58,7 @@ class Talker:
         results = sum(event["type"] in RESULTS for event in self.events)
         return urlencode({"resume": self.token, "received": self.received, "results": results})
 
-    async def talk(self, server: str, cut_after: int | None = None, pause: float = 0.0, **headers: str) -> bool:
+    async def stream(self, server: str, cut_after: int | None = None, pause: float = 0.0, **headers: str) -> bool:
         """Send until `done`, or cut the connection after so many messages. Return whether the stream is done."""
         async with connect(f"{server}/v1/stream?{self.query()}", additional_headers=headers) as socket:
             ready = json.loads(await socket.recv())
@@ -204,11 +205,11 @@ async def rest_of(socket: ClientConnection) -> list[dict[str, Any]]:
     return messages
 
 
-async def uninterrupted(server: str, actions: list[Any], **options: Any) -> Talker:
-    talker = Talker(actions, **options)
-    assert await talker.talk(server), talker.other
-    assert [event["sequence"] for event in talker.events] == list(range(1, len(talker.events) + 1))
-    return talker
+async def uninterrupted(server: str, actions: list[Any], **options: Any) -> ResumingClient:
+    client = ResumingClient(actions, **options)
+    assert await client.stream(server), client.other
+    assert [event["sequence"] for event in client.events] == list(range(1, len(client.events) + 1))
+    return client
 
 
 @pytest.mark.parametrize(
@@ -235,17 +236,17 @@ def test_no_event_is_lost_or_repeated(resuming: Any, speech: np.ndarray, options
     async def main() -> None:
         expected = await uninterrupted(resuming.socket, actions, **options)
         for seed in range(3):
-            talker = Talker(actions, seed, **options)
+            client = ResumingClient(actions, seed, **options)
             done, cuts = False, 0
             while not done:
                 cuts += 1
-                cut = None if cuts > 12 else talker.random.choice([0, 1, 3, 8, 20])
-                done = await talker.talk(resuming.socket, cut, pause=talker.random.choice([0, 0.002, 0.01]))
-            assert cuts > 2 and not talker.other
+                cut = None if cuts > 12 else client.random.choice([0, 1, 3, 8, 20])
+                done = await client.stream(resuming.socket, cut, pause=client.random.choice([0, 0.002, 0.01]))
+            assert cuts > 2 and not client.other
             if "final_chunk_ms" in options:
-                assert finals(talker.checked()) == finals(expected.checked())
+                assert finals(client.checked()) == finals(expected.checked())
             else:
-                assert talker.checked() == expected.checked()
+                assert client.checked() == expected.checked()
 
     asyncio.run(main())
     assert resuming.metric("nemostream_state_errors_total") == 0
@@ -259,14 +260,24 @@ def test_a_wav_file_is_resumed(resuming: Any, speech: np.ndarray, encoding: str,
 
     async def main() -> None:
         expected = await uninterrupted(resuming.socket, actions, chunk_ms=80)
-        talker, done, cuts = Talker(actions, 1, chunk_ms=80), False, 0
+        client, done, cuts = ResumingClient(actions, 1, chunk_ms=80), False, 0
         while not done:
             cuts += 1
-            done = await talker.talk(resuming.socket, [1, 3, 9, 30, 50, 90, None][min(cuts, 7) - 1], pause=0.005)
-        assert talker.checked() == expected.checked() and talker.resumed >= 3
+            done = await client.stream(resuming.socket, [1, 3, 9, 30, 50, 90, None][min(cuts, 7) - 1], pause=0.005)
+        assert client.checked() == expected.checked() and client.resumed >= 3
         assert len(expected.events) > 20
 
     asyncio.run(main())
+
+
+@asynccontextmanager
+async def first_connection(client: ResumingClient, server: str, messages: int) -> AsyncIterator[ClientConnection]:
+    """Open the stream of a client and send its first messages, without receiving events."""
+    async with connect(f"{server}/v1/stream?{client.query()}") as socket:
+        client.token = json.loads(await socket.recv())["resumption"]["token"]
+        for item in client.items[:messages]:
+            await socket.send(item)
+        yield socket
 
 
 def test_a_second_connection_takes_over(resuming: Any, speech: np.ndarray) -> None:
@@ -275,48 +286,41 @@ def test_a_second_connection_takes_over(resuming: Any, speech: np.ndarray) -> No
 
     async def main() -> None:
         expected = await uninterrupted(resuming.socket, actions, chunk_ms=80)
-        talker = Talker(actions, chunk_ms=80)
-        async with connect(f"{resuming.socket}/v1/stream?{talker.query()}") as old:
-            talker.token = json.loads(await old.recv())["resumption"]["token"]
-            for item in talker.items[:20]:
-                await old.send(item)
+        client = ResumingClient(actions, chunk_ms=80)
+        async with first_connection(client, resuming.socket, 20) as old:
             await asyncio.sleep(0.3)
-            assert await talker.talk(resuming.socket)
+            assert await client.stream(resuming.socket)
             received = await rest_of(old)
             assert old.close_code == 1012 and received[-1]["type"] == "moved"
-        assert talker.checked() == expected.checked()
+        assert client.checked() == expected.checked()
 
     asyncio.run(main())
 
 
-def test_a_silent_client_can_resume(resuming: Any, speech: np.ndarray) -> None:
+def test_an_idle_client_can_resume(resuming: Any, speech: np.ndarray) -> None:
     actions = [pcm(speech), {"type": "finish"}]
 
     async def main() -> None:
         expected = await uninterrupted(resuming.socket, actions, chunk_ms=80)
-        talker = Talker(actions, chunk_ms=80)
-        async with connect(f"{resuming.socket}/v1/stream?{talker.query()}") as old:
-            talker.token = json.loads(await old.recv())["resumption"]["token"]
-            for item in talker.items[:50]:
-                await old.send(item)
+        client = ResumingClient(actions, chunk_ms=80)
+        async with first_connection(client, resuming.socket, 50) as old:
             received = await rest_of(old)
             assert received[-1]["code"] == "expired"
-            talker.events += [message for message in received if "sequence" in message and message["type"] != "stored"][
-                :3
-            ]
-        assert await talker.talk(resuming.socket)
-        assert talker.ready[0]["resumption"]["bytes"] == sum(map(len, talker.items[:50]))
-        assert talker.checked() == expected.checked()
+            events = [message for message in received if "sequence" in message and message["type"] != "stored"]
+            client.events += events[:3]
+        assert await client.stream(resuming.socket)
+        assert client.ready[0]["resumption"]["bytes"] == sum(map(len, client.items[:50]))
+        assert client.checked() == expected.checked()
 
     asyncio.run(main())
 
 
 def test_the_state_is_deleted_at_the_end(resuming: Any, speech: np.ndarray) -> None:
     async def main() -> None:
-        talker = await uninterrupted(resuming.socket, [pcm(speech[:8000]), {"type": "finish"}])
+        client = await uninterrupted(resuming.socket, [pcm(speech[:8000]), {"type": "finish"}])
         await asyncio.sleep(0.2)
         with pytest.raises(InvalidStatus) as refused:
-            await talker.talk(resuming.socket)
+            await client.stream(resuming.socket)
         assert refused.value.response.status_code == 404
         error = json.loads(refused.value.response.body)["error"]
         assert error["code"] == "state" and "open a new stream" in error["message"]
@@ -349,12 +353,12 @@ def test_events_that_are_not_kept_are_a_conflict(resuming: Any, speech: np.ndarr
     """A client that confirms events, and then claims not to have them."""
 
     async def main() -> None:
-        talker = Talker([pcm(speech), {"type": "finish"}], chunk_ms=80)
-        assert not await talker.talk(resuming.socket, 120, pause=0.005)
+        client = ResumingClient([pcm(speech), {"type": "finish"}], chunk_ms=80)
+        assert not await client.stream(resuming.socket, 120, pause=0.005)
         await asyncio.sleep(0.2)
-        talker.events.clear()
+        client.events.clear()
         with pytest.raises(InvalidStatus) as refused:
-            await talker.talk(resuming.socket)
+            await client.stream(resuming.socket)
         assert refused.value.response.status_code == 409
         assert json.loads(refused.value.response.body)["error"]["code"] == "state"
 
@@ -363,11 +367,11 @@ def test_events_that_are_not_kept_are_a_conflict(resuming: Any, speech: np.ndarr
 
 def test_an_invalid_message_ends_the_stream_for_good(resuming: Any, speech: np.ndarray) -> None:
     async def main() -> None:
-        talker = Talker([pcm(speech[:8000]), {"type": "what"}])
-        assert not await talker.talk(resuming.socket)
-        assert [message["code"] for message in talker.other] == ["option"]
+        client = ResumingClient([pcm(speech[:8000]), {"type": "what"}])
+        assert not await client.stream(resuming.socket)
+        assert [message["code"] for message in client.other] == ["option"]
         with pytest.raises(InvalidStatus, match="404"):
-            await talker.talk(resuming.socket)
+            await client.stream(resuming.socket)
 
     asyncio.run(main())
 
@@ -397,11 +401,11 @@ def test_streams_finish_if_their_states_end_with_the_server(
 
     async def main() -> None:
         with serve_process("--no-measure", *arguments) as server:
-            talker = Talker([pcm(speech), {"type": "finish"}], chunk_ms=80)
-            talking = asyncio.create_task(talker.talk(server.socket, pause=0.02))
+            client = ResumingClient([pcm(speech), {"type": "finish"}], chunk_ms=80)
+            streaming = asyncio.create_task(client.stream(server.socket, pause=0.02))
             await asyncio.sleep(1)
             server.process.terminate()
-            assert await talking and not talker.other
+            assert await streaming and not client.other
             assert server.process.wait(30) == 0
 
     asyncio.run(main())
@@ -421,27 +425,27 @@ def test_another_server_continues(serve_process: Any, speech: np.ndarray, tmp_pa
     async def main() -> None:
         headers = {"x-api-key": "one"}
         with serve_process(*arguments) as one, serve_process(*arguments) as two:
-            expected = Talker(actions, chunk_ms=80)
-            assert await expected.talk(two.socket, **headers)
-            talkers = [Talker(actions, chunk_ms=80) for _ in range(3)]
-            talking = [asyncio.create_task(talker.talk(one.socket, pause=0.03, **headers)) for talker in talkers]
+            expected = ResumingClient(actions, chunk_ms=80)
+            assert await expected.stream(two.socket, **headers)
+            clients = [ResumingClient(actions, chunk_ms=80) for _ in range(3)]
+            streaming = [asyncio.create_task(client.stream(one.socket, pause=0.03, **headers)) for client in clients]
             await asyncio.sleep(1.5)
             one.process.terminate()
-            assert await asyncio.gather(*talking) == [False] * 3
-            assert all(talker.other[-1]["type"] == "moved" for talker in talkers)
+            assert await asyncio.gather(*streaming) == [False] * 3
+            assert all(client.other[-1]["type"] == "moved" for client in clients)
             one.process.wait(30)
             with pytest.raises(InvalidStatus, match="404"):  # the state belongs to the other key
-                await talkers[0].talk(two.socket, **{"x-api-key": "two"})
-            talking = [asyncio.create_task(talker.talk(two.socket, pause=0.03, **headers)) for talker in talkers]
+                await clients[0].stream(two.socket, **{"x-api-key": "two"})
+            streaming = [asyncio.create_task(client.stream(two.socket, pause=0.03, **headers)) for client in clients]
             await asyncio.sleep(1.0)
             two.process.kill()
-            assert await asyncio.gather(*talking) == [False] * 3
+            assert await asyncio.gather(*streaming) == [False] * 3
             with serve_process(*arguments) as three:
-                for talker in talkers:
-                    assert await talker.talk(three.socket, **headers)
-                    assert talker.checked() == expected.checked()
-                    assert talker.ready[1]["resumption"]["bytes"] > 0
-                    assert talker.ready[2]["resumption"]["bytes"] > talker.ready[1]["resumption"]["bytes"]
+                for client in clients:
+                    assert await client.stream(three.socket, **headers)
+                    assert client.checked() == expected.checked()
+                    assert client.ready[1]["resumption"]["bytes"] > 0
+                    assert client.ready[2]["resumption"]["bytes"] > client.ready[1]["resumption"]["bytes"]
         assert not [*(tmp_path / "states").rglob("*.state")]
 
     asyncio.run(main())

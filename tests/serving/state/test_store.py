@@ -1017,8 +1017,8 @@ def test_redis_that_is_down_and_comes_back(idle_redis: Any) -> None:
 
 def test_redis_that_is_stopped_and_continues(idle_redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     idle_redis.start()
-    patient, token = RedisStore(idle_redis.url, FOREVER), new_token()
-    patient.put(token, 1, b"old")
+    default, token = RedisStore(idle_redis.url, FOREVER), new_token()
+    default.put(token, 1, b"old")
     monkeypatch.setattr(redis_store, "_TIMEOUT", 0.1)
     here = RedisStore(idle_redis.url, FOREVER)
     idle_redis.send_signal(signal.SIGSTOP)
@@ -1027,12 +1027,12 @@ def test_redis_that_is_stopped_and_continues(idle_redis: Any, monkeypatch: pytes
             operation()
     idle_redis.send_signal(signal.SIGCONT)
     # Requests that were sent may have been executed meanwhile, the claim too.
-    epoch, data = patient.claim(token)
+    epoch, data = default.claim(token)
     assert epoch in (2, 3) and data in (b"old", b"new")
     with pytest.raises(StateSuperseded):
-        patient.put(token, 1, b"frozen")
-    patient.put(token, epoch, b"resumed")
-    assert patient.claim(token) == (epoch + 1, b"resumed")
+        default.put(token, 1, b"frozen")
+    default.put(token, epoch, b"resumed")
+    assert default.claim(token) == (epoch + 1, b"resumed")
 
 
 def test_redis_without_memory_keeps_the_older_state(idle_redis: Any) -> None:
