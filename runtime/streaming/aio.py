@@ -66,6 +66,7 @@ class AsyncLiveStream:
         """As `LiveStream.finish`."""
         await self._feed(self._session.finish)
         await self._wait()
+        self._session.notify(None, _ignore)  # ends the cycle of references, so that the stream is freed at once
         return self._session.final()
 
     async def push_events(self, pcm: Pcm) -> list[Event]:
@@ -180,6 +181,10 @@ class AsyncLiveStream:
         self._progress.set()
         if self.on_progress is not None:
             self.on_progress()
+
+
+def _ignore() -> None:
+    """Do nothing: the consumer of a stream that has all its results."""
 
 
 class _LoopListener:

@@ -255,7 +255,7 @@ class AccurateLane:
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
-    def notify(self, listener: Listener, consumer: Any) -> None:
+    def notify(self, listener: Listener | None, consumer: Any) -> None:
         """Call `listener` after changes of the lane, with `consumer` as that of its streams."""
         branches = (completion.branch for completion in self._completions)
         for stream in filter(None, (self._stream, *branches)):
@@ -526,7 +526,7 @@ class TwoLanes:
             self.lane.end_stream(end)
         self._ends.append((self.lane, self.lane))
 
-    def notify(self, listener: Listener, consumer: Any) -> None:
+    def notify(self, listener: Listener | None, consumer: Any) -> None:
         """Call `listener` after changes of the lanes, with `consumer` as that of their streams."""
         for lane in self.lanes:
             lane.notify(listener, consumer)

@@ -713,41 +713,50 @@ class Scheduler(StreamScheduler):
 
     def _loop(self) -> None:
         running: InFlightStep | None = None
-        while True:
-            if self._changed:
-                self._notify([])
-            if self._feed is not None:
-                self._feed.receive()
-            with self._lock:
-                if not self._wait_for_work(running):
-                    continue
-                if self._closed:
-                    break
-                batch = self._next_batch() if self._ready or self._rows else None
-                copies, self._copies = self._copies, []
-                slot_resets, self._slot_resets = sorted(self._slot_resets), set()
-                decoder_resets, self._decoder_resets = sorted(self._decoder_resets - set(slot_resets)), set()
-                calls = list(self._calls)
-                self._calls.clear()
-            if copies:
-                self._copy_slots(copies)
-            for slots, reset in ((slot_resets, self._reset_slots), (decoder_resets, self._reset_decoders)):
-                if slots:
-                    try:
-                        reset(slots)
-                    except Exception as error:
-                        self._fail_reset(list(self._owners(slots).values()), error)
-            for call in calls:
-                call.run(self._backend)
-            step = self._submit(*batch) if batch else None
+        is_open = True
+        while is_open:
+            is_open, running = self._turn(running)
+
+    def _turn(self, running: InFlightStep | None) -> tuple[bool, InFlightStep | None]:
+        """Run a step, if there is one. Return whether the scheduler is open, and the step in flight.
+
+        A function of its own: while the scheduler waits, it must not refer to the streams of its last step.
+        """
+        if self._changed:
+            self._notify([])
+        if self._feed is not None:
+            self._feed.receive()
+        with self._lock:
+            if not self._wait_for_work(running):
+                return True, running
+            closed = self._closed is not None
+            batch = None if closed or not (self._ready or self._rows) else self._next_batch()
+            copies, self._copies = self._copies, []
+            slot_resets, self._slot_resets = sorted(self._slot_resets), set()
+            decoder_resets, self._decoder_resets = sorted(self._decoder_resets - set(slot_resets)), set()
+            calls = list(self._calls)
+            self._calls.clear()
+        if closed:
             if running:
                 self._complete(running)
-            running = step
-            if running and not self._overlap:
-                self._complete(running)
-                running = None
+            return False, None
+        if copies:
+            self._copy_slots(copies)
+        for slots, reset in ((slot_resets, self._reset_slots), (decoder_resets, self._reset_decoders)):
+            if slots:
+                try:
+                    reset(slots)
+                except Exception as error:
+                    self._fail_reset(list(self._owners(slots).values()), error)
+        for call in calls:
+            call.run(self._backend)
+        step = self._submit(*batch) if batch else None
         if running:
             self._complete(running)
+        if step and not self._overlap:
+            self._complete(step)
+            step = None
+        return True, step
 
     def _wait_for_work(self, running: InFlightStep | None) -> bool:
         """Wait until there is something to do. Return False if listeners must be called or the feed must receive."""

@@ -545,8 +545,8 @@ class StreamSession:
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
-    def notify(self, listener: Listener, consumer: Any) -> None:
-        """Call `listener` after changes, with `consumer` as that of the stream (`StreamState`)."""
+    def notify(self, listener: Listener | None, consumer: Any) -> None:
+        """Call `listener` after changes, with `consumer` as that of the stream (`StreamState`). None: call nothing."""
         self._stream.consumer, self._stream.listener = consumer, listener
         if self._lanes:
             self._lanes.notify(listener, consumer)

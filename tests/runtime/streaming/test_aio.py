@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nemostream
 from nemostream.errors import AudioError, StreamError
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
+from nemostream.runtime.streaming.state import StreamState
 
 TIMEOUT = 20
 
@@ -158,6 +160,25 @@ def test_a_change_before_the_first_call_is_ignored_and_one_after_the_loop_is_clo
     run(main)
     with pytest.raises(RuntimeError, match=r"closed|does not exist"):  # the scheduler then drops the stream
         session.changed()
+
+
+def test_streams_that_have_ended_are_freed(demo_bundle: Any) -> None:
+    """Also those of the scheduler's last step, while it waits for the next one."""
+
+    async def transcribe(model: Any) -> None:
+        async with model.astream(sample_rate=48_000, chunk_ms=80) as stream:
+            await stream.push(np.zeros(48_000, np.int16))
+            await stream.finish()
+
+    async def main(model: Any) -> None:
+        await asyncio.gather(*(transcribe(model) for _ in range(5)))
+
+    with nemostream.load(demo_bundle.path, capacity=8) as model:
+        asyncio.run(main(model))
+        while not model.context.scheduler._idle:  # it waits for the next step
+            time.sleep(0.01)
+        gc.collect()
+        assert not [found for found in gc.get_objects() if isinstance(found, StreamState)]
 
 
 def test_cancelled_calls_complete_in_order() -> None:
