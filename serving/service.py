@@ -34,7 +34,6 @@ import numpy as np
 import nemostream
 from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
-from nemostream.extras import install_command
 from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
 from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.decoding.boosting import Boosting
@@ -447,7 +446,7 @@ class Service:
         if not enabled:
             return None
         if find_spec("nemo_text_processing") is None:
-            raise OptionError(f"itn is not available: the server lacks the itn extra; {install_command('itn')}.")
+            raise OptionError("itn is not available: the server lacks the itn extra.")
         await self._normalizer.start(self.check_language(language))
         return self._normalizer
 

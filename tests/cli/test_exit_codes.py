@@ -175,6 +175,16 @@ def test_benchmark_receives_its_arguments(monkeypatch: pytest.MonkeyPatch, capfd
     assert calls == [["--sizes", "1", "-h"]]
 
 
+def test_benchmark_without_its_packages(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "nemostream.benchmarks.survival", raising=False)
+    monkeypatch.setitem(sys.modules, "nemostream.client", None)
+    with pytest.raises(SystemExit) as exited:
+        module.main(["bench", "survival", "--help"])
+    assert exited.value.code == 7
+    message = capfd.readouterr().err
+    assert "the benchmark needs the package nemostream.client: " in message and "[bench,serve]'" in message
+
+
 def test_server_receives_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setitem(sys.modules, "nemostream.serving.server", SimpleNamespace(main=calls.append))

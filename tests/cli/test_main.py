@@ -379,6 +379,11 @@ def test_help(run: Run, arguments: tuple[str, ...]) -> None:
     assert "Usage:" in completed.out and "transcribe" in completed.out
 
 
+def test_help_shows_the_names_of_tokens(run: Run) -> None:
+    """Markdown would remove a tag."""
+    assert "<EOU>" in run("transcribe", "--help").out
+
+
 def commands() -> dict[str, Any]:
     import typer
 

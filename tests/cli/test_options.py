@@ -45,7 +45,7 @@ class FakeModel:
 
     def stream(self, **options: Any) -> Any:
         self.streams.append(options)
-        return SimpleNamespace(close=lambda: self.log.append("stream closed"))
+        return SimpleNamespace(finish_events=lambda: [], close=lambda: self.log.append("stream closed"))
 
     def __enter__(self) -> FakeModel:
         return self

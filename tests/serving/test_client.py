@@ -351,6 +351,14 @@ def test_servers_without_a_shared_store(serve_process: Callable[..., Any], spoke
         assert caught.value.text.startswith(event.stable) and second.url in str(caught.value)
 
 
+def test_the_command_line_leaves_nothing_behind(serve_process: Callable[..., Any], spoken: Any, run: Run) -> None:
+    """It checks its options with a stream that ends as every other."""
+    with serve_process("--no-measure", "--max-streams", "1") as server:
+        assert run(spoken[0].path, "--realtime", "--server", server.url) == (0, spoken[0].text + "\n", "")
+        assert server.metric("nemostream_streams_opened_total") == 2
+        assert server.metric("nemostream_streams_failed_total") == 0
+
+
 def test_the_command_line_continues_on_another_server(
     serve_process: Callable[..., Any], spoken: Any, run: Run, tmp_path: Path, no_model: None
 ) -> None:

@@ -153,12 +153,15 @@ def bench(
 ) -> None:
     """Measure speed and accuracy on this machine.
 
-    *quick* takes less than a minute. *baseline* compares with NeMo and other systems; *serve* starts a server and
-    measures it under load; *survival* ends and freezes servers; *host* measures everything except the model;
-    *synthetic* creates a full-size model with random weights to measure with; *report* shows earlier results side by
-    side. `nemostream bench NAME --help` lists the options of a benchmark.
+    *quick* takes less than a minute. *latency* measures the time of a step, *cost* that by duration and batch size,
+    *capacity* the number of live streams, *throughput* recordings, *accuracy* word error rates, *transcripts* word
+    times and confidences, *finals* and *lanes* streams with two chunk sizes. *baseline* compares with NeMo and other
+    systems; *serve* starts a server and measures it under load; *survival* ends and freezes servers; *host* measures
+    everything except the model; *synthetic* creates a full-size model with random weights to measure with; *report*
+    shows earlier results side by side. `nemostream bench NAME --help` lists the options of a benchmark.
 
-    Results are written to `bench-results/` as JSON, tables and plots.
+    Benchmarks need the extra `bench`, those of servers `serve` too. Results are written to `bench-results/` as JSON,
+    tables and plots.
     """
     if name in ("", "-h", "--help"):
         print(context.get_help())
@@ -167,7 +170,12 @@ def bench(
         raise OptionError(f"unknown benchmark {name!r}; choose one of {', '.join(_BENCHMARKS)}.")
     from nemostream.benchmarks import module_name
 
-    import_module(module_name(name)).main(context.args)
+    try:
+        module = import_module(module_name(name))
+    except ModuleNotFoundError as error:
+        command = install_command("bench", "serve")
+        raise BackendError(f"the benchmark needs the package {error.name}: {command}") from error
+    module.main(context.args)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import deque
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -82,8 +83,8 @@ def transcribe(
         int | None,
         typer.Option(
             min=80,
-            help="Silence in ms that ends an utterance; models with <EOU> also end it by that token. Each utterance is "
-            "one line of text; JSON has its times.",
+            help="Silence in ms that ends an utterance; models with `<EOU>` also end it by that token. Each utterance "
+            "is one line of text; JSON has its times.",
             rich_help_panel=RECOGNITION,
         ),
     ] = None,
@@ -262,7 +263,10 @@ def transcribe(
                     delay_ms=delay_ms,
                 )
             )
-        model.stream(**options).close()  # report invalid options once instead of once per file
+        stream = model.stream(**options)  # report invalid options once instead of once per file
+        if servers:  # a connection that is only closed would leave a state, and its slot is released later
+            deque(stream.finish_events(), maxlen=0)
+        stream.close()
         if itn and not servers:  # takes seconds, so after the checks above
             output.itn = nemostream.InverseNormalizer(model.manifest.languages.name(language))
         stop, exit_code = stack.enter_context(signals_stop()), 0
