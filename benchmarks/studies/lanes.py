@@ -302,10 +302,7 @@ def _capacity_table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("lanes", __doc__)
-    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
-    parser.add_argument("--device", default="cpu", help=command.DEVICES)
-    parser.add_argument("--engines", type=Path, help="folder of engines (default: a temporary one)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_engine_options(parser)
     parser.add_argument("--precision", default="fp32", help="precision of the engine")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="numbers of streams")
     parser.add_argument("--chunk-ms", type=int, default=80, help="chunk size of partials in ms")
@@ -329,10 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             probe_seconds=options.probe_seconds,
             max_streams=options.max_streams,
             random_weights=options.random_weights,
-            device=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)
