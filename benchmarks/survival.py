@@ -4,8 +4,9 @@
     nemostream bench survival --streams 6 --seconds 20 --faults kill cut --seed 1
 
 `--servers` processes of `nemostream serve` share a state store in a folder, behind HAProxy if it is installed, else
-behind a TCP balancer in this process. Clients (`nemostream.client.AsyncStream`) send audio in real time, while faults
-are injected at times and servers that `--seed` determines:
+behind a TCP balancer in this process; with `--direct`, clients have an address for each server. Clients
+(`nemostream.client.AsyncStream`) send audio in real time, while faults are injected at times and servers that `--seed`
+determines:
 
 * *kill*: SIGKILL; *terminate*: SIGTERM. The process is started again after it has ended.
 * *freeze*: SIGSTOP for 8 s, at most a quarter of `--seconds`; then SIGCONT.
@@ -15,8 +16,8 @@ are injected at times and servers that `--seed` determines:
 
 The oracle is a stream of the same audio to one of the servers, before any fault. All events must be equal to its
 events, field by field except `audio` (which depends on the time of the connection), and their numbers must be 1, 2, 3
-and so on. A reconnection belongs to the fault that began last before it was noticed. A gap is the time from the moment
-at which the client notices the loss to the next new event. The command fails with exit code 1 if an event differs.
+and so on. A reconnection belongs to the fault that began last before it was detected. A gap is the time from the moment
+at which the client detects the loss to the next new event. The command fails with exit code 1 if an event differs.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.benchmarks.serve import pcm_clips
 from nemostream.bundle import Bundle
 from nemostream.client import AsyncStream, Event
-from nemostream.engines import speech
 from nemostream.errors import BackendError, NemostreamError, OptionError
 
 FAULTS = ("kill", "terminate", "freeze", "cut", "full", "slow")
@@ -75,7 +76,9 @@ class Transcript:
 
     audio: int  # number of the recording
     events: list[Event] = field(default_factory=list)
-    gaps: list[tuple[float, float]] = field(default_factory=list)  # when each loss was noticed, and its gap, in seconds
+    gaps: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # when each loss was detected, and its gap, in seconds
     reconnects: int = 0
     error: str = ""  # why the stream was lost
 
@@ -137,11 +140,10 @@ def measure_survival(
 
 def _recordings(bundle: Bundle, seconds: float) -> list[bytes]:
     """Return recordings of `seconds`: the packaged clips with pauses, which begin at different positions."""
-    pause = (np.random.default_rng(0).standard_normal(_RATE) * 1e-3).astype(np.float32)
-    whole = np.concatenate([part for clip in speech(bundle.manifest) for part in (clip, pause)])
+    pause = np.rint(32 * np.random.default_rng(0).standard_normal(_RATE)).astype(np.int16)
+    whole = np.concatenate([part for clip in pcm_clips(bundle) for part in (clip, pause)])
     starts = [len(whole) * index // _AUDIOS for index in range(_AUDIOS)]
-    rotated = [np.resize(np.roll(whole, -start), round(seconds * _RATE)) for start in starts]
-    return [np.clip(np.rint(32768 * each), -32768, 32767).astype("<i2").tobytes() for each in rotated]
+    return [np.resize(np.roll(whole, -start), round(seconds * _RATE)).astype("<i2").tobytes() for start in starts]
 
 
 @contextlib.contextmanager
@@ -242,7 +244,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def marked(self, name: str) -> Iterator[None]:
-        """Let a file exist that `faulty_server` looks for."""
+        """Create a file that `faulty_server` checks, and delete it at the end of the `with` block."""
         (self.folder / name).touch()
         try:
             yield
@@ -514,11 +516,11 @@ def rows_of(
 ) -> list[Row]:
     """Return a row for each kind of fault, of the streams that reconnected after it, and one of all streams."""
 
-    def cause(noticed: float) -> str:
-        return next((fault.kind for fault in reversed(injected) if fault.began <= noticed), "none")
+    def cause(detected: float) -> str:
+        return next((fault.kind for fault in reversed(injected) if fault.began <= detected), "none")
 
     rows = []
-    found = [(each, [(cause(noticed), gap) for noticed, gap in each.gaps]) for each in transcripts]
+    found = [(each, [(cause(detected), gap) for detected, gap in each.gaps]) for each in transcripts]
     for kind in (*kinds, "all"):
         affected = [each for each, gaps in found if kind == "all" or kind in [name for name, _ in gaps]]
         gaps = [gap for _, each in found for name, gap in each if kind in (name, "all")]
@@ -578,7 +580,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         f"{method['servers']} servers, balancer: {method['balancer']}, store: {method['store']}, "
         f"seed {method['seed']}; "
         f"clients and servers on the same {method['threads']} cores. Gaps in seconds, from the moment at which a "
-        "client notices a loss to its next new event. Of each fault: the streams that reconnected after it, and how "
+        "client detects a loss to its next new event. Of each fault: the streams that reconnected after it, and how "
         "many of them have exactly the events of a stream without interruption. "
         f"{tables.other_load([method['other_work_cores']])}"
     )
