@@ -297,7 +297,8 @@ def _draw(rows: Sequence[Row], axes: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("accuracy", __doc__)
-    command.add_engine_options(parser)
+    command.add_engine_options(parser, engines="a temporary one for a CPU, ~/.cache/nemostream/engines for a GPU")
+    command.add_chunk_option(parser)
     parser.add_argument("--manifest", type=Path, nargs="+", default=[], help="NeMo manifests")
     parser.add_argument(
         "--dataset", nargs="+", default=[], help=f"name:config:split, or one of {', '.join(LEADERBOARD)}"

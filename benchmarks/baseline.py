@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runners = ", ".join(map(repr, RUNNER_NAMES))
     parser.add_argument("--runners", nargs="+", default=None, metavar="RUNNER", help=f"one or more of {runners}")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="streams per step")
-    parser.add_argument("--chunk-ms", type=int, nargs="+", help="chunk sizes in ms (default: all of the model)")
+    command.add_chunk_option(parser)
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--threads", type=int, help="threads of each runner (default: all cores)")
     parser.add_argument("--device", help="cpu, cuda or cuda:onnxruntime (default: cuda if PyTorch finds a GPU)")

@@ -297,6 +297,7 @@ def _draw(result: Record, axes: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("capacity", __doc__)
     command.add_engine_options(parser)
+    parser.add_argument("--chunk-ms", type=int, nargs="+", default=[560], help="chunk sizes in ms")
     parser.add_argument("--precision", default="fp32", help="precision of the engine")
     parser.add_argument("--seconds", type=float, default=180.0, help="duration of the confirmation, in seconds")
     parser.add_argument("--probe-seconds", type=float, default=15.0, help="duration of a probe, in seconds")
@@ -315,16 +316,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return measure_capacity(
             command.open_bundle(options.bundle),
             options.precision,
-            options.chunk_ms or [560],
+            options.chunk_ms,
             seconds=options.seconds,
             probe_seconds=options.probe_seconds,
             max_streams=options.max_streams,
             max_batch=options.max_batch,
             simulate_realtime=options.simulate_realtime,
-            device=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import nemostream
 from nemostream.benchmarks.harness import records
@@ -38,16 +39,29 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_engine_options(parser: argparse.ArgumentParser, several_devices: bool = False) -> None:
-    """Add the options that select a bundle and a backend."""
+def add_engine_options(
+    parser: argparse.ArgumentParser, several_devices: bool = False, engines: str = "a temporary one"
+) -> None:
+    """Add the options that select a bundle and a backend; `engines` describes the default folder of engines."""
     parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
     if several_devices:
-        parser.add_argument("--device", nargs="+", default=["cpu"], help=f"one or more of {DEVICES}")
+        parser.add_argument("--device", dest="devices", nargs="+", default=["cpu"], help=f"one or more of {DEVICES}")
     else:
         parser.add_argument("--device", default="cpu", help=DEVICES)
-    parser.add_argument("--engines", type=Path, help="folder of engines (default: ~/.cache/nemostream/engines)")
+    parser.add_argument("--engines", type=Path, help=f"folder of engines (default: {engines})")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def add_chunk_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of several chunk sizes; None if it is not given."""
     parser.add_argument("--chunk-ms", type=int, nargs="+", help="chunk sizes in ms (default: all of the model)")
+
+
+def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a measurement from the options of `add_engine_options`, and its `progress`."""
+    names = ("device", "devices", "engines", "threads")
+    found = {name: value for name, value in vars(options).items() if name in names}
+    return found | {"progress": records.report_progress}
 
 
 def open_bundle(path: Path | None) -> Bundle:
@@ -62,8 +76,8 @@ def write_study(result: records.Record, table: str, options: argparse.Namespace)
     print(table, end="")
 
 
-def run(measure: Callable[[], records.Record], options: argparse.Namespace) -> None:
-    """Run `measure`, write the result with its tables and plots, and print the tables.
+def run(measure: Callable[[], records.Record], options: argparse.Namespace) -> records.Record:
+    """Run `measure`, write the result with its tables and plots, print the tables, and return the result.
 
     Exits with the exit code of the error if a `NemostreamError` is raised.
     """
@@ -77,3 +91,4 @@ def run(measure: Callable[[], records.Record], options: argparse.Namespace) -> N
         records.report_progress(f"nemostream: {error}")
         sys.exit(error.exit_code)
     records.report_progress(f"\nwritten: {options.out / options.name}.json, .md and plots")
+    return result

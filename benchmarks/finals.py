@@ -445,10 +445,7 @@ def _draw_visible(rows: Sequence[Row], delays_ms: Sequence[int], axes: Any) -> N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("finals", __doc__)
-    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
-    parser.add_argument("--device", default="cpu", help=command.DEVICES)
-    parser.add_argument("--engines", type=Path, help="folder of engines (default: a temporary one)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_engine_options(parser)
     parser.add_argument("--precision", default="fp32", help="precision of the engine")
     parser.add_argument("--manifest", type=Path, help="NeMo manifest (default: the packaged clip)")
     parser.add_argument("--mode", nargs="+", default=list(MODES), help="chunk sizes in ms: one, or PARTIALS+FINALS")
@@ -465,10 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             noise=options.noise,
             normalise=options.normalizer,
             precision=options.precision,
-            device=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)

@@ -359,6 +359,7 @@ def _draw_roofline(rows: Sequence[Row], axes: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("latency", __doc__)
     command.add_engine_options(parser, several_devices=True)
+    command.add_chunk_option(parser)
     parser.add_argument(
         "--precision", nargs="+", default=["fp32"], help="precisions of the engines; missing engines are built"
     )
@@ -374,10 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.batch,
             options.chunk_ms,
             options.repeats,
-            devices=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)

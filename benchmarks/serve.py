@@ -77,7 +77,7 @@ def measure_serving(
     if not streams or min(streams) < 1 or seconds <= _SETTLING or packet_ms < 1:
         raise OptionError(f"streams and packet_ms must be positive, and seconds greater than {_SETTLING:.0f}.")
     chunk = bundle.manifest.chunk(chunk_ms)
-    clips = _clips(bundle, manifest)
+    clips = pcm_clips(bundle, manifest)
     with nemostream.load(bundle.path, chunk.ms, capacity=4) as model:
         texts = [model.transcribe(clip).text for clip in clips]
     others, rows = OtherWork(), []
@@ -242,8 +242,8 @@ async def _send_clip(url: str, pcm: Any, results: ClientResults, packet: float) 
             results.connections -= 1
 
 
-def _clips(bundle: Bundle, manifest: Path | None) -> list[Any]:
-    """Return the clips as 16-bit samples at 16 kHz."""
+def pcm_clips(bundle: Bundle, manifest: Path | None = None) -> list[Any]:
+    """Return the recordings of a NeMo manifest, or the packaged clips, as 16-bit samples at 16 kHz."""
     clips = speech(bundle.manifest) if manifest is None else [each.samples(_RATE) for each in read_manifest(manifest)]
     return [np.clip(np.rint(32768 * clip), -32768, 32767).astype(np.int16) for clip in clips]
 

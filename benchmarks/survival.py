@@ -4,19 +4,20 @@
     nemostream bench survival --streams 6 --seconds 20 --faults kill cut --seed 1
 
 `--servers` processes of `nemostream serve` share a state store in a folder, behind HAProxy if it is installed, else
-behind a TCP balancer in this process. Clients (`nemostream.client.AsyncStream`) send audio in real time, while faults
-are injected at times and servers that `--seed` determines:
+behind a TCP balancer in this process; with `--direct`, clients have an address for each server. Clients
+(`nemostream.client.AsyncStream`) send audio in real time, while faults are injected at times and servers that `--seed`
+determines:
 
 * *kill*: SIGKILL; *terminate*: SIGTERM. The process is started again after it has ended.
 * *freeze*: SIGSTOP for 8 s, at most a quarter of `--seconds`; then SIGCONT.
-* *cut*: all connections between the balancer and a server are closed; with `--direct`, those of half of the clients.
+* *cut*: all connections to a server are closed.
 * *full*: the disk of the store is full for 4 s: a tmpfs that a file fills, or, if none can be mounted, fsync fails.
 * *slow*: each fsync of a server takes one second longer, for 4 s.
 
 The oracle is a stream of the same audio to one of the servers, before any fault. All events must be equal to its
 events, field by field except `audio` (which depends on the time of the connection), and their numbers must be 1, 2, 3
-and so on. A reconnection belongs to the fault that began last before it was noticed. A gap is the time from the moment
-at which the client notices the loss to the next new event. The command fails with exit code 1 if an event differs.
+and so on. A reconnection belongs to the fault that began last before it was detected. A gap is the time from the moment
+at which the client detects the loss to the next new event. The command fails with exit code 1 if an event differs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
+import functools
 import random
 import shutil
 import signal
@@ -32,7 +33,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,9 +46,10 @@ import numpy as np
 from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
+from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.benchmarks.serve import pcm_clips
 from nemostream.bundle import Bundle
 from nemostream.client import AsyncStream, Event
-from nemostream.engines import speech
 from nemostream.errors import BackendError, NemostreamError, OptionError
 
 FAULTS = ("kill", "terminate", "freeze", "cut", "full", "slow")
@@ -54,7 +59,6 @@ _AUDIOS = 4  # different recordings; streams use them in turn
 _FAULT_SECONDS = 6.0  # between two faults, on average
 _FREEZE_SECONDS, _STORE_SECONDS = 8.0, 4.0  # durations of `freeze`, and of `full` and `slow`
 _STORE_BYTES = 256 << 20  # of the tmpfs
-_START_SECONDS, _STOP_SECONDS = 60.0, 30.0
 _END_SECONDS = 120.0  # for a stream to end after its last audio
 
 
@@ -72,7 +76,9 @@ class Transcript:
 
     audio: int  # number of the recording
     events: list[Event] = field(default_factory=list)
-    gaps: list[tuple[float, float]] = field(default_factory=list)  # when each loss was noticed, and its gap, in seconds
+    gaps: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # when each loss was detected, and its gap, in seconds
     reconnects: int = 0
     error: str = ""  # why the stream was lost
 
@@ -106,13 +112,12 @@ def measure_survival(
     with tempfile.TemporaryDirectory(prefix="survival-") as name, _store(Path(name)) as store:
         kind = "tmpfs" if store.is_mount() else "folder"
         cluster = Cluster(bundle, chunk, Path(name), store, servers, streams)
-        try:
-            found = asyncio.run(
-                _run(cluster, recordings, streams, seconds, list(faults), seed, direct, chunk, progress)
+        with cluster.running():
+            progress("streams without faults")
+            expected = asyncio.run(_undisturbed(cluster, recordings[:streams]))
+            transcripts, injected, balancer = asyncio.run(
+                _run(cluster, recordings, streams, seconds, list(faults), seed, direct, progress)
             )
-        finally:
-            cluster.kill()
-    expected, transcripts, injected, balancer = found
     return records.record(
         "survival",
         rows_of(expected, transcripts, injected, list(dict.fromkeys(faults))),
@@ -135,11 +140,10 @@ def measure_survival(
 
 def _recordings(bundle: Bundle, seconds: float) -> list[bytes]:
     """Return recordings of `seconds`: the packaged clips with pauses, which begin at different positions."""
-    pause = (np.random.default_rng(0).standard_normal(_RATE) * 1e-3).astype(np.float32)
-    whole = np.concatenate([part for clip in speech(bundle.manifest) for part in (clip, pause)])
+    pause = np.rint(32 * np.random.default_rng(0).standard_normal(_RATE)).astype(np.int16)
+    whole = np.concatenate([part for clip in pcm_clips(bundle) for part in (clip, pause)])
     starts = [len(whole) * index // _AUDIOS for index in range(_AUDIOS)]
-    rotated = [np.resize(np.roll(whole, -start), round(seconds * _RATE)) for start in starts]
-    return [np.clip(np.rint(32768 * each), -32768, 32767).astype("<i2").tobytes() for each in rotated]
+    return [np.resize(np.roll(whole, -start), round(seconds * _RATE)).astype("<i2").tobytes() for start in starts]
 
 
 @contextlib.contextmanager
@@ -167,76 +171,60 @@ def _store(folder: Path) -> Iterator[Path]:
 class Server:
     """A process of `nemostream serve`, which can be started again on its port."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
-        self.port, self.is_up = port, False
-        self._command, self._log = [*command, "--port", str(port)], log
-        self._process: asyncio.subprocess.Process | None = None
+    def __init__(self, command: Sequence[str], port: int) -> None:
+        self.port, self.url, self.is_up = port, f"http://127.0.0.1:{port}", False
+        self._command = [*command, "--port", str(port)]
+        self._running = contextlib.ExitStack()
+        self._process: subprocess.Popen[str] | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    async def start(self) -> None:
+    def start(self) -> None:
         """Start the process and wait until it is ready. Raises `BackendError`."""
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdout=asyncio.subprocess.PIPE, stderr=log
-            )
-        assert self._process.stdout is not None
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                line = await self._process.stdout.readline()
-        except TimeoutError:
-            line = b""
-        if not line.startswith(b"http"):
-            *_, last = ["it printed nothing", *self._log.read_text(errors="replace").splitlines()]
-            raise BackendError(f"the server did not start: {last}")
+        self._process, _ = self._running.enter_context(server_process(self._command))
         self.is_up = True
 
-    def signal(self, number: int) -> None:
-        if self._process is not None and self._process.returncode is None:
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process if it has not ended."""
+        if self._process is not None:
             self._process.send_signal(number)
 
-    async def restart(self, number: int) -> None:
-        """End the process with a signal and start it again."""
-        assert self._process is not None
+    def stop(self, kill: bool = True) -> None:
+        """End the process with SIGKILL, or else with SIGTERM, and wait until it has ended."""
         self.is_up = False
-        self.signal(number)
-        try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
-        await self.start()
+        if kill:
+            self.send_signal(signal.SIGKILL)
+        self._running.close()
 
-    async def stop(self) -> None:
-        if self._process is not None:
-            self.signal(signal.SIGCONT)
-            self.signal(signal.SIGKILL)
-            await self._process.wait()
-
-    def kill(self) -> None:
-        """End the process after an error, when its event loop is closed."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
+    def restart(self, kill: bool) -> None:
+        """End the process as `stop` and start it again."""
+        self.stop(kill)
+        self.start()
 
 
 class Cluster:
     """The servers and their store."""
 
     def __init__(self, bundle: Bundle, chunk_ms: int, folder: Path, store: Path, count: int, streams: int) -> None:
-        self.folder, self.store = folder, store
+        self.chunk_ms, self.folder, self.store = chunk_ms, folder, store
         command = [sys.executable, "-m", "nemostream.benchmarks.harness.faulty_server", str(folder), "serve"]
         command += ["--bundle", str(bundle.path), "--chunk-ms", str(chunk_ms), "--chunks", str(chunk_ms)]
         command += ["--grpc-port", "-1", "--no-measure", "--threads", "1", "--max-streams", str(2 * streams + _AUDIOS)]
         command += ["--state-store", str(store), "--state-seconds", "1"]
-        self.servers = [Server(command, port, folder / f"{port}.log") for port in _free_ports(count)]
+        self.servers = [Server(command, port) for port in _free_ports(count)]
 
-    def kill(self) -> None:
-        for server in self.servers:
-            server.kill()
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the servers in a `with` block."""
+        try:
+            with ThreadPoolExecutor(len(self.servers)) as pool:
+                list(pool.map(Server.start, self.servers))
+            yield
+        finally:
+            for server in self.servers:
+                server.stop()
+
+    def stream(self, urls: Sequence[str]) -> AsyncStream:
+        """Return a client of some of the servers."""
+        return AsyncStream(urls, chunk_ms=self.chunk_ms, words=True)
 
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
@@ -256,7 +244,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def marked(self, name: str) -> Iterator[None]:
-        """Let a file exist that `faulty_server` looks for."""
+        """Create a file that `faulty_server` checks, and delete it at the end of the `with` block."""
         (self.folder / name).touch()
         try:
             yield
@@ -308,18 +296,27 @@ class HaProxy:
         writer.close()
 
 
-class TcpBalancer:
-    """A balancer in this process, which connects to servers in random order."""
+class TcpProxy:
+    """A proxy in this process. Each of its URLs has servers, to which it connects in random order."""
 
-    name = "TCP balancer"
-
-    def __init__(self, servers: Sequence[Server], rng: random.Random) -> None:
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.name = name
         self.urls: list[str] = []
-        self._servers, self._rng = servers, rng
-        self._writers: dict[int, set[asyncio.StreamWriter]] = {server.port: set() for server in servers}
+        self._rng = rng
+        self._writers: defaultdict[int, set[asyncio.StreamWriter]] = defaultdict(set)  # by the port of the server
 
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for server in self._rng.sample(self._servers, len(self._servers)):
+    @contextlib.asynccontextmanager
+    async def listening(self, servers: Sequence[Server]) -> AsyncIterator[None]:
+        """Accept connections to some servers on a new URL in an `async with` block."""
+        handle = functools.partial(self._handle, servers)
+        async with await asyncio.start_server(handle, "127.0.0.1", 0) as listener:
+            self.urls.append(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+            yield
+
+    async def _handle(
+        self, servers: Sequence[Server], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        for server in self._rng.sample(servers, len(servers)):
             with contextlib.suppress(OSError):
                 back, out = await asyncio.open_connection("127.0.0.1", server.port)
                 break
@@ -349,50 +346,56 @@ class TcpBalancer:
             writer.transport.abort()
 
 
-class NoBalancer:
-    """Clients have the addresses of all servers."""
-
-    name = "none"
-
-    def __init__(self, servers: Sequence[Server], clients: Sequence[AsyncStream], rng: random.Random) -> None:
-        self.urls = [server.url for server in servers]
-        self._clients, self._rng = clients, rng
-
-    async def cut(self, server: Server) -> None:
-        for client in self._rng.sample(self._clients, (len(self._clients) + 1) // 2):
-            if (connection := client._connection) is not None:
-                connection.socket.transport.abort()
-
-
 def haproxy() -> str | None:
     """Return the path of HAProxy, or None."""
     return shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 
 
 @contextlib.asynccontextmanager
-async def _balancer(
-    cluster: Cluster, clients: Sequence[AsyncStream], direct: bool, rng: random.Random
-) -> AsyncIterator[Balancer]:
-    if direct:
-        yield NoBalancer(cluster.servers, clients, rng)
-    elif path := haproxy():
-        proxy = HaProxy(cluster.servers, cluster.folder)
-        process = await asyncio.create_subprocess_exec(
-            path, "-q", "-db", "-f", str(proxy.config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            yield proxy
-        finally:
-            process.kill()
-            await process.wait()
-    else:
-        balancer = TcpBalancer(cluster.servers, rng)
-        async with await asyncio.start_server(balancer.handle, "127.0.0.1", 0) as listening:
-            balancer.urls = [f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"]
-            yield balancer
+async def _balancer(cluster: Cluster, direct: bool, rng: random.Random) -> AsyncIterator[Balancer]:
+    """Yield what is between clients and servers. With `direct`, each server has a proxy, which can cut connections."""
+    if not direct and (path := haproxy()):
+        balancer = HaProxy(cluster.servers, cluster.folder)
+        command = [path, "-q", "-db", "-f", str(balancer.config)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                await _wait_until_ready(balancer.urls[0])
+                yield balancer
+            finally:
+                process.kill()
+        return
+    proxy = TcpProxy("none" if direct else "TCP balancer", rng)
+    async with contextlib.AsyncExitStack() as stack:
+        for servers in [[server] for server in cluster.servers] if direct else [cluster.servers]:
+            await stack.enter_async_context(proxy.listening(servers))
+        yield proxy
+
+
+async def _wait_until_ready(url: str) -> None:
+    """Wait until a server answers through a balancer. Raises `BackendError`."""
+
+    def request() -> None:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+            pass
+
+    for _ in range(100):
+        with contextlib.suppress(OSError):  # also for another status than 200
+            return await asyncio.to_thread(request)
+        await asyncio.sleep(0.1)
+    raise BackendError("the balancer has not reached a server for 10 s.")
 
 
 # -- streams and faults ------------------------------------------------------------------------------------------------
+
+
+async def _undisturbed(cluster: Cluster, recordings: Sequence[bytes]) -> list[Transcript]:
+    """Return the transcript of each recording without faults. Raises `BackendError` if a stream fails."""
+    found = []
+    for number, audio in enumerate(recordings):
+        found.append(await _transcribe(cluster.stream([cluster.servers[0].url]), audio, number, paced=False))
+        if found[-1].error:
+            raise BackendError(f"a stream without faults failed: {found[-1].error}")
+    return found
 
 
 async def _run(
@@ -403,64 +406,24 @@ async def _run(
     faults: Sequence[str],
     seed: int,
     direct: bool,
-    chunk_ms: int,
     progress: Progress,
-) -> tuple[list[Transcript], list[Transcript], list[Injected], str]:
-    rng, clients, injected = random.Random(seed), list[AsyncStream](), list[Injected]()
-    options: dict[str, Any] = {"chunk_ms": chunk_ms, "words": True}
-    expected = []
-    try:
-        await asyncio.gather(*(server.start() for server in cluster.servers))
-        progress("streams without faults")
-        for index, audio in enumerate(recordings[:streams]):
-            expected.append(
-                await _transcribe(AsyncStream(cluster.servers[0].url, **options), audio, index, paced=False)
-            )
-        if lost := [each.error for each in expected if each.error]:
-            raise BackendError(f"a stream without faults failed: {lost[0]}")
-        async with _balancer(cluster, clients, direct, rng) as balancer:
-            await _answers(balancer.urls[0])
-            clients += [
-                AsyncStream(
-                    balancer.urls[index % len(balancer.urls) :] + balancer.urls[: index % len(balancer.urls)], **options
+) -> tuple[list[Transcript], list[Injected], str]:
+    """Run all streams while faults are injected. Return their transcripts, the faults, and the balancer's name."""
+    rng, injected = random.Random(seed), list[Injected]()
+    async with _balancer(cluster, direct, random.Random(seed)) as balancer:
+        progress(f"{streams} streams for {seconds:.0f} s")
+        begin = asyncio.get_running_loop().time()
+        async with asyncio.TaskGroup() as group:
+            running = []
+            for index in range(streams):
+                first, number = index % len(balancer.urls), index % len(recordings)
+                client = cluster.stream(balancer.urls[first:] + balancer.urls[:first])
+                delay = rng.uniform(0, 1)
+                running.append(
+                    group.create_task(_transcribe(client, recordings[number], number, paced=True, delay=delay))
                 )
-                for index in range(streams)
-            ]
-            progress(f"{streams} streams for {seconds:.0f} s")
-            begin = asyncio.get_running_loop().time()
-            async with asyncio.TaskGroup() as group:
-                running = [
-                    group.create_task(
-                        _transcribe(
-                            client,
-                            recordings[index % len(recordings)],
-                            index % len(recordings),
-                            paced=True,
-                            delay=rng.uniform(0, 1),
-                        )
-                    )
-                    for index, client in enumerate(clients)
-                ]
-                group.create_task(_inject(cluster, balancer, faults, begin, seconds, rng, injected, progress))
-            return expected, [task.result() for task in running], injected, balancer.name
-    finally:
-        for server in cluster.servers:
-            await server.stop()
-
-
-async def _answers(url: str) -> None:
-    """Wait until a server answers through a balancer. Raises `BackendError`."""
-    address = url.removeprefix("http://")
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(*address.split(":"))
-            writer.write(f"GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
-            answer = await reader.readline()
-            writer.close()
-            if b" 200 " in answer:
-                return
-        await asyncio.sleep(0.1)
-    raise BackendError("the balancer has not reached a server for 10 s.")
+            group.create_task(_inject(cluster, balancer, faults, begin, seconds, rng, injected, progress))
+        return [task.result() for task in running], injected, balancer.name
 
 
 async def _transcribe(stream: AsyncStream, audio: bytes, number: int, *, paced: bool, delay: float = 0.0) -> Transcript:
@@ -529,16 +492,16 @@ async def _inject(
                 group.create_task(_freeze(server, min(_FREEZE_SECONDS, seconds / 4)))
             else:
                 server.is_up = False
-                group.create_task(server.restart(signal.SIGKILL if kind == "kill" else signal.SIGTERM))
+                group.create_task(asyncio.to_thread(server.restart, kind == "kill"))
 
 
 async def _freeze(server: Server, seconds: float) -> None:
     server.is_up = False
-    server.signal(signal.SIGSTOP)
+    server.send_signal(signal.SIGSTOP)
     try:
         await asyncio.sleep(seconds)
     finally:
-        server.signal(signal.SIGCONT)
+        server.send_signal(signal.SIGCONT)
     server.is_up = True
 
 
@@ -553,11 +516,11 @@ def rows_of(
 ) -> list[Row]:
     """Return a row for each kind of fault, of the streams that reconnected after it, and one of all streams."""
 
-    def cause(noticed: float) -> str:
-        return next((fault.kind for fault in reversed(injected) if fault.began <= noticed), "none")
+    def cause(detected: float) -> str:
+        return next((fault.kind for fault in reversed(injected) if fault.began <= detected), "none")
 
     rows = []
-    found = [(each, [(cause(noticed), gap) for noticed, gap in each.gaps]) for each in transcripts]
+    found = [(each, [(cause(detected), gap) for detected, gap in each.gaps]) for each in transcripts]
     for kind in (*kinds, "all"):
         affected = [each for each, gaps in found if kind == "all" or kind in [name for name, _ in gaps]]
         gaps = [gap for _, each in found for name, gap in each if kind in (name, "all")]
@@ -617,7 +580,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         f"{method['servers']} servers, balancer: {method['balancer']}, store: {method['store']}, "
         f"seed {method['seed']}; "
         f"clients and servers on the same {method['threads']} cores. Gaps in seconds, from the moment at which a "
-        "client notices a loss to its next new event. Of each fault: the streams that reconnected after it, and how "
+        "client detects a loss to its next new event. Of each fault: the streams that reconnected after it, and how "
         "many of them have exactly the events of a stream without interruption. "
         f"{tables.other_load([method['other_work_cores']])}"
     )
@@ -640,26 +603,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults' times and servers")
     parser.add_argument("--direct", action="store_true", help="clients have all addresses, without a balancer")
     options = parser.parse_args(arguments)
-    results: list[Record] = []
 
     def measure() -> Record:
-        results.append(
-            measure_survival(
-                open_bundle(options.bundle),
-                options.streams,
-                options.seconds,
-                servers=options.servers,
-                chunk_ms=options.chunk_ms,
-                faults=options.faults,
-                seed=options.seed,
-                direct=options.direct,
-                progress=records.report_progress,
-            )
+        return measure_survival(
+            open_bundle(options.bundle),
+            options.streams,
+            options.seconds,
+            servers=options.servers,
+            chunk_ms=options.chunk_ms,
+            faults=options.faults,
+            seed=options.seed,
+            direct=options.direct,
+            progress=records.report_progress,
         )
-        return results[0]
 
-    run(measure, options)
-    if results and not passed(results[0]):
+    if not passed(run(measure, options)):
         records.report_progress("nemostream: events differ from those of streams without interruption.")
         sys.exit(1)
 

@@ -130,6 +130,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("throughput", __doc__)
     command.add_engine_options(parser)
+    command.add_chunk_option(parser)
     parser.add_argument("--manifest", type=Path, help="NeMo manifest (default: the packaged clips)")
     parser.add_argument("--copies", type=int, default=32, help="copies of the packaged clips")
     parser.add_argument("--repeats", type=int, default=3, help="runs over the whole set")
@@ -152,10 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.batch,
             options.chunk_ms,
             options.repeats,
-            device=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nemostream.benchmarks.harness.null_backend import NullBackend, script
 from nemostream.benchmarks.harness.null_device import NullDevice, NullEncoder
+from nemostream.benchmarks.harness.timed import blocked
 from nemostream.bundle import Bundle, ChunkConfig, Manifest
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.backends.gpu.backend import GpuBackend
@@ -138,7 +139,7 @@ class Sweeps:
                 start = self._process_clock()
             self._missing = self._streams
             self._done.clear()
-            with self._stopped():
+            with blocked(self.scheduler):
                 begin = self._thread_clock()
                 accept()
                 accepting += self._thread_clock() - begin
@@ -158,24 +159,6 @@ class Sweeps:
 
     def close(self) -> None:
         self.scheduler.close()
-
-    @contextmanager
-    def _stopped(self) -> Iterator[None]:
-        """Keep the scheduler from running steps."""
-        stopped, resume = threading.Event(), threading.Event()
-
-        def stop(_: Backend) -> None:
-            stopped.set()
-            resume.wait()
-
-        thread = threading.Thread(target=self.scheduler.call, args=(stop,))
-        thread.start()
-        stopped.wait()
-        try:
-            yield
-        finally:
-            resume.set()
-            thread.join()
 
     def _count(self, rows: int) -> None:
         self._missing -= rows

@@ -1,4 +1,4 @@
-"""Backends for timing, and the audio that all implementations process.
+"""Backends and schedulers for timing, and the audio that all implementations process.
 
 `device` is "cpu" (ONNX Runtime), "cuda" (TensorRT engines for this GPU) or "cuda:onnxruntime" (CUDA provider of ONNX
 Runtime). Missing engines are built but not validated: the time of a step does not depend on the values of the weights,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from nemostream.errors import OptionError
 from nemostream.plans import PRECISIONS, PlanStore
 from nemostream.runtime.backends.base import Backend, Batch
 from nemostream.runtime.backends.cpu import OrtBackend
+from nemostream.runtime.streaming.scheduler import Scheduler, StreamScheduler
 
 Floats = NDArray[np.float32]
 
@@ -123,6 +125,29 @@ def timed_backend(
             yield backend
         finally:
             backend.close()
+
+
+@contextmanager
+def blocked(scheduler: StreamScheduler) -> Iterator[threading.Event]:
+    """Keep a scheduler from running steps until the end of the `with` block, or until the yielded event is set.
+
+    Streams that receive a chunk meanwhile are then processed in as few steps as possible.
+    """
+    assert isinstance(scheduler, Scheduler)
+    started, resume = threading.Event(), threading.Event()
+
+    def block(_: Backend) -> None:
+        started.set()
+        resume.wait()
+
+    thread = threading.Thread(target=scheduler.call, args=(block,))
+    thread.start()
+    started.wait()
+    try:
+        yield resume
+    finally:
+        resume.set()
+        thread.join()
 
 
 def _open_cpu(

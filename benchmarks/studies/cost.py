@@ -249,6 +249,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("cost", __doc__)
     command.add_engine_options(parser)
+    command.add_chunk_option(parser)
     parser.add_argument("--precision", default="fp32", help="precision of the engine")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="streams per step")
     parser.add_argument("--hours", type=float, default=1.0, help="audio of the long stream, in hours (0: skip)")
@@ -263,10 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.chunk_ms,
             hours=options.hours,
             repeats=options.repeats,
-            device=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, cast
 from unittest import mock
 
@@ -36,7 +35,7 @@ from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.random_weights import TOKENS_PER_SECOND
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.synthetic import speech
-from nemostream.benchmarks.harness.timed import AudioFeed
+from nemostream.benchmarks.harness.timed import AudioFeed, blocked
 from nemostream.bundle import Bundle
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
 from nemostream.runtime.backends.cpu import CompletedStep, OrtBackend
@@ -44,7 +43,6 @@ from nemostream.runtime.decoding import greedy
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, Floats, Ints, Labels, label_looping
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.streaming.session import StreamSession
 from nemostream.runtime.text.endpointing import Endpoint
 
@@ -91,25 +89,6 @@ DECODE_CASES: dict[str, Callable[[DecodeInput], list[Labels]]] = {
     "confidence, half of the streams boosted": lambda inputs: _decode(inputs, 0.5),
     "confidence, all streams boosted": lambda inputs: _decode(inputs, 1),
 }
-
-
-class SchedulerBlock:
-    """Blocks the scheduler of a model until `end` is set."""
-
-    def __init__(self, model: Model) -> None:
-        self._started, self.end = Event(), Event()
-        scheduler = model._scheduler
-        assert isinstance(scheduler, Scheduler)
-        self._thread = Thread(target=scheduler.call, args=(self._wait,))
-        self._thread.start()
-        self._started.wait()
-
-    def _wait(self, backend: Backend) -> None:
-        self._started.set()
-        self.end.wait()
-
-    def join(self) -> None:
-        self._thread.join()
 
 
 class ReplayBackend:
@@ -173,17 +152,15 @@ def _measure_host(bundle: Bundle, emissions: Sequence[Emissions], ms: int, batch
             shuffle.shuffle(names)
             for name in names:
                 model, streams = sessions[name]
-                # The scheduler is blocked until all streams have audio, so that it processes them in one step.
-                block = SchedulerBlock(model)
-                for stream in streams:
-                    stream.feed(audio[bundle.manifest.lead if step == 0 else 0 :])
-                start = time.perf_counter()
-                block.end.set()
-                for stream in streams:
-                    stream.wait()
-                    HOST_CASES[name][0](stream)
-                times[name].append(1000 * (time.perf_counter() - start))
-                block.join()
+                with blocked(model._scheduler) as resume:  # so that one step processes all streams
+                    for stream in streams:
+                        stream.feed(audio[bundle.manifest.lead if step == 0 else 0 :])
+                    start = time.perf_counter()
+                    resume.set()
+                    for stream in streams:
+                        stream.wait()
+                        HOST_CASES[name][0](stream)
+                    times[name].append(1000 * (time.perf_counter() - start))
     return times
 
 

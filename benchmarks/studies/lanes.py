@@ -39,8 +39,8 @@ from nemostream.benchmarks.harness.load import StepRecorder, run_load
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.roofline import encoder_work
 from nemostream.benchmarks.harness.synthetic import speech
-from nemostream.benchmarks.harness.timed import AudioFeed, timed_backend
-from nemostream.benchmarks.studies.features import RandomBlankTransducer, SchedulerBlock
+from nemostream.benchmarks.harness.timed import AudioFeed, blocked, timed_backend
+from nemostream.benchmarks.studies.features import RandomBlankTransducer
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engines import speech as clips
 from nemostream.errors import OptionError
@@ -153,21 +153,19 @@ def _run(
             recorder.steps.clear()
             cpu = time.process_time()
         active = [row for row in range(batch) if begins[row] <= block]
-        # The scheduler is blocked until all streams have audio, so that it processes them in one step.
-        gate = SchedulerBlock(model)
-        for row in active:
-            begin, end = (max((block - begins[row] + n) * fast.samples - manifest.lead, 0) for n in (0, 1))
-            streams[row].feed(feed.audio[row, begin:end])
-        start = clock()
-        gate.end.set()
-        found = []
-        for row in active:
-            streams[row].wait()
-            found += streams[row].events()
-        if block >= spread:
-            times.append(round(1000 * (clock() - start), 1))
-            ends += sum(event.kind == "end" for event in found)
-        gate.join()
+        with blocked(model._scheduler) as resume:  # so that one step processes all streams
+            for row in active:
+                begin, end = (max((block - begins[row] + n) * fast.samples - manifest.lead, 0) for n in (0, 1))
+                streams[row].feed(feed.audio[row, begin:end])
+            start = clock()
+            resume.set()
+            found = []
+            for row in active:
+                streams[row].wait()
+                found += streams[row].events()
+            if block >= spread:
+                times.append(round(1000 * (clock() - start), 1))
+                ends += sum(event.kind == "end" for event in found)
     cpu = time.process_time() - cpu
     for stream in streams:
         stream.close()
@@ -302,10 +300,7 @@ def _capacity_table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.make_parser("lanes", __doc__)
-    parser.add_argument("--bundle", type=Path, help="bundle to run (default: the packaged model)")
-    parser.add_argument("--device", default="cpu", help=command.DEVICES)
-    parser.add_argument("--engines", type=Path, help="folder of engines (default: a temporary one)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    command.add_engine_options(parser)
     parser.add_argument("--precision", default="fp32", help="precision of the engine")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="numbers of streams")
     parser.add_argument("--chunk-ms", type=int, default=80, help="chunk size of partials in ms")
@@ -329,10 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             probe_seconds=options.probe_seconds,
             max_streams=options.max_streams,
             random_weights=options.random_weights,
-            device=options.device,
-            threads=options.threads,
-            engines=options.engines,
-            progress=records.report_progress,
+            **command.engine_arguments(options),
         )
 
     command.run(measure, options)

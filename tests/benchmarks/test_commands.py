@@ -288,9 +288,10 @@ def called(module: Any, measure: str, arguments: list[str], monkeypatch: pytest.
         found.update(signature.bind(*given, **options).arguments)
         return {"benchmark": "x", "rows": []}
 
-    def run(measure: Callable[[], Any], options: Any) -> None:
-        measure()
+    def run(measure: Callable[[], Any], options: Any) -> Any:
+        result = measure()
         found["out"], found["name"] = options.out, options.name
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(module, measure, capture)
@@ -481,7 +482,7 @@ def test_files_of_a_benchmark(
     result = records.record("latency", [], model={}, method={})
     options: Any = SimpleNamespace(out=tmp_path, name="n")
     monkeypatch.setattr(command, "write_report", lambda results, path: f"{len(results)} {path.name}\n")
-    command.run(lambda: result, options)
+    assert command.run(lambda: result, options) is result
     captured = capsys.readouterr()
     assert captured.out == "1 n.md\n" and f"written: {tmp_path / 'n'}.json, .md and plots" in captured.err
     assert records.read(tmp_path / "n.json") == result

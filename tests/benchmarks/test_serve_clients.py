@@ -170,7 +170,7 @@ def test_cpu_seconds_of_this_process() -> None:
 
 def test_clips_are_16_bit_samples(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "speech", lambda manifest: [np.array([-2.0, -1.0, -0.5 / 32768, 0.6 / 32768, 0.5, 1.0])])
-    (clip,) = serve._clips(demo_bundle, None)
+    (clip,) = serve.pcm_clips(demo_bundle)
     assert clip.dtype == np.int16 and clip.tolist() == [-32768, -32768, 0, 1, 16384, 32767]
 
 
@@ -284,7 +284,7 @@ def test_measurement_of_a_server(demo_bundle: Bundle, clock: Any, monkeypatch: p
         return contextlib.nullcontext(model)
 
     monkeypatch.setattr(serve.nemostream, "load", load)
-    monkeypatch.setattr(serve, "_clips", lambda bundle, manifest: ["a", "b"])
+    monkeypatch.setattr(serve, "pcm_clips", lambda bundle, manifest: ["a", "b"])
     monkeypatch.setattr(serve, "server_process", server_process)
     times = SimpleNamespace(perf_counter=clock, process_time=lambda: process_time[0])
     monkeypatch.setattr(serve, "time", times)

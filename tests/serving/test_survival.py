@@ -45,9 +45,9 @@ def test_without_a_mount_writes_fail(monkeypatch: pytest.MonkeyPatch, demo_bundl
     """Clients have all addresses, the store cannot be mounted, and its writes fail or are slow."""
     monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
     monkeypatch.setenv("PATH", "")
-    result = survival.measure_survival(demo_bundle, 2, 6, faults=["full", "slow", "cut"], chunk_ms=560, direct=True)
+    result = survival.measure_survival(demo_bundle, 3, 6, faults=["full", "slow", "cut"], chunk_ms=560, direct=True)
     assert (result["method"]["store"], result["method"]["balancer"]) == ("folder", "none")
-    check(result, 2)
+    check(result, 3)
 
 
 def events(*numbers: int, text: str = "a") -> list[Event]:
