@@ -4,8 +4,8 @@
     nemostream bench report --pages      # performance section of the README and docs/performance.md, in a checkout
 
 The module of each benchmark defines `show(result, plot)`, which renders its result. The speed and accuracy figures in
-README.md and docs/performance.md are generated from `benchmarks/results/*.json`; a test checks that they are up to
-date.
+README.md and docs/performance.md are generated from the results in `benchmarks/results`, the largest of which are
+compressed; a test checks that they are up to date.
 
 A change of a time counts as more than noise if the 99 % bootstrap interval of the ratio of the medians is more than 3 %
 away from 1, because two runs differ by more than the samples of one run do. For word error rates, the utterances are
@@ -18,7 +18,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +34,7 @@ from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 _NOISE = 0.03  # relative difference between two runs of the same program on the same machine
+_WITHOUT_TIME = {"png": {"Software": None}, "svg": {"Date": None}}  # metadata of plots
 _PER_RUN = ("machine", "skipped", "other_work_cores")  # keys of `method` that differ between runs
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 
@@ -187,10 +188,10 @@ def changes(new: Record, old: Record) -> str:
 
 
 @contextmanager
-def plots(stem: Path) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
+def plots(stem: Path, kinds: Sequence[str] = ("png", "svg")) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
     """Yield a function that returns axes by name, and the names of the files; write the plots on exit.
 
-    Files are `{stem}-{name}.png` and `.svg`; the same plot gives the same bytes in each run.
+    Files are `{stem}-{name}.{kind}`; the same plot gives the same bytes in each run.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -207,9 +208,9 @@ def plots(stem: Path) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "nemostream", "svg.fonttype": "none"}):
         for name, figure in figures.items():
-            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            for kind in kinds:
                 FigureCanvasAgg(figure)
-                figure.savefig(stem.with_name(f"{name}.{kind}"), dpi=110, metadata=metadata)
+                figure.savefig(stem.with_name(f"{name}.{kind}"), dpi=110, metadata=_WITHOUT_TIME[kind])
             names.append(name)
 
 
@@ -247,11 +248,11 @@ def pages(root: Path) -> dict[Path, str]:
 def committed(root: Path) -> dict[str, Record]:
     """Return the results in the repository by file name, without those that only other pages quote."""
     found = {}
-    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
-        if f'"schema": "{records.SCHEMA}"' in path.read_text(encoding="utf-8")[:200]:
+    for path in sorted((root / "benchmarks" / "results").glob("*.json*")):
+        with suppress(OptionError):  # of another schema
             result = records.read(path)
             if hasattr(import_module(module_name(result["benchmark"])), "show"):
-                found[path.stem] = result
+                found[path.name.partition(".")[0]] = result
     return found
 
 
@@ -313,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(write_report(results, options.out, against), end="")
         if options.pages:
             for name, result in committed(ROOT).items():
-                with plots(ROOT / "benchmarks" / "results" / name) as (plot, _):
+                with plots(ROOT / "benchmarks" / "results" / name, ("svg",)) as (plot, _):
                     show(result, plot)
             for path, text in pages(ROOT).items():
                 path.write_text(text, encoding="utf-8")

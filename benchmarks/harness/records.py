@@ -12,6 +12,7 @@ percentile is therefore a measured sample; with fewer than 100 samples p99 is th
 from __future__ import annotations
 
 import difflib
+import gzip
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,10 +136,11 @@ def model_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> Record:
-    """Read a result file. Raises `OptionError` if it is not one."""
+    """Read a result file, which may be compressed (`.json.gz`). Raises `OptionError` if it is not one."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = Path(path).read_bytes()
+        result = json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise OptionError(f"{path} is not a benchmark result: {error}.") from error
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         raise OptionError(f"{path} is not a benchmark result: its schema is not {SCHEMA}.")

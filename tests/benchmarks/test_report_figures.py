@@ -78,16 +78,17 @@ def test_latency_tables() -> None:
 
 
 RESULTS = report.ROOT / "benchmarks" / "results"
-TABLES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem in report.committed(report.ROOT))
+COMMITTED = report.committed(report.ROOT)
+TABLES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem in COMMITTED)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_committed_tables_are_those_of_the_results(name: str) -> None:
-    text = report.show(records.read(RESULTS / f"{name}.json"), report._no_plot)
+    text = report.show(COMMITTED[name], report._no_plot)
     assert text.strip() in (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", report.committed(report.ROOT))
+@pytest.mark.parametrize("name", COMMITTED)
 def test_committed_plots_have_the_titles_labels_and_names_of_the_results(name: str) -> None:
     axes: dict[str, Any] = {}
 
@@ -95,7 +96,7 @@ def test_committed_plots_have_the_titles_labels_and_names_of_the_results(name: s
         axes[kind] = figure.Figure().subplots()
         return axes[kind]
 
-    report.show(records.read(RESULTS / f"{name}.json"), plot)
+    report.show(COMMITTED[name], plot)
     assert sorted(axes) == sorted(path.stem.removeprefix(f"{name}-") for path in RESULTS.glob(f"{name}-*.svg"))
     for kind, drawn in axes.items():
         texts = [drawn.get_title(), drawn.get_xlabel(), drawn.get_ylabel()]

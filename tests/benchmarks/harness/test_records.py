@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import os
 import subprocess
@@ -62,6 +63,8 @@ def test_result_file_round_trip(tmp_path: Path) -> None:
     made = result(step=[1.0, 2.0], none=[])
     records.write(made, tmp_path / "deep" / "x.json")
     assert records.read(tmp_path / "deep" / "x.json") == made == json.loads(json.dumps(made))
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress((tmp_path / "deep" / "x.json").read_bytes()))
+    assert records.read(tmp_path / "x.json.gz") == made
     assert made["schema"] == records.SCHEMA and made["hardware"]["cores"] >= 1
     assert {"python", "numpy", "onnxruntime"} <= made["versions"].keys()
     assert made["rows"][0]["figures"]["step"]["p50"] == 1.0 and "none" not in made["rows"][0]["figures"]
@@ -74,6 +77,10 @@ def test_other_files_are_rejected(text: str, tmp_path: Path) -> None:
         records.read(tmp_path / "x.json")
     with pytest.raises(OptionError, match="is not a benchmark result"):
         records.read(tmp_path / "missing.json")
+    for content in (b"", text.encode(), gzip.compress(text.encode()), gzip.compress(text.encode())[:-9] + b"x"):
+        (tmp_path / "x.json.gz").write_bytes(content)
+        with pytest.raises(OptionError, match="is not a benchmark result"):
+            records.read(tmp_path / "x.json.gz")
 
 
 def test_other_work_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +227,9 @@ def test_samples_of_a_row_are_rounded_to_a_ten_thousandth(tmp_path: Path) -> Non
 def test_figures_of_committed_results() -> None:
     """The statistics of every sample in the repository, computed by NumPy's nearest-rank method."""
     checked = 0
-    for path in sorted(RESULTS.glob("*.json")):
-        for row in json.loads(path.read_text()).get("rows", []):
+    for path in sorted(RESULTS.glob("*.json*")):
+        content = path.read_bytes()
+        for row in json.loads(gzip.decompress(content) if path.suffix == ".gz" else content).get("rows", []):
             for name, samples in row["ms"].items():
                 if not samples:
                     continue
