@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from nemostream.bundle import ChunkConfig
@@ -282,7 +283,7 @@ class _EncoderWriter:
         """Return weight [D, 1, 1, K + 1] and bias [D], with the running statistics of a batch norm folded in."""
         g, ckpt = self.g, self.ckpt
 
-        def kernel() -> Array:
+        def kernel() -> NDArray[Any]:
             return ckpt.array(f"{name}.depthwise_conv.weight")[:, :, None]
 
         if ckpt.conv_norm == "layer_norm":

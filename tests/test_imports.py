@@ -74,6 +74,7 @@ RULES = {
         only={
             "nemostream.engine.tensorrt": frozenset({"tensorrt", "tensorrt_rtx"}),
             "nemostream.engine.calibration": frozenset({"onnxruntime"}),
+            "nemostream.engine.precision": frozenset({"nemostream.runtime.backends.int8"}),
             "nemostream.engine.validate": frozenset({"nemostream.runtime.backends.base"}),
         },
     ),

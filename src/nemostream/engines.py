@@ -19,6 +19,7 @@ from nemostream.clips import read_clip
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, missing_engine_error
+from nemostream.runtime.backends.int8 import engine_suffix
 
 if TYPE_CHECKING:
     from nemostream.runtime.backends.base import Backend
@@ -242,7 +243,7 @@ def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, pro
         bundle,
         chunk.ms,
         backend="onnxruntime",
-        library=onnxruntime.__version__,
+        library=onnxruntime.__version__ + (engine_suffix() if cpu else ""),
         precision=precision,
         device=f"{provider}{note}",
         max_batch=0,
@@ -251,7 +252,7 @@ def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, pro
 
     def build(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
         if cpu:
-            return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem)
+            return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem, fused=bool(engine_suffix()))
         return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
 
     return _Builder(recipe, build, cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers())
@@ -391,10 +392,10 @@ def _find_plans(
             and plan.recipe.device in devices
             and (backend is None or plan.recipe.backend == backend)
             and (plan.recipe.max_batch >= max_batch or not plan.recipe.max_batch)
-            and plan.recipe.library == _version(plan.recipe.backend)
+            and plan.recipe.library in _versions(plan.recipe.backend)
         ]
-        if found:  # TensorRT before ONNX Runtime, then the smallest sufficient batch
-            best = min(found, key=lambda plan: (plan.recipe.backend == "onnxruntime", plan.recipe.max_batch))
+        if found:  # TensorRT before ONNX Runtime, our operator before its own, then the smallest sufficient batch
+            best = min(found, key=lambda plan: _preference(plan.recipe))
             # `find` checks the hashes of its files, `all` does not.
             if plan := store.find(best.recipe):
                 plans[chunk.ms] = plan
@@ -407,11 +408,16 @@ def _find_plans(
     return plans
 
 
-def _version(backend: str) -> str:
-    """Return the installed version of the library that runs these engines; empty if it is not installed."""
+def _preference(recipe: Recipe) -> tuple[bool, bool, int]:
+    return recipe.backend == "onnxruntime", not recipe.library.endswith(engine_suffix()), recipe.max_batch
+
+
+def _versions(backend: str) -> tuple[str, ...]:
+    """Return the versions of a library whose engines run here: none if it is not installed."""
     from importlib import import_module
 
     try:
-        return str(import_module(backend.replace("-", "_")).__version__)
+        version = str(import_module(backend.replace("-", "_")).__version__)
     except ImportError:
-        return ""
+        return ()
+    return (version, version + engine_suffix()) if backend == "onnxruntime" else (version,)
