@@ -19,7 +19,6 @@ from nemostream.clips import read_clip
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
 from nemostream.plans import PRECISIONS, Plan, PlanStore, Recipe, missing_engine_error
-from nemostream.runtime.backends.int8 import engine_suffix
 
 if TYPE_CHECKING:
     from nemostream.runtime.backends.base import Backend
@@ -237,6 +236,7 @@ def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, pro
     import onnxruntime
 
     from nemostream.engine import precision as graphs
+    from nemostream.runtime.backends.int8 import engine_suffix
 
     cpu = provider == "cpu"
     recipe = Recipe.of(
@@ -392,7 +392,7 @@ def _find_plans(
             and plan.recipe.device in devices
             and (backend is None or plan.recipe.backend == backend)
             and (plan.recipe.max_batch >= max_batch or not plan.recipe.max_batch)
-            and plan.recipe.library in _versions(plan.recipe.backend)
+            and _runs_here(plan.recipe)
         ]
         if found:  # TensorRT before ONNX Runtime, our operator before its own, then the smallest sufficient batch
             best = min(found, key=lambda plan: _preference(plan.recipe))
@@ -409,15 +409,22 @@ def _find_plans(
 
 
 def _preference(recipe: Recipe) -> tuple[bool, bool, int]:
-    return recipe.backend == "onnxruntime", not recipe.library.endswith(engine_suffix()), recipe.max_batch
+    return recipe.backend == "onnxruntime", "+" not in recipe.library, recipe.max_batch
 
 
-def _versions(backend: str) -> tuple[str, ...]:
-    """Return the versions of a library whose engines run here: none if it is not installed."""
+def _runs_here(recipe: Recipe) -> bool:
+    """Return whether the library that built an engine is installed, in the same version."""
+    from nemostream.runtime.backends.int8 import engine_suffix
+
+    version = _version(recipe.backend)
+    return recipe.library == version or (recipe.device == "cpu" and recipe.library == version + engine_suffix())
+
+
+def _version(backend: str) -> str:
+    """Return the installed version of the library that runs these engines; empty if it is not installed."""
     from importlib import import_module
 
     try:
-        version = str(import_module(backend.replace("-", "_")).__version__)
+        return str(import_module(backend.replace("-", "_")).__version__)
     except ImportError:
-        return ()
-    return (version, version + engine_suffix()) if backend == "onnxruntime" else (version,)
+        return ""
