@@ -34,7 +34,7 @@ def check_machine(as_json: bool = False) -> bool:
     """Print the state of every backend and how to install missing ones. Return whether any backend works."""
     checks: dict[str, Callable[[], Finding]] = {
         "ONNX Runtime, CPU": _check_onnxruntime_cpu,
-        "8-bit operator, CPU": _check_int8_operator,
+        "int8 operator": _check_int8_operator,
         "ONNX Runtime, CUDA": _check_onnxruntime_cuda,
         "TensorRT": lambda: _check_library("tensorrt", "tensorrt"),
         "TensorRT for RTX": _check_tensorrt_rtx,
@@ -102,14 +102,13 @@ def _check_int8_operator() -> Finding:
     """Name the instruction set that int8 engines use on this CPU."""
     from nemostream.runtime.backends import int8
 
-    found, own = int8.compiled(), "ONNX Runtime's own operators are used"
+    found, otherwise = int8.compiled(), "ONNX Runtime's own operators are used"
     if found is None:
-        return Finding(
-            "missing", f"not compiled, {own}: install a C compiler, then {install_command()} --force-reinstall"
-        )
+        install = f"install a C compiler, then {install_command()} --force-reinstall"
+        return Finding("missing", f"not compiled, {otherwise}: {install}")
     if name := int8.select(found, None):
-        return Finding("works", f"instructions: {name}")
-    return Finding("installed", f"no code for this processor (it needs AVX-512 VNNI), {own}")
+        return Finding("installed", f"with {name.upper()} instructions")
+    return Finding("installed", f"no code for this processor (AVX-512 VNNI is needed), {otherwise}")
 
 
 def _check_onnxruntime_cuda() -> Finding:
