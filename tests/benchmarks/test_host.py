@@ -385,7 +385,7 @@ def test_benchmark(demo_bundle: Bundle, tmp_path: Path) -> None:
     records.write(result, tmp_path / "host.json")
     read = records.read(tmp_path / "host.json")
     assert read == result
-    text = report.write_report([read], tmp_path / "host.md")
+    text, _ = report.write_report([read], tmp_path / "host.md")
     for line in ("| 80 ms | 8 | scheduler | 4.0 |", "| 80 ms | 4.0 |", "| websocket | 80 ms | 0 | 2 |"):
         assert line in text, line
     assert (tmp_path / "host-layers.png").read_bytes().startswith(b"\x89PNG")
