@@ -370,7 +370,7 @@ def charts(result: Record) -> dict[str, Chart]:
     limit = rows[0]["case"]["chunk_ms"] + GRACE_MS
     subtitle = (
         f"Time from the last audio of an utterance to its final text, {rows[0]['case']['chunk_ms']} ms chunks; clients "
-        "and server on the same cores. Filled marks: passed; crosses: failed. Limit: that of p99."
+        "and server on the same cores. Filled marks: passed; crosses: failed. Limit: the largest p99 that passes."
     )
     panel = CurvePanel("", curves, limit=limit)
     return {"final": CurveChart(title, subtitle, [panel], "concurrent WebSocket streams", " ms", log_y=True)}

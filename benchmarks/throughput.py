@@ -127,7 +127,8 @@ def charts(result: Record) -> dict[str, Chart]:
         panels.append(BarPanel(tables.counted(batch, "recording") + " at a time", "seconds of audio per second", bars))
     best = max(rows, key=lambda row: row["values"]["rtfx"])
     title = (
-        f"Up to {tables.digits(best['values']['rtfx'])} seconds of audio per second: {_setup(best)}, "
+        f"Up to {tables.digits(best['values']['rtfx'])} seconds of audio per second: "
+        f"{best['case']['chunk_ms']} ms chunks, {best['case']['precision']}, "
         f"{tables.counted(best['case']['batch'], 'recording')} at a time"
     )
     subtitle = (

@@ -432,7 +432,7 @@ def _draw_curves(page: _Page, chart: CurveChart, top: float) -> None:
             _draw_curve(axes, curve)
         _label_curves(page, axes, panel, begin + width)
         if number + columns >= len(chart.panels):
-            page.text(begin + width / 2, begin_y + _CURVES + 29, chart.x_label, _SMALL, MUTED, ha="center")
+            page.text(begin + width / 2, begin_y + _CURVES + 26, chart.x_label, _SMALL, MUTED, ha="center")
 
 
 def _ranges(chart: CurveChart) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -265,7 +265,7 @@ def _duration_chart(rows: Sequence[Row]) -> CurveChart:
     changes = [f"{_start_and_end(row['ms']['segment'])} ({row['case']['chunk_ms']} ms chunks)" for row in rows]
     parts = len(rows[0]["ms"]["segment"])
     return CurveChart(
-        f"In {rows[0]['values']['hours']:g} h of one stream, a step goes {_listed(changes)}",
+        f"In {rows[0]['values']['hours']:g} h of one stream, the step time goes {_listed(changes)}",
         f"Median time of the steps in {parts} equal parts of the stream. Title: medians of the first and last tenth.",
         [CurvePanel("", curves)],
         "position in the stream, hours",

@@ -92,7 +92,7 @@ def test_rows(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Bar([60.0], "60.0", (40.0, 120.0)),
         Bar([90.0], "90.0", (40.0, 120.0)),
     ]
-    assert chart.title == "Up to 90.0 seconds of audio per second: 560 ms, fp32, 3 recordings at a time"
+    assert chart.title == "Up to 90.0 seconds of audio per second: 560 ms chunks, fp32, 3 recordings at a time"
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,10 @@ def test_rows_and_report(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
     (curve,) = duration.panels[0].curves
     assert next(iter(curve.points)) == (0.0, 101.0) and curve.points[-1] == (pytest.approx(0.01), segments[-1])
     first, last = np.median(segments[:10]), np.median(segments[-10:])
-    assert duration.title == f"In 0.01 h of one stream, a step goes from {first:.0f} to {last:.0f} ms (1120 ms chunks)"
+    assert (
+        duration.title
+        == f"In 0.01 h of one stream, the step time goes from {first:.0f} to {last:.0f} ms (1120 ms chunks)"
+    )
 
 
 def test_no_long_stream(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
