@@ -140,11 +140,6 @@ class CurveChart:
 Chart = BarChart | CurveChart
 
 
-def chunk_ticks(sizes: Sequence[int]) -> dict[float, str]:
-    """Return equidistant ticks of chunk sizes in ms: position by index, and label."""
-    return {float(index): f"{ms} ms" for index, ms in enumerate(sizes)}
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
