@@ -129,12 +129,13 @@ def display(result: Record, console: Console | None = None) -> None:
     machine = hardware["gpu"] or f"{hardware['cpu']}, {tables.counted(hardware['cores'], 'core')}"
     console.print(f"[bold]{escape(result['model']['name'])}[/] on {escape(machine)}. Times in milliseconds.")
     console.print(Padding(table, (0 if console.is_terminal else 1, 0)))
-    console.print(
+    remarks = (
         "step: one chunk of every stream, from samples to tokens. push to text: from the last samples of a chunk to "
-        "its text; below 100 % of the chunk is real time. RTFx: seconds of audio transcribed per second.\n"
+        "its text; below 100 % of the chunk is real time. RTFx: seconds of audio transcribed per second.",
+        f"Transcript of the packaged recording: [italic]{escape(result['method']['transcript'])}[/]",
+        re.sub(r"\*\*(.*)\*\*", r"[bold red]\1[/]", _duration_and_load(result)),
     )
-    console.print(f"Transcript of the packaged recording: [italic]{escape(result['method']['transcript'])}[/]\n")
-    console.print(re.sub(r"\*\*(.*)\*\*", r"[bold red]\1[/]", _duration_and_load(result)))
+    console.print("\n\n".join(remarks), soft_wrap=not console.is_terminal)
 
 
 def charts(result: Record) -> dict[str, Chart]:
