@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import difflib
 import hashlib
 import itertools
 import json
 import re
 import shutil
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,12 +23,19 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
+import pysubs2
 import pytest
 import soundfile
+import srt
+import webvtt
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.client import connect
+
+from nemostream.runtime.text import formats
+from nemostream.runtime.text.scripts import columns
+from nemostream.runtime.text.words import Word
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -221,7 +230,8 @@ def test_language_selector(browser: Any, languages_server: Any, spoken: Any) -> 
         page.wait_for_selector("#status:text-is('Done')", timeout=20_000)
         return page.eval_on_selector_all(
             "#captions .utterance",
-            "all => all.map(({ lastChild: p, firstChild: about }) => [p.lang, p.dir, p.innerText, about.lastChild.innerText])",
+            "all => all.map(({ lastChild: p, firstChild: { lastChild: name } }) => "
+            "[p.lang, p.dir, p.innerText, name.innerText])",
         )
 
     first = spoken[5].text.split()[0]  # resampling in the browser may change a word
@@ -868,3 +878,601 @@ def test_cuts_do_not_change_the_transcript(browser: Any, server: Any, spoken: An
         socket.send(json.dumps({"type": "finish"}))
         events = [json.loads(event) for event in socket]
     assert texts == [event["text"] for event in events if event["type"] == "final"] and len(texts) >= 4
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_file_with_progress(page: Any, spoken: Any, tmp_path: Path) -> None:
+    """A file is sent faster than real time, in the largest chunks, and the page shows how much has been transcribed."""
+    urls: list[str] = []
+    page.on("websocket", lambda socket: urls.append(socket.url))
+    silence = np.zeros(16000, np.int16)
+    clips = [part for clip in spoken[:8] for part in (np.frombuffer(clip.pcm, np.int16), silence)] * 2
+    stereo = np.repeat(np.concatenate(clips)[:, None], 2, axis=1)
+    soundfile.write(tmp_path / "two channels.flac", stereo, 16000)
+    page.evaluate(
+        """() => {
+            window.values = [];
+            const bar = $("progress"), seconds = $("seconds"), level = document.querySelector(".level");
+            const note = () => values.push([bar.value, bar.hidden, seconds.textContent, level.checkVisibility()]);
+            new MutationObserver(note).observe(seconds, { childList: true });
+        }"""
+    )
+    page.set_input_files("#file", tmp_path / "two channels.flac")
+    page.wait_for_selector("#status:text-is('Done')", timeout=40_000)
+    *values, (_, _, done, _) = page.evaluate("values")
+    length = len(stereo) / 16000
+    total = f"{int(length // 60)}:{int(length % 60):02}"
+    shares = [value for value, hidden, text, _ in values if text.endswith(f" of {total}") and not hidden]
+    assert not any(level for *_, level in values) and page.is_hidden("#delay")
+    assert shares == sorted(shares) and sum(0 < share < 1 for share in shares) > 5
+    assert re.fullmatch(rf"{total} of audio in \d+ s", done) and page.is_hidden("#progress")
+    assert "sample_rate=16000" in urls[-1] and "chunk_ms=1120&final_chunk_ms=0" in urls[-1]
+    words, shown = " ".join(clip.text for clip in spoken[:8]).split() * 2, " ".join(captions(page)).split()
+    matcher = difflib.SequenceMatcher(a=words, b=shown, autojunk=False)
+    assert sum(block.size for block in matcher.get_matching_blocks()) > 0.8 * len(words)  # other chunks: other words
+    assert page.errors == []
+
+
+def test_file_with_lost_connections(live: Any, scripted: ScriptedServer, tmp_path: Path) -> None:
+    """All of a file is transcribed, also if more of it must be sent again than is kept of a microphone."""
+    live.evaluate("ResumableStream.bufferSeconds = 1")
+    noise = np.random.default_rng(5).integers(-9000, 9000, 16000 * 20, np.int16)
+    soundfile.write(tmp_path / "noise.wav", noise, 16000)
+    scripted.cuts = [(9 * BLOCK + 7, "abort"), (30 * BLOCK, "1011"), (45 * BLOCK + 1, "moved")]
+    live.set_input_files("#file", tmp_path / "noise.wav")
+    live.wait_for_selector("#status:text-is('Done')", timeout=20_000)
+    check(live, scripted)
+    assert len(scripted.state.audio) == 2 * len(noise) and len(scripted.queries) == 4
+
+
+def test_a_file_that_is_no_recording(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.wav").write_text("not audio")
+    page.set_input_files("#file", tmp_path / "notes.wav")
+    page.wait_for_selector("#alert b")
+    assert page.inner_text("#alert b") == "This browser cannot read notes.wav."
+    assert "Convert it to WAV, FLAC, MP3 or Ogg" in page.inner_text("#alert")
+    assert page.inner_text("#mic") == "Start" and page.is_enabled("#mic")
+    page.click("#alert [aria-label=Dismiss]")
+    assert page.inner_text("#alert") == "" and page.evaluate("document.activeElement.id") == "mic"
+
+
+# -- downloads ---------------------------------------------------------------------------------------------------------
+
+SPACED = (  # texts of several scripts, with the punctuation that subtitles break at
+    "after the tone , please leave a message: name, number (and time). then hang up!",
+    "¿qué hora es? «las tres» , dijo; y se fue… 10 % & <b> --> end",
+    "สวัสดี ครับ ผม ชื่อ สมชาย नमस्ते दुनिया । यह एक परीक्षा है ॥",
+    "안녕하세요 여러분 ， 오늘은 좋은 날입니다 。 e\u0301te\u0301",
+)
+UNSPACED = ("我们明天在北京开会，请准备好文件。", "東京タワーで「会う」ことにした。")
+TEXTS = [*map(str.split, SPACED), *map(list, UNSPACED)]
+
+
+def random_words(seed: int, count: int) -> list[Word]:
+    random, words, time = np.random.default_rng(seed), list[Word](), 0.0
+    while len(words) < count:
+        text = TEXTS[random.integers(len(TEXTS))]
+        for word in text:
+            time += float(random.choice([0, 0.08, 0.2, 0.5, 1.0, 1.3, 4.0], p=[0.2, 0.3, 0.2, 0.15, 0.05, 0.05, 0.05]))
+            end = time + float(random.choice([0.0, 0.08, 0.24, 0.64]))
+            words.append(
+                Word(word, round(time, 3), round(end, 3), 0.5, after_space=len(word) > 1 or not word > "\u2e80")
+            )
+            time = end
+    return words
+
+
+def test_subtitles_equal_those_of_the_server(page: Any) -> None:
+    """The page has a translation of `nemostream.runtime.text.formats`."""
+    for seed, count in enumerate([0, 1, 2, 3, 7, 20, 20, 60, 200, 600]):
+        words = random_words(seed, count)
+        duration = words[-1].end + seed / 3 if words else 1.0
+        shown = [{"text": word.text, "start": word.start, "end": word.end, "space": word.after_space} for word in words]
+        found = page.evaluate("([words, duration]) => cues(words, duration)", [shown, duration])
+        expected = formats.cues(words, duration)
+        assert [(cue["start"] / 1000, cue["end"] / 1000, tuple(cue["lines"])) for cue in found] == [
+            (cue.start, cue.end, cue.lines) for cue in expected
+        ]
+
+
+def test_columns_equal_those_of_the_server(page: Any) -> None:
+    """Of the assigned characters of the scripts of the world; emoji and symbols may differ."""
+    letters = [
+        chr(code)
+        for code in (*range(0x20, 0x3000), *range(0x3000, 0xD7A4), *range(0xF900, 0xFFF0), *range(0x20000, 0x20400))
+        if unicodedata.category(chr(code))[0] in "LMNPZ"
+    ]
+    assert len(letters) > 30_000
+    widths = page.evaluate("(letters) => letters.map(columns)", letters)
+    # Two Unicode versions may disagree about new characters.
+    wrong = [letter for letter, width in zip(letters, widths, strict=True) if width != columns(letter)]
+    assert len(wrong) < 20, wrong
+
+
+def download(page: Any, format: str) -> str:
+    page.click("#download")
+    with page.expect_download() as download:
+        page.click(f"#formats [data-format={format}]")
+    assert download.value.suggested_filename.endswith("." + format)
+    return Path(download.value.path()).read_text(encoding="utf-8")
+
+
+def test_downloads(page: Any, spoken: Any, tmp_path: Path) -> None:
+    """Two streams: the times of the second one follow those of the first one. Everything can be parsed by others."""
+    silence = np.zeros(16000, np.int16)
+    clips = [part for clip in spoken[:3] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
+    soundfile.write(tmp_path / "talk.wav", np.concatenate(clips), 16000)
+    for file in (tmp_path / "talk.wav", spoken[1].path):
+        page.evaluate("status('')")
+        page.set_input_files("#file", file)
+        page.wait_for_selector("#status:text-is('Done')", timeout=20_000)
+    texts = captions(page)
+    assert len(texts) >= 4 and download(page, "txt") == "".join(f"{text}\n" for text in texts)
+
+    data = json.loads(download(page, "json"))
+    first = len(np.concatenate(clips)) / 16000
+    assert data["file"] == f"talk.wav, {spoken[1].path.name}" and data["text"] == " ".join(texts)
+    assert data["duration"] == pytest.approx(first + len(spoken[1].pcm) / 32000, abs=0.01)
+    assert [one["text"] for one in data["utterances"]] == texts
+    assert " ".join(word["text"] for word in data["words"]) == data["text"]
+    times = [time for word in data["words"] for time in (word["start"], word["end"])]
+    assert times == sorted(times) and all(word["confidence"] > 0 for word in data["words"])
+    assert data["utterances"][-1]["start"] > first - 0.1
+    shown = page.eval_on_selector_all("#captions time", "all => all.map((one) => one.innerText)")
+    assert shown == [f"0:{int(one['start']):02}" for one in data["utterances"]]
+
+    subtitles = download(page, "srt")
+    words = [Word(word["text"], word["start"], word["end"], word["confidence"]) for word in data["words"]]
+    assert subtitles == formats.srt(words, data["duration"])
+    parsed = list(srt.parse(subtitles, ignore_errors=False))
+    assert " ".join(" ".join(one.content.split()) for one in parsed) == data["text"]
+    assert all(before.end < after.start for before, after in itertools.pairwise(parsed))
+    assert max(len(line) for one in parsed for line in one.content.splitlines()) <= 42
+    (tmp_path / "a.vtt").write_text(download(page, "vtt"), encoding="utf-8")
+    web = list(webvtt.read(str(tmp_path / "a.vtt")))
+    assert [(one.start_in_seconds, one.text) for one in web] == [
+        (int(one.start.total_seconds()), one.content) for one in parsed
+    ]
+    sub_rip, web_vtt = pysubs2.SSAFile.from_string(subtitles), pysubs2.load(str(tmp_path / "a.vtt"))
+    assert [(one.start, one.end, one.text) for one in sub_rip] == [(one.start, one.end, one.text) for one in web_vtt]
+    assert page.errors == []
+
+
+def test_special_characters_in_downloads(page: Any) -> None:
+    """Markup, arrows, scripts without spaces and right-to-left text."""
+    for text in ("a <b> & --> c", "我们明天开会。", "请准备好文件。", "שלום עולם", "x ?"):
+        page.evaluate(
+            """(text) => {
+                const segments = new Intl.Segmenter("zh", { granularity: "word" }).segment(text.replace(" ?", "?"));
+                const texts = [...segments].map(({ segment }) => segment.trim()).filter(Boolean);
+                const start = duration, end = duration + 2;
+                const time = (i) => start + i / 9;
+                const words = texts.map((text, i) => ({ text, start: time(i), end: time(i), confidence: 1 }));
+                show({ type: "final", text, stable: text, start, end, words, words_from: 0, language: null });
+                duration += 3;
+            }""",
+            text,
+        )
+    assert download(page, "txt").splitlines() == [
+        "a <b> & --> c",
+        "我们明天开会。",
+        "请准备好文件。",
+        "שלום עולם",
+        "x ?",
+    ]
+    data = json.loads(download(page, "json"))
+    assert data["text"] == "a <b> & --> c 我们明天开会。请准备好文件。שלום עולם x ?"
+    contents = [one.content for one in srt.parse(download(page, "srt"), ignore_errors=False)]
+    assert "→" in contents[0] and "我们明天开会。" in contents and "שלום עולם" in contents
+    assert "&lt;b&gt; &amp; --&gt;" in download(page, "vtt").replace(" > ", "&gt;")
+
+
+def test_copy_clear_and_undo(browser: Any, scripted: ScriptedServer) -> None:
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(scripted.proxy.url)
+    page.wait_for_selector("#mic:enabled")
+    assert all(page.is_disabled(f"#{name}") for name in ("copy", "download", "clear"))
+    page.evaluate(TALK)
+    page.evaluate("talk(3)")
+    texts = captions(page)
+    page.click("#copy")
+    page.wait_for_selector("#notice:has-text('The text is copied.')")
+    assert page.evaluate("navigator.clipboard.readText()") == "".join(f"{text}\n" for text in texts)
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on http pages
+    page.click("#copy")
+    page.focus("body")
+    assert page.evaluate("document.querySelector('textarea') === null")
+    page.click("#clear")
+    assert captions(page) == [] and page.is_visible("#empty") and page.is_disabled("#copy")
+    page.evaluate("talk(1)")
+    page.click("#notice button:has-text('Undo')")
+    assert captions(page)[:3] == texts and len(captions(page)) == 4
+    context.close()
+
+
+# -- captions of a long session ----------------------------------------------------------------------------------------
+
+SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}
+# `talk(n)` shows n utterances of ten words, 4 s each, with a partial for every word, or every `step` words.
+TALK = """() => {
+    const vocabulary = ["after", "the", "tone", "please", "leave", "a", "message", "with", "your", "number"];
+    window.second = 0;
+    window.talk = (count, finals = true, step = 1) => {
+        for (let n = 0; n < count; n++) {
+            const start = second, words = [];
+            const event = () => {
+                const text = words.map((word) => word.text).join(" ");
+                const stable = words.slice(0, -2).map((word) => word.text).join(" ");
+                return { text, stable, start, end: second, language: null };
+            };
+            vocabulary.forEach((text, i) => {
+                words.push({ text, start: second, end: second + 0.3, confidence: ((n + i) * 37 % 100) / 100 });
+                second += 0.4;
+                if (words.length % step) return;
+                show({ ...event(), type: "partial", words: words.slice(-step), words_from: words.length - step });
+            });
+            if (finals) show({ ...event(), type: "final", stable: event().text, words, words_from: 0 });
+        }
+        duration = second;
+    };
+}"""
+
+
+def in_viewport(page: Any, selector: str) -> bool:
+    box, size = page.query_selector(selector).bounding_box(), page.viewport_size
+    return bool(
+        box
+        and box["x"] >= 0
+        and box["y"] >= 0
+        and box["x"] + box["width"] <= size["width"]
+        and box["y"] + box["height"] <= size["height"]
+    )
+
+
+def memory(page: Any) -> tuple[int, int]:
+    """Return the bytes of the JavaScript heap and the number of DOM nodes, without garbage."""
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.collectGarbage")
+    used = session.send("Runtime.getHeapUsage")["usedSize"]
+    nodes = session.send("Memory.getDOMCounters")["nodes"]
+    session.detach()
+    return int(used), int(nodes)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ten_minutes_of_captions(browser: Any, scripted: ScriptedServer, size: str) -> None:
+    """Controls stay visible, a reader who scrolls up is not moved, and the newest captions are shown to others."""
+    width, height = SIZES[size]
+    page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+    page.goto(scripted.proxy.url)
+    page.wait_for_selector("#mic:enabled")
+    page.evaluate(TALK)
+    page.click("#mic")
+    page.wait_for_selector("#mic:has-text('Stop')")
+    page.evaluate("() => { call.stream.handlers.event = () => {}; }")  # what the fake microphone plays
+    for minutes in range(1, 6):
+        page.evaluate("talk(15)")
+        assert page.evaluate("bottom()") < 2 and page.is_hidden("#newest")
+        assert all(in_viewport(page, f"#{name}") for name in ("mic", "settings", "download", "status")), minutes
+    page.mouse.move(width / 2, height / 2)
+    page.mouse.wheel(0, -2000)
+    page.wait_for_selector("#newest:visible")
+    page.wait_for_timeout(100)
+    # The first utterance that is visible.
+    top = """() => {
+        const all = [...document.querySelectorAll("#captions .utterance")];
+        const one = all.find((each) => each.getBoundingClientRect().top > 80);
+        return [one.innerText, Math.round(one.getBoundingClientRect().top)];
+    }"""
+    before = page.evaluate(top)
+    for _ in range(5):
+        page.evaluate("talk(15, true)")
+        assert page.evaluate(top) == before
+        assert all(in_viewport(page, f"#{name}") for name in ("mic", "newest"))
+    page.click("#newest")
+    assert page.evaluate("bottom()") < 2 and page.is_hidden("#newest")
+    page.keyboard.press("PageUp")  # the view has the focus
+    page.wait_for_selector("#newest:visible")
+    page.keyboard.press("End")
+    page.wait_for_selector("#newest", state="hidden")
+    assert page.evaluate("utterances.length") == 150 and len(page.evaluate("FORMATS.txt()").splitlines()) == 150
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.context.close()
+
+
+def test_memory_of_a_long_session(browser: Any, scripted: ScriptedServer) -> None:
+    """After an hour the document has no more nodes than after ten minutes; the heap has only the words, once."""
+    page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+    page.goto(scripted.proxy.url)
+    page.wait_for_selector("#mic:enabled")
+    page.evaluate(TALK)
+    page.evaluate("talk(450, true, 5)")  # half an hour
+    heap, nodes = memory(page)
+    page.evaluate("talk(450, true, 5)")
+    heap_after, nodes_after = memory(page)
+    assert max(nodes, nodes_after) < 5000
+    assert heap_after - heap < 300 * 450 * 10  # bytes per word
+    subtitles = srt.parse(page.evaluate("FORMATS.srt()"), ignore_errors=False)
+    assert sum(len(one.content.split()) for one in subtitles) == 9000 and len(captions(page)) <= 200
+    # Everything can be read.
+    shown = set()
+    for direction in ("earlier", "later"):
+        while page.is_visible(f"#{direction}"):
+            page.evaluate(f"document.getElementById('{direction}').click()")
+            shown |= set(page.eval_on_selector_all("#captions time", "all => all.map((one) => one.innerText)"))
+            assert page.evaluate("document.getElementById('captions').children.length") <= 200
+    assert len(shown) == 900
+    assert page.evaluate("last === 900") and page.inner_text("#captions .utterance:last-child time") == "59:56"
+    page.context.close()
+
+
+def test_earlier_captions_do_not_move_the_reader(browser: Any, scripted: ScriptedServer) -> None:
+    page = browser.new_context(viewport={"width": 820, "height": 1180}).new_page()
+    page.goto(scripted.proxy.url)
+    page.wait_for_selector("#mic:enabled")
+    page.evaluate(TALK)
+    page.evaluate("talk(400, true, 10)")
+    page.evaluate("talk(1, false)")  # an open utterance
+    for button in ["earlier"] * 4 + ["later"] * 4:
+        page.evaluate(f"view.scrollTop = {0 if button == 'earlier' else 1e9}")
+        page.wait_for_timeout(50)
+        edge = "firstChild" if button == "earlier" else "lastChild"
+        page.evaluate(f"window.anchor = $('captions').{edge}")
+        where = "anchor.getBoundingClientRect().top"
+        before = page.evaluate(where)
+        page.evaluate(f"$('{button}').click()")
+        if page.evaluate("anchor.isConnected"):
+            assert abs(page.evaluate(where) - before) < 2
+    assert page.query_selector_all("#captions > .live:last-child")
+    page.context.close()
+
+
+# -- delay -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_delay_is_that_of_words(live: Any) -> None:
+    """From the capture of the end of a word to its display. A word that grows counts again, a revised one does not."""
+    live.evaluate(
+        """() => {
+            window.now = 0;
+            performance.now = () => now;
+            window.requestAnimationFrame = (run) => run();
+            call = open(16000, () => {});
+            setMode("live", "mic");
+            for (now of [1000, 2000, 3000]) call.audio(new Float32Array(16000));
+            stream.detach().close();  // the events are those below
+        }"""
+    )
+
+    def event(now: float, texts: str, ends: list[float], words_from: int = 0) -> None:
+        words = [
+            {"text": text, "start": 0, "end": end, "confidence": 1}
+            for text, end in zip(texts.split(), ends, strict=True)
+        ]
+        message = {"type": "partial", "text": texts, "stable": "", "start": 0, "end": ends[-1], "language": None}
+        message |= {"words": words[words_from:], "words_from": words_from, "audio": 3}
+        live.evaluate("([time, event]) => { now = time; stream.receive(event); }", [now, message])
+
+    event(3500, "one two", [1.5, 2.8])
+    assert live.evaluate("delays.map(Math.round)") == [2000, 700]
+    assert live.inner_text("#delay") == "median 0.70 s, 95 % 2.00 s"
+    event(3600, "one twofold", [1.5, 3.0], 1)
+    assert live.evaluate("delays.map(Math.round)") == [2000, 700, 600]
+    event(9000, "won twofold", [1.4, 3.0])
+    assert live.evaluate("delays.length") == 3
+    event(3900, "won twofold three", [1.4, 3.0, 3.0], 2)
+    assert live.evaluate("delays.map(Math.round)") == [2000, 700, 600, 900]
+    assert live.inner_text("#delay") == "median 0.70 s, 95 % 2.00 s"
+    live.evaluate("addDelays(Array.from({ length: 1000 }, (_, i) => i))")
+    assert live.evaluate("delays.length") == 200 and live.inner_text("#delay") == "median 0.90 s, 95 % 0.99 s"
+    live.evaluate("stream.abandon()")
+
+
+# -- microphone, keys, keyboard ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contexts(page: Any) -> Any:
+    """The page, which keeps its AudioContexts in `contexts`, and its microphone tracks in `tracks`."""
+    page.evaluate(
+        """() => {
+            window.contexts = [];
+            window.tracks = [];
+            window.AudioContext = class extends AudioContext {
+                constructor(...options) { super(...options); contexts.push(this); }
+            };
+            const get = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+            navigator.mediaDevices.getUserMedia = async (options) => {
+                const media = await get(options);
+                tracks.push(...media.getTracks());
+                return media;
+            };
+        }"""
+    )
+    return page
+
+
+def test_a_suspended_recording(contexts: Any) -> None:
+    page = contexts
+    page.click("#mic")
+    page.wait_for_selector("#status:text-is('Listening')")
+    page.evaluate("contexts[0].suspend()")
+    page.wait_for_function("() => contexts[0].state === 'running'")  # resumed by the page
+    assert page.inner_text("#alert") == ""
+    page.evaluate("() => { contexts[0].resume = () => Promise.reject(new Error('a click is needed')); }")
+    page.evaluate("contexts[0].suspend()")
+    page.wait_for_selector("#alert:has-text('The browser has paused the recording.')")
+    page.wait_for_selector("#status:text-is('No audio arrives')", timeout=10_000)
+    page.evaluate("delete contexts[0].resume")
+    page.click("#alert button:has-text('Continue')")
+    page.wait_for_function("() => contexts[0].state === 'running'")
+    page.wait_for_selector("#status:text-is('Listening')")
+    assert page.inner_text("#alert") == ""
+    # A page that becomes visible again tries too.
+    page.evaluate("() => { contexts[0].resume = () => Promise.resolve(); }")
+    page.evaluate("contexts[0].suspend()")
+    page.wait_for_selector("#alert b")
+    page.evaluate("() => { delete contexts[0].resume; document.dispatchEvent(new Event('visibilitychange')); }")
+    page.wait_for_function("() => document.getElementById('alert').textContent === ''")
+    assert page.evaluate("contexts[0].state") == "running"
+    page.click("#mic")
+    page.wait_for_selector("#status:text-is('Done')")
+    assert page.evaluate("contexts[0].state") == "closed" and page.errors == []
+
+
+def test_a_stream_without_audio_is_kept_open(live: Any) -> None:
+    live.evaluate("speak(1)")
+    sent = live.evaluate(
+        """() => {
+            const sent = [], { send } = stream.socket, now = performance.now();
+            stream.socket.send = (message) => sent.push(message);
+            stream.tick();
+            performance.now = () => now + 11000;
+            stream.tick();
+            stream.socket.send = send;
+            return sent;
+        }"""
+    )
+    assert sent == ['{"type":"keepalive"}']
+    live.evaluate("stream.abandon()")
+
+
+def test_a_microphone_that_is_disconnected(contexts: Any) -> None:
+    page = contexts
+    page.click("#mic")
+    page.wait_for_selector("#captions p.live", timeout=20_000)
+    page.evaluate("tracks[0].dispatchEvent(new Event('ended'))")
+    page.wait_for_selector("#alert:has-text('The microphone was disconnected.')")
+    page.wait_for_selector("#status:text-is('Done')")
+    assert captions(page) and page.inner_text("#mic") == "Start"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("NotAllowedError", "does not allow the microphone for this page"),
+        ("NotFoundError", "There is no microphone."),
+        ("NotReadableError", "Another program may use it"),
+        ("AbortError", "The microphone does not work: reason."),
+    ],
+)
+def test_no_microphone(page: Any, name: str, text: str) -> None:
+    page.evaluate(
+        """(name) => {
+            navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException("reason", name));
+        }""",
+        name,
+    )
+    page.click("#mic")
+    page.wait_for_selector("#alert b")
+    message = page.inner_text("#alert p")
+    assert text in message and "tart again" in message and page.inner_text("#status") == "Ready"
+    assert page.is_enabled("#mic") and page.get_attribute("#alert", "role") == "alert"
+    boxes = [page.query_selector(selector).bounding_box() for selector in ("#alert", "#controls")]
+    assert boxes[0]["y"] + boxes[0]["height"] == pytest.approx(boxes[1]["y"], abs=2)  # beside the controls
+
+
+def test_api_key(browser: Any, serve_here: Any) -> None:
+    with serve_here(measure=False, api_keys=["secret.1"]) as running:
+        page = browser.new_context().new_page()
+        page.goto(running.url)
+        page.wait_for_selector("#keys[open]")
+        for key, answer in (
+            ("secret/1", "characters that a browser cannot send"),
+            ("other", "does not accept this key"),
+        ):
+            page.fill("#key", key)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(f"#refused:has-text('{answer}')")
+        page.keyboard.press("Escape")
+        page.click("#sample")  # asks again
+        page.wait_for_selector("#keys[open]")
+        page.fill("#key", "secret.1")
+        page.click("text=Use this key")
+        page.wait_for_selector("#keys", state="hidden")
+        page.click("#sample")
+        page.wait_for_selector("#captions p.live", timeout=20_000)
+        page.click("#mic")
+        page.wait_for_selector("#status:text-is('Done')")
+        page.context.close()
+
+
+def test_keyboard_and_screen_reader(live: Any) -> None:
+    """The order of the focus, the panel, and what is announced: finals, not partials."""
+    order = []
+    for _ in range(7):
+        live.keyboard.press("Tab")
+        order.append(live.evaluate("document.activeElement.id"))
+    assert order[:5] == ["settings", "view", "mic", "file", "sample"]
+    live.focus("#settings")
+    live.keyboard.press("Enter")
+    assert live.is_visible("#panel") and live.get_attribute("#settings", "aria-expanded") == "true"
+    assert live.evaluate("document.activeElement.id") == "close"
+    live.keyboard.press("Tab")
+    live.keyboard.press("ArrowLeft")
+    assert live.evaluate("chunk") == 80
+    live.keyboard.press("Escape")
+    assert live.is_hidden("#panel") and live.evaluate("document.activeElement.id") == "settings"
+    live.evaluate(TALK)
+    live.evaluate("talk(7)")
+    live.evaluate("talk(1, false)")
+    spoken = live.eval_on_selector_all("#finals p", "all => all.map((one) => one.innerText)")
+    assert len(spoken) == 5 and spoken == captions(live)[-6:-1]
+    regions = "[aria-live], [role=log], [role=status], [role=alert]"
+    announcing = live.eval_on_selector_all(regions, "all => all.map(({ id }) => id)")
+    assert set(announcing) == {"finals", "alert", "notice", "status", "refused"}
+
+
+STATES = {
+    "idle": "",
+    "running": "() => { setMode('live', 'mic'); status('Listening'); talk(3); talk(1, false); addDelays([700]); }",
+    "settings": "() => showPanel(true)",
+    "messages": """() => {
+        showPanel(false);
+        alert('no sound', 'Start again.', ['Start', () => {}]);
+        message('notice', 'done');
+    }""",
+    "reconnecting": """() => {
+        const away = { lostAt: Date.now(), reconnecting: true, bufferedBytes: 9, bytesPerSecond: 1, reason: 'offline' };
+        showConnection(away);
+        showConnection({ ...away, full: true });
+    }""",
+    "file": "() => { setMode('live', 'file'); view.scrollTop = 0; }",
+    "menu": "() => document.getElementById('download').click()",
+    "key": "() => { document.getElementById('formats').hidePopover(); document.getElementById('keys').showModal(); }",
+}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_accessibility(browser: Any, scripted: ScriptedServer, size: str, scheme: str) -> None:
+    """axe-core finds no violations in any state."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    width, height = SIZES[size]
+    scripted.ready["note"] = "The demo model is in use."
+    scripted.ready["chunks_ms"] = [80, 160, 560, 1120]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page = context.new_page()
+    page.goto(scripted.proxy.url)
+    page.wait_for_selector("#mic:enabled")
+    page.evaluate(TALK)
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper))) > 600) is (scheme == "light")
+    for name, script in STATES.items():
+        if script:
+            page.evaluate(script)
+        results = axe.run(page)
+        assert results.violations_count == 0, (name, results.generate_report())
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+        small = page.evaluate(
+            "[...document.querySelectorAll('button, select, .choice label')].filter((one) => one.checkVisibility() && "
+            "one.getBoundingClientRect().height < 40).map((one) => one.outerHTML)"
+        )
+        assert small == [], name
+    context.close()
