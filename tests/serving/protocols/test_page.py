@@ -137,6 +137,7 @@ def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> 
     silence = np.zeros(16000, np.int16)
     clips = [part for clip in spoken[:3] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
     soundfile.write(tmp_path / "voice.wav", np.concatenate(clips), 16000)
+    page.emulate_media(reduced_motion="reduce")  # colours do not fade
     choose(page, 80)
     page.evaluate("showPanel(true)")
     assert not page.is_checked("#accurate")
@@ -151,7 +152,7 @@ def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> 
                 const line = document.querySelector("#captions .utterance:last-child p");
                 const spans = [...line.children].map((span) => {
                     span.number ??= ++number;
-                    return [span.textContent, span.className, getComputedStyle(span).fontStyle, span.number];
+                    return [span.textContent, span.className, getComputedStyle(span).color, span.number];
                 });
                 seen.push({ type, text, shown: line.textContent, spans,
                             utterance: document.querySelectorAll("#captions .utterance").length });
@@ -176,7 +177,9 @@ def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> 
         mixed += 0 < len(settled) < len(before["spans"])
     assert revised > 0 and mixed > 0
     for one in seen:
-        assert all((style == "italic") is (name == "open") for _, name, style, _ in one["spans"])
+        assert not {color for _, name, color, _ in one["spans"] if name == "open"} & {
+            color for _, name, color, _ in one["spans"] if name != "open"
+        }
         # Words that can change follow those that cannot.
         names = [name == "open" for _, name, _, _ in one["spans"]]
         assert names == sorted(names)
@@ -1442,7 +1445,7 @@ STATES = {
         showConnection({ ...away, full: true });
     }""",
     "file": "() => { setMode('live', 'file'); view.scrollTop = 0; }",
-    "menu": "() => document.getElementById('download').click()",
+    "menu": "() => { showPanel(false); document.getElementById('download').click(); }",
     "key": "() => { document.getElementById('formats').hidePopover(); document.getElementById('keys').showModal(); }",
 }
 
@@ -1465,6 +1468,8 @@ def test_accessibility(browser: Any, scripted: ScriptedServer, size: str, scheme
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper))) > 600) is (scheme == "light")
     for name, script in STATES.items():
+        if size != "phone" and name in ("messages", "file", "key"):  # which look the same
+            continue
         if script:
             page.evaluate(script)
         results = axe.run(page)
