@@ -130,6 +130,15 @@ def test_sample_with_a_change_of_the_chunk_size(page: Any, spoken: Any) -> None:
     assert page.errors == []
 
 
+def test_sample_on_an_http_page_of_another_machine(page: Any, spoken: Any) -> None:
+    """Browsers have no AudioWorklet there: the sample is transcribed like a file."""
+    page.evaluate("Object.defineProperty(window, 'isSecureContext', { value: false })")
+    page.evaluate("delete AudioContext.prototype.__proto__.audioWorklet")
+    page.click("#sample")
+    page.wait_for_selector("#status:text-is('Done')", timeout=20_000)
+    assert " ".join(captions(page)).split()[:3] == spoken[0].text.split()[:3] and page.errors == []
+
+
 def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> None:
     """What is shown as stable is not changed, in the same elements; the grey rest is replaced."""
     urls: list[str] = []
