@@ -125,24 +125,30 @@ def measure_capacity(
 
 
 def find_streams(
-    probe: Callable[[int, float, bool], Row], seconds: float, probe_seconds: float, max_streams: int
+    probe: Callable[[int, float, bool], Row], seconds: float, probe_seconds: float, max_streams: int, first: int = 1
 ) -> int:
-    """Return the confirmed maximum number of streams; `probe` runs a number of streams for some seconds."""
+    """Return the confirmed maximum number of streams; `probe` runs a number of streams for some seconds.
+
+    The search begins with the number `first`.
+    """
     found = search(
-        lambda streams: any(probe(streams, probe_seconds, False)["values"]["passed"] for _ in range(2)), max_streams
+        lambda streams: any(probe(streams, probe_seconds, False)["values"]["passed"] for _ in range(2)),
+        max_streams,
+        first,
     )
     while found and not probe(found, seconds, True)["values"]["passed"]:
         found = min(found - 1, math.floor(found * (1 - SEARCH_RESOLUTION)))
     return found
 
 
-def search(passes: Callable[[int], bool], maximum: int) -> int:
-    """Return the largest number up to `maximum` that passes, to within 5 %; 0 if none does. Doubles, then bisects."""
-    low, high = 0, 1
+def search(passes: Callable[[int], bool], maximum: int, first: int = 1) -> int:
+    """Return the largest number up to `maximum` that passes, to within 5 %; 0 if none does.
+
+    Doubles the number `first`, then bisects.
+    """
+    low, high = 0, min(first, maximum)
     while high <= maximum and passes(high):
         low, high = high, 2 * high
-    if low == 0:
-        return 0
     if high > maximum:
         if low == maximum or passes(maximum):
             return maximum

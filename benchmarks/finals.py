@@ -186,9 +186,17 @@ def speech_end(clip: Floats, rate: int) -> int:
     return min((loud[-1] + 1) * size, len(clip)) if loud else 0
 
 
-def make_take(clip: Floats, text: str, lead: float, rate: int, decibels: float | None = None, seed: int = 0) -> Take:
-    """Return a recording between `lead` seconds and `PAUSE` seconds of quiet noise, or of noise at `decibels`."""
-    before, after = round(lead * rate), round(PAUSE * rate)
+def make_take(
+    clip: Floats,
+    text: str,
+    lead: float,
+    rate: int,
+    decibels: float | None = None,
+    seed: int = 0,
+    pause: float = PAUSE,
+) -> Take:
+    """Return a recording between `lead` and `pause` seconds of quiet noise, or of noise at `decibels`."""
+    before, after = round(lead * rate), round(pause * rate)
     if decibels is None:
         rng = np.random.default_rng([seed, len(clip)])
         quiet = (_LEVEL * rng.standard_normal(before + after)).astype(np.float32)

@@ -107,14 +107,14 @@ def measure_serving(
         for number in streams:
             progress(f"{number} clients for {seconds:.0f} s")
             server_cpu, client_cpu, begin, before = (
-                _cpu_seconds(server.pid),
+                cpu_seconds(server.pid),
                 time.process_time(),
                 time.perf_counter(),
                 _step_metrics(url),
             )
             results = asyncio.run(_run_clients(url, clips, texts, number, seconds, packet_ms / 1000))
             elapsed = time.perf_counter() - begin
-            server_cores = (_cpu_seconds(server.pid) - server_cpu) / elapsed
+            server_cores = (cpu_seconds(server.pid) - server_cpu) / elapsed
             client_cores = (time.process_time() - client_cpu) / elapsed
             case = {"streams": number, "chunk_ms": chunk.ms, "packet_ms": packet_ms}
             row = evaluate(results, case, elapsed, server_cores, client_cores)
@@ -269,7 +269,7 @@ def parse_step_metrics(text: str) -> tuple[float, float, float]:
     return count, rows, seconds
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Return the CPU seconds that a process has used."""
     return parse_cpu_ticks(Path(f"/proc/{pid}/stat").read_text()) / os.sysconf("SC_CLK_TCK")
 

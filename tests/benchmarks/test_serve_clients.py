@@ -166,7 +166,7 @@ def test_cpu_ticks_of_a_process() -> None:
 
 
 def test_cpu_seconds_of_this_process() -> None:
-    before, found, after = os.times(), serve._cpu_seconds(os.getpid()), os.times()
+    before, found, after = os.times(), serve.cpu_seconds(os.getpid()), os.times()
     assert before.user + before.system - 0.02 <= found <= after.user + after.system + 0.02
 
 
@@ -303,7 +303,7 @@ def test_measurement_of_a_server(demo_bundle: Bundle, clock: Any, monkeypatch: p
     monkeypatch.setattr(serve, "server_process", server_process)
     times = SimpleNamespace(perf_counter=clock, process_time=lambda: process_time[0])
     monkeypatch.setattr(serve, "time", times)
-    monkeypatch.setattr(serve, "_cpu_seconds", cpu_seconds)
+    monkeypatch.setattr(serve, "cpu_seconds", cpu_seconds)
     monkeypatch.setattr(serve, "_step_metrics", lambda url: metrics[-1])
     monkeypatch.setattr(serve, "_run_clients", run_clients)
     monkeypatch.setattr(serve, "OtherWork", OtherWork)

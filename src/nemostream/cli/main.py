@@ -129,6 +129,7 @@ _BENCHMARKS = (
     "cost",
     "lanes",
     "serve",
+    "load",
     "host",
     "survival",
     "transcripts",
@@ -156,9 +157,10 @@ def bench(
     *quick* takes less than a minute. *latency* measures the time of a step, *cost* that by duration and batch size,
     *capacity* the number of live streams, *throughput* recordings, *accuracy* word error rates, *transcripts* word
     times and confidences, *finals* and *lanes* streams with two chunk sizes. *baseline* compares with NeMo and other
-    systems; *serve* starts a server and measures it under load; *survival* ends and freezes servers; *host* measures
-    everything except the model; *synthetic* creates a full-size model with random weights to measure with; *report*
-    shows earlier results side by side. `nemostream bench NAME --help` lists the options of a benchmark.
+    systems; *serve* starts a server and measures it under load; *load* measures any running server through its own
+    protocol; *survival* ends and freezes servers; *host* measures everything except the model; *synthetic* creates a
+    full-size model with random weights to measure with; *report* shows earlier results side by side.
+    `nemostream bench NAME --help` lists the options of a benchmark.
 
     Benchmarks need the extra `bench`, those of servers `serve` too. Results are written to `bench-results/` as JSON,
     tables and plots.
