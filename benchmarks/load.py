@@ -11,10 +11,11 @@ of its own, with higher priority if the system permits it.
 
 Each stream sends recordings in real time, `--packet-ms` of audio per message when its last sample exists, after 0, 280,
 560 or 840 ms of quiet noise (so that words are at different positions in a chunk) and followed by `--pause` seconds of
-it, waits for the last result, and connects again. Streams start at random times, with the recordings in random order. First, one stream sends each recording once (*unloaded*). Then the number of streams is
-doubled, from `--first-streams`, and bisected with probes of `--probe-seconds` to within 5 %, and the largest number
-that passes is held for `--seconds`, at least two minutes; if the hold fails, a number 5 % smaller is held. With
-`--streams`, each number is measured for `--seconds` instead. A number passes if:
+it, waits for the last result, and connects again. Streams start at random times, with the recordings in random order.
+First, one stream sends each recording once (*unloaded*). Then the number of streams is doubled, from `--first-streams`,
+and bisected with probes of `--probe-seconds` to within 5 %, and the largest number that passes is held for `--seconds`,
+at least two minutes; if the hold fails, a number 5 % smaller is held. With `--streams`, each number is measured for
+`--seconds` instead. A number passes if:
 
 * no stream fails or is disconnected, and the server reads the audio in time;
 * p95 of the partial latency and of finals is at most `--limit-ms` above that of the unloaded run;

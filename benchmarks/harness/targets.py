@@ -448,7 +448,7 @@ class _RivaStream:
                 if interim.strip():
                     yield Update(utterance, interim.strip())
         except grpc.aio.AioRpcError as error:
-            raise _call_error(error) from error
+            raise _call_error(error.code(), error.details()) from error
 
     async def open(self, config: Any) -> None:
         await self._do(self._call.write(self._request(streaming_config=config)))
@@ -458,17 +458,15 @@ class _RivaStream:
 
         try:
             await operation
-        except grpc.aio.AioRpcError as error:
-            raise _call_error(error) from error
-        except asyncio.InvalidStateError as error:
-            raise ConnectionError("the call has ended") from error
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the call has ended; it knows why
+            raise _call_error(await self._call.code(), await self._call.details()) from error
 
 
-def _call_error(error: Any) -> Exception:
+def _call_error(code: Any, details: str) -> Exception:
     import grpc
 
-    text = f"{error.code().name}: {error.details()}"
-    return ConnectionError(text) if error.code() == grpc.StatusCode.UNAVAILABLE else StreamError(text)
+    text = f"{code.name}: {details}"
+    return ConnectionError(text) if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.OK) else StreamError(text)
 
 
 class RivaTarget:
