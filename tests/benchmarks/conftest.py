@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import heapq
 import itertools
-from collections.abc import Callable
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -45,3 +48,37 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop that advances its own time to its next timer. It starts at 1000 s."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        super().__init__(_Selector(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+class _Selector(selectors.DefaultSelector):
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if not (events := super().select(0)):
+            assert timeout is not None, "every task is blocked, and no timer is set"
+            self._loop.now += timeout
+        return events
+
+
+@pytest.fixture
+def run_virtual() -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Run a coroutine in virtual time."""
+
+    def run(main: Coroutine[Any, Any, Any]) -> Any:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            return runner.run(main)
+
+    return run

@@ -302,7 +302,7 @@ def called(module: Any, measure: str, arguments: list[str], monkeypatch: pytest.
     return found
 
 
-@pytest.mark.parametrize("name", [*DEFAULTS, "baseline", "report", "features", "boosting", "transcripts"])
+@pytest.mark.parametrize("name", [*DEFAULTS, "baseline", "load", "report", "features", "boosting", "transcripts"])
 def test_help_explains_the_command_and_its_options(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
