@@ -214,6 +214,7 @@ def test_the_largest_number_is_held_for_two_minutes(demo_bundle: Bundle, generat
     hold = result["rows"][-1]
     assert hold["case"] == {"server": "sherpa", "streams": found, "phase": "hold"} and hold["values"]["passed"]
     assert hold["values"]["cost_per_1000_stream_hours"] == pytest.approx(740 / found)
+    assert result["method"]["delay_ms"] == 220  # of the packaged model
     assert result["rows"][0]["case"]["phase"] == "unloaded" and result["rows"][0]["values"]["wer"] == 0
     text = load.show(result)
     assert text.count("\n| hold |") == 1 and f"sherpa: {found} real-time streams, speech to text p95" in text
@@ -237,8 +238,10 @@ def test_a_late_generator_above_the_limit_of_the_server_is_no_error(demo_bundle:
 def test_a_late_generator_without_load_or_with_given_numbers(demo_bundle: Bundle, generator: Any) -> None:
     generator.on_time = 5
     with pytest.raises(load.LateGeneratorError, match="late with 6 streams"):
-        measure(demo_bundle, streams=[4, 6], seconds=10.0)
-    assert measure(demo_bundle, streams=[4, 5], seconds=10.0)["method"]["streams"] == 5
+        measure(demo_bundle, streams=[6, 7], seconds=10.0)
+    result = measure(demo_bundle, streams=[4, 6], seconds=10.0)
+    assert result["method"]["streams"] == 4 and "no: the load generator was late" in load.show(result)
+    assert [bool(row["figures"]) for row in result["rows"]] == [True, True, False]
     generator.on_time = 0
     with pytest.raises(load.LateGeneratorError, match="late with 1 stream:"):
         measure(demo_bundle)
@@ -290,6 +293,9 @@ def test_alignment(demo_bundle: Bundle) -> None:
     assert len(first.recording.pcm) == 2 * (len(clip) + 16000) and len(clip) / 16000 >= first.recording.speech_end
     samples = np.frombuffer(second.recording.pcm, "<i2")[4480 : 4480 + len(clip)]
     assert np.abs(samples - 32768 * clip).max() <= 1
+    (earlier,) = load.align(utterances[:1], demo_bundle, 16000, pause=1.0, delay_ms=80)
+    # The end of the last word is that of the recording.
+    assert [end + 0.08 for _, end in earlier.ends[:-1]] == pytest.approx([end for _, end in first.ends[:-1]])
     (resampled,) = load.align(utterances[:1], demo_bundle, 24000, pause=1.0)
     assert len(resampled.recording.pcm) == pytest.approx(1.5 * len(first.recording.pcm), abs=4)
     assert resampled.recording.speech_end == first.recording.speech_end and resampled.ends == first.ends
@@ -349,7 +355,9 @@ def test_comparison(results: list[records.Record]) -> None:
     assert bars.emphasised == ["nemostream fp32"] and bars.title.endswith("times as many as sherpa-onnx fp32")
     streams, partial, final = (panel.bars[1] for panel in bars.panels)
     assert streams and streams.parts == [12] and partial and partial.parts[0] > 0 and final and final.parts == [0.6]
-    assert isinstance(curves, CurveChart)
+    assert isinstance(curves, CurveChart) and curves.title == bars.title
+    given = [each | {"method": each["method"] | {"searched": False}} for each in results]
+    assert load.charts(load.compare(given))["servers"].title == "Latencies of 2 servers by number of streams"
     assert [curve.label for curve in curves.panels[0].curves if curve.label] == ["sherpa-onnx fp32", "nemostream fp32"]
 
 
@@ -397,6 +405,7 @@ def test_options_reach_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path
         "limit_ms": 500.0,
         "packet_ms": 40,
         "pause": 2.5,
+        "delay_ms": None,
         "processes": 1,
         "pids": [],
         "price": None,
@@ -405,10 +414,12 @@ def test_options_reach_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"audio_filepath": "a", "text": "a"}\n' * 3)
     line = "riva://h:1 --label l --streams 2 3 --first-streams 4 --max-streams 5 --seconds 6 --probe-seconds 7"
-    line += " --limit-ms 8 --packet-ms 9 --pause 1 --processes 10 --pid 11 12 --price 13 --normalizer basic"
+    line += (
+        " --limit-ms 8 --packet-ms 9 --pause 1 --delay-ms 2 --processes 10 --pid 11 12 --price 13 --normalizer basic"
+    )
     load.main([*line.split(), "--manifest", str(manifest), "--recordings", "2"])
     assert len(found.pop("given")[1]) == 2
-    assert list(found.values())[:-1] == ["l", [2, 3], 4, 5, 6.0, 7.0, 8.0, 9, 1.0, 10, [11, 12], 13.0, "basic"]
+    assert list(found.values())[:-1] == ["l", [2, 3], 4, 5, 6.0, 7.0, 8.0, 9, 1.0, 2, 10, [11, 12], 13.0, "basic"]
     for arguments in ([], ["riva://h:1", "--compare", "a.json"]):
         with pytest.raises(SystemExit):
             load.main(arguments)
