@@ -496,7 +496,10 @@ def compare(results: Sequence[Record]) -> Record:
         "searched": all(result["method"]["searched"] for result in results),
     }
     rows = [row for result in results for row in result["rows"]]
-    return results[0] | {"rows": rows, "method": method, "model": {"name": f"{len(names)} servers"}}
+    model = results[0]["model"]  # of all servers, or else their names are in the rows
+    if any(result["model"] != model for result in results):
+        model = {"name": f"{len(names)} servers"}
+    return results[0] | {"rows": rows, "method": method, "model": model}
 
 
 def _servers(result: Record) -> dict[str, list[Row]]:

@@ -351,6 +351,7 @@ def test_comparison(results: list[records.Record]) -> None:
     lines = [line for line in text.splitlines() if line.startswith("| nemostream fp32 | 3") or "| sherpa-onnx" in line]
     assert lines[0].startswith("| nemostream fp32 |") and lines[1].startswith("| sherpa-onnx fp32 | 12 |")
     bars, curves = charts["servers"], charts["latency"]
+    assert result["model"] == {"name": "2 servers"}
     assert isinstance(bars, BarChart) and bars.rows == ["nemostream fp32", "sherpa-onnx fp32"]
     assert bars.emphasised == ["nemostream fp32"] and bars.title.endswith("times as many as sherpa-onnx fp32")
     streams, partial, final = (panel.bars[1] for panel in bars.panels)
@@ -359,6 +360,11 @@ def test_comparison(results: list[records.Record]) -> None:
     given = [each | {"method": each["method"] | {"searched": False}} for each in results]
     assert load.charts(load.compare(given))["servers"].title == "Latencies of 2 servers by number of streams"
     assert [curve.label for curve in curves.panels[0].curves if curve.label] == ["sherpa-onnx fp32", "nemostream fp32"]
+
+
+def test_servers_of_the_same_model(results: list[records.Record]) -> None:
+    same = [result | {"model": {"name": "demo"}} for result in results]
+    assert load.compare(same)["model"] == {"name": "demo"}
 
 
 def test_results_that_cannot_be_compared(results: list[records.Record]) -> None:
