@@ -134,7 +134,8 @@ class Service:
         self.chunks, self.language = loaded.chunks, loaded.language
         self.max_streams = loaded.max_streams
         self.metrics.max_streams.set(self.max_streams)
-        recorder = StepRecorder(self.metrics, self._add_step, self._set_engine_state)
+        self.metrics.describe(loaded.model.manifest.name, self.settings.device, self.settings.transports)
+        recorder = StepRecorder(loaded.model, self.metrics, self._add_step, self._set_engine_state)
         loaded.model.watch(recorder.on_step, recorder.on_failure, self.record_fallback)
         self._model, self.state = loaded.model, "ready"
         log_ready(loaded, self.settings, self.clock() - start)
@@ -631,7 +632,7 @@ class Service:
 
 
 class StepRecorder:
-    """Records the steps of an engine, and detects that it has failed. Called on the scheduler's thread.
+    """Records the steps of a model, and detects that its engine has failed. Called on the scheduler's thread.
 
     A single failure may be caused by a stream; repeated ones are failures of the engine. `add_step` is called with the
     duration of each step in seconds, `set_state` when the engine has failed, and at its first step afterwards.
@@ -639,17 +640,19 @@ class StepRecorder:
 
     def __init__(
         self,
+        model: Model,
         metrics: Metrics,
         add_step: Callable[[float], None],
         set_state: Callable[[Literal["ready", "failed"]], None],
     ) -> None:
-        self._metrics, self._add_step, self._set_state = metrics, add_step, set_state
+        self._model, self._metrics, self._add_step, self._set_state = model, metrics, add_step, set_state
         self._failures = 0  # in a row
 
     def on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
         """Record a step."""
         self._metrics.steps.labels(chunk.ms).observe(seconds)
         self._metrics.batch.observe(rows)
+        self._metrics.waiting.observe(self._model.waiting)
         self._add_step(seconds)
         if self._failures >= _MAX_FAILURES:
             self._set_state("ready")
@@ -657,6 +660,7 @@ class StepRecorder:
 
     def on_failure(self, error: Exception) -> None:
         """Record a failed step."""
+        self._metrics.step_failures.inc()
         self._failures += 1
         if self._failures == _MAX_FAILURES:
             log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})

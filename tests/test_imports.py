@@ -55,6 +55,7 @@ RULES = {
             "nemostream.cli.transcribe": frozenset({"typer"}),
             "nemostream.cli.models": frozenset({"typer"}),
             "nemostream.cli.info": frozenset({"rich"}),
+            "nemostream.cli.top": frozenset({"rich"}),
             "nemostream.cli.doctor": frozenset({"rich"}),
             "nemostream.cli.gpu_memory": frozenset({"rich"}),
         },

@@ -140,6 +140,11 @@ class StreamScheduler(ABC):
     def cancel(self, stream: StreamState) -> None:
         """Drop a stream in any state. Its slot is released as soon as no step uses it. Does nothing if it is done."""
 
+    @property
+    def waiting(self) -> int:
+        """Number of streams with a chunk that is ready and not in a step yet; 0 if steps run in another process."""
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """Fail all unfinished streams and release the backend. Does nothing if already closed, or in a forked child."""
@@ -413,6 +418,11 @@ class Scheduler(StreamScheduler):
                 return
             self._fail_stream(stream, StreamError(STREAM_CLOSED))
         self._notify([stream])
+
+    @property
+    def waiting(self) -> int:
+        with self._lock:
+            return len(self._ready) + self._rows.streams
 
     def close(self) -> None:
         """Fail all unfinished streams, wait for the step in flight and close the backend.

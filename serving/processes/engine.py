@@ -495,7 +495,7 @@ def main() -> None:
     except NemostreamError as error:
         control.send_error(error)
         raise SystemExit(1) from error
-    recorder = StepRecorder(metrics, board.add_step, lambda state: control.send(state=state))
+    recorder = StepRecorder(loaded.model, metrics, board.add_step, lambda state: control.send(state=state))
     loaded.model.watch(recorder.on_step, recorder.on_failure)
     try:
         host = EngineHost(loaded.model, control)

@@ -92,6 +92,7 @@ class Supervisor:
         self._board_file = Board.create(settings.transports, self._entries)
         self._board = Board(self._board_file, settings.transports, self._entries)
         self._metrics = Metrics(shared=True)
+        self._metrics.describe(self._manifest.name, settings.device, settings.transports)
         self._load = LoadControl()
         self._engine: _Process | None = None
         self._transports: dict[int, _Process] = {}

@@ -23,7 +23,7 @@ from nemostream.errors import BackendError, CapacityError, NemostreamError, Opti
 from nemostream.runtime.decoding.boosting import NO_PHRASES
 from nemostream.runtime.streaming import scheduler as scheduler_module
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
-from nemostream.runtime.streaming.rows import ROW
+from nemostream.runtime.streaming.rows import ROW, RowQueue
 from nemostream.runtime.streaming.scheduler import Scheduler
 
 TIMEOUT = 20  # seconds after which a hanging test fails
@@ -894,6 +894,38 @@ def test_steps_are_reported_with_chunk_streams_and_duration(serve, manifest, mon
     overlapped = 0.25 if request.node.callspec.params["serve"] else 0.0  # the second step is submitted during the first
     assert found[:1] == [(manifest.chunk(560), 1, 0.75 + overlapped)]
     assert found[1][:2] == (manifest.chunk(80), 1)
+
+
+def test_streams_with_a_chunk_that_is_not_in_a_step_are_counted(serve, manifest):
+    scheduler, backend = serve(capacity=3, max_batch=1)
+    blocks = [BlockingCall(), BlockingCall()]
+    waiting = []
+    scheduler.on_step = lambda chunk, rows, seconds: waiting.append(scheduler.waiting)
+    streams = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
+    assert scheduler.waiting == 0
+    backend.on_submit = lambda batch: blocks[len(backend.batches) - 1]() if len(backend.batches) <= 2 else None
+    for stream in streams:
+        scheduler.accept(stream, noise(0, 1280 * 2))
+    assert blocks[0].entered.wait(TIMEOUT)
+    until(lambda: scheduler.waiting == 3)  # the next chunk of the stream in the step is one of them
+    blocks[0].released.set()
+    assert blocks[1].entered.wait(TIMEOUT)
+    blocks[1].released.set()
+    for stream in streams:
+        scheduler.wait(stream)
+    assert scheduler.waiting == 0 and waiting[-1] == 0 and max(waiting) <= 3
+
+
+def test_waiting_rows_are_counted_by_stream(manifest) -> None:
+    queue = RowQueue(4)
+    rows = np.zeros(3, ROW)
+    rows["slot"] = [1, 3, 1]
+    queue.append(rows)
+    assert queue.streams == 2
+    queue.take(0, 1)
+    assert queue.streams == 2
+    queue.take(0, 2)
+    assert queue.streams == 0
 
 
 @pytest.mark.parametrize("end", ["skip_silence", "end_utterance", "finish"])
