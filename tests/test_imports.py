@@ -102,6 +102,7 @@ RULES = {
         only={
             "nemostream.serving.settings": frozenset({"pydantic", "pydantic_settings"}),
             "nemostream.serving.metrics": frozenset({"prometheus_client"}),
+            "nemostream.serving.otel": frozenset({"opentelemetry"}),
             "nemostream.serving.server": frozenset({"grpc", "uvicorn"}),
             "nemostream.serving.processes.transport": frozenset({"uvicorn"}),
             "nemostream.serving.network.access": frozenset({"starlette"}),

@@ -7,6 +7,7 @@ named tuples.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -79,6 +80,40 @@ class StepOutput(NamedTuple):
 
 new_output = partial(tuple.__new__, StepOutput)  # with a tuple of all fields: three times as fast as the class
 
+
+class StepTimes(NamedTuple):
+    """When a step was run. Times are `time.perf_counter()`, in seconds; on Linux, all processes have the same clock."""
+
+    started: float  # it was submitted
+    ended: float  # its results were available
+    streams: int
+
+
+class ChunkTimes(NamedTuple):
+    """When a chunk was run."""
+
+    end_sample: int
+    ready: float  # all of its audio was there
+    step: StepTimes
+
+
+class StreamTrace:
+    """The chunks of a stream that were run, until `chunks` is emptied. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.chunks: deque[ChunkTimes] = deque()
+        self._ready: deque[float] = deque()  # of chunks that were not run yet
+
+    def enqueued(self, items: Sequence[WorkItem]) -> None:
+        """Record that items are ready."""
+        now = time.perf_counter()
+        self._ready.extend(now for item in items if item.kind == "run")
+
+    def ran(self, item: WorkItem, step: StepTimes) -> None:
+        """Record that the next chunk was run. Called before its result can be collected."""
+        self.chunks.append(ChunkTimes(item.end_sample, self._ready.popleft() if self._ready else step.started, step))
+
+
 # Called with the streams that have changed: once after each step, on the scheduler's thread; after other changes, on
 # the thread that made them. It must not block.
 Listener = Callable[[list["StreamState"]], None]
@@ -111,6 +146,7 @@ class StreamState:
     outputs: deque[StepOutput] = field(default_factory=deque)  # not yet collected
     error: NemostreamError | None = None  # why the stream failed
     progress: threading.Condition | None = None  # notified of every change; created when a thread first waits
+    trace: StreamTrace | None = None  # `StreamScheduler.trace`
 
     def raise_error(self) -> None:
         """Raise the stream's error if it failed."""
