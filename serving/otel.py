@@ -30,12 +30,14 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import nemostream
 from nemostream.errors import OptionError
-from nemostream.runtime.streaming.state import ChunkTimes, StreamTrace
+from nemostream.runtime.streaming.state import StepTimes, StreamTrace
+from nemostream.runtime.text.endpointing import NEVER
 from nemostream.runtime.text.events import Event
 from nemostream.serving.client import Client, shorten
 
 _CLOSE_SECONDS = 3.0  # for the last spans and metrics when the server stops
 _ARRIVAL_SECONDS = 16.0  # of audio for which the times of arrival are kept
+_FRAME_SECONDS = 0.08  # an encoder frame
 _SCOPE = "nemostream"
 
 
@@ -54,20 +56,22 @@ class Tracing:
         if processor is not None:
             self._provider.add_span_processor(processor)
 
-    def open(self, client: Client, sample_rate: int, attributes: Mapping[str, Any]) -> StreamSpans | None:
+    def open(
+        self, client: Client, sample_rate: int, protocol: str, attributes: Mapping[str, Any]
+    ) -> StreamSpans | None:
         """Begin the span of a stream, in the trace of the client's request if it has one; None if it is not sampled.
 
         `sample_rate` is the model's. Attributes that are None are omitted.
         """
         headers = {"traceparent": client.traceparent, "tracestate": client.tracestate}
         context = TraceContextTextMapPropagator().extract({name: text for name, text in headers.items() if text})
-        named = {f"nemostream.{name}": value for name, value in attributes.items() if value is not None}
+        named = _attributes({"protocol": protocol, **attributes})
         span = self._tracer.start_span("stream", context, SpanKind.SERVER, named)
-        return StreamSpans(self._tracer, span, sample_rate) if span.is_recording() else None
+        return StreamSpans(self._tracer, span, sample_rate, protocol) if span.is_recording() else None
 
-    def close(self) -> None:
-        """Send the remaining spans, for a few seconds at most."""
-        _within(_CLOSE_SECONDS, self._provider.shutdown)
+    def shutdown(self) -> None:
+        """Send the remaining spans. Blocks while the collector does not respond (`close`)."""
+        self._provider.shutdown()
 
 
 @dataclass
@@ -80,14 +84,21 @@ class _Steps:
     step_seconds: float = 0.0
     streams: int = 0  # in all of these steps
 
-    def add(self, chunk: ChunkTimes, previous_end: float) -> None:
-        """Add a chunk; the step of the previous one ended at `previous_end`."""
-        step = chunk.step
+    def add(self, ready: float, step: StepTimes, previous_end: float) -> None:
+        """Add a chunk that was complete at `ready`; the step of the previous one ended at `previous_end`."""
+        started, ended, streams = step
+        if self.began is None:
+            self.began = ready
+        if ready < previous_end:
+            ready = previous_end
+        if started < previous_end:
+            started = previous_end
+        if started > ready:
+            self.queue_seconds += started - ready
+        if ended > started:
+            self.step_seconds += ended - started
         self.count += 1
-        self.began = chunk.ready if self.began is None else self.began
-        self.queue_seconds += max(0.0, step.started - max(chunk.ready, previous_end))
-        self.step_seconds += max(0.0, step.ended - max(step.started, previous_end))
-        self.streams += step.streams
+        self.streams += streams
 
 
 class StreamSpans:
@@ -97,10 +108,10 @@ class StreamSpans:
     of silence between utterances belong to none.
     """
 
-    def __init__(self, tracer: Tracer, span: Span, sample_rate: int) -> None:
-        self._tracer, self._span, self._rate = tracer, span, sample_rate
+    def __init__(self, tracer: Tracer, span: Span, sample_rate: int, protocol: str) -> None:
+        self._tracer, self._span, self._rate, self._protocol = tracer, span, sample_rate, protocol
         self._context = set_span_in_context(span)
-        self._trace: StreamTrace | None = None
+        self._trace = StreamTrace()
         self._arrivals: deque[tuple[float, float]] = deque()  # seconds of audio up to a message, and its time
         self._known_from = 0.0  # seconds of audio before the first of them
         self._steps, self._current = _Steps(), False  # of the current utterance, and whether there is one
@@ -125,54 +136,52 @@ class StreamSpans:
         now = time.perf_counter()
         for event in events:
             if event.kind == "end":
-                # The chunk that has the end of the utterance, or follows it: its step found the end.
-                while self._last_sample < event.start * self._rate and self._take(end_sample, self._current):
-                    pass
+                # The step of the chunk with the end found it; a model marks an end in the encoder frame before.
+                end = event.start - (_FRAME_SECONDS if event.reason == "model" else 0.0)
+                self._take(end_sample, self._current, round(end * self._rate))
                 if self._final is not None:
                     self._end_utterance(*self._final, event.reason)
                 self._steps, self._current, self._final = _Steps(), False, None
                 continue
             if not self._current:
-                self._take_all(min(end_sample, int(event.start * self._rate)), False)
+                self._take(min(end_sample, round(event.start * self._rate)), False)
                 self._current = True
             if event.kind == "final":  # without text, it only withdraws partials
                 self._final = (event, now) if event.text else None
-        self._take_all(end_sample, self._current)
+        self._take(end_sample, self._current)
 
     def discard(self, end_sample: int) -> None:
         """Discard the current utterance, on request of the client."""
-        self._take_all(end_sample, False)
+        self._take(end_sample, False)
         self._steps, self._current, self._final = _Steps(), False, None
 
     def close(self, error: str | None, audio_seconds: float) -> None:
         """End the span of the stream."""
         totals = {"audio_seconds": audio_seconds, "steps": self._all_steps, "utterances": self._utterances}
-        self._span.set_attributes({f"nemostream.{name}": value for name, value in totals.items()})
+        self._span.set_attributes(_attributes(totals))
         if error is not None:
             self._span.set_status(Status(StatusCode.ERROR, shorten(error)))
         self._span.end()
 
-    def _take_all(self, end_sample: int, belongs: bool) -> None:
-        while self._take(end_sample, belongs):
-            pass
+    def _take(self, end_sample: int, belongs: bool, up_to: int = NEVER) -> None:
+        """Consume the chunks that end up to `end_sample`; not those after the first that ends at `up_to` or later.
 
-    def _take(self, end_sample: int, belongs: bool) -> bool:
-        """Consume the next chunk if it ends up to `end_sample`; `belongs`: it is one of the current utterance."""
-        chunks = self._trace.chunks if self._trace is not None else None
-        if not chunks or chunks[0].end_sample > end_sample:
-            return False
-        chunk = chunks.popleft()
-        if belongs:
-            self._steps.add(chunk, self._last_end)
-        self._last_sample, self._last_end = chunk.end_sample, chunk.step.ended
-        self._all_steps += 1
-        return True
+        `belongs`: they are of the current utterance.
+        """
+        chunks = self._trace.chunks
+        while chunks and chunks[0][0] <= end_sample and self._last_sample < up_to:
+            self._last_sample, ready, step = chunks.popleft()
+            if belongs:
+                self._steps.add(ready, step, self._last_end)
+            self._last_end = step.ended
+            self._all_steps += 1
 
     def _end_utterance(self, final: Event, ended: float, reason: str | None) -> None:
         """Create the span of an utterance."""
         steps = self._steps
         began = ended if steps.began is None else steps.began
-        attributes: dict[str, Any] = {
+        attributes = {
+            "protocol": self._protocol,
             "utterance": final.utterance,
             "chunk_ms": final.chunk_ms,
             "audio_start_seconds": final.start,
@@ -186,10 +195,11 @@ class StreamSpans:
             "mean_step_streams": steps.streams / steps.count if steps.count else None,
             "final_latency_seconds": self._latency(final.end, ended),
         }
-        named = {f"nemostream.{name}": value for name, value in attributes.items() if value is not None}
         offset = time.time_ns() - round(1e9 * time.perf_counter())
         begin_ns, end_ns = (offset + round(1e9 * seconds) for seconds in (began, ended))
-        span = self._tracer.start_span("utterance", self._context, attributes=named, start_time=begin_ns)
+        span = self._tracer.start_span(
+            "utterance", self._context, attributes=_attributes(attributes), start_time=begin_ns
+        )
         span.end(end_ns)
         self._utterances += 1
 
@@ -199,6 +209,11 @@ class StreamSpans:
             return None
         arrived = next((at for after, at in self._arrivals if after >= audio_seconds - 1e-6), None)
         return None if arrived is None else ended - arrived
+
+
+def _attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a span, without those that are None."""
+    return {f"nemostream.{name}": value for name, value in values.items() if value is not None}
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
@@ -226,10 +241,6 @@ class MetricSender(otlp.PeriodicExportingMetricReader):
         """Send the present values."""
         scope = otlp.ScopeMetrics(self._scope, metrics_of(self._families(), self._started_ns, time.time_ns()), "")
         self._receive_metrics(otlp.MetricsData([otlp.ResourceMetrics(self._resource, [scope], "")]), timeout_millis)
-
-    def close(self) -> None:
-        """Send the last values, for a few seconds at most."""
-        _within(_CLOSE_SECONDS, lambda: self.shutdown(1000 * _CLOSE_SECONDS))
 
 
 def metrics_of(families: Iterable[Any], started_ns: int, now_ns: int) -> list[otlp.Metric]:
@@ -309,8 +320,15 @@ def _exporter(signal: Literal["traces", "metrics"]) -> Any:
     return found[0].load()()
 
 
-def _within(seconds: float, function: Callable[[], object]) -> None:
-    """Call a function on a thread, and wait for at most `seconds`."""
-    thread = threading.Thread(target=function, name="nemostream-otel-close", daemon=True)
-    thread.start()
-    thread.join(seconds)
+def close(*senders: Tracing | MetricSender | None) -> None:
+    """Send the remaining spans and the last values of the metrics, for a few seconds at most."""
+    threads = [
+        threading.Thread(target=sender.shutdown, name="nemostream-otel-close", daemon=True)
+        for sender in senders
+        if sender is not None
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

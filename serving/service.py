@@ -192,9 +192,8 @@ class Service:
         self._normalizer.close()
         if self.states is not None:
             self.states.close()
-        for sender in (self._tracing, self._metric_sender):
-            if sender is not None:
-                sender.close()
+        if self.settings.otel:
+            load_otel().close(self._tracing, self._metric_sender)
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
@@ -283,9 +282,9 @@ class Service:
             spans = self._tracing.open(
                 client,
                 model.manifest.features.sample_rate,
+                transport,
                 {
                     "stream": session.id,
-                    "protocol": transport,
                     "chunk_ms": requested_ms,
                     "final_chunk_ms": requested_final_ms,
                     "language": language,

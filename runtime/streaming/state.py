@@ -89,29 +89,24 @@ class StepTimes(NamedTuple):
     streams: int
 
 
-class ChunkTimes(NamedTuple):
-    """When a chunk was run."""
-
-    end_sample: int
-    ready: float  # all of its audio was there
-    step: StepTimes
-
-
 class StreamTrace:
     """The chunks of a stream that were run, until `chunks` is emptied. Thread-safe."""
 
     def __init__(self) -> None:
-        self.chunks: deque[ChunkTimes] = deque()
+        # Of each chunk, its `end_sample`, when its audio was complete (`time.perf_counter()`), and its step
+        self.chunks: deque[tuple[int, float, StepTimes]] = deque()
         self._ready: deque[float] = deque()  # of chunks that were not run yet
 
     def enqueued(self, items: Sequence[WorkItem]) -> None:
         """Record that items are ready."""
         now = time.perf_counter()
-        self._ready.extend(now for item in items if item.kind == "run")
+        for item in items:
+            if item.kind == "run":
+                self._ready.append(now)
 
     def ran(self, item: WorkItem, step: StepTimes) -> None:
         """Record that the next chunk was run. Called before its result can be collected."""
-        self.chunks.append(ChunkTimes(item.end_sample, self._ready.popleft() if self._ready else step.started, step))
+        self.chunks.append((item.end_sample, self._ready.popleft() if self._ready else step.started, step))
 
 
 # Called with the streams that have changed: once after each step, on the scheduler's thread; after other changes, on

@@ -135,7 +135,7 @@ class Supervisor:
                 self._engine.kill()
             await asyncio.wait(keeping)
             if sender is not None:
-                await asyncio.to_thread(sender.close)
+                await asyncio.to_thread(load_otel().close, sender)
 
     def _on_signal(self) -> None:
         """Stop; a second signal stops at once."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import sys
 import threading
 import time
@@ -894,6 +895,39 @@ def test_steps_are_reported_with_chunk_streams_and_duration(serve, manifest, mon
     overlapped = 0.25 if request.node.callspec.params["serve"] else 0.0  # the second step is submitted during the first
     assert found[:1] == [(manifest.chunk(560), 1, 0.75 + overlapped)]
     assert found[1][:2] == (manifest.chunk(80), 1)
+
+
+def test_traced_chunks_have_the_times_of_their_steps(serve, manifest, monkeypatch):
+    scheduler, backend = serve(capacity=3)
+    now = itertools.count(1.0)
+    clock = types.SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    monkeypatch.setattr("nemostream.runtime.streaming.state.time", clock)
+    traced, other = open_(scheduler, manifest.chunk(80)), open_(scheduler, manifest.chunk(80))
+    trace, slot = scheduler.trace(traced), traced.slot
+    for block in range(3):
+        for stream in (traced, other):
+            scheduler.accept(stream, noise(block, 2560))
+        for stream in (traced, other):
+            scheduler.wait(stream)
+    scheduler.skip_silence(traced, 12_800)  # not a step
+    scheduler.finish(traced)
+    scheduler.wait(traced)
+    ran = [output.item for output in scheduler.collect(traced) if output.item.kind == "run"]
+    assert [end for end, _, _ in trace.chunks] == [item.end_sample for item in ran] and len(ran) >= 6
+    steps = [step for _, _, step in trace.chunks]
+    assert [step.streams for step in steps] == [len(slots) for _, slots in backend.batches if slot in slots]
+    assert all(ready < step.started < step.ended for _, ready, step in trace.chunks)
+    assert steps == sorted(steps) and len(set(steps)) == len(steps)
+    assert scheduler.last_step == steps[-1] and other.trace is None
+
+
+def test_the_times_of_steps_are_recorded_for_traces_only(serve, manifest):
+    scheduler, _ = serve()
+    stream = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(stream, noise(0, 2560))
+    scheduler.wait(stream)
+    assert not scheduler.records_times and scheduler.last_step == (0.0, 0.0, 0)
 
 
 def test_streams_with_a_chunk_that_is_not_in_a_step_are_counted(serve, manifest):
