@@ -305,7 +305,7 @@ def _exporter(signal: Literal["traces", "metrics"]) -> Any:
     """Return the exporter that the environment selects, or None. Raises `OptionError` if it is not installed."""
     variable = f"OTEL_{signal.upper()}_EXPORTER"
     name = os.environ.get(variable) or "otlp"
-    if name == "none":
+    if name == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
     if name == "otlp":
         common = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"

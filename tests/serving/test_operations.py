@@ -445,6 +445,10 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "utterances": "counter",
         "step_seconds": "histogram",
         "step_streams": "histogram",
+        "step_waiting_streams": "histogram",
+        "step_failures": "counter",
+        "info": "gauge",
+        "start_time_seconds": "gauge",
         "latency_seconds": "histogram",
         "final_fallbacks": "counter",
         "lanes_shed": "counter",
@@ -462,7 +466,7 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
     assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
     (timeouts,) = (s for s in families["nemostream_timeouts"].samples if s.name.endswith("_total"))
     assert timeouts.value == 1
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
     assert all(f"`{name}" in page for name in families)
 
 

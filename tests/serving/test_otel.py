@@ -242,6 +242,9 @@ def test_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(otel._exporter("metrics")).__module__.startswith("opentelemetry.exporter.otlp.proto.http")
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     assert otel._exporter("metrics") is None and otel.MetricSender.start(list) is None
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert otel._exporter("traces") is None and otel.Tracing().open(UNKNOWN_CLIENT, 16000, "test", {}) is None
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
     with pytest.raises(OptionError, match=r"OTEL_TRACES_EXPORTER .* select 'zipkin'"):
         otel.Tracing()
