@@ -18,7 +18,7 @@ import typer
 
 from nemostream.cli import models
 from nemostream.cli.interrupt import Interrupted, exit_on_signals, signals_exit, signals_raise
-from nemostream.cli.options import ApiKeyOption, JsonOption
+from nemostream.cli.options import OUTPUT, ApiKeyOption, JsonOption
 from nemostream.cli.standard_streams import open_closed_streams, print_message
 from nemostream.cli.transcribe import transcribe
 from nemostream.errors import BackendError, NemostreamError, OptionError
@@ -79,7 +79,9 @@ def serve(context: typer.Context) -> None:
 @app.command(rich_help_panel=_SPEECH)
 def top(
     url: Annotated[str, typer.Argument(metavar="URL", help="URL of the server.")] = "http://127.0.0.1:8000",
-    once: Annotated[bool, typer.Option("--once", help="Show the state of one second, and exit.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show the state of one second, and exit.", rich_help_panel=OUTPUT)
+    ] = False,
     api_key: ApiKeyOption = None,
 ) -> None:
     """Show the state of a running server, once per second, until Ctrl-C.
