@@ -77,6 +77,13 @@ def test_promtool_accepts_the_files(tmp_path: Path) -> None:
     key.write_text("key")
     config.write_text(config.read_text().replace("/run/secrets/nemostream-api-key", str(key)))
     promtool("check", "config", config)
+    # Debian's Prometheus is built without the discovery of Kubernetes, so that part is not checked.
+    cluster = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus.yaml").read_text())
+    (job,) = cluster["scrape_configs"]
+    assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}] and job["job_name"] == "nemostream"
+    job["authorization"]["credentials_file"] = str(key)
+    config.write_text(yaml.safe_dump(cluster))
+    promtool("check", "config", config)
     rules = [{"record": f"panel:{index}", "expr": expr} for index, (_, expr) in enumerate(dashboard_expressions())]
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     promtool("check", "rules", tmp_path / "panels.yaml")
@@ -275,7 +282,7 @@ def prometheus(folder: Path, target: str, key: str) -> Iterator[Prometheus]:
     text = file.read_text()
     for before, after in (
         ("/run/secrets/nemostream-api-key", str(folder / "key")),
-        ("server:8000", target),
+        ('targets: ["server:8000"]', f'{{targets: ["{target}"], labels: {{namespace: default, pod: nemostream-0}}}}'),
         ("scrape_interval: 15s", "scrape_interval: 1s"),
         ("evaluation_interval: 15s", "evaluation_interval: 1s"),
     ):
@@ -299,6 +306,16 @@ def prometheus(folder: Path, target: str, key: str) -> Iterator[Prometheus]:
         process.terminate()
         process.wait(30)
         log.close()
+
+
+def autoscaler_query() -> str:
+    """Return the query that prometheus-adapter derives from its rule for the pods of a Deployment."""
+    rules = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]
+    (rule,) = rules["custom"]
+    series, labels = re.fullmatch(r"(\w+)\{(.*)\}", rule["seriesQuery"]).groups()  # type: ignore[union-attr]
+    assert {label.partition("!")[0] for label in labels.split(", ")} == rule["resources"]["overrides"].keys()
+    query = rule["metricsQuery"].replace("<<.Series>>", series).replace("<<.GroupBy>>", "pod")
+    return str(query.replace("<<.LabelMatchers>>", 'namespace="default",pod=~"nemostream-0|nemostream-1"'))
 
 
 @needs_prometheus
@@ -346,6 +363,7 @@ def test_prometheus_has_data_for_every_panel(serve_process: Any, spoken: Any, tm
                     with pytest.raises(InvalidStatus):
                         await connect(f"{running.socket}/v1/stream", additional_headers=key)
                     assert running.get("/v1/models")[0] == 401
+            assert server.query(autoscaler_query()) == [({"pod": "nemostream-0"}, 1)]  # three of three streams
             assert (await speaking[0]) == spoken[0].text and (await speaking[1]) and not (await speaking[2])
             while server.value("nemostream_streams") or not server.value("nemostream_streams_failed_total"):
                 await asyncio.sleep(0.2)
