@@ -1,5 +1,7 @@
-"""The manifests of `deploy/kubernetes` against Kubernetes' schemas, and the container of the Deployment in a sandbox: its
-user, variables, read-only root and probes."""
+"""The manifests of `deploy/kubernetes` against Kubernetes' schemas, and the container of the Deployment in a sandbox.
+
+The sandbox has the user, the variables, the read-only root and the probes of the Deployment.
+"""
 
 from __future__ import annotations
 
