@@ -32,7 +32,7 @@ FOLDER = ROOT / "deploy" / "kubernetes"
 VERSIONS = ("1.30", "1.37")  # of Kubernetes: the first with the sleep action of preStop, the newest with a schema
 NAME = {"app.kubernetes.io/name": "nemostream"}
 needs_bwrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode != 0,
+    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"], capture_output=True).returncode != 0,
     reason="needs bubblewrap, and the right to create namespaces",
 )
 

@@ -77,8 +77,8 @@ def test_the_unit_matches_the_server() -> None:
 # -- the restrictions, without systemd ---------------------------------------------------------------------------------
 
 PR_GET_MDWE = 66
-# Installs a filter of system calls as systemd does, except that a call that is not allowed ends the process, and forbids
-# memory that becomes executable. Then it starts Python.
+# Installs a filter of system calls as systemd does, except that a call that is not allowed ends the process, forbids
+# memory that becomes executable, and starts Python.
 RESTRICTED = """
 import ctypes, errno, json, os, socket, sys
 import pyseccomp as seccomp
