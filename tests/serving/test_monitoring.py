@@ -93,6 +93,8 @@ def test_promtool_accepts_the_files(tmp_path: Path) -> None:
 def test_alerts_fire_when_they_should() -> None:
     file = Path(__file__).with_name("alerts.yaml")
     promtool("test", "rules", file)
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    assert re.findall(r"^\| `(Nemostream\w+)` \|", page, re.MULTILINE) == [alert["alert"] for alert in alerts()]
     cases = [case for test in yaml.safe_load(file.read_text())["tests"] for case in test["alert_rule_test"]]
     for alert in alerts():
         outcomes = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == alert["alert"]}
