@@ -83,7 +83,7 @@ def write_report(results: Sequence[Record], path: Path, against: Sequence[Record
         stem = path.with_name(f"{path.stem}-{result['benchmark']}" if len(results) > 1 else path.stem)
         with plots(stem) as (plot, names):
             text = show(result, plot)
-        pictures = "\n".join(f"![{name}]({name}.png)" for name in names)
+        pictures = "\n".join(f"![{name}]({name}.svg)" for name in names)
         parts.append(f"## {result['benchmark']}\n\n{text}\n{pictures}\n")
         for old in against:
             if old["benchmark"] == result["benchmark"]:

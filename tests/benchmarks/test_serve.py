@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import nemostream
 from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, BackendError
 
 pytest.importorskip("fastapi", reason="needs the serve extra")
 
 from nemostream.benchmarks import serve
+from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.client import Stream
 
 HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
 CASE = {"streams": 2, "chunk_ms": 560, "packet_ms": 100}
@@ -60,6 +64,21 @@ def test_serving(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 1 <= row["values"]["mean_batch"] <= 4 and row["values"]["step_ms"] > 0
     text = serve.show(result, lambda name: __import__("matplotlib.pyplot").pyplot.figure().subplots())
     assert "| 4 | 560 ms |" in text and result["method"]["recordings"] == HELDOUT.read_text().count("\n")
+
+
+def test_texts_are_those_of_the_server(demo_bundle: Bundle) -> None:
+    """A pause within a word ends the utterance, so that the text differs from that of the whole recording."""
+    command = [sys.executable, "-m", "nemostream", "serve", "--bundle", str(demo_bundle.path), "--no-measure"]
+    clips = serve.pcm_clips(demo_bundle)
+    with nemostream.load(demo_bundle.path, 560) as model:
+        texts = [serve._utterances(model, clip) for clip in clips]
+        assert texts != [model.transcribe(clip).text for clip in clips]
+    with server_process([*command, "--chunk-ms", "560", "--port", "0", "--grpc-port", "-1"]) as (_, url):
+        for clip, text in zip(clips, texts, strict=True):
+            with Stream(url) as stream:
+                stream.send(clip)
+                stream.finish()
+                assert [event.text for event in stream if event.type == "done"] == [text]
 
 
 def test_missing_recording_is_reported(demo_bundle: Bundle, tmp_path: Path) -> None:

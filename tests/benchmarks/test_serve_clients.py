@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemostream import Endpoint
 from nemostream.benchmarks import serve
 from nemostream.benchmarks.harness import records
 from nemostream.bundle import Bundle
@@ -276,7 +277,13 @@ def test_measurement_of_a_server(demo_bundle: Bundle, clock: Any, monkeypatch: p
             return 0.0567
 
     results = iter(range(9))
-    model = SimpleNamespace(transcribe=lambda clip: SimpleNamespace(text=f"text {next(results)}"))
+
+    def listen(clip: Any, endpoint: Any) -> list[Any]:
+        assert endpoint == Endpoint()
+        texts = [("partial", "no"), ("final", "text"), ("final", str(next(results)))]
+        return [SimpleNamespace(kind=kind, text=text) for kind, text in texts]
+
+    model = SimpleNamespace(listen=listen)
     loaded: list[Any] = []
 
     def load(path: Any, ms: int, capacity: int) -> Any:
