@@ -146,7 +146,7 @@ def test_the_compose_file_starts_a_valid_server(compose: Any) -> None:
     assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).samefile(DEPLOY / "Dockerfile")
     options = {name.removeprefix("NEMOSTREAM_").lower(): value for name, value in server["environment"].items()}
     assert options.keys() <= Settings.model_fields.keys()
-    assert float(server["stop_grace_period"].removesuffix("s")) > float(options["drain_seconds"])
+    assert float(server["stop_grace_period"].removesuffix("s")) >= float(options["drain_seconds"]) + 20
     # The folder of the store is in a volume, at a path of the image that belongs to the server's user.
     mounts = [mount.rpartition(":")[0] if mount.endswith(":ro") else mount for mount in server["volumes"]]
     targets = {mount.rpartition(":")[2]: mount.rpartition(":")[0] for mount in mounts}

@@ -135,8 +135,8 @@ def test_the_variables_are_options(overlay: bool, monkeypatch: pytest.MonkeyPatc
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     grace = pod["terminationGracePeriodSeconds"]
-    # After the streams the process has at most 10 s for its end, and is killed if it needs more.
-    assert grace >= container["lifecycle"]["preStop"]["sleep"]["seconds"] + settings.drain_seconds + 10
+    # After the streams, transports and the engine have at most 10 s each for their end.
+    assert grace >= container["lifecycle"]["preStop"]["sleep"]["seconds"] + settings.drain_seconds + 20
     startup = container["startupProbe"]
     assert deployment["spec"]["progressDeadlineSeconds"] > startup["periodSeconds"] * startup["failureThreshold"]
     # What is mounted: the model without the right to write, and room for all recordings.
