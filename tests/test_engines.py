@@ -361,8 +361,8 @@ def test_invalid_engine_is_not_stored(
 
     write = precision.write_int8_for_cpu
 
-    def faulty(*arguments: Any) -> list[Path]:
-        graph, weights = write(*arguments)
+    def faulty(*arguments: Any, **options: Any) -> list[Path]:
+        graph, weights = write(*arguments, **options)
         model = onnx.load(graph, load_external_data=False)
         name = "encoder.layers.2.feed_forward1.linear1.weight:scale"
         tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)

@@ -162,7 +162,7 @@ def server_with_key(serve_here: Any) -> Any:
         yield running
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/sample.flac"])
 def test_head_is_get_without_a_body(path: str, server: Any, server_with_key: Any) -> None:
     responses = {}
     for method in ("GET", "HEAD"):

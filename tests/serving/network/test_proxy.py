@@ -325,7 +325,7 @@ def test_the_page_behind_nginx(proxied: Proxy, spoken: Any) -> None:
         page.wait_for_selector("#chunks input", state="attached")
         assert "recognises English numbers" in page.inner_text("#note")
         page.set_input_files("#file", spoken[0].path)
-        page.wait_for_selector("#status:text-is('done')", timeout=30_000)
+        page.wait_for_selector("#status:text-is('Done')", timeout=30_000)
         captions, words = page.inner_text("#captions").split(), spoken[0].text.split()
         assert sum(word in captions for word in words) >= len(words) - 2
         allowed = (
