@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -332,6 +333,31 @@ def test_fused_steps_share_their_weights(demo_bundle: Bundle, tmp_path: Path) ->
     other = edited_weight(demo_bundle, tmp_path / "bundle", ROUNDED, columns)
     *_, changed = write_int8_for_cpu(other, other.manifest.chunk(80), tmp_path, "other", fused=True)
     assert changed.name != shared.name
+
+
+@pytest.mark.skipif(not int8.library() or not Path("/proc/self/smaps").exists(), reason="needs the operator and Linux")
+def test_weights_of_fused_steps_are_used_where_they_are_mapped(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Each session has mapped the file, has read it, and has not written to it."""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(int8.library()))
+    sessions, chunks = [], demo_bundle.manifest.chunks[:2]
+    written = [write_int8_for_cpu(demo_bundle, chunk, tmp_path, str(chunk.ms), fused=True) for chunk in chunks]
+    for chunk, (graph, _, shared) in zip(chunks, written, strict=True):
+        sessions.append(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
+        encode(sessions[-1], demo_bundle, chunk, speech(demo_bundle.manifest)[0][: 2 * chunk.samples], steps=1)
+    mapped: list[dict[str, int]] = []  # kB by field, of each mapping of the file
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                if inside := line.rstrip().endswith(shared.name):
+                    mapped.append({})
+            elif inside and (found := re.match(r"(\w+): +(\d+) kB", line)):
+                mapped[-1][found[1]] = int(found[2])
+    sizes = Counter[str]()
+    for each in mapped:
+        sizes.update(each)
+    assert sizes["Rss"] * 1024 >= 1.9 * shared.stat().st_size
+    assert sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
 def test_fused_biases(demo_bundle: Bundle, tmp_path: Path) -> None:
