@@ -342,7 +342,8 @@ def test_weights_of_fused_steps_are_used_where_they_are_mapped(demo_bundle: Bund
     options.register_custom_ops_library(str(int8.library()))
     sessions, chunks = [], demo_bundle.manifest.chunks[:2]
     written = [write_int8_for_cpu(demo_bundle, chunk, tmp_path, str(chunk.ms), fused=True) for chunk in chunks]
-    for chunk, (graph, _, shared) in zip(chunks, written, strict=True):
+    shared = written[0][2]
+    for chunk, (graph, *_) in zip(chunks, written, strict=True):
         sessions.append(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
         encode(sessions[-1], demo_bundle, chunk, speech(demo_bundle.manifest)[0][: 2 * chunk.samples], steps=1)
     mapped: list[dict[str, int]] = []  # kB by field, of each mapping of the file
