@@ -32,6 +32,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
@@ -43,7 +45,8 @@ from nemostream.benchmarks.harness.corpora import (
     packaged,
     read_manifest,
 )
-from nemostream.benchmarks.harness.records import Progress, Record, Row, agreement, no_progress
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.records import Progress, Record, Row, agreement, no_progress, rate_interval
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import AudioFeed
 from nemostream.benchmarks.latency import push_times
@@ -234,8 +237,8 @@ def _compare_with_nemo(
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the table of a result as Markdown and draw its plot; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the table of a result as Markdown."""
     head = ["set", "words", "chunk", "precision", "latency, ms", "WER", "WER of NeMo", "difference, points"]
     head += ["same tokens", "same utterances", "WER in model card"]
     lines = []
@@ -249,7 +252,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         same = values.get("same_utterances")
         line.append("" if same is None else f"{same} of {values['compared_utterances']}")
         lines.append([*line, tables.percent(values.get("card_wer"))])
-    _draw(result["rows"], plot("pareto"))
     return (
         f"Text normaliser: {result['method']['normalizer']}. Latency: chunk duration plus the median time from the "
         "last sample of a chunk to its text, for one live stream. Same tokens: share of NeMo's tokens that nemostream "
@@ -262,37 +264,45 @@ def latency(row: Row) -> float:
     return float(row["case"]["chunk_ms"] + row["figures"]["result"]["p50"])
 
 
-def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the Pareto-optimal points (latency, error rate), sorted by latency."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best
-
-
-def _draw(rows: Sequence[Row], axes: Any) -> None:
-    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in rows:
-        key = row["case"]["set"], row["case"]["precision"]
-        points.setdefault(key, []).append((latency(row), 100 * row["values"]["wer"]))
-    for (name, precision), curve in points.items():
-        axes.plot(*zip(*sorted(curve), strict=True), marker="o", linestyle=":", label=f"{name}, {precision}")
-    for name in dict.fromkeys(name for name, _ in points):
-        best = frontier(point for (other, _), curve in points.items() if other == name for point in curve)
-        axes.step(*zip(*best, strict=True), where="post", color="black", linewidth=0.8, label=f"{name}, Pareto front")
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the word error rates by chunk size, with a panel for each set."""
+    sizes = sorted({row["case"]["chunk_ms"] for row in result["rows"]})
+    sets: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(result["rows"], key=lambda row: row["case"]["chunk_ms"]):
+        sets.setdefault(row["case"]["set"], {}).setdefault(row["case"]["precision"], []).append(row)
+    panels = []
+    for name, precisions in sets.items():
+        curves = []
+        for series, (precision, rows) in enumerate(precisions.items()):
+            shift = 0.12 * (series - (len(precisions) - 1) / 2)  # side by side, because they differ little
+            rates = [[100 * rate for rate in rate_interval(row["values"]["by_utterance"])] for row in rows]
+            x = [sizes.index(row["case"]["chunk_ms"]) + shift for row in rows]
+            points = [(at, rate) for at, (rate, _, _) in zip(x, rates, strict=True)]
+            curves.append(Curve(precision, points, [(low, high) for _, low, high in rates], series=series))
         if name in LEADERBOARD:
-            axes.plot(CARD_CHUNKS, LEADERBOARD[name][1], "--", marker="x", label=f"{name}, model card (chunk only)")
-    ticks = sorted({row["case"]["chunk_ms"] for row in rows})
-    axes.set(
-        xlabel="latency, ms (first sample of a chunk to its text)",
-        ylabel="WER, %",
-        xscale="log",
-        title="Word error rate by latency",
+            card = dict(zip(CARD_CHUNKS, LEADERBOARD[name][1], strict=True))
+            points = [(float(sizes.index(ms)), card[ms]) for ms in sizes if ms in card]
+            curves.append(Curve("model card", points, style="points", series=len(curves)))
+        values = rows[0]["values"]
+        panels.append(CurvePanel(f"{name}: {values['utterances']} recordings, {values['words']} words", curves))
+    subtitle = "Word error rate of the whole text by chunk size. Whiskers: 95 % bootstrap interval over the recordings."
+    ticks = {float(index): f"{ms} ms" for index, ms in enumerate(sizes)}  # equidistant
+    return {"wer": CurveChart(_finding(sets), subtitle, panels, "chunk size", " %", ticks)}
+
+
+def _finding(sets: Mapping[str, Mapping[str, Sequence[Row]]]) -> str:
+    """Return whether the error rates of the smallest and the largest chunk size differ, on the first set."""
+    name, precisions = next(iter(sets.items()))
+    rows = next(iter(precisions.values()))
+    small, large = rows[0], rows[-1]
+    errors, other = (np.array(row["values"]["by_utterance"]) for row in (small, large))
+    _, low, high = rate_interval(np.stack([errors[:, 0] - other[:, 0], errors[:, 1]], axis=1))
+    before, after = (
+        f"{tables.percent(row['values']['wer'], 1)} at {row['case']['chunk_ms']} ms" for row in (small, large)
     )
-    axes.set_xticks(ticks, [str(ms) for ms in ticks])
-    axes.minorticks_off()
-    axes.legend()
+    if low <= 0 <= high:
+        return f"No significant difference between chunk sizes on {name}: WER {before}, {after}"
+    return f"On {name}, WER is {before} and {after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,7 +38,17 @@ from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_gpu
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.competitors import NEMOSTREAM, RUNNER_NAMES, RUNNERS, RunnerFactory
-from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, Tokens, agreement, no_progress
+from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart
+from nemostream.benchmarks.harness.records import (
+    OtherWork,
+    Progress,
+    Record,
+    Row,
+    Tokens,
+    agreement,
+    no_progress,
+    quartiles,
+)
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work, measure_machine
 from nemostream.benchmarks.harness.runners import Runner
 from nemostream.benchmarks.harness.synthetic import speech, synthetic_model
@@ -233,8 +243,8 @@ def _check_parity(runners: Sequence[Runner], tokens: dict[str, Tokens | None]) -
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     method, rows = result["method"], result["rows"]
     own = list(dict.fromkeys(name for row in rows for name in row["values"]["relative_time"]))
     text = [
@@ -267,7 +277,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     text += [f"* {name}: {description}." for name, description in setup.items()]
     if method["skipped"]:
         text += ["", "Skipped: " + "; ".join(f"{name} ({why})" for name, why in method["skipped"].items()) + "."]
-    _draw(result, plot("steps"))
     return "\n".join(text) + "\n"
 
 
@@ -304,28 +313,71 @@ def headline(result: Record) -> str:
     )
 
 
-def _draw(result: Record, axes: Any) -> None:
-    """Draw a group of bars for each chunk size and batch, with a bar for each runner: p50, and a whisker to p99."""
-    steps = {
-        (row["case"]["chunk_ms"], row["case"]["batch"], row["case"]["runner"]): row["figures"]["step"]
-        for row in result["rows"]
-    }
-    groups = sorted({case[:2] for case in steps})
-    names = list(dict.fromkeys(name for _, _, name in steps))
-    width = 0.8 / max(len(names), 1)
-    for index, name in enumerate(names):
-        bars = [
-            (group_index + width * (index + 0.5), steps[(*group, name)])
-            for group_index, group in enumerate(groups)
-            if (*group, name) in steps
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the step times."""
+    return {"steps": _step_chart(result["rows"], result["method"]["repeats"])}
+
+
+def overview(result: Record) -> tuple[str, Chart]:
+    """Return name and plot for the README: the step times with the largest number of streams."""
+    batch = max(row["case"]["batch"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["case"]["batch"] == batch]
+    return "step-times", _step_chart(rows, result["method"]["repeats"])
+
+
+def _step_chart(rows: Sequence[Row], repeats: int) -> BarChart:
+    """Return bars of every runner, the fastest first, with a panel for each chunk size and batch."""
+    reference = next((row["case"]["runner"] for row in rows if row["case"]["runner"].startswith(NEMOSTREAM)), None)
+    groups: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["case"]["chunk_ms"], row["case"]["batch"])):
+        groups.setdefault((row["case"]["chunk_ms"], row["case"]["batch"]), {})[row["case"]["runner"]] = row
+
+    def relative(name: str) -> float:
+        """Return the mean over the panels of the time relative to the slowest runner."""
+        found = [
+            group[name]["figures"]["step"]["p50"] / max(row["figures"]["step"]["p50"] for row in group.values())
+            for group in groups.values()
+            if name in group
         ]
-        x, p50 = [each for each, _ in bars], [step["p50"] for _, step in bars]
-        axes.bar(x, p50, width, label=name)
-        above = [step["p99"] - step["p50"] for _, step in bars]
-        axes.errorbar(x, p50, [[0] * len(bars), above], fmt="none", color="black", linewidth=0.7)
-    axes.set_xticks([index + 0.4 for index in range(len(groups))], [f"{ms} ms × {batch}" for ms, batch in groups])
-    axes.set(xlabel="chunk × batch", ylabel="step, ms (p50, whisker: p99)", title="Time of one step")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes
+        return statistics.mean(found)
+
+    def bar(row: Row) -> Bar:
+        median, factor = row["figures"]["step"]["p50"], row["values"]["relative_time"].get(reference)
+        other = factor and not row["case"]["runner"].startswith(NEMOSTREAM)
+        text = f"{tables.digits(median)} ms" + (f", {factor['median']:.1f}×" if other else "")
+        return Bar([median], text, quartiles(row["ms"]["step"]))
+
+    names = sorted(dict.fromkeys(row["case"]["runner"] for row in rows), key=relative)
+    panels = [
+        BarPanel(
+            f"{ms} ms chunks, {tables.counted(batch, 'stream')}",
+            "ms per step",
+            [bar(group[name]) if name in group else None for name in names],
+        )
+        for (ms, batch), group in groups.items()
+    ]
+    subtitle = f"Time of one step (shorter is better), median of {repeats} rounds; whiskers: 25th to 75th percentile."
+    subtitle += f" ×: relative to {reference}." if reference else ""
+    partial = {row["case"]["runner"]: row["values"]["covers"] for row in rows}
+    subtitle += "".join(f" {name}: {covers}." for name, covers in partial.items() if not covers.endswith("tokens"))
+    own = [name for name in names if name.startswith(NEMOSTREAM)]
+    return BarChart(_finding(rows, reference), subtitle, names, panels, own)
+
+
+def _finding(rows: Sequence[Row], reference: str | None) -> str:
+    """Return the times of the other systems in the precision of the reference, relative to it."""
+    factors: dict[str, list[float]] = {}
+    own, _, precision = str(reference).partition(", ")
+    for row in rows:
+        system, _, kind = row["case"]["runner"].partition(", ")
+        factor = row["values"]["relative_time"].get(reference)
+        if factor and system != own and kind == precision:
+            factors.setdefault(system, []).append(factor["median"])
+    if not factors:
+        return "Time of one step"
+    first, *more = (f"{system} {tables.low_to_high(min(each), max(each))} times" for system, each in factors.items())
+    first = first.replace(" ", " takes ", 1)
+    return f"{', '.join([f'{first} as long as {own}', *more])} ({precision})"
 
 
 def _release_memory() -> None:

@@ -25,13 +25,15 @@ of audio per second.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.load import PACKET, SEARCH_RESOLUTION, LoadResult, StepRecorder, run_load
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
 from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
@@ -42,6 +44,7 @@ from nemostream.runtime.model import Model
 
 _SETTLING = 2.0  # seconds at the start that are not evaluated
 _DRIFT = 0.1  # maximum drift, in chunk durations
+_LATE = "the load generator fell behind"
 
 
 def measure_capacity(
@@ -177,7 +180,7 @@ def evaluate(load: LoadResult, steps: Sequence[tuple[int, int, float]], case: di
     if load.overdue:
         failures.append(f"{load.overdue} chunks had no result at the end")
     if load.lateness and percentile(load.lateness, 99) > PACKET:
-        failures.append("the load generator fell behind")
+        failures.append(_LATE)
     if load.errors:
         failures.append(f"{len(load.errors)} errors, first: {load.errors[0]}")
     rows = [rows for _, rows, _ in steps]
@@ -207,8 +210,8 @@ def latency_drift(latencies: Sequence[tuple[float, float]]) -> float:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     method = result["method"]
     head = [
         "streams",
@@ -245,7 +248,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         "",
         tables.markdown(head, lines),
     ]
-    _draw(result, plot("streams"))
     return "\n".join(text).strip() + "\n"
 
 
@@ -256,7 +258,7 @@ def headline(result: Record) -> str:
         return ""
     more = [row for row in result["rows"] if row["case"]["streams"] > method["streams"] and row["values"]["failures"]]
     limit = min(more, key=lambda row: row["case"]["streams"], default=None)
-    reason = f" {limit['case']['streams']} failed: {limit['values']['failures'][0]}." if limit else ""
+    reason = f" {_limit(limit['case']['streams'], limit['values']['failures'][0])}" if limit else ""
     confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["passed"]]
     latencies = "; ".join(
         f"{name.removeprefix('result ')} chunks: p50 {tables.digits(found['p50'])} ms, "
@@ -265,33 +267,70 @@ def headline(result: Record) -> str:
         if name.startswith("result")
     )
     hardware, model = result["hardware"], result["model"]
-    sizes = " + ".join(str(method["chunk_ms"]).split("+"))
     return (
-        f"**{method['streams']} real-time streams** with {sizes} ms chunks for {method['seconds']:.0f} s: "
+        f"**{method['streams']} real-time streams** with {_sizes(method)} ms chunks for {method['seconds']:.0f} s: "
         f"{method['precision']}, {model['layers']} layers, d_model {model['d_model']}, "
         f"{hardware['gpu'] or str(hardware['cores']) + ' cores of ' + hardware['cpu']}."
         f"{' Latency from end of audio to text, ' + latencies + '.' if latencies else ''}{reason}"
     )
 
 
-def _draw(result: Record, axes: Any) -> None:
+def _limit(streams: int, failure: str) -> str:
+    """Return a sentence about the smallest number of streams that failed, and its first failure."""
+    if failure == _LATE:
+        return (
+            f"With {streams} streams, the load generator on the same cores sends audio too late, so larger numbers "
+            "cannot be measured."
+        )
+    return f"With {streams} streams, {failure}."
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the latencies of all probes, with a panel for each chunk size."""
+    method = result["method"]
     rows = sorted(result["rows"], key=lambda row: row["case"]["streams"])
     sizes = sorted({int(name.split()[1]) for row in rows for name in row["figures"] if name.startswith("result")})
-    for index, ms in enumerate(sizes):
-        name = f"result {ms} ms"
-        for figure, style in (("p50", "--"), ("p99", "-")):
-            points = [(row["case"]["streams"], row["figures"][name][figure]) for row in rows if name in row["figures"]]
-            axes.plot(
-                *zip(*points, strict=True), style, color=f"C{index}", marker=".", label=f"{ms} ms chunks, {figure}"
-            )
-    axes.set(
-        xlabel="concurrent real-time streams",
-        ylabel="latency, ms (end of audio to result)",
-        yscale="log",
-        title="Latency by number of streams",
+    panels = []
+    for ms in sizes:
+        probes = [row for row in rows if f"result {ms} ms" in row["figures"]]
+        curves = []
+        for series, figure in enumerate(("p99", "p50")):
+            points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            for row in probes:
+                point = row["case"]["streams"], row["figures"][f"result {ms} ms"][figure]
+                points[row["values"]["passed"]].append(point)
+            by_streams: dict[float, list[float]] = {}
+            for streams, value in sorted(points[True] + points[False]):
+                by_streams.setdefault(streams, []).append(value)
+            medians = [(streams, statistics.median(values)) for streams, values in by_streams.items()]
+            curves.append(Curve(figure, medians, style="plain", series=series))
+            styles = {"points": points[True], "crosses": points[False]}
+            curves += [Curve("", each, style=style, series=series) for style, each in styles.items() if each]
+        panels.append(CurvePanel(f"{ms} ms chunks" if len(sizes) > 1 else "", curves, limit=ms))
+    if not panels:
+        return {}
+    subtitle = (
+        "Latency from the end of the audio of a chunk to its result. Each mark is a probe of the search: filled "
+        "passed, crosses failed. Lines: median of probes with the same number of streams. Limit: the chunk duration."
     )
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend()
+    found = method["streams"]
+    title = f"Latency of {tables.counted(rows[0]['case']['streams'], 'parallel stream')}"
+    if found is not None:
+        title = f"{tables.counted(found, 'real-time stream')} with {_sizes(method)} ms chunks{_latencies(result)}"
+    return {"streams": CurveChart(title, subtitle, panels, "concurrent real-time streams", " ms", log_y=True)}
+
+
+def _sizes(method: Mapping[str, Any]) -> str:
+    return " + ".join(str(method["chunk_ms"]).split("+"))
+
+
+def _latencies(result: Record) -> str:
+    """Return the p99 latencies of the confirmed number of streams, by chunk size, as the end of a title."""
+    confirmed = [row for row in result["rows"] if row["case"].get("confirming") and row["values"]["passed"]]
+    if not confirmed:
+        return ""
+    found = [times["p99"] for name, times in confirmed[-1]["figures"].items() if name.startswith("result")]
+    return f": p99 latency {tables.low_to_high(min(found), max(found))} ms"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -76,19 +76,29 @@ def write_study(result: records.Record, table: str, options: argparse.Namespace)
     print(table, end="")
 
 
-def run(measure: Callable[[], records.Record], options: argparse.Namespace) -> records.Record:
+def run(
+    measure: Callable[[], records.Record],
+    options: argparse.Namespace,
+    display: Callable[[records.Record], None] | None = None,
+) -> records.Record:
     """Run `measure`, write the result with its tables and plots, print the tables, and return the result.
 
-    Exits with the exit code of the error if a `NemostreamError` is raised.
+    `display` prints the result instead of the Markdown text. Exits with the exit code of the error if a
+    `NemostreamError` is raised.
     """
     try:
         if missing := [name for name in ("matplotlib", "onnx") if find_spec(name) is None]:
             raise BackendError(f"benchmarks need {' and '.join(missing)}: {install_command('bench')}")
         result = measure()
-        records.write(result, options.out / f"{options.name}.json")
-        print(write_report([result], options.out / f"{options.name}.md"), end="")
+        path = options.out / f"{options.name}.json"
+        records.write(result, path)
+        text, files = write_report([result], path.with_suffix(".md"))
+        if display:
+            display(result)
+        else:
+            print(text, end="")
     except NemostreamError as error:
         records.report_progress(f"nemostream: {error}")
         sys.exit(error.exit_code)
-    records.report_progress(f"\nwritten: {options.out / options.name}.json, .md and plots")
+    records.report_progress("\nwritten: " + ", ".join([str(path), *(file.name for file in files)]))
     return result

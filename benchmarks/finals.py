@@ -26,7 +26,7 @@ with white noise at 20, 15, 10 and 5 dB in turn, before, during and after the sp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,8 @@ from nemostream.benchmarks.accuracy import NORMALIZERS, normalizer, require_word
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import CorpusUtterance, add_noise, packaged, read_manifest
 from nemostream.benchmarks.harness.load import PACKET
-from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
+from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, rate_interval
 from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
 from nemostream.errors import OptionError
@@ -329,32 +330,19 @@ def _summary(samples: Sequence[float]) -> dict[str, float]:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def interval(errors: NDArray[Any], words: NDArray[Any]) -> tuple[float, float, float]:
-    """Return a rate and its 95 % bootstrap interval; `errors` and `words` [N] are those of N recordings.
-
-    Differences of errors give a difference of rates.
-    """
-    chosen = np.random.default_rng(0).integers(0, len(errors), (2000, len(errors)))
-    low, high = np.quantile(errors[chosen].sum(axis=1) / words[chosen].sum(axis=1), [0.025, 0.975])
-    return float(errors.sum() / words.sum()), float(low), float(high)
-
-
 def _rate(row: Row, key: str, reference: NDArray[Any] | None = None) -> str:
     """Return the rate in percent, or its difference from that of the errors `reference`, with its interval."""
-    errors, words = np.array(row["values"][key]).T
-    rate, low, high = interval(errors if reference is None else errors - reference, words)
+    counts = np.array(row["values"][key])
     if reference is None:
-        return f"{100 * rate:.1f} % [{100 * low:.1f}–{100 * high:.1f}]"
-    return f"{100 * rate:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return "{:.1f} % [{:.1f}–{:.1f}]".format(*(100 * each for each in rate_interval(counts)))
+    counts[:, 0] -= reference
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * each for each in rate_interval(counts)))
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     method, text = result["method"], []
-    sets: dict[str, list[Row]] = {}
-    for row in result["rows"]:
-        sets.setdefault(row["case"]["set"], []).append(row)
-    for name, rows in sets.items():
+    for name, rows in _sets(result).items():
         text += [f"{_set_title(name, result)}:", "", _accuracy_table(rows), ""]
     timed = [row for row in result["rows"] if row["figures"]]
     text += [
@@ -365,9 +353,14 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         "",
         f"{method['device']}, {method['threads']} threads. {tables.other_load([method['other_work_cores']])}",
     ]
-    _draw_finals(sets, plot("finals"))
-    _draw_visible(next(iter(sets.values())), method["delays_ms"], plot("visible"))
     return "\n".join(text) + "\n"
+
+
+def _sets(result: Record) -> dict[str, list[Row]]:
+    sets: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        sets.setdefault(row["case"]["set"], []).append(row)
+    return sets
 
 
 def _set_title(name: str, result: Record) -> str:
@@ -406,41 +399,68 @@ def _mode_name(row: Row) -> str:
     return row["case"]["mode"].replace("+", " + ") + " ms"
 
 
-def _draw_finals(sets: Mapping[str, Sequence[Row]], axes: Any) -> None:
-    """Draw the WER of finals by the median time to the final, which is measured on the first set only."""
-    first = next(iter(sets.values()))
-    seconds = {row["case"]["mode"]: row["figures"]["final"]["p50"] / 1000 for row in first}
-    for name, rows in sets.items():
-        points = [(row["case"]["mode"], seconds[row["case"]["mode"]], 100 * row["values"]["wer"]) for row in rows]
-        single = sorted((x, y) for mode, x, y in points if "+" not in mode)
-        if single:
-            axes.plot(*zip(*single, strict=True), ":", color="0.5", zorder=1)
-        for index, (mode, x, y) in enumerate(points):
-            marker, size = ("D", 8) if "+" in mode else ("o", 7)
-            label = f"{mode.replace('+', ' + ')} ms" if rows is first else None
-            axes.plot([x], [y], marker, color=f"C{index}", markersize=size, label=label)
-        _, x, y = max(points, key=lambda point: point[1])
-        axes.annotate(name, (x, y), xytext=(0, 10), textcoords="offset points", ha="center")
-    axes.set(
-        xlabel="end of speech to final, s (median)",
-        ylabel="WER of finals, %",
-        title="Finals with one and with two chunk sizes",
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plots of word error rates and times of finals, and of the text that is visible after speech."""
+    sets, delays = _sets(result), [ms / 1000 for ms in result["method"]["delays_ms"]]
+    first = next(iter(sets.values()))  # the only one with times
+    rows = [_mode_name(row) for row in first]
+    two = [name for name in rows if "+" in name]
+    panels = []
+    for name, each in sets.items():
+        rates = [[100 * rate for rate in rate_interval(row["values"]["by_utterance"])] for row in each]
+        bars = [Bar([rate], f"{rate:.1f} %", (low, high)) for rate, low, high in rates]
+        panels.append(BarPanel(f"finals, {name}", "WER, %", bars))
+    times = [[records.percentile(row["ms"]["final"], percent) / 1000 for percent in (50, 5, 95)] for row in first]
+    bars = [Bar([median], f"{median:.2f} s", (low, high)) for median, low, high in times]
+    panels.append(BarPanel("end of speech to final", "seconds", bars))
+    subtitle = (
+        f"Chunk size of partials and finals; bold: two sizes. WER: whiskers are 95 % bootstrap intervals over "
+        f"{result['method']['recordings']} recordings. Time: median; whiskers: 5th to 95th percentile."
     )
-    axes.margins(x=0.08, y=0.2)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="chunks")  # beside the axes
+    curves: dict[str, list[Curve]] = {"one chunk size": [], "two chunk sizes": []}
+    for row in first:
+        group = curves["two chunk sizes" if "+" in row["case"]["mode"] else "one chunk size"]
+        points = [(delay, 100 * rate) for delay, rate in zip(delays, row["values"]["visible_wer"], strict=True)]
+        group.append(Curve(_mode_name(row), points, style="plain", series=len(group)))
+    visible = CurveChart(
+        _visible_finding(first),
+        "Word error rate of the text that is visible by the time since the end of speech. The final replaces the "
+        "partial after the rule of silence.",
+        [CurvePanel(heading, group) for heading, group in curves.items() if group],
+        "seconds since the end of speech",
+        " %",
+    )
+    return {"finals": BarChart(_finding(first), subtitle, rows, panels, two), "visible": visible}
 
 
-def _draw_visible(rows: Sequence[Row], delays_ms: Sequence[int], axes: Any) -> None:
-    for row in rows:
-        style = "-" if "+" in row["case"]["mode"] else ":"
-        rates = [100 * rate for rate in row["values"]["visible_wer"]]
-        axes.plot([ms / 1000 for ms in delays_ms], rates, style, label=_mode_name(row))
-    axes.set(
-        xlabel="time since the end of speech, s",
-        ylabel="WER of the visible text, %",
-        title="Text that is visible after the end of speech",
+def _pairs(rows: Sequence[Row]) -> tuple[Row, Row]:
+    """Return the row of two chunk sizes with the largest second size, and the row of that size alone if measured."""
+    by_mode = {row["case"]["mode"]: row for row in rows}
+    two = max((row for mode, row in by_mode.items() if "+" in mode), key=lambda row: _final_size(row), default=rows[0])
+    return two, by_mode.get(two["case"]["mode"].rpartition("+")[2], rows[0])
+
+
+def _final_size(row: Row) -> int:
+    return int(row["case"]["mode"].rpartition("+")[2])
+
+
+def _finding(rows: Sequence[Row]) -> str:
+    two, one = _pairs(rows)
+    earlier = one["figures"]["final"]["p50"] - two["figures"]["final"]["p50"]
+    rates = [tables.percent(row["values"]["wer"], 1) for row in (two, one)]
+    return (
+        f"Finals of {_mode_name(two)} chunks come {earlier / 1000:.2f} s earlier than those of {_mode_name(one)}, with "
+        f"WER {rates[0]} and {rates[1]}"
     )
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="chunks")
+
+
+def _visible_finding(rows: Sequence[Row]) -> str:
+    two, one = _pairs(rows)
+    rates = [tables.percent(row["values"]["visible_wer"][0], 0) for row in (two, one)]
+    return (
+        f"When speech ends, the visible text has a WER of {rates[0]} with {_mode_name(two)} chunks, and of {rates[1]} "
+        f"with {_mode_name(one)}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,6 +44,7 @@ from nemostream.benchmarks.harness.host_server import (
     wait_until_idle,
 )
 from nemostream.benchmarks.harness.paced_clients import PROTOCOLS
+from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, OptionError
@@ -225,8 +226,8 @@ def summary(rows: Sequence[Row]) -> dict[str, float | None]:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     method, rows = result["method"], result["rows"]
     runs = [row for row in rows if "run" in row["case"]]
     text = [
@@ -300,7 +301,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
                 [_paced_line(row) for row in paced],
             ),
         ]
-    _draw(runs, plot("layers"))
     return "\n".join(text) + "\n"
 
 
@@ -323,17 +323,23 @@ def _paced_line(row: Row) -> list[Any]:
     ]
 
 
-def _draw(rows: Sequence[Row], axes: Any) -> None:
-    runs = [row for row in rows if row["case"]["run"] in RUNS]
-    bottom = [0.0] * len(runs)
-    for layer in LAYERS:
-        heights = [row["values"]["us"][layer] for row in runs]
-        axes.bar(range(len(runs)), heights, bottom=bottom, label=layer)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    labels = [f"{row['case']['run']}\n{row['case']['chunk_ms']} ms" for row in runs]
-    axes.set_xticks(range(len(runs)), labels, fontsize=7)
-    axes.set(xlabel="run, chunk", ylabel="CPU µs per stream and step", title="Host time without the model")
-    axes.legend()
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the CPU time by layer."""
+    rows = [row for row in result["rows"] if row["case"].get("run") in RUNS]
+    if not rows:
+        return {}
+    totals = [row["values"]["us"]["total"] for row in rows]
+    names = [f"{row['case']['run']}, {row['case']['chunk_ms']} ms" for row in rows]
+    bars = []
+    for row in rows:
+        parts = [max(row["values"]["us"][layer], 0.0) for layer in LAYERS]  # a difference may be below zero
+        bars.append(Bar(parts, f"{tables.digits(row['values']['us']['total'])} µs"))
+    title = (
+        f"Without the model, the host needs {tables.digits(min(totals))} to {tables.digits(max(totals))} µs of CPU "
+        "time per stream and step"
+    )
+    subtitle = "CPU time per stream and step by layer, µs, for parts of the program and chunk sizes."
+    return {"layers": BarChart(title, subtitle, names, [BarPanel("", "µs per stream and step", bars)], parts=LAYERS)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,7 +34,8 @@ import numpy as np
 from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_for
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
+from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, quartiles
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import DEVICE_PRECISIONS, AudioFeed, timed_backend
@@ -268,8 +269,8 @@ def _submit(backend: GpuBackend, inputs: Batch, pending: list[Any]) -> None:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     method, rows = result["method"], result["rows"]
     figures = ("avg", "min", "p50", "p90", "p95", "p99")
     case = ["chunk", "batch", "precision", "backend"]
@@ -308,8 +309,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
     text += [f"Measured rates, {name}: {tables.rates(rates)}." for name, rates in method["machine"].items()]
     size = rows[0]["values"].get("bytes_per_stream") if rows else None
     text += [f"State per stream: {size / 1e6:.2f} MB."] if size else []
-    _draw_breakdown(split, plot("breakdown"))
-    _draw_roofline(rows, plot("roofline"))
     return "\n".join(text) + "\n"
 
 
@@ -323,37 +322,61 @@ def _roofline_time(row: Row) -> str:
     return "device" if "device" in row["figures"] else "step"
 
 
-def _draw_labels(rows: Sequence[Row], axes: Any) -> None:
-    """Label bars with chunk size and batch, and with precision and backend if they differ between the rows."""
-    names = [name for name in ("precision", "backend") if len({row["case"][name] for row in rows}) > 1]
-    labels = [
-        "\n".join([f"{row['case']['chunk_ms']}", f"× {row['case']['batch']}", *(row["case"][name] for name in names)])
-        for row in rows
-    ]
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
-    axes.set_xlabel(" / ".join(["chunk in ms × batch", *names]))
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plots of the parts of a step, and of the times relative to the roofline."""
+    rows = result["rows"]
+    split = [row for row in rows if row["figures"].get("encoder")]
+    drawn: dict[str, Chart] = {"roofline": _roofline_chart(rows)} if rows else {}
+    return {"breakdown": _breakdown_chart(split), **drawn} if split else drawn
 
 
-def _draw_breakdown(rows: Sequence[Row], axes: Any) -> None:
-    bottom = np.zeros(len(rows))
-    for part in PARTS:
-        height = np.array([row["figures"].get(part, {"p50": 0.0})["p50"] for row in rows])
-        axes.bar(range(len(rows)), height, bottom=bottom, label=part)
-        bottom += height
-    _draw_labels(rows, axes)
-    axes.set(ylabel="ms (p50)", title="Breakdown of a step")
-    axes.legend()
+def _breakdown_chart(rows: Sequence[Row]) -> BarChart:
+    shares = [row["figures"]["encoder"]["p50"] / _whole(row)["p50"] for row in rows]
+
+    def bar(row: Row) -> Bar:
+        parts = [row["figures"].get(part, {"p50": 0.0})["p50"] for part in PARTS]
+        return Bar(parts, f"{tables.digits(_whole(row)['p50'])} ms")
+
+    share = tables.low_to_high(100 * min(shares), 100 * max(shares), "{:.0f}")
+    title = f"The encoder takes {share} % of the time of a step"
+    subtitle = "Medians of the parts of a step, in ms, by chunk size and streams per step."
+    return BarChart(title, subtitle, *_panels(rows, "ms", bar), parts=PARTS)
 
 
-def _draw_roofline(rows: Sequence[Row], axes: Any) -> None:
-    ratios = [row["figures"][_roofline_time(row)]["p50"] / row["values"]["roofline_ms"]["roofline"] for row in rows]
-    axes.bar(range(len(rows)), ratios)
-    axes.axhline(1.0, color="black", linewidth=0.7)
-    _draw_labels(rows, axes)
-    axes.set(
-        ylabel="step (p50) ÷ roofline of the encoder",
-        title="Time of a step relative to the roofline",
+def _roofline_chart(rows: Sequence[Row]) -> BarChart:
+    def ratio(row: Row, ms: float) -> float:
+        return float(ms / row["values"]["roofline_ms"]["roofline"])
+
+    def bar(row: Row) -> Bar:
+        median = ratio(row, _whole(row)["p50"])
+        low, high = quartiles(row["ms"][_roofline_time(row)])
+        return Bar([median], f"{median:.1f}", (ratio(row, low), ratio(row, high)))
+
+    ratios = [ratio(row, _whole(row)["p50"]) for row in rows]
+    title = f"A step takes {tables.low_to_high(min(ratios), max(ratios))} times as long as the roofline of its encoder"
+    subtitle = (
+        "Median time of a step ÷ the time that memory bandwidth and arithmetic of this machine allow for the encoder, "
+        "by chunk size and streams per step. Dashed: the roofline; whiskers: 25th to 75th percentile."
     )
+    return BarChart(title, subtitle, *_panels(rows, "time of a step ÷ roofline", bar), reference=1.0)
+
+
+def _whole(row: Row) -> dict[str, float]:
+    """Return the figures of the time that the roofline is compared with."""
+    return dict(row["figures"][_roofline_time(row)])
+
+
+def _panels(rows: Sequence[Row], unit: str, bar: Callable[[Row], Bar]) -> tuple[list[str], list[BarPanel]]:
+    """Return the rows of a chart, by chunk size and batch, and a panel for each precision and backend."""
+    backends = {row["case"]["backend"] for row in rows}
+    found: dict[str, dict[str, Bar]] = {}
+    for row in rows:
+        case = row["case"]
+        setup = case["precision"] + (f", {case['backend']}" if len(backends) > 1 else "")
+        name = f"{case['chunk_ms']} ms, {tables.counted(case['batch'], 'stream')}"
+        found.setdefault(setup, {})[name] = bar(row)
+    names = list(dict.fromkeys(name for bars in found.values() for name in bars))
+    return names, [BarPanel(setup, unit, [bars.get(name) for name in names]) for setup, bars in found.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,14 +10,21 @@ model is small: its figures show that everything works and the cost of the host 
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
 
 import nemostream
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
+from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart
 from nemostream.benchmarks.harness.records import Progress, Record, no_progress
 from nemostream.benchmarks.harness.roofline import measure_machine
 from nemostream.benchmarks.harness.timed import timed_backend
@@ -81,35 +88,73 @@ def measure_quick(
     return records.record("quick", latency["rows"], model=latency["model"], method=method)
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the table of a result as Markdown and draw its plot; `plot(name)` returns axes."""
-    head = ["chunk", "streams", "step p50", "step p99", "push to text p50", "push to text p99", "p99 ÷ chunk", "RTFx"]
+_HEAD = ["chunk", "streams", "step p50", "step p99", "push to text p50", "push to text p99", "p99 ÷ chunk", "RTFx"]
+
+
+def _lines(result: Record) -> list[list[str]]:
     lines = []
     for row in result["rows"]:
         case, step, push = row["case"], row["figures"]["step"], row["figures"]["push"]
-        line = [f"{case['chunk_ms']} ms", case["batch"]]
+        line = [f"{case['chunk_ms']} ms", str(case["batch"])]
         line += [tables.digits(figure) for figure in (step["p50"], step["p99"], push["p50"], push["p99"])]
         lines.append([*line, f"{100 * push['p99'] / case['chunk_ms']:.0f} %", tables.digits(row["values"]["rtfx"])])
-    axes = plot("latency")
-    for batch in sorted({row["case"]["batch"] for row in result["rows"]}):
-        rows = [row for row in result["rows"] if row["case"]["batch"] == batch]
-        sizes = [row["case"]["chunk_ms"] for row in rows]
-        for figure, style in (("p50", "--"), ("p99", "-")):
-            pushes = [row["figures"]["push"][figure] for row in rows]
-            label = f"{batch} stream{'s' if batch > 1 else ''}, {figure}"
-            axes.plot(sizes, pushes, style, marker=".", label=label)
-    axes.plot(sizes, sizes, ":", color="black", label="real time")
-    axes.set(xlabel="chunk, ms", ylabel="push to text, ms", xscale="log", yscale="log", title="Latency by chunk size")
-    axes.set_xticks(sizes, [str(ms) for ms in sizes])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend()
-    method, load = result["method"], tables.other_load(row["values"]["other_work_cores"] for row in result["rows"])
+    return lines
+
+
+def _duration_and_load(result: Record) -> str:
+    load = tables.other_load(row["values"]["other_work_cores"] for row in result["rows"])
+    return f"The benchmark took {result['method']['seconds']:.0f} s. {load}"
+
+
+def show(result: Record) -> str:
+    """Return the table of a result as Markdown."""
     return (
-        f"Times in milliseconds. The benchmark took {method['seconds']:.0f} s. {load}\n\n"
-        f"{tables.markdown(head, lines)}\n\n"
-        f"Transcript of the packaged recording: *{method['transcript']}*\n"
+        f"Times in milliseconds. {_duration_and_load(result)}\n\n{tables.markdown(_HEAD, _lines(result))}\n\n"
+        f"Transcript of the packaged recording: *{result['method']['transcript']}*\n"
     )
+
+
+def display(result: Record, console: Console | None = None) -> None:
+    """Print the table of a result for a terminal of 80 columns; without lines and colours if it is not a terminal."""
+    console = console or Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for name in _HEAD:
+        table.add_column(re.sub(r" (?=p\d\d$|text|chunk)", "\n", name, count=1), justify="right", no_wrap=True)
+    sizes = [row["case"]["chunk_ms"] for row in result["rows"]]
+    for line, row, following in zip(_lines(result), result["rows"], [*sizes[1:], None], strict=True):
+        late = row["figures"]["push"]["p99"] >= row["case"]["chunk_ms"]
+        line[6] = f"[bold red]{line[6]}[/]" if late else f"[green]{line[6]}[/]"
+        table.add_row(*line, end_section=following != row["case"]["chunk_ms"])
+    hardware = result["hardware"]
+    machine = hardware["gpu"] or f"{hardware['cpu']}, {tables.counted(hardware['cores'], 'core')}"
+    console.print(f"[bold]{escape(result['model']['name'])}[/] on {escape(machine)}. Times in milliseconds.")
+    console.print(Padding(table, (0 if console.is_terminal else 1, 0)))
+    remarks = (
+        "step: one chunk of every stream, from samples to tokens. push to text: from the last samples of a chunk to "
+        "its text; below 100 % of the chunk is real time. RTFx: seconds of audio transcribed per second.",
+        f"Transcript of the packaged recording: [italic]{escape(result['method']['transcript'])}[/]",
+        re.sub(r"\*\*(.*)\*\*", r"[bold red]\1[/]", _duration_and_load(result)),
+    )
+    console.print("\n\n".join(remarks), soft_wrap=not console.is_terminal)
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the times from push to text, relative to the chunk duration."""
+    rows = sorted(result["rows"], key=lambda row: (row["case"]["batch"], row["case"]["chunk_ms"]))
+    names, bars = [], []
+    for row in rows:
+        case, push = row["case"], row["figures"]["push"]
+        names.append(f"{case['chunk_ms']} ms, {tables.counted(case['batch'], 'stream')}")
+        median, slow = (100 * push[figure] / case["chunk_ms"] for figure in ("p50", "p99"))
+        text = f"{tables.digits(push['p50'])} ms, p99 {tables.digits(push['p99'])} ms"
+        bars.append(Bar([median], text, (median, slow)))
+    slowest = max(bar.end for bar in bars)
+    title = f"Text comes within {slowest:.0f} % of the chunk duration (p99)"
+    subtitle = (
+        "Time from pushing the last samples of a chunk to its text, relative to the chunk duration, by chunk size and "
+        "streams. Bars: median; whiskers: p99. More than 100 % is slower than real time."
+    )
+    return {"latency": BarChart(title, subtitle, names, [BarPanel("", "% of the chunk duration", bars)])}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bundle, options.repeats, records.report_progress, device=options.device, engines=options.engines
         )
 
-    command.run(measure, options)
+    command.run(measure, options, display)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     nemostream bench report bench-results/latency.json --against older/latency.json
     nemostream bench report --pages      # performance section of the README and docs/performance.md, in a checkout
 
-The module of each benchmark defines `show(result, plot)`, which renders its result. The speed and accuracy figures in
+The module of each benchmark defines `show(result)`, which returns its tables, and `charts(result)`, which returns its
+plots, if it has any. The speed and accuracy figures in
 README.md and docs/performance.md are generated from the results in `benchmarks/results`, the largest of which are
 compressed; a test checks that they are up to date.
 
@@ -17,8 +18,8 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -27,22 +28,31 @@ from typing import Any
 import numpy as np
 
 from nemostream.benchmarks import module_name
-from nemostream.benchmarks.harness import records, tables
+from nemostream.benchmarks.harness import plots, records, tables
 from nemostream.benchmarks.harness.load import SEARCH_RESOLUTION
+from nemostream.benchmarks.harness.plots import Chart
 from nemostream.benchmarks.harness.records import Record, Row
 from nemostream.errors import NemostreamError, OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 _NOISE = 0.03  # relative difference between two runs of the same program on the same machine
-_WITHOUT_TIME = {"png": {"Software": None}, "svg": {"Date": None}}  # metadata of plots
 _PER_RUN = ("machine", "skipped", "other_work_cores")  # keys of `method` that differ between runs
 _BEGIN, _END = "<!-- performance: written by `nemostream bench report --pages` -->", "<!-- performance: end -->"
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return a result as Markdown: where it was measured, and its tables. `plot(name)` returns axes for a plot."""
-    module = import_module(module_name(result["benchmark"]))
-    return f"{measured_on(result)}\n\n{module.show(result, plot)}"
+def show(result: Record) -> str:
+    """Return a result as Markdown: where it was measured, and its tables."""
+    return f"{measured_on(result)}\n\n{_module(result).show(result)}"
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plots of a result by name; empty if its benchmark has none."""
+    module = _module(result)
+    return module.charts(result) if hasattr(module, "charts") else {}
+
+
+def _module(result: Record) -> Any:
+    return import_module(module_name(result["benchmark"]))
 
 
 def measured_on(result: Record) -> str:
@@ -76,21 +86,36 @@ def describe(model: dict[str, Any]) -> str:
     return f"{model.get('name', '?')}{size}"
 
 
-def write_report(results: Sequence[Record], path: Path, against: Sequence[Record] = ()) -> str:
-    """Write a Markdown report to `path` and its plots as PNG and SVG next to it. Return the text. Needs matplotlib."""
-    parts = []
+def footer(results: Sequence[Record]) -> str:
+    """Return machine, model, commits and dates of results of the same machine and model, for their plot."""
+    hardware = results[0]["hardware"]
+    machine = hardware.get("gpu") or f"{hardware['cpu']}, {tables.counted(hardware['cores'], 'core')}"
+    commits = dict.fromkeys(re.sub(r"^(\w{8})\w+", r"\1", result["commit"] or "unknown") for result in results)
+    dates = sorted({result["time"][:10] for result in results})
+    return f"{machine} · model {describe(results[0]['model'])} · commit {', '.join(commits)} · {', '.join(dates)}"
+
+
+def write_report(results: Sequence[Record], path: Path, against: Sequence[Record] = ()) -> tuple[str, list[Path]]:
+    """Write a Markdown report to `path` and its plots as PNG and SVG next to it. Needs matplotlib.
+
+    Returns the text and the files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts, files = [], [path]
     for result in results:
         stem = path.with_name(f"{path.stem}-{result['benchmark']}" if len(results) > 1 else path.stem)
-        with plots(stem) as (plot, names):
-            text = show(result, plot)
-        pictures = "\n".join(f"![{name}]({name}.svg)" for name in names)
-        parts.append(f"## {result['benchmark']}\n\n{text}\n{pictures}\n")
+        pictures = []
+        for name, chart in charts(result).items():
+            files += [stem.with_name(f"{stem.name}-{name}.{kind}") for kind in ("png", "svg")]
+            for picture in files[-2:]:
+                plots.write(chart, picture, footer([result]))
+            pictures.append(f"![{chart.title}]({files[-1].name})")
+        parts.append("\n".join([f"## {result['benchmark']}\n\n{show(result)}", *pictures, ""]))
         for old in against:
             if old["benchmark"] == result["benchmark"]:
                 parts.append(changes(result, old))
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
-    return "\n".join(parts)
+    return "\n".join(parts), files
 
 
 @dataclass(frozen=True)
@@ -187,33 +212,6 @@ def changes(new: Record, old: Record) -> str:
     return f"{title}\n\nTimes are medians.{warning}\n\n{table}\n"
 
 
-@contextmanager
-def plots(stem: Path, kinds: Sequence[str] = ("png", "svg")) -> Iterator[tuple[Callable[[str], Any], list[str]]]:
-    """Yield a function that returns axes by name, and the names of the files; write the plots on exit.
-
-    Files are `{stem}-{name}.{kind}`; the same plot gives the same bytes in each run.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figures: dict[str, Figure] = {}
-
-    def plot(name: str) -> Any:
-        figure = figures[f"{stem.name}-{name}"] = Figure(figsize=(8, 4.5), layout="constrained")
-        return figure.add_subplot()
-
-    names: list[str] = []
-    yield plot, names
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "nemostream", "svg.fonttype": "none"}):
-        for name, figure in figures.items():
-            for kind in kinds:
-                FigureCanvasAgg(figure)
-                figure.savefig(stem.with_name(f"{name}.{kind}"), dpi=110, metadata=_WITHOUT_TIME[kind])
-            names.append(name)
-
-
 # -- the pages ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,15 +228,15 @@ def pages(root: Path) -> dict[Path, str]:
         "is the packaged model.",
     ]
     for name, result in results.items():
-        stem = root / "benchmarks" / "results" / name
-        drawn = sorted(each.name for each in stem.parent.glob(f"{name}-*.svg"))
-        text = show(result, _no_plot)
-        pictures = [f"![{each}](../benchmarks/results/{each})" for each in drawn]
-        performance += ["", f"## {name}", "", text.rstrip(), "", *pictures]
+        pictures = [
+            f"![{chart.title}](../benchmarks/results/{name}-{kind}.svg)" for kind, chart in charts(result).items()
+        ]
+        performance += ["", f"## {name}", "", show(result).rstrip(), "", *pictures]
     readme = (root / "README.md").read_text(encoding="utf-8")
     before, rest = readme.split(_BEGIN)
     _, after = rest.split(_END)
-    section = [_BEGIN, "", *_headlines(results), "", _END]
+    overviews = [f"![{chart.title}](benchmarks/results/{name}.svg)" for name, (chart, _) in _overviews(results).items()]
+    section = [_BEGIN, "", *overviews, "", *_headlines(results), "", _END]
     return {
         root / "README.md": before + "\n".join(section) + after,
         root / "docs" / "performance.md": "\n".join(performance).rstrip() + "\n",
@@ -251,7 +249,7 @@ def committed(root: Path) -> dict[str, Record]:
     for path in sorted((root / "benchmarks" / "results").glob("*.json*")):
         with suppress(OptionError):  # of another schema
             result = records.read(path)
-            if hasattr(import_module(module_name(result["benchmark"])), "show"):
+            if hasattr(_module(result), "show"):
                 found[path.name.partition(".")[0]] = result
     return found
 
@@ -267,32 +265,31 @@ def merge(results: Sequence[Record]) -> list[Record]:
     return list(merged.values())
 
 
+def _overviews(results: dict[str, Record]) -> dict[str, tuple[Chart, str]]:
+    """Return the plots of the README by name, each with its footer."""
+    found: dict[str, tuple[Chart, str]] = {}
+    for result in merge(list(results.values())):
+        if hasattr(_module(result), "overview"):
+            name, chart = _module(result).overview(result)
+            setup = [result[key] for key in ("benchmark", "hardware", "model")]
+            sources = [
+                each for each in results.values() if [each[k] for k in ("benchmark", "hardware", "model")] == setup
+            ]
+            found.setdefault(name, (chart, footer(sources)))
+    return found
+
+
 def _headlines(results: dict[str, Record]) -> list[str]:
     """Return a bullet of each benchmark's first result that has a headline."""
     lines: dict[str, str] = {}
     for result in merge(list(results.values())):
-        module = import_module(module_name(result["benchmark"]))
-        if hasattr(module, "headline") and (line := module.headline(result)):
+        if hasattr(_module(result), "headline") and (line := _module(result).headline(result)):
             lines.setdefault(result["benchmark"], f"* {line}")
     return [
         *lines.values(),
         "",
         "All tables, plots, methods and machines are in [docs/performance.md](docs/performance.md).",
     ]
-
-
-class _NullAxes:
-    """Axes that ignore all drawing calls."""
-
-    def __getattr__(self, name: str) -> Any:
-        return _NullAxes()
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return _NullAxes()
-
-
-def _no_plot(name: str) -> Any:
-    return _NullAxes()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -311,11 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise OptionError("nothing to report: give RESULT files or --pages.")
         if options.results:
             results, against = ([records.read(path) for path in paths] for paths in (options.results, options.against))
-            print(write_report(results, options.out, against), end="")
+            print(write_report(results, options.out, against)[0], end="")
         if options.pages:
-            for name, result in committed(ROOT).items():
-                with plots(ROOT / "benchmarks" / "results" / name, ("svg",)) as (plot, _):
-                    show(result, plot)
+            found, folder = committed(ROOT), ROOT / "benchmarks" / "results"
+            for name, result in found.items():
+                for kind, chart in charts(result).items():
+                    plots.write(chart, folder / f"{name}-{kind}.svg", footer([result]))
+            for name, (chart, source) in _overviews(found).items():
+                plots.write(chart, folder / f"{name}.svg", source)
             for path, text in pages(ROOT).items():
                 path.write_text(text, encoding="utf-8")
                 records.report_progress(f"written: {path}")

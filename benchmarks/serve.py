@@ -23,7 +23,7 @@ import os
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from nemostream import Endpoint
 from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
 from nemostream.benchmarks.harness.server_process import server_process
 from nemostream.bundle import Bundle
@@ -282,8 +283,8 @@ def parse_cpu_ticks(stat: str) -> int:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     head = [
         "clients",
         "chunk",
@@ -323,16 +324,14 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         f"per row; clients and server on the same {method['threads']} cores. "
         f"{tables.other_load([method['other_work_cores']])}"
     )
-    _draw(result, plot("final"))
     return f"{headline(result)}\n\n{text}\n\n{tables.markdown(head, lines)}\n".lstrip()
 
 
 def headline(result: Record) -> str:
     """Return a sentence for the README; empty if no number of clients passed."""
-    passed = [row for row in result["rows"] if row["values"]["passed"]]
-    if not passed:
+    row = _best(result)
+    if row is None:
         return ""
-    row = max(passed, key=lambda row: row["case"]["streams"])
     found, hardware = row["figures"]["final text"], result["hardware"]
     return (
         f"**{row['case']['streams']} WebSocket streams** with {row['case']['chunk_ms']} ms chunks: "
@@ -342,21 +341,39 @@ def headline(result: Record) -> str:
     )
 
 
-def _draw(result: Record, axes: Any) -> None:
-    rows = [row for row in result["rows"] if row["figures"]]
-    for figure in ("p50", "p95", "p99"):
+def _best(result: Record) -> Row | None:
+    """Return the row of the largest number of clients that passed."""
+    passed = [row for row in result["rows"] if row["values"]["passed"]]
+    return max(passed, key=lambda row: row["case"]["streams"], default=None)
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the times to the final text by number of clients."""
+    rows = sorted((row for row in result["rows"] if row["figures"]), key=lambda row: row["case"]["streams"])
+    if not rows:
+        return {}
+    curves = []
+    for series, figure in enumerate(("p99", "p95", "p50")):
         points = [(row["case"]["streams"], row["figures"]["final text"][figure]) for row in rows]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=figure)
-    axes.set(
-        xlabel="concurrent WebSocket clients",
-        ylabel="ms from last audio to final text",
-        yscale="log",
-        title="Time to the final text by number of clients",
+        curves.append(Curve(figure, points, style="plain", series=series))
+        for style, passed in (("points", True), ("crosses", False)):
+            if marks := [at for at, row in zip(points, rows, strict=True) if row["values"]["passed"] == passed]:
+                curves.append(Curve("", marks, style=style, series=series))
+    best = _best(result)
+    title = "No number of clients passed"
+    if best:
+        found = best["figures"]["final text"]
+        title = (
+            f"{best['case']['streams']} WebSocket streams: the final text comes {tables.digits(found['p50'])} ms (p99 "
+            f"{tables.digits(found['p99'])} ms) after the last audio"
+        )
+    limit = rows[0]["case"]["chunk_ms"] + GRACE_MS
+    subtitle = (
+        f"Time from the last audio of an utterance to its final text, {rows[0]['case']['chunk_ms']} ms chunks; clients "
+        "and server on the same cores. Filled marks: passed; crosses: failed. Limit: the largest p99 that passes."
     )
-    axes.yaxis.set_major_formatter("{x:g}")
-    if rows:
-        axes.legend()
+    panel = CurvePanel("", curves, limit=limit)
+    return {"final": CurveChart(title, subtitle, [panel], "concurrent WebSocket streams", " ms", log_y=True)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

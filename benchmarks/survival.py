@@ -35,11 +35,11 @@ import sys
 import tempfile
 import urllib.request
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -542,38 +542,19 @@ def rows_of(
     return rows
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
+_HEAD = ["fault", "times", "streams", "reconnections", "p50", "p99", "max", "equal", "events lost", "repeated", "lost"]
+
+
+def show(result: Record) -> str:
     """Return the table of a result as Markdown."""
-    head = [
-        "fault",
-        "times",
-        "streams",
-        "reconnections",
-        "p50",
-        "p99",
-        "max",
-        "equal",
-        "events lost",
-        "repeated",
-        "lost",
-    ]
     lines = []
     for row in result["rows"]:
         values, gap = row["values"], row["figures"].get("gap")
         times = [tables.digits(gap[name] / 1000) if gap else "–" for name in ("p50", "p99", "max")]
-        lines.append(
-            [
-                row["case"]["fault"],
-                values["faults"],
-                values["streams"],
-                values["reconnects"],
-                *times,
-                values["equal"],
-                values["lost_events"],
-                values["repeated_events"],
-                values["lost_streams"],
-            ]
-        )
+        line = [row["case"]["fault"], *(values[name] for name in ("faults", "streams", "reconnects")), *times]
+        # Of no stream, nothing can be equal or lost.
+        found = [values[name] for name in ("equal", "lost_events", "repeated_events", "lost_streams")]
+        lines.append([*line, *(found if values["streams"] else "–" * len(found))])
     method = result["method"]
     text = (
         f"{method['streams']} streams of {method['seconds']:.0f} s with {method['chunk_ms']} ms chunks, "
@@ -584,7 +565,7 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         "many of them have exactly the events of a stream without interruption. "
         f"{tables.other_load([method['other_work_cores']])}"
     )
-    return f"{text}\n\n{tables.markdown(head, lines)}\n"
+    return f"{text}\n\n{tables.markdown(_HEAD, lines)}\n"
 
 
 def passed(result: Record) -> bool:

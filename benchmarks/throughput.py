@@ -20,7 +20,8 @@ from typing import Any
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
-from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, no_progress
+from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
 from nemostream.engines import speech
@@ -93,8 +94,8 @@ def time_set(
     return audio, times
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the table of a result as Markdown and draw its plot; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the table of a result as Markdown."""
     rows, method = result["rows"], result["method"]
     lines = [
         [
@@ -107,24 +108,44 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         ]
         for row in rows
     ]
-    axes = plot("rtfx")
-    for precision, ms in dict.fromkeys((row["case"]["precision"], row["case"]["chunk_ms"]) for row in rows):
-        points = [
-            (row["case"]["batch"], row["values"]["rtfx"])
-            for row in rows
-            if (row["case"]["precision"], row["case"]["chunk_ms"]) == (precision, ms)
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{precision}, {ms} ms chunks")
-    axes.set(
-        xlabel="concurrent recordings", ylabel="RTFx", ylim=(0, None), title="Seconds of audio transcribed per second"
-    )
-    axes.legend()
     head = ["chunk", "concurrent recordings", "precision", "audio, s", "time, s", "RTFx"]
     return (
         f"{method['recordings']} recordings; {method['device']}, {method['threads']} threads. Time for the whole set, "
         f"{method['repeats']} runs: median [minimum–maximum]. {tables.other_load([method['other_work_cores']])}\n\n"
         f"{tables.markdown(head, lines)}\n"
     )
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the seconds of audio per second."""
+    rows = result["rows"]
+    found = {(_setup(row), row["case"]["batch"]): row for row in rows}
+    names = list(dict.fromkeys(_setup(row) for row in rows))
+    panels = []
+    for batch in sorted({row["case"]["batch"] for row in rows}):
+        bars = [_bar(found[name, batch]) if (name, batch) in found else None for name in names]
+        panels.append(BarPanel(tables.counted(batch, "recording") + " at a time", "seconds of audio per second", bars))
+    best = max(rows, key=lambda row: row["values"]["rtfx"])
+    title = (
+        f"Up to {tables.digits(best['values']['rtfx'])} seconds of audio per second: "
+        f"{best['case']['chunk_ms']} ms chunks, {best['case']['precision']}, "
+        f"{tables.counted(best['case']['batch'], 'recording')} at a time"
+    )
+    subtitle = (
+        f"Seconds of audio transcribed per second (RTFx) by chunk size, precision and concurrent recordings. Median of "
+        f"{result['method']['repeats']} runs; whiskers: slowest and fastest run."
+    )
+    return {"rtfx": BarChart(title, subtitle, names, panels)}
+
+
+def _setup(row: Row) -> str:
+    return f"{row['case']['chunk_ms']} ms, {row['case']['precision']}"
+
+
+def _bar(row: Row) -> Bar:
+    audio, rate, times = row["values"]["audio_seconds"], row["values"]["rtfx"], row["ms"]["whole set"]
+    low, high = (records.rtfx(audio, ms / 1000) for ms in (max(times), min(times)))
+    return Bar([rate], tables.digits(rate), (low, high))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -30,9 +30,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.bundle import Bundle, ChunkConfig, sha256
 from nemostream.engine.attention import fuse_attention
 from nemostream.errors import BackendError
+from nemostream.runtime.backends import int8
 
 CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 
@@ -92,52 +93,116 @@ def write_typed(
         return writer.write(folder / f"{stem}.onnx")
 
 
-def write_int8_for_cpu(bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: str) -> list[Path]:
+def write_int8_for_cpu(
+    bundle: Bundle, chunk: ChunkConfig, folder: Path, stem: str, *, fused: bool = False
+) -> list[Path]:
     """Write the fp32 step with its large linear layers in 8 bit, for ONNX Runtime's CPU provider.
 
     Weights are scaled per column, inputs per frame by their largest magnitude. ONNX Runtime's dynamic quantisation has
     one scale per batch, so that the results of a stream would depend on the other streams; static ranges were less
-    accurate in all experiments (`docs/engines.md`). Inputs are unsigned and weights signed, as VNNI and AMX require.
+    accurate in all experiments (`docs/engines.md`). With `fused`, a layer, its bias, and the SiLU or the sum after it
+    are one operator of `runtime.backends.int8`. Otherwise they are ONNX Runtime's; inputs are unsigned and weights
+    signed, as its VNNI and AMX kernels require.
+
+    The operator reads weights where the file is mapped. The `fused` steps of all chunk sizes therefore share a weight
+    file, named after its contents, and a process that loads several has one copy in memory.
     """
     model = read_encoder(bundle, chunk)
     graph = model.graph
     names = quantisable(model)
-    nodes: list[NodeProto] = []
-    with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
-        constants: dict[str, Array] = {
-            "int8/share": np.array(1 / 127, np.float32),
-            "int8/min_scale": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
-            "int8/one": np.array(1, np.float32),
-            "int8/middle": np.array(128, np.uint8),
-            "int8/zero": np.array(0, np.int8),
-            "int8/last": np.array([-1]),
-        }
-        added = [weights.tensor(name, array) for name, array in constants.items()]
-        for node in graph.node:
-            if node.op_type != "MatMul" or node.input[1] not in names:
-                nodes.append(node)
-                continue
-            (x, weight), (y,) = node.input, node.output
-            values, scale = _per_column(weights.read(weight), "int8")
-            added += [weights.tensor(f"{weight}:int8", values), weights.tensor(f"{weight}:scale", scale)]
-            product = [f"{y}:x8", f"{weight}:int8", "int8/one", f"{weight}:scale", "int8/middle", "int8/zero"]
-            for kind, inputs, output in (
-                ("Abs", [x], f"{y}:magnitude"),
-                ("ReduceMax", [f"{y}:magnitude", "int8/last"], f"{y}:largest"),
-                ("Mul", [f"{y}:largest", "int8/share"], f"{y}:step"),
-                ("Max", [f"{y}:step", "int8/min_scale"], f"{y}:unit"),
-                ("Div", [x, f"{y}:unit"], f"{y}:scaled"),
-                ("QuantizeLinear", [f"{y}:scaled", "int8/one", "int8/middle"], f"{y}:x8"),
-                ("MatMulIntegerToFloat", product, f"{y}:product"),
-                ("Mul", [f"{y}:product", f"{y}:unit"], y),
-            ):
-                domain = "com.microsoft" if kind == "MatMulIntegerToFloat" else ""
-                nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", domain=domain))
+    layers = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in names]
+    files = [folder / f"{stem}.onnx", folder / f"{stem}.bin"]
+    with _WeightFile(bundle, model, files[1]) as weights:
+        if fused:
+            with _WeightFile(bundle, model, folder / "int8.bin") as shared:
+                replaced, added = _fused_layers(graph, layers, shared)
+            files.append(shared.name_after_contents(added))
+        else:
+            replaced, added = _separate_layers(graph, layers, weights)
         copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name not in names]
         _replace(graph.initializer, copied + added)
-        _replace(graph.node, nodes)
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return _save(model, folder / f"{stem}.onnx", weights.path)
+        _replace(graph.node, [new for node in graph.node for new in replaced.get(node.output[0], [node])])
+    domain, version = (int8.DOMAIN, int8.VERSION) if fused else ("com.microsoft", 1)
+    model.opset_import.append(helper.make_opsetid(domain, version))
+    files[0].write_bytes(model.SerializeToString(deterministic=True))
+    return files
+
+
+# What replaces nodes, by their (first) output, and the new initializers.
+_Replacement = tuple[dict[str, list[NodeProto]], list[TensorProto]]
+
+
+def _separate_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weights: _WeightFile) -> _Replacement:
+    """Quantise inputs with ONNX's operators and multiply with `MatMulIntegerToFloat`."""
+    constants: dict[str, Array] = {
+        "int8/share": np.array(1 / 127, np.float32),
+        "int8/min_scale": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
+        "int8/one": np.array(1, np.float32),
+        "int8/middle": np.array(128, np.uint8),
+        "int8/zero": np.array(0, np.int8),
+        "int8/last": np.array([-1]),
+    }
+    replaced: dict[str, list[NodeProto]] = {}
+    added = [weights.tensor(name, array) for name, array in constants.items()]
+    for node in layers:
+        (x, weight), (y,) = node.input, node.output
+        values, scale = _per_column(weights.read(weight), "int8")
+        added += [weights.tensor(f"{weight}:int8", values), weights.tensor(f"{weight}:scale", scale)]
+        product = [f"{y}:x8", f"{weight}:int8", "int8/one", f"{weight}:scale", "int8/middle", "int8/zero"]
+        replaced[y] = []
+        for kind, inputs, output in (
+            ("Abs", [x], f"{y}:magnitude"),
+            ("ReduceMax", [f"{y}:magnitude", "int8/last"], f"{y}:largest"),
+            ("Mul", [f"{y}:largest", "int8/share"], f"{y}:step"),
+            ("Max", [f"{y}:step", "int8/min_scale"], f"{y}:unit"),
+            ("Div", [x, f"{y}:unit"], f"{y}:scaled"),
+            ("QuantizeLinear", [f"{y}:scaled", "int8/one", "int8/middle"], f"{y}:x8"),
+            ("MatMulIntegerToFloat", product, f"{y}:product"),
+            ("Mul", [f"{y}:product", f"{y}:unit"], y),
+        ):
+            domain = "com.microsoft" if kind == "MatMulIntegerToFloat" else ""
+            replaced[y].append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", domain=domain))
+    return replaced, added
+
+
+def _fused_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weights: _WeightFile) -> _Replacement:
+    """Replace each layer, and what follows it, by one `Int8Linear` in the place of the last of these nodes."""
+    constants = {tensor.name for tensor in graph.initializer}
+    results = {value.name for value in graph.output}
+    consumers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+
+    def added_to(y: str) -> str | None:
+        """Return what is added to `y` if it has no other use."""
+        users = [] if y in results else consumers.get(y, [])
+        if len(users) != 1 or users[0].op_type != "Add":
+            return None
+        return next(name for name in users[0].input if name != y)
+
+    replaced: dict[str, list[NodeProto]] = {}
+    added = []
+    for node in layers:
+        (x, weight), (y,) = node.input, node.output
+        values, scale = _per_column(weights.read(weight), "int8")
+        added += [weights.tensor(f"{weight}:panels", int8.panels(values)), weights.tensor(f"{weight}:scale", scale)]
+        bias = residual = ""
+        silu, last = False, y
+        if (other := added_to(last)) in constants:
+            bias, last = other or "", consumers[last][0].output[0]
+            replaced[y] = []
+        kinds = {user.op_type: user for user in consumers.get(last, [])}
+        if kinds.keys() == {"Sigmoid", "Mul"} and set(kinds["Mul"].input) == {last, kinds["Sigmoid"].output[0]}:
+            replaced[last] = replaced[kinds["Sigmoid"].output[0]] = []
+            silu, last = True, kinds["Mul"].output[0]
+        elif other := added_to(last):
+            replaced[last] = []
+            residual, last = other, consumers[last][0].output[0]
+        inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual]
+        fused = helper.make_node("Int8Linear", inputs, [last], f"Int8Linear/{y}", domain=int8.DOMAIN, silu=int(silu))
+        replaced[last] = [fused]
+    return replaced, added
 
 
 class _GraphConverter:
@@ -179,7 +244,8 @@ class _GraphConverter:
         custom = [opset for opset in self._model.opset_import if opset.domain]
         _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET), *custom])
         del graph.value_info[:]
-        return _save(self._model, path, self._weights.path)
+        path.write_bytes(self._model.SerializeToString(deterministic=True))
+        return [path, self._weights.path]
 
     def _find_score_sums(self) -> set[str]:
         """Return the sums of attention scores, which feed softmax."""
@@ -298,6 +364,15 @@ class _WeightFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def name_after_contents(self, tensors: Sequence[TensorProto]) -> Path:
+        """Rename the file, which is closed, to `int8-{hash}.bin`; update the `tensors` in it, and return its path."""
+        self.path = self.path.rename(self.path.with_name(f"int8-{sha256(self.path)[:16]}.bin"))
+        for tensor in tensors:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = self.path.name
+        return self.path
+
     def read(self, name: str) -> Array:
         """Return an initializer of the original graph, mapped into memory if it is external."""
         tensor = self._tensors[name]
@@ -333,8 +408,3 @@ def _replace(repeated, values) -> None:  # type: ignore[no-untyped-def]
     values = list(values)
     del repeated[:]
     repeated.extend(values)
-
-
-def _save(model: onnx.ModelProto, path: Path, weights: Path) -> list[Path]:
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    return [path, weights]

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from nemostream.bundle import ChunkConfig
@@ -271,17 +272,22 @@ class _EncoderWriter:
         x = g.concat(cache, x, axis=2)
         state = g.slice(x, frames, frames + spec.conv_cache, 2)
         weight, bias = self._depthwise(name)
-        x = g.op("Conv", x, *([weight, bias] if bias else [weight]), group=spec.d_model)
-        x = g.transpose(x, 0, 2, 1)
+        # Two dimensions: with one, ONNX Runtime has no kernel for depthwise convolutions, and takes ten times as long.
+        x = g.op("Conv", g.unsqueeze(x, 2), *([weight, bias] if bias else [weight]), group=spec.d_model)
+        x = g.reshape(g.transpose(x, 0, 3, 1, 2), 0, 0, spec.d_model)
         if self.ckpt.conv_norm == "layer_norm":
             x = self._layer_norm(x, f"{name}.batch_norm")
         return self._layer_linear(g.silu(x), f"{name}.pointwise_conv2"), state
 
     def _depthwise(self, name: str) -> tuple[str, str | None]:
-        """Return weight [D, 1, K + 1] and bias [D], with the running statistics of a batch norm folded in."""
+        """Return weight [D, 1, 1, K + 1] and bias [D], with the running statistics of a batch norm folded in."""
         g, ckpt = self.g, self.ckpt
+
+        def kernel() -> NDArray[Any]:
+            return ckpt.array(f"{name}.depthwise_conv.weight")[:, :, None]
+
         if ckpt.conv_norm == "layer_norm":
-            weight = g.weight(f"{name}.depthwise_conv.weight", lambda: ckpt.array(f"{name}.depthwise_conv.weight"))
+            weight = g.weight(f"{name}.depthwise_conv.weight", kernel)
             if not ckpt.use_bias:
                 return weight, None
             return weight, g.weight(f"{name}.depthwise_conv.bias", lambda: ckpt.array(f"{name}.depthwise_conv.bias"))
@@ -293,7 +299,7 @@ class _EncoderWriter:
             }
             scale = norm["weight"] / np.sqrt(norm["running_var"] + 1e-5)
             shift = ckpt.array(f"{name}.depthwise_conv.bias") if ckpt.use_bias else 0.0
-            weight = ckpt.array(f"{name}.depthwise_conv.weight") * scale[:, None, None]
+            weight = kernel() * scale[:, None, None, None]
             bias = (shift - norm["running_mean"]) * scale + norm["bias"]
             return weight.astype(np.float32), bias.astype(np.float32)
 

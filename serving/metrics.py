@@ -15,6 +15,10 @@ import nemostream
 # Dense around the chunk sizes, 80 to 1120 ms: what matters is whether a step or a result takes less than its chunk.
 _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.28, 0.4, 0.56, 0.8, 1.12, 2.24, 5.0)
 _STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# The values of labels, which are exported before they are first used: a rate needs the value before an increase.
+_TRANSPORTS = ("websocket", "riva", "realtime", "http")
+_REJECTIONS = ("CapacityError", "Draining", "OptionError")
+_DENIALS = ("key", "origin", "host")
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where `prometheus_client` keeps the values of several processes
 
 
@@ -106,6 +110,16 @@ class Metrics:
         self.degradation_level = _gauge(
             registry, "nemostream_degradation_level", "Number of sizes by which chunks are larger than requested."
         )
+        labelled: list[tuple[Counter | Gauge, Sequence[str]]] = [
+            (self.streams, _TRANSPORTS),
+            (self.opened, _TRANSPORTS),
+            (self.failed, _TRANSPORTS),
+            (self.rejected, _REJECTIONS),
+            (self.denied, _DENIALS),
+        ]
+        for metric, values in labelled:
+            for value in values:
+                metric.labels(value)
 
     def describe(self, model: str, device: str, transports: int) -> None:
         """Set what the server is, and now as its start. Called by one process of a server."""

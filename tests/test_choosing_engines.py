@@ -71,6 +71,20 @@ def opened(bundle: Bundle, store: PlanStore, **options: Any) -> Opened:
     return caught.value
 
 
+def test_engines_with_the_operator_are_preferred_where_it_runs(
+    demo_bundle: Bundle, store: PlanStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix = ["+int8-linear.1"]
+    monkeypatch.setattr("nemostream.runtime.backends.int8.engine_suffix", lambda: suffix[0])
+    plain = put(store, demo_bundle, **INT8)
+    assert opened(demo_bundle, store, precision="int8").options["plans"][560].recipe == plain.recipe
+    fused = put(store, demo_bundle, **INT8, library="1.30+int8-linear.1")
+    put(store, demo_bundle, **INT8, library="1.30+int8-linear.2")
+    assert opened(demo_bundle, store, precision="int8").options["plans"][560].recipe == fused.recipe
+    suffix[0] = ""  # not compiled, or another processor
+    assert opened(demo_bundle, store, precision="int8").options["plans"][560].recipe == plain.recipe
+
+
 def test_an_engine_for_this_cpu(demo_bundle: Bundle, store: PlanStore) -> None:
     plans = {ms: put(store, demo_bundle, ms, **INT8) for ms in (80, 560)}
     call = opened(demo_bundle, store, precision="int8", capacity=5, max_batch=3, threads=2)
@@ -277,7 +291,7 @@ def test_an_engine_is_built_once_and_again_if_it_is_damaged(
     pytest.importorskip("onnx", reason="needs the build extra")
     calls: list[str] = []
 
-    def write(bundle: Bundle, chunk: Any, folder: Path, stem: str) -> list[Path]:
+    def write(bundle: Bundle, chunk: Any, folder: Path, stem: str, *, fused: bool) -> list[Path]:
         calls.append(f"build {chunk.ms}")
         (folder / f"{stem}.bin").write_bytes(b"weights")
         return [folder / f"{stem}.bin"]
@@ -341,7 +355,8 @@ def test_a_validation_opens_and_closes_both_backends(
     chunk = demo_bundle.manifest.chunk(560)
     if device == "cpu":
         monkeypatch.setattr(
-            "nemostream.engine.precision.write_int8_for_cpu", lambda bundle, chunk, folder, stem: [empty(folder / stem)]
+            "nemostream.engine.precision.write_int8_for_cpu",
+            lambda bundle, chunk, folder, stem, fused: [empty(folder / stem)],
         )
 
         def use() -> Any:

@@ -30,7 +30,7 @@ def package_files() -> dict[str, Path]:
     found = {}
     for folder, subfolders, names in os.walk(SOURCE / "nemostream", followlinks=True):
         subfolders[:] = [name for name in subfolders if name not in ("__pycache__", "results")]
-        paths = (Path(folder, name) for name in names if not name.endswith((".md", ".pyc")))
+        paths = (Path(folder, name) for name in names if not name.endswith((".md", ".pyc", ".so")))
         found |= {path.relative_to(SOURCE).as_posix(): path for path in paths}
     return found
 
@@ -39,11 +39,11 @@ def package_files() -> dict[str, Path]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build as for a release, from the source distribution of a copy without an old `build/`."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "LICENSE", "NOTICE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, tree)
     links = [path.name for path in (SOURCE / "nemostream").iterdir() if path.is_symlink()]
     for folder in ("src", *links):
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore)
     command = [sys.executable, "-m", "build", "--outdir", str(out), str(tree)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -65,6 +65,9 @@ def test_the_wheel_contains_the_tree(wheel: Path) -> None:
         # The sizes reveal a file that is empty, or another one of the same name.
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     expected = package_files()
+    compiled = {name for name in shipped if name.endswith(".so")}
+    assert [name.partition(".")[0] for name in compiled] == ["nemostream/runtime/backends/_int8_linear"]
+    shipped -= compiled
     assert shipped == expected.keys()
     assert {name: sizes[name] for name in shipped} == {name: path.stat().st_size for name, path in expected.items()}
     needed = {
@@ -74,6 +77,8 @@ def test_the_wheel_contains_the_tree(wheel: Path) -> None:
         "demo/weights.bin",
         "speech.flac",
         "runtime/backends/gpu/kernels/greedy.cu",
+        "runtime/backends/int8_linear.c",
+        "runtime/backends/onnxruntime_abi.h",
         "serving/protocols/page.html",
     }
     assert {f"nemostream/{name}" for name in needed} <= shipped

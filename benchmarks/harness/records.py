@@ -27,6 +27,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemostream.bundle import Manifest
 from nemostream.errors import OptionError
 
@@ -98,6 +101,22 @@ def agreement(reference: Tokens, hypothesis: Tokens) -> float:
         for a, b in zip(reference, hypothesis, strict=True)
     )
     return same / total if total else 1.0
+
+
+def rate_interval(by_utterance: Sequence[Sequence[float]] | NDArray[Any]) -> tuple[float, float, float]:
+    """Return a rate and its 95 % bootstrap interval; `by_utterance` [N, 2] has errors and words of N recordings.
+
+    Differences of errors give a difference of rates.
+    """
+    errors, words = np.array(by_utterance, float).T
+    chosen = np.random.default_rng(0).integers(0, len(errors), (2000, len(errors)))
+    low, high = np.quantile(errors[chosen].sum(axis=1) / words[chosen].sum(axis=1), [0.025, 0.975])
+    return float(errors.sum() / words.sum()), float(low), float(high)
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float]:
+    """Return the 25th and the 75th percentile."""
+    return percentile(samples, 25), percentile(samples, 75)
 
 
 def row(case: Mapping[str, Any], ms: Mapping[str, Sequence[float]], values: Mapping[str, Any] | None = None) -> Row:

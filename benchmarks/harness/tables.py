@@ -23,9 +23,20 @@ def spread(samples: Sequence[float]) -> str:
     return f"{digits(statistics.median(samples))} [{digits(min(samples))}–{digits(max(samples))}]"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 stream" or "8 streams"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def percent(share: float | None, places: int = 2) -> str:
     """Return a percentage; an empty string for None."""
     return "" if share is None else f"{100 * share:.{places}f} %"
+
+
+def low_to_high(low: float, high: float, form: str = "{:.1f}") -> str:
+    """Return "LOW to HIGH", or only one number if both have the same text."""
+    first, second = form.format(low), form.format(high)
+    return first if first == second else f"{first} to {second}"
 
 
 def other_load(cores: Iterable[float]) -> str:

@@ -25,7 +25,8 @@ import numpy as np
 from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_for
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, no_progress
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
 from nemostream.benchmarks.harness.roofline import Machine, encoder_work
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import AudioFeed, timed_backend
@@ -181,8 +182,8 @@ def _stream_steps(
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     by_batch = [row for row in result["rows"] if row["case"]["varied"] == "batch"]
     by_duration = [row for row in result["rows"] if row["case"]["varied"] == "duration"]
     fits = result["method"]["fits"]
@@ -218,25 +219,6 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         ]
         head = ["chunk", "precision", "hours", "step, ms", "change from start to end, ms [95 %]", "relative change"]
         text += ["", "Change of the step time over one stream:", "", tables.markdown(head, lines)]
-        axes = plot("duration")
-        for row in by_duration:
-            hours, segments = row["values"]["hours"], row["ms"]["segment"]
-            axes.plot(np.linspace(0, hours, len(segments)), segments, label=f"{row['case']['chunk_ms']} ms chunks")
-        axes.set(
-            xlabel="position in the stream, hours",
-            ylabel="step, ms",
-            ylim=(0, None),
-            title="Step time over a long stream",
-        )
-        axes.legend()
-    axes = plot("batch")
-    for fit in fits:
-        measured = [medians[fit["chunk_ms"], batch] for batch in batches]
-        axes.plot(batches, measured, "o", label=f"{fit['chunk_ms']} ms chunks")
-        axes.plot(batches, [fit["fixed_ms"] + fit["per_stream_ms"] * batch for batch in batches], ":", color="grey")
-    axes.plot([], [], ":", color="grey", label="fit")
-    axes.set(xlabel="batch size", ylabel="step, ms (p50)", ylim=(0, None), title="Step time by batch size")
-    axes.legend()
     method = result["method"]
     text += [
         "",
@@ -244,6 +226,61 @@ def show(result: Record, plot: Callable[[str], Any]) -> str:
         f"{tables.rates(method['machine'])}.",
     ]
     return "\n".join(text) + "\n"
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plots of the step time by batch size, and by position in a long stream."""
+    curves = []
+    for series, fit in enumerate(result["method"]["fits"]):
+        points = [
+            (row["case"]["batch"], row["figures"]["step"]["p50"])
+            for row in result["rows"]
+            if row["case"]["varied"] == "batch" and row["case"]["chunk_ms"] == fit["chunk_ms"]
+        ]
+        line = [(batch, fit["fixed_ms"] + fit["per_stream_ms"] * batch) for batch, _ in points]
+        curves += [Curve("", line, style="fit"), Curve(f"{fit['chunk_ms']} ms", points, style="points", series=series)]
+    each = [
+        f"{tables.digits(fit['per_stream_ms'])} ms ({fit['chunk_ms']} ms chunks)" for fit in result["method"]["fits"]
+    ]
+    found: dict[str, Chart] = {
+        "batch": CurveChart(
+            f"Each stream of a batch adds {_listed(each)} to a step",
+            "Time of a step by batch size. Marks: medians; dotted: the fit, a fixed time and a time per stream.",
+            [CurvePanel("", curves)],
+            "streams in a batch",
+            " ms",
+        )
+    }
+    if long := [row for row in result["rows"] if row["case"]["varied"] == "duration"]:
+        found["duration"] = _duration_chart(long)
+    return found
+
+
+def _duration_chart(rows: Sequence[Row]) -> CurveChart:
+    curves = []
+    for series, row in enumerate(rows):
+        hours = np.linspace(0, row["values"]["hours"], len(row["ms"]["segment"]))
+        points = list(zip(hours.tolist(), row["ms"]["segment"], strict=True))
+        curves.append(Curve(f"{row['case']['chunk_ms']} ms", points, style="plain", series=series))
+    changes = [f"{_start_and_end(row['ms']['segment'])} ({row['case']['chunk_ms']} ms chunks)" for row in rows]
+    parts = len(rows[0]["ms"]["segment"])
+    return CurveChart(
+        f"In {rows[0]['values']['hours']:g} h of one stream, the step time goes {_listed(changes)}",
+        f"Median time of the steps in {parts} equal parts of the stream. Title: medians of the first and last tenth.",
+        [CurvePanel("", curves)],
+        "position in the stream, hours",
+        " ms",
+    )
+
+
+def _start_and_end(segments: Sequence[float]) -> str:
+    count = -(-len(segments) // 10)
+    first, last = (tables.digits(float(np.median(part))) for part in (segments[:count], segments[-count:]))
+    return f"from {first} to {last} ms"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

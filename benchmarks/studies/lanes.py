@@ -229,8 +229,8 @@ def _capacity(
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown; there are no plots."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     rows = [row for row in result["rows"] if row["case"]["measurement"] == "cost"]
     tried = [row for row in result["rows"] if row["case"]["measurement"] == "capacity"]
     method, text = result["method"], [*_theory(result, rows), "", "Measured:", "", _cost_table(result, rows)]

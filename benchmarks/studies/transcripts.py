@@ -26,7 +26,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from nemostream.benchmarks.accuracy import plain
 from nemostream.benchmarks.command import make_parser
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import add_noise
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
 from nemostream.benchmarks.harness.records import Progress, Record, Row, no_progress
 from nemostream.benchmarks.report import write_report
 from nemostream.errors import AudioError
@@ -274,13 +275,13 @@ def _read_audio(path: Path) -> Floats:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def show(result: Record, plot: Callable[[str], Any]) -> str:
-    """Return the tables of a result as Markdown and draw its plots; `plot(name)` returns axes."""
+def show(result: Record) -> str:
+    """Return the tables of a result as Markdown."""
     rows: dict[str, list[Row]] = {}
     for row in result["rows"]:
         rows.setdefault(row["case"]["measurement"], []).append(row)
     parts = [_show_times(rows["times"])] if "times" in rows else []
-    parts += [_show_confidence(rows["confidence"], plot("reliability")), _show_decoder(rows["decoder"])]
+    parts += [_show_confidence(rows["confidence"]), _show_decoder(rows["decoder"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -297,19 +298,42 @@ def _show_times(rows: Sequence[Row]) -> str:
     return f"Delay of word times, median [5th–95th percentile]:\n\n{tables.markdown(head, lines)}"
 
 
-def _show_confidence(rows: Sequence[Row], axes: Any) -> str:
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect calibration")
-    lines = []
-    for row in rows:
-        name, values = _measure_name(row["case"]), row["values"]
-        bins = [each for each in values["bins"] if each[0]]
-        axes.plot([each[1] for each in bins], [each[2] for each in bins], marker="o", label=name)
-        lines.append([name, f"{values['ece']:.3f}", f"{values['auroc']:.3f}"])
-    axes.set(xlabel="word confidence", ylabel="share of correct words", title="Calibration of word confidences")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes
+def _show_confidence(rows: Sequence[Row]) -> str:
+    lines = [
+        [_measure_name(row["case"]), f"{row['values']['ece']:.3f}", f"{row['values']['auroc']:.3f}"] for row in rows
+    ]
     words, correct = rows[0]["values"]["words"], rows[0]["values"]["correct"]
     head = ["measure", "expected calibration error", "area under ROC curve"]
     return f"Confidence, {words} words, {100 * correct / words:.1f} % correct:\n\n{tables.markdown(head, lines)}"
+
+
+def charts(result: Record) -> dict[str, Chart]:
+    """Return the plot of the share of correct words by confidence, with a panel for each measure."""
+    rows = [row for row in result["rows"] if row["case"]["measurement"] == "confidence"]
+    panels = []
+    for row in rows:
+        bins = [each for each in row["values"]["bins"] if each[0]]
+        points = [(confidence, share) for _, confidence, share in bins]
+        intervals = [wilson_interval(count, share) for count, _, share in bins]
+        curves = [Curve("", [(0, 0), (1, 1)], style="fit"), Curve("", points, intervals)]
+        note = f"calibration error {row['values']['ece']:.3f}"
+        panels.append(CurvePanel(_measure_name(row["case"]), curves, note))
+    best = min(rows, key=lambda row: row["values"]["ece"])
+    name, error = _measure_name(best["case"]), best["values"]["ece"]
+    subtitle = (
+        f"Share of correct words (vertical) by word confidence, {rows[0]['values']['words']} words. Whiskers: 95 % "
+        "Wilson interval; dotted: perfect calibration. The calibration error is the mean distance from it."
+    )
+    title = f"The measure “{name}” is calibrated best: expected calibration error {error:.3f}"
+    ticks = {0.0: "0", 0.5: "0.5", 1.0: "1"}
+    return {"reliability": CurveChart(title, subtitle, panels, "word confidence", "", ticks, y_max=1.0)}
+
+
+def wilson_interval(count: int, share: float) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` words (Wilson 1927)."""
+    z = 1.96
+    centre, width = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return float((centre - width) / (1 + z**2 / count)), float((centre + width) / (1 + z**2 / count))
 
 
 def _show_decoder(rows: Sequence[Row]) -> str:
@@ -348,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with nemostream.load(options.bundle, capacity=20, threads=options.threads) as model:
         result = measure_transcripts(model, options.manifest, records.report_progress)
     records.write(result, options.out / f"{options.name}.json")
-    print(write_report([result], options.out / f"{options.name}.md"), end="")
+    print(write_report([result], options.out / f"{options.name}.md")[0], end="")
 
 
 if __name__ == "__main__":

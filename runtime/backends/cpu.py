@@ -32,6 +32,7 @@ from nemostream.runtime.backends.base import (
     check_state,
 )
 from nemostream.runtime.backends.cpus import default_threads
+from nemostream.runtime.backends.int8 import library
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, label_looping
 
@@ -289,7 +290,7 @@ class _ChunkStep:
         self.state, self.chunk, self.cache = state, chunk, spec.cache
         self.prompted = bundle.manifest.languages.count > 0  # whether the encoder has the input `prompt`
         self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
-        self.encoder = _session(encoder, threads)
+        self.encoder = _session(encoder, threads, operators=library())
         graphs = bundle.manifest.graphs
         self._shapes = {
             tensor.name: tensor.shape
@@ -411,12 +412,14 @@ class OrtTransducer:
         return self.run_joint(["logits"], {"encoded_joint": encoded, "predicted": predicted})[0]
 
 
-def _session(graph: Path, threads: int, spinning: bool = True) -> ort.InferenceSession:
+def _session(graph: Path, threads: int, spinning: bool = True, operators: Path | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = 3  # errors only: users cannot act on warnings about the exported graphs
     try:
+        if operators:
+            options.register_custom_ops_library(str(operators))
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has its own exceptions
         raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error

@@ -35,7 +35,7 @@ log = logging.getLogger("nemostream.serving")
 KEY_PROTOCOL = "openai-insecure-api-key."  # how browsers, which cannot set headers, send a key with a WebSocket
 UPLOAD_PATH = "/v1/audio/transcriptions"
 _DISCARD_SECONDS = 5.0  # during which the rest of an oversized recording is read and discarded
-_PUBLIC_PATHS = ("/", "/healthz", "/readyz")  # that need no key
+_PUBLIC_PATHS = ("/", "/sample.flac", "/healthz", "/readyz")  # that need no key
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
@@ -101,6 +101,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 def page() -> Response:
     text = (resources.files("nemostream.serving.protocols") / "page.html").read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+
+@pages.head("/sample.flac")
+@pages.get("/sample.flac", response_class=FileResponse)
+def sample() -> Response:
+    """Return the recording that the page plays as an example."""
+    return FileResponse(nemostream.demo_clip(), media_type="audio/flac")
 
 
 @operations.head("/healthz", responses=_NOT_ALIVE)

@@ -236,13 +236,14 @@ def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, pro
     import onnxruntime
 
     from nemostream.engine import precision as graphs
+    from nemostream.runtime.backends.int8 import engine_suffix
 
     cpu = provider == "cpu"
     recipe = Recipe.of(
         bundle,
         chunk.ms,
         backend="onnxruntime",
-        library=onnxruntime.__version__,
+        library=onnxruntime.__version__ + (engine_suffix() if cpu else ""),
         precision=precision,
         device=f"{provider}{note}",
         max_batch=0,
@@ -251,7 +252,7 @@ def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, pro
 
     def build(folder: Path, store: PlanStore, progress: Progress) -> list[Path]:
         if cpu:
-            return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem)
+            return graphs.write_int8_for_cpu(bundle, chunk, folder, recipe.stem, fused=bool(engine_suffix()))
         return graphs.write_typed(bundle, chunk, precision, None, folder, recipe.stem)
 
     return _Builder(recipe, build, cpu or "CUDAExecutionProvider" in onnxruntime.get_available_providers())
@@ -391,10 +392,10 @@ def _find_plans(
             and plan.recipe.device in devices
             and (backend is None or plan.recipe.backend == backend)
             and (plan.recipe.max_batch >= max_batch or not plan.recipe.max_batch)
-            and plan.recipe.library == _version(plan.recipe.backend)
+            and _runs_here(plan.recipe)
         ]
-        if found:  # TensorRT before ONNX Runtime, then the smallest sufficient batch
-            best = min(found, key=lambda plan: (plan.recipe.backend == "onnxruntime", plan.recipe.max_batch))
+        if found:  # TensorRT before ONNX Runtime, our operator before its own, then the smallest sufficient batch
+            best = min(found, key=lambda plan: _preference(plan.recipe))
             # `find` checks the hashes of its files, `all` does not.
             if plan := store.find(best.recipe):
                 plans[chunk.ms] = plan
@@ -405,6 +406,18 @@ def _find_plans(
     if chunk_ms is not None and chunk_ms not in plans:
         raise missing_engine_error(chunk_ms, plans)
     return plans
+
+
+def _preference(recipe: Recipe) -> tuple[bool, bool, int]:
+    return recipe.backend == "onnxruntime", "+" not in recipe.library, recipe.max_batch
+
+
+def _runs_here(recipe: Recipe) -> bool:
+    """Return whether the library that built an engine is installed, in the same version."""
+    from nemostream.runtime.backends.int8 import engine_suffix
+
+    version = _version(recipe.backend)
+    return recipe.library == version or (recipe.device == "cpu" and recipe.library == version + engine_suffix())
 
 
 def _version(backend: str) -> str:

@@ -15,6 +15,7 @@ from nemostream import engines
 from nemostream.benchmarks import accuracy
 from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.harness.corpora import CorpusUtterance, add_noise
+from nemostream.benchmarks.harness.plots import CurveChart
 from nemostream.bundle import Bundle
 
 pytest.importorskip("jiwer", reason="needs the bench extra")
@@ -187,7 +188,9 @@ def test_latency_is_measured_with_full_caches(demo_bundle: Bundle, monkeypatch: 
 def test_table_and_plot() -> None:
     def row(name: str, ms: int, precision: str, p50: float, wer: float, **values: Any) -> records.Row:
         case = {"set": name, "chunk_ms": ms, "precision": precision}
-        return records.row(case, {"result": [p50]}, {"words": 200, "wer": wer} | values)
+        counts = [[200 * wer * share, 50] for share in (0.1, 0.2, 0.3, 0.4)]
+        values = {"words": 200, "wer": wer, "utterances": 4, "by_utterance": counts} | values
+        return records.row(case, {"result": [p50]}, values)
 
     nemo = {"nemo_wer": 0.05, "same_tokens": 0.98761, "same_utterances": 3, "compared_utterances": 4}
     rows = [
@@ -197,15 +200,22 @@ def test_table_and_plot() -> None:
         row("ami", 560, "int8", 3.0, 0.05),
     ]
     result = records.record("accuracy", rows, model={}, method={"normalizer": "basic"})
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
-    axes = figure.Figure().subplots()
-    text = accuracy.show(result, lambda name: axes)
+    text = accuracy.show(result)
     assert "| ami | 200 | 80 ms | fp32 | 85 | 6.25 % | 5.00 % | +1.25 | 98.76 % | 3 of 4 | 18.29 % |" in text
     assert "| ami | 200 | 560 ms | fp32 | 567 | 4.00 % |  |  |  |  |  |" in text
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert drawn["ami, fp32"] == [[85.4, 6.25], [567.0, 4.0]] and drawn["ami, int8"] == [[82.0, 8.0], [563.0, 5.0]]
-    assert drawn["ami, Pareto front"] == [[82.0, 8.0], [85.4, 6.25], [563.0, 5.0], [567.0, 4.0]]
-    assert drawn["ami, model card (chunk only)"][0] == [1120.0, 11.73]
+    chart = accuracy.charts(result)["wer"]
+    assert isinstance(chart, CurveChart)
+    (panel,) = chart.panels
+    assert panel.heading == "ami: 4 recordings, 200 words" and chart.x_ticks == {0.0: "80 ms", 1.0: "560 ms"}
+    fp32, int8, card = panel.curves
+    assert (fp32.label, fp32.points) == ("fp32", [(-0.06, pytest.approx(6.25)), (0.94, pytest.approx(4.0))])
+    assert (int8.label, int8.points) == ("int8", [(0.06, pytest.approx(8.0)), (1.06, pytest.approx(5.0))])
+    assert all(low <= rate <= high for (_, rate), (low, high) in zip(fp32.points, fp32.intervals, strict=True))
+    assert (card.label, card.points, card.style) == ("model card", [(0.0, 18.29), (1.0, 11.88)], "points")
+    assert chart.title == "On ami, WER is 6.2 % at 80 ms and 4.0 % at 560 ms"  # fewer errors in every recording
+    rows[0]["values"]["by_utterance"] = [[20, 50], [0, 50], [0, 50], [0, 50]]  # more errors in one recording only
+    title = accuracy.charts(result)["wer"].title
+    assert title == "No significant difference between chunk sizes on ami: WER 6.2 % at 80 ms, 4.0 % at 560 ms"
 
 
 @pytest.mark.parametrize("decibels", [20, 0, -10])

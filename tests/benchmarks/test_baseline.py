@@ -61,7 +61,7 @@ def test_all_runners(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mo
             assert row["values"]["same_tokens"] >= (1.0 if exact else 0.5)
     assert by_runner["nemostream, int8"]["values"]["roofline_ms"]["roofline"] > 0
     records.write(result, tmp_path / "x.json")
-    text = report.write_report([records.read(tmp_path / "x.json")], tmp_path / "x.md")
+    text, _ = report.write_report([records.read(tmp_path / "x.json")], tmp_path / "x.md")
     assert text.count("| 560 ms | 3 |") == len(by_runner) and (tmp_path / "x-steps.png").exists()
     assert all(f"* {name}: " in text for name in by_runner) and "Skipped: nemo graph (OptionError" in text
     assert "nemo built-in graph (OptionError" in text

@@ -15,6 +15,7 @@ pytest.importorskip("onnx", reason="needs the build extra")
 
 from nemostream.benchmarks import baseline
 from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness.plots import Bar, BarChart
 from nemostream.benchmarks.harness.roofline import Machine, Work
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, OptionError, ParityError
@@ -187,7 +188,7 @@ def test_exact_runners_must_agree(demo_bundle: Bundle, clock: Any, monkeypatch: 
 def test_table_headline_and_plot() -> None:
     def row(batch: int, runner: str, times: list[float], **values: Any) -> records.Row:
         case = {"chunk_ms": 80, "batch": batch, "runner": runner}
-        values = {"covers": "all", "setup": f"set up {runner}", "other_work_cores": 0.05} | values
+        values = {"covers": "PCM to tokens", "setup": f"set up {runner}", "other_work_cores": 0.05} | values
         return records.row(case, {"step": times}, values)
 
     bound = {"memory": 1.0, "compute": 0.5, "roofline": 1.0, "bound_by": "memory"}
@@ -198,23 +199,22 @@ def test_table_headline_and_plot() -> None:
         row(1, "nemostream, fp32", [4.0, 2.0], same_tokens=1.0, **own),
         row(1, "NeMo, fp32", [6.0], same_tokens=0.9876, relative_time={"nemostream, fp32": other}),
         row(8, "nemostream, fp32", [8.0], same_tokens=1.0, **own),
-        row(8, "NeMo, fp32", [20.0, 40.0], relative_time={"nemostream, fp32": other}),
+        row(8, "NeMo, fp32", [20.0, 40.0], relative_time={"nemostream, fp32": other}, covers="mel to encoder frames"),
     ]
     method = {"device": "cpu", "threads": 2, "repeats": 5, "warm_up": 3, "machine": {"read": 10.0}}
     method |= {"skipped": {"x": "y"}}
     result = records.record("baseline", rows, model={"name": "m", "layers": 3, "d_model": 4}, method=method)
     result["hardware"] |= {"gpu": None, "cpu": "CPU", "cores": 2}
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
-    from matplotlib import container
-
-    axes = figure.Figure().subplots()
-    text = baseline.show(result, lambda name: axes)
+    text = baseline.show(result)
     assert "2 threads, 5 rounds after 3 warm-up rounds." in text and "above 1 is slower than nemostream." in text
     assert (
         "| 80 ms | 1 | nemostream, fp32 | 3.00 [2.00–4.00] | 4.00 | 1.00 [1.00–1.00] | 1.00, memory | 50 % | 3.5 | "
-        "100.0 % | all |"
+        "100.0 % | PCM to tokens |"
     ) in text
-    assert "| 80 ms | 1 | NeMo, fp32 | 6.00 [6.00–6.00] | 6.00 | 2.50 [2.00–3.00] |  |  |  | 98.8 % | all |" in text
+    assert (
+        "| 80 ms | 1 | NeMo, fp32 | 6.00 [6.00–6.00] | 6.00 | 2.50 [2.00–3.00] |  |  |  | 98.8 % | PCM to tokens |"
+        in text
+    )
     assert "Other processes used 0.05 cores. Measured rates: read 10 GB/s." in text
     assert "* NeMo, fp32: set up NeMo, fp32." in text and "Skipped: x (y)." in text
     assert baseline.headline(result) == (
@@ -222,15 +222,38 @@ def test_table_headline_and_plot() -> None:
         "parentheses: time relative to nemostream, fp32, above 1 = slower. Model *m* (3 layers, d_model 4), 2 threads, "
         "CPU, 2 cores."
     )
-    bars = [each for each in axes.containers if isinstance(each, container.BarContainer)]
-    assert {each.get_label(): [bar.get_height() for bar in each] for each in bars} == {
-        "nemostream, fp32": [2.0, 8.0],
-        "NeMo, fp32": [6.0, 20.0],
-    }
-    ticks = [label.get_text() for label in axes.get_xticklabels()]
-    assert ticks == ["80 ms × 1", "80 ms × 8"]
-    whiskers = [path.tolist() for line in axes.collections for path in line.get_segments()]
-    assert sorted((begin[1], end[1]) for begin, end in whiskers) == [(2.0, 4.0), (6.0, 6.0), (8.0, 8.0), (20.0, 40.0)]
+    chart = baseline.charts(result)["steps"]
+    assert isinstance(chart, BarChart)
+    assert chart.rows == ["nemostream, fp32", "NeMo, fp32"] and chart.emphasised == ["nemostream, fp32"]
+    assert [(panel.heading, panel.bars) for panel in chart.panels] == [
+        ("80 ms chunks, 1 stream", [Bar([2.0], "2.00 ms", (2.0, 4.0)), Bar([6.0], "6.00 ms, 2.5×", (6.0, 6.0))]),
+        ("80 ms chunks, 8 streams", [Bar([8.0], "8.00 ms", (8.0, 8.0)), Bar([20.0], "20.0 ms, 2.5×", (20.0, 40.0))]),
+    ]
+    assert chart.title == "NeMo takes 2.5 times as long as nemostream (fp32)"
+    assert chart.subtitle.endswith(" ×: relative to nemostream, fp32. NeMo, fp32: mel to encoder frames.")
+    name, largest = baseline.overview(result)
+    assert name == "step-times" and [panel.heading for panel in largest.panels] == ["80 ms chunks, 8 streams"]
+    result["rows"] = rows[1:2]  # without nemostream
+    rows[1]["values"]["relative_time"] = {}
+    (alone,) = baseline.charts(result).values()
+    assert isinstance(alone, BarChart) and alone.panels[0].bars == [Bar([6.0], "6.00 ms", (6.0, 6.0))]
+    assert alone.title == "Time of one step"
+
+
+def test_the_fastest_runner_is_first() -> None:
+    """By the mean over the panels of the time relative to the slowest; runners may be missing in a panel."""
+    rows = [
+        records.row(
+            {"chunk_ms": ms, "batch": 1, "runner": runner}, {"step": [time]}, {"relative_time": {}, "covers": "tokens"}
+        )
+        for ms, runner, time in ((80, "a", 5.0), (80, "b", 10.0), (80, "c", 1.0), (560, "a", 9.0), (560, "b", 4.0))
+    ]
+    chart = baseline._step_chart(rows, 1)
+    assert chart.rows == ["c", "b", "a"]  # 0.1, (1 + 4 / 9) / 2, (5 / 10 + 1) / 2
+    assert [[bar and bar.parts for bar in panel.bars] for panel in chart.panels] == [
+        [[1.0], [10.0], [5.0]],
+        [None, [4.0], [9.0]],
+    ]
 
 
 # -- the whole comparison ----------------------------------------------------------------------------------------------

@@ -33,12 +33,12 @@ MACHINE = Machine(1e10, {"fp32": 1e11, "int8": 4e11}, {"read": 10.0})
 def shown(result: records.Record, folder: Path) -> str:
     """Write and read the result and return its report."""
     records.write(result, folder / "x.json")
-    text = report.write_report([records.read(folder / "x.json")], folder / "x.md")
+    text, _ = report.write_report([records.read(folder / "x.json")], folder / "x.md")
     assert (folder / "x.md").read_text() == text
     for picture in [line for line in text.splitlines() if line.startswith("![")]:
-        name = picture.partition("(")[2].rstrip(")")
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (folder / name).with_suffix(".svg").read_text()
+        name = picture.rpartition("(")[2].rstrip(")")
+        assert "<svg" in (folder / name).read_text()
+        assert (folder / name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return text
 
 
@@ -463,7 +463,7 @@ def test_quick_from_the_command_line(
     monkeypatch.setattr(quick, "measure_machine", lambda *sizes, **more: MACHINE)
     assert _run(["bench", "quick", "--repeats", "2"]) == 0
     out = capsys.readouterr().out
-    assert "step p50" in out and "p99" in out and CLIP_TEXT in out
+    assert "push to" in out and "p99" in out and CLIP_TEXT in out and "|" not in out
     result = json.loads((tmp_path / "bench-results" / "quick.json").read_text())
     assert len(result["rows"]) == 8 and result["benchmark"] == "quick" and result["method"]["seconds"] > 0
     for row in result["rows"]:

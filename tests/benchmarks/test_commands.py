@@ -288,7 +288,7 @@ def called(module: Any, measure: str, arguments: list[str], monkeypatch: pytest.
         found.update(signature.bind(*given, **options).arguments)
         return {"benchmark": "x", "rows": []}
 
-    def run(measure: Callable[[], Any], options: Any) -> Any:
+    def run(measure: Callable[[], Any], options: Any, display: Any = None) -> Any:
         result = measure()
         found["out"], found["name"] = options.out, options.name
         return result
@@ -481,10 +481,14 @@ def test_files_of_a_benchmark(
 ) -> None:
     result = records.record("latency", [], model={}, method={})
     options: Any = SimpleNamespace(out=tmp_path, name="n")
-    monkeypatch.setattr(command, "write_report", lambda results, path: f"{len(results)} {path.name}\n")
+    written = [tmp_path / "n.md", tmp_path / "n-steps.png"]
+    monkeypatch.setattr(command, "write_report", lambda results, path: (f"{len(results)} {path.name}\n", written))
     assert command.run(lambda: result, options) is result
     captured = capsys.readouterr()
-    assert captured.out == "1 n.md\n" and f"written: {tmp_path / 'n'}.json, .md and plots" in captured.err
+    assert captured.out == "1 n.md\n"
+    assert captured.err == f"\nwritten: {tmp_path / 'n.json'}, n.md, n-steps.png\n"
+    assert command.run(lambda: result, options, lambda shown: print(shown["benchmark"])) is result
+    assert capsys.readouterr().out == "latency\n"
     assert records.read(tmp_path / "n.json") == result
 
 

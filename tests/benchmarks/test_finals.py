@@ -212,15 +212,6 @@ def test_figures_of_a_row() -> None:
     assert untimed["ms"] == {} and "compute_ms" not in untimed["values"]
 
 
-def test_bootstrap_interval() -> None:
-    """Of 400 recordings of 10 words with 0 to 4 errors, the standard error is sqrt(2 / 400) / 10."""
-    errors, words = np.arange(400) % 5, np.full(400, 10)
-    rate, low, high = finals.interval(errors, words)
-    assert rate == pytest.approx(0.2)
-    assert (low, high) == pytest.approx((0.2 - 1.96 * 0.00707, 0.2 + 1.96 * 0.00707), abs=0.0015)
-    assert finals.interval(np.ones(5, int), words[:5]) == pytest.approx((0.1, 0.1, 0.1))
-
-
 # -- with the packaged model -------------------------------------------------------------------------------------------
 
 
@@ -269,7 +260,7 @@ def test_times_follow_from_the_audio(measured: records.Record) -> None:
 
 def test_report(measured: records.Record, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the bench extra")
-    text = report.write_report([measured], tmp_path / "x.md")
+    text, _ = report.write_report([measured], tmp_path / "x.md")
     for part in ("Set *clean*: 2 recordings, 4 streams", "Set *noise*, white noise at 20, 15, 10, 5 dB: 2 recordings"):
         assert part in text
     assert text.count("| 80 + 1120 ms |") == 3  # both sets, and the times

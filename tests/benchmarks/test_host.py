@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="needs the bench extra")
 from nemostream.benchmarks import host, report
 from nemostream.benchmarks.harness import host_layers, host_server, records
 from nemostream.benchmarks.harness.host_server import NullServer, Usage, evaluate, run_clients, search
+from nemostream.benchmarks.harness.plots import Bar, BarChart
 from nemostream.benchmarks.serve import parse_step_metrics
 
 CASE = {"paced": "websocket", "chunk_ms": 80, "transports": 0, "streams": 10}
@@ -385,7 +386,7 @@ def test_benchmark(demo_bundle: Bundle, tmp_path: Path) -> None:
     records.write(result, tmp_path / "host.json")
     read = records.read(tmp_path / "host.json")
     assert read == result
-    text = report.write_report([read], tmp_path / "host.md")
+    text, _ = report.write_report([read], tmp_path / "host.md")
     for line in ("| 80 ms | 8 | scheduler | 4.0 |", "| 80 ms | 4.0 |", "| websocket | 80 ms | 0 | 2 |"):
         assert line in text, line
     assert (tmp_path / "host-layers.png").read_bytes().startswith(b"\x89PNG")
@@ -449,3 +450,22 @@ def test_negative_figures_are_shown() -> None:
     one, two = ((Usage(seconds, 0, 0, 0, 1_000_000, 1), 1_000_000) for seconds in (1, 4))
     row = host.protocol_row({"protocol": "riva"}, {"receive": two, "session": one, "all": one})
     assert host._us(row, "session") == "−3.00" and host._us(row, "send") == "0" and host._us(row, "none") == ""
+
+
+def test_plot_of_the_layers() -> None:
+    """A bar for each run and chunk size; a difference below zero has no length, but is part of the total."""
+    rows = []
+    for run, ms, other in (("scheduler", 80, -1.0), ("session", 560, 4.0)):
+        us = {"accept": 1.0, "assembly": 2.0, "landing": 3.0, "collect": 0.5, "other": other}
+        values = {"us": us | {"total": sum(us.values())}}
+        rows.append(records.row({"chunk_ms": ms, "streams": 8, "run": run}, {}, values))
+    rows.append(records.row({"chunk_ms": 80, "streams": 8, "run": "device"}, {}, {"us": {"total": 99.0}}))
+    chart = host.charts(records.record("host", rows, model={}, method={}))["layers"]
+    assert isinstance(chart, BarChart)
+    assert chart.rows == ["scheduler, 80 ms", "session, 560 ms"] and chart.parts == host.LAYERS
+    assert chart.panels[0].bars == [
+        Bar([1.0, 2.0, 3.0, 0.5, 0.0], "5.50 µs"),
+        Bar([1.0, 2.0, 3.0, 0.5, 4.0], "10.5 µs"),
+    ]
+    assert chart.title.endswith("the host needs 5.50 to 10.5 µs of CPU time per stream and step")
+    assert host.charts(records.record("host", rows[2:], model={}, method={})) == {}

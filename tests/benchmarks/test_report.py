@@ -48,7 +48,7 @@ def test_comparison_with_an_earlier_result(tmp_path: Path, capsys: pytest.Captur
     assert text == (tmp_path / "out" / "r.md").read_text()
     assert "| chunk_ms 80 batch 1 precision fp32 backend cpu | step, ms | 1.00 | 2.00 | 2.00 | **slower** |" in text
     assert "| 0.500, memory | 25 % |" in text  # the roofline of 0.5 ms is a quarter of 2 ms
-    assert (tmp_path / "out" / "r-breakdown.png").exists()
+    assert (tmp_path / "out" / "r-roofline.png").exists()
 
 
 def test_times_changed_beyond_noise() -> None:
@@ -156,5 +156,5 @@ def test_short_command(command: str, short: str) -> None:
 def test_plots_are_reproducible(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         report.write_report([some_result(2.0)], tmp_path / folder / "x.md")
-    for name in ("x-breakdown.png", "x-breakdown.svg"):
+    for name in ("x-roofline.png", "x-roofline.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

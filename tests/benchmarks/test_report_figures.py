@@ -12,10 +12,11 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
-from matplotlib import figure
+import numpy as np
 
 from nemostream.benchmarks import latency, report
 from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness.plots import Bar, BarChart
 
 BOUND = {"memory": 0.5, "compute": 0.1, "roofline": 0.5, "bound_by": "memory"}
 
@@ -39,8 +40,7 @@ def latency_result() -> records.Record:
 
 def test_latency_tables() -> None:
     """On a GPU, the roofline is compared with the time on the device."""
-    axes = {name: figure.Figure().subplots() for name in ("breakdown", "roofline")}
-    lines = latency.show(latency_result(), axes.__getitem__).splitlines()
+    lines = latency.show(latency_result()).splitlines()
     assert lines[0].startswith("Times in milliseconds; 2 CPU threads; 3 steps per case after 5 warm-up steps")
     tables = [line for line in lines if line.startswith("|") and "---" not in line]
     assert tables == [
@@ -61,20 +61,26 @@ def test_latency_tables() -> None:
         "Measured rates, cuda: copy 3000 GB/s.",
         "State per stream: 1.26 MB.",
     ]
-    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes["breakdown"].containers}
-    assert heights == {
-        "features": [0.25, 0.25],
-        "encoder": [1.0, 1.0],
-        "decode": [0.5, 0.5],
-        "copies": [0.125, 0.125],
-        "host": [0.0625, 0.0],
-    }
-    bottoms = [bars[0].get_y() for bars in axes["breakdown"].containers]
-    assert bottoms == [0.0, 0.25, 1.25, 1.75, 1.875]
-    (ratios,) = axes["roofline"].containers
-    assert [bar.get_height() for bar in ratios] == [4.0, 2.0]
-    labels = [label.get_text() for label in axes["roofline"].get_xticklabels()]
-    assert labels == ["80\n× 1\ncpu", "80\n× 4\ncuda"]
+
+
+def test_latency_plots() -> None:
+    """A row for each chunk size and batch, and a panel for each precision and backend."""
+    breakdown, roofline = latency.charts(latency_result()).values()
+    assert isinstance(breakdown, BarChart) and isinstance(roofline, BarChart)
+    assert breakdown.rows == roofline.rows == ["80 ms, 1 stream", "80 ms, 4 streams"]
+    assert [panel.heading for panel in breakdown.panels] == ["fp32, cpu", "fp32, cuda"]
+    first, missing = breakdown.panels[0].bars
+    assert first == Bar([0.25, 1.0, 0.5, 0.125, 0.0625], "2.00 ms") and missing is None
+    assert breakdown.panels[1].bars == [None, Bar([0.25, 1.0, 0.5, 0.125, 0.0], "1.00 ms")]
+    assert breakdown.parts == latency.PARTS
+    assert breakdown.title == "The encoder takes 50 to 100 % of the time of a step"
+    assert [panel.bars for panel in roofline.panels] == [
+        [Bar([4.0], "4.0", (2.0, 6.0)), None],
+        [None, Bar([2.0], "2.0", (2.0, 2.0))],
+    ]
+    assert roofline.reference == 1.0
+    assert roofline.title == "A step takes 2.0 to 4.0 times as long as the roofline of its encoder"
+    assert latency.charts(latency_result() | {"rows": []}) == {}
 
 
 RESULTS = report.ROOT / "benchmarks" / "results"
@@ -84,26 +90,91 @@ TABLES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem in COMMI
 
 @pytest.mark.parametrize("name", TABLES)
 def test_committed_tables_are_those_of_the_results(name: str) -> None:
-    text = report.show(COMMITTED[name], report._no_plot)
+    text = report.show(COMMITTED[name])
     assert text.strip() in (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", COMMITTED)
-def test_committed_plots_have_the_titles_labels_and_names_of_the_results(name: str) -> None:
-    axes: dict[str, Any] = {}
-
-    def plot(kind: str) -> Any:
-        axes[kind] = figure.Figure().subplots()
-        return axes[kind]
-
-    report.show(COMMITTED[name], plot)
-    assert sorted(axes) == sorted(path.stem.removeprefix(f"{name}-") for path in RESULTS.glob(f"{name}-*.svg"))
-    for kind, drawn in axes.items():
-        texts = [drawn.get_title(), drawn.get_xlabel(), drawn.get_ylabel()]
-        texts += [text.get_text() for text in drawn.get_legend().get_texts()] if drawn.get_legend() else []
+def test_committed_plots_are_those_of_the_results(name: str) -> None:
+    """They have the names and all texts that the results give."""
+    charts = report.charts(COMMITTED[name])
+    assert sorted(charts) == sorted(path.stem.removeprefix(f"{name}-") for path in RESULTS.glob(f"{name}-*.svg"))
+    for kind, chart in charts.items():
         picture = (RESULTS / f"{name}-{kind}.svg").read_text(encoding="utf-8")
-        shown = {html.unescape(found) for found in re.findall(r">([^<>]+)</(?:text|tspan)>", picture)}
-        assert all(texts) and set(texts) <= shown, (kind, set(texts) - shown)
+        shown = html.unescape(" ".join(re.findall(r">([^<>]+)</(?:text|title)>", picture))).replace("\u00a0", " ")
+        texts = [chart.title, chart.subtitle, report.footer([COMMITTED[name]])]
+        texts += [panel.heading for panel in chart.panels]
+        if isinstance(chart, BarChart):
+            texts += [*chart.rows, *chart.parts]
+            texts += [each for panel in chart.panels for each in (panel.unit, *(bar.text for bar in panel.bars if bar))]
+        else:
+            texts += [chart.x_label, *(curve.label for panel in chart.panels for curve in panel.curves)]
+        assert [text for text in texts if text not in shown] == []
+
+
+def test_overview_of_the_readme() -> None:
+    """All systems at both chunk sizes with eight streams; figures are the medians of the records."""
+    ((name, (chart, footer)),) = report._overviews(COMMITTED).items()
+    assert name == "step-times" and (RESULTS / f"{name}.svg").is_file() and isinstance(chart, BarChart)
+    assert [panel.heading for panel in chart.panels] == ["80 ms chunks, 8 streams", "560 ms chunks, 8 streams"]
+    found: dict[tuple[int, str], list[float]] = {}
+    for result in COMMITTED.values():
+        for row in result["rows"] if result["benchmark"] == "baseline" else []:
+            if row["case"]["batch"] == 8:
+                found[row["case"]["chunk_ms"], row["case"]["runner"]] = sorted(row["ms"]["step"])
+    assert sorted(chart.rows) == sorted({runner for _, runner in found})
+    assert set(chart.emphasised or ()) == {"nemostream, fp32", "nemostream, int8"}
+    for chunk_ms, panel in zip((80, 560), chart.panels, strict=True):
+        for runner, bar in zip(chart.rows, panel.bars, strict=True):
+            if (chunk_ms, runner) not in found:
+                assert bar is None
+                continue
+            samples = found[chunk_ms, runner]
+            assert bar and bar.interval == (samples[3], samples[11]) and bar.parts == [samples[7]]  # of 15 samples
+            assert bar.text.startswith(f"{samples[7]:.3g} ms")
+    assert footer.startswith("AMD EPYC, 2 cores · model random-0.6b, 24 layers, d_model 1024 · commit ")
+    assert "](benchmarks/results/step-times.svg)" in (report.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_titles_have_the_figures_of_the_results() -> None:
+    """Computed here from the records."""
+
+    def title(name: str, kind: str) -> str:
+        return report.charts(COMMITTED[name])[kind].title
+
+    def rows(name: str, **case: Any) -> list[records.Row]:
+        return [row for row in COMMITTED[name]["rows"] if case.items() <= row["case"].items()]
+
+    (first,), (last,) = (rows("accuracy-demo-cpu-2-cores", chunk_ms=ms, precision="fp32") for ms in (80, 1120))
+    for row in (first, last):
+        rate = 100 * row["values"]["errors"] / row["values"]["words"]
+        assert f"{rate:.1f} % at {row['case']['chunk_ms']} ms" in title("accuracy-demo-cpu-2-cores", "wer")
+    for chunk_ms, batch in ((80, 1), (560, 8)):
+        name = f"baseline-{chunk_ms}ms-batch-{batch}-cpu-2-cores"
+        pairs = [rows(name, runner=runner)[0]["ms"]["step"] for runner in ("NeMo, fp32", "nemostream, fp32")]
+        factor = np.median(np.divide(*pairs))
+        assert title(name, "steps").startswith(f"NeMo takes {factor:.1f} times as long as nemostream, sherpa-onnx ")
+    (confirmed,) = rows("capacity-demo-cpu-2-cores", streams=176, confirming=True)
+    slow = sorted(confirmed["ms"]["result 560 ms"])[int(np.ceil(0.99 * len(confirmed["ms"]["result 560 ms"]))) - 1]
+    assert title("capacity-demo-cpu-2-cores", "streams") == (
+        f"176 real-time streams with 560 ms chunks: p99 latency {slow:.1f} ms"
+    )
+    served = sorted(rows("serve-demo-cpu-2-cores", streams=300)[0]["ms"]["final text"])
+    assert f"comes {served[(len(served) + 1) // 2 - 1]:.1f} ms (p99 " in title("serve-demo-cpu-2-cores", "final")
+    measured = rows("throughput-demo-cpu-2-cores")
+    fastest = max(row["values"]["audio_seconds"] / np.median(row["ms"]["whole set"]) for row in measured)
+    assert title("throughput-demo-cpu-2-cores", "rtfx").startswith(f"Up to {1000 * fastest:.0f} seconds of audio")
+    one, two = (rows("finals-demo-cpu-2-cores", set="clean", mode=mode)[0] for mode in ("1120", "80+1120"))
+    seconds = (np.median(one["ms"]["final"]) - np.median(two["ms"]["final"])) / 1000
+    assert f"{seconds:.2f} s earlier" in title("finals-demo-cpu-2-cores", "finals")
+    for row in (one, two):
+        assert f"{100 * row['values']['visible_wer'][0]:.0f} %" in title("finals-demo-cpu-2-cores", "visible")
+    shares = [row["figures"]["encoder"]["p50"] / row["figures"]["step"]["p50"] for row in rows("latency-cpu-2-cores")]
+    assert f" {100 * min(shares):.0f} to {100 * max(shares):.0f} % " in title("latency-cpu-2-cores", "breakdown")
+    error = min(row["values"]["ece"] for row in rows("transcripts-demo-cpu-2-cores", measurement="confidence"))
+    assert title("transcripts-demo-cpu-2-cores", "reliability").endswith(f"expected calibration error {error:.3f}")
+    for fit in COMMITTED["cost-demo-cpu-2-cores"]["method"]["fits"]:
+        assert f"{fit['per_stream_ms']:.3g} ms ({fit['chunk_ms']} ms" in title("cost-demo-cpu-2-cores", "batch")
 
 
 def test_where_a_result_was_measured() -> None:
@@ -123,11 +194,15 @@ def test_where_a_result_was_measured() -> None:
 def test_files_of_several_results(tmp_path: Path) -> None:
     """Each benchmark has its plots, and is compared with earlier results of the same benchmark only."""
     cost = json.loads((report.ROOT / "benchmarks" / "results" / "cost-demo-cpu-2-cores.json").read_text())
-    text = report.write_report([latency_result(), cost], tmp_path / "r.md", [latency_result()])
+    text, files = report.write_report([latency_result(), cost], tmp_path / "r.md", [latency_result()])
     assert text == (tmp_path / "r.md").read_text(encoding="utf-8")
-    names = ("latency-breakdown", "latency-roofline", "cost-duration", "cost-batch")
+    names = ("latency-breakdown", "latency-roofline", "cost-batch", "cost-duration")
     assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(f"r-{name}.png" for name in names)
-    assert [f"![r-{name}](r-{name}.svg)" in text for name in names] == [True] * 4
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    pictures = re.findall(r"^!\[(.*)\]\((.*)\)$", text, re.MULTILINE)
+    assert [name for _, name in pictures] == [f"r-{name}.svg" for name in names]
+    charts = [*report.charts(latency_result()).values(), *report.charts(cost).values()]
+    assert [title for title, _ in pictures] == [chart.title for chart in charts]
     assert text.count("### Changes since") == 1
     assert text.index("## latency") < text.index("### Changes since") < text.index("## cost")
 
@@ -213,8 +288,6 @@ def test_headlines_are_of_the_first_result_of_each_benchmark() -> None:
 
     lines = report._headlines({"a": latency_result(), "b": capacity(7), "c": capacity(9)})
     assert len(lines) == 3 and lines[0].startswith("* **7 real-time streams**") and lines[1] == ""
-    ignored: Any = report._no_plot("x").plot(1).anything
-    assert ignored is not None
 
 
 def test_pages_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +310,9 @@ def test_pages_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     report.main(["--pages"])
     assert capsys.readouterr().err == f"written: {readme}\nwritten: {page}\n"
     before, headline, after = readme.read_text(encoding="utf-8").partition("* **One step of 1 streams at 80 ms**")
-    assert (before, bool(headline)) == (f"before – this\n\n{begin}\n\n", True)
+    chart = report.charts(records.read(results / "b.json"))["steps"]
+    picture = f"![{chart.title}](benchmarks/results/step-times.svg)"
+    assert (before, bool(headline)) == (f"before – this\n\n{begin}\n\n{picture}\n\n", True)
     _, _, after = after.partition("\n")
     assert after == (
         "\nAll tables, plots, methods and machines are in [docs/performance.md](docs/performance.md).\n\n"
@@ -250,14 +325,15 @@ def test_pages_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         "",
         "This page is generated by `nemostream bench report --pages` from the results in `benchmarks/results`. The",
     ]
-    assert [line for line in lines if line.startswith(("## ", "!["))] == [
+    assert [line.rpartition("](")[2] or line for line in lines if line.startswith(("## ", "!["))] == [
         "## a",
-        "![a-breakdown.svg](../benchmarks/results/a-breakdown.svg)",
-        "![a-roofline.svg](../benchmarks/results/a-roofline.svg)",
+        "../benchmarks/results/a-breakdown.svg)",
+        "../benchmarks/results/a-roofline.svg)",
         "## b",
-        "![b-steps.svg](../benchmarks/results/b-steps.svg)",
+        "../benchmarks/results/b-steps.svg)",
     ]
+    assert f"![{chart.title}](" in text
     assert "| 80 ms | 1 | fp32 | cpu | push | 5.00 |" in text
     assert text.endswith("b-steps.svg)\n")
-    drawn = ["a-breakdown.svg", "a-roofline.svg", "b-steps.svg"]
+    drawn = ["a-breakdown.svg", "a-roofline.svg", "b-steps.svg", "step-times.svg"]
     assert sorted(path.name for path in results.iterdir() if path.suffix != ".json") == drawn

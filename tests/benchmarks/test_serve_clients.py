@@ -16,6 +16,7 @@ import pytest
 from nemostream import Endpoint
 from nemostream.benchmarks import serve
 from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness.plots import CurveChart
 from nemostream.bundle import Bundle
 from nemostream.errors import OptionError
 
@@ -219,9 +220,7 @@ def test_table_headline_and_plot() -> None:
     method = {"recordings": 7, "packet_ms": 100, "seconds": 30.0, "threads": 2, "other_work_cores": 0.05}
     result = records.record("serve", rows, model={"name": "m", "layers": 3, "d_model": 4}, method=method)
     result["hardware"] |= {"cores": 2, "cpu": "CPU"}
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
-    axes = figure.Figure().subplots()
-    lines = serve.show(result, lambda name: axes).splitlines()
+    lines = serve.show(result).splitlines()
     assert lines[0] == (
         "**4 WebSocket streams** with 560 ms chunks: 3 layers, d_model 4, all texts equal to the offline transcripts, "
         "final text 200 ms (p99 300 ms) after the last audio. Clients and server together on 2 cores of CPU."
@@ -237,10 +236,19 @@ def test_table_headline_and_plot() -> None:
         "| no: 1 texts differ from the offline transcripts |",
         "| 2 | 560 ms | 0 | 0 |  |  |  |  | 0.40 | 0.10 |  | no: no results |",
     ]
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert drawn["p99"] == [[4.0, 300.0], [2.0, 200.0], [8.0, 400.0]] and drawn["p50"][0] == [4.0, 200.0]
+    chart = serve.charts(result)["final"]
+    assert isinstance(chart, CurveChart)
+    assert chart.title == "4 WebSocket streams: the final text comes 200 ms (p99 300 ms) after the last audio"
+    (panel,) = chart.panels
+    assert panel.limit == 760
+    lines_drawn = {curve.label: curve.points for curve in panel.curves if curve.label}
+    assert lines_drawn["p99"] == [(2, 200.0), (4, 300.0), (8, 400.0)] and lines_drawn["p50"][1] == (4, 200.0)
+    marks = [(curve.style, curve.points) for curve in panel.curves if not curve.label and curve.series == 0]
+    assert marks == [("points", [(2, 200.0), (4, 300.0)]), ("crosses", [(8, 400.0)])]
     result["rows"] = rows[2:]
     assert serve.headline(result) == ""
+    assert serve.charts(result)["final"].title == "No number of clients passed"
+    assert serve.charts(result | {"rows": rows[3:]}) == {}
 
 
 def test_measurement_of_a_server(demo_bundle: Bundle, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from nemostream.benchmarks import throughput
 from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness.plots import Bar, BarChart
 from nemostream.bundle import Bundle
 from nemostream.errors import OptionError
 
@@ -78,14 +79,20 @@ def test_rows(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "threads": 2,
         "device": "cuda",
     }
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
-    axes = figure.Figure().subplots()
     result["rows"][3]["values"]["rtfx"] = 90.0
-    text = throughput.show(result, lambda name: axes)
+    text = throughput.show(result)
     assert "| 80 ms | 1 | fp32 | 120 | 2.00 [1.00–3.00] | 60.0 |" in text
     assert text.startswith("3 recordings; cuda, 2 threads. Time for the whole set, 3 runs: median")
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert drawn["fp32, 560 ms chunks"] == [[1.0, 60.0], [3.0, 90.0]] and len(drawn) == 4
+    chart = throughput.charts(result)["rtfx"]
+    assert isinstance(chart, BarChart)
+    assert chart.rows == ["80 ms, fp32", "560 ms, fp32", "80 ms, int8", "560 ms, int8"]
+    assert [panel.heading for panel in chart.panels] == ["1 recording at a time", "3 recordings at a time"]
+    # Of 120 s of audio in 1 to 3 s.
+    assert [panel.bars[1] for panel in chart.panels] == [
+        Bar([60.0], "60.0", (40.0, 120.0)),
+        Bar([90.0], "90.0", (40.0, 120.0)),
+    ]
+    assert chart.title == "Up to 90.0 seconds of audio per second: 560 ms chunks, fp32, 3 recordings at a time"
 
 
 @pytest.mark.parametrize(

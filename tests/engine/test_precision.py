@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,18 @@ from prompted import LANGUAGES, prompted_bundle
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
-from nemostream.engine.precision import CACHE_DTYPES, quantisable, read_encoder, write_int8_for_cpu, write_typed
+from nemostream.engine.precision import (
+    CACHE_DTYPES,
+    _fused_layers,
+    _WeightFile,
+    quantisable,
+    read_encoder,
+    write_int8_for_cpu,
+    write_typed,
+)
 from nemostream.engines import speech
 from nemostream.errors import BackendError
+from nemostream.runtime.backends import int8
 
 STEPS = 14
 PROMPT_WEIGHTS = ("prompt.table", "prompt.in.weight", "prompt.out.weight", "prompt.out.bias")
@@ -264,6 +275,112 @@ def test_int8_on_a_cpu(demo_bundle: Bundle, tmp_path: Path) -> None:
     products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
     assert len(products) == 8 * demo_bundle.manifest.encoder.layers
     assert not any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
+
+
+@pytest.mark.skipif(not int8.library(), reason="the operator has no fast code for this processor")
+@pytest.mark.parametrize("instructions", ["amx", "vnni", "portable"])
+def test_fused_int8_on_a_cpu(instructions: str, demo_bundle: Bundle, tmp_path: Path) -> None:
+    """The output is close to fp32 and to ONNX Runtime's operators, and does not depend on the batch."""
+    library = int8.library()
+    assert library
+    if not int8.select(library, instructions):
+        pytest.skip(f"this processor does not have {instructions}")
+    try:
+        chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[0]
+        path, *_ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "fused", fused=True)
+        separate, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "separate")
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        encoder = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        alone = encode(encoder, demo_bundle, chunk, audio)
+        wanted = encode(session(demo_bundle.file("encoder-560ms"), demo_bundle.path), demo_bundle, chunk, audio)
+        assert cosines(alone, wanted).min() > 0.999
+        assert cosines(alone, encode(session(separate, tmp_path), demo_bundle, chunk, audio)).min() > 0.9995
+        batch = encode(encoder, demo_bundle, chunk, audio, rows=5)
+        np.testing.assert_allclose(batch[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
+    finally:
+        int8.select(library, None)
+
+
+def test_fused_layers(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Of a layer's eight products, two have a SiLU and four are added to the residual path."""
+    path, *_ = write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(80), tmp_path, "test", fused=True)
+    model, layers = onnx.load(path, load_external_data=False), demo_bundle.manifest.encoder.layers
+    nodes = [node for node in model.graph.node if node.op_type == "Int8Linear"]
+    fused = Counter((node.attribute[0].i, bool(node.input[3]), bool(node.input[4])) for node in nodes)
+    biases = any(bias for _, bias, _ in fused)
+    expected = {(1, biases, False): 2 * layers, (0, biases, True): 4 * layers, (0, biases, False): 2 * layers}
+    assert fused == expected
+    assert not any(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node)
+
+
+def test_fused_steps_share_their_weights(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """The file of all products is the same for all chunk sizes, and has another name for other weights."""
+    written = [
+        write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(ms), tmp_path, str(ms), fused=True)
+        for ms in (80, 560)
+    ]
+    (shared,) = {files[2] for files in written}
+    for graph, own, _ in written:
+        tensors = onnx.load(graph, load_external_data=False).graph.initializer
+        names = {t.name: e.value for t in tensors for e in t.external_data if e.key == "location"}
+        panels = {name for name in names if name.endswith(":panels")}
+        assert len(panels) == 8 * demo_bundle.manifest.encoder.layers
+        assert {names[name] for name in panels} == {shared.name}
+        assert {file for name, file in names.items() if not name.endswith((":panels", ":scale"))} == {own.name}
+        assert own.stat().st_size < shared.stat().st_size
+    columns = np.ones((weights_of(demo_bundle, demo_bundle.manifest.chunk(80))[ROUNDED].shape[0], 1), np.float32)
+    other = edited_weight(demo_bundle, tmp_path / "bundle", ROUNDED, columns)
+    *_, changed = write_int8_for_cpu(other, other.manifest.chunk(80), tmp_path, "other", fused=True)
+    assert changed.name != shared.name
+
+
+@pytest.mark.skipif(not int8.library() or not Path("/proc/self/smaps").exists(), reason="needs the operator and Linux")
+def test_weights_of_fused_steps_are_used_where_they_are_mapped(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Each session has mapped the file, has read it, and has not written to it."""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(int8.library()))
+    sessions, chunks = [], demo_bundle.manifest.chunks[:2]
+    written = [write_int8_for_cpu(demo_bundle, chunk, tmp_path, str(chunk.ms), fused=True) for chunk in chunks]
+    shared = written[0][2]
+    for chunk, (graph, *_) in zip(chunks, written, strict=True):
+        sessions.append(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
+        encode(sessions[-1], demo_bundle, chunk, speech(demo_bundle.manifest)[0][: 2 * chunk.samples], steps=1)
+    mapped: list[dict[str, int]] = []  # kB by field, of each mapping of the file
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                if inside := line.rstrip().endswith(shared.name):
+                    mapped.append({})
+            elif inside and (found := re.match(r"(\w+): +(\d+) kB", line)):
+                mapped[-1][found[1]] = int(found[2])
+    sizes = Counter[str]()
+    for each in mapped:
+        sizes.update(each)
+    assert sizes["Rss"] * 1024 >= 1.9 * shared.stat().st_size
+    assert sizes["Private_Dirty"] == sizes["Anonymous"] == 0
+
+
+def test_fused_biases(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """A layer with a bias has the output of the separate operators, which add it."""
+    name = "encoder.layers.0.feed_forward1.linear1.weight"
+    model = read_encoder(demo_bundle, demo_bundle.manifest.chunk(80))
+    node = next(node for node in model.graph.node if name in node.input)
+    x, y = node.input[0], node.output[0]
+    for user in model.graph.node:
+        user.input[:] = [f"{each}:biased" if each == y else each for each in user.input]
+    width = next(tensor.dims[1] for tensor in model.graph.initializer if tensor.name == name)
+    bias = np.linspace(-2, 2, width, dtype=np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(bias, "bias"))
+    position = list(model.graph.node).index(node) + 1
+    model.graph.node.insert(position, helper.make_node("Add", ["bias", y], [f"{y}:biased"]))
+    with _WeightFile(demo_bundle, model, tmp_path / "test.bin") as weights:
+        replaced, _ = _fused_layers(model.graph, [node], weights)
+    ((last, (fused,)),) = ((last, nodes) for last, nodes in replaced.items() if nodes)
+    assert list(fused.input) == [x, f"{name}:panels", f"{name}:scale", "bias", ""] and fused.attribute[0].i == 1
+    assert {y, f"{y}:biased"} < replaced.keys() and len(replaced) == 4
+    (silu,) = (user for user in model.graph.node if last in user.output)
+    assert silu.op_type == "Mul" and f"{y}:biased" in silu.input
 
 
 def test_ranges_are_the_largest_inputs(demo_bundle: Bundle, ranges: dict[str, float]) -> None:

@@ -164,7 +164,7 @@ MODULES = {
     "benchmarks": Module(  # the arithmetic
         (
             *_sources("benchmarks", "accuracy baseline capacity latency quick report serve throughput"),
-            *_sources("benchmarks/harness", "load records roofline tables timed"),
+            *_sources("benchmarks/harness", "load plots records roofline tables timed"),
             *_sources("benchmarks/gpu", "report roofline speed"),
             *_sources("benchmarks/studies", "boosting cost features transcripts"),
         ),
@@ -173,8 +173,7 @@ MODULES = {
             *_tests("benchmarks", "report serve_clients throughput"),
             "benchmarks/test_accuracy.py::test_word_errors",
             "benchmarks/test_accuracy.py::test_errors_of_each_utterance_add_up",
-            "benchmarks/test_accuracy.py::test_frontier",
-            *_tests("benchmarks/harness", "load records roofline timed"),
+            *_tests("benchmarks/harness", "load plots records roofline timed"),
             "benchmarks/gpu",
             *_tests("benchmarks/studies", "cost feature_costs features transcript_delays transcripts"),
         ),

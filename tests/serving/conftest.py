@@ -60,7 +60,7 @@ class Running:
     def get(self, path: str, **headers: str) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=30) as answer:
-                return answer.status, answer.read().decode()
+                return answer.status, answer.read().decode(errors="replace")
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 

@@ -162,7 +162,7 @@ def server_with_key(serve_here: Any) -> Any:
         yield running
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/sample.flac"])
 def test_head_is_get_without_a_body(path: str, server: Any, server_with_key: Any) -> None:
     responses = {}
     for method in ("GET", "HEAD"):
@@ -462,8 +462,9 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "requests_denied": "counter",
         "uploads": "gauge",
     }
-    (rejected,) = (s for s in families["nemostream_streams_rejected"].samples if s.name.endswith("_total"))
-    assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
+    rejected = [s for s in families["nemostream_streams_rejected"].samples if s.name.endswith("_total")]
+    counts = {sample.labels["reason"]: sample.value for sample in rejected}
+    assert counts == {"CapacityError": 1, "Draining": 0, "OptionError": 0}
     (timeouts,) = (s for s in families["nemostream_timeouts"].samples if s.name.endswith("_total"))
     assert timeouts.value == 1
     page = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()

@@ -282,7 +282,7 @@ def test_metrics_are_those_of_prometheus() -> None:
     assert (audio.value, audio.start_time_unix_nano, audio.time_unix_nano) == (12.5, 5, 7)
     assert found["nemostream_audio_seconds_total"].data.is_monotonic
     streams = {point.attributes["transport"]: point.value for point in found["nemostream_streams"].data.data_points}
-    assert streams == {"websocket": 3, "riva": 1}
+    assert streams == {"websocket": 3, "riva": 1, "realtime": 0, "http": 0}
     latency = {point.attributes["chunk_ms"]: point for point in found["nemostream_latency_seconds"].data.data_points}
     assert found["nemostream_latency_seconds"].unit == "s"
     assert (latency["80"].count, latency["80"].sum, latency["560"].count) == (4, pytest.approx(9.07), 1)

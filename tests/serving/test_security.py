@@ -728,7 +728,7 @@ def test_grpc_recordings_need_upload_slots(serve_here: Any, spoken: Any) -> None
 # -- access ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/v1/models", "/v1/audio/transcriptions"])
+@pytest.mark.parametrize("path", ["/", "/sample.flac", "/metrics", "/v1/models", "/v1/audio/transcriptions"])
 def test_an_unknown_host_is_denied(serve_here: Any, path: str) -> None:
     with serve_here(measure=False, hosts=["asr.example"]) as running:
         for host, denied in (("rebound.example", True), ("asr.example", False), (f"localhost:{running.http}", False)):

@@ -77,6 +77,10 @@ def test_rows() -> None:
     assert [each["ms"]["gap"] for each in rows] == [[500, 250], [1500, 2000], [], [500, 1500, 250, 2000]]
     assert row(result, "cut")["errors"] == ["lost"] and not survival.passed(result)
     assert survival.passed({"rows": survival.rows_of(expected, found[:1], injected, [])})
+    method = dict.fromkeys(("streams", "chunk_ms", "servers", "balancer", "store", "seed", "threads"), 1)
+    text = survival.show(result | {"method": method | {"seconds": 5.0, "other_work_cores": 0.0}})
+    assert "| full | 0 | 0 | 0 | – | – | – | – | – | – | – |" in text  # nothing is equal, lost or not
+    assert "| kill | 1 | 2 | 2 | 0.250 | 0.500 | 0.500 | 1 | 0 | 1 | 0 |" in text
 
 
 def test_the_command_fails_if_events_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,20 @@ def test_percentiles_are_samples() -> None:
         records.percentile([], 50)
 
 
+def test_bootstrap_interval() -> None:
+    """Of 400 recordings of 10 words with 0 to 4 errors, the standard error is sqrt(2 / 400) / 10."""
+    counts = np.stack([np.arange(400) % 5, np.full(400, 10)], axis=1)
+    rate, low, high = records.rate_interval(counts)
+    assert rate == pytest.approx(0.2)
+    assert (low, high) == pytest.approx((0.2 - 1.96 * 0.00707, 0.2 + 1.96 * 0.00707), abs=0.0015)
+    assert records.rate_interval([[1, 10]] * 5) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_quartiles() -> None:
+    assert records.quartiles([float(each) for each in range(1, 16)]) == (4.0, 12.0)
+    assert records.quartiles([5.0]) == (5.0, 5.0)
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.sampled_from(records.PERCENTILES))
 def test_percentile_definition(samples: list[float], percent: int) -> None:
     found = records.percentile(samples, percent)

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs the build extra")
 
 from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness.plots import CurveChart
 from nemostream.benchmarks.harness.roofline import Machine, Work
 from nemostream.benchmarks.harness.synthetic import speech
 from nemostream.benchmarks.harness.timed import AudioFeed
@@ -137,18 +138,24 @@ def test_rows_and_report(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
 
     fit |= {"fixed_ms": 10.0, "per_stream_ms": 2.0}  # without the rounding errors of the fit
     long["values"] |= {"change_ms": 0.1234, "low_ms": -0.5, "high_ms": 0.75, "share": 0.0567}
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
-    axes = {name: figure.Figure().subplots() for name in ("batch", "duration")}
-    text = cost.show(result, axes.__getitem__)
+    text = cost.show(result)
     assert (
         "| 1120 ms | int8 | 12.0 | 18.0 | 26.0 | 10.0 | 6.00 | 2.00 | 1.50 | memory up to batch 5.0, then compute |"
     ) in text
     median = records.percentile(segments, 50)
     assert f"| 1120 ms | int8 | 0.01 | {median:.0f} | +0.123 [-0.500, +0.750] | +5.7 % |" in text
-    points, line, _ = (each.get_xydata().tolist() for each in axes["batch"].get_lines())
-    assert points == [[1.0, 12.0], [4.0, 18.0], [8.0, 26.0]] and line == [pytest.approx(each) for each in points]
-    (curve,) = axes["duration"].get_lines()
-    assert curve.get_xydata()[-1].tolist() == [0.01, segments[-1]] and curve.get_xydata()[0].tolist() == [0, 101.0]
+    batch, duration = cost.charts(result).values()
+    assert isinstance(batch, CurveChart) and isinstance(duration, CurveChart)
+    line, points = batch.panels[0].curves
+    assert points.points == [(1, 12.0), (4, 18.0), (8, 26.0)] == line.points and line.style == "fit"
+    assert batch.title == "Each stream of a batch adds 2.00 ms (1120 ms chunks) to a step"
+    (curve,) = duration.panels[0].curves
+    assert next(iter(curve.points)) == (0.0, 101.0) and curve.points[-1] == (pytest.approx(0.01), segments[-1])
+    first, last = np.median(segments[:10]), np.median(segments[-10:])
+    assert (
+        duration.title
+        == f"In 0.01 h of one stream, the step time goes from {first:.0f} to {last:.0f} ms (1120 ms chunks)"
+    )
 
 
 def test_no_long_stream(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_report(tmp_path: Path) -> None:
     rows += [capacity_row("80", 8, True, []), capacity_row("80+1120", 1, False, ["no results"])]
     method = {"chunk_ms": 80, "final_chunk_ms": 1120, "flops": [1e9, 14e9], "device": "cpu", "threads": 2}
     result = records.record("lanes", rows, model={"name": "m"}, method={**method, "other_work_cores": 0.0})
-    text = report.write_report([result], tmp_path / "x.md")
+    text, _ = report.write_report([result], tmp_path / "x.md")
     assert "with an end of utterance every 5.0 s" in text
     assert "| steps | 12.5 | 0.893 | 0.200 | +9 % |" in text  # 1.093 / 12.5
     assert "| products, GFLOP | 12.5 | 12.5 | 2.80 | +122 % |" in text

@@ -19,6 +19,7 @@ import soundfile
 import nemostream
 from nemostream.benchmarks import report
 from nemostream.benchmarks.harness import records
+from nemostream.benchmarks.harness.plots import CurveChart
 from nemostream.benchmarks.studies import transcripts
 
 ROOT = Path(__file__).parents[3]
@@ -189,46 +190,52 @@ def test_the_whole_benchmark_on_a_few_recordings(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(transcripts, name, value)
     with nemostream.load(threads=1) as model:
         result = transcripts.measure_transcripts(model, tmp_path / "few.jsonl")
-    text = report.write_report([result], tmp_path / "few.md")
+    text, _ = report.write_report([result], tmp_path / "few.md")
     kinds = {row["case"]["measurement"] for row in result["rows"]}
     assert kinds >= {"confidence", "decoder"} and "expected calibration error" in text
     assert (tmp_path / "few-reliability.png").stat().st_size > 1000
 
 
 def test_plot_of_calibration() -> None:
-    """Points of the bins that contain words, marked because there may be only one; the diagonal is perfect."""
-    figure = pytest.importorskip("matplotlib.figure", reason="needs the bench extra")
-    axes = figure.Figure().subplots()
+    """A panel for each measure, with the points of the bins that contain words; the diagonal is perfect."""
     empty = [[0, 0.0, 0.0]]
     rows = [
         records.row(
             {"measurement": "confidence", "measure": measure, "norm": "exp", "alpha": 0.5},
             {},
-            {"words": 8, "correct": 6, "bins": bins, "ece": 0.01234, "auroc": 0.98765},
+            {"words": 8, "correct": 6, "bins": bins, "ece": error, "auroc": 0.98765},
         )
-        for measure, bins in (
-            ("tsallis", [[2, 0.05, 0.5], *empty * 8, [6, 0.975, 0.875]]),
-            ("max_prob", [*empty * 9, [8, 0.95, 0.75]]),
+        for measure, error, bins in (
+            ("tsallis", 0.01234, [[2, 0.05, 0.5], *empty * 8, [6, 0.975, 0.875]]),
+            ("max_prob", 0.01256, [*empty * 9, [8, 0.95, 0.75]]),
         )
     ]
-    text = transcripts._show_confidence(rows, axes)
+    text = transcripts._show_confidence(rows)
     assert text.startswith("Confidence, 8 words, 75.0 % correct:\n\n")
-    assert "| tsallis, exp | 0.012 | 0.988 |\n| max_prob, alpha 0.5 | 0.012 | 0.988 |" in text.replace(" (default)", "")
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert [label.partition(",")[0] for label in lines] == ["perfect calibration", "tsallis", "max_prob"]
-    perfect, first, second = lines.values()
-    assert [line.get_xydata().tolist() for line in lines.values()] == [
-        [[0, 0], [1, 1]],
-        [[0.05, 0.5], [0.975, 0.875]],
-        [[0.95, 0.75]],
-    ]
-    assert (perfect.get_label(), perfect.get_marker()) == ("perfect calibration", "None")
-    assert first.get_marker() == second.get_marker() == "o"
+    assert "| tsallis, exp | 0.012 | 0.988 |\n| max_prob, alpha 0.5 | 0.013 | 0.988 |" in text.replace(" (default)", "")
+    result = records.record("transcripts", rows, model={}, method={})
+    chart = transcripts.charts(result)["reliability"]
+    assert isinstance(chart, CurveChart)
+    assert [panel.heading.partition(",")[0] for panel in chart.panels] == ["tsallis", "max_prob"]
+    assert [panel.note for panel in chart.panels] == ["calibration error 0.012", "calibration error 0.013"]
+    assert [panel.curves[0].points for panel in chart.panels] == [[(0, 0), (1, 1)]] * 2
+    assert [panel.curves[1].points for panel in chart.panels] == [[(0.05, 0.5), (0.975, 0.875)], [(0.95, 0.75)]]
+    assert chart.title == "The measure “tsallis, exp (default)” is calibrated best: expected calibration error 0.012"
+
+
+@pytest.mark.parametrize(("count", "correct"), [(1, 0), (1, 1), (7, 3), (200, 10), (3514, 2470)])
+def test_wilson_interval(count: int, correct: int) -> None:
+    """Its ends are the shares p whose normal approximation has the observed share at 1.96 standard deviations."""
+    share = correct / count
+    for end in transcripts.wilson_interval(count, share):
+        assert (share - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / count, abs=1e-12)
+    low, high = transcripts.wilson_interval(count, share)
+    assert -1e-12 <= low <= share <= high <= 1 + 1e-12 and low < high
 
 
 def test_docs_page_contains_the_result() -> None:
     page = (ROOT / "docs" / "transcripts.md").read_text(encoding="utf-8")
-    text = transcripts.show(records.read(RESULT), report._no_plot)
+    text = transcripts.show(records.read(RESULT))
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len(tables) > 10
     missing: list[Any] = [line for line in tables if line not in page]

@@ -284,7 +284,7 @@ def test_requests_need_one_of_the_keys(fakes: Any, kind: str) -> None:
             owner = hashlib.sha256(b"two" if name == "key 1" else b"one").hexdigest()
             assert server.scopes[0]["nemostream.client"] == Client(name, "192.0.2.7", owner)
     assert server.denied("key") == denials
-    for path in ("/", "/healthz", "/readyz"):
+    for path in ("/", "/sample.flac", "/healthz", "/readyz"):
         server.scopes.clear()
         server.request(path=path, kind=kind)
         assert server.scopes[0]["nemostream.client"] == Client("192.0.2.7", "192.0.2.7")

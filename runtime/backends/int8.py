@@ -1,0 +1,56 @@
+"""The operator `Int8Linear` for ONNX Runtime's CPU provider: linear layers with 8-bit weights.
+
+Its C code (`int8_linear.c`) is compiled when the package is installed, if there is a C compiler. It has fast code for
+x86-64 processors with AVX-512 VNNI, and uses AMX if there is; on other processors, and without the compiled library,
+engines use ONNX Runtime's own operators (`engine.precision`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+DOMAIN, VERSION = "nemostream", 1
+_COLUMNS, _ALIGNMENT, _ZERO = 64, 64, 128  # of the panels of `int8_linear.c`
+
+
+@functools.cache
+def library() -> Path | None:
+    """Return the library with the operator, or None if it is not compiled or has no fast code for this processor."""
+    found = compiled()
+    return found if found and select(found, None) else None
+
+
+def compiled() -> Path | None:
+    """Return the compiled library, or None."""
+    spec = find_spec("nemostream.runtime.backends._int8_linear")
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def select(path: Path, name: str | None) -> str:
+    """Use the code for an instruction set ("amx", "vnni", "portable"; None: the fastest). Return its name.
+
+    Returns an empty string, and changes nothing, if the processor does not have it. All have the same results.
+    """
+    function = ctypes.CDLL(str(path)).nemostream_int8_select
+    function.restype = ctypes.c_char_p
+    return bytes(function(name.encode() if name else None) or b"").decode()
+
+
+def engine_suffix() -> str:
+    """Return what the version of the library of an engine with this operator ends with; empty if there is none here."""
+    return f"+int8-linear.{VERSION}" if library() else ""
+
+
+def panels(weights: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Return weights [K, N] in the order of the operator: panels [N / 64, K / 4, 64, 4] of w + 128, padded with 128."""
+    depth, columns = weights.shape
+    padded = np.full((-(-depth // _ALIGNMENT) * _ALIGNMENT, -(-columns // _COLUMNS) * _COLUMNS), _ZERO, np.uint8)
+    padded[:depth, :columns] = weights.astype(np.int16) + _ZERO
+    order = padded.reshape(len(padded) // 4, 4, -1, _COLUMNS).transpose(2, 0, 3, 1)
+    return np.ascontiguousarray(order)
