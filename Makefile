@@ -75,7 +75,7 @@ $(VENV)/.tools: pyproject.toml Makefile
 	$(VENV)/bin/python $(PIP) --upgrade 'pip>=25.1' 'setuptools>=77'
 	$(VENV)/bin/python $(PIP) torch==2.13.0
 	rm -rf build
-	$(VENV)/bin/python $(PIP) torch==2.13.0 'nemo_toolkit[asr]==3.0.0' --group dev --group accelerate --group clients --group readers '.[nemo,bench,serve,state,ray,vad,av]'
+	$(VENV)/bin/python $(PIP) torch==2.13.0 'nemo_toolkit[asr]==3.0.0' --group dev --group accelerate --group clients --group readers --group deploy '.[nemo,bench,serve,state,otel,ray,vad,av]'
 	@# Triton, in a folder of its own: its Python backend was built for an older numpy. Without it its tests are left out.
 	-$(VENV)/bin/python $(PIP) --no-deps --target $(VENV)/triton nvidia-pytriton==0.7.0 numpy==1.26.4
 	@rm -rf build

@@ -30,7 +30,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.bundle import Bundle, ChunkConfig, sha256
 from nemostream.engine.attention import fuse_attention
 from nemostream.errors import BackendError
 from nemostream.runtime.backends import int8
@@ -103,19 +103,29 @@ def write_int8_for_cpu(
     accurate in all experiments (`docs/engines.md`). With `fused`, a layer, its bias, and the SiLU or the sum after it
     are one operator of `runtime.backends.int8`. Otherwise they are ONNX Runtime's; inputs are unsigned and weights
     signed, as its VNNI and AMX kernels require.
+
+    The operator reads weights where the file is mapped. The `fused` steps of all chunk sizes therefore share a weight
+    file, named after its contents, and a process that loads several has one copy in memory.
     """
     model = read_encoder(bundle, chunk)
     graph = model.graph
     names = quantisable(model)
     layers = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in names]
-    with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
-        replaced, added = (_fused_layers if fused else _separate_layers)(graph, layers, weights)
+    files = [folder / f"{stem}.onnx", folder / f"{stem}.bin"]
+    with _WeightFile(bundle, model, files[1]) as weights:
+        if fused:
+            with _WeightFile(bundle, model, folder / "int8.bin") as shared:
+                replaced, added = _fused_layers(graph, layers, shared)
+            files.append(shared.name_after_contents(added))
+        else:
+            replaced, added = _separate_layers(graph, layers, weights)
         copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name not in names]
         _replace(graph.initializer, copied + added)
         _replace(graph.node, [new for node in graph.node for new in replaced.get(node.output[0], [node])])
     domain, version = (int8.DOMAIN, int8.VERSION) if fused else ("com.microsoft", 1)
     model.opset_import.append(helper.make_opsetid(domain, version))
-    return _save(model, folder / f"{stem}.onnx", weights.path)
+    files[0].write_bytes(model.SerializeToString(deterministic=True))
+    return files
 
 
 # What replaces nodes, by their (first) output, and the new initializers.
@@ -234,7 +244,8 @@ class _GraphConverter:
         custom = [opset for opset in self._model.opset_import if opset.domain]
         _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET), *custom])
         del graph.value_info[:]
-        return _save(self._model, path, self._weights.path)
+        path.write_bytes(self._model.SerializeToString(deterministic=True))
+        return [path, self._weights.path]
 
     def _find_score_sums(self) -> set[str]:
         """Return the sums of attention scores, which feed softmax."""
@@ -353,6 +364,15 @@ class _WeightFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def name_after_contents(self, tensors: Sequence[TensorProto]) -> Path:
+        """Rename the file, which is closed, to `int8-{hash}.bin`; update the `tensors` in it, and return its path."""
+        self.path = self.path.rename(self.path.with_name(f"int8-{sha256(self.path)[:16]}.bin"))
+        for tensor in tensors:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = self.path.name
+        return self.path
+
     def read(self, name: str) -> Array:
         """Return an initializer of the original graph, mapped into memory if it is external."""
         tensor = self._tensors[name]
@@ -388,8 +408,3 @@ def _replace(repeated, values) -> None:  # type: ignore[no-untyped-def]
     values = list(values)
     del repeated[:]
     repeated.extend(values)
-
-
-def _save(model: onnx.ModelProto, path: Path, weights: Path) -> list[Path]:
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    return [path, weights]

@@ -272,7 +272,7 @@ class _EncoderWriter:
         x = g.concat(cache, x, axis=2)
         state = g.slice(x, frames, frames + spec.conv_cache, 2)
         weight, bias = self._depthwise(name)
-        # Two dimensions: ONNX Runtime has no kernel for a depthwise convolution with one, which takes ten times as long.
+        # Two dimensions: with one, ONNX Runtime has no kernel for depthwise convolutions, and takes ten times as long.
         x = g.op("Conv", g.unsqueeze(x, 2), *([weight, bias] if bias else [weight]), group=spec.d_model)
         x = g.reshape(g.transpose(x, 0, 3, 1, 2), 0, 0, spec.d_model)
         if self.ckpt.conv_norm == "layer_norm":

@@ -283,6 +283,11 @@ class Model:
         scheduler = self._scheduler
         scheduler.on_step, scheduler.on_failure, scheduler.on_fallback = on_step, on_failure, on_fallback
 
+    @property
+    def waiting(self) -> int:
+        """Number of streams with a chunk that is complete and not in a step yet."""
+        return self._scheduler.waiting
+
     def close(self) -> None:
         """Fail the streams that are still open and close the backend. Does nothing if already closed."""
         self._scheduler.close()

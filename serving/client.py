@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 _MAX_CHARACTERS = 300  # of a client's text in a log line or an error message
 
@@ -11,12 +12,19 @@ _MAX_CHARACTERS = 300  # of a client's text in a log line or an error message
 class Client:
     """The sender of a request. `name` is the key of per-client limits: an API key's number, else the address.
 
-    `owner` is a digest of the API key, the same on all servers; empty without keys.
+    `owner` is a digest of the API key, the same on all servers; empty without keys. `traceparent` and `tracestate` are
+    headers of W3C Trace Context; they are set only if traces are sent.
     """
 
     name: str = ""
     address: str = ""
     owner: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
+
+    def with_trace(self, headers: Mapping[str, str]) -> Client:
+        """Return the client with the trace context of a request, of which `headers` has lower-case names."""
+        return replace(self, traceparent=headers.get("traceparent", ""), tracestate=headers.get("tracestate", ""))
 
 
 UNKNOWN_CLIENT = Client()

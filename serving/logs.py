@@ -66,5 +66,6 @@ def log_to_stderr(text: bool = False, process: str | None = None) -> None:
     handler.setFormatter(TextLines() if text else JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # its warnings are one per retry and per dropped span
     # uvicorn reports a WebSocket that was rejected with a response as incomplete; the server logs rejections itself.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing handshake" not in str(record.msg))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 
 import prometheus_client.values
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+import nemostream
 
 # Dense around the chunk sizes, 80 to 1120 ms: what matters is whether a step or a result takes less than its chunk.
 _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.28, 0.4, 0.56, 0.8, 1.12, 2.24, 5.0)
 _STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# The values of labels, which are exported before they are first used: a rate needs the value before an increase.
+_TRANSPORTS = ("websocket", "riva", "realtime", "http")
+_REJECTIONS = ("CapacityError", "Draining", "OptionError")
+_DENIALS = ("key", "origin", "host")
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where `prometheus_client` keeps the values of several processes
 
 
@@ -24,6 +31,12 @@ class Metrics:
     def __init__(self, shared: bool = False) -> None:
         self._shared = shared
         self.registry = registry = CollectorRegistry()
+        self._info = _gauge(
+            registry, "nemostream_info", "The server; the value is 1.", ["version", "model", "device", "transports"]
+        )
+        self._started = _gauge(
+            registry, "nemostream_start_time_seconds", "Start of the server, in seconds since the epoch."
+        )
         self.streams = _gauge(registry, "nemostream_streams", "Open streams.", ["transport"])
         self.max_streams = _gauge(registry, "nemostream_max_streams", "Maximum number of open live streams.")
         self.opened = Counter("nemostream_streams_opened", "Streams opened.", ["transport"], registry=registry)
@@ -76,6 +89,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.step_failures = Counter("nemostream_step_failures", "Steps that failed.", registry=registry)
+        self.waiting = Histogram(
+            "nemostream_step_waiting_streams",
+            "Streams with a chunk that waited for a further step when a step ended.",
+            buckets=(0, *_STREAMS),
+            registry=registry,
+        )
         self.batch = Histogram("nemostream_step_streams", "Streams per step.", buckets=_STREAMS, registry=registry)
         self.latency = Histogram(
             "nemostream_latency_seconds",
@@ -90,14 +110,36 @@ class Metrics:
         self.degradation_level = _gauge(
             registry, "nemostream_degradation_level", "Number of sizes by which chunks are larger than requested."
         )
+        labelled: list[tuple[Counter | Gauge, Sequence[str]]] = [
+            (self.streams, _TRANSPORTS),
+            (self.opened, _TRANSPORTS),
+            (self.failed, _TRANSPORTS),
+            (self.rejected, _REJECTIONS),
+            (self.denied, _DENIALS),
+        ]
+        for metric, values in labelled:
+            for value in values:
+                metric.labels(value)
+
+    def describe(self, model: str, device: str, transports: int) -> None:
+        """Set what the server is, and now as its start. Called by one process of a server."""
+        self._info.labels(nemostream.__version__, model, device, transports).set(1)
+        self._started.set(time.time())
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._all())
+
+    def families(self) -> Iterable[Metric]:
+        """Return all metrics."""
+        return self._all().collect()
+
+    def _all(self) -> CollectorRegistry:
         if not self._shared:
-            return generate_latest(self.registry)
+            return self.registry
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
-        return generate_latest(registry)
+        return registry
 
 
 def share_metrics(folder: str, process: str) -> None:

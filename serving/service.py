@@ -27,13 +27,15 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 import nemostream
 from nemostream.bundle import Bundle, ChunkConfig, Manifest
-from nemostream.errors import BundleError, CapacityError, NemostreamError, OptionError
+from nemostream.errors import BackendError, BundleError, CapacityError, NemostreamError, OptionError
+from nemostream.extras import install_command
 from nemostream.runtime.backends.base import DEFAULT_MAX_BATCH
 from nemostream.runtime.backends.cpus import usable_cpus
 from nemostream.runtime.decoding.boosting import Boosting
@@ -56,6 +58,9 @@ from nemostream.serving.state.store import StateStore, open_store
 from nemostream.serving.uploads.admission import UploadAdmission
 from nemostream.serving.uploads.decoding import DecoderPool
 from nemostream.untrusted import short_repr
+
+if TYPE_CHECKING:
+    from nemostream.serving.otel import MetricSender, Tracing
 
 log = logging.getLogger("nemostream.serving")
 
@@ -104,6 +109,8 @@ class Service:
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
         self._latency_metrics: dict[int, Any] = {}  # by chunk size
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
+        self._tracing: Tracing | None = None
+        self._metric_sender: MetricSender | None = None
         self._idle = asyncio.Event()  # no session is open
         self._idle.set()
 
@@ -130,11 +137,15 @@ class Service:
         """
         start = self.clock()
         self.open_states()
+        self.open_tracing()
+        if self.settings.otel:
+            self._metric_sender = load_otel().MetricSender.start(self.metrics.families)
         loaded = load_model(self.settings, self.clock)
         self.chunks, self.language = loaded.chunks, loaded.language
         self.max_streams = loaded.max_streams
         self.metrics.max_streams.set(self.max_streams)
-        recorder = StepRecorder(self.metrics, self._add_step, self._set_engine_state)
+        self.metrics.describe(loaded.model.manifest.name, self.settings.device, self.settings.transports)
+        recorder = StepRecorder(loaded.model, self.metrics, self._add_step, self._set_engine_state)
         loaded.model.watch(recorder.on_step, recorder.on_failure, self.record_fallback)
         self._model, self.state = loaded.model, "ready"
         log_ready(loaded, self.settings, self.clock() - start)
@@ -166,8 +177,13 @@ class Service:
         key = None if file is None else read_key(file)
         self.states = open_store(self.state_store, self.settings.state_retention, key)
 
+    def open_tracing(self) -> None:
+        """Begin to send traces, with the option `otel`. Raises `BackendError` without the extra, and `OptionError`."""
+        if self.settings.otel:
+            self._tracing = load_otel().Tracing()
+
     def close(self) -> None:
-        """Release the engine; streams that are still open fail."""
+        """Release the engine; streams that are still open fail. Send the last traces and metrics."""
         self.state = "draining"
         if self._model is not None:
             self._model.close()
@@ -176,6 +192,8 @@ class Service:
         self._normalizer.close()
         if self.states is not None:
             self.states.close()
+        if self.settings.otel:
+            load_otel().close(self._tracing, self._metric_sender)
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
@@ -260,6 +278,23 @@ class Service:
                 extra={"transport": transport, "reason": shorten(str(error)), "peer": client.address},
             )
             raise
+        if self._tracing is not None:
+            spans = self._tracing.open(
+                client,
+                model.manifest.features.sample_rate,
+                transport,
+                {
+                    "stream": session.id,
+                    "chunk_ms": requested_ms,
+                    "final_chunk_ms": requested_final_ms,
+                    "language": language,
+                    "sample_rate": sample_rate,
+                    "channels": channels,
+                    "resumed": saved is not None,
+                },
+            )
+            if spans is not None:
+                session.trace(spans)
         self.sessions.add(session)
         if not upload:
             self._clients[client.name] += 1
@@ -631,7 +666,7 @@ class Service:
 
 
 class StepRecorder:
-    """Records the steps of an engine, and detects that it has failed. Called on the scheduler's thread.
+    """Records the steps of a model, and detects that its engine has failed. Called on the scheduler's thread.
 
     A single failure may be caused by a stream; repeated ones are failures of the engine. `add_step` is called with the
     duration of each step in seconds, `set_state` when the engine has failed, and at its first step afterwards.
@@ -639,17 +674,19 @@ class StepRecorder:
 
     def __init__(
         self,
+        model: Model,
         metrics: Metrics,
         add_step: Callable[[float], None],
         set_state: Callable[[Literal["ready", "failed"]], None],
     ) -> None:
-        self._metrics, self._add_step, self._set_state = metrics, add_step, set_state
+        self._model, self._metrics, self._add_step, self._set_state = model, metrics, add_step, set_state
         self._failures = 0  # in a row
 
     def on_step(self, chunk: ChunkConfig, rows: int, seconds: float) -> None:
         """Record a step."""
         self._metrics.steps.labels(chunk.ms).observe(seconds)
         self._metrics.batch.observe(rows)
+        self._metrics.waiting.observe(self._model.waiting)
         self._add_step(seconds)
         if self._failures >= _MAX_FAILURES:
             self._set_state("ready")
@@ -657,10 +694,20 @@ class StepRecorder:
 
     def on_failure(self, error: Exception) -> None:
         """Record a failed step."""
+        self._metrics.step_failures.inc()
         self._failures += 1
         if self._failures == _MAX_FAILURES:
             log.error("engine failed", extra={"failures": self._failures, "reason": str(error)})
             self._set_state("failed")
+
+
+def load_otel() -> ModuleType:
+    """Return the module that sends traces and metrics. Raises `BackendError` without the `otel` extra."""
+    try:
+        from nemostream.serving import otel
+    except ImportError as error:
+        raise BackendError(f"the otel extra cannot be imported ({error}): {install_command('otel')}") from error
+    return otel
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.session import Options
 from nemostream.runtime.streaming.snapshot import StreamSnapshot
+from nemostream.runtime.streaming.state import StreamTrace
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.scripts import join_texts
 from nemostream.serving.client import Client
@@ -59,6 +60,25 @@ class SessionObserver(Protocol):
 
     def session_closed(self, session: Session) -> None:
         """The session was closed; may be called more than once."""
+
+
+class SessionTrace(Protocol):
+    """Receives the times of a session (`otel.StreamSpans`)."""
+
+    def attach(self, trace: StreamTrace) -> None:
+        """The stream's chunks are recorded in `trace` from now on."""
+
+    def received(self, before: float, after: float) -> None:
+        """Audio was received: the seconds before and after it."""
+
+    def add(self, events: Sequence[Event], end_sample: int) -> None:
+        """Results of the chunks up to `end_sample` were received; `events` are their new events."""
+
+    def discard(self, end_sample: int) -> None:
+        """The client discards the current utterance."""
+
+    def close(self, error: str | None, audio_seconds: float) -> None:
+        """The session was closed."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,12 @@ class Session:
         self._push_start = 0.0, 0.0, 0  # of the last call: the time, seconds of its audio, the stream's steps
         self._pending_seconds, self._pending_at = 0.0, clock()  # leaky bucket of `pace`
         self._ended = False
+        self._trace: SessionTrace | None = None
+
+    def trace(self, trace: SessionTrace) -> None:
+        """Report the times of the session to `trace`. Called before the first audio."""
+        self._trace = trace
+        trace.attach(self._stream.trace())
 
     @property
     def text(self) -> str:
@@ -211,8 +237,11 @@ class Session:
             self._on_pushed = None
             on_pushed(error)
             return True
+        before = self.audio
         self.audio += (seconds := self._push_start[1])
         self._observer.record_audio(seconds)
+        if self._trace is not None:
+            self._trace.received(before, self.audio)
         self._continue_push()
         return True
 
@@ -230,6 +259,8 @@ class Session:
             for event in result:
                 if event.kind == "final":
                     self._record_final(event)
+            if self._trace is not None:
+                self._trace.add(result, stream.end_sample)
             started, seconds, steps = self._push_start
             self._quiet_since = now = self._clock()
             if stream.steps > steps:
@@ -248,9 +279,11 @@ class Session:
         size = _slice_samples(self._rate, pcm.shape[1] if pcm.ndim == 2 else 1)
         for start in range(0, len(pcm), size):
             samples = pcm[start : start + size]
-            seconds = len(samples) / self._rate
+            before, seconds = self.audio, len(samples) / self._rate
             self.audio += seconds
             self._observer.record_audio(seconds)
+            if self._trace is not None:
+                self._trace.received(before, self.audio)
             events += await self._record(await self._stream.push_events(samples))
             if start + size < len(pcm):
                 await asyncio.sleep(0)
@@ -273,6 +306,8 @@ class Session:
         if not self._ended:
             self._decode.reset()
             await self._stream.end_utterance()
+            if self._trace is not None:
+                self._trace.discard(self._stream.end_sample)
 
     async def finish(self) -> list[Event]:
         """End the stream: decode all audio received, return the last events, and close the session."""
@@ -310,6 +345,9 @@ class Session:
         self.error = self.error or error
         self._on_pushed = None
         self._stream.close()
+        if self._trace is not None:
+            trace, self._trace = self._trace, None
+            trace.close(self.error, self.audio)
         self._observer.session_closed(self)
 
     @asynccontextmanager
@@ -429,6 +467,8 @@ class Session:
             self._rate, self._channels = decode.sample_rate, decode.channels
             options = self._options | Options(language=self.language)
             self._stream = self._model.astream(sample_rate=self._rate, channels=self._channels, **options)
+            if self._trace is not None:
+                self._trace.attach(self._stream.trace())
         return pcm
 
     async def _record(self, events: list[Event]) -> list[Event]:
@@ -438,6 +478,8 @@ class Session:
                 if self._normalizer is not None:
                     event = events[index] = await self._normalizer.rewrite(event)
                 self._record_final(event)
+        if self._trace is not None:
+            self._trace.add(events, self._stream.end_sample)
         return events
 
     def _record_final(self, event: Event) -> None:

@@ -157,6 +157,11 @@ class Settings(BaseSettings, Limits):
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="Format of the log on standard error; auto: text on a terminal, JSON otherwise."
     )
+    otel: CliImplicitFlag[bool] = Field(
+        False,
+        description="Send traces and metrics to an OpenTelemetry collector, as the OTEL_* environment variables "
+        "configure it (needs the otel extra).",
+    )
     log_transcripts: CliImplicitFlag[bool] = Field(False, description="Write transcripts to the log.")
     config: Path | None = Field(None, description="TOML file with these options.")
 

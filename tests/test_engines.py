@@ -362,15 +362,16 @@ def test_invalid_engine_is_not_stored(
     write = precision.write_int8_for_cpu
 
     def faulty(*arguments: Any, **options: Any) -> list[Path]:
-        graph, weights = write(*arguments, **options)
+        graph, *files = write(*arguments, **options)
         model = onnx.load(graph, load_external_data=False)
         name = "encoder.layers.2.feed_forward1.linear1.weight:scale"
         tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
         where = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+        (weights,) = (file for file in files if file.name == tensor.external_data[0].value)
         scales = np.memmap(weights, np.float32, "r+", where["offset"], tuple(tensor.dims))
         scales[:] = scales * 30 if fault == "scale" else np.nan
         scales.flush()
-        return [graph, weights]
+        return [graph, *files]
 
     monkeypatch.setattr(precision, "write_int8_for_cpu", faulty)
     store = PlanStore(tmp_path)

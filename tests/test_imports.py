@@ -55,6 +55,7 @@ RULES = {
             "nemostream.cli.transcribe": frozenset({"typer"}),
             "nemostream.cli.models": frozenset({"typer"}),
             "nemostream.cli.info": frozenset({"rich"}),
+            "nemostream.cli.top": frozenset({"rich"}),
             "nemostream.cli.doctor": frozenset({"rich"}),
             "nemostream.cli.gpu_memory": frozenset({"rich"}),
         },
@@ -102,6 +103,7 @@ RULES = {
         only={
             "nemostream.serving.settings": frozenset({"pydantic", "pydantic_settings"}),
             "nemostream.serving.metrics": frozenset({"prometheus_client"}),
+            "nemostream.serving.otel": frozenset({"opentelemetry"}),
             "nemostream.serving.server": frozenset({"grpc", "uvicorn"}),
             "nemostream.serving.processes.transport": frozenset({"uvicorn"}),
             "nemostream.serving.network.access": frozenset({"starlette"}),

@@ -109,6 +109,7 @@ def test_the_requirements_of_the_wheel(metadata: Message) -> None:
         "bench",
         "serve",
         "state",
+        "otel",
         "client",
         "ray",
         "mic",

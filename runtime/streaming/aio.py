@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 from nemostream.runtime.audio.sources import SourceLike, open_source
 from nemostream.runtime.streaming.session import OpenSession, Pcm, StreamSession
 from nemostream.runtime.streaming.snapshot import StreamSnapshot
-from nemostream.runtime.streaming.state import StreamState
+from nemostream.runtime.streaming.state import StreamState, StreamTrace
 from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.words import Result
 
@@ -106,6 +106,15 @@ class AsyncLiveStream:
     def events(self) -> list[Event]:
         """Return the events since the last call."""
         return self._session.events()
+
+    def trace(self) -> StreamTrace:
+        """Record when chunks of `chunk_ms` are run (`StreamSession.trace`). Called before the first audio."""
+        return self._session.trace()
+
+    @property
+    def end_sample(self) -> int:
+        """Samples at the model's rate that were processed up to the last result or event returned."""
+        return self._session.end_sample
 
     def check(self, pcm: Pcm) -> None:
         """Raise `AudioError` if `push` would reject `pcm`."""

@@ -50,6 +50,11 @@ class RowQueue:
         """The row that has waited longest."""
         return self._blocks[0][0]
 
+    @property
+    def streams(self) -> int:
+        """Number of slots that have rows."""
+        return int(np.count_nonzero(self.count_of))
+
     def append(self, rows: Rows) -> None:
         """Append rows, at least one. Sets their `arrival`."""
         rows["arrival"] = self.arrivals

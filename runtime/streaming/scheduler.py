@@ -47,7 +47,9 @@ from nemostream.runtime.streaming.state import (
     Listener,
     RowFeed,
     StepOutput,
+    StepTimes,
     StreamState,
+    StreamTrace,
     copy_of,
     new_output,
 )
@@ -98,6 +100,8 @@ class StreamScheduler(ABC):
         self._process, self._forks = os.getpid(), _forks
         self._lock = threading.Lock()
         self._closed: NemostreamError | None = None  # why no stream can be opened any more
+        self.records_times = False  # whether `last_step` is set and streams are traced
+        self.last_step = StepTimes(0.0, 0.0, 0)
         # Called on the scheduler's thread after each step, with its chunk, number of streams and duration in seconds.
         self.on_step: Callable[[ChunkConfig, int, float], None] | None = None
         self.on_failure: Callable[[Exception], None] | None = None  # called with each error raised by the backend
@@ -139,6 +143,11 @@ class StreamScheduler(ABC):
     @abstractmethod
     def cancel(self, stream: StreamState) -> None:
         """Drop a stream in any state. Its slot is released as soon as no step uses it. Does nothing if it is done."""
+
+    @property
+    def waiting(self) -> int:
+        """Number of streams with a chunk that is ready and not in a step yet; 0 if steps run in another process."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:
@@ -203,6 +212,11 @@ class StreamScheduler(ABC):
                     self._watch(stream)
                 assert stream.progress is not None
                 stream.progress.wait()
+
+    def trace(self, stream: StreamState) -> StreamTrace:
+        """Record when the chunks of a stream are run. Called before the first of its items is enqueued."""
+        stream.trace, self.records_times = StreamTrace(), True
+        return stream.trace
 
     def set_chunk(self, stream: StreamState, chunk: ChunkConfig) -> None:
         """Change a stream's chunk size from its next chunk on. The state at the backend is the same for all sizes."""
@@ -345,6 +359,8 @@ class Scheduler(StreamScheduler):
         with self._lock:
             if stream.error is not None:
                 stream.raise_error()
+            if stream.trace is not None:
+                stream.trace.enqueued(items)
             stream.items += items
             self._schedule(stream)
             if last:
@@ -413,6 +429,11 @@ class Scheduler(StreamScheduler):
                 return
             self._fail_stream(stream, StreamError(STREAM_CLOSED))
         self._notify([stream])
+
+    @property
+    def waiting(self) -> int:
+        with self._lock:
+            return len(self._ready) + self._rows.streams
 
     def close(self) -> None:
         """Fail all unfinished streams, wait for the step in flight and close the backend.
@@ -857,6 +878,8 @@ class Scheduler(StreamScheduler):
         except Exception as error:
             self._fail_step(step.streams, step.rows, error)
             return
+        if self.records_times:
+            self._record_times(step)
         landing = _Landing(emissions, step.order, self._manifest.samples_per_frame)
         with self._lock:
             if step.items:
@@ -868,6 +891,12 @@ class Scheduler(StreamScheduler):
             assert self._feed is not None
             self._feed.deliver(quiet, changed)
         self._notify(step.streams)  # and of branches of all streams of the step, after the results of these
+
+    def _record_times(self, step: InFlightStep) -> None:
+        self.last_step = StepTimes(step.started, time.perf_counter(), len(step.slots))
+        for stream, item in zip(step.streams, step.items, strict=True):
+            if stream.trace is not None:
+                stream.trace.ran(item, self.last_step)
 
     def _land_items(self, step: InFlightStep, landing: _Landing) -> None:
         """Record the results of the items of a step. Called with the lock held."""

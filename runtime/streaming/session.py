@@ -35,7 +35,7 @@ from nemostream.runtime.streaming.snapshot import (
     restore,
     saved_counts,
 )
-from nemostream.runtime.streaming.state import Hypothesis, Listener, StepOutput, StreamState
+from nemostream.runtime.streaming.state import Hypothesis, Listener, StepOutput, StreamState, StreamTrace
 from nemostream.runtime.streaming.tokens import SavedTokens, TokenList, clip
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard, UtteranceEnd
 from nemostream.runtime.text.events import Event, EventBuilder, EventState, RevisableText
@@ -264,6 +264,15 @@ class StreamSession:
                 continue
             for block in self.preprocessor.push(part):
                 self._accept(block)
+
+    def trace(self) -> StreamTrace:
+        """Record when chunks of `chunk_ms` are run. Called before the first audio."""
+        return self._scheduler.trace(self._stream)
+
+    @property
+    def end_sample(self) -> int:
+        """Samples at the model's rate that were processed up to the last result or event returned."""
+        return self._end_sample
 
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """Change the chunk size. Raises `OptionError` if the model does not support it."""

@@ -7,6 +7,7 @@ named tuples.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -79,6 +80,35 @@ class StepOutput(NamedTuple):
 
 new_output = partial(tuple.__new__, StepOutput)  # with a tuple of all fields: three times as fast as the class
 
+
+class StepTimes(NamedTuple):
+    """When a step was run. Times are `time.perf_counter()`, in seconds; on Linux, all processes have the same clock."""
+
+    started: float  # it was submitted
+    ended: float  # its results were available
+    streams: int
+
+
+class StreamTrace:
+    """The chunks of a stream that were run, until `chunks` is emptied. Thread-safe."""
+
+    def __init__(self) -> None:
+        # Of each chunk, its `end_sample`, when its audio was complete (`time.perf_counter()`), and its step
+        self.chunks: deque[tuple[int, float, StepTimes]] = deque()
+        self._ready: deque[float] = deque()  # of chunks that were not run yet
+
+    def enqueued(self, items: Sequence[WorkItem]) -> None:
+        """Record that items are ready."""
+        now = time.perf_counter()
+        for item in items:
+            if item.kind == "run":
+                self._ready.append(now)
+
+    def ran(self, item: WorkItem, step: StepTimes) -> None:
+        """Record that the next chunk was run. Called before its result can be collected."""
+        self.chunks.append((item.end_sample, self._ready.popleft() if self._ready else step.started, step))
+
+
 # Called with the streams that have changed: once after each step, on the scheduler's thread; after other changes, on
 # the thread that made them. It must not block.
 Listener = Callable[[list["StreamState"]], None]
@@ -111,6 +141,7 @@ class StreamState:
     outputs: deque[StepOutput] = field(default_factory=deque)  # not yet collected
     error: NemostreamError | None = None  # why the stream failed
     progress: threading.Condition | None = None  # notified of every change; created when a thread first waits
+    trace: StreamTrace | None = None  # `StreamScheduler.trace`
 
     def raise_error(self) -> None:
         """Raise the stream's error if it failed."""

@@ -92,11 +92,14 @@ class AccessMiddleware:
         number = key_number(request_key(headers), self._keys) if self._keys else None
         if self._keys and number is None and scope["path"] not in _PUBLIC_PATHS:
             return await self._deny(scope, receive, send, _KEY_REQUIRED, address)
-        client = scope["nemostream.client"] = (
+        client = (
             Client(address, address)
             if number is None
             else Client(f"key {number}", address, hashlib.sha256(self._keys[number]).hexdigest())
         )
+        if self._settings.otel:
+            client = client.with_trace(headers)
+        scope["nemostream.client"] = client
         if scope["type"] == "websocket":
             return await self._app(scope, receive, send)
         await self._call_limited(scope, headers, client, receive, send)

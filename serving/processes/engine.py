@@ -336,7 +336,7 @@ class TransportLink:
 
     def send_outputs(self, states: Sequence[StreamState], quiet: NDArray[np.int64] | None) -> None:
         """As `__call__`, and an output without tokens and ends for each stream number in `quiet`."""
-        results, errors, closed = Results(), bytearray(), bytearray()
+        results, errors, closed = Results(self._scheduler.last_step), bytearray(), bytearray()
         if quiet is not None and len(quiet):
             results.add_empty(quiet)
         add = results.add
@@ -495,10 +495,11 @@ def main() -> None:
     except NemostreamError as error:
         control.send_error(error)
         raise SystemExit(1) from error
-    recorder = StepRecorder(metrics, board.add_step, lambda state: control.send(state=state))
+    recorder = StepRecorder(loaded.model, metrics, board.add_step, lambda state: control.send(state=state))
     loaded.model.watch(recorder.on_step, recorder.on_failure)
     try:
         host = EngineHost(loaded.model, control)
+        host.scheduler.records_times = settings.otel
         gc.freeze()  # the model and the modules are never freed: do not scan them for cycles
         log_ready(loaded, settings, time.monotonic() - began)
         control.send(state="ready", max_streams=loaded.max_streams, model=loaded.model.manifest.name)

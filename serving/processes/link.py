@@ -7,7 +7,7 @@ from            kind         payload
 =============== ============ =======================================================================
 transport       `OPEN`       stream (uint32), then the stream's fields (`dump_fields`)
 transport       `ITEMS`      `ITEM` records: work items, and branches, ends and cancellations of streams
-engine          `RESULTS`    `Results`: the outputs of one step
+engine          `RESULTS`    `Results`: the outputs of one step, and its times if the server records them
 engine          `ERROR`      stream (uint32), then JSON: name of the class and message
 engine          `CLOSED`     streams (uint32 each) whose slots are released
 engine          `SAVED`      stream (uint32), then the answer to `SAVE`: parts of a snapshot (`dump_parts`) or nothing
@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from nemostream.bundle import Manifest
 from nemostream.errors import NemostreamError
 from nemostream.runtime.streaming.snapshot import SavedArrays
-from nemostream.runtime.streaming.state import Hypothesis
+from nemostream.runtime.streaming.state import Hypothesis, StepTimes
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.errors import error_of
@@ -66,7 +66,7 @@ ITEM_NAMES: dict[int, Any] = {number: name for name, number in ITEM_KINDS.items(
 STREAM = struct.Struct("<I")
 
 _REASONS: tuple[Reason, ...] = get_args(Reason)
-_RESULTS_HEAD = struct.Struct("<III")  # number of outputs, tokens, ends
+_RESULTS_HEAD = struct.Struct("<IIIddI")  # number of outputs, tokens, ends; `StepTimes`
 _SOCKET_BYTES = 4 << 20
 _REGION_CHUNKS = 2  # of the largest size that fit in a region
 _MODULES = ("nemostream.runtime.", "numpy.")  # whose classes a stream's fields may have
@@ -209,7 +209,8 @@ class FrameWriter:
 class Results:
     """The outputs of one step, packed row by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: StepTimes) -> None:
+        self.step = step
         self.streams, self.counts, self.ends = array("I"), array("I"), array("I")  # per output
         self.tokens, self.scores, self.sum_p_alpha = array("i"), array("f"), array("f")  # per token
         self.positions = array("q")
@@ -244,14 +245,14 @@ class Results:
     def pack(self) -> bytes:
         """Return the payload of a frame."""
         columns = self._columns()
-        head = _RESULTS_HEAD.pack(len(self.streams), len(self.tokens), len(self.end_counts))
+        head = _RESULTS_HEAD.pack(len(self.streams), len(self.tokens), len(self.end_counts), *self.step)
         return head + b"".join([column.tobytes() for column in columns])
 
     @classmethod
     def unpack(cls, payload: memoryview) -> Results:
         """Return the results of which `payload` was packed."""
-        results = cls()
-        sizes = _RESULTS_HEAD.unpack_from(payload)
+        *sizes, started, ended, streams = _RESULTS_HEAD.unpack_from(payload)
+        results = cls(StepTimes(started, ended, streams))
         at = _RESULTS_HEAD.size
         for column, size in zip(results._columns(), [sizes[0]] * 3 + [sizes[1]] * 4 + [sizes[2]] * 3, strict=True):
             end = at + size * column.itemsize

@@ -208,6 +208,8 @@ class RemoteScheduler(StreamScheduler):
             stream.in_flight -= 1
             if item.kind == "run":
                 stream.region.release()
+                if stream.trace is not None:
+                    stream.trace.ran(item, results.step)
             if stream.error is None:
                 hypothesis = stream.hypothesis
                 if count:
@@ -319,6 +321,8 @@ class RemoteScheduler(StreamScheduler):
         with self._lock:
             if stream.error is not None:
                 stream.raise_error()
+            if stream.trace is not None:
+                stream.trace.enqueued(items)
             stream.items += items
             if last:
                 stream.ended = True

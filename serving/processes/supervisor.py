@@ -27,7 +27,7 @@ from nemostream.serving.network.listening import reserve_port
 from nemostream.serving.processes.board import Board, Kind
 from nemostream.serving.processes.control import Control, Start, digest_of, start_file
 from nemostream.serving.processes.link import SharedAudio, socket_pair
-from nemostream.serving.service import available_chunks, live_slots, open_bundle
+from nemostream.serving.service import available_chunks, live_slots, load_otel, open_bundle
 from nemostream.serving.settings import Settings
 from nemostream.serving.subprocesses import start_process
 
@@ -92,6 +92,7 @@ class Supervisor:
         self._board_file = Board.create(settings.transports, self._entries)
         self._board = Board(self._board_file, settings.transports, self._entries)
         self._metrics = Metrics(shared=True)
+        self._metrics.describe(self._manifest.name, settings.device, settings.transports)
         self._load = LoadControl()
         self._engine: _Process | None = None
         self._transports: dict[int, _Process] = {}
@@ -101,7 +102,8 @@ class Supervisor:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until a signal. Raises what the first start of a process raises."""
+        """Serve until a signal. Raises what the first start of a process raises, and as `Service.open_tracing`."""
+        sender = load_otel().MetricSender.start(self._metrics.families) if self._settings.otel else None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -132,6 +134,8 @@ class Supervisor:
             if self._engine is not None:
                 self._engine.kill()
             await asyncio.wait(keeping)
+            if sender is not None:
+                await asyncio.to_thread(load_otel().close, sender)
 
     def _on_signal(self) -> None:
         """Stop; a second signal stops at once."""

@@ -149,6 +149,7 @@ class TransportService(Service):
         """
         settings = self.settings
         self.open_states()
+        self.open_tracing()
         bundle = open_bundle(settings)
         self._check_manifest(bundle.manifest)
         self.chunks = available_chunks(bundle.manifest, settings)

@@ -139,9 +139,13 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     def _client(self, context: grpc.aio.ServicerContext, key: str) -> Client:
         kind, _, rest = str(context.peer()).partition(":")
         peer = unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else str(context.peer())
-        forwarded = [_text(value) for name, value in context.invocation_metadata() or () if name == "x-forwarded-for"]
+        metadata = context.invocation_metadata() or ()
+        forwarded = [_text(value) for name, value in metadata if name == "x-forwarded-for"]
         address = self._proxies.client(peer, ",".join(forwarded))
-        return Client(key or address, address)
+        client = Client(key or address, address)
+        if self._service.settings.otel:
+            return client.with_trace({name: _text(value) for name, value in metadata})
+        return client
 
 
 def _text(value: str | bytes) -> str:

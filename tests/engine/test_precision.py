@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -286,7 +287,7 @@ def test_fused_int8_on_a_cpu(instructions: str, demo_bundle: Bundle, tmp_path: P
         pytest.skip(f"this processor does not have {instructions}")
     try:
         chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[0]
-        path, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "fused", fused=True)
+        path, *_ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "fused", fused=True)
         separate, _ = write_int8_for_cpu(demo_bundle, chunk, tmp_path, "separate")
         options = ort.SessionOptions()
         options.register_custom_ops_library(str(library))
@@ -303,7 +304,7 @@ def test_fused_int8_on_a_cpu(instructions: str, demo_bundle: Bundle, tmp_path: P
 
 def test_fused_layers(demo_bundle: Bundle, tmp_path: Path) -> None:
     """Of a layer's eight products, two have a SiLU and four are added to the residual path."""
-    path, _ = write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(80), tmp_path, "test", fused=True)
+    path, *_ = write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(80), tmp_path, "test", fused=True)
     model, layers = onnx.load(path, load_external_data=False), demo_bundle.manifest.encoder.layers
     nodes = [node for node in model.graph.node if node.op_type == "Int8Linear"]
     fused = Counter((node.attribute[0].i, bool(node.input[3]), bool(node.input[4])) for node in nodes)
@@ -311,6 +312,53 @@ def test_fused_layers(demo_bundle: Bundle, tmp_path: Path) -> None:
     expected = {(1, biases, False): 2 * layers, (0, biases, True): 4 * layers, (0, biases, False): 2 * layers}
     assert fused == expected
     assert not any(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node)
+
+
+def test_fused_steps_share_their_weights(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """The file of all products is the same for all chunk sizes, and has another name for other weights."""
+    written = [
+        write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(ms), tmp_path, str(ms), fused=True)
+        for ms in (80, 560)
+    ]
+    (shared,) = {files[2] for files in written}
+    for graph, own, _ in written:
+        tensors = onnx.load(graph, load_external_data=False).graph.initializer
+        names = {t.name: e.value for t in tensors for e in t.external_data if e.key == "location"}
+        panels = {name for name in names if name.endswith(":panels")}
+        assert len(panels) == 8 * demo_bundle.manifest.encoder.layers
+        assert {names[name] for name in panels} == {shared.name}
+        assert {file for name, file in names.items() if not name.endswith((":panels", ":scale"))} == {own.name}
+        assert own.stat().st_size < shared.stat().st_size
+    columns = np.ones((weights_of(demo_bundle, demo_bundle.manifest.chunk(80))[ROUNDED].shape[0], 1), np.float32)
+    other = edited_weight(demo_bundle, tmp_path / "bundle", ROUNDED, columns)
+    *_, changed = write_int8_for_cpu(other, other.manifest.chunk(80), tmp_path, "other", fused=True)
+    assert changed.name != shared.name
+
+
+@pytest.mark.skipif(not int8.library() or not Path("/proc/self/smaps").exists(), reason="needs the operator and Linux")
+def test_weights_of_fused_steps_are_used_where_they_are_mapped(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Each session has mapped the file, has read it, and has not written to it."""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(int8.library()))
+    sessions, chunks = [], demo_bundle.manifest.chunks[:2]
+    written = [write_int8_for_cpu(demo_bundle, chunk, tmp_path, str(chunk.ms), fused=True) for chunk in chunks]
+    shared = written[0][2]
+    for chunk, (graph, *_) in zip(chunks, written, strict=True):
+        sessions.append(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
+        encode(sessions[-1], demo_bundle, chunk, speech(demo_bundle.manifest)[0][: 2 * chunk.samples], steps=1)
+    mapped: list[dict[str, int]] = []  # kB by field, of each mapping of the file
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                if inside := line.rstrip().endswith(shared.name):
+                    mapped.append({})
+            elif inside and (found := re.match(r"(\w+): +(\d+) kB", line)):
+                mapped[-1][found[1]] = int(found[2])
+    sizes = Counter[str]()
+    for each in mapped:
+        sizes.update(each)
+    assert sizes["Rss"] * 1024 >= 1.9 * shared.stat().st_size
+    assert sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
 def test_fused_biases(demo_bundle: Bundle, tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ class FakeModel:
         self.on_step: Any = None
         self.on_failure: Any = None
         self.on_fallback: Any = None
+        self.waiting = 0
 
     def astream(self, *, sample_rate: int = 16000, channels: int = 1, **options: Any) -> FakeStream:
         assert set(options) <= set(Options.__annotations__)

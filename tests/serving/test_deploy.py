@@ -125,6 +125,80 @@ def test_the_dockerfile_steps_make_a_server(tmp_path: Path) -> None:
     assert server.returncode == 0
 
 
+# -- compose -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def test_the_compose_file_matches_the_schema() -> None:
+    """Compose itself is not run. The schema is that of the Compose specification."""
+    pytest.importorskip("check_jsonschema", reason="needs check-jsonschema")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_compose_file_starts_a_valid_server(compose: Any) -> None:
+    server = compose["services"]["server"]
+    assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).samefile(DEPLOY / "Dockerfile")
+    options = {name.removeprefix("NEMOSTREAM_").lower(): value for name, value in server["environment"].items()}
+    assert options.keys() <= Settings.model_fields.keys()
+    assert float(server["stop_grace_period"].removesuffix("s")) >= float(options["drain_seconds"]) + 20
+    # The folder of the store is in a volume, at a path of the image that belongs to the server's user.
+    mounts = [mount.rpartition(":")[0] if mount.endswith(":ro") else mount for mount in server["volumes"]]
+    targets = {mount.rpartition(":")[2]: mount.rpartition(":")[0] for mount in mounts}
+    store = Path(options["state_store"])
+    assert targets[str(store.parent)] in compose["volumes"]
+    assert f"install --directory --owner=1000 --group=1000 {store.parent}" in (DEPLOY / "Dockerfile").read_text()
+    # Without a variable, the bundle is the demo model.
+    (default,) = re.findall(r"^\$\{BUNDLE:-(.+)\}$", targets[options["bundle"]])
+    assert (DEPLOY / default).samefile(ROOT / "src" / "nemostream" / "demo")
+    variables = set(re.findall(r"NEMOSTREAM_(\w+)", (DEPLOY / "compose.yaml").read_text()))
+    assert {name.lower() for name in variables} <= Settings.model_fields.keys()
+
+
+def test_the_compose_file_exposes_nothing(compose: Any) -> None:
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    for name, service in compose["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+        assert "healthcheck" in service or "HEALTHCHECK" in (ROOT / service["build"]["dockerfile"]).read_text()
+        assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "a version is fixed"
+        assert set(service["secrets"]) <= compose["secrets"].keys()
+        for mount in service["volumes"]:
+            source = mount.partition(":")[0]
+            if source.startswith("./"):
+                assert (DEPLOY / source).exists() and mount.endswith(":ro")
+            elif not source.startswith("$"):
+                assert source in compose["volumes"]
+    for secret in compose["secrets"].values():
+        file = (DEPLOY / secret["file"]).relative_to(ROOT)
+        assert str(file) in ignored
+
+
+def test_prometheus_and_grafana_are_connected(compose: Any) -> None:
+    """The names of services, secrets and mounted files in the configurations are those of the compose file."""
+    services = compose["services"]
+    (scrape,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (target,) = scrape["static_configs"][0]["targets"]
+    assert target == f"server:{Settings().port}" and "server" in services
+    secret = Path(scrape["authorization"]["credentials_file"])
+    assert secret.name in services["prometheus"]["secrets"] and str(secret.parent) == "/run/secrets"
+    assert services["server"]["environment"]["NEMOSTREAM_API_KEYS_FILE"] == str(secret)
+    (source,) = yaml.safe_load((DEPLOY / "grafana" / "datasource.yaml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090" and "prometheus" in services
+    dashboard = json.loads((DEPLOY / "grafana" / "nemostream.json").read_text())
+    (variable,) = [one for one in dashboard["templating"]["list"] if one["type"] == "datasource"]
+    assert variable["current"]["value"] == source["uid"] and variable["query"] == source["type"]
+    (provider,) = yaml.safe_load((DEPLOY / "grafana" / "provider.yaml").read_text())["providers"]
+    targets = [mount.split(":")[1] for mount in services["grafana"]["volumes"]]
+    assert f"{provider['options']['path']}/nemostream.json" in targets
+    assert services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] in targets
+
+
 # -- KubeRay -----------------------------------------------------------------------------------------------------------
 
 

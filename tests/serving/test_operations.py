@@ -445,6 +445,10 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "utterances": "counter",
         "step_seconds": "histogram",
         "step_streams": "histogram",
+        "step_waiting_streams": "histogram",
+        "step_failures": "counter",
+        "info": "gauge",
+        "start_time_seconds": "gauge",
         "latency_seconds": "histogram",
         "final_fallbacks": "counter",
         "lanes_shed": "counter",
@@ -458,11 +462,12 @@ def test_metrics_are_prometheus_and_complete(serve_here: Any, spoken: Any) -> No
         "requests_denied": "counter",
         "uploads": "gauge",
     }
-    (rejected,) = (s for s in families["nemostream_streams_rejected"].samples if s.name.endswith("_total"))
-    assert rejected.labels == {"reason": "CapacityError"} and rejected.value == 1
+    rejected = [s for s in families["nemostream_streams_rejected"].samples if s.name.endswith("_total")]
+    counts = {sample.labels["reason"]: sample.value for sample in rejected}
+    assert counts == {"CapacityError": 1, "Draining": 0, "OptionError": 0}
     (timeouts,) = (s for s in families["nemostream_timeouts"].samples if s.name.endswith("_total"))
     assert timeouts.value == 1
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
     assert all(f"`{name}" in page for name in families)
 
 

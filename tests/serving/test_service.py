@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -927,10 +928,19 @@ def test_draining_has_a_time_limit(fakes: Any, model: Any, clock: Any) -> None:
 
 
 def test_metrics_of_steps_and_results(fakes: Any, model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    here = fakes.start(model)
+    here = fakes.start(model, device="cpu")
+    info = {"version": nemostream.__version__, "model": "demo", "device": "cpu", "transports": "0"}
+    assert fakes.metric(here, "info", **info) == 1
+    assert abs(fakes.metric(here, "start_time_seconds") - time.time()) < 3600
     for rows, seconds in ((1, 0.05), (5, 0.3)):
         model.on_step(model.manifest.chunk(80), rows, seconds)
+    model.waiting = 7
     model.on_step(model.manifest.chunk(560), 2, 0.5)
+    assert fakes.metric(here, "step_waiting_streams_sum") == 7
+    assert fakes.metric(here, "step_waiting_streams_bucket", le="0.0") == 2
+    assert fakes.metric(here, "step_failures_total") == 0
+    model.on_failure(RuntimeError("the step failed."))
+    assert fakes.metric(here, "step_failures_total") == 1
     assert fakes.metric(here, "step_seconds_count", chunk_ms="80") == 2
     assert fakes.metric(here, "step_seconds_sum", chunk_ms="80") == pytest.approx(0.35)
     assert fakes.metric(here, "step_seconds_sum", chunk_ms="560") == 0.5

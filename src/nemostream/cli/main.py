@@ -18,7 +18,7 @@ import typer
 
 from nemostream.cli import models
 from nemostream.cli.interrupt import Interrupted, exit_on_signals, signals_exit, signals_raise
-from nemostream.cli.options import JsonOption
+from nemostream.cli.options import OUTPUT, ApiKeyOption, JsonOption
 from nemostream.cli.standard_streams import open_closed_streams, print_message
 from nemostream.cli.transcribe import transcribe
 from nemostream.errors import BackendError, NemostreamError, OptionError
@@ -74,6 +74,26 @@ def serve(context: typer.Context) -> None:
             return print(serve_help())
         raise BackendError(f"the serve extra cannot be imported ({error}): {install_command('serve')}") from error
     run(context.args)
+
+
+@app.command(rich_help_panel=_SPEECH)
+def top(
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of the server.")] = "http://127.0.0.1:8000",
+    once: Annotated[
+        bool, typer.Option("--once", help="Show the state of one second, and exit.", rich_help_panel=OUTPUT)
+    ] = False,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Show the state of a running server, once per second, until Ctrl-C.
+
+    Open streams, batches, percentiles of step times and latencies, seconds of audio per second, and errors, from the
+    server's metrics. Figures are those of the last ten seconds, charts have a column for each second. If standard
+    output is not a terminal, each second is one line of names and values. If the server does not respond, it is tried
+    again. Needs the `serve` extra.
+    """
+    from nemostream.cli.top import show
+
+    show(url, api_key, once)
 
 
 app.command(rich_help_panel=_MODELS)(models.export)

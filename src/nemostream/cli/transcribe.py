@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemostream.cli.interrupt import Interrupted, signals_stop
-from nemostream.cli.options import ENGINE, INPUT, OUTPUT, RECOGNITION, SERVER, EnginesOption
+from nemostream.cli.options import ENGINE, INPUT, OUTPUT, RECOGNITION, SERVER, ApiKeyOption, EnginesOption
 from nemostream.cli.output import MICROPHONE, STDIN, Output, check_writable
 from nemostream.cli.phrases import read_phrases
 from nemostream.cli.remote import RemoteModel
@@ -192,15 +192,7 @@ def transcribe(
             rich_help_panel=SERVER,
         ),
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="NEMOSTREAM_API_KEY",
-            metavar="KEY",
-            help="API key of the server. In the environment variable, other users of the machine cannot see it.",
-            rich_help_panel=SERVER,
-        ),
-    ] = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Transcribe audio files, a pipe or the microphone.
 

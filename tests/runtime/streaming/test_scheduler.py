@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from nemostream.errors import BackendError, CapacityError, NemostreamError, Opti
 from nemostream.runtime.decoding.boosting import NO_PHRASES
 from nemostream.runtime.streaming import scheduler as scheduler_module
 from nemostream.runtime.streaming.chunker import Chunker, WorkItem
-from nemostream.runtime.streaming.rows import ROW
+from nemostream.runtime.streaming.rows import ROW, RowQueue
 from nemostream.runtime.streaming.scheduler import Scheduler
 
 TIMEOUT = 20  # seconds after which a hanging test fails
@@ -894,6 +895,71 @@ def test_steps_are_reported_with_chunk_streams_and_duration(serve, manifest, mon
     overlapped = 0.25 if request.node.callspec.params["serve"] else 0.0  # the second step is submitted during the first
     assert found[:1] == [(manifest.chunk(560), 1, 0.75 + overlapped)]
     assert found[1][:2] == (manifest.chunk(80), 1)
+
+
+def test_traced_chunks_have_the_times_of_their_steps(serve, manifest, monkeypatch):
+    scheduler, backend = serve(capacity=3)
+    now = itertools.count(1.0)
+    clock = types.SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    monkeypatch.setattr("nemostream.runtime.streaming.state.time", clock)
+    traced, other = open_(scheduler, manifest.chunk(80)), open_(scheduler, manifest.chunk(80))
+    trace, slot = scheduler.trace(traced), traced.slot
+    for block in range(3):
+        for stream in (traced, other):
+            scheduler.accept(stream, noise(block, 2560))
+        for stream in (traced, other):
+            scheduler.wait(stream)
+    scheduler.skip_silence(traced, 12_800)  # not a step
+    scheduler.finish(traced)
+    scheduler.wait(traced)
+    ran = [output.item for output in scheduler.collect(traced) if output.item.kind == "run"]
+    assert [end for end, _, _ in trace.chunks] == [item.end_sample for item in ran] and len(ran) >= 6
+    steps = [step for _, _, step in trace.chunks]
+    assert [step.streams for step in steps] == [len(slots) for _, slots in backend.batches if slot in slots]
+    assert all(ready < step.started < step.ended for _, ready, step in trace.chunks)
+    assert steps == sorted(steps) and len(set(steps)) == len(steps)
+    assert scheduler.last_step == steps[-1] and other.trace is None
+
+
+def test_the_times_of_steps_are_recorded_for_traces_only(serve, manifest):
+    scheduler, _ = serve()
+    stream = open_(scheduler, manifest.chunk(80))
+    scheduler.accept(stream, noise(0, 2560))
+    scheduler.wait(stream)
+    assert not scheduler.records_times and scheduler.last_step == (0.0, 0.0, 0)
+
+
+def test_streams_with_a_chunk_that_is_not_in_a_step_are_counted(serve, manifest):
+    scheduler, backend = serve(capacity=3, max_batch=1)
+    blocks = [BlockingCall(), BlockingCall()]
+    waiting = []
+    scheduler.on_step = lambda chunk, rows, seconds: waiting.append(scheduler.waiting)
+    streams = [open_(scheduler, manifest.chunk(80)) for _ in range(3)]
+    assert scheduler.waiting == 0
+    backend.on_submit = lambda batch: blocks[len(backend.batches) - 1]() if len(backend.batches) <= 2 else None
+    for stream in streams:
+        scheduler.accept(stream, noise(0, 1280 * 2))
+    assert blocks[0].entered.wait(TIMEOUT)
+    until(lambda: scheduler.waiting == 3)  # the next chunk of the stream in the step is one of them
+    blocks[0].released.set()
+    assert blocks[1].entered.wait(TIMEOUT)
+    blocks[1].released.set()
+    for stream in streams:
+        scheduler.wait(stream)
+    assert scheduler.waiting == 0 and waiting[-1] == 0 and max(waiting) <= 3
+
+
+def test_waiting_rows_are_counted_by_stream(manifest) -> None:
+    queue = RowQueue(4)
+    rows = np.zeros(3, ROW)
+    rows["slot"] = [1, 3, 1]
+    queue.append(rows)
+    assert queue.streams == 2
+    queue.take(0, 1)
+    assert queue.streams == 2
+    queue.take(0, 2)
+    assert queue.streams == 0
 
 
 @pytest.mark.parametrize("end", ["skip_silence", "end_utterance", "finish"])

@@ -1,17 +1,16 @@
-"""A real nginx in front of the server, with the configuration of docs/deploy.md; forwarded headers without a proxy."""
+"""A real nginx in front of the server, with deploy/nginx.conf; forwarded headers without a proxy."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime
 import json
-import re
 import shutil
 import socket as sockets
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,24 +111,22 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def documented_config() -> str:
-    page = (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
-    (config,) = re.findall(r"```nginx\n(.*?)```", page, re.DOTALL)
-    return str(config)
-
-
 @contextmanager
-def nginx(server: Any, certificate: tuple[Path, Path], folder: Path, prefix: str = "") -> Iterator[Proxy]:
-    """Run nginx in `folder` with the documented configuration on free ports."""
+def nginx(
+    server: Any, certificate: tuple[Path, Path], folder: Path, prefix: str = "", others: Sequence[Any] = ()
+) -> Iterator[Proxy]:
+    """Run nginx in `folder` with the configuration of `deploy/` on free ports, in front of one server or several."""
     proxy = Proxy(server, free_port(), free_port(), certificate[0], prefix)
-    config = documented_config()
+    config = (Path(__file__).parents[3] / "deploy" / "nginx.conf").read_text()
+    servers = [server, *others]
     for before, after in (
         ("listen 443 ssl", f"listen 127.0.0.1:{proxy.port} ssl"),
         ("/etc/ssl/asr.pem", str(certificate[0])),
         ("listen 50443 ssl", f"listen 127.0.0.1:{proxy.grpc} ssl"),
         ("/etc/ssl/asr.key", str(certificate[1])),
-        ("http://127.0.0.1:8000;", f"http://127.0.0.1:{server.http}{'/' * bool(prefix)};"),
-        ("grpc://127.0.0.1:50051;", f"grpc://127.0.0.1:{server.grpc};"),
+        ("server 127.0.0.1:8000 max_fails=0;", _lines(f"127.0.0.1:{one.http}" for one in servers)),
+        ("server 127.0.0.1:50051 max_fails=0;", _lines(f"127.0.0.1:{one.grpc}" for one in servers)),
+        ("proxy_pass http://nemostream;", f"proxy_pass http://nemostream{'/' * bool(prefix)};"),
     ):
         assert before in config
         config = config.replace(before, after)
@@ -157,6 +154,10 @@ def nginx(server: Any, certificate: tuple[Path, Path], folder: Path, prefix: str
     finally:
         process.terminate()
         process.wait(20)
+
+
+def _lines(addresses: Iterable[str]) -> str:
+    return "\n".join(f"server {address} max_fails=0;" for address in addresses)
 
 
 @pytest.fixture(scope="module", params=["", "/asr"], ids=["root", "prefix"])
@@ -275,6 +276,30 @@ def test_limits_per_client_behind_nginx(
                         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
 
         asyncio.run(connections())
+
+
+@needs_nginx
+def test_a_full_server_is_skipped(certificate: tuple[Path, Path], tmp_path: Path, serve_here: Any, spoken: Any) -> None:
+    """Streams go to the other server while one is full. If both are, the client receives the server's rejection."""
+    options = {"hosts": [NAME], "measure": False}
+    with (
+        serve_here(max_streams=1, **options) as small,
+        serve_here(max_streams=2, **options) as large,
+        nginx(small, certificate, tmp_path, others=[large]) as proxy,
+    ):
+
+        async def clients() -> None:
+            async with proxy.stream(), proxy.stream(), proxy.stream() as last:
+                assert (small.service.streams, large.service.streams) == (1, 2)
+                with pytest.raises(InvalidStatus) as caught:
+                    await proxy.stream()
+                assert caught.value.response.status_code == 429 and caught.value.response.headers["Retry-After"]
+                await last.close()
+                while large.service.streams == 2:
+                    await asyncio.sleep(0.01)
+                assert await transcript(proxy.stream(), spoken[0].pcm) == spoken[0].text
+
+        asyncio.run(clients())
 
 
 @needs_nginx

@@ -16,7 +16,7 @@ import nemostream
 from nemostream.bundle import Bundle
 from nemostream.errors import AudioError, BackendError, CapacityError, StreamError
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.streaming.state import Hypothesis
+from nemostream.runtime.streaming.state import Hypothesis, StepTimes
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard, UtteranceEnd
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.processes import link
@@ -101,13 +101,15 @@ ENDS = st.lists(
 
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), TOKENS, ENDS), max_size=10))
 def test_results_are_equal_after_packing(outputs: list[Any]) -> None:
-    results, hypothesis = link.Results(), Hypothesis()
+    step = StepTimes(1.25, 2.5, len(outputs))
+    results, hypothesis = link.Results(step), Hypothesis()
     for stream, tokens, ends in outputs:
         begin = len(hypothesis.tokens)
         if tokens:
             hypothesis.extend(*map(list, zip(*tokens, strict=True)))
         results.add(stream, hypothesis, begin, len(hypothesis.tokens), ends)
     found = link.Results.unpack(memoryview(results.pack()))
+    assert found.step == step
     assert list(found.streams) == [stream for stream, _, _ in outputs]
     assert list(found.counts) == [len(tokens) for _, tokens, _ in outputs]
     assert found.tokens.tolist() == hypothesis.tokens and found.positions.tolist() == hypothesis.sample_positions

@@ -819,6 +819,6 @@ def test_saving_a_stream_that_ends_fails(engine: Engine) -> None:
 
 
 def test_no_public_method_needs_the_backend_of_this_process() -> None:
-    feed = {"set_feed", "enqueue_rows", "wake", "call"}  # for the engine process, and for tests
+    feed = {"set_feed", "enqueue_rows", "wake", "call", "waiting"}  # for the engine process, and for tests
     public = {name for name in vars(Scheduler) if not name.startswith("_")} - feed
     assert public and public <= set(vars(remote.RemoteScheduler))
