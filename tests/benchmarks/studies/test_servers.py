@@ -80,4 +80,4 @@ def test_all_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (values["errors"], values["disconnects"], values["differing"]) == (0, 0, 0), row["case"]
         assert values["texts"] >= row["case"]["streams"] and values["wer"] <= 0.4 and values["matched_words"] >= 0.5
         assert values["cpu_seconds_per_audio_hour"] > 0
-    assert (tmp_path / "servers-latency.svg").exists() and "| NeMo pipeline fp32 |" in load.show(result)
+    assert (tmp_path / "servers-latency.svg").exists() and "**NeMo pipeline fp32**" in load.show(result)
