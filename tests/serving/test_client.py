@@ -289,7 +289,8 @@ def test_cut_connections_change_no_event(server: Any, spoken: Any, options: Any)
             events = [event async for event in stream]
             await sending
             assert comparable(events, options) == comparable(expected, options)
-            assert stream.reconnects >= 2 and proxy.connections == stream.reconnects + 1
+            # A connection that is cut before `ready` is not a reconnection.
+            assert stream.reconnects >= 2 and proxy.connections >= stream.reconnects + 1
             assert len(stream.gaps) >= 1
 
     asyncio.run(main())
