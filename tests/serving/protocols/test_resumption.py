@@ -194,7 +194,7 @@ def speech(heldout: Any) -> np.ndarray:
 def resuming(serve_here: Any) -> Any:
     """A server that stores the state of a stream after every few messages."""
     with serve_here(state_seconds=0.05, max_streams=8, measure=False, idle_seconds=2) as server:
-        # The tests send audio faster than in real time, so that results are late on a busy machine: no stream is rejected.
+        # The tests send audio faster than in real time. On a busy machine, results would be late, and streams rejected.
         server.service.load.history = deque(maxlen=0)
         yield server
 
