@@ -465,7 +465,9 @@ class _RivaStream:
 def _call_error(code: Any, details: str) -> Exception:
     import grpc
 
-    text = f"{code.name}: {details}"
+    # gRPC replaces the server's status if the call ends while a message is written.
+    unknown = code is grpc.StatusCode.INTERNAL and details == "Internal error from Core"
+    text = "the server ended the call; gRPC does not report why" if unknown else f"{code.name}: {details}"
     return ConnectionError(text) if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.OK) else StreamError(text)
 
 
