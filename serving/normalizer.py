@@ -2,7 +2,7 @@
 
 The rules (`nemostream.runtime.text.itn`) hold Python's interpreter lock for tenths of a second, and for seconds while
 they load: on a thread they would block the event loop. A process exchanges JSON lines over its standard input and
-output, inherits no API key and ends with the server.
+output, inherits no secrets and ends with the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemostream.runtime.text.events import Event
 from nemostream.runtime.text.itn import check_language, code_of
 from nemostream.runtime.text.languages import AUTO
 from nemostream.runtime.text.words import Word
-from nemostream.serving.subprocesses import start_process
+from nemostream.serving.subprocesses import start_process, worker_environment
 
 log = logging.getLogger("nemostream.serving")
 
@@ -223,6 +223,7 @@ class _Process:
             process = await start_process(
                 "nemostream.serving.normalizer",
                 self._language,
+                environment=worker_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

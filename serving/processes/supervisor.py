@@ -29,7 +29,7 @@ from nemostream.serving.processes.control import Control, Start, digest_of, star
 from nemostream.serving.processes.link import SharedAudio, socket_pair
 from nemostream.serving.service import available_chunks, live_slots, load_otel, open_bundle
 from nemostream.serving.settings import Settings
-from nemostream.serving.subprocesses import start_process
+from nemostream.serving.subprocesses import server_environment, start_process
 
 log = logging.getLogger("nemostream.serving")
 
@@ -225,7 +225,13 @@ class Supervisor:
                 file = start_file(start)
                 copied.callback(os.close, file)
                 # The name is for process lists.
-                started = await start_process(MODULES[kind], name, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
+                started = await start_process(
+                    MODULES[kind],
+                    name,
+                    environment=server_environment(),
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                )
             except OSError as error:
                 raise BackendError(f"the process {name} cannot be started: {error}.") from error
             process = _Process(name, started, Control(ours))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 
 from nemostream.errors import AudioError, BackendError
 from nemostream.serving.errors import error_of
+from nemostream.serving.subprocesses import worker_environment
 from nemostream.serving.uploads.decoder_process import FRAME, MAX_MEMORY
 
 BLOCK_SECONDS = 60.0  # for one frame of a process: the file's head, or one block
 _STOP_SECONDS = 2.0  # for a process to stop in the middle of a recording
 _MAX_IDLE = 2  # processes that are kept for the next recordings
 _MAX_FRAME_BYTES = 64 << 20
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV")
 
 
 class DecoderPool:
@@ -223,11 +222,10 @@ class _DecoderProcess:
 
 
 def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     return subprocess.Popen(
         [sys.executable, "-m", "nemostream.serving.uploads.decoder_process"],
         stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        env=worker_environment(),
     )

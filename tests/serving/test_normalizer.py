@@ -285,6 +285,7 @@ def test_the_number_of_processes_is_limited(
 def test_an_utterance_does_not_receive_the_response_to_another(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancelled call, a timeout and a process that ends leave the next utterance unaffected."""
     monkeypatch.setenv("NEMOSTREAM_API_KEYS", "hidden")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=hidden")
     held = log.with_name("inverse_normalize.py.hold-text")
     slow, quick = final((" slow twenty two", None), set_language="en"), final((" twenty two", None), set_language="en")
 
