@@ -39,6 +39,7 @@ from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurveP
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
 from nemostream.benchmarks.harness.server_process import server_process
 from nemostream.bundle import Bundle
+from nemostream.cli.scrapes import Scrape
 from nemostream.engines import speech
 from nemostream.errors import OptionError
 
@@ -263,10 +264,9 @@ def _step_metrics(url: str) -> tuple[float, float, float]:
 
 def parse_step_metrics(text: str) -> tuple[float, float, float]:
     """Return number, rows and seconds of the steps in Prometheus metrics, summed over all labels."""
-    lines = text.splitlines()
-    names = "nemostream_step_streams_count", "nemostream_step_streams_sum", "nemostream_step_seconds_sum"
-    count, rows, seconds = (sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in names)
-    return count, rows, seconds
+    total = Scrape.parse(text, at=0.0).total
+    streams, seconds = "nemostream_step_streams", "nemostream_step_seconds"
+    return total(f"{streams}_count"), total(f"{streams}_sum"), total(f"{seconds}_sum")
 
 
 def cpu_seconds(pid: int) -> float:
