@@ -192,7 +192,7 @@ class Service:
         self._normalizer.close()
         if self.states is not None:
             self.states.close()
-        if self.settings.otel:
+        if self._tracing is not None:
             load_otel().close(self._tracing, self._metric_sender)
 
     # -- streams -------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Replica:
         """Export counters and gauges to Ray: behind its proxy `/metrics` is that of an arbitrary replica."""
         gauges: dict[str, ray_metrics.Gauge] = {}
         while True:
-            for family in self._service.metrics.registry.collect():
+            for family in self._service.metrics.families():
                 for sample in family.samples if family.type in ("counter", "gauge") else ():
                     if sample.name.endswith("_created"):
                         continue

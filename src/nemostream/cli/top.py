@@ -422,7 +422,7 @@ def _count(scrape: Scrape, name: str) -> str:
 def _milliseconds(buckets: Buckets, share: float) -> str:
     """Return a percentile in milliseconds. One in the last bucket, which has no upper bound, is marked."""
     value = buckets.quantile(share)
-    prefix = ">" if buckets.count and value == buckets.bounds[-2] and buckets.counts[-2] < share * buckets.count else ""
+    prefix = ">" if buckets.count and buckets.counts[-2] < share * buckets.count else ""
     return prefix + _number(1000 * value, ".1f" if value < 0.00995 else ".0f")
 
 
