@@ -1,5 +1,5 @@
 """Prometheus and Grafana files of `deploy/`: promtool's unit tests of the alerts, and a real Prometheus that scrapes a
-server, is asked for every expression of the dashboard, and evaluates the alerts."""
+server, evaluates every expression of the dashboard, and evaluates the alerts."""
 
 from __future__ import annotations
 
@@ -438,7 +438,7 @@ def test_prometheus_has_data_for_every_panel(serve_process: Any, spoken: Any, tm
         assert states.keys() == {alert["alert"] for alert in alerts()}
         assert all(health == "ok" for health, _ in states.values())
         assert states["NemostreamNoCapacity"][1] == "pending" and states["NemostreamDown"][1] == "inactive"
-        # A server that ended is noticed.
+        # `up` is 0 for a server that has ended.
         assert running.process is not None
         running.process.kill()
         deadline = time.monotonic() + 30
