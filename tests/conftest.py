@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,23 @@ def make_device(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs `transcribe` and returns its exit code, standard output and standard error."""
+def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs the command line and returns its exit code, standard output and standard error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as exited:
-            main(["transcribe", *map(str, arguments)])
+            main([*map(str, arguments)])
         assert isinstance(exited.value.code, int)
         return (exited.value.code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def run(run_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """As `run_main`, for `transcribe`."""
+    return partial(run_main, "transcribe")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,7 +23,6 @@ import pytest
 from rich.console import Console
 
 from nemostream.cli import top
-from nemostream.cli.main import main
 from nemostream.cli.top import Monitor, Server, View, bars_of, line
 
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
@@ -32,7 +32,7 @@ STARTED = time.time() - 11000
 
 
 class Page(BaseHTTPRequestHandler):
-    """Answers with what the test has set, and records the keys of requests."""
+    """Responds with what the test has set, and records the keys of requests."""
 
     def do_GET(self) -> None:
         server: Any = self.server
@@ -48,7 +48,7 @@ class Page(BaseHTTPRequestHandler):
 
 
 class Web:
-    """A web server whose answers the test sets."""
+    """A web server whose responses the test sets."""
 
     def __init__(self, port: int = 0) -> None:
         self.server: Any = ThreadingHTTPServer(("127.0.0.1", port), Page)
@@ -300,21 +300,13 @@ def test_the_line(monitor: Callable[..., Monitor]) -> None:
 # -- command -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs `top` and returns its exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            main(["top", *map(str, arguments)])
-        assert isinstance(exited.value.code, int)
-        return (exited.value.code, *capfd.readouterr())
-
-    return call
-
-
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(run_main: Run) -> Run:
+    """As `run_main`, for `top`."""
+    return partial(run_main, "top")
 
 
 @pytest.mark.parametrize(
