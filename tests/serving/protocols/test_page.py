@@ -626,7 +626,7 @@ def check(page: Any, server: ScriptedServer) -> None:
 @pytest.mark.parametrize("way", ["abort", "freeze", "moved", "model", "1011", "1000"])
 def test_no_audio_is_lost_or_repeated(live: Any, scripted: ScriptedServer, way: str) -> None:
     scripted.cuts = [(BLOCK // 2, way), (5 * BLOCK + 7, way), (6 * BLOCK - 8, way)]
-    live.evaluate(f"ResumableStream.silenceMs = {1000 if way == 'freeze' else 1e9}")
+    live.evaluate(f"ResumableStream.answerTimeoutMs = {1000 if way == 'freeze' else 1e9}")
     live.evaluate("speak(2)")
     for chunk_ms in (80, 560):  # controls in between
         choose(live, chunk_ms)
@@ -716,7 +716,7 @@ def test_the_connection_is_lost_before_done(live: Any, scripted: ScriptedServer,
     live.evaluate("speak(4)")
     live.evaluate("call.finish()")
     live.wait_for_function("() => stream.queue.length === 0")
-    live.evaluate("ResumableStream.silenceMs = 1000")
+    live.evaluate("ResumableStream.answerTimeoutMs = 1000")
     getattr(scripted.proxy, way)()
     live.wait_for_function("() => states.includes('waiting')")
     scripted.blocked = False
@@ -846,13 +846,13 @@ def test_a_server_without_resumption(live: Any, scripted: ScriptedServer) -> Non
     scripted.resumption = None
     live.evaluate("speak(4)")
     assert live.evaluate("stream.queue.length") == 0  # nothing is kept
-    live.evaluate("ResumableStream.silenceMs = 0")  # no `stored` is sent, so silence has no meaning
+    live.evaluate("ResumableStream.answerTimeoutMs = 0")  # no `stored` is sent, so there is no timeout
     live.evaluate("stream.tick()")
     live.evaluate("speak(1)")
     finish(live)
     audio = recorded(live)[0]
     assert scripted.state.audio == audio and captions(live) == captions_of(audio)
-    live.evaluate("ResumableStream.silenceMs = 15000")
+    live.evaluate("ResumableStream.answerTimeoutMs = 15000")
     live.evaluate("speak(3)")
     scripted.proxy.down = True
     scripted.proxy.abort()
@@ -869,7 +869,7 @@ def test_cuts_do_not_change_the_transcript(browser: Any, server: Any, spoken: An
     proxy = Proxy(server.http)
     with on_thread(proxy.run), open_page(browser, proxy.url) as page:
         page.evaluate(RECORD)
-        page.evaluate("ResumableStream.silenceMs = 6000")
+        page.evaluate("ResumableStream.answerTimeoutMs = 6000")
         play(page, tmp_path / "voice.wav")
         page.wait_for_selector("#captions p.live", timeout=20_000)
         proxy.abort()
