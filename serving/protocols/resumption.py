@@ -104,8 +104,8 @@ class EventLog:
 class Resumption:
     """What makes a stream resumable: its token, the position of its client, its events, and the storing of its state.
 
-    For the event loop. `options` are those that the client requested. Of a stream that continues, `received_bytes` and
-    `controls` are the position, and `resent` the messages that the client has not received.
+    Used in the event loop only. `options` are those that the client requested. Of a stream that continues,
+    `received_bytes` and `controls` are the position, and `resent` the messages that the client has not received.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Resumption:
 
     @classmethod
     async def open(cls, service: Service, client: Client, options: dict[str, Any]) -> Resumption | None:
-        """Return that of a new stream; None if the server stores no states."""
+        """Return the resumption of a new stream; None if the server stores no states."""
         if (states := service.states) is None:
             return None
         resumption = cls(service, states, client, secrets.token_urlsafe(_TOKEN_BYTES), 1, options)
@@ -151,7 +151,7 @@ class Resumption:
     async def resume(
         cls, service: Service, client: Client, token: str, received: int, results: int
     ) -> tuple[Resumption, dict[str, Any]]:
-        """Return that of a stored stream, whose client has received `received` events, `results` of them results.
+        """Return the resumption of a stored stream, whose client has `received` events, `results` of them results.
 
         The second value is the state of the session, as arguments of `Service.open`. The stream's connection is closed
         if it is open at this server. Raises `StateError` if the stream cannot be resumed.
@@ -207,17 +207,17 @@ class Resumption:
         if (due and self._position != self._stored) or age >= settings.state_retention / _REWRITES:
             self._begin(session)
 
-    def _begin(self, session: Session) -> bool:
-        """Begin to store the state of the session as it is now. Return False if it cannot be saved at present."""
+    def _begin(self, session: Session) -> asyncio.Task[bool] | None:
+        """Begin to store the state of the session as it is now. Return None if it cannot be saved at present."""
         began = self._service.clock()
         if (state := session.save()) is None:
-            return False
+            return None
         saved, pending, complete = state
         position, about = self._position, self._about(session, saved, pending)
         position["bytes"] -= pending
         self._stored_at, self.utterance_ended = began, False
         self._saving = asyncio.create_task(self._store(session, about, position, complete, began))
-        return True
+        return self._saving
 
     async def _store(
         self,
@@ -258,7 +258,7 @@ class Resumption:
         while session.is_open and self._service.clock() < limit:
             if self._saving is not None:  # an earlier state
                 await asyncio.wait([self._saving])
-            elif self._begin(session) and (saving := self._saving) is not None:
+            elif saving := self._begin(session):
                 await asyncio.wait([saving])
                 return saving.result()
             else:

@@ -65,9 +65,9 @@ async def serve(socket: WebSocket, service: Service) -> None:
 async def _open(
     query: QueryParams, service: Service, client: Client
 ) -> tuple[Session, dict[str, Any], Resumption | None]:
-    """Open the session that a query requests; return it, its options, and what makes a stream that continues resumable.
+    """Open the session that a query requests. Return it, its options, and the resumption of a stream that continues.
 
-    A state of many megabytes is not referred to afterwards.
+    The stored state, which may have many megabytes, can be freed after the return.
     """
     options, resumption = _options(query), None
     state: dict[str, Any] = {}

@@ -536,7 +536,7 @@ class AsyncStream:
             seconds = "" if code == "draining" else response.headers.get("Retry-After", "")
             return _Refused(reason, float(seconds) if seconds.isdecimal() else 0.0)
         if self._token:
-            # The server has the stream and will not continue it; any other server would answer the same.
+            # The server has the stream and does not continue it; any other server would answer the same.
             if code == "state" and status in (403, 409):
                 return self._lost(f"{server} does not resume the stream: {reason}.")
             return _Refused(reason, None)
@@ -717,7 +717,7 @@ class AsyncStream:
 
         Pings are counted instead of seconds, because this process may have been suspended. The keepalive of
         `websockets` would end connections of busy servers, which read a ping after the audio that was sent before it,
-        and would not notice a frozen server while its ping waits for room in the send buffer.
+        and would not detect a frozen server while its ping waits for room in the send buffer.
         """
         clock = asyncio.get_running_loop().time
 

@@ -52,8 +52,8 @@ class RemoteModel:
 class RemoteStream:
     """A stream of a server, with the interface of `LiveStream` for events. A context manager.
 
-    Events are returned as iterators, which raise the error of a lost stream after its last events. The text of an
-    unfinished utterance is then a final.
+    Events are returned as iterators, which must be consumed: audio is sent while they are. They raise the error of a
+    lost stream after its last events. The text of an unfinished utterance is then a final.
     """
 
     def __init__(self, stream: client.Stream, sample_rate: int, channels: int) -> None:

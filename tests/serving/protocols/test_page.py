@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -51,6 +51,9 @@ FLAGS = [
     "--autoplay-policy=no-user-gesture-required",
 ]
 
+RATE = 16000  # Hz
+SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
 
@@ -74,24 +77,41 @@ def browser(microphone: Path) -> Iterator[Any]:
         browser.close()
 
 
+@contextmanager
+def open_page(browser: Any, url: str, size: str = "phone", console: bool = False, **options: Any) -> Iterator[Any]:
+    """Open the page of a server. Its `errors` are exceptions and, with `console`, also those of lost connections."""
+    width, height = SIZES[size]
+    with browser.new_context(viewport={"width": width, "height": height}, **options) as context:
+        page = context.new_page()
+        page.urls, page.sockets, page.errors = [], [], []
+        page.on("request", lambda request: page.urls.append(request.url))
+        page.on("websocket", lambda socket: page.sockets.append(socket.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        if console:
+            page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+        page.goto(url)
+        page.wait_for_selector("#mic:enabled")
+        yield page
+
+
 @pytest.fixture
 def page(browser: Any, server: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 390, "height": 844})  # a phone
-    page = context.new_page()
-    page.urls, page.errors = [], []
-    page.on("request", lambda request: page.urls.append(request.url))
-    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(server.url)
-    page.wait_for_selector("#mic:enabled")
-    yield page
-    context.close()
+    with open_page(browser, server.url, console=True) as page:
+        yield page
 
 
 def choose(page: Any, chunk_ms: int) -> None:
     page.evaluate("showPanel(true)")
     page.check(f"#chunks input[value='{chunk_ms}']", force=True)
     page.evaluate("showPanel(false)")
+
+
+def write_clips(path: Path, clips: Sequence[Any], channels: int = 1) -> float:
+    """Write clips to a file, each followed by a second of silence. Return its length in seconds."""
+    silence = np.zeros(RATE, np.int16)
+    samples = np.concatenate([part for clip in clips for part in (np.frombuffer(clip.pcm, np.int16), silence)])
+    soundfile.write(path, np.repeat(samples[:, None], channels, axis=1), RATE)
+    return len(samples) / RATE
 
 
 def play(page: Any, path: Path) -> None:
@@ -141,11 +161,7 @@ def test_sample_on_an_http_page_of_another_machine(page: Any, spoken: Any) -> No
 
 def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> None:
     """What is shown as stable is not changed, in the same elements; the grey rest is replaced."""
-    urls: list[str] = []
-    page.on("websocket", lambda socket: urls.append(socket.url))
-    silence = np.zeros(16000, np.int16)
-    clips = [part for clip in spoken[:3] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
-    soundfile.write(tmp_path / "voice.wav", np.concatenate(clips), 16000)
+    write_clips(tmp_path / "voice.wav", spoken[:3])
     page.emulate_media(reduced_motion="reduce")  # colours do not fade
     choose(page, 80)
     page.evaluate("showPanel(true)")
@@ -171,7 +187,7 @@ def test_partials_settle_into_finals(page: Any, spoken: Any, tmp_path: Path) -> 
     )
     play(page, tmp_path / "voice.wav")
     page.wait_for_selector("#status:text-is('Done')", timeout=40_000)
-    assert "chunk_ms=80&final_chunk_ms=1120&words=1" in urls[-1]
+    assert "chunk_ms=80&final_chunk_ms=1120&words=1" in page.sockets[-1]
     seen, revised, mixed = page.evaluate("seen"), 0, 0
     for before, after in itertools.pairwise(seen):
         assert after["shown"] == after["text"]
@@ -218,49 +234,44 @@ def test_one_language_has_no_selector(page: Any) -> None:
 
 
 def test_language_selector(browser: Any, languages_server: Any, spoken: Any) -> None:
-    page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
-    urls: list[str] = []
-    page.on("websocket", lambda socket: urls.append(socket.url))
-    page.goto(languages_server.url)
-    page.wait_for_selector("#mic:enabled")
-    page.click("#settings")
-    options = page.eval_on_selector_all("#language option", "all => all.map((one) => [one.value, one.text])")
-    assert options == [
-        ["auto", "Detect language"],
-        ["ar-AR", "Arabic"],
-        ["en-US", "English"],
-        ["de-DE", "German"],
-    ]
-    assert page.input_value("#language") == "en-US"
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    with open_page(browser, languages_server.url) as page:
+        page.click("#settings")
+        options = page.eval_on_selector_all("#language option", "all => all.map((one) => [one.value, one.text])")
+        assert options == [
+            ["auto", "Detect language"],
+            ["ar-AR", "Arabic"],
+            ["en-US", "English"],
+            ["de-DE", "German"],
+        ]
+        assert page.input_value("#language") == "en-US"
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
-    def transcribe(language: str) -> list[list[str]]:
-        page.evaluate("document.getElementById('clear').click()")
-        page.select_option("#language", language)
-        page.set_input_files("#file", spoken[5].path)
-        page.wait_for_selector("#captions p")
-        page.wait_for_selector("#status:text-is('Done')", timeout=20_000)
-        return page.eval_on_selector_all(
-            "#captions .utterance",
-            "all => all.map(({ lastChild: p, firstChild: { lastChild: name } }) => "
-            "[p.lang, p.dir, p.innerText, name.innerText])",
-        )
+        def transcribe(language: str) -> list[list[str]]:
+            page.evaluate("document.getElementById('clear').click()")
+            page.select_option("#language", language)
+            page.set_input_files("#file", spoken[5].path)
+            page.wait_for_selector("#captions p")
+            page.wait_for_selector("#status:text-is('Done')", timeout=20_000)
+            return page.eval_on_selector_all(
+                "#captions .utterance",
+                "all => all.map(({ lastChild: p, firstChild: { lastChild: name } }) => "
+                "[p.lang, p.dir, p.innerText, name.innerText])",
+            )
 
-    first = spoken[5].text.split()[0]  # resampling in the browser may change a word
-    ((lang, direction, text, name),) = transcribe("en-US")
-    assert (lang, direction, text.split()[0], name) == ("en-US", "auto", first, "English")
-    assert "language=en-US" in urls[-1]
-    # Detected: the demo model's "." is the tag of German.
-    ((lang, direction, text, name),) = transcribe("auto")
-    assert (lang, direction, text.split()[0], name) == ("de-DE", "auto", first, "German") and "<" not in text
-    # A change during a stream. The sample is English if another language is selected.
-    page.select_option("#language", "de-DE")
-    page.evaluate("document.getElementById('sample').click()")
-    page.wait_for_selector("#captions p.live", timeout=20_000)
-    assert "language=en-US" in urls[-1]
-    page.select_option("#language", "ar-AR")
-    page.wait_for_selector("#captions p[lang=ar-AR]", timeout=20_000)
-    page.context.close()
+        first = spoken[5].text.split()[0]  # resampling in the browser may change a word
+        ((lang, direction, text, name),) = transcribe("en-US")
+        assert (lang, direction, text.split()[0], name) == ("en-US", "auto", first, "English")
+        assert "language=en-US" in page.sockets[-1]
+        # Detected: the demo model's "." is the tag of German.
+        ((lang, direction, text, name),) = transcribe("auto")
+        assert (lang, direction, text.split()[0], name) == ("de-DE", "auto", first, "German") and "<" not in text
+        # A change during a stream. The sample is English if another language is selected.
+        page.select_option("#language", "de-DE")
+        page.evaluate("document.getElementById('sample').click()")
+        page.wait_for_selector("#captions p.live", timeout=20_000)
+        assert "language=en-US" in page.sockets[-1]
+        page.select_option("#language", "ar-AR")
+        page.wait_for_selector("#captions p[lang=ar-AR]", timeout=20_000)
 
 
 def test_message_when_all_streams_are_in_use(page: Any, server: Any) -> None:
@@ -281,7 +292,6 @@ def test_message_when_all_streams_are_in_use(page: Any, server: Any) -> None:
 BLOCK = 9001  # bytes of which the scripted server makes a word: its states are inside of messages and of samples
 WORDS = 4  # of an utterance
 STORED = 3  # blocks between two states
-RATE = 16000
 
 
 def word_of(block: bytes) -> str:
@@ -576,16 +586,10 @@ RECORD = """() => {
 @pytest.fixture
 def live(browser: Any, scripted: ScriptedServer) -> Iterator[Any]:
     """The page of the scripted server."""
-    context = browser.new_context(viewport={"width": 390, "height": 844})
-    page = context.new_page()
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(scripted.proxy.url)
-    page.wait_for_selector("#mic:enabled")
-    page.evaluate(RECORD)
-    yield page
-    assert page.errors == []
-    context.close()
+    with open_page(browser, scripted.proxy.url) as page:
+        page.evaluate(RECORD)
+        yield page
+        assert page.errors == []
 
 
 def recorded(page: Any) -> tuple[bytes, list[tuple[int, dict[str, Any]]]]:
@@ -622,7 +626,7 @@ def check(page: Any, server: ScriptedServer) -> None:
 @pytest.mark.parametrize("way", ["abort", "freeze", "moved", "model", "1011", "1000"])
 def test_no_audio_is_lost_or_repeated(live: Any, scripted: ScriptedServer, way: str) -> None:
     scripted.cuts = [(BLOCK // 2, way), (5 * BLOCK + 7, way), (6 * BLOCK - 8, way)]
-    live.evaluate(f"ResumableStream.silenceMs = {1000 if way == 'freeze' else 1e9}")
+    live.evaluate(f"ResumableStream.answerTimeoutMs = {1000 if way == 'freeze' else 1e9}")
     live.evaluate("speak(2)")
     for chunk_ms in (80, 560):  # controls in between
         choose(live, chunk_ms)
@@ -712,7 +716,7 @@ def test_the_connection_is_lost_before_done(live: Any, scripted: ScriptedServer,
     live.evaluate("speak(4)")
     live.evaluate("call.finish()")
     live.wait_for_function("() => stream.queue.length === 0")
-    live.evaluate("ResumableStream.silenceMs = 1000")
+    live.evaluate("ResumableStream.answerTimeoutMs = 1000")
     getattr(scripted.proxy, way)()
     live.wait_for_function("() => states.includes('waiting')")
     scripted.blocked = False
@@ -842,13 +846,13 @@ def test_a_server_without_resumption(live: Any, scripted: ScriptedServer) -> Non
     scripted.resumption = None
     live.evaluate("speak(4)")
     assert live.evaluate("stream.queue.length") == 0  # nothing is kept
-    live.evaluate("ResumableStream.silenceMs = 0")  # no `stored` is sent, so silence has no meaning
+    live.evaluate("ResumableStream.answerTimeoutMs = 0")  # no `stored` is sent, so there is no timeout
     live.evaluate("stream.tick()")
     live.evaluate("speak(1)")
     finish(live)
     audio = recorded(live)[0]
     assert scripted.state.audio == audio and captions(live) == captions_of(audio)
-    live.evaluate("ResumableStream.silenceMs = 15000")
+    live.evaluate("ResumableStream.answerTimeoutMs = 15000")
     live.evaluate("speak(3)")
     scripted.proxy.down = True
     scripted.proxy.abort()
@@ -861,17 +865,11 @@ def test_cuts_do_not_change_the_transcript(browser: Any, server: Any, spoken: An
     with connect(f"{server.socket}/v1/stream?resumable=1") as socket:
         if "resumption" not in json.loads(socket.recv()):
             pytest.skip("the server has no resumption")
-    silence = np.zeros(16000, np.int16)
-    clips = [part for clip in spoken[:4] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
-    soundfile.write(tmp_path / "voice.wav", np.concatenate(clips), 16000)
-    proxy, urls = Proxy(server.http), []
-    with on_thread(proxy.run):
-        page = browser.new_context().new_page()
-        page.on("websocket", lambda socket: urls.append(socket.url))
-        page.goto(proxy.url)
-        page.wait_for_selector("#mic:enabled")
+    write_clips(tmp_path / "voice.wav", spoken[:4])
+    proxy = Proxy(server.http)
+    with on_thread(proxy.run), open_page(browser, proxy.url) as page:
         page.evaluate(RECORD)
-        page.evaluate("ResumableStream.silenceMs = 6000")
+        page.evaluate("ResumableStream.answerTimeoutMs = 6000")
         play(page, tmp_path / "voice.wav")
         page.wait_for_selector("#captions p.live", timeout=20_000)
         proxy.abort()
@@ -880,7 +878,7 @@ def test_cuts_do_not_change_the_transcript(browser: Any, server: Any, spoken: An
         page.wait_for_selector("#status:text-is('Done')", timeout=60_000)
         audio, texts = recorded(page)[0], captions(page)
         opened = page.evaluate("states.filter((state) => state === 'open').length")
-        page.context.close()
+    urls = page.sockets
     assert opened == 3 and "resumable=1" in urls[0] and "resume=" in urls[1]
     with connect(
         urls[0].replace(proxy.url.replace("http", "ws"), server.socket).replace("resumable=1", "resumable=0")
@@ -897,12 +895,7 @@ def test_cuts_do_not_change_the_transcript(browser: Any, server: Any, spoken: An
 
 def test_file_with_progress(page: Any, spoken: Any, tmp_path: Path) -> None:
     """A file is sent faster than real time, in the largest chunks, and the page shows how much has been transcribed."""
-    urls: list[str] = []
-    page.on("websocket", lambda socket: urls.append(socket.url))
-    silence = np.zeros(16000, np.int16)
-    clips = [part for clip in spoken[:8] for part in (np.frombuffer(clip.pcm, np.int16), silence)] * 2
-    stereo = np.repeat(np.concatenate(clips)[:, None], 2, axis=1)
-    soundfile.write(tmp_path / "two channels.flac", stereo, 16000)
+    length = write_clips(tmp_path / "two channels.flac", spoken[:8] * 2, channels=2)
     page.evaluate(
         """() => {
             window.values = [];
@@ -914,13 +907,12 @@ def test_file_with_progress(page: Any, spoken: Any, tmp_path: Path) -> None:
     page.set_input_files("#file", tmp_path / "two channels.flac")
     page.wait_for_selector("#status:text-is('Done')", timeout=40_000)
     *values, (_, _, done, _) = page.evaluate("values")
-    length = len(stereo) / 16000
     total = f"{int(length // 60)}:{int(length % 60):02}"
     shares = [value for value, hidden, text, _ in values if text.endswith(f" of {total}") and not hidden]
     assert not any(level for *_, level in values) and page.is_hidden("#delay")
     assert shares == sorted(shares) and sum(0 < share < 1 for share in shares) > 5
     assert re.fullmatch(rf"{total} of audio in \d+ s", done) and page.is_hidden("#progress")
-    assert "sample_rate=16000" in urls[-1] and "chunk_ms=1120&final_chunk_ms=0" in urls[-1]
+    assert "sample_rate=16000" in page.sockets[-1] and "chunk_ms=1120&final_chunk_ms=0" in page.sockets[-1]
     words, shown = " ".join(clip.text for clip in spoken[:8]).split() * 2, " ".join(captions(page)).split()
     matcher = difflib.SequenceMatcher(a=words, b=shown, autojunk=False)
     assert sum(block.size for block in matcher.get_matching_blocks()) > 0.8 * len(words)  # other chunks: other words
@@ -1013,9 +1005,7 @@ def download(page: Any, format: str) -> str:
 
 def test_downloads(page: Any, spoken: Any, tmp_path: Path) -> None:
     """Two streams: the times of the second one follow those of the first one. Everything can be parsed by others."""
-    silence = np.zeros(16000, np.int16)
-    clips = [part for clip in spoken[:3] for part in (np.frombuffer(clip.pcm, np.int16), silence)]
-    soundfile.write(tmp_path / "talk.wav", np.concatenate(clips), 16000)
+    first = write_clips(tmp_path / "talk.wav", spoken[:3])
     for file in (tmp_path / "talk.wav", spoken[1].path):
         page.evaluate("status('')")
         page.set_input_files("#file", file)
@@ -1024,7 +1014,6 @@ def test_downloads(page: Any, spoken: Any, tmp_path: Path) -> None:
     assert len(texts) >= 4 and download(page, "txt") == "".join(f"{text}\n" for text in texts)
 
     data = json.loads(download(page, "json"))
-    first = len(np.concatenate(clips)) / 16000
     assert data["file"] == f"talk.wav, {spoken[1].path.name}" and data["text"] == " ".join(texts)
     assert data["duration"] == pytest.approx(first + len(spoken[1].pcm) / 32000, abs=0.01)
     assert [one["text"] for one in data["utterances"]] == texts
@@ -1082,33 +1071,28 @@ def test_special_characters_in_downloads(page: Any) -> None:
 
 
 def test_copy_clear_and_undo(browser: Any, scripted: ScriptedServer) -> None:
-    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    page = context.new_page()
-    page.goto(scripted.proxy.url)
-    page.wait_for_selector("#mic:enabled")
-    assert all(page.is_disabled(f"#{name}") for name in ("copy", "download", "clear"))
-    page.evaluate(TALK)
-    page.evaluate("talk(3)")
-    texts = captions(page)
-    page.click("#copy")
-    page.wait_for_selector("#notice:has-text('The text is copied.')")
-    assert page.evaluate("navigator.clipboard.readText()") == "".join(f"{text}\n" for text in texts)
-    page.evaluate("navigator.clipboard.writeText('')")
-    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on http pages
-    page.click("#copy")
-    page.focus("body")
-    assert page.evaluate("document.querySelector('textarea') === null")
-    page.click("#clear")
-    assert captions(page) == [] and page.is_visible("#empty") and page.is_disabled("#copy")
-    page.evaluate("talk(1)")
-    page.click("#notice button:has-text('Undo')")
-    assert captions(page)[:3] == texts and len(captions(page)) == 4
-    context.close()
+    with open_page(browser, scripted.proxy.url, permissions=["clipboard-read", "clipboard-write"]) as page:
+        assert all(page.is_disabled(f"#{name}") for name in ("copy", "download", "clear"))
+        page.evaluate(TALK)
+        page.evaluate("talk(3)")
+        texts = captions(page)
+        page.click("#copy")
+        page.wait_for_selector("#notice:has-text('The text is copied.')")
+        assert page.evaluate("navigator.clipboard.readText()") == "".join(f"{text}\n" for text in texts)
+        page.evaluate("navigator.clipboard.writeText('')")
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on http pages
+        page.click("#copy")
+        page.focus("body")
+        assert page.evaluate("document.querySelector('textarea') === null")
+        page.click("#clear")
+        assert captions(page) == [] and page.is_visible("#empty") and page.is_disabled("#copy")
+        page.evaluate("talk(1)")
+        page.click("#notice button:has-text('Undo')")
+        assert captions(page)[:3] == texts and len(captions(page)) == 4
 
 
 # -- captions of a long session ----------------------------------------------------------------------------------------
 
-SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}
 # `talk(n)` shows n utterances of ten words, 4 s each, with a partial for every word, or every `step` words.
 TALK = """() => {
     const vocabulary = ["after", "the", "tone", "please", "leave", "a", "message", "with", "your", "number"];
@@ -1158,89 +1142,79 @@ def memory(page: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("size", SIZES)
 def test_ten_minutes_of_captions(browser: Any, scripted: ScriptedServer, size: str) -> None:
     """Controls stay visible, a reader who scrolls up is not moved, and the newest captions are shown to others."""
-    width, height = SIZES[size]
-    page = browser.new_context(viewport={"width": width, "height": height}).new_page()
-    page.goto(scripted.proxy.url)
-    page.wait_for_selector("#mic:enabled")
-    page.evaluate(TALK)
-    page.click("#mic")
-    page.wait_for_selector("#mic:has-text('Stop')")
-    page.evaluate("() => { call.stream.handlers.event = () => {}; }")  # what the fake microphone plays
-    for minutes in range(1, 6):
-        page.evaluate("talk(15)")
+    with open_page(browser, scripted.proxy.url, size) as page:
+        page.evaluate(TALK)
+        page.click("#mic")
+        page.wait_for_selector("#mic:has-text('Stop')")
+        page.evaluate("() => { call.stream.handlers.event = () => {}; }")  # what the fake microphone plays
+        for minutes in range(1, 6):
+            page.evaluate("talk(15)")
+            assert page.evaluate("bottom()") < 2 and page.is_hidden("#newest")
+            assert all(in_viewport(page, f"#{name}") for name in ("mic", "settings", "download", "status")), minutes
+        page.hover("#view")
+        page.mouse.wheel(0, -2000)
+        page.wait_for_selector("#newest:visible")
+        page.wait_for_timeout(100)
+        # The first utterance that is visible.
+        top = """() => {
+            const all = [...document.querySelectorAll("#captions .utterance")];
+            const one = all.find((each) => each.getBoundingClientRect().top > 80);
+            return [one.innerText, Math.round(one.getBoundingClientRect().top)];
+        }"""
+        before = page.evaluate(top)
+        for _ in range(5):
+            page.evaluate("talk(15)")
+            assert page.evaluate(top) == before
+            assert all(in_viewport(page, f"#{name}") for name in ("mic", "newest"))
+        page.click("#newest")
         assert page.evaluate("bottom()") < 2 and page.is_hidden("#newest")
-        assert all(in_viewport(page, f"#{name}") for name in ("mic", "settings", "download", "status")), minutes
-    page.mouse.move(width / 2, height / 2)
-    page.mouse.wheel(0, -2000)
-    page.wait_for_selector("#newest:visible")
-    page.wait_for_timeout(100)
-    # The first utterance that is visible.
-    top = """() => {
-        const all = [...document.querySelectorAll("#captions .utterance")];
-        const one = all.find((each) => each.getBoundingClientRect().top > 80);
-        return [one.innerText, Math.round(one.getBoundingClientRect().top)];
-    }"""
-    before = page.evaluate(top)
-    for _ in range(5):
-        page.evaluate("talk(15, true)")
-        assert page.evaluate(top) == before
-        assert all(in_viewport(page, f"#{name}") for name in ("mic", "newest"))
-    page.click("#newest")
-    assert page.evaluate("bottom()") < 2 and page.is_hidden("#newest")
-    page.keyboard.press("PageUp")  # the view has the focus
-    page.wait_for_selector("#newest:visible")
-    page.keyboard.press("End")
-    page.wait_for_selector("#newest", state="hidden")
-    assert page.evaluate("utterances.length") == 150 and len(page.evaluate("FORMATS.txt()").splitlines()) == 150
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.context.close()
+        page.keyboard.press("PageUp")  # the view has the focus
+        page.wait_for_selector("#newest:visible")
+        page.keyboard.press("End")
+        page.wait_for_selector("#newest", state="hidden")
+        assert page.evaluate("utterances.length") == 150 and len(page.evaluate("FORMATS.txt()").splitlines()) == 150
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_memory_of_a_long_session(browser: Any, scripted: ScriptedServer) -> None:
     """After an hour the document has no more nodes than after ten minutes; the heap has only the words, once."""
-    page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
-    page.goto(scripted.proxy.url)
-    page.wait_for_selector("#mic:enabled")
-    page.evaluate(TALK)
-    page.evaluate("talk(450, true, 5)")  # half an hour
-    heap, nodes = memory(page)
-    page.evaluate("talk(450, true, 5)")
-    heap_after, nodes_after = memory(page)
-    assert max(nodes, nodes_after) < 5000
-    assert heap_after - heap < 300 * 450 * 10  # bytes per word
-    subtitles = srt.parse(page.evaluate("FORMATS.srt()"), ignore_errors=False)
-    assert sum(len(one.content.split()) for one in subtitles) == 9000 and len(captions(page)) <= 200
-    # Everything can be read.
-    shown = set()
-    for direction in ("earlier", "later"):
-        while page.is_visible(f"#{direction}"):
-            page.evaluate(f"document.getElementById('{direction}').click()")
-            shown |= set(page.eval_on_selector_all("#captions time", "all => all.map((one) => one.innerText)"))
-            assert page.evaluate("document.getElementById('captions').children.length") <= 200
-    assert len(shown) == 900
-    assert page.evaluate("last === 900") and page.inner_text("#captions .utterance:last-child time") == "59:56"
-    page.context.close()
+    with open_page(browser, scripted.proxy.url) as page:
+        page.evaluate(TALK)
+        page.evaluate("talk(450, true, 5)")  # half an hour
+        heap, nodes = memory(page)
+        page.evaluate("talk(450, true, 5)")
+        heap_after, nodes_after = memory(page)
+        assert max(nodes, nodes_after) < 5000
+        assert heap_after - heap < 300 * 450 * 10  # bytes per word
+        subtitles = srt.parse(page.evaluate("FORMATS.srt()"), ignore_errors=False)
+        assert sum(len(one.content.split()) for one in subtitles) == 9000 and len(captions(page)) <= 200
+        # Everything can be read.
+        shown = set()
+        for direction in ("earlier", "later"):
+            while page.is_visible(f"#{direction}"):
+                page.evaluate(f"document.getElementById('{direction}').click()")
+                shown |= set(page.eval_on_selector_all("#captions time", "all => all.map((one) => one.innerText)"))
+                assert page.evaluate("document.getElementById('captions').children.length") <= 200
+        assert len(shown) == 900
+        assert page.evaluate("last === 900") and page.inner_text("#captions .utterance:last-child time") == "59:56"
 
 
 def test_earlier_captions_do_not_move_the_reader(browser: Any, scripted: ScriptedServer) -> None:
-    page = browser.new_context(viewport={"width": 820, "height": 1180}).new_page()
-    page.goto(scripted.proxy.url)
-    page.wait_for_selector("#mic:enabled")
-    page.evaluate(TALK)
-    page.evaluate("talk(400, true, 10)")
-    page.evaluate("talk(1, false)")  # an open utterance
-    for button in ["earlier"] * 4 + ["later"] * 4:
-        page.evaluate(f"view.scrollTop = {0 if button == 'earlier' else 1e9}")
-        page.wait_for_timeout(50)
-        edge = "firstChild" if button == "earlier" else "lastChild"
-        page.evaluate(f"window.anchor = $('captions').{edge}")
-        where = "anchor.getBoundingClientRect().top"
-        before = page.evaluate(where)
-        page.evaluate(f"$('{button}').click()")
-        if page.evaluate("anchor.isConnected"):
-            assert abs(page.evaluate(where) - before) < 2
-    assert page.query_selector_all("#captions > .live:last-child")
-    page.context.close()
+    with open_page(browser, scripted.proxy.url, "tablet") as page:
+        page.evaluate(TALK)
+        page.evaluate("talk(400, true, 10)")
+        page.evaluate("talk(1, false)")  # an open utterance
+        for button in ["earlier"] * 4 + ["later"] * 4:
+            page.evaluate(f"view.scrollTop = {0 if button == 'earlier' else 1e9}")
+            page.wait_for_timeout(50)
+            edge = "firstChild" if button == "earlier" else "lastChild"
+            page.evaluate(f"window.anchor = $('captions').{edge}")
+            where = "anchor.getBoundingClientRect().top"
+            before = page.evaluate(where)
+            page.evaluate(f"$('{button}').click()")
+            if page.evaluate("anchor.isConnected"):
+                assert abs(page.evaluate(where) - before) < 2
+        assert page.query_selector_all("#captions > :last-child > .live")
 
 
 # -- delay -------------------------------------------------------------------------------------------------------------
@@ -1318,7 +1292,7 @@ def test_a_suspended_recording(contexts: Any) -> None:
     page.evaluate("() => { contexts[0].resume = () => Promise.reject(new Error('a click is needed')); }")
     page.evaluate("contexts[0].suspend()")
     page.wait_for_selector("#alert:has-text('The browser has paused the recording.')")
-    page.wait_for_selector("#status:text-is('No audio arrives')", timeout=10_000)
+    page.wait_for_selector("#status:text-is('No audio is received')", timeout=10_000)
     page.evaluate("delete contexts[0].resume")
     page.click("#alert button:has-text('Continue')")
     page.wait_for_function("() => contexts[0].state === 'running'")
@@ -1389,9 +1363,7 @@ def test_no_microphone(page: Any, name: str, text: str) -> None:
 
 
 def test_api_key(browser: Any, serve_here: Any) -> None:
-    with serve_here(measure=False, api_keys=["secret.1"]) as running:
-        page = browser.new_context().new_page()
-        page.goto(running.url)
+    with serve_here(measure=False, api_keys=["secret.1"]) as running, open_page(browser, running.url) as page:
         page.wait_for_selector("#keys[open]")
         for key, answer in (
             ("secret/1", "characters that a browser cannot send"),
@@ -1410,7 +1382,6 @@ def test_api_key(browser: Any, serve_here: Any) -> None:
         page.wait_for_selector("#captions p.live", timeout=20_000)
         page.click("#mic")
         page.wait_for_selector("#status:text-is('Done')")
-        page.context.close()
 
 
 def test_keyboard_and_screen_reader(live: Any) -> None:
@@ -1464,29 +1435,22 @@ STATES = {
 def test_accessibility(browser: Any, scripted: ScriptedServer, size: str, scheme: str) -> None:
     """axe-core finds no violations in any state."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-    width, height = SIZES[size]
     scripted.ready["note"] = "The demo model is in use."
     scripted.ready["chunks_ms"] = [80, 160, 560, 1120]
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
-    )
-    page = context.new_page()
-    page.goto(scripted.proxy.url)
-    page.wait_for_selector("#mic:enabled")
-    page.evaluate(TALK)
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", paper))) > 600) is (scheme == "light")
-    for name, script in STATES.items():
-        if size != "phone" and name in ("messages", "file", "key"):  # which look the same
-            continue
-        if script:
-            page.evaluate(script)
-        results = axe.run(page)
-        assert results.violations_count == 0, (name, results.generate_report())
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
-        small = page.evaluate(
-            "[...document.querySelectorAll('button, select, .choice label')].filter((one) => one.checkVisibility() && "
-            "one.getBoundingClientRect().height < 40).map((one) => one.outerHTML)"
-        )
-        assert small == [], name
-    context.close()
+    with open_page(browser, scripted.proxy.url, size, color_scheme=scheme, reduced_motion="reduce") as page:
+        page.evaluate(TALK)
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", paper))) > 600) is (scheme == "light")
+        for name, script in STATES.items():
+            if size != "phone" and name in ("messages", "file", "key"):  # which look the same
+                continue
+            if script:
+                page.evaluate(script)
+            results = axe.run(page)
+            assert results.violations_count == 0, (name, results.generate_report())
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+            small = page.evaluate(
+                "[...document.querySelectorAll('button, select, .choice label')].filter((one) => "
+                "one.checkVisibility() && one.getBoundingClientRect().height < 40).map((one) => one.outerHTML)"
+            )
+            assert small == [], name
