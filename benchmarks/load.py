@@ -78,8 +78,8 @@ from nemostream.benchmarks.harness.corpora import CorpusUtterance, packaged, rea
 from nemostream.benchmarks.harness.paced_streams import MAX_LATENESS, Generator, Recording, RunResult, StreamResult
 from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart, Curve, CurveChart, CurvePanel
 from nemostream.benchmarks.harness.records import Progress, Record, Row, no_progress, percentile
+from nemostream.benchmarks.harness.server_process import cpu_seconds, descendants
 from nemostream.benchmarks.harness.targets import create_target
-from nemostream.benchmarks.serve import cpu_seconds
 from nemostream.bundle import Bundle
 from nemostream.errors import NemostreamError, OptionError, StreamError
 from nemostream.runtime.text.scripts import separate_characters
@@ -451,24 +451,6 @@ class Usage:
             except (OSError, subprocess.CalledProcessError, ValueError):  # no GPU, or no utilisation ("[N/A]")
                 return
             self._stopped.wait(1.0)
-
-
-def descendants(pids: Sequence[int], root: Path = Path("/proc")) -> list[int]:
-    """Return the processes and all their descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in root.glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, pending = list[int](), list(pids)
-    while pending:
-        pid = pending.pop()
-        if pid not in found:
-            found.append(pid)
-            pending += children.get(pid, [])
-    return found
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

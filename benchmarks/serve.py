@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import time
 import urllib.request
@@ -35,9 +34,9 @@ from nemostream import Endpoint
 from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
-from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel, probe_curves
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
-from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.benchmarks.harness.server_process import cpu_seconds, server_process
 from nemostream.bundle import Bundle
 from nemostream.engines import speech
 from nemostream.errors import OptionError
@@ -269,17 +268,6 @@ def parse_step_metrics(text: str) -> tuple[float, float, float]:
     return count, rows, seconds
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds that a process has used."""
-    return parse_cpu_ticks(Path(f"/proc/{pid}/stat").read_text()) / os.sysconf("SC_CLK_TCK")
-
-
-def parse_cpu_ticks(stat: str) -> int:
-    """Return the user and system ticks of a process from its `/proc/PID/stat`; its name may contain spaces and ")"."""
-    fields = stat.rpartition(")")[2].split()  # from the third field, the state
-    return int(fields[11]) + int(fields[12])
-
-
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +291,6 @@ def show(result: Record) -> str:
     for row in result["rows"]:
         values, found = row["values"], row["figures"].get("final text", {})
         times = [tables.digits(found[name]) if found else "" for name in ("avg", "p50", "p95", "p99")]
-        verdict = "yes" if values["passed"] else "no: " + "; ".join(values["failures"])
         lines.append(
             [
                 row["case"]["streams"],
@@ -314,7 +301,7 @@ def show(result: Record) -> str:
                 f"{values['server_cores']:.2f}",
                 f"{values['client_cores']:.2f}",
                 values.get("mean_batch", ""),
-                verdict,
+                tables.verdict(values),
             ]
         )
     method = result["method"]
@@ -349,16 +336,15 @@ def _best(result: Record) -> Row | None:
 
 def charts(result: Record) -> dict[str, Chart]:
     """Return the plot of the times to the final text by number of clients."""
-    rows = sorted((row for row in result["rows"] if row["figures"]), key=lambda row: row["case"]["streams"])
+    rows = [row for row in result["rows"] if row["figures"]]
     if not rows:
         return {}
-    curves = []
+    curves: list[Curve] = []
     for series, figure in enumerate(("p99", "p95", "p50")):
-        points = [(row["case"]["streams"], row["figures"]["final text"][figure]) for row in rows]
-        curves.append(Curve(figure, points, style="plain", series=series))
-        for style, passed in (("points", True), ("crosses", False)):
-            if marks := [at for at, row in zip(points, rows, strict=True) if row["values"]["passed"] == passed]:
-                curves.append(Curve("", marks, style=style, series=series))
+        points = [
+            (row["case"]["streams"], row["figures"]["final text"][figure], row["values"]["passed"]) for row in rows
+        ]
+        curves += probe_curves(figure, points, series)
     best = _best(result)
     title = "No number of clients passed"
     if best:

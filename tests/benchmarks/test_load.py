@@ -304,15 +304,6 @@ def test_alignment(demo_bundle: Bundle) -> None:
 # -- CPU time ----------------------------------------------------------------------------------------------------------
 
 
-def test_descendants(tmp_path: Path) -> None:
-    for pid, parent in ((10, 1), (11, 10), (12, 11), (20, 1)):
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 0")
-    assert sorted(load.descendants([10], tmp_path)) == [10, 11, 12]
-    assert sorted(load.descendants([11, 20], tmp_path)) == [11, 12, 20]
-    assert load.descendants([99], tmp_path) == [99]
-
-
 def test_usage_per_audio_hour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two GPUs of 50 and 25 % for 8 seconds are 6 GPU seconds."""
     program = tmp_path / "nvidia-smi"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -157,17 +156,6 @@ nemostream_step_seconds_sum 0.75
 nemostream_streams 3.0
 """
     assert serve.parse_step_metrics(text) == (12.0, 29.5, 0.75)
-
-
-def test_cpu_ticks_of_a_process() -> None:
-    """User time is the 14th field, system time the 15th; the name in the second field may look like others."""
-    fields = ["S", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "700", "31", "9000", "9001"]
-    assert serve.parse_cpu_ticks(f"42 (a b) c) {' '.join(fields)}\n") == 731
-
-
-def test_cpu_seconds_of_this_process() -> None:
-    before, found, after = os.times(), serve.cpu_seconds(os.getpid()), os.times()
-    assert before.user + before.system - 0.02 <= found <= after.user + after.system + 0.02
 
 
 def test_clips_are_16_bit_samples(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
