@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.benchmarks.harness.targets import Stream, Target, Update, create_target
+from nemostream.benchmarks.harness.targets import Stream, Target, create_target
 from nemostream.errors import BackendError, NemostreamError
 
 MAX_LATENESS = 0.02  # seconds: the p99 of the generator's lateness beyond which its figures are not valid
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass
 class StreamResult:
-    """What happened to a stream. Times are seconds since the begin of the run."""
+    """What happened to a stream. Times are seconds since the beginning of the run."""
 
     recording: int
     start: float = 0.0  # at which the first sample exists
@@ -196,18 +196,14 @@ class _Run:
         texts: dict[Hashable, str] = {}
         async for update in stream.updates():
             now = self._clock() - self._job.begin
-            self._apply(update, texts, now, result)
+            texts[update.utterance] = update.text
+            text = " ".join(filter(None, texts.values()))
+            if text != result.text:
+                result.texts.append((now, text))
+            if update.text:
+                result.final = now if update.final else None
         if result.text and result.final is None:
             result.final = self._clock() - self._job.begin
-
-    @staticmethod
-    def _apply(update: Update, texts: dict[Hashable, str], now: float, result: StreamResult) -> None:
-        texts[update.utterance] = update.text
-        text = " ".join(filter(None, texts.values()))
-        if text != result.text:
-            result.texts.append((now, text))
-        if update.text:
-            result.final = now if update.final else None
 
     async def _sleep_until(self, due: float) -> None:
         await asyncio.sleep(max(0.0, due - self._clock()))
@@ -220,11 +216,11 @@ class Generator:
         context = multiprocessing.get_context("spawn")
         self._packet, self._workers = packet, list[tuple[Any, Any]]()
         for _ in range(processes):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs, target, recordings), daemon=True)
+            connection, child = context.Pipe()
+            worker = context.Process(target=_work, args=(child, target, recordings), daemon=True)
             worker.start()
-            theirs.close()
-            self._workers.append((worker, ours))
+            child.close()
+            self._workers.append((worker, connection))
 
     def __enter__(self) -> Generator:
         return self
