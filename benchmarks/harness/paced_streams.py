@@ -1,4 +1,4 @@
-"""Load generator of `bench load`: streams of a target, paced in real time, in processes of their own.
+"""Load generator of `bench load` and `bench serve`: streams of a target, paced in real time, in processes of their own.
 
 The server cannot delay the generator unnoticed: a packet is late relative to the time at which its last sample exists.
 Packets after a `send` that waited for the server, until the stream is on time again, are counted separately, because
@@ -61,6 +61,7 @@ class StreamResult:
     finished: float = 0.0  # at which the end of the audio was sent
     texts: list[tuple[float, str]] = field(default_factory=list)  # the whole text after each change, and its time
     final: float | None = None  # at which the last utterance with text became final; None without text
+    ended: float = 0.0  # at which the server had sent everything
     error: str = ""
     disconnected: bool = False  # the error is the loss of an open connection
 
@@ -202,8 +203,9 @@ class _Run:
                 result.texts.append((now, text))
             if update.text:
                 result.final = now if update.final else None
+        result.ended = self._clock() - self._job.begin
         if result.text and result.final is None:
-            result.final = self._clock() - self._job.begin
+            result.final = result.ended
 
     async def _sleep_until(self, due: float) -> None:
         await asyncio.sleep(max(0.0, due - self._clock()))

@@ -60,8 +60,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
-from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
 
 from nemostream.errors import OptionError, StreamError
 
@@ -174,6 +172,8 @@ class _SocketStream:
         await self._write(self.finish_message())
 
     async def updates(self) -> AsyncIterator[Update]:
+        from websockets.exceptions import ConnectionClosed
+
         try:
             async for message in self.socket:
                 for update in self.read(message):
@@ -191,6 +191,8 @@ class _SocketStream:
         return event
 
     async def _write(self, message: bytes | str) -> None:
+        from websockets.exceptions import ConnectionClosed
+
         try:
             await self.socket.send(message)
         except ConnectionClosed as error:
@@ -213,6 +215,8 @@ class _SocketTarget:
     sample_rate = 16000
 
     def __init__(self, target: str) -> None:
+        import websockets.asyncio.client  # noqa: F401  (takes long: before the first stream)
+
         url, options = urlsplit(target), _Options(target)
         self.options = self.read_options(options)
         scheme = "wss" if url.scheme.endswith("wss") else "ws"
@@ -225,6 +229,8 @@ class _SocketTarget:
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Stream]:
+        from websockets.asyncio.client import connect
+
         async with connect(
             self.url,
             compression=None,
