@@ -191,7 +191,7 @@ def measure_load(
                 return run(number, duration, _HOLD if confirming else _PROBE, baseline)[0]
 
             found = find_streams(probe, seconds, probe_seconds, max_streams, first_streams)
-            check_limit(rows, found)
+            _check_limit(rows, found)
         else:
             measured = [run(number, seconds, _HOLD, baseline)[0] for number in streams]
             if not any(row["values"]["valid"] for row in measured):
@@ -265,7 +265,7 @@ def _check_unloaded(row: Row) -> None:
         raise StreamError("the server returned no text without load: check the address, the options and the language.")
 
 
-def check_limit(rows: Sequence[Row], found: int) -> None:
+def _check_limit(rows: Sequence[Row], found: int) -> None:
     """Raise `LateGeneratorError` if the smallest number above `found` that failed did so for a late generator only."""
     failed = [row for row in rows if row["case"]["streams"] > found and not row["values"]["passed"]]
     smallest = min((row["case"]["streams"] for row in failed), default=0)
