@@ -167,19 +167,17 @@ def _separate_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weight
 
 def _fused_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weights: _WeightFile) -> _Replacement:
     """Replace each layer, and what follows it, by one `Int8Linear` in the place of the last of these nodes."""
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     results = {value.name for value in graph.output}
     consumers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
 
-    def added_to(y: str) -> str | None:
-        """Return what is added to `y` if it has no other use."""
-        users = [] if y in results else consumers.get(y, [])
-        if len(users) != 1 or users[0].op_type != "Add":
-            return None
-        return next(name for name in users[0].input if name != y)
+    def used_by(y: str, *kinds: str) -> list[NodeProto] | None:
+        """Return the nodes that use `y`, in the order of `kinds`, if there is one of each and no other use."""
+        users = [] if y in results else sorted(consumers.get(y, []), key=lambda user: user.op_type)
+        return users if [user.op_type for user in users] == sorted(kinds) else None
 
     replaced: dict[str, list[NodeProto]] = {}
     added = []
@@ -189,16 +187,19 @@ def _fused_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weights: 
         added += [weights.tensor(f"{weight}:panels", int8.panels(values)), weights.tensor(f"{weight}:scale", scale)]
         bias = residual = ""
         silu, last = False, y
-        if (other := added_to(last)) in constants:
-            bias, last = other or "", consumers[last][0].output[0]
-            replaced[y] = []
-        kinds = {user.op_type: user for user in consumers.get(last, [])}
-        if kinds.keys() == {"Sigmoid", "Mul"} and set(kinds["Mul"].input) == {last, kinds["Sigmoid"].output[0]}:
-            replaced[last] = replaced[kinds["Sigmoid"].output[0]] = []
-            silu, last = True, kinds["Mul"].output[0]
-        elif other := added_to(last):
-            replaced[last] = []
-            residual, last = other, consumers[last][0].output[0]
+        if found := used_by(last, "Add"):
+            (other,) = {*found[0].input} - {last}
+            if constants.get(other) == [len(scale)]:
+                bias, replaced[last], last = other, [], found[0].output[0]
+        if found := used_by(last, "Mul", "Sigmoid"):
+            product, sigmoid = found
+            if sigmoid.output[0] in product.input and used_by(sigmoid.output[0], "Mul"):
+                replaced[last] = replaced[sigmoid.output[0]] = []
+                silu, last = True, product.output[0]
+        elif found := used_by(last, "Add"):
+            (other,) = {*found[0].input} - {last}
+            if other not in constants:
+                residual, replaced[last], last = other, [], found[0].output[0]
         inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual]
         fused = helper.make_node("Int8Linear", inputs, [last], f"Int8Linear/{y}", domain=int8.DOMAIN, silu=int(silu))
         replaced[last] = [fused]

@@ -95,14 +95,13 @@ class OrtBackend:
     def prepare(self, chunk: ChunkConfig) -> None:
         """Load the graphs of a chunk size now instead of at its first step."""
         if chunk.ms not in self._steps:
-            encoder = self._bundle.file(f"encoder-{chunk.ms}ms")
+            encoder, operators = self._bundle.file(f"encoder-{chunk.ms}ms"), None
             if self._plans is not None:
                 if chunk.ms not in self._plans:
                     raise missing_engine_error(chunk.ms, self._plans)
-                encoder = self._plans[chunk.ms].path
-            self._steps[chunk.ms] = _ChunkStep(
-                self._bundle, encoder, chunk, self._state, self._staged, self.max_batch, self._threads
-            )
+                encoder, operators = self._plans[chunk.ms].path, library()
+            session = _session(encoder, self._threads, operators=operators)
+            self._steps[chunk.ms] = _ChunkStep(self._bundle, session, chunk, self._state, self._staged, self.max_batch)
 
     @property
     def bytes_per_stream(self) -> int:
@@ -279,18 +278,17 @@ class _ChunkStep:
     def __init__(
         self,
         bundle: Bundle,
-        encoder: Path,
+        encoder: ort.InferenceSession,
         chunk: ChunkConfig,
         state: _SlotArrays,
         staged: list[Floats],
         max_batch: int,
-        threads: int,
     ) -> None:
         spec = bundle.manifest.encoder
         self.state, self.chunk, self.cache = state, chunk, spec.cache
         self.prompted = bundle.manifest.languages.count > 0  # whether the encoder has the input `prompt`
         self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
-        self.encoder = _session(encoder, threads, operators=library())
+        self.encoder = encoder
         graphs = bundle.manifest.graphs
         self._shapes = {
             tensor.name: tensor.shape

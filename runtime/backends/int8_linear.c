@@ -309,7 +309,13 @@ static OrtStatus *read_input(OrtKernelContext *context, size_t index, Tensor *te
     return status;
 }
 
-static OrtStatus *compute(const Kernel *kernel, OrtKernelContext *context) {
+static int holds(const Tensor *tensor, int64_t elements) {
+    int64_t count = 1;
+    for (size_t i = 0; i < tensor->rank; i++) count *= tensor->dims[i];
+    return !tensor->data || count == elements;
+}
+
+static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     Tensor x, weights, scales, bias, residual, *inputs[] = {&x, &weights, &scales, &bias, &residual};
     OrtStatus *status;
     for (size_t index = 0; index < 5; index++)
@@ -322,7 +328,7 @@ static OrtStatus *compute(const Kernel *kernel, OrtKernelContext *context) {
         .bias = bias.data,
         .residual = residual.data,
         .rows = 1,
-        .silu = (int)kernel->silu,
+        .silu = (int)((const Kernel *)kernel)->silu,
     };
     if (x.rank < 1 || weights.rank != 4 || scales.rank != 1)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: an input has the wrong number of dimensions");
@@ -331,6 +337,8 @@ static OrtStatus *compute(const Kernel *kernel, OrtKernelContext *context) {
     if (call.depth > call.padded_depth || call.padded_depth % 64 || weights.dims[2] != COLUMNS || weights.dims[3] != 4 ||
         weights.dims[0] != (call.columns + COLUMNS - 1) / COLUMNS)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: the shapes of input, weights and scales differ");
+    if (!holds(&bias, call.columns) || !holds(&residual, call.rows * call.columns))
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: bias or residual has another size than the output");
     x.dims[x.rank - 1] = call.columns;
     OrtValue *output;
     if ((status = ort->KernelContext_GetOutput(context, 0, x.dims, x.rank, &output))) return status;
@@ -365,8 +373,6 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     if (!kernel) return ort->CreateStatus(ORT_FAIL, "Int8Linear: out of memory");
     return ort->KernelInfoGetAttribute_int64(info, "silu", &kernel->silu);
 }
-
-static OrtStatus *run(void *kernel, OrtKernelContext *context) { return compute(kernel, context); }
 
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "Int8Linear"; }
 static const char *op_provider(const OrtCustomOp *op) { return (void)op, NULL; }  // the CPU

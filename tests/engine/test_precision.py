@@ -361,8 +361,9 @@ def test_weights_of_fused_steps_are_used_where_they_are_mapped(demo_bundle: Bund
     assert sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
-def test_fused_biases(demo_bundle: Bundle, tmp_path: Path) -> None:
-    """A layer with a bias has the output of the separate operators, which add it."""
+@pytest.mark.parametrize("is_scalar", [False, True])
+def test_fused_biases(is_scalar: bool, demo_bundle: Bundle, tmp_path: Path) -> None:
+    """A vector that is added to a product is the layer's bias, a scalar remains a sum of its own."""
     name = "encoder.layers.0.feed_forward1.linear1.weight"
     model = read_encoder(demo_bundle, demo_bundle.manifest.chunk(80))
     node = next(node for node in model.graph.node if name in node.input)
@@ -370,14 +371,18 @@ def test_fused_biases(demo_bundle: Bundle, tmp_path: Path) -> None:
     for user in model.graph.node:
         user.input[:] = [f"{each}:biased" if each == y else each for each in user.input]
     width = next(tensor.dims[1] for tensor in model.graph.initializer if tensor.name == name)
-    bias = np.linspace(-2, 2, width, dtype=np.float32)
+    bias = np.linspace(-2, 2, 1 if is_scalar else width, dtype=np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(bias, "bias"))
     position = list(model.graph.node).index(node) + 1
     model.graph.node.insert(position, helper.make_node("Add", ["bias", y], [f"{y}:biased"]))
     with _WeightFile(demo_bundle, model, tmp_path / "test.bin") as weights:
         replaced, _ = _fused_layers(model.graph, [node], weights)
     ((last, (fused,)),) = ((last, nodes) for last, nodes in replaced.items() if nodes)
-    assert list(fused.input) == [x, f"{name}:panels", f"{name}:scale", "bias", ""] and fused.attribute[0].i == 1
+    inputs = [x, f"{name}:panels", f"{name}:scale"]
+    if is_scalar:
+        assert last == y and list(fused.input) == [*inputs, "", ""] and fused.attribute[0].i == 0 and len(replaced) == 1
+        return
+    assert list(fused.input) == [*inputs, "bias", ""] and fused.attribute[0].i == 1
     assert {y, f"{y}:biased"} < replaced.keys() and len(replaced) == 4
     (silu,) = (user for user in model.graph.node if last in user.output)
     assert silu.op_type == "Mul" and f"{y}:biased" in silu.input

@@ -172,6 +172,15 @@ def test_other_shapes_are_errors(weights: tuple[int, int], scales: int, depth: i
         run(x=np.zeros((1, depth), np.float32))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("bias", (63,)), ("bias", (1,)), ("residual", (2, 63)), ("residual", (64,))]
+)
+def test_bias_and_residual_of_another_size_are_errors(name: str, shape: tuple[int, ...]) -> None:
+    run = layer(np.zeros((64, 64), np.int8), np.ones(64, np.float32), **{name: True})
+    with pytest.raises(Exception, match="Int8Linear: bias or residual has another size than the output"):
+        run(x=np.zeros((2, 64), np.float32), **{name: np.zeros(shape, np.float32)})
+
+
 def test_order_of_the_weights() -> None:
     """Column 64 p + n and row 4 q + j of W are at [p, q, n, j], as unsigned numbers."""
     weights = np.arange(-120, 120).reshape(80, 3).astype(np.int8)
