@@ -292,7 +292,7 @@ _SAME_TOKENS = (
 
 def headline(result: Record) -> str:
     """Return a sentence for the README: the step times of every runner for the largest chunk size and batch."""
-    hardware, method, model = result["hardware"], result["method"], result["model"]
+    method, model = result["method"], result["model"]
     case = max((row["case"]["chunk_ms"], row["case"]["batch"]) for row in result["rows"])
     rows = {
         row["case"]["runner"]: row for row in result["rows"] if (row["case"]["chunk_ms"], row["case"]["batch"]) == case
@@ -305,11 +305,10 @@ def headline(result: Record) -> str:
             factor = f" ({row['values']['relative_time'][reference]['median']:.2f})"
         times.append(f"{name} {tables.digits(row['figures']['step']['p50'])} ms{factor}")
     note = f" In parentheses: time relative to {reference}, above 1 = slower." if reference else ""
-    machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
     return (
         f"**One step of {case[1]} streams at {case[0]} ms**, median: {'; '.join(times)}.{note} Model "
         f"*{model['name']}* ({model['layers']} layers, d_model {model['d_model']}), {method['threads']} threads, "
-        f"{machine}."
+        f"{tables.machine(result['hardware'])}."
     )
 
 

@@ -25,7 +25,6 @@ of audio per second.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from typing import Any
 from nemostream.benchmarks import command
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.load import PACKET, SEARCH_RESOLUTION, LoadResult, StepRecorder, run_load
-from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel, probe_curves
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
 from nemostream.benchmarks.harness.timed import timed_backend
 from nemostream.bundle import Bundle
@@ -236,7 +235,7 @@ def show(result: Record) -> str:
     lines = []
     for row in sorted(result["rows"], key=lambda row: (row["case"].get("confirming", False), row["case"]["streams"])):
         values, case = row["values"], row["case"]
-        verdict = "yes" if values["passed"] else "no: " + "; ".join(values["failures"])
+        verdict = tables.verdict(values)
         for number, (name, found) in enumerate(row["figures"].items()):
             figures = [tables.digits(found[figure]) for figure in ("avg", "p50", "p90", "p95", "p99")]
             batch, rtfx = f"{values['mean_batch']:.1f}", f"{values['rtfx']:.1f}"
@@ -299,19 +298,13 @@ def charts(result: Record) -> dict[str, Chart]:
     panels = []
     for ms in sizes:
         probes = [row for row in rows if f"result {ms} ms" in row["figures"]]
-        curves = []
+        curves: list[Curve] = []
         for series, figure in enumerate(("p99", "p50")):
-            points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-            for row in probes:
-                point = row["case"]["streams"], row["figures"][f"result {ms} ms"][figure]
-                points[row["values"]["passed"]].append(point)
-            by_streams: dict[float, list[float]] = {}
-            for streams, value in sorted(points[True] + points[False]):
-                by_streams.setdefault(streams, []).append(value)
-            medians = [(streams, statistics.median(values)) for streams, values in by_streams.items()]
-            curves.append(Curve(figure, medians, style="plain", series=series))
-            styles = {"points": points[True], "crosses": points[False]}
-            curves += [Curve("", each, style=style, series=series) for style, each in styles.items() if each]
+            points = [
+                (row["case"]["streams"], row["figures"][f"result {ms} ms"][figure], row["values"]["passed"])
+                for row in probes
+            ]
+            curves += probe_curves(figure, points, series)
         panels.append(CurvePanel(f"{ms} ms chunks" if len(sizes) > 1 else "", curves, limit=ms))
     if not panels:
         return {}

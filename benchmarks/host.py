@@ -319,7 +319,7 @@ def _paced_line(row: Row) -> list[Any]:
         row["case"]["streams"],
         *(tables.digits(latency[name]) if latency else "" for name in ("p50", "p99")),
         *(f"{values[key]:.2f}" if (key := name.replace(" ", "_")) in values else "" for name in CORES),
-        "yes" if values["passed"] else "no: " + "; ".join(values["failures"]),
+        tables.verdict(values),
     ]
 
 

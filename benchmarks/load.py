@@ -28,9 +28,10 @@ timed.
 * *Partial latency* (speech to text): from the end of a word in the audio until the word is in the received text at its
   final place, and not changed later. Words are compared without case and punctuation. The ends are those of the model
   `--bundle`, which transcribes the recordings offline; words of the server that are not in its transcript are not
-  timed, and without half of its words no partial latency is reported. The model reports the end of a word late
-  (docs/transcripts.md): `--delay-ms` is subtracted, by default the median delay of the packaged model, 220 ms, and 0
-  for other models. It is the same for all servers. The delay of single words varies, so a latency can be negative.
+  timed. Without half of its words no partial latency is reported, and a number of streams fails if the unloaded run
+  has one. The model reports the end of a word late (docs/transcripts.md): `--delay-ms` is subtracted, by default the
+  median delay of the packaged model, 220 ms, and 0 for other models. It is the same for all servers. The delay of
+  single words varies, so a latency can be negative.
 * *Final* (end of speech to final): from the last 20 ms of a recording that are at most 30 dB below its loudest 20 ms
   until the last utterance with text is final. It contains the silence after which the server ends an utterance. If the
   server waits for the end of the audio, it contains the pause: the row counts these finals as *by request*. With
@@ -61,7 +62,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,27 @@ import numpy as np
 
 import nemostream
 from nemostream.benchmarks import command
-from nemostream.benchmarks.accuracy import NORMALIZERS, normalizer, require_word_errors, word_errors
+from nemostream.benchmarks.accuracy import NORMALIZERS, normalizer, plain, require_word_errors, word_errors
 from nemostream.benchmarks.capacity import find_streams, latency_drift
 from nemostream.benchmarks.finals import LEADS, PAUSE, make_take
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import CorpusUtterance, packaged, read_manifest
 from nemostream.benchmarks.harness.paced_streams import MAX_LATENESS, Generator, Recording, RunResult, StreamResult
-from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.plots import (
+    Bar,
+    BarChart,
+    BarPanel,
+    Chart,
+    Curve,
+    CurveChart,
+    CurvePanel,
+    probe_curves,
+)
 from nemostream.benchmarks.harness.records import Progress, Record, Row, no_progress, percentile
+from nemostream.benchmarks.harness.server_process import cpu_seconds, descendants
 from nemostream.benchmarks.harness.targets import create_target
-from nemostream.benchmarks.serve import cpu_seconds
 from nemostream.bundle import Bundle
 from nemostream.errors import NemostreamError, OptionError, StreamError
-from nemostream.runtime.text.scripts import separate_characters
 
 MIN_HOLD = 120.0  # seconds
 PERCENT = 95  # of the latencies that the limit applies to
@@ -161,34 +169,31 @@ def measure_load(
     name = label or target.partition("?")[0]
     with Generator(target, [item.recording for item in items], packet_ms / 1000, processes) as generator:
 
-        def run(number: int, duration: float, phase: str, baseline: Baseline | None) -> Row:
+        def run(number: int, duration: float, phase: str, baseline: Baseline | None = None) -> tuple[Row, RunResult]:
             kind = "" if baseline else ", unloaded"
             progress(f"{tables.counted(number, 'stream')} for {duration:.0f} s{kind}")
-            usage = Usage(pids)
-            result = generator.run(number, duration, seed=len(rows), once=baseline is None)
-            usage.stop()
+            with Usage(pids) as usage:
+                result = generator.run(number, duration, seed=len(rows), once=baseline is None)
             case = {"server": name, "streams": number, "phase": phase}
             row = evaluate(result, items, case, duration, baseline, limit_ms, normalizer(normalise))
             row["values"] |= usage.per_audio_hour(result.audio_seconds) if row["values"]["valid"] else {}
             rows.append(row)
-            if baseline is None:
-                texts.extend(each.text for each in result.streams)
-            return row
+            return row, result
 
-        texts: list[str] = []
         length = sum(len(item.recording.pcm) for item in items) / (2 * rate)
-        unloaded = run(1, length, _UNLOADED, None)
+        unloaded, result = run(1, length, _UNLOADED)
         _check_unloaded(unloaded)
-        baseline = Baseline(texts, {name: found[f"p{PERCENT}"] for name, found in unloaded["figures"].items()})
+        latencies = {name: found[f"p{PERCENT}"] for name, found in unloaded["figures"].items()}
+        baseline = Baseline([each.text for each in result.streams], latencies)
         if streams is None:
 
             def probe(number: int, duration: float, confirming: bool = False) -> Row:
-                return run(number, duration, _HOLD if confirming else _PROBE, baseline)
+                return run(number, duration, _HOLD if confirming else _PROBE, baseline)[0]
 
             found = find_streams(probe, seconds, probe_seconds, max_streams, first_streams)
-            check_limit(rows, found)
+            _check_limit(rows, found)
         else:
-            measured = [run(number, seconds, _HOLD, baseline) for number in streams]
+            measured = [run(number, seconds, _HOLD, baseline)[0] for number in streams]
             if not any(row["values"]["valid"] for row in measured):
                 raise LateGeneratorError(_late_sentence(measured[0]))
             found = max((row["case"]["streams"] for row in measured if row["values"]["passed"]), default=0)
@@ -236,7 +241,7 @@ def align(
     with nemostream.load(bundle.path, chunk_ms, capacity=4, delay_ms=delay_ms) as model:
         for number, utterance in enumerate(utterances):
             clip, lead = utterance.samples(model_rate), LEADS[number % len(LEADS)]
-            ends = [(key, lead + word.end) for word in model.transcribe(clip).words for key in words_of(word.text)]
+            ends = [(key, lead + word.end) for word in model.transcribe(clip).words for key in plain(word.text).split()]
             take = make_take(clip, utterance.text, lead, model_rate, pause=pause)
             samples = take.samples if rate == model_rate else soxr.resample(take.samples, model_rate, rate)
             pcm = np.clip(np.rint(32768 * samples), -32768, 32767).astype("<i2").tobytes()
@@ -260,7 +265,7 @@ def _check_unloaded(row: Row) -> None:
         raise StreamError("the server returned no text without load: check the address, the options and the language.")
 
 
-def check_limit(rows: Sequence[Row], found: int) -> None:
+def _check_limit(rows: Sequence[Row], found: int) -> None:
     """Raise `LateGeneratorError` if the smallest number above `found` that failed did so for a late generator only."""
     failed = [row for row in rows if row["case"]["streams"] > found and not row["values"]["passed"]]
     smallest = min((row["case"]["streams"] for row in failed), default=0)
@@ -305,24 +310,24 @@ def evaluate(
         return records.row(case, {}, {"passed": False, "valid": False, "failures": [failure], **generator})
     begin, end = (min(_SETTLING, seconds / 5), seconds) if baseline else (0.0, float("inf"))
     complete = [stream for stream in run.streams if not stream.error]
-    partials, finals, matched, aligned, requested = list[tuple[float, float]](), list[float](), 0, 0, 0
+    words = [each for stream in complete for each in word_latencies(stream, items[stream.recording].ends)]
+    matched, aligned = len(words), sum(len(items[stream.recording].ends) for stream in complete)
+    is_aligned = matched >= _MIN_MATCHED * aligned
+    partials = [(at, latency) for at, latency in words if begin <= at <= end] if is_aligned else []
+    finals, requested = list[float](), 0
     for stream in complete:
-        item = items[stream.recording]
-        found = word_latencies(stream, item.ends)
-        matched, aligned = matched + len(found), aligned + len(item.ends)
-        partials += [(at, latency) for at, latency in found if begin <= at <= end]
-        speech_end = stream.start + item.recording.speech_end
+        speech_end = stream.start + items[stream.recording].recording.speech_end
         if stream.final is not None and begin <= speech_end <= end:
             finals.append(stream.final - speech_end)
             requested += stream.final >= stream.finished
-    if matched < _MIN_MATCHED * aligned:
-        partials = []
     errors = Counter(stream.error for stream in run.streams if stream.error)
     disconnects = sum(stream.disconnected for stream in run.streams)
     times = {_PARTIAL: [1000 * latency for _, latency in partials], _FINAL: [1000 * final for final in finals]}
     failures = []
     if not finals:
         failures.append("no finals")
+    if not is_aligned and baseline and _PARTIAL in baseline.ms:
+        failures.append(f"only {matched} of {aligned} words were received")
     if errors:
         failures.append(f"{tables.counted(errors.total(), 'failed stream')}, first: {next(iter(errors))}")
     if run.max_open < case["streams"]:
@@ -337,15 +342,8 @@ def evaluate(
             slow = percentile(samples, PERCENT)
             if slow > baseline.ms[name] + limit_ms:
                 failures.append(f"p{PERCENT} of {_NAMES[name]} is {slow:.0f} ms, unloaded {baseline.ms[name]:.0f} ms")
-    errors_of: dict[int, list[int]] = {}  # by recording
-    for stream in complete:
-        found_errors, _ = _word_errors(items[stream.recording].text, stream.text, normalise)
-        errors_of.setdefault(stream.recording, []).append(found_errors)
-    by_recording = [
-        [round(statistics.mean(each), 3), _word_errors(items[recording].text, "", normalise)[1]]
-        for recording, each in sorted(errors_of.items())
-    ]
-    words = sum(count for _, count in by_recording)
+    by_recording = _errors_by_recording(complete, items, normalise)
+    spoken = sum(count for _, count in by_recording)
     values = {
         "passed": not failures,
         "valid": True,
@@ -357,7 +355,7 @@ def evaluate(
         "errors": errors.total() - disconnects,
         "disconnects": disconnects,
         "messages": list(errors)[:_KEPT_ERRORS],
-        "wer": sum(count for count, _ in by_recording) / words if words else None,
+        "wer": sum(count for count, _ in by_recording) / spoken if spoken else None,
         "by_utterance": by_recording,
         "finals_by_request": requested,
         "matched_words": round(matched / aligned, 3) if aligned else None,
@@ -368,16 +366,21 @@ def evaluate(
     return records.row(case, {name: [round(x, 1) for x in samples] for name, samples in times.items()}, values)
 
 
+def _errors_by_recording(
+    streams: Sequence[StreamResult], items: Sequence[Item], normalise: Callable[[str], str]
+) -> list[list[float]]:
+    """Return [errors, words] of each recording, with the mean of the errors of its streams."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for stream in streams:
+        counts = _word_errors(items[stream.recording].text, stream.text, normalise)
+        found.setdefault(stream.recording, []).append(counts)
+    return [[round(statistics.mean(errors for errors, _ in each), 3), each[0][1]] for _, each in sorted(found.items())]
+
+
 @cache
 def _word_errors(reference: str, text: str, normalise: Callable[[str], str]) -> tuple[int, int]:
     found = word_errors([reference], [text], normalise)
     return found["errors"], found["words"]
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text without case and punctuation; characters of scripts without spaces are words."""
-    words = ("".join(filter(str.isalnum, word)) for word in separate_characters(text.casefold()).split())
-    return [word for word in words if word]
 
 
 def settled_words(texts: Sequence[tuple[float, str]]) -> list[tuple[str, float]]:
@@ -385,10 +388,10 @@ def settled_words(texts: Sequence[tuple[float, str]]) -> list[tuple[str, float]]
 
     `texts` are pairs of a time and the whole text since then.
     """
-    last = words_of(texts[-1][1]) if texts else []
+    last = plain(texts[-1][1]).split() if texts else []
     since, places = [0.0] * len(last), set(range(len(last)))
     for at, text in reversed(texts):
-        shown = words_of(text)
+        shown = plain(text).split()
         places = {place for place in places if place < len(shown) and shown[place] == last[place]}
         for place in places:
             since[place] = at
@@ -398,12 +401,10 @@ def settled_words(texts: Sequence[tuple[float, str]]) -> list[tuple[str, float]]
 def word_latencies(stream: StreamResult, ends: Sequence[tuple[str, float]]) -> list[tuple[float, float]]:
     """Return, of each word that the alignment has too, the time of its end in the audio and its latency, in seconds."""
     settled = settled_words(stream.texts)
-    matcher = SequenceMatcher(None, [word for word, _ in ends], [word for word, _ in settled], autojunk=False)
     found = []
-    for block in matcher.get_matching_blocks():
-        for offset in range(block.size):
-            end = stream.start + ends[block.a + offset][1]
-            found.append((end, settled[block.b + offset][1] - end))
+    for aligned, received in records.matches([word for word, _ in ends], [word for word, _ in settled]):
+        end = stream.start + ends[aligned][1]
+        found.append((end, settled[received][1] - end))
     return found
 
 
@@ -411,19 +412,22 @@ def word_latencies(stream: StreamResult, ends: Sequence[tuple[str, float]]) -> l
 
 
 class Usage:
-    """CPU seconds of processes and their descendants, and GPU seconds of this machine, from creation to `stop`."""
+    """CPU seconds of processes and their descendants, and GPU seconds of this machine, during a `with` block."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids, self._utilisations, self._stopped = pids, list[float](), threading.Event()
-        self._cpu, self._start = self._cpu_seconds(), time.monotonic()
-        self._sampler = threading.Thread(target=self._sample, daemon=True) if pids else None
-        if self._sampler:
-            self._sampler.start()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
 
-    def stop(self) -> None:
+    def __enter__(self) -> Usage:
+        self._cpu, self._start = self._cpu_seconds(), time.monotonic()
+        if self._pids:
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self._cpu, self._seconds = self._cpu_seconds() - self._cpu, time.monotonic() - self._start
-        if self._sampler:
+        if self._pids:
             self._sampler.join()
 
     def per_audio_hour(self, audio_seconds: float) -> dict[str, float]:
@@ -453,24 +457,6 @@ class Usage:
             self._stopped.wait(1.0)
 
 
-def descendants(pids: Sequence[int], root: Path = Path("/proc")) -> list[int]:
-    """Return the processes and all their descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in root.glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, pending = list[int](), list(pids)
-    while pending:
-        pid = pending.pop()
-        if pid not in found:
-            found.append(pid)
-            pending += children.get(pid, [])
-    return found
-
-
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
@@ -487,7 +473,7 @@ def compare(results: Sequence[Record]) -> Record:
     names = [row["case"]["server"] for result in results for row in result["rows"][:1]]
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise OptionError(f"two results have the label {twice!r}; measure with different --label.")
-    machines = {f"{each['hardware']['cpu']}, {each['hardware']['cores']} cores" for each in results}
+    machines = {tables.machine(each["hardware"]) for each in results}
     method = results[0]["method"] | {
         "streams": {name: result["method"]["streams"] for name, result in zip(names, results, strict=True)},
         "target": [result["method"]["target"] for result in results],
@@ -567,8 +553,7 @@ def _table(rows: Sequence[Row], with_server: bool = True) -> str:
             line += [""] * 5
         for name in ("cpu_seconds_per_audio_hour", "gpu_seconds_per_audio_hour", "cost_per_1000_stream_hours"):
             line.append(tables.digits(values[name]) if name in values else "")
-        verdict = "yes" if values["passed"] else "no: " + "; ".join(values["failures"])
-        lines.append([*line, "" if with_server or case["phase"] == _UNLOADED else verdict])
+        lines.append([*line, "" if with_server or case["phase"] == _UNLOADED else tables.verdict(values)])
     return tables.markdown(head, lines)
 
 
@@ -600,14 +585,16 @@ def _finding(result: Record) -> str:
 def charts(result: Record) -> dict[str, Chart]:
     """Return the plot of the latencies by number of streams, and for several servers that of their capacity."""
     servers, method, found = _servers(result), result["method"], dict[str, Chart]()
-    curves: dict[str, list[Curve]] = {_PARTIAL: [], _FINAL: []}
-    percents = ("p99", "p95", "p50") if len(servers) == 1 else ("p95",)
-    for server, (name, rows) in enumerate(servers.items()):
-        for figure in curves:
-            for number, percent in enumerate(percents):
-                series = number if len(servers) == 1 else server
-                curves[figure] += _curves(rows, figure, percent, percent if len(servers) == 1 else name, series)
-    panels = [CurvePanel(_NAMES[name], each) for name, each in curves.items() if each]
+    lines = [(name, rows, "p95") for name, rows in servers.items()]  # label, rows and percentile
+    if len(servers) == 1:
+        lines = [(percent, result["rows"], percent) for percent in ("p99", "p95", "p50")]
+    panels = []
+    for figure, heading in _NAMES.items():
+        curves = list[Curve]()
+        for series, (label, rows, percent) in enumerate(lines):
+            curves += probe_curves(label, _points(rows, figure, percent), series)
+        if curves:
+            panels.append(CurvePanel(heading, curves))
     if panels:
         low = min(y for panel in panels for curve in panel.curves for _, y in curve.points)
         measure = "Time" if len(servers) == 1 else "95th percentile of the time"
@@ -622,20 +609,13 @@ def charts(result: Record) -> dict[str, Chart]:
     return found
 
 
-def _curves(rows: Sequence[Row], figure: str, percent: str, label: str, series: int) -> list[Curve]:
-    """Return the curve of a percentile: the median of the runs with a number of streams, and a mark for each run."""
-    by_streams: dict[int, list[float]] = {}
-    marks: dict[str, list[tuple[float, float]]] = {"points": [], "crosses": []}
-    for row in sorted(rows, key=lambda row: row["case"]["streams"]):
-        if figure in row["figures"]:
-            point = row["case"]["streams"], row["figures"][figure][percent]
-            by_streams.setdefault(point[0], []).append(point[1])
-            marks["points" if row["values"]["passed"] else "crosses"].append(point)
-    if not by_streams:
-        return []
-    medians = [(streams, statistics.median(values)) for streams, values in by_streams.items()]
-    curves = [Curve(label, medians, style="plain", series=series)]
-    return curves + [Curve("", each, style=style, series=series) for style, each in marks.items() if each]
+def _points(rows: Sequence[Row], figure: str, percent: str) -> list[tuple[float, float, bool]]:
+    """Return number of streams, percentile of a figure, and whether it passed, of each run that has the figure."""
+    return [
+        (row["case"]["streams"], row["figures"][figure][percent], row["values"]["passed"])
+        for row in rows
+        if figure in row["figures"]
+    ]
 
 
 def _bars(result: Record, best: Mapping[str, Row]) -> BarChart:
@@ -648,9 +628,11 @@ def _bars(result: Record, best: Mapping[str, Row]) -> BarChart:
     ):
         bars: list[Bar | None] = []
         for name in rows:
-            found = best[name]["figures"].get(figure)
-            median, high = (found["p50"] / scale, found["p95"] / scale) if found else (0.0, 0.0)
-            bars.append(Bar([median], form.format(median), (median, high)) if found else None)
+            if found := best[name]["figures"].get(figure):
+                median, high = found["p50"] / scale, found["p95"] / scale
+                bars.append(Bar([median], form.format(median), (median, high)))
+            else:
+                bars.append(None)
         panels.append(BarPanel(_NAMES[figure], unit, bars))
     subtitle = (
         f"Real-time streams held for {result['method']['seconds']:g} s, and latencies with that many streams: median; "

@@ -125,9 +125,8 @@ def display(result: Record, console: Console | None = None) -> None:
         late = row["figures"]["push"]["p99"] >= row["case"]["chunk_ms"]
         line[6] = f"[bold red]{line[6]}[/]" if late else f"[green]{line[6]}[/]"
         table.add_row(*line, end_section=following != row["case"]["chunk_ms"])
-    hardware = result["hardware"]
-    machine = hardware["gpu"] or f"{hardware['cpu']}, {tables.counted(hardware['cores'], 'core')}"
-    console.print(f"[bold]{escape(result['model']['name'])}[/] on {escape(machine)}. Times in milliseconds.")
+    name, machine = escape(result["model"]["name"]), escape(tables.machine(result["hardware"]))
+    console.print(f"[bold]{name}[/] on {machine}. Times in milliseconds.")
     console.print(Padding(table, (0 if console.is_terminal else 1, 0)))
     remarks = (
         "step: one chunk of every stream, from samples to tokens. push to text: from the last samples of a chunk to "

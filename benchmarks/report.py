@@ -4,9 +4,8 @@
     nemostream bench report --pages      # performance section of the README and docs/performance.md, in a checkout
 
 The module of each benchmark defines `show(result)`, which returns its tables, and `charts(result)`, which returns its
-plots, if it has any. The speed and accuracy figures in
-README.md and docs/performance.md are generated from the results in `benchmarks/results`, the largest of which are
-compressed; a test checks that they are up to date.
+plots, if it has any. The speed and accuracy figures in README.md and docs/performance.md are generated from the results
+in `benchmarks/results`, the largest of which are compressed; a test checks that they are up to date.
 
 A change of a time counts as more than noise if the 99 % bootstrap interval of the ratio of the medians is more than 3 %
 away from 1, because two runs differ by more than the samples of one run do. For word error rates, the utterances are
@@ -15,6 +14,7 @@ resampled. For numbers of streams, the threshold is two steps of the search.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections import deque
@@ -88,8 +88,7 @@ def describe(model: dict[str, Any]) -> str:
 
 def footer(results: Sequence[Record]) -> str:
     """Return machine, model, commits and dates of results of the same machine and model, for their plot."""
-    hardware = results[0]["hardware"]
-    machine = hardware.get("gpu") or f"{hardware['cpu']}, {tables.counted(hardware['cores'], 'core')}"
+    machine = tables.machine(results[0]["hardware"])
     commits = dict.fromkeys(re.sub(r"^(\w{8})\w+", r"\1", result["commit"] or "unknown") for result in results)
     dates = sorted({result["time"][:10] for result in results})
     return f"{machine} · model {describe(results[0]['model'])} · commit {', '.join(commits)} · {', '.join(dates)}"
@@ -293,8 +292,6 @@ def _headlines(results: dict[str, Record]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    import argparse
-
     parser = argparse.ArgumentParser(prog="nemostream bench report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULT", help="JSON files written by benchmarks")
     parser.add_argument(

@@ -18,13 +18,10 @@ Clients and server share the machine; the cores that each of them uses are repor
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +32,11 @@ from nemostream import Endpoint
 from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.corpora import read_manifest
-from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel
+from nemostream.benchmarks.harness.paced_streams import Job, Recording, RunResult, run_streams
+from nemostream.benchmarks.harness.plots import Chart, Curve, CurveChart, CurvePanel, probe_curves
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress, percentile
-from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.benchmarks.harness.server_process import cpu_seconds, server_process
+from nemostream.benchmarks.harness.targets import create_target
 from nemostream.bundle import Bundle
 from nemostream.cli.scrapes import Scrape
 from nemostream.engines import speech
@@ -46,19 +45,7 @@ from nemostream.errors import OptionError
 GRACE_MS = 200  # allowed time to the final text beyond the chunk duration
 _RATE = 16000  # Hz
 _SETTLING = 3.0  # seconds at the start that are not evaluated: all clients connect
-
-
-@dataclass
-class ClientResults:
-    """Measurements of all clients."""
-
-    finals: list[float] = field(default_factory=list)  # seconds from the last audio to the final text
-    lateness: list[float] = field(default_factory=list)  # of each message, seconds
-    wrong: list[tuple[str, str]] = field(default_factory=list)  # (offline transcript, received text)
-    errors: list[str] = field(default_factory=list)
-    audio_seconds: float = 0.0  # audio sent
-    connections: int = 0  # open now
-    max_connections: int = 0
+_LEAD = 0.5  # seconds before the first client may start
 
 
 def measure_serving(
@@ -81,6 +68,7 @@ def measure_serving(
         raise OptionError(f"streams and packet_ms must be positive, and seconds greater than {_SETTLING:.0f}.")
     chunk = bundle.manifest.chunk(chunk_ms)
     clips = pcm_clips(bundle, manifest)
+    recordings = [Recording(clip.astype("<i2").tobytes(), len(clip) / _RATE) for clip in clips]
     with nemostream.load(bundle.path, chunk.ms, capacity=4) as model:
         texts = [_utterances(model, clip) for clip in clips]
     others, rows = OtherWork(), []
@@ -107,18 +95,12 @@ def measure_serving(
     with server_process(command) as (server, url):
         for number in streams:
             progress(f"{number} clients for {seconds:.0f} s")
-            server_cpu, client_cpu, begin, before = (
-                cpu_seconds(server.pid),
-                time.process_time(),
-                time.perf_counter(),
-                _step_metrics(url),
-            )
-            results = asyncio.run(_run_clients(url, clips, texts, number, seconds, packet_ms / 1000))
+            server_cpu, begin, before = cpu_seconds(server.pid), time.perf_counter(), _step_metrics(url)
+            results = asyncio.run(_run_clients(url, recordings, number, seconds, packet_ms / 1000))
             elapsed = time.perf_counter() - begin
             server_cores = (cpu_seconds(server.pid) - server_cpu) / elapsed
-            client_cores = (time.process_time() - client_cpu) / elapsed
             case = {"streams": number, "chunk_ms": chunk.ms, "packet_ms": packet_ms}
-            row = evaluate(results, case, elapsed, server_cores, client_cores)
+            row = evaluate(results, recordings, texts, case, elapsed, server_cores)
             steps, step_rows, step_seconds = (b - a for a, b in zip(before, _step_metrics(url), strict=True))
             if steps:
                 row["values"]["mean_batch"] = round(step_rows / steps, 2)
@@ -133,7 +115,7 @@ def measure_serving(
             "device": "cpu",
             "seconds": seconds,
             "packet_ms": packet_ms,
-            "recordings": len(clips),
+            "recordings": len(recordings),
             "grace_ms": GRACE_MS,
             "options": list(options),
             # The server has ended, so its CPU time is counted as this process's.
@@ -143,106 +125,60 @@ def measure_serving(
 
 
 def evaluate(
-    results: ClientResults, case: dict[str, Any], seconds: float, server_cores: float, client_cores: float
+    results: RunResult,
+    recordings: Sequence[Recording],
+    texts: Sequence[str],
+    case: dict[str, Any],
+    seconds: float,
+    server_cores: float,
 ) -> Row:
-    """Return a row whose values include whether the number of clients passed, and the reasons why it failed."""
+    """Return a row whose values include whether the number of clients passed, and the reasons why it failed.
+
+    `texts` are the expected ones of the recordings, whose speech ends with their audio.
+    """
     failures = []
-    finals = [1000 * final for final in results.finals]
+    complete = [stream for stream in results.streams if not stream.error]
+    errors = [stream.error for stream in results.streams if stream.error]
+    wrong = sum(stream.text != texts[stream.recording] for stream in complete)
+    finals = [
+        1000 * (stream.ended - stream.start - recordings[stream.recording].speech_end)
+        for stream in complete
+        if stream.start >= _SETTLING
+    ]
+    lateness = [*results.lateness, *results.blocked]
     if not finals:
         failures.append("no results")
     elif (slow := percentile(finals, 99)) > case["chunk_ms"] + GRACE_MS:
         failures.append(f"p99 of the final text is {slow:.0f} ms")
-    if results.wrong:
-        failures.append(f"{len(results.wrong)} texts differ from the offline transcripts")
-    if results.errors:
-        failures.append(f"{len(results.errors)} errors, first: {results.errors[0]}")
-    if results.lateness and percentile(results.lateness, 99) > case["packet_ms"] / 1000:
+    if wrong:
+        failures.append(f"{wrong} texts differ from the offline transcripts")
+    if errors:
+        failures.append(f"{len(errors)} errors, first: {errors[0]}")
+    if lateness and percentile(lateness, 99) > case["packet_ms"] / 1000:
         failures.append("the clients fell behind")
-    if results.max_connections < case["streams"]:
-        failures.append(f"only {results.max_connections} connections were open at the same time")
+    if results.max_open < case["streams"]:
+        failures.append(f"only {results.max_open} connections were open at the same time")
     values = {
         "passed": not failures,
         "failures": failures,
         "seconds": round(seconds, 2),
         "utterances": len(finals),
-        "wrong": len(results.wrong),
+        "wrong": wrong,
         "audio_seconds": round(results.audio_seconds, 1),
         "rtfx": records.rtfx(results.audio_seconds, seconds),
         "server_cores": round(server_cores, 3),
-        "client_cores": round(client_cores, 3),
-        "lateness_ms": records.figures([1000 * late for late in results.lateness]) if results.lateness else None,
+        "client_cores": round(results.cpu_seconds / seconds, 3),
+        "lateness_ms": records.figures([1000 * late for late in lateness]) if lateness else None,
     }
     return records.row(case, {"final text": finals} if finals else {}, values)
 
 
 async def _run_clients(
-    url: str, clips: Sequence[Any], texts: Sequence[str], streams: int, seconds: float, packet: float
-) -> ClientResults:
-    """Run `streams` clients for `seconds`; open recordings are sent to the end."""
-    results, rng = ClientResults(), np.random.default_rng(streams)
-    begin = time.perf_counter() + 0.5
-    async with asyncio.TaskGroup() as group:
-        for index in range(streams):
-            start, own_rng = begin + rng.uniform(0, min(2.0, seconds / 4)), np.random.default_rng([streams, index])
-            group.create_task(_client(url, clips, texts, results, start, begin, begin + seconds, packet, own_rng))
-    return results
-
-
-async def _client(
-    url: str,
-    clips: Sequence[Any],
-    texts: Sequence[str],
-    results: ClientResults,
-    start: float,
-    begin: float,
-    end: float,
-    packet: float,
-    rng: np.random.Generator,
-) -> None:
-    """Send random clips from `start` to `end`; clips in the first seconds after `begin` are not timed."""
-    await asyncio.sleep(start - time.perf_counter())
-    while (clip_start := time.perf_counter()) < end:
-        index = int(rng.integers(len(clips)))
-        try:
-            text, final = await _send_clip(url.replace("http:", "ws:") + "/v1/stream", clips[index], results, packet)
-        except Exception as error:
-            results.errors.append(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(1)
-            continue
-        if clip_start - begin >= _SETTLING:
-            results.finals.append(final)
-        if text != texts[index]:
-            results.wrong.append((texts[index], text))
-
-
-async def _send_clip(url: str, pcm: Any, results: ClientResults, packet: float) -> tuple[str, float]:
-    """Send a clip in real time. Return its final text, and the seconds from its last audio to this text."""
-    from websockets.asyncio.client import connect
-
-    size = round(_RATE * packet)
-    async with connect(url, compression=None, ping_interval=None) as socket:
-        await socket.recv()
-        results.connections += 1
-        results.max_connections = max(results.max_connections, results.connections)
-        try:
-            start = time.perf_counter()
-            for offset in range(0, len(pcm), size):
-                message = pcm[offset : offset + size]
-                due = start + (offset + len(message)) / _RATE  # when its last sample is available
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                results.lateness.append(max(0.0, time.perf_counter() - due))
-                await socket.send(message.tobytes())
-            results.audio_seconds += len(pcm) / _RATE
-            await socket.send('{"type": "finish"}')
-            async for reply in socket:
-                event = json.loads(reply)
-                if event["type"] == "done":
-                    return event["text"], time.perf_counter() - due
-                if event["type"] == "error":
-                    raise RuntimeError(event["message"])
-            raise RuntimeError(f"the server closed the connection (code {socket.close_code})")
-        finally:
-            results.connections -= 1
+    url: str, recordings: Sequence[Recording], streams: int, seconds: float, packet: float
+) -> RunResult:
+    """Run clients in this process; open recordings are sent to the end."""
+    job = Job(streams, seconds, packet, asyncio.get_running_loop().time() + _LEAD)
+    return await run_streams(create_target(f"nemostream+ws{url.removeprefix('http')}"), recordings, job, range(streams))
 
 
 def _utterances(model: nemostream.Model, clip: Any) -> str:
@@ -269,17 +205,6 @@ def parse_step_metrics(text: str) -> tuple[float, float, float]:
     return total(f"{streams}_count"), total(f"{streams}_sum"), total(f"{seconds}_sum")
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds that a process has used."""
-    return parse_cpu_ticks(Path(f"/proc/{pid}/stat").read_text()) / os.sysconf("SC_CLK_TCK")
-
-
-def parse_cpu_ticks(stat: str) -> int:
-    """Return the user and system ticks of a process from its `/proc/PID/stat`; its name may contain spaces and ")"."""
-    fields = stat.rpartition(")")[2].split()  # from the third field, the state
-    return int(fields[11]) + int(fields[12])
-
-
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +228,6 @@ def show(result: Record) -> str:
     for row in result["rows"]:
         values, found = row["values"], row["figures"].get("final text", {})
         times = [tables.digits(found[name]) if found else "" for name in ("avg", "p50", "p95", "p99")]
-        verdict = "yes" if values["passed"] else "no: " + "; ".join(values["failures"])
         lines.append(
             [
                 row["case"]["streams"],
@@ -314,7 +238,7 @@ def show(result: Record) -> str:
                 f"{values['server_cores']:.2f}",
                 f"{values['client_cores']:.2f}",
                 values.get("mean_batch", ""),
-                verdict,
+                tables.verdict(values),
             ]
         )
     method = result["method"]
@@ -349,16 +273,15 @@ def _best(result: Record) -> Row | None:
 
 def charts(result: Record) -> dict[str, Chart]:
     """Return the plot of the times to the final text by number of clients."""
-    rows = sorted((row for row in result["rows"] if row["figures"]), key=lambda row: row["case"]["streams"])
+    rows = [row for row in result["rows"] if row["figures"]]
     if not rows:
         return {}
-    curves = []
+    curves: list[Curve] = []
     for series, figure in enumerate(("p99", "p95", "p50")):
-        points = [(row["case"]["streams"], row["figures"]["final text"][figure]) for row in rows]
-        curves.append(Curve(figure, points, style="plain", series=series))
-        for style, passed in (("points", True), ("crosses", False)):
-            if marks := [at for at, row in zip(points, rows, strict=True) if row["values"]["passed"] == passed]:
-                curves.append(Curve("", marks, style=style, series=series))
+        points = [
+            (row["case"]["streams"], row["figures"]["final text"][figure], row["values"]["passed"]) for row in rows
+        ]
+        curves += probe_curves(figure, points, series)
     best = _best(result)
     title = "No number of clients passed"
     if best:

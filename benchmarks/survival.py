@@ -29,7 +29,6 @@ import functools
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ import numpy as np
 from nemostream.benchmarks.command import make_parser, open_bundle, run
 from nemostream.benchmarks.harness import records, tables
 from nemostream.benchmarks.harness.records import OtherWork, Progress, Record, Row, no_progress
-from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.benchmarks.harness.server_process import free_ports, server_process
 from nemostream.benchmarks.serve import pcm_clips
 from nemostream.bundle import Bundle
 from nemostream.client import AsyncStream, Event
@@ -76,9 +75,7 @@ class Transcript:
 
     audio: int  # number of the recording
     events: list[Event] = field(default_factory=list)
-    gaps: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # when each loss was detected, and its gap, in seconds
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # seconds: when each loss was detected, and its gap
     reconnects: int = 0
     error: str = ""  # why the stream was lost
 
@@ -209,7 +206,7 @@ class Cluster:
         command += ["--bundle", str(bundle.path), "--chunk-ms", str(chunk_ms), "--chunks", str(chunk_ms)]
         command += ["--grpc-port", "-1", "--no-measure", "--threads", "1", "--max-streams", str(2 * streams + _AUDIOS)]
         command += ["--state-store", str(store), "--state-seconds", "1"]
-        self.servers = [Server(command, port) for port in _free_ports(count)]
+        self.servers = [Server(command, port) for port in free_ports(count)]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -252,12 +249,6 @@ class Cluster:
             (self.folder / name).unlink()
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
-
-
 # -- balancers ---------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +268,7 @@ class HaProxy:
     name = "HAProxy"
 
     def __init__(self, servers: Sequence[Server], folder: Path) -> None:
-        (port,) = _free_ports(1)
+        (port,) = free_ports(1)
         self.urls = [f"http://127.0.0.1:{port}"]
         self.config, self._admin = folder / "haproxy.cfg", folder / "haproxy.sock"
         lines = ["global", f" stats socket {self._admin} level admin", " maxconn 4096", "defaults", " mode tcp"]
@@ -559,10 +550,9 @@ def show(result: Record) -> str:
     text = (
         f"{method['streams']} streams of {method['seconds']:.0f} s with {method['chunk_ms']} ms chunks, "
         f"{method['servers']} servers, balancer: {method['balancer']}, store: {method['store']}, "
-        f"seed {method['seed']}; "
-        f"clients and servers on the same {method['threads']} cores. Gaps in seconds, from the moment at which a "
-        "client detects a loss to its next new event. Of each fault: the streams that reconnected after it, and how "
-        "many of them have exactly the events of a stream without interruption. "
+        f"seed {method['seed']}; clients and servers on the same {method['threads']} cores. Gaps in seconds, from the "
+        "moment at which a client detects a loss to its next new event. Of each fault: the streams that reconnected "
+        "after it, and how many of them have exactly the events of a stream without interruption. "
         f"{tables.other_load([method['other_work_cores']])}"
     )
     return f"{text}\n\n{tables.markdown(_HEAD, lines)}\n"

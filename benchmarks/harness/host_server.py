@@ -18,8 +18,7 @@ from typing import Any
 
 from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.harness.records import Row, percentile
-from nemostream.benchmarks.harness.server_process import server_process
-from nemostream.benchmarks.serve import parse_cpu_ticks
+from nemostream.benchmarks.harness.server_process import parse_cpu_ticks, server_process
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError
 

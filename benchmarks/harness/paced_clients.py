@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import heapq
 import json
 import re
@@ -100,9 +99,9 @@ def messages(protocol: str, packet: float) -> list[bytes]:
 
     if protocol == "websocket":
         return [Frame(Opcode.BINARY, each).serialize(mask=True) for each in audio]
-    append = '{{"type": "input_audio_buffer.append", "audio": "{}"}}'
-    events = [append.format(base64.b64encode(each).decode()).encode() for each in audio]
-    return [Frame(Opcode.TEXT, event).serialize(mask=True) for event in events]
+    from nemostream.benchmarks.harness.targets import append_message
+
+    return [Frame(Opcode.TEXT, append_message(each).encode()).serialize(mask=True) for each in audio]
 
 
 def audio_position(payload: bytes) -> float | None:

@@ -1,4 +1,4 @@
-"""Load generator of `bench load`: streams of a target, paced in real time, in processes of their own.
+"""Load generator of `bench load` and `bench serve`: streams of a target, paced in real time, in processes of their own.
 
 The server cannot delay the generator unnoticed: a packet is late relative to the time at which its last sample exists.
 Packets after a `send` that waited for the server, until the stream is on time again, are counted separately, because
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nemostream.benchmarks.harness.targets import Stream, Target, Update, create_target
+from nemostream.benchmarks.harness.targets import Stream, Target, create_target
 from nemostream.errors import BackendError, NemostreamError
 
 MAX_LATENESS = 0.02  # seconds: the p99 of the generator's lateness beyond which its figures are not valid
@@ -54,13 +54,14 @@ class Job:
 
 @dataclass
 class StreamResult:
-    """What happened to a stream. Times are seconds since the begin of the run."""
+    """What happened to a stream. Times are seconds since the beginning of the run."""
 
     recording: int
     start: float = 0.0  # at which the first sample exists
     finished: float = 0.0  # at which the end of the audio was sent
     texts: list[tuple[float, str]] = field(default_factory=list)  # the whole text after each change, and its time
     final: float | None = None  # at which the last utterance with text became final; None without text
+    ended: float = 0.0  # at which the server had sent everything
     error: str = ""
     disconnected: bool = False  # the error is the loss of an open connection
 
@@ -196,18 +197,15 @@ class _Run:
         texts: dict[Hashable, str] = {}
         async for update in stream.updates():
             now = self._clock() - self._job.begin
-            self._apply(update, texts, now, result)
+            texts[update.utterance] = update.text
+            text = " ".join(filter(None, texts.values()))
+            if text != result.text:
+                result.texts.append((now, text))
+            if update.text:
+                result.final = now if update.final else None
+        result.ended = self._clock() - self._job.begin
         if result.text and result.final is None:
-            result.final = self._clock() - self._job.begin
-
-    @staticmethod
-    def _apply(update: Update, texts: dict[Hashable, str], now: float, result: StreamResult) -> None:
-        texts[update.utterance] = update.text
-        text = " ".join(filter(None, texts.values()))
-        if text != result.text:
-            result.texts.append((now, text))
-        if update.text:
-            result.final = now if update.final else None
+            result.final = result.ended
 
     async def _sleep_until(self, due: float) -> None:
         await asyncio.sleep(max(0.0, due - self._clock()))
@@ -220,11 +218,11 @@ class Generator:
         context = multiprocessing.get_context("spawn")
         self._packet, self._workers = packet, list[tuple[Any, Any]]()
         for _ in range(processes):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs, target, recordings), daemon=True)
+            connection, child = context.Pipe()
+            worker = context.Process(target=_work, args=(child, target, recordings), daemon=True)
             worker.start()
-            theirs.close()
-            self._workers.append((worker, ours))
+            child.close()
+            self._workers.append((worker, connection))
 
     def __enter__(self) -> Generator:
         return self

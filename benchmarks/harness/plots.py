@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
     intervals: Sequence[tuple[float, float]] = ()
     style: str = "line"  # or "plain" (no markers), "points" (no line), "crosses" (no line), "fit" (thin, grey)
-    series: int = 0  # colour, marker and dashes
+    series: int = 0  # colour, marker and dashes, which repeat after those of `SERIES`
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,23 @@ class CurveChart:
 
 
 Chart = BarChart | CurveChart
+
+
+def probe_curves(label: str, probes: Sequence[tuple[float, float, bool]], series: int) -> list[Curve]:
+    """Return the curve of probes (x, y, whether it passed): a mark for each, and a line of the medians by x.
+
+    Filled marks passed, crosses failed.
+    """
+    ordered = sorted(probes, key=lambda probe: probe[0])
+    medians = [
+        (x, statistics.median(y for _, y, _ in group))
+        for x, group in itertools.groupby(ordered, lambda probe: probe[0])
+    ]
+    curves = [Curve(label, medians, style="plain", series=series)] if medians else []
+    for style, passed in (("points", True), ("crosses", False)):
+        if marks := [(x, y) for x, y, found in ordered if found == passed]:
+            curves.append(Curve("", marks, style=style, series=series))
+    return curves
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -456,8 +474,9 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
     if curve.style == "fit":
         axes.plot(x, y, color=NEUTRAL, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
         return
-    colour, marker = SERIES[curve.series], _MARKERS[curve.series]
-    options: dict[str, Any] = {"color": colour, "linewidth": 1.6, "linestyle": _DASHES[curve.series]}
+    style = curve.series % len(SERIES)
+    colour, marker = SERIES[style], _MARKERS[style]
+    options: dict[str, Any] = {"color": colour, "linewidth": 1.6, "linestyle": _DASHES[style]}
     if curve.style in ("points", "crosses"):
         options["linestyle"] = "none"
     if curve.style != "plain":
@@ -473,7 +492,9 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
 
 def _right_labels(panel: CurvePanel) -> list[tuple[str, tuple[float, float] | None, str]]:
     """Return the labels of a panel, each with the point that it belongs to (None: the limit), and its colour."""
-    labels = [(curve.label, curve.points[-1], SERIES[curve.series]) for curve in panel.curves if curve.label]
+    labels = [
+        (curve.label, curve.points[-1], SERIES[curve.series % len(SERIES)]) for curve in panel.curves if curve.label
+    ]
     return [*labels, *([("limit", None, INK)] if panel.limit is not None else [])]
 
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,14 @@ def rtfx(audio_seconds: float, seconds: float) -> float:
 def agreement(reference: Tokens, hypothesis: Tokens) -> float:
     """Return the share of reference tokens, over all rows, that `hypothesis` contains in order (matching blocks)."""
     total = sum(map(len, reference))
-    same = sum(
-        sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
-        for a, b in zip(reference, hypothesis, strict=True)
-    )
+    same = sum(len(matches(a, b)) for a, b in zip(reference, hypothesis, strict=True))
     return same / total if total else 1.0
+
+
+def matches(a: Sequence[Hashable], b: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Return the pairs of positions at which two sequences have equal items, in order (matching blocks)."""
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return [(block.a + offset, block.b + offset) for block in blocks for offset in range(block.size)]
 
 
 def rate_interval(by_utterance: Sequence[Sequence[float]] | NDArray[Any]) -> tuple[float, float, float]:

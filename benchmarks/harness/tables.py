@@ -39,6 +39,16 @@ def low_to_high(low: float, high: float, form: str = "{:.1f}") -> str:
     return first if first == second else f"{first} to {second}"
 
 
+def verdict(values: Mapping[str, Any]) -> str:
+    """Return whether a row passed, or its failures."""
+    return "yes" if values["passed"] else "no: " + "; ".join(values["failures"])
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """Return the GPU of a result, or its CPU and number of cores."""
+    return hardware.get("gpu") or f"{hardware['cpu']}, {counted(hardware['cores'], 'core')}"
+
+
 def other_load(cores: Iterable[float]) -> str:
     """Return a sentence about the largest load by other processes, in cores."""
     highest = max(cores, default=0.0)

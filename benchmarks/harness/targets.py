@@ -60,8 +60,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
-from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
 
 from nemostream.errors import OptionError, StreamError
 
@@ -174,6 +172,8 @@ class _SocketStream:
         await self._write(self.finish_message())
 
     async def updates(self) -> AsyncIterator[Update]:
+        from websockets.exceptions import ConnectionClosed
+
         try:
             async for message in self.socket:
                 for update in self.read(message):
@@ -191,6 +191,8 @@ class _SocketStream:
         return event
 
     async def _write(self, message: bytes | str) -> None:
+        from websockets.exceptions import ConnectionClosed
+
         try:
             await self.socket.send(message)
         except ConnectionClosed as error:
@@ -213,6 +215,8 @@ class _SocketTarget:
     sample_rate = 16000
 
     def __init__(self, target: str) -> None:
+        import websockets.asyncio.client  # noqa: F401  (takes long: before the first stream)
+
         url, options = urlsplit(target), _Options(target)
         self.options = self.read_options(options)
         scheme = "wss" if url.scheme.endswith("wss") else "ws"
@@ -225,6 +229,8 @@ class _SocketTarget:
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Stream]:
+        from websockets.asyncio.client import connect
+
         async with connect(
             self.url,
             compression=None,
@@ -313,7 +319,7 @@ class _VllmStream(_SocketStream):
         await self._write(json.dumps({"type": "input_audio_buffer.commit", "final": False}))
 
     def encode(self, pcm: bytes) -> str:
-        return _append(pcm)
+        return append_message(pcm)
 
     def finish_message(self) -> str:
         return json.dumps({"type": "input_audio_buffer.commit", "final": True})
@@ -341,7 +347,8 @@ class VllmTarget(_SocketTarget):
         return model
 
 
-def _append(pcm: bytes) -> str:
+def append_message(pcm: bytes) -> str:
+    """Return the message of audio of OpenAI's realtime API, which vLLM has too."""
     return f'{{"type": "input_audio_buffer.append", "audio": "{base64.b64encode(pcm).decode()}"}}'
 
 
@@ -369,7 +376,7 @@ class _RealtimeStream(_SocketStream):
         await self.receive("session.updated")
 
     def encode(self, pcm: bytes) -> str:
-        return _append(pcm)
+        return append_message(pcm)
 
     def finish_message(self) -> str:
         self._finishing = True
@@ -380,6 +387,8 @@ class _RealtimeStream(_SocketStream):
         kind, item = event["type"], event.get("item_id", "")
         if kind == "error" and event["error"].get("code") == "input_audio_buffer_commit_empty":
             self._answered = True
+        elif kind == "error":
+            _raise_error(event)
         elif kind == "input_audio_buffer.committed":
             self._answered |= self._finishing
             self._open.add(item)
@@ -391,7 +400,6 @@ class _RealtimeStream(_SocketStream):
             yield Update(item, event["transcript"].strip(), True)
         elif kind == _FAILED:
             raise StreamError(str(event["error"].get("message")))
-        _raise_error(event if not self._answered or kind != "error" else {})
         self.ended = self._answered and not self._open
 
 
@@ -458,7 +466,7 @@ class _RivaStream:
 
         try:
             await operation
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the call has ended; it knows why
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the call has ended, and has a status
             raise _call_error(await self._call.code(), await self._call.details()) from error
 
 
@@ -543,11 +551,11 @@ class _HttpStream:
                 data=self._target.fields,
                 files={"file": ("audio.wav", content.getvalue(), "audio/wav")},
             ) as response:
-                if response.status_code != 200 or "event-stream" not in response.headers.get("content-type", ""):
+                if response.status_code != 200:
                     body = (await response.aread()).decode(errors="replace")
-                    if response.status_code != 200:
-                        raise StreamError(f"HTTP {response.status_code}: {body[:200]}")
-                    yield Update(0, json.loads(body)["text"].strip(), True)
+                    raise StreamError(f"HTTP {response.status_code}: {body[:200]}")
+                if "event-stream" not in response.headers.get("content-type", ""):
+                    yield Update(0, json.loads(await response.aread())["text"].strip(), True)
                     return
                 async for line in response.aiter_lines():
                     event = json.loads(line[6:]) if line.startswith("data: {") else {}

@@ -32,7 +32,7 @@ from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.harness.corpora import packaged, read_manifest
 from nemostream.benchmarks.harness.nemo import export_nemo, load_nemo
 from nemostream.benchmarks.harness.records import Progress, Record
-from nemostream.benchmarks.harness.server_process import server_process
+from nemostream.benchmarks.harness.server_process import free_ports, server_process
 from nemostream.benchmarks.load import MIN_HOLD, compare, measure_load
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.errors import BackendError
@@ -105,9 +105,7 @@ def _sherpa_server(export: Path, mels: int, precision: str) -> Iterator[tuple[st
     program = Path(sys.executable).with_name("sherpa-onnx-online-websocket-server")
     if not program.exists():
         raise BackendError("the server of sherpa-onnx is not installed: pip install sherpa-onnx-bin")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     suffix = "" if precision == "fp32" else f".{precision}"
     options = [f"--{name}={export / name}{suffix}.onnx" for name in ("encoder", "decoder", "joiner")]
     options += [f"--tokens={export / 'tokens.txt'}", f"--feat-dim={mels}", f"--max-batch-size={_BATCH}"]

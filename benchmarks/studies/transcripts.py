@@ -20,7 +20,6 @@ Words are compared without case and punctuation.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import shutil
@@ -144,12 +143,10 @@ def _measure_times(model: Model, texts: Sequence[str], progress: Progress) -> li
         start_delays, end_delays = [], []
         for audio, reference, times in recordings:
             words = model.transcribe(audio, chunk_ms=chunk.ms).words
-            matcher = difflib.SequenceMatcher(None, reference, [plain(word.text) for word in words], autojunk=False)
-            for block in matcher.get_matching_blocks():
-                for i in range(block.size):
-                    word, (start, end) = words[block.b + i], times[block.a + i]
-                    start_delays.append(1000 * (word.start - start))
-                    end_delays.append(1000 * (word.end - end))
+            for expected, found in records.matches(reference, [plain(word.text) for word in words]):
+                word, (start, end) = words[found], times[expected]
+                start_delays.append(1000 * (word.start - start))
+                end_delays.append(1000 * (word.end - end))
         values = {"words": len(start_delays), "reference_words": sum(len(reference) for _, reference, _ in recordings)}
         case = {"measurement": "times", "chunk_ms": chunk.ms}
         rows.append(records.row(case, {"start": start_delays, "end": end_delays}, values))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,10 @@ def test_words_are_settled_when_they_no_longer_change() -> None:
     assert load.settled_words([]) == []
 
 
-def test_words_of_scripts_without_spaces() -> None:
-    assert load.words_of("Über-Fluß, 中文。 don't -") == ["überfluss", "中", "文", "dont"]
+def test_words_are_compared_without_case_and_punctuation() -> None:
+    """Characters of scripts without spaces are words; the vowel signs of Hindi are kept."""
+    texts = [(1.0, "ÜBER-fluß, 中"), (2.0, "über fluß 中文。 दिन -")]
+    assert load.settled_words(texts) == [("über", 1.0), ("fluß", 1.0), ("中", 1.0), ("文", 2.0), ("दिन", 2.0)]
 
 
 def test_latency_of_words_that_the_alignment_has() -> None:
@@ -129,6 +132,7 @@ def test_word_error_rate_and_equality() -> None:
         (run(stream(final=1.201)), "p95 of end of speech to final is 1201 ms, unloaded 700 ms"),
         (run(stream(), stream(error="full")), "1 failed stream, first: full"),
         (run(stream(final=None)), "no finals"),
+        (run(stream(texts=[(6.0, "four five one")])), "only 1 of 3 words were received"),
         (run(stream(), max_open=0), "only 0 streams were open at the same time"),
         (run(stream(), blocked=[0.01]), None),
         (run(stream(), blocked=[0.01, 0.03]), "the server did not accept 2 messages in time"),
@@ -304,15 +308,6 @@ def test_alignment(demo_bundle: Bundle) -> None:
 # -- CPU time ----------------------------------------------------------------------------------------------------------
 
 
-def test_descendants(tmp_path: Path) -> None:
-    for pid, parent in ((10, 1), (11, 10), (12, 11), (20, 1)):
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 0")
-    assert sorted(load.descendants([10], tmp_path)) == [10, 11, 12]
-    assert sorted(load.descendants([11, 20], tmp_path)) == [11, 12, 20]
-    assert load.descendants([99], tmp_path) == [99]
-
-
 def test_usage_per_audio_hour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two GPUs of 50 and 25 % for 8 seconds are 6 GPU seconds."""
     program = tmp_path / "nvidia-smi"
@@ -322,16 +317,14 @@ def test_usage_per_audio_hour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     cpu, now = iter([100.0, 103.0]), iter([1000.0, 1008.0])
     monkeypatch.setattr(load, "descendants", lambda pids: [os.getpid()])
     monkeypatch.setattr(load, "cpu_seconds", lambda pid: next(cpu))
-    usage = load.Usage([os.getpid()])
-    usage._start = next(now)
-    monkeypatch.setattr(load.time, "monotonic", lambda: next(now))
-    while not usage._utilisations:
-        pass
-    usage.stop()
+    monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with load.Usage([os.getpid()]) as usage:
+        while not usage._utilisations:
+            pass
     monkeypatch.undo()
     assert usage.per_audio_hour(60.0) == {"cpu_seconds_per_audio_hour": 180.0, "gpu_seconds_per_audio_hour": 360.0}
-    usage = load.Usage([])
-    usage.stop()
+    with load.Usage([]) as usage:
+        pass
     assert usage.per_audio_hour(60.0) == {}
 
 

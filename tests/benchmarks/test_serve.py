@@ -1,11 +1,10 @@
-"""`bench serve`: it runs, and it detects failures."""
+"""`bench serve` with real servers."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,28 +19,6 @@ from nemostream.benchmarks.harness.server_process import server_process
 from nemostream.client import Stream
 
 HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
-CASE = {"streams": 2, "chunk_ms": 560, "packet_ms": 100}
-
-
-def results(**changes: Any) -> serve.ClientResults:
-    passing = {"finals": [0.1] * 99 + [0.76], "lateness": [0.001] * 100, "audio_seconds": 20.0, "max_connections": 2}
-    return serve.ClientResults(**(passing | changes))
-
-
-def test_failures() -> None:
-    row = serve.evaluate(results(), CASE, 10.0, 0.5, 0.1)
-    assert row["values"]["passed"] and row["values"]["rtfx"] == 2.0
-    assert row["figures"]["final text"]["p99"] == pytest.approx(100) and row["figures"]["final text"]["p50"] == 100
-    for changes, word in (
-        ({"finals": [0.1] * 98 + [0.761] * 2}, "p99 of the final text is 761 ms"),
-        ({"wrong": [("one", "two")]}, "1 texts differ"),
-        ({"errors": ["gone"]}, "1 errors, first: gone"),
-        ({"lateness": [0.2] * 100}, "the clients fell behind"),
-        ({"max_connections": 1}, "only 1 connections were open"),
-        ({"finals": []}, "no results"),
-    ):
-        values = serve.evaluate(results(**changes), CASE, 10.0, 0.5, 0.1)["values"]
-        assert not values["passed"] and any(word in failure for failure in values["failures"]), changes
 
 
 def test_serving(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

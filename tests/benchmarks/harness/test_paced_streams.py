@@ -89,7 +89,7 @@ def test_times_of_a_stream(run_virtual: Any) -> None:
     # 0.35 s are complete with the packet at 0.4 s.
     assert [text for _, text in stream.texts] == ["one", "one two", "One two."] and stream.text == "One two."
     assert [at for at, _ in stream.texts] == pytest.approx([0.3 + 0.45, 0.3 + 0.7, 0.3 + 1.2])
-    assert stream.final == pytest.approx(1.5) and stream.finished == pytest.approx(1.3)
+    assert (stream.final, stream.ended, stream.finished) == pytest.approx((1.5, 1.5, 1.3))
     assert result.lateness == pytest.approx([0.0] * 10) and result.blocked == [] and result.max_open == 1
     assert len(result.ticks) > 100 and max(result.ticks) == pytest.approx(0)
 
@@ -111,7 +111,7 @@ def test_utterances_are_joined_and_the_last_final_counts(run_virtual: Any) -> No
     ]
     (stream,) = run_virtual(run_once(Server(script))).streams
     assert [text for _, text in stream.texts] == ["one", "one two", "one. two"]
-    assert stream.final == pytest.approx(0.5)
+    assert (stream.final, stream.ended) == pytest.approx((0.5, 1.0))
 
 
 def test_without_a_final_the_end_of_the_stream_counts(run_virtual: Any) -> None:

@@ -52,7 +52,7 @@ EXTREMES: dict[str, Chart] = {
         "Subtitle",
         [
             CurvePanel(
-                f"panel {index}", [Curve(f"curve {n}", [(0, 5.0), (9, 5.0)], series=n) for n in range(5)], "note", 5
+                f"panel {index}", [Curve(f"curve {n}", [(0, 5.0), (9, 5.0)], series=n) for n in range(6)], "note", 5
             )
             for index in range(4)
         ],
@@ -122,6 +122,17 @@ def test_curves_pass_through_their_points() -> None:
     limit = next(each for each in axes.get_lines() if list(each.get_ydata()) == [5.0, 5.0])
     assert limit.get_color() == plots.INK
     assert "limit" in [text for text, _ in visible_texts(figure)]
+
+
+def test_curves_of_probes() -> None:
+    """The line has the median of the probes with the same number; marks show which passed."""
+    probes = [(4, 8.0, False), (2, 1.0, True), (4, 6.0, True), (2, 2.0, True), (4, 5.0, False)]
+    assert plots.probe_curves("p99", probes, 2) == [
+        Curve("p99", [(2, 1.5), (4, 6.0)], style="plain", series=2),
+        Curve("", [(2, 1.0), (2, 2.0), (4, 6.0)], style="points", series=2),
+        Curve("", [(4, 8.0), (4, 5.0)], style="crosses", series=2),
+    ]
+    assert plots.probe_curves("p99", [], 0) == []
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

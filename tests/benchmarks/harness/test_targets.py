@@ -270,6 +270,23 @@ def test_items_of_realtime_sessions_are_completed_in_any_order() -> None:
     assert text_of(updates) == "One. Two."
 
 
+def test_errors_of_realtime_sessions() -> None:
+    """An error is raised after the answer to the client's commit, too."""
+
+    async def serve(connection: Any, received: list[Any]) -> None:
+        await connection.send('{"type": "session.created"}')
+        await connection.send('{"type": "session.updated"}')
+        async for message in connection:
+            if json.loads(message)["type"] == "input_audio_buffer.commit":
+                await connection.send('{"type": "input_audio_buffer.committed", "item_id": "a"}')
+                await connection.send(
+                    '{"type": "error", "error": {"code": "server_error", "message": "out of memory"}}'
+                )
+
+    with pytest.raises(StreamError, match="out of memory"):
+        scripted("openai-realtime+ws", serve)
+
+
 @pytest.mark.parametrize("scheme", ["nemostream+ws", "sherpa+ws"])
 @pytest.mark.parametrize("code", [1000, 1011])
 def test_a_lost_connection_is_a_disconnect(scheme: str, code: int) -> None:
