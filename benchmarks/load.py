@@ -103,10 +103,6 @@ _DEMO_DELAY_MS = 220  # of the ends of words of the packaged model (docs/transcr
 _KEPT_ERRORS = 3  # different errors that a row lists
 
 
-class LateGeneratorError(NemostreamError):
-    """The load generator was late, so the server cannot be measured. Exit code 1."""
-
-
 @dataclass(frozen=True)
 class Item:
     """A recording with its transcript and the ends of its words in seconds, by the alignment."""
@@ -148,7 +144,8 @@ def measure_load(
     """Measure a server and return the result; `bundle` aligns the words of the recordings.
 
     Raises `OptionError` for invalid options, `AudioError` if a recording cannot be read, `BackendError` if a package
-    is missing, `StreamError` if a stream of the unloaded run fails, and `LateGeneratorError`.
+    is missing, `StreamError` if a stream of the unloaded run fails, and `NemostreamError` if
+    the load generator was late.
     """
     if min(seconds, probe_seconds, limit_ms, packet_ms, processes, first_streams, max_streams, *(streams or ())) <= 0:
         raise OptionError("durations, numbers of streams and processes, and the limit must be positive.")
@@ -195,7 +192,7 @@ def measure_load(
         else:
             measured = [run(number, seconds, _HOLD, baseline)[0] for number in streams]
             if not any(row["values"]["valid"] for row in measured):
-                raise LateGeneratorError(_late_sentence(measured[0]))
+                raise NemostreamError(_late_sentence(measured[0]))
             found = max((row["case"]["streams"] for row in measured if row["values"]["passed"]), default=0)
     for row in rows:
         if price is not None and row["case"]["phase"] == _HOLD:
@@ -258,7 +255,7 @@ def _digest(items: Sequence[Item]) -> str:
 def _check_unloaded(row: Row) -> None:
     values = row["values"]
     if not values["valid"]:
-        raise LateGeneratorError(_late_sentence(row))
+        raise NemostreamError(_late_sentence(row))
     if values["errors"] or values["disconnects"]:
         raise StreamError(f"a stream failed without load: {values['messages'][0]}")
     if not row["figures"]:
@@ -266,12 +263,12 @@ def _check_unloaded(row: Row) -> None:
 
 
 def _check_limit(rows: Sequence[Row], found: int) -> None:
-    """Raise `LateGeneratorError` if the smallest number above `found` that failed did so for a late generator only."""
+    """Raise `NemostreamError` if the smallest number above `found` that failed did so for a late generator only."""
     failed = [row for row in rows if row["case"]["streams"] > found and not row["values"]["passed"]]
     smallest = min((row["case"]["streams"] for row in failed), default=0)
     limiting = [row for row in failed if row["case"]["streams"] == smallest]
     if limiting and not any(row["values"]["valid"] for row in limiting):
-        raise LateGeneratorError(f"{_late_sentence(limiting[0])} {tables.counted(found, 'stream')} passed.")
+        raise NemostreamError(f"{_late_sentence(limiting[0])} {tables.counted(found, 'stream')} passed.")
 
 
 def _late_sentence(row: Row) -> str:

@@ -24,7 +24,7 @@ from nemostream.benchmarks.harness.plots import BarChart, CurveChart
 from nemostream.benchmarks.harness.server_process import server_process
 from nemostream.bundle import Bundle
 from nemostream.clips import read_clip
-from nemostream.errors import OptionError, StreamError
+from nemostream.errors import NemostreamError, OptionError, StreamError
 
 HELDOUT = Path(__file__).parents[2] / "examples" / "demo_model" / "heldout" / "heldout.jsonl"
 BASIC = normalizer("basic")
@@ -227,7 +227,7 @@ def test_the_largest_number_is_held_for_two_minutes(demo_bundle: Bundle, generat
 
 def test_a_late_generator_that_limits_the_search_is_an_error(demo_bundle: Bundle, generator: Any) -> None:
     generator.on_time = 20
-    with pytest.raises(load.LateGeneratorError, match=r"was late with 2\d streams: p99 50 ms.*--processes.*20 streams"):
+    with pytest.raises(NemostreamError, match=r"was late with 2\d streams: p99 50 ms.*--processes.*20 streams"):
         measure(demo_bundle)
 
 
@@ -241,13 +241,13 @@ def test_a_late_generator_above_the_limit_of_the_server_is_no_error(demo_bundle:
 
 def test_a_late_generator_without_load_or_with_given_numbers(demo_bundle: Bundle, generator: Any) -> None:
     generator.on_time = 5
-    with pytest.raises(load.LateGeneratorError, match="late with 6 streams"):
+    with pytest.raises(NemostreamError, match="late with 6 streams"):
         measure(demo_bundle, streams=[6, 7], seconds=10.0)
     result = measure(demo_bundle, streams=[4, 6], seconds=10.0)
     assert result["method"]["streams"] == 4 and "no: the load generator was late" in load.show(result)
     assert [bool(row["figures"]) for row in result["rows"]] == [True, True, False]
     generator.on_time = 0
-    with pytest.raises(load.LateGeneratorError, match="late with 1 stream:"):
+    with pytest.raises(NemostreamError, match="late with 1 stream:"):
         measure(demo_bundle)
 
 
