@@ -19,7 +19,6 @@ import json
 import re
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -246,10 +245,9 @@ def committed(root: Path) -> dict[str, Record]:
     """Return the results in the repository by file name, without those that only other pages quote."""
     found = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.json*")):
-        with suppress(OptionError):  # of another schema
-            result = records.read(path)
-            if hasattr(_module(result), "show"):
-                found[path.name.partition(".")[0]] = result
+        result = records.load(path)
+        if result.get("schema") == records.SCHEMA and hasattr(_module(result), "show"):
+            found[path.name.partition(".")[0]] = result
     return found
 
 

@@ -159,14 +159,19 @@ def model_of(manifest: Manifest) -> dict[str, Any]:
 
 def read(path: str | Path) -> Record:
     """Read a result file, which may be compressed (`.json.gz`). Raises `OptionError` if it is not one."""
-    try:
-        content = Path(path).read_bytes()
-        result = json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise OptionError(f"{path} is not a benchmark result: {error}.") from error
+    result = load(path)
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         raise OptionError(f"{path} is not a benchmark result: its schema is not {SCHEMA}.")
     return result
+
+
+def load(path: str | Path) -> Any:
+    """Read a JSON file of any schema, which may be compressed (`.json.gz`). Raises `OptionError` if it is damaged."""
+    try:
+        content = Path(path).read_bytes()
+        return json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise OptionError(f"{path} is not a benchmark result: {error}.") from error
 
 
 def write(result: Record, path: Path) -> None:

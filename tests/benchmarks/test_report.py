@@ -24,6 +24,16 @@ def test_pages_are_up_to_date() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: nemostream bench report --pages"
 
 
+def test_a_damaged_result_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "another-schema.json").write_text('{"words": []}', encoding="utf-8")
+    assert report.committed(tmp_path) == {}
+    (folder / "damaged.json.gz").write_bytes(b"not gzip")
+    with pytest.raises(OptionError, match=r"damaged\.json\.gz is not a benchmark result"):
+        report.committed(tmp_path)
+
+
 def test_plots_of_the_pages_exist() -> None:
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", page)
