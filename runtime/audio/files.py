@@ -35,6 +35,7 @@ BLOCK = 1 << 16  # samples per channel processed at a time; bounds the extra mem
 # Floats beyond +-1 come from a recording that clips; beyond this value they are integers that were not scaled.
 MAX_PEAK = 32.0
 TOLERANCE = 0.02  # seconds of audio that may be missing from a WAV file
+_NO_MPEG = 7  # libsndfile's code if libmpg123 finds no frame; its text is "File does not exist ..."
 _SNDFILE = {"WAV", "FLAC", "MP3", "Ogg", "AIFF", "AU", "CAF", "W64", "VOC", "SPHERE"}
 _SHORTENED = re.compile(r"^\s*(?:SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_SIZE = 0x7FFFF000  # programs that write to a pipe do not know the size and state this or more
@@ -205,6 +206,8 @@ class AudioFile:
                 raise AudioError(f"{self._name} has no header; send raw 16-bit PCM through a pipe instead.") from error
             except (soundfile.LibsndfileError, OSError) as error:
                 reason = str(getattr(error, "error_string", error))  # without the path that soundfile prepends
+                if getattr(error, "code", None) == _NO_MPEG:
+                    reason = "No MPEG frame found."
         if reader is None:
             reader = self._open_with_av(section, part, reason)
         rate = reader.sample_rate

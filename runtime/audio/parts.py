@@ -37,11 +37,11 @@ class AudioPart:
 def find_parts(file: BinaryIO) -> list[AudioPart]:
     """Return the streams of a file in order; bytes after the last one belong to no stream.
 
-    Raises `AudioError` if there are too many.
+    Raises `AudioError` if the file is empty or contains too many.
     """
     size = file.seek(0, io.SEEK_END)
     if not size:
-        return [AudioPart(None, 0, 0)]
+        raise AudioError("it is empty.")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         parts: list[AudioPart] = []
         at = 0

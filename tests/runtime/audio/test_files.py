@@ -206,6 +206,7 @@ def test_file_objects(tmp_path: Path) -> None:
         (encoded(NOISE[:100]) + encoded(NOISE[:100], 1000), {}, "has a sample rate of 1000 Hz"),
         (b"fLaC\x80\0\0\x22" + bytes(34), {}, "talk cannot be read as audio"),
         (encoded(NOISE[:0]) * 4097, {}, "talk cannot be read as audio: it contains more than 4096 streams"),
+        (b"", {}, "^talk cannot be read as audio: it is empty\\.$"),
     ],
 )
 def test_file_that_is_rejected_is_closed(data: bytes, options: Any, message: str, tmp_path: Path) -> None:
@@ -213,6 +214,15 @@ def test_file_that_is_rejected_is_closed(data: bytes, options: Any, message: str
     with pytest.raises(AudioError, match=message):
         AudioFile(opened, *[] if message.startswith("^the audio") else ["talk"], **options)
     assert opened.closed
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfb\x90\x64" + bytes(96), bytes(range(256)) * 8], ids=["header", "junk"])
+def test_mp3_without_a_frame_is_not_reported_as_missing(tmp_path: Path, data: bytes) -> None:
+    """libsndfile's text for such a file is "File does not exist or is not a regular file"."""
+    path = tmp_path / "talk.mp3"
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=r"talk\.mp3 cannot be read as audio .*No MPEG frame found\."):
+        AudioFile(path)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemostream.errors import AudioError
 from nemostream.runtime.audio.files import _Section
 from nemostream.runtime.audio.parts import AudioPart, find_parts
 
@@ -142,7 +143,8 @@ def test_streams_without_a_length_extend_to_the_end(tmp_path: Path) -> None:
         ("WAV", b"RIFF\0\0\0\0WAVEfmt "),
     ):
         assert spans(parts_of(data, tmp_path)) == [(name, 0, len(data))], name
-    assert spans(parts_of(b"", tmp_path)) == [(None, 0, 0)]
+    with pytest.raises(AudioError, match="it is empty"):
+        parts_of(b"", tmp_path)
     assert spans(parts_of(b"text", tmp_path)) == [(None, 0, 4)]
 
 
