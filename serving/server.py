@@ -22,7 +22,7 @@ from nemostream.serving.network.connections import (
     available_connections,
     protocol_classes,
 )
-from nemostream.serving.network.listening import bracketed, listen
+from nemostream.serving.network.listening import GRPC_PORT_OPTION, bracketed, check_port, listen
 from nemostream.serving.network.proxies import TrustedProxies
 from nemostream.serving.processes.supervisor import supervise
 from nemostream.serving.protocols import riva
@@ -176,13 +176,16 @@ def _riva(service: Service, settings: Settings) -> tuple[grpc.aio.Server, int]:
     )
     riva.add_to(server, service)
     address = f"{bracketed(settings.host)}:{settings.grpc_port}"
+    if not settings.transports:  # otherwise the supervisor has reserved the port
+        # Before gRPC, which prints a message of its own and raises an error without the reason.
+        check_port(settings.host, settings.grpc_port, GRPC_PORT_OPTION)
     try:
         if settings.tls_cert and settings.tls_key:
             pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
             return server, server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         return server, server.add_insecure_port(address)
     except RuntimeError as error:
-        raise BackendError(f"cannot listen at {address}; choose another --grpc-port, or -1 to disable gRPC.") from error
+        raise BackendError(f"cannot listen at {address}; choose another {GRPC_PORT_OPTION}.") from error
 
 
 def _model_name(settings: Settings) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 
 from nemostream.errors import BackendError
 from nemostream.serving.settings import Settings
+
+GRPC_PORT_OPTION = "--grpc-port, or -1 to disable gRPC"
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -44,6 +47,11 @@ def reserve_port(host: str, port: int, option: str) -> socket.socket:
     return reserved
 
 
+def check_port(host: str, port: int, option: str) -> None:
+    """Raise `BackendError` that names the `option` and the system's reason if no server can listen at a port."""
+    _create(host, port, option, shared=False).close()
+
+
 def bracketed(host: str) -> str:
     """Return a host as it is written before a port."""
     return f"[{host}]" if ":" in host else host
@@ -61,4 +69,6 @@ def _unavailable(host: str, port: int, option: str, error: OSError) -> BackendEr
     # `create_server` adds the address to the text; the numbers of failed name resolutions are not those of `strerror`.
     number = error.errno or 0
     reason = os.strerror(number) if number > 0 else "the host name cannot be resolved"
+    if number <= 0 or number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        option = "--host"
     return BackendError(f"cannot listen at {bracketed(host)}:{port} ({reason}); choose another {option}.")

@@ -23,7 +23,7 @@ from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.serving.errors import error_of
 from nemostream.serving.load import LoadControl, percentile_90
 from nemostream.serving.metrics import Metrics, remove_gauges, share_metrics
-from nemostream.serving.network.listening import reserve_port
+from nemostream.serving.network.listening import GRPC_PORT_OPTION, reserve_port
 from nemostream.serving.processes.board import Board, Kind
 from nemostream.serving.processes.control import Control, Start, digest_of, start_file
 from nemostream.serving.processes.link import SharedAudio, socket_pair
@@ -357,7 +357,7 @@ async def supervise(settings: Settings, ready: Ready, text: bool = False) -> Non
     folder = tempfile.mkdtemp(prefix="nemostream-")
     try:
         if settings.grpc_port >= 0:
-            grpc = reserve_port(settings.host, settings.grpc_port, "--grpc-port")
+            grpc = reserve_port(settings.host, settings.grpc_port, GRPC_PORT_OPTION)
             reserved.append(grpc)
             ports["grpc_port"] = grpc.getsockname()[1]
         share_metrics(folder, "supervisor")

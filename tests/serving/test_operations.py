@@ -653,7 +653,9 @@ def test_port_in_use(server: Any, serve_process: Any) -> None:
     for flags in (["--port", str(server.http)], ["--grpc-port", str(server.grpc)]):
         with pytest.raises(AssertionError) as caught, serve_process(*flags):
             pass
-        assert "cannot listen at" in str(caught.value) and "Traceback" not in str(caught.value)
+        message = str(caught.value)
+        assert f"cannot listen at 127.0.0.1:{flags[1]} (Address already in use); choose another {flags[0]}" in message
+        assert "Traceback" not in message and "Failed to add port" not in message  # the second is gRPC's own
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

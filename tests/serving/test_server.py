@@ -204,7 +204,7 @@ def test_processes_share_a_port_that_no_other_server_can_use() -> None:
                 listening.listen(Settings(port=port))
             with pytest.raises(BackendError, match="choose another --grpc-port"):
                 listening.reserve_port("127.0.0.1", port, "--grpc-port")
-        with pytest.raises(BackendError, match=r"cannot listen at 192\.0\.2\.1:0"):
+        with pytest.raises(BackendError, match=r"cannot listen at 192\.0\.2\.1:0 .*; choose another --host\."):
             listening.reserve_port("192.0.2.1", 0, "--port")
 
 
