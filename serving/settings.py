@@ -27,6 +27,7 @@ from pydantic_settings import (
 
 from nemostream.errors import OptionError
 from nemostream.serving.network.proxies import TrustedProxies
+from nemostream.untrusted import describe_invalid
 
 MEMORY = "memory"  # `state_store`: states that end with the server
 
@@ -291,5 +292,5 @@ def _read_keys_file(file: Path) -> list[SecretStr]:
 def _describe(details: dict[str, Any]) -> str:
     """Return the message of one of pydantic's errors, with the name of the option."""
     name = ".".join(map(str, details["loc"]))
-    message = details["msg"].removeprefix("Value error, ")
+    message = describe_invalid(details, secret=name.startswith("api_keys"))
     return f"{name}: {message}" if name else message

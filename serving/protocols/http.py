@@ -24,6 +24,7 @@ from nemostream.serving.protocols import realtime, websocket
 from nemostream.serving.protocols.dependencies import ERROR_RESPONSES, ErrorResponse, PortsDependency, ServiceDependency
 from nemostream.serving.protocols.transcriptions import router as transcriptions_router
 from nemostream.serving.service import Service
+from nemostream.untrusted import describe_invalid
 
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' blob:; worker-src 'self' blob:; style-src 'unsafe-inline'; "
@@ -85,7 +86,9 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"][1:])
-    return error_response(400, f"{name or 'the form'}: {first['msg']}.", "invalid_request_error", param=name or None)
+    return error_response(
+        400, f"{name or 'the form'}: {describe_invalid(first)}.", "invalid_request_error", param=name or None
+    )
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

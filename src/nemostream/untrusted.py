@@ -104,6 +104,12 @@ def short_repr(value: Any, max_length: int = 80) -> str:
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
+def describe_invalid(details: Mapping[str, Any], secret: bool = False) -> str:
+    """Return the message of one of pydantic's errors, with the value unless it is `secret`."""
+    message = str(details["msg"]).removeprefix("Value error, ").split(", unable to parse")[0]
+    return message.replace("Input should", f"{'the value' if secret else short_repr(details['input'])} must", 1)
+
+
 def invalid(name: str, value: Any, allowed: str) -> ValueError:
     """Return the error for a field whose value is not allowed."""
     return ValueError(f"{name} is {short_repr(value)}; it must be {allowed}")

@@ -98,6 +98,15 @@ def test_exit_code_and_message(
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
 
 
+def test_invalid_values_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--chunk-ms", "abc"], ["--endpoint-ms", "10"], ["--decoder", "foo"]):
+        with pytest.raises(SystemExit) as exited:
+            module.main(["transcribe", *arguments])
+        message = capfd.readouterr().err
+        assert exited.value.code == 2 and arguments[0] in message and arguments[1] in message
+        assert "Input" not in message and "Value error" not in message
+
+
 def test_exit_codes_of_the_errors_differ() -> None:
     assert sorted(error.exit_code for error in ERRORS) == list(range(1, 12))
 

@@ -143,9 +143,11 @@ def test_errors_name_the_options(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         read_settings(["--max-streams=0", "--port=x"])
     message = str(caught.value)
-    assert (
-        "max_streams: " in message and "; port: " in message and message.endswith(".") and "Value error" not in message
-    )
+    assert message == "max_streams: '0' must be greater than or equal to 1; port: 'x' must be a valid integer."
+    (tmp_path / "keys.toml").write_text("api_keys = [12345]")
+    with pytest.raises(OptionError, match="api_keys") as caught:
+        read_settings([f"--config={tmp_path / 'keys.toml'}"])
+    assert "12345" not in str(caught.value)
     (tmp_path / "bad.toml").write_text("port = ")
     with pytest.raises(OptionError, match=r"the options cannot be read: .*\.$"):
         read_settings([f"--config={tmp_path / 'bad.toml'}"])

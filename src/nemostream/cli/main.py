@@ -23,6 +23,7 @@ from nemostream.cli.standard_streams import open_closed_streams, print_message
 from nemostream.cli.transcribe import transcribe
 from nemostream.errors import BackendError, NemostreamError, OptionError
 from nemostream.extras import install_command
+from nemostream.untrusted import describe_invalid
 
 _COMPLETION = "_NEMOSTREAM_COMPLETE"  # environment variable set by the shell's completion script
 
@@ -244,7 +245,11 @@ def _run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error, whose class depends on the version of typer
             raise
-        print_message(error.format_message())
+        message = error.format_message()
+        if hasattr(error.__cause__, "errors"):  # newer versions of typer validate with pydantic
+            details = error.__cause__.errors()[0]
+            message = message.replace(details["msg"], describe_invalid(details))
+        print_message(message)
         return OptionError.exit_code
     return 0
 
