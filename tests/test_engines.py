@@ -399,12 +399,12 @@ def test_validation_of_random_weights(tiny_bundle: Bundle) -> None:
         (
             ["--backend", "onnxruntime", "--precision", "fp16"],
             2,
-            "onnxruntime on cpu can be built in int8, not in fp16",
+            "precision is 'fp16'; with onnxruntime for cpu, choose int8.",
         ),
         (
             ["--backend", "onnxruntime", "--precision", "int8", "--target", "cuda"],
             2,
-            "in fp32, fp16, bf16, not in int8",
+            "with onnxruntime for cuda, choose fp32 or fp16 or bf16.",
         ),
         (
             ["--backend", "onnxruntime", "--precision", "int8", "--target", "sm89"],

@@ -218,7 +218,9 @@ def _choose_builder(
     supported = _PRECISIONS[backend, provider]
     if precision not in supported:
         hint = " fp32 needs no engine: the bundle itself runs." if (provider, precision) == ("cpu", "fp32") else ""
-        raise OptionError(f"{backend} on {provider} can be built in {', '.join(supported)}, not in {precision}.{hint}")
+        raise OptionError(
+            f"precision is {precision!r}; with {backend} for {provider}, choose {' or '.join(supported)}.{hint}"
+        )
     try:
         import nemostream.engine.precision  # noqa: F401
     except ImportError as error:

@@ -324,6 +324,10 @@ def test_build_passes_its_options(
     assert run_command("build", path, *options, "--engines", folder)[0] == 0
     wanted = {"backend": "onnxruntime", "target": None, "max_batch": 9}
     assert sorted(calls, key=lambda call: call[1]) == [(path, ms, "int8", folder, wanted) for ms in (80, 560)]
+    calls.clear()
+    assert "CPU: nemostream build --backend onnxruntime" in run_command("build")[2]
+    assert run_command("build", *options, "--engines", folder)[0] == 0
+    assert {call[0] for call in calls} == {nemostream.demo_bundle()}
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
     assert run_command("build", path, "--chunk-ms", 80, "--engines", folder)[0] == 0
 

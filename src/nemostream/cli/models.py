@@ -116,8 +116,12 @@ def _is_error(record: LogRecord) -> bool:
 
 def build(
     bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="Model bundle: a folder written by `nemostream export`.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="Model bundle: a folder written by `nemostream export`. Default: the packaged demo.",
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="Backend: tensorrt or onnxruntime.", rich_help_panel=ENGINE)] = (
         "tensorrt"
     ),
@@ -156,9 +160,10 @@ def build(
     from nemostream.engines import build_engine, check_chunks
     from nemostream.plans import PlanStore
 
-    opened, store = nemostream.Bundle.open(bundle), PlanStore(engines)
+    opened, store = nemostream.Bundle.open(bundle or nemostream.demo_bundle()), PlanStore(engines)
     if backend == "tensorrt" and target is None and not has_gpu():
-        command = f"nemostream build {shlex.quote(str(bundle))} --backend onnxruntime --precision int8"
+        command = shlex.join(["nemostream", "build", *([str(bundle)] if bundle else [])])
+        command += " --backend onnxruntime --precision int8"
         raise BackendError(
             f"there is no NVIDIA GPU to build for: name one with --target (sm89), or build for this CPU: {command}"
         )
