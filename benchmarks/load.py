@@ -88,7 +88,7 @@ from nemostream.benchmarks.harness.plots import (
 )
 from nemostream.benchmarks.harness.records import Progress, Record, Row, no_progress, percentile
 from nemostream.benchmarks.harness.server_process import cpu_seconds, descendants
-from nemostream.benchmarks.harness.targets import create_target
+from nemostream.benchmarks.harness.targets import API_KEY, create_target
 from nemostream.bundle import Bundle
 from nemostream.errors import NemostreamError, OptionError, StreamError
 
@@ -257,7 +257,10 @@ def _check_unloaded(row: Row) -> None:
     if not values["valid"]:
         raise NemostreamError(_late_sentence(row))
     if values["errors"] or values["disconnects"]:
-        raise StreamError(f"a stream failed without load: {values['messages'][0]}")
+        raise StreamError(
+            f"a stream failed without load: {values['messages'][0].rstrip('.')}; check that the server runs at TARGET, "
+            f"and its API key in {API_KEY}."
+        )
     if not row["figures"]:
         raise StreamError("the server returned no text without load: check the address, the options and the language.")
 
