@@ -203,7 +203,7 @@ _KEY_REQUIRED = _Denial(
     "key",
     error_response(
         401,
-        "an API key is required: send Authorization: Bearer KEY.",
+        "a valid API key is required: send Authorization: Bearer KEY.",
         "authentication_error",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},

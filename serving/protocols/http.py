@@ -178,3 +178,9 @@ async def stream(socket: WebSocket, service: ServiceDependency) -> None:
 @sockets.websocket("/v1/realtime")
 async def realtime_session(socket: WebSocket, service: ServiceDependency) -> None:
     await realtime.serve(socket, service)
+
+
+@sockets.websocket("/{path:path}")
+async def no_socket(socket: WebSocket, path: str) -> None:
+    message = f"there is no WebSocket at {shorten('/' + path)}; connect to /v1/stream or /v1/realtime."
+    await socket.send_denial_response(error_response(404, message, "invalid_request_error"))

@@ -133,7 +133,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         self._service.metrics.denied.labels("key").inc()
         log.warning("request denied", extra={"reason": "key", "peer": self._client(context, "").address})
         await context.abort(
-            grpc.StatusCode.UNAUTHENTICATED, "an API key is required: send authorization: Bearer KEY in the metadata."
+            grpc.StatusCode.UNAUTHENTICATED,
+            "a valid API key is required: send authorization: Bearer KEY in the metadata.",
         )
 
     def _client(self, context: grpc.aio.ServicerContext, key: str) -> Client:

@@ -530,6 +530,8 @@ class AsyncStream:
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             error = json.loads(response.body or b"")["error"]
             code, message = error.get("code"), str(error.get("message"))
+        if status == 401:
+            message = "a valid API key is required: set api_key (on the command line: --api-key)"
         reason = f"HTTP {status}, {message}".rstrip(" ,.")
         if status in _RETRIED_STATUSES or status >= 500:
             # A URL may be that of a load balancer: the next attempt may reach another server than the one that stops.

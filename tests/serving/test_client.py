@@ -108,9 +108,19 @@ def test_errors_of_the_client(server: Any) -> None:
         list(stream)
 
 
+def test_a_url_with_another_path(server: Any) -> None:
+    with (
+        pytest.raises(Rejected, match="HTTP 404, there is no WebSocket at /asr/v1/stream;"),
+        Stream(f"{server.url}/asr"),
+    ):
+        pass
+
+
 def test_an_api_key(serve_here: Callable[..., Any]) -> None:
     with serve_here(api_keys=["secret-key-of-a-client"], measure=False) as running:
-        with pytest.raises(Rejected, match="HTTP 401, an API key is required"), Stream(running.url):
+        with pytest.raises(Rejected, match="HTTP 401, a valid API key is required: set api_key"), Stream(running.url):
+            pass
+        with pytest.raises(Rejected, match="HTTP 401, a valid API key"), Stream(running.url, api_key="another"):
             pass
         with Stream(running.url, api_key="secret-key-of-a-client") as stream:
             stream.finish()
