@@ -282,7 +282,7 @@ INVALID_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.wav": (lambda path: None, "does not exist"),
     "cut.flac": (write_truncated_file, "cut short"),
     "notes.txt": (lambda path: path.write_text("this is not audio " * 100), "not audio"),
-    "nothing.wav": (lambda path: path.write_bytes(b""), "not audio"),
+    "nothing.wav": (lambda path: path.write_bytes(b""), "it is empty"),
     "empty.wav": (lambda path: soundfile.write(path, np.zeros(0), 16000), "no audio"),
     "nan.wav": (write_file_with_nan, "NaN"),
     "folder.wav": (lambda path: path.mkdir(), "is a folder"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -246,8 +246,9 @@ def _run(arguments: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):  # a usage error, whose class depends on the version of typer
             raise
         message = error.format_message()
-        if hasattr(error.__cause__, "errors"):  # newer versions of typer validate with pydantic
-            details = error.__cause__.errors()[0]
+        cause: Any = error.__cause__
+        if hasattr(cause, "errors"):  # newer versions of typer validate with pydantic
+            details = cause.errors()[0]
             message = message.replace(details["msg"], describe_invalid(details))
         print_message(message)
         return OptionError.exit_code
