@@ -106,7 +106,7 @@ def short_repr(value: Any, max_length: int = 80) -> str:
 
 def describe_invalid(details: Mapping[str, Any], secret: bool = False) -> str:
     """Return the message of one of pydantic's errors, with the value unless it is `secret`."""
-    message = str(details["msg"]).removeprefix("Value error, ").split(", unable to parse")[0]
+    message = str(details["msg"]).removeprefix("Value error, ").split(", unable to")[0]
     return message.replace("Input should", f"{'the value' if secret else short_repr(details['input'])} must", 1)
 
 

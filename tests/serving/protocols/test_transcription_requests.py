@@ -88,7 +88,7 @@ def test_inverse_text_normalization_is_an_option(
         ({"language": "de"}, "language is 'de'"),
         ({"languages[]": ["en", "fr"]}, "'fr'"),
         ({"chunk_ms": "81"}, "chunk_ms is 81"),
-        ({"stream": "maybe"}, "stream: 'maybe' must be a valid boolean"),
+        ({"stream": "maybe"}, "stream: 'maybe' must be a valid boolean."),
     ],
 )
 def test_invalid_fields(fakes: Any, model: Any, clock: Any, form: Any, message: str) -> None:
