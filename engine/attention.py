@@ -11,13 +11,12 @@ Experimental. TensorRT runs the node as a plugin (`runtime/backends/gpu/attentio
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from nemostream.errors import BackendError
+from nemostream.engine.patterns import attention_layers, other_structure, replace, replace_nodes
 
 DOMAIN, OP = "nemostream", "RingAttention"
 # Inputs of the node, in the order of the kernel's arguments; its output is [B, T, D] before the output projection.
@@ -36,20 +35,6 @@ INPUTS = (
 
 _SLOT_ARRAYS = re.compile(r"(k_cache|v_cache|conv_cache)\.\d+|mel_cache")
 _RINGS = re.compile(r"[kv]_cache\.\d+")
-# A path from a value to the value it was computed from: the type of each node, and which of its inputs is followed.
-_Path = tuple[tuple[str, int], ...]
-_SCORES: _Path = (("Add", 0), ("Add", 0), ("Concat", 0))  # from the softmax to content scores of the ring
-_DISTANCES: _Path = (("Add", 0), ("Add", 1), ("GatherElements", 0))
-_VISIBLE: _Path = (("Add", 1), ("Unsqueeze", 0), ("Where", 0))
-_INPUT_PATHS: dict[str, _Path] = {
-    "qkv": (*_SCORES, ("MatMul", 0), ("Transpose", 0), ("Add", 0), ("Reshape", 0), ("Split", 0)),
-    "k_ring": (*_SCORES, ("MatMul", 1), ("Transpose", 0)),
-    "positions": (*_DISTANCES, ("MatMul", 1), ("Transpose", 0), ("Reshape", 0)),
-    "bias_u": (*_SCORES, ("MatMul", 0), ("Transpose", 0), ("Add", 1)),
-    "bias_v": (*_DISTANCES, ("MatMul", 0), ("Transpose", 0), ("Add", 1)),
-    "old_frames": (*_VISIBLE, ("Concat", 0), ("LessOrEqual", 1)),
-    "new_frames": (*_VISIBLE, ("Concat", 1), ("Less", 1)),
-}
 
 
 def fuse_attention(model: onnx.ModelProto) -> None:
@@ -58,24 +43,14 @@ def fuse_attention(model: onnx.ModelProto) -> None:
     Weights need not be loaded. Raises `BackendError` if `export/encoder.py` of this version did not write the graph.
     """
     graph = model.graph
-    producers = {output: node for node in graph.node for output in node.output}
-    users: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            users[name].append(node)
-    fused: dict[str, NodeProto] = {}  # by the name of the output
-    for softmax in (node for node in graph.node if node.op_type == "Softmax"):
-        values = {name: _source(producers, softmax.input[0], path) for name, path in _INPUT_PATHS.items()}
-        split = _user(users, softmax.output[0], "Split")
-        product = _user(users, split.output[0], "MatMul")
-        context = _user(users, _user(users, product.output[0], "Add").output[0], "Transpose")
-        output = _user(users, context.output[0], "Reshape").output[0]
-        values |= {"v_ring": product.input[1], "row_slot": "row_slot", "position": "position"}
-        fused[output] = helper.make_node(
+    fused = {}
+    for layer in attention_layers(graph):
+        values = {**layer, "row_slot": "row_slot", "position": "position"}
+        fused[layer["context"]] = helper.make_node(
             OP,
             [values[name] for name in INPUTS],
-            [output],
-            name=f"{OP}/{output}",
+            [layer["context"]],
+            name=f"{OP}/{layer['context']}",
             domain=DOMAIN,
             # How TensorRT's parser finds the plugin, and that it is compiled into the engine.
             plugin_namespace=DOMAIN,
@@ -83,20 +58,9 @@ def fuse_attention(model: onnx.ModelProto) -> None:
             aot=1,
         )
     if not fused:
-        raise _other_structure("it has no Softmax")
+        raise other_structure("it has no Softmax")
     _read_slot_arrays(graph)
-    nodes = [fused.get(node.output[0], node) for node in graph.node]
-    needed = {value.name for value in graph.output}
-    kept: list[NodeProto] = []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    initializers = [tensor for tensor in graph.initializer if tensor.name in needed]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
+    replace_nodes(graph, fused)
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
@@ -117,28 +81,4 @@ def _read_slot_arrays(graph: onnx.GraphProto) -> None:
         for index, name in enumerate(node.input):
             if name in gathered:
                 node.input[index] = gathered[name]
-    nodes = [*added, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _source(producers: dict[str, NodeProto], value: str, path: _Path) -> str:
-    for kind, index in path:
-        node = producers.get(value)
-        if node is None or node.op_type != kind:
-            raise _other_structure(f"{value} is not the output of a {kind}")
-        value = node.input[index]
-    return value
-
-
-def _user(users: dict[str, list[NodeProto]], value: str, kind: str) -> NodeProto:
-    found = users[value]
-    if [node.op_type for node in found] != [kind]:
-        raise _other_structure(f"{value} is not the input of one {kind} only")
-    return found[0]
-
-
-def _other_structure(reason: str) -> BackendError:
-    return BackendError(
-        f"the attention of this encoder graph cannot be fused ({reason}); export the checkpoint with this version."
-    )
+    replace(graph.node, [*added, *graph.node])

@@ -21,19 +21,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from nemostream.bundle import Bundle, ChunkConfig, sha256
+from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.attention import fuse_attention
+from nemostream.engine.fusion import fuse_for_cpu
+from nemostream.engine.patterns import replace
+from nemostream.engine.weights import MAX_VALUE, Array, WeightFile, quantise_columns
 from nemostream.errors import BackendError
-from nemostream.runtime.backends import int8
+from nemostream.runtime.backends import operators
 
 CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 
@@ -43,12 +45,8 @@ _SUBSAMPLED_WEIGHT = "encoder.pre_encode.out.weight"
 _QUANTISED_WEIGHTS = re.compile(
     r"\.(feed_forward[12]\.linear[12]|self_attn\.(qkv|linear_out)|conv\.pointwise_conv[12])\.weight$"
 )
-_MAX_VALUE = {"int8": 127.0, "fp8": 448.0}  # fp8 is E4M3
 _CACHES = ("k_cache.", "v_cache.", "conv_cache.", "k_new", "v_new", "conv_next")
 _OPSET = 22  # the first with bf16 convolutions
-_MAX_INLINE_BYTES = 256  # tensors up to this size are stored in the graph file
-
-Array = NDArray[np.generic]
 
 
 def read_encoder(bundle: Bundle, chunk: ChunkConfig) -> onnx.ModelProto:
@@ -88,7 +86,7 @@ def write_typed(
     model = read_encoder(bundle, chunk)
     if fused_attention:
         fuse_attention(model)
-    with _WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
+    with WeightFile(bundle, model, folder / f"{stem}.bin") as weights:
         writer = _GraphConverter(model, weights, precision, ranges or {})
         return writer.write(folder / f"{stem}.onnx")
 
@@ -100,40 +98,33 @@ def write_int8_for_cpu(
 
     Weights are scaled per column, inputs per frame by their largest magnitude. ONNX Runtime's dynamic quantisation has
     one scale per batch, so that the results of a stream would depend on the other streams; static ranges were less
-    accurate in all experiments (`docs/engines.md`). With `fused`, a layer, its bias, and the SiLU or the sum after it
-    are one operator of `runtime.backends.int8`. Otherwise they are ONNX Runtime's; inputs are unsigned and weights
+    accurate in all experiments (`docs/engines.md`). With `fused`, most of the step are operators of
+    `runtime.backends.operators` (see `fuse_for_cpu`). Otherwise all are ONNX Runtime's; inputs are unsigned and weights
     signed, as its VNNI and AMX kernels require.
 
-    The operator reads weights where the file is mapped. The `fused` steps of all chunk sizes therefore share a weight
+    The operators read weights where the file is mapped. The `fused` steps of all chunk sizes therefore share a weight
     file, named after its contents, and a process that loads several has one copy in memory.
     """
     model = read_encoder(bundle, chunk)
-    graph = model.graph
-    names = quantisable(model)
-    layers = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in names]
+    graph, names = model.graph, quantisable(model)
     files = [folder / f"{stem}.onnx", folder / f"{stem}.bin"]
-    with _WeightFile(bundle, model, files[1]) as weights:
+    with WeightFile(bundle, model, files[1]) as weights:
         if fused:
-            with _WeightFile(bundle, model, folder / "int8.bin") as shared:
-                replaced, added = _fused_layers(graph, layers, shared)
+            with WeightFile(bundle, model, folder / "int8.bin") as shared:
+                added = fuse_for_cpu(graph, names, shared)
             files.append(shared.name_after_contents(added))
         else:
-            replaced, added = _separate_layers(graph, layers, weights)
+            added = _separate_layers(graph, names, weights)
         copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name not in names]
-        _replace(graph.initializer, copied + added)
-        _replace(graph.node, [new for node in graph.node for new in replaced.get(node.output[0], [node])])
-    domain, version = (int8.DOMAIN, int8.VERSION) if fused else ("com.microsoft", 1)
+        replace(graph.initializer, copied + added)
+    domain, version = (operators.DOMAIN, operators.VERSION) if fused else ("com.microsoft", 1)
     model.opset_import.append(helper.make_opsetid(domain, version))
     files[0].write_bytes(model.SerializeToString(deterministic=True))
     return files
 
 
-# What replaces nodes, by their (first) output, and the new initializers.
-_Replacement = tuple[dict[str, list[NodeProto]], list[TensorProto]]
-
-
-def _separate_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weights: _WeightFile) -> _Replacement:
-    """Quantise inputs with ONNX's operators and multiply with `MatMulIntegerToFloat`."""
+def _separate_layers(graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile) -> list[TensorProto]:
+    """Quantise inputs with ONNX's operators and multiply with `MatMulIntegerToFloat`. Returns the new initializers."""
     constants: dict[str, Array] = {
         "int8/share": np.array(1 / 127, np.float32),
         "int8/min_scale": np.array(1e-9, np.float32),  # minimum scale, because silence is divided by it
@@ -142,14 +133,16 @@ def _separate_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weight
         "int8/zero": np.array(0, np.int8),
         "int8/last": np.array([-1]),
     }
-    replaced: dict[str, list[NodeProto]] = {}
+    nodes: list[NodeProto] = []
     added = [weights.tensor(name, array) for name, array in constants.items()]
-    for node in layers:
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in layers:
+            nodes.append(node)
+            continue
         (x, weight), (y,) = node.input, node.output
-        values, scale = _per_column(weights.read(weight), "int8")
+        values, scale = quantise_columns(weights.read(weight), "int8")
         added += [weights.tensor(f"{weight}:int8", values), weights.tensor(f"{weight}:scale", scale)]
         product = [f"{y}:x8", f"{weight}:int8", "int8/one", f"{weight}:scale", "int8/middle", "int8/zero"]
-        replaced[y] = []
         for kind, inputs, output in (
             ("Abs", [x], f"{y}:magnitude"),
             ("ReduceMax", [f"{y}:magnitude", "int8/last"], f"{y}:largest"),
@@ -161,60 +154,20 @@ def _separate_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weight
             ("Mul", [f"{y}:product", f"{y}:unit"], y),
         ):
             domain = "com.microsoft" if kind == "MatMulIntegerToFloat" else ""
-            replaced[y].append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", domain=domain))
-    return replaced, added
-
-
-def _fused_layers(graph: onnx.GraphProto, layers: Sequence[NodeProto], weights: _WeightFile) -> _Replacement:
-    """Replace each layer, and what follows it, by one `Int8Linear` in the place of the last of these nodes."""
-    constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    results = {value.name for value in graph.output}
-    consumers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-
-    def used_by(y: str, *kinds: str) -> list[NodeProto] | None:
-        """Return the nodes that use `y`, in the order of `kinds`, if there is one of each and no other use."""
-        users = [] if y in results else sorted(consumers.get(y, []), key=lambda user: user.op_type)
-        return users if [user.op_type for user in users] == sorted(kinds) else None
-
-    replaced: dict[str, list[NodeProto]] = {}
-    added = []
-    for node in layers:
-        (x, weight), (y,) = node.input, node.output
-        values, scale = _per_column(weights.read(weight), "int8")
-        added += [weights.tensor(f"{weight}:panels", int8.panels(values)), weights.tensor(f"{weight}:scale", scale)]
-        bias = residual = ""
-        silu, last = False, y
-        if found := used_by(last, "Add"):
-            (other,) = {*found[0].input} - {last}
-            if constants.get(other) == [len(scale)]:
-                bias, replaced[last], last = other, [], found[0].output[0]
-        if found := used_by(last, "Mul", "Sigmoid"):
-            product, sigmoid = found
-            if sigmoid.output[0] in product.input and used_by(sigmoid.output[0], "Mul"):
-                replaced[last] = replaced[sigmoid.output[0]] = []
-                silu, last = True, product.output[0]
-        elif found := used_by(last, "Add"):
-            (other,) = {*found[0].input} - {last}
-            if other not in constants:
-                residual, replaced[last], last = other, [], found[0].output[0]
-        inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual]
-        fused = helper.make_node("Int8Linear", inputs, [last], f"Int8Linear/{y}", domain=int8.DOMAIN, silu=int(silu))
-        replaced[last] = [fused]
-    return replaced, added
+            nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}/{output}", domain=domain))
+    replace(graph.node, nodes)
+    return added
 
 
 class _GraphConverter:
     """One pass over the graph. A value's type is "float32", the 16-bit type, or None for integers and booleans."""
 
     def __init__(
-        self, model: onnx.ModelProto, weights: _WeightFile, precision: str, ranges: Mapping[str, float]
+        self, model: onnx.ModelProto, weights: WeightFile, precision: str, ranges: Mapping[str, float]
     ) -> None:
         self._model, self._weights, self._ranges = model, weights, ranges
         self._dtype = CACHE_DTYPES[precision]
-        self._quantised_type = precision if precision in _MAX_VALUE else None
+        self._quantised_type = precision if precision in MAX_VALUE else None
         graph = model.graph
         self._floats = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self._types: dict[str, str | None] = {}
@@ -240,10 +193,10 @@ class _GraphConverter:
         for tensor in graph.initializer:
             if tensor.name in others:
                 self._initializers[tensor.name] = self._weights.copy(tensor)
-        _replace(graph.node, self._nodes)
-        _replace(graph.initializer, list(self._initializers.values()))
+        replace(graph.node, self._nodes)
+        replace(graph.initializer, list(self._initializers.values()))
         custom = [opset for opset in self._model.opset_import if opset.domain]
-        _replace(self._model.opset_import, [helper.make_opsetid("", _OPSET), *custom])
+        replace(self._model.opset_import, [helper.make_opsetid("", _OPSET), *custom])
         del graph.value_info[:]
         path.write_bytes(self._model.SerializeToString(deterministic=True))
         return [path, self._weights.path]
@@ -288,7 +241,7 @@ class _GraphConverter:
                 inputs = self._quantise(inputs[0], node.input[1])
         copy = NodeProto()
         copy.CopyFrom(node)
-        _replace(copy.input, inputs)
+        replace(copy.input, inputs)
         self._nodes.append(copy)
         for output in node.output:
             self._types[output] = kind
@@ -312,8 +265,8 @@ class _GraphConverter:
     def _quantise(self, x: str, name: str) -> list[str]:
         """Quantise and dequantise both inputs of a product; the compiler replaces the pattern by an 8-bit product."""
         assert self._quantised_type
-        values, scale = _per_column(self._weights.read(name), self._quantised_type)
-        step = np.float32(_range(self._ranges, name) / _MAX_VALUE[self._quantised_type])
+        values, scale = quantise_columns(self._weights.read(name), self._quantised_type)
+        step = np.float32(_range(self._ranges, name) / MAX_VALUE[self._quantised_type])
         zero = np.zeros((), values.dtype)
         dtype = _NUMPY[self._dtype]
         constants = {"values": values, "scale": scale.astype(dtype), "step": step.astype(dtype), "zero": zero}
@@ -331,15 +284,6 @@ class _GraphConverter:
         return [f"{name}:x", f"{name}:w"]
 
 
-def _per_column(weight: Array, precision: str) -> tuple[Array, NDArray[np.float32]]:
-    """Quantise a weight [K, N] to 8 bit; returns it and the scale of each of the N columns."""
-    values = weight.astype(np.float32)
-    scale = np.maximum(np.abs(values).max(axis=0), 1e-12) / np.float32(_MAX_VALUE[precision])
-    if precision == "fp8":
-        return (values / scale).astype(ml_dtypes.float8_e4m3fn), scale
-    return np.clip(np.round(values / scale), -127, 127).astype(np.int8), scale
-
-
 def _range(ranges: Mapping[str, float], name: str) -> float:
     found = ranges.get(name, 0.0)
     if not (math.isfinite(found) and found > 0):
@@ -347,65 +291,3 @@ def _range(ranges: Mapping[str, float], name: str) -> float:
             f"the measured input range of {name} is {found}; it must be positive and finite: calibrate on other audio."
         )
     return found
-
-
-class _WeightFile:
-    """Reads the bundle's weights one at a time, and writes converted weights to a file."""
-
-    def __init__(self, bundle: Bundle, model: onnx.ModelProto, path: Path) -> None:
-        self.path = path
-        self._bundle = bundle
-        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._size = 0
-
-    def __enter__(self) -> _WeightFile:
-        self._file = self.path.open("wb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def name_after_contents(self, tensors: Sequence[TensorProto]) -> Path:
-        """Rename the file, which is closed, to `int8-{hash}.bin`; update the `tensors` in it, and return its path."""
-        self.path = self.path.rename(self.path.with_name(f"int8-{sha256(self.path)[:16]}.bin"))
-        for tensor in tensors:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = self.path.name
-        return self.path
-
-    def read(self, name: str) -> Array:
-        """Return an initializer of the original graph, mapped into memory if it is external."""
-        tensor = self._tensors[name]
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor)
-        location = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        path, offset = self._bundle.path / location["location"], int(location["offset"])
-        return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
-
-    def copy(self, tensor: TensorProto) -> TensorProto:
-        """Return an initializer of the original graph, copied unchanged to the new weight file if it is external."""
-        return self.tensor(tensor.name, self.read(tensor.name)) if tensor.external_data else tensor
-
-    def tensor(self, name: str, array: Array) -> TensorProto:
-        """Return an initializer with the array; large arrays are appended to the weight file."""
-        if array.nbytes <= _MAX_INLINE_BYTES:
-            return onnx.numpy_helper.from_array(np.array(array), name)
-        padding = -self._size % 64
-        self._file.write(b"\0" * padding)
-        self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
-        proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        proto.data_location = TensorProto.EXTERNAL
-        location = {"location": self.path.name, "offset": self._size + padding, "length": array.nbytes}
-        for key, value in location.items():
-            proto.external_data.add(key=key, value=str(value))
-        self._size += padding + array.nbytes
-        return proto
-
-
-def _replace(repeated, values) -> None:  # type: ignore[no-untyped-def]
-    """Replace the contents of a repeated protobuf field."""
-    values = list(values)
-    del repeated[:]
-    repeated.extend(values)

@@ -75,7 +75,7 @@ def test_engines_with_the_operator_are_preferred_where_it_runs(
     demo_bundle: Bundle, store: PlanStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suffix = ["+int8-linear.1"]
-    monkeypatch.setattr("nemostream.runtime.backends.int8.engine_suffix", lambda: suffix[0])
+    monkeypatch.setattr("nemostream.runtime.backends.operators.engine_suffix", lambda: suffix[0])
     plain = put(store, demo_bundle, **INT8)
     assert opened(demo_bundle, store, precision="int8").options["plans"][560].recipe == plain.recipe
     fused = put(store, demo_bundle, **INT8, library="1.30+int8-linear.1")

@@ -75,7 +75,8 @@ RULES = {
         only={
             "nemostream.engine.tensorrt": frozenset({"tensorrt", "tensorrt_rtx"}),
             "nemostream.engine.calibration": frozenset({"onnxruntime"}),
-            "nemostream.engine.precision": frozenset({"nemostream.runtime.backends.int8"}),
+            "nemostream.engine.fusion": frozenset({"nemostream.runtime.backends.operators"}),
+            "nemostream.engine.precision": frozenset({"nemostream.runtime.backends.operators"}),
             "nemostream.engine.validate": frozenset({"nemostream.runtime.backends.base"}),
         },
     ),
@@ -329,7 +330,7 @@ def test_importing_runtime_and_engine_loads_neither_torch_nor_nemo() -> None:
         "import importlib, pkgutil, nemostream.runtime, nemostream.engine\n"
         "for package in (nemostream.runtime, nemostream.engine):\n"
         "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
-        "        if module.name.endswith('._int8_linear'): continue\n"  # a library of C, without Python's interface
+        "        if module.name.endswith('.operators._library'): continue\n"  # of C
         "        try:\n"
         "            importlib.import_module(module.name)\n"
         "        except ModuleNotFoundError as error:\n"  # a GPU module on a machine without its libraries

@@ -66,7 +66,7 @@ def test_the_wheel_contains_the_tree(wheel: Path) -> None:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     expected = package_files()
     compiled = {name for name in shipped if name.endswith(".so")}
-    assert [name.partition(".")[0] for name in compiled] == ["nemostream/runtime/backends/_int8_linear"]
+    assert [name.partition(".")[0] for name in compiled] == ["nemostream/runtime/backends/operators/_library"]
     shipped -= compiled
     assert shipped == expected.keys()
     assert {name: sizes[name] for name in shipped} == {name: path.stat().st_size for name, path in expected.items()}
@@ -77,8 +77,8 @@ def test_the_wheel_contains_the_tree(wheel: Path) -> None:
         "demo/weights.bin",
         "speech.flac",
         "runtime/backends/gpu/kernels/greedy.cu",
-        "runtime/backends/int8_linear.c",
-        "runtime/backends/onnxruntime_abi.h",
+        "runtime/backends/operators/int8_linear.c",
+        "runtime/backends/operators/onnxruntime_abi.h",
         "serving/protocols/page.html",
     }
     assert {f"nemostream/{name}" for name in needed} <= shipped

@@ -32,7 +32,7 @@ from nemostream.runtime.backends.base import (
     check_state,
 )
 from nemostream.runtime.backends.cpus import default_threads
-from nemostream.runtime.backends.int8 import library
+from nemostream.runtime.backends.operators import library
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
 from nemostream.runtime.decoding.greedy import DecoderState, label_looping
 
@@ -40,10 +40,10 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 StageWrapper = Callable[[str, Callable[..., Any]], Callable[..., Any]]  # name and function to function
 
-# A joint of this size is slow if one thread reads its weights, or most joined frames are in vain. The weights of
-# published models have 2.6 MB (one language) and 33.5 MB (40 languages). The products of 32 pairs take about as long as
-# reading the weights.
-_LARGE_JOINT_BYTES = 16 << 20
+# A network with weights of this size is slow if one thread reads them, or most joined frames are in vain. The joints of
+# published models have 2.6 MB (one language) and 33.5 MB (40 languages), their prediction networks 26 MB. The products
+# of 32 pairs take about as long as reading the weights of a joint.
+_LARGE_BYTES = 16 << 20
 _LARGE_JOINT_PAIRS = 32
 
 # `nemostream/__init__.py` sets the variable; this also disables telemetry if ONNX Runtime was imported earlier.
@@ -389,18 +389,23 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 class OrtTransducer:
     """Prediction network and joint network. Their calls are small and frequent: one thread, no IO binding.
 
-    A joint with a large vocabulary is an exception. Its weights do not fit into a near cache, so it has `threads`
-    threads, and joins few frames after a label in vain (`max_pairs`). Neither changes a bit of its logits.
+    Networks with large weights, which do not fit into a near cache, are an exception: they have `threads` threads, and
+    a large joint joins few frames after a label in vain (`max_pairs`). Neither changes a bit of the results.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         net = bundle.manifest.decoder
-        large = net.joint * (net.vocabulary + 1) * 4 > _LARGE_JOINT_BYTES
-        self.max_pairs = _LARGE_JOINT_PAIRS if large else None
+        joint_is_large = 4 * net.joint * (net.vocabulary + 1) > _LARGE_BYTES
+        prediction_is_large = 4 * net.layers * 8 * net.hidden**2 > _LARGE_BYTES  # four gates, each of input and state
+        self.max_pairs = _LARGE_JOINT_PAIRS if joint_is_large else None
         self.blank, self.max_symbols = bundle.manifest.decoder.blank, bundle.manifest.decoder.max_symbols
-        self.run_decoder = _session(bundle.file("decoder"), threads=1).run
-        # Its threads do not spin between calls, because they would slow the encoder down.
-        self.run_joint = _session(bundle.file("joint"), threads if large else 1, spinning=not large).run
+        # Their threads do not spin between calls, because they would slow the encoder down.
+        self.run_decoder = _session(
+            bundle.file("decoder"), threads if prediction_is_large else 1, spinning=not prediction_is_large
+        ).run
+        self.run_joint = _session(
+            bundle.file("joint"), threads if joint_is_large else 1, spinning=not joint_is_large
+        ).run
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         predicted, h, c = self.run_decoder(["predicted", "h_next", "c_next"], {"token": tokens, "h": h, "c": c})

@@ -238,7 +238,7 @@ def _onnxruntime_builder(bundle: Bundle, chunk: ChunkConfig, precision: str, pro
     import onnxruntime
 
     from nemostream.engine import precision as graphs
-    from nemostream.runtime.backends.int8 import engine_suffix
+    from nemostream.runtime.backends.operators import engine_suffix
 
     cpu = provider == "cpu"
     recipe = Recipe.of(
@@ -416,7 +416,7 @@ def _preference(recipe: Recipe) -> tuple[bool, bool, int]:
 
 def _runs_here(recipe: Recipe) -> bool:
     """Return whether the library that built an engine is installed, in the same version."""
-    from nemostream.runtime.backends.int8 import engine_suffix
+    from nemostream.runtime.backends.operators import engine_suffix
 
     version = _version(recipe.backend)
     return recipe.library == version or (recipe.device == "cpu" and recipe.library == version + engine_suffix())

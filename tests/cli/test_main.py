@@ -510,7 +510,7 @@ def test_doctor(run: Run) -> None:
         "microphone": "mic",
     }
     extras |= {"ONNX Runtime, CUDA": "cuda", "building engines": "build", "exporting": "export"}
-    assert found.keys() == extras.keys() | {"ONNX Runtime, CPU", "int8 operator", "NVIDIA driver"}
+    assert found.keys() == extras.keys() | {"ONNX Runtime, CPU", "int8 operators", "NVIDIA driver"}
     for name, extra in extras.items():
         if found[name] == "missing":
             line = next(line for line in completed.out.splitlines() if line.startswith(f"{name}  "))

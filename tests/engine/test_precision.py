@@ -18,18 +18,18 @@ from prompted import LANGUAGES, prompted_bundle
 
 from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.calibration import measure_ranges
+from nemostream.engine.fusion import fuse_for_cpu
 from nemostream.engine.precision import (
     CACHE_DTYPES,
-    _fused_layers,
-    _WeightFile,
     quantisable,
     read_encoder,
     write_int8_for_cpu,
     write_typed,
 )
+from nemostream.engine.weights import WeightFile
 from nemostream.engines import speech
 from nemostream.errors import BackendError
-from nemostream.runtime.backends import int8
+from nemostream.runtime.backends import operators
 
 STEPS = 14
 PROMPT_WEIGHTS = ("prompt.table", "prompt.in.weight", "prompt.out.weight", "prompt.out.bias")
@@ -277,13 +277,13 @@ def test_int8_on_a_cpu(demo_bundle: Bundle, tmp_path: Path) -> None:
     assert not any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
 
 
-@pytest.mark.skipif(not int8.library(), reason="the operator has no fast code for this processor")
+@pytest.mark.skipif(not operators.library(), reason="the operator has no fast code for this processor")
 @pytest.mark.parametrize("instructions", ["amx", "vnni", "portable"])
 def test_fused_int8_on_a_cpu(instructions: str, demo_bundle: Bundle, tmp_path: Path) -> None:
     """The output is close to fp32 and to ONNX Runtime's operators, and does not depend on the batch."""
-    library = int8.library()
+    library = operators.library()
     assert library
-    if not int8.select(library, instructions):
+    if not operators.select(library, instructions):
         pytest.skip(f"this processor does not have {instructions}")
     try:
         chunk, audio = demo_bundle.manifest.chunk(560), speech(demo_bundle.manifest)[0]
@@ -299,7 +299,7 @@ def test_fused_int8_on_a_cpu(instructions: str, demo_bundle: Bundle, tmp_path: P
         batch = encode(encoder, demo_bundle, chunk, audio, rows=5)
         np.testing.assert_allclose(batch[:, :1], alone, atol=2e-4)  # fp32 parts of the graph sum in another order
     finally:
-        int8.select(library, None)
+        operators.select(library, None)
 
 
 def test_fused_layers(demo_bundle: Bundle, tmp_path: Path) -> None:
@@ -307,11 +307,21 @@ def test_fused_layers(demo_bundle: Bundle, tmp_path: Path) -> None:
     path, *_ = write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(80), tmp_path, "test", fused=True)
     model, layers = onnx.load(path, load_external_data=False), demo_bundle.manifest.encoder.layers
     nodes = [node for node in model.graph.node if node.op_type == "Int8Linear"]
-    fused = Counter((node.attribute[0].i, bool(node.input[3]), bool(node.input[4])) for node in nodes)
-    biases = any(bias for _, bias, _ in fused)
-    expected = {(1, biases, False): 2 * layers, (0, biases, True): 4 * layers, (0, biases, False): 2 * layers}
-    assert fused == expected
-    assert not any(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node)
+    found = Counter((silu(node), *(bool(name) for name in node.input[3:6])) for node in nodes)
+    biases = any(bias for _, bias, _, _ in found)
+    assert found == {  # SiLU, bias, sum, norm
+        (True, biases, False, True): 2 * layers,  # first product of a feed forward module
+        (False, biases, True, False): 4 * layers,  # its second product, the attention's output, the last convolution
+        (False, biases, False, True): 2 * layers,  # queries, keys and values; the first convolution
+    }
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["RelativeAttention"] == kinds["CausalConvolution"] == layers
+    assert not {"Softmax", "MatMulIntegerToFloat", "GatherElements", "Split"} & kinds.keys()
+    assert kinds["LayerNormalization"] == layers  # the last of each layer, which two nodes use
+
+
+def silu(node: onnx.NodeProto) -> bool:
+    return next(bool(attribute.i) for attribute in node.attribute if attribute.name == "silu")
 
 
 def test_fused_steps_share_their_weights(demo_bundle: Bundle, tmp_path: Path) -> None:
@@ -327,7 +337,7 @@ def test_fused_steps_share_their_weights(demo_bundle: Bundle, tmp_path: Path) ->
         panels = {name for name in names if name.endswith(":panels")}
         assert len(panels) == 8 * demo_bundle.manifest.encoder.layers
         assert {names[name] for name in panels} == {shared.name}
-        assert {file for name, file in names.items() if not name.endswith((":panels", ":scale"))} == {own.name}
+        assert {file for name, file in names.items() if not name.endswith((":panels", ":scale", ":taps"))} == {own.name}
         assert own.stat().st_size < shared.stat().st_size
     columns = np.ones((weights_of(demo_bundle, demo_bundle.manifest.chunk(80))[ROUNDED].shape[0], 1), np.float32)
     other = edited_weight(demo_bundle, tmp_path / "bundle", ROUNDED, columns)
@@ -335,11 +345,13 @@ def test_fused_steps_share_their_weights(demo_bundle: Bundle, tmp_path: Path) ->
     assert changed.name != shared.name
 
 
-@pytest.mark.skipif(not int8.library() or not Path("/proc/self/smaps").exists(), reason="needs the operator and Linux")
+@pytest.mark.skipif(
+    not operators.library() or not Path("/proc/self/smaps").exists(), reason="needs the operator and Linux"
+)
 def test_weights_of_fused_steps_are_used_where_they_are_mapped(demo_bundle: Bundle, tmp_path: Path) -> None:
     """Each session has mapped the file, has read it, and has not written to it."""
     options = ort.SessionOptions()
-    options.register_custom_ops_library(str(int8.library()))
+    options.register_custom_ops_library(str(operators.library()))
     sessions, chunks = [], demo_bundle.manifest.chunks[:2]
     written = [write_int8_for_cpu(demo_bundle, chunk, tmp_path, str(chunk.ms), fused=True) for chunk in chunks]
     shared = written[0][2]
@@ -367,7 +379,7 @@ def test_fused_biases(is_scalar: bool, demo_bundle: Bundle, tmp_path: Path) -> N
     name = "encoder.layers.0.feed_forward1.linear1.weight"
     model = read_encoder(demo_bundle, demo_bundle.manifest.chunk(80))
     node = next(node for node in model.graph.node if name in node.input)
-    x, y = node.input[0], node.output[0]
+    (y,) = node.output
     for user in model.graph.node:
         user.input[:] = [f"{each}:biased" if each == y else each for each in user.input]
     width = next(tensor.dims[1] for tensor in model.graph.initializer if tensor.name == name)
@@ -375,17 +387,13 @@ def test_fused_biases(is_scalar: bool, demo_bundle: Bundle, tmp_path: Path) -> N
     model.graph.initializer.append(onnx.numpy_helper.from_array(bias, "bias"))
     position = list(model.graph.node).index(node) + 1
     model.graph.node.insert(position, helper.make_node("Add", ["bias", y], [f"{y}:biased"]))
-    with _WeightFile(demo_bundle, model, tmp_path / "test.bin") as weights:
-        replaced, _ = _fused_layers(model.graph, [node], weights)
-    ((last, (fused,)),) = ((last, nodes) for last, nodes in replaced.items() if nodes)
-    inputs = [x, f"{name}:panels", f"{name}:scale"]
-    if is_scalar:
-        assert last == y and list(fused.input) == [*inputs, "", ""] and fused.attribute[0].i == 0 and len(replaced) == 1
-        return
-    assert list(fused.input) == [*inputs, "bias", ""] and fused.attribute[0].i == 1
-    assert {y, f"{y}:biased"} < replaced.keys() and len(replaced) == 4
-    (silu,) = (user for user in model.graph.node if last in user.output)
-    assert silu.op_type == "Mul" and f"{y}:biased" in silu.input
+    with WeightFile(demo_bundle, model, tmp_path / "test.bin") as weights:
+        fuse_for_cpu(model.graph, [name], weights)
+    (fused,) = (node for node in model.graph.node if node.op_type == "Int8Linear")
+    assert fused.input[1] == f"{name}:panels"
+    assert (fused.input[3], silu(fused)) == (("", False) if is_scalar else ("bias", True))
+    sums = [node for node in model.graph.node if f"{y}:biased" in node.output]
+    assert len(sums) == is_scalar and all("bias" in node.input and y in node.input for node in sums)
 
 
 def test_ranges_are_the_largest_inputs(demo_bundle: Bundle, ranges: dict[str, float]) -> None:

@@ -34,7 +34,7 @@ def check_machine(as_json: bool = False) -> bool:
     """Print the state of every backend and how to install missing ones. Return whether any backend works."""
     checks: dict[str, Callable[[], Finding]] = {
         "ONNX Runtime, CPU": _check_onnxruntime_cpu,
-        "int8 operator": _check_int8_operator,
+        "int8 operators": _check_int8_operators,
         "ONNX Runtime, CUDA": _check_onnxruntime_cuda,
         "TensorRT": lambda: _check_library("tensorrt", "tensorrt"),
         "TensorRT for RTX": _check_tensorrt_rtx,
@@ -98,15 +98,15 @@ def _check_onnxruntime_cpu() -> Finding:
     return Finding("works", f"onnxruntime {onnxruntime.__version__}; the packaged model runs")
 
 
-def _check_int8_operator() -> Finding:
+def _check_int8_operators() -> Finding:
     """Name the instruction set that int8 engines use on this CPU."""
-    from nemostream.runtime.backends import int8
+    from nemostream.runtime.backends import operators
 
-    found, otherwise = int8.compiled(), "ONNX Runtime's own operators are used"
+    found, otherwise = operators.compiled(), "ONNX Runtime's own operators are used"
     if found is None:
         install = f"install a C compiler, then {install_command()} --force-reinstall"
         return Finding("missing", f"not compiled, {otherwise}: {install}")
-    if name := int8.select(found, None):
+    if name := operators.select(found, None):
         return Finding("installed", f"with {name.upper()} instructions")
     return Finding("installed", f"no code for this processor (AVX-512 VNNI is needed), {otherwise}")
 

@@ -380,7 +380,7 @@ def test_caches_that_a_cpu_cannot_run_are_rejected(demo_bundle: Bundle) -> None:
 
 
 def test_threads_and_spinning_of_each_graph(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small graphs have one thread. A large joint has all, which do not spin, and few pairs in a call."""
+    """Small graphs have one thread. Large ones have all, which do not spin; a large joint has few pairs in a call."""
     opened, session = {}, ort.InferenceSession
 
     def record(path: Any, options: Any, providers: list[str]) -> Any:
@@ -400,13 +400,14 @@ def test_threads_and_spinning_of_each_graph(demo_bundle: Bundle, monkeypatch: py
         "encoder-80ms": (2, "1", 3, provider),
     }
     assert backend.transducer.max_pairs is None
-    decoder = demo_bundle.manifest.decoder
-    size = decoder.joint * (decoder.vocabulary + 1) * 4
-    for limit, large in ((size, False), (size - 1, True)):
-        monkeypatch.setattr(cpu, "_LARGE_JOINT_BYTES", limit)
+    net = demo_bundle.manifest.decoder
+    sizes = {"joint": net.joint * (net.vocabulary + 1) * 4, "decoder": net.layers * 2 * net.hidden * 4 * net.hidden * 4}
+    for limit in (size + change for size in sizes.values() for change in (0, -1)):
+        monkeypatch.setattr(cpu, "_LARGE_BYTES", limit)
         opened.clear()
-        assert OrtBackend(demo_bundle, 1, threads=2).transducer.max_pairs == (32 if large else None)
-        assert opened["joint"][:2] == ((2, "0") if large else (1, "1")) and opened["decoder"][:2] == (1, "1")
+        assert OrtBackend(demo_bundle, 1, threads=2).transducer.max_pairs == (32 if sizes["joint"] > limit else None)
+        for name, size in sizes.items():
+            assert opened[name][:2] == ((2, "0") if size > limit else (1, "1"))
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -414,7 +415,7 @@ def test_pairs_in_a_call_of_a_large_joint(
     demo_bundle: Bundle, speech: np.ndarray, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:
-        monkeypatch.setattr(cpu, "_LARGE_JOINT_BYTES", 0)
+        monkeypatch.setattr(cpu, "_LARGE_BYTES", 0)
     backend, pairs = OrtBackend(demo_bundle, 3, threads=1), []
 
     def wrap(name: str, stage: Any) -> Any:

@@ -1,4 +1,4 @@
-// Linear layers with 8-bit weights for ONNX Runtime's CPU provider: y = act(x W + b) + r.
+// Linear layers with 8-bit weights for ONNX Runtime's CPU provider: y = act(norm(x) W + b) + r.
 //
 // The weights of a column have one scale, the inputs of a row have one: unit = max |x| / 127. Every result therefore
 // depends on its own row only. Sums are exact integers, so all instruction sets give the same bits.
@@ -7,19 +7,15 @@
 // of 64. This is the operand order of VNNI and AMX, so the file is used as it is, without a copy. The sum of a row's
 // inputs times 128 is subtracted from its sums.
 
-#include <stdlib.h>
-#include <string.h>
+#include "operators.h"
 
-#include "onnxruntime_abi.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#define X86 1
+#if X86
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-enum { COLUMNS = 64, BLOCK = 16, MAX_DIMS = 8 };
+enum { COLUMNS = 64, BLOCK = 16 };
 
 // sums[r][n] = sum over k of weights[k / 4][n][k % 4] * inputs[r][k], for `rows` <= BLOCK rows. `inputs` has a stride of
 // `depth` bytes, a multiple of 64, and BLOCK rows of memory.
@@ -35,7 +31,7 @@ static void product_portable(
                 for (int j = 0; j < 4; j++) sums[r][n] += weights[(k * COLUMNS) + (4 * n) + j] * inputs[r * depth + k + j];
 }
 
-#ifdef X86
+#if X86
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
@@ -136,7 +132,7 @@ static const struct {
     const char *name;
     Product *product;
 } PRODUCTS[] = {
-#ifdef X86
+#if X86
     {"amx", product_amx},
     {"vnni", product_vnni},
 #endif
@@ -144,7 +140,7 @@ static const struct {
 };
 
 static int supported(const char *name) {
-#ifdef X86
+#if X86
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
     int vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl");
@@ -163,7 +159,7 @@ static int supported(const char *name) {
 static Product *product = product_portable;
 
 // Use the product of a name, or, without a name, the fastest that is not portable. Return its name, or NULL.
-const char *nemostream_int8_select(const char *name) {
+EXPORTED const char *nemostream_int8_select(const char *name) {
     for (size_t i = 0; i < sizeof PRODUCTS / sizeof *PRODUCTS; i++) {
         int wanted = name ? !strcmp(name, PRODUCTS[i].name) : PRODUCTS[i].product != product_portable;
         if (wanted && supported(PRODUCTS[i].name)) {
@@ -179,23 +175,16 @@ const char *nemostream_int8_select(const char *name) {
 typedef struct {
     Product *product;
     const uint8_t *weights;
-    const float *scales, *bias, *residual;
-    const float *x;
+    const float *x, *scales, *bias, *residual, *norm_weight, *norm_bias;
     float *y;
     int64_t rows, depth, columns, padded_depth;
     int silu;
+    float epsilon;
+    float *normalized;  // [rows, depth]
     int8_t *inputs;    // [rows, padded_depth], and BLOCK rows more
     float *units;      // of each row
     int32_t *offsets;  // 128 times the sum of each row's inputs
 } Call;
-
-// Loops over columns are compiled for several instruction sets. Without fused multiply-add (-ffp-contract=off), they have
-// the same results.
-#ifdef X86
-#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTORIZED
-#endif
 
 VECTORIZED static void quantize_row(const float *x, int64_t depth, int8_t *out, float *unit, int32_t *offset) {
     // The bits of positive floats have the order of their values; those of NaN are the largest.
@@ -219,30 +208,23 @@ VECTORIZED static void quantize_row(const float *x, int64_t depth, int8_t *out, 
     *offset = 128 * sum;
 }
 
+VECTORIZED static void normalize_row(
+    const float *x, const float *weight, const float *bias, float epsilon, int64_t size, float *y
+) {
+    normalize(x, weight, bias, epsilon, size, y);
+}
+
 static void quantize_rows(void *data, size_t row) {
     Call *call = data;
     int8_t *out = call->inputs + row * call->padded_depth;
-    quantize_row(call->x + row * call->depth, call->depth, out, call->units + row, call->offsets + row);
+    const float *x = call->x + row * call->depth;
+    if (call->norm_weight) {
+        float *y = call->normalized + row * call->depth;
+        normalize_row(x, call->norm_weight, call->norm_bias, call->epsilon, call->depth, y);
+        x = y;
+    }
+    quantize_row(x, call->depth, out, call->units + row, call->offsets + row);
     memset(out + call->depth, 0, call->padded_depth - call->depth);
-}
-
-// exp(-x) by a polynomial of degree 6 after range reduction (Cephes), so that the loop is vectorised and has the same
-// result on every processor.
-static inline float sigmoid(float x) {
-    float t = -x > 88.0f ? 88.0f : -x < -87.0f ? -87.0f : -x;
-    float n = t * 1.44269504088896341f + 12582912.0f - 12582912.0f;
-    float r = t - n * 0.693359375f - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return 1.0f / (1.0f + p * power);
 }
 
 VECTORIZED static void finish_row(
@@ -279,132 +261,86 @@ static void multiply_panel(void *data, size_t panel) {
 
 // -- operator ---------------------------------------------------------------------------------------------------------
 
-static const OrtApi *ort;
-
 typedef struct {
     int64_t silu;
+    float epsilon;
 } Kernel;
 
-typedef struct {
-    const void *data;  // NULL if the optional input is absent
-    int64_t dims[MAX_DIMS];
-    size_t rank;
-} Tensor;
-
-static OrtStatus *read_input(OrtKernelContext *context, size_t index, Tensor *tensor) {
-    const OrtValue *value = NULL;
-    OrtTensorTypeAndShapeInfo *info;
-    *tensor = (Tensor){0};
-    OrtStatus *status = ort->KernelContext_GetInput(context, index, &value);
-    if (status || !value) return status;
-    if ((status = ort->GetTensorMutableData((OrtValue *)value, (void **)&tensor->data))) return status;
-    if ((status = ort->GetTensorTypeAndShape(value, &info))) return status;
-    if (!(status = ort->GetDimensionsCount(info, &tensor->rank))) {
-        if (tensor->rank > MAX_DIMS)
-            status = ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: an input has too many dimensions");
-        else
-            status = ort->GetDimensions(info, tensor->dims, tensor->rank);
-    }
-    ort->ReleaseTensorTypeAndShapeInfo(info);
-    return status;
-}
-
-static int holds(const Tensor *tensor, int64_t elements) {
-    int64_t count = 1;
-    for (size_t i = 0; i < tensor->rank; i++) count *= tensor->dims[i];
-    return !tensor->data || count == elements;
-}
-
 static OrtStatus *run(void *kernel, OrtKernelContext *context) {
-    Tensor x, weights, scales, bias, residual, *inputs[] = {&x, &weights, &scales, &bias, &residual};
-    OrtStatus *status;
-    for (size_t index = 0; index < 5; index++)
-        if ((status = read_input(context, index, inputs[index]))) return status;
+    const Kernel *settings = kernel;
+    Tensor in[7], *x = in, *weights = in + 1, *scales = in + 2, *bias = in + 3, *residual = in + 4, *norm = in + 5;
+    OrtStatus *status = read_inputs(context, in, 7);
+    if (status) return status;
+    if (x->rank < 1 || weights->rank != 4 || scales->rank != 1)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: an input has the wrong number of dimensions");
     Call call = {
         .product = product,
-        .x = x.data,
-        .weights = weights.data,
-        .scales = scales.data,
-        .bias = bias.data,
-        .residual = residual.data,
+        .x = x->data,
+        .weights = weights->data,
+        .scales = scales->data,
+        .bias = bias->data,
+        .residual = residual->data,
+        .norm_weight = norm[0].data,
+        .norm_bias = norm[1].data,
         .rows = 1,
-        .silu = (int)((const Kernel *)kernel)->silu,
+        .depth = x->dims[x->rank - 1],
+        .padded_depth = 4 * weights->dims[1],
+        .columns = scales->dims[0],
+        .silu = (int)settings->silu,
+        .epsilon = settings->epsilon,
     };
-    if (x.rank < 1 || weights.rank != 4 || scales.rank != 1)
-        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: an input has the wrong number of dimensions");
-    for (size_t i = 0; i + 1 < x.rank; i++) call.rows *= x.dims[i];
-    call.depth = x.dims[x.rank - 1], call.padded_depth = 4 * weights.dims[1], call.columns = scales.dims[0];
-    if (call.depth > call.padded_depth || call.padded_depth % 64 || weights.dims[2] != COLUMNS || weights.dims[3] != 4 ||
-        weights.dims[0] != (call.columns + COLUMNS - 1) / COLUMNS)
+    for (size_t i = 0; i + 1 < x->rank; i++) call.rows *= x->dims[i];
+    if (call.depth > call.padded_depth || call.padded_depth % 64 || weights->dims[2] != COLUMNS ||
+        weights->dims[3] != 4 || weights->dims[0] != (call.columns + COLUMNS - 1) / COLUMNS)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: the shapes of input, weights and scales differ");
-    if (!holds(&bias, call.columns) || !holds(&residual, call.rows * call.columns))
+    if (!has_shape(norm, 1, &call.depth) || !has_shape(norm + 1, 1, &call.depth) || !norm[0].data != !norm[1].data)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: the norm has another size than the input");
+    x->dims[x->rank - 1] = call.columns;
+    if (!has_shape(bias, 1, &call.columns) || !has_shape(residual, x->rank, x->dims))
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: bias or residual has another size than the output");
-    x.dims[x.rank - 1] = call.columns;
-    OrtValue *output;
-    if ((status = ort->KernelContext_GetOutput(context, 0, x.dims, x.rank, &output))) return status;
-    if ((status = ort->GetTensorMutableData(output, (void **)&call.y)) || !call.rows) return status;
+    if ((status = create_output(context, 0, x->dims, x->rank, &call.y)) || !call.rows) return status;
 
-    // Memory of the calling thread, which grows to the largest call: allocating a megabyte takes longer than using it.
-    static _Thread_local void *memory;
-    static _Thread_local size_t allocated;
-    size_t input_bytes = (size_t)(call.rows + BLOCK) * call.padded_depth, per_row = sizeof(float) + sizeof(int32_t);
-    size_t needed = input_bytes + call.rows * per_row;
-    if (needed > allocated) {
-        free(memory);
-        memory = NULL, allocated = 0;
-        if (posix_memalign(&memory, 64, needed))
-            return ort->CreateStatus(ORT_FAIL, "Int8Linear: out of memory");
-        allocated = needed;
-        memset(memory, 0, needed);
-    }
-    call.inputs = memory;
-    call.units = (float *)(call.inputs + input_bytes);
+    const size_t padded = call.rows + BLOCK;  // the tiles of AMX may read so many rows
+    const size_t normalized = call.norm_weight ? call.rows * call.depth : 0;
+    char *memory = scratch(padded * call.padded_depth + (normalized + 2 * call.rows) * sizeof(float));
+    if (!memory) return ort->CreateStatus(ORT_FAIL, "Int8Linear: out of memory");
+    call.inputs = (int8_t *)memory;
+    call.normalized = (float *)(memory + padded * call.padded_depth);
+    call.units = call.normalized + normalized;
     call.offsets = (int32_t *)(call.units + call.rows);
     if (call.rows * call.depth < 16384)
         for (int64_t row = 0; row < call.rows; row++) quantize_rows(&call, row);
     else if ((status = ort->KernelContext_ParallelFor(context, quantize_rows, call.rows, 0, &call)))
         return status;
-    return ort->KernelContext_ParallelFor(context, multiply_panel, weights.dims[0], 0, &call);
+    return ort->KernelContext_ParallelFor(context, multiply_panel, weights->dims[0], 0, &call);
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
     (void)op, (void)api;
     Kernel *kernel = *out = calloc(1, sizeof *kernel);
     if (!kernel) return ort->CreateStatus(ORT_FAIL, "Int8Linear: out of memory");
-    return ort->KernelInfoGetAttribute_int64(info, "silu", &kernel->silu);
+    OrtStatus *status = ort->KernelInfoGetAttribute_int64(info, "silu", &kernel->silu);
+    return status ? status : ort->KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon);
 }
 
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "Int8Linear"; }
-static const char *op_provider(const OrtCustomOp *op) { return (void)op, NULL; }  // the CPU
-static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 5; }
+static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 7; }
 static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 1; }
 static int op_input_type(const OrtCustomOp *op, size_t index) { return (void)op, index == 1 ? ORT_UINT8 : ORT_FLOAT; }
-static int op_output_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_FLOAT; }
 static int op_input(const OrtCustomOp *op, size_t index) { return (void)op, index < 3 ? ORT_REQUIRED : ORT_OPTIONAL; }
-static int op_output(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
-static int op_memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
 
-static const OrtCustomOp int8_linear = {
+const OrtCustomOp int8_linear = {
     .version = ORT_CUSTOM_OP_VERSION,
     .GetName = op_name,
-    .GetExecutionProviderType = op_provider,
+    .GetExecutionProviderType = cpu_provider,
     .GetInputType = op_input_type,
     .GetInputTypeCount = op_inputs,
-    .GetOutputType = op_output_type,
+    .GetOutputType = always_float,
     .GetOutputTypeCount = op_outputs,
     .KernelDestroy = free,
     .GetInputCharacteristic = op_input,
-    .GetOutputCharacteristic = op_output,
-    .GetInputMemoryType = op_memory,
+    .GetOutputCharacteristic = always_required,
+    .GetInputMemoryType = cpu_memory,
     .CreateKernelV2 = create,
     .KernelComputeV2 = run,
 };
-
-OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-    OrtCustomOpDomain *domain;
-    OrtStatus *status;
-    ort = base->GetApi(ORT_API_VERSION);
-    if ((status = ort->CreateCustomOpDomain("nemostream", &domain))) return status;
-    if ((status = ort->CustomOpDomain_Add(domain, &int8_linear))) return status;
-    return ort->AddCustomOpDomain(options, domain);
-}

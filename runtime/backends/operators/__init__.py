@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-DOMAIN, VERSION = "nemostream", 1
+DOMAIN, VERSION = "nemostream", 2
 _COLUMNS, _ALIGNMENT, _ZERO = 64, 64, 128  # of the panels of `int8_linear.c`
 
 
@@ -28,7 +28,7 @@ def library() -> Path | None:
 
 def compiled() -> Path | None:
     """Return the compiled library, or None."""
-    spec = find_spec("nemostream.runtime.backends._int8_linear")
+    spec = find_spec(f"{__name__}._library")
     return Path(spec.origin) if spec and spec.origin else None
 
 
@@ -44,7 +44,7 @@ def select(path: Path, name: str | None) -> str:
 
 def engine_suffix() -> str:
     """Return what the version of the library of an engine with this operator ends with; empty if there is none here."""
-    return f"+int8-linear.{VERSION}" if library() else ""
+    return f"+operators.{VERSION}" if library() else ""
 
 
 def panels(weights: NDArray[np.generic]) -> NDArray[np.uint8]:

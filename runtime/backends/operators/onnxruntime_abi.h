@@ -10,7 +10,7 @@
 
 enum { ORT_API_VERSION = 17, ORT_CUSTOM_OP_VERSION = 16 };
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2 };
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT64 = 7 };
 enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };
 
 typedef struct OrtStatus OrtStatus;
@@ -35,8 +35,9 @@ typedef struct {
     OrtStatus *(*GetDimensions)(const OrtTensorTypeAndShapeInfo *info, int64_t *values, size_t count);
     void *unused_63[2];
     OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *value, OrtTensorTypeAndShapeInfo **out);  // 65
-    void *unused_66[20];
-    OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *info, const char *name, int64_t *out);  // 86
+    void *unused_66[19];
+    OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *info, const char *name, float *out);  // 85
+    OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *info, const char *name, int64_t *out);
     void *unused_87[3];
     OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index, const OrtValue **out);  // 90
     OrtStatus *(*KernelContext_GetOutput)(

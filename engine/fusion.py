@@ -1,0 +1,106 @@
+"""Replace most of the encoder step by the operators of `runtime.backends.operators`, for int8 engines on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from nemostream.engine.patterns import (
+    Index,
+    attention_layers,
+    convolution_modules,
+    epsilon,
+    replace_nodes,
+)
+from nemostream.engine.weights import WeightFile, quantise_columns
+from nemostream.runtime.backends.operators import DOMAIN, panels
+
+_ATTENTION = "qkv", "k_ring", "v_ring", "positions", "bias_u", "bias_v", "position", "old_frames", "new_frames"
+_CONVOLUTION = "x", "valid", "cache", "taps", "bias", "norm_weight", "norm_bias"
+
+
+def fuse_for_cpu(graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile) -> list[TensorProto]:
+    """Replace attention, convolution modules and linear layers, and what surrounds them. Returns the new initializers.
+
+    `layers` are the names of the weights that are quantised. An operator takes the place of the last node that it
+    replaces.
+    """
+    added: list[TensorProto] = []
+    _fuse_attention(graph)
+    _fuse_convolutions(graph, weights, added)
+    _fuse_layers(graph, layers, weights, added)
+    return added
+
+
+def _fuse_attention(graph: onnx.GraphProto) -> None:
+    fused = {}
+    for layer in attention_layers(graph):
+        values = {**layer, "position": "position"}
+        outputs = [layer["context"], layer["k_new"], layer["v_new"]]
+        fused[layer["context"]] = _node("RelativeAttention", [values[name] for name in _ATTENTION], outputs)
+    replace_nodes(graph, fused)
+
+
+def _fuse_convolutions(graph: onnx.GraphProto, weights: WeightFile, added: list[TensorProto]) -> None:
+    fused = {}
+    for module in convolution_modules(graph):
+        weight = weights.read(module["weight"])
+        taps = f"{module['weight']}:taps"
+        added.append(weights.tensor(taps, weight.reshape(len(weight), -1).T))
+        values = {**module, "taps": taps}
+        fused[module["y"]] = _node(
+            "CausalConvolution",
+            [values[name] for name in _CONVOLUTION],
+            [module["y"], module["next"]],
+            epsilon=module["epsilon"],
+        )
+    replace_nodes(graph, fused)
+
+
+def _fuse_layers(
+    graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile, added: list[TensorProto]
+) -> None:
+    """Replace each layer, the norm of its input, its bias, and the SiLU or the sum after it."""
+    index = Index(graph)
+    constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    results = {value.name for value in graph.output}
+
+    def used_by(y: str, *kinds: str) -> list[NodeProto] | None:
+        """Return the nodes that use `y`, in the order of `kinds`, if there is one of each and no other use."""
+        users = [] if y in results else sorted(index.users.get(y, []), key=lambda user: user.op_type)
+        return users if [user.op_type for user in users] == sorted(kinds) else None
+
+    fused = {}
+    for node in index.nodes:
+        if node.op_type != "MatMul" or node.input[1] not in layers:
+            continue
+        (x, weight), (y,) = node.input, node.output
+        values, scale = quantise_columns(weights.read(weight), "int8")
+        added += [weights.tensor(f"{weight}:panels", panels(values)), weights.tensor(f"{weight}:scale", scale)]
+        bias = residual = norm_weight = norm_bias = ""
+        silu, norm = False, index.producers.get(x)
+        attributes = {"epsilon": 0.0}
+        if norm is not None and norm.op_type == "LayerNormalization":
+            x, norm_weight, norm_bias = norm.input
+            attributes["epsilon"] = epsilon(norm)
+        if found := used_by(y, "Add"):
+            (other,) = {*found[0].input} - {y}
+            if constants.get(other) == [len(scale)]:
+                bias, y = other, found[0].output[0]
+        if found := used_by(y, "Mul", "Sigmoid"):
+            product, sigmoid = found
+            if sigmoid.output[0] in product.input and used_by(sigmoid.output[0], "Mul"):
+                silu, y = True, product.output[0]
+        elif found := used_by(y, "Add"):
+            (other,) = {*found[0].input} - {y}
+            if other not in constants:
+                residual, y = other, found[0].output[0]
+        inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual, norm_weight, norm_bias]
+        fused[y] = _node("Int8Linear", inputs, [y], silu=int(silu), **attributes)
+    replace_nodes(graph, fused)
+
+
+def _node(kind: str, inputs: list[str], outputs: list[str], **attributes: float) -> NodeProto:
+    return helper.make_node(kind, inputs, outputs, f"{kind}/{outputs[0]}", domain=DOMAIN, **attributes)

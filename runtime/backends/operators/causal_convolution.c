@@ -1,0 +1,119 @@
+// The convolution module of a Conformer layer between its pointwise layers:
+// y = silu(norm(depthwise(concat(cache, x[:C] * sigmoid(x[C:]) * valid)))), and the last K - 1 frames of its input.
+//
+// x [B, T, 2 C], valid [B, 1, T], cache [B, C, K - 1], weights [K, C], bias [C], norm weight and bias [C]. Bias and norm
+// are optional (a batch norm is part of the weights). Outputs: y [B, T, C], the next cache [B, C, K - 1].
+
+#include "operators.h"
+
+typedef struct {
+    float epsilon;
+} Kernel;
+
+typedef struct {
+    const float *x, *valid, *cache, *weights, *bias, *norm_weight, *norm_bias;
+    float *y, *next;
+    int64_t rows, frames, channels, taps;
+    float epsilon;
+    int failed;
+} Call;
+
+VECTORIZED static void convolve(const Call *call, int64_t row, float *frames) {
+    const int64_t size = call->channels, past = call->taps - 1;
+    const float *cache = call->cache + row * size * past;
+    for (int64_t k = 0; k < past; k++)
+        for (int64_t c = 0; c < size; c++) frames[k * size + c] = cache[c * past + k];
+    for (int64_t t = 0; t < call->frames; t++) {
+        const float *x = call->x + (row * call->frames + t) * 2 * size, valid = call->valid[row * call->frames + t];
+        float *out = frames + (past + t) * size;
+        for (int64_t c = 0; c < size; c++) out[c] = x[c] * sigmoid(x[size + c]) * valid;
+    }
+    for (int64_t t = 0; t < call->frames; t++) {
+        float *y = call->y + (row * call->frames + t) * size;
+        if (call->bias)
+            memcpy(y, call->bias, size * sizeof *y);
+        else
+            memset(y, 0, size * sizeof *y);
+        for (int64_t k = 0; k < call->taps; k++) {
+            const float *weights = call->weights + k * size, *in = frames + (t + k) * size;
+            for (int64_t c = 0; c < size; c++) y[c] += weights[c] * in[c];
+        }
+        if (call->norm_weight) normalize(y, call->norm_weight, call->norm_bias, call->epsilon, size, y);
+        for (int64_t c = 0; c < size; c++) y[c] *= sigmoid(y[c]);
+    }
+    float *next = call->next + row * size * past;
+    for (int64_t c = 0; c < size; c++)
+        for (int64_t k = 0; k < past; k++) next[c * past + k] = frames[(call->frames + k) * size + c];
+}
+
+static void convolve_row(void *data, size_t row) {
+    Call *call = data;
+    float *frames = scratch((call->taps - 1 + call->frames) * call->channels * sizeof *frames);
+    if (frames)
+        convolve(call, (int64_t)row, frames);
+    else
+        call->failed = 1;
+}
+
+static OrtStatus *run(void *kernel, OrtKernelContext *context) {
+    Tensor in[7], *x = in, *valid = in + 1, *cache = in + 2, *weights = in + 3, *bias = in + 4, *norm = in + 5;
+    OrtStatus *status = read_inputs(context, in, 7);
+    if (status) return status;
+    if (x->rank != 3 || weights->rank != 2)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "CausalConvolution: an input has the wrong number of dimensions");
+    Call call = {
+        .x = x->data,
+        .valid = valid->data,
+        .cache = cache->data,
+        .weights = weights->data,
+        .bias = bias->data,
+        .norm_weight = norm[0].data,
+        .norm_bias = norm[1].data,
+        .rows = x->dims[0],
+        .frames = x->dims[1],
+        .channels = weights->dims[1],
+        .taps = weights->dims[0],
+        .epsilon = ((const Kernel *)kernel)->epsilon,
+    };
+    const int64_t rows = call.rows, channels = call.channels, mask[] = {rows, 1, call.frames};
+    const int64_t past[] = {rows, channels, call.taps - 1}, shape[] = {rows, call.frames, channels};
+    if (x->dims[2] != 2 * channels || !has_shape(valid, 3, mask) || !has_shape(cache, 3, past) ||
+        !has_shape(bias, 1, &channels) || !has_shape(norm, 1, &channels) || !has_shape(norm + 1, 1, &channels) ||
+        !norm[0].data != !norm[1].data)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "CausalConvolution: the shapes of the inputs differ");
+    if ((status = create_output(context, 0, shape, 3, &call.y))) return status;
+    if ((status = create_output(context, 1, past, 3, &call.next))) return status;
+    if (rows == 1)
+        convolve_row(&call, 0);
+    else if (rows && (status = ort->KernelContext_ParallelFor(context, convolve_row, rows, 0, &call)))
+        return status;
+    return call.failed ? ort->CreateStatus(ORT_FAIL, "CausalConvolution: out of memory") : NULL;
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+    (void)op, (void)api;
+    Kernel *kernel = *out = calloc(1, sizeof *kernel);
+    if (!kernel) return ort->CreateStatus(ORT_FAIL, "CausalConvolution: out of memory");
+    return ort->KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon);
+}
+
+static const char *op_name(const OrtCustomOp *op) { return (void)op, "CausalConvolution"; }
+static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 7; }
+static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 2; }
+static int op_input(const OrtCustomOp *op, size_t index) { return (void)op, index < 4 ? ORT_REQUIRED : ORT_OPTIONAL; }
+
+const OrtCustomOp causal_convolution = {
+    .version = ORT_CUSTOM_OP_VERSION,
+    .GetName = op_name,
+    .GetExecutionProviderType = cpu_provider,
+    .GetInputType = always_float,
+    .GetInputTypeCount = op_inputs,
+    .GetOutputType = always_float,
+    .GetOutputTypeCount = op_outputs,
+    .KernelDestroy = free,
+    .GetInputCharacteristic = op_input,
+    .GetOutputCharacteristic = always_required,
+    .GetInputMemoryType = cpu_memory,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = run,
+};

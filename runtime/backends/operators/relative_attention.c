@@ -1,0 +1,206 @@
+// Attention of new frames to the ring of a layer's earlier frames and to each other, with relative positions
+// (Transformer-XL): weights = softmax((q + u) k + (q + v) p over visible frames), y = weights v.
+//
+// qkv [B, T, 3 D] (queries are scaled), K and V rings [B, H, C, D / H], positions [C + 2 T - 1, D] of the distances
+// C + T - 1 down to 1 - T, u and v [H, D / H], position [B] (frames before this step), and the visible frames [B, 1]:
+// ring entries of age 1 to `old`, new frames before `new`. Outputs: y [B, T, D] (0 if no frame is visible), and the new
+// keys and values [B, H, T, D / H].
+
+#include "operators.h"
+
+typedef struct {
+    const float *qkv, *k_ring, *v_ring, *positions, *u, *v;
+    const int64_t *position, *old, *new;
+    float *y, *k_new, *v_new;
+    int64_t rows, frames, width, heads, ring;
+    int64_t scores_stride;  // the visible frames, at most, in whole LANES
+    int failed;
+} Call;
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const float *key, *value;
+    const float *position;  // relative to the first new frame; those relative to the next ones are the rows before
+} Frame;
+
+// The sum of products of two pairs of vectors.
+INLINE float dot(const float *a, const float *b, const float *c, const float *d, int64_t size) {
+    Lanes first = {0}, second = {0};
+    int64_t whole = size - size % LANES;
+    float rest = 0;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        first += *(const Lanes *)(a + i) * *(const Lanes *)(b + i);
+        second += *(const Lanes *)(c + i) * *(const Lanes *)(d + i);
+    }
+    for (int64_t i = whole; i < size; i++) rest += a[i] * b[i] + c[i] * d[i];
+    return sum_lanes(first + second) + rest;
+}
+
+// `scores` have memory for a multiple of LANES, of which those after `count` become 0.
+INLINE void softmax(float *scores, int64_t count) {
+    const int64_t padded = (count + LANES - 1) / LANES * LANES;
+    Lanes sums = {0};
+    float largest = scores[0];
+    for (int64_t j = 1; j < count; j++) largest = scores[j] > largest ? scores[j] : largest;
+    for (int64_t j = count; j < padded; j++) scores[j] = largest;
+    for (int64_t j = 0; j < padded; j++) scores[j] = exponential(scores[j] - largest);
+    for (int64_t j = count; j < padded; j++) scores[j] = 0;
+    for (int64_t j = 0; j < padded; j += LANES) sums += *(const Lanes *)(scores + j);
+    const float factor = 1.0f / sum_lanes(sums);
+    for (int64_t j = 0; j < padded; j++) scores[j] *= factor;
+}
+
+// y = sum of weights[j] * visible[j].value; sums stay in registers.
+INLINE void add_weighted(const float *weights, const Frame *visible, int64_t count, int64_t size, float *y) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) {
+        Lanes sums[4] = {{0}, {0}, {0}, {0}};
+        for (int64_t j = 0; j < count; j++)
+            for (int part = 0; part < 4; part++)
+                sums[part] += weights[j] * *(const Lanes *)(visible[j].value + i + part * LANES);
+        memcpy(y + i, sums, sizeof sums);
+    }
+    for (; i < size; i++) {
+        float sum = 0;
+        for (int64_t j = 0; j < count; j++) sum += weights[j] * visible[j].value[i];
+        y[i] = sum;
+    }
+}
+
+// Attention of one head of one row. `memory` is that of `bytes_of_head`.
+INLINE void attend_size(const Call *call, int64_t row, int64_t head, char *memory, const int64_t size) {
+    const int64_t frames = call->frames, width = call->width, ring = call->ring, stride = call->scores_stride;
+    const int64_t position = call->position[row], old = call->old[row];
+    const int64_t new = call->new[row] < frames ? call->new[row] : frames;
+    const float *qkv = call->qkv + row * frames * 3 * width + head * size;
+    const float *first = call->positions + (ring + frames - 1) * width + head * size;
+    const int64_t cached = (row * call->heads + head) * ring * size, added = (row * call->heads + head) * frames * size;
+    float *scores = (float *)memory, *query_u = scores + frames * stride, *query_v = query_u + frames * size;
+    Frame *visible = (Frame *)(query_v + frames * size);
+
+    int64_t count = 0;
+    for (int64_t r = 0; r < ring; r++) {
+        int64_t age = (position - 1 - r) % ring;
+        age += age < 0 ? ring + 1 : 1;
+        if (age > old) continue;
+        const int64_t at = cached + r * size;
+        visible[count++] = (Frame){call->k_ring + at, call->v_ring + at, first - age * width};
+    }
+    for (int64_t j = 0; j < new; j++) {
+        const float *key = qkv + (3 * j + 1) * width;
+        visible[count++] = (Frame){key, key + width, first + j * width};
+    }
+    for (int64_t t = 0; t < frames; t++) {
+        const float *query = qkv + 3 * t * width, *u = call->u + head * size, *v = call->v + head * size;
+        memcpy(call->k_new + added + t * size, query + width, size * sizeof *query);
+        memcpy(call->v_new + added + t * size, query + 2 * width, size * sizeof *query);
+        for (int64_t i = 0; i < size; i++) query_u[t * size + i] = query[i] + u[i];
+        for (int64_t i = 0; i < size; i++) query_v[t * size + i] = query[i] + v[i];
+    }
+    // The queries of a key use adjacent positions, so they are in a near cache.
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t t = 0; t < frames; t++) {
+            const Frame *to = visible + j;
+            scores[t * stride + j] = dot(query_u + t * size, to->key, query_v + t * size, to->position - t * width, size);
+        }
+    for (int64_t t = 0; t < frames; t++) {
+        float *y = call->y + (row * frames + t) * width + head * size;
+        if (count) softmax(scores + t * stride, count);
+        add_weighted(scores + t * stride, visible, count, size, y);
+    }
+}
+
+// Loops of the usual size are unrolled.
+VECTORIZED static void attend(const Call *call, int64_t row, int64_t head, char *memory) {
+    const int64_t size = call->width / call->heads;
+    if (size == 128)
+        attend_size(call, row, head, memory, 128);
+    else
+        attend_size(call, row, head, memory, size);
+}
+
+static size_t bytes_of_head(const Call *call) {
+    const int64_t queries = 2 * call->frames * (call->width / call->heads);
+    return (call->frames * call->scores_stride + queries) * sizeof(float) + (call->ring + call->frames) * sizeof(Frame);
+}
+
+static void attend_head(void *data, size_t index) {
+    Call *call = data;
+    char *memory = scratch(bytes_of_head(call));
+    if (memory)
+        attend(call, (int64_t)index / call->heads, (int64_t)index % call->heads, memory);
+    else
+        call->failed = 1;
+}
+
+static OrtStatus *run(void *kernel, OrtKernelContext *context) {
+    (void)kernel;
+    Tensor in[9], *qkv = in, *k = in + 1, *v = in + 2, *positions = in + 3, *bias_u = in + 4, *bias_v = in + 5;
+    Tensor *position = in + 6, *old = in + 7, *new = in + 8;
+    OrtStatus *status = read_inputs(context, in, 9);
+    if (status) return status;
+    if (qkv->rank != 3 || k->rank != 4)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has the wrong number of dimensions");
+    Call call = {
+        .qkv = qkv->data,
+        .k_ring = k->data,
+        .v_ring = v->data,
+        .positions = positions->data,
+        .u = bias_u->data,
+        .v = bias_v->data,
+        .position = position->data,
+        .old = old->data,
+        .new = new->data,
+        .rows = qkv->dims[0],
+        .frames = qkv->dims[1],
+        .heads = k->dims[1],
+        .ring = k->dims[2],
+        .width = k->dims[1] * k->dims[3],
+    };
+    call.scores_stride = (call.ring + call.frames + LANES - 1) / LANES * LANES;
+    const int64_t rows = call.rows, frames = call.frames, size = k->dims[3], column[] = {rows, 1};
+    const int64_t places[] = {call.ring + 2 * frames - 1, call.width}, biases[] = {call.heads, size};
+    const int64_t shape[] = {rows, frames, call.width}, added[] = {rows, call.heads, frames, size};
+    if (qkv->dims[2] != 3 * call.width || k->dims[0] != rows || !has_shape(v, 4, k->dims) ||
+        !has_shape(positions, 2, places) || !has_shape(bias_u, 2, biases) || !has_shape(bias_v, 2, biases) ||
+        !has_shape(position, 1, &rows) || !has_shape(old, 2, column) || !has_shape(new, 2, column))
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: the shapes of the inputs differ");
+    if ((status = create_output(context, 0, shape, 3, &call.y))) return status;
+    if ((status = create_output(context, 1, added, 4, &call.k_new))) return status;
+    if ((status = create_output(context, 2, added, 4, &call.v_new))) return status;
+    const int64_t tasks = rows * call.heads;
+    if (rows * frames == 1)  // less work than waking up a thread
+        for (int64_t index = 0; index < tasks; index++) attend_head(&call, index);
+    else if (tasks && (status = ort->KernelContext_ParallelFor(context, attend_head, tasks, 0, &call)))
+        return status;
+    return call.failed ? ort->CreateStatus(ORT_FAIL, "RelativeAttention: out of memory") : NULL;
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+    (void)op, (void)api, (void)info;
+    *out = NULL;  // the operator has no attributes
+    return NULL;
+}
+
+static void destroy(void *kernel) { (void)kernel; }
+static const char *op_name(const OrtCustomOp *op) { return (void)op, "RelativeAttention"; }
+static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 9; }
+static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 3; }
+static int op_input_type(const OrtCustomOp *op, size_t index) { return (void)op, index < 6 ? ORT_FLOAT : ORT_INT64; }
+
+const OrtCustomOp relative_attention = {
+    .version = ORT_CUSTOM_OP_VERSION,
+    .GetName = op_name,
+    .GetExecutionProviderType = cpu_provider,
+    .GetInputType = op_input_type,
+    .GetInputTypeCount = op_inputs,
+    .GetOutputType = always_float,
+    .GetOutputTypeCount = op_outputs,
+    .KernelDestroy = destroy,
+    .GetInputCharacteristic = always_required,
+    .GetOutputCharacteristic = always_required,
+    .GetInputMemoryType = cpu_memory,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = run,
+};
