@@ -2,11 +2,11 @@
 
 Commands: `latency` (time of a step, and from the last sample of a chunk to its text), `capacity` (concurrent live
 streams), `throughput` (recorded audio per second), `accuracy` (word error rate), `finals` (accuracy and latency of
-partials and finals, with one and two chunk sizes), `baseline` (the same step in NeMo, transformers, ONNX Runtime and
-sherpa-onnx), `serve` (concurrent WebSocket clients of a server), `load` (real-time streams of any server, through its
-protocol), `host` (everything around the model: CPU time per stream and step, and paced clients of a server), `survival`
-(streams while servers fail), `quick` (a short form of several), `report` (tables, plots and comparisons of results) and
-`gpu_check` (everything that needs a GPU).
+partials and finals, with one and two chunk sizes), `baseline` (the same step in NeMo, transformers, ONNX Runtime,
+sherpa-onnx and transcribe.cpp), `serve` (concurrent WebSocket clients of a server), `load` (real-time streams of any
+server, through its protocol), `host` (everything around the model: CPU time per stream and step, and paced clients of a
+server), `survival` (streams while servers fail), `quick` (a short form of several), `report` (tables, plots and
+comparisons of results) and `gpu_check` (everything that needs a GPU).
 
 `command` is their common command line. `harness/` contains shared code, `studies/` benchmarks of single features,
 `gpu/` the parts of the GPU check.

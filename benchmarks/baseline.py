@@ -6,7 +6,8 @@ Without `--checkpoint`, a full-size model with random weights is created (`harne
 their fastest configuration (`harness.runners`, `harness.nemo`): NeMo in fp32, in bf16, with torch.compile, and on a GPU
 with its encoder step in a CUDA graph, captured by this benchmark ("nemo graph") and by NeMo itself ("nemo built-in
 graph", for versions newer than 3.0.0); the encoder of Hugging Face transformers; ONNX Runtime on NeMo's export; on a
-CPU sherpa-onnx. All run on `--device`. Method, for each chunk size and batch:
+CPU sherpa-onnx and, for one stream, transcribe.cpp (`pip install transcribe-cpp gguf`; `harness.transcribe_cpp`). All
+run on `--device`. Method, for each chunk size and batch:
 
 * Every runner processes the same audio from the start until its attention caches are full; the following steps are
   timed. After warm-up rounds come the timed rounds. In each round every runner takes one step, in random order, after a
@@ -15,7 +16,7 @@ CPU sherpa-onnx. All run on `--device`. Method, for each chunk size and batch:
 * Runners that compute the same function as NeMo (`exact`: fp32 on a CPU) must emit the same tokens, otherwise the run
   fails, because the times would be meaningless. For the others, the share of NeMo's tokens that they emit is shown.
 * All differences are to the disadvantage of nemostream: its step starts with PCM, those of the others (except
-  sherpa-onnx) with precomputed features; the step of transformers does not decode.
+  sherpa-onnx and transcribe.cpp) with precomputed features; the step of transformers does not decode.
 * The load by other processes and other guests of the host is measured during the timed rounds. Above 0.1 cores the
   report marks the figures as unreliable, because the threads of a step wait for the slowest one.
 """
@@ -37,7 +38,7 @@ from typing import Any
 from nemostream.benchmarks import command
 from nemostream.benchmarks.gpu.roofline import measure_gpu
 from nemostream.benchmarks.harness import records, tables
-from nemostream.benchmarks.harness.competitors import NEMOSTREAM, RUNNER_NAMES, RUNNERS, RunnerFactory
+from nemostream.benchmarks.harness.competitors import NEMOSTREAM, RUNNER_NAMES, RUNNERS, TRANSCRIBE_CPP, RunnerFactory
 from nemostream.benchmarks.harness.plots import Bar, BarChart, BarPanel, Chart
 from nemostream.benchmarks.harness.records import (
     OtherWork,
@@ -105,7 +106,7 @@ def compare_steps(
             for chunk in chunks:
                 for batch in batches:
                     progress(f"{chunk.ms} ms, batch {batch}")
-                    available = [name for name in names if name not in skipped]
+                    available = [name for name in names if name not in skipped and _supports(name, batch)]
                     more, unavailable = _compare(factory, available, chunk, batch, repeats, machine)
                     rows += more
                     skipped |= unavailable
@@ -113,6 +114,11 @@ def compare_steps(
                 factory.discard_exports()
     finally:
         torch.set_num_threads(threads_before)
+    several = [batch for batch in batches if batch > 1]
+    if several:
+        for name in names:
+            if not _supports(name, several[0]):
+                skipped.setdefault(name, f"not at batch {', '.join(map(str, several))}: one stream per model")
     manifest = bundle.manifest
     return records.record(
         "baseline",
@@ -128,6 +134,10 @@ def compare_steps(
             "skipped": skipped,
         },
     )
+
+
+def _supports(runner: str, batch: int) -> bool:
+    return batch == 1 or not runner.startswith(TRANSCRIBE_CPP)
 
 
 def _compare(

@@ -18,6 +18,7 @@ from nemostream.benchmarks.harness.runners import (
     TransformersRunner,
 )
 from nemostream.benchmarks.harness.timed import AudioFeed, longest, timed_backend
+from nemostream.benchmarks.harness.transcribe_cpp import TranscribeCppRunner, write_gguf
 from nemostream.bundle import Bundle, ChunkConfig
 
 # Default runners by device.
@@ -33,6 +34,7 @@ RUNNERS = {
         "onnx",
         "sherpa fp32",
         "sherpa int8",
+        "transcribe.cpp q8",
     ),
     "cuda": (
         "nemostream fp16",
@@ -48,8 +50,10 @@ RUNNERS = {
         "onnx",
     ),
 }
-RUNNER_NAMES = tuple(dict.fromkeys([*RUNNERS["cpu"], *RUNNERS["cuda"], "nemostream bf16", "nemostream fp8"]))
+_MORE_RUNNERS = ("nemostream bf16", "nemostream fp8", "transcribe.cpp fp16", "transcribe.cpp fp32")
+RUNNER_NAMES = tuple(dict.fromkeys([*RUNNERS["cpu"], *RUNNERS["cuda"], *_MORE_RUNNERS]))
 NEMOSTREAM = "nemostream"
+TRANSCRIBE_CPP = "transcribe.cpp"
 
 
 class RunnerFactory:
@@ -106,6 +110,8 @@ class RunnerFactory:
             return NemoRunner(self._bf16_model, feed, chunk, kind)
         if implementation == "transformers":
             return self._transformers(feed, chunk, kind)
+        if implementation == TRANSCRIBE_CPP:
+            return TranscribeCppRunner(self._gguf(kind), feed, chunk, self._threads, kind)
         exported = self.export(chunk)
         if implementation == "onnx":
             return NemoOnnxRunner(exported, self._model, feed, chunk, self._threads, self.device_type)
@@ -118,6 +124,14 @@ class RunnerFactory:
             self._transformers_model = load_transformers(self._checkpoint, self.bundle.manifest)[1]
         model = copy.deepcopy(self._transformers_model) if precision else self._transformers_model
         return TransformersRunner(model, self._model, feed, chunk, precision or "fp32", self.device_type)
+
+    def _gguf(self, precision: str) -> Path:
+        """Return the checkpoint as a GGUF file for transcribe.cpp, converting it on first use."""
+        file = Path(self._folder.name) / f"{precision}.gguf"
+        if not file.exists():
+            self.progress(f"converting the checkpoint to GGUF ({precision})")
+            write_gguf(self._checkpoint, file, precision)
+        return file
 
     def export(self, chunk: ChunkConfig) -> Path:
         """Return the folder of NeMo's ONNX export of a chunk size, exporting it on first use."""

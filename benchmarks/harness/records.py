@@ -52,6 +52,7 @@ LIBRARIES = (
     "nemo_toolkit",
     "transformers",
     "sherpa-onnx",
+    "transcribe-cpp",
     "jiwer",
     "whisper-normalizer",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ def test_all_runners(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mo
     names = [name for name in competitors.RUNNERS["cpu"] if "compile" not in name]
     names += ["nemo graph", "nemo built-in graph"]  # skipped without a GPU
     result = compare(demo_bundle, tuple(names), batches=(1, 3))
-    assert list(result["method"]["skipped"]) == ["nemo graph", "nemo built-in graph"]
+    assert set(result["method"]["skipped"]) == {"nemo graph", "nemo built-in graph", "transcribe.cpp q8"}
     assert "a CUDA graph needs a GPU" in result["method"]["skipped"]["nemo graph"]
-    assert len(result["rows"]) == 2 * (len(names) - 2)
+    single = [row for row in result["rows"] if row["case"]["runner"] == "transcribe.cpp, q8"]
+    assert len(single) == (find_spec("transcribe_cpp") is not None)
+    assert all(row["case"]["batch"] == 1 and row["values"]["same_tokens"] >= 0.9 for row in single)
+    assert len(result["rows"]) - len(single) == 2 * (len(names) - 3)
     by_runner = {row["case"]["runner"]: row for row in result["rows"] if row["case"]["batch"] == 3}
     own = by_runner["nemostream, fp32"]["values"]["relative_time"]["nemostream, fp32"]
     assert own == {"median": 1.0, "min": 1.0, "max": 1.0}

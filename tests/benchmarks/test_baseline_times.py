@@ -20,6 +20,8 @@ from nemostream.benchmarks.harness.roofline import Machine, Work
 from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, OptionError, ParityError
 
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "demo.nemo"
+
 time_rounds = baseline._time_rounds
 
 
@@ -119,6 +121,30 @@ def compare(demo_bundle: Bundle, runners: list[Runner], monkeypatch: pytest.Monk
     machine = Machine(1e9, {"fp32": 1e9, "int8": 4e9}, {})
     names = [runner.name for runner in runners] + list(more)
     return factory, baseline._compare(factory, names, demo_bundle.manifest.chunk(160), 2, 2, machine)
+
+
+def test_runners_of_one_stream(demo_bundle: Bundle, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take part at batch 1 of every chunk size, and the report has the reason for the other batch sizes."""
+    pytest.importorskip("torch")
+    compared = []
+
+    def compare(factory: Any, names: list[str], chunk: Any, batch: int, *rest: Any) -> Any:
+        compared.append((chunk.ms, batch, names))
+        return [], {"sherpa int8": "missing"} if "sherpa int8" in names else {}
+
+    factory = SimpleNamespace(discard_exports=lambda: None)
+    monkeypatch.setattr(baseline, "_compare", compare)
+    monkeypatch.setattr(baseline, "RunnerFactory", lambda *given: contextlib.nullcontext(factory))
+    names = ["nemostream int8", "sherpa int8", "transcribe.cpp q8", "transcribe.cpp fp32"]
+    options: Any = {"chunk_ms": (80, 560), "machine": Machine(1.0, {}, {})}
+    found = baseline.compare_steps(demo_bundle, CHECKPOINT, names, (8, 1, 2), **options)
+    several, single = names[:1], [names[0], *names[2:]]
+    assert compared[0] == (80, 8, names[:2])
+    assert compared[1:] == [(80, 1, single), (80, 2, several), (560, 8, several), (560, 1, single), (560, 2, several)]
+    reason = "not at batch 8, 2: one stream per model"
+    assert found["method"]["skipped"] == {"sherpa int8": "missing", names[2]: reason, names[3]: reason}
+    found = baseline.compare_steps(demo_bundle, CHECKPOINT, names[2:], (1,), **options)
+    assert found["method"]["skipped"] == {}
 
 
 def test_rows_of_the_runners(demo_bundle: Bundle, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
