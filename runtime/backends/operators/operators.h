@@ -33,6 +33,7 @@ extern const OrtCustomOp int8_linear, relative_attention, causal_convolution;
 OrtStatus *read_inputs(OrtKernelContext *context, Tensor *tensors, size_t count);
 OrtStatus *create_output(OrtKernelContext *context, size_t index, const int64_t *dims, size_t rank, float **data);
 int has_shape(const Tensor *tensor, size_t rank, const int64_t *dims);  // an absent tensor has every shape
+int are_slots(const Tensor *slots, int64_t rows, int64_t count);         // whether [rows] are numbers below `count`
 
 // Memory of the calling thread, aligned to a cache line, which grows to the largest request: allocating a megabyte takes
 // longer than using it. The next request of the thread invalidates it. NULL without memory.
