@@ -2,8 +2,9 @@
 // y = silu(norm(depthwise(concat(cache, x[:C] * sigmoid(x[C:]) * valid)))). The last K - 1 frames of the input of the
 // depthwise convolution replace the cache.
 //
-// x [B, T, 2 C], valid [B, 1, T], caches of all slots [S, C, K - 1], weights [K, C], the slot of each row [B], bias [C],
-// norm weight and bias [C]. Bias and norm are optional (a batch norm is part of the weights). Output: y [B, T, C].
+// x [B, T, 2 C], valid [B, 1, T], caches of all slots [S, C, K - 1], weights [K, C], the slot of each row [B], which
+// differ, bias [C], norm weight and bias [C]. Bias and norm are optional (a batch norm is part of the weights).
+// Output: y [B, T, C].
 
 #include "operators.h"
 
@@ -62,7 +63,7 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     OrtStatus *status = read_inputs(context, in, 8);
     if (status) return status;
     if (x->rank != 3 || weights->rank != 2 || caches->rank != 3)
-        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "CausalConvolution: an input has the wrong number of dimensions");
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "CausalConvolution: an input has other dimensions");
     Call call = {
         .x = x->data,
         .valid = valid->data,

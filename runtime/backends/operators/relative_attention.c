@@ -2,9 +2,9 @@
 // (Transformer-XL): weights = softmax((q + u) k + (q + v) p over visible frames), y = weights v.
 //
 // qkv [B, T, 3 D] (queries are scaled), K and V rings of all slots [S, H, C, D / H], positions [C + 2 T - 1, D] of the
-// distances C + T - 1 down to 1 - T, u and v [H, D / H], position [B] (frames before this step), the visible frames [B, 1]
-// (ring entries of age 1 to `old`, new frames before `new`), and the slot of each row [B]. Output: y [B, T, D], 0 if no
-// frame is visible. The new keys and values replace those at (position + t) mod C in the rings.
+// distances C + T - 1 down to 1 - T, u and v [H, D / H], position [B] (frames before this step), the visible frames
+// [B, 1] (ring entries of age 1 to `old`, new frames before `new`), and the slot of each row [B], which differ. Output:
+// y [B, T, D], 0 if no frame is visible. The new keys and values replace those at (position + t) mod C in the rings.
 
 #include "operators.h"
 
@@ -16,8 +16,6 @@ typedef struct {
     int64_t scores_stride;  // the visible frames, at most, in whole LANES
     int failed;
 } Call;
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     const float *key, *value;
@@ -77,8 +75,9 @@ INLINE void attend_size(const Call *call, int64_t row, int64_t head, char *memor
     const float *first = call->positions + (ring + frames - 1) * width + head * size;
     float *k_ring = call->k_rings + (call->slots[row] * call->heads + head) * ring * size;
     float *v_ring = call->v_rings + (call->slots[row] * call->heads + head) * ring * size;
-    float *scores = (float *)memory, *query_u = scores + frames * stride, *query_v = query_u + frames * size;
-    Frame *visible = (Frame *)(query_v + frames * size);
+    Frame *visible = (Frame *)memory;
+    float *scores = (float *)(visible + ring + frames), *query_u = scores + frames * stride;
+    float *query_v = query_u + frames * size;
 
     int64_t count = 0;
     for (int64_t r = 0; r < ring; r++) {
@@ -99,8 +98,8 @@ INLINE void attend_size(const Call *call, int64_t row, int64_t head, char *memor
     // The queries of a key use adjacent positions, so they are in a near cache.
     for (int64_t j = 0; j < count; j++)
         for (int64_t t = 0; t < frames; t++) {
-            const Frame *to = visible + j;
-            scores[t * stride + j] = dot(query_u + t * size, to->key, query_v + t * size, to->position - t * width, size);
+            const float *u = query_u + t * size, *v = query_v + t * size, *place = visible[j].position - t * width;
+            scores[t * stride + j] = dot(u, visible[j].key, v, place, size);
         }
     for (int64_t t = 0; t < frames; t++) {
         float *y = call->y + (row * frames + t) * width + head * size;
@@ -126,7 +125,8 @@ VECTORIZED static void attend(const Call *call, int64_t row, int64_t head, char 
 
 static size_t bytes_of_head(const Call *call) {
     const int64_t queries = 2 * call->frames * (call->width / call->heads);
-    return (call->frames * call->scores_stride + queries) * sizeof(float) + (call->ring + call->frames) * sizeof(Frame);
+    const int64_t floats = call->frames * call->scores_stride + queries;
+    return (call->ring + call->frames) * sizeof(Frame) + floats * sizeof(float);
 }
 
 static void attend_head(void *data, size_t index) {
@@ -144,8 +144,8 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     Tensor *position = in + 6, *old = in + 7, *new = in + 8, *slots = in + 9;
     OrtStatus *status = read_inputs(context, in, 10);
     if (status) return status;
-    if (qkv->rank != 3 || k->rank != 4)
-        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has the wrong number of dimensions");
+    if (qkv->rank != 3 || k->rank != 4 || k->dims[1] < 1 || k->dims[2] < 1)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has other dimensions");
     Call call = {
         .qkv = qkv->data,
         .k_rings = k->data,
@@ -167,9 +167,9 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     const int64_t rows = call.rows, frames = call.frames, size = k->dims[3], column[] = {rows, 1};
     const int64_t places[] = {call.ring + 2 * frames - 1, call.width}, biases[] = {call.heads, size};
     const int64_t shape[] = {rows, frames, call.width};
-    if (qkv->dims[2] != 3 * call.width || !has_shape(v, 4, k->dims) ||
-        !has_shape(positions, 2, places) || !has_shape(bias_u, 2, biases) || !has_shape(bias_v, 2, biases) ||
-        !has_shape(position, 1, &rows) || !has_shape(old, 2, column) || !has_shape(new, 2, column))
+    if (qkv->dims[2] != 3 * call.width || !has_shape(v, 4, k->dims) || !has_shape(positions, 2, places) ||
+        !has_shape(bias_u, 2, biases) || !has_shape(bias_v, 2, biases) || !has_shape(position, 1, &rows) ||
+        !has_shape(old, 2, column) || !has_shape(new, 2, column))
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: the shapes of the inputs differ");
     if (!are_slots(slots, rows, k->dims[0]))
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: a row has no slot in the rings");
