@@ -10,8 +10,9 @@ CPU sherpa-onnx and, for one stream, transcribe.cpp (`pip install transcribe-cpp
 run on `--device`. Method, for each chunk size and batch:
 
 * Every runner processes the same audio from the start until its attention caches are full; the following steps are
-  timed. After warm-up rounds come the timed rounds. In each round every runner takes one step, in random order, after a
-  pause in which the thread pools stop spinning. All runners use the same number of threads.
+  timed. After warm-up rounds come the timed rounds. In each round every runner takes two steps, in random order, after
+  a pause in which the thread pools stop spinning. The second is timed, as in continuous operation: during the first,
+  the processor's caches have the weights and streams of the other runners. All runners use the same number of threads.
 * Ratios to each nemostream runner are computed per round; median, minimum and maximum are shown.
 * Runners that compute the same function as NeMo (`exact`: fp32 on a CPU) must emit the same tokens, otherwise the run
   fails, because the times would be meaningless. For the others, the share of NeMo's tokens that they emit is shown.
@@ -59,7 +60,8 @@ from nemostream.errors import NemostreamError, OptionError, ParityError
 from nemostream.extras import install_command
 
 _WARM_UP = 3  # rounds
-_PAUSE = 0.02  # seconds before each step
+_PAUSE = 0.02  # seconds before the steps of a runner
+_ROUND_STEPS = 2  # of each runner, of which the last is timed
 
 
 def compare_steps(
@@ -127,6 +129,7 @@ def compare_steps(
         method={
             "repeats": repeats,
             "warm_up": _WARM_UP,
+            "round_steps": _ROUND_STEPS,
             "threads": threads,
             "device": device,
             "order": "random in each round",
@@ -147,7 +150,7 @@ def _compare(
     manifest = factory.bundle.manifest
     filler = longest(manifest, chunk)
     filled = -(-chunk.left // filler.frames) * filler.frames  # encoder frames until the caches are full
-    feed = AudioFeed(manifest, speech(), batch, filled + (_WARM_UP + repeats) * chunk.frames)
+    feed = AudioFeed(manifest, speech(), batch, filled + (_WARM_UP + repeats) * _ROUND_STEPS * chunk.frames)
     if any(name.startswith(("onnx", "sherpa")) for name in names):
         factory.export(chunk)  # before the runners are loaded: an export needs three times the memory of the model
     with contextlib.ExitStack() as stack:
@@ -159,7 +162,7 @@ def _compare(
     _check_parity(runners, tokens)
     own = [runner.name for runner in runners if runner.name.startswith(NEMOSTREAM)]
     reference = tokens.get("NeMo, fp32") or (tokens[own[0]] if own else None)
-    audio_seconds = batch * (_WARM_UP + repeats) * chunk.ms / 1000
+    audio_seconds = batch * (_WARM_UP + repeats) * _ROUND_STEPS * chunk.ms / 1000
     rows = []
     for runner in runners:
         seconds = [times[runner.name] for times in rounds]
@@ -222,9 +225,10 @@ def _time_rounds(
         seconds = {}
         for runner in random.Random(number).sample(runners, len(runners)):
             sleep(_PAUSE)
-            start = clock()
-            runner.step(position + number * chunk.frames)
-            seconds[runner.name] = clock() - start
+            for step in range(_ROUND_STEPS):
+                start = clock()
+                runner.step(position + (number * _ROUND_STEPS + step) * chunk.frames)
+                seconds[runner.name] = clock() - start
         rounds.append(seconds)
     return rounds[_WARM_UP:], other_work.cores()
 
@@ -257,10 +261,12 @@ def show(result: Record) -> str:
     """Return the tables of a result as Markdown."""
     method, rows = result["method"], result["rows"]
     own = list(dict.fromkeys(name for row in rows for name in row["values"]["relative_time"]))
+    before = ", each after a step that is not timed" if method.get("round_steps", 1) > 1 else ""
     text = [
         "Time of one step (features, encoder, greedy decoding, unless *covers* is less) in milliseconds: median "
         f"[minimum–maximum]; {method['device']}, {method['threads']} threads, {method['repeats']} rounds after "
-        f"{method['warm_up']} warm-up rounds. Ratios are computed per round; above 1 is slower than nemostream.",
+        f"{method['warm_up']} warm-up rounds{before}. Ratios are computed per round; above 1 is slower than "
+        "nemostream.",
         "",
     ]
     head = ["chunk", "batch", "runner", "step, ms", "p99, ms", *(f"÷ {name}" for name in own)]

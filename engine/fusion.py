@@ -1,7 +1,14 @@
-"""Replace most of the encoder step by the operators of `runtime.backends.operators`, for int8 engines on CPUs."""
+"""Replace most of the encoder step by the operators of `runtime.backends.operators`, for int8 engines on CPUs.
+
+In the plain graph the caches have one entry per row [B, ...]: those of the slots of a step are copied together before
+it, and its new entries are copied to the slots afterwards. In the fused graph they are the arrays of all slots
+[S, ...], which the operators read and update in place, and the additional input `slots` [B] int64 has the different
+slots of the rows. The outputs `k_new`, `v_new` and `conv_next` are omitted. The mel cache is small and stays as it is.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import onnx
@@ -12,13 +19,19 @@ from nemostream.engine.patterns import (
     attention_layers,
     convolution_modules,
     epsilon,
+    replace,
     replace_nodes,
 )
 from nemostream.engine.weights import WeightFile, quantise_columns
 from nemostream.runtime.backends.operators import DOMAIN, panels
 
-_ATTENTION = "qkv", "k_ring", "v_ring", "positions", "bias_u", "bias_v", "position", "old_frames", "new_frames"
-_CONVOLUTION = "x", "valid", "cache", "taps", "bias", "norm_weight", "norm_bias"
+_CACHE = re.compile(r"(k_cache|v_cache|conv_cache)\.\d+")
+# Inputs of the operators, in their order.
+_ATTENTION = (
+    *("qkv", "k_ring", "v_ring", "positions", "bias_u", "bias_v"),
+    *("position", "old_frames", "new_frames", "slots"),
+)
+_CONVOLUTION = "x", "valid", "cache", "taps", "slots", "bias", "norm_weight", "norm_bias"
 
 
 def fuse_for_cpu(graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile) -> list[TensorProto]:
@@ -28,18 +41,27 @@ def fuse_for_cpu(graph: onnx.GraphProto, layers: Collection[str], weights: Weigh
     replaces.
     """
     added: list[TensorProto] = []
+    _use_slots(graph)
     _fuse_attention(graph)
     _fuse_convolutions(graph, weights, added)
     _fuse_layers(graph, layers, weights, added)
     return added
 
 
+def _use_slots(graph: onnx.GraphProto) -> None:
+    """Add the input `slots`, give the caches a size of their own, and omit the outputs with their new entries."""
+    for value in graph.input:
+        if _CACHE.fullmatch(value.name):
+            value.type.tensor_type.shape.dim[0].dim_param = "S"
+    graph.input.append(helper.make_tensor_value_info("slots", TensorProto.INT64, ["B"]))
+    replace(graph.output, [value for value in graph.output if value.name not in ("k_new", "v_new", "conv_next")])
+
+
 def _fuse_attention(graph: onnx.GraphProto) -> None:
     fused = {}
     for layer in attention_layers(graph):
-        values = {**layer, "position": "position"}
-        outputs = [layer["context"], layer["k_new"], layer["v_new"]]
-        fused[layer["context"]] = _node("RelativeAttention", [values[name] for name in _ATTENTION], outputs)
+        values = {**layer, "position": "position", "slots": "slots"}
+        fused[layer["context"]] = _node("RelativeAttention", [values[name] for name in _ATTENTION], layer["context"])
     replace_nodes(graph, fused)
 
 
@@ -49,13 +71,9 @@ def _fuse_convolutions(graph: onnx.GraphProto, weights: WeightFile, added: list[
         weight = weights.read(module["weight"])
         taps = f"{module['weight']}:taps"
         added.append(weights.tensor(taps, weight.reshape(len(weight), -1).T))
-        values = {**module, "taps": taps}
-        fused[module["y"]] = _node(
-            "CausalConvolution",
-            [values[name] for name in _CONVOLUTION],
-            [module["y"], module["next"]],
-            epsilon=module["epsilon"],
-        )
+        values = {**module, "taps": taps, "slots": "slots"}
+        inputs = [values[name] for name in _CONVOLUTION]
+        fused[module["y"]] = _node("CausalConvolution", inputs, module["y"], epsilon=module["epsilon"])
     replace_nodes(graph, fused)
 
 
@@ -98,9 +116,9 @@ def _fuse_layers(
             if other not in constants:
                 residual, y = other, found[0].output[0]
         inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual, norm_weight, norm_bias]
-        fused[y] = _node("Int8Linear", inputs, [y], silu=int(silu), **attributes)
+        fused[y] = _node("Int8Linear", inputs, y, silu=int(silu), **attributes)
     replace_nodes(graph, fused)
 
 
-def _node(kind: str, inputs: list[str], outputs: list[str], **attributes: float) -> NodeProto:
-    return helper.make_node(kind, inputs, outputs, f"{kind}/{outputs[0]}", domain=DOMAIN, **attributes)
+def _node(kind: str, inputs: list[str], output: str, **attributes: float) -> NodeProto:
+    return helper.make_node(kind, inputs, [output], f"{kind}/{output}", domain=DOMAIN, **attributes)

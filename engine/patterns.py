@@ -17,7 +17,7 @@ _SCORES: _Path = (("Add", 0), ("Add", 0), ("Concat", 0))  # from the softmax to 
 _DISTANCES: _Path = (("Add", 0), ("Add", 1), ("GatherElements", 0))
 _VISIBLE: _Path = (("Add", 1), ("Unsqueeze", 0), ("Where", 0))
 _ATTENTION: dict[str, _Path] = {
-    "queries": (*_SCORES, ("MatMul", 0), ("Transpose", 0), ("Add", 0), ("Reshape", 0)),
+    "qkv": (*_SCORES, ("MatMul", 0), ("Transpose", 0), ("Add", 0), ("Reshape", 0), ("Split", 0)),
     "k_ring": (*_SCORES, ("MatMul", 1), ("Transpose", 0)),
     "positions": (*_DISTANCES, ("MatMul", 1), ("Transpose", 0), ("Reshape", 0)),
     "bias_u": (*_SCORES, ("MatMul", 0), ("Transpose", 0), ("Add", 1)),
@@ -63,26 +63,22 @@ def attention_layers(graph: onnx.GraphProto) -> Iterator[dict[str, str]]:
     """Yield the names of the values of the attention of each layer.
 
     "qkv" [B, T, 3 D], rings and biases; "old_frames" and "new_frames" [B, 1], the numbers of visible frames; "context"
-    [B, T, D], the output before the projection; "k_new" and "v_new" [B, heads, T, d_k].
+    [B, T, D], the output before the projection.
     """
     index = Index(graph)
     for softmax in (node for node in index.nodes if node.op_type == "Softmax"):
         values = {name: index.source(softmax.input[0], path) for name, path in _ATTENTION.items()}
-        split = index.producer(values.pop("queries"), "Split")
-        for name, output in zip(("k_new", "v_new"), split.output[1:], strict=True):
-            values[name] = index.user(index.user(output, "Reshape").output[0], "Transpose").output[0]
         product = index.user(index.user(softmax.output[0], "Split").output[0], "MatMul")
         context = index.user(index.user(product.output[0], "Add").output[0], "Transpose")
         output = index.user(context.output[0], "Reshape").output[0]
-        yield {**values, "qkv": split.input[0], "v_ring": product.input[1], "context": output}
+        yield {**values, "v_ring": product.input[1], "context": output}
 
 
 def convolution_modules(graph: onnx.GraphProto) -> Iterator[dict[str, Any]]:
     """Yield the names of the values of the convolution of each layer, and the `epsilon` of its norm.
 
-    "x" [B, T, 2 D] before the gate; "valid" [B, 1, T]; "cache" and "next" [B, D, K - 1], of this and the next step;
-    "weight" [D, 1, 1, K]; "bias", "norm_weight" and "norm_bias" are empty if there is none; "y" [B, T, D] after the
-    SiLU.
+    "x" [B, T, 2 D] before the gate; "valid" [B, 1, T]; "cache" [B, D, K - 1]; "weight" [D, 1, 1, K]; "bias",
+    "norm_weight" and "norm_bias" are empty if there is none; "y" [B, T, D] after the SiLU.
     """
     index = Index(graph)
     for conv in (node for node in index.nodes if node.op_type == "Conv"):
@@ -92,9 +88,8 @@ def convolution_modules(graph: onnx.GraphProto) -> Iterator[dict[str, Any]]:
         cache, masked = index.producer(frames, "Concat").input
         gated, valid = index.producer(masked, "Mul").input
         x = index.source(gated, (("Transpose", 0), ("Mul", 0), ("Split", 0)))
-        (following,) = (node for node in index.users[frames] if node.op_type == "Slice")
         y = index.user(index.user(conv.output[0], "Transpose").output[0], "Reshape").output[0]
-        values = {"x": x, "valid": valid, "cache": cache, "weight": conv.input[1], "next": following.output[0]}
+        values = {"x": x, "valid": valid, "cache": cache, "weight": conv.input[1]}
         values |= {"bias": conv.input[2] if len(conv.input) > 2 else "", "norm_weight": "", "norm_bias": ""}
         norm = index.users[y][0]
         if norm.op_type == "LayerNormalization":
@@ -110,12 +105,8 @@ def epsilon(norm: NodeProto) -> float:
 
 
 def replace_nodes(graph: onnx.GraphProto, replaced: Mapping[str, NodeProto]) -> None:
-    """Put nodes in the place of those with the given outputs, and remove nodes and weights that no output needs.
-
-    Nodes with other outputs of the new nodes are removed too.
-    """
-    others = {output for node in replaced.values() for output in node.output} - replaced.keys()
-    nodes = [replaced.get(node.output[0], node) for node in graph.node if node.output[0] not in others]
+    """Put nodes in the place of those with the given outputs, and remove nodes and weights that no output needs."""
+    nodes = [replaced.get(node.output[0], node) for node in graph.node]
     needed = {value.name for value in graph.output}
     kept: list[NodeProto] = []
     for node in reversed(nodes):

@@ -110,7 +110,7 @@ def write_int8_for_cpu(
     files = [folder / f"{stem}.onnx", folder / f"{stem}.bin"]
     with WeightFile(bundle, model, files[1]) as weights:
         if fused:
-            with WeightFile(bundle, model, folder / "int8.bin") as shared:
+            with WeightFile(bundle, model, folder / f"{stem}-int8.bin") as shared:
                 added = fuse_for_cpu(graph, names, shared)
             files.append(shared.name_after_contents(added))
         else:

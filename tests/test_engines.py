@@ -404,7 +404,7 @@ def test_validation_of_random_weights(tiny_bundle: Bundle) -> None:
         (
             ["--backend", "onnxruntime", "--precision", "int8", "--target", "cuda"],
             2,
-            "with onnxruntime for cuda, choose fp32 or fp16 or bf16.",
+            "with onnxruntime for cuda, choose fp32, fp16 or bf16.",
         ),
         (
             ["--backend", "onnxruntime", "--precision", "int8", "--target", "sm89"],

@@ -1,9 +1,10 @@
 """CPU backend on ONNX Runtime.
 
 The state of all streams is kept in arrays allocated once, indexed by slot. K and V are ring buffers into which a step
-writes T rows. A step of B streams reads its rows through IO binding: in place if the slots are adjacent (always the
-case for one stream), from a staging copy otherwise. All graph inputs and outputs are preallocated and bound by address
-once per chunk size and batch size; only the caches are bound again, when their address changes.
+writes T rows. Graphs with operators of our own (`operators`) read and update the caches of their slots in place. For
+other graphs, a step of B streams reads its rows through IO binding: in place if the slots are adjacent (always the case
+for one stream), from a staging copy otherwise. All graph inputs and outputs are preallocated and bound by address once
+per chunk size and batch size; only the caches are bound again, when their address changes.
 """
 
 from __future__ import annotations
@@ -289,6 +290,7 @@ class _ChunkStep:
         self.prompted = bundle.manifest.languages.count > 0  # whether the encoder has the input `prompt`
         self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
         self.encoder = encoder
+        self.in_place = any(value.name == "slots" for value in encoder.get_inputs())
         graphs = bundle.manifest.graphs
         self._shapes = {
             tensor.name: tensor.shape
@@ -314,23 +316,31 @@ class _ChunkStep:
         bound["position"][:] = position
         bound["valid"][:] = valid
         bound["prompt"][:] = prompts
-        first = int(slots[0])
-        if int(slots[-1]) - first == rows - 1 and (np.diff(slots) == 1).all():
-            bound.bind_caches([array[:, first : first + rows] for array in (state.k, state.v, state.conv)])
-        else:
-            for staged, array in zip(self._staged, (state.k, state.v, state.conv), strict=True):
-                np.take(array, slots, axis=1, out=staged[:, :rows], mode="clip")
-            bound.bind_caches([staged[:, :rows] for staged in self._staged])
+        bound["slots"][:] = slots
+        bound.bind_caches(self._caches(slots))
         self.run_features(bound.features)
         self.run_encoder(bound.encoder)
         state.audio_tail[slots] = bound["audio_tail_next"]
         state.mel_cache[slots] = bound["mel_cache_next"]
+        if self.in_place:
+            return bound["encoded_joint"]
         state.conv[:, slots] = bound["conv_next"]
         ring = (position[:, None] + np.arange(self.chunk.frames)) % self.cache
         # Indexing by slot and ring row makes the left side [B, T, L, heads, d_k].
         state.k[:, slots[:, None], :, ring] = bound["k_new"].transpose(1, 3, 0, 2, 4)
         state.v[:, slots[:, None], :, ring] = bound["v_new"].transpose(1, 3, 0, 2, 4)
         return bound["encoded_joint"]
+
+    def _caches(self, slots: Ints) -> list[Floats]:
+        """Return K, V and convolution caches of the slots of a step [L, B, ...], or, in place, of all slots."""
+        arrays, first, rows = [self.state.k, self.state.v, self.state.conv], int(slots[0]), len(slots)
+        if self.in_place:
+            return arrays
+        if int(slots[-1]) - first == rows - 1 and (np.diff(slots) == 1).all():
+            return [array[:, first : first + rows] for array in arrays]
+        for staged, array in zip(self._staged, arrays, strict=True):
+            np.take(array, slots, axis=1, out=staged[:, :rows], mode="clip")
+        return [staged[:, :rows] for staged in self._staged]
 
     def array(self, name: str, rows: int, dtype: Any = np.float32) -> NDArray[Any]:
         """Return the buffer of a graph input or output for batches of `rows`; all batch sizes share its memory."""
@@ -351,12 +361,13 @@ class _BatchBindings:
         self._arrays: dict[str, NDArray[Any]] = {}
         for name in ("audio", "audio_tail", "mel_cache", "audio_tail_next", "mel", "mel_cache_next"):
             self._arrays[name] = step.array(name, rows)
+        added = () if step.in_place else ("k_new", "v_new", "conv_next")
         self._arrays["encoded_joint"] = step.array("encoded_joint", rows)
-        for name in ("k_new", "v_new", "conv_next"):
+        for name in added:
             self._arrays[name] = step.array(name, rows, step.state.k.dtype)
         for name in ("lengths", "position", "valid"):
             self._arrays[name] = step.array(name, rows, np.int64)
-        self._arrays["prompt"] = np.zeros(rows, np.int64)
+        self._arrays["prompt"], self._arrays["slots"] = np.zeros((2, rows), np.int64)
         for name in ("audio", "audio_tail", "lengths"):
             _bind(self.features.bind_input, name, self[name])
         for name in ("mel", "audio_tail_next"):
@@ -365,14 +376,16 @@ class _BatchBindings:
             _bind(self.encoder.bind_input, name, self[name])
         if step.prompted:
             _bind(self.encoder.bind_input, "prompt", self["prompt"])
-        for name in ("encoded_joint", "mel_cache_next", "k_new", "v_new", "conv_next"):
+        if step.in_place:
+            _bind(self.encoder.bind_input, "slots", self["slots"])
+        for name in ("encoded_joint", "mel_cache_next", *added):
             _bind(self.encoder.bind_output, name, self[name])
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._arrays[name]
 
     def bind_caches(self, caches: list[Floats]) -> None:
-        """Bind K, V and convolution caches [L, B, ...] per layer, unless they are bound at this address already."""
+        """Bind K, V and convolution caches [L, ...] per layer, unless they are bound at this address already."""
         addresses = tuple(array.ctypes.data for array in caches)
         if addresses == self._caches:
             return

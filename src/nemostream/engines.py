@@ -218,9 +218,8 @@ def _choose_builder(
     supported = _PRECISIONS[backend, provider]
     if precision not in supported:
         hint = " fp32 needs no engine: the bundle itself runs." if (provider, precision) == ("cpu", "fp32") else ""
-        raise OptionError(
-            f"precision is {precision!r}; with {backend} for {provider}, choose {' or '.join(supported)}.{hint}"
-        )
+        allowed = " or ".join(filter(None, [", ".join(supported[:-1]), supported[-1]]))
+        raise OptionError(f"precision is {precision!r}; with {backend} for {provider}, choose {allowed}.{hint}")
     try:
         import nemostream.engine.precision  # noqa: F401
     except ImportError as error:

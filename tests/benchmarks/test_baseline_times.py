@@ -26,7 +26,10 @@ time_rounds = baseline._time_rounds
 
 
 class Runner:
-    """A runner whose steps take `seconds` in turn (the last one for all further ones) and emit one token each."""
+    """A runner whose second steps take `seconds` in turn (the last one for all further ones), and emit one token each.
+
+    The steps before them take a quarter of a second, and emit one token each.
+    """
 
     covers, setup = "PCM to tokens", "as it is"
 
@@ -43,7 +46,10 @@ class Runner:
 
     def step(self, position: int) -> None:
         self.positions.append(position)
-        self._clock.sleep(self._seconds.pop(0) if len(self._seconds) > 1 else self._seconds[0])
+        if len(self.positions) % 2:
+            self._clock.sleep(0.25)
+        else:
+            self._clock.sleep(self._seconds.pop(0) if len(self._seconds) > 1 else self._seconds[0])
         for row in self._tokens:
             row.append(self._token)
 
@@ -55,7 +61,7 @@ class Runner:
 
 
 def test_rounds(demo_bundle: Bundle, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three warm-up rounds do not count; every step is after a pause, which is not timed."""
+    """Three warm-up rounds do not count; every step is after a pause and another step, which are not timed."""
     made: list[float] = []
 
     class OtherWork:
@@ -75,10 +81,10 @@ def test_rounds(demo_bundle: Bundle, clock: Any, monkeypatch: pytest.MonkeyPatch
     begin = clock.now
     rounds, other = baseline._time_rounds(runners, demo_bundle.manifest.chunk(160), 70, 2, clock, clock.sleep)  # type: ignore[arg-type]
     assert rounds == [pytest.approx({"a": 1.0, "b": 4.0, "c": 0.5}), pytest.approx({"a": 2.0, "b": 8.0, "c": 0.5})]
-    assert {tuple(runner.positions) for runner in runners} == {(70, 72, 74, 76, 78)}
-    # Measured during the timed rounds: 15.5 + 0.5 seconds of steps and six pauses.
-    assert other == pytest.approx(16.0 + 6 * 0.02)
-    assert clock.now - begin == pytest.approx(3 * 16.5 + 16.0 + 15 * 0.02)
+    assert {tuple(runner.positions) for runner in runners} == {tuple(range(70, 90, 2))}
+    # Measured during the timed rounds: 15.5 + 0.5 seconds of timed steps, six others, and six pauses.
+    assert other == pytest.approx(16.0 + 6 * 0.27)
+    assert clock.now - begin == pytest.approx(3 * 16.5 + 16.0 + 15 * 0.27)
     many, _ = baseline._time_rounds(runners, demo_bundle.manifest.chunk(160), 70, 12, clock, clock.sleep)  # type: ignore[arg-type]
     assert len({tuple(found) for found in many}) > 3  # the order is random
 
@@ -172,8 +178,8 @@ def test_rows_of_the_runners(demo_bundle: Bundle, clock: Any, monkeypatch: pytes
     assert transformers["values"]["relative_time"]["nemostream, fp32"] == pytest.approx(
         {"median": 0.625, "min": 0.5, "max": 0.75}
     )
-    # Five steps of one token, in 5 * 160 ms of each of two streams; those while the caches were filled do not count.
-    assert nemo["values"]["tokens_per_second"] == pytest.approx(2 * 5 / (2 * 5 * 0.16))
+    # Ten steps of one token, in 10 * 160 ms of each of two streams; those while the caches were filled do not count.
+    assert nemo["values"]["tokens_per_second"] == pytest.approx(2 * 10 / (2 * 10 * 0.16))
     assert "tokens_per_second" not in transformers["values"] and "same_tokens" not in transformers["values"]
     assert (fp32["values"]["same_tokens"], int8["values"]["same_tokens"]) == (1.0, 0.0)
     # 4 MB at 1 GB/s, 1 MB at 1 GB/s; 2 rows of a million operations at 1 and at 4 GFLOP/s.
@@ -184,8 +190,8 @@ def test_rows_of_the_runners(demo_bundle: Bundle, clock: Any, monkeypatch: pytes
     assert (nemo["values"]["covers"], nemo["values"]["setup"]) == ("PCM to tokens", "as it is")
     # The caches hold 70 frames: five steps of the longest chunk, 14 frames; the audio is as long as all steps.
     assert {runner.filled for runner in runners} == {70} and all(runner.closed for runner in runners)
-    assert {tuple(runner.positions) for runner in runners} == {(70, 72, 74, 76, 78)}
-    assert {feed.audio.shape for feed in factory.feeds} == {(2, 80 * 1280)}
+    assert {tuple(runner.positions) for runner in runners} == {tuple(range(70, 90, 2))}
+    assert {feed.audio.shape for feed in factory.feeds} == {(2, 90 * 1280)}
 
 
 def test_tokens_are_compared_with_those_of_nemostream_without_nemo(
@@ -358,6 +364,7 @@ def test_runners_that_cannot_run_are_tried_once(demo_bundle: Bundle, monkeypatch
     assert result["method"] == {
         "repeats": 7,
         "warm_up": 3,
+        "round_steps": 2,
         "threads": 3,
         "device": "cpu",
         "order": "random in each round",

@@ -91,8 +91,11 @@ def encode(
 ) -> np.ndarray:
     """Return `encoded_joint` [steps, B, T, J] of `rows` streams with the same audio.
 
-    They have increasing volumes, or, if the model is prompted, the prompts `PROMPTS`.
+    They have increasing volumes, or, if the model is prompted, the prompts `PROMPTS`. An encoder with the input `slots`
+    updates the caches itself; their slots are in reverse order.
     """
+    slots = np.arange(rows)[::-1].copy()
+    in_place = any(value.name == "slots" for value in encoder.get_inputs())
     manifest, spec = bundle.manifest, bundle.manifest.encoder
     features = ort.InferenceSession(bundle.file(f"features-{chunk.ms}ms"), providers=["CPUExecutionProvider"])
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -113,14 +116,16 @@ def encode(
         inputs = {"mel": mel, "position": np.full(rows, position), "valid": valid, **state}
         if manifest.languages.count:
             inputs["prompt"] = np.resize(PROMPTS, rows)
+        if in_place:
+            inputs["slots"] = slots
         outputs = dict(zip(names, encoder.run(names, inputs), strict=True))
+        found.append(outputs["encoded_joint"])
         ring = (position + np.arange(chunk.frames)) % spec.cache
         state["mel_cache"] = outputs["mel_cache_next"]
-        for layer in range(spec.layers):
+        for layer in range(0 if in_place else spec.layers):
             state[f"k_cache.{layer}"][:, :, ring] = outputs["k_new"][layer]
             state[f"v_cache.{layer}"][:, :, ring] = outputs["v_new"][layer]
             state[f"conv_cache.{layer}"] = outputs["conv_next"][layer]
-        found.append(outputs["encoded_joint"])
     return np.stack(found)
 
 

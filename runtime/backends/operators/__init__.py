@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-DOMAIN, VERSION = "nemostream", 2
+DOMAIN, VERSION = "nemostream", 3
 _COLUMNS, _ALIGNMENT, _ZERO = 64, 64, 128  # of the panels of `int8_linear.c`
 
 

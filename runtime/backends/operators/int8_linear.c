@@ -28,7 +28,8 @@ static void product_portable(
     for (int64_t k = 0; k < depth; k += 4)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < COLUMNS; n++)
-                for (int j = 0; j < 4; j++) sums[r][n] += weights[(k * COLUMNS) + (4 * n) + j] * inputs[r * depth + k + j];
+                for (int j = 0; j < 4; j++)
+                    sums[r][n] += weights[(k * COLUMNS) + (4 * n) + j] * inputs[r * depth + k + j];
 }
 
 #if X86

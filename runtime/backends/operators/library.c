@@ -37,6 +37,14 @@ int has_shape(const Tensor *tensor, size_t rank, const int64_t *dims) {
     return !tensor->data || (tensor->rank == rank && !memcmp(tensor->dims, dims, rank * sizeof *dims));
 }
 
+int are_slots(const Tensor *slots, int64_t rows, int64_t count) {
+    const int64_t *slot = slots->data;
+    if (!has_shape(slots, 1, &rows)) return 0;
+    for (int64_t row = 0; row < rows; row++)
+        if (slot[row] < 0 || slot[row] >= count) return 0;
+    return 1;
+}
+
 void *scratch(size_t bytes) {
     static _Thread_local void *memory;
     static _Thread_local size_t allocated;

@@ -17,6 +17,7 @@
 #define VECTORIZED
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
 #define EXPORTED __attribute__((visibility("default")))
 
 enum { MAX_DIMS = 8, LANES = 16 };
@@ -33,9 +34,10 @@ extern const OrtCustomOp int8_linear, relative_attention, causal_convolution;
 OrtStatus *read_inputs(OrtKernelContext *context, Tensor *tensors, size_t count);
 OrtStatus *create_output(OrtKernelContext *context, size_t index, const int64_t *dims, size_t rank, float **data);
 int has_shape(const Tensor *tensor, size_t rank, const int64_t *dims);  // an absent tensor has every shape
+int are_slots(const Tensor *slots, int64_t rows, int64_t count);         // whether [rows] are numbers below `count`
 
-// Memory of the calling thread, aligned to a cache line, which grows to the largest request: allocating a megabyte takes
-// longer than using it. The next request of the thread invalidates it. NULL without memory.
+// Memory of the calling thread, aligned to a cache line, which grows to the largest request: allocating a megabyte
+// takes longer than using it. The next request of the thread invalidates it. NULL without memory.
 void *scratch(size_t bytes);
 
 // Operators have inputs and outputs of memory of the CPU, and no variadic ones.
@@ -47,7 +49,7 @@ int cpu_memory(const OrtCustomOp *op, size_t index);
 // 16 floats, which a processor without AVX-512 has in several registers.
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-static inline float sum_lanes(Lanes lanes) {
+INLINE float sum_lanes(Lanes lanes) {
     typedef float Half __attribute__((vector_size(32))), Quarter __attribute__((vector_size(16)));
     Half halves[2];
     Quarter quarters[2];
@@ -60,7 +62,7 @@ static inline float sum_lanes(Lanes lanes) {
 
 // exp by a polynomial of degree 6 after range reduction (Cephes), so that loops are vectorised and have the same result
 // on every processor. Arguments are limited to [-87, 88].
-static inline float exponential(float x) {
+INLINE float exponential(float x) {
     float t = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
     float n = t * 1.44269504088896341f + 12582912.0f - 12582912.0f;  // rounds to an integer
     float r = t - n * 0.693359375f - n * -2.12194440e-4f;
@@ -77,10 +79,10 @@ static inline float exponential(float x) {
     return p * power;
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // Layer normalisation of a row: y = (x - mean) / sqrt(variance + epsilon) * weight + bias. `y` may be `x`.
-static inline void normalize(
+INLINE void normalize(
     const float *x, const float *weight, const float *bias, float epsilon, int64_t size, float *y
 ) {
     Lanes sums = {0}, squares = {0};

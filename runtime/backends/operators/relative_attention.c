@@ -1,23 +1,21 @@
 // Attention of new frames to the ring of a layer's earlier frames and to each other, with relative positions
 // (Transformer-XL): weights = softmax((q + u) k + (q + v) p over visible frames), y = weights v.
 //
-// qkv [B, T, 3 D] (queries are scaled), K and V rings [B, H, C, D / H], positions [C + 2 T - 1, D] of the distances
-// C + T - 1 down to 1 - T, u and v [H, D / H], position [B] (frames before this step), and the visible frames [B, 1]:
-// ring entries of age 1 to `old`, new frames before `new`. Outputs: y [B, T, D] (0 if no frame is visible), and the new
-// keys and values [B, H, T, D / H].
+// qkv [B, T, 3 D] (queries are scaled), K and V rings of all slots [S, H, C, D / H], positions [C + 2 T - 1, D] of the
+// distances C + T - 1 down to 1 - T, u and v [H, D / H], position [B] (frames before this step), the visible frames
+// [B, 1] (ring entries of age 1 to `old`, new frames before `new`), and the slot of each row [B], which differ. Output:
+// y [B, T, D], 0 if no frame is visible. The new keys and values replace those at (position + t) mod C in the rings.
 
 #include "operators.h"
 
 typedef struct {
-    const float *qkv, *k_ring, *v_ring, *positions, *u, *v;
-    const int64_t *position, *old, *new;
-    float *y, *k_new, *v_new;
+    const float *qkv, *positions, *u, *v;
+    const int64_t *position, *old, *new, *slots;
+    float *k_rings, *v_rings, *y;
     int64_t rows, frames, width, heads, ring;
     int64_t scores_stride;  // the visible frames, at most, in whole LANES
     int failed;
 } Call;
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     const float *key, *value;
@@ -75,17 +73,18 @@ INLINE void attend_size(const Call *call, int64_t row, int64_t head, char *memor
     const int64_t new = call->new[row] < frames ? call->new[row] : frames;
     const float *qkv = call->qkv + row * frames * 3 * width + head * size;
     const float *first = call->positions + (ring + frames - 1) * width + head * size;
-    const int64_t cached = (row * call->heads + head) * ring * size, added = (row * call->heads + head) * frames * size;
-    float *scores = (float *)memory, *query_u = scores + frames * stride, *query_v = query_u + frames * size;
-    Frame *visible = (Frame *)(query_v + frames * size);
+    float *k_ring = call->k_rings + (call->slots[row] * call->heads + head) * ring * size;
+    float *v_ring = call->v_rings + (call->slots[row] * call->heads + head) * ring * size;
+    Frame *visible = (Frame *)memory;
+    float *scores = (float *)(visible + ring + frames), *query_u = scores + frames * stride;
+    float *query_v = query_u + frames * size;
 
     int64_t count = 0;
     for (int64_t r = 0; r < ring; r++) {
         int64_t age = (position - 1 - r) % ring;
         age += age < 0 ? ring + 1 : 1;
         if (age > old) continue;
-        const int64_t at = cached + r * size;
-        visible[count++] = (Frame){call->k_ring + at, call->v_ring + at, first - age * width};
+        visible[count++] = (Frame){k_ring + r * size, v_ring + r * size, first - age * width};
     }
     for (int64_t j = 0; j < new; j++) {
         const float *key = qkv + (3 * j + 1) * width;
@@ -93,21 +92,25 @@ INLINE void attend_size(const Call *call, int64_t row, int64_t head, char *memor
     }
     for (int64_t t = 0; t < frames; t++) {
         const float *query = qkv + 3 * t * width, *u = call->u + head * size, *v = call->v + head * size;
-        memcpy(call->k_new + added + t * size, query + width, size * sizeof *query);
-        memcpy(call->v_new + added + t * size, query + 2 * width, size * sizeof *query);
         for (int64_t i = 0; i < size; i++) query_u[t * size + i] = query[i] + u[i];
         for (int64_t i = 0; i < size; i++) query_v[t * size + i] = query[i] + v[i];
     }
     // The queries of a key use adjacent positions, so they are in a near cache.
     for (int64_t j = 0; j < count; j++)
         for (int64_t t = 0; t < frames; t++) {
-            const Frame *to = visible + j;
-            scores[t * stride + j] = dot(query_u + t * size, to->key, query_v + t * size, to->position - t * width, size);
+            const float *u = query_u + t * size, *v = query_v + t * size, *place = visible[j].position - t * width;
+            scores[t * stride + j] = dot(u, visible[j].key, v, place, size);
         }
     for (int64_t t = 0; t < frames; t++) {
         float *y = call->y + (row * frames + t) * width + head * size;
         if (count) softmax(scores + t * stride, count);
         add_weighted(scores + t * stride, visible, count, size, y);
+    }
+    for (int64_t t = 0; t < frames; t++) {
+        const float *key = qkv + (3 * t + 1) * width;
+        const int64_t at = (position + t) % ring * size;
+        memcpy(k_ring + at, key, size * sizeof *key);
+        memcpy(v_ring + at, key + width, size * sizeof *key);
     }
 }
 
@@ -122,7 +125,8 @@ VECTORIZED static void attend(const Call *call, int64_t row, int64_t head, char 
 
 static size_t bytes_of_head(const Call *call) {
     const int64_t queries = 2 * call->frames * (call->width / call->heads);
-    return (call->frames * call->scores_stride + queries) * sizeof(float) + (call->ring + call->frames) * sizeof(Frame);
+    const int64_t floats = call->frames * call->scores_stride + queries;
+    return (call->ring + call->frames) * sizeof(Frame) + floats * sizeof(float);
 }
 
 static void attend_head(void *data, size_t index) {
@@ -136,22 +140,23 @@ static void attend_head(void *data, size_t index) {
 
 static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     (void)kernel;
-    Tensor in[9], *qkv = in, *k = in + 1, *v = in + 2, *positions = in + 3, *bias_u = in + 4, *bias_v = in + 5;
-    Tensor *position = in + 6, *old = in + 7, *new = in + 8;
-    OrtStatus *status = read_inputs(context, in, 9);
+    Tensor in[10], *qkv = in, *k = in + 1, *v = in + 2, *positions = in + 3, *bias_u = in + 4, *bias_v = in + 5;
+    Tensor *position = in + 6, *old = in + 7, *new = in + 8, *slots = in + 9;
+    OrtStatus *status = read_inputs(context, in, 10);
     if (status) return status;
-    if (qkv->rank != 3 || k->rank != 4)
-        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has the wrong number of dimensions");
+    if (qkv->rank != 3 || k->rank != 4 || k->dims[1] < 1 || k->dims[2] < 1)
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has other dimensions");
     Call call = {
         .qkv = qkv->data,
-        .k_ring = k->data,
-        .v_ring = v->data,
+        .k_rings = k->data,
+        .v_rings = v->data,
         .positions = positions->data,
         .u = bias_u->data,
         .v = bias_v->data,
         .position = position->data,
         .old = old->data,
         .new = new->data,
+        .slots = slots->data,
         .rows = qkv->dims[0],
         .frames = qkv->dims[1],
         .heads = k->dims[1],
@@ -161,14 +166,17 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     call.scores_stride = (call.ring + call.frames + LANES - 1) / LANES * LANES;
     const int64_t rows = call.rows, frames = call.frames, size = k->dims[3], column[] = {rows, 1};
     const int64_t places[] = {call.ring + 2 * frames - 1, call.width}, biases[] = {call.heads, size};
-    const int64_t shape[] = {rows, frames, call.width}, added[] = {rows, call.heads, frames, size};
-    if (qkv->dims[2] != 3 * call.width || k->dims[0] != rows || !has_shape(v, 4, k->dims) ||
-        !has_shape(positions, 2, places) || !has_shape(bias_u, 2, biases) || !has_shape(bias_v, 2, biases) ||
-        !has_shape(position, 1, &rows) || !has_shape(old, 2, column) || !has_shape(new, 2, column))
+    const int64_t shape[] = {rows, frames, call.width};
+    if (qkv->dims[2] != 3 * call.width || !has_shape(v, 4, k->dims) || !has_shape(positions, 2, places) ||
+        !has_shape(bias_u, 2, biases) || !has_shape(bias_v, 2, biases) || !has_shape(position, 1, &rows) ||
+        !has_shape(old, 2, column) || !has_shape(new, 2, column))
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: the shapes of the inputs differ");
+    if (!are_slots(slots, rows, k->dims[0]))
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: a row has no slot in the rings");
+    for (int64_t row = 0; row < rows; row++)
+        if (call.position[row] < 0)
+            return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: a position is negative");
     if ((status = create_output(context, 0, shape, 3, &call.y))) return status;
-    if ((status = create_output(context, 1, added, 4, &call.k_new))) return status;
-    if ((status = create_output(context, 2, added, 4, &call.v_new))) return status;
     const int64_t tasks = rows * call.heads;
     if (rows * frames == 1)  // less work than waking up a thread
         for (int64_t index = 0; index < tasks; index++) attend_head(&call, index);
@@ -185,8 +193,8 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
 
 static void destroy(void *kernel) { (void)kernel; }
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "RelativeAttention"; }
-static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 9; }
-static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 3; }
+static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 10; }
+static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 1; }
 static int op_input_type(const OrtCustomOp *op, size_t index) { return (void)op, index < 6 ? ORT_FLOAT : ORT_INT64; }
 
 const OrtCustomOp relative_attention = {

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import nemostream
 from nemostream.bundle import Bundle, LanguageConfig
+from nemostream.engine.precision import write_int8_for_cpu
 from nemostream.errors import BackendError, OptionError
-from nemostream.runtime.backends import cpu
+from nemostream.runtime.backends import cpu, operators
 from nemostream.runtime.backends.base import Batch, at_least_one, check_copy, check_state
 from nemostream.runtime.backends.cpu import OrtBackend
 from nemostream.runtime.decoding.boosting import NO_PHRASES, Boosting
@@ -84,9 +85,21 @@ def test_frames_equal_those_of_the_step_loop(
     assert backend.save(2)["position"] == len(steps) * chunk.frames
 
 
-def test_rows_of_scattered_slots_equal_streams_alone(demo_bundle: Bundle, speech: np.ndarray) -> None:
-    """Streams at different positions in slots 0, 2 and 3; later in adjacent slots; the other slot is unchanged."""
-    backend = OrtBackend(demo_bundle, capacity=4, max_batch=3, threads=1)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_of_scattered_slots_equal_streams_alone(
+    in_place: bool, demo_bundle: Bundle, speech: np.ndarray, tmp_path: Path
+) -> None:
+    """Streams at different positions in slots 0, 2 and 3; later in adjacent slots; the other slot is unchanged.
+
+    With the graph of the bundle, and with an 8-bit one that uses the caches in place.
+    """
+    plans: Any = None
+    if in_place:
+        if not operators.library():
+            pytest.skip("the operators have no fast code for this processor")
+        path, *_ = write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(560), tmp_path, "int8", fused=True)
+        plans = {560: SimpleNamespace(path=path, recipe=SimpleNamespace(cache_dtype="float32"))}
+    backend = OrtBackend(demo_bundle, capacity=4, max_batch=3, threads=1, plans=plans)
     manifest, starts = backend.manifest, {0: 0, 2: 16_000, 3: 30_000}
     backend.encode(batch_of(manifest, speech, 560, 0, [3]))  # prepares the chunk size
     backend.reset(np.arange(4))

@@ -20,7 +20,7 @@ Layer = Callable[..., Floats]
 LIBRARY = operators.compiled()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the operators are not compiled")
 EPSILON = 1e-3
-INTEGERS = ("position", "old", "new")
+INTEGERS = ("position", "old", "new", "slots")
 
 
 @pytest.fixture(params=["amx", "vnni", "portable"])
@@ -230,11 +230,20 @@ def normalized(x: Any, gain: Any, shift: Any) -> Any:
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
-ATTENTION = ["qkv", "k_ring", "v_ring", "positions", "u", "v", "position", "old", "new"]
+ATTENTION = ["qkv", "k_ring", "v_ring", "positions", "u", "v", "position", "old", "new", "slots"]
+SLOTS = 20  # more than rows
 
 
-def attention(threads: int = 1) -> Callable[..., list[Any]]:
-    return operator("RelativeAttention", ATTENTION, ["y", "k_new", "v_new"], threads=threads)
+def attention(threads: int = 1) -> Callable[..., Any]:
+    """Return a function that runs the operator on copies of the rings. It returns the output and the updated rings."""
+    run = operator("RelativeAttention", ATTENTION, ["y"], threads=threads)
+
+    def attend(**feeds: Any) -> tuple[Any, Any, Any]:
+        feeds |= {name: feeds[name].copy() for name in ("k_ring", "v_ring")}
+        (y,) = run(**feeds)
+        return y, feeds["k_ring"], feeds["v_ring"]
+
+    return attend
 
 
 def attention_inputs(rows: int, frames: int, heads: int, size: int, ring: int, seed: int = 0) -> dict[str, Any]:
@@ -243,8 +252,8 @@ def attention_inputs(rows: int, frames: int, heads: int, size: int, ring: int, s
     width = heads * size
     shapes = {
         "qkv": (rows, frames, 3 * width),
-        "k_ring": (rows, heads, ring, size),
-        "v_ring": (rows, heads, ring, size),
+        "k_ring": (SLOTS, heads, ring, size),
+        "v_ring": (SLOTS, heads, ring, size),
         "positions": (ring + 2 * frames - 1, width),
         "u": (heads, size),
         "v": (heads, size),
@@ -252,32 +261,33 @@ def attention_inputs(rows: int, frames: int, heads: int, size: int, ring: int, s
     feeds: dict[str, Any] = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     position = np.resize([0, 3, ring - 1, ring, 5 * ring + 2, ring + 1], rows).astype(np.int64)
     new = np.resize([frames, frames, frames, max(frames - 2, 0), frames, 1], rows).astype(np.int64)
-    return {**feeds, "position": position, "old": np.minimum(position, ring)[:, None], "new": new[:, None]}
+    feeds |= {"position": position, "old": np.minimum(position, ring)[:, None], "new": new[:, None]}
+    return {**feeds, "slots": rng.permutation(SLOTS)[:rows]}
 
 
-def attention_reference(feeds: dict[str, Any]) -> Any:
-    """Return the output in float64, with frames in the order of time and a distance for each pair."""
+def attention_reference(feeds: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the output in float64, with frames in the order of time and a distance for each pair, and the rings."""
     qkv, k_ring, v_ring = (feeds[name].astype(np.float64) for name in ("qkv", "k_ring", "v_ring"))
-    rows, heads, ring, size = k_ring.shape
-    frames = qkv.shape[1]
+    _, heads, ring, size = k_ring.shape
+    rows, frames, _ = qkv.shape
     q, k, v = (part.reshape(rows, frames, heads, size) for part in np.split(qkv, 3, axis=2))
     positions = feeds["positions"].astype(np.float64).reshape(-1, heads, size)
     y = np.zeros((rows, frames, heads, size))
-    for row in range(rows):
+    for row, slot in enumerate(feeds["slots"]):
         start, old, new = (int(feeds[name][row].item()) for name in ("position", "old", "new"))
         times = [*range(start - old, start), *range(start, start + new)]
-        if not times:
-            continue
-        for head in range(heads):
-            keys = [k_ring[row, head, time % ring] if time < start else k[row, time - start, head] for time in times]
-            values = [v_ring[row, head, time % ring] if time < start else v[row, time - start, head] for time in times]
+        for head in range(heads if times else 0):
+            keys = [k_ring[slot, head, time % ring] if time < start else k[row, time - start, head] for time in times]
+            values = [v_ring[slot, head, time % ring] if time < start else v[row, time - start, head] for time in times]
             for t in range(frames):
                 query = q[row, t, head]
                 places = [positions[ring + frames - 1 - (start + t - time), head] for time in times]
                 scores = np.array(keys) @ (query + feeds["u"][head]) + np.array(places) @ (query + feeds["v"][head])
                 weights = np.exp(scores - scores.max())
                 y[row, t, head] = weights / weights.sum() @ np.array(values)
-    return y.reshape(rows, frames, heads * size)
+        for t in range(frames):
+            k_ring[slot, :, (start + t) % ring], v_ring[slot, :, (start + t) % ring] = k[row, t], v[row, t]
+    return y.reshape(rows, frames, heads * size), k_ring, v_ring
 
 
 @pytest.mark.parametrize(
@@ -286,11 +296,10 @@ def attention_reference(feeds: dict[str, Any]) -> Any:
 )
 def test_attention_equals_numpy(rows: int, frames: int, heads: int, size: int, ring: int) -> None:
     feeds = attention_inputs(rows, frames, heads, size, ring)
-    y, k_new, v_new = attention()(**feeds)
-    np.testing.assert_allclose(y, attention_reference(feeds), rtol=1e-4, atol=2e-5)
-    _, k, v = np.split(feeds["qkv"], 3, axis=2)
-    for found, wanted in ((k_new, k), (v_new, v)):
-        np.testing.assert_array_equal(found, wanted.reshape(rows, frames, heads, size).transpose(0, 2, 1, 3))
+    (y, *rings), (wanted, *wanted_rings) = attention()(**feeds), attention_reference(feeds)
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=2e-5)
+    for found, expected in zip(rings, wanted_rings, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_attention_without_visible_frames_is_zero() -> None:
@@ -304,10 +313,10 @@ def test_invisible_frames_are_not_read() -> None:
     """Their values may be anything, NaN included."""
     feeds = attention_inputs(6, 7, 2, 32, 10)
     clean = attention()(**feeds)[0]
-    for row in range(6):
+    for row, slot in enumerate(feeds["slots"]):
         start, old, new = (int(feeds[name][row].item()) for name in ("position", "old", "new"))
         hidden = sorted(set(range(10)) - {time % 10 for time in range(start - old, start)})
-        feeds["k_ring"][row, :, hidden] = feeds["v_ring"][row, :, hidden] = np.nan
+        feeds["k_ring"][slot, :, hidden] = feeds["v_ring"][slot, :, hidden] = np.nan
         feeds["qkv"][row, new:, 64:] = np.nan
     np.testing.assert_array_equal(attention()(**feeds)[0], clean)
 
@@ -316,35 +325,59 @@ def test_attention_with_large_scores() -> None:
     """One frame has all the weight, and nothing overflows."""
     feeds = attention_inputs(4, 2, 1, 16, 8)
     feeds["qkv"] *= 100
-    np.testing.assert_allclose(attention()(**feeds)[0], attention_reference(feeds), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(attention()(**feeds)[0], attention_reference(feeds)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_attention_does_not_depend_on_the_batch() -> None:
     feeds = attention_inputs(6, 7, 4, 128, 70)
-    together = attention(threads=3)(**feeds)
-    shared = ("positions", "u", "v")
-    for row in range(6):
-        alone = {name: array if name in shared else array[row : row + 1] for name, array in feeds.items()}
-        for one, all_rows in zip(attention()(**alone), together, strict=True):
-            np.testing.assert_array_equal(one[0], all_rows[row])
+    y, *rings = attention(threads=3)(**feeds)
+    for row, slot in enumerate(feeds["slots"]):
+        own = ("qkv", "position", "old", "new", "slots")
+        alone = {name: array[row : row + 1] if name in own else array for name, array in feeds.items()}
+        y_alone, *rings_alone = attention()(**alone)
+        np.testing.assert_array_equal(y_alone[0], y[row])
+        for ring_alone, ring in zip(rings_alone, rings, strict=True):
+            np.testing.assert_array_equal(ring_alone[slot], ring[slot])
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_inputs_of_other_shapes_are_errors(name: str) -> None:
     feeds = attention_inputs(2, 3, 2, 16, 8)
-    feeds[name] = np.concatenate([feeds[name]] * 2)
-    with pytest.raises(Exception, match="RelativeAttention: the shapes of the inputs differ"):
+    axis = 1 if name.endswith("ring") else 0
+    feeds[name] = np.concatenate([feeds[name]] * 2, axis)
+    what = "a row has no slot in the rings" if name == "slots" else "the shapes of the inputs differ"
+    with pytest.raises(Exception, match=f"RelativeAttention: {what}"):
+        attention()(**feeds)
+
+
+def test_attention_in_slots_that_do_not_exist_is_an_error() -> None:
+    for slot in (-1, SLOTS):
+        feeds = attention_inputs(2, 3, 2, 16, 8)
+        feeds["slots"][1] = slot
+        with pytest.raises(Exception, match="RelativeAttention: a row has no slot in the rings"):
+            attention()(**feeds)
+    feeds = attention_inputs(2, 3, 2, 16, 8)
+    feeds["position"][1] = -1
+    with pytest.raises(Exception, match="RelativeAttention: a position is negative"):
         attention()(**feeds)
 
 
 # -- convolution -------------------------------------------------------------------------------------------------------
 
-CONVOLUTION = ["x", "valid", "cache", "taps", "bias", "norm_weight", "norm_bias"]
+CONVOLUTION = ["x", "valid", "cache", "taps", "slots", "bias", "norm_weight", "norm_bias"]
 
 
-def convolution(*, bias: bool = True, norm: bool = True, threads: int = 1) -> Callable[..., list[Any]]:
-    names = [*CONVOLUTION[:4], "bias" if bias else "", *(CONVOLUTION[5:] if norm else ("", ""))]
-    return operator("CausalConvolution", names, ["y", "next"], threads=threads, epsilon=EPSILON)
+def convolution(*, bias: bool = True, norm: bool = True, threads: int = 1) -> Callable[..., Any]:
+    """Return a function that runs the operator on a copy of the caches. It returns the output and the new caches."""
+    names = [*CONVOLUTION[:5], "bias" if bias else "", *(CONVOLUTION[6:] if norm else ("", ""))]
+    run = operator("CausalConvolution", names, ["y"], threads=threads, epsilon=EPSILON)
+
+    def convolve(**feeds: Any) -> tuple[Any, Any]:
+        feeds["cache"] = feeds["cache"].copy()
+        (y,) = run(**feeds)
+        return y, feeds["cache"]
+
+    return convolve
 
 
 def convolution_inputs(
@@ -353,27 +386,28 @@ def convolution_inputs(
     rng = np.random.default_rng(0)
     shapes = {
         "x": (rows, frames, 2 * width),
-        "cache": (rows, width, taps - 1),
+        "cache": (SLOTS, width, taps - 1),
         "taps": (taps, width),
         **({"bias": (width,)} if bias else {}),
         **({"norm_weight": (width,), "norm_bias": (width,)} if norm else {}),
     }
     feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     valid = np.arange(frames) < np.resize([frames, 1, max(frames - 1, 0)], rows)[:, None]
-    return {**feeds, "valid": valid[:, None].astype(np.float32)}
+    return {**feeds, "valid": valid[:, None].astype(np.float32), "slots": rng.permutation(SLOTS)[:rows]}
 
 
 def convolution_reference(feeds: dict[str, Any]) -> tuple[Any, Any]:
-    x = feeds["x"].astype(np.float64)
+    x, slots, caches = feeds["x"].astype(np.float64), feeds["slots"], feeds["cache"].astype(np.float64)
     rows, frames, width = x.shape[0], x.shape[1], x.shape[2] // 2
     gated = x[..., :width] / (1 + np.exp(-x[..., width:])) * feeds["valid"].transpose(0, 2, 1)
-    together = np.concatenate([feeds["cache"].transpose(0, 2, 1), gated], axis=1)
+    together = np.concatenate([caches[slots].transpose(0, 2, 1), gated], axis=1)
     y = np.zeros((rows, frames, width)) + feeds.get("bias", 0)
     for t in range(frames):
         y[:, t] += (together[:, t : t + len(feeds["taps"])] * feeds["taps"]).sum(axis=1)
     if "norm_weight" in feeds:
         y = normalized(y, feeds["norm_weight"], feeds["norm_bias"])
-    return y / (1 + np.exp(-y)), together[:, frames:].transpose(0, 2, 1)
+    caches[slots] = together[:, frames:].transpose(0, 2, 1)
+    return y / (1 + np.exp(-y)), caches
 
 
 @pytest.mark.parametrize(
@@ -403,19 +437,30 @@ def test_convolutions_of_chunks_equal_one_convolution() -> None:
 
 def test_convolution_does_not_depend_on_the_batch() -> None:
     feeds = convolution_inputs(5, 7, 256, 9)
-    together = convolution(threads=3)(**feeds)
-    for row in range(5):
-        alone = {name: array[row : row + 1] if array.ndim == 3 else array for name, array in feeds.items()}
-        for one, all_rows in zip(convolution()(**alone), together, strict=True):
-            np.testing.assert_array_equal(one[0], all_rows[row])
+    y, caches = convolution(threads=3)(**feeds)
+    for row, slot in enumerate(feeds["slots"]):
+        own = ("x", "valid", "slots")
+        alone = {name: array[row : row + 1] if name in own else array for name, array in feeds.items()}
+        y_alone, caches_alone = convolution()(**alone)
+        np.testing.assert_array_equal(y_alone[0], y[row])
+        np.testing.assert_array_equal(caches_alone[slot], caches[slot])
 
 
 @pytest.mark.parametrize("name", CONVOLUTION)
 def test_convolution_inputs_of_other_shapes_are_errors(name: str) -> None:
     feeds = convolution_inputs(2, 3, 16, 5)
-    feeds[name] = np.concatenate([feeds[name]] * 2)
-    with pytest.raises(Exception, match="CausalConvolution: the shapes of the inputs differ"):
+    feeds[name] = np.concatenate([feeds[name]] * 2, 1 if name == "cache" else 0)
+    what = "a row has no slot in the caches" if name == "slots" else "the shapes of the inputs differ"
+    with pytest.raises(Exception, match=f"CausalConvolution: {what}"):
         convolution()(**feeds)
+
+
+def test_convolution_in_slots_that_do_not_exist_is_an_error() -> None:
+    for slot in (-1, SLOTS):
+        feeds = convolution_inputs(2, 3, 16, 5)
+        feeds["slots"][1] = slot
+        with pytest.raises(Exception, match="CausalConvolution: a row has no slot in the caches"):
+            convolution()(**feeds)
 
 
 # -- library -----------------------------------------------------------------------------------------------------------
