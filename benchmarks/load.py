@@ -515,6 +515,8 @@ def show(result: Record) -> str:
         text += f" **The results are from {len(machines) + 1} machines.**"
     parts = [text]
     if len(servers) > 1:
+        if not method["searched"]:
+            parts.append("The numbers of streams were given: the servers may hold more than the largest that passed.")
         held = [row for rows in servers.values() if (row := _best(rows))]
         parts.append(_table(sorted(held, key=lambda row: -row["case"]["streams"])))
         parts += [f"No number of streams passed: {name}." for name, rows in servers.items() if not _best(rows)]
@@ -583,7 +585,7 @@ def _finding(result: Record) -> str:
 
 
 def charts(result: Record) -> dict[str, Chart]:
-    """Return the plot of the latencies by number of streams, and for several servers that of their capacity."""
+    """Return the plot of the latencies by number of streams, and, after searches, that of the capacity of servers."""
     servers, method, found = _servers(result), result["method"], dict[str, Chart]()
     lines = [(name, rows, "p95") for name, rows in servers.items()]  # label, rows and percentile
     if len(servers) == 1:
@@ -604,7 +606,8 @@ def charts(result: Record) -> dict[str, Chart]:
         )
         x_label = "concurrent real-time streams"
         found["latency"] = CurveChart(_finding(result), subtitle, panels, x_label, " ms", log_y=low > 0)
-    if len(servers) > 1 and (best := {name: row for name, rows in servers.items() if (row := _best(rows))}):
+    best = {name: row for name, rows in servers.items() if (row := _best(rows))}
+    if len(servers) > 1 and best and method["searched"]:  # given numbers of streams are not capacities
         found["servers"] = _bars(result, best)
     return found
 

@@ -73,7 +73,7 @@ def short_command(command: str) -> str:
     _, found, rest = command.partition("nemostream.benchmarks.")
     if found:
         name, _, options = rest.partition(" ")
-        command = f"nemostream bench {name.rpartition('.')[2]} {options}"
+        command = f"python -m nemostream.benchmarks.{name} {options}" if "." in name else f"nemostream bench {rest}"
     elif " bench " in command:
         command = "nemostream bench " + command.partition(" bench ")[2]
     return re.sub(r"(?<=\s)/\S*/", "", command).strip()

@@ -351,7 +351,12 @@ def test_comparison(results: list[records.Record]) -> None:
     assert streams and streams.parts == [12] and partial and partial.parts[0] > 0 and final and final.parts == [0.6]
     assert isinstance(curves, CurveChart) and curves.title == bars.title
     given = [each | {"method": each["method"] | {"searched": False}} for each in results]
-    assert load.charts(load.compare(given))["servers"].title == "Latencies of 2 servers by number of streams"
+    compared = load.compare(given)  # not the capacities of the servers
+    assert {name: chart.title for name, chart in load.charts(compared).items()} == {
+        "latency": "Latencies of 2 servers by number of streams"
+    }
+    assert "The numbers of streams were given: the servers may hold more" in load.show(compared)
+    assert "were given" not in load.show(result)
     assert [curve.label for curve in curves.panels[0].curves if curve.label] == ["sherpa-onnx fp32", "nemostream fp32"]
 
 

@@ -155,7 +155,7 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("command", "short"),
     [
         ("/usr/bin/python3 -m nemostream.benchmarks.latency --bundle /me/b", "nemostream bench latency --bundle b"),
-        ("python -m nemostream.benchmarks.studies.cost --batch 3", "nemostream bench cost --batch 3"),
+        ("python -m nemostream.benchmarks.studies.cost -b 3", "python -m nemostream.benchmarks.studies.cost -b 3"),
         ("/x/python /x/bin/nemostream bench cost --hours 1", "nemostream bench cost --hours 1"),
     ],
 )
