@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,10 @@ ROOT = Path(__file__).parents[1]
 
 Floats = NDArray[np.float32]
 
+
+# Shells ignore SIGINT in background jobs, and processes that tests start would inherit this.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline is a timing assertion: it fails on a busy machine.
 settings.register_profile("nemostream", deadline=None)

@@ -530,7 +530,7 @@ class AsyncStream:
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             error = json.loads(response.body or b"")["error"]
             code, message = error.get("code"), str(error.get("message"))
-        if status == 401:
+        if code == "invalid_api_key":  # the server's message names the header
             message = "a valid API key is required: set api_key (on the command line: --api-key)"
         reason = f"HTTP {status}, {message}".rstrip(" ,.")
         if status in _RETRIED_STATUSES or status >= 500:
