@@ -28,10 +28,18 @@ from nemostream.runtime.backends.operators import DOMAIN, panels
 _CACHE = re.compile(r"(k_cache|v_cache|conv_cache)\.\d+")
 # Inputs of the operators, in their order.
 _ATTENTION = (
-    *("qkv", "k_ring", "v_ring", "positions", "bias_u", "bias_v"),
-    *("position", "old_frames", "new_frames", "slots"),
+    "qkv",
+    "k_ring",
+    "v_ring",
+    "positions",
+    "bias_u",
+    "bias_v",
+    "position",
+    "old_frames",
+    "new_frames",
+    "slots",
 )
-_CONVOLUTION = "x", "valid", "cache", "taps", "slots", "bias", "norm_weight", "norm_bias"
+_CONVOLUTION = ("x", "valid", "cache", "taps", "slots", "bias", "norm_weight", "norm_bias")
 
 
 def fuse_for_cpu(graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile) -> list[TensorProto]:
@@ -98,11 +106,10 @@ def _fuse_layers(
         values, scale = quantise_columns(weights.read(weight), "int8")
         added += [weights.tensor(f"{weight}:panels", panels(values)), weights.tensor(f"{weight}:scale", scale)]
         bias = residual = norm_weight = norm_bias = ""
-        silu, norm = False, index.producers.get(x)
-        attributes = {"epsilon": 0.0}
+        silu, norm, norm_epsilon = False, index.producers.get(x), 0.0
         if norm is not None and norm.op_type == "LayerNormalization":
             x, norm_weight, norm_bias = norm.input
-            attributes["epsilon"] = epsilon(norm)
+            norm_epsilon = epsilon(norm)
         if found := used_by(y, "Add"):
             (other,) = {*found[0].input} - {y}
             if constants.get(other) == [len(scale)]:
@@ -116,7 +123,7 @@ def _fuse_layers(
             if other not in constants:
                 residual, y = other, found[0].output[0]
         inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual, norm_weight, norm_bias]
-        fused[y] = _node("Int8Linear", inputs, y, silu=int(silu), **attributes)
+        fused[y] = _node("Int8Linear", inputs, y, silu=int(silu), epsilon=norm_epsilon)
     replace_nodes(graph, fused)
 
 

@@ -9,10 +9,6 @@
 #include "operators.h"
 
 typedef struct {
-    float epsilon;
-} Kernel;
-
-typedef struct {
     const float *x, *valid, *weights, *bias, *norm_weight, *norm_bias;
     const int64_t *slots;
     float *caches, *y;
@@ -57,13 +53,13 @@ static void convolve_row(void *data, size_t row) {
         call->failed = 1;
 }
 
-static OrtStatus *run(void *kernel, OrtKernelContext *context) {
+static OrtStatus *run(void *attributes, OrtKernelContext *context) {
     Tensor in[8], *x = in, *valid = in + 1, *caches = in + 2, *weights = in + 3, *slots = in + 4, *bias = in + 5;
     Tensor *norm = in + 6;
     OrtStatus *status = read_inputs(context, in, 8);
     if (status) return status;
     if (x->rank != 3 || weights->rank != 2 || caches->rank != 3)
-        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "CausalConvolution: an input has other dimensions");
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "CausalConvolution: an input has an unsupported shape");
     Call call = {
         .x = x->data,
         .valid = valid->data,
@@ -77,7 +73,7 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
         .frames = x->dims[1],
         .channels = weights->dims[1],
         .taps = weights->dims[0],
-        .epsilon = ((const Kernel *)kernel)->epsilon,
+        .epsilon = ((const Attributes *)attributes)->epsilon,
     };
     const int64_t rows = call.rows, channels = call.channels, mask[] = {rows, 1, call.frames};
     const int64_t past[] = {caches->dims[0], channels, call.taps - 1}, shape[] = {rows, call.frames, channels};
@@ -95,31 +91,17 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     return call.failed ? ort->CreateStatus(ORT_FAIL, "CausalConvolution: out of memory") : NULL;
 }
 
-static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
-    (void)op, (void)api;
-    Kernel *kernel = *out = calloc(1, sizeof *kernel);
-    if (!kernel) return ort->CreateStatus(ORT_FAIL, "CausalConvolution: out of memory");
-    return ort->KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon);
-}
-
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "CausalConvolution"; }
 static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 8; }
-static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 1; }
 static int op_input_type(const OrtCustomOp *op, size_t index) { return (void)op, index == 4 ? ORT_INT64 : ORT_FLOAT; }
 static int op_input(const OrtCustomOp *op, size_t index) { return (void)op, index < 5 ? ORT_REQUIRED : ORT_OPTIONAL; }
 
 const OrtCustomOp causal_convolution = {
-    .version = ORT_CUSTOM_OP_VERSION,
+    OPERATOR_FIELDS,
     .GetName = op_name,
-    .GetExecutionProviderType = cpu_provider,
     .GetInputType = op_input_type,
     .GetInputTypeCount = op_inputs,
-    .GetOutputType = always_float,
-    .GetOutputTypeCount = op_outputs,
-    .KernelDestroy = free,
     .GetInputCharacteristic = op_input,
-    .GetOutputCharacteristic = always_required,
-    .GetInputMemoryType = cpu_memory,
-    .CreateKernelV2 = create,
+    .CreateKernelV2 = create_attributes,
     .KernelComputeV2 = run,
 };

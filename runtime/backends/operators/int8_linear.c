@@ -182,9 +182,9 @@ typedef struct {
     int silu;
     float epsilon;
     float *normalized;  // [rows, depth]
-    int8_t *inputs;    // [rows, padded_depth], and BLOCK rows more
-    float *units;      // of each row
-    int32_t *offsets;  // 128 times the sum of each row's inputs
+    int8_t *inputs;     // [rows, padded_depth], and BLOCK rows more
+    float *units;       // of each row
+    int32_t *offsets;   // 128 times the sum of each row's inputs
 } Call;
 
 VECTORIZED static void quantize_row(const float *x, int64_t depth, int8_t *out, float *unit, int32_t *offset) {
@@ -228,9 +228,7 @@ static void quantize_rows(void *data, size_t row) {
     memset(out + call->depth, 0, call->padded_depth - call->depth);
 }
 
-VECTORIZED static void finish_row(
-    const Call *call, const int32_t *sums, int64_t row, int64_t first, int count
-) {
+VECTORIZED static void finish_row(const Call *call, const int32_t *sums, int64_t row, int64_t first, int count) {
     const float unit = call->units[row], *scales = call->scales + first;
     float *y = call->y + row * call->columns + first;
     int32_t offset = call->offsets[row];
@@ -262,13 +260,8 @@ static void multiply_panel(void *data, size_t panel) {
 
 // -- operator ---------------------------------------------------------------------------------------------------------
 
-typedef struct {
-    int64_t silu;
-    float epsilon;
-} Kernel;
-
 static OrtStatus *run(void *kernel, OrtKernelContext *context) {
-    const Kernel *settings = kernel;
+    const Attributes *attributes = kernel;
     Tensor in[7], *x = in, *weights = in + 1, *scales = in + 2, *bias = in + 3, *residual = in + 4, *norm = in + 5;
     OrtStatus *status = read_inputs(context, in, 7);
     if (status) return status;
@@ -287,8 +280,8 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
         .depth = x->dims[x->rank - 1],
         .padded_depth = 4 * weights->dims[1],
         .columns = scales->dims[0],
-        .silu = (int)settings->silu,
-        .epsilon = settings->epsilon,
+        .silu = (int)attributes->silu,
+        .epsilon = attributes->epsilon,
     };
     for (size_t i = 0; i + 1 < x->rank; i++) call.rows *= x->dims[i];
     if (call.depth > call.padded_depth || call.padded_depth % 64 || weights->dims[2] != COLUMNS ||
@@ -317,31 +310,21 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
-    (void)op, (void)api;
-    Kernel *kernel = *out = calloc(1, sizeof *kernel);
-    if (!kernel) return ort->CreateStatus(ORT_FAIL, "Int8Linear: out of memory");
-    OrtStatus *status = ort->KernelInfoGetAttribute_int64(info, "silu", &kernel->silu);
-    return status ? status : ort->KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon);
+    OrtStatus *status = create_attributes(op, api, info, out);
+    return status ? status : ort->KernelInfoGetAttribute_int64(info, "silu", &((Attributes *)*out)->silu);
 }
 
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "Int8Linear"; }
 static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 7; }
-static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 1; }
 static int op_input_type(const OrtCustomOp *op, size_t index) { return (void)op, index == 1 ? ORT_UINT8 : ORT_FLOAT; }
 static int op_input(const OrtCustomOp *op, size_t index) { return (void)op, index < 3 ? ORT_REQUIRED : ORT_OPTIONAL; }
 
 const OrtCustomOp int8_linear = {
-    .version = ORT_CUSTOM_OP_VERSION,
+    OPERATOR_FIELDS,
     .GetName = op_name,
-    .GetExecutionProviderType = cpu_provider,
     .GetInputType = op_input_type,
     .GetInputTypeCount = op_inputs,
-    .GetOutputType = always_float,
-    .GetOutputTypeCount = op_outputs,
-    .KernelDestroy = free,
     .GetInputCharacteristic = op_input,
-    .GetOutputCharacteristic = always_required,
-    .GetInputMemoryType = cpu_memory,
     .CreateKernelV2 = create,
     .KernelComputeV2 = run,
 };

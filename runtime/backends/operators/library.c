@@ -58,7 +58,15 @@ void *scratch(size_t bytes) {
     return memory;
 }
 
+OrtStatus *create_attributes(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+    (void)op, (void)api;
+    Attributes *attributes = *out = calloc(1, sizeof *attributes);
+    if (!attributes) return ort->CreateStatus(ORT_FAIL, "out of memory");
+    return ort->KernelInfoGetAttribute_float(info, "epsilon", &attributes->epsilon);
+}
+
 const char *cpu_provider(const OrtCustomOp *op) { return (void)op, NULL; }
+size_t one_output(const OrtCustomOp *op) { return (void)op, 1; }
 int always_required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
 int always_float(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_FLOAT; }
 int cpu_memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }

@@ -40,11 +40,25 @@ int are_slots(const Tensor *slots, int64_t rows, int64_t count);         // whet
 // takes longer than using it. The next request of the thread invalidates it. NULL without memory.
 void *scratch(size_t bytes);
 
-// Operators have inputs and outputs of memory of the CPU, and no variadic ones.
+// The attributes of a node; an operator reads those that it has.
+typedef struct {
+    float epsilon;
+    int64_t silu;
+} Attributes;
+
+// Create the `Attributes` of a node, and read its `epsilon`.
+OrtStatus *create_attributes(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+
+// The fields that all operators share: inputs and outputs in memory of the CPU, and one output, of floats.
 const char *cpu_provider(const OrtCustomOp *op);
+size_t one_output(const OrtCustomOp *op);
 int always_required(const OrtCustomOp *op, size_t index);
 int always_float(const OrtCustomOp *op, size_t index);
 int cpu_memory(const OrtCustomOp *op, size_t index);
+#define OPERATOR_FIELDS                                                                                               \
+    .version = ORT_CUSTOM_OP_VERSION, .GetExecutionProviderType = cpu_provider, .GetOutputType = always_float,        \
+    .GetOutputTypeCount = one_output, .KernelDestroy = free, .GetOutputCharacteristic = always_required,              \
+    .GetInputMemoryType = cpu_memory
 
 // 16 floats, which a processor without AVX-512 has in several registers.
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

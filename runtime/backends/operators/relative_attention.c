@@ -145,7 +145,7 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     OrtStatus *status = read_inputs(context, in, 10);
     if (status) return status;
     if (qkv->rank != 3 || k->rank != 4 || k->dims[1] < 1 || k->dims[2] < 1)
-        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has other dimensions");
+        return ort->CreateStatus(ORT_INVALID_ARGUMENT, "RelativeAttention: an input has an unsupported shape");
     Call call = {
         .qkv = qkv->data,
         .k_rings = k->data,
@@ -191,24 +191,16 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     return NULL;
 }
 
-static void destroy(void *kernel) { (void)kernel; }
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "RelativeAttention"; }
 static size_t op_inputs(const OrtCustomOp *op) { return (void)op, 10; }
-static size_t op_outputs(const OrtCustomOp *op) { return (void)op, 1; }
 static int op_input_type(const OrtCustomOp *op, size_t index) { return (void)op, index < 6 ? ORT_FLOAT : ORT_INT64; }
 
 const OrtCustomOp relative_attention = {
-    .version = ORT_CUSTOM_OP_VERSION,
+    OPERATOR_FIELDS,
     .GetName = op_name,
-    .GetExecutionProviderType = cpu_provider,
     .GetInputType = op_input_type,
     .GetInputTypeCount = op_inputs,
-    .GetOutputType = always_float,
-    .GetOutputTypeCount = op_outputs,
-    .KernelDestroy = destroy,
     .GetInputCharacteristic = always_required,
-    .GetOutputCharacteristic = always_required,
-    .GetInputMemoryType = cpu_memory,
     .CreateKernelV2 = create,
     .KernelComputeV2 = run,
 };
