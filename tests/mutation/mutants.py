@@ -141,7 +141,9 @@ MODULES = {
         makes_bundles=True,
     ),
     "precision": Module(
-        _sources("engine", "precision calibration validate"), _tests("engine", "precision validation"), 0.1
+        _sources("engine", "precision fusion patterns weights calibration validate"),
+        _tests("engine", "precision validation"),
+        0.1,
     ),
     "plans": Module(
         ("plans.py", "bundle.py", "external_data.py", "untrusted.py"),
