@@ -23,6 +23,7 @@ from nemostream.bundle import Bundle
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCE = ROOT / "src"
+COMPILED = {"nemostream/runtime/backends/operators/_library", "nemostream/runtime/streaming/_host"}
 
 
 def package_files() -> dict[str, Path]:
@@ -35,21 +36,46 @@ def package_files() -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build as for a release, from the source distribution of a copy without an old `build/`."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+def build(tree: Path, out: Path, *arguments: str, **environment: str) -> Path:
+    """Build a wheel of a copy of the source in `tree`, without an old `build/`."""
     for name in ("pyproject.toml", "setup.py", "LICENSE", "NOTICE", "README.md"):
         shutil.copy(ROOT / name, tree)
     links = [path.name for path in (SOURCE / "nemostream").iterdir() if path.is_symlink()]
     for folder in ("src", *links):
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore)
-    command = [sys.executable, "-m", "build", "--outdir", str(out), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "build", *arguments, "--outdir", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = out.glob("*.whl")
     return made
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build as for a release, from the source distribution."""
+    return build(tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist"))
+
+
+def test_without_a_c_compiler_the_python_methods_are_used(tmp_path: Path) -> None:
+    for name in ("tree", "dist", "installed"):
+        (tmp_path / name).mkdir()
+    made = build(tmp_path / "tree", tmp_path / "dist", "--wheel", CC="false")
+    with zipfile.ZipFile(made) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "installed")
+    code = (
+        "import nemostream, numpy as np\n"
+        "from nemostream.runtime.streaming.compiled import ChunkerFields\n"
+        "from nemostream.runtime.backends import operators\n"
+        "assert not hasattr(ChunkerFields, 'accept') and operators.compiled() is None\n"
+        "with nemostream.load() as model, model.stream() as stream:\n"
+        "    print(nemostream.__file__, stream.push(np.zeros(16000, np.int16)) is not None)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [str(tmp_path / "installed" / "nemostream" / "__init__.py"), "True"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +92,7 @@ def test_the_wheel_contains_the_tree(wheel: Path) -> None:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     expected = package_files()
     compiled = {name for name in shipped if name.endswith(".so")}
-    assert [name.partition(".")[0] for name in compiled] == ["nemostream/runtime/backends/operators/_library"]
+    assert {name.partition(".")[0] for name in compiled} == COMPILED
     shipped -= compiled
     assert shipped == expected.keys()
     assert {name: sizes[name] for name in shipped} == {name: path.stat().st_size for name, path in expected.items()}
@@ -79,6 +105,7 @@ def test_the_wheel_contains_the_tree(wheel: Path) -> None:
         "runtime/backends/gpu/kernels/greedy.cu",
         "runtime/backends/operators/int8_linear.c",
         "runtime/backends/operators/onnxruntime_abi.h",
+        "runtime/streaming/host.c",
         "serving/protocols/page.html",
     }
     assert {f"nemostream/{name}" for name in needed} <= shipped

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nemostream.errors import AudioError, OptionError
 from nemostream.runtime.audio.containers import container_of, undecided
 from nemostream.runtime.audio.files import BLOCK, MAX_CHANNELS, MAX_PEAK, RATES, Floats, find_implausible
+from nemostream.runtime.streaming.compiled import PreprocessorFields
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
 
 _INT16 = np.dtype(np.int16)
@@ -26,7 +27,7 @@ _SEGMENT_SECONDS = 4  # of input between two starts of the resampler
 _LEAD_SECONDS = 0.25  # of input before a segment, many times the length of the resampler's filter
 
 
-class AudioPreprocessor:
+class AudioPreprocessor(PreprocessorFields):
     """Validate, scale, mix down and resample the audio of one stream.
 
     The output does not depend on how the input is divided into pushes. Raises `OptionError` for an invalid
@@ -41,7 +42,8 @@ class AudioPreprocessor:
         self.received = 0  # samples of one channel, at the input's rate
         self._heads: dict[str, bytes] = {}  # leading bytes by view, while they may be a container's
         self._resampler: _Resampler | None = None
-        self._direct = self.channels == 1 and self.sample_rate == model_rate  # int16 needs no conversion but the scale
+        # Samples of a push of int16 that needs no conversion but the scale
+        self._max_unchanged = BLOCK if self.channels == 1 and self.sample_rate == model_rate else 0
         if self.sample_rate != model_rate:
             self._resampler = _Resampler(self.sample_rate, model_rate)
 
@@ -70,8 +72,7 @@ class AudioPreprocessor:
             type(pcm) is np.ndarray
             and pcm.dtype is _INT16
             and pcm.ndim == 1
-            and len(pcm) <= BLOCK
-            and self._direct
+            and len(pcm) <= self._max_unchanged
             and not self._heads
             and self.received > 0
         )

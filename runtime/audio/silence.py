@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.runtime.streaming.compiled import SilenceFields
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_counts
 
 SECONDS = 10  # longer than the encoder's left context (5.6 s) and than pauses in speech
 
 
-class SilenceSplitter:
+class SilenceSplitter(SilenceFields):
     """Find the samples of one stream's input that are skipped."""
 
     def __init__(self, sample_rate: int) -> None:

@@ -11,63 +11,36 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import StreamError
+from nemostream.runtime.streaming.compiled import BlockFields, ChunkerFields, RecordingFields, compiled
+from nemostream.runtime.streaming.items import INT16_SCALE, Floats, Samples, WorkItem, new_item
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
-
-Floats = NDArray[np.float32]
-Samples = NDArray[np.float32] | NDArray[np.int16]
 
 _NO_AUDIO: Floats = np.zeros(0, np.float32)
 _INT16, _FLOAT32 = np.dtype(np.int16), np.dtype(np.float32)
-INT16_SCALE = 2.0**-15  # of int16 samples; a power of two, so all products are exact
 _BLOCK_SAMPLES = 2560  # of a block; at least one chunk
 _SPARE_BLOCKS = 2  # that a stream keeps
 
 
-class WorkItem(NamedTuple):
-    """The next item of a stream: a chunk to run, a chunk to skip, the forced end of an utterance, or a change of state.
-
-    A change is a copy of the stream ("branch") or a reset of its decoder; it has no output.
-
-    Samples count from the stream's start. The slot counts frames from its last reset and only those that were run: its
-    frame f begins at sample `origin_sample` + f * `Manifest.samples_per_frame`.
-    """
-
-    kind: Literal["run", "skip", "end_of_utterance", "branch", "reset_decoder"]
-    chunk: ChunkConfig
-    end_sample: int  # samples of the stream processed or skipped, this item included
-    origin_sample: int = 0
-    audio: Samples = _NO_AUDIO  # [chunk.samples]; valid until `block`, which contains it, is recycled
-    length: int = 0  # leading samples of `audio` that belong to the stream; the rest is zero
-    reset_slot: bool = False  # the slot must be reset before the item is run
-    prompt: int = 0  # id of the language (`LanguageConfig.prompts`)
-    scale: float = 1.0  # by which `audio` must be multiplied: a step scales all its rows at once
-    block: Block | None = None  # if it is the last item in its block (`Chunker.recycle`)
-
-
-class Block:
+class Block(BlockFields):
     """Memory for consecutive chunks of one size. `chunks` are views of `audio`.
 
     Audio that is received as int16 is kept as int16: it takes half the memory, and thousands of streams write to it in
     turn, so that it is rarely in the CPU's caches.
     """
 
-    __slots__ = ("audio", "chunks")
+    __slots__ = ()
 
     def __init__(self, samples: int, dtype: np.dtype[Any]) -> None:
         count = max(1, _BLOCK_SAMPLES // samples)
         self.audio: Samples = np.empty(count * samples, dtype)
         self.chunks = [self.audio[begin : begin + samples] for begin in range(0, count * samples, samples)]
-
-
-# Named tuples are created by tuple's constructor where every chunk of every stream passes: it is three times as fast.
-new_item = partial(tuple.__new__, WorkItem)
 
 
 class ChunkFilter(Protocol):
@@ -99,7 +72,7 @@ _new_chunk = partial(tuple.__new__, _Chunk)
 
 
 @dataclass(slots=True)
-class _Recording:
+class _Recording(RecordingFields):
     """Counters of the current recording. A forced end of an utterance and digital silence start a new one.
 
     A recording is what a slot processes from one reset to the next.
@@ -112,7 +85,7 @@ class _Recording:
     reset_slot: bool = False  # the slot must be reset before its next chunk
 
 
-class Chunker:
+class Chunker(ChunkerFields):
     """Audio in, work items out.
 
     Each sample is copied once, into its chunk, so the cost of a push is proportional to its length and the caller may
@@ -125,32 +98,7 @@ class Chunker:
     Digital silence (`skip_silence`) ends a recording. The audio after it starts a new one, as after `end_utterance`.
     """
 
-    __slots__ = (
-        "_at",
-        "_audio",
-        "_begin",
-        "_block",
-        "_block_end",
-        "_chunk_end",
-        "_config",
-        "_direct",
-        "_filter",
-        "_frame",
-        "_held",
-        "_in_silence",
-        "_lead",
-        "_manifest",
-        "_number",
-        "_queue",
-        "_recording",
-        "_scale",
-        "_spare",
-        "chunk",
-        "ended",
-        "prompt",
-        "samples",
-        "taken",
-    )
+    __slots__ = ("_filter", "_held", "_in_silence", "_manifest", "ended")
 
     def __init__(
         self, manifest: Manifest, chunk: ChunkConfig, chunk_filter: ChunkFilter | None = None, prompt: int = 0
@@ -209,6 +157,7 @@ class Chunker:
         """
         self.chunk = chunk  # `_resize` changes the chunk being filled, on the thread that fills it
 
+    @compiled(ChunkerFields)
     def accept(self, samples_N: NDArray[Any]) -> None:
         """Append audio: mono, at the model's rate, float32 in [-1, 1] or int16. Raises `StreamError` after `finish`."""
         begin = self._at

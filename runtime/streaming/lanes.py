@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig
 from nemostream.errors import NemostreamError
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.items import StepOutput, WorkItem
 from nemostream.runtime.streaming.scheduler import StreamScheduler
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
-from nemostream.runtime.streaming.state import Hypothesis, Listener, StepOutput, StreamState
+from nemostream.runtime.streaming.state import Hypothesis, Listener, StreamState
 from nemostream.runtime.streaming.tokens import TokenList, clip
 from nemostream.runtime.text.endpointing import UtteranceEnd
 from nemostream.runtime.text.joining import Joiner, TokenSpan

@@ -38,7 +38,9 @@ from numpy.typing import NDArray
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
 from nemostream.runtime.backends.base import Backend, Batch, Emissions
-from nemostream.runtime.streaming.chunker import Chunker, Floats, WorkItem, new_item
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.compiled import SchedulerFields, compiled
+from nemostream.runtime.streaming.items import Floats, StepOutput, WorkItem, new_item, new_output
 from nemostream.runtime.streaming.rows import ROW, RowQueue, Rows
 from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import (
@@ -46,12 +48,10 @@ from nemostream.runtime.streaming.state import (
     InFlightStep,
     Listener,
     RowFeed,
-    StepOutput,
     StepTimes,
     StreamState,
     StreamTrace,
     copy_of,
-    new_output,
 )
 from nemostream.runtime.text.endpointing import NEVER, UtteranceEnd
 
@@ -264,7 +264,7 @@ class StreamScheduler(ABC):
                     self.cancel(stream)
 
 
-class Scheduler(StreamScheduler):
+class Scheduler(SchedulerFields, StreamScheduler):
     """Runs streams for any number of threads.
 
     `backend` is a backend, or a function that opens one. The function is called on the scheduler's thread, because some
@@ -333,6 +333,14 @@ class Scheduler(StreamScheduler):
             self._update_plain(stream)
             self._wake()
             return stream
+
+    @compiled(SchedulerFields)
+    def accept(self, stream: StreamState, samples_N: NDArray[Any]) -> None:
+        super().accept(stream, samples_N)
+
+    @compiled(SchedulerFields)
+    def collect(self, stream: StreamState) -> list[StepOutput]:
+        return super().collect(stream)
 
     def branch(self, stream: StreamState, chunker: Chunker | None, may_branch: bool = False) -> StreamState:
         self.check_process()
@@ -451,7 +459,10 @@ class Scheduler(StreamScheduler):
     def _wake(self) -> None:
         """Wake the scheduler's thread if it waits."""
         if self._idle:
-            self._work.notify()
+            self._notify_idle()
+
+    def _notify_idle(self) -> None:
+        self._work.notify()
 
     def _has_slot(self, may_branch: bool) -> bool:
         """Return whether a slot is free that is not reserved for branches."""
@@ -473,11 +484,16 @@ class Scheduler(StreamScheduler):
         self._decoder_resets.discard(slot)
         return slot
 
+    @compiled(SchedulerFields)
     def _schedule(self, stream: StreamState) -> None:
         """Process the stream's items up to the next chunk to run, and mark the stream ready to run it.
 
         Stops where the next item must wait for the step in flight, or for a slot for a branch.
         """
+        self._process_items(stream)
+
+    def _process_items(self, stream: StreamState) -> None:
+        """`_schedule`, of which the C function only covers a chunk that can run at once."""
         if stream.source is not None:
             return
         items, slot = stream.items, stream.slot
@@ -573,7 +589,7 @@ class Scheduler(StreamScheduler):
         if guard is not None and guard.loop_suspected:
             quiet_until = 0
         stream.outputs.append(new_output((item, count, ends)))
-        stream.quiet_until = quiet_until
+        stream.quiet_until, stream.quiet_count = quiet_until, count
 
     def _reset_decoder_of(self, stream: StreamState) -> None:
         if stream.slot is not None:
@@ -679,6 +695,15 @@ class Scheduler(StreamScheduler):
         return streams, items, rows
 
     def _take_items(self, chunk: ChunkConfig, count: int) -> tuple[list[StreamState], list[WorkItem]]:
+        streams, items = self._take(chunk, count)
+        if self._feed is not None:
+            for stream in streams:
+                self._update_plain(stream)
+        return streams, items
+
+    @compiled(SchedulerFields)
+    def _take(self, chunk: ChunkConfig, count: int) -> tuple[list[StreamState], list[WorkItem]]:
+        """Take the next item of up to `count` ready streams, if it is a chunk of this size."""
         ready = self._ready
         same_size = (stream for stream in ready if stream.items[0].chunk is chunk)
         streams = list(itertools.islice(same_size, count))
@@ -689,15 +714,17 @@ class Scheduler(StreamScheduler):
             del ready[stream]
             queue = stream.items
             items.append(item := queue.popleft())
-            if item.reset_slot and stream.slot is not None:
-                self._slot_resets.add(stream.slot)
-                stream.saved_slot = None  # it belongs to audio before the reset
+            if item.reset_slot:
+                self._reset_before(stream)
             if queue:
                 self._schedule(stream)
-        if self._feed is not None:
-            for stream in streams:
-                self._update_plain(stream)
         return streams, items
+
+    def _reset_before(self, stream: StreamState) -> None:
+        """Reset a stream's slot before the next step."""
+        if stream.slot is not None:
+            self._slot_resets.add(stream.slot)
+            stream.saved_slot = None  # it belongs to audio before the reset
 
     def _take_rows(self, size: int, count: int) -> Rows:
         rows = self._rows.take(size, count)
@@ -825,50 +852,69 @@ class Scheduler(StreamScheduler):
 
     def _submit(self, streams: list[StreamState], items: list[WorkItem], rows: Rows) -> InFlightStep | None:
         started = time.perf_counter()
-        slots = np.array([stream.slot for stream in streams], np.int64)
+        slots, lengths, prompts = (np.empty(len(items), np.int64) for _ in range(3))
         order = None
-        if len(rows):
-            slots = np.concatenate([slots, rows["slot"]])
-            order = np.argsort(slots) if items else None
         try:
             chunk = items[0].chunk if items else self._manifest.chunks[rows["size"][0]]
-            audio = self._audio_of(chunk, items) if items else None
-            lengths, prompts = np.array([item.length for item in items], np.int64), None
-            if self._manifest.languages.count:
-                prompts = np.array([item.prompt for item in items], np.int64)
+            audio = None
+            if items:
+                audio = self._audio_of(chunk)[: len(items)]
+                self._gather(streams, items, audio, slots, lengths, prompts)
             if len(rows):
                 assert self._feed is not None
                 audio_of_rows = self._feed.audio(rows, chunk.samples)
                 audio = audio_of_rows if audio is None else np.concatenate([audio, audio_of_rows])
+                slots = np.concatenate([slots, rows["slot"]])
                 lengths = np.concatenate([lengths, rows["length"]])
-                prompts = None if prompts is None else np.concatenate([prompts, rows["prompt"]])
+                prompts = np.concatenate([prompts, rows["prompt"]])
+                order = np.argsort(slots) if items else None
             assert audio is not None, "a step has items or rows"
-            if order is None:
-                batch = Batch(chunk, slots, audio, lengths, prompts)
-            else:
-                prompts = None if prompts is None else prompts[order]
-                batch = Batch(chunk, slots[order], audio[order], lengths[order], prompts)
-            for stream, item in zip(streams, items, strict=True):
-                if item.block is not None and stream.chunker is not None:
-                    stream.chunker.recycle(item.block)
+            order_or_all = slice(None) if order is None else order
+            batch = Batch(
+                chunk,
+                slots[order_or_all],
+                audio[order_or_all],
+                lengths[order_or_all],
+                prompts[order_or_all] if self._manifest.languages.count else None,
+            )
             return InFlightStep(chunk, slots, streams, items, rows, order, self._backend.submit(batch), started)
         except Exception as error:
             self._fail_step(streams, rows, error)
             return None
 
-    def _audio_of(self, chunk: ChunkConfig, items: list[WorkItem]) -> Floats:
-        """Return the audio of items [len(items), chunk.samples], valid until the next call."""
+    def _audio_of(self, chunk: ChunkConfig) -> Floats:
+        """Return the memory for the audio of a step [max_batch, chunk.samples]."""
         audio = self._audio.get(chunk.ms)
         if audio is None:
             audio = self._audio[chunk.ms] = np.empty((self._backend.max_batch, chunk.samples), np.float32)
-        audio = audio[: len(items)]
+        return audio
+
+    @compiled(SchedulerFields)
+    def _gather(
+        self,
+        streams: list[StreamState],
+        items: list[WorkItem],
+        audio: Floats,
+        slots: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        prompts: NDArray[np.int64],
+    ) -> None:
+        """Write the inputs of a step of items into arrays: `audio` [B, N] and the others [B]."""
+        self._concatenate(items, audio)
+        for row, (stream, item) in enumerate(zip(streams, items, strict=True)):
+            assert stream.slot is not None, "it has an item in flight"
+            slots[row], lengths[row], prompts[row] = stream.slot, item.length, item.prompt
+            if item.block is not None and stream.chunker is not None:
+                stream.chunker.recycle(item.block)
+
+    def _concatenate(self, items: list[WorkItem], audio: Floats) -> None:
+        """Write the audio of items, of which the C function only covers arrays of a chunker."""
         np.concatenate([item.audio for item in items], out=audio.reshape(-1))
         scales = [item.scale for item in items]
         if scales.count(scales[0]) < len(items):
             audio *= np.array(scales, np.float32)[:, None]
         elif scales[0] != 1:
             audio *= np.float32(scales[0])
-        return audio
 
     def _complete(self, step: InFlightStep) -> None:
         """Wait for a step's results and pass them to its streams."""
@@ -900,25 +946,40 @@ class Scheduler(StreamScheduler):
 
     def _land_items(self, step: InFlightStep, landing: _Landing) -> None:
         """Record the results of the items of a step. Called with the lock held."""
-        for row, (stream, item, count, row_failed) in enumerate(
-            zip(step.streams, step.items, landing.counts, landing.failed, strict=False)
-        ):
+        self._land_all(step.streams, step.items, landing, landing.counts, landing.failed)
+        if self._feed is not None:
+            for stream in step.streams:
+                self._update_plain(stream)
+
+    @compiled(SchedulerFields)
+    def _land_all(
+        self,
+        streams: list[StreamState],
+        items: list[WorkItem],
+        landing: _Landing,
+        counts: list[int],
+        failed: list[bool],
+    ) -> None:
+        for row, (stream, item, count, row_failed) in enumerate(zip(streams, items, counts, failed, strict=False)):
             stream.in_flight -= 1
-            if row_failed or stream.error is not None:  # an earlier error is kept
-                self._fail_stream(stream, _not_finite())
-            elif count or item.end_sample >= stream.quiet_until or item.reset_slot:
-                self._land(stream, item, landing, row)
+            changes = row_failed or stream.error is not None or count
+            if changes or item.end_sample >= stream.quiet_until or item.reset_slot:
+                self._land_item(stream, item, landing, row)
             else:
-                stream.outputs.append(new_output((item, len(stream.hypothesis.tokens), ())))
+                stream.outputs.append(new_output((item, stream.quiet_count, ())))
             if stream.items:
                 self._schedule(stream)
             if stream.ended:
                 self._release_if_finished(stream)
             if stream.progress is not None:
                 stream.progress.notify_all()
-        if self._feed is not None:
-            for stream in step.streams:
-                self._update_plain(stream)
+
+    def _land_item(self, stream: StreamState, item: WorkItem, landing: _Landing, row: int) -> None:
+        """Record the result of an item that has tokens, or may cause more than an output."""
+        if landing.failed[row] or stream.error is not None:  # an earlier error is kept
+            self._fail_stream(stream, _not_finite())
+        else:
+            self._land(stream, item, landing, row)
 
     def _land_rows(self, step: InFlightStep, landing: _Landing) -> tuple[list[StreamState], Rows]:
         """Record the results of the rows of a step. Called with the lock held.

@@ -23,7 +23,9 @@ from nemostream.runtime.audio.preprocessor import BLOCK, AudioPreprocessor, as_f
 from nemostream.runtime.audio.silence import SilenceSplitter
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.decoding.confidence import Confidence
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.compiled import SessionFields, compiled
+from nemostream.runtime.streaming.items import StepOutput, WorkItem
 from nemostream.runtime.streaming.lanes import AccurateLane, JoinedTokens, LaneState, TwoLanes
 from nemostream.runtime.streaming.scheduler import StreamScheduler
 from nemostream.runtime.streaming.snapshot import (
@@ -35,7 +37,7 @@ from nemostream.runtime.streaming.snapshot import (
     restore,
     saved_counts,
 )
-from nemostream.runtime.streaming.state import Hypothesis, Listener, StepOutput, StreamState, StreamTrace
+from nemostream.runtime.streaming.state import Hypothesis, Listener, StreamState, StreamTrace
 from nemostream.runtime.streaming.tokens import SavedTokens, TokenList, clip
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard, UtteranceEnd
 from nemostream.runtime.text.events import Event, EventBuilder, EventState, RevisableText
@@ -138,7 +140,7 @@ class SessionContext:
     delay_ms: int  # subtracted from the time of every token
 
 
-class StreamSession:
+class StreamSession(SessionFields):
     """An open stream. Opened by `Model.open_session`. For one thread at a time, except `close`.
 
     With a `checkpointer`, the stream continues from its snapshot: the same audio must be fed again from the start, and
@@ -239,11 +241,16 @@ class StreamSession:
 
     # -- audio ---------------------------------------------------------------------------------------------------------
 
+    @compiled(SessionFields)
     def feed(self, pcm: Pcm) -> None:
         """Queue audio at the scheduler.
 
         Raises `AudioError` if `pcm` is invalid (none of it is queued), `StreamError` after `finish`.
         """
+        self._feed(pcm)
+
+    def _feed(self, pcm: Pcm) -> None:
+        """`feed`, of which the C function only covers audio that is copied."""
         self._scheduler.check_process()  # first, because a forked child has no threads for the VAD either
         self._check_open()
         preprocessor = self.preprocessor
@@ -630,8 +637,13 @@ class StreamSession:
             results.append(self._last)
         return results
 
+    @compiled(SessionFields)
     def events(self) -> list[Event]:
         """Return the events since the last call. The last event of the stream follows when all steps are done."""
+        return self._events()
+
+    def _events(self) -> list[Event]:
+        """`events`, of which the C function only covers outputs that cause none."""
         if self._lanes is not None:
             self._fetch_outputs()
             return self._events_of_lanes()

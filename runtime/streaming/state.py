@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,10 +21,12 @@ from nemostream.bundle import ChunkConfig
 from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.compiled import StreamFields
+from nemostream.runtime.streaming.items import StepOutput, WorkItem
 from nemostream.runtime.streaming.rows import Rows
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
-from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard, UtteranceEnd
+from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard
 
 
 @dataclass
@@ -70,17 +71,6 @@ class Hypothesis:
         self.extend(*(array.tolist() for array in arrays.values()))
 
 
-class StepOutput(NamedTuple):
-    """The result of one work item. Its audio is not valid any more."""
-
-    item: WorkItem
-    count: int  # type: ignore[assignment]  # tokens in the stream's hypothesis after the item; hides `tuple.count`
-    ends: Sequence[UtteranceEnd] = ()  # ends of utterances found with it
-
-
-new_output = partial(tuple.__new__, StepOutput)  # with a tuple of all fields: three times as fast as the class
-
-
 class StepTimes(NamedTuple):
     """When a step was run. Times are `time.perf_counter()`, in seconds; on Linux, all processes have the same clock."""
 
@@ -115,7 +105,7 @@ Listener = Callable[[list["StreamState"]], None]
 
 
 @dataclass(eq=False, slots=True)
-class StreamState:
+class StreamState(StreamFields):
     """One stream: its audio, its slot at the backend and its tokens. Guarded by the scheduler's lock.
 
     The chunker belongs to the thread that feeds the stream. It is None if another process cuts the audio.
@@ -137,7 +127,9 @@ class StreamState:
     copied: int = 0  # tokens that a branch has from its source
     may_branch: bool = False  # slots are reserved for its branches
     in_flight: int = 0  # submitted items without results; the slot is not released before this is 0
-    quiet_until: int = 0  # sample before which a step without tokens changes nothing (`Scheduler._record_output`)
+    # Sample before which a step without tokens changes nothing, and the number of tokens (`Scheduler._record_output`)
+    quiet_until: int = 0
+    quiet_count: int = 0
     outputs: deque[StepOutput] = field(default_factory=deque)  # not yet collected
     error: NemostreamError | None = None  # why the stream failed
     progress: threading.Condition | None = None  # notified of every change; created when a thread first waits

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from nemostream.errors import CapacityError, NemostreamError, StreamError
 from nemostream.runtime.model import Model
-from nemostream.runtime.streaming.chunker import INT16_SCALE, Floats, WorkItem
+from nemostream.runtime.streaming.items import INT16_SCALE, Floats, WorkItem
 from nemostream.runtime.streaming.rows import ROW, Rows
 from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.streaming.snapshot import SavedArrays

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Manifest
 from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.items import WorkItem, new_output
 from nemostream.runtime.streaming.scheduler import BRANCH_ITEM, MODEL_CLOSED, STREAM_CLOSED, StreamScheduler
 from nemostream.runtime.streaming.snapshot import SavedArrays
-from nemostream.runtime.streaming.state import Hypothesis, Listener, StreamState, copy_of, new_output
+from nemostream.runtime.streaming.state import Hypothesis, Listener, StreamState, copy_of
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.errors import Draining
 from nemostream.serving.processes.link import (

@@ -22,7 +22,7 @@ import pytest
 import nemostream
 from nemostream.client import Event, Stream
 from nemostream.errors import BackendError, OptionError
-from nemostream.runtime.streaming.chunker import WorkItem
+from nemostream.runtime.streaming.items import WorkItem
 from nemostream.runtime.streaming.state import StepTimes, StreamTrace
 from nemostream.serving.client import UNKNOWN_CLIENT, Client
 from nemostream.serving.metrics import Metrics

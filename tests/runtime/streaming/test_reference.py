@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import StreamError
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.items import StepOutput, WorkItem
 from nemostream.runtime.streaming.rows import ROW
 from nemostream.runtime.streaming.scheduler import Scheduler
-from nemostream.runtime.streaming.state import StepOutput
 from nemostream.runtime.text.endpointing import Endpoint, Endpointer, RepetitionGuard
 
 TIMEOUT = 20

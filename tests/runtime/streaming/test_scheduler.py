@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from nemostream.errors import BackendError, CapacityError, NemostreamError, OptionError, StreamError
 from nemostream.runtime.decoding.boosting import NO_PHRASES
 from nemostream.runtime.streaming import scheduler as scheduler_module
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.items import WorkItem
 from nemostream.runtime.streaming.rows import ROW, RowQueue
 from nemostream.runtime.streaming.scheduler import Scheduler
 

@@ -30,7 +30,8 @@ from nemostream.bundle import Bundle
 from nemostream.errors import BackendError, CapacityError, StreamError
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
-from nemostream.runtime.streaming.chunker import Chunker, WorkItem
+from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.items import WorkItem
 from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.serving.errors import Draining
