@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import ChunkConfig, Manifest
 from nemostream.errors import StreamError
-from nemostream.runtime.streaming.compiled import BlockFields, ChunkerFields, RecordingFields, compiled
+from nemostream.runtime.streaming.compiled import BlockFields, ChunkerFields, Queue, RecordingFields, compiled
 from nemostream.runtime.streaming.items import INT16_SCALE, Floats, Samples, WorkItem, new_item
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 
@@ -115,7 +115,7 @@ class Chunker(ChunkerFields):
         self._recording = _Recording()
         self._in_silence = False  # digital silence is being skipped; the next audio starts a recording
         self._direct: np.dtype[Any] | None = None  # type of audio that may be written across the end of a chunk, if any
-        self._spare: deque[Block] = deque(maxlen=_SPARE_BLOCKS)
+        self._spare: Queue[Block] = Queue(maxlen=_SPARE_BLOCKS)
         # The chunk being filled is `_audio[_begin:_chunk_end]`: number `_number` of block `_block`, of size `_config`.
         # It has the samples up to `_at`, of which the first `_lead` are the lead silence.
         self._at: int

@@ -11,8 +11,11 @@ class with slots of the same names. A method with the decorator `compiled` is re
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
+
+Queue = deque  # or a class with the methods that are used, and less memory
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,6 +52,29 @@ class ChunkerFields:
     )
 
 
+class HypothesisFields:
+    __slots__ = ("sample_positions", "scores", "sum_p_alpha", "tokens")
+
+
+class EndpointerFields:
+    __slots__ = (
+        "_at_reset",
+        "_backchannel",
+        "_count",
+        "_end_of_utterance",
+        "_first",
+        "_last",
+        "_max_length",
+        "_silence",
+        "_word",
+        "next_end",
+    )
+
+
+class GuardFields:
+    __slots__ = ("_pause", "_start", "loop_suspected")
+
+
 class StreamFields:
     __slots__ = (
         "chunker",
@@ -56,6 +82,7 @@ class StreamFields:
         "endpointer",
         "error",
         "guard",
+        "hypothesis",
         "in_flight",
         "items",
         "outputs",
@@ -87,15 +114,35 @@ class SessionFields:
         "_ended",
         "_event_builder",
         "_lanes",
+        "_language_names",
         "_pending_outputs",
         "_prompt",
         "_received",
         "_scheduler",
         "_silence",
         "_stream",
+        "_tokens",
         "chunk_ms",
         "preprocessor",
         "steps",
+    )
+
+
+class TokenFields:
+    __slots__ = ("confidence", "end", "id", "language", "score", "tag", "text", "time")
+
+
+class TokenListFields:
+    __slots__ = (
+        "_confidence_of",
+        "_delay",
+        "_frame",
+        "_language_of_tag",
+        "_piece",
+        "_rate",
+        "_tags",
+        "languages",
+        "tokens",
     )
 
 
@@ -104,12 +151,18 @@ if not TYPE_CHECKING:
         from nemostream.runtime.streaming._host import (  # noqa: F401
             BlockFields,
             ChunkerFields,
+            EndpointerFields,
+            GuardFields,
+            HypothesisFields,
             PreprocessorFields,
+            Queue,
             RecordingFields,
             SchedulerFields,
             SessionFields,
             SilenceFields,
             StreamFields,
+            TokenFields,
+            TokenListFields,
             count_fork,
         )
     except ImportError:  # it was not compiled

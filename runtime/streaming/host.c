@@ -38,7 +38,26 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
+    PyObject *tokens, *sample_positions, *scores, *sum_p_alpha;
+} Hypothesis;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *first, *end_of_utterance, *backchannel;
+    Integer count, last, max_length, next_end, silence, word;
+    char at_reset;
+} Endpointer;
+
+typedef struct {
+    PyObject_HEAD
+    Integer pause, start;
+    char loop_suspected;
+} Guard;
+
+typedef struct {
+    PyObject_HEAD
     PyObject *error, *chunker, *items, *outputs, *source, *trace, *progress, *quiet_count, *slot, *guard, *endpointer;
+    PyObject *hypothesis;
     Integer in_flight, quiet_until;
     char ended;
 } Stream;
@@ -63,27 +82,50 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *scheduler, *stream, *preprocessor, *silence, *lanes, *pending_outputs, *event_builder;
+    PyObject *scheduler, *stream, *preprocessor, *silence, *lanes, *pending_outputs, *event_builder, *tokens;
+    PyObject *language_names;
     Integer chunk_ms, end_sample, prompt, received, steps;
     char ended, accepts_unchanged;
 } Session;
 
-static PyTypeObject *Block_type, *Recording_type, *Chunker_type, *Stream_type, *Scheduler_type;
-static PyTypeObject *Preprocessor_type, *Silence_type, *Session_type;
+typedef struct {
+    PyObject_HEAD
+    PyObject *id, *text, *time, *end, *score, *confidence, *language, *tag;
+} Token;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *tokens, *languages, *piece, *tags, *language_of_tag, *confidence_of;
+    Integer rate, frame, delay;
+} TokenList;
+
+// A queue of objects: what is used of `collections.deque`. It is a part of most objects here, so it has no memory of its
+// own until it is long.
+typedef struct {
+    PyObject_HEAD
+    PyObject **ring;
+    size_t size, head, count;  // `size` is a power of two
+    Py_ssize_t max_count;      // 0: no limit
+    PyObject *few[4];
+} Queue;
+
+static PyTypeObject *Queue_type, *Block_type, *Recording_type, *Chunker_type, *Stream_type, *Scheduler_type;
+static PyTypeObject *Hypothesis_type, *Endpointer_type, *Guard_type, *Preprocessor_type, *Silence_type, *Session_type, *Token_type, *TokenList_type;
 static PyTypeObject *WorkItem, *StepOutput;
 static PyObject *int16_scale, *one, *no_ends, *run_kind;
 static PyArray_Descr *int16, *float32, *int64;
 static unsigned long forks;  // between the import of this module and this process
 
+#define NEVER ((Integer)1 << 62)  // of `endpointing.py`
 #define MAX_ITEMS 16  // that are enqueued at once
 
 enum { KIND, CHUNK, END_SAMPLE, ORIGIN_SAMPLE, AUDIO, LENGTH, RESET_SLOT, PROMPT, SCALE, BLOCK, ITEM_FIELDS };
 
 #define NAMES(name)                                                                                                   \
-    name(_accept_parts) name(_concatenate) name(_events) name(_feed) name(_land_item) name(_notify_idle) name(_open_block) name(_process_items)                   \
-    name(_release_if_finished) name(_reset_before) name(_resize) name(accept) name(acquire) name(append) name(arrivals)           \
-    name(check_process) name(enqueue) name(enqueued) name(frames) name(loop_suspected) name(ms) name(notify_all) name(popleft)              \
-    name(raise_error) name(release) name(resets_decoder) name(samples) name(take) name(token_count)
+    name(CYCLE) name(WINDOW) name(_accept_parts) name(_begins) name(_concatenate) name(_events) name(_feed) name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_process_items) name(_record_output)                   \
+    name(_release_if_finished) name(_reset_before) name(_resize) name(_scores) name(_sum_p_alpha) name(_tokens) name(accept) name(acquire) name(arrivals)           \
+    name(check_process) name(count) name(enqueue) name(enqueued) name(frames) name(loop_suspected) name(ms) name(notify_all)              \
+    name(raise_error) name(release) name(resets_decoder) name(sample_positions) name(samples) name(samples_per_frame) name(scores) name(seconds) name(step) name(sum_p_alpha) name(take) name(token_count) name(tokens)
 #define DECLARE(name) static PyObject *s_##name;
 #define INTERN(name)                                                                                                  \
     if (!(s_##name = PyUnicode_InternFromString(#name))) return -1;
@@ -105,7 +147,7 @@ NAMES(DECLARE)
     }                                                                                                                 \
     static void Type##_dealloc(PyObject *self) {                                                                      \
         PyTypeObject *type = Py_TYPE(self);                                                                           \
-        PyObject_GC_UnTrack(self);                                                                                    \
+        if (PyType_GetFlags(type) & Py_TPFLAGS_HAVE_GC) PyObject_GC_UnTrack(self);                                    \
         Type##_clear(self);                                                                                           \
         ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);                                                           \
         Py_DECREF(type);                                                                                              \
@@ -118,11 +160,16 @@ NAMES(DECLARE)
 FIELDS(Block, 2)
 FIELDS(Recording, 0)
 FIELDS(Chunker, 10)
-FIELDS(Stream, 11)
+FIELDS(Hypothesis, 4)
+FIELDS(Endpointer, 3)
+FIELDS(Guard, 0)
+FIELDS(Stream, 12)
 FIELDS(Scheduler, 3)
 FIELDS(Preprocessor, 1)
 FIELDS(Silence, 0)
-FIELDS(Session, 7)
+FIELDS(Session, 9)
+FIELDS(Token, 8)
+FIELDS(TokenList, 6)
 
 static PyMemberDef Block_members[] = {REFERENCE(Block, "audio", audio), REFERENCE(Block, "chunks", chunks), {0}};
 
@@ -158,6 +205,35 @@ static PyMemberDef Chunker_members[] = {
     {0},
 };
 
+static PyMemberDef Hypothesis_members[] = {
+    REFERENCE(Hypothesis, "tokens", tokens),
+    REFERENCE(Hypothesis, "sample_positions", sample_positions),
+    REFERENCE(Hypothesis, "scores", scores),
+    REFERENCE(Hypothesis, "sum_p_alpha", sum_p_alpha),
+    {0},
+};
+
+static PyMemberDef Endpointer_members[] = {
+    REFERENCE(Endpointer, "_first", first),
+    REFERENCE(Endpointer, "_end_of_utterance", end_of_utterance),
+    REFERENCE(Endpointer, "_backchannel", backchannel),
+    INTEGER(Endpointer, "_count", count),
+    INTEGER(Endpointer, "_last", last),
+    INTEGER(Endpointer, "_max_length", max_length),
+    INTEGER(Endpointer, "next_end", next_end),
+    INTEGER(Endpointer, "_silence", silence),
+    INTEGER(Endpointer, "_word", word),
+    BOOL(Endpointer, "_at_reset", at_reset),
+    {0},
+};
+
+static PyMemberDef Guard_members[] = {
+    INTEGER(Guard, "_pause", pause),
+    INTEGER(Guard, "_start", start),
+    BOOL(Guard, "loop_suspected", loop_suspected),
+    {0},
+};
+
 static PyMemberDef Stream_members[] = {
     REFERENCE(Stream, "error", error),
     REFERENCE(Stream, "chunker", chunker),
@@ -170,6 +246,7 @@ static PyMemberDef Stream_members[] = {
     REFERENCE(Stream, "slot", slot),
     REFERENCE(Stream, "guard", guard),
     REFERENCE(Stream, "endpointer", endpointer),
+    REFERENCE(Stream, "hypothesis", hypothesis),
     INTEGER(Stream, "in_flight", in_flight),
     INTEGER(Stream, "quiet_until", quiet_until),
     BOOL(Stream, "ended", ended),
@@ -205,6 +282,8 @@ static PyMemberDef Session_members[] = {
     REFERENCE(Session, "_lanes", lanes),
     REFERENCE(Session, "_pending_outputs", pending_outputs),
     REFERENCE(Session, "_event_builder", event_builder),
+    REFERENCE(Session, "_tokens", tokens),
+    REFERENCE(Session, "_language_names", language_names),
     INTEGER(Session, "chunk_ms", chunk_ms),
     INTEGER(Session, "_end_sample", end_sample),
     INTEGER(Session, "_prompt", prompt),
@@ -215,7 +294,39 @@ static PyMemberDef Session_members[] = {
     {0},
 };
 
+static PyMemberDef Token_members[] = {
+    REFERENCE(Token, "id", id),
+    REFERENCE(Token, "text", text),
+    REFERENCE(Token, "time", time),
+    REFERENCE(Token, "end", end),
+    REFERENCE(Token, "score", score),
+    REFERENCE(Token, "confidence", confidence),
+    REFERENCE(Token, "language", language),
+    REFERENCE(Token, "tag", tag),
+    {0},
+};
+
+static PyMemberDef TokenList_members[] = {
+    REFERENCE(TokenList, "tokens", tokens),
+    REFERENCE(TokenList, "languages", languages),
+    REFERENCE(TokenList, "_piece", piece),
+    REFERENCE(TokenList, "_tags", tags),
+    REFERENCE(TokenList, "_language_of_tag", language_of_tag),
+    REFERENCE(TokenList, "_confidence_of", confidence_of),
+    INTEGER(TokenList, "_rate", rate),
+    INTEGER(TokenList, "_frame", frame),
+    INTEGER(TokenList, "_delay", delay),
+    {0},
+};
+
 // -- helpers -----------------------------------------------------------------------------------------------------------
+
+static PyObject *attribute(const char *module, const char *name) {
+    PyObject *imported = PyImport_ImportModule(module);
+    PyObject *found = imported ? PyObject_GetAttrString(imported, name) : NULL;
+    Py_XDECREF(imported);
+    return found;
+}
 
 static int is(PyObject *object, PyTypeObject *type) { return object && PyObject_TypeCheck(object, type); }
 
@@ -262,7 +373,8 @@ static PyArrayObject *audio_vector(PyObject *object) {
     return array && (PyArray_DESCR(array) == int16 || PyArray_DESCR(array) == float32) ? array : NULL;
 }
 
-// A new tuple of a named tuple's type. Takes the references, of which one may be NULL after an error.
+// A new tuple of a named tuple's type. Takes the references, of which one may be NULL after an error. It is not tracked
+// by the garbage collector, which would examine thousands of them again and again: nothing in it refers to streams.
 static PyObject *named_tuple(PyTypeObject *type, int count, PyObject **values) {
     PyObject *made = PyType_GenericAlloc(type, count);
     for (int i = 0; i < count; i++) {
@@ -272,6 +384,7 @@ static PyObject *named_tuple(PyTypeObject *type, int count, PyObject **values) {
         else
             Py_XDECREF(values[i]);
     }
+    if (made) PyObject_GC_UnTrack(made);
     return made;
 }
 
@@ -285,24 +398,161 @@ static PyObject *incref(PyObject *object) {
     return object;
 }
 
+// -- queue -------------------------------------------------------------------------------------------------------------
+
+static int is_queue(PyObject *object) { return object && Py_TYPE(object) == Queue_type; }
+
+static PyObject **place(Queue *self, size_t index) { return self->ring + ((self->head + index) & (self->size - 1)); }
+
+// Remove and return the first object, which must exist.
+static PyObject *pop(Queue *self) {
+    PyObject *first = *place(self, 0);
+    self->head++;
+    if (!--self->count && self->ring != self->few) {
+        PyMem_Free(self->ring);
+        self->ring = self->few, self->size = sizeof self->few / sizeof *self->few;
+    }
+    return first;
+}
+
+static int grow(Queue *self) {
+    PyObject **ring = PyMem_Malloc(2 * self->size * sizeof *ring);
+    if (!ring) return PyErr_NoMemory(), -1;
+    for (size_t i = 0; i < self->count; i++) ring[i] = *place(self, i);
+    if (self->ring != self->few) PyMem_Free(self->ring);
+    self->ring = ring, self->size *= 2, self->head = 0;
+    return 0;
+}
+
+static int push(Queue *self, PyObject *object) {
+    PyObject *dropped = self->max_count && self->count == (size_t)self->max_count ? pop(self) : NULL;
+    if (self->count == self->size && grow(self)) return -1;
+    Py_INCREF(object);
+    *place(self, self->count++) = object;
+    Py_XDECREF(dropped);
+    return 0;
+}
+
+static int push_left(Queue *self, PyObject *object) {
+    if (self->count == self->size && grow(self)) return -1;
+    Py_INCREF(object);
+    self->head--, self->count++;
+    *place(self, 0) = object;
+    return 0;
+}
+
+static int push_all(Queue *self, PyObject *objects, int (*add)(Queue *, PyObject *)) {
+    PyObject *list = PySequence_List(objects);  // a copy: the objects may be those of the queue
+    int failed = !list;
+    for (Py_ssize_t i = 0; !failed && i < PyList_Size(list); i++) failed = add(self, PyList_GetItem(list, i));
+    Py_XDECREF(list);
+    return failed ? -1 : 0;
+}
+
+static PyObject *Queue_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"maxlen", NULL};
+    Py_ssize_t max_count = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$n:Queue", names, &max_count)) return NULL;
+    Queue *self = (Queue *)PyType_GenericAlloc(type, 0);
+    if (!self) return NULL;
+    self->ring = self->few, self->size = sizeof self->few / sizeof *self->few, self->max_count = max_count;
+    return (PyObject *)self;
+}
+
+static int Queue_traverse(PyObject *object, visitproc visit, void *arg) {
+    Queue *self = (Queue *)object;
+    for (size_t i = 0; i < self->count; i++) Py_VISIT(*place(self, i));
+    Py_VISIT(Py_TYPE(object));
+    return 0;
+}
+
+static int Queue_clear(PyObject *object) {
+    while (((Queue *)object)->count) Py_DECREF(pop((Queue *)object));
+    return 0;
+}
+
+static void Queue_dealloc(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    Queue_clear(object);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static Py_ssize_t Queue_length(PyObject *self) { return ((Queue *)self)->count; }
+
+static PyObject *Queue_item(PyObject *object, Py_ssize_t index) {
+    Queue *self = (Queue *)object;
+    if (index >= 0 && (size_t)index < self->count) return incref(*place(self, index));
+    PyErr_SetString(PyExc_IndexError, "queue index out of range");
+    return NULL;
+}
+
+static PyObject *Queue_extend(PyObject *self, PyObject *objects) {
+    return push_all((Queue *)self, objects, push) ? NULL : incref(self);
+}
+
+static PyObject *Queue_append(PyObject *self, PyObject *object) {
+    return push((Queue *)self, object) ? NULL : incref(Py_None);
+}
+
+static PyObject *Queue_extendleft(PyObject *self, PyObject *objects) {
+    return push_all((Queue *)self, objects, push_left) ? NULL : incref(Py_None);
+}
+
+static PyObject *Queue_popleft(PyObject *self, PyObject *unused) {
+    (void)unused;
+    if (((Queue *)self)->count) return pop((Queue *)self);
+    PyErr_SetString(PyExc_IndexError, "pop from an empty queue");
+    return NULL;
+}
+
+static PyObject *Queue_remove_all(PyObject *self, PyObject *unused) {
+    (void)unused;
+    Queue_clear(self);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef Queue_methods[] = {
+    {"append", Queue_append, METH_O, NULL},
+    {"extendleft", Queue_extendleft, METH_O, NULL},
+    {"popleft", Queue_popleft, METH_NOARGS, NULL},
+    {"clear", Queue_remove_all, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyType_Slot Queue_slots[] = {
+    {Py_tp_new, Queue_new},
+    {Py_tp_traverse, Queue_traverse},
+    {Py_tp_clear, Queue_clear},
+    {Py_tp_dealloc, Queue_dealloc},
+    {Py_tp_methods, Queue_methods},
+    {Py_sq_length, Queue_length},
+    {Py_sq_item, Queue_item},
+    {Py_sq_inplace_concat, Queue_extend},
+    {0, NULL},
+};
+static PyType_Spec Queue_spec = {
+    "nemostream.runtime.streaming._host.Queue", sizeof(Queue), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, Queue_slots,
+};
+
 // -- chunker -----------------------------------------------------------------------------------------------------------
 
 // Fill the next block: a spare one of the same size and type, or what `_open_block` makes.
 static int open_block(Chunker *self, PyArrayObject *before) {
-    PyObject *spare = PyObject_Size(self->spare) > 0 ? PySequence_GetItem(self->spare, 0) : NULL;
+    Queue *spare = (Queue *)self->spare;
+    Block *block = spare->count ? (Block *)*place(spare, 0) : NULL;
     Integer samples;
-    if (integer_of(self->chunk, s_samples, &samples)) goto error;
-    if (spare && is(spare, Block_type)) {
-        Block *block = (Block *)spare;
+    if (integer_of(self->chunk, s_samples, &samples)) return -1;
+    if (is((PyObject *)block, Block_type)) {
         PyArrayObject *audio = vector(block->audio, PyArray_DESCR(before));
         PyObject *first = block->chunks && PyList_Check(block->chunks) ? PyList_GetItem(block->chunks, 0) : NULL;
         PyArrayObject *chunk = vector(first, NULL);
         if (audio && chunk && PyArray_DIM(chunk, 0) == samples) {
-            if (call(self->spare, s_popleft, NULL)) goto error;
+            set(&self->block, pop(spare));
             set(&self->audio, incref(block->audio));
             set(&self->config, incref(self->chunk));
             set(&self->scale, incref(PyArray_DESCR(audio) == float32 ? one : int16_scale));
-            set(&self->block, spare);
             self->block_end = PyArray_DIM(audio, 0);
             self->begin = self->at = self->number = self->lead = 0;
             self->chunk_end = samples;
@@ -310,13 +560,9 @@ static int open_block(Chunker *self, PyArrayObject *before) {
         }
     }
     PyErr_Clear();
-    Py_XDECREF(spare);
     PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__open_block, self->chunk, PyArray_DESCR(before), NULL);
     Py_XDECREF(done);
     return done ? 0 : -1;
-error:
-    Py_XDECREF(spare);
-    return -1;
 }
 
 // `Chunker._run_full_chunk`; returns the item instead of queueing it.
@@ -361,7 +607,8 @@ static PyObject *run_full_chunk(Chunker *self) {
 static Integer append(Chunker *self, PyArrayObject *from, Integer begin, PyObject **items, int *count) {
     Integer rest = PyArray_DIM(from, 0) - begin;
     PyArrayObject *to = vector(self->audio, PyArray_DESCR(from));
-    if (!to || (PyObject *)PyArray_DESCR(from) != self->direct || self->chunk != self->config || !self->spare) return 0;
+    if (!to || (PyObject *)PyArray_DESCR(from) != self->direct || self->chunk != self->config) return 0;
+    if (!is_queue(self->spare)) return 0;
     Integer at = self->at, room = (self->block_end < PyArray_DIM(to, 0) ? self->block_end : PyArray_DIM(to, 0)) - at;
     if (at < 0 || room < 0 || !PyArray_ISWRITEABLE(to)) return 0;
     Integer part = self->at >= self->chunk_end ? 0 : rest < room ? rest : room;
@@ -421,9 +668,11 @@ static PyObject *Scheduler_new(PyTypeObject *type, PyObject *args, PyObject *kwa
 
 static int is_item(PyObject *item) { return Py_TYPE(item) == WorkItem && PyTuple_Size(item) == ITEM_FIELDS; }
 
+static Queue *items_of(Stream *stream) { return (Queue *)stream->items; }
+
 static Stream *stream_of(PyObject *object) {
     Stream *stream = (Stream *)object;
-    if (is(object, Stream_type) && stream->error && stream->items && stream->outputs) return stream;
+    if (is(object, Stream_type) && stream->error && is_queue(stream->items) && is_queue(stream->outputs)) return stream;
     PyErr_SetString(PyExc_TypeError, "this is not a stream of the scheduler");
     return NULL;
 }
@@ -432,18 +681,16 @@ static Stream *stream_of(PyObject *object) {
 static int schedule(Scheduler *self, Stream *stream) {
     PyObject *object = (PyObject *)stream;
     int simple = 0;
-    if (stream->source == Py_None && stream->chunker != Py_None && PyObject_Size(stream->items) > 0) {
-        PyObject *head = PySequence_GetItem(stream->items, 0);
-        if (!head) return -1;
+    if (stream->source == Py_None && stream->chunker != Py_None && items_of(stream)->count) {
+        PyObject *head = *place(items_of(stream), 0);
         simple = is_item(head) && PyTuple_GetItem(head, KIND) == run_kind;
         if (simple && stream->in_flight) {  // `StreamState.must_wait`
             int waits = PyObject_IsTrue(PyTuple_GetItem(head, RESET_SLOT));
             if (!waits) waits = flag_of(stream->guard, s_loop_suspected);
             if (!waits) waits = flag_of(stream->endpointer, s_resets_decoder);
-            if (waits < 0) return Py_DECREF(head), -1;
+            if (waits < 0) return -1;
             simple = !waits;
         }
-        Py_DECREF(head);
     }
     if (!simple) return call((PyObject *)self, s__process_items, object);
     if (PyDict_GetItemWithError(self->ready, object)) return 0;
@@ -468,7 +715,7 @@ static int enqueue_locked(Scheduler *self, Stream *stream, PyObject **items, int
             Py_XDECREF(traced);
             if (failed) return -1;
         }
-        if (call(stream->items, s_append, items[i])) return -1;
+        if (push(items_of(stream), items[i])) return -1;
     }
     return schedule(self, stream);
 }
@@ -544,11 +791,9 @@ static Py_ssize_t find_ready(Scheduler *self, PyObject *chunk, Ready *found, Py_
     Py_ssize_t position = 0, n = 0;
     while (n < count && PyDict_Next(self->ready, &position, &object, &value)) {
         Stream *stream = stream_of(object);
-        PyObject *head = stream ? PySequence_GetItem(stream->items, 0) : NULL;
-        if (!head) return -1;
-        int same = is_item(head) && PyTuple_GetItem(head, CHUNK) == chunk;
-        Py_DECREF(head);
-        if (!same) continue;
+        if (!stream) return -1;
+        PyObject *head = items_of(stream)->count ? *place(items_of(stream), 0) : NULL;
+        if (!head || !is_item(head) || PyTuple_GetItem(head, CHUNK) != chunk) continue;
         Integer slot = PyLong_AsLongLong(stream->slot ? stream->slot : Py_None);
         if (slot == -1 && PyErr_Occurred()) return -1;
         found[n++] = (Ready){slot, object};
@@ -560,14 +805,13 @@ static Py_ssize_t find_ready(Scheduler *self, PyObject *chunk, Ready *found, Py_
 // Take the next item of a ready stream.
 static PyObject *take_item(Scheduler *self, PyObject *object) {
     Stream *stream = (Stream *)object;
-    PyObject *item = NULL;
     stream->in_flight++;
     if (PyDict_DelItem(self->ready, object)) return NULL;
-    item = PyObject_CallMethodObjArgs(stream->items, s_popleft, NULL);
+    PyObject *item = Queue_popleft(stream->items, NULL);
     if (!item) return NULL;
     int reset = PyObject_IsTrue(PyTuple_GetItem(item, RESET_SLOT));
     if (reset < 0 || (reset && call((PyObject *)self, s__reset_before, object))) return Py_DECREF(item), NULL;
-    if (PyObject_Size(stream->items) > 0 && schedule(self, stream)) return Py_DECREF(item), NULL;
+    if (items_of(stream)->count && schedule(self, stream)) return Py_DECREF(item), NULL;
     return item;
 }
 
@@ -597,46 +841,188 @@ done:
     return result;
 }
 
-// Whether a row changes nothing but its stream's outputs. -1: error
-static int is_quiet(Stream *stream, PyObject *item, PyObject *count, PyObject *failed) {
-    if (failed != Py_False || stream->error != Py_None || !stream->quiet_count || !is_item(item)) return 0;
-    Integer tokens = PyLong_AsLongLong(count), end = PyLong_AsLongLong(PyTuple_GetItem(item, END_SAMPLE));
-    if (PyErr_Occurred()) return -1;
-    return !tokens && end < stream->quiet_until && PyTuple_GetItem(item, RESET_SLOT) == Py_False;
+// Append the output of an item without ends. The stream's `quiet_count` is the number of its tokens.
+static int append_output(Stream *stream, PyObject *item) {
+    PyObject *values[] = {incref(item), incref(stream->quiet_count), incref(no_ends)};
+    PyObject *output = named_tuple(StepOutput, 3, values);
+    int failed = !output || push((Queue *)stream->outputs, output);
+    Py_XDECREF(output);
+    return failed ? -1 : 0;
 }
 
-static int land(Scheduler *self, Stream *stream, PyObject *item, PyObject *landing, PyObject *row, int quiet) {
-    PyObject *object = (PyObject *)stream, *done;
-    stream->in_flight--;
-    if (quiet) {
-        PyObject *values[] = {incref(item), incref(stream->quiet_count), incref(no_ends)};
-        PyObject *output = named_tuple(StepOutput, 3, values);
-        done = output ? PyObject_CallMethodObjArgs(stream->outputs, s_append, output, NULL) : NULL;
-        Py_XDECREF(output);
-    } else {
-        done = PyObject_CallMethodObjArgs((PyObject *)self, s__land_item, object, item, landing, row, NULL);
+// The tokens of a step (`_Landing`): columns of all rows, in lists, and where each row begins.
+enum { TOKENS, FRAMES, SCORES, SUMS, BEGINS, COLUMNS };
+
+typedef struct {
+    PyObject *columns[COLUMNS];
+    Integer samples_per_frame;
+} Emissions;
+
+static int emissions_of(PyObject *landing, Emissions *found) {
+    PyObject *names[] = {s__tokens, s__frames, s__scores, s__sum_p_alpha, s__begins};
+    for (int i = 0; i < COLUMNS; i++)
+        if (!(found->columns[i] = PyObject_GetAttr(landing, names[i]))) return -1;
+    return integer_of(landing, s_samples_per_frame, &found->samples_per_frame);
+}
+
+static void release(Emissions *emissions) {
+    for (int i = 0; i < COLUMNS; i++) Py_XDECREF(emissions->columns[i]);
+}
+
+static int same_token(PyObject *token, PyObject *other) {
+    return other != Py_None && PyObject_RichCompareBool(token, other, Py_EQ);
+}
+
+// `Endpointer._continues`
+static int continues(Endpointer *self, PyObject *tokens, PyObject *positions, Integer end_sample) {
+    if (!self->first || self->first == Py_None || !self->end_of_utterance || !self->backchannel) return 0;
+    Integer next_end = self->next_end, last = self->last, longest = PyLong_AsLongLong(self->first) + self->max_length;
+    Py_ssize_t count = PyList_Size(tokens);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *token = PyList_GetItem(tokens, i);
+        Integer sample = PyLong_AsLongLong(PyList_GetItem(positions, i));
+        if (sample >= next_end || sample >= longest) return 0;
+        if (same_token(token, self->end_of_utterance) || same_token(token, self->backchannel)) return 0;
+        last = sample;
+        Integer by_length = last + self->word > longest ? last + self->word : longest;
+        next_end = last + self->silence < by_length ? last + self->silence : by_length;
     }
+    if (end_sample >= next_end) return 0;
+    self->last = last, self->at_reset = 0, self->next_end = next_end;
+    self->count += count;
+    return 1;
+}
+
+// Whether the last tokens may be a loop (`RepetitionGuard._is_loop` without its last condition). Errors count as that.
+static int may_loop(Guard *self, Hypothesis *hypothesis, Integer end_sample) {
+    Py_ssize_t count = PyList_Size(hypothesis->tokens);
+    Integer window, cycle;
+    if (integer_of((PyObject *)self, s_WINDOW, &window) || integer_of((PyObject *)self, s_CYCLE, &cycle)) return 1;
+    if (count - self->start < window) return 0;
+    Integer position = PyLong_AsLongLong(PyList_GetItem(hypothesis->sample_positions, count - 1));
+    if (end_sample - position > self->pause) return 0;
+    for (Integer c = 1; c <= cycle; c++) {
+        Py_ssize_t i = count - 1;
+        while (i >= count - window + c) {
+            PyObject *token = PyList_GetItem(hypothesis->tokens, i), *before = PyList_GetItem(hypothesis->tokens, i - c);
+            if (!token || !before || PyObject_RichCompareBool(token, before, Py_EQ) != 1) break;
+            i--;
+        }
+        if (i < count - window + c) return 1;
+    }
+    return 0;
+}
+
+// `_record_output` for a chunk with tokens that ends no utterance and is no loop. Return whether it was one; -1: error
+static int record_output(Stream *stream, PyObject *item, PyObject *tokens, PyObject *positions) {
+    Hypothesis *hypothesis = (Hypothesis *)stream->hypothesis;
+    Guard *guard = (Guard *)stream->guard;
+    Endpointer *endpointer = (Endpointer *)stream->endpointer;
+    Integer end_sample = PyLong_AsLongLong(PyTuple_GetItem(item, END_SAMPLE));
+    int guarded = stream->guard != Py_None, ends = stream->endpointer != Py_None;
+    if (PyTuple_GetItem(item, KIND) != run_kind || PyTuple_GetItem(item, RESET_SLOT) != Py_False) return 0;
+    if ((guarded && !is(stream->guard, Guard_type)) || (ends && !is(stream->endpointer, Endpointer_type))) return 0;
+    if (guarded && may_loop(guard, hypothesis, end_sample)) return PyErr_Occurred() ? -1 : 0;
+    if (ends && !continues(endpointer, tokens, positions, end_sample)) return PyErr_Occurred() ? -1 : 0;
+    if (guarded) guard->loop_suspected = 0;
+    stream->quiet_until = ends ? endpointer->next_end : NEVER;
+    set(&stream->quiet_count, PyLong_FromSsize_t(PyList_Size(hypothesis->tokens)));
+    if (!stream->quiet_count || append_output(stream, item)) return -1;
+    return 1;
+}
+
+static int extend(PyObject *list, PyObject *more) {
+    Py_ssize_t size = PyList_Size(list);
+    return size < 0 ? -1 : PyList_SetSlice(list, size, size, more);
+}
+
+// Add the tokens of a row to the hypothesis; return their samples.
+static PyObject *add_tokens(Hypothesis *hypothesis, Emissions *emissions, PyObject *item, PyObject *slices[4]) {
+    Integer origin = PyLong_AsLongLong(PyTuple_GetItem(item, ORIGIN_SAMPLE));
+    Py_ssize_t count = PyList_Size(slices[FRAMES]);
+    PyObject *positions = PyList_New(count);
+    for (Py_ssize_t i = 0; positions && i < count; i++) {
+        Integer frame = PyLong_AsLongLong(PyList_GetItem(slices[FRAMES], i));
+        PyObject *position = PyLong_FromLongLong(frame * emissions->samples_per_frame + origin);
+        if (position)
+            PyList_SetItem(positions, i, position);
+        else
+            Py_CLEAR(positions);
+    }
+    if (!positions || PyErr_Occurred() || extend(hypothesis->tokens, slices[TOKENS]) ||
+        extend(hypothesis->sample_positions, positions) || extend(hypothesis->scores, slices[SCORES]) ||
+        extend(hypothesis->sum_p_alpha, slices[SUMS]))
+        Py_CLEAR(positions);
+    return positions;
+}
+
+// `_land` for a row with tokens
+static int land_tokens(Scheduler *self, Stream *stream, PyObject *item, Emissions *emissions, Integer row, Integer count) {
+    PyObject *slices[4] = {0}, *positions = NULL, *done = NULL;
+    Integer begin = PyLong_AsLongLong(PyList_GetItem(emissions->columns[BEGINS], row));
+    int recorded = -1;
+    if (PyErr_Occurred()) return -1;
+    for (int i = 0; i < 4; i++)
+        if (!(slices[i] = PyList_GetSlice(emissions->columns[i], begin, begin + count))) goto end;
+    if (!(positions = add_tokens((Hypothesis *)stream->hypothesis, emissions, item, slices))) goto end;
+    recorded = record_output(stream, item, slices[TOKENS], positions);
+    if (!recorded) {
+        PyObject *arguments[] = {(PyObject *)self, (PyObject *)stream, item, slices[TOKENS], positions};
+        done = PyObject_CallMethodObjArgs(
+            arguments[0], s__record_output, arguments[1], arguments[2], arguments[3], arguments[4], NULL
+        );
+        recorded = done ? 1 : -1;
+    }
+end:
+    for (int i = 0; i < 4; i++) Py_XDECREF(slices[i]);
+    Py_XDECREF(positions);
     Py_XDECREF(done);
-    if (!done || (PyObject_Size(stream->items) > 0 && schedule(self, stream))) return -1;
+    return recorded < 0 ? -1 : 0;
+}
+
+// What follows from the result of a row.
+static int continue_stream(Scheduler *self, Stream *stream) {
+    PyObject *object = (PyObject *)stream;
+    if (items_of(stream)->count && schedule(self, stream)) return -1;
     if (stream->ended && call((PyObject *)self, s__release_if_finished, object)) return -1;
     return stream->progress && stream->progress != Py_None ? call(stream->progress, s_notify_all, NULL) : 0;
+}
+
+static int land_other(Scheduler *self, Stream *stream, PyObject *item, PyObject *landing, Py_ssize_t row) {
+    PyObject *number = PyLong_FromSsize_t(row), *done = NULL, *object = (PyObject *)stream;
+    if (number) done = PyObject_CallMethodObjArgs((PyObject *)self, s__land_item, object, item, landing, number, NULL);
+    Py_XDECREF(number);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+static int land(Scheduler *self, Stream *stream, PyObject *item, PyObject *landing, Emissions *emissions, Py_ssize_t row,
+                PyObject *count, PyObject *failed) {
+    stream->in_flight--;
+    if (failed != Py_False || stream->error != Py_None || !is_item(item)) return land_other(self, stream, item, landing, row);
+    Integer tokens = PyLong_AsLongLong(count), end = PyLong_AsLongLong(PyTuple_GetItem(item, END_SAMPLE));
+    if (PyErr_Occurred()) return -1;
+    if (tokens)
+        return is(stream->hypothesis, Hypothesis_type) ? land_tokens(self, stream, item, emissions, row, tokens)
+                                                       : land_other(self, stream, item, landing, row);
+    int quiet = end < stream->quiet_until && stream->quiet_count && PyTuple_GetItem(item, RESET_SLOT) == Py_False;
+    return quiet ? append_output(stream, item) : land_other(self, stream, item, landing, row);
 }
 
 static PyObject *Scheduler_land_all(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     if (!expect(given, 5)) return NULL;
     PyObject *streams = args[0], *items = args[1], *landing = args[2], *counts = args[3], *failed = args[4];
-    for (Py_ssize_t row = 0, rows = PyList_Size(streams); row < rows; row++) {
+    Emissions emissions = {0};
+    int error = emissions_of(landing, &emissions);
+    for (Py_ssize_t row = 0, rows = PyList_Size(streams); !error && row < rows; row++) {
         PyObject *object = PyList_GetItem(streams, row), *item = PyList_GetItem(items, row);
         PyObject *count = PyList_GetItem(counts, row), *row_failed = PyList_GetItem(failed, row);
         Stream *stream = object && item && count && row_failed ? stream_of(object) : NULL;
-        int quiet = stream ? is_quiet(stream, item, count, row_failed) : -1;
-        PyObject *number = quiet < 0 ? NULL : quiet ? incref(Py_None) : PyLong_FromSsize_t(row);
-        if (!number) return NULL;
-        int error = land((Scheduler *)self, stream, item, landing, number, quiet);
-        Py_DECREF(number);
-        if (error) return NULL;
+        error = !stream || land((Scheduler *)self, stream, item, landing, &emissions, row, count, row_failed) ||
+                continue_stream((Scheduler *)self, stream);
     }
-    if (PyErr_Occurred()) return NULL;
+    release(&emissions);
+    if (error || PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -678,7 +1064,7 @@ static int recycle(Stream *stream, PyObject *item) {
     PyObject *block = PyTuple_GetItem(item, BLOCK);
     if (block == Py_None || !is(stream->chunker, Chunker_type)) return 0;
     PyObject *spare = ((Chunker *)stream->chunker)->spare;
-    return spare ? call(spare, s_append, block) : 0;
+    return is_queue(spare) ? push((Queue *)spare, block) : 0;
 }
 
 static PyObject *Scheduler_gather(PyObject *self, PyObject *const *args, Py_ssize_t given) {
@@ -719,15 +1105,10 @@ static PyObject *Scheduler_collect(PyObject *object, PyObject *stream_object) {
     Scheduler *self = (Scheduler *)object;
     Stream *stream = stream_of(stream_object);
     if (!stream || (self->forks != forks && call(object, s_check_process, NULL))) return NULL;
-    Py_ssize_t count = PyObject_Size(stream->outputs);
-    PyObject *outputs = count < 0 ? NULL : PyList_New(count);
-    for (Py_ssize_t i = 0; outputs && i < count; i++) {
-        PyObject *output = PyObject_CallMethodObjArgs(stream->outputs, s_popleft, NULL);
-        if (output)
-            PyList_SetItem(outputs, i, output);
-        else
-            Py_CLEAR(outputs);
-    }
+    Queue *queue = (Queue *)stream->outputs;
+    Py_ssize_t count = queue->count;
+    PyObject *outputs = PyList_New(count);
+    for (Py_ssize_t i = 0; outputs && i < count; i++) PyList_SetItem(outputs, i, pop(queue));
     return outputs;
 }
 
@@ -742,6 +1123,84 @@ static PyMethodDef Scheduler_methods[] = {
     {"collect", Scheduler_collect, METH_O, NULL},
     {0},
 };
+
+// -- tokens ------------------------------------------------------------------------------------------------------------
+
+static PyObject *Token_class(void) {
+    static PyObject *found;  // `Token`, whose module imports this one
+    if (!found) found = attribute("nemostream.runtime.text.words", "Token");
+    return found;
+}
+
+// One token of `TokenList.make`
+static PyObject *make_token(TokenList *self, PyObject *id, PyObject *position, PyObject *score, PyObject *sum_p_alpha) {
+    PyTypeObject *type = (PyTypeObject *)Token_class();
+    Integer sample = PyLong_AsLongLong(position);
+    if (!type || (sample == -1 && PyErr_Occurred())) return NULL;
+    if (self->delay) sample = sample > self->delay ? sample - self->delay : 0;
+    PyObject *object = PyType_GenericAlloc(type, 0), *language = NULL;
+    Token *token = (Token *)object;
+    if (!object) return NULL;
+    int tag = PySequence_Contains(self->tags, id);
+    language = tag > 0 ? PyObject_CallFunctionObjArgs(self->language_of_tag, id, NULL) : incref(Py_None);
+    token->id = incref(id);
+    token->text = PyObject_CallFunctionObjArgs(self->piece, id, NULL);
+    token->time = PyFloat_FromDouble((double)sample / (double)self->rate);
+    token->end = PyFloat_FromDouble((double)(sample + self->frame) / (double)self->rate);
+    token->score = incref(score);
+    token->confidence = PyObject_CallFunctionObjArgs(self->confidence_of, score, sum_p_alpha, NULL);
+    token->language = language;
+    token->tag = PyBool_FromLong(tag);
+    if (tag < 0 || !language || !token->text || !token->time || !token->end || !token->confidence) Py_CLEAR(object);
+    return object;
+}
+
+static PyObject *make_tokens(TokenList *self, PyObject *hypothesis, Py_ssize_t begin, Py_ssize_t end) {
+    if (!self->tags || !self->piece || !self->language_of_tag || !self->confidence_of || !self->rate) {
+        PyErr_SetString(PyExc_AttributeError, "the list was not initialized");
+        return NULL;
+    }
+    PyObject *names[] = {s_tokens, s_sample_positions, s_scores, s_sum_p_alpha}, *columns[4] = {0}, *made = NULL;
+    for (int i = 0; i < 4; i++)
+        if (!(columns[i] = PyObject_GetAttr(hypothesis, names[i]))) goto done;
+    if (!(made = PyList_New(0))) goto done;
+    for (Py_ssize_t index = begin; index < end; index++) {
+        PyObject *values[4];
+        for (int i = 0; i < 4; i++)
+            if (!(values[i] = PyList_GetItem(columns[i], index))) goto failed;
+        PyObject *token = make_token(self, values[0], values[1], values[2], values[3]);
+        int failed = !token || PyList_Append(made, token);
+        Py_XDECREF(token);
+        if (failed) goto failed;
+    }
+done:
+    for (int i = 0; i < 4; i++) Py_XDECREF(columns[i]);
+    return made;
+failed:
+    Py_CLEAR(made);
+    goto done;
+}
+
+static PyObject *TokenList_make(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    if (!expect(given, 3)) return NULL;
+    Py_ssize_t begin = PyLong_AsSsize_t(args[1]), end = PyLong_AsSsize_t(args[2]);
+    return PyErr_Occurred() ? NULL : make_tokens((TokenList *)self, args[0], begin, end);
+}
+
+// `TokenList.extend`, without language tags in the vocabulary
+static int extend_tokens(TokenList *self, PyObject *hypothesis, Py_ssize_t end) {
+    Py_ssize_t begin = self->tokens ? PyList_Size(self->tokens) : 0;
+    if (begin >= end) return 0;
+    PyObject *made = make_tokens(self, hypothesis, begin, end), *count = NULL;
+    Integer known;
+    int failed = !made || extend(self->tokens, made) || integer_of(self->languages, s_count, &known) ||
+                 !(count = PyLong_FromLongLong(known + end - begin)) || PyObject_SetAttr(self->languages, s_count, count);
+    Py_XDECREF(made);
+    Py_XDECREF(count);
+    return failed ? -1 : 0;
+}
+
+static PyMethodDef TokenList_methods[] = {FAST("make", TokenList_make), {0}};
 
 // -- session -----------------------------------------------------------------------------------------------------------
 
@@ -794,24 +1253,46 @@ static int consume(Session *self, PyObject *item) {
 }
 
 // Consume outputs that cause no events. Return whether there are others; -1: error
-static int skip_quiet(Session *self, PyObject *outputs) {
+static int skip_quiet(Session *self, Queue *outputs) {
     Integer known, count;
     if (integer_of(self->event_builder, s_token_count, &known)) return -1;
-    while (PyObject_Size(outputs) > 0) {
-        PyObject *output = PySequence_GetItem(outputs, 0);
-        if (!output) return -1;
+    while (outputs->count) {
+        PyObject *output = *place(outputs, 0);
         PyObject *item = Py_TYPE(output) == StepOutput ? PyTuple_GetItem(output, 0) : NULL;
         int quiet = item && is_item(item) && PyTuple_GetItem(item, KIND) == run_kind;
         if (quiet) {
             count = PyLong_AsLongLong(PyTuple_GetItem(output, 1));
             quiet = count == known && PyTuple_GetItem(output, 2) == no_ends;
         }
-        int failed = quiet && (call(outputs, s_popleft, NULL) || consume(self, item));
-        Py_DECREF(output);
-        if (failed || PyErr_Occurred()) return -1;
-        if (!quiet) return 1;
+        if (!quiet) return PyErr_Occurred() ? -1 : 1;
+        if (consume(self, item)) return -1;
+        Py_DECREF(pop(outputs));
     }
     return 0;
+}
+
+// Consume the only output, with tokens and without ends, and return its events (`StreamSession._events`). NULL without an
+// exception: it is another case, and nothing is changed.
+static PyObject *events_of(Session *self, Stream *stream, Queue *outputs) {
+    PyObject *output = *place(outputs, 0), *item = Py_TYPE(output) == StepOutput ? PyTuple_GetItem(output, 0) : NULL;
+    TokenList *tokens = (TokenList *)self->tokens;
+    if (!item || !is_item(item) || PyTuple_GetItem(item, KIND) != run_kind || outputs->count != 1) return NULL;
+    if (PyTuple_GetItem(output, 2) != no_ends || !is(self->tokens, TokenList_type) || !tokens->tokens) return NULL;
+    if (!tokens->tags || PyObject_Size(tokens->tags) || !self->language_names || !self->preprocessor) return NULL;
+    PyObject *count = PyTuple_GetItem(output, 1), *seconds = NULL, *chunk_ms = NULL, *language = NULL, *events = NULL;
+    Py_ssize_t end = PyLong_AsSsize_t(count);
+    pop(outputs);  // `output` is released at the end
+    if (!PyErr_Occurred() && !extend_tokens(tokens, stream->hypothesis, end) && !consume(self, item) &&
+        (seconds = PyObject_GetAttr(self->preprocessor, s_seconds)) && (chunk_ms = PyLong_FromLongLong(self->chunk_ms)) &&
+        (language = PyObject_GetItem(self->language_names, PyTuple_GetItem(item, PROMPT))))
+        events = PyObject_CallMethodObjArgs(
+            self->event_builder, s_step, tokens->tokens, count, no_ends, seconds, chunk_ms, language, NULL
+        );
+    Py_XDECREF(seconds);
+    Py_XDECREF(chunk_ms);
+    Py_XDECREF(language);
+    Py_DECREF(output);
+    return events;
 }
 
 static PyObject *Session_events(PyObject *object, PyObject *unused) {
@@ -821,8 +1302,10 @@ static PyObject *Session_events(PyObject *object, PyObject *unused) {
     if (self->lanes == Py_None && !self->ended && self->event_builder && self->pending_outputs &&
         !PyObject_Size(self->pending_outputs)) {
         Stream *stream = stream_of(self->stream);
-        int others = stream ? skip_quiet(self, stream->outputs) : -1;
+        int others = stream ? skip_quiet(self, (Queue *)stream->outputs) : -1;
         if (others <= 0) return others ? NULL : PyList_New(0);
+        PyObject *events = events_of(self, stream, (Queue *)stream->outputs);
+        if (events || PyErr_Occurred()) return events;
     }
     return PyObject_CallMethodObjArgs(object, s__events, NULL);
 }
@@ -841,14 +1324,8 @@ static PyObject *count_fork(PyObject *module, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
-static PyObject *attribute(const char *module, const char *name) {
-    PyObject *imported = PyImport_ImportModule(module);
-    PyObject *found = imported ? PyObject_GetAttrString(imported, name) : NULL;
-    Py_XDECREF(imported);
-    return found;
-}
-
 // Add a class of fields. `__slots__` has the names of its members: a dataclass creates slots for its other fields.
+// Without `traverse`, its objects are not tracked by the garbage collector: their fields are numbers and texts.
 static PyTypeObject *add_type(
     PyObject *module, const char *name, int size, newfunc new, void *traverse, void *clear, void *dealloc,
     PyMemberDef *members, PyMethodDef *methods
@@ -856,14 +1333,15 @@ static PyTypeObject *add_type(
     static PyMethodDef no_methods[] = {{0}};
     PyType_Slot slots[] = {
         {Py_tp_new, new ? (void *)new : (void *)PyType_GenericNew},
-        {Py_tp_traverse, traverse},
-        {Py_tp_clear, clear},
         {Py_tp_dealloc, dealloc},
         {Py_tp_members, members},
         {Py_tp_methods, methods ? methods : no_methods},
+        {traverse ? Py_tp_traverse : 0, traverse},
+        {Py_tp_clear, clear},
         {0, NULL},
     };
-    PyType_Spec spec = {name, size, 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};
+    unsigned int tracked = traverse ? Py_TPFLAGS_HAVE_GC : 0;
+    PyType_Spec spec = {name, size, 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | tracked, slots};
     PyObject *type = PyType_FromSpec(&spec), *names = PyList_New(0);
     for (PyMemberDef *member = members; names && member->name; member++) {
         PyObject *member_name = PyUnicode_FromString(member->name);
@@ -879,10 +1357,11 @@ static PyTypeObject *add_type(
     return (PyTypeObject *)type;
 }
 
-#define ADD_TYPE(Type, new, methods)                                                                                  \
+#define ADD_TYPE(Type, tracked, new, methods)                                                                         \
     if (!(Type##_type = add_type(                                                                                     \
-              module, "nemostream.runtime.streaming._host." #Type "Fields", sizeof(Type), new, Type##_traverse,       \
-              Type##_clear, Type##_dealloc, Type##_members, methods                                                   \
+              module, "nemostream.runtime.streaming._host." #Type "Fields", sizeof(Type), new,                        \
+              (tracked) ? (void *)Type##_traverse : NULL, (void *)Type##_clear, (void *)Type##_dealloc,               \
+              Type##_members, methods                                                                                 \
           )))                                                                                                         \
     return -1
 
@@ -898,14 +1377,21 @@ static int load(PyObject *module) {
     if (!(int16_scale = attribute(items, "INT16_SCALE"))) return -1;
     if (!(one = PyFloat_FromDouble(1.0)) || !(no_ends = PyTuple_New(0))) return -1;
     if (!(run_kind = PyUnicode_InternFromString("run"))) return -1;
-    ADD_TYPE(Block, NULL, NULL);
-    ADD_TYPE(Recording, NULL, NULL);
-    ADD_TYPE(Chunker, NULL, Chunker_methods);
-    ADD_TYPE(Stream, NULL, NULL);
-    ADD_TYPE(Scheduler, Scheduler_new, Scheduler_methods);
-    ADD_TYPE(Preprocessor, NULL, NULL);
-    ADD_TYPE(Silence, NULL, NULL);
-    ADD_TYPE(Session, NULL, Session_methods);
+    if (!(Queue_type = (PyTypeObject *)PyType_FromSpec(&Queue_spec))) return -1;
+    if (PyModule_AddObjectRef(module, "Queue", (PyObject *)Queue_type)) return -1;
+    ADD_TYPE(Block, 1, NULL, NULL);
+    ADD_TYPE(Recording, 0, NULL, NULL);
+    ADD_TYPE(Chunker, 1, NULL, Chunker_methods);
+    ADD_TYPE(Stream, 1, NULL, NULL);
+    ADD_TYPE(Hypothesis, 1, NULL, NULL);
+    ADD_TYPE(Endpointer, 1, NULL, NULL);
+    ADD_TYPE(Guard, 0, NULL, NULL);
+    ADD_TYPE(Scheduler, 1, Scheduler_new, Scheduler_methods);
+    ADD_TYPE(Preprocessor, 1, NULL, NULL);
+    ADD_TYPE(Silence, 0, NULL, NULL);
+    ADD_TYPE(Session, 1, NULL, Session_methods);
+    ADD_TYPE(Token, 0, NULL, NULL);
+    ADD_TYPE(TokenList, 1, NULL, TokenList_methods);
     return 0;
 }
 

@@ -575,7 +575,7 @@ class Scheduler(SchedulerFields, StreamScheduler):
             if endpointer is not None:
                 endpointer.reset()
         elif endpointer is not None:
-            ends = endpointer.step(tokens, positions, item.end_sample)
+            ends = endpointer.step(tokens, positions, item.end_sample) or ()
             if endpointer.resets_decoder and endpointer.reset_due:
                 self._reset_decoder_of(stream)
         # Without tokens, the end of an utterance depends on the time only, and a loop cannot be found that was not

@@ -643,7 +643,7 @@ class StreamSession(SessionFields):
         return self._events()
 
     def _events(self) -> list[Event]:
-        """`events`, of which the C function only covers outputs that cause none."""
+        """`events`, of which the C function only covers outputs without events, and a single one without ends."""
         if self._lanes is not None:
             self._fetch_outputs()
             return self._events_of_lanes()

@@ -22,15 +22,15 @@ from nemostream.errors import NemostreamError
 from nemostream.runtime.backends.base import Backend, Pending
 from nemostream.runtime.decoding.boosting import Boosting
 from nemostream.runtime.streaming.chunker import Chunker
-from nemostream.runtime.streaming.compiled import StreamFields
+from nemostream.runtime.streaming.compiled import HypothesisFields, Queue, StreamFields
 from nemostream.runtime.streaming.items import StepOutput, WorkItem
 from nemostream.runtime.streaming.rows import Rows
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
 from nemostream.runtime.text.endpointing import Endpointer, RepetitionGuard
 
 
-@dataclass
-class Hypothesis:
+@dataclass(slots=True)
+class Hypothesis(HypothesisFields):
     """The tokens that the decoder emitted for a stream.
 
     The lists are only appended to, so another thread may read a prefix without the lock.
@@ -120,7 +120,7 @@ class StreamState(StreamFields):
     guard: RepetitionGuard | None = None
     phrases: Boosting | None = None
     saved_slot: SavedArrays | None = None  # loaded into the slot after its first reset
-    items: deque[WorkItem] = field(default_factory=deque)  # not in a step yet
+    items: Queue[WorkItem] = field(default_factory=Queue)  # not in a step yet
     ended: bool = False  # no items follow
     branches: deque[StreamState] | None = None  # of the items of the kind "branch" that are not done, in order
     source: StreamState | None = None  # of a branch, until it has the state of this stream
@@ -130,7 +130,7 @@ class StreamState(StreamFields):
     # Sample before which a step without tokens changes nothing, and the number of tokens (`Scheduler._record_output`)
     quiet_until: int = 0
     quiet_count: int = 0
-    outputs: deque[StepOutput] = field(default_factory=deque)  # not yet collected
+    outputs: Queue[StepOutput] = field(default_factory=Queue)  # not yet collected
     error: NemostreamError | None = None  # why the stream failed
     progress: threading.Condition | None = None  # notified of every change; created when a thread first waits
     trace: StreamTrace | None = None  # `StreamScheduler.trace`

@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Manifest
 from nemostream.runtime.decoding.confidence import Confidence
+from nemostream.runtime.streaming.compiled import TokenListFields, compiled
 from nemostream.runtime.streaming.snapshot import SavedArrays, saved_array, saved_counts
 from nemostream.runtime.streaming.state import Hypothesis
 from nemostream.runtime.text.languages import LanguageTags
 from nemostream.runtime.text.tokenizer import Tokenizer
-from nemostream.runtime.text.words import Token, make_token
+from nemostream.runtime.text.words import Token
 
 
-class TokenList:
+class TokenList(TokenListFields):
     """The `Token`s of a stream, made from its hypothesis, and its language tags. `tokens` is appended to in place."""
+
+    __slots__ = ()
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, confidence: Confidence, delay_ms: int) -> None:
         self.tokens: list[Token] = []
@@ -30,10 +33,14 @@ class TokenList:
 
     def extend(self, hypothesis: Hypothesis, count: int) -> None:
         """Append the tokens of the hypothesis up to the first `count`."""
-        for token in self.make(hypothesis, len(self.tokens), count):
-            self.tokens.append(token)
-            self.languages.append(token.language)
+        new = self.make(hypothesis, len(self.tokens), count)
+        self.tokens += new
+        if self._tags:
+            self.languages.extend(token.language for token in new)
+        else:
+            self.languages.count += len(new)
 
+    @compiled(TokenListFields)
     def make(self, hypothesis: Hypothesis, begin: int, end: int) -> list[Token]:
         """Return the tokens [begin, end) of a hypothesis."""
         rate, frame, delay = self._rate, self._frame, self._delay
@@ -44,7 +51,7 @@ class TokenList:
             if delay:
                 position = max(position - delay, 0)
             tokens.append(
-                make_token(
+                Token(
                     id=id_,
                     text=self._piece(id_),
                     time=position / rate,

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Manifest
 from nemostream.errors import OptionError
+from nemostream.runtime.streaming.compiled import EndpointerFields, GuardFields
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class UtteranceEnd:
     reason: Reason
 
 
-class Endpointer:
+class Endpointer(EndpointerFields):
     """Find the ends of utterances in one stream.
 
     `word_starts` states for each token id whether a word begins with it, `closing_punctuation` whether it is
@@ -242,7 +243,7 @@ class Endpointer:
         ends.append(UtteranceEnd(self._count, at, reason))
 
 
-class RepetitionGuard:
+class RepetitionGuard(GuardFields):
     """Detect a decoder that is stuck in a repetition loop.
 
     A transducer can enter a loop in which the emitted labels cause it to emit them again, whatever the audio is. The

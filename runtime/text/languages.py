@@ -16,6 +16,8 @@ AUTO = "auto"  # set for a stream whose language the model detects
 class LanguageTags:
     """The language tags of a growing sequence of tokens."""
 
+    __slots__ = ("_languages", "_positions", "count")
+
     def __init__(self) -> None:
         self.count = 0  # tokens in the sequence
         self._positions: list[int] = []  # of each tag in the sequence

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -71,12 +71,13 @@ _PARTS = re.compile(
 )
 _UNSPACED = re.compile(rf"(?P<continuing>[{_CONTINUING}])|(?P<opening>[{_WIDE}])|[{_LETTERS}]")
 _CHARACTER = re.compile(rf"[{_LETTERS}{_CONTINUING}{_WIDE}]")
-_SHORT = 16  # characters of a text whose parts are kept: the expression takes longer than everything else in `split`
+_SHORT = 16  # characters of a text whose parts are kept: dividing it takes much longer than finding them again
 _INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
 
 
 # A part of a text: white space, the beginning of a word, or its continuation.
 Kind = Literal["space", "word", "rest"]
+_Part = tuple[str, Kind]
 # How a text ends: with white space, a word that any text continues, even after a space ("opening"), a word that only
 # punctuation continues ("unspaced": of a script without spaces, or closed by punctuation after a space), or another.
 _End = Literal["space", "opening", "unspaced", "spaced"]
@@ -111,24 +112,28 @@ def join_texts(texts: Iterable[str]) -> str:
     return joined
 
 
-@lru_cache(1 << 13)
-def _parts(piece: str) -> tuple[str, ...]:
-    """Return the parts of a text of few characters, which is most often that of a token."""
-    return tuple(_PARTS.findall(piece))
-
-
 class WordBreaker:
     """Divide a text, which is read in pieces, into words. Takes time proportional to the text."""
+
+    __slots__ = ("_before_space", "_begun", "_end")
 
     def __init__(self) -> None:
         self._begun = False  # whether there is a word
         self._end: _End = "space"
         self._before_space: _End = "space"  # how the text ends without its white space
 
-    def split(self, piece: str) -> list[tuple[str, Kind]]:
+    def split(self, piece: str) -> Sequence[_Part]:
         """Divide the next piece of the text; its white space is included."""
-        parts: list[tuple[str, Kind]] = []
-        for part in _parts(piece) if len(piece) <= _SHORT else _PARTS.findall(piece):
+        if len(piece) > _SHORT:
+            return self._split(piece)
+        parts, self._begun, self._end, self._before_space = _split_short(
+            piece, self._begun, self._end, self._before_space
+        )
+        return parts
+
+    def _split(self, piece: str) -> list[_Part]:
+        parts: list[_Part] = []
+        for part in _PARTS.findall(piece):
             if part.isspace():
                 parts.append((part, "space"))
                 if self._end not in ("opening", "space"):
@@ -159,10 +164,18 @@ class WordBreaker:
         if self._end == "space":
             self._end = self._before_space
 
-    def _begin_spaced(self, part: str, kind: Kind, parts: list[tuple[str, Kind]]) -> None:
+    def _begin_spaced(self, part: str, kind: Kind, parts: list[_Part]) -> None:
         parts.append((part, kind))
         self._end = "opening" if part[-1] in OPENING and OPENING.issuperset(part) else "spaced"
         self._begun = True
+
+
+@lru_cache(1 << 13)
+def _split_short(piece: str, begun: bool, end: _End, before_space: _End) -> tuple[Sequence[_Part], bool, _End, _End]:
+    """Return the parts of a text of few characters, most often of a token, and the state of the breaker after it."""
+    breaker = WordBreaker()
+    breaker._begun, breaker._end, breaker._before_space = begun, end, before_space
+    return breaker._split(piece), breaker._begun, breaker._end, breaker._before_space
 
 
 def _continues(character: str) -> bool:

@@ -152,6 +152,8 @@ class Detokenizer:
     vocabulary has tags, so is white space, until visible text follows it.
     """
 
+    __slots__ = ("_begun", "_incomplete", "_space", "_tokenizer", "_window", "text")
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.text = ""
@@ -166,6 +168,9 @@ class Detokenizer:
         """Return the text that the new ids add. `text` is not updated."""
         added, window = self._tokenizer.added_texts, self._window
         if ids and window and not self._incomplete and not self._tokenizer.tags and added[window[-1]] is not None:
+            if len(ids) == 1 and (only := added[ids[0]]) is not None:
+                self._window = list(ids)
+                return only
             texts = [text for id_ in ids if (text := added[id_]) is not None]
             if len(texts) == len(ids):  # most tokens: the result is the same without SentencePiece
                 self._window = list(ids)

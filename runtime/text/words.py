@@ -13,9 +13,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from nemostream.runtime.decoding.confidence import AGGREGATIONS
+from nemostream.runtime.streaming.compiled import TokenFields
 from nemostream.runtime.text.languages import LanguageTags
 from nemostream.runtime.text.scripts import WordBreaker
 
@@ -24,8 +24,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 codecs.register_error("nemostream-byte", lambda error: ("\ufffd", getattr(error, "start", 0) + 1))
 
 
-@dataclass(frozen=True)
-class Token:
+@dataclass(frozen=True, slots=True)
+class Token(TokenFields):
     """An emitted token. `end` is not compared: it may be clipped to the end of the recording later."""
 
     id: int
@@ -36,13 +36,6 @@ class Token:
     confidence: float  # 0 to 1, by the stream's `Confidence`
     language: str | None = None  # of a language tag, such as "de-DE"
     tag: bool = False  # whether it is a tag of the model (`Tokenizer.tags`), whose text is empty
-
-
-def make_token(**fields: Any) -> Token:
-    """Return a token with all `fields`, in half the time of its constructor: one is made for each token emitted."""
-    token = object.__new__(Token)
-    token.__dict__.update(fields)
-    return token
 
 
 @dataclass(frozen=True)
@@ -106,6 +99,8 @@ class WordGrouper:
 
     All calls must pass prefixes of the same token sequence. Thread-safe.
     """
+
+    __slots__ = ("_aggregate", "_aggregation", "_done", "_done_last", "_lock", "_splits", "_tags")
 
     def __init__(self, aggregation: str) -> None:
         self._aggregation, self._aggregate = aggregation, AGGREGATIONS[aggregation]

@@ -32,7 +32,7 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.chunker import Chunker
 from nemostream.runtime.streaming.items import WorkItem
-from nemostream.runtime.streaming.scheduler import Scheduler
+from nemostream.runtime.streaming.scheduler import Scheduler, StreamScheduler
 from nemostream.runtime.text.endpointing import Endpoint
 from nemostream.serving.errors import Draining
 from nemostream.serving.processes import engine as engine_module
@@ -822,4 +822,5 @@ def test_saving_a_stream_that_ends_fails(engine: Engine) -> None:
 def test_no_public_method_needs_the_backend_of_this_process() -> None:
     feed = {"set_feed", "enqueue_rows", "wake", "call", "waiting"}  # for the engine process, and for tests
     public = {name for name in vars(Scheduler) if not name.startswith("_")} - feed
-    assert public and public <= set(vars(remote.RemoteScheduler))
+    shared = set(vars(StreamScheduler)) - StreamScheduler.__abstractmethods__
+    assert public and public <= set(vars(remote.RemoteScheduler)) | shared
