@@ -5,8 +5,9 @@
 // here replaces the Python method of the same name, which is also the reference that it is tested against: both leave
 // the same state. A case that a method does not cover is passed to Python, with nothing changed.
 //
-// Like the Python code that it replaces, all of this runs with the GIL held, and what is guarded by the scheduler's lock
-// stays guarded by it. Arrays are read through NumPy's structs; their type, layout and size are checked before.
+// Like the Python code that it replaces, all of this runs with the GIL held, and what is guarded by the lock of the
+// scheduler stays guarded by it. Arrays are read through NumPy's structs; their type, layout and size are checked
+// before.
 
 #define Py_LIMITED_API 0x030B0000
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
@@ -99,8 +100,8 @@ typedef struct {
     Integer rate, frame, delay;
 } TokenList;
 
-// A queue of objects: what is used of `collections.deque`. It is a part of most objects here, so it has no memory of its
-// own until it is long.
+// A queue of objects: what is used of `collections.deque`. Every stream has several, so one has no memory of its own
+// until it is long.
 typedef struct {
     PyObject_HEAD
     PyObject **ring;
@@ -110,7 +111,8 @@ typedef struct {
 } Queue;
 
 static PyTypeObject *Queue_type, *Block_type, *Recording_type, *Chunker_type, *Stream_type, *Scheduler_type;
-static PyTypeObject *Hypothesis_type, *Endpointer_type, *Guard_type, *Preprocessor_type, *Silence_type, *Session_type, *Token_type, *TokenList_type;
+static PyTypeObject *Hypothesis_type, *Endpointer_type, *Guard_type, *Token_type, *TokenList_type;
+static PyTypeObject *Preprocessor_type, *Silence_type, *Session_type;
 static PyTypeObject *WorkItem, *StepOutput;
 static PyObject *int16_scale, *one, *no_ends, *run_kind;
 static PyArray_Descr *int16, *float32, *int64;
@@ -122,16 +124,19 @@ static unsigned long forks;  // between the import of this module and this proce
 enum { KIND, CHUNK, END_SAMPLE, ORIGIN_SAMPLE, AUDIO, LENGTH, RESET_SLOT, PROMPT, SCALE, BLOCK, ITEM_FIELDS };
 
 #define NAMES(name)                                                                                                   \
-    name(CYCLE) name(WINDOW) name(_accept_parts) name(_begins) name(_concatenate) name(_events) name(_feed) name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_process_items) name(_record_output)                   \
-    name(_release_if_finished) name(_reset_before) name(_resize) name(_scores) name(_sum_p_alpha) name(_tokens) name(accept) name(acquire) name(arrivals)           \
-    name(check_process) name(count) name(enqueue) name(enqueued) name(frames) name(loop_suspected) name(ms) name(notify_all)              \
-    name(raise_error) name(release) name(resets_decoder) name(sample_positions) name(samples) name(samples_per_frame) name(scores) name(seconds) name(step) name(sum_p_alpha) name(take) name(token_count) name(tokens)
+    name(CYCLE) name(WINDOW) name(_accept_parts) name(_begins) name(_concatenate) name(_events) name(_feed)           \
+    name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_process_items) name(_record_output)     \
+    name(_release_if_finished) name(_reset_before) name(_resize) name(_scores) name(_sum_p_alpha) name(_tokens)       \
+    name(accept) name(acquire) name(arrivals) name(check_process) name(count) name(enqueue) name(enqueued)            \
+    name(frames) name(loop_suspected) name(ms) name(notify_all) name(raise_error) name(release) name(resets_decoder)  \
+    name(sample_positions) name(samples) name(samples_per_frame) name(scores) name(seconds) name(step)                \
+    name(sum_p_alpha) name(take) name(token_count) name(tokens)
 #define DECLARE(name) static PyObject *s_##name;
 #define INTERN(name)                                                                                                  \
     if (!(s_##name = PyUnicode_InternFromString(#name))) return -1;
 NAMES(DECLARE)
 
-// -- fields ------------------------------------------------------------------------------------------------------------
+// -- fields -----------------------------------------------------------------------------------------------------------
 
 #define FIELDS(Type, references)                                                                                      \
     static int Type##_traverse(PyObject *self, visitproc visit, void *arg) {                                          \
@@ -319,7 +324,7 @@ static PyMemberDef TokenList_members[] = {
     {0},
 };
 
-// -- helpers -----------------------------------------------------------------------------------------------------------
+// -- helpers ----------------------------------------------------------------------------------------------------------
 
 static PyObject *attribute(const char *module, const char *name) {
     PyObject *imported = PyImport_ImportModule(module);
@@ -378,7 +383,10 @@ static PyArrayObject *audio_vector(PyObject *object) {
 static PyObject *named_tuple(PyTypeObject *type, int count, PyObject **values) {
     PyObject *made = PyType_GenericAlloc(type, count);
     for (int i = 0; i < count; i++) {
-        if (!values[i]) Py_CLEAR(made);
+        if (!values[i]) {
+            if (!PyErr_Occurred()) PyErr_SetString(PyExc_AttributeError, "a field was not set");
+            Py_CLEAR(made);
+        }
         if (made)
             PyTuple_SetItem(made, i, values[i]);
         else
@@ -398,7 +406,7 @@ static PyObject *incref(PyObject *object) {
     return object;
 }
 
-// -- queue -------------------------------------------------------------------------------------------------------------
+// -- queue ------------------------------------------------------------------------------------------------------------
 
 static int is_queue(PyObject *object) { return object && Py_TYPE(object) == Queue_type; }
 
@@ -536,7 +544,7 @@ static PyType_Spec Queue_spec = {
     "nemostream.runtime.streaming._host.Queue", sizeof(Queue), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, Queue_slots,
 };
 
-// -- chunker -----------------------------------------------------------------------------------------------------------
+// -- chunker ----------------------------------------------------------------------------------------------------------
 
 // Fill the next block: a spare one of the same size and type, or what `_open_block` makes.
 static int open_block(Chunker *self, PyArrayObject *before) {
@@ -560,7 +568,8 @@ static int open_block(Chunker *self, PyArrayObject *before) {
         }
     }
     PyErr_Clear();
-    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, s__open_block, self->chunk, PyArray_DESCR(before), NULL);
+    PyObject *object = (PyObject *)self;
+    PyObject *done = PyObject_CallMethodObjArgs(object, s__open_block, self->chunk, PyArray_DESCR(before), NULL);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
@@ -602,13 +611,13 @@ static PyObject *run_full_chunk(Chunker *self) {
 }
 
 // Append samples from `begin` on as far as they only need to be copied, and put up to `MAX_ITEMS` chunks that are full
-// into `items`. Return the number of samples that were appended; -1: error. If there are neither samples nor chunks, the
-// rest is a case for `_accept_parts`; otherwise it is to be appended next.
+// into `items`. Return the number of samples that were appended; -1: error. If there are neither samples nor chunks,
+// the rest is a case for `_accept_parts`; otherwise it is to be appended next.
 static Integer append(Chunker *self, PyArrayObject *from, Integer begin, PyObject **items, int *count) {
     Integer rest = PyArray_DIM(from, 0) - begin;
     PyArrayObject *to = vector(self->audio, PyArray_DESCR(from));
     if (!to || (PyObject *)PyArray_DESCR(from) != self->direct || self->chunk != self->config) return 0;
-    if (!is_queue(self->spare)) return 0;
+    if (!self->config || !is_queue(self->spare)) return 0;
     Integer at = self->at, room = (self->block_end < PyArray_DIM(to, 0) ? self->block_end : PyArray_DIM(to, 0)) - at;
     if (at < 0 || room < 0 || !PyArray_ISWRITEABLE(to)) return 0;
     Integer part = self->at >= self->chunk_end ? 0 : rest < room ? rest : room;
@@ -657,7 +666,7 @@ static PyObject *Chunker_accept(PyObject *object, PyObject *samples) {
 
 static PyMethodDef Chunker_methods[] = {{"accept", Chunker_accept, METH_O, NULL}, {0}};
 
-// -- scheduler ---------------------------------------------------------------------------------------------------------
+// -- scheduler --------------------------------------------------------------------------------------------------------
 
 static PyObject *Scheduler_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)args, (void)kwargs;
@@ -681,7 +690,8 @@ static Stream *stream_of(PyObject *object) {
 static int schedule(Scheduler *self, Stream *stream) {
     PyObject *object = (PyObject *)stream;
     int simple = 0;
-    if (stream->source == Py_None && stream->chunker != Py_None && items_of(stream)->count) {
+    int has_items = stream->source == Py_None && stream->chunker != Py_None && items_of(stream)->count;
+    if (self->ready && self->rows && has_items) {
         PyObject *head = *place(items_of(stream), 0);
         simple = is_item(head) && PyTuple_GetItem(head, KIND) == run_kind;
         if (simple && stream->in_flight) {  // `StreamState.must_wait`
@@ -904,7 +914,8 @@ static int may_loop(Guard *self, Hypothesis *hypothesis, Integer end_sample) {
     for (Integer c = 1; c <= cycle; c++) {
         Py_ssize_t i = count - 1;
         while (i >= count - window + c) {
-            PyObject *token = PyList_GetItem(hypothesis->tokens, i), *before = PyList_GetItem(hypothesis->tokens, i - c);
+            PyObject *token = PyList_GetItem(hypothesis->tokens, i);
+            PyObject *before = PyList_GetItem(hypothesis->tokens, i - c);
             if (!token || !before || PyObject_RichCompareBool(token, before, Py_EQ) != 1) break;
             i--;
         }
@@ -929,6 +940,11 @@ static int record_output(Stream *stream, PyObject *item, PyObject *tokens, PyObj
     set(&stream->quiet_count, PyLong_FromSsize_t(PyList_Size(hypothesis->tokens)));
     if (!stream->quiet_count || append_output(stream, item)) return -1;
     return 1;
+}
+
+static int is_hypothesis(PyObject *object) {
+    Hypothesis *self = (Hypothesis *)object;
+    return is(object, Hypothesis_type) && self->tokens && self->sample_positions && self->scores && self->sum_p_alpha;
 }
 
 static int extend(PyObject *list, PyObject *more) {
@@ -957,7 +973,9 @@ static PyObject *add_tokens(Hypothesis *hypothesis, Emissions *emissions, PyObje
 }
 
 // `_land` for a row with tokens
-static int land_tokens(Scheduler *self, Stream *stream, PyObject *item, Emissions *emissions, Integer row, Integer count) {
+static int land_tokens(
+    Scheduler *self, Stream *stream, PyObject *item, Emissions *emissions, Integer row, Integer count
+) {
     PyObject *slices[4] = {0}, *positions = NULL, *done = NULL;
     Integer begin = PyLong_AsLongLong(PyList_GetItem(emissions->columns[BEGINS], row));
     int recorded = -1;
@@ -996,14 +1014,17 @@ static int land_other(Scheduler *self, Stream *stream, PyObject *item, PyObject 
     return done ? 0 : -1;
 }
 
-static int land(Scheduler *self, Stream *stream, PyObject *item, PyObject *landing, Emissions *emissions, Py_ssize_t row,
-                PyObject *count, PyObject *failed) {
+static int land(
+    Scheduler *self, Stream *stream, PyObject *item, PyObject *landing, Emissions *emissions, Py_ssize_t row,
+    PyObject *count, PyObject *failed
+) {
     stream->in_flight--;
-    if (failed != Py_False || stream->error != Py_None || !is_item(item)) return land_other(self, stream, item, landing, row);
+    if (failed != Py_False || stream->error != Py_None || !is_item(item))
+        return land_other(self, stream, item, landing, row);
     Integer tokens = PyLong_AsLongLong(count), end = PyLong_AsLongLong(PyTuple_GetItem(item, END_SAMPLE));
     if (PyErr_Occurred()) return -1;
     if (tokens)
-        return is(stream->hypothesis, Hypothesis_type) ? land_tokens(self, stream, item, emissions, row, tokens)
+        return is_hypothesis(stream->hypothesis) ? land_tokens(self, stream, item, emissions, row, tokens)
                                                        : land_other(self, stream, item, landing, row);
     int quiet = end < stream->quiet_until && stream->quiet_count && PyTuple_GetItem(item, RESET_SLOT) == Py_False;
     return quiet ? append_output(stream, item) : land_other(self, stream, item, landing, row);
@@ -1036,10 +1057,19 @@ static PyArrayObject *audio_of(PyObject *item, Integer samples, float *scale) {
     return audio;
 }
 
+// Also compiled for processors with AVX2, where the C library can choose: it is the largest part of assembling a step.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_PROCESSORS __attribute__((target_clones("avx2", "default")))
+#else
+#define FOR_PROCESSORS
+#endif
+
+FOR_PROCESSORS
 static void scale_int16(float *restrict to, const npy_int16 *restrict from, Integer count, float scale) {
     for (Integer i = 0; i < count; i++) to[i] = (float)from[i] * scale;
 }
 
+FOR_PROCESSORS
 static void scale_float32(float *restrict to, const float *restrict from, Integer count, float scale) {
     for (Integer i = 0; i < count; i++) to[i] = from[i] * scale;
 }
@@ -1124,7 +1154,7 @@ static PyMethodDef Scheduler_methods[] = {
     {0},
 };
 
-// -- tokens ------------------------------------------------------------------------------------------------------------
+// -- tokens -----------------------------------------------------------------------------------------------------------
 
 static PyObject *Token_class(void) {
     static PyObject *found;  // `Token`, whose module imports this one
@@ -1189,12 +1219,13 @@ static PyObject *TokenList_make(PyObject *self, PyObject *const *args, Py_ssize_
 
 // `TokenList.extend`, without language tags in the vocabulary
 static int extend_tokens(TokenList *self, PyObject *hypothesis, Py_ssize_t end) {
-    Py_ssize_t begin = self->tokens ? PyList_Size(self->tokens) : 0;
-    if (begin >= end) return 0;
+    Py_ssize_t begin = PyList_Size(self->tokens);
+    if (begin < 0 || begin >= end) return begin < 0 ? -1 : 0;
     PyObject *made = make_tokens(self, hypothesis, begin, end), *count = NULL;
     Integer known;
     int failed = !made || extend(self->tokens, made) || integer_of(self->languages, s_count, &known) ||
-                 !(count = PyLong_FromLongLong(known + end - begin)) || PyObject_SetAttr(self->languages, s_count, count);
+                 !(count = PyLong_FromLongLong(known + end - begin)) ||
+                 PyObject_SetAttr(self->languages, s_count, count);
     Py_XDECREF(made);
     Py_XDECREF(count);
     return failed ? -1 : 0;
@@ -1202,7 +1233,7 @@ static int extend_tokens(TokenList *self, PyObject *hypothesis, Py_ssize_t end) 
 
 static PyMethodDef TokenList_methods[] = {FAST("make", TokenList_make), {0}};
 
-// -- session -----------------------------------------------------------------------------------------------------------
+// -- session ----------------------------------------------------------------------------------------------------------
 
 // `SilenceSplitter.keeps`, without a change if it returns 0.
 static int keeps(Silence *self, PyArrayObject *pcm) {
@@ -1219,7 +1250,8 @@ static int accepts_unchanged(Session *self, PyObject *object) {
     Preprocessor *preprocessor = (Preprocessor *)self->preprocessor;
     PyArrayObject *pcm = vector(object, int16);
     if (!pcm || self->ended || !self->accepts_unchanged || self->lanes != Py_None) return 0;
-    if (!is(self->preprocessor, Preprocessor_type) || !is(self->silence, Silence_type) || !preprocessor->heads) return 0;
+    if (!is(self->preprocessor, Preprocessor_type) || !is(self->silence, Silence_type)) return 0;
+    if (!preprocessor->heads) return 0;
     if (PyArray_DIM(pcm, 0) > preprocessor->max_unchanged || preprocessor->received <= 0) return 0;
     if (PyObject_Size(preprocessor->heads) || !keeps((Silence *)self->silence, pcm)) return 0;
     preprocessor->received += PyArray_DIM(pcm, 0);
@@ -1236,7 +1268,7 @@ static PyObject *Session_feed(PyObject *object, PyObject *pcm) {
     Session *self = (Session *)object;
     int local = is_local(self);
     if (local < 0) return NULL;
-    if (!accepts_unchanged(self, pcm)) return PyErr_Occurred() ? NULL : PyObject_CallMethodObjArgs(object, s__feed, pcm, NULL);
+    if (!accepts_unchanged(self, pcm)) return PyObject_CallMethodObjArgs(object, s__feed, pcm, NULL);
     if (!local) return PyObject_CallMethodObjArgs(self->scheduler, s_accept, self->stream, pcm, NULL);
     if (accept((Scheduler *)self->scheduler, self->stream, pcm)) return NULL;
     Py_RETURN_NONE;
@@ -1271,19 +1303,21 @@ static int skip_quiet(Session *self, Queue *outputs) {
     return 0;
 }
 
-// Consume the only output, with tokens and without ends, and return its events (`StreamSession._events`). NULL without an
-// exception: it is another case, and nothing is changed.
+// Consume the only output, with tokens and without ends, and return its events (`StreamSession._events`). NULL without
+// an exception: it is another case, and nothing is changed.
 static PyObject *events_of(Session *self, Stream *stream, Queue *outputs) {
     PyObject *output = *place(outputs, 0), *item = Py_TYPE(output) == StepOutput ? PyTuple_GetItem(output, 0) : NULL;
     TokenList *tokens = (TokenList *)self->tokens;
     if (!item || !is_item(item) || PyTuple_GetItem(item, KIND) != run_kind || outputs->count != 1) return NULL;
     if (PyTuple_GetItem(output, 2) != no_ends || !is(self->tokens, TokenList_type) || !tokens->tokens) return NULL;
-    if (!tokens->tags || PyObject_Size(tokens->tags) || !self->language_names || !self->preprocessor) return NULL;
+    if (!tokens->tags || PyObject_Size(tokens->tags) || !tokens->languages || !stream->hypothesis) return NULL;
+    if (!self->language_names || !self->preprocessor) return NULL;
     PyObject *count = PyTuple_GetItem(output, 1), *seconds = NULL, *chunk_ms = NULL, *language = NULL, *events = NULL;
     Py_ssize_t end = PyLong_AsSsize_t(count);
     pop(outputs);  // `output` is released at the end
     if (!PyErr_Occurred() && !extend_tokens(tokens, stream->hypothesis, end) && !consume(self, item) &&
-        (seconds = PyObject_GetAttr(self->preprocessor, s_seconds)) && (chunk_ms = PyLong_FromLongLong(self->chunk_ms)) &&
+        (seconds = PyObject_GetAttr(self->preprocessor, s_seconds)) &&
+        (chunk_ms = PyLong_FromLongLong(self->chunk_ms)) &&
         (language = PyObject_GetItem(self->language_names, PyTuple_GetItem(item, PROMPT))))
         events = PyObject_CallMethodObjArgs(
             self->event_builder, s_step, tokens->tokens, count, no_ends, seconds, chunk_ms, language, NULL
@@ -1316,7 +1350,7 @@ static PyMethodDef Session_methods[] = {
     {0},
 };
 
-// -- module ------------------------------------------------------------------------------------------------------------
+// -- module -----------------------------------------------------------------------------------------------------------
 
 static PyObject *count_fork(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
@@ -1366,6 +1400,10 @@ static PyTypeObject *add_type(
     return -1
 
 static int load(PyObject *module) {
+    if (Queue_type) {
+        PyErr_SetString(PyExc_ImportError, "this module is loaded once per process");
+        return -1;
+    }
     import_array1(-1);
     NAMES(INTERN)
     int16 = PyArray_DescrFromType(NPY_INT16);

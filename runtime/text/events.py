@@ -244,15 +244,17 @@ class _CurrentUtterance:
     def _append(self, text: str) -> None:
         """Append to the text, and update `stable_length`."""
         self.transcript.parts.append(text)
+        length = self.length
         for part, kind in self._breaker.split(text):
             if kind == "space":
                 if self._space is None:
-                    self._space = self.length
+                    self._space = length
             elif self._space is not None:
                 self.stable_length, self._space = self._space, None
             elif kind == "word":
-                self.stable_length = self.length
-            self.length += len(part)
+                self.stable_length = length
+            length += len(part)
+        self.length = length
 
 
 class _Step(NamedTuple):

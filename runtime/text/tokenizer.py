@@ -169,7 +169,7 @@ class Detokenizer:
         added, window = self._tokenizer.added_texts, self._window
         if ids and window and not self._incomplete and not self._tokenizer.tags and added[window[-1]] is not None:
             if len(ids) == 1 and (only := added[ids[0]]) is not None:
-                self._window = list(ids)
+                self._window = [ids[0]]
                 return only
             texts = [text for id_ in ids if (text := added[id_]) is not None]
             if len(texts) == len(ids):  # most tokens: the result is the same without SentencePiece

@@ -262,7 +262,7 @@ def code(node: cst.CSTNode) -> str:
 def stage(module: Module, folder: Path) -> None:
     """Copy the package (without symbolic links), the tests, what they read, and their configuration to `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "_host*")  # its methods would replace those in Python
     for name in ("src", "tests", *_READ_BY_TESTS):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "README.md", folder)
