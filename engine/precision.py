@@ -102,7 +102,7 @@ def write_int8_for_cpu(
     `runtime.backends.operators` (see `fuse_for_cpu`). Otherwise all are ONNX Runtime's; inputs are unsigned and weights
     signed, as its VNNI and AMX kernels require.
 
-    The `fused` steps of all chunk sizes share the file of their quantised weights, which is named after its contents and
+    The `fused` steps of all chunk sizes share the file of their quantised weights. It is named after its contents, and
     is the initializer `WEIGHTS`. A process that runs several has one copy in memory (`runtime.backends.cpu`).
     """
     model = read_encoder(bundle, chunk)
