@@ -19,14 +19,23 @@
 #include <unistd.h>
 #endif
 
-enum { COLUMNS = 32, BLOCK = 32, TILE = 1024, AHEAD = 8192, GROUP = 4 };
+enum { COLUMNS = 32, BLOCK = 32, TILE = 1024, AHEAD = 8192, GROUP = 4, MIN_AMX_ROWS = 3 };
 
 // sums[r][n] = sum over k of w[k][n] * inputs[r][k] for the weights w of a panel and `rows` <= BLOCK rows. `inputs` has a
-// stride of `depth` bytes, a multiple of 64, and memory for a multiple of 16 rows. With `request`, the panel is read for the first
+// stride of `depth` bytes, a multiple of 64, and memory for 16 rows more. With `request`, the panel is read for the first
 // time, and weights `AHEAD` bytes later are requested.
-typedef void Product(
+typedef void Multiply(
     const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
 );
+
+// An implementation for an instruction set. `begin`, if there is one, is called for the rows of the largest block, at most
+// 32, before a thread multiplies, and `end` afterwards.
+typedef struct {
+    const char *name;
+    void (*begin)(int rows);
+    Multiply *multiply;
+    void (*end)(void);
+} Product;
 
 static void product_portable(
     const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
@@ -106,27 +115,28 @@ VNNI static void product_vnni(
 
 #define AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512vnni")))
 
-AMX static void configure_amx(void) {
-    // In memory: the compiler does not know that the instruction reads all 64 bytes.
-    static const struct {
+// Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights. The first five have the same number of rows, half of a block
+// that has more than 16: a product takes less time with fewer.
+static _Thread_local int tile_rows;
+
+AMX static void begin_amx(int rows) {
+    tile_rows = rows > 16 ? (rows + 1) / 2 : rows;
+    struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&tiles);
+    } tiles __attribute__((aligned(64))) = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) tiles.bytes[tile] = 64, tiles.rows[tile] = tile < 6 ? tile_rows : 16;
+    __asm__ volatile("ldtilecfg %0" : : "m"(tiles));  // the intrinsic of GCC 12 reads 8 of its 64 bytes
 }
 
-AMX static void release_amx(void) { _tile_release(); }
+AMX static void end_amx(void) { _tile_release(); }
 
-// Tiles of 16 rows: 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights. If there are fewer rows, the sums of those that
-// follow in memory are computed too, and not used.
+// If a block has fewer rows than the tiles, the sums of those that follow in memory are computed too, and not used.
 AMX static void product_amx(
     const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
 ) {
-    if (rows < 3) {
-        product_vnni(weights, inputs, rows, depth, request, sums);
-        return;
-    }
+    const int half = tile_rows, two = rows > half;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -138,32 +148,30 @@ AMX static void product_amx(
         _tile_dpbsud(0, 4, 6);
         _tile_loadd(7, weights + TILE, 64);
         _tile_dpbsud(1, 4, 7);
-        if (rows > 16) {
-            _tile_loadd(5, inputs + 16 * depth + k, depth);
+        if (two) {
+            _tile_loadd(5, inputs + half * depth + k, depth);
             _tile_dpbsud(2, 5, 6);
             _tile_dpbsud(3, 5, 7);
         }
     }
     _tile_stored(0, &sums[0][0], sizeof *sums);
     _tile_stored(1, &sums[0][16], sizeof *sums);
-    if (rows > 16) {
-        _tile_stored(2, &sums[16][0], sizeof *sums);
-        _tile_stored(3, &sums[16][16], sizeof *sums);
+    if (two) {
+        _tile_stored(2, &sums[half][0], sizeof *sums);
+        _tile_stored(3, &sums[half][16], sizeof *sums);
     }
 }
 
 #endif
 
-static const struct {
-    const char *name;
-    Product *product;
-} PRODUCTS[] = {
+static const Product PRODUCTS[] = {
 #if X86
-    {"amx", product_amx},
-    {"vnni", product_vnni},
+    {"amx", begin_amx, product_amx, end_amx},
+    {"vnni", NULL, product_vnni, NULL},
 #endif
-    {"portable", product_portable},
+    {"portable", NULL, product_portable, NULL},
 };
+static const Product *const PORTABLE = PRODUCTS + sizeof PRODUCTS / sizeof *PRODUCTS - 1;
 
 static int supported(const char *name) {
 #if X86
@@ -182,16 +190,13 @@ static int supported(const char *name) {
     return !strcmp(name, "portable");
 }
 
-static Product *product = product_portable;
+static const Product *selected;
 
 // Use the product of a name, or, without a name, the fastest that is not portable. Return its name, or NULL.
 EXPORTED const char *nemostream_int8_select(const char *name) {
-    for (size_t i = 0; i < sizeof PRODUCTS / sizeof *PRODUCTS; i++) {
-        int wanted = name ? !strcmp(name, PRODUCTS[i].name) : PRODUCTS[i].product != product_portable;
-        if (wanted && supported(PRODUCTS[i].name)) {
-            product = PRODUCTS[i].product;
-            return PRODUCTS[i].name;
-        }
+    for (const Product *product = PRODUCTS; product <= PORTABLE; product++) {
+        int wanted = name ? !strcmp(name, product->name) : product != PORTABLE;
+        if (wanted && supported(product->name)) return selected = product, product->name;
     }
     return NULL;
 }
@@ -199,12 +204,12 @@ EXPORTED const char *nemostream_int8_select(const char *name) {
 // -- one call ---------------------------------------------------------------------------------------------------------
 
 typedef struct {
-    Product *product;
+    const Product *product;
     const uint8_t *weights;
     const float *x, *scales, *bias, *residual, *norm_weight, *norm_bias;
     float *y;
     int64_t rows, depth, columns, padded_depth, panels;
-    int silu;
+    int silu, block;  // rows multiplied together
     float epsilon;
     float *normalized;  // [rows, depth]
     int8_t *inputs;     // [rows, padded_depth], and 16 rows more
@@ -279,22 +284,23 @@ VECTORIZED static void finish_rows(
 
 static void multiply_panels(void *data, size_t group) {
     const Call *call = data;
+    const Product *product = call->product;
     const int64_t begin = (int64_t)group * GROUP;
     const int64_t end = begin + GROUP < call->panels ? begin + GROUP : call->panels;
     int32_t sums[BLOCK][COLUMNS] __attribute__((aligned(64)));
-    if (call->product == product_amx) configure_amx();
+    if (product->begin) product->begin(call->block);
     for (int64_t panel = begin; panel < end; panel++) {
         int64_t first = panel * COLUMNS;
         int count = (int)(call->columns - first < COLUMNS ? call->columns - first : COLUMNS);
         const uint8_t *weights = call->weights + first * call->padded_depth;
-        for (int64_t row = 0; row < call->rows; row += BLOCK) {
-            int rows = (int)(call->rows - row < BLOCK ? call->rows - row : BLOCK);
+        for (int64_t row = 0; row < call->rows; row += call->block) {
+            int rows = (int)(call->rows - row < call->block ? call->rows - row : call->block);
             const int8_t *inputs = call->inputs + row * call->padded_depth;
-            call->product(weights, inputs, rows, call->padded_depth, !row, sums);
+            product->multiply(weights, inputs, rows, call->padded_depth, !row, sums);
             finish_rows(call, sums, row, rows, first, count);
         }
     }
-    if (call->product == product_amx) release_amx();
+    if (product->end) product->end();
 }
 
 // -- operator ---------------------------------------------------------------------------------------------------------
@@ -307,7 +313,7 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     if (x->rank < 1 || weights->rank != 1 || scales->rank != 1)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: an input has the wrong number of dimensions");
     Call call = {
-        .product = product,
+        .product = selected ? selected : PORTABLE,
         .x = x->data,
         .weights = (const uint8_t *)weights->data + attributes->offset,
         .scales = scales->data,
@@ -333,6 +339,9 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     if (!has_shape(bias, 1, &call.columns) || !has_shape(residual, x->rank, x->dims))
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: bias or residual has another size than the output");
     if ((status = create_output(context, 0, x->dims, x->rank, &call.y)) || !call.rows) return status;
+    const int64_t blocks = (call.rows + BLOCK - 1) / BLOCK;  // of about the same size
+    call.block = (int)((call.rows + blocks - 1) / blocks);
+    if (call.block < MIN_AMX_ROWS && call.product->begin) call.product++;
 
     const size_t padded = call.rows + 16;  // the tiles of AMX may read so many rows
     const size_t normalized = call.norm_weight ? call.rows * call.depth : 0;
