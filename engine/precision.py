@@ -117,7 +117,8 @@ def write_int8_for_cpu(
             files.append(path)
         else:
             added = _separate_layers(graph, names, weights)
-        copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name not in names]
+        used = {name for node in graph.node for name in node.input}
+        copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name in used]
         replace(graph.initializer, copied + added)
     domain, version = (operators.DOMAIN, operators.VERSION) if fused else ("com.microsoft", 1)
     model.opset_import.append(helper.make_opsetid(domain, version))

@@ -424,13 +424,8 @@ class OrtTransducer:
         prediction_is_large = 4 * net.layers * 8 * net.hidden**2 > _LARGE_BYTES  # four gates, each of input and state
         self.max_pairs = _LARGE_JOINT_PAIRS if joint_is_large else None
         self.blank, self.max_symbols = bundle.manifest.decoder.blank, bundle.manifest.decoder.max_symbols
-        # Their threads do not spin between calls, because they would slow the encoder down.
-        self.run_decoder = _session(
-            bundle.file("decoder"), threads if prediction_is_large else 1, spinning=not prediction_is_large
-        ).run
-        self.run_joint = _session(
-            bundle.file("joint"), threads if joint_is_large else 1, spinning=not joint_is_large
-        ).run
+        self.run_decoder = _session(bundle.file("decoder"), threads if prediction_is_large else 1).run
+        self.run_joint = _session(bundle.file("joint"), threads if joint_is_large else 1).run
 
     def predict(self, tokens: Ints, h: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
         predicted, h, c = self.run_decoder(["predicted", "h_next", "c_next"], {"token": tokens, "h": h, "c": c})
@@ -463,14 +458,14 @@ def _read_into_huge_pages(path: Path) -> ort.OrtValue:
 def _session(
     graph: Path,
     threads: int,
-    spinning: bool = True,
     operators: Path | None = None,
     weights: ort.OrtValue | None = None,
 ) -> ort.InferenceSession:
     """Load a graph. `weights`, the initializer `WEIGHTS`, is used where it is and must exist as long as the session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    # Threads spin while a graph runs, but not after it: they would slow the next graph down, whose threads are others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors only: users cannot act on warnings about the exported graphs
     try:
         if operators:
