@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import BinaryIO
 
 import onnx
 from onnx import NodeProto, TensorProto, helper
@@ -23,7 +24,7 @@ from nemostream.engine.patterns import (
     replace_nodes,
 )
 from nemostream.engine.weights import WeightFile, quantise_columns
-from nemostream.runtime.backends.operators import DOMAIN, panels
+from nemostream.runtime.backends.operators import DOMAIN, WEIGHTS, panels
 
 _CACHE = re.compile(r"(k_cache|v_cache|conv_cache)\.\d+")
 # Inputs of the operators, in their order.
@@ -42,17 +43,19 @@ _ATTENTION = (
 _CONVOLUTION = ("x", "valid", "cache", "taps", "slots", "bias", "norm_weight", "norm_bias")
 
 
-def fuse_for_cpu(graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile) -> list[TensorProto]:
+def fuse_for_cpu(
+    graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile, quantised: BinaryIO
+) -> list[TensorProto]:
     """Replace attention, convolution modules and linear layers, and what surrounds them. Returns the new initializers.
 
-    `layers` are the names of the weights that are quantised. An operator takes the place of the last node that it
-    replaces.
+    `layers` are the names of the weights that are quantised. They are written to `quantised`, which is the initializer
+    `WEIGHTS`. An operator takes the place of the last node that it replaces.
     """
     added: list[TensorProto] = []
     _use_slots(graph)
     _fuse_attention(graph)
     _fuse_convolutions(graph, weights, added)
-    _fuse_layers(graph, layers, weights, added)
+    _fuse_layers(graph, layers, weights, quantised, added)
     return added
 
 
@@ -86,7 +89,11 @@ def _fuse_convolutions(graph: onnx.GraphProto, weights: WeightFile, added: list[
 
 
 def _fuse_layers(
-    graph: onnx.GraphProto, layers: Collection[str], weights: WeightFile, added: list[TensorProto]
+    graph: onnx.GraphProto,
+    layers: Collection[str],
+    weights: WeightFile,
+    quantised: BinaryIO,
+    added: list[TensorProto],
 ) -> None:
     """Replace each layer, the norm of its input, its bias, and the SiLU or the sum after it."""
     index = Index(graph)
@@ -104,7 +111,9 @@ def _fuse_layers(
             continue
         (x, weight), (y,) = node.input, node.output
         values, scale = quantise_columns(weights.read(weight), "int8")
-        added += [weights.tensor(f"{weight}:panels", panels(values)), weights.tensor(f"{weight}:scale", scale)]
+        added.append(weights.tensor(f"{weight}:scale", scale))
+        offset = quantised.tell()
+        quantised.write(panels(values).data)
         bias = residual = norm_weight = norm_bias = ""
         silu, norm, norm_epsilon = False, index.producers.get(x), 0.0
         if norm is not None and norm.op_type == "LayerNormalization":
@@ -122,8 +131,9 @@ def _fuse_layers(
             (other,) = {*found[0].input} - {y}
             if other not in constants:
                 residual, y = other, found[0].output[0]
-        inputs = [x, f"{weight}:panels", f"{weight}:scale", bias, residual, norm_weight, norm_bias]
-        fused[y] = _node("Int8Linear", inputs, y, silu=int(silu), epsilon=norm_epsilon)
+        inputs = [x, WEIGHTS, f"{weight}:scale", bias, residual, norm_weight, norm_bias]
+        place = {"depth": len(values), "offset": offset}
+        fused[y] = _node("Int8Linear", inputs, y, silu=int(silu), epsilon=norm_epsilon, **place)
     replace_nodes(graph, fused)
 
 

@@ -33,7 +33,7 @@ from nemostream.bundle import Bundle, ChunkConfig
 from nemostream.engine.attention import fuse_attention
 from nemostream.engine.fusion import fuse_for_cpu
 from nemostream.engine.patterns import replace
-from nemostream.engine.weights import MAX_VALUE, Array, WeightFile, quantise_columns
+from nemostream.engine.weights import MAX_VALUE, Array, WeightFile, named_after_contents, quantise_columns
 from nemostream.errors import BackendError
 from nemostream.runtime.backends import operators
 
@@ -102,20 +102,23 @@ def write_int8_for_cpu(
     `runtime.backends.operators` (see `fuse_for_cpu`). Otherwise all are ONNX Runtime's; inputs are unsigned and weights
     signed, as its VNNI and AMX kernels require.
 
-    The operators read weights where the file is mapped. The `fused` steps of all chunk sizes therefore share a weight
-    file, named after its contents, and a process that loads several has one copy in memory.
+    The `fused` steps of all chunk sizes share the file of their quantised weights. It is named after its contents, and
+    is the initializer `WEIGHTS`. A process that runs several has one copy in memory (`runtime.backends.cpu`).
     """
     model = read_encoder(bundle, chunk)
     graph, names = model.graph, quantisable(model)
     files = [folder / f"{stem}.onnx", folder / f"{stem}.bin"]
     with WeightFile(bundle, model, files[1]) as weights:
         if fused:
-            with WeightFile(bundle, model, folder / f"{stem}-int8.bin") as shared:
-                added = fuse_for_cpu(graph, names, shared)
-            files.append(shared.name_after_contents(added))
+            with (folder / f"{stem}-int8.bin").open("wb") as quantised:
+                added = fuse_for_cpu(graph, names, weights, quantised)
+            tensor, path = named_after_contents(Path(quantised.name), operators.WEIGHTS)
+            added.append(tensor)
+            files.append(path)
         else:
             added = _separate_layers(graph, names, weights)
-        copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name not in names]
+        used = {name for node in graph.node for name in node.input}
+        copied = [weights.copy(tensor) for tensor in graph.initializer if tensor.name in used]
         replace(graph.initializer, copied + added)
     domain, version = (operators.DOMAIN, operators.VERSION) if fused else ("com.microsoft", 1)
     model.opset_import.append(helper.make_opsetid(domain, version))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -44,15 +43,6 @@ class WeightFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def name_after_contents(self, tensors: Sequence[TensorProto]) -> Path:
-        """Rename the file, which is closed, to `int8-{hash}.bin`; update the `tensors` in it, and return its path."""
-        self.path = self.path.rename(self.path.with_name(f"int8-{sha256(self.path)[:16]}.bin"))
-        for tensor in tensors:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = self.path.name
-        return self.path
-
     def read(self, name: str) -> Array:
         """Return an initializer of the original graph, mapped into memory if it is external."""
         tensor = self._tensors[name]
@@ -75,9 +65,22 @@ class WeightFile:
         self._file.write(b"\0" * padding)
         self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
         proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        proto.data_location = TensorProto.EXTERNAL
-        location = {"location": self.path.name, "offset": self._size + padding, "length": array.nbytes}
-        for key, value in location.items():
-            proto.external_data.add(key=key, value=str(value))
+        _locate(proto, self.path, self._size + padding, array.nbytes)
         self._size += padding + array.nbytes
         return proto
+
+
+def named_after_contents(path: Path, name: str) -> tuple[TensorProto, Path]:
+    """Rename a file to `int8-{hash}.bin`; return its contents as an initializer, bytes [size], and its path."""
+    path = path.rename(path.with_name(f"int8-{sha256(path)[:16]}.bin"))
+    size = path.stat().st_size
+    proto = TensorProto(name=name, data_type=TensorProto.UINT8, dims=[size])
+    _locate(proto, path, 0, size)
+    return proto, path
+
+
+def _locate(tensor: TensorProto, path: Path, offset: int, length: int) -> None:
+    """Make a part of a file the data of a tensor."""
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": path.name, "offset": offset, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))

@@ -93,6 +93,11 @@ class Plan:
         return self.folder / self.files[0].file
 
     @property
+    def shared(self) -> Path | None:
+        """The file of weights that the plans of several chunk sizes have in common, if there is one."""
+        return self.folder / self.files[2].file if len(self.files) > 2 else None
+
+    @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-DOMAIN, VERSION = "nemostream", 3
-_COLUMNS, _ALIGNMENT, _ZERO = 64, 64, 128  # of the panels of `int8_linear.c`
+DOMAIN, VERSION = "nemostream", 4
+WEIGHTS = "int8/weights"  # initializer of an engine: the weights of all its linear layers
+_ZERO = 128
 
 
 @functools.cache
@@ -48,9 +49,9 @@ def engine_suffix() -> str:
 
 
 def panels(weights: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Return weights [K, N] in the order of the operator: panels [N / 64, K / 4, 64, 4] of w + 128, padded with 128."""
+    """Return weights [K, N] in the order of the operator [N / 32, K / 64, 2, 16, 16, 4]: w + 128, padded with 128."""
     depth, columns = weights.shape
-    padded = np.full((-(-depth // _ALIGNMENT) * _ALIGNMENT, -(-columns // _COLUMNS) * _COLUMNS), _ZERO, np.uint8)
+    padded = np.full((-(-depth // 64) * 64, -(-columns // 32) * 32), _ZERO, np.uint8)
     padded[:depth, :columns] = weights.astype(np.int16) + _ZERO
-    order = padded.reshape(len(padded) // 4, 4, -1, _COLUMNS).transpose(2, 0, 3, 1)
+    order = padded.reshape(-1, 16, 4, len(padded[0]) // 32, 2, 16).transpose(3, 0, 4, 1, 5, 2)
     return np.ascontiguousarray(order)

@@ -3,9 +3,13 @@
 // The weights of a column have one scale, the inputs of a row have one: unit = max |x| / 127. Every result therefore
 // depends on its own row only. Sums are exact integers, so all instruction sets give the same bits.
 //
-// Weights are unsigned (w + 128), in panels of 64 columns: [N / 64, K / 4, 64, 4], padded with zeros (128) to multiples
-// of 64. This is the operand order of VNNI and AMX, so the file is used as it is, without a copy. The sum of a row's
-// inputs times 128 is subtracted from its sums.
+// Weights are unsigned (w + 128), padded with zeros (128) to multiples of 64 rows and 32 columns, in panels of 32 columns:
+// [N / 32, K / 64, 2, 16, 16, 4]. The last three are a tile of AMX, 64 rows and 16 columns in the operand order of VNNI
+// too, so the weights are used as they are, without a copy. The sum of a row's inputs times 128 is subtracted from its
+// sums. The weights of all layers are one array, in which those of a layer begin at `offset`.
+//
+// The time of few rows is that of reading the weights from memory, which must not wait for the arithmetic: weights are
+// read in the order of their addresses, and requested before they are needed, also those of the next panel.
 
 #include "operators.h"
 
@@ -15,130 +19,159 @@
 #include <unistd.h>
 #endif
 
-enum { COLUMNS = 64, BLOCK = 16 };
+enum { COLUMNS = 32, BLOCK = 32, TILE = 1024, AHEAD = 8192, GROUP = 4, MIN_AMX_ROWS = 3 };
 
-// sums[r][n] = sum over k of weights[k / 4][n][k % 4] * inputs[r][k], for `rows` <= BLOCK rows. `inputs` has a stride of
-// `depth` bytes, a multiple of 64, and BLOCK rows of memory.
-typedef void Product(const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int32_t (*sums)[COLUMNS]);
+// sums[r][n] = sum over k of w[k][n] * inputs[r][k] for the weights w of a panel and `rows` <= BLOCK rows. `inputs` has a
+// stride of `depth` bytes, a multiple of 64, and memory for 16 rows more. With `request`, the panel is read for the first
+// time, and weights `AHEAD` bytes later are requested.
+typedef void Multiply(
+    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
+);
+
+// An implementation for an instruction set. `begin`, if there is one, is called for the rows of the largest block, at most
+// 32, before a thread multiplies, and `end` afterwards.
+typedef struct {
+    const char *name;
+    void (*begin)(int rows);
+    Multiply *multiply;
+    void (*end)(void);
+} Product;
 
 static void product_portable(
-    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int32_t (*sums)[COLUMNS]
+    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
 ) {
+    (void)request;
     memset(sums, 0, (size_t)rows * sizeof *sums);
     for (int64_t k = 0; k < depth; k += 4)
         for (int r = 0; r < rows; r++)
-            for (int n = 0; n < COLUMNS; n++)
-                for (int j = 0; j < 4; j++)
-                    sums[r][n] += weights[(k * COLUMNS) + (4 * n) + j] * inputs[r * depth + k + j];
+            for (int n = 0; n < COLUMNS; n++) {
+                const uint8_t *four = weights + k / 64 * 2 * TILE + n / 16 * TILE + k % 64 * 16 + n % 16 * 4;
+                for (int j = 0; j < 4; j++) sums[r][n] += four[j] * inputs[r * depth + k + j];
+            }
 }
 
 #if X86
 
+#define UNROLL _Pragma("GCC unroll 16")
+INLINE void request_weights(const uint8_t *at) {
+    UNROLL for (int line = 0; line < 2 * TILE / 64; line++)
+        _mm_prefetch((const char *)at + AHEAD + 64 * line, _MM_HINT_T1);
+}
+
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
-// The sums of R rows stay in registers: 4 R of them, 4 for weights and one for an input. Loops are unrolled early, because
+// The sums of R rows stay in registers: 2 R of them, 2 for weights and one for an input. Loops are unrolled early, because
 // the compiler keeps arrays that are indexed by a variable in memory.
-#define UNROLL _Pragma("GCC unroll 8")
 #define ROWS_VNNI(R)                                                                                                  \
     VNNI static void rows_vnni_##R(                                                                                   \
-        const uint8_t *weights, const int8_t *inputs, int64_t depth, int32_t (*sums)[COLUMNS]                         \
+        const uint8_t *weights, const int8_t *inputs, int64_t depth, int request, int32_t (*sums)[COLUMNS]            \
     ) {                                                                                                               \
-        __m512i total[R][4], column[4];                                                                               \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < 4; c++) total[r][c] = _mm512_setzero_si512();   \
-        for (int64_t k = 0; k < depth; k += 4) {                                                                      \
-            const uint8_t *at = weights + k * COLUMNS;                                                                \
-            UNROLL for (int c = 0; c < 4; c++) {                                                                      \
-                column[c] = _mm512_loadu_si512(at + 64 * c);                                                          \
-                if (R == 1) _mm_prefetch((const char *)at + 64 * c + 2048, _MM_HINT_T0);                              \
-            }                                                                                                         \
-            UNROLL for (int r = 0; r < R; r++) {                                                                      \
-                int32_t four;                                                                                         \
-                memcpy(&four, inputs + r * depth + k, 4);                                                             \
-                __m512i input = _mm512_set1_epi32(four);                                                              \
-                UNROLL for (int c = 0; c < 4; c++) total[r][c] = _mm512_dpbusd_epi32(total[r][c], column[c], input);  \
+        __m512i total[R][2];                                                                                          \
+        UNROLL for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm512_setzero_si512();                        \
+        for (int64_t tile = 0; tile < depth; tile += 64, weights += 2 * TILE) {                                       \
+            if (request) request_weights(weights);                                                                    \
+            for (int64_t k = 0; k < 64; k += 4) {                                                                     \
+                __m512i first = _mm512_loadu_si512(weights + 16 * k);                                                 \
+                __m512i second = _mm512_loadu_si512(weights + TILE + 16 * k);                                         \
+                UNROLL for (int r = 0; r < R; r++) {                                                                  \
+                    int32_t four;                                                                                     \
+                    memcpy(&four, inputs + r * depth + tile + k, 4);                                                  \
+                    __m512i input = _mm512_set1_epi32(four);                                                          \
+                    total[r][0] = _mm512_dpbusd_epi32(total[r][0], first, input);                                     \
+                    total[r][1] = _mm512_dpbusd_epi32(total[r][1], second, input);                                    \
+                }                                                                                                     \
             }                                                                                                         \
         }                                                                                                             \
         UNROLL for (int r = 0; r < R; r++)                                                                            \
-            UNROLL for (int c = 0; c < 4; c++) _mm512_storeu_si512(&sums[r][16 * c], total[r][c]);                    \
+            UNROLL for (int c = 0; c < 2; c++) _mm512_storeu_si512(&sums[r][16 * c], total[r][c]);                    \
     }
 
 ROWS_VNNI(1)
 ROWS_VNNI(2)
 ROWS_VNNI(3)
 ROWS_VNNI(4)
-ROWS_VNNI(5)
 ROWS_VNNI(6)
+ROWS_VNNI(8)
+ROWS_VNNI(11)
 
 VNNI static void product_vnni(
-    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int32_t (*sums)[COLUMNS]
+    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
 ) {
-    for (int blocks = (rows + 5) / 6; blocks > 0; blocks--) {
-        int block = (rows + blocks - 1) / blocks;  // blocks of about the same size
-        switch (block) {
-            case 1: rows_vnni_1(weights, inputs, depth, sums); break;
-            case 2: rows_vnni_2(weights, inputs, depth, sums); break;
-            case 3: rows_vnni_3(weights, inputs, depth, sums); break;
-            case 4: rows_vnni_4(weights, inputs, depth, sums); break;
-            case 5: rows_vnni_5(weights, inputs, depth, sums); break;
-            default: rows_vnni_6(weights, inputs, depth, sums);
-        }
-        rows -= block, inputs += block * depth, sums += block;
+    static const struct {
+        int rows;
+        void (*multiply)(const uint8_t *, const int8_t *, int64_t, int, int32_t (*)[COLUMNS]);
+    } BLOCKS[] = {
+        {11, rows_vnni_11}, {8, rows_vnni_8}, {6, rows_vnni_6}, {4, rows_vnni_4},
+        {3, rows_vnni_3},   {2, rows_vnni_2}, {1, rows_vnni_1},
+    };
+    while (rows) {
+        int block = 0;
+        while (BLOCKS[block].rows > rows) block++;
+        int done = BLOCKS[block].rows;
+        BLOCKS[block].multiply(weights, inputs, depth, request, sums);
+        rows -= done, inputs += done * depth, sums += done, request = 0;
     }
 }
 
 #define AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512vnni")))
 
-// Tiles of 16 rows: 0 to 3 are sums, 4 inputs, 5 and 6 weights. If there are fewer rows, the sums of those that follow in
-// memory are computed too, and not used.
-AMX static void product_amx(
-    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int32_t (*sums)[COLUMNS]
-) {
-    if (rows < 3) {
-        product_vnni(weights, inputs, rows, depth, sums);
-        return;
-    }
+// Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights. The first five have the same number of rows, half of a block
+// that has more than 16: a product takes less time with fewer.
+static _Thread_local int tile_rows;
+
+AMX static void begin_amx(int rows) {
+    tile_rows = rows > 16 ? (rows + 1) / 2 : rows;
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } tiles __attribute__((aligned(64))) = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) tiles.bytes[tile] = 64, tiles.rows[tile] = 16;
-    _tile_loadconfig(&tiles);
+    for (int tile = 0; tile < 8; tile++) tiles.bytes[tile] = 64, tiles.rows[tile] = tile < 6 ? tile_rows : 16;
+    __asm__ volatile("ldtilecfg %0" : : "m"(tiles));  // the intrinsic of GCC 12 reads 8 of its 64 bytes
+}
+
+AMX static void end_amx(void) { _tile_release(); }
+
+// If a block has fewer rows than the tiles, the sums of those that follow in memory are computed too, and not used.
+AMX static void product_amx(
+    const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
+) {
+    const int half = tile_rows, two = rows > half;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 64) {
-        const uint8_t *at = weights + k * COLUMNS;
+    for (int64_t k = 0; k < depth; k += 64, weights += 2 * TILE) {
+        if (request) request_weights(weights);
+        _tile_loadd(6, weights, 64);
         _tile_loadd(4, inputs + k, depth);
-        _tile_loadd(5, at, 256);
-        _tile_dpbsud(0, 4, 5);
-        _tile_loadd(6, at + 64, 256);
-        _tile_dpbsud(1, 4, 6);
-        _tile_loadd(5, at + 128, 256);
-        _tile_dpbsud(2, 4, 5);
-        _tile_loadd(6, at + 192, 256);
-        _tile_dpbsud(3, 4, 6);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, weights + TILE, 64);
+        _tile_dpbsud(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, inputs + half * depth + k, depth);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
     }
-    _tile_stored(0, &sums[0][0], 256);
-    _tile_stored(1, &sums[0][16], 256);
-    _tile_stored(2, &sums[0][32], 256);
-    _tile_stored(3, &sums[0][48], 256);
-    _tile_release();
+    _tile_stored(0, &sums[0][0], sizeof *sums);
+    _tile_stored(1, &sums[0][16], sizeof *sums);
+    if (two) {
+        _tile_stored(2, &sums[half][0], sizeof *sums);
+        _tile_stored(3, &sums[half][16], sizeof *sums);
+    }
 }
 
 #endif
 
-static const struct {
-    const char *name;
-    Product *product;
-} PRODUCTS[] = {
+static const Product PRODUCTS[] = {
 #if X86
-    {"amx", product_amx},
-    {"vnni", product_vnni},
+    {"amx", begin_amx, product_amx, end_amx},
+    {"vnni", NULL, product_vnni, NULL},
 #endif
-    {"portable", product_portable},
+    {"portable", NULL, product_portable, NULL},
 };
+static const Product *const PORTABLE = PRODUCTS + sizeof PRODUCTS / sizeof *PRODUCTS - 1;
 
 static int supported(const char *name) {
 #if X86
@@ -157,16 +190,13 @@ static int supported(const char *name) {
     return !strcmp(name, "portable");
 }
 
-static Product *product = product_portable;
+static const Product *selected;
 
 // Use the product of a name, or, without a name, the fastest that is not portable. Return its name, or NULL.
 EXPORTED const char *nemostream_int8_select(const char *name) {
-    for (size_t i = 0; i < sizeof PRODUCTS / sizeof *PRODUCTS; i++) {
-        int wanted = name ? !strcmp(name, PRODUCTS[i].name) : PRODUCTS[i].product != product_portable;
-        if (wanted && supported(PRODUCTS[i].name)) {
-            product = PRODUCTS[i].product;
-            return PRODUCTS[i].name;
-        }
+    for (const Product *product = PRODUCTS; product <= PORTABLE; product++) {
+        int wanted = name ? !strcmp(name, product->name) : product != PORTABLE;
+        if (wanted && supported(product->name)) return selected = product, product->name;
     }
     return NULL;
 }
@@ -174,15 +204,15 @@ EXPORTED const char *nemostream_int8_select(const char *name) {
 // -- one call ---------------------------------------------------------------------------------------------------------
 
 typedef struct {
-    Product *product;
+    const Product *product;
     const uint8_t *weights;
     const float *x, *scales, *bias, *residual, *norm_weight, *norm_bias;
     float *y;
-    int64_t rows, depth, columns, padded_depth;
-    int silu;
+    int64_t rows, depth, columns, padded_depth, panels;
+    int silu, block;  // rows multiplied together
     float epsilon;
     float *normalized;  // [rows, depth]
-    int8_t *inputs;     // [rows, padded_depth], and BLOCK rows more
+    int8_t *inputs;     // [rows, padded_depth], and 16 rows more
     float *units;       // of each row
     int32_t *offsets;   // 128 times the sum of each row's inputs
 } Call;
@@ -195,17 +225,17 @@ VECTORIZED static void quantize_row(const float *x, int64_t depth, int8_t *out, 
         bits &= 0x7fffffff;
         largest_bits = bits > largest_bits ? bits : largest_bits;
     }
-    float largest, divisor;
+    float largest;
     memcpy(&largest, &largest_bits, 4);
-    divisor = largest * (1.0f / 127.0f);
-    divisor = divisor < 1e-9f ? 1e-9f : divisor;  // silence
-    const float shift = 12582912.0f;               // adding 1.5 * 2^23 rounds to an integer
+    const float step = largest * (1.0f / 127.0f);
+    *unit = step < 1e-9f ? 1e-9f : step;  // silence
+    const float factor = 1.0f / *unit;
+    const float shift = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     for (int64_t k = 0; k < depth; k++) {
-        int32_t value = (int32_t)(x[k] / divisor + shift - shift);
+        int32_t value = (int32_t)(x[k] * factor + shift - shift);
         out[k] = (int8_t)value;
         sum += value;
     }
-    *unit = divisor;
     *offset = 128 * sum;
 }
 
@@ -228,34 +258,49 @@ static void quantize_rows(void *data, size_t row) {
     memset(out + call->depth, 0, call->padded_depth - call->depth);
 }
 
-VECTORIZED static void finish_row(const Call *call, const int32_t *sums, int64_t row, int64_t first, int count) {
-    const float unit = call->units[row], *scales = call->scales + first;
-    float *y = call->y + row * call->columns + first;
-    int32_t offset = call->offsets[row];
-    for (int n = 0; n < count; n++) y[n] = (float)(sums[n] - offset) * scales[n] * unit;
-    if (call->bias) {
-        const float *bias = call->bias + first;
-        for (int n = 0; n < count; n++) y[n] += bias[n];
-    }
-    if (call->silu)
-        for (int n = 0; n < count; n++) y[n] *= sigmoid(y[n]);
-    if (call->residual) {
-        const float *residual = call->residual + row * call->columns + first;
-        for (int n = 0; n < count; n++) y[n] += residual[n];
+// Compute `count` <= COLUMNS results of each of `rows` rows from their sums. Loops over all columns of a panel have a
+// constant length, so that the compiler keeps them in registers.
+VECTORIZED static void finish_rows(
+    const Call *call, int32_t (*sums)[COLUMNS], int64_t row, int rows, int64_t first, int count
+) {
+    float scales[COLUMNS] = {0}, bias[COLUMNS] = {0}, y[COLUMNS];
+    memcpy(scales, call->scales + first, count * sizeof *scales);
+    if (call->bias) memcpy(bias, call->bias + first, count * sizeof *bias);
+    for (int r = 0; r < rows; r++) {
+        const float unit = call->units[row + r];
+        const int32_t offset = call->offsets[row + r];
+        const int64_t place = (row + r) * call->columns + first;
+        for (int n = 0; n < COLUMNS; n++) y[n] = (float)(sums[r][n] - offset) * scales[n] * unit + bias[n];
+        if (call->silu)
+            for (int n = 0; n < COLUMNS; n++) y[n] *= sigmoid(y[n]);
+        if (!call->residual && count == COLUMNS)
+            memcpy(call->y + place, y, sizeof y);
+        else if (!call->residual)
+            memcpy(call->y + place, y, count * sizeof *y);
+        else
+            for (int n = 0; n < count; n++) call->y[place + n] = y[n] + call->residual[place + n];
     }
 }
 
-static void multiply_panel(void *data, size_t panel) {
+static void multiply_panels(void *data, size_t group) {
     const Call *call = data;
-    int64_t first = (int64_t)panel * COLUMNS;
-    int count = (int)(call->columns - first < COLUMNS ? call->columns - first : COLUMNS);
+    const Product *product = call->product;
+    const int64_t begin = (int64_t)group * GROUP;
+    const int64_t end = begin + GROUP < call->panels ? begin + GROUP : call->panels;
     int32_t sums[BLOCK][COLUMNS] __attribute__((aligned(64)));
-    for (int64_t row = 0; row < call->rows; row += BLOCK) {
-        int rows = (int)(call->rows - row < BLOCK ? call->rows - row : BLOCK);
-        const int8_t *inputs = call->inputs + row * call->padded_depth;
-        call->product(call->weights + first * call->padded_depth, inputs, rows, call->padded_depth, sums);
-        for (int r = 0; r < rows; r++) finish_row(call, sums[r], row + r, first, count);
+    if (product->begin) product->begin(call->block);
+    for (int64_t panel = begin; panel < end; panel++) {
+        int64_t first = panel * COLUMNS;
+        int count = (int)(call->columns - first < COLUMNS ? call->columns - first : COLUMNS);
+        const uint8_t *weights = call->weights + first * call->padded_depth;
+        for (int64_t row = 0; row < call->rows; row += call->block) {
+            int rows = (int)(call->rows - row < call->block ? call->rows - row : call->block);
+            const int8_t *inputs = call->inputs + row * call->padded_depth;
+            product->multiply(weights, inputs, rows, call->padded_depth, !row, sums);
+            finish_rows(call, sums, row, rows, first, count);
+        }
     }
+    if (product->end) product->end();
 }
 
 // -- operator ---------------------------------------------------------------------------------------------------------
@@ -265,12 +310,12 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     Tensor in[7], *x = in, *weights = in + 1, *scales = in + 2, *bias = in + 3, *residual = in + 4, *norm = in + 5;
     OrtStatus *status = read_inputs(context, in, 7);
     if (status) return status;
-    if (x->rank < 1 || weights->rank != 4 || scales->rank != 1)
+    if (x->rank < 1 || weights->rank != 1 || scales->rank != 1)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: an input has the wrong number of dimensions");
     Call call = {
-        .product = product,
+        .product = selected ? selected : PORTABLE,
         .x = x->data,
-        .weights = weights->data,
+        .weights = (const uint8_t *)weights->data + attributes->offset,
         .scales = scales->data,
         .bias = bias->data,
         .residual = residual->data,
@@ -278,14 +323,15 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
         .norm_bias = norm[1].data,
         .rows = 1,
         .depth = x->dims[x->rank - 1],
-        .padded_depth = 4 * weights->dims[1],
+        .padded_depth = (x->dims[x->rank - 1] + 63) / 64 * 64,
         .columns = scales->dims[0],
         .silu = (int)attributes->silu,
         .epsilon = attributes->epsilon,
     };
     for (size_t i = 0; i + 1 < x->rank; i++) call.rows *= x->dims[i];
-    if (call.depth > call.padded_depth || call.padded_depth % 64 || weights->dims[2] != COLUMNS ||
-        weights->dims[3] != 4 || weights->dims[0] != (call.columns + COLUMNS - 1) / COLUMNS)
+    call.panels = (call.columns + COLUMNS - 1) / COLUMNS;
+    if (attributes->depth != call.depth || attributes->offset < 0 ||
+        attributes->offset > weights->dims[0] - call.panels * COLUMNS * call.padded_depth)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: the shapes of input, weights and scales differ");
     if (!has_shape(norm, 1, &call.depth) || !has_shape(norm + 1, 1, &call.depth) || !norm[0].data != !norm[1].data)
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: the norm has another size than the input");
@@ -293,8 +339,11 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     if (!has_shape(bias, 1, &call.columns) || !has_shape(residual, x->rank, x->dims))
         return ort->CreateStatus(ORT_INVALID_ARGUMENT, "Int8Linear: bias or residual has another size than the output");
     if ((status = create_output(context, 0, x->dims, x->rank, &call.y)) || !call.rows) return status;
+    const int64_t blocks = (call.rows + BLOCK - 1) / BLOCK;  // of about the same size
+    call.block = (int)((call.rows + blocks - 1) / blocks);
+    if (call.block < MIN_AMX_ROWS && call.product->begin) call.product++;
 
-    const size_t padded = call.rows + BLOCK;  // the tiles of AMX may read so many rows
+    const size_t padded = call.rows + 16;  // the tiles of AMX may read so many rows
     const size_t normalized = call.norm_weight ? call.rows * call.depth : 0;
     char *memory = scratch(padded * call.padded_depth + (normalized + 2 * call.rows) * sizeof(float));
     if (!memory) return ort->CreateStatus(ORT_FAIL, "Int8Linear: out of memory");
@@ -306,12 +355,16 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
         for (int64_t row = 0; row < call.rows; row++) quantize_rows(&call, row);
     else if ((status = ort->KernelContext_ParallelFor(context, quantize_rows, call.rows, 0, &call)))
         return status;
-    return ort->KernelContext_ParallelFor(context, multiply_panel, weights->dims[0], 0, &call);
+    return ort->KernelContext_ParallelFor(context, multiply_panels, (call.panels + GROUP - 1) / GROUP, 0, &call);
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
     OrtStatus *status = create_attributes(op, api, info, out);
-    return status ? status : ort->KernelInfoGetAttribute_int64(info, "silu", &((Attributes *)*out)->silu);
+    if (status) return status;
+    Attributes *attributes = *out;
+    if ((status = ort->KernelInfoGetAttribute_int64(info, "silu", &attributes->silu))) return status;
+    if ((status = ort->KernelInfoGetAttribute_int64(info, "depth", &attributes->depth))) return status;
+    return ort->KernelInfoGetAttribute_int64(info, "offset", &attributes->offset);
 }
 
 static const char *op_name(const OrtCustomOp *op) { return (void)op, "Int8Linear"; }

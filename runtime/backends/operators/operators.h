@@ -43,7 +43,7 @@ void *scratch(size_t bytes);
 // The attributes of a node; an operator reads those that it has.
 typedef struct {
     float epsilon;
-    int64_t silu;
+    int64_t silu, depth, offset;
 } Attributes;
 
 // Create the `Attributes` of a node, and read its `epsilon`.

@@ -22,17 +22,56 @@ typedef struct {
     const float *position;  // relative to the first new frame; those relative to the next ones are the rows before
 } Frame;
 
-// The sum of products of two pairs of vectors.
-INLINE float dot(const float *a, const float *b, const float *c, const float *d, int64_t size) {
-    Lanes first = {0}, second = {0};
-    int64_t whole = size - size % LANES;
-    float rest = 0;
-    for (int64_t i = 0; i < whole; i += LANES) {
-        first += *(const Lanes *)(a + i) * *(const Lanes *)(b + i);
-        second += *(const Lanes *)(c + i) * *(const Lanes *)(d + i);
+// Unlike those of the other operators, these multiplications and additions are fused where the processor can. The results
+// of a processor without AVX-512, on which engines do not use the operators, have other last bits.
+#pragma GCC optimize("fp-contract=fast")
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+// scores[t][j] = u[t] visible[j].key + v[t] (visible[j].position - t rows) of a block of queries and keys, from query `t`
+// and key `j` on. Vectors are read once for the block, whose sums stay in registers. The order of the additions of a
+// score does not depend on the block.
+INLINE void score_block(
+    const Frame *visible, int64_t t, int64_t j, const int queries, const int keys, const float *u, const float *v,
+    int64_t width, int64_t size, float *scores, int64_t stride
+) {
+    Lanes sums[2][4] = {{{0}}};
+    float rest[2][4] = {{0}};
+    const int64_t whole = size - size % LANES;
+    const float *key[4], *place[4];
+    u += t * size, v += t * size, scores += t * stride + j;
+    UNROLL for (int b = 0; b < keys; b++) key[b] = visible[j + b].key, place[b] = visible[j + b].position - t * width;
+    for (int64_t i = 0; i < whole; i += LANES)
+        UNROLL for (int a = 0; a < queries; a++) UNROLL for (int b = 0; b < keys; b++) {
+            sums[a][b] += *(const Lanes *)(u + a * size + i) * *(const Lanes *)(key[b] + i);
+            sums[a][b] += *(const Lanes *)(v + a * size + i) * *(const Lanes *)(place[b] - a * width + i);
+        }
+    for (int64_t i = whole; i < size; i++)
+        UNROLL for (int a = 0; a < queries; a++) UNROLL for (int b = 0; b < keys; b++)
+            rest[a][b] += u[a * size + i] * key[b][i] + v[a * size + i] * place[b][i - a * width];
+    UNROLL for (int a = 0; a < queries; a++)
+        UNROLL for (int b = 0; b < keys; b++) scores[a * stride + b] = sum_lanes(sums[a][b]) + rest[a][b];
+}
+
+// The scores of all queries and visible keys. The queries of a key use adjacent positions, which are in a near cache.
+INLINE void score_all(
+    const Frame *visible, int64_t frames, int64_t count, const float *u, const float *v, int64_t width, int64_t size,
+    float *scores, int64_t stride
+) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        int64_t t = 0;
+        // The rings of many streams are not in a cache: request values, which are used after the scores, and later keys.
+        for (int b = 0; b < 4; b++)
+            for (int64_t i = 0; i < size; i += LANES) {
+                __builtin_prefetch(visible[j + b].value + i, 0, 2);
+                if (j + 12 <= count) __builtin_prefetch(visible[j + b + 8].key + i, 0, 3);
+            }
+        for (; t + 2 <= frames; t += 2) score_block(visible, t, j, 2, 4, u, v, width, size, scores, stride);
+        if (t < frames) score_block(visible, t, j, 1, 4, u, v, width, size, scores, stride);
     }
-    for (int64_t i = whole; i < size; i++) rest += a[i] * b[i] + c[i] * d[i];
-    return sum_lanes(first + second) + rest;
+    for (; j < count; j++)
+        for (int64_t t = 0; t < frames; t++) score_block(visible, t, j, 1, 1, u, v, width, size, scores, stride);
 }
 
 // `scores` have memory for a multiple of LANES, of which those after `count` become 0.
@@ -49,21 +88,27 @@ INLINE void softmax(float *scores, int64_t count) {
     for (int64_t j = 0; j < padded; j++) scores[j] *= factor;
 }
 
-// y = sum of weights[j] * visible[j].value; sums stay in registers.
-INLINE void add_weighted(const float *weights, const Frame *visible, int64_t count, int64_t size, float *y) {
+// y[t] = sum of scores[t][j] * visible[j].value for `queries` <= 2, whose sums stay in registers.
+INLINE void add_weighted(
+    const float *scores, int64_t stride, const Frame *visible, int64_t count, const int queries, int64_t size,
+    int64_t width, float *y
+) {
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        Lanes sums[4] = {{0}, {0}, {0}, {0}};
+        Lanes sums[2][4] = {{{0}}};
         for (int64_t j = 0; j < count; j++)
-            for (int part = 0; part < 4; part++)
-                sums[part] += weights[j] * *(const Lanes *)(visible[j].value + i + part * LANES);
-        memcpy(y + i, sums, sizeof sums);
+            UNROLL for (int part = 0; part < 4; part++) {
+                const Lanes value = *(const Lanes *)(visible[j].value + i + part * LANES);
+                UNROLL for (int a = 0; a < queries; a++) sums[a][part] += scores[a * stride + j] * value;
+            }
+        UNROLL for (int a = 0; a < queries; a++) memcpy(y + a * width + i, sums[a], sizeof sums[a]);
     }
-    for (; i < size; i++) {
-        float sum = 0;
-        for (int64_t j = 0; j < count; j++) sum += weights[j] * visible[j].value[i];
-        y[i] = sum;
-    }
+    for (; i < size; i++)
+        UNROLL for (int a = 0; a < queries; a++) {
+            float sum = 0;
+            for (int64_t j = 0; j < count; j++) sum += scores[a * stride + j] * visible[j].value[i];
+            y[a * width + i] = sum;
+        }
 }
 
 // Attention of one head of one row. `memory` is that of `bytes_of_head`.
@@ -95,17 +140,14 @@ INLINE void attend_size(const Call *call, int64_t row, int64_t head, char *memor
         for (int64_t i = 0; i < size; i++) query_u[t * size + i] = query[i] + u[i];
         for (int64_t i = 0; i < size; i++) query_v[t * size + i] = query[i] + v[i];
     }
-    // The queries of a key use adjacent positions, so they are in a near cache.
-    for (int64_t j = 0; j < count; j++)
-        for (int64_t t = 0; t < frames; t++) {
-            const float *u = query_u + t * size, *v = query_v + t * size, *place = visible[j].position - t * width;
-            scores[t * stride + j] = dot(u, visible[j].key, v, place, size);
-        }
-    for (int64_t t = 0; t < frames; t++) {
-        float *y = call->y + (row * frames + t) * width + head * size;
-        if (count) softmax(scores + t * stride, count);
-        add_weighted(scores + t * stride, visible, count, size, y);
-    }
+    score_all(visible, frames, count, query_u, query_v, width, size, scores, stride);
+    float *y = call->y + row * frames * width + head * size;
+    if (count)
+        for (int64_t t = 0; t < frames; t++) softmax(scores + t * stride, count);
+    int64_t t = 0;
+    for (; t + 2 <= frames; t += 2)
+        add_weighted(scores + t * stride, stride, visible, count, 2, size, width, y + t * width);
+    if (t < frames) add_weighted(scores + t * stride, stride, visible, count, 1, size, width, y + t * width);
     for (int64_t t = 0; t < frames; t++) {
         const float *key = qkv + (3 * t + 1) * width;
         const int64_t at = (position + t) % ring * size;

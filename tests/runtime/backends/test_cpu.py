@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,48 @@ def test_frames_equal_those_of_the_step_loop(
     assert backend.save(2)["position"] == len(steps) * chunk.frames
 
 
+def int8_plans(bundle: Bundle, folder: Path, *sizes: int) -> Any:
+    """Write int8 engines and return their plans."""
+    plans = {}
+    for ms in sizes:
+        path, _, shared = write_int8_for_cpu(bundle, bundle.manifest.chunk(ms), folder, f"int8-{ms}", fused=True)
+        plans[ms] = SimpleNamespace(path=path, shared=shared, recipe=SimpleNamespace(cache_dtype="float32"))
+    return plans
+
+
+@pytest.mark.skipif(not operators.library(), reason="the operators have no fast code for this processor")
+def test_engines_share_weights_that_are_read_once(demo_bundle: Bundle, speech: np.ndarray, tmp_path: Path) -> None:
+    """A file that is replaced after the first engine was loaded does not change the results of the second one."""
+    plans = int8_plans(demo_bundle, tmp_path, 80, 560)
+    shared = plans[80].shared
+    assert shared == plans[560].shared
+
+    def encoded(backend: OrtBackend) -> np.ndarray:
+        backend.reset(np.array([0]))
+        return backend.encode(batch_of(demo_bundle.manifest, speech, 560, 0, [0]))[0].copy()
+
+    expected = encoded(OrtBackend(demo_bundle, capacity=1, threads=1, plans=plans))
+    backend = OrtBackend(demo_bundle, capacity=1, threads=1, plans=plans)
+    backend.prepare(demo_bundle.manifest.chunk(80))
+    shared.write_bytes(bytes([128]) * shared.stat().st_size)  # all weights are 0
+    np.testing.assert_array_equal(encoded(backend), expected)
+    assert not np.array_equal(encoded(OrtBackend(demo_bundle, capacity=1, threads=1, plans=plans)), expected)
+
+
+@pytest.mark.skipif(not operators.library(), reason="the operators have no fast code for this processor")
+def test_damaged_weights_of_an_engine_are_errors(demo_bundle: Bundle, speech: np.ndarray, tmp_path: Path) -> None:
+    """A file without the last weights, an empty file and no file."""
+    plans = int8_plans(demo_bundle, tmp_path, 80)
+    shared, batch = plans[80].shared, batch_of(demo_bundle.manifest, speech, 80, 0, [0])
+    shared.write_bytes(shared.read_bytes()[:-64])
+    with pytest.raises(BackendError, match="Int8Linear: the shapes of input, weights and scales differ"):
+        OrtBackend(demo_bundle, capacity=1, threads=1, plans=plans).encode(batch)
+    for damage in (lambda: shared.write_bytes(b""), shared.unlink):
+        damage()
+        with pytest.raises(BackendError, match=f"{re.escape(str(shared))} cannot be read .*; build the engine again"):
+            OrtBackend(demo_bundle, capacity=1, threads=1, plans=plans).encode(batch)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_rows_of_scattered_slots_equal_streams_alone(
     in_place: bool, demo_bundle: Bundle, speech: np.ndarray, tmp_path: Path
@@ -97,8 +140,7 @@ def test_rows_of_scattered_slots_equal_streams_alone(
     if in_place:
         if not operators.library():
             pytest.skip("the operators have no fast code for this processor")
-        path, *_ = write_int8_for_cpu(demo_bundle, demo_bundle.manifest.chunk(560), tmp_path, "int8", fused=True)
-        plans = {560: SimpleNamespace(path=path, recipe=SimpleNamespace(cache_dtype="float32"))}
+        plans = int8_plans(demo_bundle, tmp_path, 560)
     backend = OrtBackend(demo_bundle, capacity=4, max_batch=3, threads=1, plans=plans)
     manifest, starts = backend.manifest, {0: 0, 2: 16_000, 3: 30_000}
     backend.encode(batch_of(manifest, speech, 560, 0, [3]))  # prepares the chunk size
@@ -376,7 +418,7 @@ def test_copies_that_are_rejected(backend: OrtBackend) -> None:
 def test_caches_that_a_cpu_cannot_run_are_rejected(demo_bundle: Bundle) -> None:
     def plans(*dtypes: str) -> Any:
         return {
-            ms: SimpleNamespace(path=Path("none"), recipe=SimpleNamespace(cache_dtype=dtype))
+            ms: SimpleNamespace(path=Path("none"), shared=None, recipe=SimpleNamespace(cache_dtype=dtype))
             for ms, dtype in zip((80, 560), dtypes, strict=False)
         }
 
@@ -393,12 +435,12 @@ def test_caches_that_a_cpu_cannot_run_are_rejected(demo_bundle: Bundle) -> None:
 
 
 def test_threads_and_spinning_of_each_graph(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small graphs have one thread. Large ones have all, which do not spin; a large joint has few pairs in a call."""
+    """Small graphs have one thread, large ones all. None spins after its run; a large joint has few pairs in a call."""
     opened, session = {}, ort.InferenceSession
 
     def record(path: Any, options: Any, providers: list[str]) -> Any:
-        spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
-        opened[Path(path).stem] = (options.intra_op_num_threads, spinning, options.log_severity_level, providers)
+        stops = options.get_session_config_entry("session.force_spinning_stop")
+        opened[Path(path).stem] = (options.intra_op_num_threads, stops, options.log_severity_level, providers)
         return session(path, options, providers=providers)
 
     monkeypatch.setattr(cpu.ort, "InferenceSession", record)
@@ -420,7 +462,7 @@ def test_threads_and_spinning_of_each_graph(demo_bundle: Bundle, monkeypatch: py
         opened.clear()
         assert OrtBackend(demo_bundle, 1, threads=2).transducer.max_pairs == (32 if sizes["joint"] > limit else None)
         for name, size in sizes.items():
-            assert opened[name][:2] == ((2, "0") if size > limit else (1, "1"))
+            assert opened[name][:2] == (2 if size > limit else 1, "1")
 
 
 @pytest.mark.parametrize("large", [False, True])

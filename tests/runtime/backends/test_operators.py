@@ -41,12 +41,15 @@ def layer(
     silu: bool = False,
     norm: bool = False,
     threads: int = 1,
+    offset: int = 0,
 ) -> Layer:
     """Return a function that runs the operator in ONNX Runtime."""
     names = ["x", "weights", "scales", "bias" if bias else "", "residual" if residual else ""]
     names += ["norm_weight", "norm_bias"] if norm else []
-    constants = {"weights": operators.panels(weights), "scales": scales}
-    run = operator("Int8Linear", names, ["y"], constants, threads, silu=int(silu), epsilon=EPSILON)
+    before = np.arange(offset).astype(np.uint8)  # weights of another layer
+    constants = {"weights": np.concatenate([before, operators.panels(weights).reshape(-1)]), "scales": scales}
+    place = {"depth": len(weights), "offset": offset}
+    run = operator("Int8Linear", names, ["y"], constants, threads, silu=int(silu), epsilon=EPSILON, **place)
     return lambda **feeds: run(**feeds)[0]
 
 
@@ -82,7 +85,7 @@ def operator(
 def reference(x: Floats, weights: np.ndarray[Any, np.dtype[np.int8]], scales: Floats) -> Floats:
     """Return the product in NumPy: integers are exact, the other operations have the order of the operator."""
     unit = np.maximum(np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 127), np.float32(1e-9))
-    values = np.rint(x / unit).astype(np.int64)
+    values = np.rint(x * (1 / unit)).astype(np.int64)
     return (values @ weights.astype(np.int64)).astype(np.float32) * scales * unit
 
 
@@ -95,7 +98,7 @@ def drawn(depth: int, columns: int, *shape: int, seed: int = 0) -> tuple[Floats,
 
 SHAPES = [
     *((128, 64, rows) for rows in range(1, 20)),  # every number of rows up to more than a block
-    *((64, 64, rows) for rows in (31, 32, 33, 48, 49)),
+    *((64, 64, rows) for rows in (31, 32, 33, 48, 49, 63, 64, 65)),
     (1, 1, 2),
     (3, 70, 5),
     (63, 63, 4),
@@ -155,6 +158,22 @@ def test_rows_do_not_depend_on_their_batch(instructions: str) -> None:
         np.testing.assert_array_equal(run(x=x[first:last]), together[first:last])
 
 
+def test_weights_begin_at_their_offset(instructions: str) -> None:
+    x, weights, scales = drawn(100, 70, 5)
+    found = layer(weights, scales, offset=192)(x=x)
+    np.testing.assert_array_equal(found, reference(x, weights, scales))
+
+
+def test_weights_outside_the_array_are_errors() -> None:
+    """The weights of a layer with one column more, and of one that begins outside."""
+    constants = {"weights": np.zeros(64 * 64, np.uint8), "scales": np.ones(64, np.float32)}
+    for offset, columns in ((0, 65), (1, 64), (-64, 64), (2**62, 64)):
+        constants["scales"] = np.ones(columns, np.float32)
+        run = operator("Int8Linear", ["x", *constants], ["y"], constants, silu=0, epsilon=0.0, depth=64, offset=offset)
+        with pytest.raises(Exception, match="Int8Linear: the shapes of input, weights and scales differ"):
+            run(x=np.zeros((1, 64), np.float32))
+
+
 def test_silence(instructions: str) -> None:
     _, weights, scales = drawn(64, 64, 1)
     assert not layer(weights, scales)(x=np.zeros((3, 64), np.float32)).any()
@@ -184,8 +203,8 @@ def test_threads_have_the_same_results(instructions: str) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "scales", "depth"),
-    [((64, 64), 64, 65), ((64, 64), 65, 64), ((64, 128), 64, 64)],
-    ids=["too many inputs", "too many scales", "too few scales"],
+    [((64, 64), 64, 65), ((64, 64), 65, 64)],
+    ids=["too many inputs", "too many scales"],
 )
 def test_other_shapes_are_errors(weights: tuple[int, int], scales: int, depth: int) -> None:
     run = layer(np.zeros(weights, np.int8), np.ones(scales, np.float32))
@@ -467,13 +486,17 @@ def test_convolution_in_slots_that_do_not_exist_is_an_error() -> None:
 
 
 def test_order_of_the_weights() -> None:
-    """Column 64 p + n and row 4 q + j of W are at [p, q, n, j], as unsigned numbers."""
-    weights = np.arange(-120, 120).reshape(80, 3).astype(np.int8)
+    """Column 32 p + 16 h + n and row 64 t + 4 q + j of W are at [p, t, h, q, n, j], as unsigned numbers."""
+    weights = np.arange(-2000, 2000).reshape(80, 50).astype(np.int8)
     found = operators.panels(weights)
-    assert found.shape == (1, 32, 64, 4) and found.dtype == np.uint8
-    for row, column in ((0, 0), (5, 2), (79, 1)):
-        assert found[0, row // 4, column, row % 4] == int(weights[row, column]) + 128
-    assert (found[:, 20:] == 128).all() and (found[:, :, 3:] == 128).all()
+    assert found.shape == (2, 2, 2, 16, 16, 4) and found.dtype == np.uint8
+    for row, column in ((0, 0), (5, 2), (79, 1), (63, 31), (64, 32), (18, 49)):
+        place = column // 32, row // 64, column % 32 // 16, row % 64 // 4, column % 16, row % 4
+        assert found[place] == int(weights[row, column]) + 128
+    padding = np.ones(found.shape, bool)  # of rows from 80 on, and of columns from 50 on
+    padding[0, 0] = padding[0, 1, :, :4] = padding[1, 0, 0] = padding[1, 1, 0, :4] = False
+    padding[1, 0, 1, :, :2] = padding[1, 1, 1, :4, :2] = False
+    assert (found[padding] == 128).all()
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
