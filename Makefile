@@ -63,7 +63,7 @@ $(DEMO)/.package: pyproject.toml Makefile $(SOURCES)
 	@rm -rf build
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.tools setup.py $(wildcard runtime/backends/operators/*.[ch])
+$(VENV)/.package: $(VENV)/.tools setup.py runtime/streaming/host.c $(wildcard runtime/backends/operators/*.[ch])
 	$(VENV)/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
