@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import sys
@@ -15,6 +14,7 @@ import uvicorn
 import nemostream
 from nemostream.errors import BackendError
 from nemostream.serving.logs import log_to_stderr
+from nemostream.serving.memory import freeze_heap
 from nemostream.serving.network.connections import (
     MAX_HEAD_BYTES,
     Connections,
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(_url(settings, settings.host, ports), flush=True)
 
     def started(ports: dict[str, int], service: Service) -> None:
-        gc.freeze()  # the model and the modules are never freed: do not scan them for cycles
+        freeze_heap()
         ready(ports, service.model.manifest.name, service.max_streams)
 
     if settings.transports:

@@ -16,8 +16,6 @@ Received audio is never discarded: the server reads more slowly from a client th
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import itertools
 import logging
 import threading
@@ -49,6 +47,7 @@ from nemostream.runtime.text.itn import check_language as check_itn_language
 from nemostream.serving.client import UNKNOWN_CLIENT, Client, shorten
 from nemostream.serving.errors import Draining, StateError
 from nemostream.serving.load import MAX_LATENCIES, LoadControl, percentile_90
+from nemostream.serving.memory import Trimmer
 from nemostream.serving.metrics import Metrics
 from nemostream.serving.normalizer import Normalizer
 from nemostream.serving.session import SavedSession, Session
@@ -109,6 +108,7 @@ class Service:
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
         self._latency_metrics: dict[int, Any] = {}  # by chunk size
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
+        self._trimmer = Trimmer()
         self._tracing: Tracing | None = None
         self._metric_sender: MetricSender | None = None
         self._idle = asyncio.Event()  # no session is open
@@ -621,7 +621,7 @@ class Service:
 
     async def clean_up(self) -> None:
         """Free memory of finished requests, and delete expired states."""
-        await asyncio.to_thread(trim_memory)
+        await asyncio.to_thread(self._trimmer.trim)
         if self.states is None:
             return
         try:
@@ -809,17 +809,6 @@ def log_ready(loaded: LoadedModel, settings: Settings, seconds: float) -> None:
     log.info("ready", extra=fields)
     if is_demo(settings):
         log.info(DEMO_NOTE)
-
-
-def trim_memory() -> None:
-    """Free memory of finished requests: reference cycles of cancelled calls, which hold messages, and free heap pages.
-
-    Python rarely collects old objects, and glibc keeps pages that many threads freed; together a few hundred MiB after
-    a burst of large requests.
-    """
-    gc.collect()
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def warm_up(model: Model, chunk_ms: int) -> None:

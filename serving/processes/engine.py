@@ -9,7 +9,6 @@ their slots are free for others.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import logging
 import os
@@ -35,6 +34,7 @@ from nemostream.runtime.streaming.scheduler import Scheduler
 from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import StreamState
 from nemostream.serving.logs import log_to_stderr
+from nemostream.serving.memory import freeze_heap
 from nemostream.serving.metrics import Metrics, share_metrics
 from nemostream.serving.processes.board import Board
 from nemostream.serving.processes.control import Control, connect
@@ -500,7 +500,7 @@ def main() -> None:
     try:
         host = EngineHost(loaded.model, control)
         host.scheduler.records_times = settings.otel
-        gc.freeze()  # the model and the modules are never freed: do not scan them for cycles
+        freeze_heap()
         log_ready(loaded, settings, time.monotonic() - began)
         control.send(state="ready", max_streams=loaded.max_streams, model=loaded.model.manifest.name)
         host.run()

@@ -7,7 +7,6 @@ engine process (`RemoteScheduler`). Limits count the streams, recordings and con
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import os
 import shutil
@@ -26,6 +25,7 @@ from nemostream.runtime.model import Model
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.client import UNKNOWN_CLIENT, Client
 from nemostream.serving.logs import log_to_stderr
+from nemostream.serving.memory import freeze_heap
 from nemostream.serving.metrics import Metrics, share_metrics
 from nemostream.serving.network.connections import Connections, HttpProtocol
 from nemostream.serving.processes.board import Board, Kind, Row
@@ -321,7 +321,7 @@ async def _run(control: Control, start: Start, board_file: int) -> None:
         service.handle(*message)
 
     def started(ports: dict[str, int], service: Service) -> None:
-        gc.freeze()
+        freeze_heap()
         control.send(ports=ports)
 
     asyncio.get_running_loop().add_reader(control.socket, receive)

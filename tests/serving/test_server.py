@@ -339,6 +339,6 @@ def test_the_command_prepares_the_interpreter(
     monkeypatch.setattr(server, "serve", serve)
     monkeypatch.setattr(server, "log_to_stderr", lambda text: None)
     monkeypatch.setattr(server.sys, "setswitchinterval", steps.append)
-    monkeypatch.setattr(server.gc, "freeze", lambda: steps.append("freeze"))
+    monkeypatch.setattr(server, "freeze_heap", lambda: steps.append("freeze"))
     server.main(["--max-streams", "9", "--log-format", "json"])
     assert steps == [0.0005, 9, "freeze"] and capsys.readouterr().out == "http://127.0.0.1:7\n"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -638,7 +636,7 @@ def test_memory_is_trimmed_every_15_seconds(
 
     trimmed: list[float] = []
     monkeypatch.setattr(asyncio, "to_thread", immediately)
-    monkeypatch.setattr(service, "trim_memory", lambda: trimmed.append(clock()))
+    monkeypatch.setattr(service.Trimmer, "trim", lambda trimmer: trimmed.append(clock()))
     here = fakes.start(model, clock)
 
     async def main() -> None:
@@ -648,38 +646,6 @@ def test_memory_is_trimmed_every_15_seconds(
 
     fakes.run(clock, main())
     assert trimmed == [15.0, 30.0, 45.0]
-
-
-def test_trimming_returns_heap_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries: list[Any] = []
-
-    def load(name: str | None) -> Any:
-        libraries.append((name, mock.Mock()))
-        return libraries[-1][1]
-
-    monkeypatch.setattr(service.ctypes, "CDLL", load)
-    service.trim_memory()
-    ((name, library),) = libraries
-    assert name is None and library.mock_calls == [mock.call.malloc_trim(0)]
-
-
-def test_trimming_collects_reference_cycles() -> None:
-    class Node:
-        pass
-
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        node = Node()
-        node.itself = node  # type: ignore[attr-defined]
-        reference = weakref.ref(node)
-        del node
-        assert reference() is not None
-        service.trim_memory()
-        assert reference() is None
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 # -- accurate lanes ----------------------------------------------------------------------------------------------------

@@ -691,7 +691,7 @@ def test_an_engine_ends_with_the_supervisor(monkeypatch: pytest.MonkeyPatch, err
         for name in ("log_to_stderr", "share_metrics", "log_ready"):
             monkeypatch.setattr(engine_module, name, lambda *arguments: None)
         monkeypatch.setattr(engine_module.sys, "setswitchinterval", lambda seconds: None)
-        monkeypatch.setattr(engine_module.gc, "freeze", lambda: None)
+        monkeypatch.setattr(engine_module, "freeze_heap", lambda: None)
         loaded = SimpleNamespace(model=model, max_streams=1)
         monkeypatch.setattr(engine_module, "load_model", lambda *arguments: loaded)
         engine_module.main()
