@@ -313,14 +313,15 @@ def headline(result: Record) -> str:
     rows = {
         row["case"]["runner"]: row for row in result["rows"] if (row["case"]["chunk_ms"], row["case"]["batch"]) == case
     }
-    reference = next((name for name in rows if name.startswith(NEMOSTREAM)), None)
+    references = [name for name in rows if name.startswith(NEMOSTREAM)]
     times = []
     for name, row in rows.items():
-        factor = ""
-        if reference is not None and not name.startswith(NEMOSTREAM):
-            factor = f" ({row['values']['relative_time'][reference]['median']:.2f})"
-        times.append(f"{name} {tables.digits(row['figures']['step']['p50'])} ms{factor}")
-    note = f" In parentheses: time relative to {reference}, above 1 = slower." if reference else ""
+        factors = ""
+        if references and name not in references:
+            medians = [row["values"]["relative_time"][reference]["median"] for reference in references]
+            factors = f" ({', '.join(f'{median:.2f}' for median in medians)})"
+        times.append(f"{name} {tables.digits(row['figures']['step']['p50'])} ms{factors}")
+    note = f" In parentheses: time relative to {' and to '.join(references)}, above 1 = slower." if references else ""
     return (
         f"**One step of {case[1]} streams at {case[0]} ms**, median: {'; '.join(times)}.{note} Model "
         f"*{model['name']}* ({model['layers']} layers, d_model {model['d_model']}), {method['threads']} threads, "

@@ -254,6 +254,13 @@ def test_table_headline_and_plot() -> None:
         "parentheses: time relative to nemostream, fp32, above 1 = slower. Model *m* (3 layers, d_model 4), 2 threads, "
         "CPU, 2 cores."
     )
+    int8 = row(8, "nemostream, int8", [4.0], relative_time={"nemostream, int8": one})
+    quicker = {**other, "median": 5.0}
+    both = row(8, "NeMo, fp32", [20.0], relative_time={"nemostream, fp32": other, "nemostream, int8": quicker})
+    assert (
+        "nemostream, fp32 8.00 ms; nemostream, int8 4.00 ms; NeMo, fp32 20.0 ms (2.50, 5.00). In parentheses: time "
+        "relative to nemostream, fp32 and to nemostream, int8, above 1 = slower."
+    ) in baseline.headline(result | {"rows": [rows[2], int8, both]})
     chart = baseline.charts(result)["steps"]
     assert isinstance(chart, BarChart)
     assert chart.rows == ["nemostream, fp32", "NeMo, fp32"] and chart.emphasised == ["nemostream, fp32"]
