@@ -3,10 +3,10 @@
 // The weights of a column have one scale, the inputs of a row have one: unit = max |x| / 127. Every result therefore
 // depends on its own row only. Sums are exact integers, so all instruction sets give the same bits.
 //
-// Weights are unsigned (w + 128), padded with zeros (128) to multiples of 64 rows and 32 columns, in panels of 32 columns:
-// [N / 32, K / 64, 2, 16, 16, 4]. The last three are a tile of AMX, 64 rows and 16 columns in the operand order of VNNI
-// too, so the weights are used as they are, without a copy. The sum of a row's inputs times 128 is subtracted from its
-// sums. The weights of all layers are one array, in which those of a layer begin at `offset`.
+// Weights are unsigned (w + 128), padded with zeros (128) to multiples of 64 rows and 32 columns, in panels of 32
+// columns: [N / 32, K / 64, 2, 16, 16, 4]. The last three are a tile of AMX, 64 rows and 16 columns in the operand
+// order of VNNI too, so the weights are used as they are, without a copy. The sum of a row's inputs times 128 is
+// subtracted from its sums. The weights of all layers are one array, in which those of a layer begin at `offset`.
 //
 // The time of few rows is that of reading the weights from memory, which must not wait for the arithmetic: weights are
 // read in the order of their addresses, and requested before they are needed, also those of the next panel.
@@ -21,15 +21,15 @@
 
 enum { COLUMNS = 32, BLOCK = 32, TILE = 1024, AHEAD = 8192, GROUP = 4, MIN_AMX_ROWS = 3 };
 
-// sums[r][n] = sum over k of w[k][n] * inputs[r][k] for the weights w of a panel and `rows` <= BLOCK rows. `inputs` has a
-// stride of `depth` bytes, a multiple of 64, and memory for 16 rows more. With `request`, the panel is read for the first
-// time, and weights `AHEAD` bytes later are requested.
+// sums[r][n] = sum over k of w[k][n] * inputs[r][k] for the weights w of a panel and `rows` <= BLOCK rows. `inputs` has
+// a stride of `depth` bytes, a multiple of 64, and memory for 16 rows more. With `request`, the panel is read for the
+// first time, and weights `AHEAD` bytes later are requested.
 typedef void Multiply(
     const uint8_t *weights, const int8_t *inputs, int rows, int64_t depth, int request, int32_t (*sums)[COLUMNS]
 );
 
-// An implementation for an instruction set. `begin`, if there is one, is called for the rows of the largest block, at most
-// 32, before a thread multiplies, and `end` afterwards.
+// An implementation for an instruction set. `begin`, if there is one, is called for the rows of the largest block, at
+// most 32, before a thread multiplies, and `end` afterwards.
 typedef struct {
     const char *name;
     void (*begin)(int rows);
@@ -60,8 +60,8 @@ INLINE void request_weights(const uint8_t *at) {
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
-// The sums of R rows stay in registers: 2 R of them, 2 for weights and one for an input. Loops are unrolled early, because
-// the compiler keeps arrays that are indexed by a variable in memory.
+// The sums of R rows stay in registers: 2 R of them, 2 for weights and one for an input. Loops are unrolled early,
+// because the compiler keeps arrays that are indexed by a variable in memory.
 #define ROWS_VNNI(R)                                                                                                  \
     VNNI static void rows_vnni_##R(                                                                                   \
         const uint8_t *weights, const int8_t *inputs, int64_t depth, int request, int32_t (*sums)[COLUMNS]            \
@@ -341,7 +341,7 @@ static OrtStatus *run(void *kernel, OrtKernelContext *context) {
     if ((status = create_output(context, 0, x->dims, x->rank, &call.y)) || !call.rows) return status;
     const int64_t blocks = (call.rows + BLOCK - 1) / BLOCK;  // of about the same size
     call.block = (int)((call.rows + blocks - 1) / blocks);
-    if (call.block < MIN_AMX_ROWS && call.product->begin) call.product++;
+    if (call.block < MIN_AMX_ROWS && call.product->begin) call.product++;  // VNNI is faster
 
     const size_t padded = call.rows + 16;  // the tiles of AMX may read so many rows
     const size_t normalized = call.norm_weight ? call.rows * call.depth : 0;

@@ -22,15 +22,15 @@ typedef struct {
     const float *position;  // relative to the first new frame; those relative to the next ones are the rows before
 } Frame;
 
-// Unlike those of the other operators, these multiplications and additions are fused where the processor can. The results
-// of a processor without AVX-512, on which engines do not use the operators, have other last bits.
+// Unlike those of the other operators, these multiplications and additions are fused where the processor can. The
+// results of a processor without AVX-512, on which engines do not use the operators, have other last bits.
 #pragma GCC optimize("fp-contract=fast")
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-// scores[t][j] = u[t] visible[j].key + v[t] (visible[j].position - t rows) of a block of queries and keys, from query `t`
-// and key `j` on. Vectors are read once for the block, whose sums stay in registers. The order of the additions of a
-// score does not depend on the block.
+// scores[t][j] = u[t] visible[j].key + v[t] (visible[j].position - t rows) of a block of queries and keys, from query
+// `t` and key `j` on. Vectors are read once for the block, whose sums stay in registers. The order of the additions of
+// a score does not depend on the block.
 INLINE void score_block(
     const Frame *visible, int64_t t, int64_t j, const int queries, const int keys, const float *u, const float *v,
     int64_t width, int64_t size, float *scores, int64_t stride
@@ -61,7 +61,8 @@ INLINE void score_all(
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
         int64_t t = 0;
-        // The rings of many streams are not in a cache: request values, which are used after the scores, and later keys.
+        // The rings of many streams are not in a cache: request values, which are used after the scores, and later
+        // keys.
         for (int b = 0; b < 4; b++)
             for (int64_t i = 0; i < size; i += LANES) {
                 __builtin_prefetch(visible[j + b].value + i, 0, 2);
