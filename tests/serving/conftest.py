@@ -98,6 +98,8 @@ def server_process(*arguments: str, **variables: str) -> Iterator[Running]:
     log_reader.start()
     try:
         url = process.stdout.readline().strip()
+        if not url:  # it has ended, or closed its output
+            log_reader.join(30)
         assert url, f"the server did not start: {log} {process.poll()}"
         running = Running(int(url.rpartition(":")[2]), 0, process, log=log)
         if url.startswith("http:"):
