@@ -11,7 +11,7 @@ import gc
 import resource
 from contextlib import suppress
 
-_TRIM_BYTES = 64 << 20  # growth of the process after which memory of finished requests is freed
+_TRIM_BYTES = 16 << 20  # growth of the process after which memory of finished requests is freed
 _MIDDLE_COLLECTIONS = 1000  # between two full ones
 
 
@@ -33,7 +33,7 @@ class Trimmer:
         self._bytes = 0  # size of the process after the last time, or less
 
     def trim(self) -> None:
-        """Free memory if the process has grown by 64 MiB since the last time, or if its size is not known."""
+        """Free memory if the process has grown by 16 MiB since the last time, or if its size is not known."""
         size = _resident_bytes()
         if size is not None and size <= self._bytes + _TRIM_BYTES:
             self._bytes = min(self._bytes, size)
