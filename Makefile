@@ -23,11 +23,10 @@ PIP := -m pip install --quiet --disable-pip-version-check --prefer-binary
 demo: $(DEMO)/.package
 	@$(DEMO)/bin/nemostream transcribe "$$($(DEMO)/bin/python -c 'import nemostream; print(nemostream.demo_clip())')"
 
-# A file of tests at a time, so that fixtures of a module (servers, exports) are created once. Four workers, two for each
-# of two cores (tests/conftest.py), keep these busy while tests wait for servers; more threads of PyTorch would only wait
-# for each other.
+# A file of tests at a time, so that fixtures of a module (servers, exports) are created once. Three workers keep two
+# cores busy while tests wait for servers; more threads of PyTorch would only wait for each other.
 test: lint
-	$(PYTEST) -n 4 -m "not slow"
+	$(PYTEST) -n 3 -m "not slow"
 
 # Two workers: full-size models take up to 10 GB, and half of these tests wait for servers and installations.
 test-all: test
