@@ -93,7 +93,7 @@ class OrtBackend:
             for rings in (self._state.k, self._state.v, self._state.conv)
         ]
         self._steps: dict[int, _ChunkStep] = {}  # by chunk size in ms
-        self._shared_weights: dict[Path, ort.OrtValue] = {}
+        self._shared_weights: dict[Path, ort.OrtValue] = {}  # by file; used where they are by the graphs of `_steps`
 
     def prepare(self, chunk: ChunkConfig) -> None:
         """Load the graphs of a chunk size now instead of at its first step."""
@@ -456,10 +456,7 @@ def _read_into_huge_pages(path: Path) -> ort.OrtValue:
 
 
 def _session(
-    graph: Path,
-    threads: int,
-    operators: Path | None = None,
-    weights: ort.OrtValue | None = None,
+    graph: Path, threads: int, operators: Path | None = None, weights: ort.OrtValue | None = None
 ) -> ort.InferenceSession:
     """Load a graph. `weights`, the initializer `WEIGHTS`, is used where it is and must exist as long as the session."""
     options = ort.SessionOptions()

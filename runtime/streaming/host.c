@@ -19,86 +19,75 @@
 
 typedef long long Integer;
 
-// References come first in a struct: `FIELDS` visits and clears them as an array.
-typedef struct {
-    PyObject_HEAD
-    PyObject *audio, *chunks;
-} Block;
+// The fields of each class: R is a reference, I an integer, B a flag; T is the type. References come first.
+#define Block_FIELDS(T, R, I, B)                                                                                      \
+    R(T, "audio", audio) R(T, "chunks", chunks)
+#define Recording_FIELDS(T, R, I, B)                                                                                  \
+    I(T, "begin_sample", begin_sample) I(T, "end_sample", end_sample) I(T, "run_frames", run_frames)                  \
+    I(T, "skipped_samples", skipped_samples) B(T, "reset_slot", reset_slot)
+#define Chunker_FIELDS(T, R, I, B)                                                                                    \
+    R(T, "_audio", audio) R(T, "_block", block) R(T, "_direct", direct) R(T, "chunk", chunk) R(T, "_config", config)  \
+    R(T, "_recording", recording) R(T, "_queue", queue) R(T, "prompt", prompt) R(T, "_scale", scale)                  \
+    R(T, "_spare", spare) I(T, "_at", at) I(T, "_begin", begin) I(T, "_block_end", block_end)                         \
+    I(T, "_chunk_end", chunk_end) I(T, "_frame", frame) I(T, "_lead", lead) I(T, "_number", number)                   \
+    I(T, "samples", samples) I(T, "taken", taken)
+#define Hypothesis_FIELDS(T, R, I, B)                                                                                 \
+    R(T, "tokens", tokens) R(T, "sample_positions", sample_positions) R(T, "scores", scores)                          \
+    R(T, "sum_p_alpha", sum_p_alpha)
+#define Endpointer_FIELDS(T, R, I, B)                                                                                 \
+    R(T, "_first", first) R(T, "_end_of_utterance", end_of_utterance) R(T, "_backchannel", backchannel)               \
+    I(T, "_count", count) I(T, "_last", last) I(T, "_max_length", max_length) I(T, "next_end", next_end)              \
+    I(T, "_silence", silence) I(T, "_word", word) B(T, "_at_reset", at_reset)
+#define Guard_FIELDS(T, R, I, B)                                                                                      \
+    I(T, "_pause", pause) I(T, "_start", start) B(T, "loop_suspected", loop_suspected)
+#define Stream_FIELDS(T, R, I, B)                                                                                     \
+    R(T, "error", error) R(T, "chunker", chunker) R(T, "items", items) R(T, "outputs", outputs)                       \
+    R(T, "source", source) R(T, "trace", trace) R(T, "progress", progress) R(T, "quiet_count", quiet_count)           \
+    R(T, "slot", slot) R(T, "guard", guard) R(T, "endpointer", endpointer) R(T, "hypothesis", hypothesis)             \
+    I(T, "in_flight", in_flight) I(T, "quiet_until", quiet_until) B(T, "ended", ended)
+#define Scheduler_FIELDS(T, R, I, B)                                                                                  \
+    R(T, "_lock", lock) R(T, "_ready", ready) R(T, "_rows", rows) B(T, "_idle", idle)
+#define Preprocessor_FIELDS(T, R, I, B)                                                                               \
+    R(T, "_heads", heads) I(T, "received", received) I(T, "_max_unchanged", max_unchanged)
+#define Silence_FIELDS(T, R, I, B)                                                                                    \
+    I(T, "_zeros", zeros) I(T, "_max_zeros", max_zeros)
+#define Session_FIELDS(T, R, I, B)                                                                                    \
+    R(T, "_scheduler", scheduler) R(T, "_stream", stream) R(T, "preprocessor", preprocessor)                          \
+    R(T, "_silence", silence) R(T, "_lanes", lanes) R(T, "_pending_outputs", pending_outputs)                         \
+    R(T, "_event_builder", event_builder) R(T, "_tokens", tokens) R(T, "_language_names", language_names)             \
+    I(T, "chunk_ms", chunk_ms) I(T, "_end_sample", end_sample) I(T, "_prompt", prompt) I(T, "_received", received)    \
+    I(T, "steps", steps) B(T, "_ended", ended) B(T, "_accepts_unchanged", accepts_unchanged)
+#define Token_FIELDS(T, R, I, B)                                                                                      \
+    R(T, "id", id) R(T, "text", text) R(T, "time", time) R(T, "end", end) R(T, "score", score)                        \
+    R(T, "confidence", confidence) R(T, "language", language) R(T, "tag", tag)
+#define TokenList_FIELDS(T, R, I, B)                                                                                  \
+    R(T, "tokens", tokens) R(T, "languages", languages) R(T, "_piece", piece) R(T, "_tags", tags)                     \
+    R(T, "_language_of_tag", language_of_tag) R(T, "_confidence_of", confidence_of) I(T, "_rate", rate)               \
+    I(T, "_frame", frame) I(T, "_delay", delay)
 
-typedef struct {
-    PyObject_HEAD
-    Integer begin_sample, end_sample, run_frames, skipped_samples;
-    char reset_slot;
-} Recording;
+#define REFERENCE(T, name, field) PyObject *field;
+#define INTEGER(T, name, field) Integer field;
+#define FLAG(T, name, field) char field;
+#define STRUCT(Type, ...)                                                                                             \
+    typedef struct {                                                                                                  \
+        PyObject_HEAD                                                                                                 \
+        Type##_FIELDS(Type, REFERENCE, INTEGER, FLAG)                                                                 \
+        __VA_ARGS__                                                                                                   \
+    } Type;
 
-typedef struct {
-    PyObject_HEAD
-    PyObject *audio, *block, *direct, *chunk, *config, *recording, *queue, *prompt, *scale, *spare;
-    Integer at, begin, block_end, chunk_end, frame, lead, number, samples, taken;
-} Chunker;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *tokens, *sample_positions, *scores, *sum_p_alpha;
-} Hypothesis;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *first, *end_of_utterance, *backchannel;
-    Integer count, last, max_length, next_end, silence, word;
-    char at_reset;
-} Endpointer;
-
-typedef struct {
-    PyObject_HEAD
-    Integer pause, start;
-    char loop_suspected;
-} Guard;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *error, *chunker, *items, *outputs, *source, *trace, *progress, *quiet_count, *slot, *guard, *endpointer;
-    PyObject *hypothesis;
-    Integer in_flight, quiet_until;
-    char ended;
-} Stream;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *lock, *ready, *rows;
-    unsigned long forks;  // when the object was created
-    char idle;
-} Scheduler;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *heads;
-    Integer received, max_unchanged;
-} Preprocessor;
-
-typedef struct {
-    PyObject_HEAD
-    Integer zeros, max_zeros;
-} Silence;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *scheduler, *stream, *preprocessor, *silence, *lanes, *pending_outputs, *event_builder, *tokens;
-    PyObject *language_names;
-    Integer chunk_ms, end_sample, prompt, received, steps;
-    char ended, accepts_unchanged;
-} Session;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *id, *text, *time, *end, *score, *confidence, *language, *tag;
-} Token;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *tokens, *languages, *piece, *tags, *language_of_tag, *confidence_of;
-    Integer rate, frame, delay;
-} TokenList;
+STRUCT(Block)
+STRUCT(Recording)
+STRUCT(Chunker)
+STRUCT(Hypothesis)
+STRUCT(Endpointer)
+STRUCT(Guard)
+STRUCT(Stream)
+STRUCT(Scheduler, unsigned long forks;)  // when the object was created
+STRUCT(Preprocessor)
+STRUCT(Silence)
+STRUCT(Session)
+STRUCT(Token)
+STRUCT(TokenList)
 
 // A queue of objects: what is used of `collections.deque`. Every stream has several, so one has no memory of its own
 // until it is long.
@@ -138,16 +127,22 @@ NAMES(DECLARE)
 
 // -- fields -----------------------------------------------------------------------------------------------------------
 
-#define FIELDS(Type, references)                                                                                      \
+#define COUNT(T, name, field) +1
+#define SKIP(T, name, field)
+#define REFERENCES(Type) (0 Type##_FIELDS(Type, COUNT, SKIP, SKIP))
+#define REFERENCE_MEMBER(T, name, field) {name, T_OBJECT_EX, offsetof(T, field), 0, NULL},
+#define INTEGER_MEMBER(T, name, field) {name, T_LONGLONG, offsetof(T, field), 0, NULL},
+#define FLAG_MEMBER(T, name, field) {name, T_BOOL, offsetof(T, field), 0, NULL},
+#define FIELDS(Type)                                                                                                  \
     static int Type##_traverse(PyObject *self, visitproc visit, void *arg) {                                          \
         PyObject **field = (PyObject **)(self + 1);                                                                   \
-        for (int i = 0; i < (references); i++) Py_VISIT(field[i]);                                                    \
+        for (int i = 0; i < REFERENCES(Type); i++) Py_VISIT(field[i]);                                                \
         Py_VISIT(Py_TYPE(self));                                                                                      \
         return 0;                                                                                                     \
     }                                                                                                                 \
     static int Type##_clear(PyObject *self) {                                                                         \
         PyObject **field = (PyObject **)(self + 1);                                                                   \
-        for (int i = 0; i < (references); i++) Py_CLEAR(field[i]);                                                    \
+        for (int i = 0; i < REFERENCES(Type); i++) Py_CLEAR(field[i]);                                                \
         return 0;                                                                                                     \
     }                                                                                                                 \
     static void Type##_dealloc(PyObject *self) {                                                                      \
@@ -156,173 +151,24 @@ NAMES(DECLARE)
         Type##_clear(self);                                                                                           \
         ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);                                                           \
         Py_DECREF(type);                                                                                              \
-    }
+    }                                                                                                                 \
+    static PyMemberDef Type##_members[] = {                                                                           \
+        Type##_FIELDS(Type, REFERENCE_MEMBER, INTEGER_MEMBER, FLAG_MEMBER){0},                                        \
+    };
 
-#define REFERENCE(Type, name, field) {name, T_OBJECT_EX, offsetof(Type, field), 0, NULL}
-#define INTEGER(Type, name, field) {name, T_LONGLONG, offsetof(Type, field), 0, NULL}
-#define BOOL(Type, name, field) {name, T_BOOL, offsetof(Type, field), 0, NULL}
-
-FIELDS(Block, 2)
-FIELDS(Recording, 0)
-FIELDS(Chunker, 10)
-FIELDS(Hypothesis, 4)
-FIELDS(Endpointer, 3)
-FIELDS(Guard, 0)
-FIELDS(Stream, 12)
-FIELDS(Scheduler, 3)
-FIELDS(Preprocessor, 1)
-FIELDS(Silence, 0)
-FIELDS(Session, 9)
-FIELDS(Token, 8)
-FIELDS(TokenList, 6)
-
-static PyMemberDef Block_members[] = {REFERENCE(Block, "audio", audio), REFERENCE(Block, "chunks", chunks), {0}};
-
-static PyMemberDef Recording_members[] = {
-    INTEGER(Recording, "begin_sample", begin_sample),
-    INTEGER(Recording, "end_sample", end_sample),
-    INTEGER(Recording, "run_frames", run_frames),
-    INTEGER(Recording, "skipped_samples", skipped_samples),
-    BOOL(Recording, "reset_slot", reset_slot),
-    {0},
-};
-
-static PyMemberDef Chunker_members[] = {
-    REFERENCE(Chunker, "_audio", audio),
-    REFERENCE(Chunker, "_block", block),
-    REFERENCE(Chunker, "_direct", direct),
-    REFERENCE(Chunker, "chunk", chunk),
-    REFERENCE(Chunker, "_config", config),
-    REFERENCE(Chunker, "_recording", recording),
-    REFERENCE(Chunker, "_queue", queue),
-    REFERENCE(Chunker, "prompt", prompt),
-    REFERENCE(Chunker, "_scale", scale),
-    REFERENCE(Chunker, "_spare", spare),
-    INTEGER(Chunker, "_at", at),
-    INTEGER(Chunker, "_begin", begin),
-    INTEGER(Chunker, "_block_end", block_end),
-    INTEGER(Chunker, "_chunk_end", chunk_end),
-    INTEGER(Chunker, "_frame", frame),
-    INTEGER(Chunker, "_lead", lead),
-    INTEGER(Chunker, "_number", number),
-    INTEGER(Chunker, "samples", samples),
-    INTEGER(Chunker, "taken", taken),
-    {0},
-};
-
-static PyMemberDef Hypothesis_members[] = {
-    REFERENCE(Hypothesis, "tokens", tokens),
-    REFERENCE(Hypothesis, "sample_positions", sample_positions),
-    REFERENCE(Hypothesis, "scores", scores),
-    REFERENCE(Hypothesis, "sum_p_alpha", sum_p_alpha),
-    {0},
-};
-
-static PyMemberDef Endpointer_members[] = {
-    REFERENCE(Endpointer, "_first", first),
-    REFERENCE(Endpointer, "_end_of_utterance", end_of_utterance),
-    REFERENCE(Endpointer, "_backchannel", backchannel),
-    INTEGER(Endpointer, "_count", count),
-    INTEGER(Endpointer, "_last", last),
-    INTEGER(Endpointer, "_max_length", max_length),
-    INTEGER(Endpointer, "next_end", next_end),
-    INTEGER(Endpointer, "_silence", silence),
-    INTEGER(Endpointer, "_word", word),
-    BOOL(Endpointer, "_at_reset", at_reset),
-    {0},
-};
-
-static PyMemberDef Guard_members[] = {
-    INTEGER(Guard, "_pause", pause),
-    INTEGER(Guard, "_start", start),
-    BOOL(Guard, "loop_suspected", loop_suspected),
-    {0},
-};
-
-static PyMemberDef Stream_members[] = {
-    REFERENCE(Stream, "error", error),
-    REFERENCE(Stream, "chunker", chunker),
-    REFERENCE(Stream, "items", items),
-    REFERENCE(Stream, "outputs", outputs),
-    REFERENCE(Stream, "source", source),
-    REFERENCE(Stream, "trace", trace),
-    REFERENCE(Stream, "progress", progress),
-    REFERENCE(Stream, "quiet_count", quiet_count),
-    REFERENCE(Stream, "slot", slot),
-    REFERENCE(Stream, "guard", guard),
-    REFERENCE(Stream, "endpointer", endpointer),
-    REFERENCE(Stream, "hypothesis", hypothesis),
-    INTEGER(Stream, "in_flight", in_flight),
-    INTEGER(Stream, "quiet_until", quiet_until),
-    BOOL(Stream, "ended", ended),
-    {0},
-};
-
-static PyMemberDef Scheduler_members[] = {
-    REFERENCE(Scheduler, "_lock", lock),
-    REFERENCE(Scheduler, "_ready", ready),
-    REFERENCE(Scheduler, "_rows", rows),
-    BOOL(Scheduler, "_idle", idle),
-    {0},
-};
-
-static PyMemberDef Preprocessor_members[] = {
-    REFERENCE(Preprocessor, "_heads", heads),
-    INTEGER(Preprocessor, "received", received),
-    INTEGER(Preprocessor, "_max_unchanged", max_unchanged),
-    {0},
-};
-
-static PyMemberDef Silence_members[] = {
-    INTEGER(Silence, "_zeros", zeros),
-    INTEGER(Silence, "_max_zeros", max_zeros),
-    {0},
-};
-
-static PyMemberDef Session_members[] = {
-    REFERENCE(Session, "_scheduler", scheduler),
-    REFERENCE(Session, "_stream", stream),
-    REFERENCE(Session, "preprocessor", preprocessor),
-    REFERENCE(Session, "_silence", silence),
-    REFERENCE(Session, "_lanes", lanes),
-    REFERENCE(Session, "_pending_outputs", pending_outputs),
-    REFERENCE(Session, "_event_builder", event_builder),
-    REFERENCE(Session, "_tokens", tokens),
-    REFERENCE(Session, "_language_names", language_names),
-    INTEGER(Session, "chunk_ms", chunk_ms),
-    INTEGER(Session, "_end_sample", end_sample),
-    INTEGER(Session, "_prompt", prompt),
-    INTEGER(Session, "_received", received),
-    INTEGER(Session, "steps", steps),
-    BOOL(Session, "_ended", ended),
-    BOOL(Session, "_accepts_unchanged", accepts_unchanged),
-    {0},
-};
-
-static PyMemberDef Token_members[] = {
-    REFERENCE(Token, "id", id),
-    REFERENCE(Token, "text", text),
-    REFERENCE(Token, "time", time),
-    REFERENCE(Token, "end", end),
-    REFERENCE(Token, "score", score),
-    REFERENCE(Token, "confidence", confidence),
-    REFERENCE(Token, "language", language),
-    REFERENCE(Token, "tag", tag),
-    {0},
-};
-
-static PyMemberDef TokenList_members[] = {
-    REFERENCE(TokenList, "tokens", tokens),
-    REFERENCE(TokenList, "languages", languages),
-    REFERENCE(TokenList, "_piece", piece),
-    REFERENCE(TokenList, "_tags", tags),
-    REFERENCE(TokenList, "_language_of_tag", language_of_tag),
-    REFERENCE(TokenList, "_confidence_of", confidence_of),
-    INTEGER(TokenList, "_rate", rate),
-    INTEGER(TokenList, "_frame", frame),
-    INTEGER(TokenList, "_delay", delay),
-    {0},
-};
+FIELDS(Block)
+FIELDS(Recording)
+FIELDS(Chunker)
+FIELDS(Hypothesis)
+FIELDS(Endpointer)
+FIELDS(Guard)
+FIELDS(Stream)
+FIELDS(Scheduler)
+FIELDS(Preprocessor)
+FIELDS(Silence)
+FIELDS(Session)
+FIELDS(Token)
+FIELDS(TokenList)
 
 // -- helpers ----------------------------------------------------------------------------------------------------------
 

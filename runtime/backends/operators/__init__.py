@@ -1,8 +1,8 @@
-"""The operator `Int8Linear` for ONNX Runtime's CPU provider: linear layers with 8-bit weights.
+"""Operators for int8 engines on ONNX Runtime's CPU provider: linear layers, relative attention, convolution modules.
 
-Its C code (`int8_linear.c`) is compiled when the package is installed, if there is a C compiler. It has fast code for
-x86-64 processors with AVX-512 VNNI, and uses AMX if there is; on other processors, and without the compiled library,
-engines use ONNX Runtime's own operators (`engine.precision`).
+Their C code is compiled when the package is installed, if there is a C compiler. It has fast code for x86-64 processors
+with AVX-512 VNNI, and uses AMX if there is; on other processors, and without the compiled library, engines use ONNX
+Runtime's own operators (`engine.precision`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 DOMAIN, VERSION = "nemostream", 4
 WEIGHTS = "int8/weights"  # initializer of an engine: the weights of all its linear layers
-_ZERO = 128
+_ZERO = 128  # the unsigned number of a weight of 0
 
 
 @functools.cache
 def library() -> Path | None:
-    """Return the library with the operator, or None if it is not compiled or has no fast code for this processor."""
+    """Return the library of operators, or None if it is not compiled or has no fast code for this processor."""
     found = compiled()
     return found if found and select(found, None) else None
 
@@ -44,12 +44,12 @@ def select(path: Path, name: str | None) -> str:
 
 
 def engine_suffix() -> str:
-    """Return what the version of the library of an engine with this operator ends with; empty if there is none here."""
+    """Return what the version of the library of an engine with these operators ends with; empty if there is none here."""
     return f"+operators.{VERSION}" if library() else ""
 
 
 def panels(weights: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Return weights [K, N] in the order of the operator [N / 32, K / 64, 2, 16, 16, 4]: w + 128, padded with 128."""
+    """Return weights [K, N] in the order of `Int8Linear` [N / 32, K / 64, 2, 16, 16, 4]: w + 128, padded with 128."""
     depth, columns = weights.shape
     padded = np.full((-(-depth // 64) * 64, -(-columns // 32) * 32), _ZERO, np.uint8)
     padded[:depth, :columns] = weights.astype(np.int16) + _ZERO
