@@ -44,7 +44,7 @@ def select(path: Path, name: str | None) -> str:
 
 
 def engine_suffix() -> str:
-    """Return what the version of the library of an engine with these operators ends with; empty if there is none here."""
+    """Return the suffix of the library version of an engine with these operators; empty if they are not used here."""
     return f"+operators.{VERSION}" if library() else ""
 
 
