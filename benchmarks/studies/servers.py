@@ -10,6 +10,8 @@ checkpoint, chunk size, number of threads and manifest, greedy search, and end u
   the recipe of sherpa-onnx), a worker per core with one thread each, batches of up to 50.
 * *NeMo pipeline*: `CacheAwareRNNTPipeline` behind a minimal server (`harness/nemo_server.py`), fp32.
 
+Random weights do not pass the accuracy check of int8; `--unvalidated` measures their engines without it.
+
 Exports and engines are kept in `OUT/NAME-models`. The result of each server is written to `OUT/NAME-SERVER.json`; the
 comparison has those of this call. `nemostream bench load --compare` joins the results of several calls.
 """
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,7 +39,9 @@ from nemostream.benchmarks.harness.records import Progress, Record
 from nemostream.benchmarks.harness.server_process import free_ports, server_process
 from nemostream.benchmarks.load import MIN_HOLD, compare, measure_load
 from nemostream.bundle import Bundle, ChunkConfig
+from nemostream.engines import build_engine
 from nemostream.errors import BackendError
+from nemostream.plans import PlanStore
 
 SERVERS = ("nemostream fp32", "nemostream int8", "sherpa-onnx fp32", "sherpa-onnx int8", "NeMo pipeline fp32")
 MAX_STREAMS = 512
@@ -52,15 +58,24 @@ class Models:
     bundle: Bundle
     chunk: ChunkConfig
     folder: Path
+    validate: bool = True  # whether int8 engines must pass the accuracy check
 
     def engines(self) -> Path:
-        """Return the folder of nemostream's int8 engines. Raises `BackendError` if the build fails."""
+        """Return the folder of nemostream's int8 engines.
+
+        Raises `BackendError` if the build fails, and `EngineValidationError` if an engine is not accurate enough.
+        """
         folder = self.folder / "engines"
-        options = ["--backend", "onnxruntime", "--precision", "int8", "--chunk-ms", str(self.chunk.ms)]
-        build = [sys.executable, "-m", "nemostream", "build", str(self.bundle.path), *options, "--engines", str(folder)]
-        done = subprocess.run(build, capture_output=True, text=True)
-        if done.returncode:
-            raise BackendError(f"the int8 engines were not built: {done.stderr.strip()[-300:]}")
+        plan, _ = build_engine(
+            self.bundle, self.chunk, "int8", PlanStore(folder), backend="onnxruntime", validate=self.validate
+        )
+        if not self.validate:  # the server does not use such an engine, so it is stored like one that was validated
+            recipe = dataclasses.replace(plan.recipe, device="cpu")
+            folder = self.folder / "engines-unvalidated"
+            files = [plan.folder / file.file for file in plan.files]
+            PlanStore(folder).put(
+                recipe, lambda into: [Path(shutil.copy(file, into)) for file in files], lambda built: {}
+            )
         return folder
 
     def export(self) -> Path:
@@ -157,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-streams", type=int, default=32, help="first number of streams of the search")
     parser.add_argument("--seconds", type=float, default=MIN_HOLD, help="duration of the hold, or of each of --streams")
     parser.add_argument("--probe-seconds", type=float, default=15.0, help="duration of a probe of the search")
+    parser.add_argument("--unvalidated", action="store_true", help="int8 without accuracy check, for random weights")
     options = parser.parse_args(arguments)
     command.run(lambda: _measure(options), options)
 
@@ -166,7 +182,9 @@ def _measure(options: argparse.Namespace) -> Record:
     utterances = read_manifest(options.manifest) if options.manifest else packaged(bundle.manifest)
     folder = options.out / f"{options.name}-models"
     folder.mkdir(parents=True, exist_ok=True)
-    models = Models(options.checkpoint, bundle, bundle.manifest.chunk(options.chunk_ms), folder)
+    models = Models(
+        options.checkpoint, bundle, bundle.manifest.chunk(options.chunk_ms), folder, not options.unvalidated
+    )
 
     def measure(target: str, name: str, pid: int) -> Record:
         result = measure_load(
