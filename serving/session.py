@@ -221,7 +221,7 @@ class Session:
             or size > self._decode.slice_bytes
             or size > limits.max_message_bytes
             or self._normalizer is not None
-            or not stream.feeds_at_once
+            or stream.session.has_vad
         ):
             return False
         self._pending_seconds, self._pending_at = pending, now
@@ -229,10 +229,12 @@ class Session:
         try:
             pcm = self._samples(data)
             stream = self._stream  # `_samples` may have opened another one
-            stream.on_progress = self._continue_push
-            self._push_start = now, len(pcm) / self._rate, stream.steps
-            if len(pcm):
-                stream.feed(pcm)
+            if stream.on_progress is None:
+                stream.listen(self._continue_push)
+            session, count = stream.session, len(pcm)
+            self._push_start = now, count / self._rate, session.steps
+            if count:
+                session.feed(pcm)
         except Exception as error:
             self._on_pushed = None
             on_pushed(error)
@@ -250,20 +252,21 @@ class Session:
         on_pushed = self._on_pushed
         if on_pushed is None:
             return
-        stream = self._stream
+        session = self._stream.session
         result: list[Event] | Exception
         try:
-            if not stream.settled():
+            events = session.poll()
+            if events is None:
                 return
-            result = stream.events()
-            for event in result:
+            result = events
+            for event in events:
                 if event.kind == "final":
                     self._record_final(event)
             if self._trace is not None:
-                self._trace.add(result, stream.end_sample)
+                self._trace.add(events, session.end_sample)
             started, seconds, steps = self._push_start
             self._quiet_since = now = self._clock()
-            if stream.steps > steps:
+            if session.steps > steps:
                 self._record_latency(seconds, now - started)
         except Exception as error:
             result = error
@@ -491,7 +494,7 @@ class Session:
     def _record_latency(self, audio_seconds: float, seconds: float) -> None:
         """Record that a message with this much audio was decoded in `seconds`."""
         # The results of a message of several chunks can only come after all of them were received.
-        chunk_ms = self._stream.chunk_ms
+        chunk_ms = self._stream.session.chunk_ms
         self._observer.record_latency(chunk_ms, seconds, max(chunk_ms / 1000, audio_seconds))
 
 

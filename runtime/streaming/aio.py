@@ -27,123 +27,109 @@ class AsyncLiveStream:
     """
 
     def __init__(self, session: StreamSession) -> None:
-        self._session = session
+        self.session = session  # for callers that do not wait: they `listen`, `feed` it unless it has VAD, and `poll` it
         self._listener: _LoopListener | None = None  # once the event loop is known
         self._progress = asyncio.Event()
         self._feeding: asyncio.Task[None] | None = None  # the last call that `_feed` started on a thread
-        # For callers of `feed`: whether it may be called (with VAD it takes time), and the function that is called in
-        # the event loop when the result of `settled` may have changed.
-        self.feeds_at_once = not session.has_vad
         self.on_progress: Callable[[], None] | None = None
 
     @property
     def result(self) -> Result:
         """The current result; after `finish` the final one."""
-        return self._session.result
+        return self.session.result
 
     @property
     def steps(self) -> int:
         """Number of chunks processed up to the last result or event returned."""
-        return self._session.steps
+        return self.session.steps
 
     @property
     def chunk_ms(self) -> int:
         """Size of the last of these chunks, in milliseconds."""
-        return self._session.chunk_ms
+        return self.session.chunk_ms
 
     @property
     def language(self) -> str:
         """The name of the language that is set, one of the model's `languages`."""
-        return self._session.language
+        return self.session.language
 
     async def push(self, pcm: Pcm) -> list[Result]:
         """As `LiveStream.push`."""
-        await self._feed(self._session.feed, pcm)
+        await self._feed(self.session.feed, pcm)
         await self._wait()
-        return self._session.collect()
+        return self.session.collect()
 
     async def finish(self) -> Result:
         """As `LiveStream.finish`."""
-        await self._feed(self._session.finish)
+        await self._feed(self.session.finish)
         await self._wait()
-        self._session.notify(None, _ignore)  # ends the cycle of references, so that the stream is freed at once
-        return self._session.final()
+        self.session.notify(None, _ignore)  # ends the cycle of references, so that the stream is freed at once
+        return self.session.final()
 
     async def push_events(self, pcm: Pcm) -> list[Event]:
         """As `LiveStream.push_events`."""
-        await self._feed(self._session.feed, pcm)
+        await self._feed(self.session.feed, pcm)
         await self._wait()
-        return self._session.events()
+        return self.session.events()
 
     async def end_utterance(self) -> list[Event]:
         """As `LiveStream.end_utterance`. The utterance is ended even if the task is cancelled."""
-        await self._feed(self._session.end_utterance)
+        await self._feed(self.session.end_utterance)
         await self._wait()
-        return self._session.events()
+        return self.session.events()
 
     async def finish_events(self) -> list[Event]:
         """As `LiveStream.finish_events`."""
         await self.finish()
-        return self._session.events()
+        return self.session.events()
 
-    def feed(self, pcm: Pcm) -> None:
-        """Accept audio without waiting for its results; `push_events` without a task.
-
-        `on_progress` is called until `settled`; then `events` has its results. Raises as `push_events` does.
-        """
+    def listen(self, on_progress: Callable[[], None]) -> None:
+        """Call `on_progress` in the running event loop when the result of `session.poll` may have changed."""
+        self.on_progress = on_progress
         self._listen()
-        self._session.feed(pcm)
 
     @property
     def feeding(self) -> bool:
         """Whether a thread accepts audio (with VAD). The accurate lane must not be set meanwhile."""
         return self._feeding is not None and not self._feeding.done()
 
-    def settled(self) -> bool:
-        """Return whether every complete chunk was processed. Raises the stream's error if it failed."""
-        return self._session.settled()
-
-    def events(self) -> list[Event]:
-        """Return the events since the last call."""
-        return self._session.events()
-
     def trace(self) -> StreamTrace:
         """Record when chunks of `chunk_ms` are run (`StreamSession.trace`). Called before the first audio."""
-        return self._session.trace()
+        return self.session.trace()
 
     @property
     def end_sample(self) -> int:
         """Samples at the model's rate that were processed up to the last result or event returned."""
-        return self._session.end_sample
+        return self.session.end_sample
 
     def check(self, pcm: Pcm) -> None:
         """Raise `AudioError` if `push` would reject `pcm`."""
-        self._session.preprocessor.check(pcm)
+        self.session.preprocessor.check(pcm)
 
     def set_chunk_ms(self, chunk_ms: int) -> None:
         """As `LiveStream.set_chunk_ms`; never blocks."""
-        self._session.set_chunk_ms(chunk_ms)
+        self.session.set_chunk_ms(chunk_ms)
 
     @property
     def final_chunk_ms(self) -> int | None:
         """As `LiveStream.final_chunk_ms`."""
-        return self._session.final_chunk_ms
+        return self.session.final_chunk_ms
 
     def set_final_chunk_ms(self, final_chunk_ms: int | None) -> None:
         """As `LiveStream.set_final_chunk_ms`; never blocks. Not to be called while another task awaits `push`."""
-        self._session.set_final_chunk_ms(final_chunk_ms)
+        self.session.set_final_chunk_ms(final_chunk_ms)
 
     def set_language(self, language: str | None) -> None:
         """As `LiveStream.set_language`; never blocks."""
-        self._session.set_language(language)
+        self.session.set_language(language)
 
     def save(self) -> Callable[[], StreamSnapshot] | None:
         """Begin to save the stream (`StreamSession.save_live`); never blocks, but the function that it returns does."""
-        return self._session.save_live()
+        return self.session.save_live()
 
     def close(self) -> None:
         """As `LiveStream.close`; never blocks."""
-        self._session.close()
+        self.session.close()
 
     async def __aenter__(self) -> AsyncLiveStream:
         return self
@@ -159,7 +145,7 @@ class AsyncLiveStream:
         With VAD it runs on a thread, because it takes time. Calls run in order, and complete even if their task is
         cancelled.
         """
-        if not self._session.has_vad:
+        if not self.session.has_vad:
             return function(*args)
         self._feeding = asyncio.get_running_loop().create_task(self._feed_after(self._feeding, function, *args))
         # If the task is cancelled, nothing else retrieves the exception.
@@ -176,7 +162,7 @@ class AsyncLiveStream:
         self._listen()
         while True:
             self._progress.clear()  # before the check: a change after the check sets it again
-            if self._session.settled():
+            if self.session.settled():
                 return
             await self._progress.wait()
 
@@ -184,7 +170,7 @@ class AsyncLiveStream:
         """Register at the listener of the running event loop, once."""
         if self._listener is None:
             self._listener = _LoopListener.of(asyncio.get_running_loop())
-            self._session.notify(self._listener, self._wake)
+            self.session.notify(self._listener, self._wake)
 
     def _wake(self) -> None:
         self._progress.set()

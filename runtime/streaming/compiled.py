@@ -99,6 +99,14 @@ class SchedulerFields:
     __slots__ = ("_idle", "_lock", "_ready", "_rows")
 
 
+class RemoteFields:
+    __slots__ = ("_chunks", "_flushing", "_lock")
+
+
+class RegionFields:
+    __slots__ = ("_audio", "_begin", "_count", "_end", "_wrapped")
+
+
 class PreprocessorFields:
     __slots__ = ("_heads", "_max_unchanged", "received")
 
@@ -157,6 +165,8 @@ if not TYPE_CHECKING:
             PreprocessorFields,
             Queue,
             RecordingFields,
+            RegionFields,
+            RemoteFields,
             SchedulerFields,
             SessionFields,
             SilenceFields,

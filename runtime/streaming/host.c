@@ -47,6 +47,10 @@ typedef long long Integer;
     I(T, "in_flight", in_flight) I(T, "quiet_until", quiet_until) B(T, "ended", ended)
 #define Scheduler_FIELDS(T, R, I, B)                                                                                  \
     R(T, "_lock", lock) R(T, "_ready", ready) R(T, "_rows", rows) B(T, "_idle", idle)
+#define Remote_FIELDS(T, R, I, B)                                                                                     \
+    R(T, "_lock", lock) R(T, "_chunks", chunks) B(T, "_flushing", flushing)
+#define Region_FIELDS(T, R, I, B)                                                                                     \
+    R(T, "_audio", audio) I(T, "_begin", begin) I(T, "_end", end) I(T, "_wrapped", wrapped) I(T, "_count", count)
 #define Preprocessor_FIELDS(T, R, I, B)                                                                               \
     R(T, "_heads", heads) I(T, "received", received) I(T, "_max_unchanged", max_unchanged)
 #define Silence_FIELDS(T, R, I, B)                                                                                    \
@@ -83,6 +87,8 @@ STRUCT(Endpointer)
 STRUCT(Guard)
 STRUCT(Stream)
 STRUCT(Scheduler, unsigned long forks;)  // when the object was created
+STRUCT(Remote, unsigned long forks;)
+STRUCT(Region)
 STRUCT(Preprocessor)
 STRUCT(Silence)
 STRUCT(Session)
@@ -101,7 +107,7 @@ typedef struct {
 
 static PyTypeObject *Queue_type, *Block_type, *Recording_type, *Chunker_type, *Stream_type, *Scheduler_type;
 static PyTypeObject *Hypothesis_type, *Endpointer_type, *Guard_type, *Token_type, *TokenList_type;
-static PyTypeObject *Preprocessor_type, *Silence_type, *Session_type;
+static PyTypeObject *Preprocessor_type, *Silence_type, *Session_type, *Remote_type, *Region_type;
 static PyTypeObject *WorkItem, *StepOutput;
 static PyObject *int16_scale, *one, *no_ends, *run_kind;
 static PyArray_Descr *int16, *float32, *int64;
@@ -113,13 +119,15 @@ static unsigned long forks;  // between the import of this module and this proce
 enum { KIND, CHUNK, END_SAMPLE, ORIGIN_SAMPLE, AUDIO, LENGTH, RESET_SLOT, PROMPT, SCALE, BLOCK, ITEM_FIELDS };
 
 #define NAMES(name)                                                                                                   \
-    name(CYCLE) name(WINDOW) name(_accept_parts) name(_begins) name(_concatenate) name(_events) name(_feed)           \
-    name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_process_items) name(_record_output)     \
-    name(_release_if_finished) name(_reset_before) name(_resize) name(_scores) name(_sum_p_alpha) name(_tokens)       \
-    name(accept) name(acquire) name(arrivals) name(check_process) name(count) name(enqueue) name(enqueued)            \
-    name(frames) name(loop_suspected) name(ms) name(notify_all) name(raise_error) name(release) name(resets_decoder)  \
-    name(sample_positions) name(samples) name(samples_per_frame) name(scores) name(seconds) name(step)                \
-    name(sum_p_alpha) name(take) name(token_count) name(tokens)
+    name(CYCLE) name(WINDOW) name(_accept_parts) name(_begin_branches) name(_begins) name(_concatenate) name(_events) \
+    name(_feed) name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_poll) name(_process_items)  \
+    name(_record_output) name(_release_if_finished) name(_reset_before) name(_resize) name(_schedule_flush)           \
+    name(_scores) name(_send_others) name(_sum_p_alpha) name(_tokens) name(accept) name(acquire) name(arrivals)       \
+    name(check_process) name(count) name(counts) name(ends) name(enqueue) name(enqueued) name(frames) name(items)     \
+    name(link) name(locked) name(loop_suspected) name(ms) name(notify_all) name(opened) name(popleft) name(positions) \
+    name(raise_error) name(ran) name(region) name(release) name(resets_decoder) name(sample_positions) name(samples)  \
+    name(samples_per_frame) name(scores) name(seconds) name(sent) name(step) name(streams) name(sum_p_alpha)          \
+    name(take) name(token_count) name(tokens) name(tolist) name(utterance_ends)
 #define DECLARE(name) static PyObject *s_##name;
 #define INTERN(name)                                                                                                  \
     if (!(s_##name = PyUnicode_InternFromString(#name))) return -1;
@@ -164,6 +172,8 @@ FIELDS(Endpointer)
 FIELDS(Guard)
 FIELDS(Stream)
 FIELDS(Scheduler)
+FIELDS(Remote)
+FIELDS(Region)
 FIELDS(Preprocessor)
 FIELDS(Silence)
 FIELDS(Session)
@@ -533,7 +543,8 @@ static Stream *stream_of(PyObject *object) {
 }
 
 // `Scheduler._schedule`
-static int schedule(Scheduler *self, Stream *stream) {
+static int schedule(PyObject *scheduler, Stream *stream) {
+    Scheduler *self = (Scheduler *)scheduler;
     PyObject *object = (PyObject *)stream;
     int simple = 0;
     int has_items = stream->source == Py_None && stream->chunker != Py_None && items_of(stream)->count;
@@ -548,21 +559,23 @@ static int schedule(Scheduler *self, Stream *stream) {
             simple = !waits;
         }
     }
-    if (!simple) return call((PyObject *)self, s__process_items, object);
+    if (!simple) return call(scheduler, s__process_items, object);
     if (PyDict_GetItemWithError(self->ready, object)) return 0;
     PyObject *arrivals = PyErr_Occurred() ? NULL : PyObject_GetAttr(self->rows, s_arrivals);
     int failed = !arrivals || PyDict_SetItem(self->ready, object, arrivals);
     Py_XDECREF(arrivals);
-    return failed ? -1 : self->idle ? call((PyObject *)self, s__notify_idle, NULL) : 0;
+    return failed ? -1 : self->idle ? call(scheduler, s__notify_idle, NULL) : 0;
 }
 
 static PyObject *Scheduler_schedule(PyObject *self, PyObject *object) {
     Stream *stream = stream_of(object);
-    if (!stream || schedule((Scheduler *)self, stream)) return NULL;
+    if (!stream || schedule(self, stream)) return NULL;
     Py_RETURN_NONE;
 }
 
-static int enqueue_locked(Scheduler *self, Stream *stream, PyObject **items, int count) {
+typedef int (*Continue)(PyObject *scheduler, Stream *stream);  // what follows when items were appended to a stream
+
+static int enqueue_locked(PyObject *self, Continue next, Stream *stream, PyObject **items, int count) {
     if (stream->error != Py_None) return call((PyObject *)stream, s_raise_error, NULL);
     for (int i = 0; i < count; i++) {
         if (stream->trace && stream->trace != Py_None) {
@@ -573,39 +586,41 @@ static int enqueue_locked(Scheduler *self, Stream *stream, PyObject **items, int
         }
         if (push(items_of(stream), items[i])) return -1;
     }
-    return schedule(self, stream);
+    return next(self, stream);
 }
 
-// `Scheduler.enqueue`
-static int enqueue(Scheduler *self, Stream *stream, PyObject **items, int count) {
+// `enqueue` of a scheduler
+static int enqueue(PyObject *self, PyObject *lock, Continue next, Stream *stream, PyObject **items, int count) {
     PyObject *type, *value, *traceback;
-    if (call(self->lock, s_acquire, NULL)) return -1;
-    int failed = enqueue_locked(self, stream, items, count);
+    if (call(lock, s_acquire, NULL)) return -1;
+    int failed = enqueue_locked(self, next, stream, items, count);
     PyErr_Fetch(&type, &value, &traceback);
-    if (call(self->lock, s_release, NULL)) failed = -1;
+    if (call(lock, s_release, NULL)) failed = -1;
     if (type) PyErr_Restore(type, value, traceback);
     return failed;
 }
 
-// `chunker.accept`, `take` and `Scheduler.enqueue`, for audio that is not only copied.
-static int accept_other(Scheduler *self, PyObject *stream, PyObject *chunker, PyObject *samples, Integer begin) {
+// `chunker.accept`, `take` and `enqueue`, for audio that is not only copied.
+static int accept_other(PyObject *self, PyObject *stream, PyObject *chunker, PyObject *samples, Integer begin) {
     if (pass_on(chunker, s_accept, samples, begin)) return -1;
     PyObject *items = PyObject_CallMethodObjArgs(chunker, s_take, NULL), *done = NULL;
     if (items && PyObject_Size(items) == 0) return Py_DECREF(items), 0;
-    if (items) done = PyObject_CallMethodObjArgs((PyObject *)self, s_enqueue, stream, items, NULL);
+    if (items) done = PyObject_CallMethodObjArgs(self, s_enqueue, stream, items, NULL);
     Py_XDECREF(items);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
 
-// `StreamScheduler.accept` and `Scheduler.enqueue`
-static int accept(Scheduler *self, PyObject *object, PyObject *samples) {
+// `StreamScheduler.accept` and `enqueue`. `is_current`: the scheduler was not made before a fork.
+static int accept(
+    PyObject *self, int is_current, PyObject *lock, Continue next, PyObject *object, PyObject *samples
+) {
     Stream *stream = stream_of(object);
     if (!stream) return -1;
-    if (self->forks != forks && call((PyObject *)self, s_check_process, NULL)) return -1;
+    if (!is_current && call(self, s_check_process, NULL)) return -1;
     if (stream->error != Py_None && call(object, s_raise_error, NULL)) return -1;
     Chunker *chunker = (Chunker *)stream->chunker;
-    if (!is(stream->chunker, Chunker_type) || !chunker->queue || !self->lock || !self->ready || !self->rows) {
+    if (!is(stream->chunker, Chunker_type) || !chunker->queue || !lock) {
         PyErr_SetString(PyExc_AssertionError, "the items of this stream come from `enqueue`");
         return -1;
     }
@@ -618,7 +633,7 @@ static int accept(Scheduler *self, PyObject *object, PyObject *samples) {
         count = 0;
         part = from ? append(chunker, from, done, items, &count) : 0;
         chunker->taken += count;
-        if (count) failed = enqueue(self, stream, items, count);
+        if (count) failed = enqueue(self, lock, next, stream, items, count);
         drop(items, count);
         if (failed || part < 0) return -1;
         done += part;
@@ -626,8 +641,12 @@ static int accept(Scheduler *self, PyObject *object, PyObject *samples) {
     return done < size || !from || !size ? accept_other(self, object, stream->chunker, samples, done) : 0;
 }
 
+static int accept_local(Scheduler *self, PyObject *stream, PyObject *samples) {
+    return accept((PyObject *)self, self->forks == forks, self->lock, schedule, stream, samples);
+}
+
 static PyObject *Scheduler_accept(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    if (!expect(count, 2) || accept((Scheduler *)self, args[0], args[1])) return NULL;
+    if (!expect(count, 2) || accept_local((Scheduler *)self, args[0], args[1])) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -667,7 +686,7 @@ static PyObject *take_item(Scheduler *self, PyObject *object) {
     if (!item) return NULL;
     int reset = PyObject_IsTrue(PyTuple_GetItem(item, RESET_SLOT));
     if (reset < 0 || (reset && call((PyObject *)self, s__reset_before, object))) return Py_DECREF(item), NULL;
-    if (items_of(stream)->count && schedule(self, stream)) return Py_DECREF(item), NULL;
+    if (items_of(stream)->count && schedule((PyObject *)self, stream)) return Py_DECREF(item), NULL;
     return item;
 }
 
@@ -847,7 +866,7 @@ end:
 // What follows from the result of a row.
 static int continue_stream(Scheduler *self, Stream *stream) {
     PyObject *object = (PyObject *)stream;
-    if (items_of(stream)->count && schedule(self, stream)) return -1;
+    if (items_of(stream)->count && schedule((PyObject *)self, stream)) return -1;
     if (stream->ended && call((PyObject *)self, s__release_if_finished, object)) return -1;
     return stream->progress && stream->progress != Py_None ? call(stream->progress, s_notify_all, NULL) : 0;
 }
@@ -1000,6 +1019,304 @@ static PyMethodDef Scheduler_methods[] = {
     {0},
 };
 
+// -- scheduler of a transport -----------------------------------------------------------------------------------------
+
+// `ITEM` of `serving/processes/link.py`
+typedef struct {
+    unsigned char kind, reset_slot;
+    unsigned short size;
+    unsigned int stream;
+    int prompt;
+    unsigned int offset, length, end_sample[2], origin_sample[2];  // the last two have 64 bits, without alignment
+} Record;
+
+#define RUN_INT16 1
+
+static PyObject *Remote_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)args, (void)kwargs;
+    Remote *self = (Remote *)PyType_GenericAlloc(type, 0);
+    if (self) self->forks = forks;
+    return (PyObject *)self;
+}
+
+// `Region.write`. -1: there is no space, or the memory is not as expected
+static Integer write_words(Region *self, PyArrayObject *from) {
+    PyArrayObject *to = vector(self->audio, int16);
+    Integer offset = 0, words = PyArray_DIM(from, 0);
+    if (!to || !PyArray_ISWRITEABLE(to)) return -1;
+    if (!self->count) {
+        self->begin = 0;
+    } else if (self->wrapped) {
+        if (self->end + words > self->begin) return -1;
+        offset = self->end;
+    } else if (self->end + words <= PyArray_DIM(to, 0)) {
+        offset = self->end;
+    } else if (words <= self->begin) {
+        self->wrapped = self->end;
+    } else {
+        return -1;
+    }
+    if (offset < 0 || offset + words > PyArray_DIM(to, 0)) return -1;
+    memcpy((npy_int16 *)PyArray_DATA(to) + offset, PyArray_DATA(from), words * sizeof(npy_int16));
+    self->end = offset + words;
+    self->count++;
+    return offset;
+}
+
+// `Region.release`
+static void release_words(Region *self, Integer words) {
+    self->count--;
+    self->begin += words;
+    if (self->wrapped && self->begin == self->wrapped) self->begin = self->wrapped = 0;
+}
+
+static int append_record(PyObject *records, Record *record) {
+    Py_ssize_t size = PyByteArray_Check(records) ? PyByteArray_Size(records) : 0;
+    if (!PyByteArray_Check(records)) return PyErr_SetString(PyExc_TypeError, "records are not a bytearray"), -1;
+    if (PyByteArray_Resize(records, size + sizeof *record)) return -1;
+    memcpy(PyByteArray_AsString(records) + size, record, sizeof *record);
+    return 0;
+}
+
+// Send the next item of a stream if it is a chunk of int16 audio for which there is space. Return whether it was one;
+// -1: error
+static int send_run(Remote *self, Stream *stream, PyObject *region, PyObject *sent, PyObject *records) {
+    PyObject *item = *place(items_of(stream), 0), *ms, *index;
+    int run = is_item(item) && PyTuple_GetItem(item, KIND) == run_kind;
+    PyArrayObject *from = run ? vector(PyTuple_GetItem(item, AUDIO), int16) : NULL;
+    if (!from || !is(region, Region_type) || !is_queue(sent) || !self->chunks) return 0;
+    if (!(ms = PyObject_GetAttr(PyTuple_GetItem(item, CHUNK), s_ms))) return -1;
+    index = PyObject_GetItem(self->chunks, ms);
+    Py_DECREF(ms);
+    if (!index) return -1;
+    Integer end_sample = PyLong_AsLongLong(PyTuple_GetItem(item, END_SAMPLE));
+    Integer origin_sample = PyLong_AsLongLong(PyTuple_GetItem(item, ORIGIN_SAMPLE));
+    Record record = {
+        .kind = RUN_INT16,
+        .reset_slot = PyObject_IsTrue(PyTuple_GetItem(item, RESET_SLOT)),
+        .size = PyLong_AsLong(index),
+        .stream = PyLong_AsLongLong(stream->slot),
+        .prompt = PyLong_AsLong(PyTuple_GetItem(item, PROMPT)),
+        .length = PyLong_AsLongLong(PyTuple_GetItem(item, LENGTH)),
+    };
+    memcpy(record.end_sample, &end_sample, sizeof end_sample);
+    memcpy(record.origin_sample, &origin_sample, sizeof origin_sample);
+    Py_DECREF(index);
+    Integer offset = PyErr_Occurred() ? -1 : write_words((Region *)region, from);
+    if (offset < 0) return PyErr_Occurred() ? -1 : 0;
+    record.offset = offset;
+    pop(items_of(stream));
+    int failed = recycle(stream, item) || push((Queue *)sent, item) || append_record(records, &record);
+    Py_DECREF(item);
+    stream->in_flight++;
+    if (!failed && !self->flushing) failed = call((PyObject *)self, s__schedule_flush, NULL);
+    return failed ? -1 : 1;
+}
+
+// `RemoteScheduler._send_items`. `changed` may be NULL.
+static int send_changed(PyObject *self, Stream *stream, PyObject *changed) {
+    PyObject *object = (PyObject *)stream, *region = NULL, *sent = NULL, *link = NULL, *records = NULL, *none = NULL;
+    int opened = stream->slot && stream->slot != Py_None ? flag_of(object, s_opened) : 0, done = opened;
+    if (opened <= 0) return opened;
+    if (items_of(stream)->count) {
+        if ((region = PyObject_GetAttr(object, s_region)) && (sent = PyObject_GetAttr(object, s_sent)) &&
+            (link = PyObject_GetAttr(object, s_link)) && (records = PyObject_GetAttr(link, s_items)))
+            while (items_of(stream)->count && (done = send_run((Remote *)self, stream, region, sent, records)) > 0);
+        else
+            done = -1;
+        Py_XDECREF(region);
+        Py_XDECREF(sent);
+        Py_XDECREF(link);
+        Py_XDECREF(records);
+    }
+    if (done > 0 && !stream->ended) return 0;
+    if (done < 0 || (!changed && !(changed = none = PyDict_New()))) return -1;
+    PyObject *result = PyObject_CallMethodObjArgs(self, s__send_others, object, changed, NULL);
+    Py_XDECREF(none);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static int send_items(PyObject *self, Stream *stream) { return send_changed(self, stream, NULL); }
+
+static PyObject *Remote_send_items(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Stream *stream = expect(given, 2) ? stream_of(args[0]) : NULL;
+    if (!stream || send_changed(self, stream, args[1])) return NULL;
+    Py_RETURN_NONE;
+}
+
+static int accept_remote(Remote *self, PyObject *stream, PyObject *samples) {
+    return accept((PyObject *)self, self->forks == forks, self->lock, send_items, stream, samples);
+}
+
+static PyObject *Remote_accept(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    if (!expect(given, 2) || accept_remote((Remote *)self, args[0], args[1])) return NULL;
+    Py_RETURN_NONE;
+}
+
+// The columns of a step's results (`Results`), as lists
+enum { NUMBERS, COUNTS, ENDS, ROW_COLUMNS, TOKEN_COLUMNS = 4 };
+
+typedef struct {
+    PyObject *results, *rows[ROW_COLUMNS], *tokens[TOKEN_COLUMNS], *step;
+    Py_ssize_t token, end;  // of the next row
+} Columns;
+
+static int columns_of(PyObject *results, Columns *columns) {
+    PyObject *names[] = {s_streams, s_counts, s_ends, s_tokens, s_positions, s_scores, s_sum_p_alpha};
+    for (int i = 0; i < ROW_COLUMNS + TOKEN_COLUMNS; i++) {
+        PyObject *array = PyObject_GetAttr(results, names[i]);
+        PyObject *list = array ? PyObject_CallMethodObjArgs(array, s_tolist, NULL) : NULL;
+        Py_XDECREF(array);
+        if (!list) return -1;
+        *(i < ROW_COLUMNS ? &columns->rows[i] : &columns->tokens[i - ROW_COLUMNS]) = list;
+    }
+    columns->results = results;
+    return (columns->step = PyObject_GetAttr(results, s_step)) ? 0 : -1;
+}
+
+static void release_columns(Columns *columns) {
+    for (int i = 0; i < ROW_COLUMNS; i++) Py_XDECREF(columns->rows[i]);
+    for (int i = 0; i < TOKEN_COLUMNS; i++) Py_XDECREF(columns->tokens[i]);
+    Py_XDECREF(columns->step);
+}
+
+static int is_kind(PyObject *item, const char *kind) {
+    PyObject *found = is_item(item) ? PyTuple_GetItem(item, KIND) : NULL;
+    return found && PyUnicode_Check(found) && !PyUnicode_CompareWithASCIIString(found, kind);
+}
+
+// The next item of which a stream has a result, without the branches before it
+static PyObject *next_sent(Queue *sent) {
+    for (PyObject *item; (item = Queue_popleft((PyObject *)sent, NULL)); Py_DECREF(item)) {
+        if (!is_kind(item, "branch")) return item;
+    }
+    return NULL;
+}
+
+// A chunk was run: its audio is not needed any more.
+static int end_run(Stream *stream, PyObject *item, PyObject *region, PyObject *step) {
+    PyArrayObject *audio = is(region, Region_type) ? audio_vector(PyTuple_GetItem(item, AUDIO)) : NULL;
+    if (!audio) return PyErr_SetString(PyExc_TypeError, "this is not a chunk of a stream"), -1;
+    release_words((Region *)region, PyArray_DIM(audio, 0) * (PyArray_DESCR(audio) == float32 ? 2 : 1));
+    if (stream->trace == Py_None) return 0;
+    PyObject *done = PyObject_CallMethodObjArgs(stream->trace, s_ran, item, step, NULL);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+// Add the tokens of a row to its stream's hypothesis.
+static int add_row_tokens(PyObject *object, Columns *columns, Py_ssize_t count) {
+    Hypothesis *hypothesis = (Hypothesis *)object;
+    PyObject *lists[] = {
+        hypothesis->tokens, hypothesis->sample_positions, hypothesis->scores, hypothesis->sum_p_alpha,
+    };
+    for (int i = 0; i < TOKEN_COLUMNS; i++) {
+        PyObject *slice = PyList_GetSlice(columns->tokens[i], columns->token, columns->token + count);
+        int failed = !slice || extend(lists[i], slice);
+        Py_XDECREF(slice);
+        if (failed) return -1;
+    }
+    return 0;
+}
+
+static int append_row_output(Stream *stream, PyObject *item, Columns *columns, Py_ssize_t count, Py_ssize_t ends) {
+    Hypothesis *hypothesis = (Hypothesis *)stream->hypothesis;
+    if (!is_hypothesis(stream->hypothesis)) return PyErr_SetString(PyExc_TypeError, "there is no hypothesis"), -1;
+    if (count && add_row_tokens(stream->hypothesis, columns, count)) return -1;
+    PyObject *found = incref(no_ends);
+    if (ends) {
+        PyObject *begin = PyLong_FromSsize_t(columns->end), *number = PyLong_FromSsize_t(ends);
+        Py_DECREF(found);
+        found = begin && number
+                    ? PyObject_CallMethodObjArgs(columns->results, s_utterance_ends, begin, number, NULL)
+                    : NULL;
+        Py_XDECREF(begin);
+        Py_XDECREF(number);
+    }
+    PyObject *values[] = {incref(item), PyLong_FromSsize_t(PyList_Size(hypothesis->tokens)), found};
+    PyObject *output = named_tuple(StepOutput, 3, values);
+    int failed = !output || push((Queue *)stream->outputs, output);
+    Py_XDECREF(output);
+    return failed ? -1 : 0;
+}
+
+// What follows in a transport from the result of a row.
+static int continue_remote(PyObject *self, Stream *stream, Queue *sent, PyObject *changed) {
+    PyObject *object = (PyObject *)stream;
+    if (sent->count) {
+        PyObject *done = PyObject_CallMethodObjArgs(self, s__begin_branches, object, changed, NULL);
+        Py_XDECREF(done);
+        if (!done) return -1;
+    }
+    if ((items_of(stream)->count || stream->ended) && send_changed(self, stream, changed)) return -1;
+    return PyDict_SetItem(changed, object, Py_None);
+}
+
+static int pass_row(PyObject *self, PyObject *streams, Columns *columns, Py_ssize_t row, PyObject *changed) {
+    PyObject *object = PyObject_GetItem(streams, PyList_GetItem(columns->rows[NUMBERS], row));
+    PyObject *sent = object ? PyObject_GetAttr(object, s_sent) : NULL, *item = NULL, *region = NULL;
+    Py_ssize_t count = PyLong_AsSsize_t(PyList_GetItem(columns->rows[COUNTS], row));
+    Py_ssize_t ends = PyLong_AsSsize_t(PyList_GetItem(columns->rows[ENDS], row));
+    Stream *stream = object && sent ? stream_of(object) : NULL;
+    int failed = -1;
+    if (!stream || !is_queue(sent) || PyErr_Occurred() || !(item = next_sent((Queue *)sent))) goto done;
+    stream->in_flight--;
+    if (is_kind(item, "run"))
+        if (!(region = PyObject_GetAttr(object, s_region)) || end_run(stream, item, region, columns->step)) goto done;
+    failed = stream->error == Py_None && (append_row_output(stream, item, columns, count, ends) ||
+                                          continue_remote(self, stream, (Queue *)sent, changed));
+    columns->token += count;
+    columns->end += ends;
+done:
+    if (failed && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "this is not a stream of a transport");
+    Py_XDECREF(object);
+    Py_XDECREF(sent);
+    Py_XDECREF(item);
+    Py_XDECREF(region);
+    return failed;
+}
+
+static PyObject *Remote_pass_results(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    if (!expect(given, 3)) return NULL;
+    PyObject *streams = args[0], *changed = args[2];
+    Columns columns = {0};
+    int failed = columns_of(args[1], &columns);
+    Py_ssize_t rows = failed ? 0 : PyList_Size(columns.rows[NUMBERS]);
+    for (Py_ssize_t row = 0; !failed && row < rows; row++) failed = pass_row(self, streams, &columns, row, changed);
+    release_columns(&columns);
+    if (failed) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *Region_write(PyObject *self, PyObject *words) {
+    PyArrayObject *from = vector(words, int16);
+    if (!from) return PyErr_SetString(PyExc_TypeError, "words are not a contiguous vector of int16"), NULL;
+    Integer offset = write_words((Region *)self, from);
+    if (offset < 0) Py_RETURN_NONE;
+    return PyLong_FromLongLong(offset);
+}
+
+static PyObject *Region_release(PyObject *self, PyObject *words) {
+    Integer count = PyLong_AsLongLong(words);
+    if (PyErr_Occurred()) return NULL;
+    release_words((Region *)self, count);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef Remote_methods[] = {
+    FAST("accept", Remote_accept),
+    FAST("_send_items", Remote_send_items),
+    FAST("_pass_results", Remote_pass_results),
+    {0},
+};
+
+static PyMethodDef Region_methods[] = {
+    {"write", Region_write, METH_O, NULL},
+    {"release", Region_release, METH_O, NULL},
+    {0},
+};
+
 // -- tokens -----------------------------------------------------------------------------------------------------------
 
 static PyObject *Token_class(void) {
@@ -1104,19 +1421,22 @@ static int accepts_unchanged(Session *self, PyObject *object) {
     return 1;
 }
 
-// Whether the scheduler is one in this process; -1: error, also in a forked child.
-static int is_local(Session *self) {
+// Whether the scheduler is one of this module's, in the process that made it; -1: error, also in a forked child.
+static int is_known(Session *self) {
     if (is(self->scheduler, Scheduler_type) && ((Scheduler *)self->scheduler)->forks == forks) return 1;
+    if (is(self->scheduler, Remote_type) && ((Remote *)self->scheduler)->forks == forks) return 1;
     return self->scheduler && call(self->scheduler, s_check_process, NULL) ? -1 : 0;
 }
 
 static PyObject *Session_feed(PyObject *object, PyObject *pcm) {
     Session *self = (Session *)object;
-    int local = is_local(self);
-    if (local < 0) return NULL;
+    int known = is_known(self);
+    if (known < 0) return NULL;
     if (!accepts_unchanged(self, pcm)) return PyObject_CallMethodObjArgs(object, s__feed, pcm, NULL);
-    if (!local) return PyObject_CallMethodObjArgs(self->scheduler, s_accept, self->stream, pcm, NULL);
-    if (accept((Scheduler *)self->scheduler, self->stream, pcm)) return NULL;
+    if (!known) return PyObject_CallMethodObjArgs(self->scheduler, s_accept, self->stream, pcm, NULL);
+    int failed = is(self->scheduler, Remote_type) ? accept_remote((Remote *)self->scheduler, self->stream, pcm)
+                                                  : accept_local((Scheduler *)self->scheduler, self->stream, pcm);
+    if (failed) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -1178,7 +1498,7 @@ static PyObject *events_of(Session *self, Stream *stream, Queue *outputs) {
 static PyObject *Session_events(PyObject *object, PyObject *unused) {
     (void)unused;
     Session *self = (Session *)object;
-    if (is_local(self) < 0) return NULL;
+    if (is_known(self) < 0) return NULL;
     if (self->lanes == Py_None && !self->ended && self->event_builder && self->pending_outputs &&
         !PyObject_Size(self->pending_outputs)) {
         Stream *stream = stream_of(self->stream);
@@ -1190,7 +1510,25 @@ static PyObject *Session_events(PyObject *object, PyObject *unused) {
     return PyObject_CallMethodObjArgs(object, s__events, NULL);
 }
 
+static PyObject *Session_poll(PyObject *object, PyObject *unused) {
+    Session *self = (Session *)object;
+    int known = is_known(self);
+    Stream *stream = known > 0 && self->lanes == Py_None ? stream_of(self->stream) : NULL;
+    if (known < 0 || PyErr_Occurred()) return NULL;
+    PyObject *lock = !stream                                  ? NULL
+                     : is(self->scheduler, Remote_type) ? ((Remote *)self->scheduler)->lock
+                                                        : ((Scheduler *)self->scheduler)->lock;
+    // While another thread holds the lock, it may have changed a part of what is read here.
+    PyObject *locked = lock ? PyObject_CallMethodObjArgs(lock, s_locked, NULL) : NULL;
+    Py_XDECREF(locked);
+    if (locked != Py_False || stream->error != Py_None)
+        return PyErr_Occurred() ? NULL : PyObject_CallMethodObjArgs(object, s__poll, NULL);
+    if (stream->source != Py_None || items_of(stream)->count || stream->in_flight) Py_RETURN_NONE;
+    return Session_events(object, unused);
+}
+
 static PyMethodDef Session_methods[] = {
+    {"poll", Session_poll, METH_NOARGS, NULL},
     {"feed", Session_feed, METH_O, NULL},
     {"events", Session_events, METH_NOARGS, NULL},
     {0},
@@ -1271,6 +1609,8 @@ static int load(PyObject *module) {
     ADD_TYPE(Endpointer, 1, NULL, NULL);
     ADD_TYPE(Guard, 0, NULL, NULL);
     ADD_TYPE(Scheduler, 1, Scheduler_new, Scheduler_methods);
+    ADD_TYPE(Remote, 1, Remote_new, Remote_methods);
+    ADD_TYPE(Region, 1, NULL, Region_methods);
     ADD_TYPE(Preprocessor, 1, NULL, NULL);
     ADD_TYPE(Silence, 0, NULL, NULL);
     ADD_TYPE(Session, 1, NULL, Session_methods);

@@ -638,6 +638,15 @@ class StreamSession(SessionFields):
         return results
 
     @compiled(SessionFields)
+    def poll(self) -> list[Event] | None:
+        """Return `events` if the stream has `settled`, otherwise None. Raises the stream's error if it failed."""
+        return self._poll()
+
+    def _poll(self) -> list[Event] | None:
+        """`poll`, of which the C function does not cover accurate lanes, and waiting for a lock."""
+        return self.events() if self.settled() else None
+
+    @compiled(SessionFields)
     def events(self) -> list[Event]:
         """Return the events since the last call. The last event of the stream follows when all steps are done."""
         return self._events()

@@ -29,7 +29,6 @@ import pickle
 import socket
 import struct
 from array import array
-from collections import deque
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, get_args
@@ -39,22 +38,24 @@ from numpy.typing import NDArray
 
 from nemostream.bundle import Manifest
 from nemostream.errors import NemostreamError
+from nemostream.runtime.streaming.compiled import RegionFields, compiled
 from nemostream.runtime.streaming.snapshot import SavedArrays
 from nemostream.runtime.streaming.state import Hypothesis, StepTimes
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.tokenizer import Tokenizer
 from nemostream.serving.errors import error_of
 
-FRAME = struct.Struct("<II")
+FRAME = struct.Struct("=II")
 OPEN, ITEMS, RESULTS, ERROR, CLOSED, SAVED = range(1, 7)
 
+# Both processes run on one machine, so the byte order is that of the machine.
 # kind, reset_slot, index of the chunk size, stream, prompt, offset in the region (int16 words), length, end_sample,
 # origin_sample
-ITEM = struct.Struct("<BBHIiIIqq")
+ITEM = struct.Struct("=BBHIiIIqq")
 ITEM_DTYPE = np.dtype(
     {
         "names": ["kind", "reset_slot", "size", "stream", "prompt", "offset", "length", "end_sample", "origin_sample"],
-        "formats": ["u1", "u1", "<u2", "<u4", "<i4", "<u4", "<u4", "<i8", "<i8"],
+        "formats": ["u1", "u1", "u2", "u4", "i4", "u4", "u4", "i8", "i8"],
     }
 )
 # Kinds of items: chunks of float32 and of int16 audio to run, and others; no items follow `LAST` and `CANCEL`.
@@ -63,10 +64,10 @@ ITEM_DTYPE = np.dtype(
 RUN, RUN_INT16, SKIP, END_OF_UTTERANCE, RESET_DECODER, BRANCH, SAVE, LAST, CANCEL = range(9)
 ITEM_KINDS = {"run": RUN, "skip": SKIP, "end_of_utterance": END_OF_UTTERANCE, "reset_decoder": RESET_DECODER}
 ITEM_NAMES: dict[int, Any] = {number: name for name, number in ITEM_KINDS.items()}
-STREAM = struct.Struct("<I")
+STREAM = struct.Struct("=I")
 
 _REASONS: tuple[Reason, ...] = get_args(Reason)
-_RESULTS_HEAD = struct.Struct("<IIIddI")  # number of outputs, tokens, ends; `StepTimes`
+_RESULTS_HEAD = struct.Struct("=IIIddI")  # number of outputs, tokens, ends; `StepTimes`
 _SOCKET_BYTES = 4 << 20
 _REGION_CHUNKS = 2  # of the largest size that fit in a region
 _MODULES = ("nemostream.runtime.", "numpy.")  # whose classes a stream's fields may have
@@ -93,37 +94,46 @@ class SharedAudio:
         return file
 
 
-class Region:
-    """The space of a region, in words: chunks are placed and released in order.
+class Region(RegionFields):
+    """The space for the audio of a stream, in words: chunks are written and released in order.
 
     An empty region is used from its beginning again, so a stream without a backlog uses few pages.
     """
 
-    def __init__(self, words: int) -> None:
-        self._words = words
-        self._used: deque[tuple[int, int]] = deque()  # offset and end of each chunk
+    def __init__(self, audio: NDArray[np.int16]) -> None:
+        self._audio = audio  # the memory
+        self._begin = self._end = 0  # of the oldest chunk, and of the newest
+        self._wrapped = 0  # if newer chunks are before the oldest one: where the chunks behind it end
+        self._count = 0  # chunks
 
-    def place(self, words: int) -> int | None:
-        """Return the offset of a new chunk, None if there is no space now."""
-        used = self._used
-        offset = 0
-        if used:
-            first, end = used[0][0], used[-1][1]
-            if end > first:  # free: from `end` to the end of the region, and up to `first`
-                if end + words <= self._words:
-                    offset = end
-                elif words > first:
-                    return None
-            elif end + words <= first:
-                offset = end
-            else:
+    @compiled(RegionFields)
+    def write(self, words: NDArray[np.int16]) -> int | None:
+        """Write a chunk and return its offset; None if there is no space now."""
+        offset, count = 0, len(words)
+        if not self._count:
+            self._begin = 0
+        elif self._wrapped:  # free: between the newest and the oldest
+            if self._end + count > self._begin:
                 return None
-        used.append((offset, offset + words))
+            offset = self._end
+        elif self._end + count <= len(self._audio):
+            offset = self._end
+        elif count <= self._begin:
+            self._wrapped = self._end
+        else:
+            return None
+        self._audio[offset : offset + count] = words
+        self._end = offset + count
+        self._count += 1
         return offset
 
-    def release(self) -> None:
-        """Release the oldest chunk."""
-        self._used.popleft()
+    @compiled(RegionFields)
+    def release(self, words: int) -> None:
+        """Release the oldest chunk, which has `words` words."""
+        self._count -= 1
+        self._begin += words
+        if self._wrapped and self._begin == self._wrapped:
+            self._begin = self._wrapped = 0
 
 
 # -- frames ------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from nemostream.bundle import Manifest
 from nemostream.errors import BackendError, CapacityError, NemostreamError, StreamError
 from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.compiled import Queue, RemoteFields, compiled
 from nemostream.runtime.streaming.items import WorkItem, new_output
 from nemostream.runtime.streaming.scheduler import BRANCH_ITEM, MODEL_CLOSED, STREAM_CLOSED, StreamScheduler
 from nemostream.runtime.streaming.snapshot import SavedArrays
@@ -71,9 +72,8 @@ class RemoteStream(StreamState):
 
     link: _EngineLink
     region: Region
-    audio: NDArray[np.int16]  # the memory of the region
     opened: bool = True  # whether the number was sent to the engine; that of a branch follows its source's items
-    sent: deque[WorkItem] = field(default_factory=deque)  # items at the engine, and branches between them
+    sent: Queue[WorkItem] = field(default_factory=Queue)  # items at the engine, and branches between them
     last_sent: bool = False  # whether `LAST` was sent
     saves: deque[Future[dict[str, SavedArrays]]] = field(default_factory=deque)  # requested with `SAVE`
 
@@ -101,8 +101,7 @@ class _EngineLink:
     def add(self, chunker: Chunker | None, listener: Listener | None, **fields: Any) -> RemoteStream:
         """Return a new stream. There must be a free number."""
         number = heapq.heappop(self.free)
-        audio = self.audio[number]
-        stream = RemoteStream(chunker, number, listener, link=self, region=Region(len(audio)), audio=audio, **fields)
+        stream = RemoteStream(chunker, number, listener, link=self, region=Region(self.audio[number]), **fields)
         self.streams[number] = stream
         return stream
 
@@ -130,7 +129,7 @@ class _EngineLink:
         return frames
 
 
-class RemoteScheduler(StreamScheduler):
+class RemoteScheduler(RemoteFields, StreamScheduler):
     """Runs streams at the engine process that is attached. Its callbacks run in the event loop `loop`.
 
     `on_engine_ended` is called when the engine process has ended. There is no backend and no thread here: `on_step` and
@@ -174,7 +173,7 @@ class RemoteScheduler(StreamScheduler):
         with self._lock:
             for kind, payload in link.reader(data):
                 if kind == RESULTS:
-                    self._process_results(link, Results.unpack(payload), changed)
+                    self._pass_results(link.streams, Results.unpack(payload), changed)
                 elif kind == ERROR:
                     stream = link.streams.get(STREAM.unpack_from(payload)[0])
                     if stream is not None and stream.error is None:
@@ -195,9 +194,11 @@ class RemoteScheduler(StreamScheduler):
                     stream.progress.notify_all()
         self._notify(list(changed))
 
-    def _process_results(self, link: _EngineLink, results: Results, changed: dict[RemoteStream, None]) -> None:
+    @compiled(RemoteFields)
+    def _pass_results(
+        self, streams: dict[int, RemoteStream], results: Results, changed: dict[RemoteStream, None]
+    ) -> None:
         """Pass the results of a step to its streams. Called with the lock held."""
-        streams = link.streams
         tokens, positions = results.tokens.tolist(), results.positions.tolist()
         scores, sum_p_alpha = results.scores.tolist(), results.sum_p_alpha.tolist()
         at = end_at = 0
@@ -208,7 +209,7 @@ class RemoteScheduler(StreamScheduler):
                 pass
             stream.in_flight -= 1
             if item.kind == "run":
-                stream.region.release()
+                stream.region.release(len(_words_of(item)))
                 if stream.trace is not None:
                     stream.trace.ran(item, results.step)
             if stream.error is None:
@@ -218,7 +219,8 @@ class RemoteScheduler(StreamScheduler):
                     hypothesis.extend(tokens[row], positions[row], scores[row], sum_p_alpha[row])
                 found = results.utterance_ends(end_at, ends) if ends else ()
                 stream.outputs.append(new_output((item, len(hypothesis.tokens), found)))
-                self._begin_branches(stream, changed)
+                if sent:
+                    self._begin_branches(stream, changed)
                 if stream.items or stream.ended:
                     self._send_items(stream, changed)
                 changed[stream] = None
@@ -269,6 +271,10 @@ class RemoteScheduler(StreamScheduler):
             self._event_loop.remove_writer(link.socket)
 
     # -- called by the streams' threads --------------------------------------------------------------------------------
+
+    @compiled(RemoteFields)
+    def accept(self, stream: StreamState, samples_N: NDArray[Any]) -> None:
+        super().accept(stream, samples_N)
 
     def open(
         self, chunker: Chunker | None, listener: Listener | None = None, block: bool = False, **fields: Any
@@ -372,8 +378,13 @@ class RemoteScheduler(StreamScheduler):
 
     # -- called with the lock held -------------------------------------------------------------------------------------
 
+    @compiled(RemoteFields)
     def _send_items(self, stream: RemoteStream, changed: dict[RemoteStream, None]) -> None:
         """Send a stream's items, as far as there is space for their audio. Adds branches that begin to `changed`."""
+        self._send_others(stream, changed)
+
+    def _send_others(self, stream: RemoteStream, changed: dict[RemoteStream, None]) -> None:
+        """`_send_items`, of which the C function only covers chunks of int16 audio."""
         link, number = stream.link, stream.slot
         if number is None or not stream.opened:
             return
@@ -385,16 +396,12 @@ class RemoteScheduler(StreamScheduler):
                 continue
             kind = ITEM_KINDS[item.kind]
             if kind == RUN:
-                words = item.audio
-                if words.dtype is _INT16:
+                if item.audio.dtype is _INT16:
                     kind = RUN_INT16
-                else:
-                    words = words.view(_INT16)
-                place = stream.region.place(len(words))
+                place = stream.region.write(_words_of(item))
                 if place is None:
                     return
                 offset = place
-                stream.audio[offset : offset + len(words)] = words
                 if item.block is not None and stream.chunker is not None:
                     stream.chunker.recycle(item.block)
             stream.items.popleft()
@@ -469,6 +476,11 @@ class RemoteScheduler(StreamScheduler):
                 self._cancel(cast(RemoteStream, branch), copy_of(error), changed)
         if stream.progress is not None:
             stream.progress.notify_all()
+
+
+def _words_of(item: WorkItem) -> NDArray[np.int16]:
+    """Return the audio of a chunk as it is in a region."""
+    return cast(NDArray[np.int16], item.audio if item.audio.dtype is _INT16 else item.audio.view(_INT16))
 
 
 def _is_done(stream: StreamState) -> bool:

@@ -88,7 +88,7 @@ def run(clock: VirtualClock, main: Coroutine[Any, Any, Any]) -> Any:
 
 
 class FakeStream:
-    """Stands in for `AsyncLiveStream`: records calls, and returns the events that the test sets."""
+    """Stands in for `AsyncLiveStream` and its session: records calls, and returns the events that the test sets."""
 
     def __init__(self, model: FakeModel, sample_rate: int, channels: int, options: dict[str, Any]) -> None:
         self._model = model
@@ -99,7 +99,7 @@ class FakeStream:
         self.steps = 0
         self.closed = 0
         self.calls: list[Any] = []  # in order: the samples of each push, or the name of another call
-        self.feeds_at_once = not options.get("vad")
+        self.session, self.has_vad, self.end_sample = self, bool(options.get("vad")), 0
         self.on_progress: Callable[[], None] | None = None
         self.feeding = False
         self._pending = 0  # calls of `feed` whose audio is not processed yet
@@ -128,6 +128,9 @@ class FakeStream:
         self.calls.append(np.array(pcm))
         return await self._process("push", len(pcm))
 
+    def listen(self, on_progress: Callable[[], None]) -> None:
+        self.on_progress = on_progress
+
     def feed(self, pcm: np.ndarray[Any, Any]) -> None:
         self.calls.append(np.array(pcm))
         if self._model.error and not self._model.seconds:
@@ -146,12 +149,11 @@ class FakeStream:
         if self.on_progress and self._model.seconds:
             self.on_progress()
 
-    def settled(self) -> bool:
-        if self._model.error and not self._pending:
+    def poll(self) -> list[Event] | None:
+        if self._pending:
+            return None
+        if self._model.error:
             raise self._model.error
-        return not self._pending
-
-    def events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 

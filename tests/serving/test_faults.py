@@ -321,7 +321,7 @@ def test_nan_in_one_stream_does_not_affect_others(serve_here: Any, spoken: Any) 
                 socket.send(spoken[0].pcm[:HALF])
             wait_until(lambda: running.metric("nemostream_audio_seconds_total") == 4 * HALF / 32000)
             (session,) = [s for s in running.service.sessions if s is newest(running)]
-            model._scheduler._backend._state.v[:, session._stream._session._stream.slot] = np.nan
+            model._scheduler._backend._state.v[:, session._stream.session._stream.slot] = np.nan
             for socket in (*healthy, broken):
                 socket.send(spoken[0].pcm[HALF:])
             assert "not finite" in last_event(broken)["message"]

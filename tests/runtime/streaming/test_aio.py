@@ -273,7 +273,7 @@ def held_step(backend: Any) -> tuple[threading.Event, threading.Event]:
 
 def test_each_event_loop_is_woken_once_per_step_that_has_one_of_its_streams(two_loops: Any, fake: Any) -> None:
     _, backend, loops = two_loops
-    slots = [{stream._session._stream.slot for stream in loop.streams} for loop in loops]
+    slots = [{stream.session._stream.slot for stream in loop.streams} for loop in loops]
     backend.batches.clear()
     entered, released = held_step(backend)
     first = loops[0].streams[0]
@@ -281,7 +281,7 @@ def test_each_event_loop_is_woken_once_per_step_that_has_one_of_its_streams(two_
     assert entered.wait(TIMEOUT)  # while this step runs, all streams become ready
     queued = [loop.start("push", noise(2, 1280)) for loop in loops]
     deadline = time.monotonic() + TIMEOUT
-    while sum(len(stream._session._stream.items) for loop in loops for stream in loop.streams) < 6:
+    while sum(len(stream.session._stream.items) for loop in loops for stream in loop.streams) < 6:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     for loop in loops:
@@ -290,7 +290,7 @@ def test_each_event_loop_is_woken_once_per_step_that_has_one_of_its_streams(two_
     for future in queued:
         assert len(future.result(TIMEOUT)) == 3
     steps = [set(batch) for _, batch in backend.batches]
-    assert steps == [{first._session._stream.slot}, slots[0] | slots[1]]
+    assert steps == [{first.session._stream.slot}, slots[0] | slots[1]]
     for loop, its_slots in zip(loops, slots, strict=True):
         # The last call of a step may follow the result that ends this wait, but only by the time to call the loops.
         expected = [backend.thread] * sum(bool(step & its_slots) for step in steps)
@@ -306,7 +306,7 @@ def test_a_closed_event_loop_cancels_only_its_own_streams(two_loops: Any, fake: 
     entered, released = held_step(backend)
     # Feed without waiting, as a task that was cancelled has done.
     for stream in closed.streams:
-        stream._session.feed(noise(1, 1280))
+        stream.session.feed(noise(1, 1280))
     results = running.start("push", noise(2, 9000))
     assert entered.wait(TIMEOUT)
     closed.close()
@@ -314,7 +314,7 @@ def test_a_closed_event_loop_cancels_only_its_own_streams(two_loops: Any, fake: 
     results.result(TIMEOUT)
     for stream in closed.streams:
         with pytest.raises(StreamError, match="the stream was closed"):
-            stream._session.wait()
+            stream.session.wait()
     wanted = fake.expected(np.concatenate([noise(0, 199), noise(2, 9000)]), model.manifest.decoder.vocabulary)[0]
     for result in running.start("finish").result(TIMEOUT):
         assert [token.id for token in result.tokens] == wanted

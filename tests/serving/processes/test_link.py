@@ -29,36 +29,42 @@ OPERATIONS = st.lists(st.one_of(st.sampled_from([1, 2, 7, 14]), st.just(0)), max
 def test_chunks_in_a_region_never_overlap(operations: list[int]) -> None:
     """The model: a set of occupied positions. A chunk that fits behind the newest or at the beginning is placed."""
     size = 28
-    region, held = link.Region(size), []
+    audio = np.zeros(size, np.int16)
+    region, held = link.Region(audio), list[tuple[int, int]]()
     for samples in operations:
         if samples == 0:
             if held:
-                region.release()
-                held.pop(0)
+                offset, length = held.pop(0)
+                assert set(audio[offset : offset + length].tolist()) == {length}
+                region.release(length)
             continue
         occupied = {position for offset, length in held for position in range(offset, offset + length)}
-        offset = region.place(samples)
+        place = region.write(np.full(samples, samples, np.int16))
         end = sum(held[-1]) if held else 0
         candidates = [
             start for start in (end, 0) if start + samples <= size and not occupied & set(range(start, start + samples))
         ]
-        if offset is None:
+        if place is None:
             # No space where the next chunk of a ring can be: behind the newest, or at the beginning if that is not
             # used since the newest chunk was placed.
             assert held and (not candidates or (candidates == [0] and end <= held[0][0]))
         else:
-            assert offset in candidates
-            held.append((offset, samples))
+            assert place in candidates
+            held.append((place, samples))
 
 
 def test_an_empty_region_begins_anew() -> None:
-    region = link.Region(28)
+    region = link.Region(np.zeros(28, np.int16))
+
+    def write(words: int) -> int | None:
+        return region.write(np.zeros(words, np.int16))
+
     for _ in range(5):
-        assert region.place(7) == 0
-        region.release()
-    assert [region.place(14), region.place(14), region.place(1)] == [0, 14, None]
-    region.release()
-    assert [region.place(14), region.place(1)] == [0, None]
+        assert write(7) == 0
+        region.release(7)
+    assert [write(14), write(14), write(1)] == [0, 14, None]
+    region.release(14)
+    assert [write(14), write(1)] == [0, None]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.binary(max_size=40)), max_size=20), st.data())

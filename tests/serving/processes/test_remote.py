@@ -174,7 +174,7 @@ async def run_stream(model: Any, seed: int, options: Any, actions: Any) -> list[
     random, events = np.random.default_rng(seed), []
     scheduler, branches = model._scheduler, []
     async with model.astream(**options) as stream:
-        session = stream._session
+        session = stream.session
         await asyncio.sleep(0)  # all streams are opened before the first branch takes a slot
         for kind, *values in actions:
             if kind == "push":
