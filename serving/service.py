@@ -106,7 +106,6 @@ class Service:
         self._clients: Counter[str] = Counter()  # live streams by client
         self._model: Model | None = None
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
-        self._latency_metrics: dict[int, Any] = {}  # by chunk size
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
         self._trimmer = Trimmer()
         self._tracing: Tracing | None = None
@@ -489,14 +488,11 @@ class Service:
 
     def record_audio(self, seconds: float) -> None:
         """Count audio that a session received."""
-        self.metrics.audio.inc(seconds)
+        self.metrics.record_audio(seconds)
 
     def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
         """Record the time from a message to its results. `budget` is the duration of the message, or of its chunk."""
-        latency = self._latency_metrics.get(chunk_ms)
-        if latency is None:  # `labels` takes longer than `observe`
-            latency = self._latency_metrics[chunk_ms] = self.metrics.latency.labels(chunk_ms)
-        latency.observe(seconds)
+        self.metrics.record_latency(chunk_ms, seconds)
         self._add_latency(seconds / budget)
 
     def _add_latency(self, chunks: float) -> None:

@@ -125,7 +125,7 @@ class Row:
         self._kinds, self._clients = board._kinds[transport], board._clients[transport]
         self._sizes = board._sizes[transport]
         self._free = list(range(len(self._kinds)))[::-1]
-        self._latencies = board._latencies[transport]
+        self._latencies: memoryview[float] = memoryview(cast(Any, board._latencies[transport]))
         self._latency_count: memoryview[int] = _item(board._latency_counts, transport)
         self._audio: memoryview[float] = _item(board._audio, transport)
         self._sessions: memoryview[int] = _item(board._sessions, transport)

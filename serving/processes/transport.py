@@ -246,6 +246,7 @@ class TransportService(Service):
     def session_closed(self, session: Session) -> None:
         """Remove a session that was closed."""
         super().session_closed(session)
+        self.metrics.flush()
         self._remove(self._entries, session)
         self._remove(self._lanes, session)
         self._row.set_sessions(len(self.sessions))
@@ -301,6 +302,7 @@ class TransportService(Service):
         """
         for second in itertools.count(1):
             await asyncio.sleep(1)
+            self.metrics.flush()  # for the other processes
             self.update_lanes()
             if second % CLEANUP_SECONDS == 0:
                 await self.clean_up()
