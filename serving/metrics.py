@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import prometheus_client.values
@@ -25,10 +23,9 @@ _TRANSPORTS = ("websocket", "riva", "realtime", "http")
 _REJECTIONS = ("CapacityError", "Draining", "OptionError")
 _DENIALS = ("key", "origin", "host")
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where `prometheus_client` keeps the values of several processes
-_MAX_PENDING = 1024  # messages that are recorded together
 
 
-class _LatencyHistogram(Histogram):
+class BatchHistogram(Histogram):
     def observe_all(self, values: Sequence[float]) -> None:
         """Observe values, in less time than one by one."""
         counts = np.bincount(np.searchsorted(self._upper_bounds, values), minlength=len(self._buckets))
@@ -38,14 +35,14 @@ class _LatencyHistogram(Histogram):
                 bucket.inc(count)
 
 
-class _Flush(Collector):
-    """The first collector of a registry: what was recorded becomes part of the metrics that are collected next."""
+class _BeforeCollect(Collector):
+    """The first collector of a registry, without metrics."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        self._metrics.flush()
+        self._metrics.on_collect()
         return ()
 
 
@@ -53,18 +50,14 @@ class Metrics:
     """The metrics of one server, in a registry of their own: several servers may run in one process.
 
     With `shared`, `text` has the metrics of all processes of the server: sums, also of gauges (`share_metrics`).
-
-    Audio and latencies of messages are recorded many at a time, because a message takes little more time than
-    recording it. They are complete in what is read from `registry`; other processes see them after `flush`.
+    `on_collect` is called, on any thread, before the metrics of this process are collected.
     """
 
     def __init__(self, shared: bool = False) -> None:
         self._shared = shared
         self.registry = registry = CollectorRegistry()
-        registry.register(_Flush(self))  # before all metrics
-        self._audio = list[float]()  # of messages, in seconds
-        self._latencies: dict[int, list[float]] = defaultdict(list)  # of messages, in seconds, by chunk size
-        self._lock = threading.Lock()  # for `flush`
+        self.on_collect: Callable[[], None] = lambda: None
+        registry.register(_BeforeCollect(self))  # before all metrics
         self._info = _gauge(
             registry, "nemostream_info", "The server; the value is 1.", ["version", "model", "device", "transports"]
         )
@@ -131,7 +124,7 @@ class Metrics:
             registry=registry,
         )
         self.batch = Histogram("nemostream_step_streams", "Streams per step.", buckets=_STREAMS, registry=registry)
-        self.latency = _LatencyHistogram(
+        self.latency = BatchHistogram(
             "nemostream_latency_seconds",
             "Time from receiving the last audio of a chunk to its result.",
             ["chunk_ms"],
@@ -160,29 +153,6 @@ class Metrics:
         self._info.labels(nemostream.__version__, model, device, transports).set(1)
         self._started.set(time.time())
 
-    def record_audio(self, seconds: float) -> None:
-        """Count the audio of a message."""
-        audio = self._audio
-        audio.append(seconds)
-        if len(audio) >= _MAX_PENDING:
-            self.flush()
-
-    def record_latency(self, chunk_ms: int, seconds: float) -> None:
-        """Record the latency of a message."""
-        latencies = self._latencies[chunk_ms]
-        latencies.append(seconds)
-        if len(latencies) >= _MAX_PENDING:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add what was recorded to the metrics. May be called on any thread."""
-        with self._lock:
-            if audio := _take(self._audio):
-                self.audio.inc(math.fsum(audio))
-            for chunk_ms, recorded in list(self._latencies.items()):
-                if latencies := _take(recorded):
-                    self.latency.labels(chunk_ms).observe_all(latencies)
-
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._all())
@@ -194,18 +164,10 @@ class Metrics:
     def _all(self) -> CollectorRegistry:
         if not self._shared:
             return self.registry
-        self.flush()
+        self.on_collect()
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
         return registry
-
-
-def _take(values: list[float]) -> list[float]:
-    """Remove and return the values of a list to which another thread may append."""
-    count = len(values)
-    taken = values[:count]
-    del values[:count]
-    return taken
 
 
 def share_metrics(folder: str, process: str) -> None:

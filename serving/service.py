@@ -20,7 +20,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,6 +67,7 @@ _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are 
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
 _MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
+_MAX_NEW_LATENCIES = 1024  # that are not in the metrics yet
 CLEANUP_SECONDS = 15  # between two calls of `Service.clean_up`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000
@@ -106,6 +107,11 @@ class Service:
         self._clients: Counter[str] = Counter()  # live streams by client
         self._model: Model | None = None
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
+        self._add_latency: Callable[[float], None] = self._latencies.append
+        self._audio = self._counted_audio = 0.0  # seconds of audio received, and how many of them the metrics have
+        self._new_latencies: dict[int, list[float]] = defaultdict(list)  # not in the metrics yet, by chunk size
+        self._metrics_lock = threading.Lock()
+        self.metrics.on_collect = self.update_metrics
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
         self._trimmer = Trimmer()
         self._tracing: Tracing | None = None
@@ -488,16 +494,29 @@ class Service:
 
     def record_audio(self, seconds: float) -> None:
         """Count audio that a session received."""
-        self.metrics.record_audio(seconds)
+        self._audio += seconds
 
     def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
         """Record the time from a message to its results. `budget` is the duration of the message, or of its chunk."""
-        self.metrics.record_latency(chunk_ms, seconds)
+        latencies = self._new_latencies[chunk_ms]
+        latencies.append(seconds)
+        if len(latencies) >= _MAX_NEW_LATENCIES:
+            self.update_metrics()
         self._add_latency(seconds / budget)
 
-    def _add_latency(self, chunks: float) -> None:
-        """Add a latency, in chunks, to those of this second."""
-        self._latencies.append(chunks)
+    def update_metrics(self) -> None:
+        """Add what was recorded since the last call to the metrics. May be called on any thread.
+
+        Many messages at a time: adding each of them would take a tenth of the time for a message.
+        """
+        with self._metrics_lock:
+            audio = self._audio
+            self.metrics.audio.inc(audio - self._counted_audio)
+            self._counted_audio = audio
+            for chunk_ms, latencies in list(self._new_latencies.items()):
+                if count := len(latencies):  # more may be appended meanwhile
+                    self.metrics.latency.labels(chunk_ms).observe_all(latencies[:count])
+                    del latencies[:count]
 
     def record_fallback(self, error: NemostreamError) -> None:
         """Count a final with tokens of the small chunks because the accurate lane failed. Called on any thread."""
@@ -602,14 +621,14 @@ class Service:
 
     async def monitor(self) -> None:
         """Update the load once per second, and clean up now and then, until cancelled."""
-        audio = self._audio_seconds()
+        audio = self._audio
         for second in itertools.count(1):
             await asyncio.sleep(1)
             if second % CLEANUP_SECONDS == 0:
                 await self.clean_up()
             with self._lock:
                 step_seconds, self._step_seconds = self._step_seconds, 0.0
-            before, audio = audio, self._audio_seconds()
+            before, audio = audio, self._audio
             self.metrics.real_time.set(step_seconds / (audio - before) if audio > before else 0.0)
             latencies = list(self._latencies)
             self._latencies.clear()
@@ -656,9 +675,6 @@ class Service:
     def _set_engine_state(self, state: Literal["ready", "failed"]) -> None:
         if self.state != "draining":
             self.state = state
-
-    def _audio_seconds(self) -> float:
-        return self.metrics.registry.get_sample_value("nemostream_audio_seconds_total") or 0.0
 
 
 class StepRecorder:

@@ -146,6 +146,7 @@ class Session:
         else:
             session = model.open_session(self._rate, self._channels, snapshot=snapshot, **options)
             self._stream = AsyncLiveStream(session)
+        self._needs_task = normalizer is not None or self._stream.session.has_vad  # for each message
         self._on_pushed: OnPushed | None = None  # of a call of `start_push` whose audio is not decoded yet
         self._push_start = 0.0, 0.0, 0  # of the last call: the time, seconds of its audio, the stream's steps
         self._pending_seconds, self._pending_at = 0.0, clock()  # leaky bucket of `pace`
@@ -212,7 +213,7 @@ class Session:
         and with VAD or inverse text normalization.
         """
         size, now = len(data), self._clock()
-        limits, stream = self._limits, self._stream
+        limits = self._limits
         seconds = (max(size, _MIN_MESSAGE_BYTES) + message_bytes) / limits.max_bytes_per_second
         pending = self._pending_seconds - (now - self._pending_at)
         pending = pending + seconds if pending > 0 else seconds
@@ -220,8 +221,7 @@ class Session:
             pending > _BURST_SECONDS
             or size > self._decode.slice_bytes
             or size > limits.max_message_bytes
-            or self._normalizer is not None
-            or stream.session.has_vad
+            or self._needs_task
         ):
             return False
         self._pending_seconds, self._pending_at = pending, now
@@ -458,7 +458,8 @@ class Session:
 
     def _samples(self, data: bytes, last: bool = False) -> NDArray[Any]:
         """Decode a client's bytes. A WAV header among them sets the stream's sample rate and channels."""
-        self._check_open()
+        if self._ended:
+            self._check_open()
         pcm, decode = self._decode(data, last), self._decode
         if (decode.sample_rate, decode.channels) != (self._rate, self._channels):
             if self.audio:

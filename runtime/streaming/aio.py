@@ -27,9 +27,9 @@ class AsyncLiveStream:
     """
 
     def __init__(self, session: StreamSession) -> None:
-        self.session = session  # for callers that do not wait: they `listen`, `feed` it unless it has VAD, and `poll` it
+        self.session = session  # for callers that do not wait: they `listen`, and `feed` and `poll` it
         self._listener: _LoopListener | None = None  # once the event loop is known
-        self._progress = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the task that waits for progress
         self._feeding: asyncio.Task[None] | None = None  # the last call that `_feed` started on a thread
         self.on_progress: Callable[[], None] | None = None
 
@@ -160,11 +160,10 @@ class AsyncLiveStream:
     async def _wait(self) -> None:
         """Wait until every complete chunk is processed."""
         self._listen()
-        while True:
-            self._progress.clear()  # before the check: a change after the check sets it again
-            if self.session.settled():
-                return
-            await self._progress.wait()
+        loop = asyncio.get_running_loop()
+        while not self.session.settled():  # a change after the check wakes the loop after this task has begun to wait
+            self._waiter = loop.create_future()
+            await self._waiter
 
     def _listen(self) -> None:
         """Register at the listener of the running event loop, once."""
@@ -173,7 +172,9 @@ class AsyncLiveStream:
             self.session.notify(self._listener, self._wake)
 
     def _wake(self) -> None:
-        self._progress.set()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
         if self.on_progress is not None:
             self.on_progress()
 

@@ -245,15 +245,10 @@ class _SlicedParser:
         if not self._scheduled:
             self._parse()
 
-    def _guarded(self, feed: Callable[[bytes], object], data: bytes) -> bool:
-        """Call `feed`. Return False if it raised."""
-        try:
-            feed(data)
-        except Exception:  # an error of a parser ends only this connection
-            log.exception("connection failed", extra={"peer": self.peer})
-            self.transport.abort()
-            return False
-        return True
+    def _abort(self) -> None:
+        """End this connection after an error of a parser, and only this one. Called while the error is handled."""
+        log.exception("connection failed", extra={"peer": self.peer})
+        self.transport.abort()
 
     def _slice_size(self) -> int:
         """Return the number of bytes of the backlog to parse next."""
@@ -268,8 +263,10 @@ class _SlicedParser:
             size = self._slice_size()
             data = bytes(self._backlog[:size])
             del self._backlog[:size]
-            if not self._guarded(self.feed, data):
-                return
+            try:
+                self.feed(data)
+            except Exception:
+                return self._abort()
         if self._backlog:
             if not self._paused:
                 self._paused = True
@@ -426,11 +423,7 @@ class FrameSplitter:
         self._payload = 0  # bytes of the current fragment that are still to be received
         self._rest = 0  # bytes of the frame after the current fragment
         self._final, self._key = 0, b""
-
-    @property
-    def between_frames(self) -> bool:
-        """Whether all frames that were passed to it are complete."""
-        return not (self._payload or self._rest or self._head)
+        self.between_frames = True  # whether all frames that were passed to it are complete
 
     def __call__(self, data: bytes) -> bytes:
         output, position = bytearray(), 0
@@ -448,6 +441,7 @@ class FrameSplitter:
                 position += missing
                 if len(self._head) >= 2 and len(self._head) == self._head_size():
                     output += self._frame()
+        self.between_frames = not (self._payload or self._rest or self._head)
         return bytes(output)
 
     def _head_size(self) -> int:
@@ -610,7 +604,10 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         if self._backlog or self._scheduled or self._paused or self._frame_size(data) != len(data):
             super().data_received(data)
         elif not self.transport.is_closing():
-            self._guarded(self._receive_frame, data)
+            try:
+                self._receive_frame(data)
+            except Exception:
+                self._abort()
 
     def feed(self, data: bytes) -> None:
         if self.handshake_initiated:  # earlier data is the request
@@ -649,7 +646,8 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         if message is not None:
             self._waiting.append(message)
             self._deliver()
-            self._pause()
+            if self._waiting or not self._handling:
+                self._pause()
 
     def _receive_message(self, message: bytes | str) -> None:
         """Receive a message of the general parser, which may find many of them in one slice."""

@@ -127,7 +127,7 @@ class Row:
         self._free = list(range(len(self._kinds)))[::-1]
         self._latencies: memoryview[float] = memoryview(cast(Any, board._latencies[transport]))
         self._latency_count: memoryview[int] = _item(board._latency_counts, transport)
-        self._audio: memoryview[float] = _item(board._audio, transport)
+        self.audio: memoryview[float] = _item(board._audio, transport)  # seconds of received audio, to be added to
         self._sessions: memoryview[int] = _item(board._sessions, transport)
         self._open_lanes: memoryview[int] = _item(board._open_lanes, transport)
 
@@ -151,10 +151,6 @@ class Row:
     def set_open_lanes(self, count: int) -> None:
         """Set the number of accurate lanes that process audio."""
         self._open_lanes[0] = count
-
-    def add_audio(self, seconds: float) -> None:
-        """Add the duration of received audio."""
-        self._audio[0] += seconds
 
     def add_latency(self, chunks: float) -> None:
         """Record a latency, in chunks."""

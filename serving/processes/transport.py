@@ -132,6 +132,7 @@ class TransportService(Service):
         self._check_manifest = check_manifest
         self.uploads = SharedUploadAdmission(settings, self.metrics, row)
         self._row = row
+        self._add_latency = row.add_latency
         self._entries: dict[Session, int] = {}  # of the board, for live streams
         self._lanes: dict[Session, int] = {}  # entries of the board, for their accurate lanes
         self._admitted: list[int] = []  # entries of the stream that is being opened: its own, and that of its lane
@@ -246,7 +247,7 @@ class TransportService(Service):
     def session_closed(self, session: Session) -> None:
         """Remove a session that was closed."""
         super().session_closed(session)
-        self.metrics.flush()
+        self.update_metrics()
         self._remove(self._entries, session)
         self._remove(self._lanes, session)
         self._row.set_sessions(len(self.sessions))
@@ -269,11 +270,8 @@ class TransportService(Service):
 
     def record_audio(self, seconds: float) -> None:
         """Count audio that a session received."""
-        super().record_audio(seconds)
-        self._row.add_audio(seconds)
-
-    def _add_latency(self, chunks: float) -> None:
-        self._row.add_latency(chunks)
+        self._audio += seconds
+        self._row.audio[0] += seconds
 
     @property
     def is_late(self) -> bool:
@@ -302,7 +300,7 @@ class TransportService(Service):
         """
         for second in itertools.count(1):
             await asyncio.sleep(1)
-            self.metrics.flush()  # for the other processes
+            self.update_metrics()  # for the other processes
             self.update_lanes()
             if second % CLEANUP_SECONDS == 0:
                 await self.clean_up()

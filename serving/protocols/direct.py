@@ -10,6 +10,7 @@ servers, such as Ray Serve's, pass every message to the task.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ class DirectAudio:
     def __init__(
         self,
         scope: Mapping[str, Any],
-        start: Callable[[bytes | str, OnPushed], bool],
+        start: Callable[[OnPushed, bytes | str], bool],
         texts_of: Callable[[list[Event]], list[str]],
     ) -> None:
         self._connection: WebSocketProtocol | None = scope.get("nemostream.connection")
@@ -37,16 +38,13 @@ class DirectAudio:
 
     def __enter__(self) -> None:
         if self._connection is not None:
-            self._connection.attach(self._receive)
+            self._connection.attach(partial(self._start, self._send))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._connection is not None:
             self._connection.attach(None)
-
-    def _receive(self, message: bytes | str) -> bool:
-        return self._start(message, self._send)
 
     def _send(self, result: list[Event] | Exception) -> None:
         connection = self._connection

@@ -189,7 +189,7 @@ class _RealtimeConnection:
             param = error.param if isinstance(error, _EventError) else None
             await self._send(_error_event(str(error), code, event_id if isinstance(event_id, str) else None, param))
 
-    def _start_push(self, message: bytes | str, on_pushed: OnPushed) -> bool:
+    def _start_push(self, on_pushed: OnPushed, message: bytes | str) -> bool:
         """Start to process an `input_audio_buffer.append` of usual size; the task receives all other messages."""
         if isinstance(message, bytes) or len(message) > MAX_TEXT_CHARACTERS:
             return False

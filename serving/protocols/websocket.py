@@ -152,7 +152,7 @@ class _Connection:
     async def _end(self, finished: bool) -> None:
         await self._socket.close()
 
-    def _start_push(self, message: bytes | str, on_pushed: OnPushed) -> bool:
+    def _start_push(self, on_pushed: OnPushed, message: bytes | str) -> bool:
         return isinstance(message, bytes) and self._session.start_push(message, on_pushed)
 
     def _direct_texts(self, events: Iterable[Any]) -> list[str]:
@@ -302,8 +302,8 @@ class _ResumableConnection(_Connection):
                 if await connection.wait_closed():
                     await self._resumption.delete()
 
-    def _start_push(self, message: bytes | str, on_pushed: OnPushed) -> bool:
-        return super()._start_push(message, partial(self._pushed, len(message), on_pushed))
+    def _start_push(self, on_pushed: OnPushed, message: bytes | str) -> bool:
+        return super()._start_push(partial(self._pushed, len(message), on_pushed), message)
 
     def _pushed(self, size: int, on_pushed: OnPushed, result: list[Event] | Exception) -> None:
         """Pass on the messages of the events, which belong to the state from now on, whether or not they are sent."""

@@ -58,7 +58,7 @@ def test_a_transport_that_ended_leaves_nothing(file: int) -> None:
         row.add(Kind.UPLOAD, "one", 5)
         row.set_sessions(2)
         row.set_open_lanes(1 + index)
-        row.add_audio(1.5)
+        row.audio[0] += 1.5
     assert board.sessions == 4 and board.open_lanes == 3
     board.clear(0)
     assert (board.count(Kind.STREAM), board.count(Kind.UPLOAD), board.size(Kind.UPLOAD), board.sessions) == (1, 1, 5, 2)

@@ -256,7 +256,7 @@ def test_the_supervisor_measures_the_load_of_all_transports(monkeypatch: pytest.
             for _ in range(5 if slow else 0):
                 rows[1].add_latency(1.5)
             expected.update(1.5 if slow else 0.25, 3, False)
-            rows[1].add_audio(2.0)
+            rows[1].audio[0] += 2.0
             here._board.add_step(0.5)
 
         monkeypatch.setattr(supervisor.asyncio, "sleep", sleep)
