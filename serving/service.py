@@ -67,7 +67,7 @@ _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are 
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
 _MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
-_MAX_NEW_LATENCIES = 1024  # that are not in the metrics yet
+_MAX_MESSAGES = 1024  # whose latencies are not in the metrics yet
 CLEANUP_SECONDS = 15  # between two calls of `Service.clean_up`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000
@@ -109,7 +109,8 @@ class Service:
         self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # of this second, in chunks
         self._add_latency: Callable[[float], None] = self._latencies.append
         self._audio = self._counted_audio = 0.0  # seconds of audio received, and how many of them the metrics have
-        self._new_latencies: dict[int, list[float]] = defaultdict(list)  # not in the metrics yet, by chunk size
+        # Chunk size, latency and seconds of audio of messages that are not in the metrics yet
+        self._messages: list[tuple[int, float, float]] = []
         self._metrics_lock = threading.Lock()
         self.metrics.on_collect = self.update_metrics
         self._step_seconds, self._lock = 0.0, threading.Lock()  # of this second
@@ -496,16 +497,15 @@ class Service:
         """Count audio that a session received."""
         self._audio += seconds
 
-    def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
-        """Record the time from a message to its results. `budget` is the duration of the message, or of its chunk."""
-        latencies = self._new_latencies[chunk_ms]
-        latencies.append(seconds)
-        if len(latencies) >= _MAX_NEW_LATENCIES:
+    def record_latency(self, chunk_ms: int, seconds: float, audio_seconds: float) -> None:
+        """Record the time from a message with `audio_seconds` to its results."""
+        messages = self._messages
+        messages.append((chunk_ms, seconds, audio_seconds))
+        if len(messages) >= _MAX_MESSAGES:
             self.update_metrics()
-        self._add_latency(seconds / budget)
 
     def update_metrics(self) -> None:
-        """Add what was recorded since the last call to the metrics. May be called on any thread.
+        """Add what was recorded since the last call to the metrics and to the load. May be called on any thread.
 
         Many messages at a time: adding each of them would take a tenth of the time for a message.
         """
@@ -513,10 +513,15 @@ class Service:
             audio = self._audio
             self.metrics.audio.inc(audio - self._counted_audio)
             self._counted_audio = audio
-            for chunk_ms, latencies in list(self._new_latencies.items()):
-                if count := len(latencies):  # more may be appended meanwhile
-                    self.metrics.latency.labels(chunk_ms).observe_all(latencies[:count])
-                    del latencies[:count]
+            messages = self._messages[:]
+            del self._messages[: len(messages)]  # others may have been appended
+            latencies: dict[int, list[float]] = defaultdict(list)
+            for chunk_ms, seconds, audio_seconds in messages:
+                latencies[chunk_ms].append(seconds)
+                # The results of a message of several chunks can only come after all of them were received.
+                self._add_latency(seconds / max(chunk_ms / 1000, audio_seconds))
+            for chunk_ms, found in latencies.items():
+                self.metrics.latency.labels(chunk_ms).observe_all(found)
 
     def record_fallback(self, error: NemostreamError) -> None:
         """Count a final with tokens of the small chunks because the accurate lane failed. Called on any thread."""
@@ -630,8 +635,10 @@ class Service:
                 step_seconds, self._step_seconds = self._step_seconds, 0.0
             before, audio = audio, self._audio
             self.metrics.real_time.set(step_seconds / (audio - before) if audio > before else 0.0)
-            latencies = list(self._latencies)
-            self._latencies.clear()
+            self.update_metrics()
+            with self._metrics_lock:
+                latencies = list(self._latencies)
+                self._latencies.clear()
             self.update_load(percentile_90(latencies))
 
     async def clean_up(self) -> None:

@@ -52,8 +52,8 @@ class SessionObserver(Protocol):
     def record_audio(self, seconds: float) -> None:
         """Audio was received."""
 
-    def record_latency(self, chunk_ms: int, seconds: float, budget: float) -> None:
-        """A message was decoded in `seconds`; on time is up to `budget` seconds."""
+    def record_latency(self, chunk_ms: int, seconds: float, audio_seconds: float) -> None:
+        """A message with `audio_seconds` was decoded in `seconds`, in chunks of `chunk_ms`."""
 
     def record_utterance(self, session: Session, event: Event) -> None:
         """An utterance is final."""
@@ -201,7 +201,7 @@ class Session:
         events = await self.push_pcm(pcm)
         seconds = len(pcm) / self._rate
         if self._stream.steps > steps and seconds <= _MAX_LIVE_SECONDS:
-            self._record_latency(seconds, self._clock() - start)
+            self._observer.record_latency(self._stream.chunk_ms, self._clock() - start, seconds)
         return events
 
     def start_push(self, data: bytes, on_pushed: OnPushed, message_bytes: int = 0) -> bool:
@@ -267,7 +267,7 @@ class Session:
             started, seconds, steps = self._push_start
             self._quiet_since = now = self._clock()
             if session.steps > steps:
-                self._record_latency(seconds, now - started)
+                self._observer.record_latency(session.chunk_ms, now - started, seconds)
         except Exception as error:
             result = error
         self._on_pushed = None
@@ -491,12 +491,6 @@ class Session:
             return
         self._texts.append(event.text)
         self._observer.record_utterance(self, event)
-
-    def _record_latency(self, audio_seconds: float, seconds: float) -> None:
-        """Record that a message with this much audio was decoded in `seconds`."""
-        # The results of a message of several chunks can only come after all of them were received.
-        chunk_ms = self._stream.session.chunk_ms
-        self._observer.record_latency(chunk_ms, seconds, max(chunk_ms / 1000, audio_seconds))
 
 
 def _slice_samples(rate: int, channels: int) -> int:

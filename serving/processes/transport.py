@@ -37,6 +37,7 @@ from nemostream.serving.session import Session
 from nemostream.serving.settings import MEMORY, Settings
 from nemostream.serving.uploads.admission import UploadAdmission
 
+_UPDATES = 10  # of the metrics per second: the supervisor evaluates the latencies of each second
 _POLL_SECONDS = 0.05  # between two checks whether other transports have open streams
 
 
@@ -298,11 +299,12 @@ class TransportService(Service):
 
         The supervisor measures the load.
         """
-        for second in itertools.count(1):
-            await asyncio.sleep(1)
+        for update in itertools.count(1):
+            await asyncio.sleep(1 / _UPDATES)
             self.update_metrics()  # for the other processes
-            self.update_lanes()
-            if second % CLEANUP_SECONDS == 0:
+            if update % _UPDATES == 0:
+                self.update_lanes()
+            if update % (_UPDATES * CLEANUP_SECONDS) == 0:
                 await self.clean_up()
 
 

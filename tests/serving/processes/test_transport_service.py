@@ -205,11 +205,14 @@ def test_latencies_are_recorded_for_the_supervisor(fakes: Any, file: int) -> Non
         one.record_latency(80, 0.25, 0.5)
         two.record_latency(160, 0.5, 0.25)
         two.record_latency(160, 0.25, 0.25)
+        two.record_latency(160, 0.08, 0.02)  # the budget of a message is at least a chunk
+        for service in (one, two):
+            service.update_metrics()
         board = Board(file, 2, 20)
-        assert [board.latencies(index, 0) for index in range(2)] == [([0.5], 1), ([2.0, 1.0], 2)]
+        assert [board.latencies(index, 0) for index in range(2)] == [([0.5], 1), ([2.0, 1.0, 0.5], 3)]
         assert not one._latencies and not two._latencies  # the supervisor evaluates them
         found = two.metrics.registry.get_sample_value("nemostream_latency_seconds_sum", {"chunk_ms": "160"})
-        assert found == 0.75
+        assert found == pytest.approx(0.83)
 
     asyncio.run(main())
 
@@ -415,13 +418,14 @@ def test_a_lane_that_failed_is_opened_again(fakes: Any, file: int, monkeypatch: 
 
         async def sleep(seconds: float) -> None:
             delays.append(seconds)
-            if len(delays) == 2:
+            if sum(delays) > 1.05:
                 raise asyncio.CancelledError
+            assert session.final_chunk_ms is None
 
         monkeypatch.setattr(asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
             await one.monitor()
-        assert delays == [1, 1] and session.final_chunk_ms == 560 and one._row.board.open_lanes == 1
+        assert session.final_chunk_ms == 560 and one._row.board.open_lanes == 1
 
     asyncio.run(main())
 
@@ -438,12 +442,12 @@ def test_a_transport_deletes_expired_states(
         one.states.put(current, 1, b"new")
         (folder,) = [path for path in store.iterdir() if path.name == stored_name(expired)]
         os.utime(folder, (0, 0))
-        seconds = 0
+        seconds = 0.0
 
         async def sleep(duration: float) -> None:
             nonlocal seconds
-            seconds += 1
-            if seconds == 17:
+            seconds += duration
+            if seconds > 16:
                 raise asyncio.CancelledError
 
         monkeypatch.setattr(asyncio, "sleep", sleep)

@@ -240,7 +240,7 @@ def test_errors_close_the_connection(serve_here: Any, spoken: Any, monkeypatch: 
                     raise ZeroDivisionError
 
                 with monkeypatch.context() as patch:
-                    patch.setattr(Session, "_record_latency", fail)
+                    patch.setattr(running.service, "record_latency", fail)
                     client.send(spoken[0].pcm[:30_000])
                     with pytest.raises(ConnectionClosed):
                         client.recv(30)
