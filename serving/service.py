@@ -67,7 +67,7 @@ _SPARE_SLOTS = 16  # beyond the maximum number of streams: for streams that are 
 _ADMITTED_SHARE = 0.5  # of the measured throughput; the rest is for the protocols and for steps that are not full
 _MAX_SAVES = 4  # states of streams that are stored at the same time
 _MAX_COMPILATIONS = 2  # clients whose phrases are compiled at the same time
-_MAX_MESSAGES = 1024  # whose latencies are not in the metrics yet
+_MAX_MESSAGES = 256  # whose latencies are not in the metrics yet
 CLEANUP_SECONDS = 15  # between two calls of `Service.clean_up`
 # For clients that set no limit. Every event contains the text of its utterance, so that must be bounded.
 _MAX_UTTERANCE_MS = 300_000

@@ -170,7 +170,7 @@ class Connections:
         for transport in list(self._sockets):
             # The peer of a WebSocket closes its side only when it is gone. While reading is paused no event reports
             # this, and the data that it sent before would keep its stream open for minutes.
-            if _peer_closed(transport):
+            if not transport.is_reading() and _peer_closed(transport):
                 transport.abort()
 
     def _evict(self, address: str | None) -> bool:
