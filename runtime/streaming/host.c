@@ -485,8 +485,8 @@ static PyObject *run_full_chunk(Chunker *self) {
 }
 
 // Append samples from `begin` on as far as they only need to be copied, and put up to `MAX_ITEMS` chunks that are full
-// into `items`. Return the number of samples that were appended; -1: error. If there are neither samples nor chunks,
-// the rest is a case for `_accept_parts`; otherwise it is to be appended next.
+// into `items`. Return the number of samples that were grown; -1: error. If there are neither samples nor chunks,
+// the rest is a case for `_accept_parts`; otherwise it is to be grown next.
 static Integer append(Chunker *self, PyArrayObject *from, Integer begin, PyObject **items, int *count) {
     Integer rest = PyArray_DIM(from, 0) - begin;
     PyArrayObject *to = vector(self->audio, PyArray_DESCR(from));
@@ -1112,7 +1112,7 @@ static PyMethodDef TokenList_methods[] = {FAST("make", TokenList_make), {0}};
 enum { EVENT_FIELDS = 11 };
 
 // What is used of `events.py`, whose module imports this one.
-static PyObject *Event_class, *Prefix_class, *append_short;
+static PyObject *Event_class, *Prefix_class, *grow_short;
 static PyObject *partial_fields;  // `__dict__` of a partial event; a copy is made faster than a new one
 
 static int load_events(void) {
@@ -1123,7 +1123,7 @@ static int load_events(void) {
     for (int i = 0; fields && i < EVENT_FIELDS; i++)
         if (PyDict_SetItem(fields, names[i], Py_None)) Py_CLEAR(fields);
     if (!fields || !(Event_class = attribute(module, "Event")) || !(Prefix_class = attribute(module, "_Prefix")) ||
-        !(append_short = attribute(module, "_append_short"))) {
+        !(grow_short = attribute(module, "_grow_short"))) {
         Py_XDECREF(fields);
         return -1;
     }
@@ -1153,7 +1153,8 @@ static PyObject *make_partial(PyObject **values) {
     return event;
 }
 
-// The text that one more token adds (`Detokenizer.add`). NULL, without an exception: it is decoded with others.
+// The text that one more token adds (`Detokenizer.add`). NULL, without an exception: it is decoded with others, or the
+// vocabulary has tags. Otherwise all tokens are visible, and none is a backchannel.
 static PyObject *added_text(Detokenizer *self, PyObject *id) {
     Py_ssize_t index = self->last == Py_None ? -1 : PyLong_AsSsize_t(id);
     PyObject *text = index < 0 ? NULL : PyTuple_GetItem(self->added_texts, index);
@@ -1165,20 +1166,19 @@ static PyObject *added_text(Detokenizer *self, PyObject *id) {
 static PyObject *next_partial(EventBuilder *self, PyObject *const *args, PyObject *set_language) {
     Py_ssize_t count = PyLong_AsSsize_t(args[1]);
     if (count != self->token_count + 1 || !PyList_Check(args[0]) || PyObject_Size(args[2])) return NULL;
-    if (!HAS_FIELDS((PyObject *)self, EventBuilder) || self->backchannel != Py_None) return NULL;
     Utterance *utterance = (Utterance *)self->current;
     if (!HAS_FIELDS(self->current, Utterance) || !PyUnicode_Check(set_language)) return NULL;
     if (!HAS_FIELDS(utterance->transcript, Transcript) || !HAS_FIELDS(utterance->detokenizer, Detokenizer)) return NULL;
     Transcript *transcript = (Transcript *)utterance->transcript;
     Token *token = (Token *)PyList_GetItem(args[0], count - 1);
-    if (!token || !HAS_FIELDS((PyObject *)token, Token) || token->language != Py_None) return NULL;
+    if (!HAS_FIELDS((PyObject *)token, Token)) return NULL;
     Py_ssize_t token_count = PyList_Size(transcript->tokens), part_count = PyList_Size(transcript->parts);
-    if (token_count < 1 || part_count != utterance->event_parts || PyObject_Size(utterance->invisible)) return NULL;
+    if (token_count < 1 || part_count != utterance->event_parts) return NULL;
     PyObject *text = added_text((Detokenizer *)utterance->detokenizer, token->id);
     if (!text || load_events()) return NULL;
-    PyObject *appended = PyObject_CallFunctionObjArgs(append_short, utterance->text_end, text, NULL);
-    PyObject *text_end = appended ? PyTuple_GetItem(appended, 0) : NULL;
-    PyObject *stable = appended ? PyTuple_GetItem(appended, 1) : NULL, *event = NULL;
+    PyObject *grown = PyObject_CallFunctionObjArgs(grow_short, utterance->text_end, text, NULL);
+    PyObject *text_end = grown ? PyTuple_GetItem(grown, 0) : NULL;
+    PyObject *stable = grown ? PyTuple_GetItem(grown, 1) : NULL, *event = NULL;
     if (!text_end || !stable) goto done;
     Integer stable_length = utterance->stable_length;
     if (stable != Py_None) stable_length = utterance->length + PyLong_AsLongLong(stable);
@@ -1210,7 +1210,7 @@ static PyObject *next_partial(EventBuilder *self, PyObject *const *args, PyObjec
     utterance->last_visible = token_count;
     self->token_count = count;
 done:
-    Py_XDECREF(appended);
+    Py_XDECREF(grown);
     return event;
 }
 
@@ -1220,11 +1220,9 @@ static PyObject *EventBuilder_step(PyObject *self, PyObject *const *args, Py_ssi
     PyObject *event = events ? next_partial((EventBuilder *)self, args, language) : NULL;
     if (event && PyList_Append(events, event)) Py_CLEAR(events);
     Py_XDECREF(event);
-    if (event || PyErr_Occurred()) {
-        if (!event) Py_CLEAR(events);
-        return events;
-    }
-    Py_DECREF(events);
+    if (event) return events;
+    Py_XDECREF(events);
+    if (PyErr_Occurred()) return NULL;
     return PyObject_CallMethodObjArgs(self, s__step, args[0], args[1], args[2], args[3], args[4], language, NULL);
 }
 

@@ -21,16 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nemostream.runtime.streaming.compiled import (
-    EventBuilderFields,
-    TranscriptFields,
-    UtteranceFields,
-    compiled,
-)
+from nemostream.runtime.streaming.compiled import EventBuilderFields, TranscriptFields, UtteranceFields, compiled
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.languages import AUTO, reported_language
-from nemostream.runtime.text.scripts import SHORT, WordBreaker
+from nemostream.runtime.text.scripts import SHORT, BreakerState, WordBreaker
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Token, Word, WordGrouper, join_words
 
@@ -188,15 +183,15 @@ class _Prefix(NamedTuple):
 
 
 # How a text ends: the state of its `WordBreaker`, and the number of characters of white space at its end.
-_TextEnd = tuple[bool, Any, Any, int]
+_TextEnd = tuple[BreakerState, int]
 
 
-def _append(text_end: _TextEnd, text: str) -> tuple[_TextEnd, int | None]:
+def _grow(text_end: _TextEnd, text: str) -> tuple[_TextEnd, int | None]:
     """Return how a text ends after another text is appended, and what `stable_length` is then.
 
     That is relative to the length of the text before; None if it does not change.
     """
-    *state, space = text_end
+    state, space = text_end
     breaker, length, stable = WordBreaker(*state), 0, None
     for part, kind in breaker.split(text):
         if kind == "space":
@@ -206,10 +201,10 @@ def _append(text_end: _TextEnd, text: str) -> tuple[_TextEnd, int | None]:
         elif kind == "word":
             stable = length
         length += len(part)
-    return (*breaker.state, space), stable
+    return (breaker.state, space), stable
 
 
-_append_short = lru_cache(1 << 13)(_append)  # for texts of few characters, most often of a token
+_grow_short = lru_cache(1 << 13)(_grow)  # for texts of few characters, most often of a token
 
 
 class _CurrentUtterance(UtteranceFields):
@@ -227,7 +222,7 @@ class _CurrentUtterance(UtteranceFields):
         self.last_visible = 0  # index of the last token that is not `Tokenizer.invisible`
         self.length = 0  # characters of the text
         self.stable_length = 0  # characters before the last word and the white space before it
-        self._text_end: _TextEnd = (*WordBreaker().state, 0)
+        self._text_end: _TextEnd = WordBreaker().state, 0
         self._invisible, self._detokenizer = tokenizer.invisible, Detokenizer(tokenizer)
 
     def add(self, tokens: Sequence[Token], set_language: str) -> None:
@@ -261,7 +256,7 @@ class _CurrentUtterance(UtteranceFields):
     def _append(self, text: str) -> None:
         """Append to the text, and update `stable_length`."""
         self.transcript.parts.append(text)
-        self._text_end, stable = (_append_short if len(text) <= SHORT else _append)(self._text_end, text)
+        self._text_end, stable = (_grow_short if len(text) <= SHORT else _grow)(self._text_end, text)
         if stable is not None:
             self.stable_length = self.length + stable
         self.length += len(text)

@@ -81,6 +81,7 @@ _Part = tuple[str, Kind]
 # How a text ends: with white space, a word that any text continues, even after a space ("opening"), a word that only
 # punctuation continues ("unspaced": of a script without spaces, or closed by punctuation after a space), or another.
 _End = Literal["space", "opening", "unspaced", "spaced"]
+BreakerState = tuple[bool, _End, _End]  # see `WordBreaker.state`
 
 
 def ends_unspaced(text: str) -> bool:
@@ -123,7 +124,7 @@ class WordBreaker:
         self._before_space = before_space  # how the text ends without its white space
 
     @property
-    def state(self) -> tuple[bool, _End, _End]:
+    def state(self) -> BreakerState:
         """The arguments of a breaker that continues this one."""
         return self._begun, self._end, self._before_space
 
@@ -174,9 +175,7 @@ class WordBreaker:
 
 
 @lru_cache(1 << 13)
-def _split_short(
-    piece: str, begun: bool, end: _End, before_space: _End
-) -> tuple[Sequence[_Part], tuple[bool, _End, _End]]:
+def _split_short(piece: str, begun: bool, end: _End, before_space: _End) -> tuple[Sequence[_Part], BreakerState]:
     """Return the parts of a text of few characters, most often of a token, and the state of the breaker after it."""
     breaker = WordBreaker(begun, end, before_space)
     return breaker._split(piece), breaker.state

@@ -63,9 +63,7 @@ class Tokenizer:
         self.added_texts = self._find_added_texts()
         self.word_starts = tuple(map(begins_word, self.texts))  # by id: whether it starts a word
         # By id: whether it is only punctuation that belongs to the preceding word, even after a space.
-        self.closing_punctuation = tuple(
-            bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self.texts
-        )
+        self.closing_punctuation = tuple(bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self.texts)
         # Tags and pieces of white space, if there are tags: they are not visible in a text that contains nothing else.
         spaces = {i for i, text in enumerate(self.texts) if text.isspace()} if self.tags else set()
         self.invisible = self.tags | spaces
@@ -159,11 +157,11 @@ class Detokenizer(DetokenizerFields):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._added_texts = tokenizer, tokenizer.added_texts
         self.text = ""
-        # The last token already in `text` if it has an added text and no byte piece follows it; otherwise None, and
-        self._last: int | None = None
-        # the last tokens already in `text`, with at least one character. SentencePiece drops a leading space, so new
+        # The last tokens already in `text`, with at least one character. SentencePiece drops a leading space, so new
         # tokens are decoded together with them.
         self._window = tokenizer.anchor
+        # Instead of the window: the last token, if it has an added text and no byte piece follows it
+        self._last: int | None = None
         self._incomplete: list[int] = []  # byte pieces of an incomplete character
         self._space = ""  # white space that was held back
         self._begun = False  # whether the text has a visible character; only used if the vocabulary has tags
@@ -171,10 +169,10 @@ class Detokenizer(DetokenizerFields):
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that the new ids add. `text` is not updated."""
         added = self._added_texts
-        if self._last is not None and ids:
+        if self._last is not None:
             texts = [text for id_ in ids if (text := added[id_]) is not None]
             if len(texts) == len(ids):  # most tokens: the result is the same without SentencePiece
-                self._last = ids[-1]
+                self._last = ids[-1] if ids else self._last
                 return "".join(texts)
             self._window, self._last = [self._last], None
         ids = [*self._incomplete, *ids]
