@@ -485,8 +485,8 @@ static PyObject *run_full_chunk(Chunker *self) {
 }
 
 // Append samples from `begin` on as far as they only need to be copied, and put up to `MAX_ITEMS` chunks that are full
-// into `items`. Return the number of samples that were grown; -1: error. If there are neither samples nor chunks,
-// the rest is a case for `_accept_parts`; otherwise it is to be grown next.
+// into `items`. Return the number of samples that were appended; -1: error. If there are neither samples nor chunks,
+// the rest is a case for `_accept_parts`; otherwise it is to be appended next.
 static Integer append(Chunker *self, PyArrayObject *from, Integer begin, PyObject **items, int *count) {
     Integer rest = PyArray_DIM(from, 0) - begin;
     PyArrayObject *to = vector(self->audio, PyArray_DESCR(from));
