@@ -108,7 +108,7 @@ class RegionFields:
 
 
 class PreprocessorFields:
-    __slots__ = ("_heads", "_max_unchanged", "received")
+    __slots__ = ("_heads", "_max_unchanged", "received", "sample_rate")
 
 
 class SilenceFields:
@@ -140,15 +140,58 @@ class TokenFields:
     __slots__ = ("confidence", "end", "id", "language", "score", "tag", "text", "time")
 
 
+class TranscriptFields:
+    __slots__ = ("_cache", "parts", "tokens")
+
+
+class DetokenizerFields:
+    __slots__ = ("_added_texts", "_begun", "_incomplete", "_last", "_space", "_tokenizer", "_window", "text")
+
+
+class UtteranceFields:
+    __slots__ = (
+        "_aggregation",
+        "_detokenizer",
+        "_invisible",
+        "_text_end",
+        "event_length",
+        "event_parts",
+        "event_tokens",
+        "grouper",
+        "language",
+        "last_visible",
+        "length",
+        "set_language",
+        "stable_length",
+        "start",
+        "transcript",
+    )
+
+
+class EventBuilderFields:
+    __slots__ = (
+        "_aggregation",
+        "_backchannel",
+        "_between_utterances",
+        "_current",
+        "_end_sample",
+        "_first_token",
+        "_number",
+        "_rate",
+        "_tokenizer",
+        "token_count",
+    )
+
+
 class TokenListFields:
     __slots__ = (
         "_confidence_of",
         "_delay",
         "_frame",
         "_language_of_tag",
-        "_piece",
         "_rate",
         "_tags",
+        "_texts",
         "languages",
         "tokens",
     )
@@ -159,7 +202,9 @@ if not TYPE_CHECKING:
         from nemostream.runtime.streaming._host import (  # noqa: F401
             BlockFields,
             ChunkerFields,
+            DetokenizerFields,
             EndpointerFields,
+            EventBuilderFields,
             GuardFields,
             HypothesisFields,
             PreprocessorFields,
@@ -173,6 +218,8 @@ if not TYPE_CHECKING:
             StreamFields,
             TokenFields,
             TokenListFields,
+            TranscriptFields,
+            UtteranceFields,
             count_fork,
         )
     except ImportError:  # it was not compiled

@@ -52,7 +52,8 @@ typedef long long Integer;
 #define Region_FIELDS(T, R, I, B)                                                                                     \
     R(T, "_audio", audio) I(T, "_begin", begin) I(T, "_end", end) I(T, "_wrapped", wrapped) I(T, "_count", count)
 #define Preprocessor_FIELDS(T, R, I, B)                                                                               \
-    R(T, "_heads", heads) I(T, "received", received) I(T, "_max_unchanged", max_unchanged)
+    R(T, "_heads", heads) I(T, "received", received) I(T, "_max_unchanged", max_unchanged)                            \
+    I(T, "sample_rate", sample_rate)
 #define Silence_FIELDS(T, R, I, B)                                                                                    \
     I(T, "_zeros", zeros) I(T, "_max_zeros", max_zeros)
 #define Session_FIELDS(T, R, I, B)                                                                                    \
@@ -65,9 +66,25 @@ typedef long long Integer;
     R(T, "id", id) R(T, "text", text) R(T, "time", time) R(T, "end", end) R(T, "score", score)                        \
     R(T, "confidence", confidence) R(T, "language", language) R(T, "tag", tag)
 #define TokenList_FIELDS(T, R, I, B)                                                                                  \
-    R(T, "tokens", tokens) R(T, "languages", languages) R(T, "_piece", piece) R(T, "_tags", tags)                     \
+    R(T, "tokens", tokens) R(T, "languages", languages) R(T, "_texts", texts) R(T, "_tags", tags)                     \
     R(T, "_language_of_tag", language_of_tag) R(T, "_confidence_of", confidence_of) I(T, "_rate", rate)               \
     I(T, "_frame", frame) I(T, "_delay", delay)
+#define Transcript_FIELDS(T, R, I, B)                                                                                 \
+    R(T, "tokens", tokens) R(T, "parts", parts) R(T, "_cache", cache)
+#define Detokenizer_FIELDS(T, R, I, B)                                                                                \
+    R(T, "_added_texts", added_texts) R(T, "_last", last) R(T, "_tokenizer", tokenizer) R(T, "_window", window)       \
+    R(T, "_incomplete", incomplete) R(T, "_space", space) R(T, "text", text) B(T, "_begun", begun)
+#define Utterance_FIELDS(T, R, I, B)                                                                                  \
+    R(T, "transcript", transcript) R(T, "grouper", grouper) R(T, "_detokenizer", detokenizer)                         \
+    R(T, "_text_end", text_end) R(T, "start", start) R(T, "language", language) R(T, "set_language", set_language)    \
+    R(T, "_invisible", invisible) R(T, "_aggregation", aggregation) I(T, "event_length", event_length)                \
+    I(T, "event_parts", event_parts) I(T, "event_tokens", event_tokens) I(T, "last_visible", last_visible)            \
+    I(T, "length", length) I(T, "stable_length", stable_length)
+#define EventBuilder_FIELDS(T, R, I, B)                                                                               \
+    R(T, "_current", current) R(T, "_backchannel", backchannel) R(T, "_tokenizer", tokenizer)                         \
+    R(T, "_aggregation", aggregation) I(T, "_number", number) I(T, "token_count", token_count)                        \
+    I(T, "_first_token", first_token) I(T, "_end_sample", end_sample) I(T, "_rate", rate)                             \
+    B(T, "_between_utterances", between_utterances)
 
 #define REFERENCE(T, name, field) PyObject *field;
 #define INTEGER(T, name, field) Integer field;
@@ -94,6 +111,10 @@ STRUCT(Silence)
 STRUCT(Session)
 STRUCT(Token)
 STRUCT(TokenList)
+STRUCT(Transcript)
+STRUCT(Detokenizer)
+STRUCT(Utterance)
+STRUCT(EventBuilder)
 
 // A queue of objects: what is used of `collections.deque`. Every stream has several, so one has no memory of its own
 // until it is long.
@@ -108,6 +129,7 @@ typedef struct {
 static PyTypeObject *Queue_type, *Block_type, *Recording_type, *Chunker_type, *Stream_type, *Scheduler_type;
 static PyTypeObject *Hypothesis_type, *Endpointer_type, *Guard_type, *Token_type, *TokenList_type;
 static PyTypeObject *Preprocessor_type, *Silence_type, *Session_type, *Remote_type, *Region_type;
+static PyTypeObject *Transcript_type, *Detokenizer_type, *Utterance_type, *EventBuilder_type;
 static PyTypeObject *WorkItem, *StepOutput;
 static PyObject *int16_scale, *one, *no_ends, *run_kind;
 static PyArray_Descr *int16, *float32, *int64;
@@ -120,14 +142,16 @@ enum { KIND, CHUNK, END_SAMPLE, ORIGIN_SAMPLE, AUDIO, LENGTH, RESET_SLOT, PROMPT
 
 #define NAMES(name)                                                                                                   \
     name(CYCLE) name(WINDOW) name(_accept_parts) name(_begin_branches) name(_begins) name(_concatenate) name(_events) \
-    name(_feed) name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_poll) name(_process_items)  \
-    name(_record_output) name(_release_if_finished) name(_reset_before) name(_resize) name(_schedule_flush)           \
-    name(_scores) name(_send_others) name(_sum_p_alpha) name(_tokens) name(accept) name(acquire) name(arrivals)       \
-    name(check_process) name(count) name(counts) name(ends) name(enqueue) name(enqueued) name(frames) name(items)     \
-    name(link) name(locked) name(loop_suspected) name(ms) name(notify_all) name(opened) name(popleft) name(positions) \
-    name(raise_error) name(ran) name(region) name(release) name(resets_decoder) name(sample_positions) name(samples)  \
-    name(samples_per_frame) name(scores) name(seconds) name(sent) name(step) name(streams) name(sum_p_alpha)          \
-    name(take) name(token_count) name(tokens) name(tolist) name(utterance_ends)
+    name(_feed) name(_frames) name(_land_item) name(_notify_idle) name(_open_block) name(_poll) name(_prefix)         \
+    name(_process_items) name(_record_output) name(_release_if_finished) name(_reset_before) name(_resize)            \
+    name(_schedule_flush) name(_scores) name(_send_others) name(_step) name(_sum_p_alpha) name(_tokens) name(accept)  \
+    name(acquire) name(arrivals) name(audio) name(auto) name(check_process) name(chunk_ms) name(counts) name(end)     \
+    name(ends) name(enqueue) name(enqueued) name(frames) name(grouper) name(items) name(kind) name(language)          \
+    name(link) name(locked) name(loop_suspected) name(ms) name(notify_all) name(opened) name(positions)               \
+    name(raise_error) name(ran) name(reason) name(region) name(release) name(resets_decoder) name(sample_positions)   \
+    name(samples) name(samples_per_frame) name(scores) name(sent) name(set_language) name(start) name(step)           \
+    name(streams) name(sum_p_alpha) name(take) name(text_from) name(tokens) name(tokens_from) name(tolist)            \
+    name(utterance) name(utterance_ends)
 #define DECLARE(name) static PyObject *s_##name;
 #define INTERN(name)                                                                                                  \
     if (!(s_##name = PyUnicode_InternFromString(#name))) return -1;
@@ -179,6 +203,10 @@ FIELDS(Silence)
 FIELDS(Session)
 FIELDS(Token)
 FIELDS(TokenList)
+FIELDS(Transcript)
+FIELDS(Detokenizer)
+FIELDS(Utterance)
+FIELDS(EventBuilder)
 
 // -- helpers ----------------------------------------------------------------------------------------------------------
 
@@ -1337,7 +1365,7 @@ static PyObject *make_token(TokenList *self, PyObject *id, PyObject *position, P
     int tag = PySequence_Contains(self->tags, id);
     language = tag > 0 ? PyObject_CallFunctionObjArgs(self->language_of_tag, id, NULL) : incref(Py_None);
     token->id = incref(id);
-    token->text = PyObject_CallFunctionObjArgs(self->piece, id, NULL);
+    token->text = PyObject_GetItem(self->texts, id);
     token->time = PyFloat_FromDouble((double)sample / (double)self->rate);
     token->end = PyFloat_FromDouble((double)(sample + self->frame) / (double)self->rate);
     token->score = incref(score);
@@ -1349,7 +1377,7 @@ static PyObject *make_token(TokenList *self, PyObject *id, PyObject *position, P
 }
 
 static PyObject *make_tokens(TokenList *self, PyObject *hypothesis, Py_ssize_t begin, Py_ssize_t end) {
-    if (!self->tags || !self->piece || !self->language_of_tag || !self->confidence_of || !self->rate) {
+    if (!self->tags || !self->texts || !self->language_of_tag || !self->confidence_of || !self->rate) {
         PyErr_SetString(PyExc_AttributeError, "the list was not initialized");
         return NULL;
     }
@@ -1384,17 +1412,138 @@ static PyObject *TokenList_make(PyObject *self, PyObject *const *args, Py_ssize_
 static int extend_tokens(TokenList *self, PyObject *hypothesis, Py_ssize_t end) {
     Py_ssize_t begin = PyList_Size(self->tokens);
     if (begin < 0 || begin >= end) return begin < 0 ? -1 : 0;
-    PyObject *made = make_tokens(self, hypothesis, begin, end), *count = NULL;
-    Integer known;
-    int failed = !made || extend(self->tokens, made) || integer_of(self->languages, s_count, &known) ||
-                 !(count = PyLong_FromLongLong(known + end - begin)) ||
-                 PyObject_SetAttr(self->languages, s_count, count);
+    PyObject *made = make_tokens(self, hypothesis, begin, end);
+    int failed = !made || extend(self->tokens, made);
     Py_XDECREF(made);
-    Py_XDECREF(count);
     return failed ? -1 : 0;
 }
 
 static PyMethodDef TokenList_methods[] = {FAST("make", TokenList_make), {0}};
+
+// -- events -----------------------------------------------------------------------------------------------------------
+
+#define EVENT(name)                                                                                                   \
+    name(utterance) name(start) name(end) name(audio) name(chunk_ms) name(grouper) name(text_from) name(tokens_from)  \
+    name(language) name(set_language) name(_prefix)
+#define NAME(name) s_##name,
+enum { EVENT_FIELDS = 11 };
+
+// What is used of `events.py`, whose module imports this one.
+static PyObject *Event_class, *Prefix_class, *grow_short;
+static PyObject *partial_fields;  // `__dict__` of a partial event; a copy is made faster than a new one
+
+static int load_events(void) {
+    const char *module = "nemostream.runtime.text.events";
+    PyObject *names[] = {EVENT(NAME)};
+    if (partial_fields) return 0;
+    PyObject *fields = Py_BuildValue("{OsOO}", s_kind, "partial", s_reason, Py_None);
+    for (int i = 0; fields && i < EVENT_FIELDS; i++)
+        if (PyDict_SetItem(fields, names[i], Py_None)) Py_CLEAR(fields);
+    if (!fields || !(Event_class = attribute(module, "Event")) || !(Prefix_class = attribute(module, "_Prefix")) ||
+        !(grow_short = attribute(module, "_grow_short"))) {
+        Py_XDECREF(fields);
+        return -1;
+    }
+    partial_fields = fields;
+    return 0;
+}
+
+// Whether an object is of a class and has values for all its references.
+#define HAS_FIELDS(object, Type) (is(object, Type##_type) && is_complete(object, REFERENCES(Type)))
+
+static int is_complete(PyObject *object, int references) {
+    for (int i = 0; i < references; i++)
+        if (!((PyObject **)(object + 1))[i]) return 0;
+    return 1;
+}
+
+// A partial event with these fields. Takes the references, of which one may be NULL after an error.
+static PyObject *make_partial(PyObject **values) {
+    PyObject *names[] = {EVENT(NAME)}, *fields = PyDict_Copy(partial_fields), *event = NULL;
+    for (int i = 0; i < EVENT_FIELDS; i++) {
+        if (!values[i] || (fields && PyDict_SetItem(fields, names[i], values[i]))) Py_CLEAR(fields);
+        Py_XDECREF(values[i]);
+    }
+    if (fields) event = PyType_GenericAlloc((PyTypeObject *)Event_class, 0);
+    if (event && PyObject_GenericSetDict(event, fields, NULL)) Py_CLEAR(event);
+    Py_XDECREF(fields);
+    return event;
+}
+
+// The text that one more token adds (`Detokenizer.add`). NULL, without an exception: it is decoded with others, or the
+// vocabulary has tags. Otherwise all tokens are visible, and none is a backchannel.
+static PyObject *added_text(Detokenizer *self, PyObject *id) {
+    Py_ssize_t index = self->last == Py_None ? -1 : PyLong_AsSsize_t(id);
+    PyObject *text = index < 0 ? NULL : PyTuple_GetItem(self->added_texts, index);
+    return text == Py_None ? NULL : text;
+}
+
+// The partial event of a step with one more token, with text, of an utterance that has begun (`EventBuilder._step`).
+// NULL without an exception: it is another case, and nothing is changed.
+static PyObject *next_partial(EventBuilder *self, PyObject *const *args, PyObject *set_language) {
+    Py_ssize_t count = PyLong_AsSsize_t(args[1]);
+    if (count != self->token_count + 1 || !PyList_Check(args[0]) || PyObject_Size(args[2])) return NULL;
+    Utterance *utterance = (Utterance *)self->current;
+    if (!HAS_FIELDS(self->current, Utterance) || !PyUnicode_Check(set_language)) return NULL;
+    if (!HAS_FIELDS(utterance->transcript, Transcript) || !HAS_FIELDS(utterance->detokenizer, Detokenizer)) return NULL;
+    Transcript *transcript = (Transcript *)utterance->transcript;
+    Token *token = (Token *)PyList_GetItem(args[0], count - 1);
+    if (!HAS_FIELDS((PyObject *)token, Token)) return NULL;
+    Py_ssize_t token_count = PyList_Size(transcript->tokens), part_count = PyList_Size(transcript->parts);
+    if (token_count < 1 || part_count != utterance->event_parts) return NULL;
+    PyObject *text = added_text((Detokenizer *)utterance->detokenizer, token->id);
+    if (!text || load_events()) return NULL;
+    PyObject *grown = PyObject_CallFunctionObjArgs(grow_short, utterance->text_end, text, NULL);
+    PyObject *text_end = grown ? PyTuple_GetItem(grown, 0) : NULL;
+    PyObject *stable = grown ? PyTuple_GetItem(grown, 1) : NULL, *event = NULL;
+    if (!text_end || !stable) goto done;
+    Integer stable_length = utterance->stable_length;
+    if (stable != Py_None) stable_length = utterance->length + PyLong_AsLongLong(stable);
+    int begins_after = PyFloat_AsDouble(utterance->start) > PyFloat_AsDouble(token->end);
+    int detected = PyUnicode_CompareWithASCIIString(set_language, "auto") == 0;
+    if (PyErr_Occurred()) goto done;
+    PyObject *prefix[] = {
+        incref(utterance->transcript), PyLong_FromSsize_t(token_count + 1), PyLong_FromSsize_t(part_count + 1),
+        PyLong_FromLongLong(stable_length), incref(text),
+    };
+    event = make_partial((PyObject *[]){
+        PyLong_FromLongLong(self->number), incref(begins_after ? token->end : utterance->start), incref(token->end),
+        incref(args[3]), incref(args[4]), incref(utterance->grouper), PyLong_FromLongLong(utterance->event_length),
+        PyLong_FromLongLong(utterance->event_tokens), incref(detected ? utterance->language : set_language),
+        incref(set_language), named_tuple((PyTypeObject *)Prefix_class, 5, prefix),
+    });
+    if (!event) goto done;
+    if (PyList_Append(transcript->tokens, (PyObject *)token) || PyList_Append(transcript->parts, text)) {
+        Py_CLEAR(event);
+        goto done;
+    }
+    set(&((Detokenizer *)utterance->detokenizer)->last, incref(token->id));
+    set(&utterance->text_end, incref(text_end));
+    set(&utterance->set_language, incref(set_language));
+    utterance->stable_length = stable_length;
+    utterance->event_length = utterance->length += PyUnicode_GetLength(text);
+    utterance->event_parts = part_count + 1;
+    utterance->event_tokens = token_count + 1;
+    utterance->last_visible = token_count;
+    self->token_count = count;
+done:
+    Py_XDECREF(grown);
+    return event;
+}
+
+static PyObject *EventBuilder_step(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    if (given != 5 && !expect(given, 6)) return NULL;
+    PyObject *language = given > 5 ? args[5] : s_auto, *events = PyList_New(0);
+    PyObject *event = events ? next_partial((EventBuilder *)self, args, language) : NULL;
+    if (event && PyList_Append(events, event)) Py_CLEAR(events);
+    Py_XDECREF(event);
+    if (event) return events;
+    Py_XDECREF(events);
+    if (PyErr_Occurred()) return NULL;
+    return PyObject_CallMethodObjArgs(self, s__step, args[0], args[1], args[2], args[3], args[4], language, NULL);
+}
+
+static PyMethodDef EventBuilder_methods[] = {FAST("step", EventBuilder_step), {0}};
 
 // -- session ----------------------------------------------------------------------------------------------------------
 
@@ -1452,8 +1601,7 @@ static int consume(Session *self, PyObject *item) {
 
 // Consume outputs that cause no events. Return whether there are others; -1: error
 static int skip_quiet(Session *self, Queue *outputs) {
-    Integer known, count;
-    if (integer_of(self->event_builder, s_token_count, &known)) return -1;
+    Integer known = ((EventBuilder *)self->event_builder)->token_count, count;
     while (outputs->count) {
         PyObject *output = *place(outputs, 0);
         PyObject *item = Py_TYPE(output) == StepOutput ? PyTuple_GetItem(output, 0) : NULL;
@@ -1474,19 +1622,20 @@ static int skip_quiet(Session *self, Queue *outputs) {
 static PyObject *events_of(Session *self, Stream *stream, Queue *outputs) {
     PyObject *output = *place(outputs, 0), *item = Py_TYPE(output) == StepOutput ? PyTuple_GetItem(output, 0) : NULL;
     TokenList *tokens = (TokenList *)self->tokens;
+    Preprocessor *preprocessor = (Preprocessor *)self->preprocessor;
     if (!item || !is_item(item) || PyTuple_GetItem(item, KIND) != run_kind || outputs->count != 1) return NULL;
     if (PyTuple_GetItem(output, 2) != no_ends || !is(self->tokens, TokenList_type) || !tokens->tokens) return NULL;
-    if (!tokens->tags || PyObject_Size(tokens->tags) || !tokens->languages || !stream->hypothesis) return NULL;
-    if (!self->language_names || !self->preprocessor) return NULL;
+    if (!tokens->tags || PyObject_Size(tokens->tags) || !stream->hypothesis || !self->language_names) return NULL;
+    if (!is(self->preprocessor, Preprocessor_type) || !preprocessor->sample_rate) return NULL;
     PyObject *count = PyTuple_GetItem(output, 1), *seconds = NULL, *chunk_ms = NULL, *language = NULL, *events = NULL;
     Py_ssize_t end = PyLong_AsSsize_t(count);
     pop(outputs);  // `output` is released at the end
     if (!PyErr_Occurred() && !extend_tokens(tokens, stream->hypothesis, end) && !consume(self, item) &&
-        (seconds = PyObject_GetAttr(self->preprocessor, s_seconds)) &&
+        (seconds = PyFloat_FromDouble((double)preprocessor->received / (double)preprocessor->sample_rate)) &&
         (chunk_ms = PyLong_FromLongLong(self->chunk_ms)) &&
         (language = PyObject_GetItem(self->language_names, PyTuple_GetItem(item, PROMPT))))
-        events = PyObject_CallMethodObjArgs(
-            self->event_builder, s_step, tokens->tokens, count, no_ends, seconds, chunk_ms, language, NULL
+        events = EventBuilder_step(
+            self->event_builder, (PyObject *[]){tokens->tokens, count, no_ends, seconds, chunk_ms, language}, 6
         );
     Py_XDECREF(seconds);
     Py_XDECREF(chunk_ms);
@@ -1499,8 +1648,8 @@ static PyObject *Session_events(PyObject *object, PyObject *unused) {
     (void)unused;
     Session *self = (Session *)object;
     if (is_known(self) < 0) return NULL;
-    if (self->lanes == Py_None && !self->ended && self->event_builder && self->pending_outputs &&
-        !PyObject_Size(self->pending_outputs)) {
+    if (self->lanes == Py_None && !self->ended && is(self->event_builder, EventBuilder_type) &&
+        self->pending_outputs && !PyObject_Size(self->pending_outputs)) {
         Stream *stream = stream_of(self->stream);
         int others = stream ? skip_quiet(self, (Queue *)stream->outputs) : -1;
         if (others <= 0) return others ? NULL : PyList_New(0);
@@ -1543,7 +1692,7 @@ static PyObject *count_fork(PyObject *module, PyObject *unused) {
 }
 
 // Add a class of fields. `__slots__` has the names of its members: a dataclass creates slots for its other fields.
-// Without `traverse`, its objects are not tracked by the garbage collector: their fields are numbers and texts.
+// Without `traverse`, its objects are not tracked by the garbage collector: nothing that they refer to refers to them.
 static PyTypeObject *add_type(
     PyObject *module, const char *name, int size, newfunc new, void *traverse, void *clear, void *dealloc,
     PyMemberDef *members, PyMethodDef *methods
@@ -1616,6 +1765,10 @@ static int load(PyObject *module) {
     ADD_TYPE(Session, 1, NULL, Session_methods);
     ADD_TYPE(Token, 0, NULL, NULL);
     ADD_TYPE(TokenList, 1, NULL, TokenList_methods);
+    ADD_TYPE(Transcript, 0, NULL, NULL);
+    ADD_TYPE(Detokenizer, 0, NULL, NULL);
+    ADD_TYPE(Utterance, 0, NULL, NULL);
+    ADD_TYPE(EventBuilder, 0, NULL, EventBuilder_methods);
     return 0;
 }
 

@@ -19,7 +19,10 @@ from nemostream.runtime.text.words import Token
 
 
 class TokenList(TokenListFields):
-    """The `Token`s of a stream, made from its hypothesis, and its language tags. `tokens` is appended to in place."""
+    """The `Token`s of a stream, made from its hypothesis, and its language tags. `tokens` is appended to in place.
+
+    `languages` is empty, without a count, if the vocabulary has no tags.
+    """
 
     __slots__ = ()
 
@@ -28,7 +31,7 @@ class TokenList(TokenListFields):
         self.languages = LanguageTags()
         self._rate, self._frame = manifest.features.sample_rate, manifest.samples_per_frame
         self._delay = delay_ms * self._rate // 1000  # samples
-        self._piece, self._tags, self._language_of_tag = tokenizer.piece, tokenizer.tags, tokenizer.languages.get
+        self._texts, self._tags, self._language_of_tag = tokenizer.texts, tokenizer.tags, tokenizer.languages.get
         self._confidence_of = confidence.token_measure(manifest.decoder.vocabulary + 1)
 
     def extend(self, hypothesis: Hypothesis, count: int) -> None:
@@ -37,8 +40,6 @@ class TokenList(TokenListFields):
         self.tokens += new
         if self._tags:
             self.languages.extend(token.language for token in new)
-        else:
-            self.languages.count += len(new)
 
     @compiled(TokenListFields)
     def make(self, hypothesis: Hypothesis, begin: int, end: int) -> list[Token]:
@@ -53,7 +54,7 @@ class TokenList(TokenListFields):
             tokens.append(
                 Token(
                     id=id_,
-                    text=self._piece(id_),
+                    text=self._texts[id_],
                     time=position / rate,
                     end=(position + frame) / rate,
                     score=score,

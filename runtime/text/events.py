@@ -15,16 +15,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemostream.runtime.streaming.compiled import EventBuilderFields, TranscriptFields, UtteranceFields, compiled
 from nemostream.runtime.streaming.snapshot import saved_array, saved_counts
 from nemostream.runtime.text.endpointing import Reason, UtteranceEnd
 from nemostream.runtime.text.languages import AUTO, reported_language
-from nemostream.runtime.text.scripts import WordBreaker
+from nemostream.runtime.text.scripts import SHORT, BreakerState, WordBreaker
 from nemostream.runtime.text.tokenizer import Detokenizer, Tokenizer
 from nemostream.runtime.text.words import Token, Word, WordGrouper, join_words
 
@@ -139,10 +140,10 @@ class Event:
             return getattr(prefix, name)
 
 
-class _Transcript:
+class _Transcript(TranscriptFields):
     """The tokens of an utterance and its text in parts, shared by its events. Both lists only grow."""
 
-    __slots__ = ("_cache", "parts", "tokens")
+    __slots__ = ()
 
     def __init__(self, tokens: list[Token], parts: list[str]) -> None:
         self.tokens, self.parts = tokens, parts
@@ -181,42 +182,53 @@ class _Prefix(NamedTuple):
         return tuple(self.transcript.tokens[: self.token_count])
 
 
-class _CurrentUtterance:
+# How a text ends: the state of its `WordBreaker`, and the number of characters of white space at its end.
+_TextEnd = tuple[BreakerState, int]
+
+
+def _grow(text_end: _TextEnd, text: str) -> tuple[_TextEnd, int | None]:
+    """Return how a text ends after another text is appended, and what `stable_length` is then.
+
+    That is relative to the length of the text before; None if it does not change.
+    """
+    state, space = text_end
+    breaker, length, stable = WordBreaker(*state), 0, None
+    for part, kind in breaker.split(text):
+        if kind == "space":
+            space += len(part)
+        elif space:
+            stable, space = length - space, 0
+        elif kind == "word":
+            stable = length
+        length += len(part)
+    return (breaker.state, space), stable
+
+
+_grow_short = lru_cache(1 << 13)(_grow)  # for texts of few characters, most often of a token
+
+
+class _CurrentUtterance(UtteranceFields):
     """The utterance that new tokens are added to."""
 
-    __slots__ = (
-        "_aggregation",
-        "_breaker",
-        "_detokenizer",
-        "_invisible",
-        "_space",
-        "event_length",
-        "event_parts",
-        "event_tokens",
-        "grouper",
-        "language",
-        "last_visible",
-        "length",
-        "set_language",
-        "stable_length",
-        "transcript",
-    )
+    __slots__ = ()
 
     def __init__(self, tokenizer: Tokenizer, aggregation: str) -> None:
         self.transcript = _Transcript([], [])
         self._aggregation, self.grouper = aggregation, WordGrouper(aggregation)
         self.event_length = self.event_tokens = self.event_parts = 0  # characters, tokens, parts of the last event
+        self.start = 0.0  # time of the first token
         self.language: str | None = None  # of the last tag
         self.set_language = AUTO  # for the step of the last visible token; the silence after it may have another
         self.last_visible = 0  # index of the last token that is not `Tokenizer.invisible`
         self.length = 0  # characters of the text
         self.stable_length = 0  # characters before the last word and the white space before it
-        self._space: int | None = None  # position of the white space at the end of the text, if any
-        self._breaker = WordBreaker()
+        self._text_end: _TextEnd = WordBreaker().state, 0
         self._invisible, self._detokenizer = tokenizer.invisible, Detokenizer(tokenizer)
 
     def add(self, tokens: Sequence[Token], set_language: str) -> None:
         known, invisible = self.transcript.tokens, self._invisible
+        if not known:
+            self.start = tokens[0].time
         for index, token in enumerate(tokens, len(known)):
             if token.language:
                 self.language = token.language
@@ -244,17 +256,10 @@ class _CurrentUtterance:
     def _append(self, text: str) -> None:
         """Append to the text, and update `stable_length`."""
         self.transcript.parts.append(text)
-        length = self.length
-        for part, kind in self._breaker.split(text):
-            if kind == "space":
-                if self._space is None:
-                    self._space = length
-            elif self._space is not None:
-                self.stable_length, self._space = self._space, None
-            elif kind == "word":
-                self.stable_length = length
-            length += len(part)
-        self.length = length
+        self._text_end, stable = (_grow_short if len(text) <= SHORT else _grow)(self._text_end, text)
+        if stable is not None:
+            self.stable_length = self.length + stable
+        self.length += len(text)
 
 
 class _Step(NamedTuple):
@@ -299,12 +304,14 @@ class EventState:
         self.language = saved_array(state, "language", np.uint8, None).tobytes().decode()
 
 
-class EventBuilder:
+class EventBuilder(EventBuilderFields):
     """Create the events of one stream from its tokens and the ends of its utterances.
 
     `aggregation` defines the confidence of words (see `Confidence`), `rate` is the sample rate of `UtteranceEnd`,
     `backchannels` enables events for backchannels.
     """
+
+    __slots__ = ()
 
     def __init__(self, tokenizer: Tokenizer, aggregation: str, rate: int, backchannels: bool = False) -> None:
         self._backchannel = tokenizer.backchannel if backchannels else None
@@ -355,6 +362,7 @@ class EventBuilder:
         )
         return builder, self._first_token
 
+    @compiled(EventBuilderFields)
     def step(
         self,
         tokens: Sequence[Token],
@@ -368,6 +376,18 @@ class EventBuilder:
 
         `audio` is the duration of the received audio in seconds, `language` the one that was set for the stream.
         """
+        return self._step(tokens, token_count, ends, audio, chunk_ms, language)
+
+    def _step(
+        self,
+        tokens: Sequence[Token],
+        token_count: int,
+        ends: Sequence[UtteranceEnd],
+        audio: float,
+        chunk_ms: int,
+        language: str = AUTO,
+    ) -> list[Event]:
+        """`step`, of which the C function only covers one more token of an utterance that has begun."""
         step = _new_step((audio, chunk_ms, language))
         first, current = self.token_count, self._current
         if first < token_count and current.transcript.tokens and not ends and self._backchannel is None:  # most often
@@ -447,11 +467,11 @@ class EventBuilder:
         current, event = self._current, object.__new__(Event)
         transcript = current.transcript
         tokens, parts = transcript.tokens, transcript.parts
-        last, begin, length, text_length = tokens[current.last_visible].end, tokens[0].time, len(tokens), current.length
+        last, length, text_length = tokens[current.last_visible].end, len(tokens), current.length
         event.__dict__.update(
             kind=kind,
             utterance=self._number,
-            start=begin if begin <= last else last,
+            start=min(current.start, last),
             end=last if end is None else end,
             audio=step.audio,
             chunk_ms=step.chunk_ms,

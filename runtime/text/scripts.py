@@ -71,7 +71,7 @@ _PARTS = re.compile(
 )
 _UNSPACED = re.compile(rf"(?P<continuing>[{_CONTINUING}])|(?P<opening>[{_WIDE}])|[{_LETTERS}]")
 _CHARACTER = re.compile(rf"[{_LETTERS}{_CONTINUING}{_WIDE}]")
-_SHORT = 16  # characters of a text whose parts are kept: dividing it takes much longer than finding them again
+SHORT = 16  # characters of a text whose parts are kept: dividing it takes much longer than finding them again
 _INCOMPLETE = re.compile(rf"[{_VOWELS_BEFORE}{_STACKING}]\Z")
 
 
@@ -81,6 +81,7 @@ _Part = tuple[str, Kind]
 # How a text ends: with white space, a word that any text continues, even after a space ("opening"), a word that only
 # punctuation continues ("unspaced": of a script without spaces, or closed by punctuation after a space), or another.
 _End = Literal["space", "opening", "unspaced", "spaced"]
+BreakerState = tuple[bool, _End, _End]  # see `WordBreaker.state`
 
 
 def ends_unspaced(text: str) -> bool:
@@ -117,18 +118,21 @@ class WordBreaker:
 
     __slots__ = ("_before_space", "_begun", "_end")
 
-    def __init__(self) -> None:
-        self._begun = False  # whether there is a word
-        self._end: _End = "space"
-        self._before_space: _End = "space"  # how the text ends without its white space
+    def __init__(self, begun: bool = False, end: _End = "space", before_space: _End = "space") -> None:
+        self._begun = begun  # whether there is a word
+        self._end = end
+        self._before_space = before_space  # how the text ends without its white space
+
+    @property
+    def state(self) -> BreakerState:
+        """The arguments of a breaker that continues this one."""
+        return self._begun, self._end, self._before_space
 
     def split(self, piece: str) -> Sequence[_Part]:
         """Divide the next piece of the text; its white space is included."""
-        if len(piece) > _SHORT:
+        if len(piece) > SHORT:
             return self._split(piece)
-        parts, self._begun, self._end, self._before_space = _split_short(
-            piece, self._begun, self._end, self._before_space
-        )
+        parts, (self._begun, self._end, self._before_space) = _split_short(piece, *self.state)
         return parts
 
     def _split(self, piece: str) -> list[_Part]:
@@ -171,11 +175,10 @@ class WordBreaker:
 
 
 @lru_cache(1 << 13)
-def _split_short(piece: str, begun: bool, end: _End, before_space: _End) -> tuple[Sequence[_Part], bool, _End, _End]:
+def _split_short(piece: str, begun: bool, end: _End, before_space: _End) -> tuple[Sequence[_Part], BreakerState]:
     """Return the parts of a text of few characters, most often of a token, and the state of the breaker after it."""
-    breaker = WordBreaker()
-    breaker._begun, breaker._end, breaker._before_space = begun, end, before_space
-    return breaker._split(piece), breaker._begun, breaker._end, breaker._before_space
+    breaker = WordBreaker(begun, end, before_space)
+    return breaker._split(piece), breaker.state
 
 
 def _continues(character: str) -> bool:

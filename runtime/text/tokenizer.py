@@ -16,6 +16,7 @@ import sentencepiece
 
 from nemostream.bundle import Bundle
 from nemostream.errors import BundleError
+from nemostream.runtime.streaming.compiled import DetokenizerFields
 from nemostream.runtime.text.scripts import CLOSING, begins_word
 from nemostream.untrusted import MIB, read_regular
 
@@ -53,20 +54,18 @@ class Tokenizer:
             self.backchannel = self._find_tag("<EOB>")
             controls = (self.end_of_utterance, self.backchannel)
             self.tags = frozenset(languages).union(token for token in controls if token is not None)
-            self._texts = tuple(self._piece_text(i) for i in range(size))
+            self.texts = tuple(self._piece_text(i) for i in range(size))  # by id: see `piece`
             self._model.decode(list(range(size)))  # find invalid pieces now, not in a stream
         except BundleError:
             raise
         except (OSError, RuntimeError, ValueError, LookupError) as error:  # ValueError: not UTF-8
             raise BundleError(f"{path} is not a SentencePiece model; copy or export the bundle again.") from error
         self.added_texts = self._find_added_texts()
-        self.word_starts = tuple(map(begins_word, self._texts))  # by id: whether it starts a word
+        self.word_starts = tuple(map(begins_word, self.texts))  # by id: whether it starts a word
         # By id: whether it is only punctuation that belongs to the preceding word, even after a space.
-        self.closing_punctuation = tuple(
-            bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self._texts
-        )
+        self.closing_punctuation = tuple(bool(text.strip()) and CLOSING.issuperset(text.strip()) for text in self.texts)
         # Tags and pieces of white space, if there are tags: they are not visible in a text that contains nothing else.
-        spaces = {i for i, text in enumerate(self._texts) if text.isspace()} if self.tags else set()
+        spaces = {i for i, text in enumerate(self.texts) if text.isspace()} if self.tags else set()
         self.invisible = self.tags | spaces
         self._bytes = {i: int(m[1], 16) for i, p in enumerate(self._pieces) if (m := _BYTE_PIECE.fullmatch(p))}
         # SentencePiece drops a space at the start of a text: text after a tag is decoded together with this piece.
@@ -89,7 +88,7 @@ class Tokenizer:
 
     def without_space(self, ids: Sequence[int]) -> list[int]:
         """Return ids for the same text without the space at its start; none if the vocabulary has no piece for it."""
-        text = self._texts[ids[0]]
+        text = self.texts[ids[0]]
         if text[:1] != " ":
             return list(ids)
         first = self._model.piece_to_id(text[1:]) if text[1:] else None
@@ -109,15 +108,16 @@ class Tokenizer:
     def _find_added_texts(self) -> tuple[str | None, ...]:
         """Return for each id the text that it adds after any id for which this is not None.
 
-        None for ids that SentencePiece must decode together with others, or that add nothing visible.
+        None for ids that SentencePiece must decode together with others, or that add nothing visible; for all ids if
+        there are tags, which change the text around them.
         """
-        visible = [i for i, text in enumerate(self._texts) if text.strip() and not _BYTE_PIECE.fullmatch(text)]
+        visible = [i for i, text in enumerate(self.texts) if text.strip() and not _BYTE_PIECE.fullmatch(text)]
         added: list[str | None] = [None] * self.vocabulary
-        if visible:
+        if visible and not self.tags:
             first = self._model.decode([visible[0]])
             for i, text in zip(visible, self._model.decode([[visible[0], i] for i in visible]), strict=True):
-                if text == first + self._texts[i]:
-                    added[i] = self._texts[i]
+                if text == first + self.texts[i]:
+                    added[i] = self.texts[i]
         return tuple(added)
 
     def _find_tag(self, name: str) -> int | None:
@@ -126,7 +126,7 @@ class Tokenizer:
 
     def piece(self, token: int) -> str:
         """Return the text of a single token with its leading space; "" for a tag, `<0xE2>` for a byte piece."""
-        return self._texts[token]
+        return self.texts[token]
 
     def count_incomplete(self, ids: Sequence[int]) -> int:
         """Return the number of ids at the end that are byte pieces of an incomplete character (0 to 3)."""
@@ -145,40 +145,43 @@ class Tokenizer:
         return self._pieces[token].replace("\u2581", " ")
 
 
-class Detokenizer:
+class Detokenizer(DetokenizerFields):
     """Incremental text of one stream, in time proportional to the new tokens.
 
     Every returned text is a prefix of all later ones: the bytes of an incomplete character are held back. If the
     vocabulary has tags, so is white space, until visible text follows it.
     """
 
-    __slots__ = ("_begun", "_incomplete", "_space", "_tokenizer", "_window", "text")
+    __slots__ = ()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._added_texts = tokenizer, tokenizer.added_texts
         self.text = ""
         # The last tokens already in `text`, with at least one character. SentencePiece drops a leading space, so new
         # tokens are decoded together with them.
         self._window = tokenizer.anchor
+        # Instead of the window: the last token, if it has an added text and no byte piece follows it
+        self._last: int | None = None
         self._incomplete: list[int] = []  # byte pieces of an incomplete character
         self._space = ""  # white space that was held back
         self._begun = False  # whether the text has a visible character; only used if the vocabulary has tags
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that the new ids add. `text` is not updated."""
-        added, window = self._tokenizer.added_texts, self._window
-        if ids and window and not self._incomplete and not self._tokenizer.tags and added[window[-1]] is not None:
-            if len(ids) == 1 and (only := added[ids[0]]) is not None:
-                self._window = [ids[0]]
-                return only
+        added = self._added_texts
+        if self._last is not None:
             texts = [text for id_ in ids if (text := added[id_]) is not None]
             if len(texts) == len(ids):  # most tokens: the result is the same without SentencePiece
-                self._window = list(ids)
+                self._last = ids[-1] if ids else self._last
                 return "".join(texts)
+            self._window, self._last = [self._last], None
         ids = [*self._incomplete, *ids]
         complete = len(ids) - self._tokenizer.count_incomplete(ids)
         self._incomplete = ids[complete:]
-        return self._decode_new(ids[:complete])
+        text = self._decode_new(ids[:complete])
+        if self._window and not self._incomplete and added[self._window[-1]] is not None:
+            self._last = self._window[-1]
+        return text
 
     def flush(self) -> str:
         """Return the text of ids that were held back. `text` is not updated."""

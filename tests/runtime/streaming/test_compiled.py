@@ -27,7 +27,11 @@ from hypothesis import strategies as st
 from nemostream.bundle import LanguageConfig
 from nemostream.errors import NemostreamError, StreamError
 from nemostream.runtime.streaming import compiled
-from nemostream.runtime.text.endpointing import Endpoint
+from nemostream.runtime.text.endpointing import Endpoint, UtteranceEnd
+from nemostream.runtime.text.events import Event, EventBuilder
+from nemostream.runtime.text.languages import AUTO
+from nemostream.runtime.text.tokenizer import Tokenizer
+from nemostream.runtime.text.words import Token
 
 HOST = "nemostream.runtime.streaming._host"
 MODULES = {
@@ -225,6 +229,7 @@ def test_objects_without_values_raise(twins: Any) -> None:
     scheduler = fast.scheduler.Scheduler.__new__(fast.scheduler.Scheduler)
     session = fast.session.StreamSession.__new__(fast.session.StreamSession)
     stream = fast.state.StreamState.__new__(fast.state.StreamState)
+    builder = EventBuilder.__new__(EventBuilder)
     for call in (
         lambda: chunker.accept(np.zeros(4, np.int16)),
         lambda: chunker._audio,
@@ -239,6 +244,8 @@ def test_objects_without_values_raise(twins: Any) -> None:
         lambda: scheduler._gather([], [], None, None, None, None),
         lambda: session.feed(np.zeros(4, np.int16)),
         lambda: session.events(),
+        lambda: builder.step([], 1, (), 0.0, 80),
+        lambda: builder.step(),
     ):
         with pytest.raises((AttributeError, TypeError, AssertionError)):
             call()
@@ -257,7 +264,9 @@ STEPS = st.one_of(
     st.tuples(st.just("push"), st.just("loud"), st.integers(1, 3000)),
     st.tuples(st.just("chunk"), st.sampled_from([80, 160, 560]), st.none()),
     st.tuples(st.just("invalid"), st.sampled_from(sorted(HOSTILE)), st.none()),
-    st.tuples(st.sampled_from(["end_utterance", "events", "collect", "result", "restore"]), st.none(), st.none()),
+    st.tuples(
+        st.sampled_from(["end_utterance", "events", "poll", "collect", "result", "restore"]), st.none(), st.none()
+    ),
 )
 
 
@@ -304,6 +313,8 @@ class Client:
                 found = session.result.text, session.result.tokens, session.decoded, session.steps, session.chunk_ms
             case "finish":
                 found = outcome(session.finish)
+            case "poll":
+                found = outcome(session.poll)
             case "restore":
                 found = outcome(self.restore)
             case _:
@@ -356,6 +367,105 @@ def test_sessions_have_the_same_events_and_fields(
     finally:
         for client in clients:
             client.model.close()
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+MIXED = "我用iPhone打 «да», ภาษา! ¿que? (3)"
+
+
+def event_values(event: Event) -> dict[str, Any]:
+    """Return what an event stores; the grouper and the transcript, which are those of its utterance, as their types."""
+    values = dict(event.__dict__)
+    if (prefix := values.get("_prefix")) is not None:
+        values["_prefix"] = (*prefix, prefix.text, prefix.tokens)[1:]
+    return values | {"grouper": type(event.grouper)}
+
+
+def builder_state(builder: EventBuilder) -> dict[str, Any]:
+    """Return all fields of a builder and its parts."""
+    current = builder._current
+    parts = {
+        compiled.EventBuilderFields: (builder, {"_current", "_tokenizer"}),
+        compiled.UtteranceFields: (current, {"_detokenizer", "grouper", "transcript"}),
+        compiled.DetokenizerFields: (current._detokenizer, {"_tokenizer"}),
+        compiled.TranscriptFields: (current.transcript, {"_cache"}),
+    }
+    return {
+        f"{fields.__name__}.{name}": getattr(part, name)
+        for fields, (part, left_out) in parts.items()
+        for name in set(fields.__slots__) - left_out
+    }
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_builders_have_the_same_events_and_fields(
+    bundle: Any, tagged: Tokenizer, character_tokenizer: Any, data: Any
+) -> None:
+    tokenizers = {
+        "bytes": Tokenizer.of_bundle(bundle),
+        "tags": tagged,
+        "scripts": character_tokenizer(MIXED),
+    }
+    tokenizer = tokenizers[data.draw(st.sampled_from(sorted(tokenizers)))]
+    backchannels = data.draw(st.booleans())
+    fast, plain = (EventBuilder(tokenizer, "min", 16000, backchannels) for _ in range(2))
+    tokens: list[Token] = []
+    ids = st.integers(0, tokenizer.vocabulary - 1)
+    steps = st.tuples(
+        st.one_of(st.lists(ids, min_size=1, max_size=1), st.lists(ids, max_size=3)),
+        st.sampled_from([None, None, None, None, "end", "resume"]),
+        st.sampled_from([AUTO, "de-DE"]),
+        st.floats(0, 1),
+    )
+    for new, change, language, clipped in data.draw(st.lists(steps, max_size=12)):
+        for id_ in new:
+            time = 0.08 * len(tokens)
+            end = time + 0.08 if clipped < 0.9 else 0.0
+            tag = tokenizer.languages.get(id_)
+            tokens.append(Token(id_, tokenizer.piece(id_), time, end, -1.0, 0.5, tag, id_ in tokenizer.tags))
+        count = len(tokens)
+        ends = (UtteranceEnd(count - len(new), 1280 * count, "forced"),) if change == "end" else ()
+        if change == "resume":
+            builders = fast, plain
+            fast, plain = (EventBuilder(tokenizer, "min", 16000, backchannels) for _ in builders)
+            for builder, before in zip((fast, plain), builders, strict=True):
+                builder.resume(before.state(), tokens)
+        found = fast.step(tokens, count, ends, 0.1 * count, 80, language)
+        expected = plain._step(tokens, count, ends, 0.1 * count, 80, language)
+        assert [*map(event_values, found)] == [*map(event_values, expected)]
+        assert builder_state(fast) == builder_state(plain)
+        for event in found:
+            if event.kind == "partial":
+                assert event.grouper is fast._current.grouper
+                assert event.__dict__["_prefix"].transcript is fast._current.transcript
+
+
+def test_events_in_c_leak_nothing(bundle: Any) -> None:
+    tokenizer = Tokenizer.of_bundle(bundle)
+    id_ = tokenizer.encode("a")[-1]
+    tokens = [Token(id_, tokenizer.piece(id_), 0.08 * i, 0.08 * (i + 1), -1.0, 0.5) for i in range(2000)]
+    builder, language, chunk_ms = EventBuilder(tokenizer, "min", 16000), "de-" + str(len(tokens)), 10_000 + len(tokens)
+
+    def run(counts: range) -> None:
+        for count in counts:
+            (event,) = builder.step(tokens, count, (), 0.08 * count, chunk_ms, language)
+            assert event.new_text.strip() == "a" and event.tokens_from == count - 1
+        with pytest.raises(TypeError):
+            builder.step(tokens, counts[-1] + 1, None, 0.0, chunk_ms, language)
+        with pytest.raises(TypeError):
+            builder.step(tokens, counts[-1] + 1, (), 0.0, chunk_ms, language, None)
+
+    run(range(1, 1001))
+    gc.collect()
+    shared = builder._current.grouper, builder._current.transcript, builder._current._text_end, language, chunk_ms
+    before = [*map(sys.getrefcount, shared)], [*map(sys.getrefcount, tokens)]
+    run(range(1001, 2001))
+    gc.collect()
+    assert [*map(sys.getrefcount, shared)] == before[0]
+    # Each token is in the list here and in that of the utterance.
+    assert {*map(sys.getrefcount, tokens)} == {max(before[1])}
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -446,6 +556,30 @@ def test_a_lock_that_is_held_delays_accept_only_for_whole_chunks(twins: Any, bun
         thread.join()
         session.wait()
         assert session._chunker.taken == 2
+
+
+def test_poll_waits_for_chunks_and_for_a_lock(twins: Any, bundle: Any, fake: Any) -> None:
+    """It returns None while a chunk is not processed, and reads nothing while another thread holds the lock."""
+    for modules in twins:
+        with modules.model.Model(bundle, fake.FakeBackend(bundle.manifest, capacity=2)) as model:
+            session = model.open_session(16000, 1, chunk_ms=80)
+            stream, found = session._stream, list[Any]()
+            session.feed(sound(0, 3000, "int16"))
+            session.wait()
+            with session._scheduler._lock:
+                thread = threading.Thread(target=lambda poll=session.poll, found=found: found.append(poll()))
+                thread.start()
+                thread.join(0.05)
+                assert thread.is_alive()
+                stream.in_flight += 1
+            thread.join()
+            assert found == [None] and session.poll() is None
+            stream.in_flight -= 1
+            assert session.poll() and session.poll() == []
+            stream.error = StreamError("it failed.")
+            with pytest.raises(StreamError, match="it failed"):
+                session.poll()
+            stream.error = None
 
 
 # -- without the compiled methods --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from nemostream.errors import BackendError, CapacityError, StreamError
 from nemostream.runtime.model import Model
 from nemostream.runtime.streaming.aio import AsyncLiveStream
 from nemostream.runtime.streaming.chunker import Chunker
+from nemostream.runtime.streaming.compiled import RemoteFields
 from nemostream.runtime.streaming.items import WorkItem
 from nemostream.runtime.streaming.scheduler import Scheduler, StreamScheduler
 from nemostream.runtime.text.endpointing import Endpoint
@@ -824,3 +826,18 @@ def test_no_public_method_needs_the_backend_of_this_process() -> None:
     public = {name for name in vars(Scheduler) if not name.startswith("_")} - feed
     shared = set(vars(StreamScheduler)) - StreamScheduler.__abstractmethods__
     assert public and public <= set(vars(remote.RemoteScheduler)) | shared
+
+
+@pytest.mark.skipif(not hasattr(RemoteFields, "accept"), reason="the methods in C were not compiled")
+def test_the_python_methods_do_the_same(tmp_path: Path) -> None:
+    """The tests of this module and of regions pass without the methods in C."""
+    tests = ("streams_are_equal", "tokens_are_those", "audio_waits", "many_short", "branch_follows")
+    code = (
+        "import sys; sys.modules['nemostream.runtime.streaming._host'] = None\n"
+        "import pytest\n"
+        f"options = ['-q', '-p', 'no:cacheprovider', '-n', '0', '-k', {' or '.join((*tests, 'region'))!r}]\n"
+        f"sys.exit(pytest.main([*options, {__file__!r}, {str(Path(__file__).parent / 'test_link.py')!r}]))"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
