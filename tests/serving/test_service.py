@@ -12,6 +12,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import nemostream
 from nemostream.errors import AudioError, BackendError, CapacityError, NemostreamError, OptionError
@@ -927,6 +929,24 @@ def test_metrics_of_steps_and_results(fakes: Any, model: Any, caplog: pytest.Log
     assert fakes.metric(here, "utterances_total") == 2
     (record,) = fakes.records(caplog, "utterance")
     assert (record.stream, record.utterance, record.text, record.peer) == (session.id, 3, "secret words", "192.0.2.1")
+
+
+@given(st.lists(st.sampled_from([0.0, 0.004, 0.005, 0.08, 0.0800001, 1.12, 5.0, 5.1, 90.0])))
+def test_observing_many_values_is_observing_each(values: list[float]) -> None:
+    found = []
+    for at_once in (True, False):
+        metrics = Metrics()
+        latency = metrics.latency.labels(80)
+        if at_once:
+            latency.observe_all(values)
+        else:
+            for value in values:
+                latency.observe(value)
+        (family,) = metrics.latency.collect()
+        found.append(
+            {(one.name, one.labels.get("le")): one.value for one in family.samples if one.name[-7:] != "created"}
+        )
+    assert found[0] == {name: pytest.approx(value) for name, value in found[1].items()} and len(found[0]) > 10
 
 
 def test_histograms_resolve_each_chunk_size(fakes: Any, model: Any) -> None:
