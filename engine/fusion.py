@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
@@ -26,6 +27,7 @@ from nemostream.engine.patterns import (
 from nemostream.engine.weights import WeightFile, quantise_columns
 from nemostream.runtime.backends.operators import DOMAIN, WEIGHTS, panels
 
+_FAR_BELOW = -1e30  # below all values of a convolution; its sums are finite
 _CACHE = re.compile(r"(k_cache|v_cache|conv_cache)\.\d+")
 # Inputs of the operators, in their order.
 _ATTENTION = (
@@ -53,6 +55,7 @@ def fuse_for_cpu(
     """
     added: list[TensorProto] = []
     _use_slots(graph)
+    _fuse_mask(graph, weights, added)
     _fuse_attention(graph)
     _fuse_convolutions(graph, weights, added)
     _fuse_layers(graph, layers, weights, quantised, added)
@@ -66,6 +69,42 @@ def _use_slots(graph: onnx.GraphProto) -> None:
             value.type.tensor_type.shape.dim[0].dim_param = "S"
     graph.input.append(helper.make_tensor_value_info("slots", TensorProto.INT64, ["B"]))
     replace(graph.output, [value for value in graph.output if value.name not in ("k_new", "v_new", "conv_next")])
+
+
+def _fuse_mask(graph: onnx.GraphProto, weights: WeightFile, added: list[TensorProto]) -> None:
+    """Make the mask of the first convolution's output a second channel of its input. The results are equal.
+
+    The output is the largest value of a step. It stays in the layout of ONNX Runtime's convolutions if no product with
+    a mask is between the first one and the second one. At masked frames, the channel is so far below 0 that the ReLU of
+    the convolution returns 0; at the others it is 0. The last of the input's frames in output frame t is frame 2 t.
+    """
+    index = Index(graph)
+    conv = next(node for node in index.nodes if node.op_type == "Conv")
+    relu = index.user(conv.output[0], "Relu")
+    product = index.user(relu.output[0], "Mul")
+    (x, weight, bias), (y,), mask = conv.input, product.output, product.input[1]
+    sizes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
+    taps = weights.read(weight)
+    both = np.concatenate([taps, np.zeros_like(taps)], axis=1)
+    both[:, 1, -1] = 1
+    constants = {
+        "taps": both,
+        "one": np.array(1, np.float32),
+        "frames": np.arange(sizes["mel_cache"][1] + sizes["mel"][1]) // 2,
+        "below": np.full((1, 1, 1, sizes["mel"][2]), _FAR_BELOW, np.float32),
+    }
+    added += [weights.tensor(f"{y}:{name}", array) for name, array in constants.items()]
+    nodes = [
+        helper.make_node("Sub", [f"{y}:one", mask], [f"{y}:outside"], f"Sub/{y}"),
+        helper.make_node("Gather", [f"{y}:outside", f"{y}:frames"], [f"{y}:rows"], f"Gather/{y}", axis=2),
+        helper.make_node("Mul", [f"{y}:rows", f"{y}:below"], [f"{y}:channel"], f"Mul/{y}"),
+        helper.make_node("Concat", [x, f"{y}:channel"], [f"{y}:channels"], f"Concat/{y}", axis=1),
+        helper.make_node("Conv", [f"{y}:channels", f"{y}:taps", bias], [f"{y}:convolved"], f"Conv/{y}"),
+        helper.make_node("Relu", [f"{y}:convolved"], [y], f"Relu/{y}"),
+    ]
+    nodes[-2].attribute.extend(conv.attribute)
+    replaced: dict[str, list[NodeProto]] = {conv.output[0]: [], relu.output[0]: [], y: nodes}
+    replace(graph.node, [new for node in index.nodes for new in replaced.get(node.output[0], [node])])
 
 
 def _fuse_attention(graph: onnx.GraphProto) -> None:

@@ -105,7 +105,9 @@ class OrtBackend:
                 session = _session(plan.path, self._threads, operators=library(), weights=self._weights(plan.shared))
             else:
                 raise missing_engine_error(chunk.ms, self._plans)
-            self._steps[chunk.ms] = _ChunkStep(self._bundle, session, chunk, self._state, self._staged, self.max_batch)
+            self._steps[chunk.ms] = _ChunkStep(
+                self._bundle, session, chunk, self._state, self._staged, self.max_batch, self._threads
+            )
 
     @property
     def bytes_per_stream(self) -> int:
@@ -296,11 +298,12 @@ class _ChunkStep:
         state: _SlotArrays,
         staged: list[Floats],
         max_batch: int,
+        threads: int,
     ) -> None:
         spec = bundle.manifest.encoder
         self.state, self.chunk, self.cache = state, chunk, spec.cache
         self.prompted = bundle.manifest.languages.count > 0  # whether the encoder has the input `prompt`
-        self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads=1)
+        self.features = _session(bundle.file(f"features-{chunk.ms}ms"), threads)
         self.encoder = encoder
         self.in_place = any(value.name == "slots" for value in encoder.get_inputs())
         graphs = bundle.manifest.graphs

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import soundfile
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import nemostream
 from nemostream.bundle import Bundle, LanguageConfig
+from nemostream.engine import fusion
 from nemostream.engine.precision import write_int8_for_cpu
 from nemostream.errors import BackendError, OptionError
 from nemostream.runtime.backends import cpu, operators
@@ -112,6 +114,30 @@ def test_engines_share_weights_that_are_read_once(demo_bundle: Bundle, speech: n
     shared.write_bytes(bytes([128]) * shared.stat().st_size)  # all weights are 0
     np.testing.assert_array_equal(encoded(backend), expected)
     assert not np.array_equal(encoded(OrtBackend(demo_bundle, capacity=1, threads=1, plans=plans)), expected)
+
+
+@pytest.mark.skipif(not operators.library(), reason="the operators have no fast code for this processor")
+@pytest.mark.parametrize("ms", [80, 560])
+def test_fused_mask(
+    demo_bundle: Bundle, speech: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ms: int
+) -> None:
+    """The second channel of the first convolution is equal to the mask, where streams begin and where they end."""
+    manifest, chunk, backends = demo_bundle.manifest, demo_bundle.manifest.chunk(ms), []
+    for name in ("fused", "masked"):
+        (tmp_path / name).mkdir()
+        plans = int8_plans(demo_bundle, tmp_path / name, ms)
+        backends.append(OrtBackend(demo_bundle, capacity=4, threads=1, plans=plans))
+        monkeypatch.setattr(fusion, "_fuse_mask", lambda *_: None)
+    first = [
+        next(node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type == "Conv")
+        for path in (tmp_path / name / f"int8-{ms}.onnx" for name in ("fused", "masked"))
+    ]
+    assert [":channels" in node.input[0] for node in first] == [True, False]
+    for slot, samples in enumerate((300, 1479, 17_339, 24_000)):
+        for step in padded_chunks(manifest, chunk, speech[10_000 : 10_000 + samples]):
+            batch = Batch(chunk, np.array([slot]), step.audio[None], np.array([step.length]))
+            fused, masked = (backend.encode(batch)[0] for backend in backends)
+            np.testing.assert_array_equal(fused, masked)
 
 
 @pytest.mark.skipif(not operators.library(), reason="the operators have no fast code for this processor")
@@ -435,7 +461,7 @@ def test_caches_that_a_cpu_cannot_run_are_rejected(demo_bundle: Bundle) -> None:
 
 
 def test_threads_and_spinning_of_each_graph(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small graphs have one thread, large ones all. None spins after its run; a large joint has few pairs in a call."""
+    """Small networks have one thread, other graphs all. None spins after its run; a large joint has few pairs."""
     opened, session = {}, ort.InferenceSession
 
     def record(path: Any, options: Any, providers: list[str]) -> Any:
@@ -451,7 +477,7 @@ def test_threads_and_spinning_of_each_graph(demo_bundle: Bundle, monkeypatch: py
     assert opened == {
         "decoder": (1, "1", 3, provider),
         "joint": (1, "1", 3, provider),
-        "features-80ms": (1, "1", 3, provider),
+        "features-80ms": (2, "1", 3, provider),
         "encoder-80ms": (2, "1", 3, provider),
     }
     assert backend.transducer.max_pairs is None
