@@ -27,9 +27,9 @@ class AsyncLiveStream:
     """
 
     def __init__(self, session: StreamSession) -> None:
-        self.session = session  # for callers that do not wait: they `listen`, and `feed` and `poll` it
+        self.session = session  # callers that do not wait call `listen`, and `feed` and `poll` of the session
         self._listener: _LoopListener | None = None  # once the event loop is known
-        self._waiter: asyncio.Future[None] | None = None  # of the task that waits for progress
+        self._progress: asyncio.Future[None] | None = None  # done at the next change; None unless a task waits for it
         self._feeding: asyncio.Task[None] | None = None  # the last call that `_feed` started on a thread
         self.on_progress: Callable[[], None] | None = None
 
@@ -160,10 +160,10 @@ class AsyncLiveStream:
     async def _wait(self) -> None:
         """Wait until every complete chunk is processed."""
         self._listen()
-        loop = asyncio.get_running_loop()
         while not self.session.settled():  # a change after the check wakes the loop after this task has begun to wait
-            self._waiter = loop.create_future()
-            await self._waiter
+            if self._progress is None:
+                self._progress = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._progress)  # another task may wait for it, although it should not
 
     def _listen(self) -> None:
         """Register at the listener of the running event loop, once."""
@@ -172,9 +172,9 @@ class AsyncLiveStream:
             self.session.notify(self._listener, self._wake)
 
     def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._progress is not None:
+            self._progress.set_result(None)
+            self._progress = None
         if self.on_progress is not None:
             self.on_progress()
 

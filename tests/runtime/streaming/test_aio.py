@@ -150,6 +150,25 @@ def test_every_call_waits_for_its_steps(method: str) -> None:
     run(main)
 
 
+def test_each_waiting_task_is_woken() -> None:
+    """Also beside one that waits already, and after one that was cancelled."""
+
+    async def main() -> None:
+        stream, session = make(False)
+        session.done = False
+        tasks = [asyncio.create_task(stream.push(pcm)) for pcm in ("a", "b", "c")]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert len(session.calls) == 3
+        tasks[1].cancel()
+        await asyncio.to_thread(session.changed)
+        await asyncio.to_thread(session.complete)
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(found[1], asyncio.CancelledError)
+        assert found[0] == found[2] == [("results of", "a", "b", "c")]
+
+    run(main)
+
+
 def test_a_change_before_the_first_call_is_ignored_and_one_after_the_loop_is_closed_raises() -> None:
     stream, session = make(False)
     session.changed()
