@@ -225,9 +225,10 @@ static void set(PyObject **field, PyObject *value) {  // takes the reference
     Py_XDECREF(before);
 }
 
-// Call a method and return -1 if it raised.
-static int call(PyObject *self, PyObject *name, PyObject *argument) {
-    PyObject *result = PyObject_CallMethodObjArgs(self, name, argument, NULL);
+// Call a method with objects, of which the last may be NULL, and return -1 if it raised.
+#define call(self, name, ...) drop_result(PyObject_CallMethodObjArgs(self, name, __VA_ARGS__, NULL))
+
+static int drop_result(PyObject *result) {
     Py_XDECREF(result);
     return result ? 0 : -1;
 }
@@ -432,10 +433,11 @@ static PyType_Spec Queue_spec = {
 
 // Fill the next block: a spare one of the same size and type, or what `_open_block` makes.
 static int open_block(Chunker *self, PyArrayObject *before) {
-    Queue *spare = (Queue *)self->spare;
-    Block *block = spare->count ? (Block *)*place(spare, 0) : NULL;
     Integer samples;
     if (integer_of(self->chunk, s_samples, &samples)) return -1;
+    // Nothing may release the GIL until the block is taken: another thread may add one, which drops the first one.
+    Queue *spare = (Queue *)self->spare;
+    Block *block = spare->count ? (Block *)*place(spare, 0) : NULL;
     if (is((PyObject *)block, Block_type)) {
         PyArrayObject *audio = vector(block->audio, PyArray_DESCR(before));
         PyObject *first = block->chunks && PyList_Check(block->chunks) ? PyList_GetItem(block->chunks, 0) : NULL;
@@ -452,10 +454,7 @@ static int open_block(Chunker *self, PyArrayObject *before) {
         }
     }
     PyErr_Clear();
-    PyObject *object = (PyObject *)self;
-    PyObject *done = PyObject_CallMethodObjArgs(object, s__open_block, self->chunk, PyArray_DESCR(before), NULL);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return call((PyObject *)self, s__open_block, self->chunk, (PyObject *)PyArray_DESCR(before));
 }
 
 // `Chunker._run_full_chunk`; returns the item instead of queueing it.
@@ -631,12 +630,11 @@ static int enqueue(PyObject *self, PyObject *lock, Continue next, Stream *stream
 // `chunker.accept`, `take` and `enqueue`, for audio that is not only copied.
 static int accept_other(PyObject *self, PyObject *stream, PyObject *chunker, PyObject *samples, Integer begin) {
     if (pass_on(chunker, s_accept, samples, begin)) return -1;
-    PyObject *items = PyObject_CallMethodObjArgs(chunker, s_take, NULL), *done = NULL;
-    if (items && PyObject_Size(items) == 0) return Py_DECREF(items), 0;
-    if (items) done = PyObject_CallMethodObjArgs(self, s_enqueue, stream, items, NULL);
+    PyObject *items = PyObject_CallMethodObjArgs(chunker, s_take, NULL);
+    Py_ssize_t count = items ? PyObject_Size(items) : -1;
+    int failed = count < 0 || (count && call(self, s_enqueue, stream, items));
     Py_XDECREF(items);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return failed ? -1 : 0;
 }
 
 // `StreamScheduler.accept` and `enqueue`. `is_current`: the scheduler was not made before a fork.
@@ -869,7 +867,7 @@ static PyObject *add_tokens(Hypothesis *hypothesis, Emissions *emissions, PyObje
 static int land_tokens(
     Scheduler *self, Stream *stream, PyObject *item, Emissions *emissions, Integer row, Integer count
 ) {
-    PyObject *slices[4] = {0}, *positions = NULL, *done = NULL;
+    PyObject *slices[4] = {0}, *positions = NULL;
     Integer begin = PyLong_AsLongLong(PyList_GetItem(emissions->columns[BEGINS], row));
     int recorded = -1;
     if (PyErr_Occurred()) return -1;
@@ -877,17 +875,11 @@ static int land_tokens(
         if (!(slices[i] = PyList_GetSlice(emissions->columns[i], begin, begin + count))) goto end;
     if (!(positions = add_tokens((Hypothesis *)stream->hypothesis, emissions, item, slices))) goto end;
     recorded = record_output(stream, item, slices[TOKENS], positions);
-    if (!recorded) {
-        PyObject *arguments[] = {(PyObject *)self, (PyObject *)stream, item, slices[TOKENS], positions};
-        done = PyObject_CallMethodObjArgs(
-            arguments[0], s__record_output, arguments[1], arguments[2], arguments[3], arguments[4], NULL
-        );
-        recorded = done ? 1 : -1;
-    }
+    if (!recorded)
+        recorded = call((PyObject *)self, s__record_output, (PyObject *)stream, item, slices[TOKENS], positions);
 end:
     for (int i = 0; i < 4; i++) Py_XDECREF(slices[i]);
     Py_XDECREF(positions);
-    Py_XDECREF(done);
     return recorded < 0 ? -1 : 0;
 }
 
@@ -900,11 +892,10 @@ static int continue_stream(Scheduler *self, Stream *stream) {
 }
 
 static int land_other(Scheduler *self, Stream *stream, PyObject *item, PyObject *landing, Py_ssize_t row) {
-    PyObject *number = PyLong_FromSsize_t(row), *done = NULL, *object = (PyObject *)stream;
-    if (number) done = PyObject_CallMethodObjArgs((PyObject *)self, s__land_item, object, item, landing, number, NULL);
+    PyObject *number = PyLong_FromSsize_t(row);
+    int failed = !number || call((PyObject *)self, s__land_item, (PyObject *)stream, item, landing, number);
     Py_XDECREF(number);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return failed ? -1 : 0;
 }
 
 static int land(
@@ -1003,12 +994,7 @@ static PyObject *Scheduler_gather(PyObject *self, PyObject *const *args, Py_ssiz
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "the arrays of a step do not match its items");
         return NULL;
     }
-    int copied = copy_audio(items, audio);
-    if (!copied) {
-        PyObject *done = PyObject_CallMethodObjArgs(self, s__concatenate, items, args[2], NULL);
-        Py_XDECREF(done);
-        if (!done) return NULL;
-    }
+    if (!copy_audio(items, audio) && call(self, s__concatenate, items, args[2])) return NULL;
     for (Py_ssize_t row = 0; row < rows; row++) {
         PyObject *item = PyList_GetItem(items, row);
         Stream *stream = stream_of(PyList_GetItem(streams, row));
@@ -1159,10 +1145,9 @@ static int send_changed(PyObject *self, Stream *stream, PyObject *changed) {
     }
     if (done > 0 && !stream->ended) return 0;
     if (done < 0 || (!changed && !(changed = none = PyDict_New()))) return -1;
-    PyObject *result = PyObject_CallMethodObjArgs(self, s__send_others, object, changed, NULL);
+    int failed = call(self, s__send_others, object, changed);
     Py_XDECREF(none);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
+    return failed;
 }
 
 static int send_items(PyObject *self, Stream *stream) { return send_changed(self, stream, NULL); }
@@ -1227,10 +1212,7 @@ static int end_run(Stream *stream, PyObject *item, PyObject *region, PyObject *s
     PyArrayObject *audio = is(region, Region_type) ? audio_vector(PyTuple_GetItem(item, AUDIO)) : NULL;
     if (!audio) return PyErr_SetString(PyExc_TypeError, "this is not a chunk of a stream"), -1;
     release_words((Region *)region, PyArray_DIM(audio, 0) * (PyArray_DESCR(audio) == float32 ? 2 : 1));
-    if (stream->trace == Py_None) return 0;
-    PyObject *done = PyObject_CallMethodObjArgs(stream->trace, s_ran, item, step, NULL);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return stream->trace == Py_None ? 0 : call(stream->trace, s_ran, item, step);
 }
 
 // Add the tokens of a row to its stream's hypothesis.
@@ -1272,11 +1254,7 @@ static int append_row_output(Stream *stream, PyObject *item, Columns *columns, P
 // What follows in a transport from the result of a row.
 static int continue_remote(PyObject *self, Stream *stream, Queue *sent, PyObject *changed) {
     PyObject *object = (PyObject *)stream;
-    if (sent->count) {
-        PyObject *done = PyObject_CallMethodObjArgs(self, s__begin_branches, object, changed, NULL);
-        Py_XDECREF(done);
-        if (!done) return -1;
-    }
+    if (sent->count && call(self, s__begin_branches, object, changed)) return -1;
     if ((items_of(stream)->count || stream->ended) && send_changed(self, stream, changed)) return -1;
     return PyDict_SetItem(changed, object, Py_None);
 }
@@ -1533,12 +1511,13 @@ done:
 
 static PyObject *EventBuilder_step(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     if (given != 5 && !expect(given, 6)) return NULL;
-    PyObject *language = given > 5 ? args[5] : s_auto, *events = PyList_New(0);
-    PyObject *event = events ? next_partial((EventBuilder *)self, args, language) : NULL;
-    if (event && PyList_Append(events, event)) Py_CLEAR(events);
-    Py_XDECREF(event);
-    if (event) return events;
-    Py_XDECREF(events);
+    PyObject *language = given > 5 ? args[5] : s_auto, *event = next_partial((EventBuilder *)self, args, language);
+    if (event) {
+        PyObject *events = PyList_New(1);
+        if (!events) return Py_DECREF(event), NULL;
+        PyList_SetItem(events, 0, event);
+        return events;
+    }
     if (PyErr_Occurred()) return NULL;
     return PyObject_CallMethodObjArgs(self, s__step, args[0], args[1], args[2], args[3], args[4], language, NULL);
 }
@@ -1575,6 +1554,11 @@ static int is_known(Session *self) {
     if (is(self->scheduler, Scheduler_type) && ((Scheduler *)self->scheduler)->forks == forks) return 1;
     if (is(self->scheduler, Remote_type) && ((Remote *)self->scheduler)->forks == forks) return 1;
     return self->scheduler && call(self->scheduler, s_check_process, NULL) ? -1 : 0;
+}
+
+// The lock of such a scheduler
+static PyObject *lock_of(Session *self) {
+    return is(self->scheduler, Remote_type) ? ((Remote *)self->scheduler)->lock : ((Scheduler *)self->scheduler)->lock;
 }
 
 static PyObject *Session_feed(PyObject *object, PyObject *pcm) {
@@ -1664,10 +1648,9 @@ static PyObject *Session_poll(PyObject *object, PyObject *unused) {
     int known = is_known(self);
     Stream *stream = known > 0 && self->lanes == Py_None ? stream_of(self->stream) : NULL;
     if (known < 0 || PyErr_Occurred()) return NULL;
-    PyObject *lock = !stream                                  ? NULL
-                     : is(self->scheduler, Remote_type) ? ((Remote *)self->scheduler)->lock
-                                                        : ((Scheduler *)self->scheduler)->lock;
-    // While another thread holds the lock, it may have changed a part of what is read here.
+    PyObject *lock = stream ? lock_of(self) : NULL;
+    // While another thread holds the lock, it may have changed a part of what is read here. Nothing below releases the
+    // GIL before it is read, so no thread acquires a lock that is free.
     PyObject *locked = lock ? PyObject_CallMethodObjArgs(lock, s_locked, NULL) : NULL;
     Py_XDECREF(locked);
     if (locked != Py_False || stream->error != Py_None)
