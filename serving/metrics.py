@@ -26,6 +26,8 @@ _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where `prometheus_client` keeps the valu
 
 
 class BatchHistogram(Histogram):
+    """A histogram for many values at a time."""
+
     def observe_all(self, values: Sequence[float]) -> None:
         """Observe values, in less time than one by one."""
         counts = np.bincount(np.searchsorted(self._upper_bounds, values), minlength=len(self._buckets))

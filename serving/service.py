@@ -507,7 +507,7 @@ class Service:
     def update_metrics(self) -> None:
         """Add what was recorded since the last call to the metrics and to the load. May be called on any thread.
 
-        Many messages at a time: adding each of them would take a tenth of the time for a message.
+        This is done for many messages at a time: done for each, it would take a tenth of the time of a message.
         """
         with self._metrics_lock:
             audio = self._audio

@@ -558,8 +558,8 @@ def test_a_lock_that_is_held_delays_accept_only_for_whole_chunks(twins: Any, bun
         assert session._chunker.taken == 2
 
 
-def test_poll_waits_for_chunks_and_for_a_lock(twins: Any, bundle: Any, fake: Any) -> None:
-    """It returns None while a chunk is not processed, and reads nothing while another thread holds the lock."""
+def test_poll_returns_none_until_chunks_are_processed_and_waits_for_a_lock(twins: Any, bundle: Any, fake: Any) -> None:
+    """It reads nothing while another thread holds the lock."""
     for modules in twins:
         with modules.model.Model(bundle, fake.FakeBackend(bundle.manifest, capacity=2)) as model:
             session = model.open_session(16000, 1, chunk_ms=80)
