@@ -28,11 +28,18 @@ def restored() -> Iterator[None]:
         gc.enable()
 
 
+def trim_after_growth() -> None:
+    trimmer = memory.Trimmer()
+    trimmer._bytes = 0
+    trimmer.trim(0)
+
+
 def test_trimming_collects_reference_cycles() -> None:
     gc.disable()
     reference = weakref.ref(Node())
+    memory.Trimmer().trim(0)  # only reads the size
     assert reference() is not None
-    memory.Trimmer().trim()
+    trim_after_growth()
     assert reference() is None
 
 
@@ -44,25 +51,36 @@ def test_trimming_returns_heap_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         return libraries[-1][1]
 
     monkeypatch.setattr(memory.ctypes, "CDLL", load)
-    memory.Trimmer().trim()
+    trim_after_growth()
     ((name, library),) = libraries
     assert name is None and library.mock_calls == [mock.call.malloc_trim(0)]
 
 
-def test_memory_is_trimmed_after_growth_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("steps", "collected", "last"),
+    [
+        # sizes in MiB, streams; after a collection the size is read again
+        ([(100, 0), (115, 0), (117, 0)], [False, False, True], 105),
+        ([(100, 0), (116, 0), (90, 0), (106, 0), (107, 0)], [False, False, False, False, True], 90),
+        ([(100, 10), (140, 106), (141, 106)], [False, False, True], 130),  # 96 more streams: 24 MiB
+        ([(100, 10), (117, 2)], [False, True], 100),  # fewer streams explain nothing
+        ([(100, 100), (90, 20), (125, 100), (127, 100)], [False, False, False, True], 120),
+    ],
+)
+def test_memory_is_trimmed_after_growth_only(
+    steps: list[tuple[int, int]], collected: list[bool], last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A collection of all objects, of which a server with many streams has many, waits until there is much to free."""
     collections: list[int] = []
-    sizes = [100, 115, 117, 105, 100, 116, 117, 110]  # MiB; after a collection the size is read again
-    collected = [False, False, True, False, False, True]
+    sizes = [*(size for size, _ in steps), last]
     monkeypatch.setattr(memory, "_resident_bytes", lambda: sizes.pop(0) << 20)
     monkeypatch.setattr(memory.gc, "collect", lambda: collections.append(1))
     trimmer = memory.Trimmer()
-    trimmer._bytes = 100 << 20
-    for expected in collected:
+    for (_, streams), expected in zip(steps, collected, strict=True):
         before = len(collections)
-        trimmer.trim()
+        trimmer.trim(streams)
         assert (len(collections) > before) is expected
-    assert not sizes and trimmer._bytes == 110 << 20
+    assert not sizes and trimmer._bytes == last << 20
 
 
 def test_memory_is_trimmed_if_its_size_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +88,8 @@ def test_memory_is_trimmed_if_its_size_is_unknown(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "_resident_bytes", lambda: None)
     monkeypatch.setattr(memory.gc, "collect", lambda: collections.append(1))
     trimmer = memory.Trimmer()
-    trimmer.trim()
-    trimmer.trim()
+    trimmer.trim(0)
+    trimmer.trim(0)
     assert len(collections) == 2
 
 
