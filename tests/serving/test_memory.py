@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import http.client
+import json
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
+from websockets.sync.client import connect
 
 from nemostream.serving import memory
+from nemostream.serving.network.connections import HttpProtocol, WebSocketProtocol
+from nemostream.serving.session import Session
 
 
 class Node:
@@ -99,6 +105,40 @@ def test_size_of_the_process_grows_with_its_memory() -> None:
     held[::4096] = bytes([1]) * len(held[::4096])
     after = memory._resident_bytes()
     assert before is not None and after is not None and after - before > 24 << 20
+
+
+def references_to(*kinds: type) -> list[weakref.ref[Any]]:
+    """Return references to objects of these kinds, of which there is at least one each."""
+    found = [each for each in gc.get_objects() if isinstance(each, kinds)]
+    assert all(any(isinstance(each, kind) for each in found) for kind in kinds)
+    return [weakref.ref(each) for each in found]
+
+
+@pytest.mark.parametrize("what", ["finished stream", "disconnected stream", "request"])
+def test_closed_connections_are_freed_without_a_collection(serve_here: Any, spoken: Any, what: str) -> None:
+    """Otherwise their objects accumulate until a full collection, which delays all streams."""
+    with serve_here() as running:
+        gc.disable()
+        if what == "request":
+            client = http.client.HTTPConnection("127.0.0.1", running.http)
+            client.request("GET", "/healthz")
+            assert client.getresponse().status == 200
+            open_ones = references_to(HttpProtocol)
+            client.close()
+        else:
+            with connect(f"{running.socket}/v1/stream?chunk_ms=80") as socket:
+                for start in range(0, 1 << 16, 3200):
+                    socket.send(spoken[0].pcm[start : start + 3200])
+                while json.loads(socket.recv())["type"] != "partial":
+                    pass
+                open_ones = references_to(Session, WebSocketProtocol)
+                if what == "finished stream":
+                    socket.send(json.dumps({"type": "finish"}))
+                    assert [json.loads(event) for event in socket][-1]["type"] == "done"
+        deadline = time.monotonic() + 20
+        while any(reference() is not None for reference in open_ones):
+            assert time.monotonic() < deadline, open_ones
+            time.sleep(0.01)
 
 
 def test_a_frozen_heap_is_not_examined() -> None:
