@@ -11,7 +11,8 @@ import gc
 import resource
 from contextlib import suppress
 
-_TRIM_BYTES = 16 << 20  # growth of the process after which memory of finished requests is freed
+_TRIM_BYTES = 16 << 20  # growth of the process, besides that for more streams, after which memory is freed
+_STREAM_BYTES = 256 << 10  # of an open stream and its connection; most have half of it
 _MIDDLE_COLLECTIONS = 1000  # between two full ones
 
 
@@ -30,18 +31,27 @@ class Trimmer:
     """
 
     def __init__(self) -> None:
-        self._bytes = 0  # size of the process after the last time, or less
+        self._bytes: int | None = None  # size of the process after the last time, or less
+        self._streams = 0  # that were open then
 
-    def trim(self) -> None:
-        """Free memory if the process has grown by 16 MiB since the last time, or if its size is not known."""
+    def trim(self, streams: int) -> None:
+        """Free memory if the process has grown since the last time, or if its size is not known.
+
+        The first call only reads the size. Growth of up to 16 MiB, and what the growth of `streams`, the number of open
+        streams, explains, are not counted.
+        """
         size = _resident_bytes()
-        if size is not None and size <= self._bytes + _TRIM_BYTES:
-            self._bytes = min(self._bytes, size)
-            return
+        if size is not None:
+            if self._bytes is None:
+                self._bytes, self._streams = size, streams
+            if size <= self._bytes + _TRIM_BYTES + max(streams - self._streams, 0) * _STREAM_BYTES:
+                if size < self._bytes:
+                    self._bytes, self._streams = size, streams
+                return
         gc.collect()
         with suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
-        self._bytes = _resident_bytes() or 0
+        self._bytes, self._streams = _resident_bytes(), streams
 
 
 def _resident_bytes() -> int | None:

@@ -643,7 +643,7 @@ class Service:
 
     async def clean_up(self) -> None:
         """Free memory of finished requests, and delete expired states."""
-        await asyncio.to_thread(self._trimmer.trim)
+        await asyncio.to_thread(self._trimmer.trim, len(self.sessions))
         if self.states is None:
             return
         try:

@@ -346,7 +346,7 @@ class Session:
         """Release the stream. Later calls have no effect."""
         self._ended = True
         self.error = self.error or error
-        self._on_pushed = None
+        self._on_pushed = self._stream.on_progress = None
         self._stream.close()
         if self._trace is not None:
             trace, self._trace = self._trace, None
@@ -360,35 +360,21 @@ class Session:
         Audio of `start_push` that is received meanwhile restarts the idle timeout, which does not pass before that
         audio is decoded.
         """
-        limits, loop = self._limits, asyncio.get_running_loop()
+        limits = self._limits
         self._quiet_since = self._clock()
         end = self._opened_at + limits.max_seconds
         timeout = asyncio.timeout(None)
-        handle: asyncio.TimerHandle | None = None
-
-        def check() -> None:
-            # One timer for all audio that is received meanwhile: setting one for each message would cost more.
-            nonlocal handle
-            now = self._clock()
-            deadline = min(end, (now if self._on_pushed else self._quiet_since) + limits.idle_seconds)
-            if now < deadline:
-                handle = loop.call_later(deadline - now, check)
-            elif self._on_pushed:
-                handle = loop.call_later(_BUSY_SECONDS, check)
-            else:
-                timeout.reschedule(loop.time())
-
+        timer = _ReceiveTimer(self._receive_deadline, timeout)
         try:
             async with timeout:
-                check()
+                timer.check()
                 yield
         except TimeoutError:
             if end <= self._quiet_since + limits.idle_seconds:
                 raise Expired(f"the stream was open for {limits.max_seconds:.0f} s, the longest allowed.") from None
             raise Expired(f"nothing was received for {limits.idle_seconds:.0f} s; open a new stream.") from None
         finally:
-            if handle is not None:
-                handle.cancel()
+            timer.cancel()
 
     @asynccontextmanager
     async def sending(self) -> AsyncIterator[None]:
@@ -452,6 +438,13 @@ class Session:
         self._pending_at = now
         await asyncio.sleep(max(0.0, self._pending_seconds - _BURST_SECONDS))
 
+    def _receive_deadline(self) -> float:
+        """Return the seconds until waiting for the client must end; while audio is decoded, at least a short time."""
+        now, limits = self._clock(), self._limits
+        quiet_since = now if self._on_pushed else self._quiet_since
+        seconds = min(self._opened_at + limits.max_seconds, quiet_since + limits.idle_seconds) - now
+        return max(seconds, _BUSY_SECONDS) if self._on_pushed else seconds
+
     def _check_open(self) -> None:
         if self._ended:
             raise StreamError("the stream was finished; open a new one for more audio.")
@@ -491,6 +484,29 @@ class Session:
             return
         self._texts.append(event.text)
         self._observer.record_utterance(self, event)
+
+
+class _ReceiveTimer:
+    """Ends a timeout when `deadline` returns that no seconds are left.
+
+    There is one timer for all audio that is received meanwhile: setting one for each message would cost more. It is not
+    a nested function that sets itself again, because the cycle of references would keep the session until a garbage
+    collection.
+    """
+
+    def __init__(self, deadline: Callable[[], float], timeout: asyncio.Timeout) -> None:
+        self._deadline, self._timeout, self._loop = deadline, timeout, asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+
+    def check(self) -> None:
+        if (seconds := self._deadline()) > 0:
+            self._handle = self._loop.call_later(seconds, self.check)
+        else:
+            self._timeout.reschedule(self._loop.time())
+
+    def cancel(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
 
 
 def _slice_samples(rate: int, channels: int) -> int:

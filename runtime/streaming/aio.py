@@ -63,7 +63,6 @@ class AsyncLiveStream:
         """As `LiveStream.finish`."""
         await self._feed(self.session.finish)
         await self._wait()
-        self.session.notify(None, _ignore)  # ends the cycle of references, so that the stream is freed at once
         return self.session.final()
 
     async def push_events(self, pcm: Pcm) -> list[Event]:
@@ -169,7 +168,7 @@ class AsyncLiveStream:
         """Register at the listener of the running event loop, once."""
         if self._listener is None:
             self._listener = _LoopListener.of(asyncio.get_running_loop())
-            self.session.notify(self._listener, self._wake)
+            self.session.notify(self._listener, ref(self))  # a cycle would keep the stream until a garbage collection
 
     def _wake(self) -> None:
         if self._progress is not None:
@@ -177,10 +176,6 @@ class AsyncLiveStream:
             self._progress = None
         if self.on_progress is not None:
             self.on_progress()
-
-
-def _ignore() -> None:
-    """Do nothing: the consumer of a stream that has all its results."""
 
 
 class _LoopListener:
@@ -208,7 +203,8 @@ class _LoopListener:
 
     def _wake(self, streams: list[StreamState]) -> None:
         for stream in streams:
-            stream.consumer()
+            if (live := stream.consumer()) is not None:
+                live._wake()
 
 
 async def events_of(

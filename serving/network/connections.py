@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
+from weakref import ref
 
 import h11
 import uvicorn
@@ -314,6 +315,8 @@ class HttpProtocol(_SlicedParser, H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.limits.closed(self.transport)
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self.cycle = cast(Any, None)  # it refers to this object
 
     def handle_events(self) -> None:
         before = self.cycle
@@ -400,12 +403,13 @@ class _Flow(FlowControl):
 
     def __init__(self, transport: Any, protocol: HttpProtocol) -> None:
         super().__init__(transport)
-        self._protocol = protocol
+        self._protocol = ref(protocol)  # a cycle would keep both until a garbage collection
 
     def resume_reading(self) -> None:
-        if self.read_paused and self._protocol._backlog:
+        protocol = self._protocol()
+        if protocol is not None and self.read_paused and protocol._backlog:
             self.read_paused = False
-            self._protocol._schedule()
+            protocol._schedule()
         else:
             super().resume_reading()
 

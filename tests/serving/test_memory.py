@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import http.client
+import json
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
+from websockets.sync.client import connect
 
 from nemostream.serving import memory
+from nemostream.serving.network.connections import HttpProtocol, WebSocketProtocol
+from nemostream.serving.session import Session
 
 
 class Node:
@@ -28,11 +34,18 @@ def restored() -> Iterator[None]:
         gc.enable()
 
 
+def trim_after_growth() -> None:
+    trimmer = memory.Trimmer()
+    trimmer._bytes = 0
+    trimmer.trim(0)
+
+
 def test_trimming_collects_reference_cycles() -> None:
     gc.disable()
     reference = weakref.ref(Node())
+    memory.Trimmer().trim(0)  # only reads the size
     assert reference() is not None
-    memory.Trimmer().trim()
+    trim_after_growth()
     assert reference() is None
 
 
@@ -44,25 +57,36 @@ def test_trimming_returns_heap_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         return libraries[-1][1]
 
     monkeypatch.setattr(memory.ctypes, "CDLL", load)
-    memory.Trimmer().trim()
+    trim_after_growth()
     ((name, library),) = libraries
     assert name is None and library.mock_calls == [mock.call.malloc_trim(0)]
 
 
-def test_memory_is_trimmed_after_growth_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("steps", "collected", "last"),
+    [
+        # sizes in MiB, streams; after a collection the size is read again
+        ([(100, 0), (115, 0), (117, 0)], [False, False, True], 105),
+        ([(100, 0), (116, 0), (90, 0), (106, 0), (107, 0)], [False, False, False, False, True], 90),
+        ([(100, 10), (140, 106), (141, 106)], [False, False, True], 130),  # 96 more streams: 24 MiB
+        ([(100, 10), (117, 2)], [False, True], 100),  # fewer streams explain nothing
+        ([(100, 100), (90, 20), (125, 100), (127, 100)], [False, False, False, True], 120),
+    ],
+)
+def test_memory_is_trimmed_after_growth_only(
+    steps: list[tuple[int, int]], collected: list[bool], last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A collection of all objects, of which a server with many streams has many, waits until there is much to free."""
     collections: list[int] = []
-    sizes = [100, 115, 117, 105, 100, 116, 117, 110]  # MiB; after a collection the size is read again
-    collected = [False, False, True, False, False, True]
+    sizes = [*(size for size, _ in steps), last]
     monkeypatch.setattr(memory, "_resident_bytes", lambda: sizes.pop(0) << 20)
     monkeypatch.setattr(memory.gc, "collect", lambda: collections.append(1))
     trimmer = memory.Trimmer()
-    trimmer._bytes = 100 << 20
-    for expected in collected:
+    for (_, streams), expected in zip(steps, collected, strict=True):
         before = len(collections)
-        trimmer.trim()
+        trimmer.trim(streams)
         assert (len(collections) > before) is expected
-    assert not sizes and trimmer._bytes == 110 << 20
+    assert not sizes and trimmer._bytes == last << 20
 
 
 def test_memory_is_trimmed_if_its_size_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +94,8 @@ def test_memory_is_trimmed_if_its_size_is_unknown(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "_resident_bytes", lambda: None)
     monkeypatch.setattr(memory.gc, "collect", lambda: collections.append(1))
     trimmer = memory.Trimmer()
-    trimmer.trim()
-    trimmer.trim()
+    trimmer.trim(0)
+    trimmer.trim(0)
     assert len(collections) == 2
 
 
@@ -81,6 +105,40 @@ def test_size_of_the_process_grows_with_its_memory() -> None:
     held[::4096] = bytes([1]) * len(held[::4096])
     after = memory._resident_bytes()
     assert before is not None and after is not None and after - before > 24 << 20
+
+
+def references_to(*kinds: type) -> list[weakref.ref[Any]]:
+    """Return references to objects of these kinds, of which there is at least one each."""
+    found = [each for each in gc.get_objects() if isinstance(each, kinds)]
+    assert all(any(isinstance(each, kind) for each in found) for kind in kinds)
+    return [weakref.ref(each) for each in found]
+
+
+@pytest.mark.parametrize("what", ["finished stream", "disconnected stream", "request"])
+def test_closed_connections_are_freed_without_a_collection(serve_here: Any, spoken: Any, what: str) -> None:
+    """Otherwise their objects accumulate until a full collection, which delays all streams."""
+    with serve_here() as running:
+        gc.disable()
+        if what == "request":
+            client = http.client.HTTPConnection("127.0.0.1", running.http)
+            client.request("GET", "/healthz")
+            assert client.getresponse().status == 200
+            open_ones = references_to(HttpProtocol)
+            client.close()
+        else:
+            with connect(f"{running.socket}/v1/stream?chunk_ms=80") as socket:
+                for start in range(0, 1 << 16, 3200):
+                    socket.send(spoken[0].pcm[start : start + 3200])
+                while json.loads(socket.recv())["type"] != "partial":
+                    pass
+                open_ones = references_to(Session, WebSocketProtocol)
+                if what == "finished stream":
+                    socket.send(json.dumps({"type": "finish"}))
+                    assert [json.loads(event) for event in socket][-1]["type"] == "done"
+        deadline = time.monotonic() + 20
+        while any(reference() is not None for reference in open_ones):
+            assert time.monotonic() < deadline, open_ones
+            time.sleep(0.01)
 
 
 def test_a_frozen_heap_is_not_examined() -> None:

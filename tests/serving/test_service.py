@@ -638,7 +638,7 @@ def test_memory_is_trimmed_every_15_seconds(
 
     trimmed: list[float] = []
     monkeypatch.setattr(asyncio, "to_thread", immediately)
-    monkeypatch.setattr(service.Trimmer, "trim", lambda trimmer: trimmed.append(clock()))
+    monkeypatch.setattr(service.Trimmer, "trim", lambda trimmer, streams: trimmed.append(clock()))
     here = fakes.start(model, clock)
 
     async def main() -> None:
