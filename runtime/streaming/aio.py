@@ -158,17 +158,22 @@ class AsyncLiveStream:
 
     async def _wait(self) -> None:
         """Wait until every complete chunk is processed."""
-        self._listen()
+        listener = self._listen()
         while not self.session.settled():  # a change after the check wakes the loop after this task has begun to wait
             if self._progress is None:
                 self._progress = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._progress)  # another task may wait for it, although it should not
+            listener.waiting.add(self)
+            try:
+                await asyncio.shield(self._progress)  # another task may wait for it, although it should not
+            finally:
+                listener.waiting.discard(self)
 
-    def _listen(self) -> None:
-        """Register at the listener of the running event loop, once."""
+    def _listen(self) -> _LoopListener:
+        """Register at the listener of the running event loop, once. Returns it."""
         if self._listener is None:
             self._listener = _LoopListener.of(asyncio.get_running_loop())
             self.session.notify(self._listener, ref(self))  # a cycle would keep the stream until a garbage collection
+        return self._listener
 
     def _wake(self) -> None:
         if self._progress is not None:
@@ -185,6 +190,7 @@ class _LoopListener:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
+        self.waiting = set[AsyncLiveStream]()  # streams for which a task waits that nothing else may refer to
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopListener:

@@ -202,6 +202,30 @@ def test_streams_that_have_ended_are_freed(demo_bundle: Any) -> None:
         assert not [found for found in gc.get_objects() if isinstance(found, StreamState) and id(found) not in others]
 
 
+def test_a_waiting_task_is_kept() -> None:
+    """Also if nothing refers to it and its stream."""
+
+    async def main() -> None:
+        results: list[Any] = []
+        stream, session = make(False)
+        session.done = False
+
+        async def push(stream: AsyncLiveStream) -> None:
+            results.append(await stream.push("a"))  # type: ignore[arg-type]
+
+        asyncio.create_task(push(stream))  # noqa: RUF006
+        del stream
+        await asyncio.sleep(0)
+        gc.collect()
+        session.complete()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert results == [[("results of", "a")]]
+        assert session.consumer() is None  # it is freed after the wait
+
+    run(main)
+
+
 def test_cancelled_calls_complete_in_order() -> None:
     """With VAD: audio that is being processed, or waits for it, is kept when its task is cancelled."""
 
