@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason="needs the serve extra")
 pytest.importorskip("jiwer", reason="needs the bench extra")
 pytest.importorskip("onnx", reason="needs the bench extra")
 
+from nemostream import engines
 from nemostream.benchmarks import load
 from nemostream.benchmarks.harness import records
 from nemostream.benchmarks.studies import servers
@@ -62,8 +63,23 @@ def test_options_reach_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_failed_build_is_reported(demo_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "engines").write_text("a file")
     models = servers.Models(DEMO_MODEL / "demo.nemo", demo_bundle, demo_bundle.manifest.chunk(560), tmp_path)
-    with pytest.raises(BackendError, match="the int8 engines were not built: "):
+    with pytest.raises(BackendError, match="engines is not a folder"):
         models.engines()
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_server_finds_the_int8_engines(demo_bundle: Bundle, tmp_path: Path, validate: bool) -> None:
+    """Also those that are not validated: the check is left out, and the engine is stored like others."""
+    chunk, checked = demo_bundle.manifest.chunk(560), []
+    models = servers.Models(DEMO_MODEL / "demo.nemo", demo_bundle, chunk, tmp_path, validate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "_validate", lambda *arguments: checked.append(arguments) or {})
+        folder = models.engines()
+        assert models.engines() == folder  # it is built once
+    assert len(checked) == validate
+    backend = engines.open_backend(demo_bundle, precision="int8", capacity=1, engines=folder)
+    backend.prepare(chunk)  # type: ignore[attr-defined]
+    backend.close()
 
 
 @pytest.mark.slow
