@@ -37,8 +37,8 @@ class Trimmer:
     def trim(self, streams: int) -> None:
         """Free memory if the process has grown since the last time, or if its size is not known.
 
-        The first call only reads the size. Growth of up to 16 MiB, and what the growth of `streams`, the number of open
-        streams, explains, are not counted.
+        The first call only reads the size. Growth of up to 16 MiB is ignored, and so is that for additional streams;
+        `streams` is the number of open ones.
         """
         size = _resident_bytes()
         if size is not None:

@@ -364,7 +364,7 @@ class Session:
         self._quiet_since = self._clock()
         end = self._opened_at + limits.max_seconds
         timeout = asyncio.timeout(None)
-        timer = _ReceiveTimer(self._receive_deadline, timeout)
+        timer = _ReceiveTimer(self._receiving_seconds, timeout)
         try:
             async with timeout:
                 timer.check()
@@ -438,8 +438,8 @@ class Session:
         self._pending_at = now
         await asyncio.sleep(max(0.0, self._pending_seconds - _BURST_SECONDS))
 
-    def _receive_deadline(self) -> float:
-        """Return the seconds until waiting for the client must end; while audio is decoded, at least a short time."""
+    def _receiving_seconds(self) -> float:
+        """Return for how long to wait for the client from now on; while audio is decoded, at least a short time."""
         now, limits = self._clock(), self._limits
         quiet_since = now if self._on_pushed else self._quiet_since
         seconds = min(self._opened_at + limits.max_seconds, quiet_since + limits.idle_seconds) - now
@@ -451,8 +451,7 @@ class Session:
 
     def _samples(self, data: bytes, last: bool = False) -> NDArray[Any]:
         """Decode a client's bytes. A WAV header among them sets the stream's sample rate and channels."""
-        if self._ended:
-            self._check_open()
+        self._check_open()
         pcm, decode = self._decode(data, last), self._decode
         if (decode.sample_rate, decode.channels) != (self._rate, self._channels):
             if self.audio:
@@ -487,19 +486,19 @@ class Session:
 
 
 class _ReceiveTimer:
-    """Ends a timeout when `deadline` returns that no seconds are left.
+    """Ends a timeout when `seconds_left` returns 0 or less.
 
     There is one timer for all audio that is received meanwhile: setting one for each message would cost more. It is not
     a nested function that sets itself again, because the cycle of references would keep the session until a garbage
     collection.
     """
 
-    def __init__(self, deadline: Callable[[], float], timeout: asyncio.Timeout) -> None:
-        self._deadline, self._timeout, self._loop = deadline, timeout, asyncio.get_running_loop()
+    def __init__(self, seconds_left: Callable[[], float], timeout: asyncio.Timeout) -> None:
+        self._seconds_left, self._timeout, self._loop = seconds_left, timeout, asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None
 
     def check(self) -> None:
-        if (seconds := self._deadline()) > 0:
+        if (seconds := self._seconds_left()) > 0:
             self._handle = self._loop.call_later(seconds, self.check)
         else:
             self._timeout.reschedule(self._loop.time())

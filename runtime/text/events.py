@@ -379,20 +379,14 @@ class EventBuilder(EventBuilderFields):
         return self._step(tokens, token_count, ends, audio, chunk_ms, language)
 
     def _step(
-        self,
-        tokens: Sequence[Token],
-        token_count: int,
-        ends: Sequence[UtteranceEnd],
-        audio: float,
-        chunk_ms: int,
-        language: str = AUTO,
+        self, tokens: Sequence[Token], token_count: int, ends: Sequence[UtteranceEnd], *fields: Any
     ) -> list[Event]:
-        """`step`, of which the C function only covers one more token of an utterance that has begun."""
-        step = _new_step((audio, chunk_ms, language))
+        """`step` with the fields of `_Step`. Its C function only covers one more token of a current utterance."""
+        step = _new_step(fields)
         first, current = self.token_count, self._current
         if first < token_count and current.transcript.tokens and not ends and self._backchannel is None:  # most often
             self.token_count = token_count
-            current.add(tokens[first:token_count], language)
+            current.add(tokens[first:token_count], step.set_language)
             return [self._make_event("partial", step)]
         events: list[Event] = []
         for end in ends:

@@ -427,7 +427,8 @@ class FrameSplitter:
         self._payload = 0  # bytes of the current fragment that are still to be received
         self._rest = 0  # bytes of the frame after the current fragment
         self._final, self._key = 0, b""
-        self.between_frames = True  # whether all frames that were passed to it are complete
+        # Whether all frames that were passed to it are complete; not a property, because every message reads it.
+        self.between_frames = True
 
     def __call__(self, data: bytes) -> bytes:
         output, position = bytearray(), 0
@@ -650,7 +651,7 @@ class WebSocketProtocol(_SlicedParser, WebSocketsSansIOProtocol):
         if message is not None:
             self._waiting.append(message)
             self._deliver()
-            if self._waiting or not self._handling:
+            if self._waiting or not self._handling:  # otherwise no message waits: most often
                 self._pause()
 
     def _receive_message(self, message: bytes | str) -> None:

@@ -107,23 +107,29 @@ def test_size_of_the_process_grows_with_its_memory() -> None:
     assert before is not None and after is not None and after - before > 24 << 20
 
 
-def references_to(*kinds: type) -> list[weakref.ref[Any]]:
-    """Return references to objects of these kinds, of which there is at least one each."""
-    found = [each for each in gc.get_objects() if isinstance(each, kinds)]
-    assert all(any(isinstance(each, kind) for each in found) for kind in kinds)
-    return [weakref.ref(each) for each in found]
+def instances(*kinds: type) -> list[Any]:
+    return [found for found in gc.get_objects() if isinstance(found, kinds)]
 
 
 @pytest.mark.parametrize("what", ["finished stream", "disconnected stream", "request"])
 def test_closed_connections_are_freed_without_a_collection(serve_here: Any, spoken: Any, what: str) -> None:
     """Otherwise their objects accumulate until a full collection, which delays all streams."""
+    kinds = [HttpProtocol] if what == "request" else [Session, WebSocketProtocol]
+    others = instances(*kinds)  # of other tests
+
+    def open_instances() -> list[weakref.ref[Any]]:
+        known = {id(other) for other in others}
+        found = [each for each in instances(*kinds) if id(each) not in known]
+        assert all(any(isinstance(each, kind) for each in found) for kind in kinds)
+        return [weakref.ref(each) for each in found]
+
     with serve_here() as running:
         gc.disable()
         if what == "request":
             client = http.client.HTTPConnection("127.0.0.1", running.http)
             client.request("GET", "/healthz")
             assert client.getresponse().status == 200
-            open_ones = references_to(HttpProtocol)
+            open_ones = open_instances()
             client.close()
         else:
             with connect(f"{running.socket}/v1/stream?chunk_ms=80") as socket:
@@ -131,7 +137,7 @@ def test_closed_connections_are_freed_without_a_collection(serve_here: Any, spok
                     socket.send(spoken[0].pcm[start : start + 3200])
                 while json.loads(socket.recv())["type"] != "partial":
                     pass
-                open_ones = references_to(Session, WebSocketProtocol)
+                open_ones = open_instances()
                 if what == "finished stream":
                     socket.send(json.dumps({"type": "finish"}))
                     assert [json.loads(event) for event in socket][-1]["type"] == "done"
